@@ -110,8 +110,8 @@ def silent(event: Event) -> None:
 
 
 def without_notes(report: Report) -> Report:
-    """Return a report of all other events, for work that is done again with its notes."""
-    return lambda event: None if isinstance(event, Note) else report(event)
+    """Return a report of warnings and all other events, for work that is done again with its notes."""
+    return lambda event: None if isinstance(event, Note) and not event.warning else report(event)
 
 
 def track(

@@ -51,21 +51,24 @@ def find_adapter(adapter: Path, cache_dir: Path | None, setting: str = "adapter"
     if not (folder / ADAPTER_CONFIG_FILE).is_file():
         problem = f"{setting}: {adapter}: this model on the Hub has no {ADAPTER_CONFIG_FILE}, so it isn't an adapter"
         raise CheckpointError(problem, hint="name the adapter; a whole model is named with --model-name-or-path")
-    if not (folder / ADAPTER_WEIGHTS_FILE).is_file():
-        lack = f"{setting}: {adapter}: the Hub has no {ADAPTER_WEIGHTS_FILE} of it"
-        if ADAPTER_BIN_FILE not in repository.list_files(folder.name):
-            raise CheckpointError(lack, hint="its owner must upload it")
-        problem = f"{lack}, only {ADAPTER_BIN_FILE}, and pickled files aren't downloaded"
-        get = f"hf download {name} --local-dir {name.rpartition('/')[2]}"
-        raise CheckpointError(problem, hint=f"if you trust its owner, run `{get}`, and give that folder")
+    check_downloaded_adapter(folder, repository, str(adapter))
     return folder
 
 
-def pin_adapter(adapter: Path, cache_dir: Path | None) -> Path:
-    """Return the name of an adapter on the Hub with the commit that it has now; that of a folder unchanged.
+def check_downloaded_adapter(folder: Path, repository: Repository, given: str) -> None:
+    """Check that an adapter's download contains its weights: pickled weights aren't downloaded.
+
+    Args:
+        given: the name as given, for messages.
 
     Raises:
-        CheckpointError: as `find_adapter`.
+        CheckpointError: it doesn't.
     """
-    folder = find_adapter(adapter, cache_dir)
-    return adapter if folder == adapter else Path(f"{split_revision(str(adapter))[0]}@{folder.name}")
+    if (folder / ADAPTER_WEIGHTS_FILE).is_file():
+        return
+    lack = f"{repository.setting}: {given}: the Hub has no {ADAPTER_WEIGHTS_FILE} of it"
+    if ADAPTER_BIN_FILE not in repository.list_files(folder.name):
+        raise CheckpointError(lack, hint="its owner must upload it")
+    problem = f"{lack}, only {ADAPTER_BIN_FILE}, and pickled files aren't downloaded"
+    get = f"hf download {repository.name} --local-dir {repository.name.rpartition('/')[2]}"
+    raise CheckpointError(problem, hint=f"if you trust its owner, run `{get}`, and give that folder")

@@ -2,22 +2,24 @@
 
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from t5tune.checkpoints.adapter_config import read_adapter_config
-from t5tune.checkpoints.adapter_folder import DOWNLOADED_FILES
+from t5tune.checkpoints.adapter_folder import DOWNLOADED_FILES, check_downloaded_adapter, is_adapter
 from t5tune.checkpoints.checkpoint import Checkpoint
 from t5tune.checkpoints.pocket import pocket_folder
 from t5tune.errors import CheckpointError, ModelError
 from t5tune.families import find_architecture
 from t5tune.file_names import ADAPTER_CONFIG_FILE, CONFIG_FILE
 from t5tune.hub.download import Repository
-from t5tune.hub.names import is_hub_name
+from t5tune.hub.names import is_hub_name, is_published
 from t5tune.io.folder_kinds import describe_folder
 from t5tune.io.reasons import describe_error
 from t5tune.io.untrusted import read_json_object
 from t5tune.progress import Report, silent
 from t5tune.settings.shared import BaseModelSettings
+
+Pinned = TypeVar("Pinned", bound=BaseModelSettings)
 
 CODE_KEYS = {"auto_map", "custom_pipelines"}
 PICKLED_FILES = "pytorch_model*.bin"
@@ -40,12 +42,24 @@ def find_model(settings: BaseModelSettings, with_weights: bool = True, report: R
 
     Raises:
         ModelError: there is no such folder or model.
+        CheckpointError: it is an adapter on the Hub without safetensors.
     """
     name = settings.model_name_or_path
     if _is_pocket(name):
         return pocket_folder()
     path = Path(name)
     return path if path.is_dir() else _download(settings, with_weights, report)
+
+
+def pin_base(settings: Pinned, report: Report) -> Pinned:
+    """Return the settings with the commit of a base on the Hub, which is downloaded; with a local base unchanged.
+
+    Raises:
+        ModelError: as `find_base`.
+    """
+    folder = find_base(settings, report=report)
+    is_local = not is_published(settings.model_name_or_path)
+    return settings if is_local else settings.model_copy(update={"revision": folder.name})
 
 
 def check_base(folder: Path, name: str) -> Path:
@@ -160,11 +174,18 @@ def _download(settings: BaseModelSettings, with_weights: bool, report: Report) -
         raise ModelError(f"model_name_or_path: {name}: no such folder", hint="check the path's spelling")
     repository = _make_repository(settings)
     if not with_weights:
-        return repository.download([CONFIG_FILE])
-    snapshot = repository.download(DOWNLOADED_FILES, report=report)
-    # download pickled weights only if the model has no safetensors
-    if not _has_weights(snapshot) and any(file.startswith("pytorch_model") for file in repository.list_files()):
-        snapshot = repository.download([*DOWNLOADED_FILES, PICKLED_FILES], report=report)
+        return repository.download([CONFIG_FILE], report=report)
+
+    def download_weights(newest: Repository) -> Path:
+        snapshot = newest.download(DOWNLOADED_FILES, report=report)
+        # download pickled weights only if the model has no safetensors
+        if not _has_weights(snapshot) and any(file.startswith("pytorch_model") for file in newest.list_files()):
+            snapshot = newest.download([*DOWNLOADED_FILES, PICKLED_FILES], report=report)
+        return snapshot
+
+    snapshot = repository.use_newest(download_weights, report)
+    if is_adapter(snapshot):
+        check_downloaded_adapter(snapshot, repository, name)
     return snapshot
 
 

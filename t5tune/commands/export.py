@@ -280,7 +280,7 @@ def _add_fastchat_rows(
         problem = f"FastChat didn't save the embedding rows of its tokens {ids[0]} to {ids[-1]}"
         report(Note(f"{problem}; give --model-name-or-path to recompute them", warning=True))
         return trained
-    base = open_base(find_base(_make_base_settings(settings, settings.model_name_or_path)))
+    base = open_base(find_base(_make_base_settings(settings, settings.model_name_or_path), report=report))
     rows = compute_mean_rows(base, ids)
     recomputed = f"the embedding rows of FastChat's tokens {ids[0]} to {ids[-1]}"
     report(Note(f"recomputed {recomputed} as the mean of the rows before them"))

@@ -171,7 +171,7 @@ def _read_model_config(settings: PlanSettings, report: Report) -> tuple[dict[str
     if name in KNOWN_CONFIGS and not path.exists():
         report(Note(f"{name}: using the model shape that is built into t5tune"))
         return KNOWN_CONFIGS[name], path
-    folder = find_base(settings, with_weights=False)
+    folder = find_base(settings, with_weights=False, report=report)
     return read_config(folder), folder
 
 

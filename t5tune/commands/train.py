@@ -40,6 +40,7 @@ from t5tune.progress import Note, Report, silent
 from t5tune.settings import DatasetSettings, PrepareSettings, TrainSettings
 from t5tune.settings.datasets import PATHS_OF_DATASETS, list_unsuitable, name_datasets
 from t5tune.training.checkpoint import find_newest, has_complete_checkpoints, list_checkpoints
+from t5tune.training.commits import COMMITS_FILE, find_commits, pin_commits, read_commits_to_resume, save_commits
 from t5tune.training.resume_guard import check_finished_run, check_settings_of_run
 from t5tune.training.run_folder import (
     LAUNCH_FILE,
@@ -224,8 +225,10 @@ def set_up_run_folder(settings: TrainSettings, locks: ExitStack, report: Report 
     Args:
         locks: closing it releases the run folder's lock.
     """
-    check_settings(settings)
-    check_machine(settings, report)
+    recorded = read_commits_to_resume(settings)
+    check_settings(pin_commits(settings, recorded))
+    commits = recorded | find_commits(pin_commits(settings, recorded), report)
+    check_machine(pin_commits(settings, commits), report)
     if settings.fresh:
         check_inputs_stay(settings)
     open_repository(settings, settings.output_dir, report)
@@ -236,11 +239,11 @@ def set_up_run_folder(settings: TrainSettings, locks: ExitStack, report: Report 
         forget_launch(folder)
     if settings.fresh and (aside := move_aside(folder, report)) is not None:
         try:
-            return _keep_records(stored, settings, report)
+            return _keep_records(stored, settings, commits, report)
         except BaseException:
             _move_back(aside, folder, report)
             raise
-    return _keep_records(stored, settings, report)
+    return _keep_records(stored, settings, commits, report)
 
 
 def name_kept_records(settings: TrainSettings) -> TrainSettings:
@@ -257,7 +260,7 @@ def name_kept_records(settings: TrainSettings) -> TrainSettings:
     return settings.model_copy(update=kept)
 
 
-def _keep_records(stored: TrainSettings, settings: TrainSettings, report: Report) -> Run:
+def _keep_records(stored: TrainSettings, settings: TrainSettings, commits: dict[str, str], report: Report) -> Run:
     """Copy records that were given in memory to where they are kept, and set up the run folder, which is locked."""
     paths = [
         (Path(path), Path(kept))
@@ -268,7 +271,7 @@ def _keep_records(stored: TrainSettings, settings: TrainSettings, report: Report
     try:
         for path, kept in paths:
             _copy_records(path, kept)
-        run = _set_up_locked(settings, report)
+        run = _set_up_locked(settings, commits, report)
     except BaseException as error:
         for _, kept in paths:
             with suppress(OSError):  # the error that led here must be reported
@@ -291,7 +294,7 @@ def _copy_records(path: Path, kept: Path) -> None:
         raise SettingsError(problem, hint="choose another output_dir") from error
 
 
-def _set_up_locked(settings: TrainSettings, report: Report) -> Run:
+def _set_up_locked(settings: TrainSettings, commits: dict[str, str], report: Report) -> Run:
     """Save the settings in the run folder, which is locked, and prepare the cache."""
     folder = settings.output_dir
     run = locate_run(settings)
@@ -310,7 +313,8 @@ def _set_up_locked(settings: TrainSettings, report: Report) -> Run:
         if settings.fresh:
             record_launch(run)
     try:
-        _prepare_caches(settings, run, report)
+        save_commits(folder, commits)
+        _prepare_caches(pin_commits(settings, commits), run, report)
     except BaseException:
         if saved_settings is None:
             _remove_failed_start(run, is_new_folder)
@@ -350,7 +354,7 @@ def _move_back(aside: Path, folder: Path, report: Report) -> None:
 def _remove_failed_start(run: Run, is_new_folder: bool) -> None:
     """Remove the settings and the folder of a run whose data couldn't be prepared, unless one of its caches exists."""
     with suppress(OSError):  # the error that led here must be reported
-        begun = {run.settings_path, run.folder / LAUNCH_FILE}
+        begun = {run.settings_path, run.folder / LAUNCH_FILE, run.folder / COMMITS_FILE}
         if begun.issuperset(run.folder.iterdir()):
             for path in begun:
                 path.unlink(missing_ok=True)

@@ -1,17 +1,28 @@
-"""A limit on how long huggingface_hub waits for an answer."""
+"""A limit on how long huggingface_hub waits for an answer, and an end of redirects to a different host."""
 
 import os
 from functools import cache
 from typing import Any
 
+HUB_HOST = "huggingface.co"  # also where hf.co redirects to
 SECONDS_TO_CONNECT = 30.0
 SECONDS_TO_ANSWER = 60.0
 SECONDS_TO_ACCEPT = 120.0  # what is uploaded, and a commit of it
 
 
+class RedirectedElsewhere(Exception):
+    """The Hub's API has redirected to a different host, as the login page of a network does."""
+
+    def __init__(self, host: str) -> None:
+        super().__init__(f"redirected to {host}")
+        self.host = host
+
+
 @cache
-def limit_waiting_for_the_hub() -> None:
+def watch_requests_to_the_hub() -> None:
     """Let a request fail if the Hub accepts it and doesn't answer, unless a program has set a client of its own.
+
+    A redirect of the API to a different host fails, too: its answer isn't the Hub's. Files may be redirected.
 
     huggingface_hub 2.4 waits forever where it gives no timeout, and for what a repository contains it asks with none.
     HF_HUB_DOWNLOAD_TIMEOUT applies to all that is only read.
@@ -26,6 +37,7 @@ def limit_waiting_for_the_hub() -> None:
     def make_client() -> Any:
         client = _http.default_client_factory()
         client.event_hooks["request"].append(_set_timeouts)
+        client.event_hooks["response"].append(_refuse_redirect)
         return client
 
     set_client_factory(make_client)
@@ -42,3 +54,13 @@ def _set_timeouts(request: Any) -> None:
     for name, seconds in (("connect", SECONDS_TO_CONNECT), ("read", read), ("write", SECONDS_TO_ACCEPT)):
         if timeouts.get(name) is None:
             timeouts[name] = seconds
+
+
+def _refuse_redirect(response: Any) -> None:
+    from huggingface_hub import constants
+
+    url = response.request.url
+    if response.has_redirect_location and str(url).startswith(f"{constants.ENDPOINT}/api/"):
+        target = url.join(response.headers["location"])
+        if target.host not in (url.host, HUB_HOST):
+            raise RedirectedElsewhere(target.host)

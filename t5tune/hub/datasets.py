@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote
@@ -75,6 +76,15 @@ def parse_dataset_name(text: str) -> DatasetName | None:
     return DatasetName(found[1], found[3] and unquote(found[3]), (found[5] or "").strip("/")) if found else None
 
 
+def pin_dataset(name: str, sources: Sequence[str]) -> str:
+    """Name a dataset by the commit that files are from, `hf://datasets/owner/name@commit/file`, if that is only one."""
+    dataset, files = parse_dataset_name(name), [file for file in map(parse_dataset_name, sources) if file is not None]
+    commits = {file.revision for file in files if dataset is not None and file.name == dataset.name}
+    if dataset is None or len(commits) != 1:
+        return name
+    return f"{PREFIX}{replace(dataset, revision=commits.pop())}"
+
+
 def find_dataset_files(
     dataset: DatasetName,
     choice: DatasetChoice,
@@ -93,11 +103,21 @@ def find_dataset_files(
         DataError: there is no such dataset, subset, split or file, or it can't be downloaded.
     """
     repository = Repository("dataset", dataset.name, setting, dataset.revision, cache_dir)
-    snapshot = repository.download([README])  # also says which commit it is, and offline which one is in the cache
-    pinned = replace(repository, revision=snapshot.name)
+    return repository.use_newest(partial(_find_files, dataset, choice, is_data, report=report), report)
+
+
+def _find_files(
+    dataset: DatasetName,
+    choice: DatasetChoice,
+    is_data: Callable[[str], bool],
+    repository: Repository,
+    report: Report,
+) -> list[Path]:
+    snapshot = repository.download([README])
+    pinned = replace(repository, revision=snapshot.name)  # offline, the commit is known only now
     names = pinned.list_files()
     data = [name for name in names if is_data(name) and not _is_ignored(name)]
-    asked = f"{setting}: {dataset}"
+    asked = f"{repository.setting}: {dataset}"
     if not data:
         raise _explain_no_data(asked, dataset, names)
     if dataset.path:

@@ -3,26 +3,39 @@
     repository = Repository("model", "google/flan-t5-small", setting="model_name_or_path")
     folder = repository.download(["*.json", "*.safetensors"])
 
-What is in the cache already is used: as long as the Hub can't be reached, or if HF_HUB_OFFLINE is set.
+The Hub is asked each time which commit a branch or a tag has. While it can't be reached, or fails, the cached copy is
+used, and a warning says so; HF_HUB_OFFLINE uses that copy in any case.
 """
 
-from collections.abc import Callable, Sequence
+import hashlib
+import os
+import re
+import time
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from threading import Lock
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from t5tune.compat.hub_patches import limit_waiting_for_the_hub
+from t5tune.compat.hub_patches import RedirectedElsewhere, watch_requests_to_the_hub
 from t5tune.errors import CheckpointError, DataError, ModelError, T5TuneError, suggest_name
+from t5tune.io.atomic import hash_file, write_file
 from t5tune.io.reasons import hide_queries, join_lines
 from t5tune.progress import Note, Report, count_done, silent
 
+Result = TypeVar("Result")
 Kind = Literal["model", "adapter", "dataset"]
 ERROR_CLASSES: dict[Kind, type[T5TuneError]] = {"model": ModelError, "adapter": CheckpointError, "dataset": DataError}
 ALL_FOLDERS = "*/*"
 TRANSFER_BAR = "Downloading bytes"  # what huggingface_hub writes at a second bar, which counts the same bytes
+COMMITS_FOLDER = "commits"  # in t5tune's folder for downloads: the date of each commit
+TRANSIENT = {408, 429, 500, 502, 503, 504}  # HTTP statuses that another try may not get
+MAX_RETRIES = 3
+RETRY_VARIABLE = "HUB_RETRY_SECONDS"  # how long to wait before the first one; each later one waits twice as long
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def get_cache_root(cache_dir: Path | None) -> Path:
@@ -44,9 +57,54 @@ def describe(error: BaseException) -> str:
     return hide_queries(join_lines(error))[:300]
 
 
-def _is_lost_connection(error: Exception) -> bool:
-    """Whether an error is that of a connection, of httpx or its successors: not each of them uses the cache."""
-    return any(kind.__name__ == "TransportError" for kind in type(error).__mro__)
+def _list_causes(error: BaseException | None) -> list[BaseException]:
+    """List an error and its causes: huggingface_hub wraps some errors in others."""
+    return [] if error is None else [error, *_list_causes(error.__cause__)]
+
+
+def _find_status(error: BaseException) -> int | None:
+    return next(filter(None, map(get_status, _list_causes(error))), None)
+
+
+def _is_worth_retrying(error: Exception) -> bool:
+    """Whether the server is broken or busy. huggingface_hub itself asks again for trees and headers of files."""
+    from huggingface_hub import errors
+
+    responses = [cause.response for cause in _list_causes(error) if isinstance(cause, errors.HfHubHTTPError)]
+    requests = [response.request for response in responses if response.status_code in TRANSIENT]
+    return any(request.method == "GET" and "/tree/" not in request.url.path for request in requests)
+
+
+def describe_outage(error: BaseException) -> str | None:
+    """Say why the Hub can't be used now; None if the error has a different cause, such as a refusal."""
+    status = _find_status(error)
+    if status is not None:
+        return f"the Hub answers with status {status}" if status in TRANSIENT or status >= 500 else None
+    for cause in _list_causes(error):
+        # of httpx or its successors
+        kinds = {kind.__name__ for kind in type(cause).__mro__}
+        if isinstance(cause, RedirectedElsewhere):
+            return f"the Hub's address redirects to {cause.host}"
+        if kinds & {"ConnectError", "TimeoutException", "ProxyError"}:
+            return "the Hub can't be reached"
+        if "TransportError" in kinds:
+            return "the connection to the Hub was lost"
+        if "JSONDecodeError" in kinds:
+            return "what answers in place of the Hub isn't the Hub"
+    return None
+
+
+def call_with_retries(call: Callable[[], Result]) -> Result:
+    """Call a function, up to three more times if the Hub answers that it is broken or busy."""
+    wait = float(os.environ.get(RETRY_VARIABLE, 1))
+    for retry in range(MAX_RETRIES):
+        try:
+            return call()
+        except Exception as error:
+            if not _is_worth_retrying(error):
+                raise
+        time.sleep(wait * 2**retry)
+    return call()
 
 
 def _count_missing_bytes(find: Any) -> int:
@@ -86,6 +144,7 @@ class Repository:
         setting: the setting that names it, for messages.
         revision: branch, tag or commit; None: the main branch.
         cache_dir: folder for downloads; None: the Hub's own cache.
+        is_local: whether only the cache is used.
     """
 
     kind: Kind
@@ -93,11 +152,85 @@ class Repository:
     setting: str
     revision: str | None = None
     cache_dir: Path | None = None
+    is_local: bool = False
 
     @property
     def repo_type(self) -> str:
         """What the Hub calls the kind; an adapter is a model there."""
         return "dataset" if self.kind == "dataset" else "model"
+
+    @property
+    def _folder(self) -> Path:
+        """The repository's folder in the Hub's cache."""
+        from huggingface_hub import constants
+
+        root = Path(self.cache_dir or constants.HF_HUB_CACHE).expanduser()
+        return root / f"{self.repo_type}s--{self.name.replace('/', '--')}"
+
+    @property
+    def _date_file(self) -> Path:
+        return get_cache_root(self.cache_dir) / COMMITS_FOLDER / str(self.revision)
+
+    def use_newest(self, use: Callable[["Repository"], Result], report: Report = silent) -> Result:
+        """Call `use` with this repository at the commit that its branch or tag has now on the Hub.
+
+        If the Hub can't be reached or keeps failing, it is the commit of the cached copy, and a warning says so. The
+        Hub isn't asked offline, nor if the revision is a commit, whose files can't change.
+
+        Raises:
+            ModelError, CheckpointError, DataError: the Hub refuses access, or fails and the cache lacks a file.
+        """
+        from huggingface_hub import constants
+
+        cached = self._find_cached()
+        if constants.is_offline_mode() or self.is_local or _COMMIT.fullmatch(self.revision or ""):
+            return use(cached or self)
+        try:
+            newest = self._ask_for_commit()
+            result = use(newest)
+        except Exception as error:
+            outage = describe_outage(error)
+            if outage is None or cached is None:
+                raise self.explain(error) from error
+            try:
+                result = use(replace(cached, is_local=True))
+            except T5TuneError:
+                raise self.explain(error) from error
+            copy = f"using the copy of commit {cached.revision} {cached._describe_date()}"
+            report(Note(f"{self.name}: {outage}; {copy}", warning=True))
+            return result
+        newest._remember_as(self.revision)
+        return result
+
+    def _ask_for_commit(self) -> "Repository":
+        """Ask the Hub which commit the revision is now, and return the repository at that commit."""
+        from huggingface_hub import HfApi
+
+        watch_requests_to_the_hub()
+        api = HfApi()
+        info = call_with_retries(lambda: api.repo_info(self.name, repo_type=self.repo_type, revision=self.revision))
+        newest = replace(self, revision=info.sha)
+        if info.last_modified is not None:
+            _write_unless_same(newest._date_file, f"{info.last_modified:%Y-%m-%d}")
+        return newest
+
+    def _find_cached(self) -> "Repository | None":
+        """Return the repository at the commit that the revision had when it was downloaded last; None: never."""
+        commit = self.revision or "main"
+        if not _COMMIT.fullmatch(commit):
+            commit = _read(self._folder / "refs" / commit)
+        is_cached = _COMMIT.fullmatch(commit) and (self._folder / "snapshots" / commit).is_dir()
+        return replace(self, revision=commit) if is_cached else None
+
+    def _remember_as(self, revision: str | None) -> None:
+        """Let a branch or a tag mean this commit in the cache, once its files are there."""
+        _write_unless_same(self._folder / "refs" / (revision or "main"), str(self.revision))
+
+    def _describe_date(self) -> str:
+        if date := _read(self._date_file):
+            return f"of {date}"
+        seconds = (self._folder / "snapshots" / str(self.revision)).stat().st_mtime
+        return f"downloaded on {datetime.fromtimestamp(seconds, UTC):%Y-%m-%d}"
 
     def download(self, patterns: Sequence[str], with_folders: bool = False, report: Report = silent) -> Path:
         """Download the files whose names match, and return the snapshot's folder, whose name is the commit.
@@ -108,9 +241,12 @@ class Repository:
         Raises:
             ModelError, CheckpointError, DataError: there is no such repository, or it can't be downloaded.
         """
+        return self.use_newest(lambda newest: newest._download(patterns, with_folders, report), report)
+
+    def _download(self, patterns: Sequence[str], with_folders: bool, report: Report) -> Path:
         from huggingface_hub import snapshot_download
 
-        limit_waiting_for_the_hub()
+        watch_requests_to_the_hub()
         find: Any = partial(
             snapshot_download,
             self.name,
@@ -119,18 +255,40 @@ class Repository:
             cache_dir=self.cache_dir,
             allow_patterns=list(patterns),
             ignore_patterns=None if with_folders else [ALL_FOLDERS],
+            local_files_only=self.is_local,
         )
-        try:
+
+        def find_all() -> Path:
             missing = 0 if report is silent else _count_missing_bytes(find)
             with count_done("download", report if missing else silent, missing, "bytes") as advance:
                 return Path(find(tqdm_class=_make_bar_class(advance)))
+
+        before = set(self._list_files())
+        try:
+            folder = call_with_retries(find_all)
         except Exception as error:  # OSError, ValueError, and exceptions of the HTTP library of huggingface_hub
-            if _is_lost_connection(error):
-                with suppress(Exception):  # the cache lacks a file
-                    folder = Path(find(local_files_only=True))
-                    report(Note(f"{self.name}: the Hub can't be reached, so the copy in the cache is used"))
-                    return folder
             raise self.explain(error) from error
+        self._check_hashes(before)
+        return folder
+
+    def _list_files(self) -> list[Path]:
+        """List the files of this commit in the cache, which are links."""
+        return [path for path in (self._folder / "snapshots" / str(self.revision)).rglob("*") if path.is_symlink()]
+
+    def _check_hashes(self, before: Collection[Path]) -> None:
+        """Compare new files with their hashes on the Hub, which are the names of the files that the links point to.
+
+        Raises:
+            ModelError, CheckpointError, DataError: a file differs. It is deleted, so that it is downloaded again.
+        """
+        for link in self._list_files():
+            file = link.resolve()
+            if link in before or not file.is_file() or _has_hash(file, file.name):
+                continue
+            for path in (link, file):
+                path.unlink(missing_ok=True)
+            problem = f"{self.setting}: {self.name}: {link.name}: damaged on the way: its hash isn't the Hub's"
+            raise ERROR_CLASSES[self.kind](problem, hint="run the same command again, which downloads it again")
 
     def list_files(self, commit: str | None = None) -> list[str]:
         """List the names of the repository's files, of which a download has kept the list.
@@ -143,12 +301,12 @@ class Repository:
         """
         from huggingface_hub import HfApi, errors, get_cached_repo_tree
 
-        limit_waiting_for_the_hub()
+        watch_requests_to_the_hub()
         asked: Any = {"repo_type": self.repo_type, "revision": commit or self.revision}
         with suppress(errors.CachedRepoTreeNotFoundError):
             return [file.path for file in get_cached_repo_tree(self.name, cache_dir=self.cache_dir, **asked)]
         try:
-            return HfApi().list_repo_files(self.name, **asked)
+            return call_with_retries(lambda: HfApi().list_repo_files(self.name, **asked))
         except Exception as error:
             raise self.explain(error) from error
 
@@ -172,24 +330,26 @@ class Repository:
         """Turn an error of huggingface_hub into one that says what to do about it."""
         from huggingface_hub import errors, get_token
 
+        if isinstance(error, T5TuneError):
+            return error
         noun = "dataset" if self.kind == "dataset" else "model"
         missing = "no such file or folder" if self.kind == "dataset" else "no such folder"
         instead = "give a file or a folder" if self.kind == "dataset" else "give a folder"
         asked = f"{self.setting}: {self.name}"
-        status = get_status(error) or get_status(error.__cause__)
+        status, outage = _find_status(error), describe_outage(error)
         is_offline = isinstance(error, errors.OfflineModeIsEnabled)
         is_offline |= isinstance(error.__cause__, errors.OfflineModeIsEnabled)
         match error:
             case errors.GatedRepoError():
                 reason = f"access to this {noun} is restricted (gated)"
                 hint = f"request access on the Hub page of {self.name}, then run `hf auth login`"
-            case errors.RepositoryNotFoundError():
-                reason = f"{missing} on this machine, and no such {noun} on the Hub, or a private one"
-                reason += suggest_name(self.name, self._list_local_names())
-                hint = f"check the spelling; for a private {noun} run `hf auth login`"
             case errors.RevisionNotFoundError():
                 asked = f"revision: {self.revision}"
                 reason, hint = f"{self.name} has no such branch, tag or commit", "check the spelling"
+            case _ if isinstance(error, errors.RepositoryNotFoundError) or status == 404:
+                reason = f"{missing} on this machine, and no such {noun} on the Hub, or a private one"
+                reason += suggest_name(self.name, self._list_local_names())
+                hint = f"check the spelling; for a private {noun} run `hf auth login`"
             case errors.HFValidationError():
                 reason, hint = f"{missing}, and not a valid name of a {noun} on the Hub", "check the spelling"
             case _ if status == 401:
@@ -197,16 +357,19 @@ class Repository:
                     "the Hub doesn't accept the token" if get_token() else "the Hub asks for a token, and none is set"
                 )
                 hint = "run `hf auth login`, or set HF_TOKEN"
-            case _ if status in (403, 429):
+            case _ if status == 403:
                 reason = f"the Hub refuses the download: {describe(error.__cause__ or error)}"
-                hint = "try again later" if status == 429 else f"see the Hub page of {self.name}"
+                hint = f"see the Hub page of {self.name}"
             case _ if is_offline:
                 reason = f"{missing}, HF_HUB_OFFLINE disables downloads, and the {noun} isn't all in the local cache"
                 hint = f"unset HF_HUB_OFFLINE, or {instead}"
-            case errors.LocalEntryNotFoundError():
-                reason = f"{missing}, the Hub can't be reached, and the {noun} isn't in the local cache"
+            case _ if outage is not None:
+                reason = f"{missing}, {outage}, and the {noun} isn't all in the local cache"
                 reason += suggest_name(self.name, self._list_local_names())
-                hint = f"check the network connection, or {instead}"
+                if any(isinstance(cause, RedirectedElsewhere) for cause in _list_causes(error)):
+                    hint = f"sign in to the network if it asks for that in a browser, check HF_ENDPOINT, or {instead}"
+                else:
+                    hint = f"{'check the network connection' if status is None else 'try again later'}, or {instead}"
                 hint += "" if self.kind == "adapter" else f"; `pocket` is the built-in {noun}"
             case OSError() if error.errno is not None:
                 reason = f"{error.strerror} ({error.filename})" if error.filename else f"{error.strerror}"
@@ -215,3 +378,31 @@ class Repository:
                 reason = f"the download from the Hub failed: {describe(error)}"
                 hint = f"try again later, or {instead}"
         return ERROR_CLASSES[self.kind](f"{asked}: {reason}", hint=hint)
+
+
+def _read(file: Path) -> str:
+    """Read a short text; an empty one if that isn't possible."""
+    try:
+        return file.read_text(encoding="ascii").strip()
+    except (OSError, ValueError):
+        return ""
+
+
+def _write_unless_same(file: Path, text: str) -> None:
+    if _read(file) != text:
+        with suppress(OSError):  # such as a full disk: then this copy is the newest for the next call only online
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_file(file, text.encode())
+
+
+def _has_hash(file: Path, name: str) -> bool:
+    """Whether a file's hash is its name in the Hub's cache: a SHA-256, or a SHA-1 of it or of git's blob.
+
+    Other names, which a replacement of the Hub may give, say nothing.
+    """
+    if re.fullmatch(r"[0-9a-f]{64}", name):
+        return hash_file(file) == name
+    if re.fullmatch(r"[0-9a-f]{40}", name):
+        body = file.read_bytes()
+        return name in {hashlib.sha1(begin + body).hexdigest() for begin in (b"", b"blob %d\0" % len(body))}
+    return True

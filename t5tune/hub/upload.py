@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from t5tune.compat.hub_patches import limit_waiting_for_the_hub
+from t5tune.compat.hub_patches import watch_requests_to_the_hub
 from t5tune.errors import SettingsError, UploadError
 from t5tune.file_names import MODEL_CARD_FILE
 from t5tune.hub.download import describe, get_status
@@ -35,7 +35,7 @@ def create_repository(name: str, is_private: bool) -> str:
     """
     from huggingface_hub import HfApi
 
-    limit_waiting_for_the_hub()
+    watch_requests_to_the_hub()
     asked, api = f"hub_model_id: {name}", HfApi()
     try:
         with _allow_missing():
@@ -87,7 +87,7 @@ def upload_files(
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-    limit_waiting_for_the_hub()
+    watch_requests_to_the_hub()
     api = HfApi()
     try:
         others = [path for path in api.list_repo_files(name) if path not in files]

@@ -13,6 +13,7 @@ from typing import Any
 
 from t5tune.checkpoints.base import find_base, read_config
 from t5tune.checkpoints.pocket import find_conversations_file
+from t5tune.data.cache import is_cache, read_manifest
 from t5tune.data.cache_reuse import find_reusable_manifest
 from t5tune.data.data_problems import (
     check_rejected,
@@ -26,7 +27,7 @@ from t5tune.data.mixture import find_tokenizer_folder, has_examples
 from t5tune.data.raw_records import RawRecord
 from t5tune.data.readers import read_records
 from t5tune.data.sample import choose_default_template, drain, parse_sample, take_sample
-from t5tune.data.sources import bring_data
+from t5tune.data.sources import bring_data, is_dataset_name
 from t5tune.data.templates import PAIR_TEMPLATE, Template, find_template, load_template
 from t5tune.data.tokenizer import Tokenizer, load_tokenizer
 from t5tune.data.vocabulary import ExtendedTokenizer, extend_tokenizer
@@ -35,7 +36,7 @@ from t5tune.errors import DataError
 from t5tune.families import find_architecture
 from t5tune.file_names import REJECTED_FILE, TEMPLATE_FILE
 from t5tune.formatting import format_count
-from t5tune.hub.datasets import EVALUATION_SPLITS, DatasetChoice
+from t5tune.hub.datasets import EVALUATION_SPLITS, DatasetChoice, pin_dataset
 from t5tune.io.atomic import hash_file, remove_abandoned, write_folder_atomically
 from t5tune.io.reasons import join_first
 from t5tune.io.records_in_memory import find_records_name
@@ -178,6 +179,9 @@ def _bring_data(settings: PrepareSettings, report: Report, origin: Origin) -> li
             problem = f"{origin.setting}: {path}: is already a token cache"
             raise DataError(problem, hint="prepare reads conversations; give the cache to train")
     names = [str(find_conversations_file()) if path == "pocket" else path for path in settings.data_path]
+    if origin.in_use and is_cache(settings.output_dir):  # a resumed run reads what it was started with
+        sources = read_manifest(settings.output_dir).get("sources") or []
+        names = [pin_dataset(name, sources) if is_dataset_name(name) else name for name in names]
     choice = DatasetChoice(settings.data_subset, settings.data_split)
     if origin.is_evaluation:
         choice = replace(choice, defaults=EVALUATION_SPLITS)

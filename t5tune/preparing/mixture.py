@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from t5tune.checkpoints.base import find_base
+from t5tune.checkpoints.base import find_base, pin_base
 from t5tune.checkpoints.training_data import DatasetTraining, TrainingData, read_training_data, write_training_data
 from t5tune.data.cache import CACHE_CONTENTS, is_cache, open_cache, read_manifest
 from t5tune.data.cache_reuse import make_resume_error
@@ -60,7 +60,7 @@ def prepare_mixture(settings: PrepareSettings, report: Report, origin: Origin) -
         DataError, ModelError, SettingsError: see `prepare`; they name the dataset.
     """
     datasets = dict(zip(name_datasets(settings.data or []), settings.data or [], strict=True))
-    folder = settings.output_dir
+    folder, settings = settings.output_dir, pin_base(settings, report)  # once for all datasets
     _check_folder(folder, list(datasets), origin)
     before = _read_manifest(folder)
     _check_given_caches(folder, datasets)
@@ -101,7 +101,7 @@ def _prepare_caches(
     settings: PrepareSettings, datasets: Mapping[str, DatasetSettings], report: Report, origin: Origin
 ) -> tuple[dict[str, Path], list[_Prepared]]:
     """Prepare the cache of each dataset that isn't one already. Return the folders of all, and what was prepared."""
-    vocabulary = _choose_common_vocabulary(settings, list(datasets.values()), origin)
+    vocabulary = _choose_common_vocabulary(settings, datasets, origin)
     caches: dict[str, Path] = {}
     prepared: list[_Prepared] = []
     for name, dataset in datasets.items():
@@ -345,15 +345,15 @@ def _remove_cache(folder: Path) -> None:
 
 
 def _choose_common_vocabulary(
-    settings: PrepareSettings, datasets: Sequence[DatasetSettings], origin: Origin
+    settings: PrepareSettings, datasets: Mapping[str, DatasetSettings], origin: Origin
 ) -> ExtendedTokenizer:
     """Take the tokenizer of a token cache among the datasets, or extend the base's with what all of them need."""
 
     def read_all() -> Iterator[Conversation]:
-        for dataset in datasets:
-            yield from read_sample(complete_dataset(settings, dataset), origin)
+        for name, dataset in datasets.items():
+            yield from read_sample(complete_dataset(settings, dataset, output_dir=settings.output_dir / name), origin)
 
-    caches = [given for dataset in datasets if (given := find_given_cache(dataset)) is not None]
+    caches = [given for dataset in datasets.values() if (given := find_given_cache(dataset)) is not None]
     if origin.vocabulary is not None and not caches:
         return origin.vocabulary
     source = next(iter(caches), origin.tokenizer_source)

@@ -556,7 +556,7 @@ def start_or_resume_run(
 
     Args:
         evaluations: what they measure, as fields of the run identity.
-        pinned: the settings with the commits of adapters that are on the Hub.
+        pinned: the settings with the commits of adapters and teachers that are on the Hub.
         teacher_hash: hash of the teacher's weights, if there is a teacher.
 
     Returns:

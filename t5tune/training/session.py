@@ -8,14 +8,12 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import set_seed
 
-from t5tune.checkpoints.adapter_folder import pin_adapter
 from t5tune.checkpoints.base import find_base
 from t5tune.checkpoints.model_card import format_outcome_lines
 from t5tune.checkpoints.model_folder import is_trained_file
@@ -50,6 +48,7 @@ from t5tune.training.batches import (
 )
 from t5tune.training.build_model import BuiltModel, build_model
 from t5tune.training.checkpoint import read_run_identity, verify
+from t5tune.training.commits import load_commits, pin_commits
 from t5tune.training.deepspeed_values import find_mismatches
 from t5tune.training.evaluation import GenerationScorer
 from t5tune.training.evaluation_batches import EvaluationStopped
@@ -151,7 +150,7 @@ class _LoadedData:
 
     Args:
         files: the tokenizer and the template, for the checkpoints: name -> content.
-        pinned: the settings with the commits of adapters that are on the Hub.
+        pinned: the settings with the commits of adapters and teachers that are on the Hub.
         teacher: the files of the teacher, if there is one.
         base_metadata: what identifies the base.
         run_identity: the configuration that the run depends on, for its checkpoints.
@@ -181,8 +180,9 @@ def _load_data(session: Session) -> _LoadedData:
     # now, because prepare may replace a cache outside of the run folder while the run goes on
     files = read_supporting_files(examples.tokenizer_folder, examples.folder / TEMPLATE_FILE)
     tokenizer = load_tokenizer(examples.tokenizer_folder)
-    base = find_base(settings, report=session.report)
-    pinned = _pin_adapters(settings, world)
+    pinned = pin_commits(settings, run_on_rank_0(world, lambda: load_commits(run.folder)))
+    base = find_base(pinned, report=session.report)
+    pinned = pinned.model_copy(update={"revision": settings.revision})  # the adapter's config names it as given
     teacher = find_teacher(pinned, session.report) if settings.teacher_model_name_or_path is not None else None
 
     def start_or_resume() -> tuple[dict[str, Any], dict[str, Any], Path | None]:
@@ -198,17 +198,6 @@ def _load_data(session: Session) -> _LoadedData:
     return _LoadedData(
         examples, held_out, files, tokenizer, base, pinned, teacher, base_metadata, run_identity, deepspeed, resume
     )
-
-
-def _pin_adapters(settings: TrainSettings, world: World) -> TrainSettings:
-    """Give adapters on the Hub their commits: a branch may get another one at any time."""
-    paths = {name: getattr(settings, name) for name in ("adapter", "reference_adapter", "teacher_adapter")}
-    pinned = {
-        name: run_on_rank_0(world, partial(pin_adapter, path, settings.cache_dir))
-        for name, path in paths.items()
-        if path is not None
-    }
-    return settings.model_copy(update=pinned)
 
 
 def _report_sizes(session: Session, loaded: _LoadedData, built: BuiltModel) -> None:

@@ -176,13 +176,13 @@ def test_a_run_continues_if_the_hub_cannot_be_reached_and_is_pushed_later(
     output = tmp_path / "run"
     arguments = (*TRAIN, "--push-to-hub", "--hub-model-id", NAME, "--hub-private-repo", "--output-dir", output)
     elsewhere = {"HF_ENDPOINT": "http://127.0.0.1:9"} if reason == "refused connection" else {}
-    hub.is_down = not elsewhere
+    hub.status = None if elsewhere else 503
     done = t5tune_in_fork(*arguments, "--json", env={**hub.environment, "HF_TOKEN": TOKEN, **elsewhere})
     assert done.code == 0, done.stderr
     assert done.json["pushed"] is None
     assert (output / "adapter_model.safetensors").is_file()
     assert f"to upload it later: t5tune push {output} {NAME} --hub-private-repo\n" in done.stderr
-    hub.is_down = False
+    hub.status = None
     again = run(hub, *arguments, *processes, "--json")  # the run has finished: only the upload is left
     assert again.code == 0, again.stderr
     assert again.json["pushed"] == f"{hub.url}/{NAME}"

@@ -230,12 +230,12 @@ def test_what_hugging_face_s_own_command_has_downloaded_is_read_offline(
     hub.add("dataset", NAME, {"train.jsonl": to_jsonl(1), "test.jsonl": to_jsonl(2)})
     use_in_this_process(hub, monkeypatch)
     snapshot_download(NAME, repo_type="dataset")
-    hub.is_down = True
+    hub.status = 503
     done = prepare(hub, NAME, tmp_path / "cache", HF_HUB_OFFLINE="1")
     assert done.code == 0, done.stderr
     assert read_sources(tmp_path / "cache") == expect(1)
     # of a single file, huggingface_hub doesn't know whether the dataset has others
-    hub.is_down = False
+    hub.status = None
     hub.add("dataset", "some/more", {"train-0.jsonl": to_jsonl(1), "train-1.jsonl": to_jsonl(2)})
     hf_hub_download("some/more", "train-0.jsonl", repo_type="dataset")
     done = prepare(hub, "some/more", tmp_path / "more", HF_HUB_OFFLINE="1")

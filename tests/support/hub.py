@@ -68,7 +68,11 @@ class Hub:
         requests: (method, path, headers) of each request.
         break_after: for files of these names, how many bytes are sent before the connection is closed.
         read_only: names of repositories that no one may write to.
-        is_down: whether each request is refused with status 503.
+        status: refuses each request with this status.
+        failing: for files of these names, with which statuses the next requests for their content are refused.
+        damaged: names of files that are sent with one bit flipped.
+        redirects_to: host that each request is redirected to.
+        last_modified: the date of each repository's last commit, in ISO 8601.
         drops: whether each connection is closed without an answer.
         hangs: whether no request is answered, until `has_ended` is set.
         missing: actions that it answers with status 404, as another server than the Hub does.
@@ -84,7 +88,11 @@ class Hub:
         self.refusals: dict[str, tuple[int, str]] = {}
         self.requests: list[tuple[str, str, dict[str, str]]] = []
         self.break_after: dict[str, int] = {}
-        self.is_down = False
+        self.status: int | None = None
+        self.failing: dict[str, list[int]] = {}
+        self.damaged: set[str] = set()
+        self.redirects_to: str | None = None
+        self.last_modified: str | None = None
         self.drops = False
         self.hangs = False
         self.has_ended = threading.Event()
@@ -104,6 +112,7 @@ class Hub:
             "HF_HOME": str(self.home),
             "HF_HUB_DISABLE_XET": "1",
             "NO_PROXY": "127.0.0.1",
+            "HUB_RETRY_SECONDS": "0.01",
         }
 
     def add(self, kind: str, name: str, files: Mapping[str, bytes] | Path, private: bool = False) -> Repo:
@@ -149,8 +158,12 @@ class _Handler(BaseHTTPRequestHandler):
         if self.hub.drops:
             self.close_connection = True
             return None
-        if self.hub.is_down:
-            return self._send_json({"error": "down"}, 503)
+        if self.hub.status is not None:
+            return self._send_json({"error": "refused"}, self.hub.status)
+        if self.hub.redirects_to is not None:
+            return self._send(b"", 302, {"Location": f"http://{self.hub.redirects_to}/login"})
+        if self.command == "GET" and (statuses := self.hub.failing.get(path.rpartition("/")[2])):
+            return self._send_json({"error": "failing"}, statuses.pop(0))
         if "Authorization" in self.headers and not self._is_signed_in():
             return self._send_json({"error": "Invalid credentials in Authorization header"}, 401)
         # a slash in a revision is quoted
@@ -208,6 +221,7 @@ class _Handler(BaseHTTPRequestHandler):
             case "revision":
                 siblings = [{"rfilename": file} for file in files]
                 info = {"id": name, "sha": sha, "siblings": siblings, "private": repo.private, "tags": []}
+                info |= {} if self.hub.last_modified is None else {"lastModified": self.hub.last_modified}
                 self._send_json({**info, "downloads": 0, "likes": 0})
                 return None if revision == sha else self.hub.after_lookup()
             case "tree":
@@ -269,6 +283,8 @@ class _Handler(BaseHTTPRequestHandler):
             end = min(int(last) + 1 if last else len(body), len(body))
             headers["Content-Range"] = f"bytes {first}-{end - 1}/{len(body)}"
             body, status = body[int(first) : end], 206
+        if path.rpartition("/")[2] in self.hub.damaged:
+            body = bytes([body[0] ^ 1]) + body[1:]
         self._send(body, status, headers, self.hub.break_after.get(path.rpartition("/")[2]))
 
     def _validate_card(self) -> None:
