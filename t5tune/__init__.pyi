@@ -131,7 +131,8 @@ class PrepareSettings(_settings.PrepareSettings):
             data_split: Split of a dataset on the Hugging Face Hub; default: train; for evaluate validation, otherwise
                 test.
             add_tokens: Tokens to add for text that the vocabulary can't represent: auto (newline, tab, braces,
-                indentation, and characters of the targets), none, fastchat (the ten tokens of FastChat), or a list.
+                indentation, and characters of the targets), none, fastchat (the ten tokens of FastChat), or exactly the
+                ones listed.
             shard: Prepare part I of N of the data, I from 0; default: all of it. The process that completes the last
                 part joins them. `auto` takes I and N from torchrun, srun or a SLURM job array.
             join: Only join the parts that `--shard` prepared, such as after the joining was killed.
@@ -348,7 +349,8 @@ class TrainSettings(_settings.TrainSettings):
             data_split: Split of a dataset on the Hugging Face Hub; default: train; for evaluate validation, otherwise
                 test.
             add_tokens: Tokens to add for text that the vocabulary can't represent: auto (newline, tab, braces,
-                indentation, and characters of the targets), none, fastchat (the ten tokens of FastChat), or a list.
+                indentation, and characters of the targets), none, fastchat (the ten tokens of FastChat), or exactly the
+                ones listed.
             num_data: Use only the first N examples; default: all.
             train_on: Train on all assistant turns of a conversation, or only on its last one.
             min_target_tokens: Skip targets shorter than this (tokens); default: keep all.
@@ -903,7 +905,8 @@ class EvaluateSettings(_settings.EvaluateSettings):
             data_split: Split of a dataset on the Hugging Face Hub; default: train; for evaluate validation, otherwise
                 test.
             add_tokens: Tokens to add for text that the vocabulary can't represent: auto (newline, tab, braces,
-                indentation, and characters of the targets), none, fastchat (the ten tokens of FastChat), or a list.
+                indentation, and characters of the targets), none, fastchat (the ten tokens of FastChat), or exactly the
+                ones listed.
             metric: Metrics of your own, in addition: functions (predictions, references) -> dict of numbers, as
                 module:function or path/to/file.py:function.
             overwrite: Replace the output folder (default: evaluation) even if it contains other files.

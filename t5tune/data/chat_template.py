@@ -15,7 +15,7 @@ from typing import Any
 from t5tune.data.formats import ROLES
 from t5tune.data.templates import Template
 from t5tune.data.tokenizer import Tokenizer
-from t5tune.data.vocabulary import is_space_part_of_word
+from t5tune.data.vocabulary import list_joined_spaces
 from t5tune.file_names import TOKENIZER_CONFIG_FILE
 from t5tune.io.atomic import write_json
 from t5tune.io.untrusted import read_json_object
@@ -55,7 +55,7 @@ _SOURCE = r"""
 {%- else -%}
   {%- set source = result.text ~ $assistant_prefix$ -%}
   {{- source_start -}}
-  {{- source[:-1] if $drops_space$ and source.endswith(' ') else source -}}
+  {{- source[:-1] if source.endswith($joined_spaces$) else source -}}
   {{- source_end -}}
 {%- endif -%}
 """
@@ -81,7 +81,7 @@ def build_chat_template(template: Template, tokenizer: Tokenizer, source_prefix:
         "turn_separator": template.turn_separator,
         "assistant_prefix": template.assistant_prefix,
         "source_prefix": source_prefix,
-        "drops_space": is_space_part_of_word(tokenizer),
+        "joined_spaces": list_joined_spaces(tokenizer),
     }
     special = tokenizer.special_ids
     start, end = (_spell_out(tokenizer, ids) for ids in (special.source_start, special.source_end))

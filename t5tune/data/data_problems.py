@@ -14,6 +14,7 @@ from t5tune.data.records import LABELED_BAD, UTF8_HINT, RecordLocation
 from t5tune.data.templates import DEFAULT_TEMPLATE, PAIR_TEMPLATE, Template, load_template
 from t5tune.data.vocabulary import REPLACEMENT_CHARACTER
 from t5tune.errors import DataError
+from t5tune.families import FAMILIES
 from t5tune.file_names import REJECTED_FILE
 from t5tune.formatting import format_count
 from t5tune.io.reasons import MAX_NAMES, join_first
@@ -181,14 +182,21 @@ def report_problems(manifest: dict[str, Any], folder: Path, report: Report) -> N
             limit = manifest["inputs"]["model_max_length"]
             shown_by = f"t5tune inspect {folder} --worst-cut shows the worst"
             report(Note(f"{format_count(count, side)} truncated to model_max_length {limit}; {shown_by}", True))
-    _report_lost_characters(manifest["lost_characters"], report)
-    left_out = manifest["left_out_tokens"]
-    if manifest["inputs"]["add_tokens"] == ["auto"] and not (
-        manifest["added_tokens"] or left_out or manifest["lost_characters"]
-    ):
+    add_tokens, left_out = manifest["inputs"]["add_tokens"], manifest["left_out_tokens"]
+    is_list = add_tokens not in (["auto"], ["none"], ["fastchat"])
+    _report_lost_characters(manifest["lost_characters"], "; add_tokens can list them, too" if is_list else "", report)
+    if add_tokens == ["auto"] and not (manifest["added_tokens"] or left_out or manifest["lost_characters"]):
         report(Note("no tokens added: the base's tokenizer writes every character of the targets"))
     if left_out:
-        report(Note(f"no unused embedding row is left for the tokens {join_first(list(map(repr, left_out)))}", True))
+        report(Note(_format_left_out(left_out, len(manifest["added_tokens"])), True))
+
+
+def _format_left_out(tokens: list[str], num_rows: int) -> str:
+    """Format the tokens that got no embedding row, though the base has `num_rows` unused ones, and what has more."""
+    more = [f"{each.name} ({each.num_unused_rows})" for each in FAMILIES.values() if each.num_unused_rows > num_rows]
+    problem = f"only {format_count(num_rows, 'unused embedding row')}, so there is no token for "
+    advice = f"more rows: {', '.join(more)}; " if more else ""
+    return f"{problem}{join_first(list(map(repr, tokens)))}; {advice}mT5 and ByT5 write every character"
 
 
 def _report_rejections(manifest: dict[str, Any], folder: Path, report: Report) -> None:
@@ -234,14 +242,14 @@ def _format_named_counts(counts: Mapping[str, int], names: Mapping[str, tuple[st
     return ", ".join(format_count(count, *names[kind]) for kind, count in Counter(counts).most_common())
 
 
-def _report_lost_characters(lost: list[dict[str, Any]], report: Report) -> None:
+def _report_lost_characters(lost: list[dict[str, Any]], advice: str, report: Report) -> None:
     missing = [item for item in lost if item["becomes"] == REPLACEMENT_CHARACTER]
     if missing:
         characters = [f"{item['text']!r} ({format_count(item['answers'], 'target')})" for item in missing]
-        report(Note(f"not in the vocabulary: {join_first(characters)}", True))
+        report(Note(f"not in the vocabulary: {join_first(characters)}{advice}", True))
     if changed := [item for item in lost if item not in missing]:
         characters = [f"{item['text']!r} in {format_count(item['answers'], 'target')}" for item in changed]
-        report(Note(f"the tokenizer changes {join_first(characters)}", True))
+        report(Note(f"the tokenizer changes {join_first(characters)}{advice}", True))
 
 
 def format_first_rejected(counts: RecordCounts) -> str:

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import pre_tokenizers
 
 from t5tune.data.tokenizer import BYTES_OFFSET, Tokenizer
-from t5tune.data.vocabulary import is_prepend_scheme_first, is_space_part_of_word, read_pre_tokenizer_config
+from t5tune.data.vocabulary import is_prepend_scheme_first, list_joined_spaces, read_pre_tokenizer_config
 
 MAX_CACHED_WORDS = 100_000  # about 20 MB
 MAX_CACHED_WORD_LENGTH = 40  # characters
@@ -90,7 +90,7 @@ def make_encoder(tokenizer: Tokenizer) -> "Encoder":
 class ByteEncoder:
     """Encodes texts for ByT5, whose ids are bytes."""
 
-    is_space_part_of_word = False
+    joined_spaces: tuple[str, ...] = ()
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.special_ids = tokenizer.special_ids
@@ -108,7 +108,7 @@ class WholeTextEncoder:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.special_ids = tokenizer.special_ids
         self.markers = Markers(tokenizer)
-        self.is_space_part_of_word = is_space_part_of_word(tokenizer)
+        self.joined_spaces = list_joined_spaces(tokenizer)
         self._tokenizers = _TokenizerPair(tokenizer)
         self.dtype = self._tokenizers.dtype
 
@@ -130,7 +130,7 @@ class WordEncoder:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.special_ids = tokenizer.special_ids
         self.markers = Markers(tokenizer)
-        self.is_space_part_of_word = is_space_part_of_word(tokenizer)
+        self.joined_spaces = list_joined_spaces(tokenizer)
         self._tokenizers = _TokenizerPair(tokenizer)
         self.dtype = self._tokenizers.dtype
         self._known: dict[Text, bytes] = {}  # only of type str, because Python finds those faster

@@ -260,16 +260,17 @@ def _shift_spaces(pieces: list[Piece], encoder: Encoder) -> list[Piece]:
     If a space is part of the next word's token, it moves to the next piece: a source then ends with the last
     character of its prefix, and a target begins with a metaspace, as every text does. Otherwise it stays.
     """
-    if not encoder.is_space_part_of_word:
-        return pieces
     result: list[Piece] = []
     for piece in pieces:
-        if result and result[-1].text.endswith(" "):
+        if result and result[-1].text.endswith(encoder.joined_spaces):
             before = result.pop()
             # kept even if it is empty now: where the source ends depends on the kinds of the pieces
             result.append(replace(before, text=before.text[:-1]))
-            piece = piece.prepend(" ")
+            piece = piece.prepend(before.text[-1])
         result.append(piece)
+    last = result[-1]
+    if last.kind == "answer" and len(last.text) > last.message[1] and last.text.endswith(encoder.joined_spaces):
+        result[-1] = replace(last, text=last.text[:-1])  # an earlier answer loses it to the next piece, too
     return result
 
 

@@ -13,10 +13,10 @@ space is kept as a metaspace, and otherwise only the first word of a text gets o
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from functools import lru_cache, partial
-from itertools import takewhile
+from functools import lru_cache
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -71,46 +71,50 @@ def extend_tokenizer(
         return ExtendedTokenizer(tokenizer, [], [])
     if add_tokens == ["none"]:
         return ExtendedTokenizer(tokenizer, [], [])
-    num_unused = num_rows - len(tokenizer)
-    left_out: list[str] = []
+    num_unused = max(num_rows - len(tokenizer), 0)
     if add_tokens in (["auto"], ["fastchat"]) and all(_is_in_vocabulary(tokenizer, t) for t in FASTCHAT_CHARACTERS):
         # fastchat-t5, which was trained with these tokens
         return ExtendedTokenizer(_add_fastchat_tokens(tokenizer), [], [])
     if add_tokens == ["fastchat"]:
         _check_unused_rows(FASTCHAT_TOKENS, num_unused)
         return ExtendedTokenizer(_add_fastchat_tokens(tokenizer), list(FASTCHAT_TOKENS), [])
+    if add_tokens == ["auto"]:
+        return _add_missing_characters(tokenizer, num_unused, sample)
+    wanted = [token for token in dict.fromkeys(add_tokens) if not _is_in_vocabulary(tokenizer, token)]
+    _check_unused_rows(wanted, num_unused)
+    return ExtendedTokenizer(_rebuild_with_tokens(tokenizer, wanted), wanted, [])
+
+
+def _add_missing_characters(tokenizer: Tokenizer, num_unused: int, sample: Iterable[Conversation]) -> ExtendedTokenizer:
+    """Add tokens for MISSING_CHARACTERS and the sample's; if rows are short, those of the most targets."""
     # what it can't write even if it keeps whitespace: with byte fallback, this may be nothing
     rebuilt = _rebuild_with_tokens(tokenizer, [])
-    missing = [text for text in MISSING_CHARACTERS if _encode_and_decode(rebuilt, text) != text]
-    if add_tokens == ["auto"]:
-        wanted = missing + [text for text in _find_unwritable_characters(tokenizer, sample) if text not in missing]
-        room = max(num_unused, len(missing))
-        wanted, left_out = wanted[:room], wanted[room:]
-        # indentation tokens shorten code, but nothing is lost without them: they only take the remaining rows
-        wanted += (INDENTATION_TOKENS if "\n" in missing else [])[: room - len(wanted)]
-        if not wanted:
-            loses_whitespace = any(_encode_and_decode(tokenizer, text) != text for text in MISSING_CHARACTERS)
-            return ExtendedTokenizer(rebuilt if loses_whitespace else tokenizer, [], [])
-    else:
-        # the rebuilt tokenizer keeps whitespace, so newline and tab need tokens, whatever the list contains
-        whitespace = [text for text in ("\n", "\t") if text in missing]
-        wanted = [
-            token for token in dict.fromkeys([*add_tokens, *whitespace]) if not _is_in_vocabulary(tokenizer, token)
-        ]
-    _check_unused_rows(wanted, num_unused)
-    return ExtendedTokenizer(_rebuild_with_tokens(tokenizer, wanted), wanted, left_out)
+    round_trip = make_round_trip(rebuilt)
+    missing = [text for text in MISSING_CHARACTERS if round_trip(text) != text]
+    counts, num_targets = _count_lost_characters(tokenizer, sample)
+    frequent = [text for text, number in counts.items() if number >= MIN_TARGET_SHARE * num_targets]
+    round_trip = make_round_trip(tokenizer)
+    unwritable = [text for text in frequent if round_trip(text) == REPLACEMENT_CHARACTER]
+    wanted = missing + [text for text in unwritable if text not in missing]
+    by_targets = sorted(wanted, key=lambda text: -counts.get(text, 0))
+    left_out = by_targets[num_unused:]
+    added = [text for text in wanted if text not in left_out]
+    # indentation tokens shorten code, but nothing is lost without them: they only take the remaining rows
+    added += (INDENTATION_TOKENS if "\n" in missing else [])[: num_unused - len(added)]
+    if not added:
+        loses_whitespace = any(round_trip(text) != text for text in MISSING_CHARACTERS)
+        return ExtendedTokenizer(rebuilt if loses_whitespace and not left_out else tokenizer, [], left_out)
+    return ExtendedTokenizer(_rebuild_with_tokens(tokenizer, added), added, left_out)
 
 
-def _find_unwritable_characters(tokenizer: Tokenizer, sample: Iterable[Conversation]) -> list[str]:
-    """Return characters without a token that at least MIN_TARGET_SHARE of the targets contain, most frequent first."""
+def _count_lost_characters(tokenizer: Tokenizer, sample: Iterable[Conversation]) -> tuple[dict[str, int], int]:
+    """Count the targets that contain each lost character, the most frequent first, and the targets of the sample."""
     check, lost = RoundTripCheck(tokenizer), LostCharacterCounts()
     num_targets = 0
     for conversation in sample:
         num_targets += len(conversation.targets)
         lost.add(check.count_lost(conversation))
-    counted = ((text, number) for text, _, number in lost.iterate_by_targets())
-    frequent = takewhile(lambda item: item[1] >= MIN_TARGET_SHARE * num_targets, counted)
-    return [text for text, _ in frequent if check.round_trip(text) == REPLACEMENT_CHARACTER]
+    return {text: number for text, _, number in lost.iterate_by_targets()}, num_targets
 
 
 class LostCharacterCounts:
@@ -137,10 +141,9 @@ class RoundTripCheck:
     """Checks which characters survive encoding and decoding; caches the results."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        # encodes and decodes a character; REPLACEMENT_CHARACTER if it has no token
-        self.round_trip = lru_cache(MAX_CACHED_CHARACTERS)(partial(_encode_and_decode, tokenizer))
+        self.round_trip = lru_cache(MAX_CACHED_CHARACTERS)(make_round_trip(tokenizer))
         self._unchanged = {text for text in map(chr, range(128)) if self.round_trip(text) == text}
-        self._plain = re.compile("[" + re.escape("".join(sorted(self._unchanged))) + "]*")
+        self._plain = re.compile(f"[{re.escape(''.join(sorted(self._unchanged)))}]*" if self._unchanged else "")
         self._keeps_runs = self.round_trip("  ") == "  "
 
     def count_lost(self, conversation: Conversation) -> dict[str, tuple[int, int]]:
@@ -165,13 +168,35 @@ class RoundTripCheck:
             yield "  ", len(_SPACE_RUN.findall(text))
 
 
-def _encode_and_decode(tokenizer: Tokenizer, text: str) -> str:
-    """Encode and decode a text between two letters; return REPLACEMENT_CHARACTER if it has no token."""
-    ids = tokenizer.encode(f"a{text}b")
-    if tokenizer.backend is not None and tokenizer.unk_token_id in ids:
-        return REPLACEMENT_CHARACTER
-    back = tokenizer.decode(ids)
-    return back[1:-1] if back[:1] == "a" and back[-1:] == "b" else back
+def make_round_trip(tokenizer: Tokenizer) -> Callable[[str], str]:
+    """Return a function that encodes and decodes a character between two letters; REPLACEMENT_CHARACTER: no token.
+
+    A vocabulary that has letters only as words, such as ProtT5's, can't write two in a row. There, characters other
+    than whitespace are put between spaces.
+    """
+
+    def encode(text: str) -> list[int] | None:
+        ids = tokenizer.encode(text)
+        return None if tokenizer.backend is not None and tokenizer.unk_token_id in ids else ids
+
+    letter = next((each for each in chain("a", _iterate_letters(tokenizer)) if encode(each)), "a")
+    space = "" if encode(2 * letter) else " "
+
+    def round_trip(text: str) -> str:
+        before, after = (letter, letter) if text.isspace() else (letter + space, space + letter)
+        ids = encode(before + text + after)
+        if ids is None:
+            return REPLACEMENT_CHARACTER
+        back = tokenizer.decode(ids)
+        is_framed = back.startswith(before) and back.endswith(after)
+        return back[len(before) : len(back) - len(after)] if is_framed else back
+
+    return round_trip
+
+
+def _iterate_letters(tokenizer: Tokenizer) -> Iterator[str]:
+    tokens = (token.removeprefix(METASPACE) for token in tokenizer.get_vocab())
+    yield from sorted(token for token in tokens if len(token) == 1 and token.isalpha())
 
 
 def is_prepend_scheme_first(tokenizer: Tokenizer) -> bool:
@@ -182,9 +207,13 @@ def is_prepend_scheme_first(tokenizer: Tokenizer) -> bool:
     return _has_metaspace(tokenizer) and read_pre_tokenizer_config(tokenizer).get("prepend_scheme") == "first"
 
 
-def is_space_part_of_word(tokenizer: Tokenizer) -> bool:
-    """Return whether a space before a word is part of the word's token (`▁word`) instead of a token of its own."""
-    return _has_metaspace(tokenizer) and not _is_in_vocabulary(tokenizer, " ")
+def list_joined_spaces(tokenizer: Tokenizer) -> tuple[str, ...]:
+    """List the whitespace that becomes part of the next word's token (`▁word`): all of it that has no token."""
+    if not _has_metaspace(tokenizer):
+        return ()
+    normalizer = tokenizer.backend.normalizer
+    normalize = normalizer.normalize_str if normalizer is not None else str
+    return tuple(text for text in " \n\t" if normalize(text) == " " and not _is_in_vocabulary(tokenizer, text))
 
 
 def read_pre_tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:

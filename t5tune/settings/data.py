@@ -16,7 +16,7 @@ from t5tune.settings.datasets import (
     complete_dataset,
     name_datasets,
 )
-from t5tune.settings.fields import DataList, NoneIfUnset, OptionalCount, Settings, WordList
+from t5tune.settings.fields import DataList, NoneIfUnset, OptionalCount, Settings, TokenList
 from t5tune.settings.reading import (
     PREFERENCE_OBJECTIVES,
     ConversationSettings,
@@ -50,10 +50,11 @@ class DataSettings(ReadingSettings, ConversationSettings):
         description="Split of a dataset on the Hugging Face Hub; default: train; for evaluate validation, otherwise "
         "test.",
     )
-    add_tokens: Annotated[WordList, Affects.EXAMPLES] = Field(
+    add_tokens: Annotated[TokenList, Affects.EXAMPLES] = Field(
         default=["auto"],
         description="Tokens to add for text that the vocabulary can't represent: auto (newline, tab, braces, "
-        "indentation, and characters of the targets), none, fastchat (the ten tokens of FastChat), or a list.",
+        "indentation, and characters of the targets), none, fastchat (the ten tokens of FastChat), or exactly the "
+        "ones listed.",
     )
     num_data: Annotated[OptionalCount, Affects.CACHE | Affects.WEIGHTS] = Field(
         default=None, description="Use only the first N examples; default: all."

@@ -245,6 +245,13 @@ def _split_items(value: Any) -> Any:
     return value
 
 
+def _split_tokens(value: Any) -> Any:
+    """Split items as `_split_items` does; one without words is a token, such as a newline."""
+    if not isinstance(value, list | tuple):
+        return _split_items(value)
+    return [word for item in value for word in (_split_items([item]) or [item]) if word != ""]
+
+
 def _split_numbers(value: Any) -> Any:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return _split_items([value] if is_number else value)
@@ -327,6 +334,9 @@ OptionalCount = Annotated[int | None, Field(gt=0), NoneIfUnset]
 
 WordList = Annotated[list[str], BeforeValidator(_split_items, json_schema_input_type=list[str] | str)]
 """A list that can be written as `q v`, `q,v` or a YAML list."""
+
+TokenList = Annotated[list[str], BeforeValidator(_split_tokens, json_schema_input_type=list[str] | str)]
+"""A list of words, in which an item of white space or commas alone is a word, too."""
 
 NumberList = Annotated[list[float], BeforeValidator(_split_numbers, json_schema_input_type=list[float] | float | str)]
 """A list of numbers that can be written as `0.7 0.3`, `0.7,0.3` or a YAML list; a single one needs no list."""

@@ -826,11 +826,13 @@ def test_the_users_own_tokens_take_the_first_unused_rows(
 ) -> None:
     plain = AutoTokenizer.from_pretrained(str(untied_base))
     _, cache = prepared(record("Hi", "a =>b => c\n"), add_tokens=["=>", "<think>"])
-    assert cache.added_tokens[:2] == ["=>", "<think>"]
     tokenizer = load_tokenizer_of(cache)
     assert tokenizer.convert_tokens_to_ids(["=>", "<think>"]) == [len(plain), len(plain) + 1]
     assert cache[0].target_T.tolist().count(len(plain)) == 2
-    assert decode(tokenizer, cache[0].target_T) == "a =>b => c\n\n"
+    assert cache.added_tokens == ["=>", "<think>"]
+    assert decode(tokenizer, cache[0].target_T) == "a =>b => c "  # newline has no token
+    _, cache = prepared(record("Hi", "a =>b => c\n"), add_tokens=["=>", "\n"])
+    assert decode(load_tokenizer_of(cache), cache[0].target_T) == "a =>b => c\n\n"
 
 
 def test_more_added_tokens_than_unused_rows_are_refused(

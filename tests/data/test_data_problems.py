@@ -78,3 +78,6 @@ def test_characters_that_the_tokenizer_cannot_write_are_counted_by_targets(tmp_p
     )
     assert "not in the vocabulary: '\u2603' (2 targets)" in notes
     assert "the tokenizer changes '²' in 1 target" in notes
+    (tmp_path / "list").mkdir()
+    notes = list_notes(tmp_path / "list", make_pair(target="a\nb"), add_tokens=["=>"])
+    assert "the tokenizer changes '\\n' in 1 target; add_tokens can list them, too" in notes
