@@ -120,9 +120,9 @@ def record_batches(engine: Any) -> list[tuple[float, float, list[list[int]]]]:
     batches: list[tuple[float, float, list[list[int]]]] = []
     generate = engine.generate
 
-    def generate_and_record(generations: Any) -> None:
+    def generate_and_record(generations: Any, on_token: Any) -> None:
         started = time.perf_counter()
-        generate(generations)
+        generate(generations, on_token)
         batches.append((started, time.perf_counter(), [generation.source for generation in generations]))
 
     engine.generate = generate_and_record

@@ -201,6 +201,19 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or "out of memory" in str(error) or bool(_REQUESTED_SIZE.search(str(error)))
 
 
+# the texts of the CUDA and HIP errors after which every call of the process fails; CTranslate2 has no codes for them
+_LOST_DEVICE = re.compile(
+    "illegal memory access|illegal instruction|misaligned address|invalid program counter|hardware stack error|"
+    "device-side assert|unspecified launch failure|launch timed out|uncorrectable|"
+    "not supported on global/shared address space"
+)
+
+
+def is_device_lost(error: Exception) -> bool:
+    """Whether after an error of torch or CTranslate2 this process can no longer use its GPU."""
+    return bool(_LOST_DEVICE.search(str(error)))
+
+
 def get_peak_memory(device: Any) -> int:
     """Return the peak memory of this process in bytes: GPU memory on a GPU, else resident memory."""
     if device.type == "cuda":

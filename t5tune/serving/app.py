@@ -180,8 +180,8 @@ class Service:
         return Response(PAGE_FILE.read_bytes(), media_type="text/html", headers=PAGE_HEADERS)
 
     async def _show_health(self, request: Request) -> Response:
-        if not self._batcher.is_alive:
-            raise ApiError(503, "the thread that computes replies has ended; restart the server")
+        if failure := self._batcher.failure:
+            raise ApiError(503, failure)
         return Response(encode_json({"status": "ok"}), media_type=JSON)
 
     async def _show_metrics(self, request: Request) -> Response:

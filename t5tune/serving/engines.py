@@ -1,9 +1,9 @@
 """What computes replies: transformers, or CTranslate2. Each generates the replies of one batch at a time.
 
-    engine.generate([generation, …])    # fills each of them, and returns when all have ended
+    engine.generate([generation, …], on_token)    # returns when all have ended
 
-Both call `Generation.add` for each token, so that a reply can be sent while it is generated, ends as soon as it is
-complete, and no longer takes time if its client is gone.
+Both call `on_token` for each token, so that a reply can be sent while it is generated, ends as soon as it is complete,
+and no longer takes time if its client is gone. Meanwhile `on_token` may generate other batches with the same engine.
 """
 
 import json
@@ -19,7 +19,8 @@ from t5tune.io.processes import count_cores
 from t5tune.io.reasons import join_lines
 from t5tune.model.device import use_gpu_kernels
 from t5tune.model.generation import Decoding, Sampling, find_stop_ids, generate, make_random_generator
-from t5tune.serving.generation import DecodingOptions, Generation
+from t5tune.serving.batching import MAX_LEVEL
+from t5tune.serving.generation import DecodingOptions, Generation, OnToken
 
 
 class TransformersEngine:
@@ -40,14 +41,14 @@ class TransformersEngine:
     def get_group(self, options: DecodingOptions) -> Hashable:
         return None  # each reply of a batch is sampled by itself
 
-    def generate(self, generations: Sequence[Generation]) -> None:
+    def generate(self, generations: Sequence[Generation], on_token: OnToken) -> None:
         longest = max(generation.options.max_new_tokens for generation in generations)
         with quiet_libraries(), use_gpu_kernels(self._model.device):
             generate(
                 self._model,
                 [generation.source for generation in generations],
                 Decoding(self._eos_token_id, self._pad_token_id, longest),
-                on_token=lambda row, token: generations[row].add(token),
+                on_token=on_token,
                 samplings=[self._make_sampling(generation.options) for generation in generations],
             )
 
@@ -82,7 +83,8 @@ class TranslatorEngine:
                 device=device.type,
                 device_index=device.index or 0,
                 compute_type=compute_type,
-                inter_threads=max_batches,
+                # a batch inside another one needs a thread of its own; they share the weights
+                inter_threads=max_batches * (1 + MAX_LEVEL),
                 intra_threads=max(1, count_cores() // max_batches),
             )
         except RuntimeError as error:
@@ -102,7 +104,7 @@ class TranslatorEngine:
     def get_group(self, options: DecodingOptions) -> Hashable:
         return (options.temperature, options.top_p) if options.temperature > 0 else None
 
-    def generate(self, generations: Sequence[Generation]) -> None:
+    def generate(self, generations: Sequence[Generation], on_token: OnToken) -> None:
         options = generations[0].options
         sampling: dict[str, float] = {"sampling_topk": 1}
         if options.temperature > 0:
@@ -118,6 +120,6 @@ class TranslatorEngine:
             max_decoding_length=max(generation.options.max_new_tokens for generation in generations),
             min_decoding_length=0,
             end_token=sorted(self.stop_ids),
-            callback=lambda step: generations[step.batch_id].add(step.token_id),
+            callback=lambda step: on_token(step.batch_id, step.token_id),
             **sampling,
         )

@@ -9,6 +9,9 @@ from t5tune.errors import T5TuneError
 
 FinishReason = Literal["stop", "length"]
 
+OnToken = Callable[[int, int], bool]
+"""(index of the reply in its batch, id of its next token) -> whether the reply ends with it, or is to end."""
+
 
 @dataclass(frozen=True)
 class DecodingOptions:
@@ -45,8 +48,12 @@ class Engine(Protocol):
     def get_group(self, options: DecodingOptions) -> Hashable:
         """Return what the replies of one batch must have in common."""
 
-    def generate(self, generations: Sequence["Generation"]) -> None:
-        """Generate the replies of one batch. What can't be computed is raised, and may be tried in smaller batches."""
+    def generate(self, generations: Sequence["Generation"], on_token: OnToken) -> None:
+        """Generate the replies of one batch. What can't be computed is raised, and may be tried in smaller batches.
+
+        Args:
+            on_token: called with each token, in any thread. It may generate other batches before it returns.
+        """
 
 
 @dataclass(eq=False)
@@ -79,6 +86,11 @@ class Generation:
     def size(self) -> int:
         """Tokens of the prompt and of the longest reply."""
         return len(self.source) + self.options.max_new_tokens
+
+    @property
+    def rest(self) -> int:
+        """Tokens that it may still get."""
+        return 0 if self.is_canceled or self.ended is not None else self.options.max_new_tokens - len(self.ids)
 
     @property
     def is_repeatable(self) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 from t5tune.errors import T5TuneError
 from t5tune.model.prompts import Prompt, ReplyText
-from t5tune.serving.batching import Batcher, QueueFull
+from t5tune.serving.batching import Batcher, DeviceLost, QueueFull
 from t5tune.serving.generation import DecodingOptions, FinishReason, Generation
 from t5tune.serving.models import ServedModel
 from t5tune.serving.protocol import LAST_EVENT, Answer, ApiError, GenerationRequest, Usage, encode_event
@@ -74,6 +74,8 @@ class Replies:
         except QueueFull as error:
             headers = {"retry-after": SECONDS_TO_RETRY}
             raise ApiError(429, f"too many requests: {error.message}", code="queue_full", headers=headers) from error
+        except DeviceLost as error:
+            raise _explain(error) from error
 
     async def collect(self, is_chat: bool) -> dict[str, Any]:
         """Generate the replies, and return the body of the whole answer."""
@@ -134,7 +136,7 @@ class Replies:
         """Show new text of a reply. Return why it has ended; None if it hasn't."""
         ended = generation.ended  # read before the ids: once it is set, they are complete
         if isinstance(ended, T5TuneError):
-            raise ApiError(500, str(ended), code=type(ended).__name__)
+            raise _explain(ended)
         if ended is None and not generation.follows:
             return None
         ids = generation.ids[:]
@@ -161,6 +163,10 @@ class Replies:
     def _wake(self) -> None:
         self._is_woken = False
         self._news.set()
+
+
+def _explain(error: T5TuneError) -> ApiError:
+    return ApiError(503 if isinstance(error, DeviceLost) else 500, str(error), code=type(error).__name__)
 
 
 def _choose_seed(seed: int | None, number: int) -> int:

@@ -27,7 +27,7 @@ from t5tune.data.tokenizer import load_tokenizer, save_tokenizer
 from t5tune.errors import CheckpointError, ModelError, SettingsError
 from t5tune.progress import Event, Note
 from t5tune.settings import ChatSettings, MergeSettings, ServeSettings, TrainSettings
-from tests.serving.raw_http import CHAT, connect, make_chat, make_request, read_answer, send
+from tests.serving.raw_http import CHAT, connect, make_chat, make_request, read_answer, send, wait_until_running
 from tests.support.adapters import make_stock_adapter
 from tests.support.command_line import t5tune_in_fork
 from tests.support.forks import ForkedProcess, get_fork_server
@@ -118,18 +118,6 @@ def test_a_signal_under_load_ends_with_whole_replies_and_code_0(
         assert sum(line["status"] == 200 and line["path"] == CHAT for line in server.read_log()) == 15
         for connection in connections:
             connection.close()
-
-
-def wait_until_running(url: str) -> None:
-    until = time.monotonic() + PATIENCE
-    while time.monotonic() < until:
-        with connect(url) as connection:
-            connection.sendall(make_request("/metrics", method="GET"))
-            metrics = read_answer(connection)[2].decode()
-        (line,) = (line for line in metrics.splitlines() if line.startswith("t5tune_replies_running "))
-        if float(line.split()[1]) > 0:
-            return
-    raise AssertionError("no reply is computed")
 
 
 def test_replies_that_take_too_long_are_cut_off_and_counted(untied_base: Path, tmp_path: Path) -> None:

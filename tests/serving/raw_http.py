@@ -2,10 +2,11 @@
 
 import json
 import socket
+import time
 from typing import Any
 from urllib.parse import urlsplit
 
-PATIENCE = 60.0
+PATIENCE = 120.0
 CHAT = "/v1/chat/completions"
 
 
@@ -51,3 +52,15 @@ def send(url: str, path: str = CHAT, body: bytes = b"", method: str = "POST", **
         connection.sendall(make_request(path, body, method, **headers))
         status, _, answer = read_answer(connection)
     return status, json.loads(answer)
+
+
+def wait_until_running(url: str) -> None:
+    until = time.monotonic() + PATIENCE
+    while time.monotonic() < until:
+        with connect(url) as connection:
+            connection.sendall(make_request("/metrics", method="GET"))
+            metrics = read_answer(connection)[2].decode()
+        (line,) = (line for line in metrics.splitlines() if line.startswith("t5tune_replies_running "))
+        if float(line.split()[1]) > 0:
+            return
+    raise AssertionError("no reply is computed")

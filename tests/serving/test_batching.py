@@ -3,12 +3,14 @@
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from types import SimpleNamespace
 
 import pytest
 
 from t5tune.errors import OutOfMemory, T5TuneError
-from t5tune.serving.batching import Batcher, QueueFull, choose_batch
-from t5tune.serving.generation import DecodingOptions, Generation
+from t5tune.serving import batching
+from t5tune.serving.batching import Batcher, DeviceLost, QueueFull, choose_batch
+from t5tune.serving.generation import DecodingOptions, Generation, OnToken
 
 END = 1
 LONG_WAIT = 60.0
@@ -19,7 +21,9 @@ class FakeEngine:
 
     Attributes:
         batches: the first ids of the sources of each batch.
+        ended: the first ids of the batches that have ended.
         gate: each batch waits until it is set.
+        on_step: called before each token of a batch.
         fits: the largest batch that fits into memory.
     """
 
@@ -33,30 +37,36 @@ class FakeEngine:
     def __init__(self, max_batches: int = 1) -> None:
         self.max_batches = max_batches
         self.batches: list[list[int]] = []
+        self.ended: list[list[int]] = []
+        self.on_step: Callable[[], None] = lambda: None
         self.entered = threading.Semaphore(0)
         self.gate = threading.Event()
         self.gate.set()
         self.fits = 1000
         self.fail_after: int | None = None
+        self.failure: Exception = ValueError("broken")
         self.halves_differ = False  # whether a batch that fits has other tokens than one that doesn't
 
     def get_group(self, options: DecodingOptions) -> Hashable:
         return options.temperature
 
-    def generate(self, generations: Sequence[Generation]) -> None:
-        self.batches.append([generation.source[0] for generation in generations])
+    def generate(self, generations: Sequence[Generation], on_token: OnToken) -> None:
+        firsts = [generation.source[0] for generation in generations]
+        self.batches.append(firsts)
         self.entered.release()
         assert self.gate.wait(LONG_WAIT)
-        going = list(generations)
+        going = list(range(len(generations)))
         for step in range(max(generation.options.max_new_tokens for generation in generations)):
             if len(generations) > self.fits and step == 2:
                 raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
             if self.fail_after == step:
-                raise ValueError("broken")
+                raise self.failure
+            self.on_step()
             other = 500 if self.halves_differ and len(generations) <= self.fits else 0
-            going = [generation for generation in going if not generation.add(generation.source[0] + step + other)]
+            going = [row for row in going if not on_token(row, firsts[row] + step + other)]
             if not going:
                 break
+        self.ended.append(firsts)
 
 
 class Asked:
@@ -96,27 +106,44 @@ def make() -> Iterator[Callable[..., Batcher]]:
 
 
 def submit(batcher: Batcher, *asked: Asked) -> None:
+    """Submit one request with several replies."""
     batcher.submit([one.generation for one in asked])
 
 
-def list_chosen(waiting: list[Asked], max_tokens: int) -> list[int]:
-    return [chosen.source[0] for chosen in choose_batch([one.generation for one in waiting], max_tokens)]
+def list_chosen(requests: list[list[Asked]], max_tokens: int) -> list[int]:
+    replies = [[one.generation for one in request] for request in requests]
+    return [chosen.source[0] for chosen in choose_batch(replies, max_tokens)]
 
 
-def test_a_batch_has_the_oldest_reply_and_those_nearest_to_it_in_size() -> None:
+def test_a_batch_has_the_first_reply_and_the_replies_nearest_to_it_in_size() -> None:
     engine = FakeEngine()
-    waiting = [Asked(engine, 10, size=6), Asked(engine, 20, size=40), Asked(engine, 30, size=8), Asked(engine, 40)]
+    waiting = [
+        [Asked(engine, 10, size=6)],
+        [Asked(engine, 20, size=40)],
+        [Asked(engine, 30, size=8)],
+        [Asked(engine, 40)],
+    ]
     # sizes with the longest reply: 10, 44, 12, 7
     assert list_chosen(waiting, 36) == [10, 30, 40]
     assert list_chosen(waiting, 35) == [10, 30]
     assert list_chosen(waiting, 4 * 44) == [10, 30, 40, 20]
     assert list_chosen(waiting, 5) == [10]  # larger than the limit, and alone
-    assert list_chosen([], 5) == []
+
+
+def test_a_batch_has_one_reply_of_each_request_before_the_second_of_any() -> None:
+    engine = FakeEngine()
+    many = [Asked(engine, 10 + number) for number in range(5)]
+    few = [Asked(engine, 20, size=30), Asked(engine, 21, size=30)]
+    waiting = [many, few, [Asked(engine, 30)]]
+    # sizes with the longest reply: 7, but 34 of `few`
+    assert list_chosen(waiting, 3 * 34) == [10, 30, 20]
+    assert list_chosen(waiting, 5 * 34) == [10, 30, 20, 11, 21]
+    assert list_chosen(waiting, 2 * 34 - 1) == [10, 30, 11, 12, 13, 14]
 
 
 def test_a_batch_is_of_one_engine_and_of_one_way_to_decode() -> None:
     engine, other = FakeEngine(), FakeEngine()
-    waiting = [Asked(engine, 10), Asked(other, 20), Asked(engine, 30, temperature=1.0), Asked(engine, 40)]
+    waiting = [[Asked(engine, 10)], [Asked(other, 20)], [Asked(engine, 30, temperature=1.0)], [Asked(engine, 40)]]
     assert list_chosen(waiting, 1000) == [10, 40]
 
 
@@ -136,6 +163,88 @@ def test_what_waits_while_a_batch_is_computed_is_the_next_batch(make: Callable[.
     assert [one.generation.ended for one in asked] == ["length"] * 5
 
 
+def test_requests_take_turns_and_do_not_wait_for_all_replies_of_a_neighbor(make: Callable[..., Batcher]) -> None:
+    engine, batcher = FakeEngine(), make(max_batch_tokens=14)  # two replies of size 7
+    engine.gate.clear()
+    many = [Asked(engine, 10 + number) for number in range(6)]
+    several = [Asked(engine, 20 + number) for number in range(2)]
+    single = Asked(engine, 30)
+    submit(batcher, *many)
+    assert engine.entered.acquire(timeout=LONG_WAIT)
+    submit(batcher, *several)
+    submit(batcher, single)
+    engine.gate.set()
+    for one in (*many, *several, single):
+        assert one.wait()
+    assert engine.batches == [[10, 11], [12, 20], [30, 13], [21, 14], [15]]
+
+
+@pytest.fixture
+def short_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each token is a turn, which ends when the engine says that time has passed."""
+    monkeypatch.setattr(batching, "SECONDS_PER_TURN", 0.0)
+
+
+@pytest.mark.usefixtures("short_turns")
+def test_a_batch_is_interrupted_by_smaller_requests_only(make: Callable[..., Batcher]) -> None:
+    engine, other, batcher = FakeEngine(), FakeEngine(), make()
+    engine.gate.clear()
+    large = [Asked(engine, 10 + number, length=40) for number in range(2)]
+    small, same, equal = Asked(engine, 20, length=30), Asked(other, 30, length=30), Asked(engine, 40, length=80)
+    submit(batcher, *large)
+    assert engine.entered.acquire(timeout=LONG_WAIT)
+    for one in (small, same, equal):
+        submit(batcher, one)
+    engine.gate.set()
+    for one in (*large, small, same, equal):
+        first = one.generation.source[0]
+        assert one.wait() == list(range(first, first + one.generation.options.max_new_tokens))
+    assert engine.batches == [[10, 11], [20], [40]]
+    assert engine.ended == [[20], [10, 11], [40]]
+    assert other.ended == [[30]]
+    assert small.generation.started_at is not None
+    assert small.generation.started_at < equal.generation.started_at  # type: ignore[operator]
+
+
+@pytest.mark.usefixtures("short_turns")
+def test_three_batches_at_most_have_begun_and_each_is_half_as_large(make: Callable[..., Batcher]) -> None:
+    engine, batcher = FakeEngine(), make(max_batch_tokens=80)
+    requests = [
+        [Asked(engine, first + number, length=length) for number in range(count)]
+        for first, length, count in ((100, 4000, 1), (200, 7, 5), (300, 2, 5), (400, 1, 1))
+    ]
+    waiting = iter(requests)
+    submit(batcher, *next(waiting))
+    engine.on_step = lambda: submit(batcher, *request) if (request := next(waiting, None)) else None
+    for one in (one for request in requests for one in request):
+        assert one.wait()
+    # four replies of size 10 in 40, and of size 5 in 20; the smallest request has waited for the third batch
+    assert engine.batches[:3] == [[100], [200, 201, 202, 203], [300, 301, 302, 303]]
+    assert engine.ended[0] == [300, 301, 302, 303]
+    assert engine.ended[-1] == [100]
+
+
+def test_a_large_request_gets_half_of_the_time_while_small_ones_keep_coming(
+    make: Callable[..., Batcher], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(batching, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    engine, other, batcher = FakeEngine(), FakeEngine(), make()
+    num_tokens = {engine: 0, other: 0}
+
+    def pass_time(by: FakeEngine) -> None:
+        now[0] += 0.03
+        num_tokens[by] += 1
+        if batcher.num_waiting == 0 and num_tokens[engine] < 400:
+            submit(batcher, Asked(other, 20, length=50))
+
+    engine.on_step, other.on_step = lambda: pass_time(engine), lambda: pass_time(other)
+    large = Asked(engine, 10, length=500)
+    submit(batcher, large)
+    assert len(large.wait()) == 500
+    assert 300 <= num_tokens[other] <= 500
+
+
 def test_an_idle_engine_waits_for_others_but_not_if_the_batch_is_full(make: Callable[..., Batcher]) -> None:
     engine = FakeEngine()
     batcher = make(max_delay=LONG_WAIT * 10, max_batch_tokens=14)
@@ -153,6 +262,7 @@ def test_a_short_reply_ends_before_a_longer_one_of_its_batch(make: Callable[...,
     engine.gate.clear()
     short, long = Asked(engine, 10, length=2), Asked(engine, 20, length=100_000)
     submit(batcher, short, long)
+    assert engine.entered.acquire(timeout=LONG_WAIT)
     engine.gate.set()
     assert short.wait() == [10, 11]
     assert long.generation.ended is None
@@ -218,7 +328,8 @@ def test_what_goes_wrong_ends_the_replies_of_its_batch_alone(make: Callable[...,
     engine, other, batcher = FakeEngine(), FakeEngine(), make()
     engine.fail_after, engine.fits = 1, 0
     broken, whole = Asked(engine, 10), Asked(other, 20)
-    submit(batcher, broken, whole)
+    submit(batcher, broken)
+    submit(batcher, whole)
     assert whole.wait() == [20, 21, 22, 23]
     broken.wait()
     assert isinstance(broken.generation.ended, T5TuneError)
@@ -229,6 +340,25 @@ def test_what_goes_wrong_ends_the_replies_of_its_batch_alone(make: Callable[...,
     large.wait()
     assert isinstance(large.generation.ended, OutOfMemory)
     assert "3 prompt and 4 reply tokens" in large.generation.ended.message
+
+
+def test_a_gpu_that_has_failed_is_not_tried_again(make: Callable[..., Batcher]) -> None:
+    engine, batcher = FakeEngine(), make(max_batch_tokens=7 * 8)
+    engine.fail_after, engine.failure = 2, RuntimeError("CUDA error: an illegal memory access was encountered")
+    engine.gate.clear()
+    asked = [Asked(engine, 10 * number) for number in range(1, 10)]
+    submit(batcher, *asked)
+    assert engine.entered.acquire(timeout=LONG_WAIT)
+    engine.gate.set()
+    for one in asked:
+        one.wait()
+        assert isinstance(one.generation.ended, DeviceLost)
+    assert len(engine.batches) == 1  # the ninth has waited
+    assert batcher.failure == (
+        "the GPU has failed: CUDA error: an illegal memory access was encountered; restart the server"
+    )
+    with pytest.raises(DeviceLost):
+        submit(batcher, Asked(engine, 10))
 
 
 def test_a_sampled_reply_that_was_begun_is_not_continued_by_another_run(make: Callable[..., Batcher]) -> None:
@@ -265,7 +395,8 @@ def test_engines_compute_as_many_batches_at_the_same_time_as_they_can(make: Call
     single.gate.clear()
     double.gate.clear()
     asked = [Asked(single, 10), Asked(single, 20), Asked(double, 30), Asked(double, 40)]
-    submit(batcher, *asked)
+    for one in asked:
+        submit(batcher, one)
     assert single.entered.acquire(timeout=LONG_WAIT)
     assert double.entered.acquire(timeout=LONG_WAIT)
     assert (single.batches, double.batches) == ([[10]], [[30]])  # the second one of `single` has let `double` go first
@@ -285,10 +416,11 @@ def test_closing_finishes_what_waits_and_cuts_off_what_takes_too_long(make: Call
     submit(batcher, *asked)
     batcher.close()
     assert all(len(one.wait()) == 4 for one in asked)
-    assert not batcher.is_alive
-    endless, late = Asked(engine, 10, length=1 << 40), Asked(engine, 20)
+    assert batcher.failure == "the thread that computes replies has ended; restart the server"
+    endless, late = Asked(engine, 10, length=1 << 40), Asked(engine, 20, length=1 << 41)
     batcher = make(max_batch_tokens=1)
-    submit(batcher, endless, late)
+    submit(batcher, endless)
+    submit(batcher, late)
     started = time.monotonic()
     batcher.close(timeout=0.1)
     assert time.monotonic() - started < LONG_WAIT

@@ -1,6 +1,7 @@
 """Many clients for a long time: no lost or mixed reply, and no growing memory."""
 
 import json
+import select
 import threading
 import time
 from collections import Counter
@@ -11,9 +12,10 @@ import pytest
 
 from t5tune.commands.chat import Chatter
 from t5tune.commands.serve import Server
+from t5tune.serving import batching
 from t5tune.settings import ChatSettings
 from tests.serving.conftest import StartServer
-from tests.serving.raw_http import CHAT, connect, make_chat, make_request, read_answer
+from tests.serving.raw_http import CHAT, connect, make_chat, make_request, read_answer, send, wait_until_running
 from tests.support.runs import LONG
 
 pytestmark = pytest.mark.slow
@@ -58,6 +60,50 @@ def test_sixty_four_clients_get_each_their_own_replies(engine: str, start: Start
     assert +wrong == Counter()
     assert len(done) == CLIENTS
     assert max(done.values()) < 3 * min(done.values())  # no one is left waiting
+
+
+@pytest.mark.parametrize("engine", ["ctranslate2", "transformers"])
+@pytest.mark.variants("ctranslate2")
+def test_a_large_request_does_not_hold_up_small_ones_and_no_reply_changes(
+    engine: str, chats: dict[str, Path], start: StartServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Base and adapter share modules, and each batch of the large request is interrupted again and again."""
+    if engine == "ctranslate2":
+        pytest.importorskip("ctranslate2")
+    monkeypatch.setattr(batching, "SECONDS_PER_TURN", 0.0)
+    server = start({name: str(chats[name]) for name in ("base", "adapter")}, engine=engine, max_batch_tokens=4000)
+    small = [make_chat(text, name, max_tokens=LENGTH) for text in MESSAGES[:4] for name in ("base", "adapter")]
+    large = make_chat(MESSAGES[0], "adapter", max_tokens=300)
+    small_alone, large_alone = [read_reply(server, body) for body in small], read_reply(server, large)
+    assert len(set(small_alone)) > 2
+    many = json.dumps({**json.loads(large), "n": 24}).encode()
+    with connect(server.url) as connection, ThreadPoolExecutor(4) as pool:
+        connection.sendall(make_request(CHAT, many))
+        wait_until_running(server.url)
+        found = list(pool.map(lambda body: read_reply(server, body), small))
+        streamed = list(pool.map(lambda body: read_stream(server, body), small))
+        assert not select.select([connection], [], [], 0)[0]  # the large request isn't answered yet
+        status, _, body = read_answer(connection)
+    assert found == streamed == small_alone
+    assert status == 200
+    assert [choice["message"]["content"] for choice in json.loads(body)["choices"]] == [large_alone] * 24
+
+
+def read_reply(server: Server, body: bytes) -> str:
+    status, answer = send(server.url, body=body)
+    assert status == 200, answer
+    return str(answer["choices"][0]["message"]["content"])
+
+
+def read_stream(server: Server, body: bytes) -> str:
+    with connect(server.url) as connection:
+        connection.sendall(make_request(CHAT, json.dumps({**json.loads(body), "stream": True}).encode()))
+        found = b""
+        while b"[DONE]" not in found:
+            found += (part := connection.recv(1 << 16))
+            assert part
+    events = [line.partition(b"data: ")[2] for line in found.splitlines() if b"data: {" in line]
+    return "".join(json.loads(event)["choices"][0]["delta"].get("content", "") for event in events)
 
 
 @pytest.mark.long
