@@ -731,6 +731,7 @@ class ServeSettings(_settings.ServeSettings):
         max_batch_tokens: int = 16384,
         max_batch_delay: float = 5.0,
         parallel_batches: int | None = None,
+        max_replies: int = 128,
         max_queue: int = 256,
         shutdown_timeout: float = 30.0,
     ) -> None:
@@ -773,11 +774,13 @@ class ServeSettings(_settings.ServeSettings):
             top_p: Nucleus sampling (top-p) of requests that give none.
             source_prefix: Text to put before each message, unless it already starts with it; default: the source_prefix
                 used in training.
-            max_batch_tokens: Maximum size of a batch of requests: their number times the longest prompt and max_tokens
-                (tokens). A larger request is alone.
+            max_batch_tokens: Maximum size of a batch of replies: their number times the longest prompt and max_tokens
+                (tokens). A larger reply is alone.
             max_batch_delay: How long a request waits for others to join its batch (milliseconds).
             parallel_batches: Batches that CTranslate2 computes at the same time, on a CPU with a share of the cores
                 each; default: one for each 4 cores, and one on a GPU.
+            max_replies: Maximum number of replies to one request: its prompts times n; more are refused with status
+                400.
             max_queue: Maximum number of replies that wait; more are refused with status 429.
             shutdown_timeout: How long a server that was asked to stop finishes replies (seconds); then it cuts them
                 off.

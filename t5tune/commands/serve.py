@@ -139,7 +139,8 @@ def serve(settings: ServeSettings, report: Report = silent) -> Server:
             on_batch=metrics.count_batch,
         )
         metrics.watch(batcher)
-        service = Service(models, batcher, metrics, settings.api_key, settings.is_local, report)
+        max_replies = min(settings.max_replies, settings.max_queue)
+        service = Service(models, batcher, metrics, max_replies, settings.api_key, settings.is_local, report)
         url = format_url(listener, settings.host)
         http = HttpServer(service, listener, batcher)
     except BaseException:

@@ -15,6 +15,7 @@ from t5tune.file_names import GENERATION_CONFIG_FILE
 from t5tune.io.reasons import describe_error
 
 MIN_TEMPERATURE = 1e-5  # scores divided by less are infinite
+MIN_TOP_P = 1e-6  # the likeliest token is always in the nucleus; CTranslate2 reads a value below 1e-45 as 0
 
 OnToken = Callable[[int, int], bool | None]
 """(index of the source, id of its reply's next token) -> whether this reply is to end here."""

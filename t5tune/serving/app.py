@@ -5,6 +5,8 @@ import hmac
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -17,20 +19,28 @@ from starlette.routing import Match, Route
 from starlette.types import Message, Receive, Scope, Send
 
 from t5tune.errors import make_printable
+from t5tune.model.prompts import Prompt
 from t5tune.progress import Answered, Report
 from t5tune.serving.batching import Batcher
 from t5tune.serving.metrics import Metrics
 from t5tune.serving.models import ServedModel
-from t5tune.serving.protocol import ApiError, Body, ChatRequest, CompletionRequest, encode_json, parse_body
+from t5tune.serving.protocol import (
+    ApiError,
+    Body,
+    ChatRequest,
+    CompletionRequest,
+    GenerationRequest,
+    encode_json,
+    parse_body,
+)
 from t5tune.serving.replies import Order, Record, Replies
 from t5tune.settings.serve import is_loopback
 
 PAGE_FILE = Path(__file__).with_name("page.html")
 MAX_BODY_BYTES = 4 << 20
 SECONDS_FOR_BODY = 30.0
+SECONDS_TO_RESTART = "5"
 CLIENT_GONE = 499  # nginx's status for it, which no one receives
-# larger bodies are parsed and encoded in another thread, so that they don't hold up other requests
-LARGE_BODY_BYTES = 16 << 10
 OPEN_PATHS = {"/", "/health"}  # no key is needed for these
 JSON = "application/json"
 # the page loads nothing from elsewhere, and no other page may frame it
@@ -46,11 +56,11 @@ class Service:
     """Answers requests with the models. All methods run in the event loop's thread, except where they say otherwise.
 
     Args:
+        max_replies: to one request.
         api_key: the key that clients must send; None: none.
         is_local: whether only this machine reaches the server.
 
     Attributes:
-        is_stopping: set to refuse new requests.
         num_cut_off: replies that weren't complete when the server had to stop.
     """
 
@@ -59,15 +69,22 @@ class Service:
         models: Mapping[str, ServedModel],
         batcher: Batcher,
         metrics: Metrics,
+        max_replies: int,
         api_key: str | None,
         is_local: bool,
         report: Report,
     ) -> None:
-        self.is_stopping = False
         self.num_cut_off = 0
+        self._is_stopping = False
+        self._num_accepted = 0  # requests that are being answered
+        self._all_answered = asyncio.Event()
+        # One thread parses all bodies and encodes all prompts. So the event loop answers other requests meanwhile, and
+        # shares Python's interpreter lock with one thread only, however many requests arrive.
+        self._reader = ThreadPoolExecutor(1, "prompts")
         self._models = models
         self._batcher = batcher
         self._metrics = metrics
+        self._max_replies = max_replies
         self._api_key = api_key
         self._is_local = is_local
         self._report = report
@@ -131,7 +148,19 @@ class Service:
         except ApiError as error:
             await (await _refuse(request, error))(scope, receive, send)
             return
-        await self._router(scope, receive, send)
+        self._num_accepted += 1
+        try:
+            await self._router(scope, receive, send)
+        finally:
+            self._num_accepted -= 1
+            if self._is_stopping and self._num_accepted == 0:
+                self._all_answered.set()
+
+    async def finish(self) -> None:
+        """Refuse new requests, and wait until the others are answered."""
+        self._is_stopping = True
+        if self._num_accepted:
+            await self._all_answered.wait()
 
     def _check(self, request: Request) -> None:
         """Check the address that a request was sent to, and its key.
@@ -139,8 +168,9 @@ class Service:
         Raises:
             ApiError: the request is refused.
         """
-        if self.is_stopping:
-            raise ApiError(503, "the server is stopping", headers={"retry-after": "5", "connection": "close"})
+        if self._is_stopping:
+            headers = {"retry-after": SECONDS_TO_RESTART, "connection": "close"}
+            raise ApiError(503, "the server is stopping", headers=headers)
         if self._api_key is None:
             # a page on the web may give a name of its own to this machine's address, and send requests from a browser
             host = request.headers.get("host", "")
@@ -208,11 +238,7 @@ class Service:
 
     async def _complete(self, request: Request, kind: type[Body]) -> Response:
         record: Record = request.scope["t5tune"]
-        body = await _read_body(request)
-        if len(body) < LARGE_BODY_BYTES:
-            order = self._read_order(body, kind, record)
-        else:
-            order = await asyncio.to_thread(self._read_order, body, kind, record)
+        order = await self._read_order(await _read_body(request), kind, record)
         replies = Replies(order, self._batcher, record)
         headers = {"x-t5tune-dropped-messages": str(record.dropped_messages)} if record.dropped_messages else {}
         if order.request.stream:
@@ -222,20 +248,29 @@ class Service:
         whole = await _unless_gone(request, replies.collect(is_chat=kind is ChatRequest))
         return Response(encode_json(whole), media_type=JSON, headers=headers)
 
-    def _read_order(self, body: bytes, kind: type[Body], record: Record) -> Order:
-        """Read a request, in any thread."""
-        request = parse_body(body, kind)
+    async def _read_order(self, body: bytes, kind: type[Body], record: Record) -> Order:
+        run = partial(asyncio.get_running_loop().run_in_executor, self._reader)
+        request = await run(parse_body, body, kind)
         model = self._find_model(request.model)
         record.model = model.name
-        num_replies = request.n * (len(request.prompt) if isinstance(request, CompletionRequest) else 1)
-        if num_replies > self._batcher.max_waiting:
-            problem = f"n: {num_replies:,} replies; this server takes at most {self._batcher.max_waiting:,} at once"
-            raise ApiError(400, problem, "n")
+        self._check_number(request)
         options = model.read_options(request)
-        prompts = model.read_prompts(request)
+        prompts: list[Prompt] = []
+        unread = model.read_prompts(request)
+        while prompt := await run(next, unread, None):  # the prompts of other requests get in between
+            prompts.append(prompt)
         record.prompt_tokens = sum(prompt.num_tokens for prompt in prompts)
         record.dropped_messages = sum(prompt.dropped_turns for prompt in prompts)
         return Order(request, model, prompts, options)
+
+    def _check_number(self, request: GenerationRequest) -> None:
+        num_prompts = len(request.prompt) if isinstance(request, CompletionRequest) else 1
+        if num_prompts * request.n > self._max_replies:
+            limit = f"this server gives at most {self._max_replies:,} replies to one request"
+            if num_prompts == 1:
+                raise ApiError(400, f"n: {request.n}: {limit}", "n")
+            each = "" if request.n == 1 else f", with n {request.n} for each"
+            raise ApiError(400, f"prompt: {num_prompts:,} prompts{each}: {limit}", "prompt")
 
 
 async def _read_body(request: Request) -> bytes:
@@ -260,7 +295,7 @@ async def _read_body(request: Request) -> bytes:
                     raise too_large
     except TimeoutError:
         problem = f"the body didn't arrive within {SECONDS_FOR_BODY:g} seconds"
-        raise ApiError(408, problem, headers={"connection": "close"}) from None
+        raise ApiError(408, problem) from None
     return bytes(body)
 
 

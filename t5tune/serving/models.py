@@ -1,13 +1,18 @@
 """A model as clients see it: its name, and how their requests become prompts and replies."""
 
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 
+from t5tune.data.formats import Turn
 from t5tune.errors import SettingsError
-from t5tune.model.generation import MIN_TEMPERATURE
+from t5tune.model.generation import MIN_TEMPERATURE, MIN_TOP_P
 from t5tune.model.prompts import Prompt, Prompts
 from t5tune.serving.generation import DecodingOptions, Engine
 from t5tune.serving.protocol import ApiError, ChatRequest, CompletionRequest, GenerationRequest
+
+# Longer prompts are refused before they are encoded, which takes seconds for megabytes. English has 4 bytes per token.
+MAX_BYTES_PER_TOKEN = 32
 
 
 @dataclass(frozen=True)
@@ -26,18 +31,19 @@ class ServedModel:
     longest: int
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def read_prompts(self, request: GenerationRequest) -> list[Prompt]:
-        """Encode what a request asks to reply to.
+    def read_prompts(self, request: GenerationRequest) -> Iterator[Prompt]:
+        """Encode the prompts of a request, one after the other.
 
         Raises:
-            ApiError: it can't be replied to, or is too long.
+            ApiError: a prompt can't be replied to, or is too long.
         """
         try:
             if isinstance(request, ChatRequest):
-                system, turns = request.split_messages()
-                return [self._check_prompt(self.prompts.encode(turns, system), "messages")]
+                yield self._read_messages(request)
+                return
             assert isinstance(request, CompletionRequest)
-            return [self._read_prompt(prompt) for prompt in request.prompt]
+            for number, prompt in enumerate(request.prompt):
+                yield self._read_prompt(prompt, f"prompt[{number}]" if len(request.prompt) > 1 else "prompt")
         except SettingsError as error:
             raise ApiError(400, str(error), error.message.partition(":")[0]) from error
 
@@ -58,25 +64,58 @@ class ServedModel:
         return DecodingOptions(
             max_new_tokens=self.defaults.max_new_tokens if limit is None else limit,
             temperature=temperature if temperature >= MIN_TEMPERATURE else 0.0,
-            top_p=self.defaults.top_p if request.top_p is None else request.top_p,
+            top_p=max(MIN_TOP_P, self.defaults.top_p if request.top_p is None else request.top_p),
             seed=request.seed,
         )
 
-    def _read_prompt(self, prompt: str | list[int]) -> Prompt:
+    def _read_messages(self, request: ChatRequest) -> Prompt:
+        system, turns = request.split_messages()
+        needed = _count_bytes(system or "") + _count_bytes(turns[-1].text)
+        self._check_size(needed, "messages", "bytes in the system and the last message")
+        recent = self._drop_oldest(turns)
+        prompt = self._check_prompt(self.prompts.encode(recent, system), "messages")
+        return replace(prompt, dropped_turns=prompt.dropped_turns + len(turns) - len(recent))
+
+    def _drop_oldest(self, turns: list[Turn]) -> list[Turn]:
+        """Drop the oldest turns that can't fit. Those that are left begin with the user's."""
+        room, count = self._max_bytes, 0
+        for turn in reversed(turns):
+            room -= max(_count_bytes(turn.text), MAX_BYTES_PER_TOKEN)  # each turn has a token at least
+            if room < 0:
+                break
+            count += 1
+        return turns[len(turns) - count + (count + 1) % 2 :]
+
+    def _read_prompt(self, prompt: str | list[int], place: str) -> Prompt:
         if isinstance(prompt, str):
-            return self._check_prompt(self.prompts.encode_text(prompt), "prompt")
+            self._check_size(_count_bytes(prompt), place, "bytes")
+            return self._check_prompt(self.prompts.encode_text(prompt), place)
+        self._check_size(len(prompt), place, "ids")
         size = len(self.prompts.tokenizer)
         unknown = next((index for index in prompt if not 0 <= index < size), None)
         if unknown is not None:
-            raise ApiError(400, f"prompt: {unknown}: the tokenizer has no such id; it has {size:,} tokens", "prompt")
-        return self._check_prompt(self.prompts.make_prompt(prompt), "prompt")
+            raise ApiError(400, f"{place}: {unknown}: the tokenizer has no such id; it has {size:,} tokens", place)
+        return self._check_prompt(self.prompts.make_prompt(prompt), place)
 
-    def _check_prompt(self, prompt: Prompt, param: str) -> Prompt:
+    def _check_size(self, size: int, place: str, unit: str) -> None:
+        if size > self._max_bytes:
+            problem = f"{place}: too long: {size:,} {unit}; model_max_length is {self.prompts.max_length:,} tokens"
+            raise ApiError(400, problem, place, "context_length_exceeded")
+
+    @property
+    def _max_bytes(self) -> int:
+        return self.prompts.max_length * MAX_BYTES_PER_TOKEN
+
+    def _check_prompt(self, prompt: Prompt, place: str) -> Prompt:
         if not self.engine.can_read(prompt.ids):
-            problem = f"{param}: nothing to reply to: {self.engine.name} needs at least one token that isn't special"
-            raise ApiError(400, problem, param)
+            problem = f"{place}: nothing to reply to: {self.engine.name} needs at least one token that isn't special"
+            raise ApiError(400, problem, place)
         if prompt.cut_tokens:
             limit = f"model_max_length is {self.prompts.max_length:,} tokens"
-            what = "the system and the last message don't fit" if param == "messages" else f"it has {len(prompt.ids):,}"
-            raise ApiError(400, f"{param}: too long: {what}; {limit}", param, "context_length_exceeded")
+            what = "the system and the last message don't fit" if place == "messages" else f"it has {len(prompt.ids):,}"
+            raise ApiError(400, f"{place}: too long: {what}; {limit}", place, "context_length_exceeded")
         return prompt
+
+
+def _count_bytes(text: str) -> int:
+    return len(text.encode())

@@ -327,10 +327,12 @@ class Answer:
 
     Args:
         is_chat: whether it is a chat completion.
+        has_usage: whether its last event has the usage; the other events then say that it is null.
     """
 
     model: str
     is_chat: bool
+    has_usage: bool = False
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -345,7 +347,8 @@ class Answer:
     def make_part(self, index: int, text: str, reason: str | None = None, is_first: bool = False) -> dict[str, Any]:
         """Make the body of an event with a part of a reply."""
         delta = {**({"role": "assistant"} if is_first else {}), **({"content": text} if text or is_first else {})}
-        return {**self._make_head(is_part=True), "choices": [self._make_choice(index, "delta", delta, text, reason)]}
+        body = {**self._make_head(is_part=True), "choices": [self._make_choice(index, "delta", delta, text, reason)]}
+        return {**body, "usage": None} if self.has_usage else body
 
     def make_usage(self, usage: Usage) -> dict[str, Any]:
         """Make the body of the event that follows the last part, for clients that asked for it."""

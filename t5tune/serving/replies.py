@@ -90,7 +90,8 @@ class Replies:
 
     async def stream(self, is_chat: bool) -> AsyncIterator[bytes]:
         """Yield the events of the answer."""
-        answer = Answer(self._order.model.name, is_chat)
+        has_usage = self._order.request.stream_options.include_usage
+        answer = Answer(self._order.model.name, is_chat, has_usage=has_usage)
         try:
             for index in range(len(self._generations)) if is_chat else ():
                 yield encode_event(answer.make_part(index, "", is_first=True))
@@ -103,7 +104,7 @@ class Replies:
             self._record.error = error.summary
             yield encode_event(error.to_body())
             return
-        if self._order.request.stream_options.include_usage:
+        if has_usage:
             yield encode_event(answer.make_usage(self._count_usage()))
         yield LAST_EVENT
 

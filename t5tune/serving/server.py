@@ -1,6 +1,6 @@
 """A server that runs in a thread of its own: uvicorn's, so that this process keeps its signal handlers.
 
-server = HttpServer(service, bind("127.0.0.1", 8000))
+server = HttpServer(service, bind("127.0.0.1", 8000), batcher)
 server.wait()
 server.stop(timeout=30.0)
 """
@@ -13,15 +13,16 @@ import threading
 from contextlib import suppress
 
 import uvicorn
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from t5tune.errors import SettingsError, T5TuneError
-from t5tune.serving.app import Service
+from t5tune.serving.app import MAX_BODY_BYTES, Service
 from t5tune.serving.batching import Batcher
 
 BACKLOG = 2048
-SECONDS_TO_KEEP_IDLE = 30  # a connection after an answer
-SECONDS_FOR_HEADERS = 30.0  # of a connection's first request
+SECONDS_FOR_HEADERS = 30.0  # of a request, from the connection or the last answer on
+SECONDS_AFTER_EARLY_ANSWER = 2.0  # for a client that still sends the body to notice the answer
 MILLISECONDS_TO_READ = 60_000  # a client that doesn't take what was sent to it for so long is disconnected
 
 
@@ -64,17 +65,18 @@ class HttpServer:
         self._service = service
         self._batcher = batcher
         config = uvicorn.Config(
-            service,
+            _EarlyAnswers(service),
             log_config=None,
             log_level="critical",
             access_log=False,
             server_header=False,
             lifespan="off",
             http=_Connection,
+            ws="none",
             backlog=BACKLOG,
-            timeout_keep_alive=SECONDS_TO_KEEP_IDLE,
+            timeout_keep_alive=int(SECONDS_FOR_HEADERS),
         )
-        self._server = _NotifyingServer(config)
+        self._server = _Server(config, service)
         threading.Thread(target=self._server.run, args=([listener],), name="http", daemon=True).start()
         self._server.has_started.wait()
         if not self._server.started:
@@ -86,7 +88,7 @@ class HttpServer:
         self._server.has_ended.wait()
 
     def stop(self, timeout: float) -> int:
-        """Refuse new requests, finish those that are being answered, and end.
+        """Answer new requests with status 503 until the others are answered, and end.
 
         Args:
             timeout: seconds after which those that aren't complete are cut off.
@@ -94,8 +96,7 @@ class HttpServer:
         Returns:
             How many replies were cut off.
         """
-        self._service.is_stopping = True
-        self._server.config.timeout_graceful_shutdown = timeout  # type: ignore[assignment]
+        self._server.seconds_to_stop = timeout
         self._server.should_exit = True
         self.wait()
         self._batcher.close(0)
@@ -103,32 +104,110 @@ class HttpServer:
 
 
 class _Connection(H11Protocol):
-    """uvicorn's connection, which is closed if no request arrives.
+    """uvicorn's connection, which is closed if no request arrives in time: its first one, or the next one.
 
     h11, unlike httptools, limits the size of headers, and reads the body of a request that asks for HTTP/2, as that of
     Java's client does.
     """
 
+    _deadline: asyncio.TimerHandle | None = None
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._deadline = self.loop.call_later(SECONDS_FOR_HEADERS, self._close_without_request)
+        self._set_deadline()
+
+    def handle_events(self) -> None:
+        super().handle_events()
+        self._set_deadline()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._set_deadline()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._deadline.cancel()  # which would keep this object, and what it has read
+        self._clear_deadline()  # which would keep this object, and what it has read
         super().connection_lost(exc)
 
-    def _close_without_request(self) -> None:
-        if getattr(self, "cycle", None) is None:
-            self.transport.close()
+    def _set_deadline(self) -> None:
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._clear_deadline()  # a request is being answered
+        elif self._deadline is None and not self.transport.is_closing():
+            self._deadline = self.loop.call_later(SECONDS_FOR_HEADERS, self.transport.close)
+
+    def _clear_deadline(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
 
 
-class _NotifyingServer(uvicorn.Server):
-    """uvicorn's server, which says when it has started or failed to, and when it has ended."""
+class _EarlyAnswers:
+    """Closes the connection of a request that is answered before its body has been read.
 
-    def __init__(self, config: uvicorn.Config) -> None:
+    Otherwise uvicorn would read the rest of the body, for as long as the client sends it. For a moment this does so,
+    too: if a connection is closed while its client sends, the client may not see the answer.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        has_unread = any(
+            name == b"transfer-encoding" or (name == b"content-length" and value != b"0")
+            for name, value in scope["headers"]
+        )
+        closes = is_answered = False
+
+        async def receive_and_note() -> Message:
+            nonlocal has_unread
+            message = await receive()
+            has_unread = has_unread and message["type"] == "http.request" and message["more_body"]
+            return message
+
+        async def send_and_note(message: Message) -> None:
+            nonlocal closes, is_answered
+            if message["type"] == "http.response.start":
+                closes = has_unread
+                if closes:
+                    message = {**message, "headers": [*message["headers"], (b"connection", b"close")]}
+            elif closes and not message.get("more_body"):
+                is_answered = True
+                message = {**message, "more_body": True}
+            await send(message)
+
+        await self._app(scope, receive_and_note, send_and_note)
+        if not is_answered:
+            return
+        with suppress(TimeoutError):
+            async with asyncio.timeout(SECONDS_AFTER_EARLY_ANSWER):
+                room = MAX_BODY_BYTES
+                while has_unread and room > 0:
+                    room -= len((await receive_and_note()).get("body", b""))
+        await send({"type": "http.response.body"})  # uvicorn closes the connection
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, which says when it has started or failed to, and when it has ended.
+
+    Attributes:
+        seconds_to_stop: after which answers that aren't complete are cut off.
+    """
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
+        self._service = service
+        self.seconds_to_stop = 0.0
         self.has_started = threading.Event()
         self.has_ended = threading.Event()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop accepting connections only when all requests are answered; uvicorn itself begins with that."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + self.seconds_to_stop
+        with suppress(TimeoutError):
+            async with asyncio.timeout_at(until):
+                await self._service.finish()
+        self.config.timeout_graceful_shutdown = max(0, until - loop.time())  # type: ignore[assignment]
+        await super().shutdown(sockets)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         try:

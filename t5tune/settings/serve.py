@@ -91,8 +91,8 @@ class ServeSettings(ConversationSettings, DeviceSettings, QuantizationSettings, 
     max_batch_tokens: int = Field(
         default=16384,
         gt=0,
-        description="Maximum size of a batch of requests: their number times the longest prompt and max_tokens "
-        "(tokens). A larger request is alone.",
+        description="Maximum size of a batch of replies: their number times the longest prompt and max_tokens "
+        "(tokens). A larger reply is alone.",
     )
     max_batch_delay: float = Field(
         default=5.0,
@@ -103,6 +103,11 @@ class ServeSettings(ConversationSettings, DeviceSettings, QuantizationSettings, 
         default=None,
         description="Batches that CTranslate2 computes at the same time, on a CPU with a share of the cores each; "
         "default: one for each 4 cores, and one on a GPU.",
+    )
+    max_replies: int = Field(
+        default=128,
+        gt=0,
+        description="Maximum number of replies to one request: its prompts times n; more are refused with status 400.",
     )
     max_queue: int = Field(
         default=256, gt=0, description="Maximum number of replies that wait; more are refused with status 429."

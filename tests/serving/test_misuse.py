@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from t5tune.commands.serve import Server
+from t5tune.model.prompts import Prompt, Prompts
 from t5tune.progress import Answered, Event
 from t5tune.serving import app as app_module
 from t5tune.serving import server as server_module
@@ -45,6 +46,11 @@ def server(chats: dict[str, Path], start: StartServer) -> Server:
     return start({"base": str(chats["base"])}, engine="transformers", model_max_length=160)
 
 
+@pytest.fixture(scope="module")
+def keyed(chats: dict[str, Path], start: StartServer) -> Server:
+    return start({"base": str(chats["base"])}, engine="transformers", api_key="s3cret")
+
+
 def read_expected(server: Server) -> str:
     status, answer = send(server.url, body=make_chat())
     assert status == 200, answer
@@ -66,7 +72,7 @@ LONG_CHAT = [{"role": "user" if number % 2 == 0 else "assistant", "content": "x"
         (make_chat(max_tokens="many"), 400, 'max_tokens: "many": expected a whole number'),
         (make_chat(max_tokens=161), 400, "max_tokens: 161: this server allows at most 160 tokens"),
         (make_chat("word " * 100), 400, "messages: too long"),
-        (make_chat("word" * 50_000), 400, "message: a word of 200,000 characters, more than 100,000"),
+        (make_chat("word " * 800_000), 400, "messages: too long: 4,000,000 bytes in the system and the last message"),
         (json.dumps({"model": "base", "messages": LONG_CHAT[:-1]}).encode(), 400, "messages: the last one isn't"),
     ],
 )
@@ -114,16 +120,54 @@ def test_a_body_of_100_megabytes_is_refused_and_not_kept(server: Server) -> None
         connection.sendall(make_request(CHAT, content_length=str(size)))
         status, _, answer = read_answer(connection)  # before it was sent
         assert (status, json.loads(answer)["error"]["message"]) == (413, "the body is larger than 4,194,304 bytes")
-        for _ in range(size >> 20):
-            connection.sendall(bytes(1 << 20))
-        connection.sendall(make_request(CHAT, make_chat()))  # the connection can be used for another request
-        assert read_answer(connection)[0] == 200
     with connect(server.url) as connection:  # without saying how large it will be
         head = make_request(CHAT, content_length="").replace(b"content-length: \r\n", b"transfer-encoding: chunked\r\n")
         connection.sendall(head)
         for _ in range(5):
             connection.sendall(b"100000\r\n" + bytes(1 << 20) + b"\r\n")
         assert read_answer(connection)[0] == 413
+
+
+@pytest.mark.parametrize(
+    ("path", "method", "headers", "status"),
+    [
+        (CHAT, "POST", {"authorization": "Bearer wrong"}, 401),
+        (CHAT, "POST", {"content_type": "text/plain"}, 415),
+        (CHAT, "POST", {"content_length": "100000000"}, 413),
+        (CHAT, "POST", {"transfer_encoding": "chunked", "content_type": "text/plain"}, 415),
+        ("/v1/embeddings", "POST", {}, 404),
+        (CHAT, "PUT", {}, 405),
+        ("/health", "GET", {}, 200),
+    ],
+)
+def test_an_answer_before_the_body_closes_the_connection(
+    path: str, method: str, headers: dict[str, str], status: int, keyed: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However slowly the client goes on sending the body, and however much of it."""
+    head = make_request(
+        path, method=method, **{"authorization": "Bearer s3cret", "content_length": "4000000"} | headers
+    )
+    if "transfer_encoding" in headers:
+        head = head.replace(b"content-length: 4000000\r\n", b"")
+    chunk = b"10000\r\n" + bytes(1 << 16) + b"\r\n"
+    monkeypatch.setattr(server_module, "SECONDS_AFTER_EARLY_ANSWER", 0.3)
+    with connect(keyed.url) as slow, connect(keyed.url) as endless:
+        for connection in (slow, endless):
+            connection.sendall(head)
+            found, found_headers, _ = read_answer(connection)
+            assert (found, found_headers["connection"]) == (status, "close")
+        slow.sendall(chunk[:8])
+        assert slow.recv(1) == b""
+        with pytest.raises(OSError, match="reset|Broken pipe"):
+            endless.sendall(chunk * 1000)
+
+
+def test_a_client_that_sends_a_large_body_first_gets_its_answer(keyed: Server) -> None:
+    """The server reads some of it before it closes the connection, which would lose the answer."""
+    with connect(keyed.url) as connection:
+        connection.sendall(make_request(CHAT, bytes(3 << 20), authorization="Bearer wrong"))
+        assert read_answer(connection)[0] == 401
+        assert connection.recv(1) == b""
 
 
 def test_half_a_body_is_given_up_and_holds_up_no_one(
@@ -180,13 +224,102 @@ def test_a_full_queue_says_when_to_come_back(chats: dict[str, Path], start: Star
     wait_for_metric(server, "replies_waiting 0.0")  # the client that waited is gone
 
 
-def test_more_replies_than_ever_fit_into_the_queue_are_refused_at_once(
-    server: Server, start: StartServer, chats: dict[str, Path]
+@pytest.mark.parametrize(
+    ("num_prompts", "n", "problem"),
+    [
+        (20_000, 128, "prompt: 20,000 prompts, with n 128 for each: "),
+        (257, 1, "prompt: 257 prompts: "),
+        (1, 101, "n: 101: "),
+    ],
+)
+def test_more_replies_to_one_request_than_the_server_gives_are_refused(
+    num_prompts: int, n: int, problem: str, chats: dict[str, Path], start: StartServer
 ) -> None:
-    body = json.dumps({"model": "base", "prompt": [""] * 20_000, "n": 128, "max_tokens": 1}).encode()
+    server = start({"base": str(chats["base"])}, engine="transformers", max_replies=100)
+    body = json.dumps({"model": "base", "prompt": [""] * num_prompts, "n": n, "max_tokens": 1}).encode()
     status, answer = send(server.url, "/v1/completions", body)
     assert status == 400
-    assert answer["error"]["message"] == "n: 2,560,000 replies; this server takes at most 256 at once"
+    assert answer["error"]["message"] == f"{problem}this server gives at most 100 replies to one request"
+    assert answer["error"]["param"] == problem.partition(":")[0]
+
+
+@pytest.mark.parametrize("prompt", ["word " * 800_000, [5] * 1_900_000])
+def test_a_prompt_of_megabytes_is_refused_by_its_size(prompt: str | list[int], server: Server) -> None:
+    body = json.dumps({"model": "base", "prompt": [prompt, "Hello"]}, separators=(",", ":")).encode()
+    status, answer = send(server.url, "/v1/completions", body)
+    assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
+    size = "4,000,000 bytes" if isinstance(prompt, str) else "1,900,000 ids"
+    assert answer["error"]["message"] == f"prompt[0]: too long: {size}; model_max_length is 160 tokens"
+
+
+def test_health_is_answered_while_a_prompt_is_encoded(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    is_encoding, is_answered = threading.Event(), threading.Event()
+    encode = Prompts.encode
+
+    def encode_slowly(self: Prompts, *given: Any) -> Prompt:
+        is_encoding.set()
+        assert is_answered.wait(PATIENCE)
+        return encode(self, *given)
+
+    monkeypatch.setattr(Prompts, "encode", encode_slowly)
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(send, server.url, body=make_chat(max_tokens=3))
+        assert is_encoding.wait(PATIENCE)
+        assert send(server.url, "/health", method="GET") == (200, {"status": "ok"})
+        is_answered.set()
+        assert found.result()[0] == 200
+
+
+def test_a_server_that_stops_answers_503_until_the_running_requests_are_done(
+    start: StartServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from t5tune.serving import engines
+
+    server = start({"base": "pocket"}, engine="transformers")
+    is_running, may_end = threading.Event(), threading.Event()
+    generate = engines.generate
+
+    def generate_slowly(*given: Any, **options: Any) -> Any:
+        is_running.set()
+        assert may_end.wait(PATIENCE)
+        return generate(*given, **options)
+
+    monkeypatch.setattr(engines, "generate", generate_slowly)
+    with ThreadPoolExecutor(2) as pool:
+        found = pool.submit(send, server.url, body=make_chat())
+        assert is_running.wait(PATIENCE)
+        stopped = pool.submit(server.stop)
+        until = time.monotonic() + PATIENCE
+        while send(server.url, "/health", method="GET")[0] == 200:
+            assert time.monotonic() < until
+        for _ in range(3):
+            with connect(server.url) as connection:
+                connection.sendall(make_request(CHAT, make_chat()))
+                status, headers, body = read_answer(connection)
+            assert (status, headers["retry-after"]) == (503, "5")
+            assert json.loads(body)["error"]["message"] == "the server is stopping"
+        assert not found.done()
+        may_end.set()
+        assert found.result()[0] == 200
+        stopped.result()
+    with pytest.raises(ConnectionRefusedError):
+        connect(server.url)
+
+
+def test_a_gpu_that_has_failed_is_seen_in_the_health(start: StartServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    from t5tune.serving import engines
+
+    server = start({"base": "pocket"}, engine="transformers")
+
+    def fail(*given: Any, **options: Any) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    assert send(server.url, "/health", method="GET")[0] == 200
+    monkeypatch.setattr(engines, "generate", fail)
+    problem = "the GPU has failed: CUDA error: an illegal memory access was encountered; restart the server"
+    for path, method in ((CHAT, "POST"), ("/health", "GET"), (CHAT, "POST")):
+        status, answer = send(server.url, path, make_chat() if method == "POST" else b"", method=method)
+        assert (status, answer["error"]["message"]) == (503, problem)
 
 
 def test_a_request_that_can_not_be_computed_does_not_fail_others_of_its_batch(
@@ -213,10 +346,12 @@ def test_a_request_that_can_not_be_computed_does_not_fail_others_of_its_batch(
 def test_nothing_is_replied_to_nothing_with_ctranslate2(start: StartServer) -> None:
     pytest.importorskip("ctranslate2")
     server = start({"base": "pocket"}, engine="ctranslate2")
-    for prompt in ("", "  ", [0], [1]):
+    prompts: list[tuple[Any, str]] = [("", "prompt"), ("  ", "prompt"), ([0], "prompt"), ([[5, 6], [1]], "prompt[1]")]
+    for prompt, param in prompts:
         body = json.dumps({"model": "base", "prompt": prompt}).encode()
         status, answer = send(server.url, "/v1/completions", body)
-        assert (status, answer["error"]["param"]) == (400, "prompt")
+        assert (status, answer["error"]["param"]) == (400, param)
+        assert answer["error"]["message"].startswith(f"{param}: nothing to reply to")
         assert "needs at least one token that isn't special" in answer["error"]["message"]
 
 
@@ -232,6 +367,11 @@ def test_a_connection_without_a_request_is_closed(
     with connect(server.url) as large:
         large.sendall(make_request(CHAT, make_chat(), cookie="x" * 200_000))
         assert large.recv(12) == b"HTTP/1.1 400"
+    with connect(server.url) as second:
+        second.sendall(make_request("/health", method="GET"))
+        assert read_answer(second)[0] == 200
+        second.sendall(make_request(CHAT, make_chat())[:30])
+        assert second.recv(1) == b""
 
 
 def test_a_request_that_asks_for_http_2_gets_its_reply(server: Server) -> None:

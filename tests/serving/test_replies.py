@@ -52,6 +52,7 @@ def ask_in_pieces(client: openai.OpenAI, model: str, text: str, **options: Any) 
     """Return the pieces of a streamed reply, its finish reason, and its usage."""
     events = list(ask(client, model, text, stream=True, stream_options={"include_usage": True}, **options))
     pieces = [event.choices[0].delta.content for event in events if event.choices and event.choices[0].delta.content]
+    assert all("usage" in event.model_fields_set for event in events)  # null in all but the last one
     reasons = [event.choices[0].finish_reason for event in events if event.choices]
     assert reasons[:-1] == [None] * (len(reasons) - 1)
     return pieces, reasons[-1], events[-1].usage
@@ -183,6 +184,11 @@ def test_max_tokens_limits_each_reply_of_a_batch(client: openai.OpenAI, chats: d
         assert reply.choices[0].message.content == chatter.reply(MESSAGES[0]).reply
     same = ask(client, "base", MESSAGES[0], max_completion_tokens=3)
     assert same.choices[0].message.content == found[1].choices[0].message.content
+
+
+def test_the_narrowest_nucleus_is_greedy(client: openai.OpenAI) -> None:
+    greedy = ask(client, "pocket", MESSAGES[0]).choices[0].message.content
+    assert ask(client, "pocket", MESSAGES[0], temperature=2, top_p=1e-300).choices[0].message.content == greedy
 
 
 def test_completions_take_the_text_or_the_ids_that_the_encoder_reads(
