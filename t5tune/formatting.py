@@ -48,7 +48,7 @@ def format_metric_name(name: str) -> str:
 def format_metrics(metrics: Mapping[str, float], datasets: Mapping[str, Mapping[str, float]]) -> list[str]:
     """Write the metrics of an evaluation during training: all of them, but of each dataset only the loss."""
     overall = [f"{format_held_out_metric(name)} {format_number(value)}" for name, value in metrics.items()]
-    return overall + [f"{name}: loss {format_number(values['loss'])}" for name, values in datasets.items()]
+    return overall + [f"dataset {name}: loss {format_number(values['loss'])}" for name, values in datasets.items()]
 
 
 def format_held_out_metric(name: str) -> str:

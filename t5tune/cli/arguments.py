@@ -8,9 +8,11 @@ problems are reported at once.
 """
 
 import re
+import shlex
 import types
 import typing
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,8 +20,9 @@ from typing import Annotated, Any, Literal
 from pydantic.fields import FieldInfo
 
 from t5tune.errors import find_close_name
-from t5tune.file_names import JSON_SUFFIXES, TABLE_SUFFIXES
-from t5tune.settings import Settings
+from t5tune.file_names import CONFIG_FILE, JSON_SUFFIXES, TABLE_SUFFIXES
+from t5tune.settings import Settings, packaged_templates
+from t5tune.settings.datasets import PATHS_OF_DATASETS
 from t5tune.settings.legacy_names import LEGACY_NAMES
 from t5tune.settings.synonyms import find_meant_setting, suggest_setting
 
@@ -55,11 +58,13 @@ def parse_arguments(arguments: list[str], model: type[Settings]) -> ParsedArgume
     while parser.words:
         word = parser.words.popleft()
         if word == "--":
+            parser.forget_flag()
             while parser.words:
                 parser.add_argument(parser.words.popleft())
         elif _is_flag(word):
             parser.add_flag(word)
         elif pair := PAIR_PATTERN.fullmatch(word):
+            parser.forget_flag()
             parser.add_pair(*pair.groups())
         else:
             parser.add_argument(word)
@@ -79,6 +84,8 @@ class _Parser:
         self.problems: list[str] = []
         self.meant: set[str] = set()
         self._arguments: dict[str, str | list[str]] = {}  # setting -> the words without a flag that fill it
+        self._flag_before: tuple[str, str] | None = None  # the flag right before the next word, and its only value
+        self._fields = model.model_fields
         fields = select_flag_fields(model)
         positional = [name for name, field in fields.items() if has_extra(field, "positional")]
         self._lists = {name for name in positional if classify_field(fields[name]) == "many"}
@@ -91,9 +98,18 @@ class _Parser:
         self._kinds = {**legacy, **kinds, "config": "one", **dict.fromkeys(SWITCHES, "switch")}
 
     def add_argument(self, word: str) -> None:
+        takes_config = bool(self._unfilled) and self._unfilled[0] == "config"
         if "data_path" in self._kinds and self._is_data(word):
             self.problems.append(f"{word}: unexpected argument; did you mean --data-path {word}?")
             self.meant.add("data_path")
+        elif takes_config and _is_model(word):
+            self.problems.append(f"{word}: unexpected argument; did you mean --model-name-or-path {word}?")
+            self.meant.add("model_name_or_path")
+        elif self._flag_before is not None and not (_is_config(word) if takes_config else self._unfilled):
+            flag, value = self._flag_before
+            whole = " ".join([value, word, *self._take_values()])
+            in_quotes = f"put a value with spaces in quotes: {flag} {shlex.quote(whole)}"
+            self.problems.append(f"{word}: unexpected argument after {flag} {value}; {in_quotes}")
         elif self._unfilled and self._unfilled[0] in self._lists:
             self._arguments.setdefault(self._unfilled[0], []).append(word)  # type: ignore[union-attr]
         elif self._unfilled:
@@ -116,8 +132,22 @@ class _Parser:
             self._arguments[setting] = value
         else:
             known = [*self._suggestions, *self._unfilled]
-            self.problems.append(f"{name}: unknown setting{suggest_setting(name, known)}")
+            advice = self._advise_on_yaml(setting, str) or suggest_setting(name, known)
+            self.problems.append(f"{name}: unknown setting{advice}")
             self._add_meant(name, known)
+
+    def forget_flag(self) -> None:
+        """Forget which flag was before: the next word isn't part of its value."""
+        self._flag_before = None
+
+    def _advise_on_yaml(self, name: str, write: Callable[[str], str]) -> str:
+        """Say what to do instead of a flag for a setting that has none; an empty text if it isn't such a setting."""
+        if name not in self._fields or not has_extra(self._fields[name], "yaml_only"):
+            return ""
+        if (paths := PATHS_OF_DATASETS.get(name)) is None:
+            return "; set it in a --config file"
+        self.meant.add(paths)
+        return f"; did you mean {write(paths)}?"
 
     def _add_meant(self, name: str, known: list[str]) -> str | None:
         if (meant := find_meant_setting(name, known)) is not None:
@@ -144,6 +174,7 @@ class _Parser:
         flag, equals, attached = word.partition("=")
         given = [attached] if equals else []
         name = flag[2:].replace("-", "_") if flag.startswith("--") else ""
+        self.forget_flag()
         match self._kinds.get(name):
             case "switch":
                 self.switches.add(name)
@@ -162,12 +193,14 @@ class _Parser:
                         twice = f"given twice, as {self.values[name]} and as {values[0]}"  # only one would be read
                         self.problems.append(f"config: {twice}; put the settings of both into one file")
                     self.values[name] = values[0]
+                    self._flag_before = None if equals else (flag, values[0])
                 else:
                     self.values.setdefault(name, []).extend(values)
             case _ if not equals and self._kinds.get(name.removeprefix("no_")) == "bool":
                 self.values[name.removeprefix("no_")] = "false"
             case _:
-                advice = suggest_setting(flag.lstrip("-"), self._suggestions, write=_format_flag)
+                advice = self._advise_on_yaml(name, _format_flag)
+                advice = advice or suggest_setting(flag.lstrip("-"), self._suggestions, write=_format_flag)
                 self.problems.append(f"{flag}: unknown flag{advice}")
                 meant = self._add_meant(flag.lstrip("-"), self._suggestions)
                 if not equals and (not self._has_positional or self._kinds.get(meant or "") in ("one", "many")):
@@ -185,8 +218,8 @@ class _Parser:
     def _is_bool_next(self) -> bool:
         """Whether the next word is the value of a BOOL flag, perhaps mistyped, not a word of its own."""
         word = self.words[0] if self.words else ""
-        is_mistyped = find_close_name(word.lower(), ("true", "false")) is not None and not Path(word).exists()
-        return word.lower() in BOOLEAN_WORDS or is_mistyped
+        is_mistyped = find_close_name(word.lower(), ("true", "false")) is not None or _is_number(word)
+        return word.lower() in BOOLEAN_WORDS or (is_mistyped and not Path(word).exists())
 
     def _is_pair(self, word: str) -> bool:
         """Whether the word is a known setting with its value, not a path or a token that contains `=`."""
@@ -200,13 +233,29 @@ def _format_flag(name: str, value: str | None = None) -> str:
 
 
 def _is_flag(word: str) -> bool:
-    if not word.startswith("-") or word == "-":  # - is standard input
-        return False
+    return word.startswith("-") and word != "-" and not _is_number(word)  # - is standard input
+
+
+def _is_number(word: str) -> bool:
     try:
-        float(word)  # a negative number
+        float(word)
     except ValueError:
-        return True
-    return False
+        return False
+    return True
+
+
+def _is_config(word: str) -> bool:
+    """Whether a word may be meant as a run config: a file, or a template, perhaps mistyped."""
+    known = packaged_templates.list_names("runs")
+    is_file = word.endswith((".yaml", ".yml", ".json")) or Path(word).exists()
+    return is_file or word in known or find_close_name(word, known) is not None
+
+
+def _is_model(word: str) -> bool:
+    """Whether a word that may be a run config is meant as a model: `owner/name`, or a folder."""
+    if Path(word).exists():
+        return Path(word, CONFIG_FILE).is_file()
+    return "/" in word and not _is_config(word)
 
 
 def select_flag_fields(model: type[Settings]) -> dict[str, FieldInfo]:

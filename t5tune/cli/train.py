@@ -56,7 +56,7 @@ def _show_dry_run(settings: TrainSettings, output: Output) -> None:
     """Show the settings with all defaults, then the plan and the launch command as comments of the YAML."""
     from t5tune.commands.plan import plan, to_plan_settings  # imports torch, which a launching process doesn't need
 
-    check_settings(settings)
+    check_settings(settings, imports_metrics=False)  # a config that is only shown may be someone else's
     if (problem := find_missing_gpus(settings)) is not None:
         output.report(Note(problem, warning=True))
     for note in list_notes(settings):

@@ -12,8 +12,8 @@ from t5tune.settings.datasets import (
     PATHS_OF_DATASETS,
     DatasetList,
     DatasetSettings,
+    check_dataset,
     combine_datasets,
-    complete_dataset,
     name_datasets,
 )
 from t5tune.settings.fields import DataList, NoneIfUnset, OptionalCount, Settings, TokenList
@@ -95,7 +95,7 @@ class DataSettings(ReadingSettings, ConversationSettings):
                 raise ValueError(f"{name}: {getattr(self, name)}: give it in the dataset that it is for")
         for name, dataset in zip(name_datasets(self.data or []), self.data or [], strict=True):
             try:
-                complete_dataset(self, dataset)
+                check_dataset(self, dataset, DataSettings)
             except SettingsError as error:
                 raise ValueError(f"data: {name}: {'; '.join(error.problems)}") from None
         return self

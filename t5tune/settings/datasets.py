@@ -101,12 +101,28 @@ def complete_dataset(settings: Model, dataset: DatasetSettings, **changes: Any) 
     Raises:
         SettingsError: what is given conflicts.
     """
+    return type(settings)(**{**_complete_values(settings, dataset), **changes})
+
+
+def check_dataset(settings: Model, dataset: DatasetSettings, kind: type[Model]) -> None:
+    """Check that what a dataset gives suits the settings of the command that it shares.
+
+    Args:
+        kind: the model of these settings; the command's others are checked once, not for each dataset.
+
+    Raises:
+        SettingsError: what is given conflicts.
+    """
+    values = _complete_values(settings, dataset)
+    kind(**{name: value for name, value in values.items() if name in kind.model_fields})
+
+
+def _complete_values(settings: Any, dataset: DatasetSettings) -> dict[str, Any]:
     fields = type(settings).model_fields
     given = {name: value for name, value in dataset.list_given().items() if name in fields}
     unsuitable = list_unsuitable(given, settings.data_format)
     names = settings.model_fields_set - {*NOT_OF_A_DATASET, *unsuitable}
-    values = {name: getattr(settings, name) for name in names} | given
-    return type(settings)(**{**values, "data_path": dataset.path, **changes})
+    return {name: getattr(settings, name) for name in names} | given | {"data_path": dataset.path}
 
 
 def list_unsuitable(given: Mapping[str, Any], data_format: str) -> set[str]:

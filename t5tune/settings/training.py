@@ -25,6 +25,17 @@ def _read_switch(value: Any) -> Any:
     return {"true": "on", "false": "off"}.get(str(value).lower(), value)
 
 
+def _refuse_rate(value: Any) -> Any:
+    """Refuse a number other than 0 and 1: `dropout` is a rate in other tools."""
+    try:
+        is_rate = not isinstance(value, bool) and float(value) not in (0, 1)
+    except (TypeError, ValueError):  # pydantic reads it
+        return value
+    if is_rate:
+        raise ValueError("expected true or false; the rate is the base's, and lora_dropout sets LoRA's")
+    return value
+
+
 PackingMode = Literal["auto", "on", "off"]
 Packing = Annotated[PackingMode, BeforeValidator(_read_switch, json_schema_input_type=PackingMode | bool)]
 
@@ -64,7 +75,7 @@ class TrainingSettings(Settings):
         description="How attention over packed rows is computed: in one compiled kernel per layer (flex), or in a loop "
         "over the examples; auto: flex on NVIDIA GPUs in bf16, once it has been compared with the loop.",
     )
-    dropout: Annotated[bool | None, Affects.WEIGHTS] = Field(
+    dropout: Annotated[bool | None, BeforeValidator(_refuse_rate), Affects.WEIGHTS] = Field(
         default=None,
         description="Apply dropout, with the base's own rate and lora_dropout; default: yes, but not for objective dpo "
         "and orpo.",

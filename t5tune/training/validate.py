@@ -85,8 +85,11 @@ REPLACED_BY_DEEPSPEED = {"optimizer": "optim", "scheduler": "lr_scheduler_type"}
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "clearml", "swanlab")  # also their modules' names
 
 
-def check_settings(settings: TrainSettings) -> None:
+def check_settings(settings: TrainSettings, imports_metrics: bool = True) -> None:
     """Check what doesn't depend on the machine's GPUs and on the base.
+
+    Args:
+        imports_metrics: whether the files of custom metrics are executed.
 
     Raises:
         CheckpointError: `adapter` isn't the folder of an adapter.
@@ -107,7 +110,8 @@ def check_settings(settings: TrainSettings) -> None:
         load_template(settings.conversation_template)
     problems = _find_unusable_evaluation(settings) + _find_cache_conflicts(settings) + _find_unknown_names(settings)
     problems += _find_unusable_schedule(settings)
-    problems += _find_unusable_arguments(settings.training_args) + _find_missing_functions(settings)
+    problems += _find_unusable_arguments(settings.training_args)
+    problems += _find_missing_functions(settings) if imports_metrics else []
     problems += _find_useless_mixing(settings) + _find_settings_of_other_objectives(settings)
     if settings.deepspeed is not None:
         configuration = packaged_templates.read_deepspeed_config(settings.deepspeed)

@@ -11,6 +11,7 @@ from t5tune.settings import (
     ExportSettings,
     InspectSettings,
     MergeSettings,
+    PlanSettings,
     PrepareSettings,
     Settings,
     TemplatesSettings,
@@ -45,6 +46,7 @@ from t5tune.settings import (
         (TrainSettings, "--bf16 warmup_ratio=0.1", {"bf16": "true", "warmup_ratio": "0.1"}),
         (TrainSettings, "--bf16 run.yaml --dry-run off", {"bf16": "true", "dry_run": "off"}),
         (TrainSettings, "--bf16 flase", {"bf16": "flase"}),  # which pydantic refuses
+        (TrainSettings, "--dropout 0.1 --config a", {"dropout": "0.1"}),  # so is this
         (InspectSettings, "all=true cache=run", {"all": "true", "cache": "run"}),
         # not key=value: the value of a flag, a path, a name that isn't a setting in a list, and what follows --
         (ChatSettings, "./seed=1 --prompt seed=2", {"model_name_or_path": "./seed=1", "prompt": "seed=2"}),
@@ -120,6 +122,37 @@ def test_values_are_the_text_that_was_typed(model: type[Settings], line: str, va
         ),
         (InspectSettings, "cach=c", ["cach: unknown setting; did you mean cache?"]),
         (TrainSettings, "json=true", ["--json=true: --json takes no value"]),
+        # a value with spaces, without its quotes
+        (
+            TrainSettings,
+            "--target-column Ticket Text of --seed 1",
+            [
+                "Text: unexpected argument after --target-column Ticket; put a value with spaces in quotes: "
+                "--target-column 'Ticket Text of'"
+            ],
+        ),
+        (
+            ChatSettings,
+            "run --prompt Hello there",
+            [
+                "there: unexpected argument after --prompt Hello; put a value with spaces in quotes: "
+                "--prompt 'Hello there'"
+            ],
+        ),
+        (TrainSettings, "--lora-r 8 pocket", []),
+        (TrainSettings, "--lora-r 8 mine.yaml", []),
+        (ChatSettings, "--seed 1 run", []),
+        # a model in place of a config
+        *(
+            (model, line, [f"{name}: unexpected argument; did you mean --model-name-or-path {name}?"])
+            for name in ("google/byt5-small", "t5tune/pocket")
+            for model, line in [(PlanSettings, name), (TrainSettings, f"--lora-r 8 {name}")]
+        ),
+        (PlanSettings, "runs/mine.yaml", []),
+        # settings that only a file has
+        (TrainSettings, "--data d.jsonl", ["--data: unknown flag; did you mean --data-path?"]),
+        (TrainSettings, "eval_data=d.jsonl", ["eval_data: unknown setting; did you mean eval_data_path?"]),
+        (TrainSettings, "--training-args x", ["--training-args: unknown flag; set it in a --config file"]),
     ],
 )
 def test_what_is_wrong_is_collected(model: type[Settings], line: str, problems: list[str]) -> None:

@@ -156,11 +156,11 @@ def test_an_evaluation_has_a_bar_below_that_of_training_and_leaves_a_line_above_
     values = {"loss": 0.39712, "perplexity": 1.4875, "exact_match": 48.9, "my_metric": 30.5, "field_f1": 71.25}
     display.report(Evaluated("train", 1898, values, is_best=True))
     values = {"loss": 0.41, "my_metric": 3.0}
-    display.report(Evaluated("train", 1950, values, is_best=False))
+    display.report(Evaluated("train", 1950, values, is_best=False, datasets={"train": {"loss": 0.8}}))
     assert display.read() == [
         "step 1,898  held-out loss 0.3971  perplexity 1.488  exact match 48.9",
         "my metric 30.5  field F1 71.25  (best)",
-        "step 1,950  held-out loss 0.41  my metric 3",
+        "step 1,950  held-out loss 0.41  my metric 3  dataset train: loss 0.8",
         "  train ━ 1,898/2,694 steps [0:20 elapsed]",
     ]
 

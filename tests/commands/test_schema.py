@@ -151,6 +151,18 @@ def test_a_dry_run_shows_the_settings_the_plan_and_the_command_and_writes_nothin
     assert wrong.code == 2
 
 
+@pytest.mark.slow
+def test_a_dry_run_does_not_execute_a_metric_file(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("raise SystemExit('executed')")
+    flags = ("--metric", f"{tmp_path}/mine.py:score", "--eval-generate", 2, "--eval-fraction", 0.1)
+    train = ("train", "--config", "pocket", "--output-dir", tmp_path / "run", *flags)
+    shown = t5tune_in_fork(*train, "--dry-run")
+    assert shown.code == 0, shown.stderr
+    assert "mine.py:score" in shown.stdout
+    refused = t5tune_in_fork(*train)
+    assert (refused.code, "executed" in refused.stderr) == (2, True)
+
+
 @pytest.mark.long
 def test_a_dry_run_is_for_any_machine(tmp_path: Path) -> None:
     arguments = ["train", "--config", "pocket", "--output-dir", tmp_path / "run", "--dry-run", "--num-gpus", "4"]

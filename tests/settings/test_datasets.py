@@ -155,6 +155,14 @@ def test_the_prefix_of_a_dataset_rules_out_the_formats_that_take_none(given: str
     assert [(each.source_prefix, each.data_format) for each in found] == [("x: ", expected), ("", given)]
 
 
+def test_a_setting_that_datasets_do_not_have_is_not_blamed_on_one() -> None:
+    with pytest.raises(SettingsError) as caught:
+        TrainSettings(**NEEDED, data=["a", "b"], hub_model_id="owner/name")
+    assert caught.value.problems == ("hub_model_id: owner/name, but push_to_hub isn't set",)
+    with pytest.raises(SettingsError, match="data: a: "):
+        TrainSettings(**NEEDED, data=[{"path": "a", "source_prefix": "x: ", "data_format": "openai"}, "b"])
+
+
 def test_data_of_a_flag_takes_the_place_of_that_of_a_file(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("model_name_or_path: pocket\noutput_dir: run\ndata: [a:2, b]\neval_data: [c]\n")

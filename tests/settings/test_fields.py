@@ -238,3 +238,11 @@ def test_the_home_folder_of_a_path_is_expanded(tmp_path: Path, monkeypatch: pyte
 def test_a_device_of_torch_is_as_good_as_its_name() -> None:
     assert ChatSettings(model_name_or_path="run", device=torch.device("cuda", 1)).device == "cuda:1"
     assert ChatSettings(model_name_or_path="run", device=torch.device("cpu"), use_cpu=True).device == "cpu"
+
+
+def test_a_rate_of_dropout_is_refused_with_the_setting_that_has_one() -> None:
+    for rate in (0.1, "0.1"):
+        with pytest.raises(SettingsError) as caught:
+            load_settings(TrainSettings, flags={"dropout": rate})
+        problem = f"dropout: {rate!r} (--dropout): expected true or false; the rate is the base's, and lora_dropout"
+        assert any(line.startswith(problem) for line in caught.value.problems)
