@@ -21,12 +21,14 @@ from t5tune.checkpoints.base import find_model, read_config
 from t5tune.checkpoints.generation_config import describe_lost_settings, read_generation_config
 from t5tune.checkpoints.model_folder import is_converted
 from t5tune.commands.merge import merge
+from t5tune.compat.ctranslate2_patches import CUBLAS_PACKAGE, load_cublas
 from t5tune.compat.quiet import quiet_libraries
-from t5tune.errors import CheckpointError, DependencyError, SettingsError, naming_settings
+from t5tune.errors import CheckpointError, DependencyError, ModelError, SettingsError, naming_settings
 from t5tune.families import CTRANSLATE2, find_family
 from t5tune.formatting import format_count
 from t5tune.io.atomic import write_folder_atomically
 from t5tune.io.processes import count_cores
+from t5tune.io.reasons import join_lines
 from t5tune.model.device import choose_device, has_bf16
 from t5tune.model.inference import choose_family, find_base_and_adapter, load_for_inference, read_model_files
 from t5tune.model.load import load_base
@@ -166,8 +168,8 @@ class _FoundModel:
     with_ctranslate2: bool
 
 
-class _NotMerged(CheckpointError):
-    """`merge` refuses an adapter. What it advises to do isn't for users of `serve`, so it is left out."""
+class _CTranslate2Fails(ModelError):
+    """CTranslate2 can't run a model, although nothing spoke against it."""
 
 
 class _Loader:
@@ -209,8 +211,8 @@ class _Loader:
         if found.with_ctranslate2:
             try:
                 return self._load_with_ctranslate2(name, found.base, found.settings.adapter, report)
-            except _NotMerged as refused:
-                reason = f"its adapter can't be merged for CTranslate2: {refused.message}"
+            except _CTranslate2Fails as error:
+                reason = str(error)
                 self._check_fallback(name, reason)
         report(Note("with transformers" + (f": {reason}" if reason else "")))
         return self._load_with_transformers(name, found.settings, report)
@@ -321,7 +323,9 @@ class _Loader:
                 except CheckpointError as error:
                     config, state = read_adapter(adapter)
                     check_adapter(state, config, adapter, must_be_trained=False)  # a broken one isn't served at all
-                    raise _NotMerged(error.message) from error
+                    # without the hint, which is for users of `merge`
+                    reason = f"its adapter can't be merged for CTranslate2: {error.message}"
+                    raise _CTranslate2Fails(reason) from error
                 return
             from t5tune.merging.ctranslate2 import convert_and_check
 
@@ -346,6 +350,12 @@ class _Loader:
             compute_type = WITH_FLOAT32[engine.compute_type]
             del engine  # first: both may not fit into memory
             engine = TranslatorEngine(folder, self._device, compute_type, stop_ids, batches)
+        try:
+            engine.try_one_token()
+        except RuntimeError as error:
+            problem = f"CTranslate2 can't compute on {self._device}: {join_lines(error)[:300]}"
+            has_library = self._device.type != "cuda" or load_cublas()
+            raise _CTranslate2Fails(problem, hint=None if has_library else f"pip install {CUBLAS_PACKAGE}") from error
         report(Note(f"with CTranslate2, {engine.compute_type}"))
         return self._make_model(name, engine, files, report)
 

@@ -93,6 +93,15 @@ class TranslatorEngine:
         self.stop_ids = stop_ids
         self.max_batches = max_batches
 
+    def try_one_token(self) -> None:
+        """Generate a token. On a GPU, CTranslate2 loads the libraries that it needs only now.
+
+        Raises:
+            RuntimeError: it can't.
+        """
+        source = next(token for token in self._tokens if token not in self._marks)
+        self._translator.translate_batch([[source]], beam_size=1, max_decoding_length=1)
+
     @property
     def compute_type(self) -> str:
         return str(self._translator.compute_type)

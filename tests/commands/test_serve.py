@@ -232,6 +232,39 @@ def test_the_folder_of_merge_is_computed_as_its_weights_are_but_in_fp32_with_no_
     assert f"served: with CTranslate2, {expected}" in notes
 
 
+def test_a_model_that_ctranslate2_only_loads_is_served_by_transformers(
+    untied_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU without cuBLAS 12, where CTranslate2 fails at its first computation."""
+    pytest.importorskip("ctranslate2")
+    from t5tune.merging.ctranslate2 import convert
+    from t5tune.serving import engines
+
+    convert(untied_base, tmp_path / "folder", None)
+    save_tokenizer(load_tokenizer(untied_base), tmp_path / "folder")
+    problem = "Library libcublas.so.12 is not found or cannot be loaded"
+
+    def fail(*given: Any, **options: Any) -> None:
+        raise RuntimeError(problem)
+
+    loaded = SimpleNamespace(compute_type="float32", translate_batch=fail)
+    monkeypatch.setattr(engines, "load_translator", lambda folder, **options: loaded)
+    values: dict[str, Any] = {"port": 0, "use_cpu": True, "converted_dir": tmp_path / "made"}
+    models = {"m": str(untied_base)}
+    notes: list[str] = []
+    with serve(
+        ServeSettings(models=models, **values),
+        lambda event: notes.append(event.text) if isinstance(event, Note) else None,
+    ) as server:
+        assert server.address.models == {"m": "transformers"}
+        assert send(server.url, body=make_chat(model="m", max_tokens=4))[0] == 200
+    assert f"m: with transformers: CTranslate2 can't compute on cpu: {problem}" in notes
+    with pytest.raises(SettingsError, match=f"engine: ctranslate2: m: CTranslate2 can't compute on cpu: {problem}"):
+        serve(ServeSettings(models=models, engine="ctranslate2", **values))
+    with pytest.raises(ModelError, match=f"CTranslate2 can't compute on cpu: {problem}"):
+        serve(ServeSettings(models={"folder": str(tmp_path / "folder")}, **values))
+
+
 def test_a_model_is_converted_once_and_again_after_it_was_trained_again(
     untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:

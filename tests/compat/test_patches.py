@@ -1,6 +1,9 @@
 """Patches of other libraries: each is undone at the end of its block."""
 
 import os
+import shutil
+import subprocess
+import sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -61,3 +64,46 @@ def test_only_the_named_layers_of_a_model_get_another_forward() -> None:
     replace_forwards(model, {"Linear": lambda module, forward, *args: forward(*args) * module.in_features})
     assert model[0](x).equal(2 * expected)
     assert model(x).equal((2 * expected).relu())
+
+
+@pytest.mark.skipif(sys.platform != "linux" or shutil.which("cc") is None, reason="needs Linux and a C compiler")
+def test_cublas_is_found_in_the_folder_of_its_package(tmp_path: Path) -> None:
+    """Afterwards its name alone is enough, as CTranslate2 loads it."""
+    code = """
+import ctypes
+from t5tune.compat.ctranslate2_patches import load_cublas
+print(load_cublas())
+ctypes.CDLL("libcublas.so.12")
+"""
+
+    def run() -> subprocess.CompletedProcess[str]:
+        path = os.pathsep.join([str(tmp_path), *sys.path])
+        return subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    without = run()
+    if without.stdout == "True\n":
+        pytest.skip("this machine has cuBLAS 12")
+    assert without.stdout == "False\n"
+    libraries = tmp_path / "nvidia" / "cublas" / "lib"
+    libraries.mkdir(parents=True)
+    (tmp_path / "empty.c").touch()
+    for name, *needed in (("libcublasLt.so.12",), ("libcublas.so.12", libraries / "libcublasLt.so.12")):
+        command = [
+            "cc",
+            "-shared",
+            f"-Wl,-soname,{name}",
+            "-Wl,--no-as-needed",
+            "-o",
+            name,
+            tmp_path / "empty.c",
+            *needed,
+        ]
+        subprocess.run(command, cwd=libraries, check=True)
+    found = run()
+    assert (found.stdout, found.returncode) == ("True\n", 0), found.stderr
