@@ -569,7 +569,7 @@ class MergeSettings(_settings.MergeSettings):
         hub_model_id: str | None = None,
         hub_private_repo: bool = False,
         max_shard_size: int | str | None = None,
-        onto: Literal["base", "nf4", "fp4", "int8"] = "base",
+        onto: Literal["base", "nf4", "fp4", "int8"] | None = None,
         check: Literal["fingerprint", "full"] = "fingerprint",
         allow_other_base: bool = False,
         verify: bool | None = None,
@@ -597,8 +597,8 @@ class MergeSettings(_settings.MergeSettings):
             hub_private_repo: Create a private repository. If it exists already, it must be private.
             max_shard_size: Maximum size of each weight file (bytes, or with a unit: 5GB, 500MB); default: shards like
                 the base's.
-            onto: Weights to merge into: the base's own, or the base quantized and dequantized as q_lora did in
-                training.
+            onto: Weights to merge into: the base's own, or the base quantized and dequantized as q_lora did; default:
+                those that the adapter was trained on.
             check: How to verify that the base is the one used in training: sample 4 KiB per tensor, or hash everything.
             allow_other_base: Merge even if the base isn't the one used in training.
             verify: Load base + adapter and the merged checkpoint, and compare their logits on a few examples; default:
@@ -662,8 +662,8 @@ class ChatSettings(_settings.ChatSettings):
                 else fastchat-t5.
             max_new_tokens: Maximum length of a reply (tokens).
             temperature: Sampling temperature; 0 decodes greedily, higher values give more varied replies.
-            q_lora: QLoRA: quantize the frozen base to 4 bits. Training then uses bf16, unless --no-bf16 is given.
-            bf16: Compute in bfloat16; default: on GPUs that can.
+            q_lora: Quantize the base to 4 bits or int8; default: as in training, like its options.
+            bf16: Compute in bfloat16; default: as in training, else on GPUs that can.
             device: Device to run on: cpu, cuda, cuda:1, mps, …; default: a GPU if there is one.
             revision: Branch, tag or commit of a model on the Hugging Face Hub; default: its main branch.
             cache_dir: Folder for Hugging Face Hub downloads; default: the Hub's own cache.
@@ -754,12 +754,12 @@ class ServeSettings(_settings.ServeSettings):
             revision: Branch, tag or commit of a model on the Hugging Face Hub; default: its main branch.
             cache_dir: Folder for Hugging Face Hub downloads; default: the Hub's own cache.
             family: Treat a base whose model_type t5tune doesn't know as this model type (docs/families.md).
-            q_lora: QLoRA: quantize the frozen base to 4 bits. Training then uses bf16, unless --no-bf16 is given.
+            q_lora: Quantize the base to 4 bits or int8; default: as in training, like its options.
             quant_type: Quantized type of the base with q_lora: 4-bit NormalFloat, 4-bit float, or LLM.int8().
             quantize_wo: Also quantize the feed-forward output projection (T5's `wo`, T5Gemma's `down_proj`), which is a
                 third as large as the rest.
             double_quant: Double quantization: also quantize the scales of the 4-bit blocks.
-            bf16: Compute in bfloat16; default: on GPUs that can.
+            bf16: Compute in bfloat16; default: as in training, else on GPUs that can.
             use_cpu: Run on the CPU even if there is a GPU.
             device: Device to run on: cpu, cuda, cuda:1, mps, …; default: a GPU if there is one.
             conversation_template: Conversation template: a name under conversations/ in `t5tune templates`, a YAML

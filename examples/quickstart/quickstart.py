@@ -63,7 +63,7 @@ def main() -> None:
     with_lora = t5tune("evaluate", "--model-name-or-path", lora, *held_out, *into(out / "after-lora"))
     trained = t5tune(*train, "--q-lora", "--output-dir", run)
     exported = t5tune("export", run, *into(adapter))
-    t5tune("merge", *base, "--adapter", adapter, "--onto", "nf4", *into(merged))
+    t5tune("merge", *base, "--adapter", adapter, *into(merged))
     after = t5tune("evaluate", "--model-name-or-path", merged, *held_out, *into(out / "after"))
     answer = t5tune("chat", "--model-name-or-path", merged, "--prompt", PROMPT, "--max-new-tokens", "80")
 

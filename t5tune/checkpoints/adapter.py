@@ -267,11 +267,12 @@ def read_training_precision(adapter: Path) -> dict[str, Any]:
     Empty if t5tune didn't train the adapter.
     """
     metadata = read_base_metadata(adapter)
-    if "onto" not in metadata:
-        return {"bf16": metadata["bf16"], "q_lora": False} if "bf16" in metadata else {}
-    values = metadata | {"q_lora": True, "quant_type": metadata["onto"]}
-    names = ("bf16", "q_lora", "quant_type", "double_quant", "quantize_wo")  # an edited file may lack some
-    return {name: values[name] for name in names if name in values}
+    names = ("bf16", "double_quant", "quantize_wo")
+    # an edited file may lack some, or have a text in their place
+    found = {name: value for name in names if isinstance(value := metadata.get(name), bool)}
+    if "onto" in metadata:
+        return found | {"q_lora": True, "quant_type": metadata["onto"]}
+    return {"bf16": found["bf16"], "q_lora": False} if "bf16" in found else {}
 
 
 def collect_modules_to_save(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -6,14 +6,12 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from t5tune.checkpoints.adapter import read_training_precision
 from t5tune.data.mixture import has_examples
 from t5tune.data.sources import is_dataset_name
 from t5tune.file_names import ADAPTER_CONFIG_FILE, CACHE_MANIFEST_FILE
 from t5tune.io.atomic import find_unused_folder
 from t5tune.reports.run_page import REPORT_FILE
 from t5tune.settings import (
-    ChatSettings,
     EvaluateSettings,
     ExportSettings,
     MergeSettings,
@@ -27,9 +25,8 @@ from t5tune.training.checkpoint import list_checkpoints
 
 BASE_FLAGS = ("model_name_or_path", "revision", "cache_dir", "family")
 NOT_REPEATED = {"model_name_or_path", "output_dir", "overwrite", "compare_base"}  # when a model is evaluated again
-QUANTIZATION_FLAGS = ("q_lora", *(name for name in QuantizationSettings.model_fields if name != "q_lora"), "bf16")
 READING_FLAGS = ("objective", "data_subset", "model_max_length", "merge_same_role", "clean", "max_record_bytes")
-MODEL_FLAGS = (*BASE_FLAGS[1:], "adapter", *QUANTIZATION_FLAGS, "use_cpu", "device")
+MODEL_FLAGS = (*BASE_FLAGS[1:], "adapter", *QuantizationSettings.model_fields, "bf16", "use_cpu", "device")
 
 
 def list_next_steps(settings: Settings, result: Any) -> list[tuple[str, str]]:
@@ -61,18 +58,17 @@ def _follow_prepare(settings: PrepareSettings, cache: Path) -> Iterator[list[str
 
 
 def _follow_train(settings: TrainSettings, result: Any) -> Iterator[list[str]]:
-    yield ["chat", str(result.run), *_repeat_quantization(settings)]
+    yield ["chat", str(result.run)]
     if (data := _repeat_held_out(settings, has_evaluated=bool(result.eval))) is not None:
         yield ["evaluate", str(result.run), *data]
     if settings.train_mode == "lora":
-        base = [*_repeat(settings, ("cache_dir",)), *_repeat_onto(settings)]
+        base = _repeat(settings, ("cache_dir",))
         yield ["merge", str(result.run), *base, "--output-dir", _name_output("merged")]
 
 
 def _follow_export(adapter: Path) -> Iterator[list[str]]:
-    as_trained = _read_training(adapter)
-    yield ["chat", str(adapter), *_repeat_quantization(as_trained)]
-    yield ["merge", str(adapter), *_repeat_onto(as_trained), "--output-dir", _name_output("merged")]
+    yield ["chat", str(adapter)]
+    yield ["merge", str(adapter), "--output-dir", _name_output("merged")]
 
 
 def _follow_merge(checkpoint: Path) -> Iterator[list[str]]:
@@ -82,21 +78,17 @@ def _follow_merge(checkpoint: Path) -> Iterator[list[str]]:
 
 def _follow_evaluate(settings: EvaluateSettings) -> Iterator[list[str]]:
     model = settings.model_name_or_path
-    yield ["chat", model, *_repeat(settings, MODEL_FLAGS)]
-    adapter = _find_adapter(Path(model))
-    is_repeatable = not list_without_flags(settings)
-    if (adapter is not None or settings.adapter is not None) and not settings.compare_base and is_repeatable:
+    yield ["chat", model, *_repeat_given(settings, MODEL_FLAGS)]
+    is_adapter = settings.adapter is not None or _contains_adapter(Path(model))
+    if is_adapter and not settings.compare_base and not list_without_flags(settings):
         again = settings.model_copy(update={"data_path": _name_data(settings.data_path)})
         names = tuple(name for name in EvaluateSettings.model_fields if name not in NOT_REPEATED)
-        # what was given may be a default that isn't that of training: --no-q-lora
-        flags = chain.from_iterable(list_flags(again, names, again.model_fields_set))
-        yield ["evaluate", model, *flags, "--compare-base"]
-    if adapter is not None:
-        base = [*_repeat(settings, ("cache_dir",)), *_repeat_onto(_read_training(adapter))]
-        yield ["merge", model, *base, "--output-dir", _name_output("merged")]
-    elif settings.adapter is not None:
+        yield ["evaluate", model, *_repeat_given(again, names), "--compare-base"]
+    if settings.adapter is not None:
         base = [*_repeat(settings, BASE_FLAGS), "--adapter", str(settings.adapter)]
-        yield ["merge", *base, *_repeat_onto(_read_training(settings.adapter)), "--output-dir", _name_output("merged")]
+        yield ["merge", *base, "--output-dir", _name_output("merged")]
+    elif is_adapter:
+        yield ["merge", model, *_repeat(settings, ("cache_dir",)), "--output-dir", _name_output("merged")]
 
 
 def _repeat_held_out(settings: TrainSettings, has_evaluated: bool) -> list[str] | None:
@@ -127,19 +119,14 @@ def _repeat_held_out(settings: TrainSettings, has_evaluated: bool) -> list[str] 
     return [*_repeat(read, ("data_path", "data_split", *names))]
 
 
-def _repeat_quantization(settings: ChatSettings | TrainSettings) -> list[str]:
-    """Return the flags by which another command quantizes the base in the same way; none if it isn't quantized."""
-    return [*_repeat(settings, QUANTIZATION_FLAGS)] if settings.q_lora else []
-
-
-def _repeat_onto(settings: ChatSettings | TrainSettings) -> list[str]:
-    """Return the flag by which `merge` uses the base as it was quantized; none if it wasn't."""
-    return ["--onto", settings.quant_type] if settings.q_lora else []
-
-
 def _repeat(settings: Settings, names: tuple[str, ...]) -> Iterator[str]:
     """Yield the flags of those settings that differ from their defaults."""
     return chain.from_iterable(list_flags(settings, names))
+
+
+def _repeat_given(settings: Settings, names: tuple[str, ...]) -> Iterator[str]:
+    """Yield the flags of those settings that were given, even a default, which may differ from that of training."""
+    return chain.from_iterable(list_flags(settings, names, settings.model_fields_set))
 
 
 def _name_data(paths: list[str] | None) -> list[str]:
@@ -147,15 +134,9 @@ def _name_data(paths: list[str] | None) -> list[str]:
     return paths if paths and "-" not in paths else ["HELD_OUT.jsonl"]
 
 
-def _find_adapter(folder: Path) -> Path | None:
-    """Find the adapter that a folder is, or that a run trained; a run that was stopped has it in its checkpoints."""
-    places = [folder, *list_checkpoints(folder)]
-    return next((place for place in places if (place / ADAPTER_CONFIG_FILE).is_file()), None)
-
-
-def _read_training(adapter: Path) -> ChatSettings:
-    """Read how the base was loaded when an adapter was trained."""
-    return ChatSettings(model_name_or_path=str(adapter), **read_training_precision(adapter))
+def _contains_adapter(folder: Path) -> bool:
+    """Whether a folder is an adapter, or a run that trained one; a run that was stopped has it in its checkpoints."""
+    return any((place / ADAPTER_CONFIG_FILE).is_file() for place in (folder, *list_checkpoints(folder)))
 
 
 def _list_caches(folder: Path) -> list[Path]:

@@ -36,6 +36,7 @@ LABELS = {
     "non_lora_tensors": "non-LoRA tensors",
     "custom_metrics": "",
     "max_error": "largest logit difference",
+    "onto": "merged into",
     "from_training": "difference from training, base as",
     "seconds": "time",
 }

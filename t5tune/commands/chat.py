@@ -19,6 +19,7 @@ from t5tune.formatting import format_count
 from t5tune.model.device import use_gpu_kernels
 from t5tune.model.generation import Decoding, Sampling, generate, make_random_generator
 from t5tune.model.inference import choose_family, load_for_inference
+from t5tune.model.precision import Precision
 from t5tune.model.prompts import Prompts, ReplyText, make_prompts
 from t5tune.progress import Note, Report, silent
 from t5tune.settings import ChatSettings
@@ -50,24 +51,30 @@ class Chatter:
     Args:
         prompts: how the model reads and writes text.
         random: what sampling draws from, continued by each reply.
+        precision: in which the model was loaded.
     """
 
     model: Any
     prompts: Prompts
     settings: ChatSettings
     random: Any
+    precision: Precision
 
     @staticmethod
     def load(settings: ChatSettings, report: Report = silent) -> "Chatter":
-        """Load the base (quantized if the settings say so) and the adapter.
+        """Load the base (in the precision of training, unless the settings say otherwise) and the adapter.
 
         Raises:
             ModelError, CheckpointError: the base or the adapter can't be used.
         """
         report = check_call("Chatter.load", settings, ChatSettings, report)
+        return Chatter._load(settings, report)
+
+    @staticmethod
+    def _load(settings: ChatSettings, report: Report, precision: Precision | None = None) -> "Chatter":
         settings = replace_stopped_runs(settings, report)
         with quiet_libraries():
-            loaded = load_for_inference(settings, report)
+            loaded = load_for_inference(settings, report, precision=precision)
         template, prefix = settings.conversation_template, settings.source_prefix
         prompts = make_prompts(loaded, template, prefix, settings.model_max_length, report)
         if not prompts.keeps_history and settings.prompt is None:
@@ -75,7 +82,8 @@ class Chatter:
         # model_name_or_path may have named an adapter or a run: store base and adapter apart, so that /adapter can
         # replace or remove the adapter
         settings = settings.model_copy(update={"model_name_or_path": str(loaded.base), "adapter": loaded.adapter})
-        return Chatter(loaded.model, prompts, settings, make_random_generator(settings.seed, loaded.model.device))
+        random = make_random_generator(settings.seed, loaded.model.device)
+        return Chatter(loaded.model, prompts, settings, random, loaded.precision)
 
     def with_system(self, message: str | None) -> "Chatter":
         """Use another system message; None selects the conversation template's default."""
@@ -96,12 +104,13 @@ class Chatter:
     def with_adapter(self, adapter: Path | None, report: Report = silent) -> "Chatter":
         """Load another adapter onto the same base, with that adapter's tokenizer and conversation template.
 
-        None loads the base alone, as a model of the family that the adapter was trained as.
+        None loads the base alone, in the same precision, as a model of the family that the adapter was trained as.
         """
-        changes: dict[str, Any] = {"adapter": adapter}
-        if adapter is None:
-            changes["family"] = choose_family(self.settings, self.settings.adapter)
-        return Chatter.load(self.settings.model_copy(update=changes), report)
+        settings = self.settings.model_copy(update={"adapter": adapter})
+        if adapter is not None:
+            return Chatter.load(settings, report)
+        family = choose_family(self.settings, self.settings.adapter)
+        return Chatter._load(settings.model_copy(update={"family": family}), report, self.precision)
 
     def reply(self, message: str | list[Turn], show: Callable[[str], None] | None = None) -> Reply:
         """Reply to a message, or to a conversation that ends with one (to that one alone if history isn't kept).

@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from t5tune.checkpoints.adapter import read_training_precision
 from t5tune.custom_metrics import compute_custom_metrics, load_custom_metric, try_custom_metrics
 from t5tune.data.encoding import Example
 from t5tune.data.mixture import find_caches, is_mixture
@@ -37,7 +36,7 @@ from t5tune.errors import ModelError, SettingsError
 from t5tune.io.atomic import check_overwrite, check_replaceable, find_unused_folder, write_folder_atomically
 from t5tune.metrics import METRICS, choose_metrics, score, score_one
 from t5tune.model.attention import can_pack, use_packing
-from t5tune.model.device import explain_out_of_memory, has_bf16, manage_memory_for_loading, use_gpu_kernels
+from t5tune.model.device import explain_out_of_memory, manage_memory_for_loading, use_gpu_kernels
 from t5tune.model.generation import Decoding
 from t5tune.model.inference import (
     LoadedModel,
@@ -47,6 +46,7 @@ from t5tune.model.inference import (
     read_model_files,
     select_base,
 )
+from t5tune.model.precision import read_trained_precision, resolve_precision, select_precision
 from t5tune.progress import Note, Report, silent, without_notes
 from t5tune.settings import EvaluateSettings, write_settings
 from t5tune.settings.packaged_templates import read_zero3_config
@@ -61,7 +61,6 @@ from t5tune.training.evaluation_set import (
     is_all_prepared,
     load_evaluation_set,
 )
-from t5tune.training.run_folder import read_saved_settings
 from t5tune.training.validate import check_starts_no_processes
 
 PREDICTIONS_FILE = "predictions.jsonl"
@@ -229,39 +228,15 @@ def _prepare(
             hint="give the run or the adapter that it was merged from, or evaluate its base with a command of its own",
         )
     check_settings_of_caches(settings, lambda name: read_model_files(base, adapter).find_template(name))
-    settings = _inherit_precision(settings, base, adapter, device, report)
+    trained = read_trained_precision(base, adapter)
+    precision = resolve_precision(select_precision(settings), trained, device, report)
+    settings = settings.model_copy(update=precision.to_settings())
     return folder, settings, pin_to_commits(settings, base, adapter)
 
 
 def _choose_folder(settings: EvaluateSettings) -> Path:
     default = Path("evaluation")
     return settings.output_dir or (default if settings.overwrite else find_unused_folder(default))
-
-
-def _inherit_precision(
-    settings: EvaluateSettings, base: Path, adapter: Path | None, device: Any, report: Report
-) -> EvaluateSettings:
-    """Return the settings with the precision and the quantization of training, unless the user set others."""
-    trained = _read_full_training(base) if adapter is None else read_training_precision(adapter)
-    chosen = {name for name in settings.model_fields_set if getattr(settings, name) is not None}  # null: as in training
-    inherited = {name: value for name, value in trained.items() if name not in chosen}
-    if not inherited.get("q_lora", settings.q_lora):
-        inherited = {name: value for name, value in inherited.items() if name == "bf16"}
-    otherwise = settings.model_dump() | {"bf16": has_bf16(device)}
-    values = [f"{name} {_format(value)}" for name, value in inherited.items() if value != otherwise[name]]
-    if values:
-        report(Note(f"as in training: {', '.join(values)}"))
-    return settings.model_copy(update=inherited)
-
-
-def _format(value: bool | str) -> str:
-    return value if isinstance(value, str) else "on" if value else "off"
-
-
-def _read_full_training(folder: Path) -> dict[str, Any]:
-    """Read the precision of the full training that wrote a model; empty if it isn't in a run folder."""
-    saved = read_saved_settings(folder.parent if folder.name.startswith("checkpoint-") else folder)
-    return {} if saved is None else {"bf16": saved.bf16}
 
 
 def _load_model(settings: EvaluateSettings, device: Any, report: Report) -> LoadedModel:

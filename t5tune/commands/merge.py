@@ -52,8 +52,15 @@ from t5tune.io.untrusted import has_file
 from t5tune.merging.deltas import Adapter, collect_deltas, read_adapters
 from t5tune.merging.fold import WeightDelta
 from t5tune.merging.shards import Shard, estimate_converted_size, plan_shards, write_shards
-from t5tune.merging.trained_base import UNQUANTIZED, TrainedBase, list_quantized_weights, match_trained_base
+from t5tune.merging.trained_base import (
+    UNQUANTIZED,
+    TrainedBase,
+    choose_onto,
+    list_quantized_weights,
+    match_trained_base,
+)
 from t5tune.model.device import get_free_memory, keep_freed_memory
+from t5tune.model.precision import find_quantization_problem
 from t5tune.progress import Note, Report, count_done, silent
 from t5tune.settings import MergeSettings, QuantizationSettings, write_settings
 from t5tune.training.checkpoint import find_trained_folder
@@ -70,6 +77,7 @@ class MergeResult:
 
     Args:
         max_error: the largest difference of logits that --verify found, in fp32.
+        onto: the weights that were merged into: `base`, `nf4`, …
         from_training: for adapters trained with q_lora, the largest difference from the training model's logits, by
             the weights merged into (`base`, `nf4`, …).
         replies: how many replies of the converted model were compared with those of the merged checkpoint.
@@ -84,6 +92,7 @@ class MergeResult:
     bytes: int
     verified: bool
     max_error: float | None
+    onto: str
     from_training: dict[str, float]
     replies: int | None
     same_replies: int | None
@@ -108,6 +117,7 @@ def merge(settings: MergeSettings, report: Report = silent) -> MergeResult:
     if settings.overwrite:
         check_overwrite(output, settings.adapter if in_place else [*settings.adapter, base_folder])
     adapters = read_adapters(settings.adapter, settings.weights or [1.0])
+    settings = choose_onto(settings, adapters, report)
     family_key = settings.family or read_base_metadata(adapters[0].folder).get("family")
     base = open_base(base_folder, family_key)
     tied = base.is_tied()
@@ -149,6 +159,7 @@ def merge(settings: MergeSettings, report: Report = silent) -> MergeResult:
         bytes=size,
         verified=verify,
         max_error=found.error if found else None,
+        onto=str(settings.onto),
         from_training=found.from_training if found else {},
         replies=agreement.replies if agreement else None,
         same_replies=agreement.same if agreement else None,
@@ -252,7 +263,13 @@ def _requantize_base(
     """Replace each weight that q_lora quantizes, adapted or not, with its quantized and dequantized values.
 
     These are the values that the adapter was trained on.
+
+    Raises:
+        DependencyError: bitsandbytes, which computes them, can't be imported.
     """
+    if (problem := find_quantization_problem()) is not None:
+        hint = "merge where it can, or into the unquantized base with --onto base, whose replies may differ"
+        raise DependencyError(f"onto: {quantization.quant_type}: {problem}", hint=hint)
     from t5tune.merging.requantize import quantize_dequantize
 
     for name in list_quantized_weights(base, quantization):

@@ -8,6 +8,7 @@ Greedy replies are those of `chat` with the same model, settings and prompt. In 
 are rounded coarsely, those of a batch may differ.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -29,9 +30,10 @@ from t5tune.formatting import format_count
 from t5tune.io.atomic import write_folder_atomically
 from t5tune.io.processes import count_cores
 from t5tune.io.reasons import join_lines
-from t5tune.model.device import choose_device, has_bf16
+from t5tune.model.device import choose_device, describe_device
 from t5tune.model.inference import choose_family, find_base_and_adapter, load_for_inference, read_model_files
 from t5tune.model.load import load_base
+from t5tune.model.precision import Precision, read_trained_precision, resolve_precision, select_precision
 from t5tune.model.prompts import make_prompts
 from t5tune.model.shared_bases import SharedBases
 from t5tune.progress import Event, Note, Report, silent
@@ -159,11 +161,13 @@ class _FoundModel:
     Args:
         base: the folder of its base, or of a model that was converted to CTranslate2.
         settings: with the folders of base and adapter; None for a converted model.
+        precision: as in training, unless the user says otherwise; None for a converted model.
         reason: why CTranslate2 can't run it.
     """
 
     base: Path
     settings: InferenceSettings | None
+    precision: Precision | None
     reason: str | None
     with_ctranslate2: bool
 
@@ -179,6 +183,7 @@ class _Loader:
         self._settings = settings
         self._report = report
         self._bases = SharedBases()
+        self._precisions: dict[str, dict[str, Precision]] = {}  # base -> model -> how it has the base
         self._device = choose_device(settings.use_cpu, name=settings.device)
 
     def find(self, name: str, model: str) -> "_FoundModel":
@@ -190,32 +195,35 @@ class _Loader:
         """
         if is_converted(Path(model)):
             self._check_converted(name, model)
-            return _FoundModel(Path(model), None, None, with_ctranslate2=True)
+            return _FoundModel(Path(model), None, None, None, with_ctranslate2=True)
+        report = self._name_notes(name)
         with naming_settings(model_name_or_path="models", adapter="models"):
-            settings = self._find_base_and_adapter(model, self._name_notes(name))
-        base = Path(settings.model_name_or_path)
-        engine = self._settings.engine
-        reason = None if engine == "transformers" else self._find_obstacle(base, settings.family)
+            settings = self._find_base_and_adapter(model, report)
+        base, engine = Path(settings.model_name_or_path), self._settings.engine
+        trained = read_trained_precision(base, settings.adapter)
+        precision = resolve_precision(select_precision(settings), trained, self._device, report)
+        reason = None if engine == "transformers" else self._find_obstacle(base, settings.family, precision, trained)
         if reason is not None:
             self._check_fallback(name, reason)
-        return _FoundModel(base, settings, reason, with_ctranslate2=engine != "transformers" and reason is None)
+        with_ctranslate2 = engine != "transformers" and reason is None
+        return _FoundModel(base, settings, precision, reason, with_ctranslate2)
 
     def load(self, name: str, found: "_FoundModel") -> "ServedModel":
         """Load a model that was found; for CTranslate2 it is converted first."""
         report = self._name_notes(name)
-        if found.settings is None:
+        if found.settings is None or found.precision is None:
             is_chosen = self._settings.quantization is not None or self._settings.bf16
-            compute_type = self._choose_compute_type() if is_chosen else OF_WEIGHTS
+            compute_type = self._choose_compute_type(in_bf16=True) if is_chosen else OF_WEIGHTS
             return self._make_ctranslate2_model(name, found.base, compute_type, report)
         reason = found.reason
         if found.with_ctranslate2:
             try:
-                return self._load_with_ctranslate2(name, found.base, found.settings.adapter, report)
+                return self._load_with_ctranslate2(name, found.base, found.settings.adapter, found.precision, report)
             except _CTranslate2Fails as error:
                 reason = str(error)
                 self._check_fallback(name, reason)
         report(Note("with transformers" + (f": {reason}" if reason else "")))
-        return self._load_with_transformers(name, found.settings, report)
+        return self._load_with_transformers(name, found.settings, found.precision, report)
 
     def _name_notes(self, name: str) -> Report:
         """Return a report that says which model a note is about."""
@@ -248,8 +256,13 @@ class _Loader:
         changes = {"model_name_or_path": str(found), "adapter": adapter, "revision": None, "family": family}
         return settings.model_copy(update=changes)
 
-    def _find_obstacle(self, base: Path, family_key: str | None) -> str | None:
-        """Find why CTranslate2 can't run a model as the settings say; None if it can."""
+    def _find_obstacle(
+        self, base: Path, family_key: str | None, precision: Precision, trained: Mapping[str, Any]
+    ) -> str | None:
+        """Find why CTranslate2 can't run a model as the settings say; None if it can.
+
+        It has no quantization of bitsandbytes, but a merge into the quantized weights of training has their values.
+        """
         settings, device = self._settings, self._device
         try:
             import ctranslate2
@@ -262,6 +275,8 @@ class _Loader:
             return "a model type that --family gives can't be converted to CTranslate2"
         if settings.q_lora:
             return "q_lora: quantized by bitsandbytes"
+        if precision.quantization not in (None, resolve_precision({}, trained, None).quantization):
+            return "quantized by bitsandbytes in a different way than in training"
         if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not ctranslate2.get_cuda_device_count()):
             return f"CTranslate2 can't use the device {device}"
         return describe_lost_settings(base)
@@ -282,28 +297,34 @@ class _Loader:
             hint = "leave out --quantization; transformers quantizes with --q-lora --quant-type int8"
             raise SettingsError(problem, hint=hint)
 
-    def _choose_compute_type(self) -> str:
-        """Choose CTranslate2's compute type: the quantization, else bf16 or fp32 as `chat` does.
+    def _choose_compute_type(self, in_bf16: bool) -> str:
+        """Choose CTranslate2's compute type: the quantization, else bf16 where it can, as `chat` does, else fp32.
 
         Raises:
-            SettingsError: the device can't compute in it.
+            SettingsError: the device can't compute in the type that the settings ask for.
         """
         import ctranslate2
 
         settings, device = self._settings, self._device
-        in_bf16 = has_bf16(device) if settings.bf16 is None else settings.bf16
         setting = "bf16" if settings.quantization is None else "quantization"
         chosen = settings.quantization or ("bfloat16" if in_bf16 else "float32")
         supported = ctranslate2.get_supported_compute_types(device.type, device.index or 0)
+        if chosen not in supported and settings.quantization is None and settings.bf16 is None:
+            return "float32"
         if chosen not in supported:
             problem = f"{setting}: {chosen}: CTranslate2 can't compute in it on this {device.type.upper()}"
             raise SettingsError(problem, hint=f"choose one of {', '.join(sorted(supported))}")
         return chosen
 
-    def _load_with_ctranslate2(self, name: str, base: Path, adapter: Path | None, report: Report) -> "ServedModel":
+    def _load_with_ctranslate2(
+        self, name: str, base: Path, adapter: Path | None, precision: Precision, report: Report
+    ) -> "ServedModel":
         from t5tune.serving.converted import find_converted, get_default_folder
 
-        compute_type, quantization = self._choose_compute_type(), self._settings.quantization
+        compute_type, quantization = self._choose_compute_type(precision.bf16), self._settings.quantization
+        if precision.bf16 and compute_type == "float32" and quantization is None:
+            report(Note(f"CTranslate2 can't compute in bf16 on {describe_device(self._device)}; computing in fp32"))
+        onto = "base" if precision.quantization is None else precision.quantization.quant_type
 
         def convert(folder: Path) -> None:
             report(Note("converting to CTranslate2, once"))
@@ -313,6 +334,7 @@ class _Loader:
                     adapter=[adapter],
                     output_dir=folder,
                     to="ctranslate2",
+                    onto=onto,
                     quantization=quantization,
                     # rounded to the dtype of the base, the sums would give other replies than `chat`; and a
                     # conversion serves all compute types
@@ -333,8 +355,11 @@ class _Loader:
                 convert_and_check(base, base, staged, quantization, report)
 
         folder = self._settings.converted_dir or get_default_folder()
-        found = find_converted(folder.absolute(), name, base, adapter, quantization, convert, report)
-        return self._make_ctranslate2_model(name, found, compute_type, report)
+        found = find_converted(folder.absolute(), name, base, adapter, onto, quantization, convert, report)
+        model = self._make_ctranslate2_model(name, found, compute_type, report)
+        if onto != "base":
+            report(Note(f"its adapter is merged into the {onto} weights of training"))
+        return model
 
     def _make_ctranslate2_model(self, name: str, folder: Path, compute_type: str, report: Report) -> "ServedModel":
         from t5tune.serving.engines import TranslatorEngine
@@ -359,17 +384,30 @@ class _Loader:
         report(Note(f"with CTranslate2, {engine.compute_type}"))
         return self._make_model(name, engine, files, report)
 
-    def _load_with_transformers(self, name: str, settings: InferenceSettings, report: Report) -> "ServedModel":
+    def _load_with_transformers(
+        self, name: str, settings: InferenceSettings, precision: Precision, report: Report
+    ) -> "ServedModel":
         from t5tune.serving.engines import TransformersEngine
 
         # PEFT subtracts some initializations from the base's weights
         adapter = settings.adapter
         is_plain = adapter is None or read_adapter_config(adapter).get("init_lora_weights") in PLAIN_INITIALIZATIONS
         load = self._bases.load if is_plain else load_base
-        loaded = load_for_inference(settings, report, self._device, load_base=load)
+        self._report_other_precision(name, settings, precision, report)
+        loaded = load_for_inference(settings, report, self._device, load_base=load, precision=precision)
         tokenizer = loaded.tokenizer
         engine = TransformersEngine(loaded.model, tokenizer.eos_token_id, tokenizer.pad_token_id)
         return self._make_model(name, engine, loaded, report)
+
+    def _report_other_precision(
+        self, name: str, settings: InferenceSettings, precision: Precision, report: Report
+    ) -> None:
+        """Report a base that is loaded once more because its adapters were trained differently."""
+        loaded = self._precisions.setdefault(settings.model_name_or_path, {})
+        if loaded and precision not in loaded.values():
+            other = next(iter(loaded))
+            report(Note(f"loading the base once more, in {precision}: {other} has it in {loaded[other]}"))
+        loaded[name] = precision
 
     def _make_model(self, name: str, engine: "Engine", files: Any, report: Report) -> "ServedModel":
         from t5tune.serving.generation import DecodingOptions

@@ -1,14 +1,14 @@
 """The base that an adapter was trained on, as the metadata of the adapter's file identifies and describes it."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
-from t5tune.checkpoints.adapter import read_base_metadata
+from t5tune.checkpoints.adapter import read_base_metadata, read_training_precision
 from t5tune.checkpoints.checkpoint import Checkpoint
 from t5tune.checkpoints.fingerprint import compute_fingerprint, compute_full_hash
-from t5tune.errors import CheckpointError
+from t5tune.errors import CheckpointError, SettingsError
 from t5tune.merging.deltas import Adapter
+from t5tune.model.precision import Precision, describe_quantization, resolve_precision
 from t5tune.progress import Note, Report
 from t5tune.settings import MergeSettings
 from t5tune.settings.shared import QuantizationSettings
@@ -31,6 +31,37 @@ class TrainedBase:
     family: str | None
 
 
+def choose_onto(settings: MergeSettings, adapters: list[Adapter], report: Report) -> MergeSettings:
+    """Choose the weights to merge into: the given ones, else those that the adapters were trained on.
+
+    Raises:
+        SettingsError: the adapters were trained on different weights, and none are given.
+    """
+    first = _find_first_known(adapters)
+    known = [adapter.folder for adapter in adapters if read_base_metadata(adapter.folder)]
+    trained = {folder: _resolve_precision(folder, None) for folder in known}
+    target = _resolve_precision(first, settings.onto).quantization
+    others = [folder for folder, precision in trained.items() if precision.quantization != target]
+    if settings.onto is None and others:
+        bases = [f"{folder} on {_describe(trained[folder].quantization)}" for folder in (first, others[0])]
+        kinds = dict.fromkeys(_get_onto(trained[folder].quantization) for folder in (first, others[0]))
+        flags = " or ".join(f"--onto {kind}" for kind in kinds)
+        raise SettingsError(f"adapter: trained differently: {' and '.join(bases)}", hint=f"choose for all with {flags}")
+    for folder in others:
+        text = f"{folder}: trained on {_describe(trained[folder].quantization)}, but merging into {_describe(target)}"
+        if (kind := _get_onto(trained[folder].quantization)) not in (UNQUANTIZED, settings.onto):
+            text += f"; --onto {kind} comes closer to the training model's predictions"
+        report(Note(text, warning=True))
+    dtypes = {precision.dtype_name: folder for folder, precision in reversed(trained.items())}
+    if len(dtypes) > 1:
+        where = " and ".join(f"{folder} in {name}" for name, folder in dtypes.items())
+        report(Note(f"adapter: trained in different dtypes: {where}", warning=True))
+    if settings.onto is None and target is not None:
+        kind = _describe(target)
+        report(Note(f"merging into {kind}, as in training; --onto base takes the unquantized one"))
+    return settings.model_copy(update={"onto": _get_onto(target)})
+
+
 def list_quantized_weights(base: Checkpoint, quantization: QuantizationSettings) -> list[str]:
     """List the weights that q_lora quantizes."""
     linear = (name for name in base.list_names() if len(base.get_dtype_and_shape(name)[1]) == 2)
@@ -40,7 +71,7 @@ def list_quantized_weights(base: Checkpoint, quantization: QuantizationSettings)
 def match_trained_base(
     settings: MergeSettings, base: Checkpoint, adapters: list[Adapter], report: Report
 ) -> TrainedBase:
-    """Compare the base, and its quantization, with those that the adapters were trained on. Return the first one's.
+    """Compare the base with the one that the adapters were trained on, and return how it was loaded there.
 
     Raises:
         CheckpointError: an adapter was trained on another base.
@@ -63,32 +94,30 @@ def match_trained_base(
             )
         if metadata[key] != found:
             report(Note(f"{base.folder}: not the base that {adapter.folder} was trained on", warning=True))
-    for adapter in adapters:
-        _compare_quantization(adapter, read_base_metadata(adapter.folder), settings.onto, report)
-    return _read_trained_base(read_base_metadata(adapters[0].folder), settings)
-
-
-def _read_trained_base(metadata: Mapping[str, Any], settings: MergeSettings) -> TrainedBase:
-    kind = metadata.get("onto", UNQUANTIZED) if settings.onto == UNQUANTIZED else settings.onto
-    quantization = None
-    if kind != UNQUANTIZED:
-        # without them, the adapter was trained without quantization or by another tool
-        flags = {name: metadata.get(name, True) is not False for name in ("double_quant", "quantize_wo")}
-        quantization = QuantizationSettings.model_validate({"q_lora": True, "quant_type": kind, **flags})
+    first = _find_first_known(adapters)
+    metadata = read_base_metadata(first)
+    # a merge into the unquantized base is compared with training, too
+    onto = None if settings.onto == UNQUANTIZED else settings.onto
+    quantization = _resolve_precision(first, onto).quantization
     compute = "float32" if metadata.get("compute") == "float32" else "bfloat16"
     return TrainedBase(quantization, compute, settings.family or metadata.get("family"))
 
 
-def _compare_quantization(adapter: Adapter, metadata: Mapping[str, Any], onto: str, report: Report) -> None:
-    trained_on = metadata.get("onto", UNQUANTIZED)
-    if trained_on == onto:
-        return
-    text = f"{adapter.folder}: trained on {_describe(trained_on)}, but merging into {_describe(onto)}"
-    if trained_on != UNQUANTIZED:
-        report(Note(f"{text}; --onto {trained_on} comes closer to the training model's predictions", warning=True))
-    elif metadata:
-        report(Note(text, warning=True))
+def _find_first_known(adapters: list[Adapter]) -> Path:
+    """Find the first adapter whose file describes its base; adapters of other tools don't. Else the first of all."""
+    folders = [adapter.folder for adapter in adapters]
+    return next(filter(read_base_metadata, folders), folders[0])
 
 
-def _describe(kind: str) -> str:
-    return "the unquantized base" if kind == UNQUANTIZED else f"an {kind} base"
+def _resolve_precision(adapter: Path, onto: str | None) -> Precision:
+    """Return how the base was loaded in training, or how `onto` would load it."""
+    given = {} if onto is None else {"q_lora": onto != UNQUANTIZED, "quant_type": onto}
+    return resolve_precision(given, read_training_precision(adapter), device=None)
+
+
+def _get_onto(quantization: QuantizationSettings | None) -> str:
+    return UNQUANTIZED if quantization is None else quantization.quant_type
+
+
+def _describe(quantization: QuantizationSettings | None) -> str:
+    return "the unquantized base" if quantization is None else f"an {describe_quantization(quantization, 'base')}"

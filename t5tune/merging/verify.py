@@ -1,6 +1,6 @@
 """Verify a merged checkpoint: compare its logits with those of base + adapters on a few examples, in fp32."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from t5tune.merging.trained_base import UNQUANTIZED, TrainedBase
 from t5tune.model.device import choose_device
 from t5tune.model.inference import load_adapter, load_weighted_sum
 from t5tune.model.load import load_base
+from t5tune.model.precision import find_quantization_problem
 from t5tune.progress import Note, Report
 from t5tune.settings import MergeSettings
 from t5tune.settings.shared import QuantizationSettings
@@ -58,6 +59,11 @@ def verify_merge(
     Raises:
         TrainingError: the difference exceeds the tolerance for the dtype of the merged weights.
     """
+    problem = find_quantization_problem() if trained.quantization is not None else None
+    if problem is not None:  # then it is merged into the unquantized base
+        report(Note(f"not compared with the model as trained: {problem}"))
+        trained = replace(trained, quantization=None)
+    assert settings.onto is not None  # see choose_onto
     found = _compare_logits(base.folder, adapters, merged, trained, settings.onto, report)
     written = open_base(merged)
     dtypes = {written.get_dtype_and_shape(name)[0] for name in base.list_names()}

@@ -78,6 +78,28 @@ def has_bf16(device: Any) -> bool:
     return device.type == "cuda" and bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
+def can_compute_bf16(device: Any) -> bool:
+    """Whether a model can compute in bf16: on GPUs with arithmetic of their own, and on CPUs, though some are slow."""
+    import torch
+
+    if device.type == "cuda":
+        return has_bf16(device)
+    try:
+        torch.ones(2, 2, dtype=torch.bfloat16, device=device).mm(torch.ones(2, 2, dtype=torch.bfloat16, device=device))
+    except (RuntimeError, TypeError):  # Apple's GPUs before macOS 14
+        return False
+    return True
+
+
+def describe_device(device: Any) -> str:
+    """Such as `Tesla T4` or `this CPU`."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return "this CPU" if device.type == "cpu" else f"the device {device}"
+
+
 @contextmanager
 def use_gpu_kernels(device: Any, tf32: bool = False) -> Iterator[None]:
     """Choose among torch's kernels for a GPU in this block; elsewhere change nothing.

@@ -23,12 +23,13 @@ from t5tune.families import find_architecture
 from t5tune.file_names import TEMPLATE_FILE, TOKENIZER_CONFIG_FILE
 from t5tune.hub.names import name_snapshot, split_revision
 from t5tune.io.reasons import join_lines
-from t5tune.model.device import check_bf16, choose_device, has_bf16
+from t5tune.model.device import choose_device
 from t5tune.model.load import load_base
 from t5tune.model.lora import replace_trainable_token_layers
+from t5tune.model.precision import Precision, read_trained_precision, resolve_precision, select_precision
 from t5tune.model.zero3 import Zero3Partitioner
 from t5tune.progress import Note, Report, silent
-from t5tune.settings.shared import InferenceSettings
+from t5tune.settings.shared import InferenceSettings, QuantizationSettings
 
 InferenceKind = TypeVar("InferenceKind", bound=InferenceSettings)
 
@@ -69,11 +70,13 @@ class LoadedModel(ModelFiles):
 
     Args:
         num_rows: rows of the embedding.
+        precision: how the base was loaded.
         engine: DeepSpeed's, which gathers the weights of a partitioned model as long as it exists.
     """
 
     model: Any
     num_rows: int
+    precision: Precision
     engine: Any = None
 
 
@@ -101,6 +104,7 @@ def load_for_inference(
     device: torch.device | None = None,
     zero3: dict[str, Any] | None = None,
     load_base: Callable[..., Any] = load_base,
+    precision: Precision | None = None,
 ) -> LoadedModel:
     """Load the model that the settings name. If that is an adapter or a run folder, its base is loaded too.
 
@@ -108,6 +112,7 @@ def load_for_inference(
         device: where to; None: as the settings say.
         zero3: a DeepSpeed config with ZeRO-3, to partition the model among the ranks; None: each rank has all of it.
         load_base: loads the base; that of SharedBases lets several models have the same weights.
+        precision: of the base; None: as in training, unless the settings say otherwise.
 
     Raises:
         ModelError, CheckpointError: the base or the adapter can't be used.
@@ -124,15 +129,15 @@ def load_for_inference(
         # PEFT only warns about tensors that have no place in the model, and ignores them
         check_adapter_shapes(state, config, find_architecture(read_config(base), base, family), adapter)
     device = device or choose_device(settings.use_cpu, name=settings.device)
-    if settings.bf16:
-        check_bf16(device)
-    in_bf16 = has_bf16(device) if settings.bf16 is None else settings.bf16
-    dtype = torch.bfloat16 if in_bf16 else torch.float32
+    if precision is None:
+        in_training = read_trained_precision(base, adapter)
+        precision = resolve_precision(select_precision(settings), in_training, device, report)
+    dtype = torch.bfloat16 if precision.bf16 else torch.float32
     partitioner = None
     if zero3 is not None:
-        _check_partitioning(settings, adapter is not None and bool(config.get("use_dora")), device)
+        _check_partitioning(precision.quantization, adapter is not None and bool(config.get("use_dora")), device)
         partitioner = Zero3Partitioner(zero3, dtype)
-    model = load_base(base, dtype, device, settings, family, report, partitioner)
+    model = load_base(base, dtype, device, precision.quantization, family, report, partitioner)
     if adapter is not None:
         with nullcontext() if partitioner is None else partitioner.prepare_peft():
             model = load_adapter(model, adapter)
@@ -144,16 +149,19 @@ def load_for_inference(
         **{item.name: getattr(files, item.name) for item in fields(files)},
         model=model,
         num_rows=model.architecture.dimensions.num_rows,
+        precision=precision,
         engine=None if partitioner is None else partitioner.set_up_inference(model),
     )
 
 
-def _check_partitioning(settings: InferenceSettings, uses_dora: bool, device: torch.device) -> None:
-    if settings.q_lora and settings.quant_type == "int8":
+def _check_partitioning(quantization: QuantizationSettings | None, uses_dora: bool, device: torch.device) -> None:
+    if quantization is None:
+        return
+    if quantization.quant_type == "int8":
         problem = "quant_type: int8: DeepSpeed can't handle int8 weights"
         raise SettingsError(problem, hint="use nf4 or fp4, or leave out --deepspeed")
     # PEFT 0.21 replaces quantized weights on CPUs whenever it reads them for DoRA, and DeepSpeed loses track of them
-    if settings.q_lora and uses_dora and device.type == "cpu":
+    if uses_dora and device.type == "cpu":
         problem = "q_lora: with ZeRO-3 and an adapter with DoRA, it works only on GPUs"
         raise SettingsError(problem, hint="use --no-q-lora, or leave out --deepspeed")
 

@@ -1,6 +1,6 @@
 """The folder of models that were converted to CTranslate2: each is converted once, and used by later servers.
 
-    folder = find_converted(Path("~/.cache/t5tune/converted"), "run", base, adapter, "int8", convert, report)
+    folder = find_converted(Path("~/.cache/t5tune/converted"), "run", base, adapter, "nf4", "int8", convert, report)
 
 A conversion's name has a hash of all that it was made of, so that one of other weights is never taken.
 """
@@ -22,7 +22,7 @@ from t5tune.formatting import format_size
 from t5tune.io.atomic import hash_file, lock_file
 from t5tune.progress import Note, Report
 
-CONVERSION_FORMAT = 1  # to be raised when conversions by older versions of t5tune mustn't be used any more
+CONVERSION_FORMAT = 2  # to be raised when conversions by older versions of t5tune mustn't be used any more
 HASHES_FOLDER = "hashes"
 SECONDS_TO_WAIT = 3600.0  # for another process that converts the same model
 
@@ -37,6 +37,7 @@ def find_converted(
     name: str,
     base: Path,
     adapter: Path | None,
+    onto: str,
     quantization: str | None,
     convert: Callable[[Path], None],
     report: Report,
@@ -46,6 +47,7 @@ def find_converted(
     Args:
         folder: of all conversions.
         name: of the model.
+        onto: the weights that the adapter is merged into: base, nf4, ….
         convert: writes the conversion to a path, as a whole or not at all.
 
     Raises:
@@ -54,7 +56,7 @@ def find_converted(
     hashes = folder / HASHES_FOLDER
     try:
         hashes.mkdir(parents=True, exist_ok=True)
-        identity = _hash_inputs(hashes, base, adapter, quantization)
+        identity = _hash_inputs(hashes, base, adapter, onto, quantization)
     except (OSError, WriteError) as error:
         reason = error.strerror if isinstance(error, OSError) else error.message
         raise SettingsError(f"converted_dir: {folder}: {reason}", hint="name another folder") from None
@@ -77,7 +79,7 @@ def _find_any(folder: Path, ending: str) -> Path | None:
     return next(filter(is_converted, folder.glob(f"[!.]*{ending}")), None)
 
 
-def _hash_inputs(hashes: Path, base: Path, adapter: Path | None, quantization: str | None) -> str:
+def _hash_inputs(hashes: Path, base: Path, adapter: Path | None, onto: str, quantization: str | None) -> str:
     """Hash all that a conversion depends on. The hash of a base's weights is kept while its files are the same."""
     import ctranslate2
 
@@ -88,6 +90,7 @@ def _hash_inputs(hashes: Path, base: Path, adapter: Path | None, quantization: s
     parts = {
         "format": CONVERSION_FORMAT,
         "ctranslate2": ctranslate2.__version__,
+        "onto": onto,
         "quantization": quantization,
         "weights": weights,
         "base": _hash_files(base, with_weights=False),

@@ -306,13 +306,6 @@ class EvaluateSettings(MetricSettings, DataSettings, PartitionSettings, Inferenc
         description="Maximum batch size for the loss and for generation (examples); default: as many as fit a budget "
         "of tokens.",
     )
-    bf16: bool | None = Field(
-        default=None,
-        description="Compute in bfloat16; default: as in training, else on GPUs that can.",
-    )
-    q_lora: bool = Field(
-        default=False, description="Quantize the base to 4 bits or int8; default: as in training, like its options."
-    )
 
     @model_validator(mode="after")
     def _check_objective_of_evaluation(self) -> "EvaluateSettings":

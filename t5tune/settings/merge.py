@@ -55,10 +55,10 @@ class MergeSettings(ReplaceableOutputSettings, HubSettings, BaseModelSettings):
         "base's.",
         json_schema_extra={"metavar": "SIZE"},
     )
-    onto: Literal["base", "nf4", "fp4", "int8"] = Field(
-        default="base",
-        description="Weights to merge into: the base's own, or the base quantized and dequantized as q_lora did in "
-        "training.",
+    onto: Annotated[Literal["base", "nf4", "fp4", "int8"] | None, NoneIfUnset] = Field(
+        default=None,
+        description="Weights to merge into: the base's own, or the base quantized and dequantized as q_lora did; "
+        "default: those that the adapter was trained on.",
     )
     check: Literal["fingerprint", "full"] = Field(
         default="fingerprint",

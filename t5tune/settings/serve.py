@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from t5tune.settings.fields import NoneIfUnset, OptionalCount, PathAsText, exists, read_path, read_paths
 from t5tune.settings.merge import Quantization
 from t5tune.settings.reading import ConversationSettings
-from t5tune.settings.shared import BaseModelSettings, DeviceSettings, QuantizationSettings
+from t5tune.settings.shared import BaseModelSettings, DeviceSettings, TrainedQuantizationSettings
 
 MAX_PORT = 65535
 
@@ -25,7 +25,7 @@ def _read_models(value: Any) -> Any:
 ModelList = Annotated[list[str], BeforeValidator(_read_models, json_schema_input_type=dict[str, str] | list[str] | str)]
 
 
-class ServeSettings(ConversationSettings, DeviceSettings, QuantizationSettings, BaseModelSettings):
+class ServeSettings(ConversationSettings, DeviceSettings, TrainedQuantizationSettings, BaseModelSettings):
     command: ClassVar[str] = "serve"
     essential: ClassVar[tuple[str, ...]] = ("host", "port", "api_key", "engine", "quantization", "max_new_tokens")
     panel: ClassVar[str] = "Serving"

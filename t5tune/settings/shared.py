@@ -82,6 +82,14 @@ class QuantizationSettings(Settings):
     )
 
 
+class TrainedQuantizationSettings(QuantizationSettings):
+    """Quantization of the base of a model that was trained."""
+
+    q_lora: bool = Field(
+        default=False, description="Quantize the base to 4 bits or int8; default: as in training, like its options."
+    )
+
+
 class DeviceSettings(Settings):
     """Where and in which precision a model is used."""
 
@@ -89,7 +97,7 @@ class DeviceSettings(Settings):
 
     bf16: bool | None = Field(
         default=None,
-        description="Compute in bfloat16; default: on GPUs that can.",
+        description="Compute in bfloat16; default: as in training, else on GPUs that can.",
     )
     use_cpu: bool = Field(default=False, description="Run on the CPU even if there is a GPU.")
     device: Annotated[str | None, NoneIfUnset, DeviceAsText] = Field(
@@ -103,7 +111,7 @@ class DeviceSettings(Settings):
         return self
 
 
-class InferenceSettings(DeviceSettings, QuantizationSettings, BaseModelSettings):
+class InferenceSettings(DeviceSettings, TrainedQuantizationSettings, BaseModelSettings):
     """Which model generates predictions, and on which device."""
 
     panel: ClassVar[str] = "Base model"

@@ -34,5 +34,5 @@ def test_a_broken_text_is_not_taken_for_that_of_another_tool(tmp_path: Path, tex
 
 
 def test_the_precision_of_training_is_what_the_metadata_has_of_it(tmp_path: Path) -> None:
-    write(tmp_path, {"t5tune": '{"onto": "fp4", "double_quant": false}'})
+    write(tmp_path, {"t5tune": '{"onto": "fp4", "double_quant": false, "quantize_wo": "no"}'})
     assert read_training_precision(tmp_path) == {"q_lora": True, "quant_type": "fp4", "double_quant": False}

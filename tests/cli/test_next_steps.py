@@ -1,12 +1,10 @@
 """The commands that a command suggests when it ends; test_help.py has those that follow the examples in the help."""
 
-import json
 import shlex
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from safetensors.numpy import save_file
 
 from t5tune.cli.arguments import parse_arguments
 from t5tune.cli.next_steps import list_next_steps
@@ -80,17 +78,16 @@ def test_data_from_standard_input_is_not_repeated() -> None:
     ) in list_next_steps(settings, None)
 
 
-def test_a_quantized_run_is_followed_with_its_quantization(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_quantized_run_is_followed_by_plain_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     settings = TrainSettings(
         model_name_or_path="base", data_path=["a.csv"], eval_data_path=["b.csv"], output_dir=Path("run"),
         q_lora=True, quant_type="fp4", double_quant=False,
     )  # fmt: skip
-    flags = "--q-lora --quant-type fp4 --no-double-quant --bf16"
     assert [line for _, line in list_next_steps(settings, SimpleNamespace(run=Path("run"), eval={}))] == [
-        f"t5tune chat run {flags}",
+        "t5tune chat run",
         "t5tune evaluate run --data-path b.csv",
-        "t5tune merge run --onto fp4 --output-dir merged",
+        "t5tune merge run --output-dir merged",
     ]
 
 
@@ -159,26 +156,15 @@ def test_held_out_datasets_with_options_of_their_own_are_not_evaluated_without_t
     assert [line.split()[1] for line in steps] == ["chat", "merge"]
 
 
-def test_a_quantized_run_in_fp32_is_followed_in_fp32() -> None:
-    """On GPUs, chat would take bf16 by default."""
-    settings = TrainSettings(
-        model_name_or_path="base", data_path=["a.csv"], output_dir=Path("run"), q_lora=True, bf16=False
-    )
-    [(_, chat), *_] = list_next_steps(settings, SimpleNamespace(run=Path("run"), eval={}))
-    assert chat == "t5tune chat run --q-lora --no-bf16"
-
-
-def test_a_quantized_adapter_is_followed_with_its_quantization(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_exported_adapter_is_followed_by_plain_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    about = {"bf16": False, "onto": "fp4", "double_quant": False, "quantize_wo": False}
-    save_file({}, tmp_path / "adapter_model.safetensors", {"t5tune": json.dumps(about)})
-    (tmp_path / "adapter_config.json").write_text("{}")
-    chat = "t5tune chat . --q-lora --quant-type fp4 --no-quantize-wo --no-double-quant --no-bf16"
-    merge = "t5tune merge . --onto fp4 --output-dir merged"
     exported = list_next_steps(ExportSettings(checkpoint="run", output_dir="exported"), SimpleNamespace(adapter=Path()))
-    assert [line for _, line in exported] == [chat, merge]
-    evaluated = list_next_steps(EvaluateSettings(model_name_or_path=".", data_path=["dev.csv"]), None)
-    assert evaluated[-1] == ("", merge)
+    assert [line for _, line in exported] == ["t5tune chat .", "t5tune merge . --output-dir merged"]
+
+
+def test_a_precision_that_was_given_to_evaluate_is_repeated() -> None:
+    settings = EvaluateSettings(model_name_or_path="base", data_path=["dev.csv"], q_lora=False, bf16=False)
+    assert list_next_steps(settings, None)[0] == ("next", "t5tune chat base --no-q-lora --no-bf16")
 
 
 def test_of_a_mixture_the_first_token_cache_is_shown(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def test_any_number_of_ranks_gives_the_same_result(
         folders = [tmp_path / "1", tmp_path / str(ranks)]
         assert len({(folder / "predictions.jsonl").read_bytes() for folder in folders}) == 1
         assert done[ranks].stderr.count("2 records rejected, the first:") == 1
-        assert "as in training: bf16 on" in done[ranks].stderr
+        assert "as in training: bf16" in done[ranks].stderr
     assert set(done[1].json["custom_metrics"]) == {"words"}
 
 
@@ -176,7 +176,7 @@ def test_the_command_starts_processes_and_rank_0_shows_the_result(
     alone = on_ranks(1, *make_arguments(run, data, tmp_path / "alone", *more))
     assert result["base"] is not None
     assert {**result, "predictions": None, "seconds": None} == {**alone.json, "predictions": None, "seconds": None}
-    assert notes.read_text().count("as in training: bf16 on") == 1
+    assert notes.read_text().count("as in training: bf16") == 1
 
 
 @pytest.mark.long
@@ -265,14 +265,14 @@ def test_the_precision_and_the_quantization_are_those_of_training_unless_they_ar
     trained = tmp_path / "run"
     changes = {"q_lora": True, "quant_type": "fp4", "double_quant": False, "bf16": False, "max_steps": 1}
     train(make_settings(untied_base, conversations, trained, **changes))
-    inherited = ["as in training: q_lora on, quant_type fp4, double_quant off"]
+    inherited = ["as in training: fp4 without double quantization, fp32"]
     assert list_inherited(trained, conversations, tmp_path / "a") == inherited
     assert list_inherited(untied_base, conversations, tmp_path / "b", adapter=trained / "checkpoint-1") == inherited
     assert list_inherited(trained, conversations, tmp_path / "c", q_lora=False) == []
     assert list_inherited(untied_base, conversations, tmp_path / "d") == []
-    assert list_inherited(run, conversations, tmp_path / "e") == ["as in training: bf16 on"]
+    assert list_inherited(run, conversations, tmp_path / "e") == ["as in training: bf16"]
     assert list_inherited(run, conversations, tmp_path / "f", bf16=False) == []
-    assert list_inherited(run, conversations, tmp_path / "g", bf16=None) == ["as in training: bf16 on"]
+    assert list_inherited(run, conversations, tmp_path / "g", bf16=None) == ["as in training: bf16"]
     losses = {
         name: [json.loads(line)["loss"] for line in (tmp_path / name / "predictions.jsonl").read_text().splitlines()]
         for name in "abcef"
@@ -288,7 +288,7 @@ def test_a_fully_trained_model_is_evaluated_in_the_precision_of_its_run(
     trained = tmp_path / "run"
     train(make_settings(untied_base, conversations, trained, train_mode="full", bf16=True, max_steps=1))
     for number, folder in enumerate((trained, trained / "checkpoint-1")):
-        assert list_inherited(folder, conversations, tmp_path / str(number)) == ["as in training: bf16 on"]
+        assert list_inherited(folder, conversations, tmp_path / str(number)) == ["as in training: bf16"]
 
 
 def test_an_error_of_rank_0_is_printed_once(tmp_path: Path, on_ranks: Callable[..., CommandResult]) -> None:

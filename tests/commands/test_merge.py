@@ -18,13 +18,11 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from t5tune.checkpoints.base import open_base
 from t5tune.checkpoints.checkpoint import Checkpoint
 from t5tune.checkpoints.fingerprint import (
     FINGERPRINT_BYTES,
     compute_fingerprint,
     compute_full_hash,
-    describe_base,
 )
 from t5tune.checkpoints.training_data import TrainingData, read_training_data, write_training_data
 from t5tune.commands.chat import Chatter
@@ -42,6 +40,7 @@ from t5tune.settings import ChatSettings, EvaluateSettings, ExportSettings, Merg
 from tests.support.adapters import (
     TEMPLATES,
     TOKEN_IDS,
+    add_base_metadata,
     compute_logits,
     load_stock_base,
     make_rows_adapter,
@@ -834,14 +833,6 @@ def test_the_same_bytes_are_written_without_verify(untied_base: Path, untied_ada
 # checks of the base
 
 
-def add_base_metadata(base: Path, adapter: Path, **changes: Any) -> Path:
-    """Add the base's metadata to the adapter, as train writes it, with some changes."""
-    path = adapter / "adapter_model.safetensors"
-    metadata = {"format": "pt", "t5tune": json.dumps(describe_base(open_base(base), "the-base") | changes)}
-    save_file(load_file(path), path, metadata)
-    return adapter
-
-
 def make_similar_base(base: Path, folder: Path) -> Path:
     """Copy the base with one value changed in the middle of a tensor."""
     shutil.copytree(base, folder)
@@ -936,74 +927,3 @@ def test_a_stock_adapter_without_base_facts_is_accepted_with_a_note(
     notes: list[Any] = []
     run_merge(untied_base, untied_adapter, tmp_path / "merged", notes.append, verify=False)
     assert any(isinstance(note, Note) and "records no fingerprint" in note.text for note in notes)
-
-
-# merging onto the quantized weights of training
-
-
-def test_each_adapter_that_was_trained_on_another_quantization_is_named(untied_base: Path, tmp_path: Path) -> None:
-    plain, nf4 = (
-        add_base_metadata(untied_base, make_stock_adapter(untied_base, tmp_path / name), **more)
-        for name, more in (("plain", {}), ("nf4", {"onto": "nf4"}))
-    )
-    for first, second in ((plain, nf4), (nf4, plain)):
-        notes: list[str] = []
-        settings = MergeSettings(
-            model_name_or_path=str(untied_base),
-            adapter=[first, second],
-            weights=[0.5, 0.5],
-            output_dir=tmp_path / f"{first.name}-first",
-            verify=False,
-        )
-        merge(settings, lambda event, notes=notes: notes.append(event.text) if isinstance(event, Note) else None)
-        (said,) = [text for text in notes if "but merging into" in text]
-        assert said.startswith(f"{nf4}: trained on an nf4 base, but merging into the unquantized base; --onto nf4")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["nf4", "fp4"])  # int8 rounds activations, too, which no merge can reproduce
-def test_merging_onto_quantized_weights_is_closer_to_the_training_model(tmp_path: Path, kind: str) -> None:
-    base = make_base(tmp_path / "base", tied=False, d_model=64, d_kv=16, d_ff=128)
-    adapter = add_base_metadata(base, make_stock_adapter(base, tmp_path / "adapter"), onto=kind, compute="float32")
-    notes: list[Any] = []
-    onto = run_merge(base, adapter, tmp_path / "onto", notes.append, onto=kind)
-    assert onto.from_training[kind] < 0.2 * onto.from_training["base"]
-    assert any(isinstance(note, Note) and f"merged into {kind}" in note.text for note in notes)
-    plain_notes: list[Any] = []
-    plain = run_merge(base, adapter, tmp_path / "plain", plain_notes.append)
-    assert any(isinstance(note, Note) and note.warning and f"--onto {kind}" in note.text for note in plain_notes)
-    assert plain.from_training == pytest.approx(onto.from_training, rel=0.2, abs=2e-3)
-    weights, merged = load_file(base / "model.safetensors"), load_file(tmp_path / "onto" / "model.safetensors")
-    untouched = "encoder.block.0.layer.1.DenseReluDense.wo.weight"  # not adapted, but quantized in training
-    assert not torch.equal(weights[untouched], merged[untouched])
-    assert torch.equal(weights["shared.weight"], merged["shared.weight"])
-
-
-def test_merging_onto_quantized_weights_keeps_wo_if_training_did_not_quantize_it(tmp_path: Path) -> None:
-    base = make_base(tmp_path / "base", tied=False, d_model=64, d_kv=16, d_ff=128)
-    adapter = make_stock_adapter(base, tmp_path / "adapter")
-    add_base_metadata(base, adapter, onto="nf4", compute="float32", quantize_wo=False)
-    onto = run_merge(base, adapter, tmp_path / "onto", onto="nf4")
-    assert onto.from_training["nf4"] < 0.2 * onto.from_training["base"]
-    weights, merged = load_file(base / "model.safetensors"), load_file(tmp_path / "onto" / "model.safetensors")
-    layer = "encoder.block.0.layer.1.DenseReluDense"
-    assert torch.equal(weights[f"{layer}.wo.weight"], merged[f"{layer}.wo.weight"])
-    assert not torch.equal(weights[f"{layer}.wi_0.weight"], merged[f"{layer}.wi_0.weight"])
-
-
-@pytest.mark.parametrize("kind", ["nf4", "fp4"])
-def test_dequantized_weights_equal_those_of_bitsandbytes(tmp_path: Path, kind: str) -> None:
-    import bitsandbytes.functional as functional
-
-    base = make_base(tmp_path / "base", tied=False, dtype=torch.bfloat16)
-    adapter = make_stock_adapter(base, tmp_path / "adapter")
-    run_merge(base, adapter, tmp_path / "merged", onto=kind, verify=False)
-    merged = load_file(tmp_path / "merged" / "model.safetensors")
-    trained = load_file(adapter / "adapter_model.safetensors")
-    name = "decoder.block.1.layer.1.EncDecAttention.v"
-    packed, state = functional.quantize_4bit(
-        load_file(base / "model.safetensors")[f"{name}.weight"], compress_statistics=True, quant_type=kind
-    )
-    delta = trained[f"{PREFIX}{name}.lora_B.weight"] @ trained[f"{PREFIX}{name}.lora_A.weight"] * SCALE
-    expected = (functional.dequantize_4bit(packed, state).float() + delta).bfloat16()
-    assert torch.equal(merged[f"{name}.weight"], expected)

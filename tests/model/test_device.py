@@ -237,6 +237,6 @@ def test_reserved_memory_is_that_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> No
 def test_inference_is_in_bf16_where_a_gpu_has_it(
     on_gpu: bool, bf16: bool | None, expected: torch.dtype, untied_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("t5tune.model.inference.has_bf16", lambda device: on_gpu)
+    monkeypatch.setattr("t5tune.model.precision.has_bf16", lambda device: on_gpu)
     settings = ChatSettings(model_name_or_path=str(untied_base), bf16=bf16, use_cpu=True)
     assert load_for_inference(settings).model.dtype == expected

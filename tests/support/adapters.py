@@ -7,9 +7,12 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM
 
 from t5tune.checkpoints.adapter import AdapterMetadata, to_peft_name, write_adapter
+from t5tune.checkpoints.base import open_base
+from t5tune.checkpoints.fingerprint import describe_base
 from t5tune.checkpoints.tensors import Tensor
 from t5tune.checkpoints.tokenizer_files import read_supporting_files
 from t5tune.model.load import load_base
@@ -33,6 +36,14 @@ def make_stock_adapter(base: Path, folder: Path, **changes: Any) -> Path:
     randomize(model)
     model.save_pretrained(folder)
     return folder
+
+
+def add_base_metadata(base: Path, adapter: Path, **changes: Any) -> Path:
+    """Add the base's metadata to the adapter, as train writes it, with some changes."""
+    path = adapter / "adapter_model.safetensors"
+    metadata = {"format": "pt", "t5tune": json.dumps(describe_base(open_base(base), "the-base") | changes)}
+    save_file(load_file(path), path, metadata)
+    return adapter
 
 
 def make_rows_adapter(base: Path, folder: Path) -> tuple[Path, torch.Tensor]:

@@ -132,7 +132,7 @@ COLUMNS = {
     ),
     "merge": Column(
         "Stock transformers 5 computes the logits of base and adapter from the merged checkpoint, and `chat` gives the "
-        "same reply. With `--onto nf4`, t5tune and stock transformers compute the same logits.",
+        "same reply. After QLoRA, t5tune and stock transformers compute the same logits.",
         (f"{SHORT_CHAIN}[{{key}} lora]", f"{SHORT_CHAIN}[{{key}} q_lora]"),
         of_gemma(
             "end_to_end/test_gemma.py::test_stock_transformers_has_the_logits_of_the_merged_checkpoint[{key} lora]",
