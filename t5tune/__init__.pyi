@@ -91,6 +91,7 @@ class PrepareSettings(_settings.PrepareSettings):
         mixing: Literal["weights", "proportional", "concatenate"] | None = None,
         mixing_temperature: float | None = None,
         mixing_cap: int | None = None,
+        split_seed: int = 42,
         seed: int = 42,
     ) -> None:
         """Settings of prepare: Check and tokenize data before training; train does it too.
@@ -151,7 +152,9 @@ class PrepareSettings(_settings.PrepareSettings):
                 larger, the more equal; default: 1.
             mixing_cap: Cap of proportional mixing: a dataset with more examples counts as if it had this many; default:
                 none.
-            seed: Random seed for the held-out split, adapter initialization, dropout and data order.
+            split_seed: Random seed for the held-out split. With the same split_seed, the same conversations are held
+                out whatever seed is.
+            seed: Random seed for adapter initialization, dropout, data order and the masked spans of raw text.
         """
 
 class TrainSettings(_settings.TrainSettings):
@@ -216,6 +219,7 @@ class TrainSettings(_settings.TrainSettings):
         drop_truncated_targets: bool = False,
         max_rejected_fraction: float | None = None,
         num_workers: int | None = None,
+        split_seed: int = 42,
         seed: int = 42,
         mixing: Literal["weights", "proportional", "concatenate"] | None = None,
         mixing_temperature: float | None = None,
@@ -360,7 +364,9 @@ class TrainSettings(_settings.TrainSettings):
             max_rejected_fraction: Fail if more than this fraction of the records is rejected, not counting records
                 labeled bad; default: never.
             num_workers: Number of tokenization processes; default: one per CPU core, fewer for small data.
-            seed: Random seed for the held-out split, adapter initialization, dropout and data order.
+            split_seed: Random seed for the held-out split. With the same split_seed, the same conversations are held
+                out whatever seed is.
+            seed: Random seed for adapter initialization, dropout, data order and the masked spans of raw text.
             mixing: How several datasets are mixed: by their weights; proportional to their sizes, with
                 mixing_temperature and mixing_cap, as for T5; or all examples of all of them in each epoch
                 (concatenate); default: by weights if any is given, otherwise concatenate.
@@ -979,6 +985,7 @@ class PlanSettings(_settings.PlanSettings):
         ]
         | None = None,
         eval_fraction: float = 0.0,
+        split_seed: int = 42,
         seed: int = 42,
         mixing: Literal["weights", "proportional", "concatenate"] | None = None,
         mixing_temperature: float | None = None,
@@ -1054,7 +1061,9 @@ class PlanSettings(_settings.PlanSettings):
             cache_dir: Folder for Hugging Face Hub downloads; default: the Hub's own cache.
             family: Treat a base whose model_type t5tune doesn't know as this model type (docs/families.md).
             eval_fraction: Fraction of the data to hold out for evaluation, if there is no eval_data_path.
-            seed: Random seed for the held-out split, adapter initialization, dropout and data order.
+            split_seed: Random seed for the held-out split. With the same split_seed, the same conversations are held
+                out whatever seed is.
+            seed: Random seed for adapter initialization, dropout, data order and the masked spans of raw text.
             mixing: How several datasets are mixed: by their weights; proportional to their sizes, with
                 mixing_temperature and mixing_cap, as for T5; or all examples of all of them in each epoch
                 (concatenate); default: by weights if any is given, otherwise concatenate.

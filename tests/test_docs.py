@@ -193,7 +193,7 @@ def anchor_of(heading: str) -> str:
 def find_commands(path: Path) -> Iterator[list[str]]:
     """Yield the arguments of each `t5tune` command in a document's `sh` blocks; of a loop, with its first value."""
     for block in re.findall(r"^```sh\n(.*?)^```", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
-        for name, value in re.findall(r"^for (\w+) in (\S+)", block, re.MULTILINE):
+        for name, value in re.findall(r"^ *for (\w+) in (\S+)", block, re.MULTILINE):
             block = block.replace(f"${name}", value)
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)

@@ -209,7 +209,7 @@ def _choose_examples(settings: PlanSettings, examples: Examples) -> Examples:
     if settings.num_data is not None:
         examples = examples.limit_training(settings.num_data)
     if settings.eval_fraction > 0 and settings.eval_data_path is None:
-        return examples.split(settings.eval_fraction, settings.seed)[0]
+        return examples.split(settings.eval_fraction, settings.split_seed)[0]
     return examples.split_as_prepared()[0]
 
 

@@ -453,11 +453,12 @@ def _make_prepare_settings(settings: TrainSettings, cache: Path, setting: str) -
         values["num_data"] = None  # it is how many are trained on
         if datasets is not None:
             values["data_subset"] = None  # each dataset has its own
-    # train holds out examples itself, so that a change of eval_fraction or seed doesn't need another cache; but of raw
-    # text, the seed determines how many tokens are masked
+    # train holds out examples itself, so that a change of eval_fraction or of a seed needs no new cache; but of raw
+    # text, a seed determines how many tokens are masked: for evaluations, the seed that runs to be compared share
     is_masked = settings.is_raw_text or any(each.is_raw_text for each in values["data"] or [])
-    seed = settings.seed if is_masked else 0
-    return PrepareSettings(**{**values, "output_dir": cache, "eval_fraction": 0.0, "seed": seed})
+    seed = settings.split_seed if setting == "eval_data_path" else settings.seed
+    values |= {"output_dir": cache, "eval_fraction": 0.0, "split_seed": 0, "seed": seed if is_masked else 0}
+    return PrepareSettings(**values)
 
 
 def _inherit_reading(settings: TrainSettings) -> list[DatasetSettings] | None:

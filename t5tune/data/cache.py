@@ -26,7 +26,7 @@ import numpy.typing as npt
 from pydantic import Field, TypeAdapter, ValidationError
 
 from t5tune.data.encoding import Example, Span, extract_example, surround
-from t5tune.data.span_corruption import SpanCorruption
+from t5tune.data.span_corruption import SpanCorruption, mix_bits
 from t5tune.data.templates import Template, parse_template
 from t5tune.data.tokenizer import SpecialIds
 from t5tune.errors import DataError
@@ -49,7 +49,7 @@ from t5tune.settings.denoisers import find_denoisers
 from t5tune.settings.messages import describe_value_error
 from t5tune.settings.reading import PREFERENCE_OBJECTIVES
 
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
 # the index of the first id in tokens.bin, and a hash that conversations with the same texts share
 CONVERSATION_DTYPE = np.dtype([("start", "<u8"), ("key", "<u8")])
 # the number of the conversation, and a Span, whose positions count tokens from the start of that conversation
@@ -75,6 +75,7 @@ MANIFEST_TYPES: dict[str, Any] = {
     "added_token_ids": list[int],
     "left_out_tokens": list[str],
     "eval_fraction": Annotated[float, Field(ge=0, lt=1)],
+    "split_seed": Annotated[int, Field(ge=0)],
     "seed": Annotated[int, Field(ge=0)],
     "files": dict[str, str],
     "inputs": dict[str, Any],
@@ -237,8 +238,7 @@ class Cache(Sequence[Example]):
 
     def limit_training(self, count: int) -> "Cache":
         """Return the first `count` of the examples to train on, and all that prepare has held out."""
-        fraction, seed = self.prepared_split
-        keys = find_held_out_keys(self, fraction, seed) if fraction else np.zeros(0, np.uint64)
+        keys = find_held_out_keys(self, *self.prepared_split) if self.prepared_split[0] else np.zeros(0, np.uint64)
         return self.limit_others(count, keys)
 
     def limit_others(self, count: int, held_out: npt.NDArray[np.uint64]) -> "Cache":
@@ -256,15 +256,15 @@ class Cache(Sequence[Example]):
 
     def split_as_prepared(self) -> tuple["Cache", "Cache | None"]:
         """Return (training, held out) according to prepare's eval_fraction; held out is None if that is 0."""
-        fraction, seed = self.prepared_split
-        return self.split(fraction, seed) if fraction else (self, None)
+        fraction, split_seed = self.prepared_split
+        return self.split(fraction, split_seed) if fraction else (self, None)
 
     @property
     def prepared_split(self) -> tuple[float, int]:
-        """The eval_fraction and the seed that prepare has held out examples with; a fraction of 0 holds out none."""
-        return float(self.manifest["eval_fraction"]), int(self.manifest["seed"])
+        """The eval_fraction and the split_seed that prepare held out examples with; a fraction of 0 holds out none."""
+        return float(self.manifest["eval_fraction"]), int(self.manifest["split_seed"])
 
-    def split(self, held_out: float, seed: int) -> tuple["Cache", "Cache"]:
+    def split(self, held_out: float, split_seed: int) -> tuple["Cache", "Cache"]:
         """Return (training, held out): hold out the fraction `held_out` of the conversations, at least one.
 
         All examples of a conversation, and conversations with the same texts, stay on one side.
@@ -272,12 +272,16 @@ class Cache(Sequence[Example]):
         Raises:
             DataError: there are too few conversations to hold one out.
         """
-        return self.split_by_keys(find_held_out_keys(self, held_out, seed))
+        return self.split_by_keys(find_held_out_keys(self, held_out, split_seed), split_seed)
 
-    def split_by_keys(self, held_out: npt.NDArray[np.uint64]) -> tuple["Cache", "Cache"]:
-        """Return (training, held out): hold out the conversations with these keys."""
+    def split_by_keys(self, held_out: npt.NDArray[np.uint64], split_seed: int) -> tuple["Cache", "Cache"]:
+        """Return (training, held out): hold out the conversations with these keys.
+
+        Of raw text, `split_seed` also determines which spans of the held-out examples are masked.
+        """
         is_held_out = np.isin(self.read_keys(), held_out)
-        return self._select(self._indices[~is_held_out]), self._select(self._indices[is_held_out])
+        evaluated = Cache(self.folder, {**self.manifest, "seed": split_seed}, self._indices[is_held_out])
+        return self._select(self._indices[~is_held_out]), evaluated
 
     def read_keys(self) -> npt.NDArray[np.uint64]:
         """Return the key of each example's conversation."""
@@ -285,11 +289,12 @@ class Cache(Sequence[Example]):
         return keys
 
 
-def find_held_out_keys(cache: Cache, held_out: float, seed: int) -> npt.NDArray[np.uint64]:
-    """Choose the conversations that `Cache.split` holds out.
+def find_held_out_keys(cache: Cache, held_out: float, split_seed: int) -> npt.NDArray[np.uint64]:
+    """Choose the conversations that `Cache.split` holds out: those with the smallest hashes of key and split_seed.
 
-    Of a cache that prepare has split, it chooses among all of its conversations, as prepare did, so that another number
-    of examples to train on doesn't change which ones are held out.
+    So more data changes little: at any size of the data, few conversations change sides. Of a cache that prepare split,
+    it chooses among all of its conversations, as prepare did, so that a different number of examples to train on
+    doesn't change which ones are held out.
 
     Raises:
         DataError: there are too few conversations to hold one out.
@@ -300,7 +305,8 @@ def find_held_out_keys(cache: Cache, held_out: float, seed: int) -> npt.NDArray[
         kind = "conversation" if cache.corruption is None else "text"
         problem = f"eval_fraction: {held_out} of {format_count(len(unique), kind)} leaves none to train on"
         raise DataError(f"{problem}; give more {kind}s, or a separate file as eval_data_path")
-    return np.random.default_rng(seed).permutation(unique)[:count]
+    order = mix_bits(unique ^ mix_bits(np.array(split_seed, np.uint64)))
+    return unique[np.argsort(order)[:count]]
 
 
 def compute_lengths(

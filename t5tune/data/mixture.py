@@ -38,7 +38,7 @@ from t5tune.progress import Note
 from t5tune.settings.datasets import is_reserved
 from t5tune.settings.messages import describe_value_error
 
-MIXTURE_FORMAT = 1
+MIXTURE_FORMAT = 2
 OLD_MIXTURE_FILE = f".{MIXTURE_FILE}.old"
 PREPARE_AGAIN = "run t5tune prepare again"
 SUMMED = (
@@ -198,7 +198,7 @@ class Mixture(Sequence[Example]):
             [cache if count is None else cache.limit_others(count, keys) for cache, count in pairs]
         )
 
-    def split(self, held_out: float, seed: int) -> tuple["Mixture", "Mixture"]:
+    def split(self, held_out: float, split_seed: int) -> tuple["Mixture", "Mixture"]:
         """Return (training, held out): hold out the fraction `held_out` of each dataset's conversations.
 
         A text that is held out in one dataset is held out in all.
@@ -206,7 +206,7 @@ class Mixture(Sequence[Example]):
         Raises:
             DataError: a dataset has too few conversations.
         """
-        return self._split([(held_out, seed)] * len(self.datasets))
+        return self._split([(held_out, split_seed)] * len(self.datasets))
 
     def split_as_prepared(self) -> tuple["Mixture", "Mixture | None"]:
         """Return (training, held out) according to prepare's eval_fraction; held out is None if that is 0."""
@@ -219,17 +219,18 @@ class Mixture(Sequence[Example]):
 
     def _find_held_out_keys(self, wanted: Sequence[tuple[float, int]]) -> npt.NDArray[np.uint64]:
         keys = [np.zeros(0, np.uint64)]
-        for dataset, (fraction, seed) in zip(self.datasets, wanted, strict=True):
+        for dataset, (fraction, split_seed) in zip(self.datasets, wanted, strict=True):
             if fraction:
                 try:
-                    keys.append(find_held_out_keys(dataset.cache, fraction, seed))
+                    keys.append(find_held_out_keys(dataset.cache, fraction, split_seed))
                 except DataError as error:
                     raise DataError(f"{dataset.name}: {error.message}", hint=error.hint) from None
         return np.unique(np.concatenate(keys))
 
     def _split(self, wanted: Sequence[tuple[float, int]]) -> tuple["Mixture", "Mixture"]:
         keys = self._find_held_out_keys(wanted)
-        parts = [dataset.cache.split_by_keys(keys) for dataset in self.datasets]
+        pairs = zip(self.datasets, wanted, strict=True)
+        parts = [dataset.cache.split_by_keys(keys, split_seed) for dataset, (_, split_seed) in pairs]
         for dataset, (kept, _) in zip(self.datasets, parts, strict=True):
             if not len(kept):
                 problem = f"{dataset.name}: all of its texts are also in other datasets, which hold them out"
@@ -270,6 +271,7 @@ def describe_mixture(mixture: Mixture) -> dict[str, Any]:
         "added_tokens": first["added_tokens"],
         "added_token_ids": first["added_token_ids"],
         "eval_fraction": _merge({name: manifest["eval_fraction"] for name, manifest in manifests.items()}),
+        "split_seed": _merge({name: manifest["split_seed"] for name, manifest in manifests.items()}),
         "seed": _merge({name: manifest["seed"] for name, manifest in manifests.items()}),
         "inputs": _merge_all({name: manifest["inputs"] for name, manifest in manifests.items()}),
         **({"sources": sources} if sources else {}),

@@ -122,10 +122,15 @@ class SpanCorruption:
         with np.errstate(over="ignore"):
             start = np.uint64(self.seed) * _MIX_1 + np.uint64(purpose) * _MIX_2
             state = start + (indices.astype(np.uint64) + np.uint64(1)) * _GOLDEN
-            state = (state ^ (state >> np.uint64(30))) * _MIX_1
-            state = (state ^ (state >> np.uint64(27))) * _MIX_2
-            state ^= state >> np.uint64(31)
-        return (state >> np.uint64(11)).astype(np.float64) / float(1 << 53)
+        return (mix_bits(state) >> np.uint64(11)).astype(np.float64) / float(1 << 53)
+
+
+def mix_bits(state: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """Map each number to a random-looking one, no two to the same: the output function of SplitMix64."""
+    with np.errstate(over="ignore"):
+        state = (state ^ (state >> np.uint64(30))) * _MIX_1
+        state = (state ^ (state >> np.uint64(27))) * _MIX_2
+    return state ^ (state >> np.uint64(31))
 
 
 def _divide(count: int, parts: int, rng: np.random.Generator) -> Integers:

@@ -194,6 +194,7 @@ def _describe_cache(
         "added_token_ids": tokenizer.convert_tokens_to_ids(added),
         "left_out_tokens": left_out,
         "eval_fraction": source.settings.eval_fraction,
+        "split_seed": source.settings.split_seed,
         "seed": source.settings.seed,
         "inputs": {**source.inputs, "data": data},
         **({"sources": sources} if sources else {}),

@@ -264,8 +264,9 @@ def find_cache_conflicts(
         manifest = read_manifest(cache)
         inputs = manifest["inputs"]
         given = settings.model_fields_set & {*names} & inputs.keys()
-        if not (manifest["eval_fraction"] or inputs.get("objective") == "span-corruption"):
-            given = given - {"seed"}  # it determines nothing of this cache
+        # these may determine nothing of this cache
+        given = given - ({"split_seed"} if not manifest["eval_fraction"] else set())
+        given = given - ({"seed"} if inputs.get("objective") != "span-corruption" else set())
         if settings.reads_preferences and inputs.get("objective") in PREFERENCE_OBJECTIVES:  # which read the same
             given = given - {"objective"}
         for name in sorted(name for name in given if getattr(settings, name) != inputs[name]):

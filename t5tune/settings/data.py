@@ -120,11 +120,18 @@ class SplitSettings(Settings):
         lt=1.0,
         description="Fraction of the data to hold out for evaluation, if there is no eval_data_path.",
     )
+    split_seed: Annotated[int, Affects.CACHE | Affects.WEIGHTS] = Field(
+        default=42,
+        ge=0,
+        lt=1 << 32,
+        description="Random seed for the held-out split. With the same split_seed, the same conversations are held out "
+        "whatever seed is.",
+    )
     seed: Annotated[int, Affects.CACHE | Affects.WEIGHTS | Affects.TRAINER] = Field(
         default=42,
         ge=0,
         lt=1 << 32,
-        description="Random seed for the held-out split, adapter initialization, dropout and data order.",
+        description="Random seed for adapter initialization, dropout, data order and the masked spans of raw text.",
     )
 
 

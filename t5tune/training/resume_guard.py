@@ -65,7 +65,7 @@ PARAMETERS_FROM_SETTINGS = (
     "lr", "betas", "eps", "weight_decay", "warmup_max_lr", "warmup_num_steps", "total_num_steps",
 )  # fmt: skip
 """Their parameters of which transformers refuses other values than those of the settings, which are compared."""
-SPLIT_FIELDS = ("eval_fraction", "num_data", "seed")  # determine which examples of the data are trained on
+SPLIT_FIELDS = ("eval_fraction", "num_data", "split_seed")  # determine which examples of the data are trained on
 
 
 def build_run_identity(

@@ -498,7 +498,7 @@ def open_data(settings: TrainSettings, run: Run) -> tuple[Examples, Examples | N
 
     Raises:
         SettingsError: the objective learns from preference pairs, and the examples are none, or the other way round;
-            or eval_fraction is another than that of prepare.
+            or eval_fraction or split_seed differs from prepare's.
     """
     _check_prepared(run)
     examples = open_examples(run.cache)
@@ -520,7 +520,7 @@ def open_data(settings: TrainSettings, run: Run) -> tuple[Examples, Examples | N
         return examples.split_as_prepared()[0], held_out
     if settings.eval_fraction > 0:
         _check_split(settings, run.cache, examples)
-        return examples.split(settings.eval_fraction, settings.seed)
+        return examples.split(settings.eval_fraction, settings.split_seed)
     return examples.split_as_prepared()
 
 
@@ -528,15 +528,15 @@ def _check_split(settings: TrainSettings, cache: Path, examples: Examples) -> No
     """Check that no example is trained on that prepare has held out: evaluate would score it as held out.
 
     Raises:
-        SettingsError: eval_fraction or seed would hold out others.
+        SettingsError: eval_fraction or split_seed would hold out different examples.
     """
     caches = [each.cache for each in examples.datasets] if isinstance(examples, Mixture) else [examples]
     for manifest in (each.manifest for each in caches):
-        fraction, seed = manifest["eval_fraction"], manifest["seed"]
-        if fraction and (fraction, seed) != (settings.eval_fraction, settings.seed):
-            now = f"{settings.eval_fraction:g} with seed {settings.seed}"
+        fraction, seed = manifest["eval_fraction"], manifest["split_seed"]
+        if fraction and (fraction, seed) != (settings.eval_fraction, settings.split_seed):
+            now = f"{settings.eval_fraction:g} with split_seed {settings.split_seed}"
             raise SettingsError(
-                f"eval_fraction: {now}, but prepare has held out {fraction:g} of {cache} with seed {seed}",
+                f"eval_fraction: {now}, but prepare held out {fraction:g} of {cache} with split_seed {seed}",
                 hint="leave out eval_fraction to hold out the same, or prepare the data again without it",
             )
 

@@ -761,21 +761,21 @@ def test_num_data_keeps_the_first_examples(prepared: Callable[..., tuple[Prepare
 def test_a_split_does_not_divide_conversations(prepared: Callable[..., tuple[PrepareResult, Cache]]) -> None:
     _, cache = prepared(*[record("Hi", f"{n}", "And?", f"{n}", "And?", f"{n}") for n in range(20)])
     tokenizer = load_tokenizer_of(cache)
-    training, held_out = cache.split(0.2, seed=7)
+    training, held_out = cache.split(0.2, split_seed=7)
     names = [[decode(tokenizer, example.target_T) for example in part] for part in (training, held_out)]
     assert (len(names[0]), len(names[1])) == (48, 12)
     assert not set(names[0]) & set(names[1])
     assert set(names[0]) | set(names[1]) == {f"{n}\n" for n in range(20)}
-    again = cache.split(0.2, seed=7)[1]
+    again = cache.split(0.2, split_seed=7)[1]
     assert [decode(tokenizer, example.target_T) for example in again] == names[1]
-    others = {tuple(decode(tokenizer, e.target_T) for e in cache.split(0.2, seed=seed)[1]) for seed in range(5)}
+    others = {tuple(decode(tokenizer, e.target_T) for e in cache.split(0.2, split_seed=seed)[1]) for seed in range(5)}
     assert len(others) > 1
 
 
 def test_a_split_of_too_few_conversations_is_refused(prepared: Callable[..., tuple[PrepareResult, Cache]]) -> None:
     _, cache = prepared(record("Hi", "Yes", "And?", "No"))
     with pytest.raises(DataError, match="eval_fraction"):
-        cache.split(0.5, seed=7)
+        cache.split(0.5, split_seed=7)
 
 
 def test_lengths_equal_those_of_the_examples(

@@ -179,7 +179,7 @@ def test_the_cache_is_split_by_prepares_eval_fraction(
     prepared: Callable[..., tuple[PrepareResult, Cache]],
 ) -> None:
     records = [record("Hi", f"{n % 10}", "And?", f"{n % 10}") for n in range(20)]  # each conversation twice
-    _, cache = prepared(*records, eval_fraction=0.3, seed=3)
+    _, cache = prepared(*records, eval_fraction=0.3, split_seed=3)
     training, held_out = cache.split_as_prepared()
     assert held_out is not None
     assert len(training) + len(held_out) == 40

@@ -410,7 +410,7 @@ def test_a_run_resumes_with_a_cache_of_its_conversations_instead_of_the_file(
     """prepare's seed only decides which examples are held out, and here none are."""
     values = {"model_name_or_path": str(untied_base), "data_path": str(conversations), "output_dir": tmp_path / "cache"}
     prepare(PrepareSettings(**values, seed=7))
-    prepare(PrepareSettings(**{**values, "output_dir": tmp_path / "parted"}, eval_fraction=0.25, seed=3))
+    prepare(PrepareSettings(**{**values, "output_dir": tmp_path / "parted"}, eval_fraction=0.25, split_seed=3))
     run = tmp_path / "run"
     train(make_settings(untied_base, conversations, run))
     uninterrupted = (run / "adapter_model.safetensors").read_bytes()
@@ -473,13 +473,13 @@ def test_checkpoints_have_the_tokenizer_of_the_cache_that_the_run_was_started_wi
 def test_what_prepare_has_held_out_is_never_trained_on(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     values = {"model_name_or_path": str(untied_base), "data_path": str(conversations), "output_dir": cache}
-    prepare(PrepareSettings(**values, eval_fraction=0.25, seed=3))
+    prepare(PrepareSettings(**values, eval_fraction=0.25, split_seed=3))
     training, held_out = open_cache(cache).split_as_prepared()
     assert held_out is not None
     changes: dict[str, Any] = {"max_steps": 1}
     for name, more in {
         "as prepared": {},
-        "the same": {"eval_fraction": 0.25, "seed": 3},
+        "the same": {"eval_fraction": 0.25, "split_seed": 3},
         "other data": {"eval_data_path": [str(conversations)]},
         "the first ones": {"num_data": 10},
         "two caches": {"data_path": [f"{cache}:1", f"{shutil.copytree(cache, tmp_path / 'other')}:1"], "num_data": 10},
@@ -491,8 +491,8 @@ def test_what_prepare_has_held_out_is_never_trained_on(untied_base: Path, conver
     assert still_held_out is not None
     for part, whole in ((chosen, training.take(10)), (still_held_out, held_out)):
         assert part.identify() == whole.identify()
-    with pytest.raises(SettingsError, match="eval_fraction: 0.1 with seed 3, but prepare has held out 0.25 of"):
-        train(make_settings(untied_base, cache, tmp_path / "run", **changes, eval_fraction=0.1, seed=3))
+    with pytest.raises(SettingsError, match="eval_fraction: 0.1 with split_seed 3, but prepare held out 0.25 of"):
+        train(make_settings(untied_base, cache, tmp_path / "run", **changes, eval_fraction=0.1, split_seed=3))
 
 
 @pytest.mark.slow

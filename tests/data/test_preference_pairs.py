@@ -232,7 +232,7 @@ def test_pairs_with_the_same_question_are_held_out_together(tmp_path: Path) -> N
     prepare(PrepareSettings(**values, objective="dpo", num_workers=1, dedupe="exact"))
     cache = open_cache(tmp_path / "cache")
     assert len(cache) == 40
-    training, held_out = cache.split(0.3, seed=1)
+    training, held_out = cache.split(0.3, split_seed=1)
     asked = [{bytes(pair.source_S) for pair in part} for part in (training, held_out)]
     assert len(asked[1]) == 3
     assert not asked[0] & asked[1]

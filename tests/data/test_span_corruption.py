@@ -319,7 +319,7 @@ def test_another_seed_masks_other_spans_of_the_same_text(texts: Path, tmp_path: 
     one, other = (open_cache(tmp_path / f"{seed}") for seed in (3, 4))
     assert read_texts(one) == read_texts(other)
     assert one.read_lengths()[0].tolist() != other.read_lengths()[0].tolist()
-    part, rest = one.split(0.3, seed=1)
+    part, rest = one.split(0.3, split_seed=1)
     assert sorted(map(str, read_texts(part) + read_texts(rest))) == sorted(map(str, read_texts(one)))
 
 

@@ -84,7 +84,7 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def run(untied_base: Path, conversations: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "reported"
-    chosen = make_settings(untied_base, conversations, folder, eval_fraction=0.2, eval_steps=3, report_samples=10)
+    chosen = make_settings(untied_base, conversations, folder, eval_fraction=0.3, eval_steps=3, report_samples=10)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_TOKEN", CANARY)
         train(chosen)

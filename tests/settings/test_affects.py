@@ -22,7 +22,7 @@ READING = [
     "merge_same_role", "clean", "max_record_bytes",
 ]  # fmt: skip
 SELECTION = ["train_on", "min_target_tokens", "dedupe", "split_long", "drop_truncated_targets"]
-CACHE = ["model_max_length", *READING, "add_tokens", "num_data", *SELECTION, "eval_fraction", "seed"]
+CACHE = ["model_max_length", *READING, "add_tokens", "num_data", *SELECTION, "eval_fraction", "split_seed", "seed"]
 LORA = [
     "train_mode", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_bias", "use_dora", "use_rslora",
     "init_lora_weights", "loraplus_lr_ratio", "modules_to_save", "train_token_rows",
@@ -39,9 +39,10 @@ MIXING = ["mixing", "mixing_temperature", "mixing_cap"]
 RUN = [*LORA, *QUANTIZATION, *DISTILLATION, *PREFERENCES, *TRAINING]
 FINISHED = [
     "model_name_or_path", "revision", "family", "conversation_template", "model_max_length", *READING[:-1], "data_path",
-    "data", "data_subset", "data_split", "add_tokens", "num_data", *SELECTION, "eval_fraction", "seed", *MIXING,
-    "eval_data_path", "eval_data", "eval_data_split", *LORA, "adapter", *QUANTIZATION, "teacher_model_name_or_path",
-    "teacher_adapter", *DISTILLATION, *PREFERENCES[:-1], "reference_adapter", "orpo_lambda", *TRAINING[:-1],
+    "data", "data_subset", "data_split", "add_tokens", "num_data", *SELECTION, "eval_fraction", "split_seed", "seed",
+    *MIXING, "eval_data_path", "eval_data", "eval_data_split", *LORA, "adapter", *QUANTIZATION,
+    "teacher_model_name_or_path", "teacher_adapter", *DISTILLATION, *PREFERENCES[:-1], "reference_adapter",
+    "orpo_lambda", *TRAINING[:-1],
     "training_args", "metric_for_best_model", "early_stopping_patience", "early_stopping_threshold",
 ]  # fmt: skip
 NEEDED = {"model_name_or_path": "pocket", "output_dir": "run"}

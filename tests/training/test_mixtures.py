@@ -244,7 +244,7 @@ def test_data_with_the_name_of_a_token_cache_is_evaluated_as_that_one_was_read(
     folders = (cache, tmp_path / "run" / "eval-data" / "sums")
     made, measured = (json.loads((folder / "manifest.json").read_text())["inputs"] for folder in folders)
     assert made["source_prefix"] == "sum: "
-    assert measured == {**made, "seed": measured["seed"]}
+    assert measured == {**made, "seed": 0, "split_seed": 0}  # which determine nothing of this cache
     other = open_mixture(tmp_path / "run" / "eval-data").datasets[1].cache.manifest["inputs"]
     assert (other["source_prefix"], other["model_max_length"], other["train_on"]) == ("", 2048, "all")
 
@@ -360,7 +360,7 @@ def make_prepare_settings(base: Path, data: Path, folder: Path, /, **changes: An
 
 def test_prepare_writes_a_mixture_that_train_reads(untied_base: Path, data: Path, tmp_path: Path) -> None:
     folder = tmp_path / "mixture"
-    made = prepare(make_prepare_settings(untied_base, data, folder, eval_fraction=0.25, seed=3))
+    made = prepare(make_prepare_settings(untied_base, data, folder, eval_fraction=0.25, split_seed=3))
     assert made.datasets == SIZES
     assert made.examples == sum(SIZES.values())
     result = train(make_settings(untied_base, data, tmp_path / "run", data_path=[folder], max_steps=2))
@@ -606,9 +606,11 @@ def test_settings_of_examples_apply_to_token_caches_or_are_refused(
         }
 
 
-@pytest.mark.parametrize("made", [{"eval_fraction": 0.25}, {"objective": "span-corruption"}], ids=str)
-def test_another_seed_is_refused_if_it_determined_what_a_token_cache_holds_out_or_masks(
-    made: dict[str, Any], untied_base: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("made", "seed"), [({"eval_fraction": 0.25}, "split_seed"), ({"objective": "span-corruption"}, "seed")], ids=str
+)
+def test_a_seed_is_refused_if_it_differs_from_what_a_token_cache_was_split_or_masked_with(
+    made: dict[str, Any], seed: str, untied_base: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "book.txt").write_text("\n\n".join(f"Day {day}: the ship sails on." for day in range(24)))
     (tmp_path / "pairs.csv").write_text("source,target\n" + "".join(f"{day},day {day}\n" for day in range(24)))
@@ -616,9 +618,10 @@ def test_another_seed_is_refused_if_it_determined_what_a_token_cache_holds_out_o
     cache = make_prepare_settings(untied_base, tmp_path, tmp_path / "cache", data_path=[file], **made)
     prepare(cache)
     mixed = make_prepare_settings(untied_base, tmp_path, tmp_path / "mixed", data_path=[f"{tmp_path / 'cache'}:1"])
-    with pytest.raises(SettingsError, match="^seed: 7 here, 42 in the cache .*; leave it out, or use the original"):
-        prepare(mixed.replace(seed=7))
-    assert prepare(mixed.replace(seed=42)).datasets
+    with pytest.raises(SettingsError, match=f"^{seed}: 7 here, 42 in the cache .*; leave it out, or use the original"):
+        prepare(mixed.replace(**{seed: 7}))
+    other = "seed" if seed == "split_seed" else "split_seed"
+    assert prepare(mixed.replace(**{seed: 42, other: 7})).datasets
 
 
 @pytest.mark.parametrize("is_prepared", [False, True])

@@ -14,7 +14,7 @@ from t5tune.training.resume_guard import check_run_identity, check_steps_per_epo
 from t5tune.training.run_folder import lock_run_folder, read_saved_settings
 
 IDENTITY = {
-    "seed": 1,
+    "split_seed": 1,
     "eval_fraction": 0.2,
     "lora_alpha": 8,
     "data": "sha256:1",
@@ -45,10 +45,10 @@ def test_a_parent_that_another_run_removes_is_created_again(tmp_path: Path, monk
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({"seed": 2}, "data: other examples of it to train on, because of seed"),
+        ({"split_seed": 2}, "data: other examples of it to train on, because of split_seed"),
         (
-            {"seed": 2, "num_data": 9},
-            "data: other examples of it to train on, because of num_data and seed",
+            {"split_seed": 2, "num_data": 9},
+            "data: other examples of it to train on, because of num_data and split_seed",
         ),
         ({"lora_alpha": 4}, 'data: "sha256:1" before, "sha256:2" now'),
     ],
