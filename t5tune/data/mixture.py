@@ -15,6 +15,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -27,7 +28,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from t5tune.data.batching import Integers
 from t5tune.data.cache import Cache, find_held_out_keys, is_cache, open_cache, read_manifest
 from t5tune.data.encoding import Example
-from t5tune.data.mixing import Mixing, count_examples, draw_epoch
+from t5tune.data.mixing import EpochCounts, Mixing, compute_rates, draw_epoch
 from t5tune.data.templates import Template
 from t5tune.errors import DataError
 from t5tune.file_names import MIXTURE_FILE
@@ -87,7 +88,8 @@ class Mixture(Sequence[Example]):
         self._sizes = [len(dataset.cache) for dataset in self.datasets]
         self._ends = list(accumulate(self._sizes))
         self.shares = mixing.compute_shares(self._sizes, [dataset.weight for dataset in self.datasets])
-        self.counts = count_examples(self._sizes, self.shares)
+        self.rates = compute_rates(self._sizes, self.shares)
+        self._counts = EpochCounts(self.rates)
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -127,12 +129,13 @@ class Mixture(Sequence[Example]):
 
     def draw_epoch(self, seed: int, epoch: int) -> tuple[Integers, Integers]:
         """Draw the examples of an epoch: (indices by dataset, how often each was drawn before)."""
-        return draw_epoch(self._sizes, self.counts, seed, epoch)
+        starts, ends = self._counts.sum_epochs(epoch), self._counts.sum_epochs(epoch + 1)
+        return draw_epoch(self._sizes, starts, ends, seed)
 
     @property
     def has_every_example_once(self) -> bool:
         """Whether every epoch has every example once."""
-        return self.counts == self._sizes
+        return self.rates == self._sizes
 
     def read_lengths(self) -> tuple[Integers, Integers]:
         """Return (source lengths, target lengths) in tokens, special ones included, of all examples."""
@@ -153,10 +156,15 @@ class Mixture(Sequence[Example]):
         """The dataset whose template and prefix are used for chat: the first one that isn't raw text."""
         return next((each for each in self.datasets if each.cache.corruption is None), self.datasets[0])
 
+    def describe_rates(self) -> list[dict[str, float]]:
+        """Describe each dataset's share of an epoch, from 0 to 1, and how many examples that is on average."""
+        pairs = zip(self.shares, self.rates, strict=True)
+        return [{"share": round(float(share), 6), "examples_per_epoch": _round_rate(rate)} for share, rate in pairs]
+
     def list_drawn(self) -> Integers:
         """List the examples of the datasets that have a share."""
-        drawn = zip(self.list_datasets(), self.counts, strict=True)
-        return np.concatenate([np.arange(indices.start, indices.stop) for (_, indices), count in drawn if count])
+        drawn = zip(self.list_datasets(), self.shares, strict=True)
+        return np.concatenate([np.arange(indices.start, indices.stop) for (_, indices), share in drawn if share])
 
     @property
     def tokenizer_folder(self) -> Path:
@@ -282,29 +290,33 @@ def describe_mixture(mixture: Mixture) -> dict[str, Any]:
                 "cache": _write_place(dataset.cache.folder, mixture.folder),
                 "weight": dataset.weight,
                 **({} if dataset.num_data is None else {"num_data": dataset.num_data}),
-                "share": round(share, 6),
-                "examples_per_epoch": count,
+                **facts,
                 **counts[dataset.name],
             }
-            for dataset, share, count in zip(mixture.datasets, mixture.shares, mixture.counts, strict=True)
+            for dataset, facts in zip(mixture.datasets, mixture.describe_rates(), strict=True)
         ],
     }
 
 
 def describe_shares(mixture: Mixture) -> list[Note]:
-    """Say what an epoch has of each dataset."""
+    """Say how many examples of each dataset an epoch has, on average."""
     parts = [
-        f"{dataset.name} {share:.1%} ({count:,} of {format_count(len(dataset.cache), 'example')})"
-        for dataset, share, count in zip(mixture.datasets, mixture.shares, mixture.counts, strict=True)
+        f"{dataset.name} {float(share):.1%} ({_round_rate(rate):,} of {format_count(len(dataset.cache), 'example')})"
+        for dataset, share, rate in zip(mixture.datasets, mixture.shares, mixture.rates, strict=True)
     ]
-    notes = [Note(f"an epoch has {format_count(sum(mixture.counts), 'example')}: {', '.join(parts)}")]
-    for dataset, count in zip(mixture.datasets, mixture.counts, strict=True):
-        if count == 0 and dataset.weight == 0:
-            notes.append(Note(f"dataset {dataset.name}: not trained on, since its weight is 0"))
-        elif count == 0:
-            why = "its share of an epoch is less than one example"
-            notes.append(Note(f"dataset {dataset.name}: not trained on, since {why}", warning=True))
+    notes = [Note(f"an epoch has {format_count(int(sum(mixture.rates)), 'example')}: {', '.join(parts)}")]
+    for dataset, rate in zip(mixture.datasets, mixture.rates, strict=True):
+        if rate == 0:
+            notes.append(Note(f"dataset {dataset.name}: not trained on, since its share is 0"))
+        elif rate < 1:
+            epochs = format_count(min(round(1 / rate), 10**9), "epoch")
+            notes.append(Note(f"dataset {dataset.name}: only one example in about {epochs}", warning=True))
     return notes
+
+
+def _round_rate(rate: Fraction) -> float:
+    rounded = round(float(rate), 4)
+    return int(rounded) if rounded.is_integer() else rounded
 
 
 def _write_place(folder: Path, mixture: Path) -> str:

@@ -375,12 +375,12 @@ def _join_training_data(mixture: Mixture) -> TrainingData:
     datasets = [
         DatasetTraining(
             name=dataset.name,
-            share=round(share, 6),
+            share=rates["share"],
             conversation_template=dict(vars(dataset.cache.template)),
             has_earlier_turns=own.has_earlier_turns,
             **own.list_reading(),
         )
-        for dataset, own, share in zip(mixture.datasets, made, mixture.shares, strict=True)
+        for dataset, own, rates in zip(mixture.datasets, made, mixture.describe_rates(), strict=True)
         if own is not None
     ]
     main = made[mixture.datasets.index(mixture.main)]

@@ -14,7 +14,7 @@ from typing import Any
 
 from t5tune.checkpoints.model_card import DATASET_COUNTS, is_timing
 from t5tune.data.cache_view import build_histogram
-from t5tune.data.mixture import Dataset, Examples, Mixture
+from t5tune.data.mixture import Examples, Mixture
 from t5tune.data.records import LABELED_BAD
 from t5tune.data.remote_files import hide_data_queries
 from t5tune.formatting import GIB, format_count, format_duration, format_metric_name, format_number, format_size
@@ -233,15 +233,12 @@ def _render_datasets(examples: Examples) -> list[str]:
     if not isinstance(examples, Mixture):
         return []
     rows = (
-        (dataset.name, f"{len(dataset.cache):,}", f"{share:.1%}", f"{count:,}", _format_repeats(count, dataset))
-        for dataset, share, count in zip(examples.datasets, examples.shares, examples.counts, strict=True)
+        (dataset.name, f"{size:,}", f"{rates['share']:.1%}", f"{rate:,}", f"{rate / size:.3g}")
+        for dataset, rates in zip(examples.datasets, examples.describe_rates(), strict=True)
+        if (size := len(dataset.cache)) and (rate := rates["examples_per_epoch"]) is not None
     )
     header = ("dataset", "examples", "share", "examples per epoch", "times each")
     return [f'<div class="scroll">{_render_table(rows, header)}</div>']
-
-
-def _format_repeats(count: int, dataset: Dataset) -> str:
-    return f"{count / len(dataset.cache):.3g}"
 
 
 def _render_left_out(by_reason: dict[str, int]) -> list[str]:

@@ -109,6 +109,10 @@ class DataSettings(ReadingSettings, ConversationSettings):
         return value
 
 
+MixingKind = Literal["weights", "proportional", "concatenate"]
+Temperature = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
 class SplitSettings(Settings):
     """Which data is held out from training."""
 
@@ -140,13 +144,13 @@ class MixingSettings(Settings):
 
     panel: ClassVar[str] = "Data"
 
-    mixing: Annotated[Literal["weights", "proportional", "concatenate"] | None, NoneIfUnset, Affects.WEIGHTS] = Field(
+    mixing: Annotated[MixingKind | None, NoneIfUnset, Affects.WEIGHTS] = Field(
         default=None,
         description="How several datasets are mixed: by their weights; proportional to their sizes, with "
         "mixing_temperature and mixing_cap, as for T5; or all examples of all of them in each epoch (concatenate); "
         "default: by weights if any is given, otherwise concatenate.",
     )
-    mixing_temperature: Annotated[float | None, Field(gt=0), NoneIfUnset, Affects.WEIGHTS] = Field(
+    mixing_temperature: Annotated[Temperature | None, NoneIfUnset, Affects.WEIGHTS] = Field(
         default=None,
         description="Temperature of proportional mixing: shares are sizes to the power of 1/temperature; the larger, "
         "the more equal; default: 1.",

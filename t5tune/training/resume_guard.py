@@ -385,8 +385,11 @@ def _describe_mixing(examples: Examples) -> dict[str, Any]:
     names = ("mixing", "mixing_temperature", "mixing_cap")
     if not isinstance(examples, Mixture):
         return dict.fromkeys(names)
-    counts = {dataset.name: count for dataset, count in zip(examples.datasets, examples.counts, strict=True)}
-    return dict.fromkeys(names) | {"mixing": counts}
+    rates = {
+        dataset.name: int(rate) if rate.denominator == 1 else float(rate)
+        for dataset, rate in zip(examples.datasets, examples.rates, strict=True)
+    }
+    return dict.fromkeys(names) | {"mixing": rates}
 
 
 def _hash_mapping(hashes: dict[str, Any]) -> str:

@@ -487,10 +487,8 @@ def _describe_datasets(
         return None
     found: dict[str, dict[str, float | None]] = {}
     if isinstance(examples, Mixture):
-        for dataset, share, count in zip(examples.datasets, examples.shares, examples.counts, strict=True):
-            found[dataset.name] = {
-                "examples": len(dataset.cache), "share": round(share, 6), "examples_per_epoch": count
-            }  # fmt: skip
+        for dataset, rates in zip(examples.datasets, examples.describe_rates(), strict=True):
+            found[dataset.name] = {"examples": len(dataset.cache), **rates}
     for name, values in metrics.items():
         found[name] = found.get(name, {}) | values
     return found
