@@ -36,12 +36,14 @@ from t5tune.formatting import format_count
 from t5tune.io.reasons import describe_error
 from t5tune.io.untrusted import parse_json_object
 from t5tune.progress import Note
-from t5tune.settings.datasets import is_reserved
-from t5tune.settings.messages import describe_value_error
+from t5tune.settings.datasets import DatasetName, Weight, check_names_differ, check_weights, is_reserved
+from t5tune.settings.fields import OptionalCount
+from t5tune.settings.messages import describe_value_error, format_place
 
 MIXTURE_FORMAT = 2
 OLD_MIXTURE_FILE = f".{MIXTURE_FILE}.old"
 PREPARE_AGAIN = "run t5tune prepare again"
+CORRECT_IT = f"correct it, or {PREPARE_AGAIN}"
 SUMMED = (
     "conversations", "rejected", "examples", "source_tokens", "target_tokens", "truncated_sources",
     "truncated_targets", "unknown_tokens", "pairs", "conversations_with_prefix", "examples_with_earlier_turns",
@@ -352,19 +354,34 @@ def is_mixture(path: Path) -> bool:
 class _SavedDataset:
     """What is read of a dataset in mixture.json."""
 
-    name: str
-    cache: str
-    weight: float
-    num_data: Annotated[int, Field(gt=0)] | None = None
+    name: DatasetName
+    cache: Annotated[str, Field(min_length=1)]
+    weight: Weight
+    num_data: OptionalCount = None
     written: bool = False
 
 
+@dataclass(frozen=True)
+class _SavedMixture:
+    """What is read of mixture.json, which users may edit: it is checked as the settings in YAML are."""
+
+    mixing: Mixing
+    datasets: Annotated[list[_SavedDataset], Field(min_length=1)]
+    inputs: dict[str, Any]
+    eval_fraction: float | dict[str, float]
+
+
 def read_mixture_manifest(folder: Path, name: str = MIXTURE_FILE) -> dict[str, Any]:
-    """Read mixture.json, or another file like it.
+    """Read and check mixture.json, or another file like it.
 
     Raises:
         DataError: it is broken, or of another format version.
     """
+    manifest, _ = _read_mixture(folder, name)
+    return manifest
+
+
+def _read_mixture(folder: Path, name: str = MIXTURE_FILE) -> tuple[dict[str, Any], _SavedMixture]:
     path = folder / name
     try:
         manifest = parse_json_object(path.read_bytes())
@@ -374,7 +391,19 @@ def read_mixture_manifest(folder: Path, name: str = MIXTURE_FILE) -> dict[str, A
     if (version := manifest.get("format")) != MIXTURE_FORMAT:
         problem = f"{path}: format {version!r:.40}; this version of t5tune reads format {MIXTURE_FORMAT}"
         raise DataError(problem, hint=PREPARE_AGAIN)
-    return manifest
+    try:
+        # as JSON text: in strict mode pydantic doesn't build a dataclass from a dict
+        saved: _SavedMixture = TypeAdapter(_SavedMixture).validate_json(json.dumps(manifest), strict=True)
+        check_names_differ([dataset.name for dataset in saved.datasets])
+        check_weights([dataset.weight for dataset in saved.datasets])
+    except ValidationError as error:
+        detail = error.errors()[0]
+        found = "" if detail["type"] == "missing" else f"{detail['input']!r:.80}: "
+        problem = f"{path}: {format_place(detail['loc'])}: {found}{describe_value_error(detail)}"
+        raise DataError(problem, hint=CORRECT_IT) from None
+    except ValueError as error:
+        raise DataError(f"{path}: datasets: {error}", hint=CORRECT_IT) from None
+    return manifest, saved
 
 
 def list_caches(folder: Path) -> dict[str, Path]:
@@ -383,7 +412,7 @@ def list_caches(folder: Path) -> dict[str, Path]:
     Raises:
         DataError: mixture.json is broken, or of another format version.
     """
-    return {each.name: folder / each.cache for each in _read_datasets(folder)}
+    return {each.name: folder / each.cache for each in _read_mixture(folder)[1].datasets}
 
 
 def list_written_caches(folder: Path, file: str) -> list[Path]:
@@ -395,7 +424,7 @@ def list_written_caches(folder: Path, file: str) -> list[Path]:
     Raises:
         DataError: it is broken, or of another format version.
     """
-    return [folder / each.cache for each in _read_datasets(folder, file) if each.written]
+    return [folder / each.cache for each in _read_mixture(folder, file)[1].datasets if each.written]
 
 
 def find_caches(folder: Path) -> list[Path]:
@@ -419,11 +448,12 @@ def open_mixture(folder: Path) -> Mixture:
     Raises:
         DataError: the file is broken or of another format version, or a cache is missing or has changed.
     """
-    saved = _read_datasets(folder)
-    mixing: Mixing = _read_strictly(Mixing, read_mixture_manifest(folder).get("mixing"), folder, "mixing")
-    datasets = [Dataset(each.name, open_cache(folder / each.cache), each.weight, each.num_data) for each in saved]
+    _, saved = _read_mixture(folder)
+    datasets = [
+        Dataset(each.name, open_cache(folder / each.cache), each.weight, each.num_data) for each in saved.datasets
+    ]
     check_datasets(datasets, str(folder))
-    return Mixture(folder, datasets, mixing).apply_num_data()
+    return Mixture(folder, datasets, saved.mixing).apply_num_data()
 
 
 def check_datasets(datasets: Sequence[Dataset], place: str) -> None:
@@ -447,25 +477,6 @@ def check_datasets(datasets: Sequence[Dataset], place: str) -> None:
             one, without = (first, other) if first.has_preferences else (other, first)
             problem = f"{place}: {one.folder} has preference pairs, and {without.folder} has none"
             raise DataError(problem, hint="train on them one after the other: objective sft first, then dpo")
-
-
-def _read_datasets(folder: Path, file: str = MIXTURE_FILE) -> list[_SavedDataset]:
-    listed = read_mixture_manifest(folder, file).get("datasets")
-    saved: list[_SavedDataset] = _read_strictly(list[_SavedDataset], listed, folder, "datasets")
-    if not saved:
-        raise DataError(f"{folder / MIXTURE_FILE}: datasets: there are none", hint=PREPARE_AGAIN)
-    return saved
-
-
-def _read_strictly(kind: Any, value: Any, folder: Path, name: str) -> Any:
-    try:
-        # as JSON text: in strict mode pydantic doesn't build a dataclass from a dict
-        return TypeAdapter(kind).validate_json(json.dumps(value), strict=True)
-    except ValidationError as error:
-        detail = error.errors()[0]
-        place = ".".join(map(str, (name, *detail["loc"])))
-        problem = f"{folder / MIXTURE_FILE}: {place}: {detail['input']!r:.80}: {describe_value_error(detail)}"
-        raise DataError(problem, hint=PREPARE_AGAIN) from None
 
 
 def read_examples_manifest(folder: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from t5tune.settings.datasets import (
     DatasetList,
     DatasetSettings,
     check_dataset,
+    check_weights,
     combine_datasets,
     name_datasets,
 )
@@ -175,8 +176,11 @@ class MixingSettings(Settings):
             raise ValueError(
                 f"{other}: {getattr(self, other)}: conflicts with the weights of data; leave one of them out"
             )
-        if datasets and not any(dataset.weight for dataset in datasets):
-            raise ValueError("data: every weight is 0, so there is nothing to train on")
+        if datasets:
+            try:
+                check_weights([dataset.weight for dataset in datasets])
+            except ValueError as error:
+                raise ValueError(f"data: {error}") from None
         return self
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from itertools import count
 from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import BeforeValidator, Field, GetJsonSchemaHandler, field_validator, model_serializer
+from pydantic import AfterValidator, BeforeValidator, Field, GetJsonSchemaHandler, model_serializer
 from pydantic_core import CoreSchema
 
 from t5tune.file_names import (
@@ -50,6 +50,18 @@ _NOT_IN_NAME = re.compile("[^A-Za-z0-9._-]+")
 _NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{MAX_NAME_LENGTH - 1}}}")
 
 
+def _check_name(name: str) -> str:
+    if is_reserved(name):
+        raise ValueError("a file in the folder of the datasets has this name")
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"expected letters, digits, `.`, `_` and `-`, at most {MAX_NAME_LENGTH} of them")
+    return name
+
+
+DatasetName = Annotated[str, AfterValidator(_check_name)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
 class DatasetSettings(ReadingSettings, ConversationSettings, SelectionSettings):
     """A dataset of a mixture. What isn't given here is as the settings of the whole command say."""
 
@@ -57,20 +69,11 @@ class DatasetSettings(ReadingSettings, ConversationSettings, SelectionSettings):
     is_complete: ClassVar[bool] = False
 
     path: DataList = Field(min_length=1)
-    name: Annotated[str | None, NoneIfUnset] = None
-    weight: float = Field(default=1.0, ge=0)
+    name: Annotated[DatasetName | None, NoneIfUnset] = None
+    weight: Weight = 1.0
     data_subset: Annotated[str | None, NoneIfUnset] = None
     data_split: Annotated[str | None, NoneIfUnset] = None
     num_data: OptionalCount = None
-
-    @field_validator("name")
-    @classmethod
-    def _check_name(cls, value: str | None) -> str | None:
-        if value is not None and is_reserved(value):
-            raise ValueError("a file in the folder of the datasets has this name")
-        if value is not None and not _NAME.fullmatch(value):
-            raise ValueError(f"expected letters, digits, `.`, `_` and `-`, at most {MAX_NAME_LENGTH} of them")
-        return value
 
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
@@ -217,9 +220,7 @@ def name_datasets(datasets: Sequence[DatasetSettings]) -> list[str]:
         ValueError: two have the same name.
     """
     given = [dataset.name for dataset in datasets if dataset.name is not None]
-    folded = [name.casefold() for name in given]  # folders have these names, on some disks without regard to case
-    if twice := [name for name in given if folded.count(name.casefold()) > 1]:
-        raise ValueError(f"name: {twice[0]}: two datasets have it")
+    check_names_differ(given)
     taken, names = {name.casefold() for name in given}, list[str]()
     for dataset in datasets:
         name = dataset.name
@@ -230,6 +231,27 @@ def name_datasets(datasets: Sequence[DatasetSettings]) -> list[str]:
             taken.add(name.casefold())
         names.append(name)
     return names
+
+
+def check_names_differ(names: Sequence[str]) -> None:
+    """Check that no two datasets have the same name.
+
+    Raises:
+        ValueError: two have.
+    """
+    folded = [name.casefold() for name in names]  # folders have these names, on some disks without regard to case
+    if twice := [name for name in names if folded.count(name.casefold()) > 1]:
+        raise ValueError(f"name: {twice[0]}: two datasets have it")
+
+
+def check_weights(weights: Sequence[float]) -> None:
+    """Check that a dataset has a weight.
+
+    Raises:
+        ValueError: every weight is 0.
+    """
+    if not any(weights):
+        raise ValueError("every weight is 0, so there is nothing to train on")
 
 
 def _find_stem(path: str) -> str:

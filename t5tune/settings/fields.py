@@ -329,7 +329,7 @@ NoneIfUnset = _UnsetReader(parse_unset)
 PathAsText = BeforeValidator(read_path)
 """Reads a path as the text of it, where a setting is a path or a name."""
 
-OptionalCount = Annotated[int | None, Field(gt=0), NoneIfUnset]
+OptionalCount = Annotated[int | None, Field(gt=0, lt=1 << 63), NoneIfUnset]
 """A positive whole number, or None if it isn't set."""
 
 WordList = Annotated[list[str], BeforeValidator(_split_items, json_schema_input_type=list[str] | str)]

@@ -728,21 +728,6 @@ def read_tree(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_broken_manifest_is_named(untied_base: Path, data: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "mixture"
-    prepare(make_prepare_settings(untied_base, data, folder))
-    manifest = json.loads((folder / "mixture.json").read_text())
-    for changes, problem in (
-        ({"format": 9}, "format 9; this version of t5tune reads format 1"),
-        ({"datasets": []}, "datasets: there are none"),
-        ({"datasets": [{"name": "a", "cache": 3, "weight": 1}]}, "datasets.0.cache: 3: expected text"),
-        ({"mixing": {"kind": "other"}}, "mixing.kind: 'other': expected 'weights', 'proportional' or 'concatenate'"),
-    ):
-        (folder / "mixture.json").write_text(json.dumps(manifest | changes))
-        with pytest.raises(DataError, match=problem):
-            open_mixture(folder)
-
-
 def test_the_command_line_and_yaml_give_the_same_mixture(untied_base: Path, data: Path, tmp_path: Path) -> None:
     paths = [f"{data / 'sums.jsonl'}:3", str(data / "talk.json")]
     flags = ("--model-name-or-path", untied_base, "--output-dir", tmp_path / "flags", "--data-path", *paths)
