@@ -29,11 +29,12 @@ from t5tune.distributed.collectives import run_on_rank_0
 from t5tune.distributed.world import World
 from t5tune.errors import CheckpointError, naming_settings
 from t5tune.io.atomic import write_file
+from t5tune.io.reasons import describe_error
 from t5tune.model.attention import can_pack, use_packing
 from t5tune.model.fused import use_fused_layers
 from t5tune.model.inference import LoadedModel, load_for_inference
 from t5tune.model.lora import check_same_tokens
-from t5tune.progress import Report
+from t5tune.progress import Note, Report
 from t5tune.settings import TrainSettings
 from t5tune.settings.lora import LoraSettings
 from t5tune.settings.packaged_templates import get_zero_stage
@@ -42,7 +43,7 @@ from t5tune.training.batches import PackedCollator, PaddedCollator, make_collato
 from t5tune.training.build_model import BuiltModel
 from t5tune.training.objectives import EvaluationOptions, Pairs, measure_pairs
 
-REFERENCE_FORMAT = 1
+REFERENCE_FORMAT = 2
 PAIRS_PER_SAVE = 1 << 10
 MODEL_FIELDS = ("base", "bf16", "family", *QuantizationSettings.model_fields)
 INITIAL_FIELDS = (*MODEL_FIELDS, "adapter", "seed", *LoraSettings.model_fields)
@@ -77,23 +78,31 @@ class ReferenceFile:
     path: Path
     key: str
 
-    def read(self) -> list[tuple[float, float]]:
-        """Read the pairs that are known; none if the file is missing, broken, or was made from something else."""
+    def read(self, report: Report) -> list[tuple[float, float]]:
+        """Read the pairs that are known; none if the file is missing, broken, changed, or made from something else."""
         try:
             with safe_open(self.path, "numpy") as file:
-                if file.metadata() == self._metadata:
-                    return [(chosen, rejected) for chosen, rejected in file.get_tensor("logps").tolist()]
-        except (OSError, SafetensorError, ValueError):
-            pass
+                metadata, logps = file.metadata(), file.get_tensor("logps")
+                if metadata == self._describe(logps):
+                    return [(chosen, rejected) for chosen, rejected in logps.tolist()]
+        except FileNotFoundError:
+            return []
+        except (OSError, SafetensorError, ValueError) as error:
+            report(Note(f"{self.path}: broken ({describe_error(error)}); measuring the pairs again", warning=True))
+            return []
+        if metadata and (metadata.get("format"), metadata.get("key")) == (str(REFERENCE_FORMAT), self.key):
+            report(Note(f"{self.path}: changed since it was written; measuring the pairs again", warning=True))
         return []
 
     def write(self, pairs: Pairs) -> None:
         """Replace the file."""
-        write_file(self.path, safetensors.numpy.save({"logps": np.array(pairs, np.float64)}, self._metadata))
+        logps = np.array(pairs, np.float64)
+        write_file(self.path, safetensors.numpy.save({"logps": logps}, self._describe(logps)))
 
-    @property
-    def _metadata(self) -> dict[str, str]:
-        return {"format": str(REFERENCE_FORMAT), "key": self.key}
+    def _describe(self, logps: Any) -> dict[str, str]:
+        """Describe what the values depend on, and the values, by hashes."""
+        values = hashlib.sha256(logps.tobytes()).hexdigest()
+        return {"format": str(REFERENCE_FORMAT), "key": self.key, "sha256": values}
 
 
 def make_reference_file(folder: Path, name: str, run_identity: dict[str, Any], examples: Examples) -> ReferenceFile:
@@ -115,6 +124,7 @@ def complete_references(
     sets: Mapping[str, Examples],
     world: World,
     open_meter: Callable[[], AbstractContextManager[PairMeter]],
+    report: Report,
 ) -> dict[str, Pairs]:
     """Read the log-probabilities of sets of pairs, after measuring those that aren't known. Call on every rank.
 
@@ -130,7 +140,7 @@ def complete_references(
         meter = None
         for name, examples in sets.items():
             file = make_reference_file(folder, name, run_identity, examples)
-            known = run_on_rank_0(world, file.read)[: len(examples)]
+            known = run_on_rank_0(world, partial(file.read, report))[: len(examples)]
             while len(known) < len(examples):
                 if meter is None:
                     meter = stack.enter_context(open_meter())

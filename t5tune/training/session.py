@@ -330,7 +330,8 @@ def _complete_references(
     """
     sets = {"training": loaded.examples, **({"held-out": loaded.held_out} if loaded.held_out is not None else {})}
     try:
-        return complete_references(session.run.folder, loaded.run_identity, sets, session.world, open_meter)
+        folder, run_identity = session.run.folder, loaded.run_identity
+        return complete_references(folder, run_identity, sets, session.world, open_meter, session.report)
     except EvaluationStopped:
         raise session.stop.make_error("before training began", hint="run the same command to continue") from None
 

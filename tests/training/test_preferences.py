@@ -22,7 +22,7 @@ from t5tune.commands.train import train
 from t5tune.data.cache import open_cache
 from t5tune.data.tokenizer import decode_reference, load_tokenizer
 from t5tune.errors import CheckpointError, SettingsError, Stopped, T5TuneError
-from t5tune.progress import Measured
+from t5tune.progress import Event, Measured, Note
 from t5tune.settings import EvaluateSettings, MergeSettings, PrepareSettings, TrainSettings
 from t5tune.training import reference as reference_module
 from t5tune.training.reference import ReferenceFile
@@ -270,6 +270,32 @@ def test_a_reference_of_other_inputs_is_replaced(
     assert read_key(folder, "held-out") == keys["held-out"]
     for name, logps in before.items():
         np.testing.assert_array_equal(read_reference(folder, name), logps)
+
+
+def test_changed_log_probabilities_are_reported_and_measured_again(
+    untied_base: Path, data: Path, tmp_path: Path
+) -> None:
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    train(make_settings(untied_base, data, whole))
+    with pytest.raises(Stopped):
+        train(make_settings(untied_base, data, folder), stop_after(2))
+    expected = read_reference(folder, "training")
+    for name, change in (("training", lambda logps: logps - 7), ("held-out", lambda logps: logps * np.nan)):
+        path = folder / f"reference-{name}.safetensors"
+        with safetensors.safe_open(path, "numpy") as file:
+            metadata = file.metadata()
+        safetensors.numpy.save_file({"logps": change(read_reference(folder, name))}, path, metadata)
+    events: list[Event] = []
+    train(make_settings(untied_base, data, folder), events.append)
+    changed = [
+        event.text for event in events if isinstance(event, Note) and "changed since it was written" in event.text
+    ]
+    assert [text.partition(":")[0] for text in changed] == [
+        str(folder / f"reference-{name}.safetensors") for name in ("training", "held-out")
+    ]
+    np.testing.assert_array_equal(read_reference(folder, "training"), expected)
+    adapters = [(each / "adapter_model.safetensors").read_bytes() for each in (whole, folder)]
+    assert adapters[0] == adapters[1]
 
 
 def test_a_cache_of_pairs_is_for_both_objectives(untied_base: Path, data: Path, tmp_path: Path) -> None:
