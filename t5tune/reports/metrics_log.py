@@ -28,6 +28,7 @@ from t5tune.progress import Note, Report, silent
 
 METRICS_FILE = "metrics.jsonl"
 NEW_HELD_OUT = "new_held_out"
+SUMMARY = "train_loss"  # of the lines, only the summary at the end has it
 SAMPLES_FILE = "samples.json"
 SECONDS_BETWEEN_HEARTBEATS = 60.0
 
@@ -56,6 +57,10 @@ class MetricsLog:
             self.report(Note(note, warning=True))
         else:
             self._waiting.clear()
+
+    def has_summary(self, step: int) -> bool:
+        """Whether an earlier process, which was killed after the last step, has written the run's summary."""
+        return any(line["step"] == step and SUMMARY in line for line in read_metrics(self.path.parent))
 
     def write_heartbeat(self, step: int) -> None:
         """Append a heartbeat if nothing was written for a while."""

@@ -33,7 +33,7 @@ from t5tune.formatting import format_count, format_held_out_metric, format_numbe
 from t5tune.io.reasons import join_lines
 from t5tune.model.device import get_peak_memory, get_reserved_memory
 from t5tune.progress import Note, Report
-from t5tune.reports.metrics_log import NEW_HELD_OUT, MetricsLog
+from t5tune.reports.metrics_log import NEW_HELD_OUT, SUMMARY, MetricsLog
 from t5tune.settings.training import SCHEDULES_BY_METRIC
 from t5tune.training.batches import ExampleDataset, PackedCollator, PaddedCollator, StepSampler
 from t5tune.training.callbacks import (
@@ -340,11 +340,12 @@ class T5Trainer(Trainer):  # type: ignore[misc]
             logs["tokens_per_second"] = self.totals.measure_speed()
             logs["peak_memory_bytes"] = get_peak_memory(self.args.device)
             logs |= get_reserved_memory(self.args.device)
-        if "train_loss" in logs:  # the Trainer's value covers only the steps of this process
-            logs["train_loss"] = self.compute_mean_loss() or logs["train_loss"]
+        if SUMMARY in logs:  # the Trainer's value covers only the steps of this process
+            logs[SUMMARY] = self.compute_mean_loss() or logs[SUMMARY]
         super().log(logs, start_time)
-        if self.is_world_process_zero():
-            self.metrics_log.write(self.state.global_step, logs)
+        step = self.state.global_step
+        if self.is_world_process_zero() and not (SUMMARY in logs and self.metrics_log.has_summary(step)):
+            self.metrics_log.write(step, logs)
 
     def compute_mean_loss(self) -> float | None:
         """Return the mean loss over all steps of the run; None before the first one. Call on every rank."""
