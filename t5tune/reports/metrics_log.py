@@ -68,7 +68,19 @@ class MetricsLog:
             self.write(step, {"heartbeat": True})
 
 
-def read_metrics(run_folder: Path | str) -> list[dict[str, Any]]:
+class Metrics(list[dict[str, Any]]):
+    """The metrics of a run: a dict for each logged step, in step order, with "step", "loss", "eval_loss", …"""
+
+    def curve(self, name: str) -> tuple[list[int], list[float]]:
+        """Return the steps that have a metric, and its values, for a plot: `plt.plot(*metrics.curve("eval_loss"))`.
+
+        Training and evaluations are logged at different steps, so in a table each has gaps, which would break a line.
+        """
+        found = [(line["step"], value) for line in self if (value := line.get(name)) is not None]
+        return [step for step, _ in found], [value for _, value in found]
+
+
+def read_metrics(run_folder: Path | str) -> Metrics:
     """Read the metrics of each step, merged from all of its lines, in step order, without heartbeats.
 
     Evaluations on held-out examples that the run no longer has are left out. Lines that a kill has truncated are
@@ -91,7 +103,7 @@ def read_metrics(run_folder: Path | str) -> list[dict[str, Any]]:
             steps = {number: kept for number, values in steps.items() if (kept := _drop_evaluation(values))}
         elif "heartbeat" not in line:
             steps[step] = steps.get(step, {}) | line
-    return [steps[step] for step in sorted(steps)]
+    return Metrics(steps[step] for step in sorted(steps))
 
 
 def _drop_evaluation(metrics: dict[str, Any]) -> dict[str, Any]:

@@ -48,7 +48,7 @@ from t5tune.io.untrusted import read_json_object
 from t5tune.io.yaml_file import MAX_SETTINGS_BYTES, read_yaml
 from t5tune.preparing.mixture import list_given_caches
 from t5tune.progress import Note, Report
-from t5tune.reports.metrics_log import read_metrics
+from t5tune.reports.metrics_log import Metrics, read_metrics
 from t5tune.reports.run_page import REPORT_FILE
 from t5tune.settings import TrainSettings, dump_settings, load_settings
 from t5tune.settings.affects import Affects, select_settings
@@ -115,8 +115,8 @@ class TrainResult:
     pushed: str | None = None
     datasets: dict[str, dict[str, float | None]] | None = None
 
-    def metrics(self) -> list[dict[str, Any]]:
-        """Read the logged metrics: a dict for each logged step, with "step", "loss", "learning_rate", "eval_loss", …"""
+    def metrics(self) -> Metrics:
+        """Read the logged metrics: a dict for each logged step; `metrics.curve("loss")` has the points of a plot."""
         return read_metrics(self.run)
 
     def load(self, **settings: Any) -> RunModel:
