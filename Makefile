@@ -58,12 +58,12 @@ docs: .venv/installed
 	$(BIN)/python docs_site.py build/docs
 	$(BIN)/zensical build --strict --clean
 
-# the picture in README.md: the report of a real run on the built-in model
+# the picture in README.md: the report of the run whose command is next to it
 picture: .venv/installed
-	rm -rf build/run
+	rm -rf build/scored
 	mkdir -p build
-	cd build && ../$(BIN)/t5tune train --config pocket --output-dir run --eval-fraction 0.05 --eval-steps 50 --eval-generate 32
-	$(CHROMIUM) --headless --no-sandbox --hide-scrollbars --window-size=1000,850 --screenshot=docs/report.png build/run/report.html
+	cd build && ../$(BIN)/t5tune train --config pocket --output-dir scored --eval-fraction 0.05 --eval-steps 50 --eval-generate 32
+	$(CHROMIUM) --headless --no-sandbox --hide-scrollbars --window-size=1000,850 --screenshot=docs/report.png build/scored/report.html
 
 clean:
 	rm -rf build dist .cache .mypy_cache .ruff_cache runs

@@ -375,3 +375,14 @@ if __name__ == "__main__":
     page = TABLE.sub(lambda _: build_families_table(), FAMILY_PAGE.read_text(encoding="utf-8"), count=1)
     FAMILY_PAGE.write_text(page, encoding="utf-8")
     print(REFERENCE, FAMILY_PAGE)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/README.md"])
+def test_the_picture_shows_the_run_of_the_command_before_it(page: str) -> None:
+    makefile, text = (REPOSITORY / "Makefile").read_text(), (REPOSITORY / page).read_text()
+    (made,) = re.findall(r"^picture:.*\n(?:\t.*\n)*?\t.*(t5tune train .*)\n", makefile, re.MULTILINE)
+    before, _, _ = text.partition("report.png)")
+    command = re.findall(r"```sh\n(.*?)```", before, re.DOTALL)[-1]
+    assert shlex.split(command.replace("\\\n", " ")) == shlex.split(made)
+    (picture,) = re.findall(r"--screenshot=(\S+) build/(\S+)/report.html", makefile)
+    assert picture == ("docs/report.png", shlex.split(made)[shlex.split(made).index("--output-dir") + 1])
