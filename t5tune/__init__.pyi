@@ -868,13 +868,13 @@ class EvaluateSettings(_settings.EvaluateSettings):
                 two.
             adapter: Adapter to apply to the base: a folder, a run, or owner/name[@revision] on the Hub; not needed if
                 model_name_or_path is an adapter or a run.
-            output_dir: Folder for predictions.jsonl; default: a new one (evaluation, evaluation.1, …).
+            output_dir: Folder for scores.json and predictions.jsonl; default: a new one (evaluation, evaluation.1, …).
             source_column: Column or key with the input; default: detected.
             target_column: Column or key with the output; default: detected.
             num_data: Use only the first N examples; default: all.
             metrics: Metrics to compute: exact_match, rouge1, rouge2, rougeL, bleu, chrf, valid_json, field_f1; default:
                 all that fit the targets.
-            compare_base: Also score the base alone, and the differences.
+            compare_base: Also score the base alone, on the same texts, and show the differences.
             bf16: Compute in bfloat16; default: as in training, else on GPUs that can.
             num_gpus: Start this many processes on this machine, one per GPU.
             revision: Branch, tag or commit of a model on the Hugging Face Hub; default: its main branch.

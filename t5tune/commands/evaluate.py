@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,13 @@ from t5tune.distributed.signals import handle_signals
 from t5tune.distributed.watch import watch_ranks
 from t5tune.distributed.world import World
 from t5tune.errors import ModelError, SettingsError
-from t5tune.io.atomic import check_overwrite, check_replaceable, find_unused_folder, write_folder_atomically
+from t5tune.io.atomic import (
+    check_overwrite,
+    check_replaceable,
+    find_unused_folder,
+    write_folder_atomically,
+    write_json,
+)
 from t5tune.metrics import METRICS, choose_metrics, score, score_one
 from t5tune.model.attention import can_pack, use_packing
 from t5tune.model.device import explain_out_of_memory, manage_memory_for_loading, use_gpu_kernels
@@ -64,6 +70,9 @@ from t5tune.training.evaluation_set import (
 from t5tune.training.validate import check_starts_no_processes
 
 PREDICTIONS_FILE = "predictions.jsonl"
+SCORES_FILE = "scores.json"
+ALWAYS_SAVED = ("model_name_or_path", "adapter", "data_path", "max_new_tokens", "num_beams", "bf16", "q_lora")
+"""Settings in scores.json whether they have their default values or not."""
 WHEN_INTERRUPTED = "before the evaluation was complete"
 
 
@@ -72,6 +81,8 @@ class EvaluateResult:
     """The metrics: loss in nats per target token, scores from 0 to 100, time in seconds.
 
     Args:
+        bits_per_character: the loss of the whole targets per character of their texts, in bits, with which models of
+            different tokenizers can be compared; None if spans of raw text were masked.
         exact_match, …, field_f1: None if it isn't among the chosen metrics; those for JSON also if no target is JSON.
         custom_metrics: the metrics of one's own functions.
         base: the same metrics of the base without the adapter, by name; None without compare_base.
@@ -83,6 +94,7 @@ class EvaluateResult:
     examples: int
     loss: float
     perplexity: float
+    bits_per_character: float | None
     exact_match: float | None
     rouge1: float | None
     rouge2: float | None
@@ -141,6 +153,11 @@ class _Task:
             decodings[part] = Decoding(eos, pad, longest, settings.num_beams)
         return _Work(examples, decodings)
 
+    def select_base(self) -> "_Task":
+        """Return the task of the base, with examples of its tokenizer."""
+        assert self.chosen.base is not None, "compare_base is set"
+        return replace(self, chosen=self.chosen.base)
+
     def decode(self, outcome: _Outcome) -> list[str]:
         chosen = self.chosen
         pairs = zip(outcome.predicted_ids, chosen.answer_ends, strict=True)
@@ -183,10 +200,12 @@ def evaluate(settings: EvaluateSettings, report: Report = silent) -> EvaluateRes
         tuned, base = _run_model(settings, loaded.model, work, report), None
         if settings.compare_base:
             base_settings = select_base(settings, loaded)
-            report(Note("now the same for the base without the adapter"))
+            report(Note("now the same texts for the base without the adapter"))
             del loaded  # so that only one model is in memory
             gc.collect()
             loaded = _load_model(base_settings, device, report)
+            work = broadcast_from_rank_0(None if task is None else task.select_base().make_work(world.size))
+            assert work is not None
             base = _run_model(base_settings, loaded.model, work, report)
         return run_on_rank_0(world, lambda: _finish(task, tuned, base, started, report))
 
@@ -260,7 +279,8 @@ def _finish(
     """Write the output folder, and compute the metrics."""
     assert task is not None, "only rank 0 finishes"
     outcomes = [tuned] if base is None else [tuned, base]
-    predictions = [task.decode(outcome) for outcome in outcomes]
+    tasks = [task] if base is None else [task, task.select_base()]
+    predictions = [each.decode(outcome) for each, outcome in zip(tasks, outcomes, strict=True)]
     task = replace(task, folder=_choose_folder(task.settings))  # another evaluation may have taken the first one
     with write_folder_atomically(task.folder, task.settings.overwrite) as staged:
         _write_predictions(staged / PREDICTIONS_FILE, task, outcomes, predictions)
@@ -272,15 +292,30 @@ def _finish(
         )
     built_in = [_score(outcome, texts, task) for outcome, texts in zip(outcomes, predictions, strict=True)]
     custom = _compute_custom_metrics(task, predictions)
-    return EvaluateResult(
+    result = EvaluateResult(
         predictions=task.folder / PREDICTIONS_FILE,
         examples=len(task.chosen.targets),
-        **dict.fromkeys(METRICS) | built_in[0],  # type: ignore[arg-type]
+        **dict.fromkeys(("bits_per_character", *METRICS)) | built_in[0],  # type: ignore[arg-type]
         custom_metrics=custom[0],
         base=None if base is None else built_in[1] | custom[1],
         seconds=round(time.monotonic() - started, 3),
         datasets=_score_datasets(task, outcomes, predictions, report),
     )
+    values = {**asdict(result), "predictions": str(result.predictions), "settings": _describe_settings(task.settings)}
+    write_json(task.folder / SCORES_FILE, values)
+    return result
+
+
+def _describe_settings(settings: EvaluateSettings) -> dict[str, Any]:
+    """Return the settings that differ from their defaults, and some that always matter."""
+    values = hide_data_queries(settings).model_dump(mode="json")
+    defaults = {name: field.get_default() for name, field in EvaluateSettings.model_fields.items()}
+    unused = EXAMPLE_SETTINGS if is_all_prepared(settings) else set[str]()
+    return {
+        name: value
+        for name, value in values.items()
+        if (name in ALWAYS_SAVED or value != defaults[name]) and name not in unused
+    }
 
 
 def _run_model(settings: EvaluateSettings, model: Any, work: _Work, report: Report) -> _Outcome:
@@ -341,11 +376,17 @@ def _write_predictions(path: Path, task: _Task, outcomes: list[_Outcome], predic
 
 def _score(outcome: _Outcome, predictions: list[str], task: _Task) -> dict[str, float]:
     """Return the built-in metrics."""
-    return _compute_losses(outcome.losses) | score(predictions, task.chosen.targets, task.names)
+    losses = _compute_losses(outcome.losses, task, range(len(predictions)))
+    return losses | score(predictions, task.chosen.targets, task.names)
 
 
-def _compute_losses(losses: Losses) -> dict[str, float]:
-    return {"loss": round(losses.mean, 6), "perplexity": round(math.exp(min(losses.mean, 700.0)), 4)}
+def _compute_losses(losses: Losses, task: _Task, indices: range) -> dict[str, float]:
+    """Return what follows from the losses of these examples."""
+    found = {"loss": round(losses.mean, 6), "perplexity": round(math.exp(min(losses.mean, 700.0)), 4)}
+    if task.chosen.raw_texts.isdisjoint(indices):
+        characters = sum(len(task.chosen.targets[index]) for index in indices)
+        found["bits_per_character"] = round(sum(losses.sums) / math.log(2) / characters, 6)
+    return found
 
 
 def _score_datasets(
@@ -366,7 +407,7 @@ def _score_datasets(
         values: dict[str, float] = {"examples": len(targets)}
         for prefix, outcome, texts in zip(("", "base_"), outcomes, predictions, strict=False):
             own = [texts[index] for index in indices]
-            scores = _compute_losses(outcome.losses.select(indices)) | score(own, targets, fitting)
+            scores = _compute_losses(outcome.losses.select(indices), task, indices) | score(own, targets, fitting)
             with _explain_failures(task, f"dataset {name}: "):
                 custom = compute_custom_metrics(functions, own, targets, allow_non_finite=True)
             for metric in (metric for metric, value in custom.items() if not math.isfinite(value)):

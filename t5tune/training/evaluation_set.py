@@ -8,15 +8,18 @@ chosen.examples, chosen.targets
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate, chain, islice, repeat
+from itertools import accumulate, chain, groupby, islice, repeat
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
 
 from t5tune.checkpoints.pocket import find_conversations_file
 from t5tune.checkpoints.training_data import DatasetTraining, TrainingData
 from t5tune.data.data_problems import make_mixed_data_error, report_default_template
-from t5tune.data.encoders import make_encoder
-from t5tune.data.encoding import Example, encode_batch, extract_example
+from t5tune.data.encoders import Beginning, make_encoder
+from t5tune.data.encoding import EncodedConversation, Example, encode_batch, extract_example
 from t5tune.data.files import find_files
 from t5tune.data.formats import Conversation
 from t5tune.data.mixture import Examples, find_caches, has_examples, open_examples
@@ -68,6 +71,7 @@ class EvaluationSet:
         prompts: for each example, what its target replies to, without template and prefix; None: not known, as for the
             examples of a token cache.
         raw_texts: the examples with masked spans of raw text.
+        base: the same texts as the base's tokenizer encodes them; None without compare_base.
     """
 
     examples: Sequence[Example]
@@ -77,6 +81,11 @@ class EvaluationSet:
     datasets: list[tuple[str, range]] = field(default_factory=list)
     prompts: Sequence[Prompt | None] = ()
     raw_texts: frozenset[int] = frozenset()
+    base: "EvaluationSet | None" = None
+
+    def add_base(self, examples: Sequence[Example], tokenizer: Tokenizer) -> "EvaluationSet":
+        """Return the same with the examples of the base."""
+        return replace(self, base=replace(self, examples=examples, tokenizer=tokenizer))
 
 
 def check_settings_of_caches(settings: EvaluateSettings, find_template: Callable[[str], Template | None]) -> None:
@@ -179,6 +188,7 @@ def _join(parts: Mapping[str, EvaluationSet]) -> EvaluationSet:
     """Join the examples of several datasets, one dataset after the other."""
     ends = list(accumulate(len(part.targets) for part in parts.values()))
     starts = [0, *ends[:-1]]
+    of_base = {name: part.base for name, part in parts.items() if part.base is not None}
     return EvaluationSet(
         [example for part in parts.values() for example in part.examples],
         [target for part in parts.values() for target in part.targets],
@@ -189,6 +199,7 @@ def _join(parts: Mapping[str, EvaluationSet]) -> EvaluationSet:
         frozenset(
             start + index for start, part in zip(starts, parts.values(), strict=True) for index in part.raw_texts
         ),
+        _join(of_base) if of_base else None,
     )
 
 
@@ -214,11 +225,13 @@ class _Answer(NamedTuple):
     """An answer of a conversation, as an example.
 
     Args:
+        of_base: the same as the base's tokenizer encodes it; None without compare_base.
         target: as text.
         is_pair: whether the conversation is a pair of source and target.
     """
 
     example: Example
+    of_base: Example | None
     target: str
     prompt: Prompt
     is_pair: bool
@@ -244,6 +257,7 @@ def _load_dataset(
     if settings.is_raw_text:
         return _load_raw_text(settings, loaded, report)
     tokenizer = _choose_tokenizer(settings, loaded)
+    base = load_tokenizer(loaded.base) if settings.compare_base else None
     names = [str(find_conversations_file()) if name == "pocket" else name for name in settings.data_path]
     choice = DatasetChoice(settings.data_subset, settings.data_split, EVALUATION_SPLITS)
     files = find_files(bring_data(names, choice, "data_path", settings.cache_dir, report))
@@ -257,7 +271,7 @@ def _load_dataset(
         template = load_template(default_template)
     answers: list[_Answer] = []
     rejected: list[tuple[RecordLocation, Rejection]] = []
-    for location, outcome in _encode(chain(drain(sample), records), settings, template, tokenizer):
+    for location, outcome in _encode(chain(drain(sample), records), settings, template, tokenizer, base):
         if isinstance(outcome, Rejection):
             rejected.append((location, outcome))
             continue
@@ -277,21 +291,23 @@ def _load_dataset(
         report(Note(f"{truncated} {settings.model_max_length}", True))
     if not answers:
         raise DataError(f"data_path: {', '.join(map(str, files))}: contains no example to evaluate on")
-    return EvaluationSet(
+    chosen = EvaluationSet(
         [answer.example for answer in answers],
         [answer.target for answer in answers],
         tokenizer,
         [template.answer_suffix] * len(answers),
         prompts=[answer.prompt for answer in answers],
     )
+    of_base = [answer.of_base for answer in answers if answer.of_base is not None]
+    return chosen if base is None else chosen.add_base(of_base, base)
 
 
 def _choose_tokenizer(settings: EvaluateSettings, loaded: LoadedModel) -> Tokenizer:
-    """Choose the tokenizer for conversations: that of training, as in chat, unless the user adds tokens to it.
+    """Choose the tokenizer for conversations: the model's, as in chat, unless the user adds tokens to it.
 
-    A base that wasn't tuned gets the tokens that training would add.
+    A base that wasn't tuned doesn't get the tokens that training would add: their embedding rows aren't trained.
     """
-    if _is_tuned(loaded) and "add_tokens" not in settings.model_fields_set:
+    if "add_tokens" not in settings.model_fields_set:
         return loaded.tokenizer
     return extend_tokenizer(loaded.tokenizer, settings.add_tokens, loaded.num_rows).tokenizer
 
@@ -311,7 +327,8 @@ def _load_raw_text(settings: EvaluateSettings, loaded: LoadedModel, report: Repo
         origin = Origin(tokenizer_source=loaded.tokenizer_folder, is_evaluation=True)
         prepare_dataset(PrepareSettings(**values), report, origin)
         chosen = _load_cache_examples(open_examples(cache), settings, loaded, report)
-        return replace(chosen, examples=list(chosen.examples))
+        base = None if chosen.base is None else replace(chosen.base, examples=list(chosen.base.examples))
+        return replace(chosen, examples=list(chosen.examples), base=base)
 
 
 def _encode(
@@ -319,29 +336,39 @@ def _encode(
     settings: EvaluateSettings,
     template: Template,
     tokenizer: Tokenizer,
+    base: Tokenizer | None,
 ) -> Iterator[tuple[RecordLocation, Rejection | _Answer]]:
     """Yield a record's rejection, or its answers.
 
     They come in the order of the records, so that a caller that stops early has counted only what it used.
+
+    Args:
+        base: the base's tokenizer, which encodes the same texts; None: it isn't compared.
     """
-    encoder = make_encoder(tokenizer)
+    encoder, encoder_of_base = make_encoder(tokenizer), None if base is None else make_encoder(base)
     while batch := list(islice(records, TOKENIZER_BATCH_SIZE)):
         read = [read_conversation(record, settings, encoder) for record in batch]
         pieces = [render_conversation(each, template) for each in read if isinstance(each, Conversation)]
         encodings = iter(encode_batch(pieces, encoder, settings.model_max_length))
+        encodings_of_base: Iterator[EncodedConversation] = iter(())
+        if encoder_of_base is not None:
+            encodings_of_base = iter(encode_batch(pieces, encoder_of_base, settings.model_max_length))
         for record, conversation in zip(batch, read, strict=True):
             if isinstance(conversation, Rejection):
                 yield record.location, conversation
                 continue
-            encoded = next(encodings)
-            for span in encoded.spans:
-                example = extract_example(encoded.ids, span, encoder.special_ids)
+            encoded, encoded_of_base = next(encodings), next(encodings_of_base, None)
+            for number, span in enumerate(encoded.spans):
+                example, of_base = extract_example(encoded.ids, span, encoder.special_ids), None
+                if encoder_of_base is not None and encoded_of_base is not None:  # it has as many spans: one per answer
+                    special_ids = encoder_of_base.special_ids
+                    of_base = extract_example(encoded_of_base.ids, encoded_of_base.spans[number], special_ids)
                 text = conversation.turns[span.turn].text
                 if not span.target_is_whole:
                     text = decode_reference(tokenizer, example.target_T, template.answer_suffix)
                 is_truncated = not (span.source_is_whole and span.target_is_whole)
                 prompt = _describe_prompt(conversation, span.turn, settings.source_prefix)
-                yield record.location, _Answer(example, text, prompt, conversation.is_pair, is_truncated)
+                yield record.location, _Answer(example, of_base, text, prompt, conversation.is_pair, is_truncated)
 
 
 def _describe_prompt(conversation: Conversation, turn: int, prefix: str) -> Prompt:
@@ -390,7 +417,44 @@ def _load_cache_examples(
         decode_reference(tokenizer, example.target_T, end, index in raw_texts)
         for index, (example, end) in enumerate(zip(examples, ends, strict=True))
     ]
-    return EvaluationSet(examples, targets, tokenizer, ends, examples.list_datasets(), raw_texts=raw_texts)
+    chosen = EvaluationSet(examples, targets, tokenizer, ends, examples.list_datasets(), raw_texts=raw_texts)
+    if settings.compare_base:
+        base = load_tokenizer(loaded.base)
+        return chosen.add_base(_encode_again(examples, tokenizer, base), base)
+    if not _is_tuned(loaded):
+        return replace(
+            chosen, examples=_encode_again(examples, tokenizer, loaded.tokenizer), tokenizer=loaded.tokenizer
+        )
+    return chosen
+
+
+def _encode_again(examples: Sequence[Example], tokenizer: Tokenizer, base: Tokenizer) -> Sequence[Example]:
+    """Encode examples of a tokenizer with added tokens as the base's tokenizer does, which lacks these tokens."""
+    known = base.get_vocab()
+    added = {index for token, index in tokenizer.get_vocab().items() if known.get(token) != index}
+    if not added:
+        return examples
+    special = {*tokenizer.convert_tokens_to_ids([*tokenizer.special_tokens]), tokenizer.unk_token_id} - added
+    encoder = make_encoder(base)
+
+    def translate(ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        if added.isdisjoint(ids.tolist()):
+            return ids
+        parts: list[Any] = []
+        begins = True
+        for is_special, group in groupby(ids.tolist(), special.__contains__):
+            if is_special:  # the text of a special token isn't one
+                parts.append(list(group))
+                continue
+            text = tokenizer.decode(group)
+            parts += encoder.encode([Beginning(text) if begins else text])
+            begins = False
+        return np.concatenate(parts).astype(np.int64)
+
+    return [
+        replace(example, source_S=translate(example.source_S), target_T=translate(example.target_T))
+        for example in examples
+    ]
 
 
 def _is_extension(tokenizer: Tokenizer, base: Tokenizer) -> bool:

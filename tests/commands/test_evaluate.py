@@ -47,7 +47,10 @@ from tests.support.runs import stop_at
 
 pytestmark = pytest.mark.slow
 
-METRICS = ("examples", "loss", "perplexity", "exact_match", "rouge1", "rouge2", "rougeL", "bleu", "chrf")
+METRICS = (
+    "examples", "loss", "perplexity", "bits_per_character", "exact_match", "rouge1", "rouge2", "rougeL", "bleu", "chrf",
+)  # fmt: skip
+EVALUATED = [name for name in METRICS if name not in ("examples", "bits_per_character")]  # in training, too
 
 
 def run_evaluate(model: Path, data: Path, output: Path, /, **changes: Any) -> EvaluateResult:
@@ -83,10 +86,12 @@ def run(untied_base: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory
 @pytest.mark.parametrize("num_beams", [1, 3])
 @pytest.mark.variants("3")
 def test_metrics_equal_those_of_plain_transformers_one_example_at_a_time(
-    untied_base: Path, cache: Path, tmp_path: Path, num_beams: int
+    untied_base: Path, conversations: Path, tmp_path: Path, num_beams: int
 ) -> None:
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
+    cache, values = tmp_path / "cache", {"model_name_or_path": str(untied_base), "data_path": str(conversations)}
+    prepare(PrepareSettings(**values, output_dir=cache, add_tokens=["none"]))
     result = run_evaluate(untied_base, cache, tmp_path / "out", num_beams=num_beams, per_device_eval_batch_size=7)
     model = AutoModelForSeq2SeqLM.from_pretrained(untied_base).eval()
     tokenizer = AutoTokenizer.from_pretrained(cache / "tokenizer")
@@ -156,7 +161,8 @@ def test_pairs_of_source_and_target_are_evaluated(untied_base: Path, tmp_path: P
     pairs = [("translate: Haus", "house"), ("translate: {Baum}", "tree\n  and leaf")]
     (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps({"source": a, "target": b}) for a, b in pairs))
     result = run_evaluate(untied_base, tmp_path / "pairs.jsonl", tmp_path / "out", conversation_template="plain")
-    assert [(line["source"], line["target"]) for line in read_predictions(result)] == pairs
+    read = [(line["prompt"], line["target"]) for line in read_predictions(result)]
+    assert read == pairs
 
 
 def test_a_run_reads_the_columns_that_it_was_trained_on(untied_base: Path, tmp_path: Path) -> None:
@@ -199,7 +205,7 @@ def test_a_run_is_evaluated_with_the_tokens_of_training(untied_base: Path, tmp_p
     added = run_evaluate(result.run, data, tmp_path / "added", add_tokens="auto")
     assert read_predictions(added)[0]["source"] == "count\n0"
     of_base = run_evaluate(untied_base, data, tmp_path / "of the base")
-    assert read_predictions(of_base)[0]["source"] == "count\n0"
+    assert read_predictions(of_base)[0]["source"] == "count 0"
 
     values = {"model_name_or_path": str(untied_base), "data_path": str(data)}
     cache = prepare(PrepareSettings(**values, output_dir=tmp_path / "cache")).cache
@@ -326,20 +332,23 @@ def test_caches_with_different_tokens_are_refused_together(untied_base: Path, tm
         data = write_answers(tmp_path / f"{name}.jsonl", answer)
         values = {"model_name_or_path": str(untied_base), "data_path": str(data), "output_dir": tmp_path / name}
         caches.append(f"{prepare(PrepareSettings(**values)).cache}:1")
+    run = tmp_path / "run"
+    train(make_short_settings(untied_base, tmp_path / "first.jsonl", run, add_tokens=["none"], max_steps=1))
     refused = "data_path: second: its tokenizer isn't that of first: .* has id .* only in second"
-    values = {"model_name_or_path": str(untied_base), "use_cpu": True, "output_dir": tmp_path / "out"}
     with pytest.raises(DataError, match=refused):
-        evaluate(EvaluateSettings(**values, data_path=caches))
+        run_evaluate(run, tmp_path, tmp_path / "out", data_path=caches)
+    # a bare base reads both with its own tokenizer
+    assert run_evaluate(untied_base, tmp_path, tmp_path / "base", data_path=caches).examples == 24
 
 
 def test_several_datasets_are_decoded_with_the_tokens_of_all(untied_base: Path, tmp_path: Path) -> None:
-    """A base that wasn't tuned gets tokens for pairs, but none for raw text."""
+    """Tokens that are asked for are added for pairs, but not for raw text."""
     (tmp_path / "text.txt").write_text("The sun is a star in the middle of the solar system. " * 4)
     (tmp_path / "pairs.jsonl").write_text(json.dumps({"source": "{a}\nb", "target": "b"}))
     datasets = [
         {"path": str(tmp_path / "text.txt"), "objective": "span-corruption"}, {"path": str(tmp_path / "pairs.jsonl")}
     ]  # fmt: skip
-    values = {"model_name_or_path": str(untied_base), "max_new_tokens": 2, "use_cpu": True}
+    values = {"model_name_or_path": str(untied_base), "max_new_tokens": 2, "use_cpu": True, "add_tokens": ["auto"]}
     result = evaluate(EvaluateSettings(**values, data=datasets, output_dir=tmp_path / "out"))
     assert read_predictions(result)[-1]["source"] == "{a}\nb"
 
@@ -461,7 +470,7 @@ def test_the_last_metrics_of_training_equal_those_of_evaluate(
     changes = {"eval_data_path": str(tmp_path / "held_out.jsonl"), "eval_generate": 100}
     trained = train(make_short_settings(untied_base, cache, tmp_path / "run", **changes))
     result = run_evaluate(tmp_path / "run", tmp_path / "held_out.jsonl", tmp_path / "out", max_new_tokens=None)
-    for name in METRICS[1:]:
+    for name in EVALUATED:
         assert trained.eval[name] == pytest.approx(getattr(result, name), rel=1e-4), name
 
 
@@ -519,7 +528,7 @@ def test_two_ranks_of_zero3_evaluate_like_one_process(
     alone = on_ranks(1, *common, "--output-dir", tmp_path / "alone")
     ranks = on_ranks(2, *common, "--output-dir", tmp_path / "ranks", "--deepspeed", "zero3")
     assert alone.code == ranks.code == 0, ranks.stderr
-    for name in METRICS[1:]:
+    for name in EVALUATED:
         assert ranks.json["eval"][name] == pytest.approx(alone.json["eval"][name], rel=1e-4), name
 
 
@@ -835,7 +844,7 @@ def test_an_evaluation_of_two_ranks_continues_with_half_a_batch_if_memory_runs_o
     for what in ("losses", "predictions"):
         halved = rf"evaluate: {what}: out of memory on rank \d with 4 examples of up to .*; continuing with 2 at a time"
         assert re.search(halved, narrow.stderr), narrow.stderr
-    for name in METRICS[1:]:
+    for name in EVALUATED:
         assert narrow.json["eval"][name] == pytest.approx(roomy.json["eval"][name], rel=1e-5), name
     none = on_ranks(2, *common, "--output-dir", tmp_path / "none", calls=["tests.support.low_memory:limit_memory(0)"])
     assert none.code == 1

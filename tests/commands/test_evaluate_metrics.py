@@ -25,7 +25,10 @@ from tests.support.command_line import CommandResult, t5tune_in_fork
 
 pytestmark = pytest.mark.slow
 
-METRICS = ("loss", "perplexity", "exact_match", "rouge1", "rouge2", "rougeL", "bleu", "chrf", "valid_json", "field_f1")
+METRICS = (
+    "loss", "perplexity", "bits_per_character", "exact_match", "rouge1", "rouge2", "rougeL", "bleu", "chrf",
+    "valid_json", "field_f1",
+)  # fmt: skip
 # the values fall from call to call; the first call is the trial before training
 SHRINKING = """
 CALLS = []
@@ -111,7 +114,7 @@ def test_the_command_shows_both_models_and_the_difference(run: Path, cache: Path
     words = [line.split() for line in shown.stderr.splitlines()]
     assert ["tuned", "base", "difference"] in words
     result = t5tune_in_fork(*arguments, *more, "--output-dir", "out", "--json", cwd=tmp_path).json
-    assert set(result["base"]) == {"loss", "perplexity", "chrf", "my_length"}
+    assert set(result["base"]) == {"loss", "perplexity", "bits_per_character", "chrf", "my_length"}
     assert result["bleu"] is result["valid_json"] is None
     (row,) = [line for line in words if line[0] == "loss"]
     assert [float(text) for text in row[1:]] == pytest.approx(
@@ -126,7 +129,7 @@ def test_only_the_chosen_metrics_are_in_the_result_and_the_predictions(run: Path
     every = run_evaluate(run, cache, tmp_path / "every", num_data=6)
     some = run_evaluate(run, cache, tmp_path / "some", num_data=6, metrics=["rougeL", "bleu"])
     assert get_metrics(some) == {
-        name: value if name in ("loss", "perplexity", "rougeL", "bleu") else None
+        name: value if name in ("loss", "perplexity", "bits_per_character", "rougeL", "bleu") else None
         for name, value in get_metrics(every).items()
     }
     assert set(read_lines(some)[0]) == {"source", "target", "prediction", "loss", "rougeL"}
