@@ -40,6 +40,8 @@ LABELS = {
     "from_training": "difference from training, base as",
     "seconds": "time",
 }
+NOT_SHOWN = {"best_eval", "seed", "split_seed", "lora"}
+"""Values of a run's result that --json and result.json have, and the screen doesn't."""
 
 
 class Unexpected(T5TuneError):
@@ -235,7 +237,8 @@ def _format_table(values: dict[str, Any], path: str) -> Text:
 
     Not a table of Rich: that would break a long value in the middle of a word.
     """
-    rows = [(label, text) for label, text in _list_rows(_add_base_columns(values)) if text != path]
+    shown = {name: value for name, value in values.items() if name not in NOT_SHOWN}
+    rows = [(label, text) for label, text in _list_rows(_add_base_columns(shown)) if text != path]
     width = max((len(label) for label, _ in rows), default=0)
     return Text("\n").join(Text.assemble((f"{label:<{width}}", "dim"), "  ", text) for label, text in rows)
 

@@ -60,7 +60,7 @@ def write_run_report(
         '<h2>Training</h2><div class="charts">',
         *_draw_training_charts(lines, result.get("datasets") or {}),
         "</div>",
-        *_render_evaluation(lines, result.get("datasets") or {}),
+        *_render_evaluation(lines, result.get("datasets") or {}, result.get("best_step")),
         *_render_samples(read_samples(run_folder), "held-out" if has_held_out else "training"),
         "<h2>Training data</h2>",
         *_render_datasets(examples),
@@ -157,18 +157,28 @@ def _draw_losses(of: Callable[[str], list[tuple[float, float]]]) -> list[str]:
     ]
 
 
-def _render_evaluation(lines: list[dict[str, Any]], datasets: dict[str, dict[str, float | None]]) -> list[str]:
-    """Render the metrics of all evaluations, and those of each dataset that the result has."""
+def _render_evaluation(
+    lines: list[dict[str, Any]], datasets: dict[str, dict[str, float | None]], best_step: int | None
+) -> list[str]:
+    """Render the metrics of all evaluations, the best one marked, and those of each dataset that the result has."""
     found = []
     for line in (line for line in lines if "eval_loss" in line):
         metrics = {name.removeprefix("eval_"): value for name, value in line.items() if name.startswith("eval_")}
         overall, _ = split_by_dataset(metrics, datasets)
-        found.append((line["step"], {name: value for name, value in overall.items() if not is_timing(name)}))
+        shown = {name: value for name, value in overall.items() if not is_timing(name)}
+        found.append((line["step"], line.get("epoch"), shown))
     if not found:
         return []
-    names = list(dict.fromkeys(name for _, values in found for name in values))
-    rows = ([f"{step:,}", *(_format_optional(values.get(name)) for name in names)] for step, values in found)
-    header = ["step", *map(format_metric_name, names)]
+    names = list(dict.fromkeys(name for _, _, values in found for name in values))
+    rows = (
+        [
+            f"{step:,} (best)" if step == best_step else f"{step:,}",
+            _format_optional(epoch),
+            *(_format_optional(values.get(name)) for name in names),
+        ]
+        for step, epoch, values in found
+    )
+    header = ["step", "epoch", *map(format_metric_name, names)]
     better = "Lower is better for loss and perplexity."
     if TEXT_SCORES & set(names):
         better += " Exact match, ROUGE, BLEU and chrF are from 0 to 100: higher is better."

@@ -92,7 +92,10 @@ class TrainResult:
     excludes the time of evaluations and saves. `stopped_early` says when and why early stopping ended the run.
     `peak_reserved_bytes` is what torch had reserved on a GPU, of which `peak_memory_bytes` was in use; None on a CPU.
     `pushed` is the URL of the repository that the result was uploaded to. `datasets` has the examples and the metrics
-    of each dataset, if there are several. A metric that isn't finite is None.
+    of each dataset, if there are several. A metric that isn't finite is None. `best_step` is the step of the best
+    evaluation, by `metric_for_best_model` or else the loss, and `best_eval` has its metrics. `eval` has the metrics of
+    the weights: of the best step if the settings choose a metric, otherwise of the last one. `lora` has LoRA's
+    settings; None for full training.
     """
 
     run: Path
@@ -114,6 +117,11 @@ class TrainResult:
     peak_reserved_bytes: int | None = None
     pushed: str | None = None
     datasets: dict[str, dict[str, float | None]] | None = None
+    best_step: int | None = None
+    best_eval: dict[str, float | None] | None = None
+    seed: int | None = None
+    split_seed: int | None = None
+    lora: dict[str, Any] | None = None
 
     def metrics(self) -> Metrics:
         """Read the logged metrics: a dict for each logged step; `metrics.curve("loss")` has the points of a plot."""

@@ -36,6 +36,7 @@ from t5tune.progress import Note, Report
 from t5tune.reports.metrics_log import drop_non_finite
 from t5tune.reports.run_page import write_run_report
 from t5tune.settings import TrainSettings, packaged_templates
+from t5tune.settings.lora import LoraSettings
 from t5tune.training.arguments import choose_best_metric, make_training_arguments
 from t5tune.training.attention_choice import choose_packed_attention
 from t5tune.training.batches import (
@@ -47,6 +48,7 @@ from t5tune.training.batches import (
     make_sampler,
 )
 from t5tune.training.build_model import BuiltModel, build_model
+from t5tune.training.callbacks import find_best
 from t5tune.training.checkpoint import read_run_identity, verify
 from t5tune.training.commits import load_commits, pin_commits
 from t5tune.training.deepspeed_values import find_mismatches
@@ -443,8 +445,10 @@ def _make_result(
     session: Session, loaded: _LoadedData, built: BuiltModel, trainer: T5Trainer, seconds: float, best: int | None
 ) -> TrainResult:
     """Make the result of a run that trained for so many seconds. Every rank calls this; it sums over them."""
-    tokens = trainer.totals.count_tokens()
-    metrics, by_dataset = _get_evaluation_metrics(loaded, trainer.list_evaluations(), best)
+    settings, tokens, evaluations = session.settings, trainer.totals.count_tokens(), trainer.list_evaluations()
+    metrics, by_dataset = _get_evaluation_metrics(loaded, evaluations, best)
+    index = find_best([*evaluations.values()], trainer.args)
+    best_step = None if index is None else [*evaluations][index]
     return TrainResult(
         run=session.run.folder,
         adapter=session.run.folder,
@@ -464,7 +468,18 @@ def _make_result(
         stopped_early=trainer.early_stop,
         peak_reserved_bytes=get_reserved_memory(session.device).get("peak_reserved_bytes"),
         datasets=_describe_datasets(loaded.examples, by_dataset),
+        best_step=best_step,
+        best_eval=None if best_step is None else _get_evaluation_metrics(loaded, evaluations, best_step)[0],
+        seed=settings.seed,
+        split_seed=settings.split_seed,
+        lora=_describe_lora(settings),
     )
+
+
+def _describe_lora(settings: TrainSettings) -> dict[str, Any] | None:
+    if settings.train_mode == "full":
+        return None
+    return {name: getattr(settings, name) for name in LoraSettings.model_fields if name != "train_mode"}
 
 
 def _get_evaluation_metrics(

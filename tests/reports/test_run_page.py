@@ -20,14 +20,14 @@ from t5tune.cli.arguments import parse_arguments
 from t5tune.commands.train import train
 from t5tune.data.cache import open_cache
 from t5tune.errors import DependencyError, SettingsError, Stopped
-from t5tune.formatting import format_size
+from t5tune.formatting import format_number, format_size
 from t5tune.progress import Advanced, silent
 from t5tune.reports.metrics_log import MetricsLog, read_metrics
 from t5tune.reports.page import STYLE
 from t5tune.reports.run_page import format_command, write_run_report
 from t5tune.reports.svg import Series, draw_line_chart, format_short
 from t5tune.settings import TrainSettings, load_settings
-from t5tune.training.run_folder import read_saved_settings
+from t5tune.training.run_folder import read_result, read_saved_settings
 from tests.support.command_line import t5tune_in_fork
 from tests.support.runs import stop_at
 from tests.support.train_runs import make_settings, read_losses, read_metrics_lines
@@ -142,6 +142,36 @@ def test_sample_predictions_are_those_of_the_base_and_of_the_trained_model(run: 
             assert sample[name] in cells
 
 
+def test_the_result_has_the_best_step_and_the_table_marks_it(
+    untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    chosen = {"eval_fraction": 0.3, "eval_steps": 1, "max_steps": 4, "learning_rate": 1.0}
+    settings = make_settings(untied_base, conversations, tmp_path / "run", **chosen, lora_r=4, seed=7, split_seed=8)
+    result = train(settings)
+    losses = {line["step"]: line["eval_loss"] for line in read_metrics_lines(tmp_path / "run") if "eval_loss" in line}
+    assert result.best_step == min(losses, key=losses.__getitem__) != 4
+    assert result.best_eval is not None
+    assert result.best_eval["loss"] == losses[result.best_step]
+    assert result.eval["loss"] == losses[4]  # of the weights, which are those of the last step
+    saved = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert (saved["best_step"], saved["best_eval"]) == (result.best_step, result.best_eval)
+    assert (saved["seed"], saved["split_seed"]) == (7, 8)
+    assert (saved["lora"]["lora_r"], saved["lora"]["lora_target_modules"]) == (4, ["q", "v"])
+    assert read_result(tmp_path / "run") == result
+    cells = Page((tmp_path / "run" / "report.html").read_text()).cells
+    assert [cell for cell in cells if cell.endswith("(best)")] == [f"{result.best_step} (best)"]
+    assert cells[cells.index("step") + 1] == "epoch"
+    epochs = {line["step"]: line["epoch"] for line in read_metrics_lines(tmp_path / "run") if "eval_loss" in line}
+    assert cells[cells.index("4") + 1] == format_number(epochs[4])
+
+
+def test_a_run_without_adapters_or_evaluations_has_neither_in_its_result(
+    untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    result = train(make_settings(untied_base, conversations, tmp_path / "run", train_mode="full", max_steps=1))
+    assert (result.best_step, result.best_eval, result.lora) == (None, None, None)
+
+
 @pytest.mark.parametrize(("fraction", "kind"), [(0.2, "held-out"), (0.0, "training")])
 def test_the_page_says_which_examples_its_samples_are(
     fraction: float, kind: str, untied_base: Path, conversations: Path, tmp_path: Path
@@ -155,7 +185,7 @@ def test_the_page_says_which_examples_its_samples_are(
 def test_sample_predictions_do_not_change_training(
     run: Path, untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
-    quiet = make_settings(untied_base, conversations, tmp_path / "run", eval_fraction=0.2, eval_steps=3)
+    quiet = make_settings(untied_base, conversations, tmp_path / "run", eval_fraction=0.3, eval_steps=3)
     train(quiet)
     assert not (tmp_path / "run" / "samples.json").exists()
     assert "before training" not in (tmp_path / "run" / "report.html").read_text()
@@ -344,12 +374,14 @@ def test_the_evaluations_have_a_column_for_each_metric_that_any_of_them_has(run:
     (copy / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     settings, result = read_saved_settings(copy), json.loads((copy / "result.json").read_text())
     assert settings is not None
-    write_run_report(copy, settings, result, open_cache(copy / "data"), has_held_out=True)
+    values = result | {"best_step": 3}
+    write_run_report(copy, settings, values, open_cache(copy / "data"), has_held_out=True)
     cells = Page((copy / "report.html").read_text()).cells
     start = cells.index("step")
-    rows = [cells[start + 4 * number : start + 4 * (number + 1)] for number in range(3)]
+    rows = [cells[start + 5 * number : start + 5 * (number + 1)] for number in range(3)]
     assert rows == [
-        ["step", "loss", "first score", "words per second"], ["3", "1", "31", "–"], ["6", "1", "–", "41"],
+        ["step", "epoch", "loss", "first score", "words per second"],
+        ["3 (best)", "–", "1", "31", "–"], ["6", "–", "1", "–", "41"],
     ]  # fmt: skip
 
 
