@@ -4,7 +4,7 @@
     while (number := queue.take()) is not None:
         work_on(batches[number])
         queue.count_done(1)
-    queue.wait_for_all_ranks()
+    queue.wait_for_all_ranks(look)
 
 No rank waits for a slower one, except at the end. The queue is a counter in the rendezvous store.
 

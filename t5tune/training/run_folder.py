@@ -1,7 +1,9 @@
 """The run folder: its files, the settings it was started with, and the checkpoint to resume from.
 
 run = locate_run(settings)
-base_metadata, run_identity, resume = start_or_resume_run(settings, run, examples, base, pinned, None, world, report)
+base_metadata, run_identity, resume = start_or_resume_run(
+    settings, run, examples, evaluations, base, pinned, None, world, report
+)
 resume                              # run/checkpoint-40, or None for a new run
 read_result(run.folder).adapter     # of a finished run
 """

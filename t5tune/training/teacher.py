@@ -1,7 +1,7 @@
 """Distillation: the teacher of a run, and learning its probabilities of each target token.
 
     files = find_teacher(settings)
-    teacher = load_teacher(settings, files, tokenizer, device, deepspeed, collator)
+    teacher = load_teacher(settings, files, tokenizer, device, deepspeed, collator, template)
     objective = DistillationObjective(settings, teacher)
 
 The teacher runs on the same batches, without dropout. Neither model's logits are ever stored for a whole batch. Under
