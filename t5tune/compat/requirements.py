@@ -12,19 +12,25 @@ import sys
 from t5tune.errors import DependencyError
 
 
-def read_oldest_releases() -> dict[str, str]:
-    """Map each package to its oldest supported release on this platform, from t5tune's own package metadata."""
+def _read_bounds() -> dict[str, tuple[str, str]]:
+    """Map each package to its oldest supported release on this platform, and to `,<5.25`, or nothing, as its bound."""
     try:
         requirements = importlib.metadata.requires("t5tune") or []
     except importlib.metadata.PackageNotFoundError:  # run from a source checkout that isn't installed
         requirements = []
-    oldest = {}
+    bounds = {}
     for line in requirements:
         requirement, _, marker = line.partition(";")
-        match = re.fullmatch(r"([A-Za-z0-9._-]+)>=([\d.]+)", requirement.strip())
+        # metadata has the parts of a requirement in alphabetical order
+        match = re.fullmatch(r"([A-Za-z0-9._-]+)(<[\d.]+,)?>=([\d.]+)", requirement.replace(" ", ""))
         if match and _matches_marker(marker):
-            oldest[match[1]] = match[2]
-    return oldest
+            bounds[match[1]] = (match[3], f",{match[2].rstrip(',')}" if match[2] else "")
+    return bounds
+
+
+def read_oldest_releases() -> dict[str, str]:
+    """Map each package to its oldest supported release on this platform, from t5tune's own package metadata."""
+    return {package: oldest for package, (oldest, _) in _read_bounds().items()}
 
 
 def is_older(version: str, oldest: str) -> bool:
@@ -33,8 +39,10 @@ def is_older(version: str, oldest: str) -> bool:
     return list(map(int, numbers[0])) < list(map(int, numbers[1]))
 
 
-def make_upgrade_command(package: str, oldest: str) -> str:
-    return f"pip install --upgrade '{package}>={oldest}'"
+def make_install_command(package: str) -> str:
+    """Make the command that installs the newest release of a package that t5tune works with."""
+    oldest, bound = _read_bounds().get(package, ("0", ""))
+    return f"pip install --upgrade '{package}>={oldest}{bound}'"
 
 
 def check_versions(*packages: str) -> None:
@@ -54,7 +62,7 @@ def check_versions(*packages: str) -> None:
         if package in oldest and is_older(version, oldest[package]):
             raise DependencyError(
                 f"{package}: version {version} is installed; t5tune needs {oldest[package]} or newer",
-                hint=make_upgrade_command(package, oldest[package]),
+                hint=make_install_command(package),
             )
 
 

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from t5tune.compat.requirements import is_older, make_upgrade_command, read_oldest_releases
+from t5tune.compat.requirements import is_older, make_install_command, read_oldest_releases
 from t5tune.diagnosis import CheckResult, Finding
 from t5tune.formatting import GIB
 from t5tune.io.reasons import join_lines
@@ -46,7 +46,7 @@ def compare_versions() -> list[Finding]:
             continue
         if is_older(version, oldest):
             found = f"{version}; t5tune needs {oldest} or newer"
-            findings.append(Finding(package, "broken", found, make_upgrade_command(package, oldest)))
+            findings.append(Finding(package, "broken", found, make_install_command(package)))
         else:
             recent.append(f"{package} {version}")
     if recent:

@@ -23,6 +23,7 @@ from transformers import PrinterCallback, Trainer, set_seed
 from transformers import __version__ as transformers_version
 from transformers.trainer_utils import EvalLoopOutput
 
+from t5tune.compat.requirements import make_install_command
 from t5tune.compat.transformers_patches import leave_empty_bias_without_gradient, skip_module_walks
 from t5tune.data.mixture import Examples
 from t5tune.distributed.collectives import any_rank, get_rank_and_size, is_distributed
@@ -366,7 +367,8 @@ class T5Trainer(Trainer):  # type: ignore[misc]
         return [self.parts.examples.name_example(draw.example) for draw in draws]
 
     # Everything from here on overrides or reads what transformers' Trainer considers private. Known to work with
-    # transformers 5.18 to 5.24; `check_overridden_methods` names a method that another release has renamed.
+    # transformers 5.18 to 5.24, so pyproject.toml has an upper bound; `check_overridden_methods` names a method that
+    # another release has renamed.
 
     def _run_epoch(self, *arguments: Any, **options: Any) -> None:
         """Train an epoch or the rest of it, unless training is over before its first step."""
@@ -574,5 +576,5 @@ def check_overridden_methods(trainer_class: Any) -> None:
         if not callable(getattr(trainer_class, name, None)):
             raise DependencyError(
                 f"transformers {transformers_version}: Trainer has no method {name}, which t5tune replaces",
-                hint="install a release that t5tune knows: pip install 'transformers>=5.21,<=5.24'",
+                hint=f"install a release that t5tune knows: {make_install_command('transformers')}",
             )
