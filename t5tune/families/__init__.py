@@ -154,6 +154,7 @@ FAMILIES: dict[str, Family] = {
         num_rows=250112,
         num_tokens=250100,
         tokenizer=BYTE_FALLBACK,
+        converters=CONVERTERS[:2],  # llama.cpp's tokenizer ignores byte fallback (its issue 28862)
     ),
     "umt5": Family(
         name="umT5",
@@ -162,6 +163,7 @@ FAMILIES: dict[str, Family] = {
         num_rows=256384,
         num_tokens=256300,
         tokenizer=BYTE_FALLBACK,
+        converters=CONVERTERS[:2],  # the same
     ),
     "longt5": Family(
         name="LongT5",

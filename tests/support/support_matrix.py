@@ -167,6 +167,11 @@ COLUMNS = {
         reasons={
             "byt5": "llama.cpp has no byte-level tokenizer.",
             "codet5": "llama.cpp reads only SentencePiece tokenizers of T5 models.",
+            **dict.fromkeys(
+                ("mt5", "umt5"),
+                "llama.cpp's tokenizer ignores byte fallback, so it reads characters without a token as unknown "
+                "([issue 28862](https://github.com/ggml-org/llama.cpp/issues/28862)).",
+            ),
             "flan-ul2": "llama.cpp computes GELU in every T5, whatever `config.json` says; Flan-UL2 has SiLU.",
             **dict.fromkeys(("longt5", *GEMMAS), "llama.cpp doesn't read it."),
         },
