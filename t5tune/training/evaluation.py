@@ -98,7 +98,8 @@ def measure_targets(
     def measure(indices: list[int]) -> dict[int, tuple[float, ...]]:
         chosen = [examples[i] for i in indices]
         batch = {name: value.to(device) for name, value in collator(chosen).items()}
-        losses_BT = model(**batch, reduction="none", use_cache=False)
+        # to the CPU, because Apple's GPUs have no float64
+        losses_BT = model(**batch, reduction="none", use_cache=False).cpu()
         if isinstance(collator, PackedCollator):
             lengths = [len(target) for example in chosen for target in example.targets]
             parts = losses_BT[0, : sum(lengths)].split(lengths)  # without the row's padding
