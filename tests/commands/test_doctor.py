@@ -120,6 +120,22 @@ def test_only_checks_that_training_needs_decide_the_exit_code(monkeypatch: pytes
     ]  # fmt: skip
 
 
+def test_kernels_are_timed_when_all_other_probes_are_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    from t5tune.settings import DoctorSettings
+
+    done: list[str] = []
+
+    def run(name: str, _: float) -> Finding:
+        if name == "kernels":
+            assert sorted([*done, name]) == sorted(PROBE_HINTS)
+        done.append(name)
+        return Finding(name, "good", "")
+
+    monkeypatch.setattr(doctor_module, "_run_probe", run)
+    checks = [finding.check for finding in doctor_module.doctor(DoctorSettings()).findings]
+    assert checks[-len(PROBE_HINTS) :] == list(PROBE_HINTS)
+
+
 def test_versions_are_compared_with_the_oldest_supported_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     def compare_with_versions(versions: dict[str, str]) -> dict[str, Finding]:
         real: Callable[[str], str] = machine.importlib.metadata.version
