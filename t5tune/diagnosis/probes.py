@@ -25,7 +25,7 @@ from t5tune.formatting import format_count
 from t5tune.io.processes import make_module_command
 from t5tune.model.attention_check import (
     AttentionShape,
-    find_difference,
+    check_kernel,
     find_unmet_requirement,
     measure_implementations,
 )
@@ -83,10 +83,11 @@ def probe_kernels() -> CheckResult:
         return "warning", f"gated activations use torch's operations, which is slower: {problem}", KERNEL_FIX
     if (limit := find_unmet_requirement(BASE_SHAPE, device, dtype, trains_bias=False)) is not None:
         return "warning", f"attention over packed rows loops over the examples, which is slower: {limit}", KERNEL_FIX
-    if (problem := find_difference(BASE_SHAPE, device, dtype)) is not None:
-        found = f"attention over packed rows can't use one kernel, so it loops over the examples: {problem}"
+    checked = check_kernel([BASE_SHAPE], device, dtype)
+    if checked.problem is not None:
+        found = f"attention over packed rows can't use one kernel, so it loops over the examples: {checked.problem}"
         return "warning", found, KERNEL_FIX
-    seconds = measure_implementations(BASE_SHAPE, device, dtype)
+    seconds = measure_implementations(BASE_SHAPE, device, dtype, checked.num_stages)
     flex, loop = (f"{1000 * seconds[name]:.1f} ms" for name in ("flex", "loop"))
     return "good", f"attention over packed rows in one kernel: {flex}, and {loop} in a loop over the examples", ""
 

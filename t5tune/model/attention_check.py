@@ -1,7 +1,7 @@
 """Compare the two implementations of attention over packed rows: one kernel (flex), and the loop over segments.
 
     find_unmet_requirement(shape, device, torch.bfloat16, trains_bias=False)    # why it can't be used, or None
-    find_difference(shape, device, torch.bfloat16)                  # what it computes wrong, or None
+    check_kernel([shape], device, torch.bfloat16).problem           # what it computes wrong, or None
 
 The kernel is compiled on the machine on which it runs, by several libraries of which each release is new. So a run uses
 it only after its outputs and gradients were compared with those of the loop (training/attention_choice.py).
@@ -9,8 +9,9 @@ it only after its outputs and gradients were compared with those of the loop (tr
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -35,6 +36,7 @@ PackedAttention = Literal["flex", "loop"]
 # of the rows that are compared: with a segment of one token, and one that crosses the end of a block
 SOURCES, TARGETS = (200, 1, 70, 33), (40, 1, 90, 12)
 TIMED_SEGMENTS = tuple(range(40, 500, 8))  # 58 examples, 15,544 tokens
+FEW_STAGES = 2
 MAX_DIFFERENCE = 0.02  # relative norm of the difference in bf16: rounding is a tenth of it, any mistake much more
 
 
@@ -45,21 +47,35 @@ class AttentionShape(NamedTuple):
         head_width: width of a head.
         max_distance: the distance from which on T5's position bias is the same.
         dropout: probability of dropping a key.
+        is_trained: whether gradients are computed; a teacher only has a forward pass.
     """
 
     num_heads: int
     head_width: int
     max_distance: int
     dropout: float
+    is_trained: bool = True
 
 
-def read_attention_shape(model: Any, has_dropout: bool) -> AttentionShape | None:
+class KernelCheck(NamedTuple):
+    """The result of comparing kernels with the loop.
+
+    Args:
+        problem: in words; None: they compute what the loop does.
+        num_stages: with which they do; see flex_attention.PackedRows.
+    """
+
+    problem: str | None
+    num_stages: int | None
+
+
+def read_attention_shape(model: Any, has_dropout: bool, is_trained: bool = True) -> AttentionShape | None:
     """Read the shape from a model's config; None if the kernel can't compute its attention."""
     if not model.architecture.has_flex_attention:
         return None
     config = model.config
     dropout = config.dropout_rate if has_dropout else 0.0
-    return AttentionShape(config.num_heads, config.d_kv, config.relative_attention_max_distance, dropout)
+    return AttentionShape(config.num_heads, config.d_kv, config.relative_attention_max_distance, dropout, is_trained)
 
 
 def find_unmet_requirement(
@@ -86,26 +102,33 @@ def find_unmet_requirement(
     return None if missing is None else f"{missing.what}; {missing.fix}"
 
 
-def find_difference(shape: AttentionShape, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Compare outputs and gradients of the kernel with those of the loop. Return a problem in words, or None.
+def check_kernel(shapes: Sequence[AttentionShape], device: torch.device, dtype: torch.dtype) -> KernelCheck:
+    """Compare outputs and gradients of the kernel with those of the loop, for each shape that a run uses.
+
+    Kernels that fail are tried again with fewer stages: in bf16, heads of 128 need 131,584 bytes of shared memory, of
+    which RTX 30 and 40 have 101,376, and with two stages 98,560. B200's kernels may need it for heads of 64.
 
     It takes some milliseconds, and the time for compiling what training and its evaluations use. Training compiles
     again only for layers whose keys or values need no gradient, such as the first layer's keys with LoRA on q and v.
     """
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices):
-        torch.manual_seed(0)
-        try:
-            return next(_find_differences(shape, device, dtype), None)
-        except Exception as error:  # whatever compilers and kernels raise
-            return f"{type(error).__name__}: {join_lines(error)[:200]}"
+        failures = []
+        for num_stages in (None, FEW_STAGES):
+            torch.manual_seed(0)
+            try:
+                found = (_find_differences(shape, device, dtype, num_stages) for shape in shapes)
+                return KernelCheck(next(chain.from_iterable(found), None), num_stages)
+            except Exception as error:  # whatever compilers and kernels raise
+                failures.append(f"{type(error).__name__}: {join_lines(error)[:200]}")
+        return KernelCheck(failures[0], None)
 
 
 def measure_implementations(
-    shape: AttentionShape, device: torch.device, dtype: torch.dtype
+    shape: AttentionShape, device: torch.device, dtype: torch.dtype, num_stages: int | None = None
 ) -> dict[PackedAttention, float]:
     """Measure the seconds of an encoder layer's attention, forward and backward, in a row of TIMED_SEGMENTS."""
-    rows = divide_rows(TIMED_SEGMENTS, TIMED_SEGMENTS).to(device)
+    rows = divide_rows(TIMED_SEGMENTS, TIMED_SEGMENTS, num_stages=num_stages).to(device)
     states, layer = _make_layer(shape, "encoder", rows.encoder, device, dtype)
     ways: dict[PackedAttention, Callable[..., torch.Tensor]] = {
         "flex": partial(layer.attend, shape.dropout),
@@ -125,13 +148,15 @@ def _wait_and_read_clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _find_differences(shape: AttentionShape, device: torch.device, dtype: torch.dtype) -> Iterator[str]:
-    rows = divide_rows(SOURCES, TARGETS).to(device)
+def _find_differences(
+    shape: AttentionShape, device: torch.device, dtype: torch.dtype, num_stages: int | None
+) -> Iterator[str]:
+    rows = divide_rows(SOURCES, TARGETS, num_stages=num_stages).to(device)
     kinds = {"encoder": (SOURCES, SOURCES), "decoder": (TARGETS, TARGETS), "cross": (TARGETS, SOURCES)}
     for kind, (queries, keys) in kinds.items():
         states, layer = _make_layer(shape, kind, getattr(rows, kind), device, dtype)
-        # what training computes, and what its evaluations do
-        for dropout, has_gradients in ((shape.dropout, True), (0.0, False)):
+        # what training computes, and what its evaluations do, or a teacher
+        for dropout, has_gradients in ((shape.dropout, True), (0.0, False))[0 if shape.is_trained else 1 :]:
             reference = partial(layer.attend_densely, dropout) if dropout else partial(layer.loop, queries, keys)
             expected = _run(reference, states, sum(queries), has_gradients)
             found = _run(partial(layer.attend, dropout), states, sum(queries), has_gradients)

@@ -21,7 +21,7 @@ Dong et al. 2024, "Flex Attention: A Programming Model for Generating Optimized 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 from typing import Any
 
@@ -48,11 +48,13 @@ class Blocks:
         query_segments, key_segments: the number of the segment of each token, int32.
         tensors: the eight tensors of a BlockMask: the counts and indices of the key blocks that each query block sees
             in part and as a whole, and the same of the query blocks that see each key block; int32.
+        num_stages: see PackedRows.
     """
 
     query_segments: torch.Tensor
     key_segments: torch.Tensor
     tensors: tuple[torch.Tensor, ...]
+    num_stages: int | None
 
 
 @dataclass(frozen=True)
@@ -63,20 +65,21 @@ class PackedRows:
         source_length, target_length: tokens of the rows, with the padding: multiples of BLOCK.
         buffer: the segment numbers and block pairs in one tensor, so that one copy moves them to a GPU. A target token
             has two numbers: that of its segment, and that of its source.
+        num_stages: how many blocks a kernel loads ahead; fewer take less shared memory. None: FlexAttention's choice.
     """
 
     source_length: int
     target_length: int
     buffer: torch.Tensor
+    num_stages: int | None = None
 
     def to(self, device: Any, non_blocking: bool = False) -> "PackedRows":
         """Copy to a device."""
-        buffer = self.buffer.to(device, non_blocking=non_blocking)
-        return PackedRows(self.source_length, self.target_length, buffer)
+        return replace(self, buffer=self.buffer.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "PackedRows":
         """Copy to pinned memory, for copies to a GPU that don't block."""
-        return PackedRows(self.source_length, self.target_length, self.buffer.pin_memory())
+        return replace(self, buffer=self.buffer.pin_memory())
 
     @property
     def encoder(self) -> Blocks:
@@ -104,18 +107,22 @@ class PackedRows:
             for size in _list_sizes(lengths[queries], lengths[keys]):
                 tensors.append(parts[start : start + math.prod(size)].view(1, 1, *size))
                 start += _align(math.prod(size))
-            found.append(Blocks(segments[queries], segments[keys], tuple(tensors)))
+            found.append(Blocks(segments[queries], segments[keys], tuple(tensors), self.num_stages))
         return found
 
 
 def divide_rows(
-    sources: tuple[int, ...], targets: tuple[int, ...], targets_by_source: tuple[int, ...] | None = None
+    sources: tuple[int, ...],
+    targets: tuple[int, ...],
+    targets_by_source: tuple[int, ...] | None = None,
+    num_stages: int | None = None,
 ) -> PackedRows:
     """Divide the rows of a packed batch into blocks.
 
     Args:
         sources, targets: lengths of the examples, in tokens.
         targets_by_source: number of target tokens of each source; None: each source has one target.
+        num_stages: see PackedRows.
     """
     target_length = _round_up(sum(targets))
     # the target row's padding attends to the source row's, of which there must be some, too
@@ -135,7 +142,7 @@ def divide_rows(
     buffer = np.concatenate(
         [np.pad(part.ravel(), (0, _align(part.size) - part.size)) for part in parts], dtype=np.int32
     )
-    return PackedRows(source_length, target_length, torch.from_numpy(buffer))
+    return PackedRows(source_length, target_length, torch.from_numpy(buffer), num_stages)
 
 
 def _round_up(length: int) -> int:
@@ -204,7 +211,7 @@ def attend(
     """
     seeds_H = draw_seeds(query_BHQD) if dropout else None
     max_distance = 0 if table_HR is None else table_HR.shape[1] // 2
-    kernel = _get_kernel(is_causal, max_distance, count_kept_hashes(dropout))
+    kernel = _get_kernel(is_causal, max_distance, count_kept_hashes(dropout), blocks.num_stages)
     # Autocast is among torch.compile's guards: with it, training would compile again what was compiled for comparing
     # it with the loop. The states have its dtype already. The three kinds of attention, with and without dropout and
     # gradients, are more variants than torch.compile's default limit of 8.
@@ -238,8 +245,9 @@ class _Kernel(nn.Module):
     never changes, can't be used in a function that FlexAttention calls for each score.
     """
 
-    def __init__(self, is_causal: bool, max_distance: int, num_kept_hashes: int) -> None:
+    def __init__(self, is_causal: bool, max_distance: int, num_kept_hashes: int, num_stages: int | None) -> None:
         super().__init__()
+        self.num_stages = num_stages
         self.is_causal = is_causal
         self.max_distance = max_distance
         self.num_kept_hashes = num_kept_hashes
@@ -275,8 +283,9 @@ class _Kernel(nn.Module):
             torch._check(length % BLOCK == 0)  # type: ignore[no-untyped-call]
         if table_HR is not None:
             torch._dynamo.mark_static(table_HR)
+        options: Any = None if self.num_stages is None else {"num_stages": self.num_stages}
         mask = BlockMask(lengths, *blocks.tensors, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=see)  # type: ignore[misc, arg-type]
-        call = partial(flex_attention, query_BHQD, key_BHKD, block_mask=mask, scale=1.0)
+        call = partial(flex_attention, query_BHQD, key_BHKD, block_mask=mask, scale=1.0, kernel_options=options)
         if seeds_H is None:
             return call(value_BHKD, add_bias)
         call = partial(call, return_aux=AuxRequest(lse=True))

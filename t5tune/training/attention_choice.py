@@ -1,31 +1,53 @@
 """Choose how a run computes attention over packed rows: in one kernel per layer (flex), or in a loop over the segments.
 
-choice = choose_packed_attention("auto", shape, device, torch.bfloat16, trains_bias=False, previous=None, report)
+choice = choose_packed_attention("auto", [shape], device, torch.bfloat16, trains_bias=False, previous=None, report)
+choice.implementation, choice.num_stages
 """
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import torch
 
 from t5tune.distributed.collectives import all_gather
 from t5tune.errors import SettingsError
-from t5tune.model.attention_check import AttentionShape, PackedAttention, find_difference, find_unmet_requirement
+from t5tune.model.attention_check import (
+    AttentionShape,
+    KernelCheck,
+    PackedAttention,
+    check_kernel,
+    find_unmet_requirement,
+)
 from t5tune.progress import Note, Report
+
+
+class ChosenAttention(NamedTuple):
+    """How attention is computed.
+
+    Args:
+        num_stages: of the kernel; see flex_attention.PackedRows.
+    """
+
+    implementation: PackedAttention
+    num_stages: int | None = None
+
+
+LOOP = ChosenAttention("loop")
 
 
 def choose_packed_attention(
     wanted: Literal["auto", "flex", "loop"],
-    shape: AttentionShape | None,
+    shapes: Sequence[AttentionShape | None],
     device: torch.device,
     dtype: torch.dtype,
     trains_bias: bool,
     previous: PackedAttention | None,
     report: Report,
-) -> PackedAttention:
+) -> ChosenAttention:
     """Choose the implementation, the same on all ranks. Every rank calls this.
 
     Args:
-        shape: that of the model's attention; None if the kernel can't compute it.
+        shapes: those of the attention of each model that reads the batches; None if the kernel can't compute it.
         trains_bias: whether the position bias is trained.
         previous: the choice that the checkpoint records; None for a new run, or one on a CPU.
 
@@ -35,19 +57,19 @@ def choose_packed_attention(
     if wanted == "auto" and previous == "loop" and device.type == "cuda":
         again = "as when this run began; --packed-attention flex tries one kernel per layer"
         report(Note(f"attention over packed rows loops over the examples, {again}"))
-        return "loop"
+        return LOOP
     if wanted == "loop":
-        return "loop"
-    limit = find_unmet_requirement(shape, device, dtype, trains_bias)
-    problem = None
-    if shape is not None and limit is None:
+        return LOOP
+    limits = (find_unmet_requirement(shape, device, dtype, trains_bias) for shape in shapes)
+    limit, checked = next(filter(None, limits), None), KernelCheck(None, None)
+    if limit is None:
         report(Note("compiling attention for this GPU, which takes up to some minutes the first time"))
-        problem = find_difference(shape, device, dtype)
-    reasons = all_gather(limit or problem)
+        checked = check_kernel([shape for shape in shapes if shape is not None], device, dtype)
+    reasons = all_gather(limit or checked.problem)
     found = [f"rank {rank}: {reason}" if len(reasons) > 1 else reason for rank, reason in enumerate(reasons) if reason]
     if not found:
         report(Note("attention over packed rows: one kernel per layer"))
-        return "flex"
+        return ChosenAttention("flex", checked.num_stages)
     if wanted == "flex":
         raise SettingsError(f"packed_attention: flex: {found[0]}", hint="set it to auto or loop")
     if device.type == "cuda":
@@ -55,4 +77,4 @@ def choose_packed_attention(
         report(Note(f"{what}: {found[0]}", warning=limit is None))
         if previous == "flex":
             report(Note("until now this run used one kernel for them: results may differ by rounding", warning=True))
-    return "loop"
+    return LOOP

@@ -222,12 +222,16 @@ class PackedCollator:
     Args:
         pad_token_id: what fills rows up to whole blocks.
         divides_rows: whether to divide rows into blocks, for attention in one kernel.
+        num_stages: of that kernel; see flex_attention.PackedRows.
     """
 
-    def __init__(self, decoder_start_token_id: int, pad_token_id: int, divides_rows: bool = False) -> None:
+    def __init__(
+        self, decoder_start_token_id: int, pad_token_id: int, divides_rows: bool = False, num_stages: int | None = None
+    ) -> None:
         self.decoder_start_token_id = decoder_start_token_id
         self.pad_token_id = pad_token_id
         self.divides_rows = divides_rows
+        self.num_stages = num_stages
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
         sources = [example.source_S for example in examples]
@@ -236,7 +240,7 @@ class PackedCollator:
         per_source = len(targets) // len(sources)
         segments = Segments(tuple(map(len, sources)), tuple(map(len, targets)), targets_per_source=per_source)
         if self.divides_rows:
-            rows = divide_rows(segments.sources, segments.targets, segments.targets_by_source)
+            rows = divide_rows(segments.sources, segments.targets, segments.targets_by_source, self.num_stages)
             segments = replace(segments, rows=rows)
             sources.append(np.full(rows.source_length - sum(segments.sources), self.pad_token_id))
             padding = rows.target_length - sum(segments.targets)
@@ -277,11 +281,15 @@ class PaddedCollator:
 
 
 def make_collator(
-    start_token_id: int, pad_token_id: int, is_packed: bool, divides_rows: bool = False
+    start_token_id: int,
+    pad_token_id: int,
+    is_packed: bool,
+    divides_rows: bool = False,
+    num_stages: int | None = None,
 ) -> PackedCollator | PaddedCollator:
     """Make the collator of packed or of padded batches."""
     if is_packed:
-        return PackedCollator(start_token_id, pad_token_id, divides_rows)
+        return PackedCollator(start_token_id, pad_token_id, divides_rows, num_stages)
     return PaddedCollator(pad_token_id, start_token_id)
 
 

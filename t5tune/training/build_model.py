@@ -16,6 +16,7 @@ import torch
 from t5tune.checkpoints.adapter import (
     AdapterMetadata,
     convert_config_to_plain_lora,
+    is_inside,
     read_base_metadata,
     write_adapter,
 )
@@ -114,6 +115,13 @@ def build_model(
         partitioner.partition_model(model)
     weights = _make_trained_weights(settings, base, base_metadata, examples, files, model, subtracted)
     return BuiltModel(model, is_packed, weights, trainable, total, partitioner)
+
+
+def will_train_position_bias(model: Any, settings: TrainSettings) -> bool:
+    """Whether training with these settings trains the position bias of a base, which `model` has, too."""
+    saved = tuple(settings.modules_to_save or ())
+    biases = [name for name, _ in model.named_parameters() if "relative_attention_bias" in name]
+    return bool(biases) and (settings.train_mode == "full" or any(is_inside(name, saved) for name in biases))
 
 
 def _switch_off_dropouts(settings: TrainSettings, model: Any, report: Report) -> None:

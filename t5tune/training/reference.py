@@ -39,6 +39,7 @@ from t5tune.settings import TrainSettings
 from t5tune.settings.lora import LoraSettings
 from t5tune.settings.packaged_templates import get_zero_stage
 from t5tune.settings.shared import InferenceSettings, QuantizationSettings
+from t5tune.training.attention_choice import LOOP, ChosenAttention
 from t5tune.training.batches import PackedCollator, PaddedCollator, make_collator
 from t5tune.training.build_model import BuiltModel
 from t5tune.training.objectives import EvaluationOptions, Pairs, measure_pairs
@@ -178,8 +179,12 @@ def open_reference_adapter(
     device: torch.device,
     report: Report,
     is_stopped: Callable[[], bool],
+    choose_attention: Callable[[Any], ChosenAttention],
 ) -> Iterator[PairMeter]:
     """Load the base with `reference_adapter`, and free it afterwards, before the model to train is loaded.
+
+    Args:
+        choose_attention: chooses how the run computes attention over packed rows, from a model of its base.
 
     Raises:
         CheckpointError: the adapter has other tokens than this run, or doesn't fit the base.
@@ -194,10 +199,12 @@ def open_reference_adapter(
         assert loaded.adapter is not None
         _check_tokens(loaded, examples)
         use_fused_layers(loaded.model, device)  # the same kernels as in training
-        is_packed = settings.packing != "off" and can_pack(loaded.model)
+        is_packed, attention = settings.packing != "off" and can_pack(loaded.model), LOOP
         if is_packed:
             use_packing(loaded.model)
-        collator = make_collator(loaded.model.architecture.start_token_id, loaded.tokenizer.pad_token_id, is_packed)
+            attention = choose_attention(loaded.model)
+        start_id, pad_id = loaded.model.architecture.start_token_id, loaded.tokenizer.pad_token_id
+        collator = make_collator(start_id, pad_id, is_packed, attention.implementation == "flex", attention.num_stages)
         # with the adapter in the dtype that it has in training
         options = EvaluationOptions(collator, settings.per_device_eval_batch_size, report, is_stopped)
         yield PairMeter(loaded.model, options, settings.bf16)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from t5tune.file_names import MODEL_CARD_FILE, RESULT_FILE, TEMPLATE_FILE, TRAIN
 from t5tune.formatting import format_count, format_held_out_metric, format_number, format_size
 from t5tune.io.atomic import copy_atomically, explain_write_errors, write_file, write_json
 from t5tune.metrics import split_by_dataset
-from t5tune.model.attention_check import PackedAttention, read_attention_shape
+from t5tune.model.attention_check import AttentionShape, read_attention_shape
 from t5tune.model.device import get_peak_memory, get_reserved_memory, manage_memory_for_loading
 from t5tune.model.t5_attention import trains_position_bias
 from t5tune.progress import Note, Report
@@ -38,16 +39,14 @@ from t5tune.reports.run_page import write_run_report
 from t5tune.settings import TrainSettings, packaged_templates
 from t5tune.settings.lora import LoraSettings
 from t5tune.training.arguments import choose_best_metric, make_training_arguments
-from t5tune.training.attention_choice import choose_packed_attention
+from t5tune.training.attention_choice import LOOP, ChosenAttention, choose_packed_attention
 from t5tune.training.batches import (
-    PackedCollator,
-    PaddedCollator,
     StepSampler,
     count_steps,
     make_collator,
     make_sampler,
 )
-from t5tune.training.build_model import BuiltModel, build_model
+from t5tune.training.build_model import BuiltModel, build_model, will_train_position_bias
 from t5tune.training.callbacks import find_best
 from t5tune.training.checkpoint import read_run_identity, verify
 from t5tune.training.commits import load_commits, pin_commits
@@ -78,6 +77,7 @@ from t5tune.training.same_ranks import check_same_inputs
 from t5tune.training.sample_predictions import SamplePredictions
 from t5tune.training.teacher import (
     DistillationObjective,
+    Teacher,
     TeacherFiles,
     find_teacher,
     hash_teacher,
@@ -214,7 +214,10 @@ def _report_sizes(session: Session, loaded: _LoadedData, built: BuiltModel) -> N
 def _load_model(session: Session, loaded: _LoadedData) -> tuple[BuiltModel, T5Trainer, SamplePredictions | None]:
     """Load and build the model, and make its trainer, with the callback for sample predictions if there is one."""
     settings = session.settings
-    references = _measure_reference_adapter(session, loaded) if settings.reference_adapter is not None else None
+    choose_attention = _make_attention_choice(session, loaded)
+    references = None
+    if settings.reference_adapter is not None:
+        references = _measure_reference_adapter(session, loaded, choose_attention)
     set_seed(settings.seed)
     with manage_memory_for_loading(session.device):
         built = build_model(
@@ -230,7 +233,7 @@ def _load_model(session: Session, loaded: _LoadedData) -> tuple[BuiltModel, T5Tr
     _report_sizes(session, loaded, built)
     for callback in session.callbacks:
         callback.begin()
-    trainer = _make_trainer(session, loaded, built, references)
+    trainer = _make_trainer(session, loaded, built, references, choose_attention)
     samples = _make_sample_callback(session, loaded, trainer.parts) if settings.report_samples else None
     if samples is not None:
         trainer.add_callback(samples)
@@ -240,23 +243,33 @@ def _load_model(session: Session, loaded: _LoadedData) -> tuple[BuiltModel, T5Tr
 
 
 def _make_trainer(
-    session: Session, loaded: _LoadedData, built: BuiltModel, references: dict[str, Pairs] | None
+    session: Session,
+    loaded: _LoadedData,
+    built: BuiltModel,
+    references: dict[str, Pairs] | None,
+    choose_attention: "_AttentionChoice",
 ) -> T5Trainer:
     settings, report, folder = session.settings, session.report, session.run.folder
     start_id, pad_id = built.model.architecture.start_token_id, loaded.tokenizer.pad_token_id
-    run_identity, attention = loaded.run_identity, None
+    teacher = _load_teacher(session, loaded, loaded.teacher, built) if loaded.teacher is not None else None
+    run_identity, attention = loaded.run_identity, LOOP
     if built.is_packed:
-        attention = _choose_packed_attention(session, loaded, built)
-        if attention == "flex" or session.device.type == "cuda":
-            run_identity = run_identity | {PACKED_ATTENTION: attention}
-    collator = make_collator(start_id, pad_id, built.is_packed, divides_rows=attention == "flex")
+        shapes = [read_attention_shape(built.model, settings.has_attention_dropout)]
+        if teacher is not None:
+            shapes.append(read_attention_shape(teacher.model, has_dropout=False, is_trained=False))
+        attention = choose_attention(tuple(shapes), trains_position_bias(built.model))
+        if attention.implementation == "flex" or session.device.type == "cuda":
+            run_identity = run_identity | {PACKED_ATTENTION: attention.implementation}
+    collator = make_collator(
+        start_id, pad_id, built.is_packed, attention.implementation == "flex", attention.num_stages
+    )
     if settings.objective == "dpo" and references is None:
         references = _complete_references(
             session,
             loaded,
             lambda: open_initial_model(built, collator, settings, report, lambda: session.stop.is_set),
         )
-    objective = _make_objective(session, loaded, collator, references or {})
+    objective = _make_objective(session, teacher, references or {})
     losses = objective.list_losses(loaded.held_out) if loaded.held_out is not None else []
     then = {} if loaded.resume is None else read_run_identity(loaded.resume)
     sampler = make_sampler(settings, loaded.examples, built.is_packed, session.world.size)
@@ -306,7 +319,15 @@ def _check_deepspeed_values(session: Session, loaded: _LoadedData, num_steps: in
         raise SettingsError(*problems)
 
 
-def _measure_reference_adapter(session: Session, loaded: _LoadedData) -> dict[str, Pairs]:
+def _measure_reference_adapter(
+    session: Session, loaded: _LoadedData, choose_attention: "_AttentionChoice"
+) -> dict[str, Pairs]:
+    settings = session.settings
+
+    def choose(model: Any) -> ChosenAttention:
+        shape = read_attention_shape(model, settings.has_attention_dropout)
+        return choose_attention((shape,), will_train_position_bias(model, settings))
+
     return _complete_references(
         session,
         loaded,
@@ -318,6 +339,7 @@ def _measure_reference_adapter(session: Session, loaded: _LoadedData) -> dict[st
             session.device,
             session.report,
             lambda: session.stop.is_set,
+            choose,
         ),
     )
 
@@ -338,43 +360,48 @@ def _complete_references(
         raise session.stop.make_error("before training began", hint="run the same command to continue") from None
 
 
-def _make_objective(
-    session: Session,
-    loaded: _LoadedData,
-    collator: PackedCollator | PaddedCollator,
-    references: dict[str, Pairs],
-) -> RunObjective:
+def _make_objective(session: Session, teacher: Teacher | None, references: dict[str, Pairs]) -> RunObjective:
     settings = session.settings
     if settings.objective == "orpo":
         return OddsRatioObjective(settings)
     if settings.objective == "dpo":
         return DirectPreferenceObjective(settings, references.get("held-out"))
-    if loaded.teacher is not None:
-        teacher = load_teacher(
-            settings,
-            loaded.teacher,
-            loaded.tokenizer,
-            session.device,
-            loaded.deepspeed,
-            collator,
-            loaded.examples.get_template(0),
-            session.report,
-        )
+    if teacher is not None:
         return DistillationObjective(settings, teacher)
     return TargetObjective(settings.label_smoothing_factor)
 
 
-def _choose_packed_attention(session: Session, loaded: _LoadedData, built: BuiltModel) -> PackedAttention:
-    settings, resume = session.settings, loaded.resume
-    return choose_packed_attention(
-        settings.packed_attention,
-        read_attention_shape(built.model, settings.has_attention_dropout),
+def _load_teacher(session: Session, loaded: _LoadedData, files: TeacherFiles, built: BuiltModel) -> Teacher:
+    return load_teacher(
+        session.settings,
+        files,
+        loaded.tokenizer,
         session.device,
-        torch.bfloat16 if settings.bf16 else torch.float32,
-        trains_position_bias(built.model),
-        None if resume is None else read_run_identity(resume).get(PACKED_ATTENTION),
+        loaded.deepspeed,
+        built.model.architecture.start_token_id,
+        built.is_packed,
+        loaded.examples.get_template(0),
         session.report,
     )
+
+
+_AttentionChoice = Callable[[tuple[AttentionShape | None, ...], bool], ChosenAttention]
+"""Chooses how attention over packed rows is computed, from the models' shapes and whether the bias is trained."""
+
+
+def _make_attention_choice(session: Session, loaded: _LoadedData) -> _AttentionChoice:
+    """Make the function that chooses; for the same models, such as DPO's reference and its policy, only once."""
+    settings, resume = session.settings, loaded.resume
+    previous = None if resume is None else read_run_identity(resume).get(PACKED_ATTENTION)
+    dtype = torch.bfloat16 if settings.bf16 else torch.float32
+
+    @cache
+    def choose(shapes: tuple[AttentionShape | None, ...], trains_bias: bool) -> ChosenAttention:
+        return choose_packed_attention(
+            settings.packed_attention, shapes, session.device, dtype, trains_bias, previous, session.report
+        )
+
+    return choose
 
 
 def _make_scorer(session: Session, loaded: _LoadedData, count: int) -> GenerationScorer:

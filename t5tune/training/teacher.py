@@ -1,7 +1,7 @@
 """Distillation: the teacher of a run, and learning its probabilities of each target token.
 
     files = find_teacher(settings)
-    teacher = load_teacher(settings, files, tokenizer, device, deepspeed, collator, template)
+    teacher = load_teacher(settings, files, tokenizer, device, deepspeed, start_token_id, is_packed, template)
     objective = DistillationObjective(settings, teacher)
 
 The teacher runs on the same batches, without dropout. Neither model's logits are ever stored for a whole batch. Under
@@ -32,7 +32,6 @@ from t5tune.settings import TrainSettings
 from t5tune.settings.distillation import TEACHER
 from t5tune.settings.packaged_templates import get_zero_stage
 from t5tune.settings.shared import InferenceSettings
-from t5tune.training.batches import PackedCollator, PaddedCollator
 from t5tune.training.objectives import TargetObjective, widen_mask
 from t5tune.training.resume_guard import hash_adapter
 
@@ -122,7 +121,8 @@ def load_teacher(
     tokenizer: Tokenizer,
     device: torch.device,
     deepspeed: dict[str, Any] | None,
-    collator: PackedCollator | PaddedCollator,
+    start_token_id: int,
+    is_packed: bool,
     template: Template,
     report: Report = silent,
 ) -> Teacher:
@@ -130,7 +130,8 @@ def load_teacher(
 
     Args:
         tokenizer: that of the run.
-        collator: makes the run's batches.
+        start_token_id: with which the run's decoder starts.
+        is_packed: whether the run's batches are packed.
         template: the run's conversation template; a teacher that was trained with another one gets a note.
 
     Raises:
@@ -150,25 +151,21 @@ def load_teacher(
             f"{TEACHER}: {settings.teacher_model_name_or_path}: its adapter adapts the head, which isn't supported"
         )
         raise ModelError(problem, hint="merge it into its base first")
-    if reason := _find_unreadable(model, collator):
+    if reason := _find_unreadable(model, start_token_id, is_packed):
         raise SettingsError(f"{TEACHER}: {settings.teacher_model_name_or_path}: {reason}")
-    if isinstance(collator, PackedCollator):
+    if is_packed:
         use_packing(model)
     use_fused_layers(model, device)
     return Teacher(model, loaded.engine)
 
 
-def _find_unreadable(model: Any, collator: PackedCollator | PaddedCollator) -> str | None:
+def _find_unreadable(model: Any, start_token_id: int, is_packed: bool) -> str | None:
     """Say why the teacher can't read the run's batches; None if it can."""
-    architecture, own = model.architecture, collator.decoder_start_token_id
-    if architecture.start_token_id != own:
-        return f"its decoder starts with the token {architecture.start_token_id}, that of this run with {own}"
-    if not isinstance(collator, PackedCollator):
-        return None
-    if not can_pack(model):
+    own = model.architecture.start_token_id
+    if own != start_token_id:
+        return f"its decoder starts with the token {own}, that of this run with {start_token_id}"
+    if is_packed and not can_pack(model):
         return f"the attention of {model.config.model_type} doesn't support packing; set packing: off"
-    if collator.divides_rows and not architecture.has_flex_attention:
-        return f"{model.config.model_type} has no attention in one kernel; set packed_attention: loop"
     return None
 
 

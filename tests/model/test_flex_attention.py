@@ -345,5 +345,5 @@ def test_few_variants_are_compiled_for_many_batches(monkeypatch: pytest.MonkeyPa
 def test_the_kernel_is_compiled_with_these_options(monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, Any] = {}
     monkeypatch.setattr(torch, "compile", lambda kernel, **options: given.update(options))
-    REAL_GET_KERNEL.__wrapped__(False, 128, 2**24)
+    REAL_GET_KERNEL.__wrapped__(False, 128, 2**24, None)
     assert given == {"dynamic": True, "fullgraph": True}

@@ -1,12 +1,13 @@
 """Compile attention over packed rows for an NVIDIA GPU, on a machine without one: torch's graphs, Triton's kernels.
 
-    python -m tests.support.flex_compilation 90       # for compute capability 9.0
+    python -m tests.support.flex_compilation 90 64        # for compute capability 9.0, with heads of 64
+    python -m tests.support.flex_compilation 89 128 2     # with two stages
 
-Prints a JSON line: for each kind of attention, the kernels of its forward and backward pass, or the `error`. They are
-compiled to machine code, but can't run. Needs triton, which comes with torch's CUDA builds.
+Prints a JSON line: for each kind of attention, the kernels of its forward and backward pass with the bytes of shared
+memory that they take, or the `error`. They are compiled to machine code, but can't run. Needs triton, which comes with
+torch's CUDA builds.
 """
 
-import collections
 import json
 import sys
 import types
@@ -14,7 +15,7 @@ from typing import Any
 
 from tests.support.fake_cuda_stubs import StubsUnavailable, load_stubs
 
-HEADS, WIDTH, MAX_DISTANCE = 12, 64, 128
+HEADS, MAX_DISTANCE = 12, 128
 SOURCES, TARGETS = (200, 1, 70, 330), (40, 1, 90, 412)
 
 
@@ -22,8 +23,12 @@ class _Compiled(Exception):
     """Raised in place of running what was compiled."""
 
 
-def pretend_gpu(capability: int) -> collections.Counter[str]:
-    """Let Inductor and Triton compile for a GPU of this compute capability. Return a counter of kernels' names."""
+def pretend_gpu(capability: int) -> dict[str, int]:
+    """Let Inductor and Triton compile for a GPU of this compute capability.
+
+    Returns:
+        The kernels that are compiled from here on: name -> bytes of shared memory.
+    """
     import torch
     import torch._dynamo.device_interface as device_interface
     import torch._inductor.config as inductor_config
@@ -85,10 +90,10 @@ def pretend_gpu(capability: int) -> collections.Counter[str]:
             return None
 
     driver.set_active(Driver())
-    kernels: collections.Counter[str] = collections.Counter()
+    kernels: dict[str, int] = {}
 
     def count(autotuner: Any) -> None:
-        kernels[autotuner.fn.__name__] += 1
+        kernels[autotuner.fn.__name__] = autotuner.compile_results[0].kernel.shared
         launcher = types.SimpleNamespace(config=autotuner.compile_results[0].config, n_regs=0, n_spills=0, shared=0)
         autotuner.launchers = [launcher]
 
@@ -106,8 +111,8 @@ def pretend_gpu(capability: int) -> collections.Counter[str]:
     return kernels
 
 
-def compile_all(capability: int) -> dict[str, Any]:
-    """Compile each kind of attention, with and without dropout."""
+def compile_all(capability: int, width: int, num_stages: int | None = None) -> dict[str, Any]:
+    """Compile each kind of attention, with and without dropout, for heads of this width."""
     kernels = pretend_gpu(capability)
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -120,12 +125,12 @@ def compile_all(capability: int) -> dict[str, Any]:
     with FakeTensorMode(allow_non_fake_inputs=True):
         size = len(planned.buffer)
         buffer = torch.empty(size, dtype=torch.int32, device="cuda")
-        rows = PackedRows(planned.source_length, planned.target_length, buffer)
+        rows = PackedRows(planned.source_length, planned.target_length, buffer, num_stages)
         for kind in ("encoder", "decoder", "cross"):
             blocks = getattr(rows, kind)
             lengths = len(blocks.query_segments), len(blocks.key_segments), len(blocks.key_segments)
             states = [
-                torch.empty(1, length, HEADS, WIDTH, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+                torch.empty(1, length, HEADS, width, dtype=torch.bfloat16, device="cuda", requires_grad=True)
                 for length in lengths
             ]
             table = None if kind == "cross" else torch.empty(HEADS, 2 * MAX_DISTANCE + 1, device="cuda")
@@ -154,7 +159,7 @@ def main() -> None:
     except (StubsUnavailable, ImportError) as error:
         print(json.dumps({"unavailable": str(error)}))
         return
-    print(json.dumps(compile_all(int(sys.argv[1]))))
+    print(json.dumps(compile_all(*map(int, sys.argv[1:]))))
 
 
 if __name__ == "__main__":
