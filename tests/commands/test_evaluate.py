@@ -564,7 +564,7 @@ def test_the_best_checkpoint_is_kept_and_its_adapter_is_the_result(
 def test_the_best_checkpoint_of_a_finished_run_is_exported(
     untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
-    changes = {"learning_rate": 3.0, "eval_steps": 1, "save_steps": 1, "max_steps": 3, "eval_fraction": 0.2}
+    changes = {"learning_rate": 10.0, "eval_steps": 1, "save_steps": 1, "max_steps": 3, "eval_fraction": 0.2}
     run, notes = tmp_path / "run", list[str]()
     train(make_short_settings(untied_base, conversations, run, metric_for_best_model="loss", **changes))
     best = json.loads((run / "trainer_state.json").read_text())["best_global_step"]
@@ -745,7 +745,7 @@ def test_a_step_is_saved_once_and_an_evaluated_checkpoint_is_not_evaluated_again
 def test_a_resumed_run_evaluates_at_the_steps_of_an_uninterrupted_one(
     changes: dict[str, Any], evaluated: list[int], untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
-    changes = {"max_steps": 4, "save_steps": 2, "num_data": 12, "eval_fraction": 0.3, **changes}
+    changes = {"max_steps": 4, "save_steps": 2, "num_data": 12, "eval_fraction": 0.4, **changes}
     settings = make_short_settings(untied_base, conversations, tmp_path / "run", **changes)
     assert train(settings).steps == 4
 
