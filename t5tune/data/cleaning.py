@@ -73,6 +73,9 @@ def _convert_html(text: str) -> str | None:
 
     if text.count("<") * len(text) > MAX_WORK:
         return None
+    # an unclosed comment or declaration: since Python 3.13.5 the parser takes all of the text after it for one
+    if text.rfind("<!--") > text.rfind("-->") or max(text.rfind("<!"), text.rfind("<?")) > text.rfind(">"):
+        return None
     try:
         tree = BeautifulSoup(text, "html.parser")
     except ParserRejectedMarkup:

@@ -240,7 +240,7 @@ def test_cleaning_keeps_code_and_mathematics_and_leaves_hostile_html_alone() -> 
     assert repairs == {"html_entities": 1, "markdown_escapes": 2}
     for hostile in (
         "<div>" * 3000, "<p>a" * 100_000, "<div>" + "<!--" * 10_000, "<p>" + "<pre></x>" * 1500,
-        "<p>" + "<b><!--</b>-->" * 3000, "<p><![no [ HTML",
+        "<p>" + "<b><!--</b>-->" * 3000, "<p><![no [ HTML", "<p>a <!-- b", "<p>a <!b", "<p>a <?b",
     ):  # fmt: skip
         assert clean(hostile, repairs) == hostile
     for slow in ("\\[" * 200_000, "$" * 200_001, "`\n" * 200_000, "<p>x</p>" + " \n" * 100_000):
