@@ -120,7 +120,8 @@ def serve(settings: ServeSettings, report: Report = silent) -> Server:
     report = check_call("serve", settings, ServeSettings, report)
     try:
         from t5tune.serving.app import Service
-        from t5tune.serving.batching import Batcher
+        from t5tune.serving.batching import Schedule
+        from t5tune.serving.computing import Batcher
         from t5tune.serving.metrics import Metrics
         from t5tune.serving.server import HttpServer, bind, format_url
     except ModuleNotFoundError as error:
@@ -136,9 +137,8 @@ def serve(settings: ServeSettings, report: Report = silent) -> Server:
             models = {name: loader.load(name, files) for name, files in found.items()}
         metrics = Metrics()
         batcher = Batcher(
-            max_batch_tokens=settings.max_batch_tokens,
+            Schedule(settings.max_batch_tokens, settings.max_queue),
             max_delay=settings.max_batch_delay / 1000,
-            max_waiting=settings.max_queue,
             num_threads=max(model.engine.max_batches for model in models.values()),
             on_batch=metrics.count_batch,
         )

@@ -21,7 +21,7 @@ from starlette.types import Message, Receive, Scope, Send
 from t5tune.errors import make_printable
 from t5tune.model.prompts import Prompt
 from t5tune.progress import Answered, Report
-from t5tune.serving.batching import Batcher
+from t5tune.serving.computing import Batcher
 from t5tune.serving.metrics import Metrics
 from t5tune.serving.models import ServedModel
 from t5tune.serving.protocol import (

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from t5tune.progress import Answered
-from t5tune.serving.batching import Batcher
+from t5tune.serving.computing import Batcher
 from t5tune.serving.generation import Generation
 
 OK = 200

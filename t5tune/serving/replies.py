@@ -9,7 +9,8 @@ from typing import Any
 
 from t5tune.errors import T5TuneError
 from t5tune.model.prompts import Prompt, ReplyText
-from t5tune.serving.batching import Batcher, DeviceLost, QueueFull
+from t5tune.serving.batching import QueueFull
+from t5tune.serving.computing import Batcher, DeviceLost
 from t5tune.serving.generation import DecodingOptions, FinishReason, Generation
 from t5tune.serving.models import ServedModel
 from t5tune.serving.protocol import LAST_EVENT, Answer, ApiError, GenerationRequest, Usage, encode_event

@@ -18,7 +18,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from t5tune.errors import SettingsError, T5TuneError
 from t5tune.serving.app import MAX_BODY_BYTES, Service
-from t5tune.serving.batching import Batcher
+from t5tune.serving.computing import Batcher
 
 BACKLOG = 2048
 SECONDS_FOR_HEADERS = 30.0  # of a request, from the connection or the last answer on

@@ -1,0 +1,195 @@
+"""The threads that generate replies in batches, as `batching.py` schedules them.
+
+batcher = Batcher(Schedule(max_batch_tokens=16384, max_waiting=256), max_delay=0.005)
+batcher.submit([generation, …])    # the replies of one request
+batcher.close()                    # ends when all replies have
+"""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+from t5tune.errors import OutOfMemory, T5TuneError
+from t5tune.io.reasons import describe_error
+from t5tune.model.device import is_device_lost, is_out_of_memory
+from t5tune.serving.batching import Batch, Schedule
+from t5tune.serving.generation import Generation
+
+
+class DeviceLost(T5TuneError):
+    """The GPU has failed, and computes nothing more for this process."""
+
+
+class Batcher:
+    """Generates replies in threads of its own.
+
+    Args:
+        max_delay: how long the first reply of a batch waits for others, in seconds.
+        num_threads: how many batches are computed at the same time, if their engines can do that.
+        on_batch: called with the replies of each batch before it is computed.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        max_delay: float,
+        num_threads: int = 1,
+        on_batch: Callable[[Sequence[Generation]], None] = lambda batch: None,
+    ) -> None:
+        self._schedule = schedule
+        self._max_delay = max_delay
+        self._on_batch = on_batch
+        self._changed = threading.Condition()  # holds the lock of the schedule
+        self._is_closed = False
+        self._failure: DeviceLost | None = None
+        self._threads = [threading.Thread(target=self._run, name="batches", daemon=True) for _ in range(num_threads)]
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def num_waiting(self) -> int:
+        return self._schedule.num_waiting
+
+    @property
+    def num_running(self) -> int:
+        return self._schedule.num_running
+
+    @property
+    def failure(self) -> str | None:
+        """Why no reply can be generated any more; None if that is possible."""
+        if self._failure is not None:
+            return str(self._failure)
+        if not all(thread.is_alive() for thread in self._threads):
+            return "the thread that computes replies has ended; restart the server"
+        return None
+
+    def submit(self, generations: Sequence[Generation]) -> None:
+        """Queue the replies of a request: all of them, or none.
+
+        Raises:
+            QueueFull: they would be more than may wait.
+            DeviceLost: the GPU has failed.
+        """
+        with self._changed:
+            if self._failure is not None:
+                raise self._failure
+            self._schedule.add(generations)
+            self._changed.notify_all()
+
+    def cancel(self, generations: Sequence[Generation]) -> None:
+        """Give up on replies: those that wait leave the queue, those that are computed end with their next token."""
+        with self._changed:
+            for generation in generations:
+                generation.is_canceled = True
+            self._schedule.remove_canceled()
+            self._changed.notify_all()
+
+    def close(self, timeout: float | None = None) -> None:
+        """Generate what waits, and end the threads.
+
+        Args:
+            timeout: seconds after which the replies that haven't ended are cut off.
+        """
+        until = None if timeout is None else time.monotonic() + timeout
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join(None if until is None else max(0.0, until - time.monotonic()))
+        with self._changed:
+            self.cancel(self._schedule.list_unfinished())
+        for thread in self._threads:
+            thread.join()
+
+    def _run(self) -> None:
+        while batch := self._wait_for_batch():
+            self._compute(batch)
+
+    def _wait_for_batch(self) -> Batch | None:
+        """Wait for the next batch; None when the batcher is closed and nothing waits."""
+        with self._changed:
+            while True:
+                if replies := self._schedule.choose_next():
+                    wait = replies[0].submitted_at + self._max_delay - time.monotonic()
+                    if wait <= 0 or self._is_closed or self._schedule.is_full(replies):
+                        return self._schedule.begin(replies)
+                    self._changed.wait(wait)
+                elif self._is_closed and self._schedule.num_waiting == 0:
+                    return None
+                else:
+                    self._changed.wait()
+
+    def _compute(self, batch: Batch) -> None:
+        self._on_batch(batch.replies)
+        self._generate(batch, batch.replies)
+        with self._changed:
+            self._schedule.end(batch)
+            self._changed.notify_all()
+
+    def _generate(self, batch: Batch, replies: Sequence[Generation]) -> None:
+        """Generate replies, and if that fails, their halves, so that only what can't be computed ends with an error."""
+
+        def add(row: int, token: int) -> bool:
+            if batch.is_turn_over:
+                self._let_smaller_go_first(batch)
+            return replies[row].add(token)
+
+        for reply in replies:
+            reply.start()
+        try:
+            batch.engine.generate(replies, add)
+            # of replies that haven't ended nevertheless
+            failure: T5TuneError | None = T5TuneError("the reply couldn't be computed: the engine gave none")
+        except Exception as error:
+            if is_device_lost(error):
+                failure = self._give_up(error)
+            elif len(replies) == 1:
+                failure = _explain(error, replies[0])
+            else:
+                failure = None
+                if is_out_of_memory(error):  # later batches aren't larger than what doesn't fit
+                    with self._changed:
+                        self._schedule.reduce_limit(batch, replies)
+        # after the `except` block: the error refers to the frames that hold the memory
+        unfinished = [reply for reply in replies if reply.ended is None and not reply.is_canceled]
+        if failure is not None:
+            for reply in unfinished:
+                reply.end(failure)
+            return
+        for reply in unfinished:
+            if reply.follows and reply.ids and not reply.is_repeatable:
+                reply.end(T5TuneError("the reply couldn't be computed: its batch failed"))
+        rest = [reply for reply in unfinished if reply.ended is None]
+        middle = (len(rest) + 1) // 2
+        for half in (rest[:middle], rest[middle:]):
+            if half:
+                self._generate(batch, half)
+
+    def _let_smaller_go_first(self, batch: Batch) -> None:
+        """Between two turns of a batch, generate smaller requests: in its thread, while its engine waits in `add`."""
+        started = time.monotonic()
+        with self._changed:
+            smaller = self._schedule.take_smaller(batch)
+        if smaller is not None:
+            self._compute(smaller)
+        batch.start_turn(seconds_interrupted=time.monotonic() - started)
+
+    def _give_up(self, error: Exception) -> DeviceLost:
+        """End all replies, since every later call to the GPU would fail, too."""
+        failure = DeviceLost(f"the GPU has failed: {describe_error(error)}", hint="restart the server")
+        with self._changed:
+            self._failure = failure
+            unfinished = self._schedule.list_unfinished()
+            for reply in unfinished:
+                reply.end(failure)
+            self.cancel(unfinished)
+        return failure
+
+
+def _explain(error: Exception, generation: Generation) -> T5TuneError:
+    if isinstance(error, T5TuneError):
+        return error
+    if is_out_of_memory(error):
+        lengths = f"{len(generation.source)} prompt and {generation.options.max_new_tokens} reply tokens"
+        return OutOfMemory(f"out of memory: one reply with up to {lengths}", hint="ask for fewer max_tokens")
+    return T5TuneError(f"the reply couldn't be computed: {type(error).__name__}: {describe_error(error)}")

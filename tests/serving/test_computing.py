@@ -1,0 +1,314 @@
+"""What is computed and when, and what one reply does to the others."""
+
+import time
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+
+import pytest
+
+from t5tune.errors import OutOfMemory, T5TuneError
+from t5tune.serving import batching, computing
+from t5tune.serving.batching import QueueFull, Schedule
+from t5tune.serving.computing import Batcher, DeviceLost
+from tests.serving.fake_engine import END, LONG_WAIT, Asked, FakeEngine
+
+
+@pytest.fixture
+def make() -> Iterator[Callable[..., Batcher]]:
+    batchers: list[Batcher] = []
+
+    def make_batcher(
+        max_batch_tokens: int = 1000, max_waiting: int = 100, max_delay: float = 0.0, num_threads: int = 1
+    ) -> Batcher:
+        batchers.append(Batcher(Schedule(max_batch_tokens, max_waiting), max_delay, num_threads))
+        return batchers[-1]
+
+    yield make_batcher
+    for batcher in batchers:
+        batcher.close()
+
+
+def submit(batcher: Batcher, *asked: Asked) -> None:
+    """Submit one request with several replies."""
+    batcher.submit([one.generation for one in asked])
+
+
+def test_what_waits_while_a_batch_is_computed_is_the_next_batch(make: Callable[..., Batcher]) -> None:
+    engine, batcher = FakeEngine(), make()
+    engine.gate.clear()
+    asked = [Asked(engine, 10 * number) for number in range(1, 6)]
+    submit(batcher, asked[0])
+    assert engine.entered.acquire(timeout=LONG_WAIT)
+    for one in asked[1:]:
+        submit(batcher, one)
+    assert (batcher.num_running, batcher.num_waiting) == (1, 4)
+    engine.gate.set()
+    assert [one.wait() for one in asked] == [[10 * n + step for step in range(4)] for n in range(1, 6)]
+    assert engine.batches == [[10], [20, 30, 40, 50]]
+    assert asked[2].lengths == [1, 2, 3, 4]
+    assert [one.generation.ended for one in asked] == ["length"] * 5
+
+
+def test_requests_take_turns_and_do_not_wait_for_all_replies_of_a_neighbor(make: Callable[..., Batcher]) -> None:
+    engine, batcher = FakeEngine(), make(max_batch_tokens=14)  # two replies of size 7
+    engine.gate.clear()
+    many = [Asked(engine, 10 + number) for number in range(6)]
+    several = [Asked(engine, 20 + number) for number in range(2)]
+    single = Asked(engine, 30)
+    submit(batcher, *many)
+    assert engine.entered.acquire(timeout=LONG_WAIT)
+    submit(batcher, *several)
+    submit(batcher, single)
+    engine.gate.set()
+    for one in (*many, *several, single):
+        assert one.wait()
+    assert engine.batches == [[10, 11], [12, 20], [30, 13], [21, 14], [15]]
+
+
+@pytest.fixture
+def short_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each token is a turn, which ends when the engine says that time has passed."""
+    monkeypatch.setattr(batching, "SECONDS_PER_TURN", 0.0)
+
+
+@pytest.mark.usefixtures("short_turns")
+def test_a_batch_is_interrupted_by_smaller_requests_only(make: Callable[..., Batcher]) -> None:
+    engine, other, batcher = FakeEngine(), FakeEngine(), make()
+    engine.gate.clear()
+    large = [Asked(engine, 10 + number, length=40) for number in range(2)]
+    small, same, equal = Asked(engine, 20, length=30), Asked(other, 30, length=30), Asked(engine, 40, length=80)
+    submit(batcher, *large)
+    assert engine.entered.acquire(timeout=LONG_WAIT)
+    for one in (small, same, equal):
+        submit(batcher, one)
+    engine.gate.set()
+    for one in (*large, small, same, equal):
+        first = one.generation.source[0]
+        assert one.wait() == list(range(first, first + one.generation.options.max_new_tokens))
+    assert engine.batches == [[10, 11], [20], [40]]
+    assert engine.ended == [[20], [10, 11], [40]]
+    assert other.ended == [[30]]
+    assert small.generation.started_at is not None
+    assert small.generation.started_at < equal.generation.started_at  # type: ignore[operator]
+
+
+@pytest.mark.usefixtures("short_turns")
+def test_three_batches_at_most_have_begun_and_each_is_half_as_large(make: Callable[..., Batcher]) -> None:
+    engine, batcher = FakeEngine(), make(max_batch_tokens=80)
+    requests = [
+        [Asked(engine, first + number, length=length) for number in range(count)]
+        for first, length, count in ((100, 4000, 1), (200, 7, 5), (300, 2, 5), (400, 1, 1))
+    ]
+    waiting = iter(requests)
+    submit(batcher, *next(waiting))
+    engine.on_step = lambda: submit(batcher, *request) if (request := next(waiting, None)) else None
+    for one in (one for request in requests for one in request):
+        assert one.wait()
+    # four replies of size 10 in 40, and of size 5 in 20; the smallest request has waited for the third batch
+    assert engine.batches[:3] == [[100], [200, 201, 202, 203], [300, 301, 302, 303]]
+    assert engine.ended[0] == [300, 301, 302, 303]
+    assert engine.ended[-1] == [100]
+
+
+def test_a_large_request_gets_half_of_the_time_while_small_ones_keep_coming(
+    make: Callable[..., Batcher], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1000.0]
+    for module in (batching, computing):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    engine, other, batcher = FakeEngine(), FakeEngine(), make()
+    num_tokens = {engine: 0, other: 0}
+
+    def pass_time(by: FakeEngine) -> None:
+        now[0] += 0.03
+        num_tokens[by] += 1
+        if batcher.num_waiting == 0 and num_tokens[engine] < 400:
+            submit(batcher, Asked(other, 20, length=50))
+
+    engine.on_step, other.on_step = lambda: pass_time(engine), lambda: pass_time(other)
+    large = Asked(engine, 10, length=500)
+    submit(batcher, large)
+    assert len(large.wait()) == 500
+    assert 300 <= num_tokens[other] <= 500
+
+
+def test_an_idle_engine_waits_for_others_but_not_if_the_batch_is_full(make: Callable[..., Batcher]) -> None:
+    engine = FakeEngine()
+    batcher = make(max_delay=LONG_WAIT * 10, max_batch_tokens=14)
+    first, second = Asked(engine, 10), Asked(engine, 20)
+    submit(batcher, first)
+    assert not engine.entered.acquire(timeout=0.05)
+    submit(batcher, second)  # two replies of size 7 are all that fits
+    assert first.wait()
+    assert second.wait()
+    assert engine.batches == [[10, 20]]
+
+
+def test_a_short_reply_ends_before_a_longer_one_of_its_batch(make: Callable[..., Batcher]) -> None:
+    engine, batcher = FakeEngine(), make(max_batch_tokens=10**9)
+    engine.gate.clear()
+    short, long = Asked(engine, 10, length=2), Asked(engine, 20, length=100_000)
+    submit(batcher, short, long)
+    assert engine.entered.acquire(timeout=LONG_WAIT)
+    engine.gate.set()
+    assert short.wait() == [10, 11]
+    assert long.generation.ended is None
+    batcher.cancel([long.generation])
+
+
+def test_a_stop_token_ends_a_reply_and_is_not_part_of_it(make: Callable[..., Batcher]) -> None:
+    engine, batcher = FakeEngine(), make()
+    asked = Asked(engine, END - 2, length=8)
+    submit(batcher, asked)
+    assert asked.wait() == [END - 2, END - 1]
+    assert asked.generation.ended == "stop"
+
+
+def test_a_canceled_reply_leaves_the_queue_or_the_batch(make: Callable[..., Batcher]) -> None:
+    engine, batcher = FakeEngine(), make()
+    engine.gate.clear()
+    running, neighbor, waiting = Asked(engine, 10), Asked(engine, 20), Asked(engine, 30)
+    submit(batcher, running, neighbor)
+    assert engine.entered.acquire(timeout=LONG_WAIT)
+    submit(batcher, waiting)
+    batcher.cancel([running.generation, waiting.generation])
+    assert batcher.num_waiting == 0
+    engine.gate.set()
+    assert neighbor.wait() == [20, 21, 22, 23]
+    batcher.close()
+    assert engine.batches == [[10, 20]]
+    assert running.generation.ids == waiting.generation.ids == []
+
+
+def test_a_full_queue_refuses_all_replies_of_a_request(make: Callable[..., Batcher]) -> None:
+    engine, batcher = FakeEngine(), make(max_waiting=3)
+    engine.gate.clear()
+    first, *others = (Asked(engine, 10 * number) for number in range(1, 7))
+    submit(batcher, first)
+    assert engine.entered.acquire(timeout=LONG_WAIT)
+    submit(batcher, *others[:2])
+    with pytest.raises(QueueFull):
+        submit(batcher, *others[2:4])
+    submit(batcher, others[4])
+    engine.gate.set()
+    for one in (first, *others[:2], others[4]):
+        assert len(one.wait()) == 4
+
+
+def test_a_batch_that_does_not_fit_into_memory_is_halved_and_no_token_is_lost_or_sent_twice(
+    make: Callable[..., Batcher],
+) -> None:
+    engine, batcher = FakeEngine(), make()
+    engine.fits = 2
+    asked = [Asked(engine, 10 * number) for number in range(1, 6)]
+    submit(batcher, *asked)
+    assert [one.wait() for one in asked] == [[10 * n + step for step in range(4)] for n in range(1, 6)]
+    assert engine.batches == [[10, 20, 30, 40, 50], [10, 20, 30], [10, 20], [30], [40, 50]]
+    assert all(one.lengths == [1, 2, 3, 4] for one in asked)
+    engine.batches.clear()
+    submit(batcher, *(again := [Asked(engine, 10 * number) for number in range(1, 6)]))
+    assert all(len(one.wait()) == 4 for one in again)
+    assert max(map(len, engine.batches)) <= 2  # what didn't fit isn't tried again
+
+
+def test_what_goes_wrong_ends_the_replies_of_its_batch_alone(make: Callable[..., Batcher]) -> None:
+    engine, other, batcher = FakeEngine(), FakeEngine(), make()
+    engine.fail_after, engine.fits = 1, 0
+    broken, whole = Asked(engine, 10), Asked(other, 20)
+    submit(batcher, broken)
+    submit(batcher, whole)
+    assert whole.wait() == [20, 21, 22, 23]
+    broken.wait()
+    assert isinstance(broken.generation.ended, T5TuneError)
+    assert broken.generation.ended.message == "the reply couldn't be computed: ValueError: broken"
+    engine.fail_after = None
+    large = Asked(engine, 30)
+    submit(batcher, large)
+    large.wait()
+    assert isinstance(large.generation.ended, OutOfMemory)
+    assert "3 prompt and 4 reply tokens" in large.generation.ended.message
+
+
+def test_a_gpu_that_has_failed_is_not_tried_again(make: Callable[..., Batcher]) -> None:
+    engine, batcher = FakeEngine(), make(max_batch_tokens=7 * 8)
+    engine.fail_after, engine.failure = 2, RuntimeError("CUDA error: an illegal memory access was encountered")
+    engine.gate.clear()
+    asked = [Asked(engine, 10 * number) for number in range(1, 10)]
+    submit(batcher, *asked)
+    assert engine.entered.acquire(timeout=LONG_WAIT)
+    engine.gate.set()
+    for one in asked:
+        one.wait()
+        assert isinstance(one.generation.ended, DeviceLost)
+    assert len(engine.batches) == 1  # the ninth has waited
+    assert batcher.failure == (
+        "the GPU has failed: CUDA error: an illegal memory access was encountered; restart the server"
+    )
+    with pytest.raises(DeviceLost):
+        submit(batcher, Asked(engine, 10))
+
+
+def test_a_sampled_reply_that_was_begun_is_not_continued_by_another_run(make: Callable[..., Batcher]) -> None:
+    engine, batcher = FakeEngine(), make()
+    engine.fits = 1
+    asked = [Asked(engine, 10 * number, temperature=1.0) for number in (1, 2)]
+    submit(batcher, *asked)
+    for one in asked:
+        assert len(one.wait()) == 2
+        assert isinstance(one.generation.ended, T5TuneError)
+    engine.has_seeds = True
+    submit(batcher, *(again := [Asked(engine, 10 * number, temperature=1.0) for number in (1, 2)]))
+    assert [one.wait() for one in again] == [[10, 11, 12, 13], [20, 21, 22, 23]]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_reply_is_never_spliced_from_batches_that_differ(temperature: float, make: Callable[..., Batcher]) -> None:
+    """What isn't sent token by token is computed again from its beginning; what was sent can only end."""
+    engine, batcher = FakeEngine(), make()
+    engine.fits, engine.halves_differ = 1, True
+    whole = Asked(engine, 10, follows=False, temperature=temperature)
+    sent = Asked(engine, 20, temperature=temperature)
+    submit(batcher, whole, sent)
+    assert whole.wait() == [510, 511, 512, 513]
+    assert whole.generation.ended == "length"
+    assert sent.wait() == [20, 21]
+    assert isinstance(sent.generation.ended, T5TuneError)
+    assert "the reply couldn't be computed: its batch failed" in sent.generation.ended.message
+
+
+def test_engines_compute_as_many_batches_at_the_same_time_as_they_can(make: Callable[..., Batcher]) -> None:
+    single, double = FakeEngine(), FakeEngine(max_batches=2)
+    batcher = make(num_threads=2, max_batch_tokens=7)
+    single.gate.clear()
+    double.gate.clear()
+    asked = [Asked(single, 10), Asked(single, 20), Asked(double, 30), Asked(double, 40)]
+    for one in asked:
+        submit(batcher, one)
+    assert single.entered.acquire(timeout=LONG_WAIT)
+    assert double.entered.acquire(timeout=LONG_WAIT)
+    assert (single.batches, double.batches) == ([[10]], [[30]])  # the second one of `single` has let `double` go first
+    double.gate.set()
+    assert asked[2].wait()
+    assert asked[3].wait()
+    assert single.batches == [[10]]
+    single.gate.set()
+    assert asked[0].wait()
+    assert asked[1].wait()
+    assert single.batches == [[10], [20]]
+
+
+def test_closing_finishes_what_waits_and_cuts_off_what_takes_too_long(make: Callable[..., Batcher]) -> None:
+    engine, batcher = FakeEngine(), make()
+    asked = [Asked(engine, 10 * number) for number in range(1, 4)]
+    submit(batcher, *asked)
+    batcher.close()
+    assert all(len(one.wait()) == 4 for one in asked)
+    assert batcher.failure == "the thread that computes replies has ended; restart the server"
+    endless, late = Asked(engine, 10, length=1 << 40), Asked(engine, 20, length=1 << 41)
+    batcher = make(max_batch_tokens=1)
+    submit(batcher, endless)
+    submit(batcher, late)
+    started = time.monotonic()
+    batcher.close(timeout=0.1)
+    assert time.monotonic() - started < LONG_WAIT
+    assert endless.generation.ended is late.generation.ended is None
