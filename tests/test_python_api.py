@@ -113,7 +113,8 @@ def test_the_signature_begins_with_what_people_use() -> None:
         "(*, model_name_or_path: str, data_path: list[str] | str, output_dir: str | pathlib.Path, "
         "source_column: str | None = None,"
     )
-    assert str(inspect.signature(TrainSettings)).startswith(start)
+    signature = str(inspect.signature(TrainSettings)).replace("pathlib._local.", "pathlib.")  # in Python 3.13
+    assert signature.startswith(start)
     assert "(settings: t5tune.settings.commands.TrainSettings, report:" in str(inspect.signature(train))
 
 
@@ -402,7 +403,7 @@ def test_records_that_are_nested_too_deeply_are_refused(tmp_path: Path) -> None:
     nested: Any = "a"
     for _ in range(sys.getrecursionlimit()):
         nested = [nested]
-    with pytest.raises(SettingsError, match="^data_path: a list: item 0 contains itself, or is nested too deeply$"):
+    with pytest.raises(SettingsError, match="^data_path: .*: item 0 contains itself, or is nested too deeply$"):
         make_settings(tmp_path, data_path=[{"source": nested}])
 
 

@@ -36,6 +36,11 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     if os.environ.get("COLUMNS") == "0":  # Rich would print nothing at all
         del os.environ["COLUMNS"]
     code = run(sys.argv[1:] if arguments is None else arguments)
+    if sys.stdout is not None:
+        try:
+            sys.stdout.flush()
+        except OSError:  # what can't be written is reported; Python would report it again, and exit with 120
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     with suppress(SettingsError):  # invalid variables of a launcher, which train has reported
         if World.from_environment().launched:
             # gloo's threads may outlive the process group and abort the process (SIGABRT) while the interpreter shuts

@@ -262,9 +262,10 @@ def test_with_json_a_parser_error_is_an_object_on_stdout() -> None:
 def test_with_json_an_error_stays_the_same_if_it_cannot_be_written_to_stdout() -> None:
     reader, writer = os.pipe()
     os.close(reader)
+    env = {**os.environ, "PYTHONUNBUFFERED": ""}  # what is buffered would be written again at the end
     for command, code in (["trian", "--json"], 2), (["train", "--fp16", "--json"], 2), (["schema"], 1):
         done = subprocess.run(
-            [sys.executable, "-m", "t5tune", *command], stdout=writer, stderr=subprocess.PIPE, text=True
+            [sys.executable, "-m", "t5tune", *command], stdout=writer, stderr=subprocess.PIPE, text=True, env=env
         )
         lines = done.stderr.splitlines()
         assert (done.returncode, [line for line in lines if not line.startswith("error: ")]) == (code, [])

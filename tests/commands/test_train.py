@@ -653,6 +653,7 @@ def test_fresh_refuses_inputs_in_the_folder_that_it_would_rename(
     (run / "metric.py").write_text("def count(predictions, references):\n    return {'count': len(predictions)}\n")
     (tmp_path / "link.jsonl").symlink_to(run / "more.jsonl")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # of the metric's file
     before = sorted(run.rglob("*"))
     inputs: list[tuple[str, Any]] = [
         ("adapter", "run"),
