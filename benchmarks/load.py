@@ -1,32 +1,39 @@
-"""Compare the memory of loading a base: quantized, with that of transformers; on ranks under ZeRO-3, with one process.
+"""Compare the memory of a base: loaded in 4 bits, with transformers; on ranks under ZeRO-3, with one process.
 
     python benchmarks/load.py                       # the shape of Flan-T5-large, random weights, 4 bits, on the CPU
     python benchmarks/load.py --shape xl --dtype float32
     python benchmarks/load.py --ranks 2 4           # in bf16, partitioned among 2 and among 4 ranks
     python benchmarks/load.py --ranks 2 4 --shape xxl-wide
+    python benchmarks/load.py --ranks 2 4 --train lora nf4 full     # training steps after loading
 
 Writes the weights tensor by tensor to a temporary folder, loads them each way in its own process, and prints one JSON
 line: seconds, bytes of the parameters, and the increase of the peak resident memory (VmHWM) over the resident memory
 after the imports. Under ZeRO-3 each rank has its own, and `over_share` is what remains without its share of the base,
-as a multiple of the largest tensor.
+as a multiple of the largest tensor. With `--train`, the command `train` runs instead, and the result is the peak of
+each rank's private memory (in MB, libraries included) and the median of tokens per second, without the first two
+steps, in which DeepSpeed records the order of the modules.
 """
 
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
+import psutil
 from sides import read_process_memory, run_self
 
 from t5tune.checkpoints.pocket import pocket_folder
 from t5tune.checkpoints.safetensors import build_header
 from t5tune.distributed.launcher import find_free_port
+from t5tune.reports.metrics_log import read_metrics
 
 SHAPES: dict[str, dict[str, int]] = {  # of Flan-T5
     "base": {"d_model": 768, "d_ff": 2048, "num_layers": 12, "num_heads": 12},
@@ -34,6 +41,8 @@ SHAPES: dict[str, dict[str, int]] = {  # of Flan-T5
     "xl": {"d_model": 2048, "d_ff": 5120, "num_layers": 24, "num_heads": 32},
     "xxl-wide": {"d_model": 4096, "d_ff": 10240, "num_layers": 2, "num_heads": 64},  # XXL has 24 such layers
 }
+WAYS: dict[str, list[str]] = {"lora": [], "nf4": ["--q-lora"], "full": ["--train-mode", "full"]}
+STEPS, WARMUP_STEPS, SAMPLE_SECONDS = 5, 2, 0.02
 STORED = {"float32": ("F32", 4), "bfloat16": ("BF16", 2)}
 
 
@@ -120,6 +129,54 @@ def load_on_ranks(folder: Path, count: int) -> dict[str, Any]:
     }
 
 
+def train_on_ranks(base: Path, count: int, way: str, deepspeed: str) -> dict[str, Any]:
+    """Train a few steps, with one short example per step and rank, and sample the private memory of each rank."""
+    for file in pocket_folder().glob("tokenizer*"):
+        shutil.copy(file, base)
+    turns = [{"from": "human", "value": "six coffees and six teas, please"}, {"from": "gpt", "value": "six of each"}]
+    data, run = base.parent / "data.json", base.parent / "run"
+    data.write_text(json.dumps([{"id": str(number), "conversations": turns} for number in range(count * STEPS)]))
+    options = [*WAYS[way], "--bf16", "--max-steps", STEPS, "--per-device-train-batch-size", 1, "--logging-steps", 1]
+    options += ["--save-strategy", "no", "--report-samples", 0]
+    options += ["--num-processes", count, "--deepspeed", deepspeed] if count > 1 else []
+    paths = ["--model-name-or-path", base, "--data-path", data, "--output-dir", run, "--fresh"]
+    command = [
+        sys.executable,
+        "-m",
+        "t5tune",
+        "train",
+        *paths,
+        *options,
+        "--save-strategy",
+        "no",
+        "--report-samples",
+        0,
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with open(base.parent / "log", "w+b") as log:
+        process = subprocess.Popen(list(map(str, command)), stdout=log, stderr=log, env=environment)
+        peaks: dict[int, int] = {}
+        while process.poll() is None:
+            for pid in (process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))):
+                peaks[pid] = max(peaks.get(pid, 0), read_private_memory(pid))
+            time.sleep(SAMPLE_SECONDS)
+        if process.returncode:
+            sys.exit((base.parent / "log").read_text())
+    speeds = [line["tokens_per_second"] for line in read_metrics(run) if "tokens_per_second" in line]
+    return {
+        "peak_mb": sorted((peak // 10**6 for peak in peaks.values()), reverse=True)[:count],
+        "tokens_per_second": median(speeds[WARMUP_STEPS:STEPS]),
+    }
+
+
+def read_private_memory(pid: int) -> int:
+    """Return the bytes that only this process uses; 0 if it has ended."""
+    try:
+        return psutil.Process(pid).memory_full_info().uss
+    except psutil.Error:
+        return 0
+
+
 def load(way: str, folder: Path) -> dict[str, Any]:
     """Load the base and measure; runs in its own process."""
     import bitsandbytes  # noqa: F401
@@ -159,6 +216,8 @@ def main() -> None:
     parser.add_argument("--shape", choices=list(SHAPES), default="large")
     parser.add_argument("--dtype", choices=list(STORED), default="bfloat16", help="dtype of the file")
     parser.add_argument("--ranks", type=int, nargs="+", help="measure ZeRO-3 on these numbers of ranks")
+    parser.add_argument("--train", choices=list(WAYS), nargs="+", help="train some steps in these ways")
+    parser.add_argument("--deepspeed", default="zero3", help="DeepSpeed config for --train")
     parser.add_argument("--way", choices=["t5tune", "transformers", "partition"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -167,12 +226,20 @@ def main() -> None:
         print(json.dumps(load_partition(options.folder) if partition else load(options.way, options.folder)))
         return
     results: dict[str, Any] = {"shape": options.shape, "file_dtype": options.dtype}
-    with tempfile.TemporaryDirectory(prefix="t5tune-load-") as folder:
-        results["file_bytes"] = write_base(Path(folder), options.shape, options.dtype)
+    with tempfile.TemporaryDirectory(prefix="t5tune-load-") as temporary:
+        folder = Path(temporary) / "base"
+        folder.mkdir()
+        results["file_bytes"] = write_base(folder, options.shape, options.dtype)
+        if options.train:
+            for way in options.train:
+                for count in options.ranks or [1]:
+                    results[f"{way}, {count} ranks"] = train_on_ranks(folder, count, way, options.deepspeed)
+            print(json.dumps(results))
+            return
         if options.ranks:
             results["one process"] = run_self("--way", "partition", "--folder", folder)
             for count in options.ranks:
-                results[f"{count} ranks"] = load_on_ranks(Path(folder), count)
+                results[f"{count} ranks"] = load_on_ranks(folder, count)
             print(json.dumps(results))
             return
         for way in ("t5tune", "transformers"):

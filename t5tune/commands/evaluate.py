@@ -260,7 +260,7 @@ def _choose_folder(settings: EvaluateSettings) -> Path:
 
 def _load_model(settings: EvaluateSettings, device: Any, report: Report) -> LoadedModel:
     zero3 = None if settings.deepspeed is None else read_zero3_config(settings.deepspeed)
-    with manage_memory_for_loading(device):
+    with manage_memory_for_loading(device, is_partitioned=zero3 is not None):
         return load_for_inference(settings, report, device, zero3)
 
 

@@ -138,12 +138,17 @@ def read_nvidia_driver() -> str | None:
 
 
 @contextmanager
-def manage_memory_for_loading(device: Any) -> Iterator[None]:
-    """On a CPU, return freed memory to Linux while a model is loaded in this block, and keep it afterwards."""
+def manage_memory_for_loading(device: Any, is_partitioned: bool = False) -> Iterator[None]:
+    """On a CPU, return freed memory to Linux while a model is loaded in this block, and keep it afterwards.
+
+    Args:
+        is_partitioned: whether ZeRO-3 partitions the model. Then freed memory is returned afterwards, too: weights are
+            gathered and freed between the activations of a step, where they would leave holes.
+    """
     if device.type == "cpu":
         return_freed_memory()
     yield
-    if device.type == "cpu":
+    if device.type == "cpu" and not is_partitioned:
         keep_freed_memory()
 
 

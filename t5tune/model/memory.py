@@ -133,7 +133,7 @@ def measure_step(
             name = "activation_checkpointing" if new else "gradient_checkpointing"
             getattr(model, f"{name}_enable")(**{f"{name}_kwargs": {"use_reentrant": reentrant}})
         uses_autocast = autocast and settings.bf16
-        counts = [len(blocks) for blocks in _find_blocks(model)]
+        counts = [len(blocks) for blocks in find_blocks(model)]
         if settings.train_mode == "full":  # the peak may be in the middle of the backward pass
             activations = _measure_activations(model, inputs, uses_autocast)
         else:
@@ -192,7 +192,7 @@ def measure_losses_memory(model: Any, lengths: BatchLengths, settings: Any, on_g
     return live.peak + _count_unpacked_bytes(model, settings)
 
 
-def _find_blocks(model: Any) -> list[nn.ModuleList]:
+def find_blocks(model: Any) -> list[nn.ModuleList]:
     """Find the blocks of the encoder and those of the decoder."""
     names = model.architecture.block_classes
     return [
@@ -208,7 +208,7 @@ def _keep_few_blocks(model: Any, kept: list[int]) -> Iterator[None]:
 
     Running all of a large model's blocks, each of which loops over many examples, takes most of a minute.
     """
-    lists = _find_blocks(model)
+    lists = find_blocks(model)
     before = [list(blocks) for blocks in lists]
     for blocks, count in zip(lists, kept, strict=True):
         del blocks[count:]

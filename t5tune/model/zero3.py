@@ -13,11 +13,13 @@ is read. So no rank needs memory for more than its share of the base and the lar
 import io
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
-from typing import Any, TypeVar
+from functools import partial, wraps
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from t5tune.compat.peft_patches import gather_in_peft
 from t5tune.errors import T5TuneError
@@ -40,10 +42,10 @@ class Zero3Partitioner:
         import deepspeed
 
         zero = {key: value for key, value in configuration["zero_optimization"].items() if value != "auto"}
-        # By default DeepSpeed permanently replaces torch.nn.functional.linear in this process with a function that
-        # keeps the input of every frozen layer for the backward pass. Only the config can turn this off: in 0.19, the
-        # argument of Init with the same name has no effect.
-        zero.setdefault("memory_efficient_linear", False)
+        # Otherwise DeepSpeed permanently replaces torch.nn.functional.linear in this process with a function that keeps
+        # the input of every frozen layer for the backward pass; _release_gathered_weights does without. Only the config
+        # can turn this off: in 0.19, the argument of Init with the same name has no effect.
+        zero["memory_efficient_linear"] = False
         self._configuration = {
             "train_micro_batch_size_per_gpu": 1,
             "zero_optimization": zero,
@@ -116,6 +118,7 @@ class Zero3Partitioner:
         blocks = {type(module) for module in model.modules() if type(module).__name__.endswith(names)}
         deepspeed.utils.set_z3_leaf_modules(model, sorted(blocks, key=str))
         _register_external_parameters(model)
+        _release_gathered_weights(model)
 
     def set_up_inference(self, model: nn.Module) -> Any:
         """Make the forward passes of a partitioned model gather its weights. For training, the Trainer does this.
@@ -190,3 +193,86 @@ def _register_external_parameters(model: Any) -> None:
         for name, norms in getattr(module, "lora_magnitude_vector", {}).items():
             for read in (module.get_base_layer(), module.lora_A[name], module.lora_B[name]):
                 deepspeed.zero.register_external_parameter(norms, read.weight)
+
+
+class _SavedWeight(NamedTuple):
+    """A view of a partitioned parameter that the backward pass needs, without its values."""
+
+    parameter: Any
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+
+def _release_gathered_weights(model: Any) -> None:
+    """Let the forward pass keep no gathered weights for the backward pass, which gathers them again.
+
+    torch's operations save views of the weights that they read. DeepSpeed frees a block's weights after its forward
+    pass, but a saved view keeps them in memory, so that each rank would have the whole model before the backward pass.
+    """
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit" and isinstance(module, nn.Linear):  # bitsandbytes', not PEFT's
+            module.forward = partial(_forward_4bit, module, module.forward)  # type: ignore[method-assign]
+    original_forward = model.forward
+
+    @wraps(original_forward)  # transformers and PEFT read the names of its arguments
+    def forward(*arguments: Any, **inputs: Any) -> Any:
+        with saved_tensors_hooks(_save_without_weights, _read_saved):
+            return original_forward(*arguments, **inputs)
+
+    model.forward = forward
+
+
+def _save_without_weights(tensor: torch.Tensor) -> torch.Tensor | _SavedWeight:
+    parameter = tensor if tensor._base is None else tensor._base
+    if hasattr(parameter, "ds_id"):
+        return _SavedWeight(parameter, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
+    # an operation's output would hold the operation, and that this output, for ever
+    return tensor.detach()
+
+
+def _read_saved(saved: torch.Tensor | _SavedWeight) -> torch.Tensor:
+    if isinstance(saved, torch.Tensor):
+        return saved
+    parameter = saved.parameter
+    # DeepSpeed's hooks gather the weights of a block before its backward pass, but not if its output has no gradient
+    is_partitioned = parameter.ds_status.name == "NOT_AVAILABLE"
+    if is_partitioned:
+        parameter.all_gather()
+    assert parameter.ds_status.name == "AVAILABLE", "its values would be those of an unfinished gather"
+    view: torch.Tensor = parameter.data.as_strided(saved.size, saved.stride, saved.offset)
+    if is_partitioned:
+        parameter.partition()
+    return view
+
+
+def _forward_4bit(
+    module: Any, original_forward: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor
+) -> torch.Tensor:
+    """Forward of bitsandbytes' Linear4bit, whose own autograd function keeps the packed weight."""
+    if module.bias is not None or not torch.is_grad_enabled():
+        return original_forward(hidden)
+    output: torch.Tensor = _Linear4bit.apply(  # type: ignore[no-untyped-call]
+        hidden.to(module.compute_dtype), module.weight, module.weight.quant_state
+    )
+    return output.to(hidden.dtype)
+
+
+class _Linear4bit(torch.autograd.Function):
+    """A product with a frozen weight in 4 bits, as bitsandbytes computes it."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, weight: Any, state: Any) -> torch.Tensor:
+        import bitsandbytes
+
+        ctx.save_for_backward(weight)
+        ctx.state = state
+        output: torch.Tensor = bitsandbytes.matmul_4bit(hidden, weight, quant_state=state)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        from bitsandbytes.functional import dequantize_4bit
+
+        (weight,) = ctx.saved_tensors
+        return grads[0] @ dequantize_4bit(weight.view(-1, 1), ctx.state).to(grads[0].dtype), None, None

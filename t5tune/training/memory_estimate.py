@@ -20,6 +20,7 @@ from t5tune.model.memory import (
     StepMemory,
     build_empty_training_model,
     count_weight_bytes,
+    find_blocks,
     measure_losses_memory,
     measure_step,
 )
@@ -88,6 +89,7 @@ class MemoryEstimator:
         model = self._get_empty_model(deepspeed=False)
         self.weights = count_weight_bytes(model, settings)
         self.counts = count_parameters(model)
+        self._blocks = [block for blocks in find_blocks(model) for block in blocks]
         self.most_elements = max(parameter.numel() for parameter in model.parameters())
         self._steps: dict[Any, StepMemory] = {}
         self._evaluations: dict[tuple[bool, BatchLengths], int] = {}
@@ -134,15 +136,13 @@ class MemoryEstimator:
             optimizer //= count
         if level >= 2:
             gradients //= count
-        # ZeRO-3 gathers partitioned parameters for a step, and keeps up to max_live_parameters of them for reuse
-        gathered = int(zero.get("stage3_max_live_parameters", 10**9)) * held // self.counts[1]
+        gathered = self._count_gathered(zero, whole)
         if level == 3:
             held //= count
-            activations += min(whole - held, gathered)
+            activations += gathered
         if zero.get("offload_optimizer", {}).get("device") == "cpu":
             host, optimizer = host + optimizer * count, 0
         if zero.get("offload_param", {}).get("device") == "cpu":
-            activations += min(held, gathered)
             offloaded, held = held * count, 0
             host += offloaded
         runtime = GPU_RUNTIME_BYTES if self.machine.on_gpu else psutil.Process().memory_info().rss
@@ -174,6 +174,21 @@ class MemoryEstimator:
             saving_host,
             fits,
         )
+
+    def _count_gathered(self, zero: dict[str, Any], whole: int) -> int:
+        """Count the bytes of the weights that ZeRO-3 gathers in addition to a device's partition, at their peak.
+
+        These are two blocks, the embedding or the head, and the weights that DeepSpeed keeps after the forward pass: if
+        the backward pass reads them within `stage3_max_reuse_distance` parameters.
+
+        Args:
+            whole: bytes of all weights.
+        """
+        sizes = [sum(each.numel() for each in block.parameters()) for block in self._blocks]
+        in_blocks = self.weights["attention"] + self.weights["feed-forward"]
+        working = 2 * max(sizes) * in_blocks // sum(sizes) + max(self.weights["embedding"], self.weights["head"])
+        kept = min(zero.get("stage3_max_reuse_distance", 10**9), zero.get("stage3_max_live_parameters", 10**9))
+        return int(min(whole, working * whole // sum(self.weights.values()) + kept * whole // self.counts[1]))
 
     def _estimate_loading(
         self, largest: int, partitions: bool, held: int, offloaded: int, runtime: int

@@ -219,7 +219,8 @@ def _load_model(session: Session, loaded: _LoadedData) -> tuple[BuiltModel, T5Tr
     if settings.reference_adapter is not None:
         references = _measure_reference_adapter(session, loaded, choose_attention)
     set_seed(settings.seed)
-    with manage_memory_for_loading(session.device):
+    is_partitioned = loaded.deepspeed is not None and packaged_templates.get_zero_stage(loaded.deepspeed) == 3
+    with manage_memory_for_loading(session.device, is_partitioned):
         built = build_model(
             loaded.pinned,
             loaded.base,

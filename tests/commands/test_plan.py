@@ -361,6 +361,10 @@ def test_each_zero_stage_partitions_what_it_should(tmp_path: Path) -> None:
     assert stages["zero1"].optimizer == pytest.approx(12 * count / 4, rel=0.01)
     assert stages["zero2"].gradients == pytest.approx(stages["zero1"].gradients / 4, rel=0.01)
     assert stages["zero3"].weights == pytest.approx(stages["zero2"].weights / 4, rel=0.01)
+    attention, gated, table = 512 * 64 * 6, 512 * 1024 * 3, 32128 * 512
+    gathered = 2 * (2 * (8 * attention + gated) + table)  # two of the decoder's blocks and the embedding, in bf16
+    assert stages["zero3"].activations - stages["zero2"].activations == pytest.approx(gathered, rel=0.01)
+    assert stages["zero3-offload"].activations == stages["zero3"].activations
     assert stages["zero3-offload"].weights == stages["zero3-offload"].optimizer == 0
     assert stages["zero3-offload"].host == pytest.approx(14 * count, rel=0.01)
 
@@ -414,8 +418,8 @@ def test_an_evaluation_takes_what_its_predictions_or_its_losses_need(tmp_path: P
     stages = {stage.stage: stage for stage in short.stages}
     others = {name: stage.weights + stage.optimizer + stage.runtime for name, stage in stages.items()}
     assert short.evaluation["none"] == others["none"] + (512 << 20)
-    gathered = stages["none"].weights - stages["zero3"].weights
-    assert short.evaluation["zero3"] == pytest.approx(others["zero3"] + (512 << 20) + gathered, rel=0.01)
+    gathered = stages["zero3"].activations - stages["zero2"].activations
+    assert short.evaluation["zero3"] == others["zero3"] + (512 << 20) + gathered
     lengths = {"source_length": 5000, "target_length": 5000, "per_device_train_batch_size": 1}
     long = make_plan(model, use_cpu=True, packing="off", **lengths)
     heads, scores = 6, 5000**2 * 4  # of one layer in fp32

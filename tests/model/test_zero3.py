@@ -89,3 +89,28 @@ def test_every_rank_raises_an_error_that_only_rank_0_finds(tmp_path: Path) -> No
         differs, ends = json.loads(read_lines(rank)[-1])
         assert "encoder.embed_tokens.weight: differs from shared.weight" in differs
         assert "model.safetensors: file ends before byte" in ends
+
+
+STEP_CODE = "from pathlib import Path\nfrom tests.support.partitioned_steps import describe_peak, describe_steps\n"
+
+
+def test_steps_have_the_same_bits_although_no_gathered_weights_are_saved(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", tied=False)
+    ranks = start_two_ranks(f"{STEP_CODE}describe_steps(Path({str(base)!r}))", tmp_path)
+    for rank in ranks:
+        assert rank.wait() == 0, rank.log.read_text()[-2000:]
+        assert json.loads(read_lines(rank)[-1]) == []
+
+
+@pytest.mark.variants(1)
+@pytest.mark.parametrize("way", ["lora", "nf4", "checkpointing"])
+def test_a_step_needs_memory_for_two_blocks_and_the_embedding(way: str, tmp_path: Path) -> None:
+    large = make_large_base(tmp_path / "large")
+    embedding = 2 * LARGE["vocab_size"] * LARGE["d_model"]
+    ranks = start_two_ranks(f"{STEP_CODE}describe_peak({way!r}, Path({str(large)!r}))", tmp_path)
+    for rank in ranks:
+        assert rank.wait() == 0, rank.log.read_text()[-2000:]
+        found = json.loads(read_lines(rank)[-1])
+        # gloo copies what it gathers once more; activations take few MB
+        assert found["increase"] <= 2 * found["largest_block"] + 2 * embedding + (16 << 20)
+        assert found["increase"] < found["blocks"] / 2 or way == "nf4"
