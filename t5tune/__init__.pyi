@@ -86,7 +86,7 @@ class PrepareSettings(_settings.PrepareSettings):
         dedupe: Literal["none", "exact"] = "none",
         split_long: bool = False,
         drop_truncated_targets: bool = False,
-        max_rejected_fraction: float | None = None,
+        max_rejected_fraction: float | None = 0.1,
         num_workers: int | None = None,
         mixing: Literal["weights", "proportional", "concatenate"] | None = None,
         mixing_temperature: float | None = None,
@@ -142,8 +142,8 @@ class PrepareSettings(_settings.PrepareSettings):
             dedupe: Deduplication: exact rejects a conversation identical to an earlier one.
             split_long: Split conversations longer than model_max_length at turn boundaries.
             drop_truncated_targets: Skip targets longer than model_max_length instead of truncating them.
-            max_rejected_fraction: Fail if more than this fraction of the records is rejected, not counting records
-                labeled bad; default: never.
+            max_rejected_fraction: Fail if more than this fraction of the records is rejected, not counting duplicates
+                and records that are left out on purpose (labeled bad, weight 0).
             num_workers: Number of tokenization processes; default: one per CPU core, fewer for small data.
             mixing: How several datasets are mixed: by their weights; proportional to their sizes, with
                 mixing_temperature and mixing_cap, as for T5; or all examples of all of them in each epoch
@@ -217,7 +217,7 @@ class TrainSettings(_settings.TrainSettings):
         dedupe: Literal["none", "exact"] = "none",
         split_long: bool = False,
         drop_truncated_targets: bool = False,
-        max_rejected_fraction: float | None = None,
+        max_rejected_fraction: float | None = 0.1,
         num_workers: int | None = None,
         split_seed: int = 42,
         seed: int = 42,
@@ -361,8 +361,8 @@ class TrainSettings(_settings.TrainSettings):
             dedupe: Deduplication: exact rejects a conversation identical to an earlier one.
             split_long: Split conversations longer than model_max_length at turn boundaries.
             drop_truncated_targets: Skip targets longer than model_max_length instead of truncating them.
-            max_rejected_fraction: Fail if more than this fraction of the records is rejected, not counting records
-                labeled bad; default: never.
+            max_rejected_fraction: Fail if more than this fraction of the records is rejected, not counting duplicates
+                and records that are left out on purpose (labeled bad, weight 0).
             num_workers: Number of tokenization processes; default: one per CPU core, fewer for small data.
             split_seed: Random seed for the held-out split. With the same split_seed, the same conversations are held
                 out whatever seed is.

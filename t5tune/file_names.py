@@ -34,6 +34,7 @@ TOKENS_FILE = "tokens.bin"
 CONVERSATIONS_FILE = "conversations.bin"
 EXAMPLES_FILE = "examples.bin"
 REJECTED_FILE = "rejected.jsonl"
+REJECTED_SUFFIX = f".{REJECTED_FILE}"  # of the file next to a cache that isn't written
 CACHE_MANIFEST_FILE = "manifest.json"
 PART_MANIFEST_FILE = "part.json"
 

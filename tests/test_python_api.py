@@ -364,9 +364,9 @@ def test_records_that_cannot_be_used_leave_nothing(tmp_path: Path) -> None:
             train(make_settings(tmp_path, data_path=[{"source": "2 + 2", "target": answer}]))
         assert "no conversation to train on among 1 record" in caught.value.message
         assert caught.value.hint is not None
-        where = f":1: target: expected text, found {found}; line N is the N-th of the records"
-        assert caught.value.hint.endswith(where)
-        assert not list(tmp_path.iterdir())
+        kept = tmp_path / "run.rejected.jsonl"
+        assert f"found {found}; all are in {kept}; line N is the N-th of the records" in caught.value.hint
+        assert list(tmp_path.iterdir()) == [kept]
 
 
 def test_records_that_cannot_be_kept_are_explained(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ from t5tune.io.records_in_memory import find_kept_path
 from t5tune.model.device import check_bf16, explain_out_of_memory, use_gpu_kernels
 from t5tune.preparing.dataset import Origin, take_vocabulary
 from t5tune.preparing.mixture import find_given_cache
+from t5tune.preparing.record_checks import name_rejected_file
 from t5tune.progress import Note, Report, silent
 from t5tune.settings import DatasetSettings, PrepareSettings, TrainSettings
 from t5tune.settings.datasets import PATHS_OF_DATASETS, list_unsuitable, name_datasets
@@ -401,7 +402,14 @@ def _prepare_caches(settings: TrainSettings, run: Run, report: Report) -> None:
         if settings.add_tokens == ["auto"]:
             # a run keeps its tokens, since their embedding rows are trained already
             vocabulary = take_vocabulary(newest, find_base(settings, report=report))
-    common = Origin(in_use, keeps_template=bool(checkpoints), vocabulary=vocabulary, run=run.folder, checkpoint=newest)
+    common = Origin(
+        in_use,
+        keeps_template=bool(checkpoints),
+        checkpoint=newest,
+        vocabulary=vocabulary,
+        rejected_file=name_rejected_file(run.folder),  # not in the folder, which is removed if the first start fails
+        run=run.folder,
+    )
     for data, cache in ((settings.data_path, run.cache), (settings.eval_data_path, run.eval_cache)):
         if data and cache and cache != Path(data[0]):
             is_eval = cache == run.eval_cache

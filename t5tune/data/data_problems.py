@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from t5tune.data.counts import OTHER_FIELDS, RecordCounts
 from t5tune.data.raw_records import KEYED_RECORDS
-from t5tune.data.records import LABELED_BAD, UTF8_HINT, RecordLocation
+from t5tune.data.records import LABELED_BAD, LEFT_OUT_REASONS, UTF8_HINT, RecordLocation
 from t5tune.data.templates import DEFAULT_TEMPLATE, PAIR_TEMPLATE, Template, load_template
 from t5tune.data.vocabulary import REPLACEMENT_CHARACTER
 from t5tune.errors import DataError
@@ -59,31 +59,50 @@ DROPPED = {
 }
 
 
-def check_rejected(rejected: Counter[str], num_records: int, allowed: float | None, data: str, hint: str) -> None:
+class RejectedRecordsError(DataError):
+    """Too many records are rejected; the caller keeps the file that lists them."""
+
+    kind = DataError.__name__
+
+
+def check_rejected(
+    rejected: Counter[str], num_records: int, allowed: float | None, data: str, file: Path, first: str | None = None
+) -> None:
     """Check that not more than the fraction `allowed` of the records is rejected.
 
     Args:
         data: the setting and its files, for the message.
+        file: lists the rejected records.
+        first: the first of them, for the hint.
 
     Raises:
-        DataError: more are rejected.
+        RejectedRecordsError: more are rejected.
     """
     if allowed is None:
         return
-    bad = rejected[LABELED_BAD]
+    left_out = count_left_out(rejected)
     # in a KTO dataset half of the records are labeled bad, which doesn't mean that the records are broken
-    broken = Counter({reason: count for reason, count in rejected.items() if reason != LABELED_BAD})
-    count, num_records = broken.total(), num_records - bad
+    broken = Counter({reason: count for reason, count in rejected.items() if reason not in LEFT_OUT_REASONS})
+    count, num_records = broken.total(), num_records - left_out
     if is_excess(count, num_records, allowed):
         problem = f"{count:,} of {format_count(num_records, 'record')} rejected ({_format_counts(broken)})"
-        not_counted = f"; {bad} more are labeled bad and not counted" if bad else ""
-        raise DataError(f"{data}: {problem}, more than max_rejected_fraction {allowed}{not_counted}", hint=hint)
+        not_counted = f"; {left_out:,} more are left out on purpose" if left_out else ""
+        hint = f"all are in {file}, with the reasons; correct the data, or allow it with --max-rejected-fraction 1"
+        raise RejectedRecordsError(
+            f"{data}: {problem}, more than max_rejected_fraction {allowed}{not_counted}",
+            hint=f"{first}; {hint}" if first else hint,
+        )
+
+
+def count_left_out(rejected: Mapping[str, int]) -> int:
+    """Count the records that are left out on purpose."""
+    return sum(rejected.get(reason, 0) for reason in LEFT_OUT_REASONS)
 
 
 def is_excess(rejected: Numbers, num_records: Numbers, allowed: float) -> Any:
     """Whether more than the fraction `allowed` of the records is rejected; for arrays, an array.
 
-    Neither number counts records that are labeled bad.
+    Neither number counts records that are left out on purpose.
     """
     return rejected > allowed * num_records
 
@@ -106,11 +125,12 @@ def check_any_used(data: str, files: list[str], counts: RecordCounts, purpose: s
     raise DataError(f"{data}: contains no conversation to {purpose}", hint=hint)
 
 
-def check_any_example(data: str, counts: RecordCounts, purpose: str) -> None:
+def check_any_example(data: str, counts: RecordCounts, purpose: str, file: Path) -> None:
     """Check that there is an example.
 
     Args:
         purpose: what the data is for: `train on` or `evaluate on`.
+        file: lists the rejected records.
 
     Raises:
         DataError: there is none.
@@ -126,13 +146,14 @@ def check_any_example(data: str, counts: RecordCounts, purpose: str) -> None:
     elif counts.dropped:
         hint = "every target was dropped by min_target_tokens or drop_truncated_targets"
     elif counts.first_rejected:
-        hint = format_first_rejected(counts)
+        hint = f"{format_first_rejected(counts)}; all are in {file}"
     else:
         hint = "the data is empty; " if not counts.num_records else ""
         hint += 'expected {"conversations": [{"from": "human", "value": …}, {"from": "gpt", "value": …}]}'
     dropped = _format_counts(counts.rejected + counts.dropped)
     among = format_count(counts.num_records, "record") + (f" ({dropped})" if dropped else "")
-    raise DataError(f"{data}: no conversation to {purpose} among {among}", hint=hint)
+    kind = RejectedRecordsError if counts.first_rejected else DataError
+    raise kind(f"{data}: no conversation to {purpose} among {among}", hint=hint)
 
 
 def make_mixed_data_error(location: RecordLocation, num_pairs: int) -> DataError:

@@ -25,6 +25,7 @@ from t5tune.file_names import (
     CHECKPOINT_MANIFEST_FILE,
     JSON_SUFFIXES,
     PART_MANIFEST_FILE,
+    REJECTED_SUFFIX,
     SETTINGS_FILE,
     TABLE_SUFFIXES,
     TEXT_SUFFIXES,
@@ -137,7 +138,7 @@ def _select_data_files(path: Path, found: list[Path], report: Report, setting: s
         entry: "part of a token cache"
         if entry.parent in caches
         else "t5tune wrote it"
-        if entry.parent in outputs
+        if entry.parent in outputs or entry.name.endswith(REJECTED_SUFFIX)
         else _explain_skipping(entry, is_text)
         for entry in found
     }

@@ -13,7 +13,9 @@ from t5tune.io.reasons import describe_json_error
 
 INTEGER_RANGE = range(-(1 << 63), 1 << 64)
 MAX_JSON_DEPTH = 200  # nesting of objects and lists; Python's own recursion limit depends on the caller's depth
-LABELED_BAD = "labeled_bad"  # the only reason that leaves out a record by design, not because it is broken
+LABELED_BAD = "labeled_bad"
+LEFT_OUT_REASONS = {LABELED_BAD, "zero_weight", "duplicate"}
+"""Reasons that leave out a record on purpose, not because it is broken; max_rejected_fraction doesn't count these."""
 REJECTION_REASONS = {
     "not_json": "the line is not valid JSON",
     "invalid_utf8": "bytes that are not UTF-8",

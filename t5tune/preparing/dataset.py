@@ -42,7 +42,7 @@ from t5tune.io.reasons import join_first
 from t5tune.io.records_in_memory import find_records_name
 from t5tune.preparing.cache_files import CacheSource, encode_cache, write_cache
 from t5tune.preparing.parts import find_parts, join_parts, prepare_part
-from t5tune.preparing.record_checks import RecordChecks
+from t5tune.preparing.record_checks import RecordChecks, keep_rejected, name_rejected_file
 from t5tune.progress import Note, Report, silent
 from t5tune.settings import PrepareSettings
 from t5tune.settings.affects import Affects, select_settings
@@ -60,6 +60,7 @@ class Origin:
         vocabulary: the tokenizer that all datasets of a mixture, or of a run that gets other data, share.
         setting: the setting that the paths come from, for messages.
         is_evaluation: the examples are to evaluate on, so other splits of a dataset on the Hub are the default.
+        rejected_file: lists the rejected records if there are too many; default: `cache.rejected.jsonl`, next to it.
         run: the run folder that train prepares for; train mixes datasets and holds out examples itself.
         before_replacing: called before a cache that isn't up to date is replaced, or a new one gets its place.
     """
@@ -71,6 +72,7 @@ class Origin:
     vocabulary: ExtendedTokenizer | None = None
     setting: str = "data_path"
     is_evaluation: bool = False
+    rejected_file: Path | None = None
     run: Path | None = None
     before_replacing: Callable[[], None] = lambda: None
 
@@ -99,7 +101,7 @@ def prepare_dataset(settings: PrepareSettings, report: Report, origin: Origin) -
     if manifest := find_reusable_manifest(folder, source.inputs, origin.in_use, origin.run):
         rejected = Counter(manifest["rejected_by_reason"])
         num_records = manifest["conversations"] + rejected.total()
-        check_rejected(rejected, num_records, settings.max_rejected_fraction, data, f"see {folder / REJECTED_FILE}")
+        check_rejected(rejected, num_records, settings.max_rejected_fraction, data, folder / REJECTED_FILE)
         remove_abandoned(folder)
         if is_divided:
             find_parts(source).remove()
@@ -109,7 +111,7 @@ def prepare_dataset(settings: PrepareSettings, report: Report, origin: Origin) -
             words = "parts that prepare --shard left; delete the folder if they aren't needed any more"
             report(Note(f"{parts.folder}: {words}"))
         all_records = chain(drain(sample), records)
-        with write_folder_atomically(folder) as staged:
+        with write_folder_atomically(folder) as staged, keep_rejected(staged, source.checks.rejected_file):
             manifest = write_cache(staged, source, lambda staged: encode_cache(staged, source, all_records, report))
             origin.before_replacing()
     else:
@@ -121,6 +123,7 @@ def prepare_dataset(settings: PrepareSettings, report: Report, origin: Origin) -
         facts["joined"] = is_joined
         if not is_joined:
             return manifest, facts
+    source.checks.rejected_file.unlink(missing_ok=True)  # of an earlier attempt
     _report_template(source, manifest, report)
     report_problems(manifest, folder, report)
     return manifest, facts
@@ -155,6 +158,7 @@ def _describe_source(
     checks = RecordChecks(
         data=f"{origin.setting}: {join_first(files)}",
         purpose="evaluate on" if origin.is_evaluation else "train on",
+        rejected_file=origin.rejected_file or name_rejected_file(settings.output_dir),
         takes_only_pairs=default_template == PAIR_TEMPLATE,
         max_rejected_fraction=settings.max_rejected_fraction,
         num_data=settings.num_data,

@@ -17,8 +17,8 @@ import numpy.typing as npt
 
 from t5tune.data.cache import CONVERSATION_DTYPE, EXAMPLE_DTYPE
 from t5tune.data.counts import MAX_REPAIR_KINDS, OTHER_FIELDS, RecordCounts
-from t5tune.data.data_problems import make_mixed_data_error
-from t5tune.data.records import LABELED_BAD
+from t5tune.data.data_problems import count_left_out, make_mixed_data_error
+from t5tune.data.records import LABELED_BAD, LEFT_OUT_REASONS
 from t5tune.data.writer import MAX_TABLE_VALUE, make_too_much_data_error
 from t5tune.errors import DataError
 from t5tune.file_names import CONVERSATIONS_FILE, EXAMPLES_FILE, REJECTED_FILE, TOKENS_FILE
@@ -33,6 +33,7 @@ CHUNK_RECORDS = 1 << 14  # rows of records.bin that are read at once
 COPY_BYTES = 4 << 20
 MAX_OPEN_PARTS = 100  # each has up to six open files
 _BAD = REASONS.index(LABELED_BAD)
+_LEFT_OUT = [REASONS.index(reason) for reason in LEFT_OUT_REASONS]
 
 
 class Join:
@@ -156,9 +157,9 @@ class Join:
 
     def _find_excess(self, chunk: Chunk) -> int | None:
         """Find the first record after which too many are rejected for max_rejected_fraction."""
-        reasons, num_bad = chunk.reasons, self.counts.rejected[LABELED_BAD]
-        totals = self.counts.num_records - num_bad + np.cumsum(reasons != _BAD)
-        broken = self.counts.rejected.total() - num_bad + np.cumsum((reasons != 0) & (reasons != _BAD))
+        counted, num_left_out = ~np.isin(chunk.reasons, _LEFT_OUT), count_left_out(self.counts.rejected)
+        totals = self.counts.num_records - num_left_out + np.cumsum(counted)
+        broken = self.counts.rejected.total() - num_left_out + np.cumsum((chunk.reasons != 0) & counted)
         return self._checks.find_excess(totals, broken)
 
     def _write_chunk(self, chunk: Chunk, outputs: Mapping[str, BinaryIO]) -> None:

@@ -42,6 +42,7 @@ from t5tune.io.reasons import join_first
 from t5tune.io.yaml_file import to_yaml
 from t5tune.preparing.dataset import Origin, choose_vocabulary, prepare_dataset, read_sample
 from t5tune.preparing.parts import find_joined
+from t5tune.preparing.record_checks import name_rejected_file
 from t5tune.progress import Note, Report
 from t5tune.settings import PrepareSettings
 from t5tune.settings.affects import Affects, select_settings
@@ -111,7 +112,13 @@ def _prepare_caches(
         caches[name] = settings.output_dir / name
         report(Note(f"dataset {name}: {join_first([*map(hide_query, dataset.path)])}"))
         # a checkpoint has only the template of the main dataset
-        own = replace(origin, tokenizer_source=_find_source(origin, name), vocabulary=vocabulary, checkpoint=None)
+        own = replace(
+            origin,
+            tokenizer_source=_find_source(origin, name),
+            vocabulary=vocabulary,
+            checkpoint=None,
+            rejected_file=origin.rejected_file or name_rejected_file(settings.output_dir),  # not among the caches
+        )
         settings_of_it = complete_dataset(settings, dataset, output_dir=caches[name])
         prepared.append(_Prepared(caches[name], *prepare_dataset(settings_of_it, report, own)))
     return caches, [_look_again(each) for each in prepared]

@@ -19,6 +19,7 @@ from t5tune.preparing.cache_files import MADE_BY, CacheSource, choose_num_worker
 from t5tune.preparing.join import Join
 from t5tune.preparing.part import PartWriter, read_part_manifest, verify_part, write_part_manifest
 from t5tune.preparing.parts_folder import PartsFolder, PartsTakenError
+from t5tune.preparing.record_checks import keep_rejected
 from t5tune.preparing.shard_reader import ShardReader
 from t5tune.progress import Note, Report, track
 from t5tune.settings.shard import Shard
@@ -56,7 +57,7 @@ def prepare_part(
         report(Note(f"part {shard} was complete already, so it isn't encoded again"))
     else:
         try:
-            with parts.write_part(shard) as staged:
+            with parts.write_part(shard) as staged, keep_rejected(staged, source.checks.rejected_file):
                 manifest = _encode_part(staged, source, shard, parts.description, report)
         except PartsTakenError:
             manifest = parts.read_taken_part(shard)
@@ -141,7 +142,10 @@ def _join(
                 join = Join(loaded, source.files, staged, source.checks, id_size, settings.max_record_bytes)
                 return join.counts, join.run(settings.dedupe == "exact", report)
 
-            with write_folder_atomically(settings.output_dir) as staged:
+            with (
+                write_folder_atomically(settings.output_dir) as staged,
+                keep_rejected(staged, source.checks.rejected_file),
+            ):
                 manifest = write_cache(staged, source, write_records)
                 before_replacing()
             return manifest

@@ -1,6 +1,13 @@
-"""Check the records of a token cache while they are written, in one process or when parts are joined."""
+"""Check the records of a token cache while they are written, in one process or when parts are joined.
 
+If too many are rejected, no cache is written, and its rejected.jsonl is kept next to it as `cache.rejected.jsonl`.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,15 +16,18 @@ import numpy.typing as npt
 from t5tune.data.counts import RecordCounts
 from t5tune.data.data_problems import (
     Numbers,
+    RejectedRecordsError,
     check_any_example,
     check_rejected,
+    count_left_out,
     format_first_rejected,
     is_excess,
     make_mixed_data_error,
 )
 from t5tune.data.pipeline import EncodedRecord
 from t5tune.data.raw_records import RawRecord
-from t5tune.data.records import LABELED_BAD
+from t5tune.file_names import REJECTED_FILE, REJECTED_SUFFIX
+from t5tune.io.atomic import copy_atomically
 
 MIN_RECORDS_TO_STOP = 1000  # max_rejected_fraction isn't checked while fewer records than this were read
 
@@ -29,12 +39,14 @@ class RecordChecks:
     Args:
         data: the setting and its files, for messages.
         purpose: what the data is for, in messages: `train on` or `evaluate on`.
+        rejected_file: where the rejected records are kept if no cache is written.
         takes_only_pairs: whether the default template of pairs was chosen, so that no conversation may follow.
         num_data: number of examples after which no more records are read; None: read all.
     """
 
     data: str
     purpose: str
+    rejected_file: Path
     takes_only_pairs: bool
     max_rejected_fraction: float | None
     num_data: int | None
@@ -54,14 +66,15 @@ class RecordChecks:
         Raises:
             DataError: it is more than max_rejected_fraction.
         """
-        if _are_enough(counts.num_records - counts.rejected[LABELED_BAD]):
+        if _are_enough(counts.num_records - count_left_out(counts.rejected)):
             self._check_rejected(counts)
 
     def find_excess(self, totals: npt.NDArray[np.int64], broken: npt.NDArray[np.int64]) -> int | None:
         """Find the first of several records after which `check_rejected_so_far` raises.
 
         Args:
-            totals, broken: the numbers of records and of rejected ones after each record, without those labeled bad.
+            totals, broken: the numbers of records and of rejected ones after each record, without those that are left
+                out on purpose.
         """
         if self.max_rejected_fraction is None:
             return None
@@ -74,14 +87,30 @@ class RecordChecks:
         Raises:
             DataError: too many are rejected, or there is no example.
         """
+        check_any_example(self.data, counts, self.purpose, self.rejected_file)
         self._check_rejected(counts)
-        check_any_example(self.data, counts, self.purpose)
 
     def _check_rejected(self, counts: RecordCounts) -> None:
-        hint = format_first_rejected(counts)
-        check_rejected(counts.rejected, counts.num_records, self.max_rejected_fraction, self.data, hint)
+        allowed, first = self.max_rejected_fraction, format_first_rejected(counts)
+        check_rejected(counts.rejected, counts.num_records, allowed, self.data, self.rejected_file, first)
+
+
+def name_rejected_file(folder: Path) -> Path:
+    """Name the file for the rejected records of a cache that isn't written: `cache.rejected.jsonl`, next to it."""
+    named = folder if folder.name not in ("", "..") else Path(os.path.realpath(folder))
+    return named.with_name(f"{named.name}{REJECTED_SUFFIX}")
+
+
+@contextmanager
+def keep_rejected(staged: Path, rejected_file: Path) -> Iterator[None]:
+    """Keep the rejected records of a folder that is being written if the block fails because of them."""
+    try:
+        yield
+    except RejectedRecordsError:
+        copy_atomically(staged / REJECTED_FILE, rejected_file)
+        raise
 
 
 def _are_enough(num_records: Numbers) -> Any:
-    """Whether the fraction of rejected records is checked after so many, without those labeled bad."""
+    """Whether the fraction of rejected records is checked after so many, without those left out on purpose."""
     return num_records >= MIN_RECORDS_TO_STOP

@@ -155,11 +155,11 @@ class SelectionSettings(Settings):
         default=False, description="Skip targets longer than model_max_length instead of truncating them."
     )
     max_rejected_fraction: Annotated[float | None, NoneIfUnset, Affects.NOTHING] = Field(
-        default=None,
+        default=0.1,
         ge=0,
         le=1,
-        description="Fail if more than this fraction of the records is rejected, not counting records labeled bad; "
-        "default: never.",
+        description="Fail if more than this fraction of the records is rejected, not counting duplicates and records "
+        "that are left out on purpose (labeled bad, weight 0).",
     )
     num_workers: Annotated[OptionalCount, Affects.NOTHING] = Field(
         default=None, description="Number of tokenization processes; default: one per CPU core, fewer for small data."

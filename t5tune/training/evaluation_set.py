@@ -322,7 +322,7 @@ def _load_raw_text(settings: EvaluateSettings, loaded: LoadedModel, report: Repo
     values = {name: getattr(settings, name) for name in names}
     with tempfile.TemporaryDirectory() as folder:
         cache = Path(folder, "cache")
-        values |= {"model_name_or_path": str(loaded.base), "output_dir": cache}
+        values |= {"model_name_or_path": str(loaded.base), "output_dir": cache, "max_rejected_fraction": None}
         values |= {"family": choose_family(settings, loaded.adapter)}
         origin = Origin(tokenizer_source=loaded.tokenizer_folder, is_evaluation=True)
         prepare_dataset(PrepareSettings(**values), report, origin)

@@ -308,6 +308,7 @@ def test_no_input_needs_much_memory(tmp_path: Path, name: str) -> None:
     file, data = HEAVY[name]
     (tmp_path / file).write_bytes(data)
     command = ["prepare", "--model-name-or-path", "pocket", "--data-path", tmp_path / file, "--num-workers", "1"]
+    command += ["--max-rejected-fraction", "1"]
     done = subprocess.run(
         [sys.executable, "-c", PEAK, *map(str, command), "--output-dir", tmp_path / "cache"],
         capture_output=True, text=True,
@@ -352,12 +353,12 @@ def test_links_and_folders_with_other_files_are_not_replaced(tmp_path: Path) -> 
     (tmp_path / "a.jsonl").write_text(f'{GOOD}\n{{"x": 1}}')
     (tmp_path / "real").mkdir()
     (tmp_path / "cache").symlink_to("real")
-    done = prepare(tmp_path, "--data-path", tmp_path / "a.jsonl")
+    done = prepare(tmp_path, "--data-path", tmp_path / "a.jsonl", "--max-rejected-fraction", "1")
     assert done.code == 0, done.stderr
     assert (tmp_path / "cache").is_symlink()
     assert (tmp_path / "real" / "manifest.json").is_file()
     # the cache is up to date, but now too many records are rejected
-    done = prepare(tmp_path, "--data-path", tmp_path / "a.jsonl", "--max-rejected-fraction", "0.1")
+    done = prepare(tmp_path, "--data-path", tmp_path / "a.jsonl")
     assert (done.code, "more than max_rejected_fraction" in done.stderr) == (2, True)
     done = prepare(tmp_path, "--data-path", tmp_path / "cache")
     assert (done.code, "is already a token cache" in done.stderr) == (2, True)
@@ -378,13 +379,14 @@ def test_a_path_without_conversations_is_refused_and_such_a_file_in_a_folder_is_
     (tmp_path / "mixed" / "facts.jsonl").write_text('{"x": 1}')
     paths = [tmp_path / name for name in ("good", "copy", "mixed")]
     # a file with only duplicates counts as a file with conversations
-    done = prepare(tmp_path, "--dedupe", "exact", "--json", "--data-path", *paths)
+    allowed = "--max-rejected-fraction", "1"
+    done = prepare(tmp_path, "--dedupe", "exact", "--json", *allowed, "--data-path", *paths)
     assert done.code == 0, done.stderr
     assert (done.json["conversations"], done.json["rejected"]) == (1, 3)
     assert f"no conversation to train on in {tmp_path / 'mixed' / 'facts.jsonl'}\n" in done.stderr
     before = (tmp_path / "cache" / "manifest.json").read_bytes()
     for facts in (tmp_path / "facts", tmp_path / "mixed" / "facts.jsonl", f"{tmp_path}/*/facts*"):
-        done = prepare(tmp_path, "--data-path", *paths, facts)
+        done = prepare(tmp_path, *allowed, "--data-path", *paths, facts)
         assert (done.code, len(done.errors)) == (2, 1)
         assert f"data_path: {facts}: contains no conversation to train on" in done.errors[0]
         assert "facts.jsonl:1: its keys are x" in done.errors[0]

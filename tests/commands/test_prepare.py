@@ -75,7 +75,8 @@ def prepared(tmp_path: Path, untied_base: Path) -> Callable[..., tuple[PrepareRe
         *records: Any, data: Path | None = None, base: Path = untied_base, **more: Any
     ) -> tuple[PrepareResult, Cache]:
         data = data or write_lines(tmp_path / "in" / "data.jsonl", *records)
-        values = {"model_name_or_path": str(base), "data_path": str(data), "output_dir": tmp_path / "cache", **more}
+        values = {"model_name_or_path": str(base), "data_path": str(data), "output_dir": tmp_path / "cache"}
+        values |= {"max_rejected_fraction": None, **more}
         result = prepare(PrepareSettings(**values))
         return result, open_cache(result.cache)
 
@@ -611,7 +612,7 @@ def test_data_without_anything_to_learn_is_refused_with_its_name(
     data.write_text(text)
     with pytest.raises(DataError, match=re.escape(str(data))):
         prepared(data=data)
-    assert [path.name for path in tmp_path.iterdir()] == ["empty.json"]
+    assert not (tmp_path / "cache").exists()
 
 
 def test_missing_files_and_files_without_data_are_refused_with_their_names(
@@ -638,8 +639,9 @@ def test_messages_name_the_setting_that_the_data_comes_from(tmp_path: Path, unti
         values = {"model_name_or_path": str(untied_base), "data_path": [path], "output_dir": tmp_path / "cache"}
         with pytest.raises(DataError, match=rf"^eval_data_path: .*{message}|^eval_data_path: {message}"):
             prepare(PrepareSettings(**values), origin=origin)
-    with pytest.raises(DataError, match=r"^eval_data_path: .*2 of 2 records rejected"):
-        prepare(PrepareSettings(**values, max_rejected_fraction=0.5), origin=origin)
+    write_lines(bad, record("Hi"), record("Hi", "Yes"))
+    with pytest.raises(DataError, match=r"^eval_data_path: .*1 of 2 records rejected"):
+        prepare(PrepareSettings(**values, max_rejected_fraction=0.4), origin=origin)
 
 
 def test_a_failed_prepare_does_not_change_the_old_cache(
@@ -650,7 +652,7 @@ def test_a_failed_prepare_does_not_change_the_old_cache(
     with pytest.raises(DataError):
         prepared(record("Hi"))
     assert bytes_of(result.cache) == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "in"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "cache.rejected.jsonl", "in"]
 
 
 # -- the cache

@@ -1270,12 +1270,14 @@ def test_two_ranks_of_zero3_resume_to_the_same_bits(
     assert "Sample predictions before and after training" in (run / "report.html").read_text()
 
 
-def test_a_start_that_fails_on_its_data_leaves_nothing(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
+def test_a_start_that_fails_on_its_data_leaves_only_the_rejected_records(
+    untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
     data, run = tmp_path / "bad.jsonl", tmp_path / "new" / "parent" / "run"
     data.write_text('{"text": 1}\n')
     with pytest.raises(DataError, match="no conversation to train on"):
         train(make_settings(untied_base, data, run))
-    assert [path.name for path in tmp_path.iterdir()] == ["bad.jsonl"]
+    assert [path.name for path in run.parent.iterdir()] == ["run.rejected.jsonl"]
     # an empty folder of the user's stays
     run.mkdir(parents=True)
     with pytest.raises(DataError, match="no conversation to train on"):
@@ -1289,7 +1291,7 @@ def test_a_start_that_fails_on_its_data_leaves_nothing(untied_base: Path, conver
     (run / "data" / "old").touch()
     with pytest.raises(DataError, match="no conversation to evaluate on"):
         train(make_settings(untied_base, conversations, run, eval_data_path=str(data), fresh=True))
-    assert [path.name for path in run.parent.iterdir()] == ["run"]
+    assert sorted(path.name for path in run.parent.iterdir()) == ["run", "run.rejected.jsonl"]
     (run / "data" / "old").unlink()
     # so is what existed before
     with pytest.raises(DataError, match="no conversation to train on"):

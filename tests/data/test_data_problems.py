@@ -13,7 +13,8 @@ def list_notes(folder: Path, *records: Any, **changes: Any) -> list[str]:
     """Prepare the records, and return the notes."""
     data = folder / "data.jsonl"
     data.write_text("".join(json.dumps(record) + "\n" for record in records))
-    values = {"model_name_or_path": "pocket", "data_path": str(data), "output_dir": folder / "cache", **changes}
+    values = {"model_name_or_path": "pocket", "data_path": str(data), "output_dir": folder / "cache"}
+    values |= {"max_rejected_fraction": None, **changes}
     events: list[Event] = []
     prepare(PrepareSettings(**values), events.append)
     return [event.text for event in events if isinstance(event, Note)]

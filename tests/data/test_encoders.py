@@ -88,6 +88,7 @@ def test_a_record_with_a_longer_word_is_rejected_and_kept(tmp_path: Path, add_to
         "model_name_or_path": "pocket",
         "data_path": str(tmp_path / "data.jsonl"),
         "output_dir": tmp_path / "cache",
+        "max_rejected_fraction": None,
     }
     result = prepare(PrepareSettings(**values, add_tokens=add_tokens))
     assert (result.conversations, result.rejected) == (2, 2)

@@ -124,6 +124,7 @@ def make_cache(folder: Path, **changes: Any) -> Path:
     data = folder / "data.jsonl"
     data.write_text("\n".join(map(json.dumps, RECORDS)))
     values = {"model_name_or_path": "pocket", "data_path": str(data), "output_dir": folder / "cache", "num_workers": 1}
+    values |= {"max_rejected_fraction": None}
     prepare(PrepareSettings(**values | {"objective": "dpo"} | changes))
     return folder / "cache"
 
@@ -207,6 +208,7 @@ def test_pairs_are_mixed_with_pairs_only(tmp_path: Path) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text("\n".join(map(json.dumps, RECORDS)))
     values: dict[str, Any] = {"model_name_or_path": "pocket", "output_dir": tmp_path / "m", "objective": "orpo"}
+    values |= {"max_rejected_fraction": None}
     two = [{"path": str(data), "name": "a"}, {"path": str(data), "name": "b", "weight": 2}]
     prepare(PrepareSettings(**values, data=two, num_workers=1))
     assert open_mixture(tmp_path / "m").has_preferences
@@ -214,7 +216,7 @@ def test_pairs_are_mixed_with_pairs_only(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="data: b: objective sft, but that of the command is orpo"):
         PrepareSettings(**values, data=two)
     plain = tmp_path / "plain"
-    prepare(PrepareSettings(model_name_or_path="pocket", data_path=str(data), output_dir=plain, num_workers=1))
+    prepare(PrepareSettings(**{**values, "objective": "sft"}, data_path=str(data)).replace(output_dir=plain))
     both = [{"path": str(plain), "name": "a"}, {"path": str(tmp_path / "m" / "b"), "name": "b"}]
     with pytest.raises(DataError, match="has preference pairs, and .* has none"):
         prepare(PrepareSettings(model_name_or_path="pocket", output_dir=tmp_path / "n", data=both))

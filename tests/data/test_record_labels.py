@@ -65,7 +65,8 @@ def prepared(tmp_path: Path, events: list[Event]) -> Callable[..., dict[str, Any
 
     def run(*records: Any, **more: Any) -> dict[str, Any]:
         data = write_lines(tmp_path / "data.jsonl", *records)
-        values = {"model_name_or_path": "pocket", "data_path": str(data), "output_dir": tmp_path / "cache", **more}
+        values = {"model_name_or_path": "pocket", "data_path": str(data), "output_dir": tmp_path / "cache"}
+        values |= {"max_rejected_fraction": None, **more}
         made = prepare(PrepareSettings(**values), events.append)
         manifest: dict[str, Any] = json.loads((made.cache / "manifest.json").read_text())
         return manifest
@@ -150,7 +151,7 @@ def test_records_labeled_bad_do_not_count_toward_the_rejected_fraction(
         assert prepared(*records, max_rejected_fraction=0.25)["rejected"] == 3
         with pytest.raises(DataError, match=r"1 of 4 records rejected \(unknown format: 1\)") as caught:
             prepared(*records, max_rejected_fraction=0.2)
-        assert "2 more are labeled bad and not counted" in caught.value.message
+        assert "2 more are left out on purpose" in caught.value.message
     monkeypatch.setattr(
         "t5tune.preparing.record_checks.MIN_RECORDS_TO_STOP", 2
     )  # checked while records are still being read

@@ -43,6 +43,7 @@ def test_a_sampled_record_gives_the_same_files_as_any_other(
     monkeypatch.setattr(raw_records, "parse_json", parse_and_count)
     (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(record, ensure_ascii=False) for record in RECORDS))
     values = {"model_name_or_path": "pocket", "data_path": str(tmp_path / "data.jsonl"), "num_workers": 1}
+    values |= {"max_rejected_fraction": None}
     files, counts = [], []
     for name, size in (("sampled", 8 << 20), ("first", 1)):
         monkeypatch.setattr("t5tune.data.sample.SAMPLE_BYTES", size)
@@ -85,7 +86,8 @@ def prepare_template(base: Path, folder: Path, *files: list[Any], **changes: Any
         path.write_text("".join(json.dumps(record) + "\n" for record in records))
     events: list[Event] = []
     output = folder / "cache"
-    values = {"model_name_or_path": str(base), "data_path": list(map(str, paths)), "output_dir": output, **changes}
+    values = {"model_name_or_path": str(base), "data_path": list(map(str, paths)), "output_dir": output}
+    values |= {"max_rejected_fraction": None, **changes}
     prepare(PrepareSettings(**values), events.append)
     notes = [event.text for event in events if isinstance(event, Note) and "conversation template" in event.text]
     return load_template(str(output / "template.yaml")), notes

@@ -47,7 +47,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_settings(data: Path, cache: Path, **values: Any) -> PrepareSettings:
-    values = {"model_name_or_path": "pocket", "num_workers": 1, **values}
+    values = {"model_name_or_path": "pocket", "num_workers": 1, "max_rejected_fraction": None, **values}
     return PrepareSettings(data_path=str(data), output_dir=cache, **values)
 
 
@@ -143,7 +143,7 @@ def write_array(path: Path, records: list[Any], end: str) -> Path:
             {"max_rejected_fraction": 0.05},
         ),
         (
-            lambda path: write_lines(path, PAIRS[:30] + PAIRS + [UNUSABLE] * 9),
+            lambda path: write_lines(path, PAIRS[:30] + PAIRS + [UNUSABLE] * 60),
             {"max_rejected_fraction": 0.3, "dedupe": "exact"},
         ),
         (lambda path: write_array(path, PAIRS, ", {'a': 1}]"), {}),
@@ -174,8 +174,12 @@ def test_the_error_is_that_of_one_process(
     settings = [make_settings(data, tmp_path / "cache", shard=f"{index}/3", **values) for index in (2, 0, 1)]
     with pytest.raises(T5TuneError) as raised:
         [prepare(part) for part in settings]
-    assert (type(raised.value), str(raised.value)) == (type(expected.value), str(expected.value))
+    message = str(expected.value).replace(f"{tmp_path}/one.rejected", f"{tmp_path}/cache.rejected")
+    assert (type(raised.value), str(raised.value)) == (type(expected.value), message)
     assert not (tmp_path / "cache").exists()
+    one, parts = (tmp_path / f"{name}.rejected.jsonl" for name in ("one", "cache"))
+    assert one.exists() == parts.exists() == ("rejected.jsonl" in message)
+    assert not one.exists() or one.read_bytes() == parts.read_bytes()
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
