@@ -63,11 +63,13 @@ class Batch:
     Args:
         requests: whose replies they are.
         outer: the batch that this one interrupts.
+        leaves_room: whether it may be interrupted; not if a reply didn't fit into memory beside it.
     """
 
     replies: list[Generation]
     requests: list[Request]
     outer: "Batch | None"
+    leaves_room: bool = True
     _turn_ends: float = field(default_factory=lambda: time.monotonic() + SECONDS_PER_TURN)
 
     @property
@@ -146,7 +148,7 @@ class Schedule:
 
     def take_smaller(self, outer: Batch) -> Batch | None:
         """Begin a batch of requests that are smaller than the largest one in a batch; None if no such request waits."""
-        if outer.level == MAX_LEVEL:
+        if outer.level == MAX_LEVEL or not outer.leaves_room:
             return None
         rest = max(request.rest for request in outer.requests)
         smaller = [request for request in self._list_ready(outer) if request.rest < rest]
@@ -176,6 +178,15 @@ class Schedule:
         while outer is not None:  # its memory isn't free
             cost, outer = cost + compute_cost(outer.replies), outer.outer
         self._limits[id(batch.engine)] = min(self._get_limit(batch.engine), cost // 2)
+
+    def postpone(self, batch: Batch, reply: Generation) -> None:
+        """Put a reply back to the head of the queue until the batches that its batch interrupts have ended."""
+        request = next(request for request in batch.requests if reply in request.replies)
+        request.waiting.insert(0, reply)
+        self._waiting = [request, *(other for other in self._waiting if other is not request)]
+        outer = batch.outer
+        while outer is not None:
+            outer.leaves_room, outer = False, outer.outer
 
     def _list_ready(self, outer: Batch | None = None) -> list[Request]:
         """List the requests whose engine can compute a batch now, or in the place of the interrupted one."""

@@ -143,7 +143,7 @@ class Batcher:
         except Exception as error:
             if is_device_lost(error):
                 failure = self._give_up(error)
-            elif len(replies) == 1:
+            elif len(replies) == 1 and not (batch.outer is not None and is_out_of_memory(error)):
                 failure = _explain(error, replies[0])
             else:
                 failure = None
@@ -160,6 +160,10 @@ class Batcher:
             if reply.follows and reply.ids and not reply.is_repeatable:
                 reply.end(T5TuneError("the reply couldn't be computed: its batch failed"))
         rest = [reply for reply in unfinished if reply.ended is None]
+        if rest and len(replies) == 1:  # it may fit when the interrupted batches don't take memory any more
+            with self._changed:
+                self._schedule.postpone(batch, rest[0])
+            return
         middle = (len(rest) + 1) // 2
         for half in (rest[:middle], rest[middle:]):
             if half:

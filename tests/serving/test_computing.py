@@ -110,6 +110,25 @@ def test_three_batches_at_most_have_begun_and_each_is_half_as_large(make: Callab
     assert engine.ended[-1] == [100]
 
 
+@pytest.mark.usefixtures("short_turns")
+def test_a_reply_that_does_not_fit_beside_an_interrupted_batch_waits_for_its_end(make: Callable[..., Batcher]) -> None:
+    engine, batcher = FakeEngine(), make()
+    large, small = Asked(engine, 10, length=40), [Asked(engine, 20 + number) for number in range(2)]
+    tries = iter(range(2))
+
+    def use_memory() -> None:
+        if engine.batches == [[10]] and batcher.num_waiting == 0:
+            submit(batcher, *small)
+        elif engine.batches != [[10]] and next(tries, None) is not None:  # both replies, and the first of them
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    engine.on_step = use_memory
+    submit(batcher, large)
+    assert [one.wait() for one in (large, *small)] == [[*range(10, 50)], [*range(20, 24)], [*range(21, 25)]]
+    assert engine.batches == [[10], [20, 21], [20], [21], [20]]
+    assert engine.ended == [[21], [10], [20]]
+
+
 def test_a_large_request_gets_half_of_the_time_while_small_ones_keep_coming(
     make: Callable[..., Batcher], monkeypatch: pytest.MonkeyPatch
 ) -> None:
