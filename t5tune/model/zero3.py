@@ -196,7 +196,11 @@ def _register_external_parameters(model: Any) -> None:
 
 
 class _SavedWeight(NamedTuple):
-    """A view of a partitioned parameter that the backward pass needs, without its values."""
+    """A view of a partitioned parameter that the backward pass needs, without its values.
+
+    Args:
+        offset: from the parameter's first element, since another gather may put it elsewhere into a buffer.
+    """
 
     parameter: Any
     size: torch.Size
@@ -226,7 +230,8 @@ def _release_gathered_weights(model: Any) -> None:
 def _save_without_weights(tensor: torch.Tensor) -> torch.Tensor | _SavedWeight:
     parameter = tensor if tensor._base is None else tensor._base
     if hasattr(parameter, "ds_id"):
-        return _SavedWeight(parameter, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
+        offset = int(tensor.storage_offset()) - int(parameter.storage_offset())
+        return _SavedWeight(parameter, tensor.size(), tensor.stride(), offset)
     # an operation's output would hold the operation, and that this output, for ever
     return tensor.detach()
 
@@ -240,7 +245,8 @@ def _read_saved(saved: torch.Tensor | _SavedWeight) -> torch.Tensor:
     if is_partitioned:
         parameter.all_gather()
     assert parameter.ds_status.name == "AVAILABLE", "its values would be those of an unfinished gather"
-    view: torch.Tensor = parameter.data.as_strided(saved.size, saved.stride, saved.offset)
+    values = parameter.data
+    view: torch.Tensor = values.as_strided(saved.size, saved.stride, values.storage_offset() + saved.offset)
     if is_partitioned:
         parameter.partition()
     return view

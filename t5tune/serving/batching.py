@@ -63,7 +63,7 @@ class Batch:
     Args:
         requests: whose replies they are.
         outer: the batch that this one interrupts.
-        leaves_room: whether it may be interrupted; not if a reply didn't fit into memory beside it.
+        leaves_room: whether it may be interrupted; not if a reply didn't fit into memory next to it.
     """
 
     replies: list[Generation]

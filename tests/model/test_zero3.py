@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from t5tune.checkpoints.safetensors import build_header
+from t5tune.model import zero3
 from t5tune.settings import TrainSettings
 from tests.support.bases import make_base
 from tests.support.two_ranks import read_lines, start_two_ranks
@@ -114,3 +116,22 @@ def test_a_step_needs_memory_for_two_blocks_and_the_embedding(way: str, tmp_path
         # gloo copies what it gathers once more; activations take few MB
         assert found["increase"] <= 2 * found["largest_block"] + 2 * embedding + (16 << 20)
         assert found["increase"] < found["blocks"] / 2 or way == "nf4"
+
+
+def test_weights_are_found_where_another_gather_has_put_them() -> None:
+    """With stage3_use_all_reduce_for_fetch_params, weights that are gathered together are parts of one buffer."""
+    layer, values = torch.nn.Linear(3, 2, bias=False), torch.randn(2, 3)
+    layer.weight.ds_id, layer.weight.ds_status = 0, SimpleNamespace(name="AVAILABLE")
+
+    def gather(start: int) -> None:
+        buffer = torch.full((20,), torch.nan)
+        layer.weight.data = buffer[start : start + 6].view(2, 3).copy_(values)
+
+    gather(start=5)
+    zero3._release_gathered_weights(layer)
+    hidden = torch.randn(4, 3, requires_grad=True)
+    output = layer(hidden)
+    gather(start=11)
+    output.sum().backward()
+    assert hidden.grad is not None
+    assert torch.equal(hidden.grad, torch.ones(4, 2) @ values)

@@ -111,7 +111,7 @@ def test_three_batches_at_most_have_begun_and_each_is_half_as_large(make: Callab
 
 
 @pytest.mark.usefixtures("short_turns")
-def test_a_reply_that_does_not_fit_beside_an_interrupted_batch_waits_for_its_end(make: Callable[..., Batcher]) -> None:
+def test_a_reply_that_does_not_fit_next_to_an_interrupted_batch_waits_for_its_end(make: Callable[..., Batcher]) -> None:
     engine, batcher = FakeEngine(), make()
     large, small = Asked(engine, 10, length=40), [Asked(engine, 20 + number) for number in range(2)]
     tries = iter(range(2))
