@@ -108,11 +108,15 @@ def resolve_precision(
             kind = describe_quantization(quantization, "base")
             report(Note(f"trained on an {kind}, but {problem}; using the unquantized base", warning=True))
             quantization = None
-    inherited = [] if quantization is None or "q_lora" in given else [describe_quantization(quantization)]
+    inherited, changed = [], list[str]()
+    if quantization is not None and "q_lora" not in given:
+        inherited.append(describe_quantization(quantization))
+        changed = [name for name in QuantizationSettings.model_fields if chosen.get(name) != trained.get(name)]
     if "bf16" in trained and "bf16" not in given and (inherited or bf16 != default):
         inherited.append("bf16" if bf16 else "fp32")
     if inherited:
-        report(Note(f"as in training: {', '.join(inherited)}"))
+        but = f" except for {', '.join(changed)}" if changed else ""
+        report(Note(f"as in training{but}: {', '.join(inherited)}"))
     return Precision(bf16, quantization)
 
 

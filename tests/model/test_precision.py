@@ -48,7 +48,7 @@ def list_notes(events: list[Event]) -> list[str]:
          ["as in training: fp4 without double quantization, fp32"]),
         ({"q_lora": False}, FP4, True, "fp32", ["as in training: fp32"]),
         ({"quant_type": "nf4", "bf16": True}, FP4, True, "nf4 without double quantization, bf16",
-         ["as in training: nf4 without double quantization"]),
+         ["as in training except for quant_type: nf4 without double quantization"]),
         ({"q_lora": True}, {"bf16": True, "q_lora": False}, True, "nf4, bf16", []),
     ],
 )  # fmt: skip
