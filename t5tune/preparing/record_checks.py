@@ -4,6 +4,7 @@ If too many are rejected, no cache is written, and its rejected.jsonl is kept ne
 """
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ from t5tune.file_names import REJECTED_FILE, REJECTED_SUFFIX
 from t5tune.io.atomic import copy_atomically
 
 MIN_RECORDS_TO_STOP = 1000  # max_rejected_fraction isn't checked while fewer records than this were read
+BEGINNING_BYTES = 1 << 16  # has room for the longest path, escaped
+_REJECTED = re.compile(rb'{"file": "[^\n]*", "line": \d+, "index": \d+, "offset": \d+, ')
 
 
 @dataclass(frozen=True)
@@ -96,9 +99,25 @@ class RecordChecks:
 
 
 def name_rejected_file(folder: Path) -> Path:
-    """Name the file for the rejected records of a cache that isn't written: `cache.rejected.jsonl`, next to it."""
+    """Name the file for the rejected records of a cache that isn't written: `cache.rejected.jsonl`, next to it.
+
+    It is `cache.1.rejected.jsonl` if a user has a file of that name, such as the records that were corrected by hand.
+    """
     named = folder if folder.name not in ("", "..") else Path(os.path.realpath(folder))
-    return named.with_name(f"{named.name}{REJECTED_SUFFIX}")
+    file, number = named.with_name(f"{named.name}{REJECTED_SUFFIX}"), 0
+    while os.path.lexists(file) and not _lists_rejected(file):
+        number += 1
+        file = named.with_name(f"{named.name}.{number}{REJECTED_SUFFIX}")
+    return file
+
+
+def _lists_rejected(file: Path) -> bool:
+    """Whether t5tune wrote the file, by the beginning of its first line."""
+    try:
+        with open(file, "rb") as lines:
+            return _REJECTED.match(lines.read(BEGINNING_BYTES)) is not None
+    except OSError:
+        return False
 
 
 @contextmanager

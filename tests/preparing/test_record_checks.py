@@ -82,3 +82,19 @@ def test_the_rejected_records_of_a_dataset_are_kept_next_to_the_mixture(tmp_path
     assert len((tmp_path / "cache.rejected.jsonl").read_text().splitlines()) == 3
     prepare(settings.replace(max_rejected_fraction=0.5))
     assert not (tmp_path / "cache.rejected.jsonl").exists()
+
+
+def test_a_file_of_the_users_with_the_name_of_the_rejected_records_stays(tmp_path: Path) -> None:
+    data = write(tmp_path / "data.jsonl", GOOD + BAD)
+    mine, kept = tmp_path / "cache.rejected.jsonl", tmp_path / "cache.1.rejected.jsonl"
+    with pytest.raises(DataError, match=mine.name):
+        prepare(make_settings(data))
+    corrected = write(mine, GOOD[:3]).read_bytes()
+    for _ in range(2):
+        with pytest.raises(DataError, match=kept.name):
+            prepare(make_settings(data))
+        assert len(kept.read_text().splitlines()) == len(BAD)
+    both = [str(write(data, GOOD)), str(mine)]
+    assert prepare(make_settings(data, data_path=both)).conversations == 20
+    assert mine.read_bytes() == corrected
+    assert not kept.exists()
