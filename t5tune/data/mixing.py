@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
+from pydantic import ConfigDict
 
 from t5tune.data.batching import Integers
 from t5tune.settings.data import MixingKind, MixingSettings, Temperature
@@ -28,6 +29,8 @@ class Mixing:
     Args:
         temperature, cap: T and K; None: no limit.
     """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")  # where it is read from mixture.json
 
     kind: MixingKind = "concatenate"
     temperature: Temperature = 1.0

@@ -395,7 +395,9 @@ def _read_mixture(folder: Path, name: str = MIXTURE_FILE) -> tuple[dict[str, Any
         # as JSON text: in strict mode pydantic doesn't build a dataclass from a dict
         saved: _SavedMixture = TypeAdapter(_SavedMixture).validate_json(json.dumps(manifest), strict=True)
         check_names_differ([dataset.name for dataset in saved.datasets])
-        check_weights([dataset.weight for dataset in saved.datasets])
+        check_weights(weights := [dataset.weight for dataset in saved.datasets])
+        if saved.mixing.kind != "weights" and set(weights) != {1.0}:
+            raise ValueError(f"weight: has no effect with mixing {saved.mixing.kind}; set mixing.kind to weights")
     except ValidationError as error:
         detail = error.errors()[0]
         found = "" if detail["type"] == "missing" else f"{detail['input']!r:.80}: "
