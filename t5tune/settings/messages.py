@@ -29,6 +29,7 @@ VALUE_REASONS = {
     "dict_type": "expected names with values",
     "model_type": "expected names with values, such as path: chats.jsonl",
     "missing": "missing",
+    "unexpected_keyword_argument": "unknown key",
     "literal_error": "expected {expected}",
     "greater_than": "must be greater than {gt}",
     "greater_than_equal": "must be at least {ge}",

@@ -62,7 +62,7 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "cap": (set_mixing(cap=10**30), f"mixing.cap: {10**30}: must be less than {1 << 63}"),
     "cap 0": (set_mixing(cap=0), "mixing.cap: 0: must be greater than 0"),
     "kind": (set_mixing(kind="x"), "mixing.kind: 'x': expected 'weights', 'proportional' or 'concatenate'"),
-    "unknown key": (set_mixing(temprature=2), "mixing.temprature: 2: "),
+    "unknown key": (set_mixing(temprature=2), "mixing.temprature: 2: unknown key"),
     "no effect": (set_mixing(kind="concatenate"), "datasets: weight: has no effect with mixing concatenate"),
     "same names": (set_all("name", "Sums"), "datasets: name: Sums: two datasets have it"),
     "newline": (set_dataset(name="a\nb"), "datasets[0].name: 'a\\nb': expected letters, digits, `.`, `_` and `-`"),
