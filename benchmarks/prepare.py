@@ -49,7 +49,7 @@ def read_conversations(data: Path) -> Iterator[list[tuple[str, str]]]:
     from t5tune.settings.reading import ReadingSettings
 
     settings = ReadingSettings()
-    for record in read_records([data], settings.max_record_bytes):
+    for record in read_records([data], settings):
         conversation = parse_record(record, settings)
         if isinstance(conversation, Conversation):
             yield [(turn.role, turn.text) for turn in conversation.turns]

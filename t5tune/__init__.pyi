@@ -65,7 +65,9 @@ class PrepareSettings(_settings.PrepareSettings):
         | None = None,
         objective: Literal["sft", "dpo", "orpo", "span-corruption"] = "sft",
         denoisers: Sequence[str] | str = ["t5"],
+        encoding: str | None = None,
         data_format: Literal["auto", "sharegpt", "openai", "alpaca", "prompt-completion", "source-target"] = "auto",
+        header: bool = True,
         rejected_column: str | None = None,
         merge_same_role: bool = False,
         clean: bool = False,
@@ -119,7 +121,11 @@ class PrepareSettings(_settings.PrepareSettings):
                 records with `chosen` and `rejected`), or masked spans of raw text, as in pretraining (span-corruption).
             denoisers: Which share of a text span-corruption masks, and the mean length of the spans (tokens): t5
                 (0.15:3), ul2, ul2-r, ul2-s, ul2-x, or one's own, such as 0.2:5; of several, each example gets one.
+            encoding: Encoding of text files without a byte order mark, such as cp1252 or utf-8; default: UTF-8, or
+                detected where most of a file isn't UTF-8.
             data_format: Format of the records; auto detects it from the keys of each record.
+            header: The first line of a CSV or TSV file has the names of its columns; without it, the first column is
+                the input, and the second the output.
             rejected_column: Column or key with the worse answer of a preference pair (objective dpo, orpo); the better
                 one is in target_column; default: rejected, and chosen.
             merge_same_role: Join consecutive turns of the same role instead of rejecting the record.
@@ -196,7 +202,9 @@ class TrainSettings(_settings.TrainSettings):
         model_max_length: int = 2048,
         objective: Literal["sft", "dpo", "orpo", "span-corruption"] = "sft",
         denoisers: Sequence[str] | str = ["t5"],
+        encoding: str | None = None,
         data_format: Literal["auto", "sharegpt", "openai", "alpaca", "prompt-completion", "source-target"] = "auto",
+        header: bool = True,
         rejected_column: str | None = None,
         source_prefix: str = "",
         merge_same_role: bool = False,
@@ -339,7 +347,11 @@ class TrainSettings(_settings.TrainSettings):
                 records with `chosen` and `rejected`), or masked spans of raw text, as in pretraining (span-corruption).
             denoisers: Which share of a text span-corruption masks, and the mean length of the spans (tokens): t5
                 (0.15:3), ul2, ul2-r, ul2-s, ul2-x, or one's own, such as 0.2:5; of several, each example gets one.
+            encoding: Encoding of text files without a byte order mark, such as cp1252 or utf-8; default: UTF-8, or
+                detected where most of a file isn't UTF-8.
             data_format: Format of the records; auto detects it from the keys of each record.
+            header: The first line of a CSV or TSV file has the names of its columns; without it, the first column is
+                the input, and the second the output.
             rejected_column: Column or key with the worse answer of a preference pair (objective dpo, orpo); the better
                 one is in target_column; default: rejected, and chosen.
             source_prefix: Text to prepend to each source of source-target or two-column data, such as `summarize: `.
@@ -837,7 +849,9 @@ class EvaluateSettings(_settings.EvaluateSettings):
         model_max_length: int = 2048,
         objective: Literal["sft", "dpo", "orpo", "span-corruption"] = "sft",
         denoisers: Sequence[str] | str = ["t5"],
+        encoding: str | None = None,
         data_format: Literal["auto", "sharegpt", "openai", "alpaca", "prompt-completion", "source-target"] = "auto",
+        header: bool = True,
         rejected_column: str | None = None,
         source_prefix: str = "",
         merge_same_role: bool = False,
@@ -900,7 +914,11 @@ class EvaluateSettings(_settings.EvaluateSettings):
                 records with `chosen` and `rejected`), or masked spans of raw text, as in pretraining (span-corruption).
             denoisers: Which share of a text span-corruption masks, and the mean length of the spans (tokens): t5
                 (0.15:3), ul2, ul2-r, ul2-s, ul2-x, or one's own, such as 0.2:5; of several, each example gets one.
+            encoding: Encoding of text files without a byte order mark, such as cp1252 or utf-8; default: UTF-8, or
+                detected where most of a file isn't UTF-8.
             data_format: Format of the records; auto detects it from the keys of each record.
+            header: The first line of a CSV or TSV file has the names of its columns; without it, the first column is
+                the input, and the second the output.
             rejected_column: Column or key with the worse answer of a preference pair (objective dpo, orpo); the better
                 one is in target_column; default: rejected, and chosen.
             source_prefix: Text to prepend to each source of source-target or two-column data, such as `summarize: `.

@@ -16,6 +16,7 @@ from t5tune.data.records import RecordLocation, Rejection
 from t5tune.errors import DataError, DependencyError
 from t5tune.formatting import format_count
 from t5tune.io.reasons import join_first
+from t5tune.settings.reading import ReadingSettings
 
 CELL_OVERHEAD_BYTES = 128  # memory of a cell in addition to its text
 CSV_REASONS = {  # part of the csv module's message: our message
@@ -31,21 +32,25 @@ DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bar
 DETECTED_DELIMITERS = ",;\t"  # without a line that names the delimiter
 SAMPLE_LINES = 100  # to find the delimiter by, at most
 SAMPLE_BYTES = 1 << 20  # about the most bytes of them
+MIN_WORDS = 3  # of a text in a header that may be data
 _DELIMITER_LINE = re.compile(r'"?sep=([,;\t|])"?[\r\n]*', re.IGNORECASE)  # Excel's first line
 _CELL_TEXT = re.compile(rb'[^",;\t|\r\n]+')
 
 
-def read_csv(path: Path, delimiter: str | None, max_bytes: int) -> Iterator[RawRecord]:
+def read_csv(path: Path, delimiter: str | None, reading: ReadingSettings) -> Iterator[RawRecord]:
     """Read a CSV file: a header with the column names, then rows. A first line `sep=;` names the delimiter.
+
+    Without a header, the first columns are named `source` and `target`, or as their objective needs.
 
     Args:
         delimiter: if None, it is detected, unless the file names it.
-        max_bytes: longer rows are rejected.
+        reading: its encoding, header and max_record_bytes; longer rows are rejected.
 
     Raises:
         DataError: the file is not valid CSV, its header is too long, or it isn't clear which delimiter it has.
     """
-    lines = _LineReader(path, max_bytes)
+    max_bytes = reading.max_record_bytes
+    lines = _LineReader(path, reading)
     texts = iter(lines)
     csv.field_size_limit(max_bytes)
     header_line = next(dropwhile(str.isspace, texts), None)
@@ -55,21 +60,30 @@ def read_csv(path: Path, delimiter: str | None, max_bytes: int) -> Iterator[RawR
         header_line = next(dropwhile(str.isspace, texts), None)
     if header_line is None:
         return
-    delimiter = delimiter or _detect_delimiter(path, max_bytes)
+    sample = _read_sample(path, reading)
+    delimiter = delimiter or _detect_delimiter(path, sample)
     reader = csv.reader(chain([header_line], texts), delimiter=delimiter, strict=True)
+    first_location = RecordLocation(str(path), lines.number, 0, lines.offset - lines.size)
     try:
         header = next(reader)
         if lines.size > max_bytes:
             raise DataError(f"{path}:{lines.number}: the header is longer than max_record_bytes {max_bytes}")
+        first_rows = [] if reading.header else [header]
+        if not reading.header:
+            header = _name_columns(len(header), reading)
+        is_doubtful = reading.header and _looks_like_data(header, _divide_lines(sample, delimiter)[0])
         names = [name if name.strip() else f"unnamed {number}" for number, name in enumerate(header, start=1)]
         _check_column_names(names, f"{path}:{lines.number}")
         index = 0
         while True:
-            location = RecordLocation(str(path), lines.number + 1, index, lines.offset)
-            lines.begin_row()
-            cells = next(reader, None)
-            if cells is None:
-                return
+            if first_rows:
+                location, cells = first_location, first_rows.pop()
+            else:
+                location = RecordLocation(str(path), lines.number + 1, index, lines.offset)
+                lines.begin_row()
+                if (row_cells := next(reader, None)) is None:
+                    return
+                cells = row_cells
             if not cells:
                 continue
             index += 1
@@ -77,20 +91,50 @@ def read_csv(path: Path, delimiter: str | None, max_bytes: int) -> Iterator[RawR
             if lines.size > max_bytes:
                 yield make_too_long_record(location, lines.beginning, lines.size, max_bytes)
             elif len(cells) != len(header):
-                problem = f"{format_count(len(cells), 'cell')} in a row, {len(header)} in the header"
+                first = "header" if reading.header else "first row"
+                problem = f"{format_count(len(cells), 'cell')} in a row, {len(header)} in the {first}"
                 rejection = Rejection("bad_row", f"{problem}, divided at {DELIMITERS[delimiter]}")
                 yield RawRecord(location, cells, size, parsed=rejection)
             else:
                 # a spreadsheet may have empty columns without a name
                 row = {name: cell for name, cell, given in zip(names, cells, header, strict=True) if cell or given}
-                yield RawRecord(location, row, size)
+                yield RawRecord(location, row, size, has_doubtful_header=is_doubtful)
     except csv.Error as error:
         reason = next((ours for theirs, ours in CSV_REASONS.items() if theirs in str(error)), str(error))
         problem = f"{path}:{lines.number}: not valid CSV: {reason}, divided at {DELIMITERS[delimiter]}"
         raise DataError(problem) from error
 
 
-def _detect_delimiter(path: Path, max_bytes: int) -> str:
+def _name_columns(count: int, reading: ReadingSettings) -> list[str]:
+    """Name the columns of a table without a header."""
+    names = ["prompt", "chosen", "rejected"] if reading.reads_preferences else ["source", "target"]
+    known = ["text"] if reading.is_raw_text else names
+    return [*known, *(f"column {number}" for number in range(len(known) + 1, count + 1))][:count]
+
+
+def _looks_like_data(header: list[str], rows: list[list[str]]) -> bool:
+    """Whether the header has a value of its column, or a text that is about as long as the column's other texts."""
+    columns = zip(*(row for row in rows if len(row) == len(header) and row != header), strict=True)
+    return any(
+        (name.strip() and name in cells)
+        or (len(name.split()) >= MIN_WORDS and 2 * len(name) >= sorted(map(len, cells))[len(cells) // 2])
+        for name, cells in zip(header, columns, strict=False)
+    )
+
+
+def _read_sample(path: Path, reading: ReadingSettings) -> list[str]:
+    """Read the first lines of a file that aren't blank, from the header on."""
+    lines = _LineReader(path, reading)
+    sample: list[str] = []
+    for line in dropwhile(str.isspace, lines):
+        if sample or not _DELIMITER_LINE.fullmatch(line):
+            sample.append(line)
+        if len(sample) == SAMPLE_LINES or lines.size > SAMPLE_BYTES:
+            break
+    return sample
+
+
+def _detect_delimiter(path: Path, sample: list[str]) -> str:
     """Find the delimiter that divides the most of the first rows into as many cells as the header, at least two.
 
     If none divides a row so, the one that divides the header into the most cells.
@@ -98,12 +142,6 @@ def _detect_delimiter(path: Path, max_bytes: int) -> str:
     Raises:
         DataError: commas and semicolons divide the rows equally well.
     """
-    lines = _LineReader(path, max_bytes)
-    sample: list[str] = []
-    for line in dropwhile(str.isspace, lines):
-        sample.append(line)
-        if len(sample) == SAMPLE_LINES or lines.size > SAMPLE_BYTES:
-            break
     num_cells, shares = {}, {}
     for delimiter in DETECTED_DELIMITERS:
         num_cells[delimiter], shares[delimiter] = _divide_rows(sample, delimiter)
@@ -126,18 +164,23 @@ def _divide_rows(lines: list[str], delimiter: str) -> tuple[int, float]:
     Returns:
         The number of cells in the header, and the share of the rows that have as many; 0 if these are less than two.
     """
+    rows, num_broken = _divide_lines(lines, delimiter)
+    if not rows:
+        return 0, 0
+    header, *others = rows
+    num_equal = sum(len(row) == len(header) for row in others)
+    return len(header), num_equal / max(1, len(others) + num_broken) if len(header) > 1 else 0
+
+
+def _divide_lines(lines: list[str], delimiter: str) -> tuple[list[list[str]], int]:
+    """Divide lines into rows of cells. Return those that aren't blank, up to a broken one, and 1 if one is broken."""
     rows: list[list[str]] = []
-    num_broken = 0
     try:
         for row in csv.reader(lines, delimiter=delimiter, strict=True):
             rows.append(row)
     except csv.Error as error:
-        num_broken = int("unexpected end of data" not in str(error))  # the lines may end inside a row
-    if not rows:
-        return 0, 0
-    header, *others = filter(None, rows)
-    num_equal = sum(len(row) == len(header) for row in others)
-    return len(header), num_equal / max(1, len(others) + num_broken) if len(header) > 1 else 0
+        return [*filter(None, rows)], int("unexpected end of data" not in str(error))  # the lines may end inside a row
+    return [*filter(None, rows)], 0
 
 
 def read_parquet(path: Path, max_bytes: int) -> Iterator[RawRecord]:
@@ -260,12 +303,13 @@ class _LineReader:
     replaced with `x`, so that the csv module still finds the same cells and the end of the row.
     """
 
-    def __init__(self, path: Path, max_bytes: int) -> None:
+    def __init__(self, path: Path, reading: ReadingSettings) -> None:
         self.offset = 0  # of the next line in the file
         self.number = 0  # lines yielded so far
         self.size = 0  # bytes of the current row so far
         self.beginning = b""  # the first of these bytes
-        self._max_bytes = max_bytes
+        self._max_bytes = reading.max_record_bytes
+        self._encoding = reading.encoding
         self._path = path
         self._skeleton = b""  # of the part of the current line that was dropped, if the row is too long
 
@@ -275,7 +319,7 @@ class _LineReader:
 
     def __iter__(self) -> Iterator[str]:
         rest, line_end = b"", None
-        for chunk in read_chunks(self._path):
+        for chunk in read_chunks(self._path, self._encoding):
             if line_end is None:
                 self.offset = len(BOM) if chunk.startswith(BOM) else 0
                 chunk = chunk[self.offset :]

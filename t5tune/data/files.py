@@ -1,11 +1,11 @@
-"""Find data files, and read them as streams of bytes, decompressing gzip and zstd.
+"""Find data files, and read them as streams of UTF-8, decompressing gzip and zstd.
 
     for path in find_files(["chats/*.jsonl.gz"]):
         for chunk in read_chunks(path):
             ...
 
 A broken file is refused with its name and position: a damaged or incomplete archive, a file whose content doesn't
-match its name, and UTF-16.
+match its name, and a text whose encoding isn't clear.
 """
 
 import glob
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from t5tune.data.cache import is_cache
+from t5tune.data.text_encoding import MARKS, UTF8, find_encoding, read_as_utf8
 from t5tune.errors import DataError
 from t5tune.file_names import (
     CHECKPOINT_MANIFEST_FILE,
@@ -43,7 +44,6 @@ KNOWN_SUFFIXES = ", ".join(sorted(JSON_SUFFIXES | TABLE_SUFFIXES))
 COMPRESSION_MAGIC = {".gz": rb"\x1f\x8b", ".zst": rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"}
 READ_CHUNK_BYTES = 1 << 20
 BOM = b"\xef\xbb\xbf"  # the byte order mark of UTF-8
-WIDE_ENCODING_MARKS = (b"\xff\xfe", b"\xfe\xff", b"\x00\x00\xfe\xff")  # byte order marks of UTF-16 and UTF-32
 
 
 def find_files(
@@ -124,7 +124,7 @@ def _check_suffix(path: Path, setting: str, is_text: bool) -> None:
 def _suggest_export(paths: list[Path]) -> str | None:
     """Return the next step if one of the files is a spreadsheet, or None."""
     spreadsheet = next((path for path in paths if path.suffix.lower() in SPREADSHEET_SUFFIXES), None)
-    return f"export {spreadsheet.name} as CSV in UTF-8" if spreadsheet else None
+    return f"export {spreadsheet.name} as CSV" if spreadsheet else None
 
 
 def _select_data_files(path: Path, found: list[Path], report: Report, setting: str, is_text: bool) -> list[Path]:
@@ -199,9 +199,10 @@ def find_data_suffix(path: Path, is_text: bool = False) -> str | None:
 
 
 class Digest:
-    """The SHA-256 of a stream that can be read only once."""
+    """The SHA-256 of a stream that can be read only once, and its encoding."""
 
     def __init__(self) -> None:
+        self.encoding = UTF8
         self._hash = hashlib.sha256()
         self._is_whole = False
 
@@ -234,12 +235,57 @@ class _PeekableStream:
         return first + data
 
 
-def read_chunks(path: Path, digest: Digest | None = None) -> Iterator[bytes]:
-    """Yield the decompressed bytes of a file in chunks of about 1 MiB; `digest` hashes the bytes as stored.
+def read_chunks(path: Path, encoding: str | None = None, digest: Digest | None = None) -> Iterator[bytes]:
+    """Yield the decompressed text of a file as UTF-8, in chunks of about 1 MiB.
+
+    Args:
+        encoding: of a file without a byte order mark; None: it is detected. Records from memory are UTF-8.
+        digest: hashes the bytes as stored, and gets the encoding.
 
     Raises:
-        DataError: the file can't be read, its archive is broken, or it is UTF-16 or UTF-32.
+        DataError: the file can't be read, its archive is broken, or its encoding isn't clear.
     """
+    facts = Digest() if digest is None else digest
+
+    def note(found: str) -> None:
+        facts.encoding = found
+
+    given = UTF8 if is_stored(path) else encoding
+    return read_as_utf8(_read_bytes(path, digest), given, str(path), note)
+
+
+def find_file_encoding(path: Path, given: str | None) -> str:
+    """Find the encoding of a text file.
+
+    Args:
+        given: that of a file without a byte order mark; None: it is detected.
+
+    Raises:
+        DataError: as of `read_chunks`.
+    """
+    return UTF8 if is_stored(path) else find_encoding(_read_bytes(path), given, str(path))
+
+
+def find_encodings(files: list[Path], given: str | None, stdin: Digest, report: Report) -> dict[Path, str]:
+    """Find the encoding of each text file that isn't UTF-8, and report those that weren't given.
+
+    Args:
+        given: that of files without a byte order mark; None: it is detected.
+        stdin: what is known of standard input.
+    """
+    texts = [file for file in files if find_data_suffix(file, is_text=True) != ".parquet"]
+    found = {file: stdin.encoding if file == STDIN else find_file_encoding(file, given) for file in texts}
+    others = {file: encoding for file, encoding in found.items() if encoding != UTF8}
+    for encoding in dict.fromkeys(others.values()):
+        if encoding != given:
+            names = join_first([file for file in others if others[file] == encoding])
+            advice = "" if encoding in MARKS.values() else "; --encoding chooses another"
+            report(Note(f"read as {encoding}: {names}{advice}"))
+    return others
+
+
+def _read_bytes(path: Path, digest: Digest | None = None) -> Iterator[bytes]:
+    """Yield the decompressed bytes of a file in chunks of about 1 MiB."""
     try:
         with open(path, "rb") if path != STDIN else sys.stdin.buffer as file:
             stream = _PeekableStream(file, digest)
@@ -248,9 +294,6 @@ def read_chunks(path: Path, digest: Digest | None = None) -> Iterator[bytes]:
             position = 0
             try:
                 while chunk := archive.read(READ_CHUNK_BYTES):
-                    if position == 0 and (chunk.startswith(WIDE_ENCODING_MARKS) or b"\x00" in chunk[:2]):
-                        problem = f"{path}: byte 0: the file is UTF-16 or UTF-32, not UTF-8"
-                        raise DataError(problem, hint="save the file as UTF-8")
                     position += len(chunk)
                     yield chunk
             except damages as error:

@@ -44,6 +44,7 @@ class RawRecord:
         has_filled_keys: whether it is of a table (Parquet, Arrow) that gives each object the keys of all others.
         repairs: (kind, count) of what the reader repaired.
         parsed: the record's conversation or its rejection; None if it isn't parsed yet.
+        has_doubtful_header: whether it is of a table whose header looks like data.
     """
 
     location: RecordLocation
@@ -53,6 +54,7 @@ class RawRecord:
     has_filled_keys: bool = False
     repairs: tuple[tuple[str, int], ...] = ()
     parsed: Conversation | Rejection | None = None
+    has_doubtful_header: bool = False
 
 
 def make_too_long_record(location: RecordLocation, beginning: bytes, size: int, max_bytes: int) -> RawRecord:
@@ -95,11 +97,15 @@ def parse_record(record: RawRecord, reading: ReadingSettings) -> Conversation | 
             where = re.sub(r"U\+DC([89A-F][0-9A-F])", r"the byte 0x\1", str(error))
             return Rejection("invalid_utf8", f"bytes that are not UTF-8 ({where}); {UTF8_HINT}")
         is_text_table = find_data_suffix(Path(location.file)) in (".csv", ".tsv")
+        if reason != "unknown_format" or not is_text_table:
+            return error.rejection
+        if record.has_doubtful_header:
+            advice = "the first line looks like data: add --no-header to read it as the first row"
+            return Rejection(reason, f"{advice}; otherwise, {error}")
         # a question suggests one of the keys, which shows that the first line has names
-        if reason == "unknown_format" and is_text_table and not str(error).endswith("?"):
-            advice = "if the first line of the file is data, write a line with the names of the columns above it"
-            return Rejection(reason, f"{error}; {advice}")
-        return error.rejection
+        if str(error).endswith("?") or not reading.header:
+            return error.rejection
+        return Rejection(reason, f"{error}; if the first line is data, add --no-header")
     if not repairs:
         return conversation
     return replace(conversation, repairs=Counter(conversation.repairs) + repairs)

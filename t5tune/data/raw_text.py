@@ -13,14 +13,14 @@ PART_BYTES = 1 << 15  # about; a few windows of the text
 _ENDS = [re.compile(pattern) for pattern in (rb"\n\s*\n", rb"\n", rb"[ \t]")]
 
 
-def read_text(path: Path) -> Iterator[RawRecord]:
+def read_text(path: Path, encoding: str | None = None) -> Iterator[RawRecord]:
     """Yield the parts of a text, in order; `text` is the key of each.
 
     Raises:
-        DataError: the file can't be read, its archive is broken, or it is UTF-16 or UTF-32.
+        DataError: as of `read_chunks`.
     """
     line, index, offset = 1, 0, 0
-    for part in _cut(read_chunks(path)):
+    for part in _cut(read_chunks(path, encoding)):
         text = part.removeprefix(BOM) if offset == 0 else part
         if text.strip():
             location = RecordLocation(

@@ -1,6 +1,6 @@
 """Read data files record by record, in bounded memory.
 
-    for record in read_records([Path("chats.jsonl")], max_bytes=4 << 20):
+    for record in read_records([Path("chats.jsonl")], reading):
         parse_record(record, reading)
 
 JSON arrays, objects of records (`{"id1": {…}, "id2": {…}}`), JSON lines and multi-line records are recognized by their
@@ -22,6 +22,7 @@ from t5tune.data.records import DEPTH_STEPS, RecordLocation, RejectionError, ite
 from t5tune.errors import DataError
 from t5tune.file_names import JSON_SUFFIXES, TEXT_SUFFIXES
 from t5tune.io.records_in_memory import is_stored_table
+from t5tune.settings.reading import ReadingSettings
 
 Form = Literal["array", "object", "lines", "values"]
 
@@ -29,11 +30,11 @@ MAX_KEY_BYTES = 1000  # of a record in an object of records
 MIN_MEMBERS = 2  # to see of an object of records on a line that is longer than a record may be
 
 
-def read_records(files: list[Path], max_bytes: int, stdin: Digest | None = None) -> Iterator[RawRecord]:
+def read_records(files: list[Path], reading: ReadingSettings, stdin: Digest | None = None) -> Iterator[RawRecord]:
     """Yield every record of the files, in order.
 
     Args:
-        max_bytes: longer records are rejected without parsing them.
+        reading: its encoding, header and max_record_bytes; longer records are rejected without parsing them.
         stdin: hashes the bytes that are read from standard input.
 
     Raises:
@@ -42,14 +43,14 @@ def read_records(files: list[Path], max_bytes: int, stdin: Digest | None = None)
     for path in files:
         kind = find_data_suffix(path, is_text=True)
         if kind in JSON_SUFFIXES:
-            chunks = read_chunks(path, stdin if path == STDIN else None)
-            yield from JsonReader(path, chunks, max_bytes).iterate_records()
+            chunks = read_chunks(path, reading.encoding, stdin if path == STDIN else None)
+            yield from JsonReader(path, chunks, reading.max_record_bytes).iterate_records()
         elif kind in TEXT_SUFFIXES:
-            yield from read_text(path)
+            yield from read_text(path, reading.encoding)
         elif kind == ".parquet":
-            yield from read_parquet(path, max_bytes)
+            yield from read_parquet(path, reading.max_record_bytes)
         else:
-            yield from read_csv(path, "\t" if kind == ".tsv" else None, max_bytes)
+            yield from read_csv(path, "\t" if kind == ".tsv" else None, reading)
 
 
 class JsonReader:

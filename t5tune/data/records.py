@@ -42,7 +42,7 @@ REJECTION_REASONS = {
     "long_word": "more than 100,000 characters that the tokenizer can't divide",
     "duplicate": "the same texts as an earlier conversation, of which the same turns are learned (dedupe)",
 }
-UTF8_HINT = "save the file as UTF-8"
+UTF8_HINT = "save the file as UTF-8, or name its encoding with --encoding"
 DEPTH_STEPS = {b"[": 1, b"{": 1, b"]": -1, b"}": -1}
 UNPARSED_REASONS = {"not_json", "invalid_utf8", "too_deep", "duplicate_key", "bad_number"}  # reasons of `parse_json`
 

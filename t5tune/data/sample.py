@@ -15,6 +15,8 @@ from t5tune.data.readers import read_records
 from t5tune.data.records import Rejection
 from t5tune.data.templates import DEFAULT_TEMPLATE, PAIR_TEMPLATE
 from t5tune.errors import DataError
+from t5tune.io.reasons import join_first
+from t5tune.progress import Note, Report
 from t5tune.settings import PrepareSettings
 from t5tune.settings.data import DataSettings
 from t5tune.settings.reading import ReadingSettings
@@ -57,6 +59,14 @@ def parse_sample(sample: list[RawRecord], settings: PrepareSettings) -> Iterator
             sample[number] = replace(record, data=b"", parsed=parsed)
 
 
+def report_doubtful_headers(sample: list[RawRecord], reading: ReadingSettings, report: Report) -> None:
+    """Report tables whose first line looks like data, unless the user says that it has names."""
+    files = dict.fromkeys(record.location.file for record in sample if record.has_doubtful_header)
+    if files and "header" not in reading.model_fields_set:
+        problem = "the first line looks like data, but is read as the names of the columns"
+        report(Note(f"{join_first([*files])}: {problem}; --no-header reads it as the first row", warning=True))
+
+
 def drain(sample: list[RawRecord]) -> Iterator[RawRecord]:
     """Yield each record and drop it from the list, so that its memory is freed."""
     sample.reverse()
@@ -93,7 +103,7 @@ def _has_only_pairs(sample: list[RawRecord], files: list[Path], settings: DataSe
 def _parse_first(file: Path, settings: DataSettings) -> Iterator[Conversation]:
     """Yield the first usable record of a file, if there is one at its beginning."""
     with suppress(DataError):  # it is raised again if the file is read so far
-        records = islice(read_records([file], settings.max_record_bytes), FIRST_RECORDS)
+        records = islice(read_records([file], settings), FIRST_RECORDS)
         yield from islice(_parse_usable(records, settings), 1)
 
 

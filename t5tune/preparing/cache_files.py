@@ -19,6 +19,7 @@ from t5tune.data.raw_records import RawRecord
 from t5tune.data.sources import describe_origin
 from t5tune.data.span_corruption import SpanCorruption, make_corruption
 from t5tune.data.templates import Template
+from t5tune.data.text_encoding import UTF8
 from t5tune.data.tokenizer import save_tokenizer
 from t5tune.data.vocabulary import ExtendedTokenizer, RoundTripCheck
 from t5tune.data.worker import BYTES_PER_WORKER, encode_records
@@ -175,6 +176,14 @@ def _describe_corruption(source: CacheSource) -> dict[str, Any]:
     return {"span_corruption": {"denoisers": source.settings.denoisers, "sentinel_ids": sentinels}}
 
 
+def _complete_file(file: dict[str, Any], stdin: Digest) -> dict[str, Any]:
+    """Add what is known of standard input once it has been read."""
+    if file["sha256"] is not None:
+        return file
+    encoding = {} if stdin.encoding == UTF8 else {"encoding": stdin.encoding}
+    return {**file, "sha256": stdin.value, **encoding}
+
+
 def _describe_cache(
     source: CacheSource, counts: RecordCounts, unused: list[str], described: dict[str, Any]
 ) -> dict[str, Any]:
@@ -182,7 +191,7 @@ def _describe_cache(
     tokenizer, added, left_out = source.vocabulary
     check = RoundTripCheck(tokenizer)
     sources = [origin for file in source.files if (origin := describe_origin(file)) is not None]
-    data = [{**file, "sha256": file["sha256"] or source.stdin.value} for file in source.inputs["data"]]
+    data = [_complete_file(file, source.stdin) for file in source.inputs["data"]]
     return {
         "format": CACHE_FORMAT,
         "made_by": MADE_BY,

@@ -5,7 +5,7 @@ manifest, facts = prepare_dataset(settings, report, Origin())
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -21,12 +21,12 @@ from t5tune.data.data_problems import (
     report_models_template,
     report_problems,
 )
-from t5tune.data.files import STDIN, Digest, find_files
+from t5tune.data.files import STDIN, Digest, find_encodings, find_files
 from t5tune.data.formats import Conversation
 from t5tune.data.mixture import find_tokenizer_folder, has_examples
 from t5tune.data.raw_records import RawRecord
 from t5tune.data.readers import read_records
-from t5tune.data.sample import choose_default_template, drain, parse_sample, take_sample
+from t5tune.data.sample import choose_default_template, drain, parse_sample, report_doubtful_headers, take_sample
 from t5tune.data.sources import bring_data, is_dataset_name
 from t5tune.data.templates import PAIR_TEMPLATE, Template, find_template, load_template
 from t5tune.data.tokenizer import Tokenizer, load_tokenizer
@@ -91,10 +91,12 @@ def prepare_dataset(settings: PrepareSettings, report: Report, origin: Origin) -
     paths = _bring_data(settings, report, origin)
     files = find_files(paths, report, origin.setting, is_text=settings.is_raw_text)
     stdin = Digest()
-    records = read_records(files, settings.max_record_bytes, stdin)
+    records = read_records(files, settings, stdin)
     sample = take_sample(records)
     base = find_base(settings, report=report)
-    source = _describe_source(settings, base, paths, files, stdin, sample, origin)
+    encodings = find_encodings(files, settings.encoding, stdin, report)
+    report_doubtful_headers(sample, settings, report)
+    source = _describe_source(settings, base, paths, files, encodings, stdin, sample, origin)
     folder, data = settings.output_dir, source.checks.data
     _ = source.corruption  # raises if the tokenizer can't have it
     is_divided = shard is not None or settings.join
@@ -134,6 +136,7 @@ def _describe_source(
     base: Path,
     paths: list[str],
     files: list[Path],
+    encodings: Mapping[Path, str],
     stdin: Digest,
     sample: list[RawRecord],
     origin: Origin,
@@ -154,7 +157,7 @@ def _describe_source(
     if template is None:
         default_template = choose_default_template(sample, files, settings)
         template = load_template(default_template)
-    inputs = _describe_inputs(settings, files, vocabulary.tokenizer, template)
+    inputs = _describe_inputs(settings, files, encodings, vocabulary.tokenizer, template)
     checks = RecordChecks(
         data=f"{origin.setting}: {join_first(files)}",
         purpose="evaluate on" if origin.is_evaluation else "train on",
@@ -222,11 +225,15 @@ def read_sample(settings: PrepareSettings, origin: Origin) -> Iterator[Conversat
     """Read the conversations by which prepare chooses the tokens to add."""
     is_text = settings.is_raw_text
     files = find_files(_bring_data(settings, silent, origin), silent, origin.setting, is_text)
-    yield from parse_sample(take_sample(read_records(files, settings.max_record_bytes)), settings)
+    yield from parse_sample(take_sample(read_records(files, settings)), settings)
 
 
 def _describe_inputs(
-    settings: PrepareSettings, files: list[Path], tokenizer: Tokenizer, template: Template
+    settings: PrepareSettings,
+    files: list[Path],
+    encodings: Mapping[Path, str],
+    tokenizer: Tokenizer,
+    template: Template,
 ) -> dict[str, Any]:
     """Describe everything that the cache depends on: the same inputs give the same bytes."""
     vocabulary = tokenizer.backend.to_str() if tokenizer.backend is not None else "bytes"
@@ -237,6 +244,7 @@ def _describe_inputs(
             {
                 "file": find_records_name(file.name) or file.name,
                 "sha256": hash_file(file) if file != STDIN else None,
+                **({"encoding": encodings[file]} if file in encodings else {}),
             }
             for file in files
         ],

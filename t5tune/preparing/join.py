@@ -28,6 +28,7 @@ from t5tune.preparing.placed_segments import Chunk, place_segments
 from t5tune.preparing.record_checks import RecordChecks
 from t5tune.preparing.rejected_lines import RejectedLines
 from t5tune.progress import Report, count_done
+from t5tune.settings.reading import ReadingSettings
 
 CHUNK_RECORDS = 1 << 14  # rows of records.bin that are read at once
 COPY_BYTES = 4 << 20
@@ -43,7 +44,7 @@ class Join:
         parts: the folder of each part with its manifest, in the order of the parts.
         staged: the folder to write to.
         id_size: bytes of an id in tokens.bin.
-        max_bytes: max_record_bytes, with which the files were read.
+        reading: how the files were read.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class Join:
         staged: Path,
         checks: RecordChecks,
         id_size: int,
-        max_bytes: int,
+        reading: ReadingSettings,
     ) -> None:
         self.counts = RecordCounts()
         self._folders = [folder for folder, _ in parts]
@@ -66,7 +67,7 @@ class Join:
         self._num_records = sum(place.segment.records for place in self._places)
         errors = [manifest["error"] for manifest in self._manifests if manifest["error"] is not None]
         self._error = min(errors, key=lambda error: error["place"], default=None)
-        self._lines = RejectedLines(files, self._places, self._open_part, max_bytes)
+        self._lines = RejectedLines(files, self._places, self._open_part, reading)
         self._removed = RecordCounts()  # of duplicates
         self._num_tokens = 0
         self._num_parts = 0  # conversations in the cache, where a split one counts several times

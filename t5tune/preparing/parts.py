@@ -139,7 +139,7 @@ def _join(
 
             def write_records(staged: Path) -> tuple[RecordCounts, bool]:
                 id_size = choose_ids_dtype(source.num_rows).itemsize
-                join = Join(loaded, source.files, staged, source.checks, id_size, settings.max_record_bytes)
+                join = Join(loaded, source.files, staged, source.checks, id_size, settings)
                 return join.counts, join.run(settings.dedupe == "exact", report)
 
             with (
@@ -168,7 +168,7 @@ def _encode_part(
     settings, tokenizer = source.settings, staged / "tokenizer"
     save_tokenizer(source.vocabulary.tokenizer, tokenizer)
     pipeline = Pipeline(tokenizer, source.template, settings)
-    reader = ShardReader(source.files, shard, settings.max_record_bytes)
+    reader = ShardReader(source.files, shard, settings)
     records = track(reader, "prepare", report, unit="records")
     results = encode_records(records, pipeline, choose_num_workers(source, shard.count))
     error = None

@@ -17,6 +17,7 @@ from t5tune.data.writer import format_rejected, make_duplicate_rejection
 from t5tune.preparing.part import REASONS, PartReader
 from t5tune.preparing.placed_segments import Chunk, PlacedSegment
 from t5tune.preparing.shard_reader import find_line_end, read_line_at
+from t5tune.settings.reading import ReadingSettings
 
 _END_OF_NUMBERS = b', "offset": '
 
@@ -33,7 +34,7 @@ class RejectedLines:
     files: list[Path]
     places: list[PlacedSegment]
     open_part: Callable[[int], PartReader]
-    max_bytes: int
+    reading: ReadingSettings
 
     def iterate_lines(self, chunk: Chunk, counts: RecordCounts) -> Iterator[bytes]:
         """Yield the lines of a chunk's rejected records and duplicates; note the first one of each file in `counts`."""
@@ -77,7 +78,7 @@ class RejectedLines:
 
     def _find_line_end(self, path: Path) -> bytes:
         if path not in self._line_ends:
-            self._line_ends[path] = find_line_end(path, self.max_bytes) or b"\n"
+            self._line_ends[path] = find_line_end(path, self.reading) or b"\n"
         return self._line_ends[path]
 
     @cached_property
@@ -90,19 +91,19 @@ class RejectedLines:
 
     @cached_property
     def _originals(self) -> "_Originals":
-        return _Originals(self.files, self.max_bytes)
+        return _Originals(self.files, self.reading)
 
 
 class _Originals:
     """Reads records again from files that can't be read from the middle; they are asked for in their order."""
 
-    def __init__(self, files: list[Path], max_bytes: int) -> None:
+    def __init__(self, files: list[Path], reading: ReadingSettings) -> None:
         self._files = files
-        self._max_bytes = max_bytes
+        self._reading = reading
         self._file = -1
         self._records: Iterator[RawRecord] = iter(())
 
     def read(self, file: int, index: int) -> RawRecord:
         if file != self._file:
-            self._file, self._records = file, read_records([self._files[file]], self._max_bytes)
+            self._file, self._records = file, read_records([self._files[file]], self._reading)
         return next(record for record in self._records if record.location.index == index)

@@ -1,13 +1,14 @@
 """Which records a part of the data has, when several processes prepare it: `--shard 0/3` is the first of three parts.
 
-    reader = ShardReader([Path("chats.jsonl"), Path("more.json.gz")], Shard(0, 3), max_bytes=4 << 20)
+    reader = ShardReader([Path("chats.jsonl"), Path("more.json.gz")], Shard(0, 3), reading)
     for record in reader:
         ...
     reader.segments
 
-All files are laid end to end, and each part has a range of these bytes. Files of JSON lines are cut there: a line
-belongs to the part in whose range its first byte is. Other files can't be cut without reading them: a small one belongs
-to the part in whose range it begins, and each part reads a large one whole, but keeps only every Nth block of records.
+All files are laid end to end, and each part has a range of these bytes. Files of JSON lines in UTF-8 are cut there: a
+line belongs to the part in whose range its first byte is. Other files can't be cut without reading them: a small one
+belongs to the part in whose range it begins, and each part reads a large one whole, but keeps only every Nth block of
+records.
 """
 
 from bisect import bisect_right
@@ -15,11 +16,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from t5tune.data.files import find_data_suffix, is_compressed, read_byte_range, read_chunks
+from t5tune.data.files import find_data_suffix, find_file_encoding, is_compressed, read_byte_range, read_chunks
 from t5tune.data.raw_records import RawRecord
 from t5tune.data.readers import JsonReader, read_records
+from t5tune.data.text_encoding import UTF8
 from t5tune.errors import DataError
 from t5tune.file_names import JSON_SUFFIXES
+from t5tune.settings.reading import ReadingSettings
 from t5tune.settings.shard import Shard
 
 BLOCK_RECORDS = 1024  # of a file that each part reads whole
@@ -50,13 +53,13 @@ class ShardReader:
     A segment is complete when the next one begins, or all records are read.
     """
 
-    def __init__(self, files: list[Path], shard: Shard, max_bytes: int) -> None:
+    def __init__(self, files: list[Path], shard: Shard, reading: ReadingSettings) -> None:
         self.segments: list[Segment] = []
         self.file = 0  # the file that is being read, and the records of it that are read, also those of other parts
         self.record = 0
         self._files = files
         self._shard = shard
-        self._max_bytes = max_bytes
+        self._reading = reading
 
     def __iter__(self) -> Iterator[RawRecord]:
         sizes = [file.stat().st_size for file in self._files]
@@ -66,14 +69,14 @@ class ShardReader:
         position = 0
         for number, (path, size) in enumerate(zip(self._files, sizes, strict=True)):
             self.file, self.record = number, 0
-            line_end = find_line_end(path, self._max_bytes)
+            line_end = find_line_end(path, self._reading)
             owner = min(bisect_right(starts, position), count) - 1
             if line_end is not None:
                 yield from self._read_lines(path, line_end, max(begin - position, 0), min(end - position, size))
             elif size * count * SMALL_FILES_PER_PART > total and count > 1:
                 yield from self._read_blocks(path)
             elif owner == index:
-                yield from self._add_segment(False, 0, read_records([path], self._max_bytes))
+                yield from self._add_segment(False, 0, read_records([path], self._reading))
             position += size
 
     def is_at_beginning(self, num_records: int) -> bool:
@@ -97,12 +100,12 @@ class ShardReader:
             return
         start, end = (find_line_start(path, position, line_end) for position in (begin, end))
         if start < end:
-            reader = JsonReader(path, read_byte_range(path, start, end), self._max_bytes, start)
+            reader = JsonReader(path, read_byte_range(path, start, end), self._reading.max_record_bytes, start)
             yield from self._add_segment(True, start, reader.iterate_lines(line_end))
             self.segments[-1].lines = reader.line - 1
 
     def _read_blocks(self, path: Path) -> Iterator[RawRecord]:
-        for record in read_records([path], self._max_bytes):
+        for record in read_records([path], self._reading):
             block, place = divmod(self.record, BLOCK_RECORDS)
             if (block + self.file) % self._shard.count == self._shard.index:
                 if place == 0:
@@ -120,12 +123,14 @@ class ShardReader:
             yield record
 
 
-def find_line_end(path: Path, max_bytes: int) -> bytes | None:
-    """Return the line end of a file of JSON lines that isn't compressed; None for another file."""
+def find_line_end(path: Path, reading: ReadingSettings) -> bytes | None:
+    """Return the line end of a file of JSON lines in UTF-8 that isn't compressed; None for another file."""
     try:
         if find_data_suffix(path) not in JSON_SUFFIXES or is_compressed(path):
             return None
-        reader = JsonReader(path, read_chunks(path), max_bytes)
+        if find_file_encoding(path, reading.encoding) != UTF8:
+            return None
+        reader = JsonReader(path, read_chunks(path, UTF8), reading.max_record_bytes)
         return reader.line_end if reader.detect_form() == "lines" else None
     except DataError:  # it is raised again when the file is read
         return None

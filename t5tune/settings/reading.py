@@ -1,5 +1,6 @@
 """How the records of a dataset are read, and how they become training examples."""
 
+import codecs
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -53,8 +54,18 @@ class ReadingSettings(Settings):
         description="Which share of a text span-corruption masks, and the mean length of the spans (tokens): t5 "
         "(0.15:3), ul2, ul2-r, ul2-s, ul2-x, or one's own, such as 0.2:5; of several, each example gets one.",
     )
+    encoding: Annotated[str | None, NoneIfUnset, Affects.EXAMPLES] = Field(
+        default=None,
+        description="Encoding of text files without a byte order mark, such as cp1252 or utf-8; default: UTF-8, or "
+        "detected where most of a file isn't UTF-8.",
+    )
     data_format: Annotated[DataFormat, Affects.EXAMPLES | Affects.INFERENCE] = Field(
         default="auto", description="Format of the records; auto detects it from the keys of each record."
+    )
+    header: Annotated[bool, Affects.EXAMPLES] = Field(
+        default=True,
+        description="The first line of a CSV or TSV file has the names of its columns; without it, the first column is "
+        "the input, and the second the output.",
     )
     source_column: Annotated[str | None, NoneIfUnset, Affects.EXAMPLES | Affects.INFERENCE] = Field(
         default=None, description="Column or key with the input; default: detected."
@@ -82,6 +93,17 @@ class ReadingSettings(Settings):
     max_record_bytes: Annotated[int, Affects.CACHE] = Field(
         default=4 << 20, gt=0, description="Reject records longer than this (bytes)."
     )
+
+    @field_validator("encoding")
+    @classmethod
+    def _check_encoding(cls, value: str | None) -> str | None:
+        try:
+            known = None if value is None else codecs.lookup(value)
+        except LookupError:
+            raise ValueError("no encoding has this name; such as utf-8, cp1252, utf-16, shift_jis") from None
+        if known is not None and not known._is_text_encoding:
+            raise ValueError("not an encoding of text; such as utf-8, cp1252, utf-16, shift_jis")
+        return None if known is None else known.name
 
     @field_validator("denoisers")
     @classmethod

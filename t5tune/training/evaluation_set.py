@@ -20,7 +20,7 @@ from t5tune.checkpoints.training_data import DatasetTraining, TrainingData
 from t5tune.data.data_problems import make_mixed_data_error, report_default_template
 from t5tune.data.encoders import Beginning, make_encoder
 from t5tune.data.encoding import EncodedConversation, Example, encode_batch, extract_example
-from t5tune.data.files import find_files
+from t5tune.data.files import Digest, find_encodings, find_files
 from t5tune.data.formats import Conversation
 from t5tune.data.mixture import Examples, find_caches, has_examples, open_examples
 from t5tune.data.pipeline import read_conversation
@@ -28,7 +28,7 @@ from t5tune.data.raw_records import RawRecord
 from t5tune.data.readers import read_records
 from t5tune.data.records import LABELED_BAD, RecordLocation, Rejection
 from t5tune.data.remote_files import hide_query
-from t5tune.data.sample import choose_default_template, drain, take_sample
+from t5tune.data.sample import choose_default_template, drain, report_doubtful_headers, take_sample
 from t5tune.data.sources import bring_data
 from t5tune.data.templates import (
     PAIR_TEMPLATE,
@@ -261,8 +261,10 @@ def _load_dataset(
     names = [str(find_conversations_file()) if name == "pocket" else name for name in settings.data_path]
     choice = DatasetChoice(settings.data_subset, settings.data_split, EVALUATION_SPLITS)
     files = find_files(bring_data(names, choice, "data_path", settings.cache_dir, report))
-    records = read_records(files, settings.max_record_bytes)
+    records = read_records(files, settings, stdin := Digest())
     sample = take_sample(records)
+    find_encodings(files, settings.encoding, stdin, report)
+    report_doubtful_headers(sample, settings, report)
     template, default_template = trained_template, None
     if template is None or settings.conversation_template is not None:
         template = loaded.find_template(settings.conversation_template)

@@ -82,7 +82,7 @@ EXPECTED_OUTCOMES: dict[str, tuple[str, bytes | str, list[str]]] = {
 
 def read_raw(path: Path) -> list[RawRecord]:
     limit = 4 << 20 if path.suffix == ".jsonl" else 10_000
-    return list(read_records(find_files([str(path)]), limit))
+    return list(read_records(find_files([str(path)]), ReadingSettings(max_record_bytes=limit)))
 
 
 def read(path: Path, **reading: Any) -> list[Conversation | Rejection]:

@@ -45,7 +45,7 @@ def write_lines(path: Path, *records: Any) -> Path:
 
 def read(path: Path, **reading: Any) -> list[Conversation | Rejection]:
     settings = ReadingSettings(**reading)
-    return [parse_record(record, settings) for record in read_records(find_files([str(path)]), 10_000)]
+    return [parse_record(record, settings) for record in read_records(find_files([str(path)]), settings)]
 
 
 def outcomes(path: Path, **reading: Any) -> list[str | dict[str, int]]:

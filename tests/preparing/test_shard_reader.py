@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from t5tune.data.readers import read_records
 from t5tune.preparing.placed_segments import place_segments
 from t5tune.preparing.shard_reader import ShardReader, find_line_start
+from t5tune.settings.reading import ReadingSettings
 from t5tune.settings.shard import Shard
 from tests.support.corpora import MAX_RECORD_BYTES, write_corpus
 
@@ -18,7 +19,7 @@ def read_parts(files: list[Path], count: int, max_bytes: int = 1 << 20) -> list[
     """Read all parts, and return (file, line, index, offset, data) of each record in the order of the data."""
     manifests, parts = [], []
     for index in range(count):
-        reader = ShardReader(files, Shard(index, count), max_bytes)
+        reader = ShardReader(files, Shard(index, count), ReadingSettings(max_record_bytes=max_bytes))
         parts.append(list(reader))
         manifests.append({"segments": [list(vars(segment).values()) for segment in reader.segments]})
     found = []
@@ -33,7 +34,9 @@ def read_parts(files: list[Path], count: int, max_bytes: int = 1 << 20) -> list[
 
 
 def read_whole(files: list[Path], max_bytes: int = 1 << 20) -> list[tuple[str, int, int, int, object]]:
-    locations = ((record.location, record) for record in read_records(files, max_bytes))
+    locations = (
+        (record.location, record) for record in read_records(files, ReadingSettings(max_record_bytes=max_bytes))
+    )
     return [(at.file, at.line, at.index, at.offset, (record.data, record.repairs)) for at, record in locations]
 
 
@@ -81,6 +84,6 @@ def test_a_line_belongs_to_the_part_in_which_its_first_byte_is(tmp_path: Path) -
 def test_parts_of_one_file_of_lines_have_about_the_same_size(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text("".join(json.dumps({"source": "q", "target": str(number)}) + "\n" for number in range(1000)))
-    sizes = [len(list(ShardReader([path], Shard(index, 3), 1 << 20))) for index in range(3)]
+    sizes = [len(list(ShardReader([path], Shard(index, 3), ReadingSettings()))) for index in range(3)]
     assert sum(sizes) == 1000
     assert max(sizes) - min(sizes) < 20

@@ -18,7 +18,8 @@ from t5tune.training.resume_guard import build_run_identity, check_finished_run
 from t5tune.training.run_folder import apply_cache_settings, locate_run, read_saved_settings, save_settings
 
 READING = [
-    "objective", "denoisers", "data_format", "source_column", "target_column", "rejected_column", "source_prefix",
+    "objective", "denoisers", "encoding", "data_format", "header",
+    "source_column", "target_column", "rejected_column", "source_prefix",
     "merge_same_role", "clean", "max_record_bytes",
 ]  # fmt: skip
 SELECTION = ["train_on", "min_target_tokens", "dedupe", "split_long", "drop_truncated_targets"]
