@@ -888,7 +888,7 @@ class EvaluateSettings(_settings.EvaluateSettings):
             num_data: Use only the first N examples; default: all.
             metrics: Metrics to compute: exact_match, rouge1, rouge2, rougeL, bleu, chrf, valid_json, field_f1; default:
                 all that fit the targets.
-            compare_base: Also score the base alone, on the same texts, and show the differences.
+            compare_base: Also score the base alone, on the same texts.
             bf16: Compute in bfloat16; default: as in training, else on GPUs that can.
             num_gpus: Start this many processes on this machine, one per GPU.
             revision: Branch, tag or commit of a model on the Hugging Face Hub; default: its main branch.

@@ -296,9 +296,7 @@ class EvaluateSettings(MetricSettings, DataSettings, PartitionSettings, Inferenc
     overwrite: bool = Field(
         default=False, description="Replace the output folder (default: evaluation) even if it contains other files."
     )
-    compare_base: bool = Field(
-        default=False, description="Also score the base alone, on the same texts, and show the differences."
-    )
+    compare_base: bool = Field(default=False, description="Also score the base alone, on the same texts.")
     num_beams: int = Field(default=1, gt=0, description="Number of beams for beam search; 1 decodes greedily.")
     max_new_tokens: OptionalCount = Field(
         default=None, description="Maximum length of a prediction (tokens); default: the length of the longest target."
