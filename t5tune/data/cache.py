@@ -49,7 +49,7 @@ from t5tune.settings.denoisers import find_denoisers
 from t5tune.settings.messages import describe_value_error
 from t5tune.settings.reading import PREFERENCE_OBJECTIVES
 
-CACHE_FORMAT = 2
+CACHE_FORMAT = 3
 # the index of the first id in tokens.bin, and a hash that conversations with the same texts share
 CONVERSATION_DTYPE = np.dtype([("start", "<u8"), ("key", "<u8")])
 # the number of the conversation, and a Span, whose positions count tokens from the start of that conversation

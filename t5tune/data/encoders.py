@@ -92,6 +92,10 @@ class ByteEncoder:
 
     joined_spaces: tuple[str, ...] = ()
 
+    def is_space_alone(self, text: str) -> bool:
+        """Whether the text begins with a space that is a token by itself, before an added token."""
+        return False
+
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.special_ids = tokenizer.special_ids
         self.markers = Markers(tokenizer)
@@ -109,6 +113,7 @@ class WholeTextEncoder:
         self.special_ids = tokenizer.special_ids
         self.markers = Markers(tokenizer)
         self.joined_spaces = list_joined_spaces(tokenizer)
+        self.is_space_alone = _make_space_check(tokenizer)
         self._tokenizers = _TokenizerPair(tokenizer)
         self.dtype = self._tokenizers.dtype
 
@@ -131,6 +136,7 @@ class WordEncoder:
         self.special_ids = tokenizer.special_ids
         self.markers = Markers(tokenizer)
         self.joined_spaces = list_joined_spaces(tokenizer)
+        self.is_space_alone = _make_space_check(tokenizer)
         self._tokenizers = _TokenizerPair(tokenizer)
         self.dtype = self._tokenizers.dtype
         self._known: dict[Text, bytes] = {}  # only of type str, because Python finds those faster
@@ -306,6 +312,14 @@ def _list_added_tokens(tokenizer: Tokenizer) -> list[str]:
     """Return the added tokens at which text is split, longest first, which is the order of the tokenizer."""
     added = tokenizer.backend.get_added_tokens_decoder().values()
     return sorted((token.content for token in added if not token.special), key=len, reverse=True)
+
+
+def _make_space_check(tokenizer: Tokenizer) -> Callable[[str], bool]:
+    """Make the function `is_space_alone` of an encoder."""
+    if not (is_prepend_scheme_first(tokenizer) and " " in list_joined_spaces(tokenizer)):
+        return lambda text: False
+    pattern = re.compile(f" (?:{_match_any(_list_added_tokens(tokenizer))})")
+    return lambda text: pattern.match(text) is not None
 
 
 def _match_any(tokens: list[str]) -> str:

@@ -26,7 +26,8 @@ MAX_WORD_LENGTH = 100_000  # characters; the tokenizer takes 13 MB for such a wo
 class Span(NamedTuple):
     """The positions of one example in the ids of its conversation, in tokens. Ends are exclusive.
 
-    The source is ids[:system_end] + ids[source_start:source_end], the target is ids[target_start:target_end].
+    The source is ids[:system_end] + ids[source_start:source_end], the target is ids[target_start:target_end]. A space
+    between both that is a token by itself belongs to neither.
     The special tokens around a source aren't among these, nor is the EOS token that is appended to the target if
     `target_is_whole`. The untruncated target ends at answer_end.
 
@@ -142,7 +143,7 @@ def encode_batch(conversations: list[list[Piece]], encoder: Encoder, max_length:
     ids_by_piece = encode_pieces(shifted, encoder)
     source_room = max_length - encoder.special_ids.source_size
     return [
-        _join_pieces(pieces, ids, source_room, max_length - 1)
+        _join_pieces(pieces, ids, encoder, source_room, max_length - 1)
         for pieces, ids in zip(shifted, ids_by_piece, strict=True)
     ]
 
@@ -236,7 +237,7 @@ def encode_prompt(pieces: list[Piece], encoder: Encoder, max_length: int) -> Enc
     answer_turn = 1 + max(piece.turn for piece in pieces if piece.kind == "human")
     whole = _shift_spaces([*pieces, Piece(" x", "answer", answer_turn, (1, 2))], encoder)
     (ids_by_piece,) = encode_pieces([whole], encoder)
-    encoded = _join_pieces(whole, ids_by_piece, max_length - encoder.special_ids.source_size, max_length - 1)
+    encoded = _join_pieces(whole, ids_by_piece, encoder, max_length - encoder.special_ids.source_size, max_length - 1)
     span = encoded.spans[-1]
     turn_starts: dict[int, int] = {}
     length = system_end = 0
@@ -258,7 +259,7 @@ def _shift_spaces(pieces: list[Piece], encoder: Encoder) -> list[Piece]:
     """Move the space between two pieces to the piece whose token contains it.
 
     If a space is part of the next word's token, it moves to the next piece: a source then ends with the last
-    character of its prefix, and a target begins with a metaspace, as every text does. Otherwise it stays.
+    character of its prefix, and a target's first word gets its metaspace, as every text's does. Otherwise it stays.
     """
     result: list[Piece] = []
     for piece in pieces:
@@ -275,7 +276,7 @@ def _shift_spaces(pieces: list[Piece], encoder: Encoder) -> list[Piece]:
 
 
 def _join_pieces(
-    pieces: list[Piece], ids_by_piece: list[Ids], source_room: int, target_room: int
+    pieces: list[Piece], ids_by_piece: list[Ids], encoder: Encoder, source_room: int, target_room: int
 ) -> EncodedConversation:
     spans: list[Span] = []
     turn_starts: list[int] = []
@@ -293,6 +294,9 @@ def _join_pieces(
             # a gap separates a target from its source, and belongs to neither
             source_end = length if piece.kind != "gap" else source_end
         elif piece.text[slice(*piece.message)].strip():  # without the template's suffix
+            # A target is a text by itself. The template's space before it is part of its first word, but before an
+            # added token it is a token, which the tokenizer doesn't write at the beginning of a text.
+            target_start += piece.message[0] == 1 and encoder.is_space_alone(piece.text)
             whole = Span(turn, system_end, system_end, source_end, target_start, length, length, True, True)
             spans.append(_truncate(whole, turn_starts, source_room, target_room))
     return EncodedConversation(np.concatenate(ids_by_piece), spans)

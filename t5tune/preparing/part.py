@@ -31,7 +31,7 @@ from t5tune.io.atomic import hash_file, write_json
 from t5tune.io.reasons import describe_error
 from t5tune.io.untrusted import parse_json_object
 
-PART_FORMAT = 1
+PART_FORMAT = 2
 RECORD_DTYPE = np.dtype([
     ("key", "<u8", (2,)),  # hash of the texts, and of what is learned of them
     ("line", "<u8"),  # within the segment, from 1

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, ByT5Tokenizer
 from t5tune.commands.prepare import PrepareResult, prepare
 from t5tune.data.cache import Cache, open_cache
 from t5tune.data.encoders import make_encoder
-from t5tune.data.encoding import encode_batch, encode_prompt, extract_example
+from t5tune.data.encoding import Example, encode_batch, encode_prompt, extract_example
 from t5tune.data.formats import Conversation, Turn
 from t5tune.data.records import RecordLocation
 from t5tune.data.templates import Template, load_template, render_answer_prefix, render_conversation
@@ -172,14 +172,19 @@ def test_the_plain_template_has_the_human_turn_as_source_and_the_assistant_turn_
     assert decode(tokenizer, cache[0].target_T) == "Two  eggs"
 
 
+def join_sides(example: Example, answer: str, cache: Cache, tokenizer: Any) -> list[int]:
+    """Concatenate source and target, with the token of the space between them, which none has before an added token."""
+    space = [tokenizer.convert_tokens_to_ids("▁")] if answer.startswith(tuple(cache.added_tokens)) else []
+    return [*example.source_S[:-1], *space, *example.target_T[:-1]]
+
+
 def test_concatenated_source_and_target_have_the_ids_of_the_whole_text(
     prepared: Callable[..., tuple[PrepareResult, Cache]],
 ) -> None:
     _, cache = prepared(*[record("Say it.", answer) for answer in ANSWERS])
     tokenizer = load_tokenizer_of(cache)
     for example, answer in zip(cache, ANSWERS, strict=True):
-        joined = [*example.source_S[:-1], *example.target_T[:-1]]
-        assert joined == encode(tokenizer, fastchat_text(["Say it.", answer]))
+        assert join_sides(example, answer, cache, tokenizer) == encode(tokenizer, fastchat_text(["Say it.", answer]))
 
 
 # -- concatenated ids of pieces, for unusual text, with the pocket tokenizer and the real one
@@ -971,8 +976,7 @@ def test_the_real_tokenizer_decodes_code_unchanged(
     assert [decode(tokenizer, example.target_T) for example in cache] == [answer + "\n" for answer in ANSWERS]
     assert result.unknown_tokens == 0
     for example, answer in zip(cache, ANSWERS, strict=True):
-        joined = [*example.source_S[:-1], *example.target_T[:-1]]
-        assert joined == encode(tokenizer, fastchat_text(["Say it.", answer]))
+        assert join_sides(example, answer, cache, tokenizer) == encode(tokenizer, fastchat_text(["Say it.", answer]))
 
 
 def test_fastchats_tokens_on_the_real_tokenizer_give_fastchats_ids(

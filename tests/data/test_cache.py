@@ -67,9 +67,9 @@ def test_a_cache_of_an_earlier_format_is_refused_and_prepared_again(tmp_path: Pa
     prepare(PrepareSettings(**values))
     path = tmp_path / "cache" / "manifest.json"
     manifest = json.loads(path.read_text())
-    assert manifest["format"] == 2
+    assert manifest["format"] == 3
     path.write_text(json.dumps(manifest | {"format": 0}))
-    with pytest.raises(DataError, match=r"manifest\.json: format 0; this version of t5tune reads format 2") as refused:
+    with pytest.raises(DataError, match=r"manifest\.json: format 0; this version of t5tune reads format 3") as refused:
         open_cache(tmp_path / "cache")
     assert refused.value.hint == "run t5tune prepare again"
     assert not prepare(PrepareSettings(**values)).up_to_date

@@ -264,7 +264,7 @@ def test_parts_of_other_data_or_of_another_version_are_refused_by_name(
         prepare(make_settings(data, tmp_path / "cache", shard="1/3"))
     part = tmp_path / "cache.parts" / "part-0-of-3" / "part.json"
     part.write_text(json.dumps(json.loads(part.read_text()) | {"format": 0}))
-    with pytest.raises(T5TuneError, match=r"part\.json: format 0; this version of t5tune reads format 1; delete"):
+    with pytest.raises(T5TuneError, match=r"part\.json: format 0; this version of t5tune reads format 2; delete"):
         prepare(make_settings(data, tmp_path / "cache", shard="1/3"))
 
 
