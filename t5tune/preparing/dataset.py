@@ -115,6 +115,8 @@ def prepare_dataset(settings: PrepareSettings, report: Report, origin: Origin) -
         all_records = chain(drain(sample), records)
         with write_folder_atomically(folder) as staged, keep_rejected(staged, source.checks.rejected_file):
             manifest = write_cache(staged, source, lambda staged: encode_cache(staged, source, all_records, report))
+            if STDIN in files and STDIN not in encodings:  # its first letters beyond ASCII may come after the sample
+                find_encodings([STDIN], settings.encoding, stdin, report)
             origin.before_replacing()
     else:
         sample.clear()  # a part reads its own records

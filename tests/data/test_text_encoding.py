@@ -194,8 +194,11 @@ def test_parts_are_read_in_the_same_encoding(tmp_path: Path, suffix: str) -> Non
 
 
 @pytest.mark.slow
-def test_standard_input_is_read_in_its_encoding(tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_ascii", [0, 17_000], ids=["at once", "after the sample"])
+def test_standard_input_is_read_in_its_encoding(tmp_path: Path, num_ascii: int) -> None:
     path = write_table(tmp_path / "data.jsonl", make_table(GERMAN), "cp1252")
+    line = json.dumps({"source": "word " * 24, "target": "x"}).encode() + b"\n"
+    path.write_bytes(line * num_ascii + path.read_bytes())
     output = "--output-dir", tmp_path / "cache"
     done = t5tune_in_fork(
         "prepare", "--model-name-or-path", "pocket", "--data-path", "-", *output, stdin=path.read_bytes()
