@@ -217,11 +217,11 @@ def _release_gathered_weights(model: Any) -> None:
     for module in model.modules():
         if type(module).__name__ == "Linear4bit" and isinstance(module, nn.Linear):  # bitsandbytes', not PEFT's
             module.forward = partial(_forward_4bit, module, module.forward)  # type: ignore[method-assign]
-    original_forward = model.forward
+    original_forward, read_saved = model.forward, partial(_read_saved, model)
 
     @wraps(original_forward)  # transformers and PEFT read the names of its arguments
     def forward(*arguments: Any, **inputs: Any) -> Any:
-        with saved_tensors_hooks(_save_without_weights, _read_saved):
+        with saved_tensors_hooks(_save_without_weights, read_saved):
             return original_forward(*arguments, **inputs)
 
     model.forward = forward
@@ -236,7 +236,7 @@ def _save_without_weights(tensor: torch.Tensor) -> torch.Tensor | _SavedWeight:
     return tensor.detach()
 
 
-def _read_saved(saved: torch.Tensor | _SavedWeight) -> torch.Tensor:
+def _read_saved(model: Any, saved: torch.Tensor | _SavedWeight) -> torch.Tensor:
     if isinstance(saved, torch.Tensor):
         return saved
     parameter = saved.parameter
@@ -244,7 +244,8 @@ def _read_saved(saved: torch.Tensor | _SavedWeight) -> torch.Tensor:
     is_partitioned = parameter.ds_status.name == "NOT_AVAILABLE"
     if is_partitioned:
         parameter.all_gather()
-    assert parameter.ds_status.name == "AVAILABLE", "its values would be those of an unfinished gather"
+    elif parameter.ds_status.name == "INFLIGHT":  # DeepSpeed began to gather it for a later block
+        model.ds_inflight_param_registry.pop(parameter).wait()
     values = parameter.data
     view: torch.Tensor = values.as_strided(saved.size, saved.stride, values.storage_offset() + saved.offset)
     if is_partitioned:

@@ -32,7 +32,8 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("records") / "Gespräche 1.jsonl"
     good = {"conversations": [{"from": "human", "value": "Grüße"}, {"from": "gpt", "value": ANSWER}]}
     bad = {"conversations": [{"from": "human", "value": "日本"}, {"from": "human", "value": "again"}]}
-    path.write_text("\n".join(json.dumps(record, ensure_ascii=False) for record in (good, bad)), encoding="utf-8")
+    lines = (json.dumps(record, ensure_ascii=False) for record in (*[good] * 10, bad))  # a tenth may be rejected
+    path.write_text("\n".join(lines), encoding="utf-8")
     return path
 
 

@@ -67,7 +67,7 @@ def test_the_settings_and_flags_of_the_page_exist(tmp_path: Path) -> None:
     assert parse_arguments(shlex.split(start), ServeSettings).problems == []
     section = TEXT[: TEXT.index("## Other tools")]
     flags = set(re.findall(r"`(--[a-z0-9-]+)", section))
-    known = {ServeSettings.format_option(name) for name in ServeSettings.model_fields}
+    known = {ServeSettings.format_option(name) for name in ServeSettings.model_fields} | {"--no-q-lora"}
     assert flags <= known | {"--json", "--quiet", "--config", "--dtype"}  # the last one of merge
     timeout = int(re.findall(r"TimeoutStopSec=(\d+)", unit)[0])
     assert timeout > ServeSettings(models="pocket").shutdown_timeout

@@ -106,7 +106,8 @@ def train(base: Path, name: str, is_released: bool) -> tuple[list[float], dict[s
 def describe_steps(base: Path) -> None:
     linear = torch.nn.functional.linear
     set_up()
-    print(json.dumps([f"{name}: {what}" for name in WAYS for what in find_differences(base, name)]))
+    differences = [f"{name}: {what}" for name in WAYS for what in find_differences(base, name)]
+    print(json.dumps([*differences, *find_unfinished_reads(base)]))
     assert torch.nn.functional.linear is linear
 
 
@@ -118,6 +119,22 @@ def find_differences(base: Path, name: str) -> Iterator[str]:
     yield from (f"{key} differs" for key, value in weights.items() if not are_same(value, found[key]))
     if not weights or weights.keys() != found.keys():
         yield "other weights"
+
+
+def find_unfinished_reads(base: Path) -> Iterator[str]:
+    """Read a saved weight that is partitioned, and one that DeepSpeed has begun to gather."""
+    import deepspeed
+
+    model = start(base, "lora", is_released=True).module
+    for name in ("encoder.block.0.layer.0.SelfAttention.k.weight", "decoder.block.1.layer.1.EncDecAttention.o.weight"):
+        weight = model.get_parameter(f"base_model.model.{name}")
+        with deepspeed.zero.GatheredParameters([weight], modifier_rank=None):
+            saved = zero3._save_without_weights(weight.t())
+            expected = weight.t().detach().clone()
+        if name.startswith("decoder"):
+            model.ds_inflight_param_registry[weight] = weight.all_gather_coalesced([weight])
+        if not are_same(zero3._read_saved(model, saved), expected):
+            yield f"{name}: read before it was gathered"
 
 
 def describe_peak(name: str, base: Path) -> None:
