@@ -158,6 +158,12 @@ class _Task:
         assert self.chosen.base is not None, "compare_base is set"
         return replace(self, chosen=self.chosen.base)
 
+    def count_partial_targets(self) -> int:
+        """Count the targets that are truncated, or contain characters that the vocabulary lacks."""
+        chosen, end, unknown = self.chosen, self.chosen.tokenizer.eos_token_id, self.chosen.tokenizer.unk_token_id
+        texts = (example.target_T for index, example in enumerate(chosen.examples) if index not in chosen.raw_texts)
+        return sum(target[-1] != end or unknown in target for target in texts)
+
     def decode(self, outcome: _Outcome) -> list[str]:
         chosen = self.chosen
         pairs = zip(outcome.predicted_ids, chosen.answer_ends, strict=True)
@@ -291,6 +297,11 @@ def _finish(
             leave_out=EXAMPLE_SETTINGS if is_all_prepared(task.settings) else (),
         )
     built_in = [_score(outcome, texts, task) for outcome, texts in zip(outcomes, predictions, strict=True)]
+    for whose, each in zip(("", "the base's "), tasks, strict=False):
+        if partial := each.count_partial_targets():
+            where = f"{partial:,} of {len(each.chosen.targets):,} targets are truncated or have characters that"
+            lost = f"{where} {'the base' if whose else 'the model'}'s vocabulary lacks"
+            report(Note(f"{whose}bits_per_character: {lost}, so it isn't of their whole text", warning=True))
     custom = _compute_custom_metrics(task, predictions)
     result = EvaluateResult(
         predictions=task.folder / PREDICTIONS_FILE,

@@ -21,7 +21,7 @@ from threading import Lock
 from typing import Any, Literal, TypeVar
 
 from t5tune.compat.hub_patches import RedirectedElsewhere, watch_requests_to_the_hub
-from t5tune.errors import CheckpointError, DataError, ModelError, T5TuneError, suggest_name
+from t5tune.errors import CheckpointError, DataError, ModelError, SettingsError, T5TuneError, suggest_name
 from t5tune.io.atomic import hash_file, write_file
 from t5tune.io.reasons import hide_queries, join_lines
 from t5tune.progress import Note, Report, count_done, silent
@@ -95,8 +95,15 @@ def describe_outage(error: BaseException) -> str | None:
 
 
 def call_with_retries(call: Callable[[], Result]) -> Result:
-    """Call a function, up to three more times if the Hub answers that it is broken or busy."""
-    wait = float(os.environ.get(RETRY_VARIABLE, 1))
+    """Call a function, up to three more times if the Hub answers that it is broken or busy.
+
+    Raises:
+        SettingsError: HUB_RETRY_SECONDS isn't a time.
+    """
+    given = os.environ.get(RETRY_VARIABLE, "1")
+    if re.fullmatch(r"\d*\.?\d+", given) is None:
+        raise SettingsError(f"{RETRY_VARIABLE}: {given!r} isn't a number of seconds")
+    wait = float(given)
     for retry in range(MAX_RETRIES):
         try:
             return call()

@@ -121,7 +121,7 @@ def check_kernel(shapes: Sequence[AttentionShape], device: torch.device, dtype: 
                 return KernelCheck(next(chain.from_iterable(found), None), num_stages)
             except Exception as error:  # whatever compilers and kernels raise
                 failures.append(f"{type(error).__name__}: {join_lines(error)[:200]}")
-        return KernelCheck(failures[0], None)
+        return KernelCheck("; with fewer stages: ".join(dict.fromkeys(failures)), None)
 
 
 def measure_implementations(

@@ -13,6 +13,7 @@ from t5tune.commands.evaluate import EvaluateResult, evaluate
 from t5tune.commands.prepare import prepare
 from t5tune.commands.train import train
 from t5tune.data.cache import open_cache
+from t5tune.progress import Note, Report, silent
 from t5tune.settings import EvaluateSettings, PrepareSettings
 from tests.support.command_line import t5tune_in_fork
 from tests.support.train_runs import make_settings
@@ -49,9 +50,9 @@ def run(untied_base: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory
     return folder
 
 
-def run_evaluate(model: Path, data: Path, output: Path, /, **changes: Any) -> EvaluateResult:
+def run_evaluate(model: Path, data: Path, output: Path, /, report: Report = silent, **changes: Any) -> EvaluateResult:
     values = {"model_name_or_path": str(model), "data_path": str(data), "output_dir": output, "use_cpu": True}
-    return evaluate(EvaluateSettings(**{**values, "max_new_tokens": 4, **changes}))
+    return evaluate(EvaluateSettings(**{**values, "max_new_tokens": 4, **changes}), report)
 
 
 def read_lines(result: EvaluateResult) -> list[dict[str, Any]]:
@@ -110,6 +111,21 @@ def test_an_untrained_run_and_its_base_differ_only_by_their_tokens(untied_base: 
     result = run_evaluate(tmp_path / "run", tmp_path / "plain.csv", tmp_path / "scores", compare_base=True)
     assert result.base is not None
     assert (result.loss, result.bits_per_character) == (result.base["loss"], result.base["bits_per_character"])
+
+
+def test_targets_that_a_vocabulary_cannot_write_are_counted(run: Path, tmp_path: Path) -> None:
+    """The base has no `{`, which training added; neither has the second letter."""
+    (tmp_path / "data.csv").write_text("source,target\na,{ b }\na,ꙮ\na,plain\n" + f"a,{'long ' * 30}\n")
+    notes: list[str] = []
+    run_evaluate(
+        run, tmp_path / "data.csv", tmp_path / "scores", compare_base=True, model_max_length=16,
+        report=lambda event: notes.append(event.text) if isinstance(event, Note) and event.warning else None,
+    )  # fmt: skip
+    texts = "targets are truncated or have characters that"
+    assert [note for note in notes if "bits_per_character" in note] == [
+        f"bits_per_character: 2 of 4 {texts} the model's vocabulary lacks, so it isn't of their whole text",
+        f"the base's bits_per_character: 3 of 4 {texts} the base's vocabulary lacks, so it isn't of their whole text",
+    ]
 
 
 def test_several_datasets_are_compared_on_the_same_texts(

@@ -395,7 +395,8 @@ def test_a_merge_does_not_import_torch(made: Made, tmp_path: Path) -> None:
     settings = {"model_name_or_path": str(made.base), "adapter": str(made.adapter), "output_dir": str(tmp_path / "out")}
     code = (
         "import sys; from t5tune.commands.merge import merge; from t5tune.settings import MergeSettings;"
-        f"merge(MergeSettings(**{settings!r}, onto='base', verify=False)); print(any(m in sys.modules for m in ('torch', 'peft')))"
+        f"merge(MergeSettings(**{settings!r}, onto='base', verify=False));"
+        "print(any(m in sys.modules for m in ('torch', 'peft')))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

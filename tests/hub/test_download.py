@@ -10,7 +10,7 @@ from huggingface_hub import constants
 
 from t5tune.checkpoints.base import find_base
 from t5tune.data.sources import bring_data
-from t5tune.errors import DataError, ModelError, T5TuneError
+from t5tune.errors import DataError, ModelError, SettingsError, T5TuneError
 from t5tune.hub.datasets import DatasetChoice
 from t5tune.progress import Event, Note
 from t5tune.settings.shared import BaseModelSettings
@@ -70,6 +70,16 @@ OUTAGES = [
     pytest.param(fail_to_answer, "the Hub can't be reached", id="timeout"),
     pytest.param(redirect, "the Hub's address redirects to login.example", id="redirect"),
 ]
+
+
+@pytest.mark.parametrize("given", ["fast", "-1", "nan"])
+def test_a_pause_that_is_no_time_is_refused_by_name(
+    given: str, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(hub, "model", 1)
+    monkeypatch.setenv("HUB_RETRY_SECONDS", given)
+    with pytest.raises(SettingsError, match=f"^HUB_RETRY_SECONDS: '{given}' isn't a number of seconds"):
+        read("model", tmp_path, [])
 
 
 @pytest.mark.parametrize("kind", FILES)
