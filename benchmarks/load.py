@@ -140,18 +140,7 @@ def train_on_ranks(base: Path, count: int, way: str, deepspeed: str) -> dict[str
     options += ["--save-strategy", "no", "--report-samples", 0]
     options += ["--num-processes", count, "--deepspeed", deepspeed] if count > 1 else []
     paths = ["--model-name-or-path", base, "--data-path", data, "--output-dir", run, "--fresh"]
-    command = [
-        sys.executable,
-        "-m",
-        "t5tune",
-        "train",
-        *paths,
-        *options,
-        "--save-strategy",
-        "no",
-        "--report-samples",
-        0,
-    ]
+    command = [sys.executable, "-m", "t5tune", "train", *paths, *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with open(base.parent / "log", "w+b") as log:
         process = subprocess.Popen(list(map(str, command)), stdout=log, stderr=log, env=environment)
