@@ -213,6 +213,7 @@ def run_benchmark(folder: Path, script: str, *arguments: str | Path) -> dict[str
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
+@pytest.mark.long
 def test_merge_and_peft_write_the_same_bits(tiny: Path) -> None:
     result = run_benchmark(tiny, "merge.py", "--config", "config.json", "--runs", "1")
     assert result["same_bits"]

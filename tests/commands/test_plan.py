@@ -164,6 +164,7 @@ def test_memory_saving_settings_reduce_the_planned_memory(
     assert weights + activations < more_weights + more_activations
 
 
+@pytest.mark.long
 def test_modules_to_save_are_counted_as_trainable() -> None:
     def count(**changes: Any) -> int:
         return make_plan("pocket", **NO_SUGGESTION, **changes).trainable_parameters
@@ -369,6 +370,7 @@ def test_each_zero_stage_partitions_what_it_should(tmp_path: Path) -> None:
     assert stages["zero3-offload"].host == pytest.approx(14 * count, rel=0.01)
 
 
+@pytest.mark.long
 def test_saving_takes_the_trained_weights_in_the_machines_memory(tmp_path: Path) -> None:
     model = write_short_model(tmp_path)
     common = {"train_mode": "full", "bf16": True, "source_length": 16, "target_length": 16}
@@ -606,6 +608,7 @@ def test_a_plan_says_that_it_leaves_out_the_teacher(tmp_path: Path) -> None:
         assert note in done.stderr
 
 
+@pytest.mark.long
 def test_the_command_accepts_a_run_config_and_refuses_other_models(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("model_name_or_path: google/flan-t5-small\ndata_path: x.jsonl\noutput_dir: y\n")
     done = t5tune_in_fork("plan", "--config", tmp_path / "run.yaml", "--gpu-memory", "16GiB")

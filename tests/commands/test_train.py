@@ -1144,6 +1144,7 @@ def test_a_finished_run_of_two_processes_is_not_repeated(
 
 @pytest.mark.slow
 @pytest.mark.distributed
+@pytest.mark.long
 def test_several_processes_have_the_settings_of_the_command_and_of_the_cache(untied_base: Path, tmp_path: Path) -> None:
     """A flag overrides a variable in each of them, and what isn't given is that of the token cache."""
     pairs, cache, run = tmp_path / "pairs.jsonl", tmp_path / "cache", tmp_path / "run"

@@ -183,6 +183,7 @@ def test_the_encoding_is_named_and_part_of_the_cache_s_identity(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
+@pytest.mark.variants(".csv")
 def test_parts_are_read_in_the_same_encoding(tmp_path: Path, suffix: str) -> None:
     path = write_table(tmp_path / f"data{suffix}", make_table(GERMAN, share=0.05, count=3000), "cp1252")
     result, _ = prepare_table(path)

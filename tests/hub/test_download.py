@@ -182,6 +182,7 @@ def records(count: int) -> bytes:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("is_mixture", [True, False])
+@pytest.mark.variants("True")
 def test_a_resumed_run_uses_the_commits_that_it_was_started_with(
     is_mixture: bool, hub: Hub, untied_base: Path, tmp_path: Path
 ) -> None:

@@ -115,7 +115,7 @@ MISTAKES: dict[str, tuple[Callable[..., torch.Tensor], str]] = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-@pytest.mark.variants("fails", "segments", "bias", "causal", "evaluation")
+@pytest.mark.variants("fails", "segments")
 def test_a_kernel_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch, mistake: str) -> None:
     wrong, message = MISTAKES[mistake]
     monkeypatch.setattr(attention_check, "attend", wrong)
@@ -125,6 +125,7 @@ def test_a_kernel_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch, mistak
 
 
 @pytest.mark.parametrize("mistake", ["fails", "bias"])
+@pytest.mark.variants("bias")
 def test_the_kernel_of_a_teacher_is_compared_too(monkeypatch: pytest.MonkeyPatch, mistake: str) -> None:
     """With its own heads, and only forward."""
     wrong, message = MISTAKES[mistake]
@@ -165,6 +166,7 @@ def test_a_kernel_that_needs_too_much_shared_memory_is_tried_with_fewer_stages(m
     assert tried.count(2) == 12  # each kind of attention with both shapes, trained and evaluated
 
 
+@pytest.mark.long
 def test_the_number_of_stages_reaches_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = record_compilations(monkeypatch)
     model = make_random_model("flan-t5", torch.float32, dropout=0.0)
@@ -362,6 +364,7 @@ def test_a_teacher_uses_the_kernel_only_after_it_was_compared_with_its_own_heads
         checked.clear()
 
 
+@pytest.mark.long
 def test_a_reference_adapter_is_measured_with_the_attention_of_the_policy(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -17,7 +17,7 @@ from tests.support.fake_cuda import CASES, GOLDEN_FILE, LARGE_CASES
 from tests.support.paths import REPOSITORY
 from tests.support.runs import LONG
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]  # one run of several models takes half a minute
 
 QUICK = {
     "packed",

@@ -625,6 +625,7 @@ def test_a_seed_is_refused_if_it_differs_from_what_a_token_cache_was_split_or_ma
 
 
 @pytest.mark.parametrize("is_prepared", [False, True])
+@pytest.mark.variants("True")
 def test_a_run_on_token_caches_that_differ_is_repeated_with_its_saved_settings(
     is_prepared: bool, untied_base: Path, data: Path, tmp_path: Path
 ) -> None:
