@@ -5,15 +5,18 @@
         ...
 
 A byte order mark decides, then what is given. Without both, a file is UTF-8 if most of its records with letters beyond
-ASCII are. For others, chardet compares a sample with the letters of many languages. Its answer counts if no likely
-encoding reads the sample differently; Excel's in the West, cp1252, wins among rivals.
+ASCII are. Others are read in each common encoding. A reading is likely if its words don't mix alphabets, and the
+accented letters of each cell are those of one language. If all likely readings have the same text, it is clear.
+Otherwise, chardet's confidence decides, but only if the readings differ in enough letters.
 """
 
 import codecs
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import chain, pairwise
+from typing import NamedTuple
 
 from t5tune.errors import DataError
 
@@ -34,16 +37,56 @@ MARKS = {  # byte order marks; UTF-32's begins like UTF-16's
 MARK_BYTES = max(map(len, MARKS))
 MAX_ASCII_BYTES = 16 << 20  # a file that begins with so many bytes of ASCII is taken for UTF-8
 SAMPLE_BYTES = 1 << 20  # from the first byte beyond ASCII
+MAX_WORD_BYTES = 100  # before it, of its line
 DETECTED_BYTES = 1 << 16  # of the sample's lines beyond ASCII, for the detector
-RIVAL_SHARE = 0.95  # of the highest confidence
-EQUAL_SHARE = 0.995
 MIN_CONFIDENCE = 0.03
+# Another likely reading may have this share of the highest confidence: a start, and more for each different letter that
+# occurs about three times. Of encodings that hardly any program writes, only those that are about as likely count.
+RIVAL_SHARE, RIVAL_SHARE_PER_LETTER, MAX_RIVAL_SHARE = 0.1, 0.17, 0.9
+UNCOMMON_RIVAL_SHARE = 0.97
+LETTER_COUNT = 3
 MAX_ODD_SHARE = 0.01  # of the characters beyond ASCII
+MAX_MIXED_SHARE = 0.02  # of the cells with accented letters; one is allowed
+NUM_SHOWN = 3
 ESCAPE_ERRORS = "t5tune-escape"
+# the accented letters of the languages that cp1250, cp1252, cp1254, cp1257 and cp1258 are used for
+ALPHABETS = [
+    frozenset(letters)
+    for letters in (
+        "äöüßé", "àâæçéèêëîïôœùûüÿ", "áéíïñóúü", "áàâãçéêíóôõúü", "àèéìíòóù", "àçéèíïòóúü", "áâäçéèêëíîïóôöúûü",
+        "æøåéóôòäöü", "åäöéàü", "áæðéíóøúýþö", "âêîôûäëïöáéó", "âçèéêîñôùûü", "ăâîşţ", "ąćęłńóśźż", "áčďéěíňóřšťúůýž",
+        "áäčďéíľňóôšťúýž", "áéíóöőúüű", "čćđšž", "čćěłńóŕřšśźž", "ąčęėįšųūž", "āčēģīķļņōŗšūž", "äöõüšž",
+        "çğıöşüâîûə\u0307", "àáâãèéêìíòóôõùúýăđĩũơư\u0300\u0301\u0303\u0309\u0323",
+    )
+]  # fmt: skip
 _NOT_ASCII = re.compile(rb"[\x80-\xff]")
+_CUT_OFF = re.compile(rb"[\xc2-\xf4][\x80-\xbf]{0,2}\Z")  # the beginning of a character at the end
 _RECORD_END = re.compile(rb"[\r\n}]")  # of a line, or of an object in an array
-_LETTER = "[A-Za-z\u00c0-\u024f\u0370-\u052f]"  # of alphabets with capitals
-_IN_WORD = re.compile(f"(?<={_LETTER})([^\\x00-\\x7f])(?={_LETTER})")
+_CELL_END = re.compile(r'[\t\r\n"{}\[\];|]+|,(?=\S)')
+_WORD_END = re.compile(r"[\x00-@\[-`{-\x7f]+")  # what is ASCII, but no letter
+_JSON_ESCAPE = re.compile(r"\\[bfnrt]")
+_ACCENTED = "\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u024f\u0300-\u036f\u1e00-\u1eff"  # Latin letters and marks
+_OTHER = "\u0370-\u0dff"  # letters of other alphabets
+_UNDIVIDED = (
+    "\u0e00-\u0eff\u3005-\u30ff\u3400-\u9fff\uac00-\ud7a3\uff66-\uff9f"  # of scripts with Latin names in a text
+)
+_IN_WORD = re.compile(f"(?<=[A-Za-z{_ACCENTED}{_OTHER}])([^\\x00-\\x7f])(?=[A-Za-z{_ACCENTED}{_OTHER}])")
+# what right readings have, and what wrong ones have: accented letters next to those of ASCII, and no word of them only;
+# words of one alphabet and several ideographs, and no such letter in a Latin word
+_LATIN_FORMS = (
+    re.compile(f"(?<=[A-Za-z])[{_ACCENTED}]|[{_ACCENTED}](?=[A-Za-z])"),
+    re.compile(f"(?<![A-Za-z{_ACCENTED}{_OTHER}])[{_ACCENTED}]{{2,}}(?![A-Za-z{_ACCENTED}{_OTHER}])"),
+)
+_OTHER_FORMS = (
+    re.compile(f"(?<![A-Za-z{_ACCENTED}{_OTHER}])[{_OTHER}]{{2,}}(?![A-Za-z{_ACCENTED}{_OTHER}])|[{_UNDIVIDED}]{{2,}}"),
+    re.compile(
+        f"(?<=[A-Za-z{_ACCENTED}])[{_OTHER}]|[{_OTHER}](?=[A-Za-z{_ACCENTED}])"
+        f"|(?<=[A-Za-z])[{_UNDIVIDED}](?![{_UNDIVIDED}])|(?<![{_UNDIVIDED}])[{_UNDIVIDED}](?=[A-Za-z])"
+    ),
+)
+_MARKED_CONSONANT = re.compile("[b-df-hj-np-tv-xz][\u0300-\u036f]")  # which Vietnamese doesn't have
+_NOT_LATIN = re.compile(f"[{_OTHER}{_UNDIVIDED}]")
+_ACCENTS = re.compile(f"[{_ACCENTED}]")
 _JOINERS = "\u00ad\u00b7\u200c\u200d\u2011\u2013\u2014\u2019\u2026"  # symbols that may be within a word
 
 
@@ -89,7 +132,8 @@ def read_as_utf8(
         if found is not None and num_ascii < MAX_ASCII_BYTES:
             while len(chunk) - found.start() < SAMPLE_BYTES and (more := next(chunks, b"")):
                 chunk += more
-            encoding = _detect(chunk[found.start() : found.start() + SAMPLE_BYTES], place)
+            first = max(chunk.rfind(b"\n", 0, found.start()) + 1, found.start() - MAX_WORD_BYTES)
+            encoding = _detect(chunk[first : found.start() + SAMPLE_BYTES], place)
         chunks = chain([chunk], chunks)
     note(encoding)
     yield from chunks if encoding == UTF8 else _decode(chunks, encoding)
@@ -118,35 +162,30 @@ def _escape_bytes(error: UnicodeError) -> tuple[str, int]:
 codecs.register_error(ESCAPE_ERRORS, _escape_bytes)
 
 
+class _Reading(NamedTuple):
+    """A likely reading of a sample, and the detector's confidence in it."""
+
+    text: str
+    encoding: str
+    confidence: float
+
+
 def _detect(sample: bytes, place: str) -> str:
-    """Detect the encoding of a text from its first byte beyond ASCII on.
+    """Detect the encoding of a sample, which begins before its first byte beyond ASCII.
 
     Raises:
         DataError: it isn't clear.
     """
-    if len(sample) == SAMPLE_BYTES:  # the last line is cut off
-        sample = sample[: sample.rfind(b"\n") + 1] or sample[:-MARK_BYTES]
-    records = [record for record in _RECORD_END.split(sample) if not record.isascii()]
+    records = [record for record in _RECORD_END.split(_CUT_OFF.sub(b"", sample)) if not record.isascii()]
     if 2 * sum(map(_is_utf8, records)) > len(records):
         return UTF8
-    lines = [line for line in sample.splitlines(keepends=True) if not line.isascii()]
-    sample = b"".join(lines)[:DETECTED_BYTES]
+    lines = [line for line in sample.splitlines(keepends=True) if not _is_utf8(line)]
+    sample = b"".join(lines or [sample])[:DETECTED_BYTES]
     sample = sample[: sample.rfind(b"\n") + 1] or sample
-    candidates = _rank_candidates(sample)
-    best = max((confidence for _, _, confidence in candidates), default=0)
-    rivals = {name: text for text, name, confidence in candidates if confidence >= RIVAL_SHARE * best}
-    common = [found for text in rivals.values() if (found := _find_common(sample, text)) is not None]
-    if best >= MIN_CONFIDENCE and DEFAULT_CODE_PAGE in common:
-        return DEFAULT_CODE_PAGE
-    num_equal = sum(confidence >= EQUAL_SHARE * best for _, _, confidence in candidates)
-    if best >= MIN_CONFIDENCE and len(common) == num_equal == 1:
-        return common[0]
-    shown = candidates[:3]
-    names = [f"--encoding {_find_common(sample, text) or name}" for text, name, _ in shown]
-    words = _find_different_words([text for text, _, _ in shown])
-    read = [f"{name} reads {word[:20]!r}" for name, word in zip(names, words, strict=True)]
-    found = ", ".join(read) or f"name it, such as --encoding {DEFAULT_CODE_PAGE}"
-    hint = f"{found}; --encoding {UTF8} rejects the records that aren't UTF-8"
+    readings = _list_readings(sample)
+    if readings and _is_clear(*readings):
+        return readings[0].encoding
+    hint = f"{_suggest(sample, readings)}; --encoding {UTF8} rejects the records that aren't UTF-8"
     raise DataError(f"{place}: not UTF-8, and its encoding isn't clear", hint=hint)
 
 
@@ -158,44 +197,92 @@ def _is_utf8(data: bytes) -> bool:
     return True
 
 
-def _rank_candidates(sample: bytes) -> list[tuple[str, str, float]]:
-    """List the likely readings of a sample, each once: its text, the encoding and the detector's confidence."""
+def _list_readings(sample: bytes) -> list[_Reading]:
+    """List the likely readings of a sample, each text once, those with the highest confidence first."""
     from chardet import EncodingEra, detect_all
 
     eras = EncodingEra.MODERN_WEB | EncodingEra.LEGACY_ISO | EncodingEra.LEGACY_MAC | EncodingEra.DOS
     found = detect_all(sample, ignore_threshold=True, encoding_era=eras, compat_names=False, max_bytes=len(sample))
-    readings: dict[str, tuple[str, float]] = {}
-    for each in found:
-        text = _try_decoding(sample, each["encoding"])
-        if text is not None and text not in readings and _is_likely(text):
-            readings[text] = str(each["encoding"]), each["confidence"]
-    return [(text, *reading) for text, reading in readings.items()]
+    confidences = dict.fromkeys(COMMON_ENCODINGS, 0.0)
+    confidences |= {each["encoding"]: each["confidence"] for each in found if each["encoding"] is not None}
+    readings: dict[str, _Reading] = {}
+    for encoding, confidence in confidences.items():
+        text = _decode_sample(sample, encoding)
+        if text is not None and text in readings:
+            confidence = max(confidence, readings[text].confidence)
+            readings[text] = readings[text]._replace(confidence=confidence)
+        elif text is not None and _is_likely(text):
+            readings[text] = _Reading(text, encoding, confidence)
+    return sorted(readings.values(), key=lambda reading: reading.confidence, reverse=True)
 
 
-def _try_decoding(sample: bytes, encoding: str | None) -> str | None:
+def _decode_sample(sample: bytes, encoding: str) -> str | None:
+    """Decode a sample, which may be cut off within a character; None if too many of its bytes aren't valid."""
     try:
-        return sample.decode(encoding) if encoding is not None else None
-    except (UnicodeDecodeError, LookupError):
+        text = codecs.getincrementaldecoder(encoding)("replace").decode(sample)
+    except LookupError:
         return None
+    num_others = sum(map("\x7f".__lt__, text))
+    return text if text.count("\ufffd") <= MAX_ODD_SHARE * num_others else None
+
+
+def _is_clear(best: _Reading, *others: _Reading) -> bool:
+    return (
+        best.encoding in COMMON_ENCODINGS
+        and best.confidence >= MIN_CONFIDENCE
+        and not any(_is_rival(other, best) for other in others)
+    )
+
+
+def _is_rival(other: _Reading, best: _Reading) -> bool:
+    """Whether another reading may be right, too."""
+    share = other.confidence / best.confidence
+    letters = Counter(best.text.lower()) - Counter(other.text.lower())
+    is_alike = 2 * letters.total() < sum(map("\x7f".__lt__, best.text))
+    if is_alike and "\ufffd" in other.text:  # the detector has no confidence in invalid bytes, of which a few may be
+        return True
+    if other.encoding not in COMMON_ENCODINGS:
+        return share > UNCOMMON_RIVAL_SHARE and not is_alike
+    evidence = min(len(letters), letters.total() / LETTER_COUNT)
+    return share > min(MAX_RIVAL_SHARE, RIVAL_SHARE + RIVAL_SHARE_PER_LETTER * evidence)
 
 
 def _is_likely(text: str) -> bool:
-    """Whether a text has no control characters, and hardly any symbols or capitals within words."""
+    """Whether a text looks like one of words, of which each belongs to one alphabet."""
     others = [character for character in text if character > "\x7f"]
-    # the currency sign isn't used; it is in the place of iso8859-15's euro
-    if any(unicodedata.category(each) in ("Cc", "Cn", "Co") or each == "\u00a4" for each in set(others)):
+    # the currency sign and the pilcrow aren't used; they are in the place of iso8859-15's euro and of Greek letters
+    if any(unicodedata.category(each) in ("Cc", "Cn", "Co") or each in "\u00a4\u00b6" for each in set(others)):
         return False
-    odd = sum(unicodedata.category(each)[0] not in "LM" and each not in _JOINERS for each in _IN_WORD.findall(text))
-    odd += sum(second > "\x7f" and first.islower() and second.isupper() for first, second in pairwise(text))
-    return odd <= MAX_ODD_SHARE * len(others)
+    text = _JSON_ESCAPE.sub(" ", text)
+    odd = sum(unicodedata.category(each)[0] not in "LMZ" and each not in _JOINERS for each in _IN_WORD.findall(text))
+    odd += sum(not (a + b).isascii() and a.islower() and b.isupper() for a, b in pairwise(text))
+    odd += len(_MARKED_CONSONANT.findall(text))
+    if odd > MAX_ODD_SHARE * len(others):
+        return False
+    (num_latin, num_bad_latin), (num_other, num_bad_other) = (
+        [len(pattern.findall(text)) for pattern in patterns] for patterns in (_LATIN_FORMS, _OTHER_FORMS)
+    )
+    if num_bad_latin > num_latin or num_bad_other > num_other or (num_other == 0 and _NOT_LATIN.search(text)):
+        return False
+    accents = [frozenset(found) for cell in _CELL_END.split(text.lower()) if (found := _ACCENTS.findall(cell))]
+    num_mixed = sum(not any(found <= alphabet for alphabet in ALPHABETS) for found in accents)
+    return num_mixed <= max(1, MAX_MIXED_SHARE * len(accents))
 
 
-def _find_common(sample: bytes, text: str) -> str | None:
-    return next((name for name in COMMON_ENCODINGS if _try_decoding(sample, name) == text), None)
+def _suggest(sample: bytes, readings: list[_Reading]) -> str:
+    """List the flags for the likely encodings, the default one first, and how each would read a word."""
+    shown = sorted(readings, key=lambda reading: reading.encoding != DEFAULT_CODE_PAGE)[:NUM_SHOWN]
+    default = _decode_sample(sample, DEFAULT_CODE_PAGE)
+    if default is not None and default not in [reading.text for reading in shown]:
+        shown = [*shown[: NUM_SHOWN - 1], _Reading(default, DEFAULT_CODE_PAGE, 0)]
+    words = _find_different_words([reading.text for reading in shown])
+    read = [f"--encoding {each.encoding} reads {word[:20]!r}" for each, word in zip(shown, words, strict=True)]
+    return ", ".join(read) or f"name it, such as --encoding {DEFAULT_CODE_PAGE}"
 
 
 def _find_different_words(texts: list[str]) -> list[str]:
     """Return a word of each text by which a reader sees the difference."""
-    places = zip(*(text.split(" ") for text in texts), strict=False)
-    found = next((words for words in places if len(set(words)) == len(words) and not words[0].isascii()), None)
-    return list(found) if found is not None else [text.strip() for text in texts]
+    words = [_WORD_END.split(text) for text in texts]
+    places = zip(*words, strict=False)
+    found = next((each for each in places if len(set(each)) == len(each) and not each[0].isascii()), None)
+    return list(found) if found is not None else [next(word for word in each if not word.isascii()) for each in words]

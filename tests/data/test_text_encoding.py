@@ -90,10 +90,11 @@ def test_every_record_is_read_in_the_encoding_of_its_file(
 
 
 def test_raw_text_is_read_in_the_encoding_of_its_file(tmp_path: Path) -> None:
-    (tmp_path / "data.txt").write_text("\n\n".join(GERMAN + FRENCH), encoding="cp1252")
+    text = "\n\n".join(GERMAN + FRENCH * 3)
+    (tmp_path / "data.txt").write_text(text, encoding="cp1252")
     settings = ReadingSettings(objective="span-corruption")
     records = list(read_records([tmp_path / "data.txt"], settings))
-    assert [record.data for record in records] == [{"text": "\n\n".join(GERMAN + FRENCH)}]
+    assert [record.data for record in records] == [{"text": text}]
 
 
 @pytest.mark.parametrize(
@@ -107,6 +108,77 @@ def test_an_encoding_that_is_not_clear_is_asked_for(tmp_path: Path, texts: list[
         read_pairs(path)
     assert "--encoding " in str(caught.value.hint)
     assert read_pairs(path, encoding=encoding) == list_pairs(table)
+
+
+ITALIAN = [
+    "La città è molto bella.", "Lunedì la riunione sarà alle nove.", "L'università riapre a settembre.",
+    "Così va meglio.", "Perché non funziona più?", "La qualità del servizio è buona.", "Il caffè è pronto.",
+    "Potrò ritirare il pacco domani?", "Sono però lieto.", "Giù in cantina fa freddo.", "Novità in arrivo.",
+]  # fmt: skip
+ICELANDIC = ["Það er gott veður í dag", "Þú ert góður vinur", "Ég skil ekki þessa bók"]
+ALBANIAN = ["Fjalëkalimi është i gabuar", "Çdo emër është i vlefshëm", "Nuk ka asnjë përdorues të tillë"]
+CZECH = ["Zadejte platné uživatelské jméno", "Heslo musí mít alespoň osm znaků", "Vaše žádost byla přijata"]
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 20, 100])
+@pytest.mark.parametrize(
+    ("texts", "encoding"),
+    [
+        (ITALIAN, "cp1252"), (FRENCH, "cp1252"), (SPANISH, "cp1252"), (ICELANDIC, "cp1252"), (ALBANIAN, "cp1252"),
+        (CZECH, "cp1250"), (CZECH, "iso8859-2"), (POLISH, "cp1250"), (TURKISH, "cp1254"), (RUSSIAN, "cp1251"),
+        (["I like the café", "We saw São Paulo", "A jalapeño", "It was déjà vu", "crème brûlée"], "cp1252"),
+        (["Zażółć\nŻądam", "Łódź"], "cp1250"),
+    ],
+)  # fmt: skip
+def test_no_text_is_read_wrongly(texts: list[str], encoding: str, count: int) -> None:
+    for seed in range(5):
+        rows = random.Random(seed).choices(texts + ENGLISH, k=count)
+        text = "".join(json.dumps({"source": row}, ensure_ascii=False) + "\n" for row in rows)
+        try:
+            found = find_encoding(iter([text.encode(encoding)]), None, "a")
+        except DataError:
+            continue
+        assert text.encode(encoding).decode(found) == text
+
+
+@pytest.mark.parametrize("texts", [ITALIAN, [*FRENCH, *ENGLISH], ICELANDIC, GERMAN[:1]])
+def test_cp1252_is_recognized(texts: list[str]) -> None:
+    text = "\n".join(texts * 5)
+    found = find_encoding(iter([text.encode("cp1252")]), None, "a")
+    assert text.encode("cp1252").decode(found) == text
+
+
+@pytest.mark.parametrize("bad", [b"\x81\x8d", "\u00fc".encode(), b""], ids=["stray bytes", "some UTF-8", "few letters"])
+def test_cp1252_is_the_first_choice_where_it_is_likely(bad: bytes) -> None:
+    lines = [text.encode("cp1252") for text in (FRENCH * 300 if bad else ["5 £ each ½"])]
+    lines[len(lines) // 2] = bad + lines[len(lines) // 2]
+    try:
+        found = find_encoding(iter([b"\n".join(lines)]), None, "a")
+    except DataError as error:
+        found = str(error.hint)
+    assert found == "cp1252" or found.startswith("--encoding cp1252 reads ")
+
+
+def test_the_hint_shows_whole_words() -> None:
+    with pytest.raises(DataError) as caught:
+        find_encoding(iter(['source,target\n"Vedo la città",sì\n'.encode("cp1252")]), None, "a")
+    assert "--encoding cp1252 reads 'città', " in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("num_bytes", [0, 1, 2])
+@pytest.mark.parametrize("separator", ["", "\n"], ids=["one line", "lines"])
+def test_utf_8_that_is_cut_within_a_character_is_utf_8(separator: str, num_bytes: int) -> None:
+    text = "b" * num_bytes + separator.join(CHINESE * 50_000)
+    assert find_encoding(iter([text.encode()]), None, "a") == "utf-8"  # the sample ends after 1 MiB
+    assert find_encoding(iter([b"a,b\nsch\xc3\xb6n,c\ngro\xc3"]), None, "a") == "utf-8"
+
+
+@pytest.mark.parametrize("num_bytes", [0, 1])
+@pytest.mark.parametrize(("texts", "encoding"), [(JAPANESE, "euc_jp"), (JAPANESE, "cp932"), (CHINESE, "gb18030")])
+def test_one_long_line_of_a_multi_byte_encoding_is_recognized(texts: list[str], encoding: str, num_bytes: int) -> None:
+    text = "b" * num_bytes + "".join(texts * 5000)
+    found = find_encoding(iter([text.encode(encoding)]), None, "a")
+    assert text.encode(encoding).decode(found) == text
 
 
 def test_utf_16_without_a_mark_names_the_line_to_type(tmp_path: Path) -> None:
