@@ -75,14 +75,8 @@ from t5tune.training.resume_guard import (
 from t5tune.training.run_folder import Run, TrainResult, open_data, start_or_resume_run
 from t5tune.training.same_ranks import check_same_inputs
 from t5tune.training.sample_predictions import SamplePredictions
-from t5tune.training.teacher import (
-    DistillationObjective,
-    Teacher,
-    TeacherFiles,
-    find_teacher,
-    hash_teacher,
-    load_teacher,
-)
+from t5tune.training.teacher import DistillationObjective, Teacher, load_teacher
+from t5tune.training.teacher_files import TeacherFiles, find_teacher, hash_teacher
 from t5tune.training.trainer import T5Trainer, TrainerParts
 
 BYTES_PER_PARAMETER = 4 + 8  # of a checkpoint: the weights in fp32, and Adam's two moments

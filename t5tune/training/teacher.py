@@ -1,6 +1,5 @@
 """Distillation: the teacher of a run, and learning its probabilities of each target token.
 
-    files = find_teacher(settings)
     teacher = load_teacher(settings, files, tokenizer, device, deepspeed, start_token_id, is_packed, template)
     objective = DistillationObjective(settings, teacher)
 
@@ -11,73 +10,24 @@ ZeRO-3 it is partitioned among the ranks, too.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from t5tune.checkpoints.adapter import read_base_metadata
-from t5tune.checkpoints.base import open_base
-from t5tune.checkpoints.fingerprint import compute_full_hash, load_hash, read_file_stats, store_hash
 from t5tune.data.templates import Template
 from t5tune.data.tokenizer import Tokenizer
 from t5tune.errors import ModelError, SettingsError, naming_settings
 from t5tune.model.attention import can_pack, use_packing
 from t5tune.model.distillation import Distillation
 from t5tune.model.fused import use_fused_layers
-from t5tune.model.inference import find_base_and_adapter, load_for_inference
+from t5tune.model.inference import load_for_inference
 from t5tune.model.loss import CrossEntropy, HeadWeights, read_head_weights
 from t5tune.progress import Note, Report, silent
 from t5tune.settings import TrainSettings
 from t5tune.settings.distillation import TEACHER
 from t5tune.settings.packaged_templates import get_zero_stage
-from t5tune.settings.shared import InferenceSettings
 from t5tune.training.objectives import TargetObjective, widen_mask
-from t5tune.training.resume_guard import hash_adapter
-
-TEACHER_HASH_FILE = "teacher.json"
-
-
-class TeacherFiles(NamedTuple):
-    """Folders of the teacher's weights."""
-
-    base: Path
-    adapter: Path | None
-
-
-def find_teacher(settings: TrainSettings, report: Report = silent) -> TeacherFiles:
-    """Find the teacher's base, which is downloaded if need be, and its adapter if there is one.
-
-    Raises:
-        ModelError, CheckpointError: they don't exist, or can't be used.
-    """
-    with naming_settings(model_name_or_path=TEACHER, adapter="teacher_adapter"):
-        return TeacherFiles(*find_base_and_adapter(_make_inference_settings(settings), report))
-
-
-def hash_teacher(files: TeacherFiles, run_folder: Path) -> str:
-    """Hash the weights of the teacher. The base's hash is kept in the run folder, as that of the run's own base is."""
-    stats = read_file_stats(files.base)
-    base_hash = load_hash(run_folder / TEACHER_HASH_FILE, stats)
-    if base_hash is None:
-        family = None if files.adapter is None else read_base_metadata(files.adapter).get("family")
-        base_hash = compute_full_hash(open_base(files.base, family))
-    store_hash(run_folder / TEACHER_HASH_FILE, stats, base_hash)
-    adapter_hash = "" if files.adapter is None else f", {hash_adapter(files.adapter)}"
-    return f"sha256:{base_hash}{adapter_hash}"
-
-
-def _make_inference_settings(settings: TrainSettings, files: TeacherFiles | None = None) -> InferenceSettings:
-    name, adapter = settings.teacher_model_name_or_path, settings.teacher_adapter
-    if files is not None:
-        name, adapter = str(files.base), files.adapter
-    return InferenceSettings(
-        model_name_or_path=name or "",
-        adapter=adapter,
-        cache_dir=settings.cache_dir,
-        q_lora=settings.teacher_q_lora,
-        bf16=settings.bf16,
-    )
+from t5tune.training.teacher_files import TeacherFiles, make_inference_settings
 
 
 @dataclass(frozen=True)
@@ -140,7 +90,7 @@ def load_teacher(
     """
     zero3 = deepspeed if deepspeed is not None and get_zero_stage(deepspeed) == 3 else None
     with naming_settings(model_name_or_path=TEACHER, adapter="teacher_adapter"):
-        loaded = load_for_inference(_make_inference_settings(settings, files), device=device, zero3=zero3)
+        loaded = load_for_inference(make_inference_settings(settings, files), device=device, zero3=zero3)
     _check_tokenizer(settings, loaded.tokenizer, tokenizer)
     if (own := loaded.find_template(None)) is not None and own.hash != template.hash:
         problem = "it was trained with another conversation template than that of this run's data"

@@ -30,6 +30,7 @@ from t5tune.settings.reading import PREFERENCE_OBJECTIVES
 from t5tune.settings.training import SCHEDULES_BY_METRIC, RankSettings
 from t5tune.training.deepspeed_values import find_mismatches
 from t5tune.training.run_folder import CACHE_SETTINGS, apply_cache_settings, find_given_examples, list_all_caches
+from t5tune.training.teacher_files import find_teacher
 
 SECRET_ARGUMENTS = {"hub_token", "push_to_hub_token"}
 FIXED_ARGUMENTS = {
@@ -269,8 +270,6 @@ def check_machine(settings: TrainSettings, report: Report = silent) -> None:
     base = find_base(settings, report=report)
     find_family(read_config(base), base, settings.family)
     if settings.teacher_model_name_or_path is not None:
-        from t5tune.training.teacher import find_teacher  # imports torch
-
         find_teacher(settings, report)
     if (problem := find_missing_gpus(settings)) is not None:
         raise SettingsError(problem)
