@@ -8,9 +8,8 @@ from typing import Any
 
 from t5tune.data.mixture import has_examples
 from t5tune.data.sources import is_dataset_name
-from t5tune.file_names import ADAPTER_CONFIG_FILE, CACHE_MANIFEST_FILE
+from t5tune.file_names import ADAPTER_CONFIG_FILE, CACHE_MANIFEST_FILE, REPORT_FILE
 from t5tune.io.atomic import find_unused_folder
-from t5tune.reports.run_page import REPORT_FILE
 from t5tune.settings import (
     EvaluateSettings,
     ExportSettings,

@@ -17,6 +17,7 @@ from t5tune.data.cache_view import build_histogram
 from t5tune.data.mixture import Examples, Mixture
 from t5tune.data.records import LABELED_BAD
 from t5tune.data.remote_files import hide_data_queries
+from t5tune.file_names import REPORT_FILE
 from t5tune.formatting import GIB, format_count, format_duration, format_metric_name, format_number, format_size
 from t5tune.metrics import prefix_metric, split_by_dataset
 from t5tune.reports.metrics_log import read_metrics, read_samples
@@ -25,7 +26,6 @@ from t5tune.reports.svg import Series, draw_line_chart, format_short
 from t5tune.settings import TrainSettings
 from t5tune.settings.flags import list_flags, list_without_flags
 
-REPORT_FILE = "report.html"
 # evaluation metrics that are shown at the top, in addition to the table
 TILE_METRICS = ("loss", "perplexity", "rewards/accuracies", "rewards/margins", "exact_match", "rougeL", "field_f1")
 TEXT_SCORES = {"exact_match", "rougeL", "bleu", "chrf"}

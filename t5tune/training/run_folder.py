@@ -36,7 +36,7 @@ from t5tune.data.templates import Template, find_template
 from t5tune.data.tokenizer import find_other_token, load_tokenizer
 from t5tune.distributed.world import World, identify_launch
 from t5tune.errors import CheckpointError, DataError, SettingsError, TrainingError
-from t5tune.file_names import EVAL_CACHE_FOLDER, RESULT_FILE, RUN_CACHE_FOLDER, SETTINGS_FILE
+from t5tune.file_names import EVAL_CACHE_FOLDER, REPORT_FILE, RESULT_FILE, RUN_CACHE_FOLDER, SETTINGS_FILE
 from t5tune.io.atomic import (
     explain_write_errors,
     find_unused_folder,
@@ -51,7 +51,6 @@ from t5tune.io.yaml_file import MAX_SETTINGS_BYTES, read_yaml
 from t5tune.preparing.mixture import list_given_caches
 from t5tune.progress import Note, Report
 from t5tune.reports.metrics_log import Metrics, read_metrics
-from t5tune.reports.run_page import REPORT_FILE
 from t5tune.settings import TrainSettings, dump_settings, load_settings
 from t5tune.settings.affects import Affects, select_settings
 from t5tune.settings.datasets import DatasetSettings

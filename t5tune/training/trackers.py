@@ -18,12 +18,12 @@ from transformers.integrations import get_reporting_integration_callbacks
 from t5tune.checkpoints.upload import list_uploaded_files
 from t5tune.data.remote_files import hide_data_queries
 from t5tune.errors import CheckpointError
+from t5tune.file_names import REPORT_FILE
 from t5tune.io.atomic import write_json
 from t5tune.io.reasons import describe_error, hide_queries
 from t5tune.io.untrusted import read_json_object
 from t5tune.io.yaml_file import to_yaml
 from t5tune.progress import Note, Report
-from t5tune.reports.run_page import REPORT_FILE
 from t5tune.settings import TrainSettings
 from t5tune.training.arguments import choose_run_name
 from t5tune.training.run_folder import TrainResult
