@@ -140,11 +140,11 @@ def compare_with_stock(chosen: argparse.Namespace, folder: Path) -> dict[str, An
     from torch.nn.utils.rnn import pad_sequence
     from transformers import AutoModelForSeq2SeqLM
 
-    from t5tune.data.cache import open_cache
-    from t5tune.model.generation import Decoding
-    from t5tune.model.inference import load_for_inference
+    from t5tune.data.caches.cache import open_cache
+    from t5tune.evaluation.scoring import find_max_target_length, generate_predictions
+    from t5tune.inference.generation import Decoding
+    from t5tune.inference.loading import load_for_inference
     from t5tune.settings import EvaluateSettings
-    from t5tune.training.evaluation import find_max_target_length, generate_predictions
 
     run = train_adapter(folder)
     t5tune("merge", run, "--output-dir", folder / "merged")

@@ -85,7 +85,7 @@ def list_kernel_checks() -> list[Measurement]:
     import gpu_kernels
     import torch
 
-    from t5tune.model.attention_check import TIMED_SEGMENTS, AttentionShape
+    from t5tune.model.kernels.flex_check import TIMED_SEGMENTS, AttentionShape
 
     shape, device = AttentionShape(num_heads=32, head_width=64, max_distance=128, dropout=0.1), "cuda"
     options: dict[str, Any] = {"device": device, "dtype": torch.bfloat16}

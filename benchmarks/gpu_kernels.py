@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from t5tune.model.attention_check import AttentionShape
-from t5tune.model.flex_attention import Blocks, attend, compute_hash, count_kept_hashes, divide_rows, draw_seeds
-from t5tune.model.fused import use_fused_layers
-from t5tune.model.known_configs import KNOWN_CONFIGS
+from t5tune.model.attention.segments import segment_attention
+from t5tune.model.kernels.flex_attention import Blocks, attend, compute_hash, count_kept_hashes, divide_rows, draw_seeds
+from t5tune.model.kernels.flex_check import AttentionShape
+from t5tune.model.kernels.fused import use_fused_layers
 from t5tune.model.loss import CrossEntropy, HeadWeights, compute_summed_loss
-from t5tune.model.segments import segment_attention
+from t5tune.planning.known_configs import KNOWN_CONFIGS
 
 Tensors = dict[str, torch.Tensor]
 Lengths = tuple[tuple[int, ...], tuple[int, ...]]  # of the sources and targets of a packed batch, in tokens

@@ -31,9 +31,9 @@ import psutil
 from sides import read_process_memory, run_self
 
 from t5tune.checkpoints.pocket import pocket_folder
-from t5tune.checkpoints.safetensors import build_header
+from t5tune.checkpoints.tensor_files.safetensors import build_header
 from t5tune.distributed.launcher import find_free_port
-from t5tune.reports.metrics_log import read_metrics
+from t5tune.runs.metrics_log import read_metrics
 
 SHAPES: dict[str, dict[str, int]] = {  # of Flan-T5
     "base": {"d_model": 768, "d_ff": 2048, "num_layers": 12, "num_heads": 12},

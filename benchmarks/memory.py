@@ -6,9 +6,9 @@ python benchmarks/memory.py
 from pathlib import Path
 
 from t5tune.families import find_architecture
-from t5tune.model.known_configs import KNOWN_CONFIGS, T5GEMMA_VARIANTS
 from t5tune.model.load import count_parameters
-from t5tune.model.memory import build_empty_training_model, count_weight_bytes
+from t5tune.planning.known_configs import KNOWN_CONFIGS, T5GEMMA_VARIANTS
+from t5tune.planning.layer_memory import build_empty_training_model, count_weight_bytes
 from t5tune.settings import PlanSettings
 
 PAGE = Path(__file__).parents[1] / "docs" / "memory.md"

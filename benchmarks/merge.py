@@ -114,7 +114,7 @@ def is_bitwise_equal(ours: Path, theirs: Path) -> bool:
     """Whether all tensors that are in both checkpoints are equal; PEFT's may lack those that transformers ties."""
     import torch
 
-    from t5tune.checkpoints.checkpoint import Checkpoint
+    from t5tune.checkpoints.base_tensors import Checkpoint
     from t5tune.model.load import to_torch
 
     left, right = Checkpoint(ours), Checkpoint(theirs)

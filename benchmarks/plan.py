@@ -14,7 +14,7 @@ from typing import Any
 
 from sides import t5tune, write_base
 
-from t5tune.model.known_configs import KNOWN_CONFIGS
+from t5tune.planning.known_configs import KNOWN_CONFIGS
 
 SHAPES: dict[str, dict[str, Any]] = {
     # name: shape of config.json, lengths, and the settings of the run

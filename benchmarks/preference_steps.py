@@ -20,14 +20,14 @@ from typing import Any
 import torch
 from sides import read_process_memory, run_self, write_base
 
-from t5tune.model.attention import use_packing
-from t5tune.model.fused import use_fused_layers
-from t5tune.model.known_configs import KNOWN_CONFIGS
+from t5tune.model.attention.packing import use_packing
+from t5tune.model.attention.segments import Segments
+from t5tune.model.kernels.fused import use_fused_layers
 from t5tune.model.load import load_base
 from t5tune.model.lora import add_lora
 from t5tune.model.preferences import compute_dpo_losses, sum_answers
-from t5tune.model.segments import Segments
-from t5tune.settings.lora import LoraSettings
+from t5tune.planning.known_configs import KNOWN_CONFIGS
+from t5tune.settings.groups.lora import LoraSettings
 
 WAYS = ("shared", "separate", "sft")
 TRAINED = ("lora", "token rows", "full")

@@ -43,10 +43,10 @@ SIDES = ("tokenizer", "ours", "datasets", "fastchat")
 
 def read_conversations(data: Path) -> Iterator[list[tuple[str, str]]]:
     """Yield the (role, text) turns of every conversation that prepare would accept, with prepare's readers."""
-    from t5tune.data.formats import Conversation
-    from t5tune.data.raw_records import parse_record
-    from t5tune.data.readers import read_records
-    from t5tune.settings.reading import ReadingSettings
+    from t5tune.data.reading.formats import Conversation
+    from t5tune.data.reading.raw_records import parse_record
+    from t5tune.data.reading.readers import read_records
+    from t5tune.settings.groups.record_format import ReadingSettings
 
     settings = ReadingSettings()
     for record in read_records([data], settings):
@@ -61,7 +61,7 @@ def format_turns(turns: list[tuple[str, str]]) -> list[str]:
 
 
 def run_tokenizer_alone(folder: Path, data: Path, output: Path, threads: int) -> tuple[float, float, int]:
-    from t5tune.data.tokenizer import load_tokenizer
+    from t5tune.data.tokens.tokenizer import load_tokenizer
 
     backend = load_tokenizer(folder).backend
     texts = ["".join(format_turns(turns)) for turns in read_conversations(data)]
@@ -209,7 +209,7 @@ def measure_prepare(command: list[str]) -> tuple[dict[str, Any], dict[str, Any]]
 
 def read_at_random(folder: Path) -> None:
     """Measure how fast examples are read from a cache in random order, and how large the cache is."""
-    from t5tune.data.cache import open_cache
+    from t5tune.data.caches.cache import open_cache
 
     cache = open_cache(folder)
     chosen = random.Random(0).choices(range(len(cache)), k=200_000)
@@ -297,8 +297,8 @@ def main() -> None:
 
 
 def _add_tokens(base: Path) -> None:
-    from t5tune.data.tokenizer import load_tokenizer, save_tokenizer
-    from t5tune.data.vocabulary import extend_tokenizer
+    from t5tune.data.tokens.tokenizer import load_tokenizer, save_tokenizer
+    from t5tune.data.tokens.vocabulary import extend_tokenizer
 
     rows = json.loads((base / "config.json").read_text())["vocab_size"]
     tokenizer, *_ = extend_tokenizer(load_tokenizer(base), ["auto"], rows)

@@ -61,9 +61,9 @@ def try_checkpoint(name: str, max_gb: float, scratch: Path) -> Iterator[str]:
     from transformers import AutoModelForSeq2SeqLM
 
     from t5tune.checkpoints.base import find_base, open_base
-    from t5tune.model.inference import load_adapter
+    from t5tune.inference.loading import load_adapter
     from t5tune.model.load import load_base
-    from t5tune.settings.shared import BaseModelSettings
+    from t5tune.settings.groups.base import BaseModelSettings
 
     size = measure_size(name)
     if size > max_gb * 1e9:
@@ -109,7 +109,7 @@ def measure_size(name: str) -> int:
 
 
 def read_examples(run: Path) -> list[tuple[list[int], list[int]]]:
-    from t5tune.data.cache import open_cache
+    from t5tune.data.caches.cache import open_cache
 
     return [(example.source_S.tolist(), example.target_T.tolist()) for example in open_cache(run / "data")]
 

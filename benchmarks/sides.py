@@ -131,7 +131,7 @@ def read_process_memory(name: str) -> int:
 
 
 def write_base(folder: Path, config: dict[str, Any], dtype: str = "float32", device: str = "cpu") -> Path:
-    """Write a random checkpoint for a config of t5tune.model.known_configs: untied head, built-in tokenizer.
+    """Write a random checkpoint for a config of t5tune.planning.known_configs: untied head, built-in tokenizer.
 
     Args:
         device: where its weights are drawn, which takes a large model minutes on a CPU.

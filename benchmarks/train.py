@@ -40,7 +40,7 @@ import numpy as np
 import torch
 from sides import read_process_memory, run_in_turns, t5tune, wait_for_turn, write_base
 
-from t5tune.model.known_configs import KNOWN_CONFIGS
+from t5tune.planning.known_configs import KNOWN_CONFIGS
 
 # the malloc settings that t5tune uses (t5tune.model.device.keep_freed_memory), the same for all ways
 CPU_ENVIRONMENT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "1000000000", "MALLOC_TOP_PAD_": "268435456"}
@@ -130,9 +130,9 @@ def run_ours(options: argparse.Namespace, folder: Path, packing: str, **changes:
         changes: further settings of `t5tune train`.
     """
     from t5tune.commands.train import train
-    from t5tune.data.cache import open_cache
+    from t5tune.data.caches.cache import open_cache
+    from t5tune.model.batches import EpochDraws, make_budget_sampler
     from t5tune.progress import Advanced, Event, Note
-    from t5tune.training.batches import EpochDraws, make_budget_sampler
 
     clock = Clock(options, options.steps)
 
@@ -178,7 +178,7 @@ def run_stock(options: argparse.Namespace, way: StockWay, folder: Path) -> dict[
         TrainingArguments,
     )
 
-    from t5tune.data.cache import open_cache
+    from t5tune.data.caches.cache import open_cache
 
     cache = open_cache(options.folder / "cache")
     base = AutoModelForSeq2SeqLM.from_pretrained(

@@ -19,15 +19,15 @@ from t5tune.commands.prepare import prepare as prepare
 from t5tune.commands.push import push as push
 from t5tune.commands.serve import serve as serve
 from t5tune.commands.train import train as train
-from t5tune.data.formats import Turn as Turn
+from t5tune.data.reading.formats import Turn as Turn
 from t5tune.errors import SettingsError as SettingsError
 from t5tune.errors import Stopped as Stopped
 from t5tune.errors import T5TuneError as T5TuneError
 from t5tune.progress_bar import progress_bar as progress_bar
-from t5tune.reports.metrics_log import read_metrics as read_metrics
-from t5tune.settings.datasets import DatasetSettings as DatasetSettings
+from t5tune.runs.folder import read_result as read_result
+from t5tune.runs.metrics_log import read_metrics as read_metrics
+from t5tune.settings.dataset_list import DatasetSettings as DatasetSettings
 from t5tune.settings.loading import load_settings as load_settings
-from t5tune.training.run_folder import read_result as read_result
 from t5tune.version import __version__ as __version__
 
 _Data: TypeAlias = Any  # paths, or records: a list of dicts, a DataFrame, a Dataset, any iterable of dicts

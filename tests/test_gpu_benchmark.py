@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.model.test_flex_attention import without_kernels  # noqa: F401
+from tests.model.kernels.test_flex_attention import without_kernels  # noqa: F401
 from tests.support.paths import REPOSITORY
 from tests.support.runs import LONG
 
@@ -228,7 +228,7 @@ def test_releases_that_are_too_old_are_named(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture
 def shape() -> Any:
-    return load("t5tune.model.attention_check").AttentionShape(2, 16, 128, dropout=0.1)
+    return load("t5tune.model.kernels.flex_check").AttentionShape(2, 16, 128, dropout=0.1)
 
 
 SMALL_LENGTHS = (150, 1, 61), (40, 3, 90)

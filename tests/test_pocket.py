@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from t5tune.compat.requirements import is_older
-from t5tune.data.templates import load_template
+from t5tune.data.tokens.templates import load_template
 from tests.support.paths import REPOSITORY
 
 pytestmark = pytest.mark.slow
@@ -67,7 +67,7 @@ def test_pocket_has_the_documented_size_dtype_and_config() -> None:
     import numpy as np
 
     from t5tune.checkpoints.base import read_config
-    from t5tune.checkpoints.checkpoint import Checkpoint
+    from t5tune.checkpoints.base_tensors import Checkpoint
     from t5tune.checkpoints.pocket import pocket_folder
 
     folder = pocket_folder()
@@ -88,7 +88,7 @@ def test_pocket_has_the_documented_size_dtype_and_config() -> None:
 
 def test_pocket_tokenizes_a_word_the_same_at_the_start_and_after_a_quote() -> None:
     from t5tune.checkpoints.pocket import pocket_folder
-    from t5tune.data.tokenizer import load_tokenizer
+    from t5tune.data.tokens.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(pocket_folder())
     for word in ("Mira", "croissants", "Tr", "sandwich", "K7-42", "x", "Zoë"):

@@ -115,7 +115,7 @@ def test_the_signature_begins_with_what_people_use() -> None:
     )
     signature = str(inspect.signature(TrainSettings)).replace("pathlib._local.", "pathlib.")  # in Python 3.13
     assert signature.startswith(start)
-    assert "(settings: t5tune.settings.commands.TrainSettings, report:" in str(inspect.signature(train))
+    assert "(settings: t5tune.settings.commands.commands.TrainSettings, report:" in str(inspect.signature(train))
 
 
 @pytest.mark.long
@@ -249,7 +249,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(folder: Path) -> t5tune.training.run_folder.TrainResult:  # type: ignore[name-defined]
+def run(folder: Path) -> t5tune.runs.folder.TrainResult:  # type: ignore[name-defined]
     """A run on a DataFrame, with an evaluation."""
     return train(
         make_settings(folder, data_path=pd.DataFrame(PAIRS), eval_fraction=0.2, eval_steps=1, report_samples=2)

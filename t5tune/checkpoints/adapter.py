@@ -19,10 +19,10 @@ import numpy.typing as npt
 
 from t5tune.checkpoints.adapter_config import check_foldable, read_adapter_config, resolve_pattern
 from t5tune.checkpoints.model_card import build_adapter_card
-from t5tune.checkpoints.safetensors import SafetensorsFile, write_safetensors
-from t5tune.checkpoints.tensors import FLOAT_DTYPES, Tensor
+from t5tune.checkpoints.tensor_files.safetensors import SafetensorsFile, write_safetensors
+from t5tune.checkpoints.tensor_files.tensors import FLOAT_DTYPES, Tensor
+from t5tune.checkpoints.tensor_files.torch_file import read_state_dict
 from t5tune.checkpoints.tokenizer_files import write_supporting_files
-from t5tune.checkpoints.torch_format.file import read_state_dict
 from t5tune.errors import CheckpointError
 from t5tune.families import EMBEDDINGS_AND_HEADS
 from t5tune.families.architecture import Architecture

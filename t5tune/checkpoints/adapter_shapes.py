@@ -14,7 +14,7 @@ from t5tune.checkpoints.adapter import (
     TOKEN_ROWS_SUFFIX,
     check_rank,
 )
-from t5tune.checkpoints.tensors import Tensor
+from t5tune.checkpoints.tensor_files.tensors import Tensor
 from t5tune.errors import CheckpointError
 from t5tune.families.architecture import Architecture
 from t5tune.file_names import ADAPTER_CONFIG_FILE

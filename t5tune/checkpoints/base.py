@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from t5tune.checkpoints.adapter_config import read_adapter_config
 from t5tune.checkpoints.adapter_folder import DOWNLOADED_FILES, check_downloaded_adapter, is_adapter
-from t5tune.checkpoints.checkpoint import Checkpoint
+from t5tune.checkpoints.base_tensors import Checkpoint
 from t5tune.checkpoints.pocket import pocket_folder
 from t5tune.errors import CheckpointError, ModelError
 from t5tune.families import find_architecture
@@ -17,7 +17,7 @@ from t5tune.io.folder_kinds import describe_folder
 from t5tune.io.reasons import describe_error
 from t5tune.io.untrusted import read_json_object
 from t5tune.progress import Report, silent
-from t5tune.settings.shared import BaseModelSettings
+from t5tune.settings.groups.base import BaseModelSettings
 
 Pinned = TypeVar("Pinned", bound=BaseModelSettings)
 

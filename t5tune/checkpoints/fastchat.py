@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from t5tune.checkpoints.adapter import LORA_MATRIX_PATTERN, PEFT_PREFIX, TOKEN_ROWS_SUFFIX
-from t5tune.checkpoints.checkpoint import Checkpoint
-from t5tune.checkpoints.tensors import Tensor
+from t5tune.checkpoints.base_tensors import Checkpoint
+from t5tune.checkpoints.tensor_files.tensors import Tensor
 from t5tune.errors import CheckpointError, SettingsError
 from t5tune.families import FASTCHAT_TOKENS
 from t5tune.families.t5 import T5

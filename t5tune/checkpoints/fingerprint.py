@@ -12,8 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from t5tune.checkpoints.checkpoint import Checkpoint
-from t5tune.checkpoints.tensors import Tensor
+from t5tune.checkpoints.base_tensors import Checkpoint
+from t5tune.checkpoints.tensor_files.tensors import Tensor
 from t5tune.io.atomic import write_json
 from t5tune.io.processes import count_cores
 from t5tune.io.untrusted import parse_json_object

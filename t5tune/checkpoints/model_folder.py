@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from t5tune.checkpoints.base import read_config
-from t5tune.checkpoints.checkpoint import Checkpoint
-from t5tune.checkpoints.safetensors import write_safetensors
-from t5tune.checkpoints.tensors import TORCH_NAMES, Tensor
+from t5tune.checkpoints.base_tensors import Checkpoint
+from t5tune.checkpoints.tensor_files.safetensors import write_safetensors
+from t5tune.checkpoints.tensor_files.tensors import TORCH_NAMES, Tensor
 from t5tune.checkpoints.tokenizer_files import (
     TOKENIZER_FILE_PREFIXES,
     copy_sentencepiece,

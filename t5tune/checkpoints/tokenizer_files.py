@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from t5tune.checkpoints.training_data import encode_training_data, read_training_data
-from t5tune.data.templates import parse_template
+from t5tune.data.tokens.templates import parse_template
 from t5tune.errors import CheckpointError
 from t5tune.file_names import (
     ADDED_TOKENS_FILE,

@@ -18,7 +18,7 @@ from t5tune.errors import CheckpointError
 from t5tune.file_names import TRAINING_DATA_FILE
 from t5tune.io.atomic import encode_json, write_file
 from t5tune.io.untrusted import has_file, read_json_object
-from t5tune.settings.reading import DataFormat, Objective, ReadingSettings
+from t5tune.settings.groups.record_format import DataFormat, Objective, ReadingSettings
 
 TRAINING_DATA_FORMAT = 1
 # settings that describe a dataset only together

@@ -22,9 +22,9 @@ from pydantic.fields import FieldInfo
 from t5tune.errors import find_close_name
 from t5tune.file_names import CONFIG_FILE, JSON_SUFFIXES, TABLE_SUFFIXES
 from t5tune.settings import Settings, packaged_templates
-from t5tune.settings.datasets import PATHS_OF_DATASETS
-from t5tune.settings.legacy_names import LEGACY_NAMES
-from t5tune.settings.synonyms import find_meant_setting, suggest_setting
+from t5tune.settings.dataset_list import PATHS_OF_DATASETS
+from t5tune.settings.fastchat_names import LEGACY_NAMES
+from t5tune.settings.other_names import find_meant_setting, suggest_setting
 
 SWITCHES = ("json", "quiet", "debug")
 BOOLEAN_WORDS = {"true", "t", "1", "yes", "y", "on", "false", "f", "0", "no", "n", "off"}

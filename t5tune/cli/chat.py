@@ -11,12 +11,12 @@ from rich.text import Text
 from t5tune.cli.output import Output, print_error
 from t5tune.cli.screen import StderrConsole
 from t5tune.commands.chat import Chatter, Reply, chat, save_conversation, save_preference
-from t5tune.data.formats import Turn
+from t5tune.data.reading.formats import Turn
 from t5tune.errors import SettingsError, T5TuneError, WriteError
 from t5tune.formatting import format_count
 from t5tune.progress import Note
 from t5tune.settings import ChatSettings, packaged_templates
-from t5tune.settings.fields import read_path
+from t5tune.settings.field_types import read_path
 from t5tune.settings.messages import shorten_value
 
 QUIT = ("/quit", "/exit")

@@ -34,7 +34,7 @@ def _evaluate(settings: EvaluateSettings, output: Output) -> None:
 
 
 def _check_gpus(settings: EvaluateSettings) -> None:
-    from t5tune.training.validate import find_missing_gpus
+    from t5tune.runs.checks import find_missing_gpus
 
     if (problem := find_missing_gpus(settings)) is not None:
         raise SettingsError(problem)

@@ -6,9 +6,9 @@ from rich.text import Text
 
 from t5tune.cli.output import Output
 from t5tune.commands.inspect import inspect
-from t5tune.data.cache import Cache
-from t5tune.data.cache_view import ExampleView, Histogram, LengthStatistics, TextRun
-from t5tune.data.tokenizer import Tokenizer
+from t5tune.data.caches.cache import Cache
+from t5tune.data.caches.cache_view import ExampleView, Histogram, LengthStatistics, TextRun
+from t5tune.data.tokens.tokenizer import Tokenizer
 from t5tune.formatting import format_count
 from t5tune.settings import InspectSettings
 

@@ -6,10 +6,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from t5tune.data.mixture import has_examples
-from t5tune.data.sources import is_dataset_name
+from t5tune.data.caches.examples import has_examples
+from t5tune.data.reading.sources import is_dataset_name
 from t5tune.file_names import ADAPTER_CONFIG_FILE, CACHE_MANIFEST_FILE, REPORT_FILE
 from t5tune.io.atomic import find_unused_folder
+from t5tune.runs.checkpoints import list_checkpoints
 from t5tune.settings import (
     EvaluateSettings,
     ExportSettings,
@@ -20,7 +21,6 @@ from t5tune.settings import (
     TrainSettings,
 )
 from t5tune.settings.flags import list_flags, list_without_flags
-from t5tune.training.checkpoint import list_checkpoints
 
 BASE_FLAGS = ("model_name_or_path", "revision", "cache_dir", "family")
 NOT_REPEATED = {"model_name_or_path", "output_dir", "overwrite", "compare_base"}  # when a model is evaluated again

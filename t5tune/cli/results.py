@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from t5tune.commands.doctor import Diagnosis
     from t5tune.commands.plan import Plan
     from t5tune.commands.templates import Templates
-    from t5tune.training.memory_estimate import StageMemory
+    from t5tune.planning.run_memory import StageMemory
 
 TEMPLATE_FLAGS = {"runs": "--config", "conversations": "--conversation-template", "deepspeed": "--deepspeed"}
 STYLES = {"good": "green", "warning": "yellow", "broken": "bold red"}

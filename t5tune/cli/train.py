@@ -13,15 +13,15 @@ from t5tune.distributed.signals import handle_signals
 from t5tune.distributed.world import World, has_restarted
 from t5tune.file_names import SETTINGS_FILE
 from t5tune.progress import Note
-from t5tune.settings import TrainSettings
-from t5tune.training.run_folder import (
+from t5tune.runs.checks import check_settings, find_missing_gpus, list_notes
+from t5tune.runs.folder import (
     TrainResult,
     apply_cache_settings,
     dump_run_settings,
     has_other_launch,
     read_result,
 )
-from t5tune.training.validate import check_settings, find_missing_gpus, list_notes
+from t5tune.settings import TrainSettings
 
 
 def run(settings: TrainSettings, output: Output) -> None:

@@ -12,19 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from t5tune.compat.quiet import quiet_libraries
-from t5tune.data.formats import Turn
-from t5tune.data.templates import load_template
+from t5tune.data.reading.formats import Turn
+from t5tune.data.tokens.templates import load_template
 from t5tune.errors import SettingsError
 from t5tune.formatting import format_count
+from t5tune.inference.generation import Decoding, Sampling, generate, make_random_generator
+from t5tune.inference.loading import choose_family, load_for_inference
+from t5tune.inference.precision import Precision
+from t5tune.inference.prompts import Prompts, ReplyText, make_prompts
 from t5tune.model.device import use_gpu_kernels
-from t5tune.model.generation import Decoding, Sampling, generate, make_random_generator
-from t5tune.model.inference import choose_family, load_for_inference
-from t5tune.model.precision import Precision
-from t5tune.model.prompts import Prompts, ReplyText, make_prompts
 from t5tune.progress import Note, Report, silent
+from t5tune.runs.checkpoints import replace_stopped_runs
 from t5tune.settings import ChatSettings
 from t5tune.settings.calls import check_call
-from t5tune.training.checkpoint import replace_stopped_runs
 
 
 @dataclass(frozen=True)

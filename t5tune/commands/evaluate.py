@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from t5tune.custom_metrics import compute_custom_metrics, load_custom_metric, try_custom_metrics
-from t5tune.data.encoding import Example
-from t5tune.data.mixture import find_caches, is_mixture
-from t5tune.data.remote_files import hide_data_queries
-from t5tune.data.tokenizer import decode_prediction, decode_reference
+from t5tune.data.caches.examples import find_caches, is_mixture
+from t5tune.data.reading.remote_files import hide_data_queries
+from t5tune.data.tokens.encoding import Example
+from t5tune.data.tokens.tokenizer import decode_prediction, decode_reference
 from t5tune.distributed.collectives import (
     broadcast_from_rank_0,
     report_lost_ranks,
@@ -33,6 +33,25 @@ from t5tune.distributed.signals import handle_signals
 from t5tune.distributed.watch import watch_ranks
 from t5tune.distributed.world import World
 from t5tune.errors import ModelError, SettingsError
+from t5tune.evaluation.examples import (
+    EXAMPLE_SETTINGS,
+    EvaluationSet,
+    check_settings_of_caches,
+    inherit_data_settings,
+    is_all_prepared,
+    load_evaluation_set,
+)
+from t5tune.evaluation.scoring import Losses, find_max_target_length, generate_predictions, measure_losses
+from t5tune.inference.generation import Decoding
+from t5tune.inference.loading import (
+    LoadedModel,
+    find_base_and_adapter,
+    load_for_inference,
+    pin_to_commits,
+    read_model_files,
+    select_base,
+)
+from t5tune.inference.precision import read_trained_precision, resolve_precision, select_precision
 from t5tune.io.atomic import (
     check_overwrite,
     check_replaceable,
@@ -41,33 +60,14 @@ from t5tune.io.atomic import (
     write_json,
 )
 from t5tune.metrics import METRICS, choose_metrics, score, score_one
-from t5tune.model.attention import can_pack, use_packing
+from t5tune.model.attention.packing import can_pack, use_packing
+from t5tune.model.batches import PackedCollator, PaddedCollator
 from t5tune.model.device import explain_out_of_memory, manage_memory_for_loading, use_gpu_kernels
-from t5tune.model.generation import Decoding
-from t5tune.model.inference import (
-    LoadedModel,
-    find_base_and_adapter,
-    load_for_inference,
-    pin_to_commits,
-    read_model_files,
-    select_base,
-)
-from t5tune.model.precision import read_trained_precision, resolve_precision, select_precision
 from t5tune.progress import Note, Report, silent, without_notes
+from t5tune.runs.checkpoints import replace_stopped_runs
+from t5tune.runs.checks import check_starts_no_processes
 from t5tune.settings import EvaluateSettings, write_settings
 from t5tune.settings.packaged_templates import read_zero3_config
-from t5tune.training.batches import PackedCollator, PaddedCollator
-from t5tune.training.checkpoint import replace_stopped_runs
-from t5tune.training.evaluation import Losses, find_max_target_length, generate_predictions, measure_losses
-from t5tune.training.evaluation_set import (
-    EXAMPLE_SETTINGS,
-    EvaluationSet,
-    check_settings_of_caches,
-    inherit_data_settings,
-    is_all_prepared,
-    load_evaluation_set,
-)
-from t5tune.training.validate import check_starts_no_processes
 
 PREDICTIONS_FILE = "predictions.jsonl"
 SCORES_FILE = "scores.json"

@@ -28,19 +28,25 @@ from t5tune.checkpoints.adapter import (
 from t5tune.checkpoints.adapter_folder import find_adapter
 from t5tune.checkpoints.adapter_shapes import check_adapter_shapes
 from t5tune.checkpoints.base import find_base, find_local_base, open_base, read_config
-from t5tune.checkpoints.fastchat import LoraFlags, compute_mean_rows, read_added_ids
-from t5tune.checkpoints.model_card import describe_run_data
-from t5tune.checkpoints.safetensors import write_safetensors
-from t5tune.checkpoints.tensors import DTYPES_BY_TORCH_NAME, TORCH_NAMES, PartitionedTensor, Tensor, from_float32
-from t5tune.checkpoints.tokenizer_files import read_supporting_files
-from t5tune.checkpoints.training_checkpoint import (
+from t5tune.checkpoints.export_source import (
     MODEL_FILES,
     CheckpointContents,
     find_checkpoint_of_shards,
     read_training_checkpoint,
 )
-from t5tune.checkpoints.upload import open_repository, upload_result
-from t5tune.checkpoints.zero_shards import find_deepspeed_folder
+from t5tune.checkpoints.fastchat import LoraFlags, compute_mean_rows, read_added_ids
+from t5tune.checkpoints.hub_upload import open_repository, upload_result
+from t5tune.checkpoints.model_card import describe_run_data
+from t5tune.checkpoints.tensor_files.safetensors import write_safetensors
+from t5tune.checkpoints.tensor_files.tensors import (
+    DTYPES_BY_TORCH_NAME,
+    TORCH_NAMES,
+    PartitionedTensor,
+    Tensor,
+    from_float32,
+)
+from t5tune.checkpoints.tokenizer_files import read_supporting_files
+from t5tune.checkpoints.zero.shards import find_deepspeed_folder
 from t5tune.errors import CheckpointError
 from t5tune.families import MODEL_TYPES, find_architecture
 from t5tune.families.architecture import Architecture
@@ -58,9 +64,9 @@ from t5tune.formatting import format_count
 from t5tune.io.atomic import check_overwrite, check_replaceable, write_folder_atomically
 from t5tune.io.untrusted import check_inside, has_file
 from t5tune.progress import Note, Report, count_done, silent
+from t5tune.runs.checkpoints import find_complete_checkpoint, has_complete_checkpoints, list_checkpoints, verify
 from t5tune.settings import ExportSettings, write_settings
-from t5tune.settings.shared import BaseModelSettings
-from t5tune.training.checkpoint import find_complete_checkpoint, has_complete_checkpoints, list_checkpoints, verify
+from t5tune.settings.groups.base import BaseModelSettings
 
 
 @dataclass(frozen=True)

@@ -11,17 +11,17 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from t5tune.data.batching import compute_padding_share, epoch_order
-from t5tune.data.cache import Cache, open_cache
-from t5tune.data.cache_view import CacheView, LengthStatistics, build_histogram
-from t5tune.data.mixture import has_examples, is_mixture, list_caches
-from t5tune.data.tokenizer import load_tokenizer
+from t5tune.data.caches.batching import compute_padding_share, epoch_order
+from t5tune.data.caches.cache import Cache, open_cache
+from t5tune.data.caches.cache_view import CacheView, LengthStatistics, build_histogram
+from t5tune.data.caches.examples import has_examples, is_mixture, list_caches
+from t5tune.data.tokens.tokenizer import load_tokenizer
 from t5tune.errors import DataError, SettingsError
 from t5tune.io.reasons import join_first
 from t5tune.progress import Note, Report, silent
 from t5tune.reports.cache_page import write_cache_page
+from t5tune.runs.folder import locate_run, read_saved_settings
 from t5tune.settings import InspectSettings
-from t5tune.training.run_folder import locate_run, read_saved_settings
 
 NUM_LONGEST = 5
 NUM_ON_PAGE = 50  # examples of the HTML page if none are chosen

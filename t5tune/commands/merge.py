@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING
 from t5tune.checkpoints.adapter import read_base_metadata
 from t5tune.checkpoints.adapter_folder import find_adapter
 from t5tune.checkpoints.base import find_base, find_local_base, open_base, read_base_of_adapter, read_config
-from t5tune.checkpoints.checkpoint import Checkpoint
-from t5tune.checkpoints.generation_config import describe_lost_settings
+from t5tune.checkpoints.base_tensors import Checkpoint
+from t5tune.checkpoints.hub_upload import open_repository, upload_result
 from t5tune.checkpoints.model_card import build_merged_card, describe_run_training
 from t5tune.checkpoints.model_folder import copy_supporting_files, write_config
-from t5tune.checkpoints.tensors import DTYPES_BY_TORCH_NAME
+from t5tune.checkpoints.tensor_files.tensors import DTYPES_BY_TORCH_NAME
 from t5tune.checkpoints.tokenizer_files import read_supporting_files, remove_chat_template
 from t5tune.checkpoints.training_data import (
     TrainingData,
@@ -33,8 +33,8 @@ from t5tune.checkpoints.training_data import (
     read_training_data,
     write_training_data,
 )
-from t5tune.checkpoints.upload import open_repository, upload_result
-from t5tune.data.tokenizer import find_other_token, load_tokenizer
+from t5tune.converting.generation_config import describe_lost_settings
+from t5tune.data.tokens.tokenizer import find_other_token, load_tokenizer
 from t5tune.errors import CheckpointError, DependencyError, SettingsError
 from t5tune.families import CTRANSLATE2, Family, find_family
 from t5tune.families.architecture import Architecture, get_layer_name
@@ -47,6 +47,7 @@ from t5tune.file_names import (
     TRAINING_DATA_FILE,
 )
 from t5tune.hub.names import name_snapshot
+from t5tune.inference.precision import find_quantization_problem
 from t5tune.io.atomic import check_overwrite, check_replaceable, make_scratch_folder, write_folder_atomically
 from t5tune.io.untrusted import has_file
 from t5tune.merging.deltas import Adapter, collect_deltas, read_adapters
@@ -60,10 +61,9 @@ from t5tune.merging.trained_base import (
     match_trained_base,
 )
 from t5tune.model.device import get_free_memory, keep_freed_memory
-from t5tune.model.precision import find_quantization_problem
 from t5tune.progress import Note, Report, count_done, silent
+from t5tune.runs.checkpoints import find_trained_folder
 from t5tune.settings import MergeSettings, QuantizationSettings, write_settings
-from t5tune.training.checkpoint import find_trained_folder
 
 if TYPE_CHECKING:
     pass
@@ -145,7 +145,7 @@ def merge(settings: MergeSettings, report: Report = silent) -> MergeResult:
 
             found = verify_merge(settings, base, adapters, trained, checkpoint, report)
         if converts:
-            from t5tune.merging.ctranslate2 import convert_and_check
+            from t5tune.converting.ctranslate2 import convert_and_check
 
             agreement = convert_and_check(checkpoint, adapters[0].folder, staged, settings.quantization, report)
             shutil.copyfile(checkpoint / SETTINGS_FILE, staged / SETTINGS_FILE)

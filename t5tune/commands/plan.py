@@ -4,7 +4,7 @@
     result.stages[0].total, result.suggestion
 
 The weights are counted on a model without data, and a step's memory is measured by running the step on fake tensors
-(model/memory.py). How ZeRO partitions them follows its paper (Rajbhandari et al. 2020).
+(planning/layer_memory.py). How ZeRO partitions them follows its paper (Rajbhandari et al. 2020).
 """
 
 from collections.abc import Callable
@@ -19,23 +19,23 @@ import transformers.trainer  # noqa: F401  for its memory: training imports it t
 from pydantic import ValidationError
 
 from t5tune.checkpoints.base import find_base, read_config
-from t5tune.data.batching import Integers, estimate_cost, make_count_batches
-from t5tune.data.mixing import choose_mixing
-from t5tune.data.mixture import Examples, Mixture, has_examples, open_examples
+from t5tune.data.caches.batching import Integers, estimate_cost, make_count_batches
+from t5tune.data.caches.examples import Examples, Mixture, has_examples, open_examples
+from t5tune.data.caches.mixing import choose_mixing
 from t5tune.errors import SettingsError
+from t5tune.evaluation.batches import Lengths
+from t5tune.evaluation.scoring import MAX_TOKENS_PER_BATCH, make_loss_batches
 from t5tune.families import find_family
 from t5tune.io.reasons import join_first
+from t5tune.model.batches import EpochDraws, count_steps, make_budget_sampler
 from t5tune.model.device import has_bf16
-from t5tune.model.known_configs import KNOWN_CONFIGS
-from t5tune.model.memory import BatchLengths
+from t5tune.planning.known_configs import KNOWN_CONFIGS
+from t5tune.planning.layer_memory import BatchLengths
+from t5tune.planning.run_memory import USABLE_GPU_SHARE, Machine, MemoryEstimator, StageMemory
 from t5tune.progress import Note, Report, count_done, silent
 from t5tune.settings import PlanSettings, TrainSettings
-from t5tune.settings.datasets import split_weight
-from t5tune.settings.fields import parse_gpu_memory
-from t5tune.training.batches import EpochDraws, count_steps, make_budget_sampler
-from t5tune.training.evaluation import MAX_TOKENS_PER_BATCH, make_loss_batches
-from t5tune.training.evaluation_batches import Lengths
-from t5tune.training.memory_estimate import USABLE_GPU_SHARE, Machine, MemoryEstimator, StageMemory
+from t5tune.settings.dataset_list import split_weight
+from t5tune.settings.field_types import parse_gpu_memory
 
 NUM_ADDED_TOKENS = 19  # about as many as prepare adds to T5's vocabulary, if there are unused rows
 MAX_SUGGESTED_BATCH_SIZE = 64

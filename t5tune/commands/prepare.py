@@ -12,7 +12,7 @@ from typing import Any
 
 from t5tune.errors import T5TuneError
 from t5tune.preparing.dataset import Origin, prepare_dataset
-from t5tune.preparing.mixture import prepare_mixture
+from t5tune.preparing.datasets import prepare_mixture
 from t5tune.progress import Report, silent
 from t5tune.settings import PrepareSettings
 

@@ -7,11 +7,11 @@ result.url
 import time
 from dataclasses import asdict, dataclass
 
-from t5tune.checkpoints.upload import upload_folder
+from t5tune.checkpoints.hub_upload import upload_folder
 from t5tune.errors import CheckpointError
 from t5tune.progress import Report, silent
+from t5tune.runs.checkpoints import find_trained_folder
 from t5tune.settings import PushSettings
-from t5tune.training.checkpoint import find_trained_folder
 
 
 @dataclass(frozen=True)

@@ -19,28 +19,28 @@ from t5tune.checkpoints.adapter import check_adapter, read_adapter
 from t5tune.checkpoints.adapter_config import PLAIN_INITIALIZATIONS, read_adapter_config
 from t5tune.checkpoints.adapter_folder import is_adapter
 from t5tune.checkpoints.base import find_model, read_config
-from t5tune.checkpoints.generation_config import describe_lost_settings, read_generation_config
 from t5tune.checkpoints.model_folder import is_converted
 from t5tune.commands.merge import merge
 from t5tune.compat.ctranslate2_patches import CUBLAS_PACKAGE, load_cublas
 from t5tune.compat.quiet import quiet_libraries
+from t5tune.converting.generation_config import describe_lost_settings, read_generation_config
 from t5tune.errors import CheckpointError, DependencyError, ModelError, SettingsError, naming_settings
 from t5tune.families import CTRANSLATE2, find_family
 from t5tune.formatting import format_count
+from t5tune.inference.loading import choose_family, find_base_and_adapter, load_for_inference, read_model_files
+from t5tune.inference.precision import Precision, read_trained_precision, resolve_precision, select_precision
+from t5tune.inference.prompts import make_prompts
+from t5tune.inference.shared_bases import SharedBases
 from t5tune.io.atomic import write_folder_atomically
 from t5tune.io.processes import count_cores
 from t5tune.io.reasons import join_lines
 from t5tune.model.device import choose_device, describe_device
-from t5tune.model.inference import choose_family, find_base_and_adapter, load_for_inference, read_model_files
 from t5tune.model.load import load_base
-from t5tune.model.precision import Precision, read_trained_precision, resolve_precision, select_precision
-from t5tune.model.prompts import make_prompts
-from t5tune.model.shared_bases import SharedBases
 from t5tune.progress import Event, Note, Report, silent
+from t5tune.runs.checkpoints import replace_stopped_runs
 from t5tune.settings import MergeSettings, ServeSettings
 from t5tune.settings.calls import check_call
-from t5tune.settings.shared import InferenceSettings
-from t5tune.training.checkpoint import replace_stopped_runs
+from t5tune.settings.groups.base import InferenceSettings
 
 if TYPE_CHECKING:
     from t5tune.serving.generation import Engine
@@ -349,7 +349,7 @@ class _Loader:
                     reason = f"its adapter can't be merged for CTranslate2: {error.message}"
                     raise _CTranslate2Fails(reason) from error
                 return
-            from t5tune.merging.ctranslate2 import convert_and_check
+            from t5tune.converting.ctranslate2 import convert_and_check
 
             with write_folder_atomically(folder) as staged:
                 convert_and_check(base, base, staged, quantization, report)

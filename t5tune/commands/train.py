@@ -16,7 +16,7 @@ from typing import Any
 
 from t5tune.checkpoints.adapter_folder import find_adapter
 from t5tune.checkpoints.base import find_base
-from t5tune.checkpoints.upload import (
+from t5tune.checkpoints.hub_upload import (
     choose_repository,
     explain_uploading_later,
     open_repository,
@@ -24,26 +24,29 @@ from t5tune.checkpoints.upload import (
 )
 from t5tune.commands.prepare import prepare
 from t5tune.compat.python_patches import restore_environment
-from t5tune.data.cache import read_manifest
-from t5tune.data.mixture import find_tokenizer_folder, is_mixture, list_caches
-from t5tune.data.tokenizer import load_tokenizer
+from t5tune.data.caches.cache import read_manifest
+from t5tune.data.caches.examples import find_tokenizer_folder, is_mixture, list_caches
+from t5tune.data.tokens.tokenizer import load_tokenizer
 from t5tune.distributed.signals import StopRequest, handle_signals
 from t5tune.distributed.world import RESUME_HINT, World, has_restarted
 from t5tune.errors import DataError, SettingsError
 from t5tune.file_names import SETTINGS_FILE, TOKENIZER_CONFIG_FILE
 from t5tune.io.atomic import copy_atomically, explain_write_errors
-from t5tune.io.records_in_memory import find_kept_path
 from t5tune.model.device import check_bf16, explain_out_of_memory, use_gpu_kernels
 from t5tune.preparing.dataset import Origin, take_vocabulary
-from t5tune.preparing.mixture import find_given_cache
+from t5tune.preparing.datasets import find_given_cache
 from t5tune.preparing.record_checks import name_rejected_file
 from t5tune.progress import Note, Report, silent
-from t5tune.settings import DatasetSettings, PrepareSettings, TrainSettings
-from t5tune.settings.datasets import PATHS_OF_DATASETS, list_unsuitable, name_datasets
-from t5tune.training.checkpoint import find_newest, has_complete_checkpoints, list_checkpoints
-from t5tune.training.commits import COMMITS_FILE, find_commits, pin_commits, read_commits_to_resume, save_commits
-from t5tune.training.resume_guard import check_finished_run, check_settings_of_run
-from t5tune.training.run_folder import (
+from t5tune.runs.checkpoints import find_newest, has_complete_checkpoints, list_checkpoints
+from t5tune.runs.checks import (
+    check_machine,
+    check_settings,
+    check_starts_no_processes,
+    choose_trackers,
+    list_notes,
+)
+from t5tune.runs.commits import COMMITS_FILE, find_commits, pin_commits, read_commits_to_resume, save_commits
+from t5tune.runs.folder import (
     LAUNCH_FILE,
     Run,
     TrainResult,
@@ -64,13 +67,10 @@ from t5tune.training.run_folder import (
     save_pushed,
     save_settings,
 )
-from t5tune.training.validate import (
-    check_machine,
-    check_settings,
-    check_starts_no_processes,
-    choose_trackers,
-    list_notes,
-)
+from t5tune.runs.resume_guard import check_finished_run, check_settings_of_run
+from t5tune.settings import DatasetSettings, PrepareSettings, TrainSettings
+from t5tune.settings.dataset_list import PATHS_OF_DATASETS, list_unsuitable, name_datasets
+from t5tune.settings.records_in_memory import find_kept_path
 
 
 def train(settings: TrainSettings, report: Report = silent) -> TrainResult:
@@ -145,7 +145,7 @@ def _train(
         from t5tune.distributed.collectives import any_rank, report_lost_ranks, run_on_rank_0
         from t5tune.distributed.process_group import join_process_group
         from t5tune.distributed.watch import watch_ranks
-        from t5tune.training.same_ranks import check_same_settings
+        from t5tune.runs.same_ranks import check_same_settings
 
         device = stack.enter_context(join_process_group(world, settings, report, stop))
         watch = stack.enter_context(watch_ranks(world, settings.process_group_timeout, RESUME_HINT))

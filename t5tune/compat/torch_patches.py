@@ -42,7 +42,7 @@ def replace_attention_kernel(kernel: Callable[..., torch.Tensor]) -> AbstractCon
 
     `plan` measures what a GPU would need on a machine that may have none. There torch's attention stores all scores if
     it has dropout (up to at least 2.13), as a GPU's fused kernels never do. The patch works because transformers and
-    model/attention.py look the function up at each call.
+    model/attention/packing.py look the function up at each call.
     """
     return _replace(functional, scaled_dot_product_attention=kernel)
 

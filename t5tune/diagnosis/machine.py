@@ -12,8 +12,8 @@ from t5tune.compat.requirements import is_older, make_install_command, read_olde
 from t5tune.diagnosis import CheckResult, Finding
 from t5tune.formatting import GIB
 from t5tune.io.reasons import join_lines
-from t5tune.model.build_tools import find_missing_compiler
 from t5tune.model.device import get_free_memory, read_nvidia_driver
+from t5tune.model.kernels.build_tools import find_missing_compiler
 
 
 def inspect_machine() -> list[Finding]:

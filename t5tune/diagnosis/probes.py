@@ -23,14 +23,14 @@ from t5tune.compat.deepspeed_patches import import_deepspeed
 from t5tune.diagnosis import CheckResult, Finding
 from t5tune.formatting import format_count
 from t5tune.io.processes import make_module_command
-from t5tune.model.attention_check import (
+from t5tune.model.device import read_nvidia_driver
+from t5tune.model.kernels.flex_check import (
     AttentionShape,
     check_kernel,
     find_unmet_requirement,
     measure_implementations,
 )
-from t5tune.model.device import read_nvidia_driver
-from t5tune.model.gated_gelu import find_kernel_problem
+from t5tune.model.kernels.gated_gelu import find_kernel_problem
 from t5tune.settings.loading import VARIABLE_PREFIX
 
 BASE_SHAPE = AttentionShape(num_heads=12, head_width=64, max_distance=128, dropout=0.1)  # of Flan-T5-base

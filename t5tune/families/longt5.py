@@ -63,7 +63,7 @@ class LongT5(T5):
 def _run_packed(stack: Any, ids: Any, packing: Any, encoded_BSD: Any) -> Any:
     """Run an encoder or decoder on a packed row. transformers' own loop over the blocks passes nothing else on.
 
-    The attention layers find the segments in place of the mask (model/longt5_attention.py).
+    The attention layers find the segments in place of the mask (model/attention/longt5.py).
     """
     hidden = stack.dropout(stack.embed_tokens(ids))
     bias = None

@@ -22,7 +22,7 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 FEED_FORWARD_OUTPUT = "down_proj"  # T5's `wo`
 FEED_FORWARD = ("gate_proj", "up_proj", FEED_FORWARD_OUTPUT)
 MOVING_ROPES = ("dynamic", "longrope")  # their frequencies follow the longest text of a call
-SOFT_CAPPED_ATTENTION = "t5tune_soft_capped"  # see model/gemma_attention.py: transformers' sdpa has no soft cap
+SOFT_CAPPED_ATTENTION = "t5tune_soft_capped"  # see model/attention/gemma.py: transformers' sdpa has no soft cap
 
 
 class T5Gemma(Architecture):
@@ -198,7 +198,7 @@ class T5Gemma(Architecture):
                 encoder_attention_mask=attention_mask,
                 use_cache=use_cache,
             )[0]
-        # attention finds the segments in `packing` (model/gemma_attention.py): no mask of the row's length squared
+        # attention finds the segments in `packing` (model/attention/gemma.py): no mask of the row's length squared
         unused = {kind: input_ids.new_zeros(1, 1, 1, 0) for kind in ("full_attention", "sliding_attention")}
         device = input_ids.device
         encoded_BSD = encoder(

@@ -18,8 +18,8 @@ from t5tune.checkpoints.adapter import (
     read_adapter,
 )
 from t5tune.checkpoints.adapter_config import PLAIN_INITIALIZATIONS, resolve_pattern
-from t5tune.checkpoints.checkpoint import Checkpoint, are_equal
-from t5tune.checkpoints.tensors import Tensor
+from t5tune.checkpoints.base_tensors import Checkpoint, are_equal
+from t5tune.checkpoints.tensor_files.tensors import Tensor
 from t5tune.errors import CheckpointError
 from t5tune.families.architecture import Architecture
 from t5tune.file_names import ADAPTER_CONFIG_FILE

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from t5tune.checkpoints.tensors import Tensor, from_float32
+from t5tune.checkpoints.tensor_files.tensors import Tensor, from_float32
 from t5tune.errors import CheckpointError
 from t5tune.merging.torch_arithmetic import Floats, compute_low_rank_product, row_norms
 

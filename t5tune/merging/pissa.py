@@ -6,7 +6,7 @@ initialization. That depends only on W, so the same decomposition reproduces it 
 
 import torch
 
-from t5tune.checkpoints.tensors import Tensor
+from t5tune.checkpoints.tensor_files.tensors import Tensor
 from t5tune.model.load import TORCH_DTYPES, from_torch, to_torch
 
 

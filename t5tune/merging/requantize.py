@@ -8,9 +8,9 @@ import bitsandbytes
 import torch
 from bitsandbytes import functional
 
-from t5tune.checkpoints.tensors import Tensor
+from t5tune.checkpoints.tensor_files.tensors import Tensor
 from t5tune.model.load import TORCH_DTYPES, from_torch, to_torch
-from t5tune.settings.shared import QuantizationSettings
+from t5tune.settings.groups.base import QuantizationSettings
 
 
 def quantize_dequantize(weight: Tensor, quantization: QuantizationSettings, compute: str) -> Tensor:

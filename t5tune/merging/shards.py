@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from t5tune.checkpoints.checkpoint import Checkpoint
-from t5tune.checkpoints.safetensors import build_header
-from t5tune.checkpoints.tensors import FLOAT_DTYPES, NUMPY_DTYPES, FileRange, count_tensor_bytes
+from t5tune.checkpoints.base_tensors import Checkpoint
+from t5tune.checkpoints.tensor_files.safetensors import build_header
+from t5tune.checkpoints.tensor_files.tensors import FLOAT_DTYPES, NUMPY_DTYPES, FileRange, count_tensor_bytes
 from t5tune.errors import CheckpointError
 from t5tune.families.architecture import Architecture
 from t5tune.file_names import INDEX_SUFFIX, MODEL_FILE

@@ -4,14 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from t5tune.checkpoints.adapter import read_base_metadata, read_training_precision
-from t5tune.checkpoints.checkpoint import Checkpoint
+from t5tune.checkpoints.base_tensors import Checkpoint
 from t5tune.checkpoints.fingerprint import compute_fingerprint, compute_full_hash
 from t5tune.errors import CheckpointError, SettingsError
+from t5tune.inference.precision import Precision, describe_quantization, resolve_precision
 from t5tune.merging.deltas import Adapter
-from t5tune.model.precision import Precision, describe_quantization, resolve_precision
 from t5tune.progress import Note, Report
 from t5tune.settings import MergeSettings
-from t5tune.settings.shared import QuantizationSettings
+from t5tune.settings.groups.base import QuantizationSettings
 
 UNQUANTIZED = "base"  # value of --onto, and of the metadata's `onto`
 

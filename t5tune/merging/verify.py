@@ -7,21 +7,21 @@ from typing import Any
 import torch
 
 from t5tune.checkpoints.base import open_base
-from t5tune.checkpoints.checkpoint import Checkpoint
-from t5tune.data.mixture import has_examples, open_examples
-from t5tune.data.tokenizer import load_tokenizer
+from t5tune.checkpoints.base_tensors import Checkpoint
+from t5tune.data.caches.examples import has_examples, open_examples
+from t5tune.data.tokens.tokenizer import load_tokenizer
 from t5tune.errors import TrainingError
 from t5tune.file_names import RUN_CACHE_FOLDER
 from t5tune.formatting import format_count
+from t5tune.inference.loading import load_adapter, load_weighted_sum
+from t5tune.inference.precision import find_quantization_problem
 from t5tune.merging.deltas import Adapter
 from t5tune.merging.trained_base import UNQUANTIZED, TrainedBase
 from t5tune.model.device import choose_device
-from t5tune.model.inference import load_adapter, load_weighted_sum
 from t5tune.model.load import load_base
-from t5tune.model.precision import find_quantization_problem
 from t5tune.progress import Note, Report
 from t5tune.settings import MergeSettings
-from t5tune.settings.shared import QuantizationSettings
+from t5tune.settings.groups.base import QuantizationSettings
 
 NUM_EXAMPLES = 4
 ROUNDING_TOLERANCE = 0.05  # rounding weights to 8 (bf16) or 11 (fp16) bits changes logits by about this share of them

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from t5tune.checkpoints.base import open_base
-from t5tune.checkpoints.checkpoint import Checkpoint, are_equal
-from t5tune.checkpoints.tensors import FLOAT_DTYPES, TORCH_NAMES, Tensor
+from t5tune.checkpoints.base_tensors import Checkpoint, are_equal
+from t5tune.checkpoints.tensor_files.tensors import FLOAT_DTYPES, TORCH_NAMES, Tensor
 from t5tune.compat.bitsandbytes_patches import keep_training_layout, stay_if_not_moved
 from t5tune.compat.requirements import check_versions
 from t5tune.errors import DependencyError, ModelError
@@ -23,11 +23,11 @@ from t5tune.families.architecture import Architecture
 from t5tune.families.t5gemma import SOFT_CAPPED_ATTENTION
 from t5tune.file_names import GENERATION_CONFIG_FILE
 from t5tune.io.reasons import describe_error
-from t5tune.model.gemma_attention import register_soft_capped_attention
+from t5tune.model.attention.gemma import register_soft_capped_attention
 from t5tune.model.loss import make_loss_class
 from t5tune.model.zero3 import Zero3Partitioner
 from t5tune.progress import Note, Report, silent, track
-from t5tune.settings.shared import QuantizationSettings
+from t5tune.settings.groups.base import QuantizationSettings
 
 TORCH_DTYPES: dict[str, torch.dtype] = {dtype: getattr(torch, TORCH_NAMES[dtype]) for dtype in FLOAT_DTYPES}
 OUTLIER_THRESHOLD = 6.0  # LLM.int8() multiplies activations beyond this without quantization; the value is the paper's

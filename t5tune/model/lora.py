@@ -20,15 +20,15 @@ from t5tune.checkpoints.adapter import (
     to_peft_name,
 )
 from t5tune.checkpoints.adapter_config import PLAIN_INITIALIZATIONS
-from t5tune.checkpoints.checkpoint import Checkpoint
-from t5tune.checkpoints.tensors import Tensor
-from t5tune.data.tokenizer import find_other_token, load_tokenizer
+from t5tune.checkpoints.base_tensors import Checkpoint
+from t5tune.checkpoints.tensor_files.tensors import Tensor
+from t5tune.data.tokens.tokenizer import find_other_token, load_tokenizer
 from t5tune.errors import CheckpointError, SettingsError
 from t5tune.file_names import ADAPTER_CONFIG_FILE, TOKENIZER_CONFIG_FILE
 from t5tune.model.load import read_on_rank_0, to_torch
 from t5tune.model.zero3 import Zero3Partitioner
 from t5tune.settings.affects import Affects, select_settings
-from t5tune.settings.lora import BASE_CHANGING_INITIALIZATIONS, LoraSettings
+from t5tune.settings.groups.lora import BASE_CHANGING_INITIALIZATIONS, LoraSettings
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)  # which have no forward
 SVD_OVERSAMPLING, SVD_ITERATIONS = 4, 8  # of LoftQ's randomized decomposition (Halko et al. 2011)

@@ -9,8 +9,8 @@ P pairs, each with the chosen answer first and then the rejected one. B and T: s
 import torch
 from torch.nn import functional
 
+from t5tune.model.attention.segments import Segments
 from t5tune.model.loss import IGNORED_LABEL
-from t5tune.model.segments import Segments
 
 
 def sum_answers(

@@ -8,33 +8,33 @@ from pathlib import Path
 from typing import Any
 
 from t5tune.checkpoints.training_data import TrainingData, write_training_data
-from t5tune.data.cache import CACHE_FORMAT, Cache, hash_files
-from t5tune.data.chat_template import build_chat_template, write_chat_template
-from t5tune.data.counts import RecordCounts
-from t5tune.data.data_problems import check_any_used
-from t5tune.data.encoders import choose_ids_dtype
-from t5tune.data.files import STDIN, Digest, find_files
-from t5tune.data.pipeline import Pipeline
-from t5tune.data.raw_records import RawRecord
-from t5tune.data.sources import describe_origin
-from t5tune.data.span_corruption import SpanCorruption, make_corruption
-from t5tune.data.templates import Template
-from t5tune.data.text_encoding import UTF8
-from t5tune.data.tokenizer import save_tokenizer
-from t5tune.data.vocabulary import ExtendedTokenizer, RoundTripCheck
-from t5tune.data.worker import BYTES_PER_WORKER, encode_records
-from t5tune.data.writer import CacheWriter
-from t5tune.distributed.shard import count_rank_cores
+from t5tune.data.caches.cache import CACHE_FORMAT, Cache, hash_files
+from t5tune.data.reading.files import STDIN, Digest, find_files
+from t5tune.data.reading.raw_records import RawRecord
+from t5tune.data.reading.sources import describe_origin
+from t5tune.data.reading.text_encoding import UTF8
+from t5tune.data.tokens.chat_template import build_chat_template, write_chat_template
+from t5tune.data.tokens.encoders import choose_ids_dtype
+from t5tune.data.tokens.span_corruption import SpanCorruption, make_corruption
+from t5tune.data.tokens.templates import Template
+from t5tune.data.tokens.tokenizer import save_tokenizer
+from t5tune.data.tokens.vocabulary import ExtendedTokenizer, RoundTripCheck
 from t5tune.errors import ModelError
 from t5tune.file_names import CACHE_MANIFEST_FILE, EXAMPLES_FILE, TEMPLATE_FILE
 from t5tune.io.atomic import write_json
 from t5tune.io.processes import count_cores
 from t5tune.io.yaml_file import to_yaml
+from t5tune.preparing.cache_writer import CacheWriter
+from t5tune.preparing.counts import RecordCounts
+from t5tune.preparing.data_problems import check_any_used
+from t5tune.preparing.parts.shard import count_rank_cores
+from t5tune.preparing.pipeline import Pipeline
 from t5tune.preparing.record_checks import RecordChecks
+from t5tune.preparing.worker import BYTES_PER_WORKER, encode_records
 from t5tune.progress import Report, track
 from t5tune.settings import PrepareSettings
 from t5tune.settings.affects import Affects, select_settings
-from t5tune.settings.shard import AUTO
+from t5tune.settings.groups.shard import AUTO
 from t5tune.version import __version__
 
 MAX_LISTED_CHARACTERS = 100  # lost characters in the manifest

@@ -13,25 +13,16 @@ from typing import Any
 
 from t5tune.checkpoints.base import find_base, read_config
 from t5tune.checkpoints.pocket import find_conversations_file
-from t5tune.data.cache import is_cache, read_manifest
-from t5tune.data.cache_reuse import find_reusable_manifest
-from t5tune.data.data_problems import (
-    check_rejected,
-    report_default_template,
-    report_models_template,
-    report_problems,
-)
-from t5tune.data.files import STDIN, Digest, find_encodings, find_files
-from t5tune.data.formats import Conversation
-from t5tune.data.mixture import find_tokenizer_folder, has_examples
-from t5tune.data.raw_records import RawRecord
-from t5tune.data.readers import read_records
-from t5tune.data.sample import choose_default_template, drain, parse_sample, report_doubtful_headers, take_sample
-from t5tune.data.sources import bring_data, is_dataset_name
-from t5tune.data.templates import PAIR_TEMPLATE, Template, find_template, load_template
-from t5tune.data.tokenizer import Tokenizer, load_tokenizer
-from t5tune.data.vocabulary import ExtendedTokenizer, extend_tokenizer
-from t5tune.distributed.shard import find_shard
+from t5tune.data.caches.cache import is_cache, read_manifest
+from t5tune.data.caches.examples import find_tokenizer_folder, has_examples
+from t5tune.data.reading.files import STDIN, Digest, find_encodings, find_files
+from t5tune.data.reading.formats import Conversation
+from t5tune.data.reading.raw_records import RawRecord
+from t5tune.data.reading.readers import read_records
+from t5tune.data.reading.sources import bring_data, is_dataset_name
+from t5tune.data.tokens.templates import PAIR_TEMPLATE, Template, find_template, load_template
+from t5tune.data.tokens.tokenizer import Tokenizer, load_tokenizer
+from t5tune.data.tokens.vocabulary import ExtendedTokenizer, extend_tokenizer
 from t5tune.errors import DataError
 from t5tune.families import find_architecture
 from t5tune.file_names import REJECTED_FILE, TEMPLATE_FILE
@@ -39,13 +30,22 @@ from t5tune.formatting import format_count
 from t5tune.hub.datasets import EVALUATION_SPLITS, DatasetChoice, pin_dataset
 from t5tune.io.atomic import hash_file, remove_abandoned, write_folder_atomically
 from t5tune.io.reasons import join_first
-from t5tune.io.records_in_memory import find_records_name
 from t5tune.preparing.cache_files import CacheSource, encode_cache, write_cache
-from t5tune.preparing.parts import find_parts, join_parts, prepare_part
+from t5tune.preparing.cache_reuse import find_reusable_manifest
+from t5tune.preparing.data_problems import (
+    check_rejected,
+    report_default_template,
+    report_models_template,
+    report_problems,
+)
+from t5tune.preparing.parts.parts import find_parts, join_parts, prepare_part
+from t5tune.preparing.parts.shard import find_shard
 from t5tune.preparing.record_checks import RecordChecks, keep_rejected, name_rejected_file
+from t5tune.preparing.sample import choose_default_template, drain, parse_sample, report_doubtful_headers, take_sample
 from t5tune.progress import Note, Report, silent
 from t5tune.settings import PrepareSettings
 from t5tune.settings.affects import Affects, select_settings
+from t5tune.settings.records_in_memory import find_records_name
 
 
 @dataclass(frozen=True)

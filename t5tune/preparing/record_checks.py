@@ -14,8 +14,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from t5tune.data.counts import RecordCounts
-from t5tune.data.data_problems import (
+from t5tune.data.reading.raw_records import RawRecord
+from t5tune.file_names import REJECTED_FILE, REJECTED_SUFFIX
+from t5tune.io.atomic import copy_atomically
+from t5tune.preparing.counts import RecordCounts
+from t5tune.preparing.data_problems import (
     Numbers,
     RejectedRecordsError,
     check_any_example,
@@ -25,10 +28,7 @@ from t5tune.data.data_problems import (
     is_excess,
     make_mixed_data_error,
 )
-from t5tune.data.pipeline import EncodedRecord
-from t5tune.data.raw_records import RawRecord
-from t5tune.file_names import REJECTED_FILE, REJECTED_SUFFIX
-from t5tune.io.atomic import copy_atomically
+from t5tune.preparing.pipeline import EncodedRecord
 
 MIN_RECORDS_TO_STOP = 1000  # max_rejected_fraction isn't checked while fewer records than this were read
 BEGINNING_BYTES = 1 << 16  # has room for the longest path, escaped

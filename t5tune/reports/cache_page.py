@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
-from t5tune.data.cache import Cache
-from t5tune.data.cache_view import CacheView, ExampleView, LengthStatistics, TextRun
-from t5tune.data.records import LABELED_BAD
-from t5tune.data.tokenizer import Tokenizer
+from t5tune.data.caches.cache import Cache
+from t5tune.data.caches.cache_view import CacheView, ExampleView, LengthStatistics, TextRun
+from t5tune.data.reading.rejections import LABELED_BAD
+from t5tune.data.tokens.tokenizer import Tokenizer
 from t5tune.formatting import format_count
 from t5tune.reports.page import draw_length_charts, write_page
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
 
-from t5tune.data.cache_view import Histogram
+from t5tune.data.caches.cache_view import Histogram
 from t5tune.io.atomic import write_file
 from t5tune.reports.svg import draw_histogram
 

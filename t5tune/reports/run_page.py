@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from t5tune.checkpoints.model_card import DATASET_COUNTS, is_timing
-from t5tune.data.cache_view import build_histogram
-from t5tune.data.mixture import Examples, Mixture
-from t5tune.data.records import LABELED_BAD
-from t5tune.data.remote_files import hide_data_queries
+from t5tune.data.caches.cache_view import build_histogram
+from t5tune.data.caches.examples import Examples, Mixture
+from t5tune.data.reading.rejections import LABELED_BAD
+from t5tune.data.reading.remote_files import hide_data_queries
 from t5tune.file_names import REPORT_FILE
 from t5tune.formatting import GIB, format_count, format_duration, format_metric_name, format_number, format_size
 from t5tune.metrics import prefix_metric, split_by_dataset
-from t5tune.reports.metrics_log import read_metrics, read_samples
 from t5tune.reports.page import draw_length_charts, write_page
 from t5tune.reports.svg import Series, draw_line_chart, format_short
+from t5tune.runs.metrics_log import read_metrics, read_samples
 from t5tune.settings import TrainSettings
 from t5tune.settings.flags import list_flags, list_without_flags
 

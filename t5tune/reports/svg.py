@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import cycle
 from statistics import median
 
-from t5tune.data.cache_view import Histogram
+from t5tune.data.caches.cache_view import Histogram
 
 WIDTH, HEIGHT = 520, 210  # of the drawing; the page scales it
 LEFT, RIGHT, TOP, BOTTOM = 62, 12, 10, 34  # margins for the labels

@@ -15,10 +15,10 @@ from t5tune.compat.ctranslate2_patches import load_translator
 from t5tune.compat.quiet import quiet_libraries
 from t5tune.errors import ModelError
 from t5tune.file_names import CONFIG_FILE, CTRANSLATE2_VOCABULARY_FILE
+from t5tune.inference.generation import Decoding, Sampling, find_stop_ids, generate, make_random_generator
 from t5tune.io.processes import count_cores
 from t5tune.io.reasons import join_lines
 from t5tune.model.device import use_gpu_kernels
-from t5tune.model.generation import Decoding, Sampling, find_stop_ids, generate, make_random_generator
 from t5tune.serving.batching import MAX_LEVEL
 from t5tune.serving.generation import DecodingOptions, Generation, OnToken
 

@@ -4,10 +4,10 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from t5tune.data.formats import Turn
+from t5tune.data.reading.formats import Turn
 from t5tune.errors import SettingsError
-from t5tune.model.generation import MIN_TEMPERATURE, MIN_TOP_P
-from t5tune.model.prompts import Prompt, Prompts
+from t5tune.inference.generation import MIN_TEMPERATURE, MIN_TOP_P
+from t5tune.inference.prompts import Prompt, Prompts
 from t5tune.serving.generation import DecodingOptions, Engine
 from t5tune.serving.protocol import ApiError, ChatRequest, CompletionRequest, GenerationRequest
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from t5tune.errors import T5TuneError
-from t5tune.model.prompts import Prompt, ReplyText
+from t5tune.inference.prompts import Prompt, ReplyText
 from t5tune.serving.batching import QueueFull
 from t5tune.serving.computing import Batcher, DeviceLost
 from t5tune.serving.generation import DecodingOptions, FinishReason, Generation

@@ -5,7 +5,7 @@
 Precedence: default < file < environment < flags. All problems are raised together.
 """
 
-from t5tune.settings.commands import (
+from t5tune.settings.commands.commands import (
     COMMANDS,
     ChatSettings,
     DocsSettings,
@@ -20,14 +20,14 @@ from t5tune.settings.commands import (
     TemplatesSettings,
     TrainSettings,
 )
-from t5tune.settings.data import DataSettings
-from t5tune.settings.datasets import DatasetSettings
-from t5tune.settings.fields import Settings
+from t5tune.settings.commands.merge import MergeSettings
+from t5tune.settings.commands.serve import ServeSettings
+from t5tune.settings.dataset_list import DatasetSettings
+from t5tune.settings.field_types import Settings
+from t5tune.settings.groups.base import QuantizationSettings
+from t5tune.settings.groups.data import DataSettings
+from t5tune.settings.groups.record_format import ConversationSettings
 from t5tune.settings.loading import dump_settings, load_settings, write_settings
-from t5tune.settings.merge import MergeSettings
-from t5tune.settings.reading import ConversationSettings
-from t5tune.settings.serve import ServeSettings
-from t5tune.settings.shared import QuantizationSettings
 
 __all__ = [
     "COMMANDS",

@@ -7,7 +7,7 @@ select_settings(TrainSettings, Affects.ADAPTER_SCALE)   # ["lora_r", "lora_alpha
 
 from enum import Flag, auto
 
-from t5tune.settings.fields import Settings
+from t5tune.settings.field_types import Settings
 
 
 class Affects(Flag):
@@ -18,17 +18,17 @@ class Affects(Flag):
 
     NOTHING = 0
     """Nothing below. (The batch, the ranks and the DeepSpeed config are compared as computed by
-    training/resume_guard.py.)"""
+    runs/resume_guard.py.)"""
 
     CACHE = auto()
     """The token cache: prepare makes another one (commands/prepare.py). train takes the value from an existing cache
-    (training/run_folder.py), unless the setting affects STEPS too: then train applies its own value to the cache."""
+    (runs/folder.py), unless the setting affects STEPS too: then train applies its own value to the cache."""
 
     STEPS = auto()
-    """The training steps: another value is refused when a run is resumed (training/resume_guard.py)."""
+    """The training steps: another value is refused when a run is resumed (runs/resume_guard.py)."""
 
     FINAL_WEIGHTS = auto()
-    """The weights of a finished run: another value is refused for it (training/resume_guard.py). For resuming, STEPS
+    """The weights of a finished run: another value is refused for it (runs/resume_guard.py). For resuming, STEPS
     and the hashes of data, base and adapter are compared."""
 
     EXAMPLES = CACHE | FINAL_WEIGHTS
@@ -38,27 +38,27 @@ class Affects(Flag):
     """The trained weights: what most options for training affect."""
 
     INPUT_FILES = auto()
-    """The files that are read: two spellings of the same path are the same value (training/resume_guard.py)."""
+    """The files that are read: two spellings of the same path are the same value (runs/resume_guard.py)."""
 
     ADAPTER_SCALE = auto()
     """The adapter's scale or variant: an initial `adapter` must have been trained with the same (model/lora.py)."""
 
     EVALUATION = auto()
-    """The evaluation during training, for which there must be held-out examples (training/validate.py)."""
+    """The evaluation during training, for which there must be held-out examples (runs/checks.py)."""
 
     TRAINER = auto()
     """The argument of the same name of Hugging Face's Trainer (training/arguments.py)."""
 
     ALL_RANKS = auto()
     """What each rank does, in addition to STEPS and EVALUATION: another value on another rank is refused
-    (training/same_ranks.py)."""
+    (runs/same_ranks.py)."""
 
     INFERENCE = auto()
     """How the model is used: the value is stored in training_data.json, and evaluate and chat take it from there
     (checkpoints/training_data.py)."""
 
     THIS_CALL = auto()
-    """Only this call: settings.yaml in the run folder gets the default value (training/run_folder.py)."""
+    """Only this call: settings.yaml in the run folder gets the default value (runs/folder.py)."""
 
 
 def select_settings(model: type[Settings], affects: Affects) -> list[str]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from t5tune.errors import SettingsError
 from t5tune.progress import Report, silent
-from t5tune.settings.fields import Settings
+from t5tune.settings.field_types import Settings
 from t5tune.settings.messages import shorten_value
 
 

@@ -8,8 +8,8 @@ Some have no flag, and are only for YAML: `list_without_flags` lists these.
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any, get_args
 
-from t5tune.settings.datasets import PATHS_OF_DATASETS, DatasetSettings
-from t5tune.settings.fields import Settings
+from t5tune.settings.dataset_list import PATHS_OF_DATASETS, DatasetSettings
+from t5tune.settings.field_types import Settings
 
 
 def list_flags(settings: Settings, names: Iterable[str], given: Collection[str] = ()) -> Iterator[list[str]]:

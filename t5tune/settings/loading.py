@@ -11,12 +11,12 @@ from pydantic_core import ErrorDetails
 from t5tune.errors import SettingsError
 from t5tune.file_names import SETTINGS_FILE
 from t5tune.settings import packaged_templates
-from t5tune.settings.commands import COMMANDS
-from t5tune.settings.datasets import PATHS_OF_DATASETS, DatasetSettings
-from t5tune.settings.fields import Settings
-from t5tune.settings.legacy_names import LEGACY_NAMES, select_legacy_names
+from t5tune.settings.commands.commands import COMMANDS
+from t5tune.settings.dataset_list import PATHS_OF_DATASETS, DatasetSettings
+from t5tune.settings.fastchat_names import LEGACY_NAMES, select_legacy_names
+from t5tune.settings.field_types import Settings
 from t5tune.settings.messages import HIDDEN_VALUE, describe_value_error, format_place, shorten_value
-from t5tune.settings.synonyms import find_meant_setting, find_nested_setting, suggest_setting
+from t5tune.settings.other_names import find_meant_setting, find_nested_setting, suggest_setting
 
 VARIABLE_PREFIX = "T5TUNE_"
 SETTINGS_HEADER = "# to run this again: t5tune "  # by which a folder is recognized as an output of t5tune

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from t5tune.errors import suggest_name
-from t5tune.settings.synonyms import find_meant_setting, is_name_elsewhere, suggest_setting
+from t5tune.settings.other_names import find_meant_setting, is_name_elsewhere, suggest_setting
 
 # pydantic error type -> text; {…} is filled from the error's context
 VALUE_REASONS = {

@@ -8,7 +8,7 @@ from t5tune.errors import SettingsError, suggest_name
 from t5tune.file_names import SETTINGS_FILE
 from t5tune.io.reasons import describe_error
 from t5tune.io.untrusted import parse_json_object
-from t5tune.settings.fields import read_path
+from t5tune.settings.field_types import read_path
 
 DESCRIPTION = re.compile(r"^# (?!yaml-language-server)(.*)", re.MULTILINE)
 DEEPSPEED_CONFIGS = {  # JSON has no comments

@@ -11,11 +11,11 @@ from t5tune.distributed.world import World
 from t5tune.errors import SettingsError
 from t5tune.io.reasons import join_lines
 from t5tune.progress import Note, Report
+from t5tune.runs.checks import FIXED_ARGUMENTS, choose_trackers
 from t5tune.settings import TrainSettings
 from t5tune.settings.affects import Affects, select_settings
+from t5tune.settings.groups.training import SCHEDULES_BY_METRIC
 from t5tune.settings.packaged_templates import get_zero_stage
-from t5tune.settings.training import SCHEDULES_BY_METRIC
-from t5tune.training.validate import FIXED_ARGUMENTS, choose_trackers
 
 
 class OneGpuArguments(TrainingArguments):  # type: ignore[misc]

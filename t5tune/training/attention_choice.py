@@ -11,7 +11,7 @@ import torch
 
 from t5tune.distributed.collectives import all_gather
 from t5tune.errors import SettingsError
-from t5tune.model.attention_check import (
+from t5tune.model.kernels.flex_check import (
     AttentionShape,
     KernelCheck,
     PackedAttention,

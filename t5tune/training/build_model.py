@@ -25,12 +25,12 @@ from t5tune.checkpoints.base import open_base
 from t5tune.checkpoints.fingerprint import is_trained_base
 from t5tune.checkpoints.model_card import format_data_line, format_settings_line
 from t5tune.checkpoints.model_folder import write_model
-from t5tune.checkpoints.tensors import Tensor
-from t5tune.data.mixture import Examples
+from t5tune.checkpoints.tensor_files.tensors import Tensor
+from t5tune.data.caches.examples import Examples
 from t5tune.errors import SettingsError
 from t5tune.file_names import ADAPTER_WEIGHTS_FILE, MODEL_FILE
-from t5tune.model.attention import can_pack, switch_off_attention_dropout, switch_off_dropout, use_packing
-from t5tune.model.fused import compile_layers, use_fused_layers
+from t5tune.model.attention.packing import can_pack, switch_off_attention_dropout, switch_off_dropout, use_packing
+from t5tune.model.kernels.fused import compile_layers, use_fused_layers
 from t5tune.model.load import count_parameters, load_base
 from t5tune.model.lora import add_lora, load_initial_adapter
 from t5tune.model.zero3 import Zero3Partitioner

@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 from t5tune.checkpoints.model_card import is_timing
 from t5tune.metrics import split_by_dataset
 from t5tune.progress import Advanced, Evaluated, Finished, Measured, Report, Started
-from t5tune.reports.metrics_log import MetricsLog
+from t5tune.runs.metrics_log import MetricsLog
 
 TRAIN_TASK = "train"
 REPORTED_METRICS = {

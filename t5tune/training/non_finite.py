@@ -23,7 +23,7 @@ from t5tune.distributed.collectives import all_gather, get_rank_and_size
 from t5tune.errors import TrainingError
 from t5tune.io.atomic import append_line
 from t5tune.progress import Note, Report
-from t5tune.training.checkpoint import list_checkpoints
+from t5tune.runs.checkpoints import list_checkpoints
 
 NON_FINITE_FILE = "non_finite.jsonl"
 

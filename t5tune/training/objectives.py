@@ -17,10 +17,12 @@ from typing import Any
 
 import torch
 
-from t5tune.data.encoding import Example
-from t5tune.data.mixture import Examples
+from t5tune.data.caches.examples import Examples
+from t5tune.data.tokens.encoding import Example
 from t5tune.distributed.collectives import all_gather
+from t5tune.evaluation.scoring import LOSSES_TASK, measure_losses, measure_targets
 from t5tune.metrics import prefix_metric
+from t5tune.model.batches import REFERENCE, PackedCollator, PaddedCollator
 from t5tune.model.preferences import (
     compute_dpo_losses,
     compute_ipo_losses,
@@ -29,8 +31,6 @@ from t5tune.model.preferences import (
 )
 from t5tune.progress import Report
 from t5tune.settings import TrainSettings
-from t5tune.training.batches import REFERENCE, PackedCollator, PaddedCollator
-from t5tune.training.evaluation import LOSSES_TASK, measure_losses, measure_targets
 
 Pairs = Sequence[tuple[float, float]]
 """The log-probabilities of the chosen and the rejected answer of each pair."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from t5tune.checkpoints.upload import (
+from t5tune.checkpoints.hub_upload import (
     choose_repository,
     explain_uploading_later,
     list_uploaded_files,
@@ -18,9 +18,9 @@ from t5tune.checkpoints.upload import (
 from t5tune.errors import CheckpointError
 from t5tune.io.reasons import describe_error
 from t5tune.progress import Event, Note, Report
+from t5tune.runs.checkpoints import STAGING_PREFIX
+from t5tune.runs.folder import TrainResult
 from t5tune.settings import TrainSettings
-from t5tune.training.checkpoint import STAGING_PREFIX
-from t5tune.training.run_folder import TrainResult
 
 
 class PushCheckpoints(TrainerCallback):  # type: ignore[misc]

@@ -23,24 +23,24 @@ import safetensors.numpy
 import torch
 from safetensors import SafetensorError, safe_open
 
-from t5tune.data.encoding import Example
-from t5tune.data.mixture import Examples
+from t5tune.data.caches.examples import Examples
+from t5tune.data.tokens.encoding import Example
 from t5tune.distributed.collectives import run_on_rank_0
 from t5tune.distributed.world import World
 from t5tune.errors import CheckpointError, naming_settings
+from t5tune.inference.loading import LoadedModel, load_for_inference
 from t5tune.io.atomic import write_file
 from t5tune.io.reasons import describe_error
-from t5tune.model.attention import can_pack, use_packing
-from t5tune.model.fused import use_fused_layers
-from t5tune.model.inference import LoadedModel, load_for_inference
+from t5tune.model.attention.packing import can_pack, use_packing
+from t5tune.model.batches import PackedCollator, PaddedCollator, make_collator
+from t5tune.model.kernels.fused import use_fused_layers
 from t5tune.model.lora import check_same_tokens
 from t5tune.progress import Note, Report
 from t5tune.settings import TrainSettings
-from t5tune.settings.lora import LoraSettings
+from t5tune.settings.groups.base import InferenceSettings, QuantizationSettings
+from t5tune.settings.groups.lora import LoraSettings
 from t5tune.settings.packaged_templates import get_zero_stage
-from t5tune.settings.shared import InferenceSettings, QuantizationSettings
 from t5tune.training.attention_choice import LOOP, ChosenAttention
-from t5tune.training.batches import PackedCollator, PaddedCollator, make_collator
 from t5tune.training.build_model import BuiltModel
 from t5tune.training.objectives import EvaluationOptions, Pairs, measure_pairs
 

@@ -17,13 +17,13 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from t5tune.data.mixture import Examples
-from t5tune.data.tokenizer import Tokenizer, decode_prediction, decode_reference
+from t5tune.data.caches.examples import Examples
+from t5tune.data.tokens.tokenizer import Tokenizer, decode_prediction, decode_reference
+from t5tune.evaluation.scoring import find_max_target_length, generate_predictions, measure_losses, select_evenly
+from t5tune.inference.generation import Decoding
 from t5tune.io.atomic import write_json
-from t5tune.model.generation import Decoding
-from t5tune.reports.metrics_log import SAMPLES_FILE, read_samples
-from t5tune.training.batches import PackedCollator, PaddedCollator
-from t5tune.training.evaluation import find_max_target_length, generate_predictions, measure_losses, select_evenly
+from t5tune.model.batches import PackedCollator, PaddedCollator
+from t5tune.runs.metrics_log import SAMPLES_FILE, read_samples
 
 CANDIDATES_PER_SAMPLE = 2
 MAX_PREDICTED_TOKENS = 64  # a small limit, because under ZeRO-3 every token gathers the whole model

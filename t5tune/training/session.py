@@ -19,51 +19,37 @@ from t5tune.checkpoints.base import find_base
 from t5tune.checkpoints.model_card import format_outcome_lines
 from t5tune.checkpoints.model_folder import is_trained_file
 from t5tune.checkpoints.tokenizer_files import read_supporting_files
-from t5tune.data.mixture import Examples, Mixture, describe_shares
-from t5tune.data.tokenizer import Tokenizer, load_tokenizer
+from t5tune.data.caches.examples import Examples, Mixture, describe_shares
+from t5tune.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from t5tune.distributed.collectives import barrier, run_on_rank_0
 from t5tune.distributed.signals import StopRequest
 from t5tune.distributed.watch import RankWatch
 from t5tune.distributed.world import World
 from t5tune.errors import CheckpointError, SettingsError, TrainingError, suggest_name
+from t5tune.evaluation.batches import EvaluationStopped
+from t5tune.evaluation.scoring import GenerationScorer
 from t5tune.file_names import MODEL_CARD_FILE, RESULT_FILE, TEMPLATE_FILE, TRAINER_STATE_FILE
 from t5tune.formatting import format_count, format_held_out_metric, format_number, format_size
 from t5tune.io.atomic import copy_atomically, explain_write_errors, write_file, write_json
 from t5tune.metrics import split_by_dataset
-from t5tune.model.attention_check import AttentionShape, read_attention_shape
-from t5tune.model.device import get_peak_memory, get_reserved_memory, manage_memory_for_loading
-from t5tune.model.t5_attention import trains_position_bias
-from t5tune.progress import Note, Report
-from t5tune.reports.metrics_log import drop_non_finite
-from t5tune.reports.run_page import write_run_report
-from t5tune.settings import TrainSettings, packaged_templates
-from t5tune.settings.lora import LoraSettings
-from t5tune.training.arguments import choose_best_metric, make_training_arguments
-from t5tune.training.attention_choice import LOOP, ChosenAttention, choose_packed_attention
-from t5tune.training.batches import (
+from t5tune.model.attention.t5 import trains_position_bias
+from t5tune.model.batches import (
     StepSampler,
     count_steps,
     make_collator,
     make_sampler,
 )
-from t5tune.training.build_model import BuiltModel, build_model, will_train_position_bias
-from t5tune.training.callbacks import find_best
-from t5tune.training.checkpoint import read_run_identity, verify
-from t5tune.training.commits import load_commits, pin_commits
-from t5tune.training.deepspeed_values import find_mismatches
-from t5tune.training.evaluation import GenerationScorer
-from t5tune.training.evaluation_batches import EvaluationStopped
-from t5tune.training.non_finite import NonFiniteGuard
-from t5tune.training.objectives import (
-    DirectPreferenceObjective,
-    OddsRatioObjective,
-    Pairs,
-    RunObjective,
-    TargetObjective,
-)
-from t5tune.training.publisher import CheckpointPublisher
-from t5tune.training.reference import PairMeter, complete_references, open_initial_model, open_reference_adapter
-from t5tune.training.resume_guard import (
+from t5tune.model.device import get_peak_memory, get_reserved_memory, manage_memory_for_loading
+from t5tune.model.kernels.flex_check import AttentionShape, read_attention_shape
+from t5tune.progress import Note, Report
+from t5tune.reports.run_page import write_run_report
+from t5tune.runs.checkpoints import read_run_identity, verify
+from t5tune.runs.commits import load_commits, pin_commits
+from t5tune.runs.deepspeed_values import find_mismatches
+from t5tune.runs.folder import Run, TrainResult, open_data, start_or_resume_run
+from t5tune.runs.metrics_log import drop_non_finite
+from t5tune.runs.publisher import CheckpointPublisher
+from t5tune.runs.resume_guard import (
     PACKED_ATTENTION,
     STEPS_PER_EPOCH,
     check_steps_per_epoch,
@@ -72,11 +58,25 @@ from t5tune.training.resume_guard import (
     has_other_held_out,
     needs_resharding,
 )
-from t5tune.training.run_folder import Run, TrainResult, open_data, start_or_resume_run
-from t5tune.training.same_ranks import check_same_inputs
+from t5tune.runs.same_ranks import check_same_inputs
+from t5tune.runs.teacher_files import TeacherFiles, find_teacher, hash_teacher
+from t5tune.settings import TrainSettings, packaged_templates
+from t5tune.settings.groups.lora import LoraSettings
+from t5tune.training.arguments import choose_best_metric, make_training_arguments
+from t5tune.training.attention_choice import LOOP, ChosenAttention, choose_packed_attention
+from t5tune.training.build_model import BuiltModel, build_model, will_train_position_bias
+from t5tune.training.callbacks import find_best
+from t5tune.training.non_finite import NonFiniteGuard
+from t5tune.training.objectives import (
+    DirectPreferenceObjective,
+    OddsRatioObjective,
+    Pairs,
+    RunObjective,
+    TargetObjective,
+)
+from t5tune.training.reference import PairMeter, complete_references, open_initial_model, open_reference_adapter
 from t5tune.training.sample_predictions import SamplePredictions
 from t5tune.training.teacher import DistillationObjective, Teacher, load_teacher
-from t5tune.training.teacher_files import TeacherFiles, find_teacher, hash_teacher
 from t5tune.training.trainer import T5Trainer, TrainerParts
 
 BYTES_PER_PARAMETER = 4 + 8  # of a checkpoint: the weights in fp32, and Adam's two moments

@@ -14,20 +14,20 @@ from typing import Any
 
 import torch
 
-from t5tune.data.templates import Template
-from t5tune.data.tokenizer import Tokenizer
+from t5tune.data.tokens.templates import Template
+from t5tune.data.tokens.tokenizer import Tokenizer
 from t5tune.errors import ModelError, SettingsError, naming_settings
-from t5tune.model.attention import can_pack, use_packing
+from t5tune.inference.loading import load_for_inference
+from t5tune.model.attention.packing import can_pack, use_packing
 from t5tune.model.distillation import Distillation
-from t5tune.model.fused import use_fused_layers
-from t5tune.model.inference import load_for_inference
+from t5tune.model.kernels.fused import use_fused_layers
 from t5tune.model.loss import CrossEntropy, HeadWeights, read_head_weights
 from t5tune.progress import Note, Report, silent
+from t5tune.runs.teacher_files import TeacherFiles, make_inference_settings
 from t5tune.settings import TrainSettings
-from t5tune.settings.distillation import TEACHER
+from t5tune.settings.groups.distillation import TEACHER
 from t5tune.settings.packaged_templates import get_zero_stage
 from t5tune.training.objectives import TargetObjective, widen_mask
-from t5tune.training.teacher_files import TeacherFiles, make_inference_settings
 
 
 @dataclass(frozen=True)

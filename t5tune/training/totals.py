@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from t5tune.data.encoding import Example, PreferencePair
+from t5tune.data.tokens.encoding import Example, PreferencePair
 from t5tune.distributed.collectives import all_gather
 from t5tune.model.loss import IGNORED_LABEL
 

@@ -15,8 +15,8 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.integrations import get_reporting_integration_callbacks
 
-from t5tune.checkpoints.upload import list_uploaded_files
-from t5tune.data.remote_files import hide_data_queries
+from t5tune.checkpoints.hub_upload import list_uploaded_files
+from t5tune.data.reading.remote_files import hide_data_queries
 from t5tune.errors import CheckpointError
 from t5tune.file_names import REPORT_FILE
 from t5tune.io.atomic import write_json
@@ -24,9 +24,9 @@ from t5tune.io.reasons import describe_error, hide_queries
 from t5tune.io.untrusted import read_json_object
 from t5tune.io.yaml_file import to_yaml
 from t5tune.progress import Note, Report
+from t5tune.runs.folder import TrainResult
 from t5tune.settings import TrainSettings
 from t5tune.training.arguments import choose_run_name
-from t5tune.training.run_folder import TrainResult
 
 TRACKERS_FILE = "trackers.json"  # in the run folder: the ids by which a resumed run continues its entry
 MAX_PARAMETER_LENGTH = 250  # of a value, in MLflow's older servers

@@ -9,8 +9,8 @@ import torch
 from torch._utils import _unflatten_dense_tensors
 
 from t5tune.checkpoints.adapter import convert_to_plain_lora, to_peft_name
-from t5tune.checkpoints.safetensors import SafetensorsFile
-from t5tune.checkpoints.tensors import Tensor
+from t5tune.checkpoints.tensor_files.safetensors import SafetensorsFile
+from t5tune.checkpoints.tensor_files.tensors import Tensor
 from t5tune.errors import CheckpointError
 
 

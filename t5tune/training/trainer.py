@@ -25,18 +25,22 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from t5tune.compat.requirements import make_install_command
 from t5tune.compat.transformers_patches import leave_empty_bias_without_gradient, skip_module_walks
-from t5tune.data.mixture import Examples
+from t5tune.data.caches.examples import Examples
 from t5tune.distributed.collectives import any_rank, get_rank_and_size, is_distributed
 from t5tune.distributed.signals import StopRequest, ignore_signals
 from t5tune.distributed.watch import RankWatch
 from t5tune.errors import DependencyError, SettingsError
+from t5tune.evaluation.batches import EvaluationStopped
+from t5tune.evaluation.scoring import GenerationScorer
 from t5tune.formatting import format_count, format_held_out_metric, format_number
 from t5tune.io.reasons import join_lines
+from t5tune.model.batches import ExampleDataset, PackedCollator, PaddedCollator, StepSampler
 from t5tune.model.device import get_peak_memory, get_reserved_memory
 from t5tune.progress import Note, Report
-from t5tune.reports.metrics_log import NEW_HELD_OUT, SUMMARY, MetricsLog
-from t5tune.settings.training import SCHEDULES_BY_METRIC
-from t5tune.training.batches import ExampleDataset, PackedCollator, PaddedCollator, StepSampler
+from t5tune.runs.metrics_log import NEW_HELD_OUT, SUMMARY, MetricsLog
+from t5tune.runs.publisher import CheckpointPublisher
+from t5tune.runs.reshard import load_resharded
+from t5tune.settings.groups.training import SCHEDULES_BY_METRIC
 from t5tune.training.callbacks import (
     CatchUp,
     ReportProgress,
@@ -46,12 +50,8 @@ from t5tune.training.callbacks import (
     is_better,
     name_best_metric,
 )
-from t5tune.training.evaluation import GenerationScorer
-from t5tune.training.evaluation_batches import EvaluationStopped
 from t5tune.training.non_finite import NonFiniteGuard
 from t5tune.training.objectives import EvaluationOptions, Pairs, RunObjective
-from t5tune.training.publisher import CheckpointPublisher
-from t5tune.training.reshard import load_resharded
 from t5tune.training.totals import NUM_PAIRS, NUM_TOKENS, TOTALS_KEY, RunTotals, TokenCountingCollator
 from t5tune.training.trained_weights import TrainedWeights, drop_frozen
 

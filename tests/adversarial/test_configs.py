@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from t5tune.checkpoints.base import open_base
-from t5tune.data.tokenizer import load_tokenizer
+from t5tune.data.tokens.tokenizer import load_tokenizer
 from t5tune.errors import T5TuneError
 from t5tune.model.load import load_base
 from tests.support.bases import make_base

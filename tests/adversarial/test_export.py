@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from t5tune.checkpoints.checkpoint import Checkpoint
+from t5tune.checkpoints.base_tensors import Checkpoint
 from t5tune.commands.export import export
 from t5tune.errors import CheckpointError
+from t5tune.runs.checkpoints import write_manifest
 from t5tune.settings import ExportSettings
-from t5tune.training.checkpoint import write_manifest
 from tests.adversarial import zero_folders
 from tests.adversarial.zips import hostile_pickles, hostile_zips, torch_file
 from tests.support.command_line import t5tune
@@ -53,7 +53,7 @@ def test_a_pickle_of_more_than_tensors_is_refused(tmp_path: Path, bounded: None,
 
 @pytest.mark.parametrize("kind", ["pipe", "folder", "link to a device"])
 def test_what_is_not_a_regular_file_is_refused_without_waiting(tmp_path: Path, bounded: None, kind: str) -> None:
-    from t5tune.checkpoints.torch_format.file import read_torch_file
+    from t5tune.checkpoints.tensor_files.torch_file import read_torch_file
 
     path = tmp_path / "x.bin"
     if kind == "pipe":

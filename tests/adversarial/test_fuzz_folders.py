@@ -16,10 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from t5tune.checkpoints.adapter_config import check_foldable, read_adapter_config, resolve_pattern
-from t5tune.checkpoints.checkpoint import Checkpoint
-from t5tune.checkpoints.safetensors import SafetensorsFile, build_header
-from t5tune.checkpoints.tensors import NUMPY_DTYPES
-from t5tune.checkpoints.zero_shards import find_deepspeed_folder
+from t5tune.checkpoints.base_tensors import Checkpoint
+from t5tune.checkpoints.tensor_files.safetensors import SafetensorsFile, build_header
+from t5tune.checkpoints.tensor_files.tensors import NUMPY_DTYPES
+from t5tune.checkpoints.zero.shards import find_deepspeed_folder
 from t5tune.errors import T5TuneError
 from t5tune.file_names import ADAPTER_CONFIG_FILE
 from t5tune.io.yaml_file import read_yaml

@@ -16,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from t5tune.checkpoints.tensors import Tensor
-from t5tune.checkpoints.torch_format.file import read_torch_file
-from t5tune.checkpoints.zero_shards import ZeroState, read_zero
+from t5tune.checkpoints.tensor_files.tensors import Tensor
+from t5tune.checkpoints.tensor_files.torch_file import read_torch_file
+from t5tune.checkpoints.zero.shards import ZeroState, read_zero
 from t5tune.commands.export import export
 from t5tune.errors import T5TuneError
 from t5tune.settings import ExportSettings

@@ -8,7 +8,7 @@ import pytest
 
 from t5tune.cli import run
 from t5tune.commands.merge import merge
-from t5tune.data.tokenizer import load_tokenizer
+from t5tune.data.tokens.tokenizer import load_tokenizer
 from t5tune.errors import ModelError
 from t5tune.settings import MergeSettings
 from tests.adversarial.model_folders import FOLDERS

@@ -16,19 +16,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from t5tune.data.cleaning import clean
-from t5tune.data.encoders import Beginning, make_encoder
-from t5tune.data.files import find_files
-from t5tune.data.formats import Conversation
-from t5tune.data.raw_records import RawRecord, parse_record
-from t5tune.data.readers import read_records
-from t5tune.data.records import Rejection
-from t5tune.data.tokenizer import load_tokenizer
-from t5tune.data.vocabulary import extend_tokenizer
+from t5tune.data.reading.cleaning import clean
+from t5tune.data.reading.files import find_files
+from t5tune.data.reading.formats import Conversation
+from t5tune.data.reading.raw_records import RawRecord, parse_record
+from t5tune.data.reading.readers import read_records
+from t5tune.data.reading.rejections import Rejection
+from t5tune.data.tokens.encoders import Beginning, make_encoder
+from t5tune.data.tokens.tokenizer import load_tokenizer
+from t5tune.data.tokens.vocabulary import extend_tokenizer
 from t5tune.errors import DataError
 from t5tune.progress import Event, Note
 from t5tune.settings import EvaluateSettings, write_settings
-from t5tune.settings.reading import ReadingSettings
+from t5tune.settings.groups.record_format import ReadingSettings
 from tests.support import runs
 from tests.support.command_line import CommandResult, t5tune
 from tests.support.paths import REPOSITORY, SHARED
@@ -274,7 +274,7 @@ def test_a_long_text_encoded_in_parts_has_the_ids_of_the_whole(base: Path, add: 
         begun = Beginning(text) if first else text
         (whole,) = encoder.encode([begun])
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("t5tune.data.encoders.PART_LENGTH", 6)
+            patch.setattr("t5tune.data.tokens.encoders.PART_LENGTH", 6)
             (parts,) = encoder.encode([begun])
         assert parts.tolist() == whole.tolist()
 

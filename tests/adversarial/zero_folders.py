@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from t5tune.io.atomic import encode_json
-from t5tune.training.checkpoint import CHECKPOINT_FORMAT
+from t5tune.runs.checkpoints import CHECKPOINT_FORMAT
 
 PREFIX = "base_model.model."
 MODULE = PREFIX + "encoder.block.0.layer.0.SelfAttention.q"

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from t5tune.cli.output import Output
-from t5tune.data.cache_reuse import make_resume_error
 from t5tune.errors import Stopped
+from t5tune.preparing.cache_reuse import make_resume_error
 
 
 @dataclass(frozen=True)

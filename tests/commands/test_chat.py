@@ -28,8 +28,8 @@ from t5tune.commands.export import export
 from t5tune.commands.merge import merge
 from t5tune.commands.prepare import prepare
 from t5tune.commands.train import train
-from t5tune.data.cache import open_cache
-from t5tune.data.formats import Turn
+from t5tune.data.caches.cache import open_cache
+from t5tune.data.reading.formats import Turn
 from t5tune.errors import CheckpointError, SettingsError
 from t5tune.progress import Event, Note
 from t5tune.settings import ChatSettings, ExportSettings, MergeSettings, PrepareSettings, TrainSettings

@@ -20,14 +20,20 @@ from t5tune.commands.export import export
 from t5tune.commands.merge import merge
 from t5tune.commands.prepare import prepare
 from t5tune.commands.train import train
-from t5tune.data import sample
-from t5tune.data.cache import open_cache
+from t5tune.data.caches.cache import open_cache
 from t5tune.errors import CheckpointError, DataError, ModelError, OutOfMemory, SettingsError, Stopped
+from t5tune.evaluation import scoring as evaluation
+from t5tune.evaluation.scoring import measure_losses
+from t5tune.inference.loading import load_for_inference
 from t5tune.metrics import score
-from t5tune.model.attention import use_packing
-from t5tune.model.inference import load_for_inference
+from t5tune.model.attention.packing import use_packing
+from t5tune.model.batches import PackedCollator
+from t5tune.preparing import sample
 from t5tune.progress import Advanced, Event, Note
-from t5tune.reports.metrics_log import read_metrics
+from t5tune.runs import publisher
+from t5tune.runs.checkpoints import verify
+from t5tune.runs.checks import check_settings
+from t5tune.runs.metrics_log import read_metrics
 from t5tune.settings import (
     EvaluateSettings,
     ExportSettings,
@@ -36,11 +42,6 @@ from t5tune.settings import (
     TrainSettings,
     load_settings,
 )
-from t5tune.training import evaluation, publisher
-from t5tune.training.batches import PackedCollator
-from t5tune.training.checkpoint import verify
-from t5tune.training.evaluation import measure_losses
-from t5tune.training.validate import check_settings
 from tests.support import train_runs
 from tests.support.command_line import CommandResult, t5tune_in_fork
 from tests.support.runs import stop_at
@@ -267,7 +268,7 @@ def test_a_given_data_format_overrides_the_columns_of_training(untied_base: Path
 
 
 def test_a_target_with_unknown_tokens_never_counts_as_matched(untied_base: Path, tmp_path: Path) -> None:
-    from t5tune.data.tokenizer import decode_prediction, decode_reference, load_tokenizer
+    from t5tune.data.tokens.tokenizer import decode_prediction, decode_reference, load_tokenizer
 
     tokenizer = load_tokenizer(untied_base)
     ids = tokenizer.encode("a 猫")

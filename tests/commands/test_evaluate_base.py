@@ -12,7 +12,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from t5tune.commands.evaluate import EvaluateResult, evaluate
 from t5tune.commands.prepare import prepare
 from t5tune.commands.train import train
-from t5tune.data.cache import open_cache
+from t5tune.data.caches.cache import open_cache
 from t5tune.progress import Note, Report, silent
 from t5tune.settings import EvaluateSettings, PrepareSettings
 from tests.support.command_line import t5tune_in_fork

@@ -16,10 +16,10 @@ from t5tune.commands.train import train
 from t5tune.custom_metrics import load_custom_metric
 from t5tune.errors import SettingsError
 from t5tune.progress import Evaluated, Event, Note
-from t5tune.reports.metrics_log import read_metrics
+from t5tune.runs.checkpoints import verify
+from t5tune.runs.folder import read_result
+from t5tune.runs.metrics_log import read_metrics
 from t5tune.settings import EvaluateSettings, MergeSettings, PrepareSettings, TrainSettings, load_settings
-from t5tune.training.checkpoint import verify
-from t5tune.training.run_folder import read_result
 from tests.support import train_runs
 from tests.support.command_line import CommandResult, t5tune_in_fork
 

@@ -17,7 +17,7 @@ from transformers import T5ForConditionalGeneration, Trainer, TrainingArguments
 
 from t5tune.checkpoints.adapter_shapes import check_adapter_shapes
 from t5tune.checkpoints.base import open_base
-from t5tune.checkpoints.tensors import Tensor
+from t5tune.checkpoints.tensor_files.tensors import Tensor
 from t5tune.commands.export import ExportResult, export
 from t5tune.errors import CheckpointError, SettingsError
 from t5tune.progress import Note

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from t5tune.commands.inspect import inspect
 from t5tune.commands.prepare import prepare
-from t5tune.data.cache import open_cache
+from t5tune.data.caches.cache import open_cache
 from t5tune.errors import DataError, SettingsError
 from t5tune.progress import Event, Note
 from t5tune.settings import InspectSettings, PrepareSettings, TrainSettings, write_settings

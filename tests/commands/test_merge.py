@@ -18,7 +18,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from t5tune.checkpoints.checkpoint import Checkpoint
+from t5tune.checkpoints.base_tensors import Checkpoint
 from t5tune.checkpoints.fingerprint import (
     FINGERPRINT_BYTES,
     compute_fingerprint,
@@ -30,9 +30,9 @@ from t5tune.commands.evaluate import evaluate
 from t5tune.commands.export import export
 from t5tune.commands.merge import MergeResult, merge
 from t5tune.commands.prepare import prepare
-from t5tune.data.chat_template import build_chat_template, write_chat_template
-from t5tune.data.templates import load_template
-from t5tune.data.tokenizer import load_tokenizer, save_tokenizer
+from t5tune.data.tokens.chat_template import build_chat_template, write_chat_template
+from t5tune.data.tokens.templates import load_template
+from t5tune.data.tokens.tokenizer import load_tokenizer, save_tokenizer
 from t5tune.errors import CheckpointError, ModelError, SettingsError, TrainingError
 from t5tune.model.load import load_base
 from t5tune.progress import Note

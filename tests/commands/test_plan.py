@@ -15,23 +15,23 @@ import torch
 from t5tune.checkpoints.base import read_config
 from t5tune.commands.plan import Plan, _find_largest_batch_size, plan, to_plan_settings
 from t5tune.commands.prepare import prepare
-from t5tune.data.batching import epoch_order
+from t5tune.data.caches.batching import epoch_order
 from t5tune.errors import ModelError, SettingsError
 from t5tune.families import find_architecture
-from t5tune.model.known_configs import KNOWN_CONFIGS
 from t5tune.model.load import LOAD_CHUNK_BYTES, count_parameters, load_base
-from t5tune.model.memory import (
+from t5tune.planning.known_configs import KNOWN_CONFIGS
+from t5tune.planning.layer_memory import (
     BatchLengths,
     build_empty_training_model,
     count_quantized_bytes,
     count_weight_bytes,
     measure_step,
 )
+from t5tune.planning.run_memory import USABLE_GPU_SHARE, Machine
 from t5tune.progress import Note
 from t5tune.settings import PlanSettings, PrepareSettings, QuantizationSettings, TrainSettings, load_settings
-from t5tune.settings.fields import parse_gpu_memory
+from t5tune.settings.field_types import parse_gpu_memory
 from t5tune.settings.loading import dump_settings
-from t5tune.training.memory_estimate import USABLE_GPU_SHARE, Machine
 from tests.support.bases import make_base
 from tests.support.command_line import t5tune_in_fork
 
@@ -99,8 +99,8 @@ def test_loaded_weights_take_the_planned_bytes(quantization: dict[str, Any], tmp
 
 def test_a_step_on_fake_tensors_counts_what_a_real_step_saves(untied_base: Path) -> None:
     """Compare the tensors that autograd saves for a real model with the count on fake tensors."""
+    from t5tune.model.attention.segments import Segments
     from t5tune.model.lora import add_lora
-    from t5tune.model.segments import Segments
 
     settings = TrainSettings(model_name_or_path=str(untied_base), data_path="-", output_dir=Path("-"), packing="on")
     architecture = find_architecture(read_config(untied_base), untied_base)
@@ -108,7 +108,7 @@ def test_a_step_on_fake_tensors_counts_what_a_real_step_saves(untied_base: Path)
     model = build_empty_training_model(architecture, settings, 0, deepspeed=False)
     step = measure_step(model, lengths, settings, on_gpu=False, reentrant=False, autocast=True)
 
-    from t5tune.model.attention import use_packing
+    from t5tune.model.attention.packing import use_packing
 
     real, _ = add_lora(
         load_base(untied_base, torch.float32, torch.device("cpu")), untied_base, settings, [], torch.float32
@@ -182,7 +182,7 @@ def cache(conversations: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 def test_a_cache_determines_steps_padding_and_the_largest_batch(cache: Path, tmp_path: Path) -> None:
     from t5tune.commands.train import train
-    from t5tune.data.cache import open_cache
+    from t5tune.data.caches.cache import open_cache
 
     run = TrainSettings(
         model_name_or_path="pocket", data_path=str(cache), output_dir=tmp_path / "run", use_cpu=True,
@@ -251,8 +251,8 @@ def test_the_plan_of_a_run_is_of_the_examples_that_it_trains_on(
 
 def test_a_mixture_is_planned_as_it_is_mixed(data_of_runs: dict[str, Path]) -> None:
     """With a cap of 1, half of an epoch are examples of the smaller dataset."""
-    from t5tune.data.mixing import Mixing
-    from t5tune.data.mixture import open_mixture
+    from t5tune.data.caches.examples import open_mixture
+    from t5tune.data.caches.mixing import Mixing
 
     mixture = open_mixture(data_of_runs["mixture"]).mix(Mixing("proportional", cap=1))
     drawn, _ = mixture.draw_epoch(42, 0)
@@ -297,7 +297,7 @@ def uneven_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def measure_costs(cache: Path, batches: list[list[int]], packed: bool) -> list[int]:
     """Count the tokens of each micro-batch, padding included."""
-    from t5tune.data.cache import open_cache
+    from t5tune.data.caches.cache import open_cache
 
     sources, targets = open_cache(cache).read_lengths()
     if packed:
@@ -313,8 +313,8 @@ def measure_costs(cache: Path, batches: list[list[int]], packed: bool) -> list[i
 )
 @pytest.mark.variants("grouped-auto")
 def test_a_plan_has_the_trainers_batches(batching: dict[str, Any], packing: str, uneven_cache: Path) -> None:
-    from t5tune.data.cache import open_cache
-    from t5tune.training.batches import EpochDraws, StepSampler, make_budget_sampler, make_count_sampler
+    from t5tune.data.caches.cache import open_cache
+    from t5tune.model.batches import EpochDraws, StepSampler, make_budget_sampler, make_count_sampler
 
     sources, targets = open_cache(uneven_cache).read_lengths()
     packed, tokens = packing != "off", batching.get("tokens_per_batch")
@@ -440,7 +440,7 @@ def test_many_short_examples_are_measured_as_fewer_longer_ones(
     lengths = BatchLengths((7, 3, 9) * 60, (2, 5, 1) * 60)
     found = []
     for most in (10**6, 64):
-        monkeypatch.setattr("t5tune.model.memory.MAX_SEGMENTS", most)
+        monkeypatch.setattr("t5tune.planning.layer_memory.MAX_SEGMENTS", most)
         model = build_empty_training_model(architecture, settings, 0, deepspeed=False)
         found.append(measure_step(model, lengths, settings, on_gpu=True, reentrant=False, autocast=False).activations)
     assert found[1] == pytest.approx(found[0], rel=0.05)
@@ -465,7 +465,7 @@ def load_train_settings(flags: str, **given: Any) -> TrainSettings:
 
 @pytest.mark.long
 def test_the_suggestion_fits_and_is_accepted_by_train(tmp_path: Path) -> None:
-    from t5tune.model import fused
+    from t5tune.model.kernels import fused
 
     write_short_model(tmp_path)
     for memory, expected in (

@@ -18,16 +18,16 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, ByT5Tokenizer
 
 from t5tune.commands.prepare import PrepareResult, prepare
-from t5tune.data.cache import Cache, open_cache
-from t5tune.data.encoders import make_encoder
-from t5tune.data.encoding import Example, encode_batch, encode_prompt, extract_example
-from t5tune.data.formats import Conversation, Turn
-from t5tune.data.records import RecordLocation
-from t5tune.data.templates import Template, load_template, render_answer_prefix, render_conversation
-from t5tune.data.tokenizer import load_tokenizer, save_tokenizer
-from t5tune.data.vocabulary import extend_tokenizer
+from t5tune.data.caches.cache import Cache, open_cache
+from t5tune.data.reading.formats import Conversation, Turn
+from t5tune.data.reading.rejections import RecordLocation
+from t5tune.data.tokens.encoders import make_encoder
+from t5tune.data.tokens.encoding import Example, encode_batch, encode_prompt, extract_example
+from t5tune.data.tokens.templates import Template, load_template, render_answer_prefix, render_conversation
+from t5tune.data.tokens.tokenizer import load_tokenizer, save_tokenizer
+from t5tune.data.tokens.vocabulary import extend_tokenizer
 from t5tune.errors import DataError, ModelError, SettingsError
-from t5tune.model.known_configs import KNOWN_CONFIGS
+from t5tune.planning.known_configs import KNOWN_CONFIGS
 from t5tune.preparing.dataset import Origin
 from t5tune.settings import PrepareSettings
 from tests.support.paths import REPOSITORY, SHARED

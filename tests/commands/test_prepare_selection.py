@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from t5tune.commands.prepare import PrepareResult, prepare
-from t5tune.data.cache import Cache, open_cache
-from t5tune.data.encoders import Beginning, Encoder, make_encoder
-from t5tune.data.tokenizer import load_tokenizer, save_tokenizer
-from t5tune.data.vocabulary import extend_tokenizer
+from t5tune.data.caches.cache import Cache, open_cache
+from t5tune.data.tokens.encoders import Beginning, Encoder, make_encoder
+from t5tune.data.tokens.tokenizer import load_tokenizer, save_tokenizer
+from t5tune.data.tokens.vocabulary import extend_tokenizer
 from t5tune.errors import DataError, DependencyError, ModelError
 from t5tune.progress import Event, Note, Report, silent
 from t5tune.settings import PrepareSettings
@@ -273,7 +273,7 @@ def test_any_number_of_workers_writes_the_same_bytes(many: Path, tmp_path: Path)
 def test_an_error_is_raised_with_several_workers_too_and_nothing_is_left_over(
     many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str, message: str
 ) -> None:
-    monkeypatch.setattr("t5tune.data.sample.SAMPLE_BYTES", 1000)  # the sample ends before the error
+    monkeypatch.setattr("t5tune.preparing.sample.SAMPLE_BYTES", 1000)  # the sample ends before the error
     broken = tmp_path / "broken.json"
     broken.write_text("[" + ",".join(many.read_text().splitlines()) + end)
     with pytest.raises(DataError, match=rf"broken\.json:1: {message}"):

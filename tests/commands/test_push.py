@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from t5tune.checkpoints.upload import list_uploaded_files
+from t5tune.checkpoints.hub_upload import list_uploaded_files
 from t5tune.commands.train import train
 from t5tune.errors import CheckpointError, Stopped
 from t5tune.progress import Note

@@ -24,7 +24,7 @@ from t5tune.settings import (
     load_settings,
     packaged_templates,
 )
-from t5tune.settings.fields import NoneIfUnset
+from t5tune.settings.field_types import NoneIfUnset
 
 SCHEMA = Path(__file__).parents[2] / "templates" / "schemas" / "train.json"
 

@@ -23,7 +23,7 @@ from t5tune.commands.chat import chat
 from t5tune.commands.merge import merge
 from t5tune.commands.serve import serve
 from t5tune.commands.train import train
-from t5tune.data.tokenizer import load_tokenizer, save_tokenizer
+from t5tune.data.tokens.tokenizer import load_tokenizer, save_tokenizer
 from t5tune.errors import CheckpointError, ModelError, SettingsError
 from t5tune.progress import Event, Note
 from t5tune.settings import ChatSettings, MergeSettings, ServeSettings, TrainSettings
@@ -212,7 +212,7 @@ def test_the_folder_of_merge_is_computed_as_its_weights_are_but_in_fp32_with_no_
 ) -> None:
     """On a GPU with bf16. This CPU has no such types, so a translator of it says which one was asked for."""
     pytest.importorskip("ctranslate2")
-    from t5tune.merging.ctranslate2 import convert
+    from t5tune.converting.ctranslate2 import convert
     from t5tune.serving import engines
 
     convert(untied_base, tmp_path / "served", weights)
@@ -237,7 +237,7 @@ def test_a_model_that_ctranslate2_only_loads_is_served_by_transformers(
 ) -> None:
     """As on a GPU without cuBLAS 12, where CTranslate2 fails at its first computation."""
     pytest.importorskip("ctranslate2")
-    from t5tune.merging.ctranslate2 import convert
+    from t5tune.converting.ctranslate2 import convert
     from t5tune.serving import engines
 
     convert(untied_base, tmp_path / "folder", None)

@@ -22,10 +22,12 @@ from t5tune.commands.export import export
 from t5tune.commands.merge import merge
 from t5tune.commands.prepare import prepare
 from t5tune.commands.train import set_up_run_folder, train
-from t5tune.data.cache import open_cache
+from t5tune.data.caches.cache import open_cache
 from t5tune.errors import DataError, ModelError, SettingsError, TrainingError
 from t5tune.io.yaml_file import read_yaml
 from t5tune.progress import Advanced, Evaluated, Event, Finished, Measured, Note, Started
+from t5tune.runs.checks import check_settings
+from t5tune.runs.folder import locate_run, lock_run_folder, move_aside, open_data, read_result
 from t5tune.settings import (
     ExportSettings,
     MergeSettings,
@@ -36,9 +38,7 @@ from t5tune.settings import (
     packaged_templates,
 )
 from t5tune.training import sample_predictions
-from t5tune.training.run_folder import locate_run, lock_run_folder, move_aside, open_data, read_result
 from t5tune.training.trainer import T5Trainer
-from t5tune.training.validate import check_settings
 from tests.support.bases import make_base
 from tests.support.command_line import CommandResult, t5tune_in_fork
 from tests.support.train_runs import make_settings, read_losses, read_metrics_lines

@@ -15,8 +15,8 @@ from t5tune.commands.train import train as train_in_process
 from t5tune.errors import SettingsError
 from t5tune.model import device
 from t5tune.progress import Note
+from t5tune.runs.checks import check_machine
 from t5tune.settings import TrainSettings
-from t5tune.training.validate import check_machine
 from tests.support.command_line import t5tune_in_fork
 from tests.support.forks import get_fork_server
 

@@ -22,9 +22,9 @@ from t5tune.commands.merge import merge
 from t5tune.commands.plan import plan
 from t5tune.commands.prepare import prepare
 from t5tune.commands.train import train
-from t5tune.data.cache import open_cache
-from t5tune.data.formats import Turn
-from t5tune.data.tokenizer import decode_prediction, load_tokenizer
+from t5tune.data.caches.cache import open_cache
+from t5tune.data.reading.formats import Turn
+from t5tune.data.tokens.tokenizer import decode_prediction, load_tokenizer
 from t5tune.errors import ModelError
 from t5tune.families import (
     BYTE_FALLBACK,
@@ -37,9 +37,9 @@ from t5tune.families import (
     find_family,
 )
 from t5tune.families.t5 import T5
-from t5tune.model.inference import load_adapter
-from t5tune.model.known_configs import KNOWN_CONFIGS
+from t5tune.inference.loading import load_adapter
 from t5tune.model.load import load_base
+from t5tune.planning.known_configs import KNOWN_CONFIGS
 from t5tune.settings import (
     ChatSettings,
     EvaluateSettings,
@@ -49,7 +49,7 @@ from t5tune.settings import (
     PrepareSettings,
     TrainSettings,
 )
-from t5tune.settings.shared import FamilyName
+from t5tune.settings.groups.base import FamilyName
 from tests.support.command_line import CommandResult, t5tune
 from tests.support.model_types import PIECES, compute_logits, load_stock, make_checkpoint
 from tests.support.other_python import ask_transformers_4, needs_transformers_4

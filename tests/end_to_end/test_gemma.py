@@ -22,15 +22,15 @@ from t5tune.commands.evaluate import evaluate
 from t5tune.commands.export import export
 from t5tune.commands.merge import MergeResult, merge
 from t5tune.commands.train import train
-from t5tune.data.cache import open_cache
+from t5tune.data.caches.cache import open_cache
 from t5tune.errors import CheckpointError, ModelError, SettingsError, Stopped
 from t5tune.families import find_architecture
-from t5tune.model.inference import load_adapter
+from t5tune.inference.loading import load_adapter
 from t5tune.model.load import load_base
 from t5tune.model.lora import add_lora
 from t5tune.progress import Advanced
 from t5tune.settings import ChatSettings, EvaluateSettings, ExportSettings, MergeSettings, QuantizationSettings
-from t5tune.settings.lora import LoraSettings
+from t5tune.settings.groups.lora import LoraSettings
 from tests.support.adapters import make_stock_adapter
 from tests.support.command_line import CommandResult
 from tests.support.gemma_models import EOI, WINDOW

@@ -19,13 +19,14 @@ from t5tune.commands.export import export
 from t5tune.commands.merge import merge
 from t5tune.commands.prepare import prepare
 from t5tune.commands.train import train
-from t5tune.data.cache import open_cache
+from t5tune.data.caches.cache import open_cache
 from t5tune.errors import CheckpointError, SettingsError
+from t5tune.inference.loading import load_for_inference
 from t5tune.io.atomic import hash_file
-from t5tune.model.inference import load_for_inference
 from t5tune.model.load import load_base
 from t5tune.model.lora import add_lora
 from t5tune.progress import Event, Note
+from t5tune.runs.folder import TrainResult
 from t5tune.settings import (
     ChatSettings,
     EvaluateSettings,
@@ -35,10 +36,9 @@ from t5tune.settings import (
     QuantizationSettings,
     TrainSettings,
 )
+from t5tune.settings.groups.base import InferenceSettings
+from t5tune.settings.groups.lora import LoraSettings
 from t5tune.settings.loading import load_settings
-from t5tune.settings.lora import LoraSettings
-from t5tune.settings.shared import InferenceSettings
-from t5tune.training.run_folder import TrainResult
 from tests.support import train_runs
 from tests.support.adapters import compute_logits, load_stock_base, make_stock_adapter
 from tests.support.bases import make_base

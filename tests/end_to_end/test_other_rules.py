@@ -15,10 +15,10 @@ from t5tune.commands.evaluate import evaluate
 from t5tune.commands.merge import merge
 from t5tune.commands.prepare import prepare
 from t5tune.commands.train import train
-from t5tune.data.cache import open_cache
-from t5tune.data.tokenizer import decode_prediction, load_tokenizer
+from t5tune.data.caches.cache import open_cache
+from t5tune.data.tokens.tokenizer import decode_prediction, load_tokenizer
 from t5tune.families import find_family
-from t5tune.model.generation import Decoding, generate
+from t5tune.inference.generation import Decoding, generate
 from t5tune.model.load import load_base
 from t5tune.progress import Event, Note
 from t5tune.settings import ChatSettings, EvaluateSettings, MergeSettings, PrepareSettings

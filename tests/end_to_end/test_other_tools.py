@@ -11,16 +11,16 @@ import sentencepiece
 import torch
 from transformers import AutoTokenizer, GenerationConfig
 
-from t5tune.checkpoints.checkpoint import Checkpoint
+from t5tune.checkpoints.base_tensors import Checkpoint
 from t5tune.commands.merge import MergeResult, merge
 from t5tune.compat.ctranslate2_patches import load_translator
-from t5tune.data.chat_template import build_chat_template, write_chat_template
-from t5tune.data.templates import load_template
-from t5tune.data.tokenizer import load_tokenizer, save_tokenizer
-from t5tune.data.vocabulary import extend_tokenizer
+from t5tune.data.tokens.chat_template import build_chat_template, write_chat_template
+from t5tune.data.tokens.templates import load_template
+from t5tune.data.tokens.tokenizer import load_tokenizer, save_tokenizer
+from t5tune.data.tokens.vocabulary import extend_tokenizer
 from t5tune.errors import CheckpointError, DependencyError, TrainingError
+from t5tune.inference.generation import Decoding, generate
 from t5tune.merging.shards import estimate_converted_size
-from t5tune.model.generation import Decoding, generate
 from t5tune.model.load import load_base
 from t5tune.progress import Note
 from t5tune.settings import MergeSettings
@@ -218,7 +218,7 @@ def test_int8_is_smaller_and_reports_how_many_replies_are_the_same(untied_base: 
 def test_the_size_of_a_conversion_is_estimated_from_above(
     tied: bool, dtype: torch.dtype, quantization: str | None, tmp_path: Path
 ) -> None:
-    from t5tune.merging.ctranslate2 import convert
+    from t5tune.converting.ctranslate2 import convert
 
     base = Checkpoint(make_base(tmp_path / "base", tied=tied, dtype=dtype))
     convert(base.folder, tmp_path, quantization)

@@ -14,13 +14,13 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from t5tune.data.cache import open_cache
-from t5tune.data.tokenizer import decode_prediction, load_tokenizer
+from t5tune.data.caches.cache import open_cache
+from t5tune.data.tokens.tokenizer import decode_prediction, load_tokenizer
 from t5tune.families import FAMILIES
-from t5tune.model.inference import load_adapter
+from t5tune.inference.loading import load_adapter
 from t5tune.model.load import load_base
+from t5tune.runs.checkpoints import list_checkpoints
 from t5tune.settings import QuantizationSettings
-from t5tune.training.checkpoint import list_checkpoints
 from tests.support.command_line import CommandResult, t5tune_in_fork
 from tests.support.model_types import TEXTS, compute_logits, load_stock, make_checkpoint, read_tensors
 from tests.support.runs import LONG, read_adapter

@@ -9,11 +9,11 @@ import pytest
 from huggingface_hub import constants
 
 from t5tune.checkpoints.base import find_base
-from t5tune.data.sources import bring_data
+from t5tune.data.reading.sources import bring_data
 from t5tune.errors import DataError, ModelError, SettingsError, T5TuneError
 from t5tune.hub.datasets import DatasetChoice
 from t5tune.progress import Event, Note
-from t5tune.settings.shared import BaseModelSettings
+from t5tune.settings.groups.base import BaseModelSettings
 from tests.support.command_line import t5tune_in_fork
 from tests.support.hub import Hub, serve_hub, use_in_this_process
 

@@ -7,9 +7,9 @@ import pytest
 
 from t5tune.checkpoints.adapter_config import read_adapter_config
 from t5tune.checkpoints.base import find_base
-from t5tune.data.cache import open_cache
+from t5tune.data.caches.cache import open_cache
 from t5tune.errors import T5TuneError
-from t5tune.settings.shared import BaseModelSettings
+from t5tune.settings.groups.base import BaseModelSettings
 
 
 def open_base(folder: Path) -> Path:

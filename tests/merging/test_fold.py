@@ -101,7 +101,9 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, bool], Pat
 def test_merged_weights_equal_those_of_peft_bit_for_bit(
     bases: Callable[[str, bool], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, dtype: str
 ) -> None:
-    monkeypatch.setattr("t5tune.checkpoints.tensors.BLOCK_ELEMENTS", 1000)  # several blocks of rows per tensor
+    monkeypatch.setattr(
+        "t5tune.checkpoints.tensor_files.tensors.BLOCK_ELEMENTS", 1000
+    )  # several blocks of rows per tensor
     tied = len(kind) % 2 == 0
     base = bases(dtype, tied)
     adapter = make_adapter(base, tmp_path / "adapter", tied, **KINDS[kind])
@@ -220,7 +222,7 @@ def test_an_adapter_that_peft_converted_to_plain_lora_merges_as_in_peft(
 def test_merged_token_rows_equal_those_of_peft(
     bases: Callable[[str, bool], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tied: bool, dtype: str
 ) -> None:
-    monkeypatch.setattr("t5tune.checkpoints.tensors.BLOCK_ELEMENTS", 1000)
+    monkeypatch.setattr("t5tune.checkpoints.tensor_files.tensors.BLOCK_ELEMENTS", 1000)
     base = bases(dtype, tied)
     ids = [290, 7, 299]
     rows: Any = ids if tied else {"shared": ids, "lm_head": ids}

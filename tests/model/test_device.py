@@ -15,6 +15,7 @@ import torch
 from t5tune.commands.train import train
 from t5tune.distributed.world import World
 from t5tune.errors import SettingsError
+from t5tune.inference.loading import load_adapter, load_for_inference, load_weighted_sum
 from t5tune.model.device import (
     ALLOCATOR_VARIABLES,
     SPIN_VARIABLES,
@@ -22,12 +23,11 @@ from t5tune.model.device import (
     get_reserved_memory,
     use_gpu_kernels,
 )
-from t5tune.model.inference import load_adapter, load_for_inference, load_weighted_sum
 from t5tune.model.load import load_base
 from t5tune.progress import Note
+from t5tune.runs.checks import check_settings
 from t5tune.settings import ChatSettings
 from t5tune.training.arguments import choose_tf32, make_training_arguments
-from t5tune.training.validate import check_settings
 from tests.support import train_runs
 from tests.support.paths import REPOSITORY
 
@@ -237,6 +237,6 @@ def test_reserved_memory_is_that_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> No
 def test_inference_is_in_bf16_where_a_gpu_has_it(
     on_gpu: bool, bf16: bool | None, expected: torch.dtype, untied_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("t5tune.model.precision.has_bf16", lambda device: on_gpu)
+    monkeypatch.setattr("t5tune.inference.precision.has_bf16", lambda device: on_gpu)
     settings = ChatSettings(model_name_or_path=str(untied_base), bf16=bf16, use_cpu=True)
     assert load_for_inference(settings).model.dtype == expected

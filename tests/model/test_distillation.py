@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch.nn import functional
 
-from t5tune.data.encoding import Example
+from t5tune.data.tokens.encoding import Example
 from t5tune.model import loss as loss_module
-from t5tune.model.attention import use_packing
+from t5tune.model.attention.packing import use_packing
+from t5tune.model.batches import make_collator
 from t5tune.model.distillation import Distillation
 from t5tune.model.load import load_base
 from t5tune.model.loss import IGNORED_LABEL, CrossEntropy, HeadWeights
 from t5tune.settings import TrainSettings
-from t5tune.training.batches import make_collator
 from t5tune.training.teacher import DistillationObjective, Teacher
 from tests.support.model_types import load_stock, make_checkpoint
 from tests.support.train_runs import make_settings

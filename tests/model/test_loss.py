@@ -12,7 +12,7 @@ from t5tune.model import loss as loss_module
 from t5tune.model.load import load_base
 from t5tune.model.lora import add_lora
 from t5tune.model.loss import IGNORED_LABEL, CrossEntropy, HeadWeights, compute_summed_loss, compute_token_losses
-from t5tune.settings.lora import LoraSettings
+from t5tune.settings.groups.lora import LoraSettings
 from tests.support.model_types import load_stock
 
 TOKENS, VOCABULARY, WIDTH = 300, 97, 16

@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch.nn import functional
 
-from t5tune.data.encoding import PreferencePair
+from t5tune.data.tokens.encoding import PreferencePair
 from t5tune.model import loss as loss_module
-from t5tune.model.attention import use_packing
-from t5tune.model.fused import use_fused_layers
+from t5tune.model.attention.packing import use_packing
+from t5tune.model.batches import REFERENCE, make_collator
+from t5tune.model.kernels.fused import use_fused_layers
 from t5tune.model.load import load_base
 from t5tune.model.lora import add_lora
 from t5tune.settings import QuantizationSettings
-from t5tune.settings.lora import LoraSettings
-from t5tune.training.batches import REFERENCE, make_collator
+from t5tune.settings.groups.lora import LoraSettings
 from t5tune.training.objectives import DirectPreferenceObjective, OddsRatioObjective, PreferenceObjective
 from tests.support.checkpointing import enable_checkpointing
 from tests.support.model_types import load_stock, make_checkpoint

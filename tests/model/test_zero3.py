@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from t5tune.checkpoints.safetensors import build_header
+from t5tune.checkpoints.tensor_files.safetensors import build_header
 from t5tune.model import zero3
 from t5tune.settings import TrainSettings
 from tests.support.bases import make_base

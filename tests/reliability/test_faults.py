@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from t5tune.data.cache import open_cache
+from t5tune.data.caches.cache import open_cache
 from t5tune.io.atomic import hash_file
-from t5tune.reports.metrics_log import read_metrics
+from t5tune.runs.metrics_log import read_metrics
 from tests.support.forks import FROM_THEN_ON, ONCE, SHORT, FileOperation, ForkServer
 from tests.support.runs import LONG, list_complete_steps, make_arguments
 

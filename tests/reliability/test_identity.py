@@ -13,22 +13,22 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from t5tune.checkpoints import fingerprint
-from t5tune.checkpoints.checkpoint import Checkpoint
+from t5tune.checkpoints.base_tensors import Checkpoint
 from t5tune.checkpoints.fingerprint import compute_full_hash
 from t5tune.commands.prepare import prepare
 from t5tune.commands.train import train
-from t5tune.data.cache import open_cache
-from t5tune.data.mixture import read_examples_manifest
-from t5tune.data.tokenizer import load_tokenizer
+from t5tune.data.caches.cache import open_cache
+from t5tune.data.caches.examples import read_examples_manifest
+from t5tune.data.tokens.tokenizer import load_tokenizer
 from t5tune.errors import CheckpointError, DataError, SettingsError, Stopped
 from t5tune.io.atomic import hash_file
 from t5tune.progress import Advanced, Event, Note, Started
-from t5tune.reports.metrics_log import read_metrics
+from t5tune.runs import resume_guard
+from t5tune.runs.checkpoints import read_run_identity
+from t5tune.runs.metrics_log import read_metrics
+from t5tune.runs.resume_guard import SHARDING_FIELDS, build_run_identity, check_run_identity, describe_other_ranks
 from t5tune.settings import PrepareSettings
 from t5tune.settings.packaged_templates import read_deepspeed_config
-from t5tune.training import resume_guard
-from t5tune.training.checkpoint import read_run_identity
-from t5tune.training.resume_guard import SHARDING_FIELDS, build_run_identity, check_run_identity, describe_other_ranks
 from tests.support.bases import make_base
 from tests.support.command_line import CommandResult
 from tests.support.forks import ForkServer

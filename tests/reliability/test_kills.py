@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from t5tune.commands.train import train
-from t5tune.training.checkpoint import STAGING_PREFIX
+from t5tune.runs.checkpoints import STAGING_PREFIX
 from tests.support.runs import (
     LONG,
     STEPS,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from t5tune.commands.prepare import prepare
-from t5tune.data.cache import open_cache
+from t5tune.data.caches.cache import open_cache
 from t5tune.settings import PrepareSettings
 from tests.support.runs import LONG, TIMEOUT, Running
 

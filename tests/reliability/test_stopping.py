@@ -20,8 +20,8 @@ from torch.distributed.run import get_args_parser
 from t5tune.commands.train import train
 from t5tune.distributed.signals import FORWARDED_SIGNAL, SECONDS_BETWEEN_SIGNALS, handle_signals
 from t5tune.errors import Stopped
+from t5tune.evaluation.scoring import LOSSES_TASK
 from t5tune.progress import Advanced, Event, Started
-from t5tune.training.evaluation import LOSSES_TASK
 from tests.support.forks import ForkServer
 from tests.support.paths import REPOSITORY
 from tests.support.runs import (

@@ -18,16 +18,16 @@ from safetensors.torch import load_file
 
 from t5tune.cli.arguments import parse_arguments
 from t5tune.commands.train import train
-from t5tune.data.cache import open_cache
+from t5tune.data.caches.cache import open_cache
 from t5tune.errors import DependencyError, SettingsError, Stopped
 from t5tune.formatting import format_number, format_size
 from t5tune.progress import Advanced, silent
-from t5tune.reports.metrics_log import MetricsLog, read_metrics
 from t5tune.reports.page import STYLE
 from t5tune.reports.run_page import format_command, write_run_report
 from t5tune.reports.svg import Series, draw_line_chart, format_short
+from t5tune.runs.folder import read_result, read_saved_settings
+from t5tune.runs.metrics_log import MetricsLog, read_metrics
 from t5tune.settings import TrainSettings, load_settings
-from t5tune.training.run_folder import read_result, read_saved_settings
 from tests.support.command_line import t5tune_in_fork
 from tests.support.runs import stop_at
 from tests.support.train_runs import make_settings, read_losses, read_metrics_lines

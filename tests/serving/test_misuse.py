@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from t5tune.commands.serve import Server
-from t5tune.model.prompts import Prompt, Prompts
+from t5tune.inference.prompts import Prompt, Prompts
 from t5tune.progress import Answered, Event
 from t5tune.serving import app as app_module
 from t5tune.serving import server as server_module

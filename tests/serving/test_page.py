@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from t5tune.commands.chat import Chatter
-from t5tune.data.formats import Turn
+from t5tune.data.reading.formats import Turn
 from t5tune.settings import ChatSettings
 from tests.serving.conftest import StartServer
 from tests.support.browser import Browser, Page

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from t5tune.data.formats import Turn
+from t5tune.data.reading.formats import Turn
 from t5tune.serving.protocol import ApiError, ChatRequest, CompletionRequest, parse_body
 
 HI = [{"role": "user", "content": "Hi"}]

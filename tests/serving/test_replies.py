@@ -18,14 +18,14 @@ from t5tune.commands.evaluate import evaluate
 from t5tune.commands.merge import merge
 from t5tune.commands.serve import Server
 from t5tune.compat.ctranslate2_patches import load_translator
-from t5tune.data.formats import Turn
-from t5tune.data.tokenizer import decode_prediction, load_tokenizer
-from t5tune.model.generation import Decoding, generate
-from t5tune.model.inference import load_for_inference
-from t5tune.model.prompts import ReplyText
+from t5tune.data.reading.formats import Turn
+from t5tune.data.tokens.tokenizer import decode_prediction, load_tokenizer
+from t5tune.inference.generation import Decoding, generate
+from t5tune.inference.loading import load_for_inference
+from t5tune.inference.prompts import ReplyText
 from t5tune.progress import Note
 from t5tune.settings import ChatSettings, EvaluateSettings, MergeSettings
-from t5tune.settings.shared import InferenceSettings
+from t5tune.settings.groups.base import InferenceSettings
 from tests.serving.conftest import StartServer
 
 pytestmark = pytest.mark.slow

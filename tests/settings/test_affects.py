@@ -9,13 +9,13 @@ from pydantic import Field
 
 from t5tune.checkpoints.training_data import DatasetTraining, TrainingData
 from t5tune.commands.prepare import prepare
-from t5tune.data.cache import open_cache
+from t5tune.data.caches.cache import open_cache
 from t5tune.errors import SettingsError
+from t5tune.runs.folder import apply_cache_settings, locate_run, read_saved_settings, save_settings
+from t5tune.runs.resume_guard import build_run_identity, check_finished_run
 from t5tune.settings import DatasetSettings, EvaluateSettings, PrepareSettings, Settings, TrainSettings
 from t5tune.settings.affects import Affects, select_settings
-from t5tune.settings.fields import NoneIfUnset
-from t5tune.training.resume_guard import build_run_identity, check_finished_run
-from t5tune.training.run_folder import apply_cache_settings, locate_run, read_saved_settings, save_settings
+from t5tune.settings.field_types import NoneIfUnset
 
 READING = [
     "objective", "denoisers", "encoding", "data_format", "header",

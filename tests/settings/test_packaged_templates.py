@@ -2,7 +2,7 @@
 
 import pytest
 
-from t5tune.data.templates import load_template
+from t5tune.data.tokens.templates import load_template
 from t5tune.settings import TrainSettings, load_settings, packaged_templates
 
 ZERO3_KEYS = {"stage3_param_persistence_threshold", "stage3_prefetch_bucket_size"}

@@ -13,11 +13,11 @@ from transformers import AutoModelForSeq2SeqLM
 from t5tune.checkpoints.adapter import AdapterMetadata, to_peft_name, write_adapter
 from t5tune.checkpoints.base import open_base
 from t5tune.checkpoints.fingerprint import describe_base
-from t5tune.checkpoints.tensors import Tensor
+from t5tune.checkpoints.tensor_files.tensors import Tensor
 from t5tune.checkpoints.tokenizer_files import read_supporting_files
 from t5tune.model.load import load_base
 from t5tune.model.lora import add_lora
-from t5tune.settings.lora import LoraSettings
+from t5tune.settings.groups.lora import LoraSettings
 from tests.support.paths import REPOSITORY
 
 TEMPLATES = REPOSITORY / "templates" / "conversations"

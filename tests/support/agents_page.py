@@ -21,7 +21,7 @@ from t5tune.cli.options import COMMON_OPTIONS, Option, list_essential_options
 from t5tune.cli.results import TEMPLATE_FLAGS
 from t5tune.cli.summaries import SUMMARIES
 from t5tune.commands.serve import Address
-from t5tune.data.cache_view import ExampleView
+from t5tune.data.caches.cache_view import ExampleView
 from t5tune.errors import T5TuneError
 from t5tune.settings import COMMANDS, Settings
 from t5tune.settings.packaged_templates import describe_templates

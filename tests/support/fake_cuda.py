@@ -145,7 +145,7 @@ class _TwoStepsMade(Exception):
 
 
 def _measure_losses(model: Any, settings: Any, case: Case, watch: Any) -> None:
-    from t5tune.training.evaluation import measure_losses
+    from t5tune.evaluation.scoring import measure_losses
     from tests.support.fake_cuda_models import make_collator, make_examples, make_trainer
 
     examples, collator = make_examples(case.sources, case.targets), make_collator(settings, case.flex)
@@ -157,8 +157,8 @@ def _measure_losses(model: Any, settings: Any, case: Case, watch: Any) -> None:
 
 
 def _generate(model: Any, settings: Any, case: Case, watch: Any) -> None:
-    from t5tune.model.generation import Decoding
-    from t5tune.training.evaluation import generate_predictions
+    from t5tune.evaluation.scoring import generate_predictions
+    from t5tune.inference.generation import Decoding
     from tests.support.fake_cuda_models import make_examples
 
     examples = make_examples(case.sources, case.targets)

@@ -23,7 +23,7 @@ from torch.nn.attention import flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from t5tune.model import fused
+from t5tune.model.kernels import fused
 
 CUDA = torch.device("cuda:0")
 # the package has a function of the module's name
@@ -35,7 +35,7 @@ NOT_LAUNCHED = {  # views, and what only allocates
     "_reshape_alias", "unfold", "diagonal", "view_as",
 }  # fmt: skip
 NUM_LAUNCHES = {"constant_pad_nd": 2, "addmm": 2}  # a fill or copy first; everything else counts as one
-# kernels around FlexAttention's with dropout, as Inductor fuses them: tests/model/test_flex_compilation.py
+# kernels around FlexAttention's with dropout, as Inductor fuses them: tests/model/kernels/test_flex_compilation.py
 COMPILED_FORWARD, COMPILED_BACKWARD = 1, 5
 SYNCHRONIZING = {"nonzero", "masked_select", "_unique2", "unique_dim"}
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "addbmm"}

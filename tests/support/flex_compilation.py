@@ -117,8 +117,8 @@ def compile_all(capability: int, width: int, num_stages: int | None = None) -> d
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from t5tune.model import flex_attention
-    from t5tune.model.flex_attention import PackedRows, divide_rows
+    from t5tune.model.kernels import flex_attention
+    from t5tune.model.kernels.flex_attention import PackedRows, divide_rows
 
     found: dict[str, Any] = {}
     planned = divide_rows(SOURCES, TARGETS)

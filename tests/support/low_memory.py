@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
+from t5tune.evaluation import scoring as evaluation
 from t5tune.model.loss import TargetLoss
-from t5tune.training import evaluation
 
 
 def limit_memory(count: int) -> None:

@@ -16,7 +16,7 @@ from torch.nn import functional
 from transformers import CONFIG_MAPPING, AutoModelForSeq2SeqLM
 
 from t5tune.compat.requirements import is_older
-from t5tune.data.cache import open_cache
+from t5tune.data.caches.cache import open_cache
 from t5tune.families import BYTE_FALLBACK, BYTE_LEVEL_BPE, BYTES, FAMILIES, FASTCHAT_TOKENS, Family, find_architecture
 from t5tune.families.t5gemma import T5Gemma
 from tests.support.gemma_models import EOI, make_gemma

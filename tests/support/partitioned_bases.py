@@ -21,10 +21,10 @@ from safetensors import safe_open
 from t5tune.compat.deepspeed_patches import import_deepspeed
 from t5tune.errors import T5TuneError
 from t5tune.families.t5 import T5
+from t5tune.inference.generation import Decoding, generate
+from t5tune.inference.loading import load_for_inference
 from t5tune.model import load
 from t5tune.model.device import return_freed_memory
-from t5tune.model.generation import Decoding, generate
-from t5tune.model.inference import load_for_inference
 from t5tune.model.load import load_base
 from t5tune.model.lora import add_lora
 from t5tune.model.zero3 import Zero3Partitioner, gather_decoder

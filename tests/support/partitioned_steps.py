@@ -16,12 +16,12 @@ import torch.distributed as dist
 
 from t5tune.compat.deepspeed_patches import import_deepspeed
 from t5tune.model import zero3
-from t5tune.model.attention import use_packing
+from t5tune.model.attention.packing import use_packing
+from t5tune.model.attention.segments import Segments
 from t5tune.model.device import return_freed_memory
-from t5tune.model.fused import use_fused_layers
+from t5tune.model.kernels.fused import use_fused_layers
 from t5tune.model.load import load_base
 from t5tune.model.lora import add_lora
-from t5tune.model.segments import Segments
 from t5tune.model.zero3 import Zero3Partitioner
 from t5tune.settings import TrainSettings
 from tests.support.partitioned_bases import CPU, are_same, read_memory

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from t5tune.progress import Event
-from t5tune.training.checkpoint import list_checkpoints, verify
+from t5tune.runs.checkpoints import list_checkpoints, verify
 from tests.support import train_runs
 from tests.support.forks import ForkedProcess, get_fork_server
 

@@ -103,15 +103,15 @@ COLUMNS = {
     "packed": Column(
         "All gradients of a packed row equal those of the padded batch. One test for each architecture; the tests of "
         "LoRA above train packed rows of every model type.",
-        ("tests/model/test_attention.py::test_all_gradients_equal_those_of_the_padded_batch[{architecture}]",),
+        ("tests/model/attention/test_packing.py::test_all_gradients_equal_those_of_the_padded_batch[{architecture}]",),
         {
             "longt5": tuple(
-                "tests/model/test_longt5.py::test_packed_padded_and_single_examples_have_the_same_gradients"
+                "tests/model/attention/test_longt5.py::test_packed_padded_and_single_examples_have_the_same_gradients"
                 f"[None-{kind}]"
                 for kind in ("local", "transient-global")
             ),
             **of_gemma(
-                "model/test_gemma.py::test_packed_rows_equal_a_padded_batch_and_single_examples[{base}-None]"
+                "model/attention/test_gemma.py::test_packed_rows_equal_a_padded_batch_and_single_examples[{base}-None]"
             ),
         },
     ),
@@ -183,7 +183,7 @@ COLUMNS = {
         ("tests/serving/test_families.py::test_each_family_is_served_with_the_replies_of_chat[{key}]",),
         more_tests=(
             "tests/serving/test_replies.py::test_replies_to_many_clients_at_once_are_those_of_chat",
-            "tests/model/test_shared_bases.py::test_each_model_computes_the_bits_that_it_does_alone",
+            "tests/inference/test_shared_bases.py::test_each_model_computes_the_bits_that_it_does_alone",
         ),
     ),
 }  # fmt: skip
@@ -206,7 +206,7 @@ PLATFORMS: dict[str, tuple[State, str, tuple[str, ...]]] = {
         "tested without one. Run `t5tune doctor` first: it trains a step of the built-in model.",
         (
             f"{TRAIN_TEST}::test_one_process_trains_on_one_gpu_however_many_are_visible",
-            "tests/model/test_flex_compilation.py::test_all_kinds_of_attention_compile",
+            "tests/model/kernels/test_flex_compilation.py::test_all_kinds_of_attention_compile",
         ),
     ),
     "Linux, several NVIDIA GPUs": (

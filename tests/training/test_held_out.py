@@ -10,10 +10,10 @@ import pytest
 from t5tune.commands.evaluate import evaluate
 from t5tune.commands.prepare import prepare
 from t5tune.commands.train import set_up_run_folder
-from t5tune.data.mixture import Examples, open_examples
-from t5tune.data.tokenizer import decode_reference, load_tokenizer
+from t5tune.data.caches.examples import Examples, open_examples
+from t5tune.data.tokens.tokenizer import decode_reference, load_tokenizer
+from t5tune.runs.folder import open_data
 from t5tune.settings import EvaluateSettings, PrepareSettings, TrainSettings
-from t5tune.training.run_folder import open_data
 from tests.support.prose import english_text
 
 FRACTION = 0.25

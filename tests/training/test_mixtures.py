@@ -16,15 +16,15 @@ from t5tune.commands.evaluate import evaluate
 from t5tune.commands.inspect import inspect
 from t5tune.commands.prepare import prepare
 from t5tune.commands.train import train
-from t5tune.data.cache import is_cache
-from t5tune.data.mixture import open_examples, open_mixture
-from t5tune.data.tokenizer import load_tokenizer
+from t5tune.data.caches.cache import is_cache
+from t5tune.data.caches.examples import open_examples, open_mixture
+from t5tune.data.tokens.tokenizer import load_tokenizer
 from t5tune.errors import DataError, SettingsError
-from t5tune.model.inference import read_model_files
-from t5tune.model.prompts import make_prompts
+from t5tune.inference.loading import read_model_files
+from t5tune.inference.prompts import make_prompts
 from t5tune.progress import Evaluated, Event, Note
+from t5tune.runs.folder import TrainResult, locate_run, open_data, read_result
 from t5tune.settings import EvaluateSettings, InspectSettings, PrepareSettings, TrainSettings, load_settings
-from t5tune.training.run_folder import TrainResult, locate_run, open_data, read_result
 from tests.support.command_line import CommandResult, t5tune_in_fork
 from tests.support.recording import read_recorded
 from tests.support.train_runs import read_metrics_lines

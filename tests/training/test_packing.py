@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForSeq2SeqLM, BartConfig
 
 from t5tune.commands.train import train
-from t5tune.data.cache import open_cache
+from t5tune.data.caches.cache import open_cache
 from t5tune.errors import SettingsError
 from t5tune.progress import Event
 from t5tune.training.build_model import _enable_packing

@@ -19,8 +19,8 @@ from t5tune.commands.evaluate import evaluate
 from t5tune.commands.merge import merge
 from t5tune.commands.prepare import prepare
 from t5tune.commands.train import train
-from t5tune.data.cache import open_cache
-from t5tune.data.tokenizer import decode_reference, load_tokenizer
+from t5tune.data.caches.cache import open_cache
+from t5tune.data.tokens.tokenizer import decode_reference, load_tokenizer
 from t5tune.errors import CheckpointError, SettingsError, Stopped, T5TuneError
 from t5tune.progress import Event, Measured, Note
 from t5tune.settings import EvaluateSettings, MergeSettings, PrepareSettings, TrainSettings

@@ -12,7 +12,7 @@ import yaml
 from t5tune.commands.evaluate import evaluate
 from t5tune.commands.prepare import prepare
 from t5tune.commands.train import train
-from t5tune.data.cache import open_cache
+from t5tune.data.caches.cache import open_cache
 from t5tune.errors import SettingsError
 from t5tune.progress import Note
 from t5tune.settings import EvaluateSettings, PrepareSettings, TrainSettings

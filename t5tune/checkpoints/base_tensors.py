@@ -1,0 +1,177 @@
+"""All tensors of a model's folder, whatever files contain them, by the names that they have in the model.
+
+These are one safetensors file, or several shards with `model.safetensors.index.json`, or the same with torch's .bin
+files.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from t5tune.checkpoints.adapter_config import read_adapter_config
+from t5tune.checkpoints.tensor_files.safetensors import SafetensorsFile
+from t5tune.checkpoints.tensor_files.tensors import FileRange, Tensor
+from t5tune.checkpoints.tensor_files.torch_file import read_state_dict
+from t5tune.errors import CheckpointError
+from t5tune.families.architecture import Architecture
+from t5tune.families.t5 import T5
+from t5tune.file_names import ADAPTER_CONFIG_FILE, INDEX_SUFFIX, MODEL_BIN_FILE, MODEL_FILE
+from t5tune.io.untrusted import has_file, is_file_name, read_json_object
+
+WEIGHTS_FILES = {".safetensors": MODEL_FILE, ".bin": MODEL_BIN_FILE}  # suffix -> a model's file
+UNSUPPORTED_SUFFIXES = {".h5", ".msgpack", ".ckpt", ".gguf", ".onnx", ".pkl", ".pth", ".pt", ".npz"}
+
+
+class Checkpoint:
+    """All tensors of a model folder by their names in the model, whatever files contain them."""
+
+    def __init__(self, folder: Path, architecture: Architecture | None = None) -> None:
+        """Open the folder's weight files and check them against the index.
+
+        Args:
+            architecture: that of the model; None: T5's, which keeps the names of the files.
+
+        Raises:
+            CheckpointError: there are no weights, a file can't be trusted, or the index doesn't match the files.
+        """
+        self.folder = folder
+        self.architecture = architecture or T5({})
+        self._file_names: dict[str, str] = {}
+        self.files: list[SafetensorsFile] = []
+        self.shards: list[tuple[Path, list[str]]] = []
+        """Each weight file with the names of its tensors, in the order of their bytes."""
+        self._sources: dict[str, SafetensorsFile | Tensor] = {}
+        self.index, weight_map, paths = _find_weight_files(folder)
+        for path in paths:
+            sources: Mapping[str, SafetensorsFile | Tensor]
+            if path.suffix == ".safetensors":
+                self.files.append(SafetensorsFile(path))
+                sources = dict.fromkeys(self.files[-1].entries, self.files[-1])
+            else:
+                sources = read_state_dict(path)
+            self._add_file(path, sources)
+        found = {self._file_names[name]: path.name for path, names in self.shards for name in names}
+        for name, file_name in weight_map.items():
+            if found.get(name) != file_name:
+                raise CheckpointError(f"{self.index}: {name}: is not in {file_name}")
+
+    def _add_file(self, path: Path, sources: Mapping[str, SafetensorsFile | Tensor]) -> None:
+        names = []
+        for file_name, source in sources.items():
+            name = self.architecture.to_model_name(file_name)
+            if name in self:
+                raise CheckpointError(f"{path}: {file_name}: is also in another file of this checkpoint")
+            self._sources[name], self._file_names[name] = source, file_name
+            names.append(name)
+        self.shards.append((path, names))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._sources
+
+    def list_names(self) -> list[str]:
+        """List the tensors' names, file by file."""
+        return list(self._sources)
+
+    def get_file_name(self, name: str) -> str:
+        """Return the name of a tensor in its file."""
+        return self._file_names[name]
+
+    def get_dtype_and_shape(self, name: str) -> tuple[str, tuple[int, ...]]:
+        """Return a tensor's dtype and shape without mapping it."""
+        source = self._sources[name]
+        entry = source.entries[self._file_names[name]] if isinstance(source, SafetensorsFile) else source
+        return entry.dtype, entry.shape
+
+    def get_file_range(self, name: str) -> FileRange | None:
+        """Return where the tensor's bytes are, without mapping it; None if they aren't contiguous."""
+        source = self._sources[name]
+        if isinstance(source, SafetensorsFile):
+            return FileRange(source.path, source.entries[self._file_names[name]].begin)
+        return source.file_range
+
+    def get_tensor(self, name: str) -> Tensor:
+        """Return the tensor as a view of a mapped file."""
+        source = self._sources[name]
+        return source.get_tensor(self._file_names[name]) if isinstance(source, SafetensorsFile) else source
+
+    def is_tied(self) -> bool:
+        """Whether the output head is tied to the embedding, as the weights show.
+
+        config.json isn't reliable: transformers 5 writes `tie_word_embeddings: true` for any T5, whatever its weights.
+        """
+        head, embedding = self.architecture.head_weight, self.architecture.tied_to
+        if head not in self:
+            return True
+        if embedding not in self:
+            raise CheckpointError(f"{self.folder}: {embedding}: missing from the weights")
+        return are_equal(self.get_tensor(head), self.get_tensor(embedding))
+
+
+def are_equal(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors have the same dtype, shape and values; NaN equals NaN."""
+    if first.dtype != second.dtype or first.shape != second.shape:
+        return False
+    pairs = zip(first.iter_blocks(), second.iter_blocks(), strict=True)
+    return all(np.array_equal(a.array, b.array, equal_nan=True) for (_, a), (_, b) in pairs)
+
+
+def _find_weight_files(folder: Path) -> tuple[Path | None, dict[str, str], list[Path]]:
+    """Find (the index or None, its map of tensor names to files, the files with the weights)."""
+    for name in WEIGHTS_FILES.values():
+        # a single file takes precedence over an index, as in transformers
+        if has_file(folder, name):
+            return None, {}, [folder / name]
+        if has_file(folder, index := f"{name}{INDEX_SUFFIX}"):
+            weight_map = _read_weight_map(folder, index)
+            return folder / index, weight_map, _resolve_indexed_files(folder / index, weight_map)
+    raise _explain_missing_weights(folder)
+
+
+def _explain_missing_weights(folder: Path) -> CheckpointError:
+    """Return an error that says what the folder contains instead of a model's weights."""
+    if (folder / ADAPTER_CONFIG_FILE).is_file():
+        try:
+            name = read_adapter_config(folder).get("base_model_name_or_path")
+        except CheckpointError:
+            name = None
+        hint = f"give its base instead: {name}" if name else "give the base that the adapter was trained on"
+        return CheckpointError(f"{folder}: is an adapter, not a base", hint)
+    problem = f"{folder}: no weights ({' or '.join(WEIGHTS_FILES.values())}"
+    names = sorted(path.name for path in folder.glob("*") if path.name != "training_args.bin")
+    if misnamed := [name for name in names if Path(name).suffix in WEIGHTS_FILES]:
+        expected = WEIGHTS_FILES[Path(misnamed[0]).suffix]
+        return CheckpointError(
+            f"{problem}, or their {INDEX_SUFFIX} and its shards); found {misnamed[0]}",
+            hint=f"if it contains the whole model, rename it to {expected}; shards need {expected}{INDEX_SUFFIX}",
+        )
+    if unsupported := [name for name in names if Path(name).suffix in UNSUPPORTED_SUFFIXES]:
+        return CheckpointError(
+            f"{problem}); the format of {unsupported[0]} isn't supported",
+            hint="load the model with transformers and save it as safetensors",
+        )
+    return CheckpointError(
+        f"{problem})", hint="give a folder that save_pretrained wrote, or the name of a model on the Hub"
+    )
+
+
+def _read_weight_map(folder: Path, name: str) -> dict[str, str]:
+    weight_map = read_json_object(folder, name).get("weight_map")
+    if not (isinstance(weight_map, dict) and weight_map and all(isinstance(file, str) for file in weight_map.values())):
+        raise CheckpointError(
+            f"{folder / name}: not an index of weights: expected a weight_map from tensor names to files"
+        )
+    return weight_map
+
+
+def _resolve_indexed_files(index: Path, weight_map: Mapping[str, str]) -> list[Path]:
+    suffix = Path(index.name.removesuffix(INDEX_SUFFIX)).suffix
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if not is_file_name(name):
+            raise CheckpointError(f"{index}: {name!r}: points outside the folder")
+        if not name.endswith(suffix):
+            raise CheckpointError(f"{index}: {name!r}: expected a file that ends in {suffix}")
+        if not has_file(index.parent, name):
+            raise CheckpointError(f"{index.parent / name}: missing, but listed in {index.name}")
+    return [index.parent / name for name in names]

@@ -1,0 +1,185 @@
+"""Upload a result's folder to the Hugging Face Hub: what others need to use the model, and nothing else.
+
+    open_repository(settings, folder, report)      # before the work: refuses a wrong name or token
+    url = upload_result(settings, folder, report)  # after it; None: nothing is to be uploaded, or it failed
+
+A run folder's data, settings, metrics and report stay here: they may contain private texts and names of folders. So do
+files that t5tune doesn't know. The model card gets only the last part of a path; a base's path in the config and the
+weights of an adapter, without which merge can't find it, is uploaded with a warning.
+"""
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+from t5tune.checkpoints.adapter_config import read_adapter_config
+from t5tune.checkpoints.adapter_folder import is_adapter
+from t5tune.checkpoints.model_card import fill_in_card
+from t5tune.checkpoints.model_folder import PROCESSOR_FILES, TRAINED_FILES, is_trained_file
+from t5tune.checkpoints.tokenizer_files import CHAT_TEMPLATES_FOLDER, TOKENIZER_FILES
+from t5tune.errors import CheckpointError, SettingsError, UploadError
+from t5tune.file_names import ADAPTER_CONFIG_FILE, CONFIG_FILE, MODEL_CARD_FILE, SETTINGS_FILE
+from t5tune.formatting import format_count, format_size
+from t5tune.hub.names import is_published
+from t5tune.hub.upload import create_repository, upload_files
+from t5tune.io.untrusted import resolve_inside
+from t5tune.io.yaml_file import MAX_SETTINGS_BYTES, read_yaml
+from t5tune.progress import Note, Report
+from t5tune.settings.groups.hub import HubSettings
+
+WEIGHT_PATTERNS = (
+    "model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json",
+    "adapter_model.*", "non_lora_state.safetensors",
+    "model.bin",  # CTranslate2's
+)  # fmt: skip
+# CTranslate2's
+VOCABULARY_FILES = {f"{kind}_vocabulary.{end}" for kind in ("shared", "source", "target") for end in ("json", "txt")}
+# not the card, which no program reads
+LOADED_FILES = (TRAINED_FILES - {MODEL_CARD_FILE}).union(TOKENIZER_FILES, PROCESSOR_FILES, VOCABULARY_FILES)
+
+
+@dataclass(frozen=True)
+class Uploaded:
+    """Where files were uploaded to; `bytes` counts also those that the Hub had already."""
+
+    url: str
+    files: int
+    bytes: int
+
+
+def choose_repository(settings: HubSettings, folder: Path) -> str:
+    """Return the repository's name: by default that of the output folder."""
+    return settings.hub_model_id or folder.resolve().name
+
+
+def open_repository(settings: HubSettings, folder: Path, report: Report) -> None:
+    """Create the repository, if the settings ask for an upload. If the Hub can't be reached, the work goes on.
+
+    Raises:
+        SettingsError: the Hub refuses the name, or doesn't let this user write there.
+    """
+    if settings.push_to_hub:
+        try:
+            create_repository(choose_repository(settings, folder), settings.hub_private_repo)
+        except UploadError as error:
+            report(Note(f"{error.message}; it is tried again when there is something to upload", warning=True))
+
+
+def upload_result(
+    settings: HubSettings, folder: Path, report: Report, message: str | None = None, copy: Path | None = None
+) -> str | None:
+    """Upload a result if the settings ask for it, and return the repository's URL.
+
+    The result is complete, so an upload that fails is no error: a note says how to upload it later, also if a signal
+    ends the upload.
+
+    Args:
+        message: of the commit; None: the folder's name.
+        copy: what to upload in place of the folder, which may be deleted meanwhile.
+    """
+    if not settings.push_to_hub:
+        return None
+    name = choose_repository(settings, folder if copy is None else folder.parent)
+    try:
+        message = message or f"Upload {folder.resolve().name}"
+        return upload_folder(copy or folder, name, settings.hub_private_repo, report, message).url
+    except (SettingsError, UploadError, CheckpointError) as error:
+        later = explain_uploading_later(folder, name, settings.hub_private_repo)
+        report(Note(f"{error.message}; {later}", warning=True))
+        return None
+    except KeyboardInterrupt:  # also of SIGTERM and SIGHUP, in export and merge; train says it in its own error
+        later = explain_uploading_later(folder, name, settings.hub_private_repo)
+        report(Note(f"the upload was stopped; {later}", warning=True))
+        raise
+
+
+def explain_uploading_later(folder: Path, name: str, is_private: bool) -> str:
+    """Say where a result is that wasn't uploaded, and which command uploads it."""
+    command = ["t5tune", "push", str(folder), name, *(["--hub-private-repo"] if is_private else [])]
+    return f"it is complete in {folder}; to upload it later: {shlex.join(command)}"
+
+
+def upload_folder(folder: Path, name: str, is_private: bool, report: Report, message: str) -> Uploaded:
+    """Upload a folder's model or adapter.
+
+    Raises:
+        CheckpointError: it contains neither, or a link out of it.
+        SettingsError: the Hub refuses the name or the files, or doesn't let this user write there.
+        UploadError: the Hub can't be reached.
+    """
+    files = list_uploaded_files(folder)
+    if not {ADAPTER_CONFIG_FILE, CONFIG_FILE} & files.keys() or not any(map(is_weight_file, files)):
+        hint = "give a run folder, or one that t5tune export or t5tune merge wrote"
+        raise CheckpointError(f"folder: {folder}: contains no adapter and no model", hint=hint)
+    size = sum(file.stat().st_size for file in files.values())
+    # read before the Hub is asked: a copy of a checkpoint may be deleted meanwhile
+    card = files[MODEL_CARD_FILE].read_bytes() if MODEL_CARD_FILE in files else None
+    local = _list_local_folders(folder)
+    name = create_repository(name, is_private)
+    report(Note(f"uploading {format_count(len(files), 'file')} ({format_size(size)}) to {name}"))
+    _report_local_base(folder, report)
+    contents: dict[str, Path | bytes] = {**files}
+    if card is not None:
+        contents[MODEL_CARD_FILE] = fill_in_card(card, name, local)
+    url = upload_files(name, contents, message, is_loaded_file, report)
+    return Uploaded(url, len(files), size)
+
+
+def is_weight_file(name: str) -> bool:
+    """Whether a file of this name contains weights, or lists the files that do."""
+    return any(fnmatch(name, pattern) for pattern in WEIGHT_PATTERNS)
+
+
+def is_loaded_file(path: str) -> bool:
+    """Whether t5tune or another program that loads a model reads a repository's file of this path.
+
+    An old one would be used with a new model that has none. The prefixes of uploaded files aren't asked here: a file
+    such as tokenizer_notes.txt may be the user's own.
+    """
+    folder, _, name = path.rpartition("/")
+    if folder:
+        return folder == CHAT_TEMPLATES_FOLDER and name.endswith(".jinja")
+    return name in LOADED_FILES or is_weight_file(name)
+
+
+def list_uploaded_files(folder: Path) -> Mapping[str, Path]:
+    """List the files to upload: path in the repository -> file.
+
+    Raises:
+        CheckpointError: one of them is a link out of the folder.
+    """
+    names = sorted(entry.name for entry in folder.iterdir())
+    found = {name: resolve_inside(folder, name) for name in names if _is_uploaded(name) and (folder / name).is_file()}
+    templates = folder / CHAT_TEMPLATES_FOLDER
+    for file in sorted(templates.glob("*.jinja")):
+        found[f"{CHAT_TEMPLATES_FOLDER}/{file.name}"] = resolve_inside(templates, file.name)
+    return found
+
+
+def _is_uploaded(name: str) -> bool:
+    return is_trained_file(name) or is_weight_file(name) or name in VOCABULARY_FILES
+
+
+def _list_local_folders(folder: Path) -> list[str]:
+    """List the folders of this machine that a result's card may name: its base, and the adapters merged into it.
+
+    Raises:
+        SettingsError: settings.yaml can't be read.
+    """
+    path = folder / SETTINGS_FILE
+    saved = read_yaml(path, MAX_SETTINGS_BYTES) if path.is_file() else {}
+    base = read_adapter_config(folder).get("base_model_name_or_path") if is_adapter(folder) else None
+    adapters = saved.get("adapter")
+    names = [base, saved.get("model_name_or_path"), *(adapters if isinstance(adapters, list) else [adapters])]
+    return [name for name in names if isinstance(name, str) and not is_published(name)]
+
+
+def _report_local_base(folder: Path, report: Report) -> None:
+    """Say that others won't find an adapter's base, if it is a folder of this machine."""
+    if is_adapter(folder):
+        base = read_adapter_config(folder).get("base_model_name_or_path")
+        if base and base != "pocket" and not is_published(base):
+            words = f"the adapter's files name the base as {base}, a folder that others don't have"
+            report(Note(f"{words}: tell them which model it is", warning=True))

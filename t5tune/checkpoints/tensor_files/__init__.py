@@ -1,0 +1,1 @@
+"""Read tensors from files, and write them."""

@@ -1,0 +1,1 @@
+"""DeepSpeed's shards of a checkpoint."""

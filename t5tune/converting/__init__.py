@@ -1,0 +1,1 @@
+"""Convert a checkpoint for another tool."""

@@ -1,0 +1,208 @@
+"""Convert a merged checkpoint to CTranslate2's format, and compare its replies with the checkpoint's.
+
+    convert_and_check(checkpoint, adapter, folder, "int8", report).same
+
+CTranslate2's converter loads the model with `from_pretrained`, and scales the logits if `tie_word_embeddings` is true.
+transformers 5 sets that for every T5, so Flan-T5's logits would be divided by √d_model. Therefore the converter gets
+the model from our own loader, with the flag set to what that model computes.
+"""
+
+import json
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ctranslate2
+import torch
+import transformers
+from ctranslate2.converters import TransformersConverter
+
+from t5tune.checkpoints.base import open_base
+from t5tune.checkpoints.tokenizer_files import TOKENIZER_FILE_PREFIXES
+from t5tune.compat.ctranslate2_patches import load_translator
+from t5tune.data.tokens.tokenizer import load_tokenizer, save_tokenizer
+from t5tune.errors import DependencyError, TrainingError
+from t5tune.file_names import (
+    CTRANSLATE2_VOCABULARY_FILE,
+    GENERATION_CONFIG_FILE,
+    MODEL_CARD_FILE,
+    TEMPLATE_FILE,
+    TRAINING_DATA_FILE,
+)
+from t5tune.inference.generation import Decoding, generate
+from t5tune.io.reasons import join_lines
+from t5tune.merging.verify import find_max_difference, read_example_ids
+from t5tune.model.device import choose_device
+from t5tune.model.load import TORCH_DTYPES, load_base
+from t5tune.progress import Note, Report
+
+MAX_REPLY_TOKENS = 32
+LOG_PROBABILITY_TOLERANCE = 1e-3  # both models compute in fp32, but sum in a different order
+# what is copied next to the converted weights; not settings.yaml, since a run's may have a secret in a URL
+DESCRIBING_FILES = (
+    *TOKENIZER_FILE_PREFIXES,
+    TEMPLATE_FILE,
+    TRAINING_DATA_FILE,
+    GENERATION_CONFIG_FILE,
+    MODEL_CARD_FILE,
+)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Agreement of greedy replies to a few prompts.
+
+    Args:
+        replies: number of replies.
+        same: number of identical replies.
+        error: largest difference between the log-probabilities of our replies' tokens.
+    """
+
+    replies: int
+    same: int
+    error: float
+
+
+class _Converter(TransformersConverter):  # type: ignore[misc]
+    """CTranslate2's converter, with the model from our loader and a name for every row of the embedding."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        super().__init__(str(checkpoint))
+        self.checkpoint = checkpoint
+
+    def load_model(self, model_class: Any, model_name_or_path: str, **options: Any) -> Any:
+        model = load_base(self.checkpoint, _find_common_dtype(self.checkpoint), choose_device(use_cpu=True))
+        # the converter uses this flag only to decide whether to scale the logits; mT5's are never scaled
+        model.config.tie_word_embeddings = getattr(model.config, "scale_decoder_outputs", False)
+        return model
+
+    def load_tokenizer(self, tokenizer_class: Any, model_name_or_path: str, **options: Any) -> Any:
+        # transformers can't read the only tokenizer file of some published models, such as umT5's spiece.model
+        with tempfile.TemporaryDirectory() as folder:
+            save_tokenizer(load_tokenizer(self.checkpoint), Path(folder))
+            tokenizer = super().load_tokenizer(tokenizer_class, folder, **options)
+        base = open_base(self.checkpoint)
+        (rows, _) = base.get_dtype_and_shape(base.architecture.tied_to)[1]
+        tokens = tokenizer.get_vocab()
+        # the converter would name unused rows <extra_id_0> and so on, although these names are taken, and CTranslate2
+        # identifies tokens by name
+        unused = sorted(set(range(rows)) - set(tokens.values()))
+        tokens = tokens | {f"<unused_{index}>": index for index in unused}
+        tokenizer.get_vocab = lambda: tokens
+        return tokenizer
+
+
+def convert_and_check(
+    checkpoint: Path, adapter: Path, folder: Path, quantization: str | None, report: Report
+) -> Agreement:
+    """Convert a checkpoint, copy its tokenizer and what describes it, and compare replies.
+
+    Args:
+        adapter: the folder of the adapter or run that it came from, whose data the replies may be of.
+        folder: where to write it; it must exist.
+
+    Raises:
+        DependencyError, TrainingError: see `convert` and `check_replies`.
+    """
+    convert(checkpoint, folder, quantization)
+    for file in sorted(checkpoint.iterdir()):
+        if file.name.startswith(DESCRIBING_FILES):
+            shutil.copyfile(file, folder / file.name)
+    return check_replies(checkpoint, folder, adapter, quantization, report)
+
+
+def convert(checkpoint: Path, folder: Path, quantization: str | None) -> None:
+    """Write the checkpoint to `folder`, which must exist, in CTranslate2's format.
+
+    Args:
+        quantization: one of CTranslate2's quantization types; None keeps the weights' dtype.
+
+    Raises:
+        DependencyError: the installed converter fails.
+    """
+    try:
+        _Converter(checkpoint).convert(str(folder), quantization=quantization, force=True)
+    except Exception as error:  # a converter for other releases may raise anything
+        if isinstance(error, OSError) and error.errno is not None:  # a full disk, for example
+            raise
+        reason = join_lines(f"{type(error).__name__}: {error}")[:300]
+        releases = f"CTranslate2 {ctranslate2.__version__} can't convert this model with transformers"
+        raise DependencyError(
+            f"to: {releases} {transformers.__version__}: {reason}",
+            hint="try other releases of these two, or write a checkpoint with --to checkpoint and convert it elsewhere",
+        ) from error
+
+
+def check_replies(
+    checkpoint: Path, converted: Path, adapter: Path, quantization: str | None, report: Report
+) -> Agreement:
+    """Compare the replies of the converted model with those of the checkpoint, and report how many are the same.
+
+    Raises:
+        TrainingError: the replies differ although the weights aren't quantized.
+    """
+    is_exact = quantization in (None, "float32")
+    sources = [source for source, _ in read_example_ids(checkpoint, adapter)]
+    found = _compare_replies(checkpoint, converted, sources, is_exact)
+    summary = (
+        f"CTranslate2 gives the same reply for {found.same} of {found.replies} prompts; "
+        f"log-probabilities differ by {found.error:.2g}"
+    )
+    if is_exact and (found.same < found.replies or not found.error <= LOG_PROBABILITY_TOLERANCE):
+        raise TrainingError(
+            f"the replies of the converted model differ from those of the merged one: {summary}; nothing was written",
+            hint="try another release of CTranslate2, and report its version in an issue",
+        )
+    report(Note(summary))
+    return found
+
+
+def _compare_replies(checkpoint: Path, converted: Path, sources: list[list[int]], exact: bool) -> Agreement:
+    """Decode replies to the sources greedily with both models, and let CTranslate2 score our replies.
+
+    Args:
+        sources: ids of each source with its EOS token.
+        exact: whether to compute in fp32 whatever the weights' dtype, instead of CTranslate2's default on this machine.
+    """
+    ours = _generate_replies(checkpoint, sources)
+    tokens = json.loads((converted / CTRANSLATE2_VOCABULARY_FILE).read_text(encoding="utf-8"))
+    translator = load_translator(converted, device="cpu", compute_type="float32" if exact else "default")
+    source_tokens = [[tokens[index] for index in source] for source in sources]
+    lengths = {"max_input_length": 0, "max_decoding_length": MAX_REPLY_TOKENS, "min_decoding_length": 0}
+    replies = translator.translate_batch(source_tokens, beam_size=1, **lengths)
+    our_tokens = [[tokens[index] for index in reply] for reply, _ in ours]
+    scores = translator.score_batch(source_tokens, our_tokens, max_input_length=0)
+    return Agreement(
+        replies=len(sources),
+        same=sum(reply.hypotheses[0] == own for reply, own in zip(replies, our_tokens, strict=True)),
+        error=find_max_difference(
+            [torch.tensor(score.log_probs, dtype=torch.float64) for score in scores],
+            [torch.tensor(log_probs, dtype=torch.float64) for _, log_probs in ours],
+        ),
+    )
+
+
+def _generate_replies(checkpoint: Path, sources: list[list[int]]) -> list[tuple[list[int], list[float]]]:
+    """Generate a reply to each source: (its ids, the log-probabilities of these and of the EOS token)."""
+    tokenizer = load_tokenizer(checkpoint)
+    model = load_base(checkpoint, torch.float32, choose_device(use_cpu=True))
+    start, end = model.architecture.start_token_id, tokenizer.eos_token_id
+    # generation_config.json may set penalties, which the converted model doesn't apply
+    model.generation_config = transformers.GenerationConfig(decoder_start_token_id=start)
+    result = []
+    for source in sources:
+        (ids,) = generate(model, [source], Decoding(end, tokenizer.pad_token_id, MAX_REPLY_TOKENS))
+        inputs = {"input_ids": torch.tensor([source]), "decoder_input_ids": torch.tensor([[start, *ids]])}
+        with torch.inference_mode():
+            log_probs_TV = model(**inputs, use_cache=False).logits[0].log_softmax(-1)
+        result.append((ids, log_probs_TV[torch.arange(len(ids) + 1), torch.tensor([*ids, end])].tolist()))
+    return result
+
+
+def _find_common_dtype(checkpoint: Path) -> torch.dtype:
+    """Return the dtype of the weights, or fp32 if they have several."""
+    files = open_base(checkpoint)
+    dtypes = {files.get_dtype_and_shape(name)[0] for name in files.list_names()}
+    return TORCH_DTYPES[dtypes.pop()] if len(dtypes) == 1 else torch.float32

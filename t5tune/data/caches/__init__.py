@@ -1,0 +1,1 @@
+"""Token caches, and the examples of several of them."""

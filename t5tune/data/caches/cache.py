@@ -1,0 +1,434 @@
+r"""The token cache: a folder with the ids of each conversation, stored once, and the spans of its examples.
+
+    tokens.bin          the ids of all conversations, concatenated: uint16 little-endian, or int32 if the
+                        vocabulary is larger than 65,536
+    conversations.bin   a row per conversation, of CONVERSATION_DTYPE
+    examples.bin        a row per example, of EXAMPLE_DTYPE, in the order of the data
+    tokenizer/          the tokenizer that encoded the conversations, with its added tokens
+    template.yaml       the conversation template
+    training_data.json  how the examples were made; chat and evaluate read it (see checkpoints/training_data.py)
+    rejected.jsonl      the rejected records, with file, line, index, byte offset and reason
+    manifest.json       format, hashes, settings, counts, length percentiles, and the SHA-256 of each file
+
+The same inputs give the same bytes.
+"""
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field, TypeAdapter, ValidationError
+
+from t5tune.data.tokens.encoding import Example, Span, extract_example, surround
+from t5tune.data.tokens.span_corruption import SpanCorruption, mix_bits
+from t5tune.data.tokens.templates import Template, parse_template
+from t5tune.data.tokens.tokenizer import SpecialIds
+from t5tune.errors import DataError
+from t5tune.file_names import (
+    CACHE_MANIFEST_FILE,
+    CONVERSATIONS_FILE,
+    EXAMPLES_FILE,
+    REJECTED_FILE,
+    TEMPLATE_FILE,
+    TOKENS_FILE,
+    TRAINING_DATA_FILE,
+)
+from t5tune.formatting import format_count
+from t5tune.io.atomic import hash_file
+from t5tune.io.folder_kinds import describe_folder
+from t5tune.io.reasons import describe_error
+from t5tune.io.untrusted import parse_json_object
+from t5tune.io.yaml_file import read_yaml
+from t5tune.settings.denoisers import find_denoisers
+from t5tune.settings.groups.record_format import PREFERENCE_OBJECTIVES
+from t5tune.settings.messages import describe_value_error
+
+CACHE_FORMAT = 3
+# the index of the first id in tokens.bin, and a hash that conversations with the same texts share
+CONVERSATION_DTYPE = np.dtype([("start", "<u8"), ("key", "<u8")])
+# the number of the conversation, and a Span, whose positions count tokens from the start of that conversation
+EXAMPLE_DTYPE = np.dtype([
+    ("conversation", "<u4"), ("turn", "<u4"), ("system_end", "<u4"), ("source_start", "<u4"), ("source_end", "<u4"),
+    ("target_start", "<u4"), ("target_end", "<u4"), ("answer_end", "<u4"), ("source_is_whole", "?"),
+    ("target_is_whole", "?"), ("rejected_start", "<u4"), ("rejected_end", "<u4"), ("rejected_answer_end", "<u4"),
+    ("rejected_is_whole", "?"),
+])  # fmt: skip
+TABLES = (TOKENS_FILE, CONVERSATIONS_FILE, EXAMPLES_FILE)
+CACHE_CONTENTS = {
+    *TABLES, "tokenizer", TEMPLATE_FILE, TRAINING_DATA_FILE,
+    REJECTED_FILE, CACHE_MANIFEST_FILE,
+}  # fmt: skip
+# the manifest keys that reading a cache needs, with the type of each value
+MANIFEST_TYPES: dict[str, Any] = {
+    "made_by": str,
+    "dtype": Literal["<u2", "<i4"],
+    "eos_token_id": int,
+    "source_start_ids": list[int],
+    "source_end_ids": list[int],
+    "added_tokens": list[str],
+    "added_token_ids": list[int],
+    "left_out_tokens": list[str],
+    "eval_fraction": Annotated[float, Field(ge=0, lt=1)],
+    "split_seed": Annotated[int, Field(ge=0)],
+    "seed": Annotated[int, Field(ge=0)],
+    "files": dict[str, str],
+    "inputs": dict[str, Any],
+    "rejected_by_reason": dict[str, int],
+    **dict.fromkeys(
+        ("conversations", "rejected", "examples", "source_tokens", "target_tokens", "truncated_sources",
+         "truncated_targets", "unknown_tokens", "pairs", "conversations_with_prefix",
+         "examples_with_earlier_turns"), int,
+    ),
+}  # fmt: skip
+PERCENTILES = (50, 90, 99, 100)
+
+
+class Cache(Sequence[Example]):
+    """The examples of a cache, or those at `indices`, read from disk on access."""
+
+    def __init__(
+        self,
+        folder: Path,
+        manifest: dict[str, Any],
+        indices: npt.NDArray[np.int64] | None = None,
+    ) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self.corruption = _read_corruption(folder, manifest)
+        start, end = (tuple(manifest[f"source_{side}_ids"]) for side in ("start", "end"))
+        self.special_ids = SpecialIds(start, end, manifest["eos_token_id"])
+        self._tokens = _map_file(folder / TOKENS_FILE, np.dtype(manifest["dtype"]))
+        self._conversations = _map_file(folder / CONVERSATIONS_FILE, CONVERSATION_DTYPE)
+        self._starts = self._conversations["start"]
+        self._examples = _map_file(folder / EXAMPLES_FILE, EXAMPLE_DTYPE)
+        self._indices = np.arange(len(self._examples)) if indices is None else indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.read(index, repeat=0)
+
+    def read(self, index: int, repeat: int) -> Example:
+        """Return an example as it is when it was drawn `repeat` times before: of raw text, other spans are masked."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        conversation, span = self._read_row(index)
+        ids = self._tokens[int(self._starts[conversation]) :]
+        if self.corruption is None:
+            return extract_example(ids, span, self.special_ids)
+        masked, spans = (int(counts[index]) for counts in self._masked)
+        window = ids[span.source_start : span.source_end]
+        source, target = self.corruption.corrupt(window, masked, spans, int(self._indices[index]), repeat)
+        return surround(source, target, self.special_ids)
+
+    def read_untruncated(self, index: int) -> tuple[Example, int, npt.NDArray[Any], Span]:
+        """Return (example, conversation number, the conversation's ids up to the untruncated target's end, span)."""
+        conversation, span = self._read_row(index)
+        start = int(self._starts[conversation])
+        end = max(span.answer_end, span.rejected_answer_end)
+        return self[index], conversation, self._tokens[start : start + end], span
+
+    def count_cut_tokens(self) -> npt.NDArray[np.int64]:
+        """Count the tokens that model_max_length cut from each example's source and target."""
+        if self.corruption is not None:  # nothing of a raw text is cut; source_start is where a window begins in it
+            return np.zeros(len(self), int)
+        pairs = ("source_start", "system_end"), ("answer_end", "target_end"), ("rejected_answer_end", "rejected_end")
+        return sum(
+            (self._read_column(one) - self._read_column(other) for one, other in pairs), np.zeros(len(self), int)
+        )
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """The folder of the tokenizer that encoded the cache."""
+        return self.folder / "tokenizer"
+
+    @property
+    def added_tokens(self) -> list[str]:
+        """The tokens that were added to the base model's tokenizer, in the order of their ids."""
+        return list(self.manifest["added_tokens"])
+
+    def read_lengths(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Return (source lengths, target lengths) in tokens, special ones included, in the order of the cache.
+
+        Targets of a preference pair count together.
+        """
+        source, target, rejected = self._compute_lengths()
+        return source, target + rejected
+
+    def read_longest_targets(self) -> npt.NDArray[np.int64]:
+        """Return the length of each example's target, of a preference pair's longer one, in tokens."""
+        _, target, rejected = self._compute_lengths()
+        return np.maximum(target, rejected)
+
+    def _compute_lengths(self) -> tuple[npt.NDArray[np.int64], ...]:
+        return compute_lengths(self._read_column, self.special_ids, self.corruption, self._indices)
+
+    @property
+    def has_preferences(self) -> bool:
+        """Whether the examples are preference pairs."""
+        return self.manifest["inputs"].get("objective") in PREFERENCE_OBJECTIVES
+
+    @cached_property
+    def _masked(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """How many tokens and spans of each example are masked."""
+        assert self.corruption is not None
+        return self.corruption.count_masked(
+            self._indices, self._read_column("source_end") - self._read_column("source_start")
+        )
+
+    def _read_row(self, index: int) -> tuple[int, Span]:
+        conversation, *span = self._examples.item(self._indices[index])
+        return conversation, Span._make(span)
+
+    def _read_column(self, name: str) -> npt.NDArray[np.int64]:
+        return np.asarray(self._examples[name][self._indices], np.int64)
+
+    def name_example(self, index: int) -> int | str:
+        """Name an example as `t5tune inspect` does: by its index in the whole cache, of which this may be a part."""
+        return int(self._indices[index])
+
+    def list_datasets(self) -> list[tuple[str, range]]:
+        """Return nothing: a cache isn't divided into datasets, as a mixture is."""
+        return []
+
+    def draw_epoch(self, seed: int, epoch: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Return the examples of an epoch, which are all: (indices, how often each was drawn before)."""
+        return np.arange(len(self)), np.full(len(self), epoch)
+
+    def list_drawn(self) -> npt.NDArray[np.int64]:
+        """List the examples that are trained on, which are all."""
+        return np.arange(len(self))
+
+    @property
+    def has_every_example_once(self) -> bool:
+        """Whether every epoch has every example once."""
+        return True
+
+    @cached_property
+    def template(self) -> Template:
+        """The conversation template."""
+        path = self.folder / TEMPLATE_FILE
+        return parse_template(read_yaml(path), path)
+
+    def get_template(self, index: int) -> Template:
+        """Return the conversation template of an example."""
+        return self.template
+
+    def is_raw_text(self, index: int) -> bool:
+        """Return whether spans of an example's text are masked."""
+        return self.corruption is not None
+
+    def identify(self) -> dict[str, Any]:
+        """Return what is equal for the same examples: hashes of the files, and of the indices in the whole cache."""
+        files = {name: self.manifest["files"][name] for name in TABLES}
+        # of raw text, the files have the windows, and the seed determines which spans are masked
+        seed = {} if self.corruption is None else {"seed": self.manifest["seed"]}
+        return {**files, **seed, "examples": hashlib.sha256(self._indices.astype("<i8").tobytes()).hexdigest()}
+
+    def take(self, count: int) -> "Cache":
+        """Return the first `count` examples."""
+        return self._select(self._indices[:count])
+
+    def limit_training(self, count: int) -> "Cache":
+        """Return the first `count` of the examples to train on, and all that prepare has held out."""
+        keys = find_held_out_keys(self, *self.prepared_split) if self.prepared_split[0] else np.zeros(0, np.uint64)
+        return self.limit_others(count, keys)
+
+    def limit_others(self, count: int, held_out: npt.NDArray[np.uint64]) -> "Cache":
+        """Return the first `count` examples of other conversations than those with these keys, and all of these."""
+        is_held_out = np.isin(self.read_keys(), held_out)
+        return self._select(self._indices[is_held_out | (np.cumsum(~is_held_out) <= count)])
+
+    @property
+    def whole(self) -> "Cache":
+        """All examples of the folder."""
+        return Cache(self.folder, self.manifest)
+
+    def _select(self, indices: npt.NDArray[np.int64]) -> "Cache":
+        return Cache(self.folder, self.manifest, indices)
+
+    def split_as_prepared(self) -> tuple["Cache", "Cache | None"]:
+        """Return (training, held out) according to prepare's eval_fraction; held out is None if that is 0."""
+        fraction, split_seed = self.prepared_split
+        return self.split(fraction, split_seed) if fraction else (self, None)
+
+    @property
+    def prepared_split(self) -> tuple[float, int]:
+        """The eval_fraction and the split_seed that prepare held out examples with; a fraction of 0 holds out none."""
+        return float(self.manifest["eval_fraction"]), int(self.manifest["split_seed"])
+
+    def split(self, held_out: float, split_seed: int) -> tuple["Cache", "Cache"]:
+        """Return (training, held out): hold out the fraction `held_out` of the conversations, at least one.
+
+        All examples of a conversation, and conversations with the same texts, stay on one side.
+
+        Raises:
+            DataError: there are too few conversations to hold one out.
+        """
+        return self.split_by_keys(find_held_out_keys(self, held_out, split_seed), split_seed)
+
+    def split_by_keys(self, held_out: npt.NDArray[np.uint64], split_seed: int) -> tuple["Cache", "Cache"]:
+        """Return (training, held out): hold out the conversations with these keys.
+
+        Of raw text, `split_seed` also determines which spans of the held-out examples are masked.
+        """
+        is_held_out = np.isin(self.read_keys(), held_out)
+        evaluated = Cache(self.folder, {**self.manifest, "seed": split_seed}, self._indices[is_held_out])
+        return self._select(self._indices[~is_held_out]), evaluated
+
+    def read_keys(self) -> npt.NDArray[np.uint64]:
+        """Return the key of each example's conversation."""
+        keys: npt.NDArray[np.uint64] = self._conversations["key"][self._read_column("conversation")]
+        return keys
+
+
+def find_held_out_keys(cache: Cache, held_out: float, split_seed: int) -> npt.NDArray[np.uint64]:
+    """Choose the conversations that `Cache.split` holds out: those with the smallest hashes of key and split_seed.
+
+    So more data changes little: at any size of the data, few conversations change sides. Of a cache that prepare split,
+    it chooses among all of its conversations, as prepare did, so that a different number of examples to train on
+    doesn't change which ones are held out.
+
+    Raises:
+        DataError: there are too few conversations to hold one out.
+    """
+    unique = np.unique((cache.whole if cache.manifest["eval_fraction"] else cache).read_keys())
+    count = max(1, round(held_out * len(unique)))
+    if count >= len(unique):
+        kind = "conversation" if cache.corruption is None else "text"
+        problem = f"eval_fraction: {held_out} of {format_count(len(unique), kind)} leaves none to train on"
+        raise DataError(f"{problem}; give more {kind}s, or a separate file as eval_data_path")
+    order = mix_bits(unique ^ mix_bits(np.array(split_seed, np.uint64)))
+    return unique[np.argsort(order)[:count]]
+
+
+def compute_lengths(
+    column: Callable[[str], npt.NDArray[np.int64]],
+    special: SpecialIds,
+    corruption: SpanCorruption | None,
+    indices: npt.NDArray[np.int64],
+) -> tuple[npt.NDArray[np.int64], ...]:
+    """Compute the lengths of examples' sources, targets and rejected targets, special tokens included.
+
+    What isn't a preference pair has a rejected target of length 0.
+
+    Args:
+        column: reads columns of EXAMPLE_DTYPE.
+        indices: of the examples in the whole cache.
+    """
+    if corruption is not None:
+        windows = column("source_end") - column("source_start")
+        masked, spans = corruption.count_masked(indices, windows)
+        return windows - masked + spans + special.source_size, masked + spans + 1, np.zeros_like(masked)
+    source = column("system_end") + column("source_end") - column("source_start") + special.source_size
+    target = column("target_end") - column("target_start") + column("target_is_whole")
+    rejected = column("rejected_end") - column("rejected_start") + column("rejected_is_whole")
+    return source, target, np.where(column("rejected_start") > 0, rejected, 0)
+
+
+def _read_corruption(folder: Path, manifest: dict[str, Any]) -> SpanCorruption | None:
+    """Return how the examples are masked; None if they aren't raw text.
+
+    Raises:
+        DataError: the manifest's denoisers don't exist.
+    """
+    if (saved := manifest.get("span_corruption")) is None:
+        return None
+    try:
+        return SpanCorruption(
+            find_denoisers(saved["denoisers"]), tuple(map(int, saved["sentinel_ids"])), int(manifest["seed"])
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        problem = f"{folder / CACHE_MANIFEST_FILE}: span_corruption: {describe_error(error)}"
+        raise DataError(problem, hint="run t5tune prepare again") from error
+
+
+def _map_file(path: Path, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    if path.stat().st_size == 0:
+        return np.zeros(0, dtype)
+    # slicing np.memmap is several times slower than slicing a plain array over the same pages
+    return np.memmap(path, dtype, "r").view(np.ndarray)
+
+
+def is_cache(path: Path) -> bool:
+    """Return whether a folder looks like a token cache."""
+    # os.path, because pathlib raises if the folder can't be searched
+    return os.path.isfile(path / CACHE_MANIFEST_FILE) and os.path.isfile(path / TOKENS_FILE)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read and check the manifest of a cache.
+
+    Raises:
+        DataError: the manifest is missing, broken, or of another format version.
+    """
+    if not os.path.isdir(folder):
+        what = "a file, not a token cache" if os.path.exists(folder) else "no such folder"
+        raise DataError(f"{folder}: {what}", hint="name a folder that t5tune prepare wrote")
+    path = folder / CACHE_MANIFEST_FILE
+    try:
+        manifest = parse_json_object(path.read_bytes())
+        version = manifest["format"]
+    except FileNotFoundError as error:
+        kind = describe_folder(folder)
+        why = f"{kind}, not a token cache" if kind else f"contains no {CACHE_MANIFEST_FILE}, so it isn't a token cache"
+        raise DataError(f"{folder}: {why}", hint="name a folder that t5tune prepare wrote, or a run folder") from error
+    except (OSError, ValueError, KeyError) as error:
+        why = "it has no format" if isinstance(error, KeyError) else describe_error(error)
+        problem = f"{path}: not the manifest of a token cache ({why})"
+        raise DataError(problem, hint="name a folder that t5tune prepare wrote") from error
+    if version != CACHE_FORMAT:
+        problem = f"{path}: format {version}; this version of t5tune reads format {CACHE_FORMAT}"
+        raise DataError(problem, hint="run t5tune prepare again")
+    for name, kind in MANIFEST_TYPES.items():
+        try:
+            TypeAdapter(kind).validate_python(manifest.get(name), strict=True)
+        except ValidationError as error:
+            reason = describe_value_error(error.errors()[0])
+            found = f"{manifest[name]!r:.80}: {reason}" if name in manifest else "missing"
+            raise DataError(f"{path}: {name}: {found}", hint="run t5tune prepare again") from None
+    return manifest
+
+
+def open_cache(folder: Path) -> Cache:
+    """Verify the hashes of a cache's files and memory-map it.
+
+    Raises:
+        DataError: a file is missing or has changed since prepare wrote it; the error names the first one.
+    """
+    manifest = read_manifest(folder)
+    for name, expected in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise DataError(f"{path}: missing from the token cache", hint="run t5tune prepare again")
+        if hash_file(path) != expected:
+            raise DataError(f"{path}: differs from what prepare wrote", hint="run t5tune prepare again")
+    return Cache(folder, manifest)
+
+
+def hash_files(folder: Path) -> dict[str, str]:
+    """Return {name: SHA-256} of every file below the folder except the manifest, sorted by name."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CACHE_MANIFEST_FILE)
+    return {path.relative_to(folder).as_posix(): hash_file(path) for path in paths}
+
+
+def compute_percentiles(counted: Counter[int]) -> dict[str, int]:
+    """Compute p50, p90, p99 and p100 from counts of lengths.
+
+    pN is the smallest length that at least N percent of the lengths don't exceed.
+    """
+    found: dict[str, int] = {}
+    total, below = counted.total(), 0
+    for length in sorted(counted):
+        below += counted[length]
+        for share in PERCENTILES:
+            if 100 * below >= share * total:
+                found.setdefault(f"p{share}", length)
+    return found

@@ -1,0 +1,194 @@
+"""Decoded examples of a token cache, as the model sees them, with the tokens that were cut; histograms of lengths."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby, pairwise
+from typing import Any, Literal
+
+import numpy as np
+
+from t5tune.data.caches.batching import Integers
+from t5tune.data.caches.cache import Cache
+from t5tune.data.tokens.encoding import PreferencePair
+from t5tune.data.tokens.tokenizer import Tokenizer, load_tokenizer
+
+NUM_BARS = 20  # of a histogram, about
+
+_RunKind = Literal["text", "added", "unknown", "special"]
+_Part = tuple[list[int], bool]  # ids, and whether they were cut off
+
+
+@dataclass(frozen=True)
+class TextRun:
+    """The text of consecutive tokens; an added, unknown or special token is a run of its own."""
+
+    text: str
+    kind: _RunKind
+
+
+@dataclass(frozen=True)
+class ExampleView:
+    """One example as the model sees it.
+
+    Args:
+        index: position in the cache; `conversation` and `turn` are its origin.
+        source_ids, target_ids: special tokens included.
+        truncated: which of "source", "target" and "rejected" were cut.
+        source_cut: tokens that were removed from the source, after its first `source_head` tokens.
+        target_cut, rejected_cut: tokens that were removed from the end.
+        rejected_ids, rejected_text: the rejected answer of a preference pair, whose target is the chosen one; None if
+            it isn't a pair.
+    """
+
+    index: int
+    conversation: int
+    turn: int
+    source_ids: list[int]
+    target_ids: list[int]
+    source_text: str
+    target_text: str
+    truncated: list[str]
+    source_head: int
+    source_cut: list[int]
+    target_cut: list[int]
+    rejected_ids: list[int] | None = None
+    rejected_text: str | None = None
+    rejected_cut: list[int] = field(default_factory=list)
+
+    @property
+    def lengths(self) -> dict[str, tuple[int, int]]:
+        """The length of each side, and how many tokens were cut off from it."""
+        sides = {
+            "source": (len(self.source_ids), len(self.source_cut)),
+            "target": (len(self.target_ids), len(self.target_cut)),
+        }
+        if self.rejected_ids is not None:
+            sides["rejected"] = len(self.rejected_ids), len(self.rejected_cut)
+        return sides
+
+    def group_runs_by_side(self, tokenizer: Tokenizer, added: set[int]) -> dict[str, Iterator[tuple[TextRun, bool]]]:
+        """Return source, target and a rejected answer as runs of text, each with whether it was cut off."""
+        head, source = self.source_head, self.source_ids
+        parts = {
+            "source": [(source[:head], False), (self.source_cut, True), (source[head:], False)],
+            "target": [(self.target_ids, False), (self.target_cut, True)],
+        }
+        if self.rejected_ids is not None:
+            parts["rejected"] = [(self.rejected_ids, False), (self.rejected_cut, True)]
+        return {side: _iterate_runs(of_side, tokenizer, added) for side, of_side in parts.items()}
+
+
+def _iterate_runs(parts: list[_Part], tokenizer: Tokenizer, added: set[int]) -> Iterator[tuple[TextRun, bool]]:
+    around = tokenizer.special_ids
+    special: dict[int, _RunKind] = dict.fromkeys((*around.source_start, *around.source_end), "special")
+    special |= {around.target_end: "special", tokenizer.unk_token_id: "unknown", **dict.fromkeys(added, "added")}
+    before: list[int] = []  # the token before the run
+    for ids, is_cut in parts:
+        for kind, tokens in groupby(ids, lambda token: special.get(token, "text")):
+            for run in [list(tokens)] if kind == "text" else [[token] for token in tokens]:
+                # alone, the decoder would drop the space of a text's first token
+                start = before if kind == "text" else []
+                yield TextRun(tokenizer.decode(start + run).removeprefix(tokenizer.decode(start)), kind), is_cut
+                before = run[-1:]
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """counts[i] is the number of lengths (tokens) in [edges[i], edges[i + 1]).
+
+    All bars are equally wide, except the last one if it collects a long tail.
+    """
+
+    edges: list[int]
+    counts: list[int]
+
+    @property
+    def has_tail(self) -> bool:
+        return self.edges[-1] - self.edges[-2] > self.edges[1] - self.edges[0]
+
+    def label_bars(self) -> list[str]:
+        """Name the lengths that each bar counts: "9", "10–12", and "133 and more" for a tail."""
+        labels = [f"{low:,}–{high - 1:,}" if high - low > 1 else f"{low:,}" for low, high in pairwise(self.edges)]
+        if self.has_tail:
+            labels[-1] = f"{self.edges[-2]:,} and more"
+        return labels
+
+
+def build_histogram(lengths: Integers) -> Histogram:
+    """Count lengths in about NUM_BARS bars of equal integer width, from the shortest length to the longest.
+
+    If the longest 1% make the range at least twice as wide, the last bar collects them: a few very long examples would
+    leave most bars empty.
+    """
+    ordered = np.sort(lengths).tolist()
+    low, high = ordered[0], ordered[-1]
+    edges = _make_edges(low, high)
+    if len(ordered) >= NUM_BARS:
+        longest_without_tail = ordered[-1 - math.ceil(len(ordered) / 100)]
+        if high - low + 1 >= 2 * (longest_without_tail - low + 1):
+            edges = [*_make_edges(low, longest_without_tail), high + 1]
+    return Histogram(edges, np.histogram(lengths, edges)[0].tolist())
+
+
+def _make_edges(low: int, high: int) -> list[int]:
+    width = max(1, -(-(high - low + 1) // NUM_BARS))
+    return list(range(low, high + width + 1, width))
+
+
+@dataclass(frozen=True)
+class LengthStatistics:
+    """Lengths of a cache's examples.
+
+    Args:
+        padding_random: share of padding, 0 to 1, in random batches of `batch_size`.
+        padding_by_length: the same for batches of similar lengths, as training makes them.
+        longest: indices of the longest examples, longest first.
+    """
+
+    source: Histogram
+    target: Histogram
+    batch_size: int
+    padding_random: float
+    padding_by_length: float
+    longest: list[int]
+
+
+class CacheView(Sequence[ExampleView]):
+    """Some examples of a cache, each decoded on access."""
+
+    def __init__(self, cache: Cache, indices: Sequence[int]) -> None:
+        self.cache = cache
+        self.tokenizer = load_tokenizer(cache.tokenizer_folder)
+        self._indices = indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, number: Any) -> Any:
+        index, decode = self._indices[number], self.tokenizer.decode
+        example, conversation, ids, span = self.cache.read_untruncated(index)
+        source, target, around = example.source_S.tolist(), example.target_T.tolist(), self.cache.special_ids
+        is_masked = self.cache.corruption is not None
+        rejected = example.rejected_R.tolist() if isinstance(example, PreferencePair) else None
+        truncated = {
+            "source": not span.source_is_whole, "target": not span.target_is_whole,
+            "rejected": not span.rejected_is_whole,
+        }  # fmt: skip
+        return ExampleView(
+            index=index,
+            conversation=conversation,
+            turn=span.turn,
+            source_ids=source,
+            target_ids=target,
+            source_text=decode(around.strip_source(source)),
+            target_text=decode(target[:-1] if is_masked else target[: span.target_end - span.target_start]),
+            truncated=[side for side, is_cut in truncated.items() if is_cut],
+            source_head=len(around.source_start) + span.system_end,
+            # the rest of a raw text is in other examples
+            source_cut=[] if is_masked else ids[span.system_end : span.source_start].tolist(),
+            target_cut=ids[span.target_end : span.answer_end].tolist(),
+            rejected_ids=rejected,
+            rejected_text=None if rejected is None else decode(rejected[: span.rejected_end - span.rejected_start]),
+            rejected_cut=ids[span.rejected_end : span.rejected_answer_end].tolist(),
+        )

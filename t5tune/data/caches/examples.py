@@ -1,0 +1,504 @@
+"""A mixture: the token caches of several datasets that are trained or evaluated on together.
+
+    mixture.json          what the caches contain together, their weights, and how they are mixed
+    template.yaml         the conversation template of the first dataset, for chat and evaluate
+    training_data.json    how the examples of all datasets were made
+    NAME/                 the token cache of a dataset, unless it is elsewhere
+    .mixture.json.old     the previous mixture.json, while prepare replaces the caches one after the other
+
+All caches have the same tokenizer. The examples are numbered one dataset after the other.
+"""
+
+import json
+import os
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field, TypeAdapter, ValidationError
+
+from t5tune.data.caches.batching import Integers
+from t5tune.data.caches.cache import Cache, find_held_out_keys, is_cache, open_cache, read_manifest
+from t5tune.data.caches.mixing import EpochCounts, Mixing, compute_rates, draw_epoch
+from t5tune.data.tokens.encoding import Example
+from t5tune.data.tokens.templates import Template
+from t5tune.errors import DataError
+from t5tune.file_names import MIXTURE_FILE
+from t5tune.formatting import format_count
+from t5tune.io.reasons import describe_error
+from t5tune.io.untrusted import parse_json_object
+from t5tune.progress import Note
+from t5tune.settings.dataset_list import DatasetName, Weight, check_names_differ, check_weights, is_reserved
+from t5tune.settings.field_types import OptionalCount
+from t5tune.settings.messages import describe_value_error, format_place
+
+MIXTURE_FORMAT = 2
+OLD_MIXTURE_FILE = f".{MIXTURE_FILE}.old"
+PREPARE_AGAIN = "run t5tune prepare again"
+CORRECT_IT = f"correct it, or {PREPARE_AGAIN}"
+SUMMED = (
+    "conversations", "rejected", "examples", "source_tokens", "target_tokens", "truncated_sources",
+    "truncated_targets", "unknown_tokens", "pairs", "conversations_with_prefix", "examples_with_earlier_turns",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A dataset of a mixture.
+
+    Args:
+        weight: how many of its examples an epoch has, relative to those of the others, if they are mixed by weights.
+        num_data: only so many examples of its cache are used; None: all.
+    """
+
+    name: str
+    cache: Cache
+    weight: float = 1.0
+    num_data: int | None = None
+
+    def count(self, held_out: npt.NDArray[np.uint64]) -> dict[str, int]:
+        """Return the counts of the cache, but of the examples only those that are used.
+
+        Args:
+            held_out: the keys of the conversations that prepare has held out in any dataset.
+        """
+        counts = {name: int(self.cache.manifest[name]) for name in SUMMED}
+        if self.num_data is not None:
+            counts["examples"] = len(self.cache.whole.limit_others(self.num_data, held_out))
+        return counts
+
+
+class Mixture(Sequence[Example]):
+    """The examples of several token caches, read from disk on access.
+
+    Args:
+        folder: has mixture.json.
+    """
+
+    def __init__(self, folder: Path, datasets: Sequence[Dataset], mixing: Mixing) -> None:
+        self.folder = folder
+        self.datasets = tuple(datasets)
+        self.mixing = mixing
+        self._sizes = [len(dataset.cache) for dataset in self.datasets]
+        self._ends = list(accumulate(self._sizes))
+        self.shares = mixing.compute_shares(self._sizes, [dataset.weight for dataset in self.datasets])
+        self.rates = compute_rates(self._sizes, self.shares)
+        self._counts = EpochCounts(self.rates)
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.read(index, repeat=0)
+
+    def read(self, index: int, repeat: int) -> Example:
+        """Return an example as it is when it was drawn `repeat` times before."""
+        dataset, index_in_it = self._locate(index)
+        return dataset.cache.read(index_in_it, repeat)
+
+    def _locate(self, index: int) -> tuple[Dataset, int]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index %= len(self)
+        number = bisect_right(self._ends, index)
+        return self.datasets[number], index - (self._ends[number] - self._sizes[number])
+
+    def get_template(self, index: int) -> Template:
+        """Return the conversation template of an example's dataset."""
+        return self._locate(index)[0].cache.template
+
+    def is_raw_text(self, index: int) -> bool:
+        """Return whether spans of an example's text are masked."""
+        return self._locate(index)[0].cache.corruption is not None
+
+    def name_example(self, index: int) -> int | str:
+        """Name an example as `t5tune inspect` counts it: by its dataset, and its index in that cache."""
+        dataset, index_in_it = self._locate(index)
+        return f"{dataset.name}: {dataset.cache.name_example(index_in_it)}"
+
+    def list_datasets(self) -> list[tuple[str, range]]:
+        """List the name and the examples of each dataset."""
+        bounds = zip(self._ends, self._sizes, strict=True)
+        return [(each.name, range(end - size, end)) for each, (end, size) in zip(self.datasets, bounds, strict=True)]
+
+    def draw_epoch(self, seed: int, epoch: int) -> tuple[Integers, Integers]:
+        """Draw the examples of an epoch: (indices by dataset, how often each was drawn before)."""
+        starts, ends = self._counts.sum_epochs(epoch), self._counts.sum_epochs(epoch + 1)
+        return draw_epoch(self._sizes, starts, ends, seed)
+
+    @property
+    def has_every_example_once(self) -> bool:
+        """Whether every epoch has every example once."""
+        return self.rates == self._sizes
+
+    def read_lengths(self) -> tuple[Integers, Integers]:
+        """Return (source lengths, target lengths) in tokens, special ones included, of all examples."""
+        sources, targets = zip(*(dataset.cache.read_lengths() for dataset in self.datasets), strict=True)
+        return np.concatenate(sources), np.concatenate(targets)
+
+    def read_longest_targets(self) -> Integers:
+        """Return the length of each example's target, of a preference pair's longer one, in tokens."""
+        return np.concatenate([dataset.cache.read_longest_targets() for dataset in self.datasets])
+
+    @property
+    def has_preferences(self) -> bool:
+        """Whether the examples are preference pairs."""
+        return self.main.cache.has_preferences
+
+    @property
+    def main(self) -> Dataset:
+        """The dataset whose template and prefix are used for chat: the first one that isn't raw text."""
+        return next((each for each in self.datasets if each.cache.corruption is None), self.datasets[0])
+
+    def describe_rates(self) -> list[dict[str, float]]:
+        """Describe each dataset's share of an epoch, from 0 to 1, and how many examples that is on average."""
+        pairs = zip(self.shares, self.rates, strict=True)
+        return [{"share": round(float(share), 6), "examples_per_epoch": _round_rate(rate)} for share, rate in pairs]
+
+    def list_drawn(self) -> Integers:
+        """List the examples of the datasets that have a share."""
+        drawn = zip(self.list_datasets(), self.shares, strict=True)
+        return np.concatenate([np.arange(indices.start, indices.stop) for (_, indices), share in drawn if share])
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """The folder of the tokenizer that encoded the caches, with a chat template for the main dataset."""
+        return self.main.cache.tokenizer_folder
+
+    @property
+    def added_tokens(self) -> list[str]:
+        """The tokens that were added to the base model's tokenizer, in the order of their ids."""
+        return self.datasets[0].cache.added_tokens
+
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        """What mixture.json contains; counts are those of whole caches, also if this has only part of them."""
+        return describe_mixture(self)
+
+    def identify(self) -> dict[str, Any]:
+        """Return what is equal for the same examples in the same order: hashes of each dataset."""
+        return {"datasets": [[dataset.name, dataset.cache.identify()] for dataset in self.datasets]}
+
+    def take(self, count: int) -> "Mixture":
+        """Return the first `count` examples of each dataset."""
+        return self._replace_caches([dataset.cache.take(count) for dataset in self.datasets])
+
+    def limit_training(self, count: int) -> "Mixture":
+        """Return the first `count` of each dataset's examples to train on, and all that prepare has held out."""
+        return self._limit_training([count] * len(self.datasets))
+
+    def apply_num_data(self) -> "Mixture":
+        """Return the examples of whole caches that are used according to the datasets' `num_data`."""
+        return self._limit_training([dataset.num_data for dataset in self.datasets])
+
+    def _limit_training(self, counts: Sequence[int | None]) -> "Mixture":
+        # a text that one dataset holds out isn't trained on in the others, so it doesn't count there, either
+        keys = self.find_prepared_keys()
+        caches = [dataset.cache for dataset in self.datasets]
+        pairs = zip(caches, counts, strict=True)
+        return self._replace_caches(
+            [cache if count is None else cache.limit_others(count, keys) for cache, count in pairs]
+        )
+
+    def split(self, held_out: float, split_seed: int) -> tuple["Mixture", "Mixture"]:
+        """Return (training, held out): hold out the fraction `held_out` of each dataset's conversations.
+
+        A text that is held out in one dataset is held out in all.
+
+        Raises:
+            DataError: a dataset has too few conversations.
+        """
+        return self._split([(held_out, split_seed)] * len(self.datasets))
+
+    def split_as_prepared(self) -> tuple["Mixture", "Mixture | None"]:
+        """Return (training, held out) according to prepare's eval_fraction; held out is None if that is 0."""
+        wanted = [dataset.cache.prepared_split for dataset in self.datasets]
+        return self._split(wanted) if any(fraction for fraction, _ in wanted) else (self, None)
+
+    def find_prepared_keys(self) -> npt.NDArray[np.uint64]:
+        """Find the keys of the conversations that prepare has held out in any dataset."""
+        return self._find_held_out_keys([dataset.cache.prepared_split for dataset in self.datasets])
+
+    def _find_held_out_keys(self, wanted: Sequence[tuple[float, int]]) -> npt.NDArray[np.uint64]:
+        keys = [np.zeros(0, np.uint64)]
+        for dataset, (fraction, split_seed) in zip(self.datasets, wanted, strict=True):
+            if fraction:
+                try:
+                    keys.append(find_held_out_keys(dataset.cache, fraction, split_seed))
+                except DataError as error:
+                    raise DataError(f"{dataset.name}: {error.message}", hint=error.hint) from None
+        return np.unique(np.concatenate(keys))
+
+    def _split(self, wanted: Sequence[tuple[float, int]]) -> tuple["Mixture", "Mixture"]:
+        keys = self._find_held_out_keys(wanted)
+        pairs = zip(self.datasets, wanted, strict=True)
+        parts = [dataset.cache.split_by_keys(keys, split_seed) for dataset, (_, split_seed) in pairs]
+        for dataset, (kept, _) in zip(self.datasets, parts, strict=True):
+            if not len(kept):
+                problem = f"{dataset.name}: all of its texts are also in other datasets, which hold them out"
+                raise DataError(problem, hint="leave it out, or hold out fewer examples with eval_fraction")
+        training = self._replace_caches([part for part, _ in parts])
+        held_out = [
+            replace(dataset, cache=part) for dataset, (_, part) in zip(self.datasets, parts, strict=True) if len(part)
+        ]
+        return training, Mixture(self.folder, held_out, Mixing())
+
+    def mix(self, mixing: Mixing) -> "Mixture":
+        """Return the same datasets, mixed in another way."""
+        return Mixture(self.folder, self.datasets, mixing)
+
+    def _replace_caches(self, caches: Sequence[Cache]) -> "Mixture":
+        pairs = zip(self.datasets, caches, strict=True)
+        return Mixture(self.folder, [replace(dataset, cache=cache) for dataset, cache in pairs], self.mixing)
+
+
+Examples = Cache | Mixture
+
+
+def describe_mixture(mixture: Mixture) -> dict[str, Any]:
+    """Describe what the caches of a mixture contain together, for mixture.json."""
+    manifests = {dataset.name: dataset.cache.manifest for dataset in mixture.datasets}
+    held_out = mixture.find_prepared_keys()
+    counts = {dataset.name: dataset.count(held_out) for dataset in mixture.datasets}
+    first = next(iter(manifests.values()))
+    rejected = Counter[str]()
+    for manifest in manifests.values():
+        rejected.update(manifest["rejected_by_reason"])
+    sources = [source for manifest in manifests.values() for source in manifest.get("sources", [])]
+    return {
+        "format": MIXTURE_FORMAT,
+        "made_by": first["made_by"],
+        **{name: sum(each[name] for each in counts.values()) for name in SUMMED},
+        "rejected_by_reason": dict(sorted(rejected.items())),
+        "added_tokens": first["added_tokens"],
+        "added_token_ids": first["added_token_ids"],
+        "eval_fraction": _merge({name: manifest["eval_fraction"] for name, manifest in manifests.items()}),
+        "split_seed": _merge({name: manifest["split_seed"] for name, manifest in manifests.items()}),
+        "seed": _merge({name: manifest["seed"] for name, manifest in manifests.items()}),
+        "inputs": _merge_all({name: manifest["inputs"] for name, manifest in manifests.items()}),
+        **({"sources": sources} if sources else {}),
+        "mixing": asdict(mixture.mixing),
+        "datasets": [
+            {
+                "name": dataset.name,
+                "cache": _write_place(dataset.cache.folder, mixture.folder),
+                "weight": dataset.weight,
+                **({} if dataset.num_data is None else {"num_data": dataset.num_data}),
+                **facts,
+                **counts[dataset.name],
+            }
+            for dataset, facts in zip(mixture.datasets, mixture.describe_rates(), strict=True)
+        ],
+    }
+
+
+def describe_shares(mixture: Mixture) -> list[Note]:
+    """Say how many examples of each dataset an epoch has, on average."""
+    parts = [
+        f"{dataset.name} {float(share):.1%} ({_round_rate(rate):,} of {format_count(len(dataset.cache), 'example')})"
+        for dataset, share, rate in zip(mixture.datasets, mixture.shares, mixture.rates, strict=True)
+    ]
+    notes = [Note(f"an epoch has {format_count(int(sum(mixture.rates)), 'example')}: {', '.join(parts)}")]
+    for dataset, rate in zip(mixture.datasets, mixture.rates, strict=True):
+        if rate == 0:
+            notes.append(Note(f"dataset {dataset.name}: not trained on, since its share is 0"))
+        elif rate < 1:
+            epochs = format_count(min(round(1 / rate), 10**9), "epoch")
+            notes.append(Note(f"dataset {dataset.name}: only one example in about {epochs}", warning=True))
+    return notes
+
+
+def _round_rate(rate: Fraction) -> float:
+    rounded = round(float(rate), 4)
+    return int(rounded) if rounded.is_integer() else rounded
+
+
+def _write_place(folder: Path, mixture: Path) -> str:
+    return folder.name if folder.parent == mixture else str(folder.resolve())
+
+
+def _merge(values: Mapping[str, Any]) -> Any:
+    """Return the value that all datasets have, otherwise the value of each."""
+    first, *others = values.values()
+    return first if all(value == first for value in others) else dict(values)
+
+
+def _merge_all(values: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    names = dict.fromkeys(name for value in values.values() for name in value)
+    return {name: _merge({dataset: value.get(name) for dataset, value in values.items()}) for name in names}
+
+
+def is_left_over(folder: Path) -> bool:
+    """Whether a folder has only what the preparing of a mixture leaves there, complete or not."""
+    return all(
+        is_cache(path) or is_reserved(path.name) or path.name.startswith(".") or not os.path.lexists(path)
+        for path in folder.iterdir()  # while another process may remove the cache of an old dataset
+    )
+
+
+def is_mixture(path: Path) -> bool:
+    """Return whether a folder looks like a mixture."""
+    # os.path, because pathlib raises if the folder can't be searched
+    return os.path.isfile(path / MIXTURE_FILE)
+
+
+@dataclass(frozen=True)
+class _SavedDataset:
+    """What is read of a dataset in mixture.json."""
+
+    name: DatasetName
+    cache: Annotated[str, Field(min_length=1)]
+    weight: Weight
+    num_data: OptionalCount = None
+    written: bool = False
+
+
+@dataclass(frozen=True)
+class _SavedMixture:
+    """What is read of mixture.json, which users may edit: it is checked as the settings in YAML are."""
+
+    mixing: Mixing
+    datasets: Annotated[list[_SavedDataset], Field(min_length=1)]
+    inputs: dict[str, Any]
+    eval_fraction: float | dict[str, float]
+
+
+def read_mixture_manifest(folder: Path, name: str = MIXTURE_FILE) -> dict[str, Any]:
+    """Read and check mixture.json, or another file like it.
+
+    Raises:
+        DataError: it is broken, or of another format version.
+    """
+    manifest, _ = _read_mixture(folder, name)
+    return manifest
+
+
+def _read_mixture(folder: Path, name: str = MIXTURE_FILE) -> tuple[dict[str, Any], _SavedMixture]:
+    path = folder / name
+    try:
+        manifest = parse_json_object(path.read_bytes())
+    except (OSError, ValueError) as error:
+        problem = f"{path}: not the manifest of a mixture ({describe_error(error)})"
+        raise DataError(problem, hint=PREPARE_AGAIN) from error
+    if (version := manifest.get("format")) != MIXTURE_FORMAT:
+        problem = f"{path}: format {version!r:.40}; this version of t5tune reads format {MIXTURE_FORMAT}"
+        raise DataError(problem, hint=PREPARE_AGAIN)
+    try:
+        # as JSON text: in strict mode pydantic doesn't build a dataclass from a dict
+        saved: _SavedMixture = TypeAdapter(_SavedMixture).validate_json(json.dumps(manifest), strict=True)
+        check_names_differ([dataset.name for dataset in saved.datasets])
+        check_weights(weights := [dataset.weight for dataset in saved.datasets])
+        if saved.mixing.kind != "weights" and set(weights) != {1.0}:
+            raise ValueError(f"weight: has no effect with mixing {saved.mixing.kind}; set mixing.kind to weights")
+    except ValidationError as error:
+        detail = error.errors()[0]
+        found = "" if detail["type"] == "missing" else f"{detail['input']!r:.80}: "
+        problem = f"{path}: {format_place(detail['loc'])}: {found}{describe_value_error(detail)}"
+        raise DataError(problem, hint=CORRECT_IT) from None
+    except ValueError as error:
+        raise DataError(f"{path}: datasets: {error}", hint=CORRECT_IT) from None
+    return manifest, saved
+
+
+def list_caches(folder: Path) -> dict[str, Path]:
+    """List the token caches of a mixture, by the names of the datasets.
+
+    Raises:
+        DataError: mixture.json is broken, or of another format version.
+    """
+    return {each.name: folder / each.cache for each in _read_mixture(folder)[1].datasets}
+
+
+def list_written_caches(folder: Path, file: str) -> list[Path]:
+    """List the token caches that the preparing of a mixture has written; the others were given.
+
+    Args:
+        file: mixture.json, or another file like it.
+
+    Raises:
+        DataError: it is broken, or of another format version.
+    """
+    return [folder / each.cache for each in _read_mixture(folder, file)[1].datasets if each.written]
+
+
+def find_caches(folder: Path) -> list[Path]:
+    """Find the token caches of a mixture, or the one that the folder is.
+
+    Raises:
+        DataError: mixture.json is broken, or of another format version.
+    """
+    return list(list_caches(folder).values()) if is_mixture(folder) else [folder]
+
+
+def find_tokenizer_folder(source: Path) -> Path:
+    """Find the folder of the tokenizer of a token cache, a mixture, an adapter or a model."""
+    cache = next(iter(list_caches(source).values())) if is_mixture(source) else source
+    return cache / "tokenizer" if is_cache(cache) else cache
+
+
+def open_mixture(folder: Path) -> Mixture:
+    """Open the caches that mixture.json lists, and verify their files.
+
+    Raises:
+        DataError: the file is broken or of another format version, or a cache is missing or has changed.
+    """
+    _, saved = _read_mixture(folder)
+    datasets = [
+        Dataset(each.name, open_cache(folder / each.cache), each.weight, each.num_data) for each in saved.datasets
+    ]
+    check_datasets(datasets, str(folder))
+    return Mixture(folder, datasets, saved.mixing).apply_num_data()
+
+
+def check_datasets(datasets: Sequence[Dataset], place: str) -> None:
+    """Check that all caches were made with the same tokenizer, and that all or none have preference pairs.
+
+    With another tokenizer, the same id means different tokens.
+
+    Args:
+        place: where the datasets are listed, for messages.
+
+    Raises:
+        DataError: two differ.
+    """
+    first, *others = (dataset.cache for dataset in datasets)
+    for other in others:
+        if other.manifest["inputs"]["tokenizer"] != first.manifest["inputs"]["tokenizer"]:
+            problem = f"{place}: {other.folder}: its tokenizer isn't that of {first.folder}"
+            hint = "give the data of both in place of the caches, or prepare both with the same --add-tokens"
+            raise DataError(problem, hint=hint)
+        if other.has_preferences != first.has_preferences:
+            one, without = (first, other) if first.has_preferences else (other, first)
+            problem = f"{place}: {one.folder} has preference pairs, and {without.folder} has none"
+            raise DataError(problem, hint="train on them one after the other: objective sft first, then dpo")
+
+
+def read_examples_manifest(folder: Path) -> dict[str, Any]:
+    """Read the manifest of a token cache or a mixture.
+
+    Raises:
+        DataError: it is broken, or of another format version.
+    """
+    return read_mixture_manifest(folder) if is_mixture(folder) else read_manifest(folder)
+
+
+def open_examples(folder: Path) -> Examples:
+    """Open a token cache or a mixture, and verify its files.
+
+    Raises:
+        DataError: it is neither, or a file is missing or has changed since prepare wrote it.
+    """
+    return open_mixture(folder) if is_mixture(folder) else open_cache(folder)
+
+
+def has_examples(folder: Path) -> bool:
+    """Return whether a folder looks like a token cache or a mixture."""
+    return is_cache(folder) or is_mixture(folder)

@@ -1,0 +1,354 @@
+"""Find data files, and read them as streams of UTF-8, decompressing gzip and zstd.
+
+    for path in find_files(["chats/*.jsonl.gz"]):
+        for chunk in read_chunks(path):
+            ...
+
+A broken file is refused with its name and position: a damaged or incomplete archive, a file whose content doesn't
+match its name, and a text whose encoding isn't clear.
+"""
+
+import glob
+import gzip
+import hashlib
+import os
+import re
+import sys
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from t5tune.data.caches.cache import is_cache
+from t5tune.data.reading.text_encoding import MARKS, UTF8, find_encoding, read_as_utf8
+from t5tune.errors import DataError
+from t5tune.file_names import (
+    CHECKPOINT_MANIFEST_FILE,
+    JSON_SUFFIXES,
+    PART_MANIFEST_FILE,
+    REJECTED_SUFFIX,
+    SETTINGS_FILE,
+    TABLE_SUFFIXES,
+    TEXT_SUFFIXES,
+)
+from t5tune.io.reasons import join_first
+from t5tune.progress import Note, Report, silent
+from t5tune.settings.loading import SETTINGS_HEADER
+from t5tune.settings.records_in_memory import is_stored
+
+STDIN = Path("-")
+TEXT_HINT = "--objective span-corruption trains on it, as in T5's pretraining"
+SPREADSHEET_SUFFIXES = {".xlsx", ".xlsm", ".xls", ".ods", ".numbers"}
+KNOWN_SUFFIXES = ", ".join(sorted(JSON_SUFFIXES | TABLE_SUFFIXES))
+# patterns of the first bytes; zstd's second alternative is a skippable frame, which may come first
+COMPRESSION_MAGIC = {".gz": rb"\x1f\x8b", ".zst": rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"}
+READ_CHUNK_BYTES = 1 << 20
+BOM = b"\xef\xbb\xbf"  # the byte order mark of UTF-8
+
+
+def find_files(
+    data_path: list[str], report: Report = silent, setting: str = "data_path", is_text: bool = False
+) -> list[Path]:
+    """Find the data files of `data_path`: files, folders, glob patterns, and `-` for standard input.
+
+    The files of a folder or a pattern are sorted.
+
+    Args:
+        setting: the name of the setting in messages.
+        is_text: whether files of raw text are data too.
+
+    Raises:
+        DataError: a path can't be read, doesn't exist, has an unknown suffix, or leads to no data file.
+    """
+    files: list[Path] = []
+    for name in data_path:
+        try:
+            files += _resolve_path(name, report, setting, is_text)
+        except OSError as error:
+            raise DataError(f"{setting}: {name}: can't be read: {error.strerror}") from error
+    if files.count(STDIN) > 1:
+        raise DataError(f"{setting}: -: standard input can be read only once")
+    return files
+
+
+def _resolve_path(name: str, report: Report, setting: str, is_text: bool) -> list[Path]:
+    path = Path(name)
+    if not name:
+        raise DataError(f"{setting}: empty", hint="name a file or a folder; `.` is the current folder")
+    if path == STDIN:
+        if sys.stdin is None:
+            raise DataError(f"{setting}: -: standard input is closed")
+        return [path]
+    if path.is_file():
+        _check_suffix(path, setting, is_text)
+        return [path]
+    if path.is_dir():
+        found = sorted(
+            entry for entry in path.iterdir() if find_data_suffix(entry, is_text) or not entry.name.startswith(".")
+        )
+    elif path.exists():
+        hint = "to read a pipe, redirect it to standard input and pass `-`"
+        raise DataError(f"{setting}: {path}: not a regular file", hint=hint)
+    elif glob.has_magic(name):
+        found = sorted(set(map(Path, _expand_pattern(name))))
+    else:
+        problem = f"{setting}: {path}: no such file or folder"
+        if is_stored(path):
+            hint = "create the settings again: records last as long as the process that they were given in"
+            raise DataError(problem, hint=hint)
+        raise DataError(problem, hint=_explain_variables(name, setting) or "check the path's spelling")
+    files = _select_data_files(path, found, report, setting, is_text)
+    if not files:
+        problem = f"{setting}: {path}: contains no {KNOWN_SUFFIXES} file"
+        raise DataError(problem, hint=_suggest_export(found) or _explain_variables(name, setting))
+    return files
+
+
+def _explain_variables(name: str, setting: str) -> str | None:
+    """Return what to do instead of a variable in a path that leads to nothing; None if there is none."""
+    if "$" not in name:
+        return None
+    return f"only a shell expands variables, so use --{setting.replace('_', '-')} or T5TUNE_{setting.upper()}"
+
+
+def _check_suffix(path: Path, setting: str, is_text: bool) -> None:
+    if find_data_suffix(path, is_text) is not None:
+        return
+    suffix = "".join(path.suffixes[-2:]) or "no suffix"
+    if find_data_suffix(path, is_text=True) is not None:
+        raise DataError(f"{setting}: {path}: {suffix}: raw text", hint=TEXT_HINT)
+    expected = f"expected one of {KNOWN_SUFFIXES}, with .gz or .zst (not .parquet)"
+    raise DataError(f"{setting}: {path}: {suffix}: {expected}", hint=_suggest_export([path]))
+
+
+def _suggest_export(paths: list[Path]) -> str | None:
+    """Return the next step if one of the files is a spreadsheet, or None."""
+    spreadsheet = next((path for path in paths if path.suffix.lower() in SPREADSHEET_SUFFIXES), None)
+    return f"export {spreadsheet.name} as CSV" if spreadsheet else None
+
+
+def _select_data_files(path: Path, found: list[Path], report: Report, setting: str, is_text: bool) -> list[Path]:
+    """Select the entries of a folder, or of a pattern, that are data, and report the others."""
+    # a token cache inside a data folder contains .json and .jsonl files that are no data: rejected records, a tokenizer
+    folders = {entry.parent for entry in found}
+    caches = {folder for folder in folders if is_cache(folder) or is_cache(folder.parent) or _is_part(folder)}
+    # metrics, samples and predictions aren't data either, unless the user names such a file
+    outputs = {folder for folder in folders if _is_output(folder)}
+    reasons = {
+        entry: "part of a token cache"
+        if entry.parent in caches
+        else "t5tune wrote it"
+        if entry.parent in outputs or entry.name.endswith(REJECTED_SUFFIX)
+        else _explain_skipping(entry, is_text)
+        for entry in found
+    }
+    files = [entry for entry, reason in reasons.items() if reason is None]
+    if over := [f"{entry.name} ({reason})" for entry, reason in reasons.items() if reason is not None]:
+        report(Note(f"{setting}: {path}: skipped: {join_first(over)}"))
+    return files
+
+
+def _is_output(folder: Path) -> bool:
+    """Whether the folder is the output of a command, with the settings that made it, or a checkpoint."""
+    try:
+        header = (folder / SETTINGS_FILE).read_bytes()[: len(SETTINGS_HEADER)]
+    except OSError:
+        return (folder / CHECKPOINT_MANIFEST_FILE).is_file()
+    return header == SETTINGS_HEADER.encode()
+
+
+def _is_part(folder: Path) -> bool:
+    return (folder / PART_MANIFEST_FILE).is_file()
+
+
+def _explain_skipping(path: Path, is_text: bool) -> str | None:
+    """Return why an entry of a folder is not read, or None if it is."""
+    if path.name.startswith("."):
+        return "hidden"
+    if path.is_dir():
+        return "a folder"
+    if find_data_suffix(path, is_text) is None:
+        return "unknown suffix"
+    return None if path.is_file() else "not a regular file"
+
+
+def _expand_pattern(pattern: str) -> Iterator[str]:
+    """Expand a glob pattern. `**` doesn't follow links, which may form cycles."""
+    head, *tail = re.split(r"(?:(?<=/)|^)\*\*(?:/|$)", pattern, maxsplit=1)
+    if not tail:
+        yield from glob.iglob(pattern)
+        return
+    for top in glob.iglob(head) if head else ["."]:
+        for folder, folders, _ in os.walk(top):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            yield from _expand_pattern(os.path.join("" if folder == "." else glob.escape(folder), tail[0] or "*"))
+
+
+def find_data_suffix(path: Path, is_text: bool = False) -> str | None:
+    """Return a file name's data suffix without its compression suffix (`.json`, `.csv`, …), or None if it has none.
+
+    Args:
+        is_text: whether that of raw text is one.
+    """
+    if path == STDIN:
+        return ".json"
+    *_, before, last = "", "", *(suffix.lower() for suffix in path.suffixes)
+    kind = before if last in COMPRESSION_MAGIC and before != ".parquet" else last  # Parquet compresses internally
+    known = JSON_SUFFIXES | TABLE_SUFFIXES | (TEXT_SUFFIXES if is_text else set())
+    return kind if kind in known else None
+
+
+class Digest:
+    """The SHA-256 of a stream that can be read only once, and its encoding."""
+
+    def __init__(self) -> None:
+        self.encoding = UTF8
+        self._hash = hashlib.sha256()
+        self._is_whole = False
+
+    def update(self, data: bytes) -> None:
+        """Add the next bytes; empty bytes mark the end of the stream."""
+        self._hash.update(data)
+        self._is_whole = not data
+
+    @property
+    def value(self) -> str | None:
+        """The hash in hexadecimal, or None if the stream wasn't read to its end."""
+        return self._hash.hexdigest() if self._is_whole else None
+
+
+class _PeekableStream:
+    """A file whose first bytes are available as `beginning`, even if it is a slow pipe that can't seek."""
+
+    def __init__(self, file: BinaryIO, digest: Digest | None) -> None:
+        self._file = file
+        self._digest = digest
+        self._first = b""
+        self.beginning = self._first = self.read(4)
+
+    def read(self, size: int) -> bytes:
+        """Read like a file object."""
+        first, self._first = self._first[:size], self._first[size:]
+        data = self._file.read(size - len(first))
+        if self._digest is not None and size > len(first):
+            self._digest.update(data)
+        return first + data
+
+
+def read_chunks(path: Path, encoding: str | None = None, digest: Digest | None = None) -> Iterator[bytes]:
+    """Yield the decompressed text of a file as UTF-8, in chunks of about 1 MiB.
+
+    Args:
+        encoding: of a file without a byte order mark; None: it is detected. Records from memory are UTF-8.
+        digest: hashes the bytes as stored, and gets the encoding.
+
+    Raises:
+        DataError: the file can't be read, its archive is broken, or its encoding isn't clear.
+    """
+    facts = Digest() if digest is None else digest
+
+    def note(found: str) -> None:
+        facts.encoding = found
+
+    given = UTF8 if is_stored(path) else encoding
+    return read_as_utf8(_read_bytes(path, digest), given, str(path), note)
+
+
+def find_file_encoding(path: Path, given: str | None) -> str:
+    """Find the encoding of a text file.
+
+    Args:
+        given: that of a file without a byte order mark; None: it is detected.
+
+    Raises:
+        DataError: as of `read_chunks`.
+    """
+    return UTF8 if is_stored(path) else find_encoding(_read_bytes(path), given, str(path))
+
+
+def find_encodings(files: list[Path], given: str | None, stdin: Digest, report: Report) -> dict[Path, str]:
+    """Find the encoding of each text file that isn't UTF-8, and report those that weren't given.
+
+    Args:
+        given: that of files without a byte order mark; None: it is detected.
+        stdin: what is known of standard input.
+    """
+    texts = [file for file in files if find_data_suffix(file, is_text=True) != ".parquet"]
+    found = {file: stdin.encoding if file == STDIN else find_file_encoding(file, given) for file in texts}
+    others = {file: encoding for file, encoding in found.items() if encoding != UTF8}
+    for encoding in dict.fromkeys(others.values()):
+        if encoding != given:
+            names = join_first([file for file in others if others[file] == encoding])
+            advice = "" if encoding in MARKS.values() else "; --encoding chooses another"
+            report(Note(f"read as {encoding}: {names}{advice}"))
+    return others
+
+
+def _read_bytes(path: Path, digest: Digest | None = None) -> Iterator[bytes]:
+    """Yield the decompressed bytes of a file in chunks of about 1 MiB."""
+    try:
+        with open(path, "rb") if path != STDIN else sys.stdin.buffer as file:
+            stream = _PeekableStream(file, digest)
+            compression = _detect_compression(path, stream.beginning)
+            archive, damages = _open_archive(stream, compression)
+            position = 0
+            try:
+                while chunk := archive.read(READ_CHUNK_BYTES):
+                    position += len(chunk)
+                    yield chunk
+            except damages as error:
+                problem = f"{path}: broken {compression} archive after {position} decompressed bytes: {error}"
+                raise DataError(problem, hint="download or copy the file again") from error
+    except OSError as error:
+        raise DataError(f"{path}: can't be read: {error.strerror or error}") from error
+
+
+def is_compressed(path: Path) -> bool:
+    """Whether a file's content is compressed.
+
+    Raises:
+        DataError: the file can't be read, or isn't what its name says.
+    """
+    try:
+        with open(path, "rb") as file:
+            return _detect_compression(path, file.read(4)) is not None
+    except OSError as error:
+        raise DataError(f"{path}: can't be read: {error.strerror or error}") from error
+
+
+def read_byte_range(path: Path, start: int, end: int | None = None) -> Iterator[bytes]:
+    """Yield the bytes of a file from `start` to `end`, as stored, in chunks of about 1 MiB.
+
+    Raises:
+        DataError: the file can't be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            file.seek(start)
+            while chunk := file.read(READ_CHUNK_BYTES if end is None else min(READ_CHUNK_BYTES, end - start)):
+                start += len(chunk)
+                yield chunk
+    except OSError as error:
+        raise DataError(f"{path}: can't be read: {error.strerror or error}") from error
+
+
+def _detect_compression(path: Path, beginning: bytes) -> str | None:
+    """Detect a file's compression by its first bytes: its usual suffix, or None."""
+    found = next((suffix for suffix, magic in COMPRESSION_MAGIC.items() if re.match(magic, beginning)), None)
+    if path.suffix.lower() in COMPRESSION_MAGIC and found != path.suffix.lower():
+        raise DataError(f"{path}: the name ends in {path.suffix}, but the file begins with {beginning!r}")
+    return found
+
+
+def _open_archive(stream: _PeekableStream, compression: str | None) -> tuple[Any, tuple[type[Exception], ...]]:
+    """Return (a file that reads decompressed bytes, the exceptions that it raises on damaged bytes)."""
+    file = cast(BinaryIO, stream)
+    if compression == ".gz":
+        return gzip.GzipFile(fileobj=file, mode="rb"), (EOFError, zlib.error, gzip.BadGzipFile)
+    if compression == ".zst":
+        if sys.version_info >= (3, 14):
+            from compression import zstd
+        else:
+            from backports import zstd
+        return zstd.ZstdFile(file, mode="rb"), (EOFError, zstd.ZstdError)
+    return file, ()

@@ -1,0 +1,548 @@
+"""Parse records as conversations: ShareGPT, OpenAI messages, Alpaca, prompt/completion, source/target.
+
+    parse_conversation({"source": "Hi", "target": "Hello."}, location, ReadingSettings())
+    # Conversation(location, None, (Turn("human", "Hi"), Turn("assistant", "Hello.")))
+
+A preference pair is a conversation with two last answers. `sft` reads only the chosen one.
+
+A record's format is detected by its keys, unless `data_format` names one. A record that can't be used raises
+RejectionError. What is left out or repaired is counted.
+"""
+
+import shlex
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from t5tune.data.reading.cleaning import clean, normalize_text
+from t5tune.data.reading.record_labels import find_labels, find_weight
+from t5tune.data.reading.rejections import LABELED_BAD, RecordLocation, RejectionError
+from t5tune.data.reading.tool_calls import CALL_PART_TYPES, find_tool_calls, join_tool_calls, read_tool_call_part
+from t5tune.data.reading.wrapped_records import suggest_unwrapping
+from t5tune.errors import find_close_name
+from t5tune.io.reasons import join_first
+from t5tune.settings.groups.record_format import ReadingSettings
+
+Role = Literal["human", "assistant"]
+Speaker = Literal["system", "human", "assistant"]
+
+CALLING_ROLE = "function_call"  # ShareGPT's, whose text is a tool call
+ROLES: dict[Speaker, tuple[str, ...]] = {
+    "system": ("system", "developer"),
+    "human": ("human", "user", "tool", "function", "observation"),
+    "assistant": ("gpt", "assistant", "model", "chatgpt", "bing", "bard", CALLING_ROLE),
+}
+SPEAKERS = {role: speaker for speaker, roles in ROLES.items() for role in roles}
+TURN_KEYS = (("from", "value"), ("role", "content"))
+COMMON_KEYS = {"id", "system"}  # keys that are valid in every format
+EMPTY_VALUES: tuple[Any, ...] = (None, "", [], {})  # values that mean "no value"
+IGNORED_PART_TYPES = ("reasoning", "tools")  # types of content parts that are left out and counted
+MAX_KEY_LENGTH = 40  # characters of a key's name in the counts; the rest is cut
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One speaker's turn. An assistant turn of weight 0 is context for later turns, but is not learned itself."""
+
+    role: Role
+    text: str
+    learned: bool = True
+
+    @property
+    def is_target(self) -> bool:
+        """Whether this turn is a target that the model learns."""
+        return self.role == "assistant" and self.learned
+
+
+class RecordTurn(NamedTuple):
+    """A turn as it is in the record, before its text is repaired, and turns are merged and checked.
+
+    Args:
+        place: names it in messages: `turn 2`.
+        prefix: what is prepended to the text; it isn't cleaned.
+        calls: the tool calls that follow the text, as JSON; they aren't cleaned either.
+    """
+
+    speaker: Speaker
+    text: str
+    place: str
+    learned: bool = True
+    prefix: str = ""
+    calls: str = ""
+
+
+RecordTurns = list[RecordTurn]
+ParsedTurns = tuple[set[str], RecordTurns]  # the keys of the record that were used, and its turns
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A conversation that can be trained on.
+
+    Args:
+        repairs: counts of what was repaired or left out, by kind.
+        has_prefix: whether source_prefix was prepended to the source.
+        is_pair: whether the record is a pair of texts, a source and a target, not a list of turns.
+        is_raw_text: whether it is a text of which spans are masked; it is the only turn.
+        rejected: the worse answer of a preference pair, whose better one is the last turn.
+    """
+
+    location: RecordLocation
+    system: str | None
+    turns: tuple[Turn, ...]
+    repairs: Mapping[str, int] = field(default_factory=dict)
+    has_prefix: bool = False
+    is_pair: bool = False
+    is_raw_text: bool = False
+    rejected: str | None = None
+
+    @property
+    def texts(self) -> list[str]:
+        """The texts of the system message and of the turns, and a rejected answer."""
+        return [self.system or "", *(turn.text for turn in self.turns), *self._list_rejected()]
+
+    @property
+    def targets(self) -> list[str]:
+        """The texts that are learned."""
+        return [*(turn.text for turn in self.turns if turn.is_target), *self._list_rejected()]
+
+    def _list_rejected(self) -> list[str]:
+        return [] if self.rejected is None else [self.rejected]
+
+    def swap_answers(self) -> "Conversation":
+        """Return the conversation of a preference pair with the rejected answer as its last turn."""
+        assert self.rejected is not None
+        *before, answer = self.turns
+        return replace(self, turns=(*before, replace(answer, text=self.rejected)), rejected=None)
+
+
+def parse_conversation(value: Any, location: RecordLocation, reading: ReadingSettings) -> Conversation:
+    """Detect a record's format, check its turns, and make human and assistant turns alternate.
+
+    Raises:
+        RejectionError: the record can't be used, for one of records.REJECTION_REASONS.
+    """
+    if not isinstance(value, dict):
+        raise RejectionError("not_an_object", f"expected an object, found {_name_json_type(value)}")
+    if reading.is_raw_text:
+        return _parse_raw_text(value, location, reading)
+    value = _rename_preferences(value)
+    return (_parse_preference if reading.reads_preferences else _parse_answers)(value, location, reading)
+
+
+def _parse_answers(value: dict[str, Any], location: RecordLocation, reading: ReadingSettings) -> Conversation:
+    repairs: Counter[str] = Counter()
+    name, parser = _detect_format(value, reading)
+    labels = find_labels(value, location, reading)
+    if bad := [key for key, is_good in labels.items() if not is_good]:
+        raise RejectionError(LABELED_BAD, f"{bad[0]}: false: labeled bad, so the record is left out")
+    used, entries = parser(value, reading, repairs)
+    _count_ignored("field", value, used | COMMON_KEYS | labels.keys(), repairs)
+    if value.get("system") not in EMPTY_VALUES:
+        entries.insert(0, RecordTurn("system", _parse_text("system", value["system"]), "the key system"))
+    system, turns = _merge_turns(entries, reading, repairs)
+    merged_turns = tuple(Turn(role, "\n".join(texts), False not in learned) for role, texts, learned in turns)
+    # a merged turn with a part of weight 0 must not be learned
+    repairs["merged_turns_not_learned"] += sum(len(learned) > 1 for _, _, learned in turns)
+    repairs["blank_turns"] += sum(not turn.text.strip() for turn in merged_turns)
+    answers = [turn for turn in merged_turns if turn.role == "assistant" and turn.text.strip()]
+    if not answers:
+        raise RejectionError("no_answer", f"no assistant turn with text to learn from ({name})")
+    if not any(turn.learned for turn in answers):
+        raise RejectionError("zero_weight", f"every assistant turn has weight 0, so there is nothing to learn ({name})")
+    has_prefix = bool(reading.source_prefix) and name in ("columns", "source-target")
+    counts = {kind: count for kind, count in sorted(repairs.items()) if count}
+    is_pair = _is_pair(name, value, reading) and len(merged_turns) == 2
+    if is_pair and not merged_turns[0].text.removeprefix(reading.source_prefix if has_prefix else "").strip():
+        raise RejectionError("no_source", f"no text to answer ({name})")
+    return Conversation(location, system or None, merged_turns, counts, has_prefix, is_pair)
+
+
+def _rename_preferences(value: dict[str, Any]) -> dict[str, Any]:
+    """Give a record of OpenAI's format for preferences the keys of the others."""
+    question = value.get("input")
+    if not (isinstance(question, dict) and "preferred_output" in value):
+        return value
+    renamed = {**question, **{key: item for key, item in value.items() if key != "input"}}
+    names = {"preferred_output": "chosen", "non_preferred_output": "rejected"}
+    return {names.get(key, key): item for key, item in renamed.items()}
+
+
+def _parse_preference(value: dict[str, Any], location: RecordLocation, reading: ReadingSettings) -> Conversation:
+    """Parse a record twice, once with each answer: both must be the last turns of the same conversation."""
+    chosen, rejected = names = reading.target_column or "chosen", reading.rejected_column or "rejected"
+    _check_has_both(value, names)
+    # a record may have the chosen answer a second time, as a completion
+    twice = {key for key in ("output", "completion") if chosen == "chosen" and value.get(key) not in EMPTY_VALUES}
+    rest = {key: item for key, item in value.items() if key not in twice}
+    pair = [_parse_answers(rest, location, reading)]
+    try:
+        pair.append(_parse_answers({**rest, chosen: value[rejected]}, location, reading))
+    except RejectionError as error:
+        reason, problem = error.rejection
+        raise RejectionError(reason, f"{rejected}: {problem.removeprefix(f'{chosen}: ')}") from None
+    _check_pair(pair, names)
+    repairs = (
+        Counter(pair[0].repairs) | Counter(pair[1].repairs) | Counter(_name_ignored("field", key) for key in twice)
+    )
+    del repairs[_name_ignored("field", rejected)]
+    *context, answer = pair[0].turns
+    turns = (*(replace(turn, learned=False) for turn in context), answer)
+    return replace(pair[0], turns=turns, repairs=dict(sorted(repairs.items())), rejected=pair[1].turns[-1].text)
+
+
+def _check_has_both(value: dict[str, Any], names: tuple[str, str]) -> None:
+    """Check that a record has the better and the worse answer, whose keys are `names`."""
+    for name in names:
+        if value.get(name) in EMPTY_VALUES:
+            found = _list_keys(value)
+            advice = _suggest_key(name, value.keys() - set(names))
+            columns = "name the keys with --source-column, --target-column (the better answer) and --rejected-column"
+            problem = f"no {name} answer; the record has {found}{advice or f'; {columns}'}"
+            raise RejectionError("no_preference", problem)
+
+
+def _check_pair(pair: list[Conversation], names: tuple[str, str]) -> None:
+    """Check that two conversations differ in their last turns, and in nothing else."""
+    for name, answered in zip(names, pair, strict=True):
+        last = answered.turns[-1]
+        if not last.text.strip():
+            raise RejectionError("no_preference", f"{name}: no text in its last turn")
+        if not last.learned:
+            raise RejectionError("zero_weight", f"{name}: its last turn has weight 0")
+    chosen, rejected = names
+    contexts = [(each.system, [(turn.role, turn.text) for turn in each.turns[:-1]]) for each in pair]
+    if contexts[0] != contexts[1]:
+        both = zip(*(each.turns for each in pair), strict=False)
+        place = next((number for number, (one, other) in enumerate(both) if one.text != other.text), None)
+        where = "" if place is None else f": they differ from turn {place} on"
+        raise RejectionError("other_question", f"{chosen} and {rejected} answer different questions{where}")
+    if pair[0].turns[-1].text == pair[1].turns[-1].text:
+        raise RejectionError("no_preference", f"{chosen} and {rejected} are the same")
+
+
+def _parse_raw_text(value: dict[str, Any], location: RecordLocation, reading: ReadingSettings) -> Conversation:
+    repairs: Counter[str] = Counter()
+    column = reading.source_column or "text"
+    if column not in value and ".txt" in map(str.lower, Path(location.file).suffixes):
+        column = "text"  # in which the whole file is
+    if column not in value:
+        found = _list_keys(value)
+        advice = _suggest_key(column, value.keys()) or "; name the text's key with --source-column"
+        raise RejectionError("unknown_format", f"no key {column}, which raw text has; its keys are {found}{advice}")
+    text = normalize_text(_parse_text(column, value[column]), repairs)
+    text = clean(text, repairs) if reading.clean else text
+    if not text.strip():
+        raise RejectionError("no_answer", "no text to learn from")
+    _count_ignored("field", value, {column, "id"}, repairs)
+    counts = {kind: count for kind, count in sorted(repairs.items()) if count}
+    return Conversation(location, None, (Turn("assistant", text),), counts, is_raw_text=True)
+
+
+def _is_pair(format_name: str, value: dict[str, Any], reading: ReadingSettings) -> bool:
+    """Whether a record of a format is a pair of texts: TRL's standard format, which no chat template is applied to."""
+    if format_name in ("columns", "source-target"):
+        return not _has_turns(value[reading.source_column or "source"])
+    turns = (value.get(key) for key in ("conversations", "messages", "prompt", "completion", "chosen", "history"))
+    return not any(isinstance(item, list | dict) and item for item in turns)
+
+
+def _merge_turns(
+    entries: RecordTurns, reading: ReadingSettings, repairs: Counter[str]
+) -> tuple[str | None, list[tuple[Role, list[str], set[bool]]]]:
+    """Clean the turns, and make human and assistant turns alternate; the first is human, the last an assistant's.
+
+    Returns:
+        The system message, and (role, texts, whether each text is learned) of each merged turn.
+    """
+    system: str | None = None
+    system_place: str | None = None
+    turns: list[tuple[Role, list[str], set[bool]]] = []
+    for entry in entries:
+        speaker, place = entry.speaker, entry.place
+        text = _repair_text(entry, reading, repairs)
+        if speaker == "system":
+            if system_place is not None:
+                problem = f"{place}: a second system message, after that of {system_place}"
+                raise RejectionError("misplaced_system", problem)
+            if turns:
+                raise RejectionError("misplaced_system", f"{place}: a system turn that is not the first turn")
+            system, system_place = text, place
+        elif speaker == "assistant" and not turns:
+            repairs["leading_assistant_turns"] += 1
+        elif turns and turns[-1][0] == speaker:
+            if not reading.merge_same_role:
+                raise RejectionError("same_role_twice", f"{place}: two {speaker} turns in a row")
+            turns[-1][1].append(text)
+            turns[-1][2].add(entry.learned)
+            repairs["merged_same_role_turns"] += 1
+        else:
+            turns.append((speaker, [text], {entry.learned}))
+    if turns and turns[-1][0] == "human":
+        repairs["trailing_human_turns"] += 1
+        turns.pop()
+    return system, turns
+
+
+def _repair_text(turn: RecordTurn, reading: ReadingSettings, repairs: Counter[str]) -> str:
+    """Repair a turn's text. Only what was said is cleaned: HTML is recognized by the tag that it begins with."""
+    prefix, said, calls = (normalize_text(text, repairs) for text in (turn.prefix, turn.text, turn.calls))
+    if reading.clean:
+        said = clean(said, repairs)
+    return prefix + "\n".join(filter(None, (said, calls)))
+
+
+def _count_ignored(kind: str, value: dict[str, Any], used: set[str], repairs: Counter[str]) -> None:
+    for key in value.keys() - used:
+        if value[key] not in EMPTY_VALUES:
+            repairs[_name_ignored(kind, key)] += 1
+
+
+def _name_ignored(kind: str, key: str) -> str:
+    return f"ignored_{kind}_{key if len(key) <= MAX_KEY_LENGTH else key[:MAX_KEY_LENGTH] + '…'}"
+
+
+def _detect_format(value: dict[str, Any], reading: ReadingSettings) -> tuple[str, "Parser"]:
+    if reading.source_column or reading.target_column or reading.rejected_column:
+        target = "chosen" if reading.reads_preferences else "target"
+        return "columns", partial(_parse_pair, reading.source_column or "source", reading.target_column or target)
+    formats = _FORMATS if reading.data_format == "auto" else {reading.data_format: _FORMATS[reading.data_format]}
+    # merged files of several formats have every format's keys in each record, null where the record has no value
+    present = {key for key, item in value.items() if item is not None}
+    for given in (present, value.keys()):
+        for name, (alternatives, parser) in formats.items():
+            if any(keys <= given for keys in alternatives):
+                return name, parser
+    found = _list_keys(value)
+    if unwrapping := suggest_unwrapping(value):
+        raise RejectionError("unknown_format", f"its keys are {found}{unwrapping}")
+    if set(value) - COMMON_KEYS == {"text"}:
+        raise RejectionError("unknown_format", f"its keys are {found}: raw text, for --objective span-corruption")
+    texts = [shlex.quote(key) for key, item in value.items() if isinstance(item, str) and key not in COMMON_KEYS]
+    wanted = [" + ".join(sorted(alternatives[0])) for alternatives, _ in formats.values()]
+    advice = f"expected {', or '.join(wanted)}"
+    if len(texts) == 2:
+        advice = f"add --source-column {texts[0]} --target-column {texts[1]}, or the other way round"
+    elif len(texts) > 2:
+        advice += "; or name two columns with --source-column and --target-column"
+    raise RejectionError("unknown_format", f"its keys are {found or 'none'}; {advice}")
+
+
+def _list_keys(value: dict[str, Any]) -> str:
+    """List the first keys of a record, for a message; one with a comma, or a space at an end, is quoted."""
+    return join_first([repr(key) if "," in key or key != key.strip() else key for key in value])
+
+
+def _suggest_key(name: str, keys: Iterable[str]) -> str:
+    """Return `; did you mean question?`, quoted as for a shell, or an empty string if no key is close."""
+    close = find_close_name(name, keys)
+    return f"; did you mean {shlex.quote(close)}?" if close else ""
+
+
+Parser = Callable[[dict[str, Any], ReadingSettings, Counter[str]], ParsedTurns]
+
+
+def _parse_messages(key: str, value: dict[str, Any], reading: ReadingSettings, repairs: Counter[str]) -> ParsedTurns:
+    """Parse ShareGPT's `conversations` (from, value), OpenAI's `messages` (role, content), or a mixture."""
+    entries = _parse_turns(key, value[key], repairs)
+    if reading.reads_preferences:  # a record may have the chosen answer in its turns, too
+        while entries and entries[-1].speaker == "assistant":
+            entries.pop()
+            repairs["last_answers_replaced_by_chosen"] += 1
+    if value.get("chosen") is None or (entries and entries[-1].speaker == "assistant"):
+        return {key}, entries
+    return _parse_chosen({key}, entries, value, repairs)
+
+
+def _parse_chosen(
+    prompt_keys: set[str], question: RecordTurns, value: dict[str, Any], repairs: Counter[str]
+) -> ParsedTurns:
+    """Parse the preferred answer of a preference pair; it may be a list of turns that contains the question too."""
+    chosen = value["chosen"]
+    if isinstance(chosen, str):
+        if not question:
+            advice = "set source_column to the prompt's key, and target_column to chosen"
+            raise RejectionError("no_answer", f"chosen: a string without a prompt; {advice}")
+        return prompt_keys | {"chosen"}, [*question, RecordTurn("assistant", chosen, "chosen")]
+    answer = _parse_turns("chosen", chosen if isinstance(chosen, list) else [chosen], repairs)
+    if not any(entry.speaker == "human" for entry in answer):
+        return prompt_keys | {"chosen"}, question + answer
+    # if the list contains the question, the record's own question was used too, not ignored
+    asked, answered = ({turn._replace(place="") for turn in turns} for turns in (question, answer))
+    return {"chosen"} | (prompt_keys if asked <= answered else set()), answer
+
+
+def _parse_turns(key: str, items: Any, repairs: Counter[str]) -> RecordTurns:
+    if not isinstance(items, list):
+        raise RejectionError("unknown_format", f"{key}: expected a list of turns, found {_name_json_type(items)}")
+    # a record may have turns in both prompt and completion or chosen
+    prefix = "" if key in ("conversations", "messages") else f"{key}: "
+    return [_parse_turn(f"{prefix}turn {index}", item, repairs) for index, item in enumerate(items)]
+
+
+def _parse_turn(where: str, item: Any, repairs: Counter[str]) -> RecordTurn:
+    names = None
+    if isinstance(item, dict):
+        names = next((names for names in TURN_KEYS if item.get(names[0]) is not None), None)
+    given = find_tool_calls(item, where) if names is not None else None
+    if names is None or (names[1] not in item and given is None):
+        raise RejectionError("bad_turn", f"{where}: expected an object with from and value, or role and content")
+    speaker = item[names[0]]
+    role = SPEAKERS.get(speaker.strip().lower()) if isinstance(speaker, str) else None
+    if role is None:
+        problem = f"{where}: unknown role {speaker!r:.80}; known roles: {', '.join(SPEAKERS)}"
+        raise RejectionError("unknown_role", problem)
+    said, calls = _separate_tool_calls(where, item.get(names[1]), repairs)
+    used, learned = set(names), True
+    if given is not None:
+        used.add(given[0])
+        calls += given[1]
+    if (weight := find_weight(item)) is not None:
+        if role == "assistant":
+            learned = _is_learned(where, *weight, repairs)
+        # the weight of another turn is ignored, and counted unless it is 0: such a turn is never learned anyway
+        if role == "assistant" or weight[1] == 0:
+            used.add(weight[0])
+    if len(item) > len(names):
+        _count_ignored("turn_field", item, used, repairs)
+    text = "" if calls and said in EMPTY_VALUES else _parse_text(where, said)
+    if calls:
+        repairs["tool_calls_as_text"] += 1
+    elif speaker.strip().lower() == CALLING_ROLE:  # its text is a call in the form that others are converted to
+        text, calls = "", [text]
+    return RecordTurn(role, text, where, learned, calls=join_tool_calls(calls) if calls else "")
+
+
+def _is_learned(where: str, key: str, weight: float, repairs: Counter[str]) -> bool:
+    """Return whether an assistant turn of this weight is learned."""
+    if weight < 0:
+        raise RejectionError("bad_turn", f"{where}: {key} {weight}: expected 0 (not learned) or 1")
+    if weight not in (0, 1):
+        repairs["weights_taken_as_1"] += 1
+    return weight != 0
+
+
+def _separate_tool_calls(where: str, content: Any, repairs: Counter[str]) -> tuple[Any, list[str]]:
+    """Separate LLaMA-Factory's content parts into (parts without tool calls, tool calls); count ignored parts."""
+    calls: list[str] = []
+    if not _has_parts(content) or all(part.get("type") == "text" for part in content):
+        return content, calls
+    rest = []
+    for part in content:
+        kind = part.get("type")
+        if kind in CALL_PART_TYPES:
+            calls += read_tool_call_part(part, where)
+        elif kind not in IGNORED_PART_TYPES:
+            rest.append(part)
+        elif any(value not in EMPTY_VALUES for key, value in part.items() if key != "type"):
+            repairs[f"ignored_part_{kind}"] += 1
+    return rest or "", calls
+
+
+def _parse_alpaca(value: dict[str, Any], reading: ReadingSettings, repairs: Counter[str]) -> ParsedTurns:
+    """Parse `instruction`, `input`, `output` (or `chosen`), and earlier pairs in `history`."""
+    question = _parse_text("instruction", value["instruction"])
+    if value.get("input") not in EMPTY_VALUES:
+        question += "\n" + _parse_text("input", value["input"])
+    history = value.get("history") or []
+    if not isinstance(history, list):
+        raise RejectionError("bad_turn", f"history: expected a list of pairs, found {_name_json_type(history)}")
+    entries: RecordTurns = []
+    for index, pair in enumerate(history):
+        place = f"history {index}"
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise RejectionError("bad_turn", f"{place}: expected a pair [question, answer]")
+        entries += (_parse_text_turn("human", place, pair[0]), _parse_text_turn("assistant", place, pair[1]))
+    entries.append(RecordTurn("human", question, "instruction"))
+    prompt_keys = {"instruction", "input", "history"}
+    if value.get("output") is None and value.get("chosen") is not None:
+        return _parse_chosen(prompt_keys, entries, value, repairs)
+    return prompt_keys | {"output"}, [*entries, _parse_text_turn("assistant", "output", value.get("output"))]
+
+
+def _parse_prompt_completion(value: dict[str, Any], reading: ReadingSettings, repairs: Counter[str]) -> ParsedTurns:
+    """Parse `prompt` and `completion` (or `chosen`), each a string or a list of messages.
+
+    A `chosen` that is a whole conversation needs no prompt.
+    """
+    question = _parse_text_or_turns("prompt", value, "human", repairs) if value.get("prompt") is not None else []
+    if value.get("completion") is not None or "chosen" not in value:
+        return {"prompt", "completion"}, question + _parse_text_or_turns("completion", value, "assistant", repairs)
+    return _parse_chosen({"prompt"}, question, value, repairs)
+
+
+def _parse_text_or_turns(key: str, value: dict[str, Any], role: Role, repairs: Counter[str]) -> RecordTurns:
+    given = value[key]
+    return _parse_turns(key, given, repairs) if isinstance(given, list) else [_parse_text_turn(role, key, given)]
+
+
+def _parse_pair(
+    source: str, target: str, value: dict[str, Any], reading: ReadingSettings, repairs: Counter[str]
+) -> ParsedTurns:
+    """Parse the columns `source` and `target`. The source may be a list of turns."""
+    if missing := [name for name in (source, target) if name not in value]:
+        found = _list_keys(value)
+        advice = suggest_unwrapping(value) or _suggest_key(missing[0], value.keys() - {source, target})
+        if not advice and missing[0] == source and reading.source_column is None:
+            advice = "; name the source's with --source-column"
+        problem = f"no column {', '.join(missing)}; the record has {found}{advice}"
+        raise RejectionError("unknown_format", problem)
+    answer = _parse_text_turn("assistant", target, value[target])
+    if _has_turns(value[source]):
+        if reading.source_prefix:
+            raise RejectionError("not_text", f"{source}: a list of turns, to which source_prefix can't be prepended")
+        return {source, target}, [*_parse_turns(source, value[source], repairs), answer]
+    question = _parse_text_turn("human", source, value[source])
+    return {source, target}, [question._replace(prefix=reading.source_prefix), answer]
+
+
+def _has_turns(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(turn, dict) and any(role in turn for role, _ in TURN_KEYS) for turn in value
+    )
+
+
+# alternative sets of keys that a record of the format has, and its parser
+_FORMATS: dict[str, tuple[list[set[str]], Parser]] = {
+    "sharegpt": ([{"conversations"}], partial(_parse_messages, "conversations")),
+    "openai": ([{"messages"}], partial(_parse_messages, "messages")),
+    "alpaca": ([{"instruction", "output"}, {"instruction", "chosen"}], _parse_alpaca),
+    "prompt-completion": (
+        [{"prompt", "completion"}, {"prompt", "chosen"}, {"chosen", "rejected"}],
+        _parse_prompt_completion,
+    ),
+    "source-target": ([{"source", "target"}], partial(_parse_pair, "source", "target")),
+}
+
+
+def _has_parts(content: Any) -> bool:
+    return isinstance(content, list) and bool(content) and all(isinstance(part, dict) for part in content)
+
+
+def _parse_text_turn(role: Role, place: str, content: Any) -> RecordTurn:
+    return RecordTurn(role, _parse_text(place, content), place)
+
+
+def _parse_text(where: str, content: Any) -> str:
+    """Return a text, or join a list of text parts: OpenAI's have `text`, LLaMA-Factory's have `value`."""
+    if _has_parts(content):
+        other = next((part.get("type") for part in content if part.get("type") != "text"), None)
+        if other is not None:
+            raise RejectionError("not_text", f"{where}: a content part of type {other!r}")
+        texts = [part["text"] if part.get("text") is not None else part.get("value") for part in content]
+        content = "\n".join(_parse_text(where, text) for text in texts)
+    if not isinstance(content, str):
+        # 007 and 1.0 may be numbers by mistake, so which text is meant isn't guessed
+        is_number = isinstance(content, int | float) and not isinstance(content, bool)
+        advice = f"; write it as text: {str(content)!r}, or astype(str) in pandas" if is_number else ""
+        raise RejectionError("not_text", f"{where}: expected text, found {_name_json_type(content)}{advice}")
+    return content
+
+
+def _name_json_type(value: Any) -> str:
+    """Return the JSON name of a value's type."""
+    names = {dict: "an object", list: "a list", str: "text", bool: "a boolean", int: "a number", float: "a number"}
+    return "null" if value is None else names.get(type(value), type(value).__name__)

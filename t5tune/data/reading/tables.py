@@ -1,0 +1,354 @@
+"""Read the rows of CSV, TSV and Parquet files as raw records."""
+
+import csv
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from itertools import chain, dropwhile
+from pathlib import Path
+from typing import Any
+
+from t5tune.data.reading.files import BOM, read_chunks
+from t5tune.data.reading.raw_records import MAX_KEPT_BYTES, RawRecord, make_too_long_record
+from t5tune.data.reading.rejections import RecordLocation, Rejection
+from t5tune.errors import DataError, DependencyError
+from t5tune.formatting import format_count
+from t5tune.io.reasons import join_first
+from t5tune.settings.groups.record_format import ReadingSettings
+
+CELL_OVERHEAD_BYTES = 128  # memory of a cell in addition to its text
+CSV_REASONS = {  # part of the csv module's message: our message
+    "unexpected end of data": "the file ends inside quotes",
+    "expected after": "there is text after a closing quote",
+    "field larger than field limit": "a cell is longer than max_record_bytes",
+    "new-line character": "a carriage return in an unquoted cell",
+}
+ROWS_PER_BATCH = 16  # rows of a Parquet file that are read at once, at most
+BYTES_PER_BATCH = 1 << 21  # about the most bytes of such a batch
+TEXT_TYPES = {"string", "large_string"}  # of Arrow
+DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}  # their names in messages
+DETECTED_DELIMITERS = ",;\t"  # without a line that names the delimiter
+SAMPLE_LINES = 100  # to find the delimiter by, at most
+SAMPLE_BYTES = 1 << 20  # about the most bytes of them
+MIN_WORDS = 3  # of a text in a header that may be data
+_DELIMITER_LINE = re.compile(r'"?sep=([,;\t|])"?[\r\n]*', re.IGNORECASE)  # Excel's first line
+_CELL_TEXT = re.compile(rb'[^",;\t|\r\n]+')
+
+
+def read_csv(path: Path, delimiter: str | None, reading: ReadingSettings) -> Iterator[RawRecord]:
+    """Read a CSV file: a header with the column names, then rows. A first line `sep=;` names the delimiter.
+
+    Without a header, the first columns are named `source` and `target`, or as their objective needs.
+
+    Args:
+        delimiter: if None, it is detected, unless the file names it.
+        reading: its encoding, header and max_record_bytes; longer rows are rejected.
+
+    Raises:
+        DataError: the file is not valid CSV, its header is too long, or it isn't clear which delimiter it has.
+    """
+    max_bytes = reading.max_record_bytes
+    lines = _LineReader(path, reading)
+    texts = iter(lines)
+    csv.field_size_limit(max_bytes)
+    header_line = next(dropwhile(str.isspace, texts), None)
+    if header_line is not None and (named := _DELIMITER_LINE.fullmatch(header_line)):
+        delimiter = named[1]
+        lines.begin_row()
+        header_line = next(dropwhile(str.isspace, texts), None)
+    if header_line is None:
+        return
+    sample = _read_sample(path, reading)
+    delimiter = delimiter or _detect_delimiter(path, sample)
+    reader = csv.reader(chain([header_line], texts), delimiter=delimiter, strict=True)
+    first_location = RecordLocation(str(path), lines.number, 0, lines.offset - lines.size)
+    try:
+        header = next(reader)
+        if lines.size > max_bytes:
+            raise DataError(f"{path}:{lines.number}: the header is longer than max_record_bytes {max_bytes}")
+        first_rows = [] if reading.header else [header]
+        if not reading.header:
+            header = _name_columns(len(header), reading)
+        is_doubtful = reading.header and _looks_like_data(header, _divide_lines(sample, delimiter)[0])
+        names = [name if name.strip() else f"unnamed {number}" for number, name in enumerate(header, start=1)]
+        _check_column_names(names, f"{path}:{lines.number}")
+        index = 0
+        while True:
+            if first_rows:
+                location, cells = first_location, first_rows.pop()
+            else:
+                location = RecordLocation(str(path), lines.number + 1, index, lines.offset)
+                lines.begin_row()
+                if (row_cells := next(reader, None)) is None:
+                    return
+                cells = row_cells
+            if not cells:
+                continue
+            index += 1
+            size = lines.size + CELL_OVERHEAD_BYTES * len(cells)
+            if lines.size > max_bytes:
+                yield make_too_long_record(location, lines.beginning, lines.size, max_bytes)
+            elif len(cells) != len(header):
+                first = "header" if reading.header else "first row"
+                problem = f"{format_count(len(cells), 'cell')} in a row, {len(header)} in the {first}"
+                rejection = Rejection("bad_row", f"{problem}, divided at {DELIMITERS[delimiter]}")
+                yield RawRecord(location, cells, size, parsed=rejection)
+            else:
+                # a spreadsheet may have empty columns without a name
+                row = {name: cell for name, cell, given in zip(names, cells, header, strict=True) if cell or given}
+                yield RawRecord(location, row, size, has_doubtful_header=is_doubtful)
+    except csv.Error as error:
+        reason = next((ours for theirs, ours in CSV_REASONS.items() if theirs in str(error)), str(error))
+        problem = f"{path}:{lines.number}: not valid CSV: {reason}, divided at {DELIMITERS[delimiter]}"
+        raise DataError(problem) from error
+
+
+def _name_columns(count: int, reading: ReadingSettings) -> list[str]:
+    """Name the columns of a table without a header."""
+    names = ["prompt", "chosen", "rejected"] if reading.reads_preferences else ["source", "target"]
+    known = ["text"] if reading.is_raw_text else names
+    return [*known, *(f"column {number}" for number in range(len(known) + 1, count + 1))][:count]
+
+
+def _looks_like_data(header: list[str], rows: list[list[str]]) -> bool:
+    """Whether the header has a value of its column, or a text that is about as long as the column's other texts."""
+    columns = zip(*(row for row in rows if len(row) == len(header) and row != header), strict=True)
+    return any(
+        (name.strip() and name in cells)
+        or (len(name.split()) >= MIN_WORDS and 2 * len(name) >= sorted(map(len, cells))[len(cells) // 2])
+        for name, cells in zip(header, columns, strict=False)
+    )
+
+
+def _read_sample(path: Path, reading: ReadingSettings) -> list[str]:
+    """Read the first lines of a file that aren't blank, from the header on."""
+    lines = _LineReader(path, reading)
+    sample: list[str] = []
+    for line in dropwhile(str.isspace, lines):
+        if sample or not _DELIMITER_LINE.fullmatch(line):
+            sample.append(line)
+        if len(sample) == SAMPLE_LINES or lines.size > SAMPLE_BYTES:
+            break
+    return sample
+
+
+def _detect_delimiter(path: Path, sample: list[str]) -> str:
+    """Find the delimiter that divides the most of the first rows into as many cells as the header, at least two.
+
+    If none divides a row so, the one that divides the header into the most cells.
+
+    Raises:
+        DataError: commas and semicolons divide the rows equally well.
+    """
+    num_cells, shares = {}, {}
+    for delimiter in DETECTED_DELIMITERS:
+        num_cells[delimiter], shares[delimiter] = _divide_rows(sample, delimiter)
+    best = [delimiter for delimiter, share in shares.items() if share == max(shares.values())]
+    if shares[best[0]] == 0:
+        return max(best, key=lambda delimiter: (num_cells[delimiter], sample[0].count(delimiter)))
+    if "\t" in best:  # texts hardly contain tabs
+        return "\t"
+    if len(best) > 1:
+        names = " and ".join(DELIMITERS[delimiter] for delimiter in best)
+        problem = f"{path}: not clear where the cells end: {names} divide its rows equally well"
+        choices = " or ".join(f"sep={delimiter}" for delimiter in best)
+        raise DataError(problem, hint=f"name the right one in a line above the header: {choices}")
+    return best[0]
+
+
+def _divide_rows(lines: list[str], delimiter: str) -> tuple[int, float]:
+    """Divide the first lines of a file at a delimiter.
+
+    Returns:
+        The number of cells in the header, and the share of the rows that have as many; 0 if these are less than two.
+    """
+    rows, num_broken = _divide_lines(lines, delimiter)
+    if not rows:
+        return 0, 0
+    header, *others = rows
+    num_equal = sum(len(row) == len(header) for row in others)
+    return len(header), num_equal / max(1, len(others) + num_broken) if len(header) > 1 else 0
+
+
+def _divide_lines(lines: list[str], delimiter: str) -> tuple[list[list[str]], int]:
+    """Divide lines into rows of cells. Return those that aren't blank, up to a broken one, and 1 if one is broken."""
+    rows: list[list[str]] = []
+    try:
+        for row in csv.reader(lines, delimiter=delimiter, strict=True):
+            rows.append(row)
+    except csv.Error as error:
+        return [*filter(None, rows)], int("unexpected end of data" not in str(error))  # the lines may end inside a row
+    return [*filter(None, rows)], 0
+
+
+def read_parquet(path: Path, max_bytes: int) -> Iterator[RawRecord]:
+    """Read the rows of a Parquet file.
+
+    Args:
+        max_bytes: longer rows are rejected.
+
+    Raises:
+        DataError: the file is broken.
+        DependencyError: pyarrow can't be imported.
+    """
+    try:
+        from pyarrow import parquet
+    except ImportError as error:
+        problem = f"{path}: reading Parquet needs pyarrow, which can't be imported: {error}"
+        raise DependencyError(problem, hint="pip install pyarrow") from error
+    index = 0
+    try:
+        # an open file, because pyarrow takes no path that isn't UTF-8
+        with open(path, "rb") as opened, parquet.ParquetFile(opened, pre_buffer=False, buffer_size=1 << 20) as file:
+            _check_column_names(file.schema_arrow.names, str(path))
+            for row, size in chain.from_iterable(_iterate_rows(batch, max_bytes) for batch in _read_batches(file)):
+                location = RecordLocation(str(path), index + 1, index, 0)
+                index += 1
+                if size > max_bytes:
+                    yield make_too_long_record(location, _read_beginning(row), size, max_bytes)
+                else:
+                    yield RawRecord(location, row, size, has_filled_keys=True)
+    except DataError:
+        raise
+    except Exception as error:  # pyarrow raises its own exceptions and many of Python's
+        # further lines point into pyarrow's C++ code
+        reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
+        problem = f"{path}: row {index}: broken Parquet: {reason}"
+        raise DataError(problem, hint="download or copy the file again") from error
+
+
+def _check_column_names(names: list[str], place: str) -> None:
+    if duplicates := [name for name, count in Counter(names).items() if count > 1]:
+        raise DataError(f"{place}: duplicate column name: {join_first(duplicates)}", hint="rename all but one of them")
+
+
+def _read_batches(file: Any) -> Iterator[Any]:
+    """Yield the rows of a Parquet file in batches of about BYTES_PER_BATCH."""
+    for group in range(file.num_row_groups):
+        batches = partial(file.iter_batches, row_groups=[group], use_threads=False)
+        # the file stores a text that many rows share only once, so its size says little: measure the first row
+        first = next((batch.nbytes for batch in batches(batch_size=1)), 0)
+        metadata = file.metadata.row_group(group)
+        most = max(metadata.total_byte_size // max(1, metadata.num_rows), first)
+        yield from batches(batch_size=max(1, min(ROWS_PER_BATCH, BYTES_PER_BATCH // max(1, most))))
+
+
+def _iterate_rows(batch: Any, max_bytes: int) -> Iterator[tuple[Any, int]]:
+    """Yield each row as a dict, with its size in bytes; a row longer than `max_bytes` is a one-row Arrow batch."""
+    # a text that is stored once may be in many rows, so a batch can be much larger than what was read
+    is_whole = batch.nbytes <= min(BYTES_PER_BATCH, max_bytes)
+    counts_itself = "dictionary<" not in str(batch.schema)  # nbytes of a dictionary counts every row's text
+    for part in [batch] if is_whole else (batch.slice(number, 1) for number in range(len(batch))):
+        if counts_itself and part.nbytes > max_bytes:
+            yield part, part.nbytes
+            continue
+        for number, row in enumerate(_convert_rows(part)):
+            size = _count_bytes(row)
+            yield row if size <= max_bytes else part.slice(number, 1), size
+
+
+def _read_beginning(row: Any) -> bytes:
+    """Return a one-row batch as JSON, with only the beginning of each text, to limit memory."""
+    cells = {
+        name: _convert_cell(column[0], MAX_KEPT_BYTES)
+        for name, column in zip(row.schema.names, row.columns, strict=True)
+    }
+    return json.dumps(cells, default=str).encode()
+
+
+def _convert_rows(batch: Any) -> list[dict[str, Any]]:
+    """Convert a batch to Python values; cell by cell only if pyarrow can't convert it at once."""
+    try:
+        return list(batch.to_pylist())
+    except Exception:  # a time out of Python's range, a struct with a duplicate field name, …
+        columns = {name: [_convert_cell(scalar) for scalar in batch[name]] for name in batch.schema.names}
+        return [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
+
+
+def _convert_cell(scalar: Any, max_bytes: int | None = None) -> Any:
+    """Convert an Arrow scalar to a Python value; a text is cut after `max_bytes`.
+
+    Bytes that are not UTF-8 become lone surrogates. A value that Python has no type for becomes a list with the name
+    of its Arrow type, which is rejected later as not being text.
+    """
+    kind = str(scalar.type)
+    if kind in TEXT_TYPES and scalar.is_valid:
+        return bytes(memoryview(scalar.as_buffer())[:max_bytes]).decode(errors="surrogateescape")
+    try:
+        return scalar.as_py()
+    except Exception:  # as in `_convert_rows`
+        if kind.startswith(("list<", "large_list<")):
+            return [_convert_cell(item) for item in scalar]
+    names = [field.name for field in scalar.type] if kind.startswith("struct<") else []
+    return {name: _convert_cell(scalar[name]) for name in names} if len(set(names)) == len(names) > 0 else [kind]
+
+
+def _count_bytes(value: Any) -> int:
+    """Count the bytes of text in a cell or a row; anything else counts as 8."""
+    if isinstance(value, str):
+        return len(value) if value.isascii() else len(value.encode(errors="surrogatepass"))
+    if isinstance(value, bytes):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_count_bytes, value.values()))
+    return sum(map(_count_bytes, value)) if isinstance(value, list | tuple) else 8
+
+
+class _LineReader:
+    """Iterates over a file's lines as text with their line ends; bytes that are not UTF-8 become lone surrogates.
+
+    From the line that makes a row longer than `max_bytes`, only a skeleton is yielded: each stretch of ordinary text is
+    replaced with `x`, so that the csv module still finds the same cells and the end of the row.
+    """
+
+    def __init__(self, path: Path, reading: ReadingSettings) -> None:
+        self.offset = 0  # of the next line in the file
+        self.number = 0  # lines yielded so far
+        self.size = 0  # bytes of the current row so far
+        self.beginning = b""  # the first of these bytes
+        self._max_bytes = reading.max_record_bytes
+        self._encoding = reading.encoding
+        self._path = path
+        self._skeleton = b""  # of the part of the current line that was dropped, if the row is too long
+
+    def begin_row(self) -> None:
+        """Start counting a new row; forget the previous one."""
+        self.size, self.beginning = 0, b""
+
+    def __iter__(self) -> Iterator[str]:
+        rest, line_end = b"", None
+        for chunk in read_chunks(self._path, self._encoding):
+            if line_end is None:
+                self.offset = len(BOM) if chunk.startswith(BOM) else 0
+                chunk = chunk[self.offset :]
+                line_end = b"\r" if b"\r" in chunk.rstrip() and b"\n" not in chunk else b"\n"
+            if self.size + len(rest) > self._max_bytes:
+                self._skeleton += self._reduce(rest)
+                rest = b""
+            *lines, rest = (rest + chunk).split(line_end)
+            for line in lines:
+                yield self._finish_line(line + line_end)
+        if rest or self._skeleton:
+            yield self._finish_line(rest)
+
+    def _finish_line(self, line: bytes) -> str:
+        if self.size + len(line) > self._max_bytes:
+            line, self._skeleton = self._skeleton + self._reduce(line), b""
+        else:
+            self._count(line)
+        self.number += 1
+        return line.decode(errors="surrogateescape")
+
+    def _count(self, data: bytes) -> None:
+        self.beginning += data[: MAX_KEPT_BYTES - len(self.beginning)]
+        self.size += len(data)
+        self.offset += len(data)
+
+    def _reduce(self, data: bytes) -> bytes:
+        """Count the data, and return its skeleton."""
+        self._count(data)
+        if len(self._skeleton) > self._max_bytes:
+            raise DataError(f"{self._path}:{self.number + 1}: a line with more than {self._max_bytes} separators")
+        return _CELL_TEXT.sub(b"x", data)

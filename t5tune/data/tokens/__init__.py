@@ -1,0 +1,1 @@
+"""Turn conversations and texts into token ids."""

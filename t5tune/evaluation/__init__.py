@@ -1,0 +1,1 @@
+"""The examples of an evaluation, their batches, and their scores."""

@@ -1,0 +1,465 @@
+"""The examples that `evaluate` reads: from conversations, or from a token cache.
+
+settings = inherit_data_settings(settings, loaded, report)      # the columns and the prefix of training
+chosen = load_evaluation_set(settings, loaded, report)
+chosen.examples, chosen.targets
+"""
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate, chain, groupby, islice, repeat
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from t5tune.checkpoints.pocket import find_conversations_file
+from t5tune.checkpoints.training_data import DatasetTraining, TrainingData
+from t5tune.data.caches.examples import Examples, find_caches, has_examples, open_examples
+from t5tune.data.reading.files import Digest, find_encodings, find_files
+from t5tune.data.reading.formats import Conversation
+from t5tune.data.reading.raw_records import RawRecord
+from t5tune.data.reading.readers import read_records
+from t5tune.data.reading.rejections import LABELED_BAD, RecordLocation, Rejection
+from t5tune.data.reading.remote_files import hide_query
+from t5tune.data.reading.sources import bring_data
+from t5tune.data.tokens.encoders import Beginning, make_encoder
+from t5tune.data.tokens.encoding import EncodedConversation, Example, encode_batch, extract_example
+from t5tune.data.tokens.templates import (
+    PAIR_TEMPLATE,
+    Template,
+    load_template,
+    render_conversation,
+)
+from t5tune.data.tokens.tokenizer import Tokenizer, decode_reference, find_other_token, load_tokenizer
+from t5tune.data.tokens.vocabulary import extend_tokenizer
+from t5tune.errors import DataError, SettingsError
+from t5tune.file_names import TOKENIZER_FILE
+from t5tune.formatting import format_count
+from t5tune.hub.datasets import EVALUATION_SPLITS, DatasetChoice
+from t5tune.inference.loading import LoadedModel, choose_family
+from t5tune.io.atomic import hash_file
+from t5tune.io.reasons import join_first
+from t5tune.preparing.data_problems import make_mixed_data_error, report_default_template
+from t5tune.preparing.dataset import Origin, prepare_dataset
+from t5tune.preparing.datasets import find_cache_conflicts
+from t5tune.preparing.pipeline import read_conversation
+from t5tune.preparing.sample import choose_default_template, drain, report_doubtful_headers, take_sample
+from t5tune.progress import Note, Report
+from t5tune.settings import EvaluateSettings, PrepareSettings
+from t5tune.settings.affects import Affects, select_settings
+from t5tune.settings.dataset_list import complete_dataset, name_datasets
+
+TOKENIZER_BATCH_SIZE = 256  # conversations per call of the tokenizer
+RAW_TEXT = "span-corruption"
+EXAMPLE_SETTINGS = {*select_settings(EvaluateSettings, Affects.CACHE), "conversation_template"} - {"num_data"}
+"""What determines the examples in a token cache, without what evaluate can also apply to them."""
+
+Prompt = str | list[dict[str, str]]
+"""What an answer replies to: a text, or messages with `role` and `content`."""
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """Examples, their targets as text, and how to decode predictions.
+
+    Args:
+        answer_ends: for each example, the text that the conversation template adds after the target.
+        datasets: the name and the examples of each dataset, if there are several.
+        prompts: for each example, what its target replies to, without template and prefix; None: not known, as for the
+            examples of a token cache.
+        raw_texts: the examples with masked spans of raw text.
+        base: the same texts as the base's tokenizer encodes them; None without compare_base.
+    """
+
+    examples: Sequence[Example]
+    targets: list[str]
+    tokenizer: Tokenizer
+    answer_ends: list[str]
+    datasets: list[tuple[str, range]] = field(default_factory=list)
+    prompts: Sequence[Prompt | None] = ()
+    raw_texts: frozenset[int] = frozenset()
+    base: "EvaluationSet | None" = None
+
+    def add_base(self, examples: Sequence[Example], tokenizer: Tokenizer) -> "EvaluationSet":
+        """Return the same with the examples of the base."""
+        return replace(self, base=replace(self, examples=examples, tokenizer=tokenizer))
+
+
+def check_settings_of_caches(settings: EvaluateSettings, find_template: Callable[[str], Template | None]) -> None:
+    """Check that no setting is given that would have no effect, because the examples of a token cache are complete.
+
+    As in training, settings of the whole command are for the datasets that aren't token caches, if there is one.
+
+    Args:
+        find_template: finds the conversation template that a value of the setting means.
+
+    Raises:
+        SettingsError: one is.
+    """
+    of_command = settings.model_fields_set if is_all_prepared(settings) else set[str]()
+    datasets = [(complete_dataset(settings, each), {*each.list_given()}) for each in settings.data or []]
+    problems: list[str] = []
+    for dataset, own in datasets or [(settings, set[str]())]:
+        if not has_examples(path := Path(dataset.data_path[0])):
+            continue
+        names = (of_command | own) & EXAMPLE_SETTINGS
+        problems += find_cache_conflicts(dataset, find_caches(path), names, find_template)
+        problems += [
+            f"{name}: {value}: only for a whole dataset on the Hub, but {path} is a token cache; leave it out"
+            for name in ("data_subset", "data_split")
+            if (value := getattr(dataset, name)) is not None
+        ]
+    if problems:
+        raise SettingsError(*dict.fromkeys(problems))
+
+
+def is_all_prepared(settings: EvaluateSettings) -> bool:
+    """Whether all data is in token caches."""
+    paths = [each.path[0] for each in settings.data or []] or settings.data_path[:1]
+    return all(has_examples(Path(path)) for path in paths)
+
+
+def inherit_data_settings(settings: EvaluateSettings, loaded: LoadedModel, report: Report) -> EvaluateSettings:
+    """Return the settings with the data columns and the source prefix of training, unless the user set others."""
+    if settings.data is not None:
+        return settings  # each dataset gets its own
+    return _inherit_reading(settings, loaded, (settings.conversation_template,), report)
+
+
+def _inherit_reading(
+    settings: EvaluateSettings, loaded: LoadedModel, datasets: Sequence[str | None], report: Report
+) -> EvaluateSettings:
+    """Return the settings of one dataset with those by which records were read in training, unless the user set others.
+
+    Args:
+        datasets: names that a dataset of training may have; if none has, the first one counts. Raw text is read like
+            raw text only, and other records like other records.
+    """
+    if has_examples(Path(settings.data_path[0])):
+        return settings
+    named = [each for name in datasets if (each := loaded.find_dataset(name or "")) is not None]
+    candidates: list[TrainingData | DatasetTraining] = [*named[:1]]
+    if not named and loaded.training_data is not None:
+        candidates = [loaded.training_data, *loaded.training_data.datasets]
+    is_raw_text = settings.is_raw_text
+    trained_on = next((each for each in candidates if (each.objective == RAW_TEXT) == is_raw_text), None)
+    if trained_on is None:
+        return settings
+    reading = select_settings(EvaluateSettings, Affects.INFERENCE)
+    given, columns = settings.model_fields_set, set(reading) - {"source_prefix"}
+    if given & columns:  # a user who names one column describes the whole layout
+        given = given | columns
+    inherited = {
+        name: getattr(trained_on, name)
+        for name in (*reading, *(["denoisers"] if is_raw_text else []))
+        if name not in given and getattr(trained_on, name) != getattr(settings, name)
+    }
+    if inherited:
+        values = ", ".join(f"{name} {_format(value)}" for name, value in inherited.items())
+        report(Note(f"as in training: {values}"))
+    return settings.model_copy(update=inherited)
+
+
+def _format(value: str | list[str] | None) -> str:
+    return " ".join(value) if isinstance(value, list) else repr(value)
+
+
+def load_evaluation_set(settings: EvaluateSettings, loaded: LoadedModel, report: Report) -> EvaluationSet:
+    """Load the examples of a token cache, or encode conversations with the model's conversation template."""
+    if settings.data is None:
+        return _load_dataset(settings, loaded, report)
+    parts: dict[str, EvaluationSet] = {}
+    for name, dataset in zip(name_datasets(settings.data), settings.data, strict=True):
+        report(Note(f"dataset {name}: {join_first([*map(hide_query, dataset.path)])}"))
+        trained_on = loaded.find_dataset(name)
+        if trained_on is not None and trained_on.objective == RAW_TEXT and "objective" not in dataset.model_fields_set:
+            dataset = dataset.model_copy(update={"objective": RAW_TEXT})
+        own = complete_dataset(settings, dataset)
+        own = _inherit_reading(own, loaded, (name, own.conversation_template), report)
+        template = None if trained_on is None else Template(**trained_on.conversation_template)
+        parts[name] = _load_dataset(own, loaded, report, template)
+    return _join(parts)
+
+
+def _join(parts: Mapping[str, EvaluationSet]) -> EvaluationSet:
+    """Join the examples of several datasets, one dataset after the other."""
+    ends = list(accumulate(len(part.targets) for part in parts.values()))
+    starts = [0, *ends[:-1]]
+    of_base = {name: part.base for name, part in parts.items() if part.base is not None}
+    return EvaluationSet(
+        [example for part in parts.values() for example in part.examples],
+        [target for part in parts.values() for target in part.targets],
+        _choose_common_tokenizer(parts),
+        [end for part in parts.values() for end in part.answer_ends],
+        [(name, range(start, end)) for name, start, end in zip(parts, starts, ends, strict=True)],
+        [prompt for part in parts.values() for prompt in part.prompts or repeat(None, len(part.targets))],
+        frozenset(
+            start + index for start, part in zip(starts, parts.values(), strict=True) for index in part.raw_texts
+        ),
+        _join(of_base) if of_base else None,
+    )
+
+
+def _choose_common_tokenizer(parts: Mapping[str, EvaluationSet]) -> Tokenizer:
+    """Choose the tokenizer that has the tokens of all datasets.
+
+    Raises:
+        DataError: none has them: the same id means different tokens.
+    """
+    most = max(parts, key=lambda name: len(parts[name].tokenizer))
+    tokenizer = parts[most].tokenizer
+    for name, part in parts.items():
+        if (other := find_other_token(part.tokenizer, tokenizer)) is not None:
+            token, index = other
+            raise DataError(
+                f"data_path: {name}: its tokenizer isn't that of {most}: {token!r} has id {index} only in {name}",
+                hint="give the conversation files of both in place of the token caches",
+            )
+    return tokenizer
+
+
+class _Answer(NamedTuple):
+    """An answer of a conversation, as an example.
+
+    Args:
+        of_base: the same as the base's tokenizer encodes it; None without compare_base.
+        target: as text.
+        is_pair: whether the conversation is a pair of source and target.
+    """
+
+    example: Example
+    of_base: Example | None
+    target: str
+    prompt: Prompt
+    is_pair: bool
+    is_truncated: bool
+
+
+def _load_dataset(
+    settings: EvaluateSettings, loaded: LoadedModel, report: Report, trained_template: Template | None = None
+) -> EvaluationSet:
+    """Load the examples of one dataset.
+
+    Args:
+        trained_template: the conversation template of the dataset of this name that the model was trained on.
+    """
+    path = Path(settings.data_path[0])
+    if has_examples(path):
+        if len(settings.data_path) > 1:
+            raise DataError(
+                f"data_path: {path}: a token cache can't be combined with other data",
+                hint="give one token cache, or only conversations; or several datasets, each with a weight",
+            )
+        return _load_cache_examples(open_examples(path), settings, loaded, report)
+    if settings.is_raw_text:
+        return _load_raw_text(settings, loaded, report)
+    tokenizer = _choose_tokenizer(settings, loaded)
+    base = load_tokenizer(loaded.base) if settings.compare_base else None
+    names = [str(find_conversations_file()) if name == "pocket" else name for name in settings.data_path]
+    choice = DatasetChoice(settings.data_subset, settings.data_split, EVALUATION_SPLITS)
+    files = find_files(bring_data(names, choice, "data_path", settings.cache_dir, report))
+    records = read_records(files, settings, stdin := Digest())
+    sample = take_sample(records)
+    find_encodings(files, settings.encoding, stdin, report)
+    report_doubtful_headers(sample, settings, report)
+    template, default_template = trained_template, None
+    if template is None or settings.conversation_template is not None:
+        template = loaded.find_template(settings.conversation_template)
+    if template is None:
+        default_template = choose_default_template(sample, files, settings)
+        template = load_template(default_template)
+    answers: list[_Answer] = []
+    rejected: list[tuple[RecordLocation, Rejection]] = []
+    for location, outcome in _encode(chain(drain(sample), records), settings, template, tokenizer, base):
+        if isinstance(outcome, Rejection):
+            rejected.append((location, outcome))
+            continue
+        if default_template == PAIR_TEMPLATE and not outcome.is_pair:
+            raise make_mixed_data_error(location, sum(answer.is_pair for answer in answers))
+        answers.append(outcome)
+        if len(answers) == settings.num_data:
+            break
+    if default_template is not None:
+        num_pairs = sum(answer.is_pair for answer in answers)
+        if num_pairs == 0:
+            report(Note(f"the model has no conversation template of its own; using {default_template}"))
+        report_default_template(default_template, num_pairs, format_count(len(answers), "example"), report)
+    _report_rejected(rejected, report)
+    if num_truncated := sum(answer.is_truncated for answer in answers):
+        truncated = f"{format_count(num_truncated, 'example')} truncated to model_max_length"
+        report(Note(f"{truncated} {settings.model_max_length}", True))
+    if not answers:
+        raise DataError(f"data_path: {', '.join(map(str, files))}: contains no example to evaluate on")
+    chosen = EvaluationSet(
+        [answer.example for answer in answers],
+        [answer.target for answer in answers],
+        tokenizer,
+        [template.answer_suffix] * len(answers),
+        prompts=[answer.prompt for answer in answers],
+    )
+    of_base = [answer.of_base for answer in answers if answer.of_base is not None]
+    return chosen if base is None else chosen.add_base(of_base, base)
+
+
+def _choose_tokenizer(settings: EvaluateSettings, loaded: LoadedModel) -> Tokenizer:
+    """Choose the tokenizer for conversations: the model's, as in chat, unless the user adds tokens to it.
+
+    A base that wasn't tuned doesn't get the tokens that training would add: their embedding rows aren't trained.
+    """
+    if "add_tokens" not in settings.model_fields_set:
+        return loaded.tokenizer
+    return extend_tokenizer(loaded.tokenizer, settings.add_tokens, loaded.num_rows).tokenizer
+
+
+def _is_tuned(loaded: LoadedModel) -> bool:
+    return loaded.adapter is not None or loaded.training_data is not None
+
+
+def _load_raw_text(settings: EvaluateSettings, loaded: LoadedModel, report: Report) -> EvaluationSet:
+    """Mask spans of raw text as prepare does, by way of a token cache in a temporary folder."""
+    names = PrepareSettings.model_fields.keys() & settings.model_fields_set - {"conversation_template"}
+    values = {name: getattr(settings, name) for name in names}
+    with tempfile.TemporaryDirectory() as folder:
+        cache = Path(folder, "cache")
+        values |= {"model_name_or_path": str(loaded.base), "output_dir": cache, "max_rejected_fraction": None}
+        values |= {"family": choose_family(settings, loaded.adapter)}
+        origin = Origin(tokenizer_source=loaded.tokenizer_folder, is_evaluation=True)
+        prepare_dataset(PrepareSettings(**values), report, origin)
+        chosen = _load_cache_examples(open_examples(cache), settings, loaded, report)
+        base = None if chosen.base is None else replace(chosen.base, examples=list(chosen.base.examples))
+        return replace(chosen, examples=list(chosen.examples), base=base)
+
+
+def _encode(
+    records: Iterator[RawRecord],
+    settings: EvaluateSettings,
+    template: Template,
+    tokenizer: Tokenizer,
+    base: Tokenizer | None,
+) -> Iterator[tuple[RecordLocation, Rejection | _Answer]]:
+    """Yield a record's rejection, or its answers.
+
+    They come in the order of the records, so that a caller that stops early has counted only what it used.
+
+    Args:
+        base: the base's tokenizer, which encodes the same texts; None: it isn't compared.
+    """
+    encoder, encoder_of_base = make_encoder(tokenizer), None if base is None else make_encoder(base)
+    while batch := list(islice(records, TOKENIZER_BATCH_SIZE)):
+        read = [read_conversation(record, settings, encoder) for record in batch]
+        pieces = [render_conversation(each, template) for each in read if isinstance(each, Conversation)]
+        encodings = iter(encode_batch(pieces, encoder, settings.model_max_length))
+        encodings_of_base: Iterator[EncodedConversation] = iter(())
+        if encoder_of_base is not None:
+            encodings_of_base = iter(encode_batch(pieces, encoder_of_base, settings.model_max_length))
+        for record, conversation in zip(batch, read, strict=True):
+            if isinstance(conversation, Rejection):
+                yield record.location, conversation
+                continue
+            encoded, encoded_of_base = next(encodings), next(encodings_of_base, None)
+            for number, span in enumerate(encoded.spans):
+                example, of_base = extract_example(encoded.ids, span, encoder.special_ids), None
+                if encoder_of_base is not None and encoded_of_base is not None:  # it has as many spans: one per answer
+                    special_ids = encoder_of_base.special_ids
+                    of_base = extract_example(encoded_of_base.ids, encoded_of_base.spans[number], special_ids)
+                text = conversation.turns[span.turn].text
+                if not span.target_is_whole:
+                    text = decode_reference(tokenizer, example.target_T, template.answer_suffix)
+                is_truncated = not (span.source_is_whole and span.target_is_whole)
+                prompt = _describe_prompt(conversation, span.turn, settings.source_prefix)
+                yield record.location, _Answer(example, of_base, text, prompt, conversation.is_pair, is_truncated)
+
+
+def _describe_prompt(conversation: Conversation, turn: int, prefix: str) -> Prompt:
+    """Return what an answer replies to, without template and prefix: a text, or messages if there are several."""
+    system = [] if conversation.system is None else [{"role": "system", "content": conversation.system}]
+    roles = {"human": "user", "assistant": "assistant"}
+    turns = conversation.turns[:turn]
+    messages = system + [{"role": roles[each.role], "content": each.text} for each in turns]
+    first = turns[0].text.removeprefix(prefix if conversation.has_prefix else "")
+    return first if len(messages) == 1 else messages
+
+
+def _report_rejected(rejected: list[tuple[RecordLocation, Rejection]], report: Report) -> None:
+    if bad := sum(rejection.reason == LABELED_BAD for _, rejection in rejected):
+        was_left_out = "was left out" if bad == 1 else "were left out"
+        report(Note(f"{format_count(bad, 'record')} labeled bad (label: false, kto_tag: false) {was_left_out}", True))
+    if broken := [each for each in rejected if each[1].reason != LABELED_BAD]:
+        location, first = broken[0]
+        report(Note(f"{format_count(len(broken), 'record')} rejected, the first: {location}: {first.message}", True))
+
+
+def _load_cache_examples(
+    examples: Examples, settings: EvaluateSettings, loaded: LoadedModel, report: Report
+) -> EvaluationSet:
+    saved, made = loaded.tokenizer_folder / TOKENIZER_FILE, examples.tokenizer_folder / TOKENIZER_FILE
+    tokenizer = load_tokenizer(examples.tokenizer_folder)
+    same = saved.is_file() and made.is_file() and hash_file(saved) == hash_file(made)
+    if not same and not _is_extension(tokenizer, loaded.tokenizer):
+        raise DataError(
+            f"data_path: {examples.folder}: made with another tokenizer than that of {loaded.tokenizer_folder}",
+            hint="pass the conversation files instead of the cache",
+        )
+    if not same and _is_tuned(loaded) and (other := find_other_token(tokenizer, loaded.tokenizer)) is not None:
+        number = format_count(len(tokenizer) - len(loaded.tokenizer), "token")
+        problem = f"{examples.folder}: has {number} that the model wasn't trained with, such as {other[0]!r}"
+        report(Note(f"{problem}; give the conversation files for its own tokenizer", warning=True))
+    _, held_out = examples.split_as_prepared()
+    if held_out is not None:
+        report(Note(f"{examples.folder}: evaluating on its {format_count(len(held_out), 'held-out example')}"))
+    examples = held_out or examples
+    if settings.num_data is not None:
+        examples = examples.take(settings.num_data)
+    ends = [examples.get_template(index).answer_suffix for index in range(len(examples))]
+    raw_texts = frozenset(filter(examples.is_raw_text, range(len(examples))))
+    targets = [
+        decode_reference(tokenizer, example.target_T, end, index in raw_texts)
+        for index, (example, end) in enumerate(zip(examples, ends, strict=True))
+    ]
+    chosen = EvaluationSet(examples, targets, tokenizer, ends, examples.list_datasets(), raw_texts=raw_texts)
+    if settings.compare_base:
+        base = load_tokenizer(loaded.base)
+        return chosen.add_base(_encode_again(examples, tokenizer, base), base)
+    if not _is_tuned(loaded):
+        return replace(
+            chosen, examples=_encode_again(examples, tokenizer, loaded.tokenizer), tokenizer=loaded.tokenizer
+        )
+    return chosen
+
+
+def _encode_again(examples: Sequence[Example], tokenizer: Tokenizer, base: Tokenizer) -> Sequence[Example]:
+    """Encode examples of a tokenizer with added tokens as the base's tokenizer does, which lacks these tokens."""
+    known = base.get_vocab()
+    added = {index for token, index in tokenizer.get_vocab().items() if known.get(token) != index}
+    if not added:
+        return examples
+    special = {*tokenizer.convert_tokens_to_ids([*tokenizer.special_tokens]), tokenizer.unk_token_id} - added
+    encoder = make_encoder(base)
+
+    def translate(ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        if added.isdisjoint(ids.tolist()):
+            return ids
+        parts: list[Any] = []
+        begins = True
+        for is_special, group in groupby(ids.tolist(), special.__contains__):
+            if is_special:  # the text of a special token isn't one
+                parts.append(list(group))
+                continue
+            text = tokenizer.decode(group)
+            parts += encoder.encode([Beginning(text) if begins else text])
+            begins = False
+        return np.concatenate(parts).astype(np.int64)
+
+    return [
+        replace(example, source_S=translate(example.source_S), target_T=translate(example.target_T))
+        for example in examples
+    ]
+
+
+def _is_extension(tokenizer: Tokenizer, base: Tokenizer) -> bool:
+    """Whether a tokenizer has all tokens of the base's, with the same ids."""
+    vocabulary = tokenizer.get_vocab()
+    return all(vocabulary.get(token) == index for token, index in base.get_vocab().items())

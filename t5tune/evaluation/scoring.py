@@ -1,0 +1,305 @@
+"""Losses and predictions of a model, with the examples divided among the ranks: for `train` and `evaluate`.
+
+Neither takes more memory than a training step. The losses come from the same chunked head as in training. Batches have
+a maximum number of tokens, and in generation also a maximum size of the key-value cache (see batches.py).
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain, islice, repeat
+from typing import Any
+
+import numpy as np
+import torch
+
+from t5tune.custom_metrics import compute_custom_metrics, try_custom_metrics
+from t5tune.data.caches.examples import Examples
+from t5tune.data.tokens.encoding import Example
+from t5tune.data.tokens.tokenizer import Tokenizer, decode_prediction, decode_reference
+from t5tune.distributed.collectives import run_on_rank_0
+from t5tune.distributed.world import World
+from t5tune.evaluation.batches import Batches, BatchRun, Lengths, make_batches
+from t5tune.inference.generation import Decoding, generate
+from t5tune.metrics import choose_metrics, prefix_metric, score
+from t5tune.model.batches import PackedCollator, PaddedCollator
+from t5tune.model.zero3 import gather_decoder
+from t5tune.progress import Report, silent
+
+EVALUATE_TASK = "evaluate"
+LOSSES_TASK = f"{EVALUATE_TASK}: losses"
+MAX_TOKENS_PER_BATCH = 8192  # source and target tokens; a single longer example is a batch of its own
+MIN_GENERATION_BYTES = 1 << 29  # less than small models take in training; without it, their batches would be small
+
+
+def never_stopped() -> bool:
+    """Return False: the `is_stopped` of callers whose work no signal stops in between."""
+    return False
+
+
+@dataclass(frozen=True)
+class Losses:
+    """For each example the sum of its target tokens' cross-entropies, in nats, and the number of these tokens."""
+
+    sums: list[float]
+    tokens: list[int]
+
+    @property
+    def mean(self) -> float:
+        """The mean loss per target token."""
+        return sum(self.sums) / sum(self.tokens)
+
+    def select(self, indices: Iterable[int]) -> "Losses":
+        """Return the losses of some of the examples."""
+        chosen = list(indices)
+        return Losses([self.sums[index] for index in chosen], [self.tokens[index] for index in chosen])
+
+    def get_mean(self, index: int) -> float:
+        """Return an example's mean loss per target token."""
+        return round(self.sums[index] / self.tokens[index], 6)
+
+
+def measure_losses(
+    model: Any,
+    examples: Sequence[Example],
+    collator: PaddedCollator | PackedCollator,
+    batch_size: int | None,
+    report: Report = silent,
+    is_stopped: Callable[[], bool] = never_stopped,
+) -> Losses:
+    """Measure the cross-entropy of every example's target with teacher forcing. Call on every rank.
+
+    The target of a preference pair is the chosen answer.
+
+    Args:
+        batch_size: maximum number of examples per batch; long examples make smaller batches.
+        is_stopped: whether this rank has been asked to stop; asked after each batch.
+
+    Raises:
+        OutOfMemory: a single example doesn't fit into memory, or under ZeRO-3 a batch.
+        EvaluationStopped: a rank has been asked to stop.
+    """
+    sums = measure_targets(model, examples, collator, batch_size, report, is_stopped)
+    return Losses([each[0] for each in sums], [len(example.target_T) for example in examples])
+
+
+def measure_targets(
+    model: Any,
+    examples: Sequence[Example],
+    collator: PaddedCollator | PackedCollator,
+    batch_size: int | None,
+    report: Report = silent,
+    is_stopped: Callable[[], bool] = never_stopped,
+    task: str = LOSSES_TASK,
+) -> list[tuple[float, ...]]:
+    """Measure the summed cross-entropy of each target of every example, as `measure_losses` does."""
+    device = next(model.parameters()).device
+
+    def measure(indices: list[int]) -> dict[int, tuple[float, ...]]:
+        chosen = [examples[i] for i in indices]
+        batch = {name: value.to(device) for name, value in collator(chosen).items()}
+        # to the CPU, because Apple's GPUs have no float64
+        losses_BT = model(**batch, reduction="none", use_cache=False).cpu()
+        if isinstance(collator, PackedCollator):
+            lengths = [len(target) for example in chosen for target in example.targets]
+            parts = losses_BT[0, : sum(lengths)].split(lengths)  # without the row's padding
+        else:
+            parts = losses_BT.unbind()
+        sums = iter(torch.stack([part.double().sum() for part in parts]).tolist())
+        return {i: tuple(islice(sums, len(each.targets))) for i, each in zip(indices, chosen, strict=True)}
+
+    batches = make_loss_batches(_list_lengths(examples), batch_size)
+    with _switch_to_eval_mode(model), torch.no_grad():
+        return BatchRun(batches, measure, task, report, is_stopped).run(_is_sharded(model))
+
+
+def make_loss_batches(lengths: Sequence[Lengths], batch_size: int | None) -> Batches:
+    """Make the batches of `measure_losses`."""
+
+    def count_tokens(count: int, source: int, target: int) -> int:
+        return count * (source + target)
+
+    return make_batches(lengths, batch_size, count_tokens, MAX_TOKENS_PER_BATCH)
+
+
+@dataclass(frozen=True)
+class GenerationScorer:
+    """Generates predictions for some of the held-out examples and scores them: all, and those of each dataset.
+
+    Args:
+        count: number of examples.
+        names: the built-in metrics to compute; None: all that fit the targets.
+        functions: the custom metrics, as in the setting `metric`. Only rank 0 imports and calls them: some aren't
+            deterministic, and all ranks must agree on the best step.
+        autocast: whether the model generates in mixed precision; see `generate_predictions`.
+    """
+
+    tokenizer: Tokenizer
+    count: int
+    names: Sequence[str] | None
+    functions: Sequence[str]
+    world: World
+    autocast: bool
+
+    def list_metrics(self, examples: Examples) -> list[str]:
+        """List the metrics of an evaluation, after trying whether they can be computed. Call on every rank.
+
+        Raises:
+            SettingsError: one can't.
+        """
+
+        def list_names() -> list[str]:
+            parts = self._select_examples(examples)
+            targets = {name: self._decode_targets(examples, indices) for name, indices in parts.items()}
+            everything = list(chain.from_iterable(targets.values()))
+            found = [*choose_metrics(self.names, everything), *try_custom_metrics(self.functions, everything)]
+            for name, own in targets.items() if len(parts) > 1 else ():
+                custom = try_custom_metrics(self.functions, own)
+                found += (prefix_metric(name, metric) for metric in (*self._choose_fitting(own), *custom))
+            return found
+
+        return run_on_rank_0(self.world, list_names)
+
+    def score(
+        self,
+        model: Any,
+        examples: Examples,
+        batch_size: int | None,
+        report: Report,
+        is_stopped: Callable[[], bool],
+    ) -> dict[str, float]:
+        """Score greedy predictions for evenly spaced examples. Custom metrics may be NaN or infinite."""
+        predictions: dict[str, list[str]] = {}
+        parts = self._select_examples(examples)
+        for name, indices in parts.items():  # apart: how long predictions may be depends on a dataset's targets
+            chosen = [examples[index] for index in indices]
+            longest = find_max_target_length(chosen)
+            decoding = Decoding(self.tokenizer.eos_token_id, self.tokenizer.pad_token_id, longest)
+            generated = generate_predictions(model, chosen, decoding, batch_size, report, is_stopped, self.autocast)
+            suffixes = (examples.get_template(index).answer_suffix for index in indices)
+            raw = map(examples.is_raw_text, indices)
+            predictions[name] = list(map(decode_prediction, repeat(self.tokenizer), generated, suffixes, raw))
+
+        def compute() -> dict[str, float]:
+            targets = {name: self._decode_targets(examples, indices) for name, indices in parts.items()}
+            everything = [list(chain.from_iterable(texts.values())) for texts in (predictions, targets)]
+            scores = self._score(everything[0], everything[1], choose_metrics(self.names, everything[1]))
+            for name, own in targets.items() if len(parts) > 1 else ():
+                found = self._score(predictions[name], own, self._choose_fitting(own))
+                scores |= {prefix_metric(name, metric): value for metric, value in found.items()}
+            return scores
+
+        return run_on_rank_0(self.world, compute)
+
+    def _score(self, predictions: list[str], targets: list[str], names: Sequence[str]) -> dict[str, float]:
+        custom = compute_custom_metrics(self.functions, predictions, targets, allow_non_finite=True)
+        return score(predictions, targets, names) | custom
+
+    def _select_examples(self, examples: Examples) -> dict[str, list[int]]:
+        """Select evenly spaced examples, as many of each dataset: name -> indices. A single dataset has no name."""
+        datasets = examples.list_datasets() or [("", range(len(examples)))]
+        share = -(-self.count // len(datasets))
+        return {name: [of[number] for number in select_evenly(len(of), share)] for name, of in datasets}
+
+    def _choose_fitting(self, targets: list[str]) -> list[str]:
+        """Choose the metrics of a dataset: those that fit its targets, of those that are computed."""
+        return [name for name in choose_metrics(None, targets) if self.names is None or name in self.names]
+
+    def _decode_targets(self, examples: Examples, indices: list[int]) -> list[str]:
+        return [
+            decode_reference(
+                self.tokenizer,
+                examples[index].target_T,
+                examples.get_template(index).answer_suffix,
+                examples.is_raw_text(index),
+            )
+            for index in indices
+        ]
+
+
+def generate_predictions(
+    model: Any,
+    examples: Sequence[Example],
+    decoding: Decoding,
+    batch_size: int | None,
+    report: Report = silent,
+    is_stopped: Callable[[], bool] = never_stopped,
+    autocast: bool = False,
+) -> list[list[int]]:
+    """Generate a prediction for each example's source; its ids without the EOS token. Call on every rank.
+
+    Args:
+        batch_size: maximum number of examples per batch; a large key-value cache makes smaller batches.
+        is_stopped: whether this rank has been asked to stop; asked after each batch.
+        autocast: whether to compute in mixed precision, as training does without DeepSpeed: its fp32 modules in a bf16
+            base need it. Trainer's own autocast includes the model's forward, but not `generate`.
+
+    Raises:
+        OutOfMemory: a single example doesn't fit into memory, or under ZeRO-3 a batch.
+        EvaluationStopped: a rank has been asked to stop.
+    """
+    sharded = _is_sharded(model)
+    budget = compute_generation_budget(model)
+
+    def predict(indices: list[int]) -> dict[int, list[int]]:
+        sources = [examples[i].source_S.tolist() for i in indices]
+        with torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=autocast):
+            ids = generate(model, sources, decoding, synced_gpus=sharded)
+        return dict(zip(indices, ids, strict=True))
+
+    def count_bytes(count: int, source: int, _target: int) -> int:
+        return count * _estimate_generation_bytes(model, source, decoding.max_new_tokens, decoding.num_beams)
+
+    batches = make_batches(_list_lengths(examples), batch_size, count_bytes, budget)
+    with _switch_to_eval_mode(model), gather_decoder(model):
+        return BatchRun(batches, predict, f"{EVALUATE_TASK}: predictions", report, is_stopped).run(sharded)
+
+
+def compute_generation_budget(model: Any) -> int:
+    """Compute how many bytes the batches of `generate_predictions` may take, in addition to the model."""
+    return max(MIN_GENERATION_BYTES, _compute_key_value_bytes(model, MAX_TOKENS_PER_BATCH))
+
+
+def _list_lengths(examples: Sequence[Example]) -> list[Lengths]:
+    return [Lengths(sum(map(len, example.targets)), len(example.source_S)) for example in examples]
+
+
+def find_max_target_length(examples: Sequence[Example]) -> int:
+    """Find the length of the longest target in tokens, including the EOS token."""
+    return max(len(example.target_T) for example in examples)
+
+
+def select_evenly(count: int, wanted: int) -> list[int]:
+    """Select `wanted` evenly spaced indices from 0 to `count` - 1: (10, 3) -> [0, 4, 9]."""
+    return sorted({int(i) for i in np.linspace(0, count - 1, min(count, wanted)).astype(np.int64)})
+
+
+def _compute_key_value_bytes(model: Any, tokens: int) -> int:
+    """Compute the size of the decoder's key-value cache for this many tokens: keys and values in each layer."""
+    dimensions = model.architecture.dimensions
+    return int(2 * dimensions.num_decoder_layers * dimensions.cache_width * tokens * model.dtype.itemsize)
+
+
+def _estimate_generation_bytes(model: Any, source: int, target: int, beams: int) -> int:
+    """Estimate the memory for generating from one source, without the model itself."""
+    dimensions = model.architecture.dimensions
+    cache = beams * _compute_key_value_bytes(model, source + target)
+    scores = 2 * dimensions.num_heads * source**2 * model.dtype.itemsize  # encoder position bias, plain and masked
+    logits = 4 * beams * dimensions.num_rows * 4  # of one step in fp32, and copies made by beam search
+    return int(cache + scores + logits)
+
+
+@contextmanager
+def _switch_to_eval_mode(model: Any) -> Iterator[None]:
+    """Switch dropout off for this block, and restore each module's own mode after it."""
+    trained = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in trained:
+            module.training = True
+
+
+def _is_sharded(model: Any) -> bool:
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())

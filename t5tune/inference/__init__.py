@@ -1,0 +1,1 @@
+"""Load a model to use it: its precision, its prompts, its replies."""

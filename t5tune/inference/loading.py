@@ -1,0 +1,257 @@
+"""Load a model for inference: a base, optionally quantized and with an adapter, or a merged checkpoint."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+
+from t5tune.checkpoints.adapter import read_adapter, read_base_metadata
+from t5tune.checkpoints.adapter_folder import find_adapter, is_adapter
+from t5tune.checkpoints.adapter_shapes import check_adapter_shapes
+from t5tune.checkpoints.base import check_base, find_base, find_model, open_base, read_base_of_adapter, read_config
+from t5tune.checkpoints.fingerprint import is_trained_base
+from t5tune.checkpoints.training_data import DatasetTraining, TrainingData, read_training_data
+from t5tune.data.tokens.templates import Template, find_template
+from t5tune.data.tokens.tokenizer import Tokenizer, load_tokenizer
+from t5tune.errors import ModelError, SettingsError
+from t5tune.families import find_architecture
+from t5tune.file_names import TEMPLATE_FILE, TOKENIZER_CONFIG_FILE
+from t5tune.hub.names import name_snapshot, split_revision
+from t5tune.inference.precision import Precision, read_trained_precision, resolve_precision, select_precision
+from t5tune.io.reasons import join_lines
+from t5tune.model.device import choose_device
+from t5tune.model.load import load_base
+from t5tune.model.lora import replace_trainable_token_layers
+from t5tune.model.zero3 import Zero3Partitioner
+from t5tune.progress import Note, Report, silent
+from t5tune.settings.groups.base import InferenceSettings, QuantizationSettings
+
+InferenceKind = TypeVar("InferenceKind", bound=InferenceSettings)
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """What was saved with a model, in addition to its weights.
+
+    Args:
+        base, adapter: folders of the weights.
+        tokenizer_folder: the adapter's folder if it contains a tokenizer, else the base's.
+        training_data: how its training examples were made; None if unknown.
+        template_files: possible paths of its conversation template, the preferred one first.
+    """
+
+    base: Path
+    adapter: Path | None
+    tokenizer: Tokenizer
+    tokenizer_folder: Path
+    training_data: TrainingData | None
+    template_files: list[Path]
+
+    def find_dataset(self, name: str) -> DatasetTraining | None:
+        """Find how the examples of a dataset that the model was trained on were made; None if it wasn't."""
+        datasets = self.training_data.datasets if self.training_data is not None else []
+        return next((dataset for dataset in datasets if dataset.name == name), None)
+
+    def find_template(self, name_or_path: str | None) -> Template | None:
+        """Find the conversation template: the given one, which may be that of a dataset, or the model's own."""
+        if name_or_path is not None and (dataset := self.find_dataset(name_or_path)) is not None:
+            return Template(**dataset.conversation_template)
+        return find_template(name_or_path, self.template_files)
+
+
+@dataclass(frozen=True)
+class LoadedModel(ModelFiles):
+    """A model in evaluation mode, and what was saved with it.
+
+    Args:
+        num_rows: rows of the embedding.
+        precision: how the base was loaded.
+        engine: DeepSpeed's, which gathers the weights of a partitioned model as long as it exists.
+    """
+
+    model: Any
+    num_rows: int
+    precision: Precision
+    engine: Any = None
+
+
+def read_model_files(base: Path, adapter: Path | None) -> ModelFiles:
+    """Read what was saved with a base and perhaps an adapter.
+
+    Raises:
+        ModelError, CheckpointError: a file can't be used.
+    """
+    folders = [base] if adapter is None else [adapter, base]
+    tokenizer_folder = next((folder for folder in folders if (folder / TOKENIZER_CONFIG_FILE).is_file()), base)
+    return ModelFiles(
+        base=base,
+        adapter=adapter,
+        tokenizer=load_tokenizer(tokenizer_folder),
+        tokenizer_folder=tokenizer_folder,
+        training_data=read_training_data(folders[0]),
+        template_files=[folder / TEMPLATE_FILE for folder in folders],
+    )
+
+
+def load_for_inference(
+    settings: InferenceSettings,
+    report: Report = silent,
+    device: torch.device | None = None,
+    zero3: dict[str, Any] | None = None,
+    load_base: Callable[..., Any] = load_base,
+    precision: Precision | None = None,
+) -> LoadedModel:
+    """Load the model that the settings name. If that is an adapter or a run folder, its base is loaded too.
+
+    Args:
+        device: where to; None: as the settings say.
+        zero3: a DeepSpeed config with ZeRO-3, to partition the model among the ranks; None: each rank has all of it.
+        load_base: loads the base; that of SharedBases lets several models have the same weights.
+        precision: of the base; None: as in training, unless the settings say otherwise.
+
+    Raises:
+        ModelError, CheckpointError: the base or the adapter can't be used.
+    """
+    base, adapter = find_base_and_adapter(settings, report)
+    family: str | None = settings.family
+    if adapter is not None:
+        config, state = read_adapter(adapter)
+        metadata = read_base_metadata(adapter)
+        family = family or metadata.get("family")
+        if not is_trained_base(metadata, open_base(base, family)):
+            trained = f"trained on another base ({metadata.get('base')}) than {base}"
+            report(Note(f"{adapter}: {trained}, so its predictions may be wrong", warning=True))
+        # PEFT only warns about tensors that have no place in the model, and ignores them
+        check_adapter_shapes(state, config, find_architecture(read_config(base), base, family), adapter)
+    device = device or choose_device(settings.use_cpu, name=settings.device)
+    if precision is None:
+        in_training = read_trained_precision(base, adapter)
+        precision = resolve_precision(select_precision(settings), in_training, device, report)
+    dtype = torch.bfloat16 if precision.bf16 else torch.float32
+    partitioner = None
+    if zero3 is not None:
+        _check_partitioning(precision.quantization, adapter is not None and bool(config.get("use_dora")), device)
+        partitioner = Zero3Partitioner(zero3, dtype)
+    model = load_base(base, dtype, device, precision.quantization, family, report, partitioner)
+    if adapter is not None:
+        with nullcontext() if partitioner is None else partitioner.prepare_peft():
+            model = load_adapter(model, adapter)
+        replace_trainable_token_layers(model)  # PEFT would copy the whole embedding and head in each forward
+    if partitioner is not None:
+        partitioner.partition_model(model)
+    files = read_model_files(base, adapter)
+    return LoadedModel(
+        **{item.name: getattr(files, item.name) for item in fields(files)},
+        model=model,
+        num_rows=model.architecture.dimensions.num_rows,
+        precision=precision,
+        engine=None if partitioner is None else partitioner.set_up_inference(model),
+    )
+
+
+def _check_partitioning(quantization: QuantizationSettings | None, uses_dora: bool, device: torch.device) -> None:
+    if quantization is None:
+        return
+    if quantization.quant_type == "int8":
+        problem = "quant_type: int8: DeepSpeed can't handle int8 weights"
+        raise SettingsError(problem, hint="use nf4 or fp4, or leave out --deepspeed")
+    # PEFT 0.21 replaces quantized weights on CPUs whenever it reads them for DoRA, and DeepSpeed loses track of them
+    if uses_dora and device.type == "cpu":
+        problem = "q_lora: with ZeRO-3 and an adapter with DoRA, it works only on GPUs"
+        raise SettingsError(problem, hint="use --no-q-lora, or leave out --deepspeed")
+
+
+def find_base_and_adapter(settings: InferenceSettings, report: Report = silent) -> tuple[Path, Path | None]:
+    """Find the folders of the base, which is downloaded if need be, and of the adapter if there is one."""
+    name = settings.model_name_or_path
+    if settings.adapter is not None:
+        return find_base(settings, report=report), find_adapter(settings.adapter, settings.cache_dir, report=report)
+    folder = find_model(settings, report=report)
+    if not is_adapter(folder):
+        return check_base(folder, name), None
+    base = read_base_of_adapter(folder, settings.cache_dir)
+    report(Note(f"{name} is an adapter; its base is {base.model_name_or_path}"))
+    return find_base(base, report=report), folder
+
+
+def pin_to_commits(settings: InferenceKind, base: Path, adapter: Path | None) -> InferenceKind:
+    """Return the settings with the commits that were found for names on the Hub: a branch may get another one.
+
+    Args:
+        base: as `find_base_and_adapter` has found it.
+        adapter: the same.
+    """
+    named = adapter if adapter is not None and settings.adapter is None else base
+    _, commit = split_revision(name_snapshot(named))
+    changes: dict[str, Any] = {}
+    if commit is not None and named != Path(settings.model_name_or_path):
+        changes["revision"] = commit
+    if settings.adapter is not None and adapter is not None and adapter != settings.adapter:
+        changes["adapter"] = Path(f"{split_revision(str(settings.adapter))[0]}@{adapter.name}")
+    return settings.model_copy(update=changes)
+
+
+def select_base(settings: InferenceKind, loaded: LoadedModel) -> InferenceKind:
+    """Return the settings that load only the base of a loaded adapter, as it was loaded there."""
+    family = choose_family(settings, loaded.adapter)
+    base = {"model_name_or_path": str(loaded.base), "adapter": None, "revision": None, "family": family}
+    return settings.model_copy(update=base)
+
+
+def choose_family(settings: InferenceSettings, adapter: Path | None) -> str | None:
+    """Choose the model type of a base: the given one, else that of the adapter's training; None: that of its config."""
+    return settings.family or (read_base_metadata(adapter).get("family") if adapter is not None else None)
+
+
+def load_adapter(model: Any, folder: Path) -> Any:
+    """Add a saved adapter to a base, for inference.
+
+    Raises:
+        ModelError: the adapter doesn't fit this base.
+    """
+    with _explain_misfit(folder):
+        return PeftModel.from_pretrained(
+            model, str(folder), autocast_adapter_dtype=False, torch_device=_get_device(model)
+        ).eval()
+
+
+def load_weighted_sum(model: Any, folders: list[Path], weights: list[float]) -> Any:
+    """Add the weighted sum of several saved adapters to a base, for inference.
+
+    PEFT concatenates their matrices (combination type `cat`).
+
+    Raises:
+        ModelError: an adapter doesn't fit this base.
+    """
+    names = [f"part{number}" for number in range(len(folders))]
+    options = {"autocast_adapter_dtype": False, "torch_device": _get_device(model)}
+    with _explain_misfit(*folders):
+        peft_model = PeftModel.from_pretrained(model, str(folders[0]), names[0], **options)
+        for name, folder in zip(names[1:], folders[1:], strict=True):
+            peft_model.load_adapter(str(folder), name, **options)
+    peft_model.add_weighted_adapter(names, weights, "sum", combination_type="cat")
+    peft_model.set_adapter("sum")
+    for module in peft_model.modules():
+        if isinstance(module, LoraLayer):
+            module.scaling["sum"] = 1.0  # not rsLoRA's: each adapter's own scale is already in its matrices
+    return peft_model.eval()
+
+
+@contextmanager
+def _explain_misfit(*folders: Path) -> Iterator[None]:
+    """Turn PEFT's errors about adapters that don't fit the base into one line."""
+    try:
+        yield
+    except (RuntimeError, ValueError, KeyError, OSError) as error:
+        problem = f"adapter: {', '.join(map(str, folders))}: doesn't fit this base: {join_lines(error)[:300]}"
+        raise ModelError(problem, hint="give the base that it was trained on") from error
+
+
+def _get_device(model: Any) -> str:
+    """Return the device of a model's weights. By default PEFT loads an adapter onto the first GPU instead."""
+    return str(next(model.parameters()).device)

@@ -1,0 +1,93 @@
+"""The examples in a packed row, and attention that loops over them.
+
+    segments = Segments(sources=(7, 4), targets=(3, 2))
+    attended_BQHD = segment_attention(query_BHQD, key_BHKD, value_BHKD, [7, 4], [7, 4], None, dropout=0.1)
+
+B batch (1 if packed), Q query tokens, K key tokens, H heads, D head width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+from torch.nn import functional
+
+from t5tune.model.kernels.flex_attention import PackedRows
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Segments:
+    """The examples in a packed row.
+
+    Args:
+        sources, targets: lengths of the examples' sources and targets, in order, in tokens.
+        targets_per_source: 2 for preference pairs, whose two targets follow each other; both attend to the same source.
+        rows: how the rows are divided into blocks; None: attention loops over the segments.
+    """
+
+    sources: tuple[int, ...]
+    targets: tuple[int, ...]
+    rows: PackedRows | None = None
+    targets_per_source: int = 1
+
+    @property
+    def targets_by_source(self) -> tuple[int, ...]:
+        """The number of target tokens that attend to each source."""
+        return add_up_groups(self.targets, self.targets_per_source)
+
+    def repeat_for_targets(self, items: Sequence[Item]) -> list[Item]:
+        """Repeat what there is for each source, so that there is one for each target."""
+        return [item for item in items for _ in range(self.targets_per_source)]
+
+    def to(self, device: Any, non_blocking: bool = False) -> "Segments":
+        """Copy the rows' blocks to a device. accelerate calls this for a batch."""
+        return self if self.rows is None else replace(self, rows=self.rows.to(device, non_blocking))
+
+    def pin_memory(self) -> "Segments":
+        """Copy the rows' blocks to pinned memory. The data loader calls this for a batch."""
+        return self if self.rows is None else replace(self, rows=self.rows.pin_memory())
+
+    def number_positions(self, lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
+        """Number the tokens of a row, from 0 in each segment: [1, tokens]."""
+        return torch.cat([torch.arange(length, device=device) for length in lengths])[None]
+
+
+def add_up_groups(lengths: tuple[int, ...], size: int) -> tuple[int, ...]:
+    """Add up the lengths of each `size` segments that follow each other."""
+    return tuple(sum(lengths[start : start + size]) for start in range(0, len(lengths), size))
+
+
+def segment_attention(
+    query_BHQD: torch.Tensor,
+    key_BHKD: torch.Tensor,
+    value_BHKD: torch.Tensor,
+    queries: list[int],
+    keys: list[int],
+    bias_1HQK: torch.Tensor | None,
+    dropout: float,
+) -> torch.Tensor:
+    """Attend within each segment. The bias is that of the longest segment; shorter ones take its upper left corner.
+
+    Args:
+        queries, keys: lengths of the segments, in tokens.
+
+    Returns:
+        [B, Q, H, D]
+    """
+    attended = []
+    for query, key, value in zip(
+        torch.split(query_BHQD, queries, 2),
+        torch.split(key_BHKD, keys, 2),
+        torch.split(value_BHKD, keys, 2),
+        strict=True,
+    ):
+        bias = None if bias_1HQK is None else bias_1HQK[:, :, : query.shape[2], : key.shape[2]]
+        # T5 doesn't scale the scores by 1/√D: its initialization of q includes that factor
+        output = functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=bias, dropout_p=dropout, scale=1.0
+        )
+        attended.append(output.transpose(1, 2))
+    return torch.cat(attended, 1)

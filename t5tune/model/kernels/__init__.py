@@ -1,0 +1,1 @@
+"""Faster implementations of attention, adapters and activations."""

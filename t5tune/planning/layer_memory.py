@@ -1,0 +1,336 @@
+"""Measure the memory of a model and of a training step, from config.json alone.
+
+    model = build_empty_training_model(architecture, settings, num_token_rows=19, deepspeed=False)
+    lengths = BatchLengths(sources=(512,) * 8, targets=(128,) * 8)
+    step = measure_step(model, lengths, settings, on_gpu=True, reentrant=False, autocast=True)
+
+The step runs on fake tensors, which have shapes but no data: the real model, adapters, loss and backward pass, while
+every live storage is counted. So no per-layer formulas have to be kept in sync with the model. An adapter's step runs
+on two and on three blocks of encoder and decoder, and each further block is taken to need as much as the third one.
+"""
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from t5tune.checkpoints.adapter import PEFT_PREFIX
+from t5tune.compat.torch_patches import replace_attention_kernel
+from t5tune.families.architecture import WEIGHT_KINDS, Architecture
+from t5tune.model.attention.packing import can_pack, switch_off_attention_dropout, switch_off_dropout, use_packing
+from t5tune.model.attention.segments import Segments
+from t5tune.model.kernels import fused
+from t5tune.model.load import build_empty_model, find_quantizable_linears
+from t5tune.model.lora import add_lora
+from t5tune.model.loss import use_gpu_chunks
+from t5tune.settings.groups.base import QuantizationSettings
+
+# of bitsandbytes' 4-bit formats: weights that share a scale, and scales that share one with double quantization
+BLOCK_SIZE, OUTER_BLOCK_SIZE = 64, 256
+# nothing is kept from one to the next; the first one computes the position bias that all of them share
+BLOCKS_WITHOUT_GRADIENTS = 2
+MEASURED_BLOCKS = 2  # with fewer, other tensors than the blocks' may take the most memory
+MAX_SEGMENTS = 64
+
+
+@dataclass(frozen=True)
+class BatchLengths:
+    """Lengths of the examples in a micro-batch, in tokens, including their EOS tokens."""
+
+    sources: tuple[int, ...]
+    targets: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes that a step needs in addition to the weights: gradients, and temporary tensors (activations)."""
+
+    gradients: int
+    activations: int
+
+
+def build_empty_training_model(architecture: Architecture, settings: Any, num_token_rows: int, deepspeed: bool) -> Any:
+    """Build the model that `train` would train, on the meta device.
+
+    Args:
+        settings: any settings with the base model, LoRA, quantization and training fields.
+        num_token_rows: trained embedding rows of added tokens.
+        deepspeed: whether DeepSpeed trains it: its optimizer keeps the fp32 master weights of the adapters.
+    """
+    dtype = torch.bfloat16 if settings.bf16 else torch.float32
+    adapter_dtype = dtype if deepspeed else torch.float32
+    is_full = settings.train_mode == "full"
+    with torch.device("meta"):
+        model = build_empty_model(architecture, adapter_dtype if is_full else dtype, architecture.is_tied)
+        model.requires_grad_(is_full)
+        if not is_full:
+            # the other initializations need the weights' values
+            lora_settings = settings.model_copy(update={"init_lora_weights": "default"})
+            last = architecture.dimensions.num_rows - 1
+            rows = list(range(last - num_token_rows, last)) if architecture.token_row_modules else []
+            model, _ = add_lora(model, None, lora_settings, rows, adapter_dtype)
+    if settings.packing != "off" and can_pack(model):
+        use_packing(model)
+    if not settings.has_dropout:
+        switch_off_dropout(model)
+    if not settings.has_attention_dropout:
+        switch_off_attention_dropout(model)
+    fused.use_fused_layers(model)
+    return model.train()
+
+
+def count_weight_bytes(model: Any, quantization: QuantizationSettings) -> dict[str, int]:
+    """Count the bytes of the model's own tensors, by kind, as `load_base` would store them; without adapters."""
+    quantizable = find_quantizable_linears(model, quantization) if quantization.q_lora else {}
+    sizes = dict.fromkeys(WEIGHT_KINDS, 0)
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name or "trainable_tokens" in name or "modules_to_save" in name:
+            continue
+        if name.rpartition(".")[0] in quantizable:
+            size = count_quantized_bytes(parameter.numel(), parameter.shape[0], quantization)
+        else:
+            size = parameter.numel() * parameter.element_size()
+        sizes[model.architecture.classify(name.removeprefix(PEFT_PREFIX))] += size
+    return sizes
+
+
+def count_quantized_bytes(count: int, rows: int, quantization: QuantizationSettings) -> int:
+    """Count the bytes of a matrix of `count` weights in bitsandbytes' format, including scales and code tables."""
+    if quantization.quant_type == "int8":
+        return count + 4 * rows
+    blocks = -(-count // BLOCK_SIZE)
+    size = count // 2 + 16 * 4  # the table of the 16 values that 4 bits encode
+    if not quantization.double_quant:
+        return size + 4 * blocks
+    return size + blocks + 4 * -(-blocks // OUTER_BLOCK_SIZE) + 256 * 4 + 4
+
+
+def measure_step(
+    model: Any, lengths: BatchLengths, settings: Any, on_gpu: bool, reentrant: bool, autocast: bool
+) -> StepMemory:
+    """Run the forward and backward pass of a step on fake tensors, and count live memory.
+
+    Args:
+        on_gpu: whether attention is a fused kernel that stores no scores; on a CPU with dropout it stores them.
+        reentrant: the variant of gradient checkpointing.
+        autocast: whether the forward pass uses mixed precision, as it does without DeepSpeed.
+    """
+    packs = settings.packing != "off" and can_pack(model)
+    inputs = {"reduction": "sum", "label_smoothing": settings.label_smoothing_factor, "use_cache": False}
+    with _use_fake_tensors(model, on_gpu):
+        inputs |= _make_packed_inputs(lengths) if packs else _make_padded_inputs(lengths)
+        if settings.gradient_checkpointing:
+            model.enable_input_require_grads()
+            # the method has another name in newer releases of transformers 5
+            new = hasattr(model, "activation_checkpointing_enable")
+            name = "activation_checkpointing" if new else "gradient_checkpointing"
+            getattr(model, f"{name}_enable")(**{f"{name}_kwargs": {"use_reentrant": reentrant}})
+        uses_autocast = autocast and settings.bf16
+        counts = [len(blocks) for blocks in find_blocks(model)]
+        if settings.train_mode == "full":  # the peak may be in the middle of the backward pass
+            activations = _measure_activations(model, inputs, uses_autocast)
+        else:
+            activations = _extrapolate(lambda kept: _measure_activations(model, inputs, uses_autocast, kept), counts)
+    return StepMemory(_count_gradients(model), activations + _count_unpacked_bytes(model, settings))
+
+
+def _extrapolate(measure: Callable[[list[int]], int], counts: list[int]) -> int:
+    """Compute `measure(counts)` from its values for few blocks, since it is linear in each count."""
+    few = [min(count, MEASURED_BLOCKS) for count in counts]
+    if few == counts:
+        return measure(counts)
+    measured = measure(few)
+    if len(set(counts)) == 1:
+        more = [count + 1 for count in few]
+        return measured + (counts[0] - few[0]) * (measure(more) - measured)
+    total = measured
+    for index, missing in enumerate(count - kept for count, kept in zip(counts, few, strict=True)):
+        if missing:
+            more = [*few[:index], few[index] + 1, *few[index + 1 :]]
+            total += missing * (measure(more) - measured)
+    return total
+
+
+def _measure_activations(model: Any, inputs: dict[str, Any], autocast: bool, kept: list[int] | None = None) -> int:
+    """Run a step, and return the most bytes that were live at a time in addition to weights and gradients.
+
+    Args:
+        kept: how many of the encoder's blocks and of the decoder's are run; None: all.
+    """
+    with _keep_few_blocks(model, kept) if kept else nullcontext():
+        with _LiveBytes(model.parameters()) as live:
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                total = model(**inputs)
+            total.backward()
+            del total
+        peak: int = live.peak - _count_gradients(model)
+        return max(0, peak)
+
+
+def _count_gradients(model: Any) -> int:
+    size: int = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    return size
+
+
+def measure_losses_memory(model: Any, lengths: BatchLengths, settings: Any, on_gpu: bool, autocast: bool) -> int:
+    """Run the forward pass of an evaluation on fake tensors; return the most bytes that are live at a time."""
+    packs = settings.packing != "off" and can_pack(model)
+    with _use_fake_tensors(model, on_gpu), _keep_few_blocks(model, [BLOCKS_WITHOUT_GRADIENTS] * 2):
+        inputs = _make_packed_inputs(lengths) if packs else _make_padded_inputs(lengths)
+        model.eval()
+        live = _LiveBytes(model.parameters())
+        with live, torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast and settings.bf16):
+            model(**inputs, use_cache=False, reduction="none")
+        model.train()
+    return live.peak + _count_unpacked_bytes(model, settings)
+
+
+def find_blocks(model: Any) -> list[nn.ModuleList]:
+    """Find the blocks of the encoder and those of the decoder."""
+    names = model.architecture.block_classes
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.ModuleList) and all(type(block).__name__.endswith(names) for block in module)
+    ]
+
+
+@contextmanager
+def _keep_few_blocks(model: Any, kept: list[int]) -> Iterator[None]:
+    """Leave out all but the first blocks of encoder and decoder in this block of code.
+
+    Running all of a large model's blocks, each of which loops over many examples, takes most of a minute.
+    """
+    lists = find_blocks(model)
+    before = [list(blocks) for blocks in lists]
+    for blocks, count in zip(lists, kept, strict=True):
+        del blocks[count:]
+    try:
+        yield
+    finally:
+        for blocks, all_blocks in zip(lists, before, strict=True):
+            blocks.extend(all_blocks[len(blocks) :])
+
+
+def _count_unpacked_bytes(model: Any, settings: Any) -> int:
+    """Count the bytes of the largest weight that a product of quantized layers dequantizes to a temporary tensor."""
+    layers = find_quantizable_linears(model, settings).values() if settings.q_lora else []
+    return max((layer.weight.numel() * layer.weight.element_size() for layer in layers), default=0)
+
+
+@contextmanager
+def _use_fake_tensors(model: Any, on_gpu: bool) -> Iterator[None]:
+    """Make the tensors of a model fake in this block, and its operations those of a GPU or of a CPU."""
+    with ExitStack() as stack:
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        _move_to_fake_cpu(model)
+        if on_gpu:
+            stack.enter_context(replace_attention_kernel(_attend))
+            stack.enter_context(fused.without_chunks())
+            stack.enter_context(use_gpu_chunks(model.architecture.dimensions.num_rows))
+        yield
+
+
+class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Track the bytes of live storages that operations allocate, excluding those of the tensors in `before`."""
+
+    def __init__(self, before: Iterator[torch.Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live = self.peak = 0
+        self._seen: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
+        for tensor in before:
+            self._seen[tensor.untyped_storage()] = True
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.prim.device.default:
+            return args[0].fake_device  # two thirds of all calls, and slow if torch handles them
+        if function is torch.ops.aten._local_scalar_dense.default:
+            return 0  # transformers asks whether a mask is all ones: pretend that it isn't
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._add(tensor.untyped_storage())
+        return result
+
+    def _add(self, storage: Any) -> None:
+        if storage in self._seen:
+            return
+        self._seen[storage] = True
+        size = storage.nbytes()
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._subtract, size)
+
+    def _subtract(self, size: int) -> None:
+        self.live -= size
+
+
+class _FusedAttention(torch.autograd.Function):
+    """Shapes and memory of a fused kernel, which saves its inputs, its output, and one number per row of scores."""
+
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any) -> torch.Tensor:
+        output = query.new_empty(*query.shape[:-1], value.shape[-1])
+        ctx.save_for_backward(query, key, value, mask, output, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        query, key, value, *_ = ctx.saved_tensors
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None
+
+
+def _attend(query: Any, key: Any, value: Any, attn_mask: Any = None, **_: Any) -> Any:
+    return _FusedAttention.apply(query, key, value, attn_mask)  # type: ignore[no-untyped-call]
+
+
+def _move_to_fake_cpu(model: nn.Module) -> None:
+    """Replace the meta tensors of a model with fake CPU tensors, so that autocast and attention behave as on a CPU."""
+    made: dict[int, torch.Tensor] = {}  # by the old tensor's id, to keep shared tensors shared
+    for module in model.modules():
+        registered: list[dict[str, Any]] = [module._parameters, module._buffers]
+        for tensors in registered:
+            for name, tensor in list(tensors.items()):
+                if tensor is None:
+                    continue
+                if id(tensor) not in made:
+                    empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+                tensors[name] = made[id(tensor)]
+
+
+def _make_packed_inputs(lengths: BatchLengths) -> dict[str, Any]:
+    target = torch.ones(1, sum(lengths.targets), dtype=torch.int64)
+    return {
+        "input_ids": torch.ones(1, sum(lengths.sources), dtype=torch.int64),
+        "decoder_input_ids": target,
+        "labels": target,
+        "packing": _join_segments(lengths),
+    }
+
+
+def _join_segments(lengths: BatchLengths) -> Segments:
+    """Return the segments of a packed row, joined to at most MAX_SEGMENTS: a loop over thousands would take minutes.
+
+    So many are short, and then attention takes little of the memory.
+    """
+    size = -(-len(lengths.sources) // MAX_SEGMENTS)
+    # those of similar lengths are joined
+    pairs = sorted(zip(lengths.sources, lengths.targets, strict=True), key=sum)
+    groups = [pairs[start : start + size] for start in range(0, len(pairs), size)]
+    sources, targets = (tuple(sum(pair[side] for pair in group) for group in groups) for side in (0, 1))
+    return Segments(sources, targets)
+
+
+def _make_padded_inputs(lengths: BatchLengths) -> dict[str, Any]:
+    source = torch.ones(len(lengths.sources), max(lengths.sources), dtype=torch.int64)
+    target = torch.ones(len(lengths.targets), max(lengths.targets), dtype=torch.int64)
+    return {"input_ids": source, "attention_mask": source, "decoder_input_ids": target, "labels": target}

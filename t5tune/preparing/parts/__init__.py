@@ -1,0 +1,1 @@
+"""Prepare a cache in parts, by several processes or machines."""

@@ -1,0 +1,272 @@
+"""Encode raw records: each becomes the ids of a conversation and the spans of its examples, or is rejected.
+
+pipeline = Pipeline(tokenizer_folder, template, settings)
+for record, encoded in zip(records, pipeline(records)):
+    ...
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from t5tune.data.reading.formats import Conversation
+from t5tune.data.reading.raw_records import RawRecord, parse_record
+from t5tune.data.reading.rejections import Rejection
+from t5tune.data.tokens.encoders import Encoder, make_encoder
+from t5tune.data.tokens.encoding import (
+    MAX_WORD_LENGTH,
+    EncodedConversation,
+    Span,
+    encode_batch,
+    encode_pieces,
+    find_long_word,
+    join_answers,
+)
+from t5tune.data.tokens.span_corruption import cut_windows, make_corruption
+from t5tune.data.tokens.templates import Piece, Template, render_conversation
+from t5tune.data.tokens.tokenizer import Tokenizer, load_tokenizer
+from t5tune.data.tokens.vocabulary import RoundTripCheck
+from t5tune.errors import DataError
+from t5tune.settings import PrepareSettings
+from t5tune.settings.groups.record_format import ReadingSettings
+
+EXCHANGES_PER_BATCH = 256
+TOO_SHORT = Counter({"short_texts": 1})
+
+
+@dataclass(frozen=True)
+class EncodedRecord:
+    """The result of encoding a record; it is empty if the record is rejected.
+
+    Args:
+        parts: the conversation's ids and spans; more than one if it was split.
+        key: hash of the conversation's texts, and of what is learned of them.
+        repairs: counts of what was repaired or left out, by kind.
+        unknown: number of unknown tokens.
+        dropped: counts of examples that were left out, by reason.
+        lost: characters of the targets that the tokenizer can't reproduce -> (occurrences, targets that contain it).
+        has_prefix: whether source_prefix was prepended to the source.
+        is_pair: whether the record is a pair of texts, not a list of turns.
+    """
+
+    rejection: Rejection | None = None
+    parts: Sequence[EncodedConversation] = ()
+    key: bytes = b""
+    repairs: Mapping[str, int] = field(default_factory=dict)
+    unknown: int = 0
+    dropped: Mapping[str, int] = field(default_factory=dict)
+    lost: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    has_prefix: bool = False
+    is_pair: bool = False
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Encodes batches of records in this process.
+
+    It can be sent to another process before it encodes its first batch.
+    """
+
+    tokenizer_folder: Path
+    template: Template
+    settings: PrepareSettings
+
+    def __call__(self, batch: list[RawRecord]) -> list[EncodedRecord | DataError]:
+        """Return the result of each record. If an array element is not valid JSON, its error is the last result."""
+        parsed: list[Conversation | Rejection] = []
+        problems: list[DataError] = []
+        for record in batch:
+            try:
+                parsed.append(read_conversation(record, self.settings, self._encoder))
+            except DataError as error:
+                problems.append(error)
+                break
+        conversations = [each for each in parsed if isinstance(each, Conversation)]
+        encodings = iter(self._encode(conversations))
+        others = iter(self._encode([each.swap_answers() for each in conversations if each.rejected is not None]))
+
+        def encode(each: Conversation) -> EncodedRecord:
+            encoded = next(encodings)
+            return self._select_examples(
+                each, encoded if each.rejected is None else join_answers(encoded, next(others))
+            )
+
+        return [*(EncodedRecord(each) if isinstance(each, Rejection) else encode(each) for each in parsed), *problems]
+
+    def _encode(self, conversations: list[Conversation]) -> list[EncodedConversation]:
+        # the pieces have no variable, so that they are freed at once: they take more memory than the ids
+        return encode_batch(
+            [render_conversation(each, self.template) for each in conversations],
+            self._encoder,
+            self.settings.model_max_length,
+        )
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self.tokenizer_folder)
+
+    @cached_property
+    def _encoder(self) -> Encoder:
+        return make_encoder(self._tokenizer)
+
+    @cached_property
+    def _window(self) -> int:
+        """The longest part of a raw text that becomes an example, in tokens."""
+        corruption = make_corruption(self.settings.denoisers, self._tokenizer, seed=0)
+        assert corruption is not None, "prepare refuses tokenizers without sentinels"
+        max_length = self.settings.model_max_length
+        return corruption.find_largest_window(max_length - self._encoder.special_ids.source_size, max_length - 1)
+
+    @cached_property
+    def _round_trip_check(self) -> RoundTripCheck:
+        return RoundTripCheck(self._tokenizer)
+
+    def _select_examples(self, conversation: Conversation, encoded: EncodedConversation) -> EncodedRecord:
+        """Split a conversation that is too long, and keep the examples that the settings ask for."""
+        if conversation.is_raw_text:
+            encoded = EncodedConversation(encoded.ids, self._list_windows(len(encoded.ids)))
+            return self._describe(conversation, encoded, [encoded], Counter() if encoded.spans else TOO_SHORT)
+        settings, dropped = self.settings, Counter[str]()
+        parts, room = [encoded], settings.model_max_length - 1
+        if conversation.rejected is not None:
+            if not encoded.spans:
+                dropped["same_answers"] += 1
+            pair = EncodedConversation(encoded.ids, self._select_spans(encoded.spans, dropped))
+            return self._describe(conversation, encoded, [pair], dropped)
+        if unlearned := sum(not turn.learned and bool(turn.text.strip()) for turn in conversation.turns):
+            dropped["zero_weight_targets"] = unlearned
+        if settings.split_long and len(encoded.ids) > room:
+            pieces = split_conversation(conversation, self.template, self._encoder, room)
+            parts = [encode_batch([part], self._encoder, settings.model_max_length)[0] for part in pieces]
+        if settings.train_on == "last":
+            last = max((number for number, part in enumerate(parts) if part.spans), default=None)
+            parts = [
+                EncodedConversation(part.ids, part.spans[-1:] if number == last else [])
+                for number, part in enumerate(parts)
+            ]
+        selected = [EncodedConversation(part.ids, self._select_spans(part.spans, dropped)) for part in parts]
+        return self._describe(conversation, encoded, selected, dropped)
+
+    def _list_windows(self, length: int) -> list[Span]:
+        """List the windows of a raw text, each as the span of a source without a target."""
+        return [
+            Span(number, 0, start, end, end, end, end, True, True)
+            for number, (start, end) in enumerate(cut_windows(length, self._window))
+        ]
+
+    def _describe(
+        self,
+        conversation: Conversation,
+        encoded: EncodedConversation,
+        parts: list[EncodedConversation],
+        dropped: Counter[str],
+    ) -> EncodedRecord:
+        return EncodedRecord(
+            parts=parts,
+            key=hash_conversation(conversation, self.settings.source_prefix if conversation.has_prefix else ""),
+            repairs=conversation.repairs,
+            unknown=int(np.count_nonzero(encoded.ids == self._tokenizer.unk_token_id)),
+            dropped=dropped,
+            lost=self._round_trip_check.count_lost(conversation),
+            has_prefix=conversation.has_prefix,
+            is_pair=conversation.is_pair,
+        )
+
+    def _select_spans(self, spans: Sequence[Span], dropped: Counter[str]) -> list[Span]:
+        """Select the spans whose targets are long enough and whole, as the settings require; count the others."""
+        settings = self.settings
+        selected = []
+        for span in spans:
+            if settings.min_target_tokens and span.shortest_target < settings.min_target_tokens:
+                dropped["short_targets"] += 1
+            elif settings.drop_truncated_targets and not span.has_whole_targets:
+                dropped["truncated_targets"] += 1
+            else:
+                selected.append(span)
+        return selected
+
+
+def read_conversation(record: RawRecord, reading: ReadingSettings, encoder: Encoder) -> Conversation | Rejection:
+    """Return a record's conversation, or its rejection, also if it would take the tokenizer too much memory.
+
+    Raises:
+        DataError: an array element is not valid JSON.
+    """
+    parsed = parse_record(record, reading)
+    if isinstance(parsed, Rejection) or record.size <= MAX_WORD_LENGTH:
+        return parsed
+    return find_long_word(parsed, encoder) or parsed
+
+
+def hash_conversation(conversation: Conversation, prefix: str = "") -> bytes:
+    """Return 16 bytes that are equal for conversations with the same texts, of which the same turns are learned.
+
+    The first 8 decide whether a conversation is held out. They say nothing about what is learned, so that no text is
+    both trained on and held out. Of preference pairs, they are those of the question for the same reason.
+
+    Args:
+        prefix: what was prepended to the source, and doesn't count.
+    """
+    turns = [
+        (str(turn.role), turn.text.removeprefix(prefix) if turn.role == "human" else turn.text)
+        for turn in conversation.turns
+    ]
+    if conversation.rejected is None:
+        texts = [conversation.system, *turns]
+        key = _hash_texts(texts, 16)
+        unlearned = [number for number, turn in enumerate(conversation.turns) if not turn.learned]
+        return key[:8] + _hash_texts([*texts, *unlearned], 8) if unlearned else key
+    question = [conversation.system, *turns[:-1]]
+    return _hash_texts(question, 8) + _hash_texts([*question, turns[-1], ("rejected", conversation.rejected)], 8)
+
+
+def _hash_texts(texts: list[Any], size: int) -> bytes:
+    return hashlib.blake2b(json.dumps(texts).encode(), digest_size=size).digest()
+
+
+def split_conversation(
+    conversation: Conversation, template: Template, encoder: Encoder, room: int
+) -> Iterator[list[Piece]]:
+    """Split a conversation between exchanges into parts of at most `room` tokens, and yield the pieces of each.
+
+    A longer exchange is a part of its own. Parts begin with the system line and a human turn; turns keep their numbers.
+    """
+    starts = [index for index, turn in enumerate(conversation.turns) if turn.role == "human"]
+    ends = [*starts[1:], len(conversation.turns)]
+    exchanges = list(zip(starts, ends, strict=True))
+    alone = _count_exchange_tokens(conversation, template, exchanges, encoder)
+    later = replace(conversation, system=""), replace(template, human=template.turn_separator + template.human)
+    # an exchange that continues a part has no system line, but has the separator before its human turn
+    continued = _count_exchange_tokens(*later, exchanges, encoder)
+    begin = length = 0
+    for number in range(len(starts)):
+        length += continued[number] if number > begin else alone[number]
+        if length > room and number > begin:
+            yield _render_turns(conversation, template, starts[begin], ends[number - 1])
+            begin, length = number, alone[number]
+    yield _render_turns(conversation, template, starts[begin], len(conversation.turns))
+
+
+def _render_turns(conversation: Conversation, template: Template, start: int, end: int) -> list[Piece]:
+    """Render turns start to end, without end, as a conversation; the pieces keep the turns' original numbers."""
+    pieces = render_conversation(replace(conversation, turns=conversation.turns[start:end]), template)
+    return [replace(piece, turn=piece.turn + start) if piece.turn >= 0 else piece for piece in pieces]
+
+
+def _count_exchange_tokens(
+    conversation: Conversation, template: Template, exchanges: list[tuple[int, int]], encoder: Encoder
+) -> list[int]:
+    """Count the tokens of each exchange, a few exchanges at a time to limit memory."""
+    lengths: list[int] = []
+    for start in range(0, len(exchanges), EXCHANGES_PER_BATCH):
+        batch = exchanges[start : start + EXCHANGES_PER_BATCH]
+        parts = [_render_turns(conversation, template, *exchange) for exchange in batch]
+        lengths += [sum(map(len, ids)) for ids in encode_pieces(parts, encoder, begins=False)]
+    return lengths

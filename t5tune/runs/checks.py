@@ -1,0 +1,415 @@
+"""Validate a run's settings before anything is written or loaded."""
+
+import dataclasses
+import importlib.util
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+from t5tune.checkpoints.adapter_config import read_adapter_config
+from t5tune.checkpoints.adapter_folder import find_adapter
+from t5tune.checkpoints.base import find_base, read_config
+from t5tune.compat.requirements import check_versions
+from t5tune.custom_metrics import load_custom_metric
+from t5tune.data.caches.examples import is_mixture, read_examples_manifest
+from t5tune.data.tokens.templates import load_template
+from t5tune.distributed.deepspeed_build import find_missing_build_tools
+from t5tune.distributed.world import World
+from t5tune.errors import DependencyError, SettingsError, naming_settings, suggest_name
+from t5tune.families import find_family
+from t5tune.io.reasons import join_lines
+from t5tune.metrics import PREFERENCE_METRICS
+from t5tune.model.device import DOCTOR_HINT, read_nvidia_driver
+from t5tune.model.kernels.build_tools import find_missing_compiler
+from t5tune.preparing.datasets import find_cache_conflicts, find_given_cache
+from t5tune.progress import Report, silent
+from t5tune.runs.deepspeed_values import find_mismatches
+from t5tune.runs.folder import CACHE_SETTINGS, apply_cache_settings, find_given_examples, list_all_caches
+from t5tune.runs.teacher_files import find_teacher
+from t5tune.settings import TrainSettings, packaged_templates
+from t5tune.settings.groups.distillation import TEACHER
+from t5tune.settings.groups.preferences import DPO_SETTINGS, ORPO_SETTINGS
+from t5tune.settings.groups.record_format import PREFERENCE_OBJECTIVES
+from t5tune.settings.groups.training import SCHEDULES_BY_METRIC, RankSettings
+
+SECRET_ARGUMENTS = {"hub_token", "push_to_hub_token"}
+FIXED_ARGUMENTS = {
+    "save_total_limit": None,  # we rotate checkpoints ourselves, once a new one is complete: see checkpoint.py
+    "ddp_find_unused_parameters": False,
+    "disable_tqdm": True,
+    "remove_unused_columns": False,
+    "label_names": ["labels"],
+    "logging_first_step": True,
+    "logging_nan_inf_filter": False,
+    "average_tokens_across_devices": True,  # else the loss would be multiplied by the number of ranks
+    "prediction_loss_only": True,
+    "log_level": "error",
+    "log_level_replica": "error",
+}
+"""The Trainer's arguments that t5tune's own trainer relies on."""
+RESERVED_ARGUMENTS = {
+    *FIXED_ARGUMENTS, "fsdp", "fsdp_config", "parallelism_config", "local_rank", "resume_from_checkpoint",
+    "load_best_model_at_end",
+}  # fmt: skip
+UNRESUMABLE_ARGUMENTS = {
+    "save_only_model", "save_on_each_node", "enable_jit_checkpoint", "ignore_data_skip", "auto_find_batch_size",
+    "restore_callback_states_from_checkpoint",
+}  # fmt: skip
+"""Change what a checkpoint contains or who writes it, or which examples and how many of them the next step gets."""
+ARGUMENTS_WITHOUT_EFFECT = {
+    "data_seed": "seed determines the order of the examples; set that",
+    # at exit, Python would wait for such workers, which ignore the signal that is to end them
+    "dataloader_persistent_workers": "each epoch has workers of its own; leave it out",
+    # transformers adds its noise to the output of `shared`, but T5 calls encoder.embed_tokens; T5Gemma's noise would
+    # depend on the other examples of a packed row
+    "neftune_noise_alpha": "NEFTune isn't supported; leave it out",
+    "train_sampling_strategy": "group_by_length determines the order of the examples; set that",
+    "length_column_name": "the lengths are in the token cache; leave it out",
+    "bf16_full_eval": "evaluations compute as training does; set bf16",
+    "fp16_full_eval": "evaluations compute as training does, and T5's feed-forward layers overflow in fp16; use bf16",
+    **dict.fromkeys(
+        ("dataloader_drop_last", "dataloader_multiprocessing_context", "dataloader_in_order"),
+        "t5tune makes its own batches; leave it out",
+    ),
+    **dict.fromkeys(
+        (
+            "eval_accumulation_steps", "eval_do_concat_batches", "eval_use_gather_object", "batch_eval_metrics",
+            "include_for_metrics",
+        ),
+        "t5tune has its own evaluation loop; leave it out",
+    ),
+    **dict.fromkeys(("hub_always_push", "hub_revision"), "t5tune uploads the run itself; leave it out"),
+}  # fmt: skip
+WITHOUT_WARMUP = {"constant", *SCHEDULES_BY_METRIC}
+REPLACED_BY_DEEPSPEED = {"optimizer": "optim", "scheduler": "lr_scheduler_type"}
+"""Section of a DeepSpeed config -> the setting that has no effect with it."""
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "clearml", "swanlab")  # also their modules' names
+
+
+def check_settings(settings: TrainSettings, imports_metrics: bool = True) -> None:
+    """Check what doesn't depend on the machine's GPUs and on the base.
+
+    Args:
+        imports_metrics: whether the files of custom metrics are executed.
+
+    Raises:
+        CheckpointError: `adapter` isn't the folder of an adapter.
+        SettingsError: an unknown field under training_args, an unsuitable DeepSpeed config, settings of examples that
+            differ from those of the token cache, and the like: all problems at once; before them, that there is no
+            such conversation template.
+        DependencyError: DeepSpeed or a tracker isn't installed, or a library is older than t5tune needs.
+    """
+    check_versions("torch", "transformers", "accelerate", "peft")
+    if settings.q_lora:
+        check_versions("bitsandbytes")
+    choose_trackers(settings.report_to)
+    for name in ("adapter", "reference_adapter", "teacher_adapter"):
+        if (adapter := getattr(settings, name)) is not None:
+            with naming_settings(adapter=name):
+                read_adapter_config(find_adapter(adapter, settings.cache_dir))
+    if settings.conversation_template is not None:
+        load_template(settings.conversation_template)
+    problems = _find_unusable_evaluation(settings) + _find_cache_conflicts(settings) + _find_unknown_names(settings)
+    problems += _find_unusable_schedule(settings)
+    problems += _find_unusable_arguments(settings.training_args)
+    problems += _find_missing_functions(settings) if imports_metrics else []
+    problems += _find_useless_mixing(settings) + _find_settings_of_other_objectives(settings)
+    if settings.deepspeed is not None:
+        configuration = packaged_templates.read_deepspeed_config(settings.deepspeed)
+        problems += _find_deepspeed_conflicts(settings, configuration)
+        _check_deepspeed_installation(settings.deepspeed, configuration)
+    if settings.torch_compile and (missing := find_missing_compiler(on_gpu=not _trains_on_cpu(settings))):
+        raise DependencyError(f"torch_compile: {missing.what}", hint=f"{missing.fix}; or leave out torch_compile")
+    if settings.packed_attention == "flex" and settings.packing == "off":
+        problems.append("packed_attention: flex: needs packing; leave out packing: off")
+    if settings.optim.startswith("paged_") and _trains_on_cpu(settings):
+        problems.append(f"optim: {settings.optim}: paged optimizers need a GPU; use adamw_bnb_8bit")
+    if problems:
+        raise SettingsError(*problems)
+
+
+def choose_trackers(names: list[str]) -> list[str]:
+    """Return the trackers that `--report-to` names: none for ["none"], all installed ones for ["all"].
+
+    transformers logs to them.
+
+    Raises:
+        SettingsError: a name is unknown.
+        DependencyError: a tracker isn't installed.
+    """
+    if names == ["all"]:
+        return [name for name in TRACKERS if importlib.util.find_spec(name) is not None]
+    wanted = [name for name in names if name != "none"]
+    for name in wanted:
+        if name not in TRACKERS:
+            raise SettingsError(f"report_to: {name}: no such tracker; choose from {', '.join(TRACKERS)}, all and none")
+        if importlib.util.find_spec(name) is None:
+            raise DependencyError(
+                f"report_to: {name} isn't installed",
+                hint=f"pip install {name}, or leave it out: metrics.jsonl and report.html need no package",
+            )
+    return wanted
+
+
+def _find_unusable_arguments(training_args: dict[str, Any]) -> list[str]:
+    """List the fields under training_args that can't be set there."""
+    if not training_args:
+        return []
+    from transformers import TrainingArguments
+
+    defaults = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
+    # a value that t5tune has anyway changes nothing
+    same = {name for name, value in (defaults | FIXED_ARGUMENTS).items() if training_args.get(name, ...) == value}
+    given = [name for name in training_args if name not in same or name in TrainSettings.model_fields]
+    problems = {name: _find_argument_problem(name, {*defaults}) for name in given}
+    return [f"training_args.{name}: {problem}" for name, problem in problems.items() if problem is not None]
+
+
+def _find_missing_functions(settings: TrainSettings) -> list[str]:
+    """List what is wrong with the custom metrics that can't be imported."""
+    problems = []
+    for function in settings.metric or []:
+        try:
+            load_custom_metric(function)
+        except SettingsError as error:
+            problems += [f"{error.message}; {error.hint}" if error.hint else error.message]
+    return problems
+
+
+def _find_argument_problem(name: str, fields: set[str]) -> str | None:
+    if name in TrainSettings.model_fields:
+        return f"set {name} directly, not under training_args"
+    if name in SECRET_ARGUMENTS:  # the settings are saved in the run folder
+        return "secrets don't belong in settings; set HF_TOKEN instead"
+    if name in RESERVED_ARGUMENTS:
+        return "t5tune sets this itself"
+    if name in UNRESUMABLE_ARGUMENTS:
+        return "with it, a run couldn't resume exactly; leave it out"
+    if name in ARGUMENTS_WITHOUT_EFFECT:
+        return ARGUMENTS_WITHOUT_EFFECT[name]
+    if name.startswith("torch_compile"):
+        return "t5tune chooses what to compile; set torch_compile instead"
+    return None if name in fields else f"no such field of TrainingArguments{suggest_name(name, fields)}"
+
+
+def _find_deepspeed_conflicts(settings: TrainSettings, configuration: dict[str, Any]) -> list[str]:
+    """List what in the DeepSpeed config, or with DeepSpeed at all, doesn't work with these settings."""
+    problems = []
+    if configuration.get("fp16", {}).get("enabled") is True:
+        problems.append(f"deepspeed: {settings.deepspeed}: fp16: T5's feed-forward layers overflow in fp16; use bf16")
+    if configuration.get("zero_optimization", {}).get("round_robin_gradients"):
+        # DeepSpeed 0.19 reorders the fp32 weights, but looks for a parameter's where they would be without it
+        problem = "DeepSpeed saves the weights under each other's names; remove it"
+        problems.append(f"deepspeed: {settings.deepspeed}: round_robin_gradients: {problem}")
+    if settings.q_lora and settings.quant_type == "int8":
+        problem = "DeepSpeed can't handle int8 weights; use nf4 or fp4, or leave out --deepspeed"
+        problems.append(f"quant_type: int8: {problem}")
+    # PEFT 0.21 replaces quantized weights on CPUs whenever it reads them for DoRA, and DeepSpeed loses track of them
+    if (
+        settings.q_lora
+        and settings.use_dora
+        and packaged_templates.get_zero_stage(configuration) == 3
+        and _trains_on_cpu(settings)
+    ):
+        problem = "with q_lora and ZeRO-3 it works only on GPUs"
+        problems.append(f"use_dora: {problem}; use zero2, or leave out use_dora or q_lora")
+    if settings.loraplus_lr_ratio is not None and "optimizer" in configuration:
+        problem = f"{settings.deepspeed} defines its own optimizer, with a single learning rate"
+        problems.append(f"loraplus_lr_ratio: {problem}; remove `optimizer` from it")
+    for section, name in REPLACED_BY_DEEPSPEED.items():
+        if section in configuration and (given := _list_changed(settings, [name])):
+            problem = f"{settings.deepspeed} defines its own {section}"
+            # "leave it out" wouldn't help: the value may come from a packaged run config
+            default = TrainSettings.model_fields[name].default
+            fix = f"remove `{section}` from it, or set {name} to its default, {default}"
+            problems.append(f"{name}: {given[name]}: {problem}; {fix}")
+    if settings.warmup_steps and "scheduler" in configuration:
+        schedule = configuration["scheduler"]
+        if "warmup_num_steps" not in (schedule.get("params") or {}):
+            problem = f"the scheduler of {settings.deepspeed}, {schedule.get('type')}, has no warmup_num_steps"
+            fix = 'set it to "auto"' if str(schedule.get("type")).startswith("Warmup") else "set warmup_steps to 0"
+            problems.append(f"warmup_steps: {settings.warmup_steps:g}: {problem}; {fix}")
+    world = World.from_environment()
+    ranks = world.size if world.launched else settings.process_count
+    return problems + find_mismatches(settings, configuration, ranks, settings.max_steps)
+
+
+def list_notes(settings: TrainSettings) -> list[str]:
+    """List what the user should know about settings that were left at their defaults."""
+    notes = [suggestion] if (suggestion := _suggest_learning_rate(settings)) else []
+    configuration = packaged_templates.read_deepspeed_config(settings.deepspeed) if settings.deepspeed else {}
+    return notes + [
+        f"{name}: {settings.deepspeed} has its own {section}, {configuration[section].get('type')}, in its place"
+        for section, name in REPLACED_BY_DEEPSPEED.items()
+        if section in configuration
+    ]
+
+
+def _check_deepspeed_installation(name: str, configuration: dict[str, Any]) -> None:
+    if importlib.util.find_spec("deepspeed") is None:
+        raise DependencyError(
+            "deepspeed: the package isn't installed",
+            hint="pip install deepspeed (Linux), or leave out --deepspeed, which is optional even with several "
+            "processes",
+        )
+    check_versions("deepspeed")
+    if "offload_optimizer" in configuration.get("zero_optimization", {}) and (lacks := find_missing_build_tools()):
+        raise DependencyError(
+            f"deepspeed: {name}: DeepSpeed compiles its CPU optimizer at first use, but {lacks}",
+            hint="apt install g++ ninja-build, set TORCH_EXTENSIONS_DIR, or use zero2 or zero3",
+        )
+
+
+def check_machine(settings: TrainSettings, report: Report = silent) -> None:
+    """Check what the run needs on this machine.
+
+    Raises:
+        SettingsError: there are fewer GPUs than num_gpus.
+        ModelError: the base doesn't exist, or isn't a supported model.
+    """
+    base = find_base(settings, report=report)
+    find_family(read_config(base), base, settings.family)
+    if settings.teacher_model_name_or_path is not None:
+        find_teacher(settings, report)
+    if (problem := find_missing_gpus(settings)) is not None:
+        raise SettingsError(problem)
+
+
+def find_missing_gpus(settings: RankSettings) -> str | None:
+    """Say what is wrong with num_gpus on this machine; None if nothing is."""
+    if settings.num_gpus is None:
+        return None
+    import torch
+
+    found = torch.cuda.device_count()
+    if found == 0 and (driver := read_nvidia_driver()):
+        return f"num_gpus: {settings.num_gpus}: torch can't use the NVIDIA driver ({driver}); {DOCTOR_HINT}"
+    if found < settings.num_gpus:
+        return f"num_gpus: {settings.num_gpus}: this machine has {found}; use --num-processes for the CPU"
+    return None
+
+
+def check_starts_no_processes(settings: RankSettings, world: World) -> None:
+    """Refuse num_gpus and num_processes in a call from Python: only the command line starts processes.
+
+    Raises:
+        SettingsError: one is more than 1, and no launcher started this process.
+    """
+    for name in ("num_gpus", "num_processes"):
+        number = getattr(settings, name)
+        if number not in (None, 1) and not world.launched:
+            raise SettingsError(
+                f"{name}: {number}: a call of {settings.command} starts no processes",
+                hint=f"start the script with torchrun --nproc-per-node {number}, or run t5tune {settings.command}",
+            )
+
+
+def _suggest_learning_rate(settings: TrainSettings) -> str | None:
+    """Say which learning rate suits LoRA, if the user has left it at the default, which suits full training."""
+    if settings.train_mode == "full" or "learning_rate" in settings.model_fields_set:
+        return None
+    if apply_cache_settings(settings).objective == "dpo":  # for which the default suits LoRA
+        return None
+    return (
+        f"learning_rate: not set, so it is {settings.learning_rate:g} as in Hugging Face's Trainer, a rate for full "
+        "training; LoRA trains few weights, which start at zero, and usually learns much better at 3e-4"
+    )
+
+
+def _find_useless_mixing(settings: TrainSettings) -> list[str]:
+    """List the settings of mixing that are set although there is only one dataset."""
+    given = find_given_examples(settings.data_path, settings.data)
+    if settings.data is not None or (given is not None and is_mixture(given)):
+        return []
+    return [
+        f"{name}: {value}: there is only one dataset; name several with data, or as data_path with weights"
+        for name in ("mixing", "mixing_temperature", "mixing_cap")
+        if (value := getattr(settings, name)) is not None
+    ]
+
+
+def _find_cache_conflicts(settings: TrainSettings) -> list[str]:
+    """List the given settings of examples that differ from those that the token caches were made with."""
+    names = {*CACHE_SETTINGS, "objective", "conversation_template"}
+    return find_cache_conflicts(settings, list_all_caches(settings), names)
+
+
+def _find_settings_of_other_objectives(settings: TrainSettings) -> list[str]:
+    """List the settings that are set although the objective doesn't use them."""
+    objective = apply_cache_settings(settings).objective
+    problems = []
+    for owner, names in {"dpo": DPO_SETTINGS, "orpo": ORPO_SETTINGS}.items():
+        given = _list_changed(settings, names) if objective != owner else {}
+        problems += [f"{name}: {value}: only for objective {owner}, not {objective}" for name, value in given.items()]
+    if settings.dpo_loss == "ipo" and settings.dpo_label_smoothing:
+        problems.append(f"dpo_label_smoothing: {settings.dpo_label_smoothing:g}: the loss ipo has none")
+    best, of_pairs = settings.metric_for_best_model or "", objective in PREFERENCE_OBJECTIVES
+    if (best.endswith(PREFERENCE_METRICS) and not of_pairs) or (best.endswith("perplexity") and of_pairs):
+        problems.append(f"metric_for_best_model: {best}: objective {objective} has no such metric")
+    if of_pairs:
+        given = _list_changed(settings, ("label_smoothing_factor", TEACHER))
+        problems += [f"{name}: {value}: objective {objective} doesn't use it" for name, value in given.items()]
+    return problems
+
+
+def _list_changed(settings: TrainSettings, names: Iterable[str]) -> dict[str, Any]:
+    """Return the settings that aren't the default."""
+    fields = TrainSettings.model_fields
+    return {name: getattr(settings, name) for name in names if getattr(settings, name) != fields[name].default}
+
+
+def _find_unknown_names(settings: TrainSettings) -> list[str]:
+    """List the optimizer and the learning-rate schedule if transformers doesn't know them."""
+    from transformers import SchedulerType
+    from transformers.training_args import OptimizerNames
+
+    known = {"optim": OptimizerNames, "lr_scheduler_type": SchedulerType}
+    names = {setting: [str(kind.value) for kind in kinds] for setting, kinds in known.items()}
+    return [
+        f"{setting}: {value}: unknown to transformers"
+        + (suggest_name(value, names[setting]) or f"; choose from {', '.join(names[setting])}")
+        for setting in known
+        if (value := getattr(settings, setting)) not in names[setting]
+    ]
+
+
+def _find_unusable_schedule(settings: TrainSettings) -> list[str]:
+    """List what is wrong with the learning-rate schedule: some need an argument, others have no warmup."""
+    name, given = settings.lr_scheduler_type, settings.training_args.get("lr_scheduler_kwargs") or {}
+    if settings.warmup_steps and name in WITHOUT_WARMUP:
+        fix = "use constant_with_warmup, or set warmup_steps to 0" if name == "constant" else "set warmup_steps to 0"
+        return [f"warmup_steps: {settings.warmup_steps:g}: lr_scheduler_type {name} has no warmup; {fix}"]
+    # of a text, TrainingArguments reads JSON; a list has a value for each of the optimizer's groups, known only later
+    if not isinstance(given, dict) or any(isinstance(value, list) for value in given.values()):
+        return []
+    import torch
+    from transformers import SchedulerType, get_scheduler
+
+    if name not in [kind.value for kind in SchedulerType]:
+        return []
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=settings.learning_rate)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            get_scheduler(name, optimizer, 0, 1, dict(given))
+    except (TypeError, ValueError) as error:
+        return [f"lr_scheduler_type: {name}: {join_lines(error)}; set lr_scheduler_kwargs under training_args"]
+    return []
+
+
+def _trains_on_cpu(settings: TrainSettings) -> bool:
+    import torch
+
+    return settings.use_cpu or settings.num_processes is not None or not torch.cuda.is_available()
+
+
+def _find_unusable_evaluation(settings: TrainSettings) -> list[str]:
+    """List the settings that need evaluations although no examples are held out."""
+    if settings.eval_fraction > 0 or settings.eval_data_path is not None:
+        return []
+    given = [find_given_cache(each) for each in settings.data or []] or [find_given_examples(settings.data_path, None)]
+    if any(read_examples_manifest(cache)["eval_fraction"] != 0 for cache in given if cache is not None):
+        return []
+    return [
+        f"{name}: {value}: there are no held-out examples to evaluate on; set eval_data_path or eval_fraction"
+        for name, value in settings.list_needing_evaluation().items()
+    ]

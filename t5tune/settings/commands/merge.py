@@ -1,0 +1,96 @@
+"""Which adapters to merge into which base, and what to write."""
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from t5tune.formatting import format_count
+from t5tune.settings.field_types import ByteSize, FolderList, NoneIfUnset, NumberList, PathAsText
+from t5tune.settings.groups.base import BaseModelSettings, ReplaceableOutputSettings
+from t5tune.settings.groups.hub import HubSettings
+
+Quantization = Literal[
+    "int8", "int8_float32", "int8_float16", "int8_bfloat16", "int16", "float16", "bfloat16", "float32"
+]
+
+
+class MergeSettings(ReplaceableOutputSettings, HubSettings, BaseModelSettings):
+    command: ClassVar[str] = "merge"
+    also_positional: ClassVar[str | None] = "adapter"
+    essential: ClassVar[tuple[str, ...]] = (
+        "model_name_or_path", "weights", "to", "quantization", "dtype", "overwrite",
+    )  # fmt: skip
+    panel: ClassVar[str] = "Merge"
+
+    model_name_or_path: Annotated[str | None, NoneIfUnset, PathAsText] = Field(  # type: ignore[assignment]
+        default=None,
+        description="Base model: a folder, owner/name[@revision] on the Hugging Face Hub, or `pocket` (built in); "
+        "default: the one that the adapter names, if it is on this machine.",
+    )
+    adapter: FolderList = Field(
+        min_length=1,
+        description="Adapter to merge: a folder, a run folder, or owner/name[@revision] on the Hub; several are "
+        "summed, each multiplied by its weight.",
+    )
+    # not NoneIfUnset: -1 is a weight, which would become the default of 1
+    weights: NumberList | None = Field(
+        default=None, description="Weight of each adapter; default: 1 for a single adapter."
+    )
+    to: Literal["checkpoint", "ctranslate2"] = Field(
+        default="checkpoint",
+        description="Output format: a Hugging Face checkpoint, or a CTranslate2 model, checked against the merged "
+        "checkpoint's replies to a few prompts; without quantization they must match.",
+    )
+    quantization: Annotated[Quantization | None, NoneIfUnset] = Field(
+        default=None,
+        description="Weight type of the CTranslate2 model (--to ctranslate2); default: the merged weights' dtype.",
+    )
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, NoneIfUnset] = Field(
+        default=None, description="Round the merged weights to this dtype; default: each tensor keeps the base's dtype."
+    )
+    max_shard_size: Annotated[ByteSize | None, NoneIfUnset] = Field(
+        default=None,
+        gt=0,
+        description="Maximum size of each weight file (bytes, or with a unit: 5GB, 500MB); default: shards like the "
+        "base's.",
+        json_schema_extra={"metavar": "SIZE"},
+    )
+    onto: Annotated[Literal["base", "nf4", "fp4", "int8"] | None, NoneIfUnset] = Field(
+        default=None,
+        description="Weights to merge into: the base's own, or the base quantized and dequantized as q_lora did; "
+        "default: those that the adapter was trained on.",
+    )
+    check: Literal["fingerprint", "full"] = Field(
+        default="fingerprint",
+        description="How to verify that the base is the one used in training: sample 4 KiB per tensor, or hash "
+        "everything.",
+    )
+    allow_other_base: bool = Field(default=False, description="Merge even if the base isn't the one used in training.")
+    verify: Annotated[bool | None, NoneIfUnset] = Field(
+        default=None,
+        description="Load base + adapter and the merged checkpoint, and compare their logits on a few examples; "
+        "default: if memory allows.",
+    )
+    verify_tolerance: float = Field(
+        default=1e-4,
+        gt=0,
+        description="Maximum difference between logits, relative to the largest logit; at least 0.05 applies if the "
+        "merged weights are rounded.",
+    )
+
+    @model_validator(mode="after")
+    def _check_one_weight_per_adapter(self) -> "MergeSettings":
+        given, wanted = len(self.weights or []), len(self.adapter)
+        if self.weights is not None and given != wanted:
+            raise ValueError(f"weights: {given} for {format_count(wanted, 'adapter')}; give one weight per adapter")
+        if self.weights is None and wanted > 1:
+            raise ValueError(f"weights: missing for {wanted} adapters; give one per adapter, such as --weights 0.7 0.3")
+        return self
+
+    @model_validator(mode="after")
+    def _check_quantization_is_for_ctranslate2(self) -> "MergeSettings":
+        if self.quantization is not None and self.to == "checkpoint":
+            raise ValueError(
+                f"quantization: {self.quantization}: only with --to ctranslate2; use --dtype to round a checkpoint"
+            )
+        return self

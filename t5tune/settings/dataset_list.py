@@ -1,0 +1,266 @@
+"""Several datasets in one run, each with its own path, weight, columns, prefix and conversation template.
+
+    data: [{path: a.jsonl, weight: 2}, {path: b.csv, weight: 1, source_prefix: "summarize: "}]
+
+`--data-path a.jsonl:2 b.jsonl:1` means the same where nothing but the weights differs.
+"""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from itertools import count
+from typing import Annotated, Any, ClassVar, TypeVar
+
+from pydantic import AfterValidator, BeforeValidator, Field, GetJsonSchemaHandler, model_serializer
+from pydantic_core import CoreSchema
+
+from t5tune.file_names import (
+    COMPRESSED_SUFFIXES,
+    JSON_SUFFIXES,
+    MIXTURE_FILE,
+    TABLE_SUFFIXES,
+    TEMPLATE_FILE,
+    TEXT_SUFFIXES,
+    TRAINING_DATA_FILE,
+)
+from t5tune.settings.field_types import DataList, NoneIfUnset, OptionalCount, exists, parse_unset, read_data
+from t5tune.settings.groups.record_format import (
+    NOT_OF_PREFERENCES,
+    NOT_OF_RAW_TEXT,
+    PAIR_FORMATS,
+    PREFERENCE_OBJECTIVES,
+    ConversationSettings,
+    ReadingSettings,
+    SelectionSettings,
+)
+
+PATHS_OF_DATASETS = {"data": "data_path", "eval_data": "eval_data_path"}
+"""Setting with datasets -> the setting with the paths of all of them."""
+NOT_OF_A_DATASET = {"data", "data_path", "mixing", "mixing_temperature", "mixing_cap", "data_subset", "data_split"}
+"""Settings of a command that don't apply to each of its datasets."""
+COLUMNS = {"source_column", "target_column", "rejected_column"}
+RESERVED_NAMES = {MIXTURE_FILE, TEMPLATE_FILE, TRAINING_DATA_FILE}
+MAX_NAME_LENGTH = 64
+Model = TypeVar("Model", bound=ReadingSettings)
+_WEIGHT = re.compile(r"(.+):(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+)", re.DOTALL | re.IGNORECASE)
+_PORT = re.compile(r"\w+://[^/]*")  # host:8080 of a URL without a path
+_USER = re.compile("://[^/]*@")
+_STORED = re.compile(r"(^|\.)records-[0-9a-f]{12}(\.table)?$")  # see settings/records_in_memory.py
+_NOT_IN_NAME = re.compile("[^A-Za-z0-9._-]+")
+_NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{MAX_NAME_LENGTH - 1}}}")
+
+
+def _check_name(name: str) -> str:
+    if is_reserved(name):
+        raise ValueError("a file in the folder of the datasets has this name")
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"expected letters, digits, `.`, `_` and `-`, at most {MAX_NAME_LENGTH} of them")
+    return name
+
+
+DatasetName = Annotated[str, AfterValidator(_check_name)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class DatasetSettings(ReadingSettings, ConversationSettings, SelectionSettings):
+    """A dataset of a mixture. What isn't given here is as the settings of the whole command say."""
+
+    panel: ClassVar[str] = "Data"
+    is_complete: ClassVar[bool] = False
+
+    path: DataList = Field(min_length=1)
+    name: Annotated[DatasetName | None, NoneIfUnset] = None
+    weight: Weight = 1.0
+    data_subset: Annotated[str | None, NoneIfUnset] = None
+    data_split: Annotated[str | None, NoneIfUnset] = None
+    num_data: OptionalCount = None
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """Allow a path alone, which `combine_datasets` reads."""
+        return {"anyOf": [{"type": "string"}, {**handler.resolve_ref_schema(handler(schema))}]}
+
+    @model_serializer(mode="wrap")
+    def _leave_out_unset(self, serialize: Any) -> dict[str, Any]:
+        """Write only what was given: the rest isn't the default, but what the whole command says."""
+        return {name: value for name, value in serialize(self).items() if name in self.model_fields_set}
+
+    def list_given(self) -> dict[str, Any]:
+        """Return the given settings that differ for this dataset, without its path, name and weight."""
+        names = self.model_fields_set - {"path", "name", "weight"}
+        return {name: getattr(self, name) for name in type(self).model_fields if name in names}
+
+
+def is_reserved(name: str) -> bool:
+    """Whether a file or a folder of another kind has this name in the folder of a mixture."""
+    return name.casefold() in RESERVED_NAMES or name.casefold().endswith(".parts")
+
+
+def complete_dataset(settings: Model, dataset: DatasetSettings, **changes: Any) -> Model:
+    """Return the settings for one dataset alone: what it gives itself, and otherwise those of the whole command.
+
+    Settings of the command that don't suit what the dataset gives are left out, such as a `source_prefix` for turns.
+
+    Raises:
+        SettingsError: what is given conflicts.
+    """
+    return type(settings)(**{**_complete_values(settings, dataset), **changes})
+
+
+def check_dataset(settings: Model, dataset: DatasetSettings, kind: type[Model]) -> None:
+    """Check that what a dataset gives suits the settings of the command that it shares.
+
+    Args:
+        kind: the model of these settings; the command's others are checked once, not for each dataset.
+
+    Raises:
+        SettingsError: what is given conflicts.
+    """
+    values = _complete_values(settings, dataset)
+    kind(**{name: value for name, value in values.items() if name in kind.model_fields})
+
+
+def _complete_values(settings: Any, dataset: DatasetSettings) -> dict[str, Any]:
+    fields = type(settings).model_fields
+    given = {name: value for name, value in dataset.list_given().items() if name in fields}
+    unsuitable = list_unsuitable(given, settings.data_format)
+    names = settings.model_fields_set - {*NOT_OF_A_DATASET, *unsuitable}
+    return {name: getattr(settings, name) for name in names} | given | {"data_path": dataset.path}
+
+
+def list_unsuitable(given: Mapping[str, Any], data_format: str) -> set[str]:
+    """List the settings that a dataset's own ones rule out; `data_format` is that of the whole command."""
+    names = set[str]()
+    if given.get("objective") == "span-corruption":
+        names |= {"source_prefix", "target_column", "rejected_column", "data_format", *NOT_OF_RAW_TEXT}
+    elif "objective" in given:
+        names |= {"denoisers", *(NOT_OF_PREFERENCES if given["objective"] in PREFERENCE_OBJECTIVES else ())}
+    if given.get("data_format") not in (None, *PAIR_FORMATS):
+        names |= {"source_prefix", *COLUMNS}
+    if COLUMNS & given.keys():  # who names one column describes the whole layout
+        names |= {"data_format", *COLUMNS}
+    if given.get("source_prefix") and data_format not in PAIR_FORMATS:
+        names.add("data_format")
+    return names - given.keys()
+
+
+def split_weight(path: str) -> tuple[str, str | None]:
+    """Split `a.jsonl:2` into the path and the weight; a path that exists with its colon has none."""
+    match = _WEIGHT.fullmatch(path)
+    if match is None or _PORT.fullmatch(match[1]) or exists(path):
+        return path, None
+    return match[1], match[2]
+
+
+def combine_datasets(values: Mapping[str, Any], data: str, data_path: str) -> Mapping[str, Any]:
+    """Complete settings that aren't validated yet: the setting `data` gets the weights in `data_path`, and `data_path`
+    all paths of `data`. Without weights, `data_path` is a single dataset, and the settings stay as they are.
+
+    Raises:
+        ValueError: both are given, and have different paths.
+    """
+    given, paths = parse_unset(values.get(data)), values.get(data_path)
+    if given is None:
+        found = [split_weight(path) if isinstance(path, str) else (path, None) for path in _list_items(paths)]
+        if all(weight is None for _, weight in found):
+            return values
+        # a path without a weight has the weight 1
+        datasets: list[Any] = [{"path": path, "weight": 1 if weight is None else weight} for path, weight in found]
+        return {**values, data: datasets, data_path: [path for path, _ in found]}
+    datasets = [_read_dataset(item) for item in _list_items(given)]
+    flat = [path for dataset in datasets for path in _list_paths(dataset)]
+    if paths is not None and list(map(str, _list_items(paths))) != list(map(str, flat)):
+        raise ValueError(f"{data}: conflicts with {data_path}; give only one of them")
+    # what isn't a dataset at all is refused when `data` is validated
+    return {**values, data: datasets, data_path: flat or ["?"]}
+
+
+def _list_items(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
+
+
+DatasetList = Annotated[
+    list[DatasetSettings],
+    BeforeValidator(_list_items, json_schema_input_type=list[DatasetSettings] | DatasetSettings),
+]
+"""A list of datasets; a single one needs no list. What is in it is read by `combine_datasets`."""
+
+
+def _read_dataset(item: Any) -> Any:
+    """Read a text as the path of a dataset, and store records that are in memory in a file."""
+    if isinstance(item, str | os.PathLike):
+        path, weight = split_weight(os.fspath(item))
+        return {"path": path} if weight is None else {"path": path, "weight": weight}
+    if not (isinstance(item, Mapping) and "path" in item):
+        return item
+    paths = read_data(item["path"])
+    found = [split_weight(path) for path in paths or [] if isinstance(path, str)]
+    weights = [(path, weight) for path, weight in found if weight is not None]
+    if not weights:
+        return {**item, "path": paths}
+    (path, weight), *_ = weights
+    if len(paths) > 1 or "weight" in item:
+        raise ValueError(f"data: path: {path}:{weight}: give the weight of the dataset as its `weight`")
+    return {**item, "path": [path], "weight": weight}
+
+
+def _list_paths(dataset: Any) -> list[Any]:
+    if isinstance(dataset, DatasetSettings):
+        return dataset.path
+    return _list_items(dataset.get("path")) if isinstance(dataset, Mapping) else []
+
+
+def name_datasets(datasets: Sequence[DatasetSettings]) -> list[str]:
+    """Name datasets: as they say, otherwise after their first path; no two alike.
+
+    name_datasets([DatasetSettings(path="chats.jsonl.gz"), DatasetSettings(path="hf://datasets/owner/chats")])
+    # ["chats", "chats-2"]
+
+    Raises:
+        ValueError: two have the same name.
+    """
+    given = [dataset.name for dataset in datasets if dataset.name is not None]
+    check_names_differ(given)
+    taken, names = {name.casefold() for name in given}, list[str]()
+    for dataset in datasets:
+        name = dataset.name
+        if name is None:
+            stem = _find_stem(dataset.path[0])
+            numbered = (stem if number == 1 else f"{stem}-{number}" for number in count(1))
+            name = next(each for each in numbered if each.casefold() not in taken and not is_reserved(each))
+            taken.add(name.casefold())
+        names.append(name)
+    return names
+
+
+def check_names_differ(names: Sequence[str]) -> None:
+    """Check that no two datasets have the same name.
+
+    Raises:
+        ValueError: two have.
+    """
+    folded = [name.casefold() for name in names]  # folders have these names, on some disks without regard to case
+    if twice := [name for name in names if folded.count(name.casefold()) > 1]:
+        raise ValueError(f"name: {twice[0]}: two datasets have it")
+
+
+def check_weights(weights: Sequence[float]) -> None:
+    """Check that a dataset has a weight.
+
+    Raises:
+        ValueError: every weight is 0.
+    """
+    if not any(weights):
+        raise ValueError("every weight is 0, so there is nothing to train on")
+
+
+def _find_stem(path: str) -> str:
+    if "://" in path:  # without what may be secret: the query and the password
+        path = _USER.sub("://", re.split("[?#]", path)[0])
+    parts = [part for part in path.partition("@")[0].split("/") if part and "*" not in part]
+    last = parts[-1] if parts else ""
+    for ends in (COMPRESSED_SUFFIXES, JSON_SUFFIXES | TABLE_SUFFIXES | TEXT_SUFFIXES):
+        last = next((last[: -len(end)] for end in ends if last.lower().endswith(end)), last)
+    if _STORED.search(last):
+        return "records"
+    return _NOT_IN_NAME.sub("-", last).strip("-._")[:MAX_NAME_LENGTH] or "data"

@@ -1,0 +1,55 @@
+"""Learning from the probabilities that a teacher gives to each token (Hinton et al. 2015)."""
+
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from t5tune.settings.affects import Affects
+from t5tune.settings.field_types import NoneIfUnset, PathAsText, Settings
+
+TEACHER = "teacher_model_name_or_path"
+
+
+class DistillationSettings(Settings):
+    panel: ClassVar[str] = "Distillation"
+
+    teacher_model_name_or_path: Annotated[
+        str | None, NoneIfUnset, PathAsText, Affects.FINAL_WEIGHTS | Affects.INPUT_FILES
+    ] = Field(
+        default=None,
+        description="Teacher: a base, a merged checkpoint, a run or an adapter, as for chat; its tokenizer must be the "
+        "same. The model then also learns the teacher's probabilities of each token; default: none.",
+    )
+    teacher_adapter: Annotated[Path | None, NoneIfUnset, Affects.FINAL_WEIGHTS | Affects.INPUT_FILES] = Field(
+        default=None, description="Adapter to apply to the teacher, if teacher_model_name_or_path is a base."
+    )
+    teacher_q_lora: Annotated[bool, Affects.WEIGHTS] = Field(
+        default=False, description="Quantize the teacher to 4 bits (NF4)."
+    )
+    distillation_alpha: Annotated[float, Affects.WEIGHTS] = Field(
+        default=0.5,
+        gt=0,
+        le=1,
+        description="Share of the teacher in the loss; the rest is the cross-entropy of the targets.",
+    )
+    distillation_temperature: Annotated[float, Affects.WEIGHTS] = Field(
+        default=2.0,
+        gt=0,
+        description="Temperature T of both models' probabilities. The divergence is multiplied by T², so that its "
+        "gradient doesn't depend on T (Hinton et al. 2015).",
+    )
+    distillation_kl: Annotated[Literal["forward", "reverse"], Affects.WEIGHTS] = Field(
+        default="forward",
+        description="Kullback–Leibler divergence to minimize: of the model from the teacher (forward), or of the "
+        "teacher from the model (reverse, as in MiniLLM, Gu et al. 2024).",
+    )
+
+    @model_validator(mode="after")
+    def _check_teacher(self) -> Self:
+        if self.teacher_model_name_or_path is not None:
+            return self
+        for name in DistillationSettings.model_fields:
+            if (value := getattr(self, name)) != type(self).model_fields[name].default:
+                raise ValueError(f"{name}: {value}: there is no teacher; set {TEACHER}")
+        return self

@@ -1,0 +1,38 @@
+"""Whether and where a result is uploaded to the Hugging Face Hub, with the names of transformers' own settings."""
+
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from t5tune.settings.affects import Affects
+from t5tune.settings.field_types import NoneIfUnset, Settings
+
+
+class HubSettings(Settings):
+    panel: ClassVar[str] = "Hugging Face Hub"
+
+    push_to_hub: Annotated[bool, Affects.NOTHING] = Field(
+        default=False, description="Upload the result to the Hugging Face Hub."
+    )
+    hub_model_id: Annotated[str | None, NoneIfUnset, Affects.NOTHING] = Field(
+        default=None,
+        description="Repository to upload to, owner/name; default: the name of the output folder, in your account.",
+    )
+    hub_private_repo: Annotated[bool, Affects.NOTHING] = Field(
+        default=False, description="Create a private repository. If it exists already, it must be private."
+    )
+
+    @model_validator(mode="after")
+    def _check_push_is_asked_for(self) -> Self:
+        unused = {"hub_model_id": self.hub_model_id, "hub_private_repo": self.hub_private_repo or None}
+        unused["hub_strategy"] = value if (value := getattr(self, "hub_strategy", "end")) != "end" else None
+        if not self.push_to_hub and (name := next((name for name, value in unused.items() if value), None)):
+            raise ValueError(f"{name}: {unused[name]}, but push_to_hub isn't set")
+        return self
+
+
+class HubStrategySettings(HubSettings):
+    hub_strategy: Annotated[Literal["end", "every_save"], Affects.NOTHING] = Field(
+        default="end",
+        description="When to upload: the final weights, or also those of every checkpoint, while training goes on.",
+    )

@@ -1,0 +1,42 @@
+"""Learning from preference pairs: direct preference optimization (DPO), and odds ratios (ORPO)."""
+
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from t5tune.settings.affects import Affects
+from t5tune.settings.field_types import NoneIfUnset, Settings
+
+DPO_SETTINGS = ("dpo_loss", "dpo_beta", "dpo_label_smoothing", "reference_adapter")
+ORPO_SETTINGS = ("orpo_lambda",)
+
+
+class PreferenceSettings(Settings):
+    panel: ClassVar[str] = "Preferences"
+
+    dpo_loss: Annotated[Literal["sigmoid", "ipo"], Affects.WEIGHTS] = Field(
+        default="sigmoid",
+        description="Loss of objective dpo: as in DPO (Rafailov et al. 2023), or IPO (Azar et al. 2023).",
+    )
+    dpo_beta: Annotated[float, Affects.WEIGHTS] = Field(
+        default=0.1,
+        gt=0,
+        description="Strength with which objective dpo keeps the model near the reference: β of DPO, τ of IPO.",
+    )
+    dpo_label_smoothing: Annotated[float, Affects.WEIGHTS] = Field(
+        default=0.0,
+        ge=0,
+        lt=0.5,
+        description="Probability that the preference of a pair is the wrong way round (conservative DPO).",
+    )
+    reference_adapter: Annotated[Path | None, NoneIfUnset, Affects.FINAL_WEIGHTS | Affects.INPUT_FILES] = Field(
+        default=None,
+        description="Adapter whose model is the reference of objective dpo: a folder, a run, or owner/name[@revision] "
+        "on the Hub; default: the model as training begins.",
+    )
+    orpo_lambda: Annotated[float, Affects.WEIGHTS] = Field(
+        default=0.1,
+        gt=0,
+        description="Weight of the odds ratio in objective orpo; that of the chosen answer is 1 (Hong et al. 2024).",
+    )

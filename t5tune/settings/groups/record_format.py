@@ -1,0 +1,188 @@
+"""How the records of a dataset are read, and how they become training examples."""
+
+import codecs
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from t5tune.settings.affects import Affects
+from t5tune.settings.denoisers import find_denoisers
+from t5tune.settings.field_types import NoneIfUnset, OptionalCount, PathAsText, Settings, WordList
+
+Objective = Literal["sft", "dpo", "orpo", "span-corruption"]
+PREFERENCE_OBJECTIVES = ("dpo", "orpo")
+NOT_OF_PREFERENCES = {"train_on", "split_long"}
+"""Settings that choose or divide answers, of which a preference pair has two for one source."""
+NOT_OF_RAW_TEXT = {"train_on", "min_target_tokens", "split_long", "drop_truncated_targets"}
+"""Settings that choose or cut answers, of which raw text has none."""
+DataFormat = Literal["auto", "sharegpt", "openai", "alpaca", "prompt-completion", "source-target"]
+PAIR_FORMATS = ("auto", "source-target")
+"""Values of data_format with which data can have named columns and a source_prefix."""
+
+
+class ConversationSettings(Settings):
+    """How a conversation becomes text and where it is cut, for all commands that turn conversations into token ids."""
+
+    panel: ClassVar[str] = "Conversations"
+
+    conversation_template: Annotated[str | None, NoneIfUnset, PathAsText, Affects.FINAL_WEIGHTS] = Field(
+        default=None,
+        description="Conversation template: a name under conversations/ in `t5tune templates`, a YAML file, or (chat, "
+        "serve, evaluate) a dataset of training; default: the model's own, else plain for pairs, else fastchat-t5.",
+    )
+    model_max_length: Annotated[int, Affects.EXAMPLES] = Field(
+        default=2048,
+        ge=8,
+        description="Maximum length of a source and of a target, each including its EOS token (tokens).",
+    )
+
+
+class ReadingSettings(Settings):
+    """How data records are read."""
+
+    panel: ClassVar[str] = "Reading"
+    is_complete: ClassVar[bool] = True
+    """Whether settings that conflict are refused: not of a dataset, for which others may be those of the command."""
+
+    objective: Annotated[Objective, Affects.EXAMPLES | Affects.WEIGHTS] = Field(
+        default="sft",
+        description="What is learned: the targets of examples (sft), which of two answers is better (dpo, orpo: "
+        "records with `chosen` and `rejected`), or masked spans of raw text, as in pretraining (span-corruption).",
+    )
+    denoisers: Annotated[WordList, Affects.EXAMPLES] = Field(
+        default=["t5"],
+        description="Which share of a text span-corruption masks, and the mean length of the spans (tokens): t5 "
+        "(0.15:3), ul2, ul2-r, ul2-s, ul2-x, or one's own, such as 0.2:5; of several, each example gets one.",
+    )
+    encoding: Annotated[str | None, NoneIfUnset, Affects.EXAMPLES] = Field(
+        default=None,
+        description="Encoding of text files without a byte order mark, such as cp1252 or utf-8; default: UTF-8, or "
+        "detected where most of a file isn't UTF-8.",
+    )
+    data_format: Annotated[DataFormat, Affects.EXAMPLES | Affects.INFERENCE] = Field(
+        default="auto", description="Format of the records; auto detects it from the keys of each record."
+    )
+    header: Annotated[bool, Affects.EXAMPLES] = Field(
+        default=True,
+        description="The first line of a CSV or TSV file has the names of its columns; without it, the first column is "
+        "the input, and the second the output.",
+    )
+    source_column: Annotated[str | None, NoneIfUnset, Affects.EXAMPLES | Affects.INFERENCE] = Field(
+        default=None, description="Column or key with the input; default: detected."
+    )
+    target_column: Annotated[str | None, NoneIfUnset, Affects.EXAMPLES | Affects.INFERENCE] = Field(
+        default=None, description="Column or key with the output; default: detected."
+    )
+    rejected_column: Annotated[str | None, NoneIfUnset, Affects.EXAMPLES] = Field(
+        default=None,
+        description="Column or key with the worse answer of a preference pair (objective dpo, orpo); the better one is "
+        "in target_column; default: rejected, and chosen.",
+    )
+    source_prefix: Annotated[str, Affects.EXAMPLES | Affects.INFERENCE] = Field(
+        default="",
+        description="Text to prepend to each source of source-target or two-column data, such as `summarize: `.",
+    )
+    merge_same_role: Annotated[bool, Affects.EXAMPLES] = Field(
+        default=False, description="Join consecutive turns of the same role instead of rejecting the record."
+    )
+    clean: Annotated[bool, Affects.EXAMPLES] = Field(
+        default=False,
+        description="Convert the HTML of old ShareGPT dumps to Markdown, decode HTML entities, and remove unnecessary "
+        "backslashes.",
+    )
+    max_record_bytes: Annotated[int, Affects.CACHE] = Field(
+        default=4 << 20, gt=0, description="Reject records longer than this (bytes)."
+    )
+
+    @field_validator("encoding")
+    @classmethod
+    def _check_encoding(cls, value: str | None) -> str | None:
+        try:
+            known = None if value is None else codecs.lookup(value)
+        except LookupError:
+            raise ValueError("no encoding has this name; such as utf-8, cp1252, utf-16, shift_jis") from None
+        if known is not None and not known._is_text_encoding:
+            raise ValueError("not an encoding of text; such as utf-8, cp1252, utf-16, shift_jis")
+        return None if known is None else known.name
+
+    @field_validator("denoisers")
+    @classmethod
+    def _check_denoisers(cls, value: list[str]) -> list[str]:
+        if not find_denoisers(value):
+            raise ValueError("must not be empty")
+        return value
+
+    @property
+    def is_raw_text(self) -> bool:
+        """Whether spans of raw text are masked."""
+        return self.objective == "span-corruption"
+
+    @property
+    def reads_preferences(self) -> bool:
+        """Whether each record has two answers, a chosen and a rejected one."""
+        return self.objective in PREFERENCE_OBJECTIVES
+
+    @model_validator(mode="after")
+    def _check_objective(self) -> Self:
+        if not self.is_complete:
+            return self
+        if not self.is_raw_text and "denoisers" in self.model_fields_set and self.denoisers != ["t5"]:
+            raise ValueError(f"denoisers: {' '.join(self.denoisers)}: only for objective span-corruption")
+        if not self.reads_preferences and self.rejected_column is not None:
+            raise ValueError(f"rejected_column: {self.rejected_column!r:.80}: only for objective dpo and orpo")
+        for name in NOT_OF_PREFERENCES & self.model_fields_set if self.reads_preferences else ():
+            if (value := getattr(self, name)) != type(self).model_fields[name].default:
+                problem = f"{name}: {value}, but objective {self.objective} learns the last answers of each record"
+                raise ValueError(problem)
+        if not self.is_raw_text:
+            return self
+        for name in ("target_column", "source_prefix"):
+            if value := getattr(self, name):
+                raise ValueError(f"{name}: {value!r:.80}, but objective {self.objective} doesn't use it")
+        if self.data_format != "auto":
+            raise ValueError(f"data_format: {self.data_format}, but objective {self.objective} reads raw text")
+        for name in NOT_OF_RAW_TEXT & self.model_fields_set:
+            if (value := getattr(self, name)) != type(self).model_fields[name].default:
+                raise ValueError(f"{name}: {value}, but objective {self.objective} has no answers to choose")
+        return self
+
+    @model_validator(mode="after")
+    def _check_columns_match_format(self) -> Self:
+        if not self.is_complete:
+            return self
+        for name in ("source_column", "target_column", "rejected_column", "source_prefix"):
+            if (value := getattr(self, name)) and self.data_format not in PAIR_FORMATS:
+                raise ValueError(f"{name}: {value!r:.80}, but data_format {self.data_format} doesn't use it")
+        return self
+
+
+class SelectionSettings(Settings):
+    """Which records and assistant turns become examples."""
+
+    panel: ClassVar[str] = "Selection"
+
+    train_on: Annotated[Literal["all", "last"], Affects.EXAMPLES] = Field(
+        default="all", description="Train on all assistant turns of a conversation, or only on its last one."
+    )
+    min_target_tokens: Annotated[OptionalCount, Affects.EXAMPLES] = Field(
+        default=None, description="Skip targets shorter than this (tokens); default: keep all."
+    )
+    dedupe: Annotated[Literal["none", "exact"], Affects.EXAMPLES] = Field(
+        default="none", description="Deduplication: exact rejects a conversation identical to an earlier one."
+    )
+    split_long: Annotated[bool, Affects.EXAMPLES] = Field(
+        default=False, description="Split conversations longer than model_max_length at turn boundaries."
+    )
+    drop_truncated_targets: Annotated[bool, Affects.EXAMPLES] = Field(
+        default=False, description="Skip targets longer than model_max_length instead of truncating them."
+    )
+    max_rejected_fraction: Annotated[float | None, NoneIfUnset, Affects.NOTHING] = Field(
+        default=0.1,
+        ge=0,
+        le=1,
+        description="Fail if more than this fraction of the records is rejected, not counting duplicates and records "
+        "that are left out on purpose (labeled bad, weight 0).",
+    )
+    num_workers: Annotated[OptionalCount, Affects.NOTHING] = Field(
+        default=None, description="Number of tokenization processes; default: one per CPU core, fewer for small data."
+    )

@@ -1,0 +1,541 @@
+"""Reading and writing weights without torch, compared bit by bit with torch and safetensors."""
+
+import builtins
+import json
+import os
+import pickle
+import struct
+import subprocess
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from transformers import T5ForConditionalGeneration
+
+from t5tune.checkpoints.base_tensors import Checkpoint
+from t5tune.checkpoints.tensor_files.safetensors import SafetensorsFile, write_safetensors
+from t5tune.checkpoints.tensor_files.tensors import Tensor, from_float32
+from t5tune.checkpoints.tensor_files.torch_file import read_torch_file
+from t5tune.errors import CheckpointError
+
+NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.bool: "BOOL",
+}
+
+
+def torch_bytes(value: torch.Tensor) -> bytes:
+    return value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b""
+
+
+def assert_same(read: Tensor, expected: torch.Tensor) -> None:
+    """Compare dtype, shape and bits."""
+    assert read.dtype == NAMES[expected.dtype]
+    assert read.shape == tuple(expected.shape)
+    assert read.tobytes() == torch_bytes(expected)
+
+
+def assert_holds(folder: Path, expected: dict[str, torch.Tensor]) -> None:
+    checkpoint = Checkpoint(folder)
+    assert sorted(checkpoint.list_names()) == sorted(expected)
+    for name, value in expected.items():
+        assert_same(checkpoint.get_tensor(name), value)
+
+
+def raw_safetensors(path: Path, header: Any, data: bytes) -> Path:
+    """Write a file with this header, valid or not."""
+    encoded = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(encoded)) + encoded + data)
+    return path
+
+
+def entry(dtype: str, shape: list[int], begin: int, end: int) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+def some_tensors() -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    return {
+        "f32": torch.randn(3, 5),
+        "bf16": torch.randn(7, 2).to(torch.bfloat16),
+        "f16": torch.randn(4).to(torch.float16),
+        "i64": torch.tensor([[-(2**62), 7], [0, 2**62]]),
+        "u8": torch.arange(3, dtype=torch.uint8),
+        "bool": torch.tensor([True, False, True]),
+        "empty": torch.zeros(0, 4),
+        "scalar": torch.tensor(2.5),
+        "special": torch.tensor([float("nan"), float("inf"), -0.0, 1e-42]),
+    }
+
+
+# safetensors
+
+
+def test_a_file_that_safetensors_saved_reads_bit_by_bit(tmp_path: Path) -> None:
+    tensors = some_tensors()
+    save_file(tensors, tmp_path / "a.safetensors", {"format": "pt"})
+    file = SafetensorsFile(tmp_path / "a.safetensors")
+    assert file.metadata == {"format": "pt"}
+    assert set(file.entries) == set(tensors)
+    for name, value in tensors.items():
+        assert_same(file.get_tensor(name), value)
+
+
+def test_tensors_at_unaligned_offsets_are_read_correctly(tmp_path: Path) -> None:
+    floats = np.array([1.5, -2.25], np.float32)
+    header = {"a": entry("I8", [3], 0, 3), "b": entry("F32", [2], 3, 11), "c": entry("I64", [1], 11, 19)}
+    data = bytes([1, 2, 255]) + floats.tobytes() + struct.pack("<q", -5)
+    file = SafetensorsFile(raw_safetensors(tmp_path / "odd.safetensors", header, data))
+    assert file.get_tensor("a").array.tolist() == [1, 2, -1]
+    assert file.get_tensor("b").array.tolist() == [1.5, -2.25]
+    assert file.get_tensor("c").array.tolist() == [-5]
+
+
+F32 = entry("F32", [2], 0, 8)
+INVALID_ENTRIES: dict[str, tuple[Any, int, str]] = {
+    "truncated": (F32, 7, "data_offsets ends at byte 8, but the file has 7 bytes of data"),
+    "shape too large": ({**F32, "shape": [3]}, 8, "data_offsets has 8 bytes, but dtype F32 and shape [3] need 12"),
+    "scalar of 8 bytes": ({**F32, "shape": []}, 8, "data_offsets has 8 bytes, but dtype F32 and shape [] need 4"),
+    "negative shape": (entry("F32", [-2], 0, -8), 0, "shape isn't a list of integers from 0"),
+    "two negative dimensions": ({**F32, "shape": [-2, -1]}, 8, "shape isn't a list of integers from 0"),
+    "shape of a boolean": (entry("F32", [True], 0, 4), 4, "shape isn't a list of integers from 0"),
+    "shape isn't a list": ({**F32, "shape": 2}, 8, "shape isn't a list of integers from 0"),
+    "many dimensions": ({**F32, "shape": [1] * 17}, 8, "shape has 17 dimensions; at most 16 are allowed"),
+    "huge dimension": ({**F32, "shape": [0, 1 << 48]}, 8, "shape has a dimension of 281474976710656 or more"),
+    "unknown dtype": ({**F32, "dtype": "F99"}, 8, "dtype F99 is unknown; expected one of F64, F32, F16, BF16, "),
+    "dtype isn't text": ({**F32, "dtype": ["F32"]}, 8, "dtype ['F32'] is unknown; expected one of F64, "),
+    "no dtype": ({"shape": [2], "data_offsets": [0, 8]}, 8, "dtype is missing"),
+    "no offsets": ({"dtype": "F32", "shape": [2]}, 8, "data_offsets is missing"),
+    "one offset": ({**F32, "data_offsets": [8]}, 8, "data_offsets isn't a list of two ascending integers from 0"),
+    "reversed offsets": (entry("F32", [2], 8, 0), 8, "data_offsets isn't a list of two ascending integers from 0"),
+    "negative offset": (entry("F32", [2], -8, 0), 8, "data_offsets isn't a list of two ascending integers from 0"),
+    "entry is null": (None, 0, "expected an object with dtype, shape, data_offsets"),
+}
+
+
+@pytest.mark.parametrize(("value", "size", "message"), INVALID_ENTRIES.values(), ids=INVALID_ENTRIES)
+def test_an_invalid_entry_is_refused_with_the_name_of_the_tensor_and_what_is_wrong(
+    tmp_path: Path, value: Any, size: int, message: str
+) -> None:
+    path = raw_safetensors(tmp_path / "bad.safetensors", {"w": value}, b"\0" * size)
+    with pytest.raises(CheckpointError) as refused:
+        SafetensorsFile(path)
+    assert refused.value.message.startswith(f"{path}: w: {message}")
+
+
+@pytest.mark.parametrize(
+    ("header", "data"),
+    [
+        pytest.param({"w": F32}, b"\0" * 9, id="trailing byte"),
+        pytest.param({"v": F32, "w": entry("F32", [2], 4, 12)}, b"\0" * 12, id="overlap"),
+        pytest.param({"v": F32, "w": F32}, b"\0" * 8, id="same range"),
+        pytest.param({"v": F32, "w": entry("F32", [1], 12, 16)}, b"\0" * 16, id="gap"),
+        pytest.param({"w": entry("F32", [2], 4, 12)}, b"\0" * 12, id="gap at the beginning"),
+    ],
+)
+def test_a_safetensors_file_whose_tensors_do_not_fill_it_is_refused_by_its_name(
+    tmp_path: Path, header: dict[str, Any], data: bytes
+) -> None:
+    path = raw_safetensors(tmp_path / "bad.safetensors", header, data)
+    with pytest.raises(CheckpointError, match=r"bad\.safetensors"):
+        SafetensorsFile(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(b"", id="empty"),
+        pytest.param(b"\0\0\0", id="shorter than a length"),
+        pytest.param(struct.pack("<Q", 10) + b"{}", id="header longer than the file"),
+        pytest.param(struct.pack("<Q", 1 << 63) + b"{}", id="header of 2^63 bytes"),
+        pytest.param(struct.pack("<Q", 4) + b"{nop", id="not JSON"),
+        pytest.param(struct.pack("<Q", 4) + b"\xff\xfe\xfd\xfc", id="not UTF-8"),
+        pytest.param(struct.pack("<Q", 2) + b"[]", id="header is a list"),
+        pytest.param(struct.pack("<Q", 4) + b"null", id="header is null"),
+        pytest.param(struct.pack("<Q", 200_000) + b"[" * 200_000, id="endlessly nested"),
+    ],
+)
+def test_a_file_that_is_not_safetensors_is_refused_by_its_name(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"bad\.safetensors"):
+        SafetensorsFile(path)
+
+
+def test_a_truncated_safetensors_file_is_refused_at_every_length(tmp_path: Path) -> None:
+    save_file({"w": torch.arange(4.0), "v": torch.ones(2)}, tmp_path / "whole.safetensors")
+    whole = (tmp_path / "whole.safetensors").read_bytes()
+    path = tmp_path / "cut.safetensors"
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        with pytest.raises(CheckpointError, match=r"cut\.safetensors"):
+            SafetensorsFile(path)
+
+
+def test_a_written_file_is_read_by_safetensors_and_has_the_same_bytes_each_time(tmp_path: Path) -> None:
+    tensors = some_tensors()
+    save_file(tensors, tmp_path / "source.safetensors")
+    source = SafetensorsFile(tmp_path / "source.safetensors")
+    state = {name: source.get_tensor(name) for name in source.entries}
+    write_safetensors(tmp_path / "a.safetensors", state, {"format": "pt"})
+    write_safetensors(tmp_path / "b.safetensors", dict(reversed(state.items())), {"format": "pt"})
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    back = load_file(tmp_path / "a.safetensors")
+    assert set(back) == set(tensors)
+    for name, value in tensors.items():
+        assert back[name].dtype == value.dtype
+        assert back[name].shape == value.shape
+        assert torch_bytes(back[name]) == torch_bytes(value)
+
+
+# checkpoints of one and of several files
+
+
+@pytest.fixture
+def model(untied_base: Path) -> T5ForConditionalGeneration:
+    return T5ForConditionalGeneration.from_pretrained(untied_base)
+
+
+def test_a_sharded_base_has_the_same_tensors_as_the_single_file(
+    tmp_path: Path, model: T5ForConditionalGeneration, untied_base: Path
+) -> None:
+    model.save_pretrained(tmp_path, max_shard_size="50KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    assert_holds(tmp_path, load_file(untied_base / "model.safetensors"))
+
+
+def test_a_bin_base_has_the_tensors_that_torch_load_reads(tmp_path: Path, model: T5ForConditionalGeneration) -> None:
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")  # embed_tokens and shared share a storage
+    assert_holds(tmp_path, torch.load(tmp_path / "pytorch_model.bin", weights_only=True))
+
+
+def test_a_sharded_bin_base_has_the_tensors_that_torch_load_reads(tmp_path: Path) -> None:
+    parts = [{"a": torch.randn(3)}, {"b": torch.randn(2, 2).bfloat16()}]
+    files = [f"pytorch_model-0000{i}-of-00002.bin" for i in (1, 2)]
+    for file, part in zip(files, parts, strict=True):
+        torch.save(part, tmp_path / file)
+    index = {"metadata": {}, "weight_map": {"a": files[0], "b": files[1]}}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    assert_holds(tmp_path, parts[0] | parts[1])
+
+
+def test_views_of_a_shared_storage_are_read_as_by_torch_load(tmp_path: Path) -> None:
+    whole = torch.randn(6, 8)
+    state = {
+        "whole": whole,
+        "again": whole,
+        "transposed": whole.t(),
+        "rows": whole[2:4],
+        "columns": whole[:, 1::3],
+        "expanded": torch.ones(1, 3).expand(4, 3),
+        "scalar": whole[1, 1],
+        "empty": whole[:0],
+        "empty at the end": whole[6:],
+    }
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    assert_holds(tmp_path, torch.load(tmp_path / "pytorch_model.bin", weights_only=True))
+
+
+@pytest.mark.parametrize("name", ["../x.safetensors", "/etc/hostname", "sub/x.safetensors", "..", ""])
+def test_an_index_that_names_a_file_elsewhere_is_refused(tmp_path: Path, name: str) -> None:
+    save_file({"w": torch.ones(2)}, tmp_path / "x.safetensors")
+    folder = tmp_path / "base"
+    (folder / "sub").mkdir(parents=True)
+    save_file({"w": torch.ones(2)}, folder / "sub" / "x.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": name}}))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors\.index\.json"):
+        Checkpoint(folder)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"weight_map": 3}', "{}", '{"weight_map": {"w": 3}}'])
+def test_a_broken_index_is_refused_by_its_name(tmp_path: Path, content: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors\.index\.json"):
+        Checkpoint(tmp_path)
+
+
+def test_an_index_that_names_a_missing_shard_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"w": "gone.safetensors"}}')
+    with pytest.raises(CheckpointError, match=r"gone\.safetensors"):
+        Checkpoint(tmp_path)
+
+
+def test_an_index_that_lists_a_tensor_that_no_shard_contains_is_refused(tmp_path: Path) -> None:
+    save_file({"w": torch.ones(2)}, tmp_path / "x.safetensors")
+    weight_map = {"w": "x.safetensors", "lost": "x.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(CheckpointError, match="lost"):
+        Checkpoint(tmp_path)
+
+
+def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no weights"):
+        Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "hint"),
+    [
+        ({"base_model_name_or_path": "google/flan-t5-xl"}, "give its base instead: google/flan-t5-xl"),
+        ({}, "give the base that the adapter was trained on"),
+        ({"base_model_name_or_path": 3}, "give the base that the adapter was trained on"),
+    ],
+)
+def test_an_adapter_in_place_of_a_base_is_refused_with_the_name_of_its_base(
+    tmp_path: Path, config: dict[str, Any], hint: str
+) -> None:
+    save_file({"w": torch.zeros(2)}, tmp_path / "adapter_model.safetensors")
+    values = {"peft_type": "LORA", "lora_alpha": 16, **config}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(values))
+    with pytest.raises(CheckpointError) as refused:
+        Checkpoint(tmp_path)
+    assert refused.value.message == f"{tmp_path}: is an adapter, not a base"
+    assert refused.value.hint == hint
+
+
+@pytest.mark.parametrize(
+    ("files", "found", "hint"),
+    [
+        (["weights.safetensors"], "found weights.safetensors", "rename it to model.safetensors; shards need"),
+        (["model-1.bin", "tf_model.h5"], "found model-1.bin", "shards need pytorch_model.bin.index.json"),
+        (["tf_model.h5", "training_args.bin"], "the format of tf_model.h5 isn't supported", "save it as safetensors"),
+    ],
+)
+def test_a_folder_without_usable_weights_is_refused_with_what_it_has_and_what_is_expected(
+    tmp_path: Path, files: list[str], found: str, hint: str
+) -> None:
+    for name in files:
+        (tmp_path / name).touch()
+    with pytest.raises(CheckpointError) as refused:
+        Checkpoint(tmp_path)
+    assert "no weights (model.safetensors or pytorch_model.bin" in refused.value.message
+    assert refused.value.message.endswith(found)
+    assert hint in (refused.value.hint or "")
+
+
+def test_a_stale_index_next_to_a_single_file_is_ignored_as_in_transformers(tmp_path: Path) -> None:
+    save_file({"w": torch.zeros(2)}, tmp_path / "model-00001-of-00001.safetensors")
+    index = {"weight_map": {"w": "model-00001-of-00001.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    save_file({"w": torch.ones(2)}, tmp_path / "model.safetensors")
+    assert Checkpoint(tmp_path).get_tensor("w").array.tolist() == [1, 1]
+
+
+def test_the_weights_decide_whether_the_head_is_tied(
+    tmp_path: Path, tied_base: Path, untied_base: Path, model: T5ForConditionalGeneration
+) -> None:
+    assert Checkpoint(tied_base).is_tied()
+    assert not Checkpoint(untied_base).is_tied()
+    state = model.state_dict()
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    assert not Checkpoint(tmp_path).is_tied()
+    state["lm_head.weight"] = state["shared.weight"]  # old torch files store a tied head this way
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    assert Checkpoint(tmp_path).is_tied()
+
+
+# rounding
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_of_random_bits_is_the_same_as_in_torch(dtype: torch.dtype) -> None:
+    bits = np.random.default_rng(3).integers(0, 1 << 32, 1 << 20, dtype=np.uint32)
+    halfway = bits & 0xFFFF0000 | 0x8000
+    edges = np.array([0, 1 << 31, 0x7F800000, 0xFF800000, 0x7F7FFFFF, 0x7F7F8000, 0x7F7F7FFF, 1, 0xFFFF], np.uint32)
+    nans = np.array([0x7FC00000, 0x7F800001, 0xFFFFFFFF, 0x7FFFFFFF, 0xFF800001], np.uint32)
+    values = np.concatenate([bits, halfway, halfway - 1, halfway + 1, edges, nans]).view(np.float32)
+    if dtype == torch.float16:
+        values = values[np.isnan(values) | (np.abs(values) < 65504)]
+    rounded = from_float32(values, NAMES[dtype]).array.view(np.uint16)
+    expected = torch.from_numpy(values).to(dtype).view(torch.uint16).numpy()
+    is_nan = np.isnan(values)
+    assert np.array_equal(rounded[~is_nan], expected[~is_nan])
+    back = torch.from_numpy(rounded[is_nan]).view(dtype)
+    assert back.isnan().all()
+
+
+@given(st.integers(0, (1 << 32) - 1))
+def test_a_value_is_rounded_to_bf16_as_in_torch(bits: int) -> None:
+    value = np.array([bits], np.uint32).view(np.float32)
+    rounded = torch.from_numpy(from_float32(value, "BF16").array).view(torch.bfloat16)
+    assert torch.equal(rounded.isnan(), torch.from_numpy(np.isnan(value)))
+    assert rounded.isnan().all() or torch.equal(rounded, torch.from_numpy(value).to(torch.bfloat16))
+
+
+@given(st.integers(0, (1 << 16) - 1))
+def test_bf16_survives_conversion_to_fp32_and_back(bits: int) -> None:
+    tensor = Tensor("BF16", np.array([bits], np.uint16))
+    values = tensor.to_float32()
+    assert np.isnan(values).all() or from_float32(values, "BF16").array.tolist() == [bits]
+
+
+# torch files
+
+
+def test_nested_containers_parameters_and_bf16_are_read_as_by_torch_load(tmp_path: Path) -> None:
+    saved = {
+        "parameter": torch.nn.Parameter(torch.randn(2, 3)),
+        "nested": [{"bf16": torch.randn(5).bfloat16()}, (torch.tensor([True, False]), None, "text", 1.5)],
+        "ordered": OrderedDict(i64=torch.arange(4), i32=torch.arange(4, dtype=torch.int32)),
+        "shape": torch.Size([2, 3]),
+        "dtype": torch.bfloat16,
+        "f64": torch.randn(2, dtype=torch.float64),
+        "f16": torch.randn(2).half(),
+        7: torch.tensor([], dtype=torch.uint8),
+    }
+    torch.save(saved, tmp_path / "x.pt")
+    read = read_torch_file(tmp_path / "x.pt")
+    expected = torch.load(tmp_path / "x.pt", weights_only=True)
+    assert list(read) == list(expected)
+    for path in (
+        lambda x: x["parameter"],
+        lambda x: x["nested"][0]["bf16"],
+        lambda x: x["nested"][1][0],
+        lambda x: x["ordered"]["i64"],
+        lambda x: x["ordered"]["i32"],
+        lambda x: x["f64"],
+        lambda x: x["f16"],
+        lambda x: x[7],
+    ):
+        assert_same(path(read), path(expected))
+    assert read["nested"][1][1:] == expected["nested"][1][1:]
+    assert tuple(read["shape"]) == (2, 3)
+    assert read["dtype"] == "BF16"
+
+
+class _Calls:
+    """Pickles as a function call, which an unsafe reader executes."""
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
+        self.call = (function, arguments)
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+def malicious_file(path: Path, *calls: Any) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps(dict(enumerate(calls)), protocol=2))
+        archive.writestr("archive/byteorder", "little")
+        archive.writestr("archive/version", "3\n")
+    return path
+
+
+def attacks(marker: Path) -> dict[str, _Calls]:
+    return {
+        "os.system": _Calls(os.system, f"touch '{marker}'"),
+        "builtins.eval": _Calls(builtins.eval, f"open({str(marker)!r}, 'w').close()"),
+        "builtins.exec": _Calls(builtins.exec, f"open({str(marker)!r}, 'w').close()"),
+        "subprocess.Popen": _Calls(subprocess.Popen, ["touch", str(marker)]),
+        "subprocess.check_call": _Calls(subprocess.check_call, ["touch", str(marker)]),
+        "builtins.getattr": _Calls(getattr, "", "join"),
+    }
+
+
+@pytest.mark.parametrize("name", list(attacks(Path("unused"))))
+def test_a_pickle_that_calls_code_is_refused_and_does_not_run(tmp_path: Path, name: str) -> None:
+    marker = tmp_path / "marker"
+    path = malicious_file(tmp_path / "pytorch_model.bin", attacks(marker)[name])
+    function = name.rpartition(".")[2]
+    with pytest.raises(CheckpointError, match=rf"pytorch_model\.bin: its pickle refers to \S+\.{function}"):
+        read_torch_file(path)
+    with pytest.raises(CheckpointError, match=function):
+        Checkpoint(tmp_path)
+    assert not marker.exists()
+
+
+def test_the_attack_runs_if_it_is_unpickled(tmp_path: Path) -> None:
+    """Checks the test above: the attack does create the marker, so its absence means something."""
+    marker = tmp_path / "marker"
+    pickle.loads(pickle.dumps(attacks(marker)["builtins.eval"]))
+    assert marker.exists()
+
+
+def test_a_file_of_torch_before_1_6_is_refused_with_a_hint(tmp_path: Path) -> None:
+    path = tmp_path / "pytorch_model.bin"
+    torch.save({"w": torch.ones(2)}, path, _use_new_zipfile_serialization=False)
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin") as caught:
+        read_torch_file(path)
+    assert "safetensors" in (caught.value.hint or "")
+
+
+def test_a_truncated_torch_file_is_refused_at_every_length(tmp_path: Path) -> None:
+    torch.save({"w": torch.arange(4.0)}, tmp_path / "whole.pt")
+    whole = (tmp_path / "whole.pt").read_bytes()
+    path = tmp_path / "cut.pt"
+    for length in range(0, len(whole), 7):
+        path.write_bytes(whole[:length])
+        with pytest.raises(CheckpointError, match=r"cut\.pt"):
+            read_torch_file(path)
+
+
+def rewritten(source: Path, target: Path, change: Callable[[str, bytes], bytes]) -> Path:
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+        for member in old.infolist():
+            new.writestr(member.filename, change(member.filename, old.read(member)))
+    return target
+
+
+def test_a_storage_shorter_than_its_tensor_is_refused(tmp_path: Path) -> None:
+    torch.save({"w": torch.arange(4.0)}, tmp_path / "whole.pt")
+    path = rewritten(
+        tmp_path / "whole.pt", tmp_path / "bad.pt", lambda name, data: data[:-4] if name.endswith("data/0") else data
+    )
+    with pytest.raises(CheckpointError, match=r"bad\.pt: data/0: 12 bytes, expected 16"):
+        read_torch_file(path)
+
+
+def test_a_big_endian_file_is_refused(tmp_path: Path) -> None:
+    torch.save({"w": torch.arange(4.0)}, tmp_path / "whole.pt")
+    path = rewritten(
+        tmp_path / "whole.pt", tmp_path / "bad.pt", lambda name, data: b"big" if name.endswith("byteorder") else data
+    )
+    with pytest.raises(CheckpointError, match=r"bad\.pt: .*big-endian"):
+        read_torch_file(path)
+
+
+def test_a_tensor_that_exceeds_its_storage_is_refused(tmp_path: Path) -> None:
+    torch.save({"w": torch.arange(6.0).reshape(2, 3)}, tmp_path / "whole.pt")
+
+    def widen(name: str, data: bytes) -> bytes:  # shape (2, 3) -> (2, 9), as BININT1 opcodes
+        return data.replace(b"K\x02K\x03\x86", b"K\x02K\x09\x86") if name.endswith("data.pkl") else data
+
+    path = rewritten(tmp_path / "whole.pt", tmp_path / "bad.pt", widen)
+    with pytest.raises(CheckpointError, match=r"bad\.pt: .*exceeds its storage"):
+        read_torch_file(path)
+
+
+def test_a_bin_base_that_is_not_a_state_dict_is_refused(tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(2), "step": 3}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin: expected a state dict"):
+        Checkpoint(tmp_path)
+
+
+def test_all_tensors_of_a_file_share_one_map_and_values_are_read_without_it(tmp_path: Path) -> None:
+    """A map keeps its file open and its pages count as memory, which adds up for an adapter of many large tensors."""
+    path = tmp_path / "x.safetensors"
+    values = np.arange(1 << 20, dtype=np.float32).reshape(1024, 1024)
+    write_safetensors(path, {name: Tensor("F32", values) for name in "abc"})
+    file = SafetensorsFile(path)
+    kept = [file.get_tensor(name) for name in file.entries]
+    assert all(np.array_equal(tensor.to_float32(), values) for tensor in kept)
+    maps = Path("/proc/self/smaps").read_text().split(str(path))[1:]
+    assert len(maps) == 1
+    assert int(maps[0].split("Rss:")[1].split()[0]) < 1024  # KiB, of 12,288
+    del kept
+    assert str(path) not in Path("/proc/self/maps").read_text()

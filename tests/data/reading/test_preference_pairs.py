@@ -1,0 +1,263 @@
+"""Preference pairs: the forms of records, what is rejected and why, and how both answers are stored for one source."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from t5tune.commands.inspect import inspect
+from t5tune.commands.prepare import prepare
+from t5tune.data.caches.cache import open_cache
+from t5tune.data.caches.examples import open_mixture
+from t5tune.data.reading.formats import parse_conversation
+from t5tune.data.reading.rejections import RecordLocation, RejectionError
+from t5tune.data.tokens.encoding import PreferencePair
+from t5tune.errors import DataError, SettingsError
+from t5tune.settings import InspectSettings, PrepareSettings
+from t5tune.settings.groups.record_format import ReadingSettings
+
+HI, YES, NO = (
+    {"role": role, "content": text} for role, text in (("user", "Hi"), ("assistant", "Yes"), ("assistant", "No"))
+)
+AND = {"role": "user", "content": "And?"}
+SYSTEM = {"role": "system", "content": "Be brief."}
+COLUMNS = {"source_column": "q", "target_column": "good", "rejected_column": "bad"}
+FORMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "texts": ({"prompt": "Hi", "chosen": "Yes", "rejected": "No"}, {}),
+    "messages": ({"prompt": [HI], "chosen": [YES], "rejected": [NO]}, {}),
+    "whole conversations": ({"chosen": [HI, YES], "rejected": [HI, NO]}, {}),
+    "whole conversations with a prompt": ({"prompt": "Hi", "chosen": [HI, YES], "rejected": [HI, NO]}, {}),
+    "one answer in a whole conversation": ({"prompt": [HI], "chosen": [HI, YES], "rejected": "No"}, {}),
+    "sharegpt": (
+        {"conversations": [{"from": "human", "value": "Hi"}], "chosen": {"from": "gpt", "value": "Yes"},
+         "rejected": {"from": "gpt", "value": "No"}}, {}),
+    "openai": ({"messages": [HI], "chosen": YES, "rejected": NO}, {}),
+    "openai, for preferences": (
+        {"input": {"messages": [HI]}, "preferred_output": [YES], "non_preferred_output": [NO]}, {}),
+    "alpaca": ({"instruction": "Hi", "chosen": "Yes", "rejected": "No"}, {}),
+    "columns": ({"q": "Hi", "good": "Yes", "bad": "No"}, COLUMNS),
+    "columns with their default names": ({"q": "Hi", "chosen": "Yes", "rejected": "No"}, {"source_column": "q"}),
+    "the chosen answer as a completion, too": (
+        {"prompt": "Hi", "completion": "Yes", "chosen": "Yes", "rejected": "No"}, {}),
+    "the chosen answer in the turns, too": ({"messages": [HI, YES], "chosen": "Yes", "rejected": "No"}, {}),
+}  # fmt: skip
+REJECTED: dict[str, tuple[dict[str, Any], str, str]] = {
+    "no rejected answer": ({"prompt": "Hi", "chosen": "Yes"}, "no_preference", "no rejected answer; "),
+    "no chosen answer": ({"prompt": "Hi", "completion": "Yes"}, "no_preference", "no chosen answer; "),
+    "an empty answer": ({"prompt": "Hi", "chosen": "", "rejected": "No"}, "no_preference", "no chosen answer; "),
+    "a misspelled key": (
+        {"prompt": "Hi", "chosen": "Yes", "rejectd": "No"}, "no_preference",
+        "no rejected answer; the record has prompt, chosen, rejectd; did you mean rejectd?"),
+    "a blank answer": (
+        {"prompt": [HI, YES, AND], "chosen": "Yes", "rejected": " "}, "no_preference", "rejected: no text"),
+    "the same answer": (
+        {"prompt": "Hi", "chosen": "Yes", "rejected": "Yes"}, "no_preference", "chosen and rejected are the same"),
+    "another question": (
+        {"chosen": [HI, YES], "rejected": [AND, NO]}, "other_question",
+        "chosen and rejected answer different questions: they differ from turn 0 on"),
+    "another earlier answer": (
+        {"chosen": [HI, YES, AND, YES], "rejected": [HI, NO, AND, NO]}, "other_question",
+        "chosen and rejected answer different questions: they differ from turn 1 on"),
+    "another system message": (
+        {"chosen": [SYSTEM, HI, YES], "rejected": [HI, NO]}, "other_question",
+        "chosen and rejected answer different questions"),
+    "an answer that is no text": ({"prompt": "Hi", "chosen": "Yes", "rejected": [3]}, "bad_turn", "rejected: turn 0: "),
+    "an unknown role": (
+        {"prompt": "Hi", "chosen": [YES], "rejected": [{"role": "elf", "content": "No"}]}, "unknown_role",
+        "rejected: turn 0: unknown role"),
+    "an answer of weight 0": (
+        {"prompt": [HI, YES, AND], "chosen": [{**YES, "weight": 0}], "rejected": "No"}, "zero_weight",
+        "chosen: its last turn has weight 0"),
+}  # fmt: skip
+
+
+def parse(value: dict[str, Any], **reading: Any) -> Any:
+    settings = ReadingSettings(objective="dpo", **reading)
+    return parse_conversation(value, RecordLocation("data.jsonl", 1, 0, 0), settings)
+
+
+@pytest.mark.parametrize(("value", "reading"), FORMS.values(), ids=FORMS)
+def test_a_pair_is_read_from_each_form(value: dict[str, Any], reading: dict[str, Any]) -> None:
+    pair = parse(value, **reading)
+    assert [(turn.role, turn.text, turn.learned) for turn in pair.turns] == [
+        ("human", "Hi", False), ("assistant", "Yes", True),
+    ]  # fmt: skip
+    assert pair.rejected == "No"
+    assert pair.swap_answers().turns[-1].text == "No"
+    assert pair.targets == ["Yes", "No"]
+    assert not any("reject" in kind for kind in pair.repairs)
+
+
+def test_only_the_last_answers_are_learned() -> None:
+    pair = parse({"prompt": [SYSTEM, HI, YES, AND], "chosen": "Two", "rejected": "Three"})
+    assert [turn.text for turn in pair.turns if turn.is_target] == ["Two"]
+    assert pair.system == "Be brief."
+
+
+@pytest.mark.parametrize(("value", "reason", "message"), REJECTED.values(), ids=REJECTED)
+def test_what_is_no_pair_is_rejected_by_name(value: dict[str, Any], reason: str, message: str) -> None:
+    with pytest.raises(RejectionError) as rejected:
+        parse(value)
+    assert rejected.value.rejection.reason == reason
+    assert str(rejected.value).startswith(message)
+
+
+def test_sft_reads_the_chosen_answer_alone() -> None:
+    for value, reading in FORMS.values():
+        if "rejected_column" not in reading and "q" not in value:
+            conversation = parse_conversation(value, RecordLocation("data.jsonl", 1, 0, 0), ReadingSettings())
+            assert conversation.turns[-1].text == "Yes"
+            assert conversation.rejected is None
+
+
+RECORDS = [
+    {"prompt": [HI, YES, AND], "chosen": "Two {braces}", "rejected": "a much longer answer, which goes on and on"},
+    {"prompt": "x", "chosen": "only"},
+    {"prompt": "What is 2 + 2?", "chosen": "4.", "rejected": "5."},
+    {"prompt": "What is 2 + 2?", "chosen": "4.", "rejected": "6."},
+    {"prompt": "What is 2 + 2?", "chosen": "4.", "rejected": "5."},
+]
+
+
+def make_cache(folder: Path, **changes: Any) -> Path:
+    data = folder / "data.jsonl"
+    data.write_text("\n".join(map(json.dumps, RECORDS)))
+    values = {"model_name_or_path": "pocket", "data_path": str(data), "output_dir": folder / "cache", "num_workers": 1}
+    values |= {"max_rejected_fraction": None}
+    prepare(PrepareSettings(**values | {"objective": "dpo"} | changes))
+    return folder / "cache"
+
+
+def test_both_answers_are_the_targets_of_the_two_sft_examples(tmp_path: Path) -> None:
+    """Each answer is encoded as prepare encodes a conversation that ends with it, and the source is stored once."""
+    cache = open_cache(make_cache(tmp_path))
+    alone = []
+    for name in ("chosen", "rejected"):
+        folder = tmp_path / name
+        folder.mkdir()
+        path = folder / "one.jsonl"
+        pairs = [record for record in RECORDS if len(record) == 3]
+        path.write_text("\n".join(json.dumps({"prompt": r["prompt"], "completion": r[name]}) for r in pairs))
+        settings = {"model_name_or_path": "pocket", "data_path": str(path), "output_dir": folder / "cache"}
+        prepare(PrepareSettings(**settings, num_workers=1, train_on="last"))
+        alone.append(open_cache(folder / "cache"))
+        assert alone[-1].added_tokens == cache.added_tokens
+    assert len(cache) == 4
+    for pair, chosen, rejected in zip(cache, *alone, strict=True):
+        assert isinstance(pair, PreferencePair)
+        assert pair.source_S.tolist() == chosen.source_S.tolist() == rejected.source_S.tolist()
+        assert pair.target_T.tolist() == chosen.target_T.tolist()
+        assert pair.rejected_R.tolist() == rejected.target_T.tolist()
+    sources, targets = cache.read_lengths()
+    assert sources.tolist() == [len(pair.source_S) for pair in cache]
+    assert targets.tolist() == [sum(map(len, pair.targets)) for pair in cache]
+    assert cache.read_longest_targets().tolist() == [max(map(len, pair.targets)) for pair in cache]
+    stored = (tmp_path / "cache" / "tokens.bin").stat().st_size // 2
+    special = 3 * len(cache)  # the EOS tokens of a source and its answers aren't stored
+    assert stored == int(sources.sum() + targets.sum()) - special
+    assert cache.manifest["rejected_by_reason"] == {"no_preference": 1}
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_pair_is_a_duplicate_only_if_both_answers_are_the_same(shards: int, tmp_path: Path) -> None:
+    for number in range(shards):
+        make_cache(tmp_path, dedupe="exact", **({"shard": f"{number}/{shards}"} if shards > 1 else {}))
+    cache = open_cache(tmp_path / "cache")
+    assert cache.manifest["rejected_by_reason"] == {"duplicate": 1, "no_preference": 1}
+    assert len(cache) == 3
+
+
+def test_long_answers_are_cut_or_left_out(tmp_path: Path) -> None:
+    cut = open_cache(make_cache(tmp_path, model_max_length=12))
+    pair = cut[0]
+    assert len(pair.rejected_R) == 12
+    assert pair.rejected_R[-1] != 1
+    assert cut.count_cut_tokens()[0] > 0
+    assert cut.manifest["truncated_targets"] == 1
+    whole = open_cache(make_cache(tmp_path, model_max_length=12, drop_truncated_targets=True))
+    assert (len(whole), whole.manifest["dropped"]) == (3, {"truncated_targets": 1})
+    long = open_cache(make_cache(tmp_path, min_target_tokens=5))
+    assert (len(long), long.manifest["dropped"]) == (1, {"short_targets": 3})
+
+
+def test_inspect_shows_both_answers(tmp_path: Path) -> None:
+    example = inspect(InspectSettings(cache=make_cache(tmp_path), example=0)).examples[0]
+    assert example.target_text == "Two {braces}"
+    assert example.rejected_text == "a much longer answer, which goes on and on"
+    assert example.lengths["rejected"] == (len(example.rejected_ids), 0)
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ({"train_on": "last"}, "train_on: last, but objective dpo learns the last answers of each record"),
+        ({"split_long": True}, "split_long: True, but objective dpo learns the last answers of each record"),
+        ({"objective": "sft", "rejected_column": "b"}, "rejected_column: 'b': only for objective dpo and orpo"),
+        ({"data_format": "alpaca", "rejected_column": "b"}, "rejected_column: 'b', but data_format alpaca"),
+    ],
+)
+def test_settings_that_have_no_effect_are_refused(given: dict[str, Any], problem: str) -> None:
+    with pytest.raises(SettingsError, match=problem):
+        PrepareSettings(
+            **{"model_name_or_path": "pocket", "data_path": "x", "output_dir": "y", "objective": "dpo"} | given
+        )
+
+
+def test_pairs_are_mixed_with_pairs_only(tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(map(json.dumps, RECORDS)))
+    values: dict[str, Any] = {"model_name_or_path": "pocket", "output_dir": tmp_path / "m", "objective": "orpo"}
+    values |= {"max_rejected_fraction": None}
+    two = [{"path": str(data), "name": "a"}, {"path": str(data), "name": "b", "weight": 2}]
+    prepare(PrepareSettings(**values, data=two, num_workers=1))
+    assert open_mixture(tmp_path / "m").has_preferences
+    two[1]["objective"] = "sft"
+    with pytest.raises(SettingsError, match="data: b: objective sft, but that of the command is orpo"):
+        PrepareSettings(**values, data=two)
+    plain = tmp_path / "plain"
+    prepare(PrepareSettings(**{**values, "objective": "sft"}, data_path=str(data)).replace(output_dir=plain))
+    both = [{"path": str(plain), "name": "a"}, {"path": str(tmp_path / "m" / "b"), "name": "b"}]
+    with pytest.raises(DataError, match="has preference pairs, and .* has none"):
+        prepare(PrepareSettings(model_name_or_path="pocket", output_dir=tmp_path / "n", data=both))
+
+
+def test_pairs_with_the_same_question_are_held_out_together(tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    records = [
+        {"prompt": f"Question {number}?", "chosen": f"yes {number}", "rejected": f"no {other}"}
+        for number in range(10)
+        for other in range(4)
+    ]
+    data.write_text("\n".join(map(json.dumps, records)))
+    values = {"model_name_or_path": "pocket", "data_path": str(data), "output_dir": tmp_path / "cache"}
+    prepare(PrepareSettings(**values, objective="dpo", num_workers=1, dedupe="exact"))
+    cache = open_cache(tmp_path / "cache")
+    assert len(cache) == 40
+    training, held_out = cache.split(0.3, split_seed=1)
+    asked = [{bytes(pair.source_S) for pair in part} for part in (training, held_out)]
+    assert len(asked[1]) == 3
+    assert not asked[0] & asked[1]
+
+
+def test_answers_with_the_same_tokens_are_left_out_and_counted(tmp_path: Path) -> None:
+    words = " ".join(["word"] * 30)
+    data = tmp_path / "data.jsonl"
+    pairs = [("a b", "a\u00a0b"), (f"{words} one", f"{words} two"), ("yes", "no")]
+    data.write_text("\n".join(json.dumps({"prompt": "q", "chosen": a, "rejected": b}) for a, b in pairs))
+    values = {"model_name_or_path": "pocket", "data_path": str(data), "output_dir": tmp_path / "cache"}
+    prepare(PrepareSettings(**values, objective="dpo", num_workers=1, model_max_length=20, add_tokens="none"))
+    cache = open_cache(tmp_path / "cache")
+    assert len(cache) == 1
+    assert cache.manifest["dropped"] == {"same_answers": 2}
+
+
+def test_the_source_column_may_have_turns(tmp_path: Path) -> None:
+    value = {"q": [SYSTEM, HI, YES, AND], "good": "Yes", "bad": "No"}
+    pair = parse(value, **COLUMNS)
+    assert [turn.text for turn in pair.turns] == ["Hi", "Yes", "And?", "Yes"]
+    assert (pair.system, pair.rejected, pair.is_pair) == ("Be brief.", "No", False)
+    with pytest.raises(RejectionError, match="q: a list of turns, to which source_prefix can't be prepended"):
+        parse(value, **COLUMNS, source_prefix="x: ")
+    with pytest.raises(RejectionError, match="no column source; .*; name the source's with --source-column"):
+        parse({"prompt": "Hi", "chosen": "Yes", "bad": "No"}, rejected_column="bad")

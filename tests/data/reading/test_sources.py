@@ -1,0 +1,511 @@
+"""Data that isn't on this machine: datasets on the Hugging Face Hub, and files at a URL."""
+
+import gzip
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow
+import pyarrow.parquet
+import pytest
+from huggingface_hub import hf_hub_download, snapshot_download
+
+from t5tune.data.reading.remote_files import hide_query
+from t5tune.data.reading.sources import bring_data, is_dataset_name
+from t5tune.errors import DataError
+from t5tune.hub.datasets import DatasetChoice
+from t5tune.io.reasons import hide_queries
+from t5tune.progress import Note
+from tests.support.command_line import CommandResult, t5tune_in_fork
+from tests.support.hub import TOKEN, Hub, serve_hub, use_in_this_process
+from tests.support.web import serve_folder
+
+pytestmark = pytest.mark.slow
+
+NAME = "some/chats"
+
+
+def make_records(*numbers: int) -> list[dict[str, str]]:
+    return [{"source": f"What is {number} plus one?", "target": f"It is {number + 1}."} for number in numbers]
+
+
+def to_jsonl(*numbers: int) -> bytes:
+    return "".join(json.dumps(record) + "\n" for record in make_records(*numbers)).encode()
+
+
+def to_parquet(*numbers: int) -> bytes:
+    sink = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(make_records(*numbers)), sink)
+    return bytes(sink.getvalue())
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    with serve_hub(tmp_path / "home") as server:
+        yield server
+
+
+def prepare(hub: Hub | None, name: str, output: Path, *flags: object, **environment: str) -> CommandResult:
+    common = ("--model-name-or-path", "pocket", "--output-dir", output, "--data-path", name)
+    flags = (*flags, "--conversation-template", "plain")
+    return t5tune_in_fork("prepare", *common, *flags, env={**(hub.environment if hub else {}), **environment})
+
+
+def read_sources(cache: Path) -> list[str]:
+    """The texts of a cache's sources, which show which records were read."""
+    from t5tune.data.caches.cache import open_cache
+    from t5tune.data.tokens.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(cache / "tokenizer")
+    return [tokenizer.decode(example.source_S, skip_special_tokens=True) for example in open_cache(cache)]
+
+
+def expect(*numbers: int) -> list[str]:
+    return [record["source"] for record in make_records(*numbers)]
+
+
+CONFIGS = b"""---
+configs:
+- config_name: small
+  default: true
+  data_files:
+  - split: train
+    path: small/tr-*.parquet
+  - split: test
+    path: [small/te.parquet]
+- config_name: large
+  data_dir: large
+- config_name: odd
+  data_files: extra/**/*.jsonl.gz
+---
+# Chats
+"""
+FILES = {
+    "README.md": CONFIGS,
+    "small/tr-0.parquet": to_parquet(1, 2),
+    "small/tr-1.parquet": to_parquet(3),
+    "small/te.parquet": to_parquet(4),
+    "large/train.csv": b"source,target\nWhat is 5 plus one?,It is 6.\n",
+    "large/validation.csv": b"source,target\nWhat is 6 plus one?,It is 7.\n",
+    "extra/deep/er/x.jsonl.gz": gzip.compress(to_jsonl(7), mtime=0),
+    "chats.py": b"raise SystemExit('a script was run')",
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "expected"),
+    [
+        (NAME, (), expect(1, 2, 3)),
+        (f"hf://datasets/{NAME}", ("--data-split", "test"), expect(4)),
+        (NAME, ("--data-subset", "large"), expect(5)),
+        (NAME, ("--data-subset", "large", "--data-split", "validation"), expect(6)),
+        (NAME, ("--data-subset", "odd"), expect(7)),
+        (f"{NAME}@v1", (), expect(9)),
+        (f"hf://datasets/{NAME}/small", (), expect(4, 1, 2, 3)),
+        (f"hf://datasets/{NAME}@main/small/tr-*.parquet", (), expect(1, 2, 3)),
+        (f"hf://datasets/{NAME}/extra/deep/er/x.jsonl.gz", (), expect(7)),
+        (f"hf://datasets/{NAME}@refs/pr/3/data.jsonl", (), expect(9)),
+        (f"hf://datasets/{NAME}@refs/convert/a-b", (), expect(9)),
+        (f"hf://datasets/{NAME}@feature%2Fx", (), expect(9)),
+        (f"{NAME}@feature/x", (), expect(9)),
+        (f"hf://datasets/{NAME}/odd[1].jsonl", (), expect(8)),
+    ],
+)
+def test_the_records_of_a_subset_and_a_split_are_read(
+    name: str, flags: tuple[str, ...], expected: list[str], hub: Hub, tmp_path: Path
+) -> None:
+    repo = hub.add("dataset", NAME, {"data.jsonl": to_jsonl(9)})
+    repo.tags |= dict.fromkeys(("v1", "refs/pr/3", "refs/convert/a-b", "feature/x"), repo.head)
+    hub.add("dataset", NAME, {**FILES, "odd[1].jsonl": to_jsonl(8)})
+    done = prepare(hub, name, tmp_path / "cache", *flags)
+    assert done.code == 0, done.stderr
+    assert read_sources(tmp_path / "cache") == expected
+
+
+@pytest.mark.parametrize(
+    ("files", "flags", "expected", "note"),
+    [
+        (
+            ["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet", "data/test-0.parquet"],
+            (),
+            [0, 1],
+            "",
+        ),
+        (["a.parquet", "b.parquet"], (), [0, 1], ""),
+        (["my_training_set.parquet", "my_dev_set.parquet"], ("--data-split", "validation"), [1], ""),
+        (["constraint/a.parquet", "dev/a.parquet"], (), [0], ""),  # no word `train` in it, but no other split either
+        (["test.parquet"], (), [0], "reading its only split, test"),
+        (["en/train.parquet", "de/train.parquet"], ("--data-subset", "de"), [1], ""),
+        (["train.parquet", "train.jsonl", "train-2.parquet"], (), [0, 2], "skipped, since most files are .parquet"),
+    ],
+)
+def test_without_a_list_of_subsets_the_names_of_files_tell_the_splits(
+    files: list[str], flags: tuple[str, ...], expected: list[int], note: str, hub: Hub, tmp_path: Path
+) -> None:
+    make = {".parquet": to_parquet, ".jsonl": to_jsonl}
+    hub.add("dataset", NAME, {name: make[Path(name).suffix](number) for number, name in enumerate(files)})
+    done = prepare(hub, NAME, tmp_path / "cache", *flags)
+    assert done.code == 0, done.stderr
+    assert sorted(read_sources(tmp_path / "cache")) == expect(*expected)
+    assert note in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "expected"),
+    [
+        ("some/nothing", (), ["data_path: some/nothing", "no such dataset on the Hub", "hf auth login"]),
+        ("some/gated", (), ["data_path: some/gated", "access to this dataset is restricted"]),
+        (f"{NAME}@v9", (), ["revision: v9", "no such branch, tag or commit"]),
+        (NAME, ("--data-subset", "huge"), ["data_subset: huge", "no such subset", "small, large, odd"]),
+        (NAME, ("--data-split", "dev"), ["data_split: dev", "no such split", "it has train, test"]),
+        (f"hf://datasets/{NAME}/small/x*", (), ["no such data file in this dataset", "small/te.parquet"]),
+        ("hf://datasets/alone", (), ["not the name of a dataset", "hf://datasets/owner/name"]),
+        ("some/script", (), ["made by a script", "hf://datasets/some/script@refs/convert/parquet"]),
+        ("some/text", (), ["no JSON, JSONL, CSV or Parquet file", "it has a.txt"]),
+        ("some/empty", (), ["no JSON, JSONL, CSV or Parquet file", "it has no files at all"]),
+        ("some/two", (), ["2 subsets, and none of them is the default", "--data-subset: en, de"]),
+        ("pocket", ("--data-split", "test"), ["data_split: test", "only for a whole dataset on the Hub"]),
+        (f"hf://datasets/{NAME}/small", ("--data-subset", "large"), ["data_subset: large", "leave it out"]),
+    ],
+)
+def test_what_does_not_exist_is_refused_in_one_line(
+    name: str, flags: tuple[str, ...], expected: list[str], hub: Hub, tmp_path: Path
+) -> None:
+    hub.add("dataset", NAME, FILES)
+    hub.add("dataset", "some/script", {"script.py": b""})
+    hub.add("dataset", "some/text", {"a.txt": b""})
+    hub.add("dataset", "some/empty", {})
+    two = b"---\nconfigs:\n- {config_name: en, data_files: a.jsonl}\n- {config_name: de, data_files: b.jsonl}\n---\n"
+    hub.add("dataset", "some/two", {"README.md": two, "a.jsonl": to_jsonl(1), "b.jsonl": to_jsonl(2)})
+    hub.refusals = {"some/gated": (403, "GatedRepo")}
+    done = prepare(hub, name, tmp_path / "cache", *flags)
+    assert done.code == 2, done.stderr
+    (error,) = done.errors
+    assert [text for text in expected if text not in error] == []
+    assert not (tmp_path / "cache").exists()
+
+
+def test_the_commit_is_recorded_and_the_cache_has_the_bytes_of_local_files(hub: Hub, tmp_path: Path) -> None:
+    repo = hub.add("dataset", NAME, {"data/train-0.jsonl": to_jsonl(*range(20)), "data/train-1.jsonl": to_jsonl(20)})
+    for name, body in repo.files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(body)
+    assert prepare(hub, NAME, tmp_path / "a").code == 0
+    assert prepare(None, str(tmp_path / "data"), tmp_path / "b").code == 0
+    manifests = [json.loads((tmp_path / name / "manifest.json").read_text()) for name in "ab"]
+    origin = f"hf://datasets/{NAME}@{repo.head}/data"
+    assert manifests[0].pop("sources") == [f"{origin}/train-0.jsonl", f"{origin}/train-1.jsonl"]
+    assert manifests[0] == manifests[1]
+    for name in ("tokens.bin", "conversations.bin", "examples.bin"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    again = prepare(hub, NAME, tmp_path / "a", "--json")
+    assert again.json["up_to_date"] is True
+    assert hub.count_downloads("train-0.jsonl") == 1
+
+
+def test_a_dataset_in_the_cache_is_read_offline_and_never_a_part_of_it(hub: Hub, tmp_path: Path) -> None:
+    names = [f"train-{number}-of-3.jsonl" for number in range(3)]
+    hub.add("dataset", NAME, {name: to_jsonl(number) for number, name in enumerate(names)})
+    offline = {"HF_HUB_OFFLINE": "1"}
+    hub.break_after = {names[2]: 5}
+    broken = prepare(hub, NAME, tmp_path / "cache")
+    assert broken.code == 2
+    assert broken.stderr.splitlines() == broken.errors
+    assert not (tmp_path / "cache").exists()
+    incomplete = prepare(hub, NAME, tmp_path / "cache", **offline)
+    assert incomplete.code == 2, incomplete.stderr
+    assert "in the local cache" in incomplete.errors[0]
+    hub.break_after = {}
+    assert prepare(hub, NAME, tmp_path / "cache").code == 0
+    done = prepare(hub, NAME, tmp_path / "again", **offline)
+    assert done.code == 0, done.stderr
+    assert read_sources(tmp_path / "again") == expect(0, 1, 2)
+
+
+def test_what_hugging_face_s_own_command_has_downloaded_is_read_offline(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add("dataset", NAME, {"train.jsonl": to_jsonl(1), "test.jsonl": to_jsonl(2)})
+    use_in_this_process(hub, monkeypatch)
+    snapshot_download(NAME, repo_type="dataset")
+    hub.status = 503
+    done = prepare(hub, NAME, tmp_path / "cache", HF_HUB_OFFLINE="1")
+    assert done.code == 0, done.stderr
+    assert read_sources(tmp_path / "cache") == expect(1)
+    # of a single file, huggingface_hub doesn't know whether the dataset has others
+    hub.status = None
+    hub.add("dataset", "some/more", {"train-0.jsonl": to_jsonl(1), "train-1.jsonl": to_jsonl(2)})
+    hf_hub_download("some/more", "train-0.jsonl", repo_type="dataset")
+    done = prepare(hub, "some/more", tmp_path / "more", HF_HUB_OFFLINE="1")
+    assert done.code == 2
+    assert "HF_HUB_OFFLINE disables downloads, and the dataset isn't all in the local cache" in done.errors[0]
+
+
+def test_offline_another_split_is_never_read_in_place_of_the_one_that_is_missing(hub: Hub, tmp_path: Path) -> None:
+    hub.add("dataset", NAME, {"train.jsonl": to_jsonl(1), "validation.jsonl": to_jsonl(2)})
+    assert prepare(hub, NAME, tmp_path / "cache", "--data-split", "validation").code == 0
+    done = prepare(hub, NAME, tmp_path / "again", HF_HUB_OFFLINE="1")
+    assert done.code == 2, done.stderr
+    assert "in the local cache" in done.errors[0]
+
+
+def test_folders_with_splits_of_their_own_are_subsets_to_choose_from(hub: Hub, tmp_path: Path) -> None:
+    names = ("en/train/0.jsonl", "en/test/0.jsonl", "de/train/0.jsonl", "de/test/0.jsonl")
+    hub.add("dataset", NAME, {name: to_jsonl(number) for number, name in enumerate(names)})
+    done = prepare(hub, NAME, tmp_path / "cache")
+    assert done.code == 2, done.stderr
+    assert (
+        "several folders of this dataset have splits of their own; choose one with --data-subset: de, en"
+        in (done.errors[0])
+    )
+    assert prepare(hub, NAME, tmp_path / "cache", "--data-subset", "de", "--data-split", "test").code == 0
+    assert read_sources(tmp_path / "cache") == expect(3)
+
+
+def test_the_last_word_in_a_path_names_the_split(hub: Hub, tmp_path: Path) -> None:
+    hub.add("dataset", NAME, {"train_v2/test-0.jsonl": to_jsonl(0), "train_v2/train-0.jsonl": to_jsonl(1)})
+    assert prepare(hub, NAME, tmp_path / "cache").code == 0
+    assert read_sources(tmp_path / "cache") == expect(1)
+
+
+def test_a_private_dataset_is_read_with_a_token_that_is_written_nowhere(hub: Hub, tmp_path: Path) -> None:
+    hub.add("dataset", NAME, {"data.jsonl": to_jsonl(1)}, private=True)
+    refused = prepare(hub, NAME, tmp_path / "cache")
+    assert (refused.code, "or a private one" in refused.errors[0]) == (2, True)
+    done = prepare(hub, NAME, tmp_path / "cache", "--debug", HF_TOKEN=TOKEN)
+    assert done.code == 0, done.stderr
+    assert TOKEN not in done.stderr + done.stdout
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
+
+
+def test_a_run_trains_on_one_split_and_evaluates_on_another(hub: Hub, untied_base: Path, tmp_path: Path) -> None:
+    files = {"train.jsonl": to_jsonl(*range(8)), "validation.jsonl": to_jsonl(8), "test.jsonl": to_jsonl(9, 10)}
+    repo = hub.add("dataset", NAME, files)
+    common = (
+        *("--model-name-or-path", untied_base, "--data-path", NAME, "--eval-data-path", NAME, "--max-steps", 1),
+        *("--use-cpu", "--report-samples", 0),
+    )
+    for flags, expected in (((), expect(8)), (("--eval-data-split", "test"), expect(9, 10))):
+        run = tmp_path / str(len(expected))
+        done = t5tune_in_fork("train", *common, *flags, "--output-dir", run, env=hub.environment)
+        assert done.code == 0, done.stderr
+        assert read_sources(run / "data") == expect(*range(8))
+        assert read_sources(run / "eval-data") == expected
+        card = (run / "README.md").read_text()
+        assert f"from hf://datasets/{NAME}@{repo.head}/train.jsonl" in card
+    raw_text = ("--objective", "span-corruption", "--source-column", "source")
+    for flags, count in (((), 1), (raw_text, 1), ((*raw_text, "--data-split", "test"), 2)):
+        evaluated = t5tune_in_fork(
+            *("evaluate", run, "--data-path", NAME, *flags, "--overwrite", "--output-dir", tmp_path / "out"),
+            *("--use-cpu", "--json"),
+            env=hub.environment,
+        )
+        assert evaluated.json["examples"] == count, evaluated.stderr
+
+
+def test_the_subset_that_is_trained_on_is_that_of_several_datasets_to_evaluate_on(
+    hub: Hub, untied_base: Path, tmp_path: Path
+) -> None:
+    hub.add("dataset", NAME, FILES)
+    (tmp_path / "own.jsonl").write_bytes(to_jsonl(9))
+    config = tmp_path / "run.yaml"
+    evaluated = [{"path": NAME}, {"path": str(tmp_path / "own.jsonl")}, {"path": NAME, "data_subset": None}]
+    config.write_text(json.dumps({"data_path": NAME, "data_subset": "large", "eval_data": evaluated}))
+    done = t5tune_in_fork(
+        *("train", "--config", config, "--model-name-or-path", untied_base, "--output-dir", tmp_path / "run"),
+        *("--max-steps", 1, "--use-cpu", "--report-samples", 0),
+        env=hub.environment,
+    )
+    assert done.code == 0, done.stderr
+    assert read_sources(tmp_path / "run" / "data") == expect(5)
+    found = {name: read_sources(tmp_path / "run" / "eval-data" / name) for name in ("chats", "own", "chats-2")}
+    assert found == {"chats": expect(6), "own": expect(9), "chats-2": expect(4)}
+
+
+def test_a_name_is_one_on_the_hub_only_if_it_names_nothing_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    assert is_dataset_name("owner/name")
+    assert not is_dataset_name("here/name")  # a mistake in the name of a file, most likely
+    assert not is_dataset_name("owner/name.jsonl")
+    assert not is_dataset_name("chats.jsonl")
+    assert not is_dataset_name("a/b/c")
+    assert not is_dataset_name("-")
+    assert is_dataset_name("hf://datasets/here/name")
+
+
+@pytest.fixture
+def web(tmp_path: Path) -> Iterator[tuple[str, Path]]:
+    """A web server of a folder, which refuses some names: its address, and the folder."""
+    folder = tmp_path / "web"
+    folder.mkdir()
+    with serve_folder(folder, {"refused.jsonl": 403, "busy.jsonl": 503}, {"cut.jsonl"}) as url:
+        yield url, folder
+
+
+def test_a_file_at_a_url_is_read_and_its_secret_is_not_recorded(web: tuple[str, Path], tmp_path: Path) -> None:
+    url, folder = web
+    (folder / "chats.jsonl.gz").write_bytes(gzip.compress(to_jsonl(1, 2)))
+    name = f"{url}/chats.jsonl.gz?signature=SeCrEt"
+    environment = {"HF_HOME": str(tmp_path / "home")}
+    done = prepare(None, name, tmp_path / "cache", **environment)
+    assert done.code == 0, done.stderr
+    assert read_sources(tmp_path / "cache") == expect(1, 2)
+    assert json.loads((tmp_path / "cache" / "manifest.json").read_text())["sources"] == [f"{url}/chats.jsonl.gz"]
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"SeCrEt" in path.read_bytes()]
+    (folder / "chats.jsonl.gz").write_bytes(gzip.compress(to_jsonl(3, 4, 5)))
+    assert prepare(None, name, tmp_path / "cache", **environment).code == 0
+    assert read_sources(tmp_path / "cache") == expect(3, 4, 5)
+    (folder / "chats.jsonl.gz").unlink()
+    gone = prepare(None, name, tmp_path / "again", **environment)
+    assert gone.code == 2, gone.stderr
+
+
+@pytest.mark.parametrize("weight", ["", ":2"])  # with one, the datasets are settings of their own
+def test_the_secret_of_a_url_is_only_in_the_settings_that_continue_the_run(
+    weight: str, web: tuple[str, Path], untied_base: Path, tmp_path: Path
+) -> None:
+    url, folder = web
+    (folder / "chats.jsonl").write_bytes(to_jsonl(*range(8)))
+    data = f"{url.replace('://', '://me:SeCrEt@')}/chats.jsonl?signature=SeCrEt{weight}"
+    run, out = tmp_path / "run", tmp_path / "out"
+    environment = {"HF_HOME": str(tmp_path / "home")}
+    flags = ("--max-steps", 1, "--use-cpu", "--report-samples", 0, "--model-name-or-path", untied_base)
+    done = t5tune_in_fork(
+        *("train", *flags, "--data-path", data, "--eval-data-path", data, "--output-dir", run), env=environment
+    )
+    assert done.code == 0, done.stderr
+    evaluated = t5tune_in_fork(
+        *("evaluate", run, "--data-path", data, "--output-dir", out, "--use-cpu"), env=environment
+    )
+    assert evaluated.code == 0, evaluated.stderr
+    files = [path for path in tmp_path.rglob("*") if path.is_file() and b"SeCrEt" in path.read_bytes()]
+    assert files == [run / "settings.yaml"]
+    lines = (done.stderr + evaluated.stderr).splitlines()
+    assert not [line for line in lines if line.startswith("dataset") and "SeCrEt" in line]
+    assert f"--data-path {url}/chats.jsonl{weight} " in (run / "report.html").read_text()
+    assert f"- {url}/chats.jsonl\n" in (out / "settings.yaml").read_text()
+
+
+def test_a_file_that_was_copied_is_read_while_its_server_is_away(tmp_path: Path) -> None:
+    (tmp_path / "web").mkdir()
+    (tmp_path / "web" / "chats.jsonl").write_bytes(to_jsonl(1, 2))
+    environment = {"HF_HOME": str(tmp_path / "home")}
+    with serve_folder(tmp_path / "web") as url:
+        assert prepare(None, f"{url}/chats.jsonl", tmp_path / "cache", **environment).code == 0
+    again = prepare(None, f"{url}/chats.jsonl", tmp_path / "again", **environment)
+    assert again.code == 0, again.stderr
+    assert "can't be reached; using the copy from before" in again.stderr
+    assert read_sources(tmp_path / "again") == expect(1, 2)
+    other = prepare(None, f"{url}/more.jsonl", tmp_path / "other", **environment)
+    assert other.code == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("http://127.0.0.1:9/chats.jsonl", ["data_path: http://127.0.0.1:9/chats.jsonl", "can't be read", "try again"]),
+        ("{url}/none.jsonl?key=SeCrEt", ["{url}/none.jsonl: no such file", "check the spelling"]),
+        ("{url}/refused.jsonl?SeCrEt", ["refused.jsonl: the server refuses access (status 403)", "URL's signature"]),
+        ("{url}/busy.jsonl?SeCrEt", ["{url}/busy.jsonl: can't be read: 503", "try again later"]),
+        ("{url}/cut.jsonl", ["{url}/cut.jsonl: can't be read: ", "try again"]),
+        ("{url}/notes.txt", ["{url}/notes.txt", "no JSON, JSONL, CSV or Parquet file"]),
+        ("foo://x/y.jsonl", ["data_path: foo://x/y.jsonl", "https://"]),
+        ("https://[bad/x.jsonl?key=SeCrEt", ["data_path: https://[bad/x.jsonl"]),
+        ("foo://me:SeCrEt@x/y.jsonl?SeCrEt", ["data_path: foo://x/y.jsonl", "https://"]),
+        ("s3://bucket/x.jsonl", ["data_path: s3://bucket/x.jsonl", "pip install s3fs"]),
+    ],
+)
+def test_a_url_that_cannot_be_read_is_refused_in_one_line(
+    name: str, expected: list[str], web: tuple[str, Path], tmp_path: Path
+) -> None:
+    url, folder = web
+    for file in ("notes.txt", "cut.jsonl"):
+        (folder / file).write_text("x" * 100)
+    done = prepare(None, name.format(url=url), tmp_path / "cache", HF_HOME=str(tmp_path / "home"))
+    assert done.code in (1, 2), done.stderr
+    (error,) = done.errors
+    assert [text for text in expected if text.format(url=url) not in error] == []
+    assert "SeCrEt" not in done.stderr
+    assert not [path for path in (tmp_path / "home").rglob("*") if path.is_file()]
+
+
+def test_a_folder_that_cannot_be_written_is_named(web: tuple[str, Path], tmp_path: Path) -> None:
+    url, folder = web
+    (folder / "chats.jsonl").write_bytes(to_jsonl(1))
+    (tmp_path / "home").write_text("a file")
+    done = prepare(None, f"{url}/chats.jsonl", tmp_path / "cache", HF_HOME=str(tmp_path / "home"))
+    assert done.code == 2, done.stderr
+    assert f"chats.jsonl: {tmp_path / 'home'}" in done.errors[0]
+    assert "can't be written: Not a directory; use --cache-dir" in done.errors[0]
+
+
+def test_a_proxy_of_the_environment_is_used(web: tuple[str, Path], tmp_path: Path) -> None:
+    url, folder = web
+    # a proxy is asked for the whole URL
+    (folder / "http:" / "far.example").mkdir(parents=True)
+    (folder / "http:" / "far.example" / "chats.jsonl").write_bytes(to_jsonl(1))
+    name = "http://far.example/chats.jsonl"
+    done = prepare(None, name, tmp_path / "cache", HF_HOME=str(tmp_path / "home"), HTTP_PROXY=url, NO_PROXY="")
+    assert done.code == 0, done.stderr
+    assert read_sources(tmp_path / "cache") == expect(1)
+
+
+def test_folders_and_patterns_of_other_file_systems_are_read(tmp_path: Path) -> None:
+    memory = fsspec.filesystem("memory")
+    for number, name in enumerate(("a.jsonl", "b.jsonl", "c.txt", "deeper/d.jsonl")):
+        memory.pipe(f"/t5tune-test/{name}", to_jsonl(number))
+    try:
+        found = {
+            name: bring_data([f"memory://t5tune-test{name}"], DatasetChoice(), "data_path", tmp_path)
+            for name in ("", "/*.jsonl", "/b.jsonl")
+        }
+    finally:
+        memory.rm("/t5tune-test", recursive=True)
+    contents = {name: [Path(path).read_bytes() for path in paths] for name, paths in found.items()}
+    assert contents == {
+        "": [to_jsonl(0), to_jsonl(1)],
+        "/*.jsonl": [to_jsonl(0), to_jsonl(1)],
+        "/b.jsonl": [to_jsonl(1)],
+    }
+
+
+def test_a_broken_readme_counts_as_none(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_in_this_process(hub, monkeypatch)
+    for number, readme in enumerate((b"---\nconfigs: [\n---\n", b"\xff\xfe", b"---\nconfigs: 3\n---\n", b"no header")):
+        name = f"some/broken{number}"
+        hub.add("dataset", name, {"README.md": readme, "train.jsonl": to_jsonl(number), "test.jsonl": b""})
+        (path,) = bring_data([name], DatasetChoice(), "data_path", tmp_path / "cache")
+        assert Path(path).read_bytes() == to_jsonl(number)
+
+
+def test_a_repository_of_another_person_cannot_name_files_of_this_machine(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_in_this_process(hub, monkeypatch)
+    readme = b"---\nconfigs:\n- config_name: x\n  data_files: ../../../../../../etc/*.json\n  data_dir: /etc\n---\n"
+    hub.add("dataset", NAME, {"README.md": readme, "train.jsonl": to_jsonl(1)})
+    with pytest.raises(DataError, match="no such split"):
+        bring_data([NAME], DatasetChoice(), "data_path", tmp_path / "cache")
+
+
+def test_secrets_of_a_url_are_hidden() -> None:
+    assert hide_query("https://me:pw@host:80/a/b.jsonl?token=x#y") == "https://host:80/a/b.jsonl"
+    assert hide_query("https://me:pw@[host/a.jsonl?x") == "https://[host/a.jsonl"
+    for name in ("s3://bucket/key.jsonl", "a/b?.jsonl", "hf://datasets/a/b/c?.jsonl"):  # patterns
+        assert hide_query(name) == name
+        assert hide_queries(name) == name
+    text = "can't open URL('https://me:pw@host/a.jsonl?SeCrEt'), after /b?key=x"
+    assert hide_queries(text) == "can't open URL('https://host/a.jsonl?…'), after /b?…"
+
+
+def test_a_note_says_what_a_download_would_not_show(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_in_this_process(hub, monkeypatch)
+    hub.add("dataset", NAME, {"validation.jsonl": to_jsonl(1)})
+    notes: list[Any] = []
+    bring_data([NAME], DatasetChoice(), "data_path", tmp_path / "cache", notes.append)
+    assert Note(f"data_path: {NAME}: reading its only split, validation") in notes

@@ -1,0 +1,299 @@
+"""Encodings of text files: found, given, or asked for; and no record is lost by one."""
+
+import codecs
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas
+import pytest
+
+from t5tune.commands.evaluate import evaluate
+from t5tune.commands.prepare import prepare
+from t5tune.data.caches.cache import open_cache
+from t5tune.data.reading.files import find_files
+from t5tune.data.reading.formats import Conversation
+from t5tune.data.reading.raw_records import parse_record
+from t5tune.data.reading.readers import read_records
+from t5tune.data.reading.text_encoding import MAX_ASCII_BYTES, find_encoding, read_as_utf8
+from t5tune.errors import DataError, SettingsError
+from t5tune.progress import Event, Note
+from t5tune.settings import EvaluateSettings, PrepareSettings
+from t5tune.settings.groups.record_format import ReadingSettings
+from tests.support.command_line import t5tune_in_fork
+
+GERMAN = ["Die Lieferung an die Straße kam zu spät", "Rückerstattung für das Gerät – sofort", "20 € für die Größe"]
+FRENCH = ["Le café était fermé à cause de la grève", "L’article n’est pas arrivé, ça suffit"]
+SPANISH = ["El niño comió una manzana mañana", "Señor Muñoz pidió más información"]
+POLISH = ["Zażółć gęślą jaźń, proszę o zwrot", "Paczka nie dotarła na czas, żądam pieniędzy"]
+RUSSIAN = ["Мой заказ не пришёл, верните деньги", "Пароль не подходит, помогите восстановить доступ"]
+GREEK = ["Η παραγγελία μου δεν έφτασε ποτέ", "Θέλω επιστροφή χρημάτων παρακαλώ"]
+TURKISH = ["Siparişim hâlâ gelmedi, lütfen geri verin", "Şifremi unuttum, hesabıma giremiyorum"]
+JAPANESE = ["注文した商品がまだ届きません", "パスワードを忘れてしまいました"]
+CHINESE = ["我的订单还没有到，请退款", "我忘记了密码，请帮助我"]
+KOREAN = ["주문한 상품이 아직 도착하지 않았습니다", "비밀번호를 잊어버렸어요"]
+ENGLISH = ["My order has not arrived yet", "I forgot the password", "The app crashes"]
+LABELS = ["billing", "login", "bug"]
+
+
+def make_table(texts: list[str], count: int = 60, share: float = 0.6, seed: int = 0) -> pandas.DataFrame:
+    rng = random.Random(seed)
+    rows = [
+        (f"{rng.choice(texts if rng.random() < share else ENGLISH)} {number}", rng.choice(LABELS))
+        for number in range(count)
+    ]
+    return pandas.DataFrame(rows, columns=["source", "target"])
+
+
+def write_table(path: Path, table: pandas.DataFrame, encoding: str) -> Path:
+    """Write a table as Excel and pandas do, as JSON lines, or as a JSON array."""
+    if path.suffix in (".csv", ".tsv"):
+        table.to_csv(path, index=False, encoding=encoding, sep="\t" if path.suffix == ".tsv" else ",")
+        return path
+    records = table.to_dict("records")
+    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    path.write_text(
+        lines if path.suffix == ".jsonl" else json.dumps(records, ensure_ascii=False), encoding=encoding, newline=""
+    )
+    return path
+
+
+def read_pairs(path: Path, **reading: Any) -> list[tuple[str, str]]:
+    settings = ReadingSettings(**reading)
+    records = [parse_record(record, settings) for record in read_records(find_files([str(path)]), settings)]
+    assert all(isinstance(record, Conversation) for record in records)
+    return [(record.turns[0].text, record.turns[1].text) for record in records if isinstance(record, Conversation)]
+
+
+def list_pairs(table: pandas.DataFrame) -> list[tuple[str, str]]:
+    return list(table.itertuples(index=False, name=None))
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".json"])
+@pytest.mark.parametrize(
+    ("texts", "encoding"),
+    [
+        (GERMAN + FRENCH, "cp1252"), (SPANISH, "cp1252"), (["It’s late – “very” late"], "cp1252"),
+        (GERMAN[:1] + FRENCH[:1], "latin-1"), (POLISH, "cp1250"), (RUSSIAN, "cp1251"), (RUSSIAN, "koi8-r"),
+        (GREEK, "cp1253"), (TURKISH, "cp1254"), (JAPANESE, "shift_jis"), (CHINESE, "gb18030"), (KOREAN, "cp949"),
+        (GERMAN + RUSSIAN, "utf-8"), (GERMAN + RUSSIAN, "utf-8-sig"), (GERMAN + CHINESE, "utf-16"),
+        (GERMAN + CHINESE, "utf-32"),
+    ],
+)  # fmt: skip
+def test_every_record_is_read_in_the_encoding_of_its_file(
+    tmp_path: Path, texts: list[str], encoding: str, suffix: str
+) -> None:
+    table = make_table(texts)
+    assert read_pairs(write_table(tmp_path / f"data{suffix}", table, encoding)) == list_pairs(table)
+
+
+def test_raw_text_is_read_in_the_encoding_of_its_file(tmp_path: Path) -> None:
+    text = "\n\n".join(GERMAN + FRENCH * 3)
+    (tmp_path / "data.txt").write_text(text, encoding="cp1252")
+    settings = ReadingSettings(objective="span-corruption")
+    records = list(read_records([tmp_path / "data.txt"], settings))
+    assert [record.data for record in records] == [{"text": text}]
+
+
+@pytest.mark.parametrize(
+    ("texts", "encoding"),
+    [(FRENCH, "mac_roman"), (RUSSIAN, "mac_cyrillic"), (POLISH, "iso8859-2"), (["20 € pour le cœur"], "iso8859-15")],
+)
+def test_an_encoding_that_is_not_clear_is_asked_for(tmp_path: Path, texts: list[str], encoding: str) -> None:
+    table = make_table(texts, share=1)
+    path = write_table(tmp_path / "data.csv", table, encoding)
+    with pytest.raises(DataError, match=r"data\.csv: not UTF-8, and its encoding isn't clear") as caught:
+        read_pairs(path)
+    assert "--encoding " in str(caught.value.hint)
+    assert read_pairs(path, encoding=encoding) == list_pairs(table)
+
+
+ITALIAN = [
+    "La città è molto bella.", "Lunedì la riunione sarà alle nove.", "L'università riapre a settembre.",
+    "Così va meglio.", "Perché non funziona più?", "La qualità del servizio è buona.", "Il caffè è pronto.",
+    "Potrò ritirare il pacco domani?", "Sono però lieto.", "Giù in cantina fa freddo.", "Novità in arrivo.",
+]  # fmt: skip
+ICELANDIC = ["Það er gott veður í dag", "Þú ert góður vinur", "Ég skil ekki þessa bók"]
+ALBANIAN = ["Fjalëkalimi është i gabuar", "Çdo emër është i vlefshëm", "Nuk ka asnjë përdorues të tillë"]
+CZECH = ["Zadejte platné uživatelské jméno", "Heslo musí mít alespoň osm znaků", "Vaše žádost byla přijata"]
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 20, 100])
+@pytest.mark.parametrize(
+    ("texts", "encoding"),
+    [
+        (ITALIAN, "cp1252"), (FRENCH, "cp1252"), (SPANISH, "cp1252"), (ICELANDIC, "cp1252"), (ALBANIAN, "cp1252"),
+        (CZECH, "cp1250"), (CZECH, "iso8859-2"), (POLISH, "cp1250"), (TURKISH, "cp1254"), (RUSSIAN, "cp1251"),
+        (["I like the café", "We saw São Paulo", "A jalapeño", "It was déjà vu", "crème brûlée"], "cp1252"),
+        (["Zażółć\nŻądam", "Łódź"], "cp1250"),
+    ],
+)  # fmt: skip
+def test_no_text_is_read_wrongly(texts: list[str], encoding: str, count: int) -> None:
+    for seed in range(5):
+        rows = random.Random(seed).choices(texts + ENGLISH, k=count)
+        text = "".join(json.dumps({"source": row}, ensure_ascii=False) + "\n" for row in rows)
+        try:
+            found = find_encoding(iter([text.encode(encoding)]), None, "a")
+        except DataError:
+            continue
+        assert text.encode(encoding).decode(found) == text
+
+
+@pytest.mark.parametrize("texts", [ITALIAN, [*FRENCH, *ENGLISH], ICELANDIC, GERMAN[:1]])
+def test_cp1252_is_recognized(texts: list[str]) -> None:
+    text = "\n".join(texts * 5)
+    found = find_encoding(iter([text.encode("cp1252")]), None, "a")
+    assert text.encode("cp1252").decode(found) == text
+
+
+@pytest.mark.parametrize("bad", [b"\x81\x8d", "\u00fc".encode(), b""], ids=["stray bytes", "some UTF-8", "few letters"])
+def test_cp1252_is_the_first_choice_where_it_is_likely(bad: bytes) -> None:
+    lines = [text.encode("cp1252") for text in (FRENCH * 300 if bad else ["5 £ each ½"])]
+    lines[len(lines) // 2] = bad + lines[len(lines) // 2]
+    try:
+        found = find_encoding(iter([b"\n".join(lines)]), None, "a")
+    except DataError as error:
+        found = str(error.hint)
+    assert found == "cp1252" or found.startswith("--encoding cp1252 reads ")
+
+
+def test_the_hint_shows_whole_words() -> None:
+    with pytest.raises(DataError) as caught:
+        find_encoding(iter(['source,target\n"Vedo la città",sì\n'.encode("cp1252")]), None, "a")
+    assert "--encoding cp1252 reads 'città', " in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("num_bytes", [0, 1, 2])
+@pytest.mark.parametrize("separator", ["", "\n"], ids=["one line", "lines"])
+def test_utf_8_that_is_cut_within_a_character_is_utf_8(separator: str, num_bytes: int) -> None:
+    text = "b" * num_bytes + separator.join(CHINESE * 50_000)
+    assert find_encoding(iter([text.encode()]), None, "a") == "utf-8"  # the sample ends after 1 MiB
+    assert find_encoding(iter([b"a,b\nsch\xc3\xb6n,c\ngro\xc3"]), None, "a") == "utf-8"
+
+
+@pytest.mark.parametrize("num_bytes", [0, 1])
+@pytest.mark.parametrize(("texts", "encoding"), [(JAPANESE, "euc_jp"), (JAPANESE, "cp932"), (CHINESE, "gb18030")])
+def test_one_long_line_of_a_multi_byte_encoding_is_recognized(texts: list[str], encoding: str, num_bytes: int) -> None:
+    text = "b" * num_bytes + "".join(texts * 5000)
+    found = find_encoding(iter([text.encode(encoding)]), None, "a")
+    assert text.encode(encoding).decode(found) == text
+
+
+def test_utf_16_without_a_mark_names_the_line_to_type(tmp_path: Path) -> None:
+    table = make_table(GERMAN)
+    for encoding in ("utf-16-le", "utf-16-be"):
+        path = write_table(tmp_path / "data.csv", table, encoding)
+        with pytest.raises(DataError, match=f"without a byte order mark; add --encoding {encoding}"):
+            read_pairs(path)
+        assert read_pairs(path, encoding=encoding) == list_pairs(table)
+
+
+def test_a_byte_order_mark_wins_over_what_is_given(tmp_path: Path) -> None:
+    table = make_table(GERMAN)
+    for encoding in ("utf-8-sig", "utf-16"):
+        path = write_table(tmp_path / "data.csv", table, encoding)
+        assert read_pairs(path, encoding="cp1250") == list_pairs(table)
+
+
+def test_a_file_that_is_mostly_utf_8_keeps_its_good_records(tmp_path: Path) -> None:
+    lines = [json.dumps({"source": text, "target": "x"}, ensure_ascii=False).encode() for text in GERMAN * 3]
+    lines[4] = lines[4].decode().encode("cp1252")
+    for name, data in (("a.jsonl", b"\n".join(lines)), ("a.json", b"[" + b",".join(lines) + b"]")):
+        (tmp_path / name).write_bytes(data)
+        records = list(read_records([tmp_path / name], ReadingSettings()))
+        reasons = [getattr(parse_record(record, ReadingSettings()), "reason", None) for record in records]
+        assert reasons == [None] * 4 + ["invalid_utf8"] + [None] * 4
+
+
+def test_bytes_that_the_encoding_does_not_have_reject_their_record(tmp_path: Path) -> None:
+    texts = [text.encode("cp1252") for text in GERMAN]
+    texts[1] += b"\x81"  # which cp1252 doesn't have
+    (tmp_path / "a.csv").write_bytes(b"source,target\n" + b"".join(b'"%b",x\n' % text for text in texts))
+    records = list(read_records([tmp_path / "a.csv"], ReadingSettings(encoding="cp1252")))
+    reasons = [getattr(parse_record(record, ReadingSettings()), "reason", None) for record in records]
+    assert reasons == [None, "invalid_utf8", None]
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-16", "utf-32", "utf-8-sig", "gb18030"])
+def test_the_text_does_not_depend_on_where_chunks_end(encoding: str, size: int) -> None:
+    text = "\n".join((CHINESE if encoding == "gb18030" else GERMAN) * 40)
+    data = text.encode(encoding)
+
+    def divide() -> Iterator[bytes]:
+        yield from (data[start : start + size] for start in range(0, len(data), size))
+
+    assert b"".join(read_as_utf8(divide(), None, "a")).removeprefix(codecs.BOM_UTF8).decode() == text
+    assert codecs.lookup(find_encoding(divide(), None, "a")) in map(codecs.lookup, (encoding, encoding[:5]))
+
+
+def test_letters_after_megabytes_of_ascii_are_found_up_to_a_limit() -> None:
+    for num_ascii, expected in ((MAX_ASCII_BYTES - 1, "cp1252"), (MAX_ASCII_BYTES + 1, "utf-8")):
+        chunks = iter([b"a" * num_ascii, "\n".join(GERMAN).encode("cp1252")])
+        assert find_encoding(chunks, None, "a") == expected
+
+
+def prepare_table(path: Path, **values: Any) -> tuple[Any, list[str]]:
+    events: list[Event] = []
+    given = {"model_name_or_path": "pocket", "data_path": str(path), "output_dir": path.parent / "cache"}
+    result = prepare(PrepareSettings(**given | values), events.append)
+    return result, [event.text for event in events if isinstance(event, Note)]
+
+
+def test_the_encoding_is_named_and_part_of_the_cache_s_identity(tmp_path: Path) -> None:
+    path = write_table(tmp_path / "data.csv", make_table(GERMAN), "cp1252")
+    result, notes = prepare_table(path)
+    assert f"read as cp1252: {path}; --encoding chooses another" in notes
+    (file,) = open_cache(result.cache).manifest["inputs"]["data"]
+    assert file["encoding"] == "cp1252"
+    assert prepare_table(path)[0].up_to_date
+    again, notes = prepare_table(path, encoding="windows-1250", max_rejected_fraction=None)
+    assert not again.up_to_date
+    assert not any("read as" in note for note in notes)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
+@pytest.mark.variants(".csv")
+def test_parts_are_read_in_the_same_encoding(tmp_path: Path, suffix: str) -> None:
+    path = write_table(tmp_path / f"data{suffix}", make_table(GERMAN, share=0.05, count=3000), "cp1252")
+    result, _ = prepare_table(path)
+    for index in range(3):
+        prepare_table(path, output_dir=tmp_path / "parts", shard=f"{index}/3")
+    one, parts = ((tmp_path / name / "tokens.bin").read_bytes() for name in ("cache", "parts"))
+    assert result.conversations == 3000
+    assert one == parts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_ascii", [0, 17_000], ids=["at once", "after the sample"])
+def test_standard_input_is_read_in_its_encoding(tmp_path: Path, num_ascii: int) -> None:
+    path = write_table(tmp_path / "data.jsonl", make_table(GERMAN), "cp1252")
+    line = json.dumps({"source": "word " * 24, "target": "x"}).encode() + b"\n"
+    path.write_bytes(line * num_ascii + path.read_bytes())
+    output = "--output-dir", tmp_path / "cache"
+    done = t5tune_in_fork(
+        "prepare", "--model-name-or-path", "pocket", "--data-path", "-", *output, stdin=path.read_bytes()
+    )
+    assert done.code == 0
+    assert "read as cp1252: -" in done.stderr
+    assert open_cache(tmp_path / "cache").manifest["inputs"]["data"][0]["encoding"] == "cp1252"
+
+
+@pytest.mark.slow
+def test_evaluate_reads_the_encoding_too(tmp_path: Path) -> None:
+    path = write_table(tmp_path / "data.csv", make_table(GERMAN, count=8, share=1), "cp1252")
+    events: list[Event] = []
+    settings = EvaluateSettings(
+        model_name_or_path="pocket", data_path=str(path), max_new_tokens=2, output_dir=tmp_path / "scores"
+    )
+    result = evaluate(settings, events.append)
+    assert result.examples == 8
+    assert any(isinstance(event, Note) and event.text.startswith("read as cp1252") for event in events)
+
+
+@pytest.mark.parametrize("name", ["latin-9000", "hex"])
+def test_a_name_of_no_encoding_is_refused(name: str) -> None:
+    with pytest.raises(SettingsError, match="encoding: .*such as utf-8, cp1252"):
+        PrepareSettings(model_name_or_path="pocket", data_path="a.csv", output_dir="b", encoding=name)

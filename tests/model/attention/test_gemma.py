@@ -1,0 +1,309 @@
+"""T5Gemma and T5Gemma 2: loading, packed rows, soft caps and fused layers, compared with stock transformers."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForSeq2SeqLM
+
+from t5tune.checkpoints.base import read_config
+from t5tune.families import find_architecture
+from t5tune.model.attention.gemma import attend
+from t5tune.model.attention.packing import can_pack, switch_off_attention_dropout, use_packing
+from t5tune.model.attention.segments import Segments
+from t5tune.model.kernels.fused import use_fused_layers
+from t5tune.model.load import load_base
+from t5tune.model.loss import IGNORED_LABEL
+from tests.support.checkpointing import enable_checkpointing
+from tests.support.gemma_models import EOI, KINDS, WINDOW, make_gemma, make_gemma_config
+
+pytestmark = pytest.mark.slow
+
+CPU = torch.device("cpu")
+SOURCES, TARGETS = (13, 5, 61, 9, 1, 30), (7, 12, 3, 18, 2, 25)
+TEXT_TOKENS = range(3, 480)  # without that of the end of an image, which has an embedding of its own
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("gemma")
+    return {kind: make_gemma(kind, folder / kind) for kind in KINDS}
+
+
+def make_rows(lengths: tuple[int, ...], seed: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(TEXT_TOKENS.start, TEXT_TOKENS.stop, (n,), generator=generator) for n in lengths]
+
+
+ROWS = make_rows(SOURCES, 1), make_rows(TARGETS, 2), make_rows(TARGETS, 3)
+
+
+def pad(rows: list[torch.Tensor], value: int) -> torch.Tensor:
+    return pad_sequence(rows, batch_first=True, padding_value=value)
+
+
+def make_padded(sources: list[Any], targets: list[Any], labels: list[Any]) -> dict[str, torch.Tensor]:
+    return {
+        "input_ids": pad(sources, 0),
+        "attention_mask": pad([torch.ones(len(source), dtype=torch.int64) for source in sources], 0),
+        "decoder_input_ids": pad(targets, 0),
+        "labels": pad(labels, IGNORED_LABEL),
+    }
+
+
+def make_packed(sources: list[Any], targets: list[Any], labels: list[Any]) -> dict[str, Any]:
+    return {
+        "input_ids": torch.cat(sources)[None],
+        "decoder_input_ids": torch.cat(targets)[None],
+        "labels": torch.cat(labels)[None],
+        "packing": Segments(tuple(map(len, sources)), tuple(map(len, targets))),
+    }
+
+
+def load(base: Path, dtype: torch.dtype = torch.float64) -> Any:
+    """Load a base as for training; its norms, which transformers computes in fp32, are exact in fp64."""
+    model = load_base(base, dtype, CPU)
+    model.requires_grad_(True)
+    use_packing(model)
+    use_fused_layers(model)
+    return model
+
+
+def compute_gradients(model: Any, inputs: dict[str, Any]) -> tuple[float, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    total = model(**inputs, reduction="sum")
+    total.backward()
+    return total.item(), {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
+
+
+def list_losses(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    losses_BT = model(**inputs, reduction="none").detach()
+    return losses_BT[inputs["labels"] != IGNORED_LABEL]
+
+
+def assert_same_gradients(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], bound: float) -> None:
+    assert found.keys() == expected.keys()
+    largest = max(gradient.norm() for gradient in expected.values())
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).norm() <= bound * max(gradient.norm(), 1e-6 * largest), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_loaded_model_has_the_logits_of_stock_transformers(kind: str, bases: dict[str, Path]) -> None:
+    stock = AutoModelForSeq2SeqLM.from_pretrained(bases[kind], attn_implementation="eager").eval()
+    ours = load_base(bases[kind], torch.float32, CPU)
+    assert max(SOURCES) > 2 * WINDOW
+    for source, target, _ in zip(*ROWS, strict=True):
+        inputs = {"input_ids": source[None], "decoder_input_ids": target[None], "use_cache": False}
+        with torch.inference_mode():
+            torch.testing.assert_close(ours(**inputs).logits, stock(**inputs).logits, rtol=1e-4, atol=1e-5)
+    shapes = {name: tuple(value.shape) for name, value in ours.named_parameters(remove_duplicate=False)}
+    assert find_architecture(read_config(bases[kind]), bases[kind]).derive_shapes() == shapes
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_logits_of_a_packed_row_are_those_of_its_examples(kind: str, bases: dict[str, Path]) -> None:
+    model = load(bases[kind]).eval()
+    packed = {name: value for name, value in make_packed(*ROWS).items() if name != "labels"}
+    with torch.inference_mode():
+        found = model(**packed).logits[0]
+        examples = zip(*ROWS[:2], strict=True)
+        alone = [model(input_ids=s[None], decoder_input_ids=t[None], use_cache=False).logits[0] for s, t in examples]
+    torch.testing.assert_close(found, torch.cat(alone), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_summed_loss_is_that_of_stock_logits_with_their_cap(kind: str, bases: dict[str, Path]) -> None:
+    stock = AutoModelForSeq2SeqLM.from_pretrained(bases[kind], attn_implementation="eager").double().eval()
+    ours = load(bases[kind])
+    for source, target, label in zip(*ROWS, strict=True):
+        logits = stock(input_ids=source[None], decoder_input_ids=target[None], use_cache=False).logits
+        expected = functional.cross_entropy(logits[0], label, reduction="sum", label_smoothing=0.1)
+        inputs = make_padded([source], [target], [label])
+        found = ours(**inputs, reduction="sum", label_smoothing=0.1)
+        assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+        torch.testing.assert_close(
+            list_losses(ours, inputs),
+            functional.cross_entropy(logits[0], label, reduction="none"),
+            rtol=1e-5,
+            atol=1e-6,
+        )
+        assert (ours.architecture.logit_cap is None) == (kind == "t5gemma2")
+
+
+@pytest.mark.parametrize("checkpointing", [None, True, False])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.variants(
+    "t5gemma-None",
+    "t5gemma-9b-2b-None",
+    "t5gemma2-None",
+    "t5gemma2-capped-None",
+    "t5gemma-True",
+    "t5gemma2-capped-False",
+)
+def test_packed_rows_equal_a_padded_batch_and_single_examples(
+    kind: str, checkpointing: bool | None, bases: dict[str, Path]
+) -> None:
+    model = load(bases[kind]).train()
+    assert can_pack(model)
+    sources, targets, labels = ROWS
+    singles = [make_padded([s], [t], [y]) for s, t, y in zip(*ROWS, strict=True)]
+    alone = [compute_gradients(model, single) for single in singles]
+    expected = {name: sum((grads[name] for _, grads in alone), torch.zeros(())) for name in alone[0][1]}
+    losses = torch.cat([list_losses(model, single) for single in singles])
+    if checkpointing is not None:
+        enable_checkpointing(model, checkpointing)
+        model.enable_input_require_grads()
+    for make_batch in (make_padded, make_packed):
+        batch = make_batch(sources, targets, labels)
+        total, gradients = compute_gradients(model, batch)
+        assert total == pytest.approx(sum(each for each, _ in alone), rel=1e-13)
+        assert_same_gradients(gradients, expected, 1e-10)
+        torch.testing.assert_close(list_losses(model, batch), losses, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_rows_would_be_wrong_if_positions_did_not_restart(
+    kind: str, bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batch = load(bases[kind]), make_packed(*ROWS)
+    losses = list_losses(model, batch)
+    targets = sum(TARGETS)
+    monkeypatch.setattr(
+        Segments, "number_positions", lambda _, lengths, device: torch.arange(sum(lengths), device=device)[None]
+    )
+    changed = (list_losses(model, batch) - losses).abs()
+    # rotations are relative, so only T5Gemma 2's decoder, whose keys of the encoder aren't rotated, depends on this
+    assert len(changed) == targets
+    assert (changed.max() > 1e-3) == kind.startswith("t5gemma2")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_rows_equal_padded_ones_within_rounding_under_bf16_autocast(kind: str, bases: dict[str, Path]) -> None:
+    model = load(bases[kind], torch.float32)
+    exact = list_losses(load(bases[kind]), make_padded(*ROWS))
+    for make_batch in (make_padded, make_packed):
+        with torch.autocast("cpu", torch.bfloat16):
+            losses = list_losses(model, make_batch(*ROWS))
+        assert losses.dtype == torch.float32
+        assert (losses - exact).norm() < 0.02 * exact.norm()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_windows_are_those_of_the_config(kind: str, tmp_path: Path, bases: dict[str, Path]) -> None:
+    """With a window of the whole text, the packed losses are others."""
+    wide = make_gemma(kind, tmp_path / "wide", sliding_window=4096)
+    batch = make_packed(*ROWS)
+    difference = (list_losses(load(wide), batch) - list_losses(load(bases[kind]), batch)).abs()
+    assert difference.max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_generation_with_padding_equals_stock_generation(kind: str, bases: dict[str, Path]) -> None:
+    stock = AutoModelForSeq2SeqLM.from_pretrained(bases[kind], attn_implementation="eager").eval()
+    ours = load_base(bases[kind], torch.float32, CPU)
+    inputs = {name: make_padded(*ROWS)[name] for name in ("input_ids", "attention_mask")}
+    options: dict[str, Any] = {"max_new_tokens": 3 * WINDOW, "do_sample": False}
+    for beams in (1, 3):
+        expected = stock.generate(**inputs, num_beams=beams, **options)
+        assert torch.equal(ours.generate(**inputs, num_beams=beams, **options), expected)
+        assert (expected[:, 0] == 2).all()  # it starts with bos
+        assert expected.shape[1] > 2 * WINDOW
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_rows_that_are_masked_as_a_whole_give_no_nan(dtype: torch.dtype, cap: float | None) -> None:
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, heads, 9, 16).to(dtype).requires_grad_() for heads in (6, 2, 2))
+    mask = torch.ones(2, 1, 9, 9, dtype=torch.bool).tril()
+    mask[1, :, 4] = False
+    output = attend(query, key, value, mask, 0.3, cap, 0.0)
+    assert output.dtype == dtype
+    assert output.isfinite().all()
+    gradients = torch.autograd.grad(output[:, [0, 3, 8]].float().sum(), (query, key, value))
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    scores = query.double() @ key.double().repeat_interleave(3, 1).mT * 0.3
+    scores = scores if cap is None else cap * torch.tanh(scores / cap)
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+    expected = (weights @ value.double().repeat_interleave(3, 1)).transpose(1, 2)
+    rows = [0, 3, 8]
+    bound = {torch.float64: 1e-14, torch.float32: 1e-6}.get(dtype, 3e-2)
+    assert (output.double() - expected)[:, rows].abs().max() < bound
+
+
+def find_module(model: nn.Module, ending: str) -> nn.Module:
+    return next(module for module in model.modules() if type(module).__name__.endswith(ending))
+
+
+@pytest.mark.parametrize("kind", ["t5gemma2", "t5gemma"])
+@pytest.mark.parametrize("values", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_norms_equal_those_of_transformers_bit_for_bit_and_gradients_nearly(
+    kind: str, values: torch.dtype, weights: torch.dtype
+) -> None:
+    stock = find_module(AutoModelForSeq2SeqLM.from_config(make_gemma_config(kind)), "RMSNorm").to(weights)
+    nn.init.normal_(stock.weight, 0.0, 0.3)  # type: ignore[arg-type]
+    ours = copy.deepcopy(stock)
+    use_fused_layers(ours)
+    x = (10 * torch.randn(3, 5000, stock.weight.numel())).to(values)  # type: ignore[operator]
+    grad = torch.randn(x.shape).to(values)
+    outputs, gradients = [], []
+    for module in (stock, ours):
+        given = x.clone().requires_grad_()
+        output = module(given)
+        outputs.append(output.detach())
+        gradients.append(torch.autograd.grad(output, [given, module.weight], grad))
+    assert outputs[0].dtype == outputs[1].dtype
+    assert torch.equal(*outputs)
+    bound = 2e-2 if torch.bfloat16 in (values, weights) else 1e-6
+    for expected, found in zip(*gradients, strict=True):
+        assert found.dtype == expected.dtype
+        assert (found - expected).double().norm() < bound * expected.double().norm()
+
+
+@pytest.mark.parametrize("kind", ["t5gemma2", "t5gemma"])
+def test_gated_layers_equal_those_of_transformers(kind: str) -> None:
+    stock = find_module(AutoModelForSeq2SeqLM.from_config(make_gemma_config(kind)), "MLP")
+    ours = copy.deepcopy(stock)
+    use_fused_layers(ours)
+    x = torch.randn(2, 300, 40)
+    results = []
+    for module in (stock, ours):
+        given = x.clone().requires_grad_()
+        output = module(given)
+        results.append([output, *torch.autograd.grad(output.square().sum(), [given, *module.parameters()])])
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_embedding_of_the_end_of_an_image_is_that_of_transformers(bases: dict[str, Path]) -> None:
+    stock = AutoModelForSeq2SeqLM.from_pretrained(bases["t5gemma2"]).model.decoder.embed_tokens
+    ours = copy.deepcopy(stock)
+    use_fused_layers(ours)
+    ids = torch.tensor([[5, EOI, 0, 7], [EOI, EOI, 3, 1]])
+    results = [
+        (output := layer(ids), *torch.autograd.grad(output.pow(3).sum(), layer.parameters())) for layer in (stock, ours)
+    ]
+    for expected, found in zip(*results, strict=True):
+        assert torch.equal(found, expected)
+    assert not torch.equal(results[0][0][0, 1], stock.weight[EOI])
+
+
+@pytest.mark.parametrize("kind", ["t5gemma2", "t5gemma-9b-2b"])
+def test_the_dropout_of_attention_can_be_switched_off(kind: str, tmp_path: Path) -> None:
+    config = make_gemma_config(kind)
+    config.attention_dropout = 0.5
+    model = AutoModelForSeq2SeqLM.from_config(type(config).from_dict(config.to_dict())).train()
+    model.save_pretrained(tmp_path / "base")
+    ours = load(tmp_path / "base", torch.float32).train()
+    for batch in (make_packed(*ROWS), make_padded(*ROWS)):
+        assert not torch.equal(list_losses(ours, batch), list_losses(ours, batch))
+    switch_off_attention_dropout(ours)
+    for batch in (make_packed(*ROWS), make_padded(*ROWS)):
+        assert torch.equal(list_losses(ours, batch), list_losses(ours, batch))

@@ -1,0 +1,228 @@
+"""The norms and activations with less memory traffic, compared with those of transformers."""
+
+import copy
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForSeq2SeqLM, MT5Config, T5Config, UMT5Config
+
+from t5tune.model.kernels import fused
+from t5tune.model.kernels.fused import compile_layers, normalize_in_one_kernel, use_fused_layers
+from t5tune.progress import Event, Note, silent
+from tests.model.kernels.test_fused_lora import pretend_to_be_on_a_gpu
+from tests.support.runs import LONG
+
+SHAPE = {"vocab_size": 64, "d_model": 48, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 2}
+CONFIGS = {
+    "t5": T5Config(**SHAPE, feed_forward_proj="relu"),
+    "flan": T5Config(**SHAPE, feed_forward_proj="gated-gelu"),
+    "mt5": MT5Config(**SHAPE),
+    "umt5": UMT5Config(**SHAPE),
+}
+
+
+def make_model(kind: str) -> nn.Module:
+    torch.manual_seed(0)
+    model = AutoModelForSeq2SeqLM.from_config(CONFIGS[kind]).eval()
+    for name, parameter in model.named_parameters():
+        if "layer_norm" in name:
+            nn.init.normal_(parameter, 1.0, 0.3)
+    return model
+
+
+def find_module(model: nn.Module, ending: str) -> nn.Module:
+    return next(module for module in model.modules() if type(module).__name__.endswith(ending))
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize(
+    ("values", "weights"),
+    [
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+    ],
+)
+def test_norms_equal_those_of_transformers_bit_for_bit_and_gradients_nearly(
+    kind: str, values: torch.dtype, weights: torch.dtype
+) -> None:
+    stock = find_module(make_model(kind), "T5LayerNorm").to(weights)
+    ours = copy.deepcopy(stock)
+    use_fused_layers(ours)
+    # more than one chunk, and a remainder
+    length = fused.ELEMENTS_PER_CHUNK * torch.get_num_threads() // SHAPE["d_model"] + 7
+    x = (10 * torch.randn(2, length, SHAPE["d_model"])).to(values)
+    grad = torch.randn(x.shape).to(stock(x).dtype)
+    outputs, gradients = [], []
+    for module in (stock, ours):
+        given = x.clone().requires_grad_()
+        output = module(given)
+        outputs.append(output.detach())
+        gradients.append(torch.autograd.grad(output, [given, module.weight], grad))
+    assert outputs[0].dtype == outputs[1].dtype
+    assert torch.equal(*outputs)
+    bound = 2e-2 if torch.bfloat16 in (values, weights) else 1e-6
+    for expected, found in zip(*gradients, strict=True):
+        assert found.dtype == expected.dtype
+        assert (found - expected).double().norm() < bound * expected.double().norm()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # raised within torch.compile
+@pytest.mark.parametrize(
+    ("kind", "use"), [*((kind, use_fused_layers) for kind in CONFIGS), *([("flan", compile_layers)] if LONG else [])]
+)
+def test_a_whole_model_has_the_same_logits_and_gradients(
+    kind: str, use: Callable[[nn.Module], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if use is compile_layers and shutil.which(os.environ.get("CXX", "g++")) is None:
+        pytest.skip("torch.compile needs a C++ compiler")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    stock = make_model(kind)
+    ours = copy.deepcopy(stock)
+    use(ours)
+    ids = torch.randint(1, 60, (3, 150))
+    found, expected = ({}, {})
+    for model, gradients in ((ours, found), (stock, expected)):
+        logits = model(input_ids=ids, decoder_input_ids=ids[:, :40]).logits
+        logits.square().sum().backward()
+        gradients |= {name: value.grad for name, value in model.named_parameters()} | {"logits": logits.detach()}
+    assert found.keys() == expected.keys()
+    assert any(tmp_path.glob("**/*.so")) is (use is compile_layers)
+    for name, value in expected.items():
+        assert (found[name] - value).norm() < 1e-5 * value.norm().clamp_min(1e-6), name
+
+
+def test_chunked_gated_activations_and_gradients_equal_those_of_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "ELEMENTS_PER_CHUNK", 7 * SHAPE["d_ff"])
+    stock = find_module(make_model("flan"), "GatedActDense").double()
+    ours = copy.deepcopy(stock)
+    use_fused_layers(ours)
+    x = 30 * torch.randn(3, 41, SHAPE["d_model"], dtype=torch.float64)  # inputs of gelu up to about ±30
+    grad = torch.randn_like(x)
+    outputs, gradients = [], []
+    for module in (stock, ours):
+        given = x.clone().requires_grad_()
+        output = module(given)
+        outputs.append(output.detach())
+        gradients.append(torch.autograd.grad(output, [given, *module.parameters()], grad))
+    assert stock.wi_0(x).abs().max() > 10
+    assert (outputs[1] - outputs[0]).norm() < 1e-12 * outputs[0].norm()
+    for expected, found in zip(*gradients, strict=True):
+        assert (found - expected).norm() < 1e-12 * expected.norm()
+
+
+def test_gelu_and_its_closed_form_gradient_nearly_equal_those_of_torch() -> None:
+    x, grad = torch.linspace(-20, 20, 100_001), torch.randn(100_001)
+    gelu, gradient = fused._gelu_and_gradient(x, grad)
+    wide, wide_grad = x.double(), grad.double()
+    expected = torch.nn.functional.gelu(wide, approximate="tanh")
+    expected_gradient = torch.ops.aten.gelu_backward(wide_grad, wide, approximate="tanh")
+    assert torch.equal(gelu, fused._gelu(x))
+    assert ((gelu - expected).abs() <= 2e-7 * wide.abs().clamp_min(1)).all()
+    assert ((gradient - expected_gradient).abs() <= 3e-6 * wide_grad.abs()).all()
+
+
+def test_only_inputs_are_saved_for_the_backward_pass() -> None:
+    """Except for weights, autograd saves only the inputs of a layer, and one number per row of a norm."""
+    model = make_model("flan")
+    use_fused_layers(model)
+
+    def gated(x: torch.Tensor) -> torch.Tensor:
+        product: torch.Tensor = fused._GatedGelu.apply(x, x.mul(1))
+        return product
+
+    cases = [
+        (find_module(model, "T5LayerNorm"), SHAPE["d_model"], 500),
+        (find_module(model, "NewGELUActivation"), 64, 0),
+        (gated, 64, 500 * 64),
+    ]
+    for module, width, more in cases:
+        x = torch.randn(1, 500, width, requires_grad=True)
+        kept: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor, kept: dict[int, int] = kept) -> torch.Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            module(x.mul(1))
+        assert sum(kept.values()) <= 4 * (500 * width + more + width)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 2**-8)])
+def test_the_norm_of_gpus_and_its_gradients_are_those_of_the_formula(dtype: torch.dtype, bound: float) -> None:
+    """Under autocast, too, which would return fp32. Here it runs as torch's operators for CPUs."""
+    torch.manual_seed(5)
+    x, grad = (10 * torch.randn(3, 7, 48, dtype=torch.float64)).to(dtype), torch.randn(3, 7, 48).to(dtype)
+    weight = torch.randn(48, dtype=torch.float64).to(dtype)
+    wide = [tensor.double().requires_grad_() for tensor in (x, weight)]
+    exact = wide[1] * wide[0] / (wide[0].square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    expected = exact, *torch.autograd.grad(exact, wide, grad.double())
+    given = [tensor.clone().requires_grad_() for tensor in (x, weight)]
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        output = normalize_in_one_kernel(*given, 1e-6)
+    found = output, *torch.autograd.grad(output, given, grad)
+    for ours, exactly in zip(found, expected, strict=True):
+        assert ours.dtype == dtype
+        assert (ours.double() - exactly).norm() <= bound * exactly.norm()
+    if dtype == torch.bfloat16:  # rounded once
+        assert torch.equal(output, exact.to(dtype))
+
+
+def test_the_norm_of_gpus_is_nearer_to_the_exact_one_than_that_of_transformers() -> None:
+    norm = find_module(make_model("flan"), "T5LayerNorm").to(torch.bfloat16)
+    x = (10 * torch.randn(1, 500, SHAPE["d_model"])).to(torch.bfloat16)
+    exact = norm.weight.double() * x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    ours = (normalize_in_one_kernel(x, norm.weight, norm.variance_epsilon).double() - exact).norm()
+    assert ours < 0.8 * (norm(x).double() - exact).norm()
+
+
+def test_a_gate_kernel_that_does_not_compile_is_reported_once_and_replaced() -> None:
+    stock = make_model("flan")
+    ours, events = copy.deepcopy(stock), list[Event]()
+    if torch.cuda.is_available():
+        pytest.skip("the kernel compiles on this machine")
+    use_fused_layers(ours, torch.device("cuda"), events.append)
+    (note,) = events
+    assert isinstance(note, Note)
+    assert note.warning
+    assert note.text.startswith("gated activations use torch's operations, which is slower on a GPU: ")
+    assert not fused._has_gate_kernel(stock, torch.device("cuda"), silent)
+    ids = torch.randint(1, 60, (2, 9))
+    torch.testing.assert_close(
+        ours(input_ids=ids, decoder_input_ids=ids).logits, stock(input_ids=ids, decoder_input_ids=ids).logits
+    )
+
+
+@pytest.mark.parametrize(("weights", "is_used"), [(torch.bfloat16, True), (torch.float32, False)])
+def test_the_norm_of_gpus_is_used_where_the_weight_has_the_dtype_of_the_values(
+    weights: torch.dtype, is_used: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stock = find_module(make_model("flan"), "T5LayerNorm").to(weights)
+    ours, x, calls = copy.deepcopy(stock), torch.randn(2, 7, SHAPE["d_model"]).bfloat16(), list[Any]()
+    use_fused_layers(ours)
+    monkeypatch.setattr(fused, "normalize_in_one_kernel", lambda *args: calls.append(args) or stock(x))
+    assert torch.equal(ours(pretend_to_be_on_a_gpu(x)).as_subclass(torch.Tensor), stock(x))
+    assert len(calls) == is_used
+
+
+@pytest.mark.parametrize(("dtype", "is_used"), [(torch.bfloat16, True), (torch.float32, True), (torch.float64, False)])
+def test_the_kernel_of_gated_activations_is_used_in_its_dtypes(
+    dtype: torch.dtype, is_used: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stock = find_module(make_model("flan"), "GatedActDense").to(dtype)
+    ours, x, calls = copy.deepcopy(stock), torch.randn(2, 7, SHAPE["d_model"]).to(dtype), list[Any]()
+    monkeypatch.setattr(fused, "find_kernel_problem", lambda device: None)
+    monkeypatch.setattr(fused, "gated_gelu", lambda *args: calls.append(args) or stock.act(args[0]) * args[1])
+    use_fused_layers(ours, torch.device("cuda"))
+    torch.testing.assert_close(ours(pretend_to_be_on_a_gpu(x)).as_subclass(torch.Tensor), stock(x))
+    assert len(calls) == is_used

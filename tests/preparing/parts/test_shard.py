@@ -1,0 +1,121 @@
+"""`--shard auto`: the part of this process and its number of cores, from the variables of what started it."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from t5tune.errors import SettingsError
+from t5tune.preparing.cache_files import CacheSource, choose_num_workers
+from t5tune.preparing.parts.shard import count_rank_cores, find_shard
+from t5tune.settings import PrepareSettings
+from t5tune.settings.groups.shard import Shard
+
+TORCHRUN = {"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "4"}
+SRUN = {"SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_NTASKS": "2", "SLURM_STEP_ID": "0"}
+ARRAY = {
+    "SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_MIN": "3", "SLURM_ARRAY_TASK_COUNT": "4",
+    "SLURM_ARRAY_TASK_STEP": "2", "SLURM_NTASKS": "1", "SLURM_PROCID": "0",
+}  # fmt: skip
+VALUES = {"model_name_or_path": "pocket", "data_path": "pocket", "output_dir": "cache"}
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith(("SLURM_", "JOB_COMPLETION", "LOCAL_")) or name in {*TORCHRUN, "MASTER_ADDR"}:
+            monkeypatch.delenv(name)
+
+
+@pytest.mark.parametrize(
+    ("variables", "shard"),
+    [
+        (TORCHRUN, Shard(2, 4)),
+        (SRUN, Shard(1, 2)),
+        ({**SRUN, "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, Shard(0, 1)),
+        (ARRAY, Shard(2, 4)),
+        (ARRAY | SRUN, Shard(5, 8)),
+        (ARRAY | TORCHRUN, Shard(10, 16)),
+    ],
+    ids=["torchrun", "srun", "one task", "array", "srun in an array", "torchrun in an array"],
+)
+def test_the_part_is_that_of_the_rank_and_the_task(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], shard: Shard
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert find_shard("auto") == shard
+    assert find_shard("1/3") == Shard(1, 3)
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, 32),
+        ({**TORCHRUN, "LOCAL_WORLD_SIZE": "4"}, 8),
+        ({**TORCHRUN, "LOCAL_SIZE": "64"}, 1),
+        ({**TORCHRUN, "LOCAL_WORLD_SIZE": "2", "SLURM_CPUS_PER_TASK": "16"}, 8),
+        ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "2(x12),1"}, 16),
+        ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "1,4(x2)"}, 8),
+        ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_CPUS_PER_TASK": "32"}, 32),
+        ({**ARRAY, "SLURM_CPUS_PER_TASK": "4"}, 4),
+        ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "", "SLURM_CPUS_PER_TASK": "many"}, 32),
+    ],
+)
+def test_ranks_on_a_node_share_its_cores(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], expected: int
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("t5tune.preparing.parts.shard.count_cores", lambda: 32)
+    assert count_rank_cores() == expected
+
+
+@pytest.mark.parametrize(("shard", "expected"), [("auto", 8), ("0/2", 32), (None, 32)])
+def test_only_auto_takes_the_other_parts_for_ranks_on_the_same_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard: str | None, expected: int
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(32)), raising=False)
+    monkeypatch.setattr("t5tune.preparing.cache_files.BYTES_PER_WORKER", 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    data = tmp_path / "data.jsonl"
+    data.write_text("x" * 100)
+    settings = PrepareSettings(**{**VALUES, "data_path": str(data)}, shard=shard)
+    source = CacheSource(settings, "", [], [data], *[None] * 7)
+    assert choose_num_workers(source) == expected
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({}, r"shard: auto: the environment has none of RANK and WORLD_SIZE \(torchrun\), .* give --shard I/N"),
+        ({"RANK": "1"}, "shard: auto: RANK is set, but WORLD_SIZE is missing; give --shard I/N"),
+        ({"JOB_COMPLETION_INDEX": "1"}, r'number of completions; give --shard "\$JOB_COMPLETION_INDEX/N"'),
+        ({**ARRAY, "SLURM_ARRAY_TASK_ID": "4"}, "task 4 of the 4 in the job array, .* aren't evenly spaced; give"),
+        ({**ARRAY, "SLURM_ARRAY_TASK_COUNT": "x"}, "SLURM_ARRAY_TASK_COUNT: 'x' in the environment: expected a whole"),
+        ({"SLURM_ARRAY_TASK_ID": "4"}, "SLURM_ARRAY_TASK_MIN: missing from the environment: expected a whole number"),
+    ],
+)
+def test_the_error_says_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], message: str
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError, match=message):
+        find_shard("auto")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"shard": "3/3"}, r"shard: '3/3': expected auto, or I/N where I counts the N parts from 0, so 0/3 to 2/3"),
+        ({"shard": "one"}, r"shard: 'one': expected auto, or I/N where I counts the N parts from 0"),
+        ({"shard": "0/0"}, r"shard: '0/0': expected auto, or I/N"),
+        ({"shard": "0/2", "join": True}, "join: conflicts with shard: 0/2"),
+        ({"shard": "0/2", "data_path": "-"}, "shard: 0/2: each part would read standard input"),
+        ({"join": True, "data_path": ["a.jsonl", "-"]}, "join: each part would read standard input"),
+    ],
+)
+def test_wrong_settings_are_refused(values: dict[str, object], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        PrepareSettings(**{**VALUES, **values})

@@ -1,0 +1,184 @@
+"""Settings of several datasets: YAML's `data`, and weights in `data_path`."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from t5tune.errors import SettingsError
+from t5tune.settings import DatasetSettings, TrainSettings, dump_settings, load_settings
+from t5tune.settings.dataset_list import complete_dataset, name_datasets, split_weight
+from t5tune.settings.flags import list_flags, list_without_flags
+
+NEEDED: dict[str, Any] = {"model_name_or_path": "pocket", "output_dir": "run"}
+
+
+def load(text: str, tmp_path: Path) -> TrainSettings:
+    file = tmp_path / "run.yaml"
+    file.write_text(f"model_name_or_path: pocket\noutput_dir: run\n{text}\n")
+    return load_settings(TrainSettings, str(file))[0]
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("a.jsonl:2", ("a.jsonl", "2")),
+        ("a.jsonl:.5", ("a.jsonl", ".5")),
+        ("hf://datasets/owner/name:1e-3", ("hf://datasets/owner/name", "1e-3")),
+        ("https://host:8080/a.csv:3", ("https://host:8080/a.csv", "3")),
+        ("a:b.jsonl", ("a:b.jsonl", None)),
+        ("a.jsonl", ("a.jsonl", None)),
+        ("https://host:8080", ("https://host:8080", None)),
+        (":2", (":2", None)),
+        ("a.jsonl:-2", ("a.jsonl:-2", None)),
+    ],
+)
+def test_a_number_after_the_last_colon_is_a_weight(path: str, expected: tuple[str, str | None]) -> None:
+    assert split_weight(path) == expected
+
+
+def test_a_path_that_exists_with_its_colon_is_a_path(tmp_path: Path) -> None:
+    (tmp_path / "a:2").touch()
+    assert split_weight(f"{tmp_path}/a:2") == (f"{tmp_path}/a:2", None)
+    assert split_weight(f"{tmp_path}/a:2:3") == (f"{tmp_path}/a:2", "3")
+
+
+def test_weights_make_datasets_and_paths_without_them_dont() -> None:
+    settings = TrainSettings(**NEEDED, data_path=["a.jsonl:2", "b.csv"])
+    assert settings.data == [DatasetSettings(path="a.jsonl", weight=2), DatasetSettings(path="b.csv", weight=1)]
+    assert settings.data_path == ["a.jsonl", "b.csv"]
+    assert TrainSettings(**NEEDED, data_path=["a.jsonl", "b.csv"]).data is None
+
+
+def test_saved_settings_and_flags_read_back_as_the_same(tmp_path: Path) -> None:
+    text = "data: [a.jsonl:2, {path: [b, c], source_prefix: 'x: '}]\neval_data: [{path: d, name: b}]\nsource_column: q"
+    settings = load(text, tmp_path)
+    (tmp_path / "saved.yaml").write_text(dump_settings(settings))
+    again, notes = load_settings(TrainSettings, str(tmp_path / "saved.yaml"))
+    assert again == settings
+    assert not notes
+    assert again.data is not None
+    assert again.data[1].list_given() == {"source_prefix": "x: "}  # and no source_column: that of all applies
+    assert settings.replace(seed=3).data == settings.data
+    assert list(list_without_flags(settings)) == ["data", "eval_data"]
+    plain = TrainSettings(**NEEDED, data_path=["a.jsonl:2", "b.csv:0.5"])
+    assert list(list_flags(plain, ["data_path", "data"])) == [["--data-path", "a.jsonl:2", "b.csv:0.5"]]
+    assert list_without_flags(plain) == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("data: [{path: a, weight: -1}]", "data[0].weight: -1 (FILE: data): must be at least 0"),
+        ("data: [a, {path: b, weight: .nan}]", "data[1].weight: nan (FILE: data): expected a finite number"),
+        ("data: [{path: a, weigth: 1}]", "data[0].weigth (FILE: data): unknown setting; did you mean weight?"),
+        ("data: [{weight: 1}]", "data[0].path (FILE: data): missing; each dataset needs it"),
+        ("data: [3]", "data[0]: 3 (FILE: data): expected names with values, such as path: chats.jsonl"),
+        ("data: []", "data: [] (FILE: data): must not be empty"),
+        ("data: [{path: a, weight: 0}]", "data: every weight is 0, so there is nothing to train on"),
+        ("data_path: [a:0, b:0]", "data: every weight is 0, so there is nothing to train on"),
+        ("data: [{path: a, name: x}, {path: b, name: x}]", "data: name: x: two datasets have it"),
+        ("data: [{path: a, name: x}, {path: b, name: X}]", "data: name: x: two datasets have it"),
+        ("data: [{path: a, name: mixture.json}]", "data[0].name: 'mixture.json' (FILE: data): a file in the folder of"),
+        ("data: [a, b]\ndata_split: dev", "data_split: dev: give it in the dataset that it is for"),
+        ("data_path: a\neval_data: [a, b]\neval_data_split: dev", "eval_data_split: dev: give it as data_split in"),
+        (
+            "data: [{path: a, name: x, target_column: y}]\nobjective: span-corruption",
+            "data: x: target_column: 'y', but",
+        ),
+        ("data: [{path: a, name: ../b}]", "data[0].name: '../b' (FILE: data): expected letters, digits,"),
+        ("data: [{path: '-'}]", "data: standard input (`-`) can't be one of several datasets; write it to a file"),
+        ("data: [a]\ndata_path: b", "data: conflicts with data_path; give only one of them"),
+        ("data: [{path: 'a:2', weight: 3}]", "data: path: a:2: give the weight of the dataset as its `weight`"),
+        ("data: [a:2, b]\nmixing: proportional", "mixing: proportional: conflicts with the weights of data"),
+        ("data: [a:2, b]\nmixing_cap: 5", "mixing_cap: 5: conflicts with the weights of data"),
+        ("data: [a, b]\nmixing: weights\nmixing_temperature: 2", "mixing_temperature: 2 has no effect with mixing"),
+        ("data: [a, b]\nmixing_temperature: 0", "mixing_temperature: 0 (FILE: mixing_temperature): must be greater"),
+        (
+            "data: [{path: a, data_format: alpaca, source_prefix: x}]",
+            "data: a: source_prefix: 'x', but data_format alpaca",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_dataset_is_said_by_its_place(text: str, problem: str, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError) as refused:
+        load(text, tmp_path)
+    assert len(refused.value.problems) == 1
+    assert problem.replace("FILE", str(tmp_path / "run.yaml")) in str(refused.value)
+
+
+def test_datasets_are_named_after_their_files() -> None:
+    paths = [
+        "data/chats.jsonl.gz", "hf://datasets/owner/chats@main", "owner/name", "https://host/b.CSV?key=1", "dir/*.json",
+        "ünï.json", "pocket", "/", "https://me:secret@host/c.csv#key",
+    ]  # fmt: skip
+    names = name_datasets([DatasetSettings(path=path) for path in paths] + [DatasetSettings(path="x", name="chats-2")])
+    assert names == ["chats", "chats-3", "name", "b", "dir", "n", "pocket", "data", "c", "chats-2"]
+
+
+def test_records_in_memory_can_be_one_of_several_datasets() -> None:
+    records = [{"source": "a", "target": "b"}]
+    settings = TrainSettings(**NEEDED, data=[{"path": records, "name": "own", "weight": 3}, "b.jsonl"])
+    assert settings.data is not None
+    (path,) = settings.data[0].path
+    assert Path(path).read_text() == '{"source": "a", "target": "b"}\n'
+    assert settings.data_path == [path, "b.jsonl"]
+
+
+def test_settings_of_the_command_apply_to_a_dataset_unless_they_do_not_suit_it() -> None:
+    settings = TrainSettings(
+        **NEEDED, source_prefix="x: ", source_column="q", objective="sft",
+        data=[
+            {"path": "a"}, {"path": "b", "data_format": "openai"}, {"path": "c", "target_column": "t"},
+            {"path": "d", "objective": "span-corruption", "denoisers": "ul2", "source_column": "body"},
+        ],
+    )  # fmt: skip
+    assert settings.data is not None
+    found = [complete_dataset(settings, dataset) for dataset in settings.data]
+    assert [each.source_prefix for each in found] == ["x: ", "", "x: ", ""]
+    assert [each.source_column for each in found] == ["q", None, None, "body"]
+    assert [each.data_path for each in found] == [["a"], ["b"], ["c"], ["d"]]
+    assert all(each.data is None for each in found)
+    raw = TrainSettings(
+        **NEEDED, objective="span-corruption", denoisers="ul2-s", data=["a", {"path": "b", "objective": "sft"}]
+    )
+    assert raw.data is not None
+    assert [complete_dataset(raw, dataset).denoisers for dataset in raw.data] == [["ul2-s"], ["t5"]]
+
+
+@pytest.mark.parametrize(("given", "expected"), [("openai", "auto"), ("source-target", "source-target")])
+def test_the_prefix_of_a_dataset_rules_out_the_formats_that_take_none(given: str, expected: str) -> None:
+    prefixed, bare = {"path": "a", "source_prefix": "x: "}, {"path": "b", "source_prefix": ""}
+    settings = TrainSettings(**NEEDED, data_format=given, data=[prefixed, bare])
+    assert settings.data is not None
+    found = [complete_dataset(settings, dataset) for dataset in settings.data]
+    assert [(each.source_prefix, each.data_format) for each in found] == [("x: ", expected), ("", given)]
+
+
+def test_a_setting_that_datasets_do_not_have_is_not_blamed_on_one() -> None:
+    with pytest.raises(SettingsError) as caught:
+        TrainSettings(**NEEDED, data=["a", "b"], hub_model_id="owner/name")
+    assert caught.value.problems == ("hub_model_id: owner/name, but push_to_hub isn't set",)
+    with pytest.raises(SettingsError, match="data: a: "):
+        TrainSettings(**NEEDED, data=[{"path": "a", "source_prefix": "x: ", "data_format": "openai"}, "b"])
+
+
+def test_data_of_a_flag_takes_the_place_of_that_of_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("model_name_or_path: pocket\noutput_dir: run\ndata: [a:2, b]\neval_data: [c]\n")
+    settings, _ = load_settings(TrainSettings, str(file), flags={"data_path": ["d.jsonl"]})
+    assert (settings.data, settings.data_path) == (None, ["d.jsonl"])
+    assert settings.eval_data_path == ["c"]
+
+
+def test_a_weight_in_the_path_of_a_dataset_is_its_weight() -> None:
+    settings = TrainSettings(**NEEDED, data=[{"path": "a.jsonl:3", "source_prefix": "x: "}, "b"])
+    assert settings.data is not None
+    assert (settings.data[0].path, settings.data[0].weight) == (["a.jsonl"], 3)
+
+
+def test_the_flags_of_datasets_without_weights_are_not_those_of_weights() -> None:
+    settings = TrainSettings(**NEEDED, data=["a", "b"])
+    assert list(list_without_flags(settings)) == ["data"]
+    exact = TrainSettings(**NEEDED, data_path=["a:0.123456789", "b:1e-7"])
+    assert list(list_flags(exact, ["data_path"])) == [["--data-path", "a:0.123456789", "b:1e-07"]]

@@ -1,0 +1,218 @@
+"""The names of other tools: each leads to a setting that exists, for flags, YAML keys and environment variables."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from t5tune.cli.arguments import parse_arguments
+from t5tune.errors import SettingsError
+from t5tune.settings import (
+    COMMANDS,
+    ChatSettings,
+    EvaluateSettings,
+    InspectSettings,
+    MergeSettings,
+    PrepareSettings,
+    Settings,
+    TrainSettings,
+    load_settings,
+)
+from t5tune.settings.fastchat_names import LEGACY_NAMES
+from t5tune.settings.other_names import ADVICE, NAMES_IN_OTHER_TOOLS, suggest_setting
+
+ALL_SETTINGS = {name for model in COMMANDS for name in model.list_suggestions()}
+
+
+def test_every_suggested_name_is_a_setting_that_is_neither_hidden_nor_a_legacy_name() -> None:
+    mentioned = {name for text in ADVICE.values() for name in re.findall(r"\{(\w+)\}", text)}
+    assert not mentioned - ALL_SETTINGS
+    assert not set(NAMES_IN_OTHER_TOOLS) - ALL_SETTINGS
+    assert not ALL_SETTINGS & ({*LEGACY_NAMES, "fp16"})
+
+
+def test_no_name_of_another_tool_is_a_setting_of_the_command_that_would_suggest_another() -> None:
+    for model in COMMANDS:
+        own = set(model.model_fields)
+        for ours, names in NAMES_IN_OTHER_TOOLS.items():
+            assert ours not in own or not own & {*names.split()}, (model.command, ours)
+    advised = " ".join(ADVICE).split()
+    others = " ".join(NAMES_IN_OTHER_TOOLS.values()).split()
+    assert len(advised) == len({*advised})
+    # a command that has the setting of such a name suggests that, so the sentence must be about another command's
+    both = [text for names, text in ADVICE.items() if {*names.split()} & {*others}]
+    assert all("{" in text for text in both)
+    assert not {*advised} & {*TrainSettings.model_fields}
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        # axolotl
+        ("base_model", "model_name_or_path"),
+        ("datasets", "data_path"),
+        ("test_datasets", "eval_data_path"),
+        ("dataset_prepared_path", "preprocessed_path"),
+        ("val_set_size", "eval_fraction"),
+        ("sequence_len", "model_max_length"),
+        ("sample_packing", "packing"),
+        ("micro_batch_size", "per_device_train_batch_size"),
+        ("num_epochs", "num_train_epochs"),
+        ("lr_scheduler", "lr_scheduler_type"),
+        ("optimizer", "optim"),
+        ("lora_model_dir", "adapter"),
+        ("peft_use_dora", "use_dora"),
+        # LLaMA-Factory
+        ("cutoff_len", "model_max_length"),
+        ("dataset", "data_path"),
+        ("eval_dataset", "eval_data_path"),
+        ("val_size", "eval_fraction"),
+        ("template", "conversation_template"),
+        ("finetuning_type", "train_mode"),
+        ("lora_rank", "lora_r"),
+        ("lora_target", "lora_target_modules"),
+        ("adapter_name_or_path", "adapter"),
+        ("max_samples", "num_data"),
+        ("preprocessing_num_workers", "num_workers"),
+        ("additional_target", "modules_to_save"),
+        # TRL
+        ("dataset_name", "data_path"),
+        ("max_length", "model_max_length"),
+        ("dataset_num_proc", "num_workers"),
+        ("bnb_4bit_quant_type", "quant_type"),
+        ("use_bnb_nested_quant", "double_quant"),
+        ("model_revision", "revision"),
+        # transformers and its scripts
+        ("lr", "learning_rate"),
+        ("batch_size", "per_device_train_batch_size"),
+        ("epochs", "num_train_epochs"),
+        ("train_file", "data_path"),
+        ("validation_file", "eval_data_path"),
+        ("max_source_length", "model_max_length"),
+        ("summary_column", "target_column"),
+        ("max_train_samples", "num_data"),
+        ("max_target_len", "model_max_length"),
+        ("orpo_alpha", "orpo_lambda"),
+        ("save_every", "save_steps"),
+        ("precision", "bf16"),
+        ("wd", "weight_decay"),
+        ("limit", "num_data"),
+    ],
+)
+def test_a_name_of_another_tool_suggests_ours(name: str, meant: str) -> None:
+    flag, meant_flag = (f"--{word.replace('_', '-')}" for word in (name, meant))
+    assert parse_arguments([flag, "1"], TrainSettings).problems == [f"{flag}: unknown flag; did you mean {meant_flag}?"]
+    assert parse_arguments([f"{name}=1"], TrainSettings).problems == [f"{name}: unknown setting; did you mean {meant}?"]
+    with pytest.raises(SettingsError) as caught:
+        load_settings(TrainSettings, environment={f"T5TUNE_{name.upper()}": "1"})
+    assert f"T5TUNE_{name.upper()}: unknown setting; did you mean {meant}?" in caught.value.problems
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("resume_from_checkpoint", "give the same command again: it resumes"),
+        ("load_best_model_at_end", "metric_for_best_model does it"),
+        ("hub_token", "set HF_TOKEN"),
+        ("lora_target_linear", "use lora_target_modules: all-linear"),
+        ("quantization_bit", "use q_lora: true"),
+        ("load_in_8bit", "quant_type: int8"),
+        ("wandb_project", "use report_to: wandb"),
+        ("use_peft", "LoRA is the default"),
+        ("flash_attention", "leave it out"),
+        ("use_flash_attn", "leave it out"),
+        ("evals_per_epoch", "use eval_steps"),
+        ("generation_max_length", "t5tune evaluate has this option"),
+        ("special_tokens", "the tokenizer's own are used"),
+        ("safe_serialization", "always written as safetensors"),
+        ("overwrite_cache", "whenever its inputs change"),
+        ("save_only_model", "save_total_limit keeps fewer"),
+        ("eval_table_size", "use report_samples"),
+        ("adam_beta2", "under training_args"),
+        ("neftune_noise_alpha", "NEFTune isn't supported"),
+        ("predict_with_generate", "use eval_generate: 32, the number of held-out examples"),
+        ("model_type", "the model's config.json says it"),
+        ("tokenizer_type", "the tokenizer is that of the model"),
+        ("ds_type", "the ending of a file's name says"),
+        ("pad_to_sequence_len", "packing fills the batches without padding"),
+        ("pad_to_max_length", "packing fills the batches without padding"),
+        ("val_max_target_length", "as long as the longest target"),
+        ("wandb_entity", "the variable WANDB_ENTITY"),
+        ("use_auth_token", "set HF_TOKEN"),
+        ("source_lang", "use source_prefix"),
+        ("max_predict_samples", "num_data"),
+        ("preprocessing_batch_size", "num_workers makes prepare faster"),
+        ("use_fast_tokenizer", "the tokenizer is that of the model"),
+        ("streaming", "records are always streamed"),
+    ],
+)
+def test_a_name_without_an_equivalent_gets_the_sentence_that_helps(name: str, advice: str, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(f"{name}: 1\n")
+    with pytest.raises(SettingsError) as caught:
+        load_settings(TrainSettings, str(tmp_path / "run.yaml"))
+    (problem,) = [line for line in caught.value.problems if f"{name}: unknown setting; " in line]
+    assert advice in problem
+    (problem,) = parse_arguments([f"--{name}"], TrainSettings).problems
+    assert "unknown flag; " in problem
+    flags = {word for word in re.findall(r"[a-z0-9]+(?:_[a-z0-9]+)+", advice) if word != "training_args"}
+    assert all(f"--{word.replace('_', '-')}" in problem for word in flags)
+
+
+def test_a_flag_of_another_command_isnt_suggested_but_a_key_of_a_shared_file_is() -> None:
+    assert parse_arguments(["--lora-rank=8"], PrepareSettings).problems == ["--lora-rank: unknown flag"]
+    with pytest.raises(SettingsError) as caught:
+        load_settings(PrepareSettings, environment={"T5TUNE_LORA_RANK": "8"})
+    assert "T5TUNE_LORA_RANK: unknown setting; did you mean lora_r?" in caught.value.problems
+    assert parse_arguments(["--batch-size=8"], EvaluateSettings).problems == [
+        "--batch-size: unknown flag; did you mean --per-device-eval-batch-size?"
+    ]
+    assert parse_arguments(["--load-in-4bit"], ChatSettings).problems == [
+        "--load-in-4bit: unknown flag; did you mean --q-lora?"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("model", "words", "advice"),
+    [
+        (TrainSettings, "--load-in-8bit", "use --q-lora and --quant-type int8"),
+        (TrainSettings, "--wandb-project=x", "use --report-to wandb, and the variable WANDB_PROJECT"),
+        (TrainSettings, "--num-beams=3", "--eval-generate are greedy"),
+        (TrainSettings, "--device=cpu", "--use-cpu none"),
+        (TrainSettings, "--stage=dpo", "use --objective: sft (the default), dpo, orpo or span-corruption"),
+        (TrainSettings, "--max-eval-samples=9", "all of --eval-data-path is evaluated"),
+        (TrainSettings, "-o=x", "did you mean --output-dir?"),
+        (TrainSettings, "--overwrite", "did you mean --fresh?"),
+        (TrainSettings, "--force", "did you mean --fresh?"),
+        (ChatSettings, "--max-length=9", "did you mean --max-new-tokens?"),
+        (EvaluateSettings, "--generation-max-length=9", "did you mean --max-new-tokens?"),
+        (MergeSettings, "--torch-dtype=bfloat16", "did you mean --dtype?"),
+        (InspectSettings, "--limit=3", "--example shows one example, by its index, and --all all of them"),
+    ],
+)
+def test_the_advice_is_that_for_the_command_and_has_flags_as_they_are_typed(
+    model: type[Settings], words: str, advice: str
+) -> None:
+    (problem,) = parse_arguments(words.split(), model).problems
+    assert problem.startswith(f"{words.partition('=')[0]}: unknown flag; ")
+    assert advice in problem
+
+
+def test_the_short_flags_of_fastchats_apply_lora_suggest_ours() -> None:
+    words = ["--base", "pocket", "--target", "merged", "--lora", "run"]
+    assert parse_arguments(words, MergeSettings).problems == [
+        "--base: unknown flag; did you mean --model-name-or-path?",
+        "--target: unknown flag; did you mean --output-dir?",
+        "--lora: unknown flag; did you mean --adapter?",
+    ]
+    assert parse_arguments(words, TrainSettings).problems[1:] == [
+        "--target: unknown flag; did you mean --target-column?",
+        "--lora: unknown flag; did you mean --lora-r?",
+    ]
+
+
+def test_a_mistyped_legacy_or_hidden_name_never_suggests_itself() -> None:
+    for name in (*LEGACY_NAMES, "fp16"):
+        assert f"did you mean {name}?" not in suggest_setting(name[:-1], TrainSettings.list_suggestions())
+        flag = f"--{name[:-1].replace('_', '-')}"
+        (problem,) = parse_arguments([flag], TrainSettings).problems
+        assert f"--{name.replace('_', '-')}?" not in problem
