@@ -131,8 +131,8 @@ def run_ours(options: argparse.Namespace, folder: Path, packing: str, **changes:
     """
     from t5tune.commands.train import train
     from t5tune.data.caches.cache import open_cache
-    from t5tune.model.batches import EpochDraws, make_budget_sampler
     from t5tune.progress import Advanced, Event, Note
+    from t5tune.training.steps import EpochDraws, make_budget_sampler
 
     clock = Clock(options, options.steps)
 

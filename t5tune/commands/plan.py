@@ -27,7 +27,6 @@ from t5tune.evaluation.batches import Lengths
 from t5tune.evaluation.scoring import MAX_TOKENS_PER_BATCH, make_loss_batches
 from t5tune.families import find_family
 from t5tune.io.reasons import join_first
-from t5tune.model.batches import EpochDraws, count_steps, make_budget_sampler
 from t5tune.model.device import has_bf16
 from t5tune.planning.known_configs import KNOWN_CONFIGS
 from t5tune.planning.layer_memory import BatchLengths
@@ -36,6 +35,7 @@ from t5tune.progress import Note, Report, count_done, silent
 from t5tune.settings import PlanSettings, TrainSettings
 from t5tune.settings.dataset_list import split_weight
 from t5tune.settings.field_types import parse_gpu_memory
+from t5tune.training.steps import EpochDraws, count_steps, make_budget_sampler
 
 NUM_ADDED_TOKENS = 19  # about as many as prepare adds to T5's vocabulary, if there are unused rows
 MAX_SUGGESTED_BATCH_SIZE = 64

@@ -33,12 +33,7 @@ from t5tune.formatting import format_count, format_held_out_metric, format_numbe
 from t5tune.io.atomic import copy_atomically, explain_write_errors, write_file, write_json
 from t5tune.metrics import split_by_dataset
 from t5tune.model.attention.t5 import trains_position_bias
-from t5tune.model.batches import (
-    StepSampler,
-    count_steps,
-    make_collator,
-    make_sampler,
-)
+from t5tune.model.batches import make_collator
 from t5tune.model.device import get_peak_memory, get_reserved_memory, manage_memory_for_loading
 from t5tune.model.kernels.flex_check import AttentionShape, read_attention_shape
 from t5tune.progress import Note, Report
@@ -76,6 +71,7 @@ from t5tune.training.objectives import (
 )
 from t5tune.training.reference import PairMeter, complete_references, open_initial_model, open_reference_adapter
 from t5tune.training.sample_predictions import SamplePredictions
+from t5tune.training.steps import StepSampler, count_steps, make_sampler
 from t5tune.training.teacher import DistillationObjective, Teacher, load_teacher
 from t5tune.training.trainer import T5Trainer, TrainerParts
 

@@ -34,7 +34,7 @@ from t5tune.evaluation.batches import EvaluationStopped
 from t5tune.evaluation.scoring import GenerationScorer
 from t5tune.formatting import format_count, format_held_out_metric, format_number
 from t5tune.io.reasons import join_lines
-from t5tune.model.batches import ExampleDataset, PackedCollator, PaddedCollator, StepSampler
+from t5tune.model.batches import PackedCollator, PaddedCollator
 from t5tune.model.device import get_peak_memory, get_reserved_memory
 from t5tune.progress import Note, Report
 from t5tune.runs.metrics_log import NEW_HELD_OUT, SUMMARY, MetricsLog
@@ -52,6 +52,7 @@ from t5tune.training.callbacks import (
 )
 from t5tune.training.non_finite import NonFiniteGuard
 from t5tune.training.objectives import EvaluationOptions, Pairs, RunObjective
+from t5tune.training.steps import ExampleDataset, StepSampler
 from t5tune.training.totals import NUM_PAIRS, NUM_TOKENS, TOTALS_KEY, RunTotals, TokenCountingCollator
 from t5tune.training.trained_weights import TrainedWeights, drop_frozen
 

@@ -314,7 +314,7 @@ def measure_costs(cache: Path, batches: list[list[int]], packed: bool) -> list[i
 @pytest.mark.variants("grouped-auto")
 def test_a_plan_has_the_trainers_batches(batching: dict[str, Any], packing: str, uneven_cache: Path) -> None:
     from t5tune.data.caches.cache import open_cache
-    from t5tune.model.batches import EpochDraws, StepSampler, make_budget_sampler, make_count_sampler
+    from t5tune.training.steps import EpochDraws, StepSampler, make_budget_sampler, make_count_sampler
 
     sources, targets = open_cache(uneven_cache).read_lengths()
     packed, tokens = packing != "off", batching.get("tokens_per_batch")

@@ -13,7 +13,7 @@ from t5tune.distributed.world import World
 from t5tune.families.t5 import T5
 from t5tune.model import load
 from t5tune.model.attention.packing import use_packing
-from t5tune.model.batches import PackedCollator, PaddedCollator, StepSampler
+from t5tune.model.batches import PackedCollator, PaddedCollator
 from t5tune.model.kernels.fused import use_fused_layers
 from t5tune.model.lora import add_lora
 from t5tune.progress import silent
@@ -21,6 +21,7 @@ from t5tune.settings import TrainSettings
 from t5tune.training.arguments import make_training_arguments
 from t5tune.training.non_finite import NonFiniteGuard
 from t5tune.training.objectives import TargetObjective
+from t5tune.training.steps import StepSampler
 from t5tune.training.trainer import T5Trainer, TrainerParts
 from tests.support.fake_cuda_watch import CUDA
 

@@ -1,11 +1,11 @@
-"""Batching: complete epochs with similar lengths within a step, determined by seed and epoch alone."""
+"""Steps: every example once per epoch, similar lengths within a step, determined by seed and epoch alone."""
 
 import numpy as np
 import pytest
 
 from t5tune.data.caches.batching import make_count_batches
 from t5tune.errors import SettingsError
-from t5tune.model.batches import Draw, EpochDraws, StepSampler, make_budget_sampler, make_count_sampler
+from t5tune.training.steps import Draw, EpochDraws, StepSampler, make_budget_sampler, make_count_sampler
 
 
 def make_draws(lengths: np.ndarray, seed: int) -> EpochDraws:

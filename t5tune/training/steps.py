@@ -1,0 +1,215 @@
+"""Which examples are in each step: the micro-batches of all ranks, of a fixed size or with a token budget.
+
+sampler = make_sampler(settings, examples, is_packed, num_ranks)
+loader = DataLoader(ExampleDataset(examples), batch_sampler=sampler, collate_fn=collator)
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+from torch.utils.data import Dataset, Sampler
+
+from t5tune.data.caches.batching import Integers, TokenBudget, make_count_batches
+from t5tune.data.caches.examples import Examples
+from t5tune.data.tokens.encoding import Example, PreferencePair
+from t5tune.errors import SettingsError
+from t5tune.model.loss import IGNORED_LABEL
+from t5tune.settings import TrainSettings
+
+NOTHING = np.array([IGNORED_LABEL])
+"""The target of a filler."""
+
+
+class Draw(NamedTuple):
+    """An item of a micro-batch: an example that is trained on.
+
+    Args:
+        example: its index.
+        repeat: how often it was drawn before, which determines what of a text is masked.
+        is_filler: whether it is the only item of a micro-batch that would be empty: a token of the example's source,
+            and nothing to learn.
+    """
+
+    example: int
+    repeat: int
+    is_filler: bool = False
+
+
+class ExampleDataset(Dataset[Example]):
+    """The examples of a token cache or a mixture as a torch Dataset, whose items are chosen by `Draw`.
+
+    Args:
+        reference: of preference pairs, the log-probabilities under the reference model.
+    """
+
+    def __init__(self, examples: Examples, reference: Sequence[tuple[float, float]] | None = None) -> None:
+        self.examples = examples
+        self.reference = reference
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, draw: Draw) -> Example:
+        example = self.examples.read(draw.example, draw.repeat)
+        if isinstance(example, PreferencePair):
+            reference = None if self.reference is None else self.reference[draw.example]
+            pair = replace(example, reference=reference)
+            return (
+                replace(pair, source_S=pair.source_S[-1:], target_T=NOTHING, rejected_R=NOTHING)
+                if draw.is_filler
+                else pair
+            )
+        return Example(example.source_S[-1:], NOTHING) if draw.is_filler else example
+
+
+class StepSampler(Sampler[list[Draw]]):
+    """The micro-batches of all ranks, step by step and rank by rank, as a torch batch sampler.
+
+    The order depends only on the seed and the epoch, not on any random state. A micro-batch for which no examples
+    remain gets a filler.
+
+    Args:
+        draw: draws the examples of an epoch, as `Cache.draw_epoch` does: (indices, how often each was drawn before).
+        make_batches: makes the micro-batches of an epoch; they contain positions in what was drawn.
+        count: their number, which is the same in every epoch.
+        step_size: micro-batches per step: gradient accumulation steps × ranks.
+    """
+
+    def __init__(
+        self,
+        draw: Callable[[int], tuple[Integers, Integers]],
+        make_batches: Callable[[int], list[Integers]],
+        count: int,
+        step_size: int,
+    ) -> None:
+        # accelerate would drop incomplete batches if this sampler had an attribute `batch_size`
+        self.draw = draw
+        self.make_batches = make_batches
+        self.count = count
+        self.step_size = step_size
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch whose order `__iter__` yields. The trainer calls this before each epoch."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        examples, repeats = self.draw(self.epoch)
+        batches = self.make_batches(self.epoch)
+        for position, batch in enumerate(batches):
+            first_of_step = batches[position - position % self.step_size][:1]
+            chosen = batch if len(batch) else first_of_step
+            pairs = zip(examples[chosen].tolist(), repeats[chosen].tolist(), strict=True)
+            yield [Draw(example, repeat, is_filler=not len(batch)) for example, repeat in pairs]
+
+
+@dataclass(frozen=True)
+class EpochDraws:
+    """What is drawn in each epoch of a run.
+
+    Args:
+        sources, targets: lengths of all examples, in tokens.
+        longest: the longest example of those that are ever drawn, in tokens; None: of all.
+        draw: draws the examples of an epoch, as `Mixture.draw_epoch` does; None: every epoch has every example once.
+        num_epochs, max_steps: of the run; max_steps takes precedence.
+    """
+
+    sources: Integers
+    targets: Integers
+    seed: int
+    draw: Callable[[int], tuple[Integers, Integers]] | None = None
+    num_epochs: float = 1.0
+    max_steps: int | None = None
+    longest: int | None = None
+
+    def find_longest(self) -> int:
+        """Find the longest example that is ever drawn, in tokens."""
+        return int((self.sources + self.targets).max()) if self.longest is None else self.longest
+
+    def draw_epoch(self, epoch: int) -> tuple[Integers, Integers]:
+        """Return (indices, how often each example was drawn before)."""
+        if self.draw is not None:
+            return self.draw(epoch)
+        return np.arange(len(self.sources)), np.full(len(self.sources), epoch)
+
+    def read_lengths(self, epoch: int) -> tuple[Integers, Integers]:
+        """Return (source lengths, target lengths) of the examples of an epoch, in the order of `draw_epoch`."""
+        indices, _ = self.draw_epoch(epoch)
+        return self.sources[indices], self.targets[indices]
+
+    def find_largest_count(self, count: Callable[[Integers, Integers], int], step_size: int) -> int:
+        """Find the largest number of micro-batches that an epoch of the run needs.
+
+        Args:
+            count: counts the micro-batches of an epoch, given its lengths.
+        """
+        largest, epoch = count(*self.read_lengths(0)), 1
+        while self.draw is not None and epoch < self._count_epochs(largest // step_size):
+            largest, epoch = max(largest, count(*self.read_lengths(epoch))), epoch + 1
+        return largest
+
+    def _count_epochs(self, steps_per_epoch: int) -> int:
+        return math.ceil(self.num_epochs if self.max_steps is None else self.max_steps / steps_per_epoch)
+
+
+def make_sampler(settings: TrainSettings, examples: Examples, is_packed: bool, num_ranks: int) -> StepSampler:
+    """Make the sampler that the settings ask for."""
+    draw = None if examples.has_every_example_once else partial(examples.draw_epoch, settings.seed)
+    sources, targets = examples.read_lengths()
+    if examples.has_preferences and not is_packed and settings.tokens_per_batch is not None:
+        targets = 2 * examples.read_longest_targets()  # both targets of a pair are padded to the longest
+    longest = int((sources + targets)[examples.list_drawn()].max())
+    draws = EpochDraws(sources, targets, settings.seed, draw, settings.num_train_epochs, settings.max_steps, longest)
+    step_size = settings.gradient_accumulation_steps * num_ranks
+    if settings.tokens_per_batch is not None:
+        return make_budget_sampler(draws, settings.tokens_per_batch, is_packed, step_size)
+    return make_count_sampler(draws, settings.per_device_train_batch_size, step_size, settings.group_by_length)
+
+
+def count_steps(num_batches: int, step_size: int, epochs: float) -> int:
+    """Count the steps of a run with so many micro-batches per epoch, as Hugging Face's Trainer does."""
+    return math.ceil(-(-num_batches // step_size) * epochs)
+
+
+def make_count_sampler(draws: EpochDraws, batch_size: int, step_size: int, group_by_length: bool) -> StepSampler:
+    """Make the sampler of `make_count_batches`: a fixed number of examples per micro-batch."""
+
+    def make_batches(epoch: int) -> list[Integers]:
+        sources, targets = draws.read_lengths(epoch)
+        lengths = sources + targets
+        grouped = lengths if group_by_length else np.zeros_like(lengths)
+        return make_count_batches(grouped, batch_size, step_size, draws.seed, epoch)
+
+    count = -(-len(draws.draw_epoch(0)[0]) // (batch_size * step_size)) * step_size
+    return StepSampler(draws.draw_epoch, make_batches, count, step_size)
+
+
+def make_budget_sampler(draws: EpochDraws, tokens: int, packed: bool, step_size: int) -> StepSampler:
+    """Make the sampler of a `TokenBudget`.
+
+    Raises:
+        SettingsError: an example is longer than the budget, or there are fewer examples than micro-batches in a step.
+    """
+    longest = draws.find_longest()
+    if longest > tokens:
+        raise SettingsError(
+            f"tokens_per_batch: {tokens}: the longest example has {longest} source and target tokens",
+            hint=f"set at least {longest}, or shorten the examples with model_max_length",
+        )
+    budget = TokenBudget(tokens, packed, step_size, draws.seed)
+    count = draws.find_largest_count(budget.count_batches, step_size)
+    if count > (num_examples := len(draws.draw_epoch(0)[0])):
+        raise SettingsError(
+            f"tokens_per_batch: {tokens}: too few examples ({num_examples}) for a step of {step_size} batches "
+            "(gradient_accumulation_steps × processes)"
+        )
+    return StepSampler(
+        draws.draw_epoch, lambda epoch: budget.make_batches(*draws.read_lengths(epoch), count, epoch), count, step_size
+    )
