@@ -3,11 +3,12 @@
     batches = make_batches(lengths, batch_size=None, cost=count_tokens, budget=8192)
     found = BatchRun(batches, measure, task, report, is_stopped).run(is_sharded=False)      # on every rank
 
-Batches follow from the examples and the settings alone, never from the number of ranks, and so do the results. A rank
-takes the next batch when it is done with one, so that no rank waits for a slower one except at the end. The longest
-targets come first, whose predictions take the most steps to generate. If memory runs out, the rank halves the batch.
+Batches follow from the examples and the settings alone, never from the number of ranks, and so do the results. The
+longest targets come first, whose predictions take the most steps to generate. The ranks take batches in turn: those of
+a turn cost about the same, so that ranks hardly wait for each other, and every rank measures the same number of
+batches, since under ZeRO-3 each forward pass gathers weights from all of them.
 
-Under ZeRO-3 each forward pass gathers weights from all ranks. There, all ranks make the same number of passes.
+If memory runs out, the rank halves the batch. Under ZeRO-3 it can't, because the others make no further pass.
 """
 
 import gc
@@ -19,13 +20,12 @@ from typing import Generic, NamedTuple, TypeVar
 import torch
 
 from t5tune.distributed.collectives import all_gather, any_rank, get_rank_and_size
-from t5tune.distributed.work_queue import WorkQueue
 from t5tune.errors import OutOfMemory
 from t5tune.model.device import is_out_of_memory
 from t5tune.progress import Note, Report, count_done
 
-# A batch has at most this share of the examples that are left, so that the last batches, for which ranks may wait for
-# each other, are small. But batches of fewer examples than SMALL_BATCH take longer for each example.
+# A batch has at most this share of the examples that are left, so that there are batches for many ranks, and the last
+# turn, in which some have nothing to do, is short. But batches of fewer examples than SMALL_BATCH take longer for each.
 LARGEST_SHARE, SMALL_BATCH = 1 / 32, 48
 
 Found = TypeVar("Found")
@@ -121,71 +121,40 @@ class BatchRun(Generic[Found]):
         Raises:
             OutOfMemory: a single example doesn't fit into memory, or under ZeRO-3 a batch.
             EvaluationStopped: a rank has been asked to stop.
-            RankLost: a rank hasn't finished its batch in the time that a collective may wait.
         """
-        found = self._measure_in_step() if is_sharded else self._measure_freely()
-        merged = {index: value for part in all_gather(found) for index, value in part.items()}
-        return [merged[index] for index in range(len(self.batches.lengths))]
-
-    def _measure_freely(self) -> dict[int, Found]:
-        """Measure one batch after the other that no other rank has taken."""
-        batches, halving = self.batches.batches, _Halving(self)
-        queue, found = WorkQueue(len(batches)), dict[int, Found]()
-        shown, failure = 0, None
-        with count_done(self.task, self.report, len(self.batches.lengths), "examples") as advance:
-
-            def show_progress() -> None:
-                nonlocal shown
-                if (done := queue.sum_done()) > shown:
-                    advance(done - shown)
-                    shown = done
-
-            try:
-                while not self.is_stopped() and (number := queue.take()) is not None:
-                    found |= halving.measure(batches[number])
-                    queue.count_done(len(batches[number]))
-                    show_progress()
-            except OutOfMemory as error:
-                failure = error
-            if failure is not None or self.is_stopped():
-                queue.close()
-            queue.wait_for_all_ranks(show_progress)
-        self._compare_ends(halving.notes, failure)
-        return found
-
-    def _compare_ends(self, notes: list[Note], failure: OutOfMemory | None) -> None:
-        """Report the notes of the other ranks, and raise the error of any rank on all of them."""
-        ends = all_gather((notes, failure))
-        rank, _ = get_rank_and_size()
-        for note in [note for other, (notes, _) in enumerate(ends) if other != rank for note in notes]:
-            self.report(note)
-        if failure is not None:
-            raise failure
-        for _, failure in ends:
-            if failure is not None:
-                raise failure
-        if any_rank(self.is_stopped()):
-            raise EvaluationStopped
-
-    def _measure_in_step(self) -> dict[int, Found]:
-        """Measure as many batches at a time as there are ranks."""
-        found: dict[int, Found] = {}
+        found, halving = dict[int, Found](), _Halving(self, can_halve=not is_sharded)
+        failure, is_over = None, False
         rank, num_ranks = get_rank_and_size()
         with count_done(self.task, self.report, len(self.batches.lengths), "examples") as advance:
             for start in range(0, len(self.batches.batches), num_ranks):
-                together = self.batches.batches[start : start + num_ranks]
-                # if fewer batches than ranks are left, the other ranks repeat the last one
-                batch = together[min(rank, len(together) - 1)]
-                results, error = try_batch(self.measure, batch)
-                # The other ranks are now waiting in their forward pass for this rank's shards: no retry is possible, so
-                # this rank fails, and its exit ends their waiting.
-                if error is not None:
-                    raise self.make_memory_error(batch) from error
-                found |= results
-                advance(sum(map(len, together)))
-                if any_rank(self.is_stopped()):
-                    raise EvaluationStopped
-        return found
+                turn = self.batches.batches[start : start + num_ranks]
+                try:
+                    # if fewer batches than ranks are left, the other ranks repeat the last one
+                    found |= halving.measure(turn[min(rank, len(turn) - 1)])
+                except OutOfMemory as error:
+                    if is_sharded:  # the others wait in their pass for this rank's shards, until it exits
+                        raise
+                    failure = error
+                advance(sum(map(len, turn)))
+                if is_over := any_rank(failure is not None or self.is_stopped()):
+                    break
+        found = self._merge(found, halving.notes, failure)
+        if is_over:
+            raise EvaluationStopped
+        return [found[index] for index in range(len(self.batches.lengths))]
+
+    def _merge(self, found: dict[int, Found], notes: list[Note], failure: OutOfMemory | None) -> dict[int, Found]:
+        """Return the results of all ranks, and report the notes of the others. If one has failed, all raise."""
+        own_rank, _ = get_rank_and_size()
+        merged: dict[int, Found] = {}
+        for rank, (results, noted, error) in enumerate(all_gather((found, notes, failure))):
+            merged |= results
+            failure = failure or error
+            for note in noted if rank != own_rank else ():
+                self.report(note)
+        if failure is not None:
+            raise failure
+        return merged
 
     def make_memory_error(self, batch: list[int]) -> OutOfMemory:
         smaller = "shorten examples with model_max_length" if len(batch) == 1 else "set per_device_eval_batch_size to 1"
@@ -196,14 +165,15 @@ class BatchRun(Generic[Found]):
 
 
 class _Halving(Generic[Found]):
-    """Measures the batches of one rank, and halves those that don't fit into its memory.
+    """Measures the batches of one rank, and halves those that don't fit into its memory, if it can.
 
     Attributes:
         notes: which batches those were.
     """
 
-    def __init__(self, run: BatchRun[Found]) -> None:
+    def __init__(self, run: BatchRun[Found], can_halve: bool) -> None:
         self.run = run
+        self.can_halve = can_halve
         self.notes: list[Note] = []
         self._too_expensive: float = math.inf
 
@@ -214,11 +184,11 @@ class _Halving(Generic[Found]):
             part = pending.pop()
             # one that costs as much as another that didn't fit isn't tried
             if len(part) == 1 or self.run.batches.compute_cost(part) < self._too_expensive:
-                results, error = try_batch(self.run.measure, part)
+                results, error = _try_batch(self.run.measure, part)
                 if error is None:
                     found |= results
                     continue
-                if len(part) == 1:
+                if len(part) == 1 or not self.can_halve:
                     raise self.run.make_memory_error(part) from error
                 del results, error  # the error's frames keep the batch's tensors in memory
                 gc.collect()
@@ -238,7 +208,7 @@ class _Halving(Generic[Found]):
         self.run.report(note)
 
 
-def try_batch(
+def _try_batch(
     measure: Callable[[list[int]], dict[int, Found]], batch: list[int]
 ) -> tuple[dict[int, Found], Exception | None]:
     """Measure a batch; if memory runs out, return the error."""

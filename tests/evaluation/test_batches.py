@@ -1,6 +1,7 @@
-"""Batches of an evaluation: what they are made of, halving them when memory runs out, and stopping."""
+"""Batches of an evaluation: what they are made of, who measures them, halving them, and stopping."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +15,8 @@ from t5tune.evaluation.batches import (
     make_batches,
 )
 from t5tune.progress import Advanced, Event, Note
+from tests.distributed.test_collectives import JOINED
+from tests.support.two_ranks import read_lines, start_two_ranks
 
 
 def count_tokens(count: int, source: int, target: int) -> int:
@@ -101,3 +104,49 @@ def test_a_stop_ends_the_evaluation_after_the_batch() -> None:
     with pytest.raises(EvaluationStopped):
         run(batches, measure, [], is_stopped=lambda: len(done) == 2)
     assert done == batches.batches[:2]
+
+
+MEASURING = """
+    from t5tune.errors import OutOfMemory
+    from t5tune.evaluation.batches import Batches, BatchRun, EvaluationStopped, Lengths
+    measured = []
+
+    def measure(batch):
+        measured.append(batch)
+        if WHAT == "fail" and world.rank == 1:
+            raise RuntimeError("CUDA out of memory")
+        return {index: index * index for index in batch}
+
+    batches = Batches([[4], [2, 1], [0], [3], [5]], [Lengths(1, 1)] * 6, lambda count, source, target: count)
+    run = BatchRun(batches, measure, "losses", silent, lambda: WHAT == "stop" and world.rank == 1)
+    try:
+        print(run.run(is_sharded=WHAT == "sharded"), measured, flush=True)
+    except (OutOfMemory, EvaluationStopped) as error:
+        print(type(error).__name__, error, measured, flush=True)
+"""
+RESULT = "[0, 1, 4, 9, 16, 25]"
+FAILURE = "OutOfMemory out of memory: losses: one example of 1 source and 1 target tokens"
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("what", "result", "ranks"),
+    [
+        ("whole", RESULT, ["[[4], [0], [5]]", "[[2, 1], [3], [5]]"]),
+        ("sharded", RESULT, ["[[4], [0], [5]]", "[[2, 1], [3], [5]]"]),
+        ("stop", "EvaluationStopped ", ["[[4]]", "[[2, 1]]"]),
+        ("fail", FAILURE, ["[[4]]", "[[2, 1], [2]]"]),
+    ],
+    ids=["whole", "sharded", "stop", "fail"],
+)
+@pytest.mark.variants("sharded", "stop", "fail")
+def test_ranks_take_batches_in_turn_and_end_together(what: str, result: str, ranks: list[str], tmp_path: Path) -> None:
+    """Each rank measures as many batches as the others, the last one again if there is none of its own."""
+    running = start_two_ranks(JOINED + MEASURING.replace("WHAT", repr(what)), tmp_path)
+    with running[0], running[1]:
+        assert [rank.wait() for rank in running] == [0, 0], running[1].log.read_text()
+    for rank, measured in zip(running, ranks, strict=True):
+        (line,) = read_lines(rank)
+        assert line.startswith(result)
+        assert line.endswith(measured)
