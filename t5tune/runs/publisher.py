@@ -1,7 +1,7 @@
 """Save checkpoints together: every rank writes its files to a staging folder, and rank 0 publishes it if all succeeded.
 
     publisher = CheckpointPublisher(run_folder, run_identity, keep=2, report=report)
-    publisher.save(step, best_step, write)      # write() puts the files under publisher.staging
+    publisher.save(step, best_step, write)      # write(staging) puts the files under that folder
 
 If one rank fails, all ranks raise, and the checkpoints that exist already are kept (see runs/checkpoints.py).
 """
@@ -36,8 +36,6 @@ class CheckpointPublisher:
 
     Attributes:
         last_step: step of the newest checkpoint; None before the first.
-        staging: while a checkpoint is saved, the folder that receives it in place of the run folder.
-        rotates: whether to delete old checkpoints after a save; False while the step's evaluation may change the best.
     """
 
     def __init__(self, run_folder: Path, run_identity: dict[str, Any], keep: int | None, report: Report) -> None:
@@ -46,13 +44,15 @@ class CheckpointPublisher:
         self.keep = keep
         self.report = report
         self.last_step: int | None = None
-        self.staging: Path | None = None
-        self.rotates = True
         self._failures: list[Exception] = []
         self._rank, self._num_ranks = get_rank_and_size()
 
-    def save(self, step: int, best: int | None, write: Callable[[], None]) -> None:
+    def save(self, step: int, best: int | None, write: Callable[[Path], None], rotates: bool = True) -> None:
         """Save the checkpoint of a step, unless it exists. Call on every rank.
+
+        Args:
+            write: writes this rank's files to a folder in place of the run folder.
+            rotates: whether to delete old checkpoints then; False while the step's evaluation may change the best.
 
         Raises:
             TrainingError: a rank couldn't write its files; names the rank, the reason and the free disk space.
@@ -63,7 +63,8 @@ class CheckpointPublisher:
         try:
             self._raise_if_any_rank_failed(self._write_staged(staging, step, write), step)
             staged = staging / f"checkpoint-{step}"
-            self._raise_if_any_rank_failed(self._publish_staged(staged, step, best) if self._rank == 0 else None, step)
+            failure = self._publish_staged(staged, step, best, rotates) if self._rank == 0 else None
+            self._raise_if_any_rank_failed(failure, step)
         finally:
             if self._rank == 0:
                 shutil.rmtree(staging, ignore_errors=True)
@@ -108,24 +109,21 @@ class CheckpointPublisher:
                     line = dict(found["line"])
         return broadcast_from_rank_0(line)
 
-    def _write_staged(self, staging: Path, step: int, write: Callable[[], None]) -> Exception | None:
+    def _write_staged(self, staging: Path, step: int, write: Callable[[Path], None]) -> Exception | None:
         """Write this rank's files. Return the first error in writing a file, or None.
 
         Raises:
             TrainingError: saving was aborted; other ranks may be waiting in a collective that this rank won't reach.
         """
-        self.staging = staging
         try:
             with collect_save_errors() as self._failures:
                 staging.mkdir(exist_ok=True)
-                write()
+                write(staging)
         except OSError as error:
             raise self._make_error(step, join_lines(error)) from error
-        finally:
-            self.staging = None
         return self._failures[0] if self._failures else None
 
-    def _publish_staged(self, staged: Path, step: int, best: int | None) -> Exception | None:
+    def _publish_staged(self, staged: Path, step: int, best: int | None, rotates: bool) -> Exception | None:
         """Write the manifest of a staged checkpoint, and rename the checkpoint into the run folder."""
         final = self.run_folder / staged.name
         try:
@@ -134,7 +132,7 @@ class CheckpointPublisher:
                 shutil.rmtree(final)
             staged.rename(final)
             fsync(self.run_folder)
-            if self.rotates:
+            if rotates:
                 self._rotate(step, best)
         except (OSError, CheckpointError, WriteError) as error:
             return error

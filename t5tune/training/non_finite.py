@@ -13,14 +13,16 @@ non_finite.jsonl in the run folder has a line for each such step:
 import contextlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import __version__ as transformers_version
 
+from t5tune.compat.requirements import make_install_command
 from t5tune.distributed.collectives import all_gather, get_rank_and_size
-from t5tune.errors import TrainingError
+from t5tune.errors import DependencyError, TrainingError
 from t5tune.io.atomic import append_line
 from t5tune.progress import Note, Report
 from t5tune.runs.checkpoints import list_checkpoints
@@ -65,7 +67,9 @@ class NonFiniteGuard:
         self._step_loss = loss if self._step_loss is None else self._step_loss + loss
         return torch.nan_to_num(loss, nan=0.0, posinf=0.0, neginf=0.0)
 
-    def check(self, norm: Any, step: int, model: Any, list_examples: Callable[[], list[int | str]]) -> Any:
+    def check(
+        self, norm: Any, step: int, trained: Sequence[torch.Tensor], list_examples: Callable[[], list[int | str]]
+    ) -> Any:
         """Check the gradient norm of a step, and return it as a number. Call on every rank.
 
         Under DeepSpeed the update has already been made or skipped; otherwise this drops non-finite gradients. Reading
@@ -73,6 +77,7 @@ class NonFiniteGuard:
 
         Args:
             norm: None if DeepSpeed didn't compute it: stage 0 does that only for clipping.
+            trained: the parameters that have gradients.
             list_examples: lists the step's examples, over all ranks: their indices in the cache.
 
         Raises:
@@ -85,10 +90,23 @@ class NonFiniteGuard:
             skipped = self._count_skipped()
             is_skipped, self._num_skipped = skipped > self._num_skipped, skipped
         elif is_skipped := not math.isfinite(norm):
-            model.zero_grad(set_to_none=True)  # optimizers skip parameters without a gradient
+            for parameter in trained:
+                parameter.grad = None  # optimizers skip parameters without a gradient
         if is_skipped:
             self._handle(step, float(loss), math.inf if self._engine is not None else norm, list_examples())
         return norm
+
+    def require_check(self) -> None:
+        """Check that the step was checked. Call before its update.
+
+        Raises:
+            DependencyError: this release of transformers doesn't clip the gradient where it is checked.
+        """
+        if self._step_loss is not None:
+            raise DependencyError(
+                f"transformers {transformers_version}: Trainer computes the gradient norm without accelerate",
+                hint=f"install a release that t5tune knows: {make_install_command('transformers')}",
+            )
 
     def _handle(self, step: int, own_loss: float, grad_norm: float, examples: list[int | str]) -> None:
         """Log the step, then skip it or raise."""

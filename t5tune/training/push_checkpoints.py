@@ -26,7 +26,8 @@ from t5tune.settings import TrainSettings
 class PushCheckpoints(TrainerCallback):  # type: ignore[misc]
     """Uploads in a thread. A checkpoint that is saved while another one is uploaded is left out.
 
-    The last checkpoint isn't uploaded here, but the result of the run, whose weights it may have.
+    The last checkpoint isn't uploaded here, but the result of the run, whose weights it may have; nor one from before
+    the first step.
     """
 
     def __init__(self, settings: TrainSettings, report: Report) -> None:
@@ -43,7 +44,7 @@ class PushCheckpoints(TrainerCallback):  # type: ignore[misc]
         trainer.add_callback(self)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step >= state.max_steps:
+        if state.global_step in (0, state.max_steps):
             return
         checkpoint = self._settings.output_dir / f"checkpoint-{state.global_step}"
         if self._is_busy:

@@ -60,7 +60,7 @@ from t5tune.settings.groups.lora import LoraSettings
 from t5tune.training.arguments import choose_best_metric, make_training_arguments
 from t5tune.training.attention_choice import LOOP, ChosenAttention, choose_packed_attention
 from t5tune.training.build_model import BuiltModel, build_model, will_train_position_bias
-from t5tune.training.callbacks import find_best
+from t5tune.training.flow import find_best
 from t5tune.training.non_finite import NonFiniteGuard
 from t5tune.training.objectives import (
     DirectPreferenceObjective,
@@ -110,7 +110,7 @@ def run_training(session: Session) -> TrainResult:
         run_on_rank_0(world, lambda: _check_disk_space(session, loaded, built.trainable, saves))
     trainer.train(resume_from_checkpoint=str(loaded.resume) if loaded.resume else None)
     training_seconds = trainer.totals.measure_seconds()
-    if trainer.is_stopped:
+    if trainer.flow.is_stopped:
         step = trainer.state.global_step
         saved = f"after step {step:,} of {trainer.state.max_steps:,}; saved in {run.folder / f'checkpoint-{step}'}"
         raise session.stop.make_error(saved, hint="run the same command to continue")
@@ -126,11 +126,11 @@ def run_training(session: Session) -> TrainResult:
 
 def _report_choice(settings: TrainSettings, trainer: T5Trainer, report: Report) -> int | None:
     """Report why training ended early, and the best step. Return that step; None if the last one is kept."""
-    if trainer.early_stop is not None:
-        report(Note(f"stopped early {trainer.early_stop}"))
+    if trainer.flow.early_stop is not None:
+        report(Note(f"stopped early {trainer.flow.early_stop}"))
     if (metric := choose_best_metric(settings)) is None or (best := trainer.state.best_global_step) is None:
         return None
-    value = trainer.get_best_value()
+    value = trainer.flow.get_best_value()
     shown = "" if value is None else f": {format_held_out_metric(metric)} {format_number(value)}"
     report(Note(f"the adapter is from the best step, {best}{shown}"))
     return int(best)
@@ -463,7 +463,7 @@ def _make_result(
     session: Session, loaded: _LoadedData, built: BuiltModel, trainer: T5Trainer, seconds: float, best: int | None
 ) -> TrainResult:
     """Make the result of a run that trained for so many seconds. Every rank calls this; it sums over them."""
-    settings, tokens, evaluations = session.settings, trainer.totals.count_tokens(), trainer.list_evaluations()
+    settings, tokens, evaluations = session.settings, trainer.totals.count_tokens(), trainer.flow.list_evaluations()
     metrics, by_dataset = _get_evaluation_metrics(loaded, evaluations, best)
     index = find_best([*evaluations.values()], trainer.args)
     best_step = None if index is None else [*evaluations][index]
@@ -483,7 +483,7 @@ def _make_result(
         world_size=session.world.size,
         resumed_from=loaded.resume,
         seconds=round(time.monotonic() - session.started, 3),
-        stopped_early=trainer.early_stop,
+        stopped_early=trainer.flow.early_stop,
         peak_reserved_bytes=get_reserved_memory(session.device).get("peak_reserved_bytes"),
         datasets=_describe_datasets(loaded.examples, by_dataset),
         best_step=best_step,

@@ -3,55 +3,47 @@
     trainer = T5Trainer(model, training_arguments, TrainerParts(...))
     trainer.train(resume_from_checkpoint=None)
 
-It finishes the current step and saves a checkpoint on a signal, and handles steps that aren't finite.
+flow.py has what follows a step. The rest of transformers' Trainer stays as it is: its loop, optimizers, schedules,
+callbacks of trackers, and DeepSpeed.
 """
 
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, Trainer, set_seed
+from transformers import PrinterCallback, Trainer
 from transformers import __version__ as transformers_version
 from transformers.trainer_utils import EvalLoopOutput
 
 from t5tune.compat.requirements import make_install_command
 from t5tune.compat.transformers_patches import leave_empty_bias_without_gradient, skip_module_walks
 from t5tune.data.caches.examples import Examples
-from t5tune.distributed.collectives import any_rank, get_rank_and_size, is_distributed
+from t5tune.distributed.collectives import is_distributed
 from t5tune.distributed.signals import StopRequest, ignore_signals
 from t5tune.distributed.watch import RankWatch
 from t5tune.errors import DependencyError, SettingsError
-from t5tune.evaluation.batches import EvaluationStopped
 from t5tune.evaluation.scoring import GenerationScorer
-from t5tune.formatting import format_count, format_held_out_metric, format_number
 from t5tune.io.reasons import join_lines
 from t5tune.model.batches import PackedCollator, PaddedCollator
 from t5tune.model.device import get_peak_memory, get_reserved_memory
 from t5tune.progress import Note, Report
-from t5tune.runs.metrics_log import NEW_HELD_OUT, SUMMARY, MetricsLog
+from t5tune.runs.metrics_log import SUMMARY, MetricsLog
 from t5tune.runs.publisher import CheckpointPublisher
 from t5tune.runs.reshard import load_resharded
 from t5tune.settings.groups.training import SCHEDULES_BY_METRIC
-from t5tune.training.callbacks import (
-    CatchUp,
-    ReportProgress,
-    TrainingFlow,
-    find_gains,
-    get_best_metric,
-    is_better,
-    name_best_metric,
-)
+from t5tune.training.flow import CatchUp, TrainingFlow
 from t5tune.training.non_finite import NonFiniteGuard
 from t5tune.training.objectives import EvaluationOptions, Pairs, RunObjective
+from t5tune.training.progress_callback import ReportProgress
+from t5tune.training.resumed_rates import apply_rates
 from t5tune.training.steps import ExampleDataset, StepSampler
 from t5tune.training.totals import NUM_PAIRS, NUM_TOKENS, TOTALS_KEY, RunTotals, TokenCountingCollator
 from t5tune.training.trained_weights import TrainedWeights, drop_frozen
@@ -114,8 +106,7 @@ class T5Trainer(Trainer):  # type: ignore[misc]
     """Trains a model on a token cache.
 
     Attributes:
-        is_stopped: whether a signal has ended training.
-        early_stop: when and why early stopping has ended training; None if it hasn't.
+        flow: what follows each step: whether and why training has ended, and how good it was.
         totals: tokens and training time of the run so far.
     """
 
@@ -133,19 +124,17 @@ class T5Trainer(Trainer):  # type: ignore[misc]
         self.parts = parts
         self.totals = RunTotals()
         self.metrics_log = MetricsLog(Path(args.output_dir), report=parts.report)
-        self.is_stopped = False
-        self.early_stop: str | None = None
-        self._steps_per_epoch = 1
         self._weight_decays: list[float] | None = None  # of the optimizer's groups; None: DeepSpeed's config has it
-        self._evaluation_to_reuse: dict[str, Any] | None = None
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         model.register_state_dict_post_hook(drop_frozen)
         self.remove_callback(PrinterCallback)
-        self.add_callback(TrainingFlow(self))
+        self.flow = TrainingFlow(self)
+        self.add_callback(self.flow)
         metrics_log = self.metrics_log if self.is_world_process_zero() else None
         datasets = [] if parts.held_out is None else [name for name, _ in parts.held_out.list_datasets()]
         self.add_callback(ReportProgress(parts.report, metrics_log, datasets))
-        self.add_callback(CatchUp(self))
+        self.add_callback(CatchUp(self.flow))
+        self.accelerator.clip_grad_norm_ = partial(self._clip_and_check, self.accelerator.clip_grad_norm_)
 
     def get_train_dataloader(self) -> Any:
         """Make the data loader of our sampler's batches."""
@@ -177,7 +166,13 @@ class T5Trainer(Trainer):  # type: ignore[misc]
         return (loss, None) if return_outputs else loss
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
-        """Get a step's micro-batches, and the number of items in them over all ranks: target tokens, or pairs."""
+        """Get a step's micro-batches, and the number of items in them over all ranks: target tokens, or pairs.
+
+        None if training is over: nothing else keeps the Trainer from a step once it has begun an epoch.
+        """
+        self.flow.finish_step()
+        if self.control.should_training_stop:
+            return [], None
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.parts.objective.counts_pairs:
             count = torch.tensor(sum(batch[NUM_PAIRS] for batch in batches), device=device)
@@ -227,79 +222,6 @@ class T5Trainer(Trainer):  # type: ignore[misc]
     def create_scheduler(self, *arguments: Any, **options: Any) -> Any:
         with _name_setting_in_errors("lr_scheduler_type", self.args.lr_scheduler_type.value):
             return super().create_scheduler(*arguments, **options)
-
-    def is_stop_requested(self) -> bool:
-        """Whether any rank has received a signal. A collective, so that all ranks stop after the same step."""
-        self.is_stopped = self.is_stopped or any_rank(self.parts.stop.is_set)
-        return self.is_stopped
-
-    def catch_up(self, steps_per_epoch: int) -> None:
-        """Handle a signal that arrived while loading, or do the evaluation that the previous process didn't get to.
-
-        Called once everything is loaded, even if no step is left.
-        """
-        self._steps_per_epoch = steps_per_epoch
-        step = self.state.global_step
-        self.parts.publisher.last_step = step or None  # the checkpoint of that step already exists
-        self.args.eval_on_start &= step == 0  # the Trainer does so at the start of a resumed run, too
-        self.parts.non_finite.watch(self.model_wrapped if self.is_deepspeed_enabled else None)
-        skip_module_walks(self.model, self.model_wrapped, self._trained)
-        leave_empty_bias_without_gradient(self.model)
-        self.totals.resume(self.state)
-        if self.parts.forgets_evaluations:
-            self.state.log_history = [line for line in self.state.log_history if "eval_loss" not in line]
-            self.state.best_metric = self.state.best_global_step = None
-        if self.parts.has_new_held_out and self.is_world_process_zero():
-            self.metrics_log.write(step, {NEW_HELD_OUT: True})
-        if self.is_stop_requested():
-            self._save_checkpoint(self.model, None)
-        elif self._is_evaluation_due():
-            found, names = self.parts.publisher.read_evaluation(step), self.parts.metric_names
-            found = None if self.parts.forgets_evaluations else found
-            self._evaluation_to_reuse = found if found and all(f"eval_{name}" in found for name in names) else None
-            self._determine_best_metric(self._evaluate(None, None), None)
-            if not self.is_stopped:
-                self._save_evaluation()
-        else:  # the previous process may have been killed after the evaluation that ended training
-            self._stop_early()
-        self.control.should_save = False
-        if self.is_stopped or step >= self.state.max_steps:
-            self.control.should_training_stop = True
-
-    def _is_evaluation_due(self) -> bool:
-        """Whether the previous process ended after a step, but before the evaluation that is due after that step."""
-        step, strategy = self.state.global_step, self.args.eval_strategy
-        if step == 0 or strategy == "no" or step in self.list_evaluations():
-            return False
-        if step >= self.state.max_steps:  # the last step is evaluated whatever the delay is
-            return True
-        in_steps = strategy == "steps"
-        if self.args.eval_delay > (step if in_steps else step / self._steps_per_epoch):
-            return False
-        interval = self.state.eval_steps if in_steps else self._steps_per_epoch
-        return bool(step % interval == 0)
-
-    def list_evaluations(self) -> dict[int, dict[str, Any]]:
-        """Return the evaluations of the run so far, in order: step -> its entry in the Trainer's log history."""
-        return {line["step"]: line for line in self.state.log_history if "eval_loss" in line}
-
-    def get_best_value(self) -> float | None:
-        """Return the metric for the best model of the best checkpoint; None if there is no best one."""
-        best = self.list_evaluations().get(self.state.best_global_step)
-        return None if best is None else get_best_metric(best, self.args)
-
-    def _save_evaluation(self) -> None:
-        step = self.state.global_step
-        self.parts.publisher.save_evaluation(step, self.state.best_global_step, self.list_evaluations()[step])
-
-    def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
-        """Evaluate, or return the evaluation that an earlier process has saved in the checkpoint."""
-        line, self._evaluation_to_reuse = self._evaluation_to_reuse, None
-        if line is not None:
-            self.state.log_history.append(line)
-            return line
-        metrics: dict[str, float] = super().evaluate(*arguments, **options)
-        return metrics
 
     def evaluation_loop(self, *arguments: Any, metric_key_prefix: str = "eval", **options: Any) -> EvalLoopOutput:
         """Measure the objective's metrics of the held-out examples, and the scores of a sample of predictions.
@@ -360,9 +282,23 @@ class T5Trainer(Trainer):  # type: ignore[misc]
             with self.parts.publisher.collect_error():
                 self.parts.weights.write(Path(output_dir or self.args.output_dir), state)
 
+    def save_checkpoint(self) -> None:
+        """Save a checkpoint of the current step, unless there is one, and tell the callbacks. Call on every rank."""
+        if self.parts.publisher.last_step != self.state.global_step:
+            self._save_checkpoint(self.model, None)
+            self.callback_handler.on_save(self.args, self.state, self.control)
+
+    def _clip_and_check(self, clip: Any, _parameters: Any, max_norm: float, norm_type: float = 2) -> Any:
+        """Clip the gradient, and check its norm. In place of accelerate's `clip_grad_norm_`, which is given as `clip`.
+
+        The Trainer calls it in each step, also without clipping, and for all parameters, of which most are frozen.
+        """
+        norm, step = clip(self._trained, max_norm, norm_type), self.state.global_step + 1
+        return self.parts.non_finite.check(norm, step, self._trained, self._list_examples_of_step)
+
     def _list_examples_of_step(self) -> list[int | str]:
         """List the examples of the step that is being trained on, over all ranks, as `Cache.name_example` does."""
-        sampler, step = self.parts.sampler, self.state.global_step % self._steps_per_epoch
+        sampler, step = self.parts.sampler, self.state.global_step % self.flow.steps_per_epoch
         batches = islice(iter(sampler), step * sampler.step_size, (step + 1) * sampler.step_size)
         draws = (draw for batch in batches for draw in batch if not draw.is_filler)
         return [self.parts.examples.name_example(draw.example) for draw in draws]
@@ -371,167 +307,40 @@ class T5Trainer(Trainer):  # type: ignore[misc]
     # transformers 5.18 to 5.24, so pyproject.toml has an upper bound; `check_overridden_methods` names a method that
     # another release has renamed.
 
-    def _run_epoch(self, *arguments: Any, **options: Any) -> None:
-        """Train an epoch or the rest of it, unless training is over before its first step."""
-        if not self.control.should_training_stop:
-            super()._run_epoch(*arguments, **options)
-
-    def _clip_grad_norm(self, model: Any) -> Any:
-        """Clip the gradient, and return its norm. The Trainer would look for gradients in all modules."""
-        return self.accelerator.clip_grad_norm_(self._trained, self.args.max_grad_norm)
-
-    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """Get the gradient norm. The Trainer calls this before the update, DeepSpeed has already made or skipped it."""
-        if grad_norm is None:  # without clipping
-            grad_norm = self.accelerator.clip_grad_norm_(self._trained, math.inf)
-        return self.parts.non_finite.check(grad_norm, self.state.global_step + 1, model, self._list_examples_of_step)
-
-    def _maybe_log_save_evaluate(self, *arguments: Any, **options: Any) -> None:
-        """Log, save and evaluate, in this order: the Trainer evaluates before it saves.
-
-        The step is safe on disk before its evaluation, which may fail or take long. Checkpoints are rotated after the
-        evaluation, because only then it is known which one is the best.
-        """
-        evaluates, publisher = self.control.should_evaluate, self.parts.publisher
-        if evaluates and self.control.should_save:
-            self.control.should_evaluate = publisher.rotates = False
-            try:
-                super()._maybe_log_save_evaluate(*arguments, **options)
-            finally:
-                publisher.rotates = True
-            self.control.should_evaluate = True
-        was_saved = publisher.last_step == self.state.global_step
-        super()._maybe_log_save_evaluate(*arguments, **options)
-        if evaluates and was_saved and not self.is_stopped:
-            self._save_evaluation()
-
-    def _evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
-        """Evaluate. If a signal interrupts it, save the step, return no metrics, and let a resumed run repeat it.
-
-        Raises:
-            SettingsError: a metric can't be computed, on every rank; the step is saved.
-        """
-        failure: SettingsError | None = None
-        with self.totals.exclude_time():
-            try:
-                metrics: dict[str, float] = super()._evaluate(*arguments, **options)
-                return metrics
-            except EvaluationStopped:
-                self.is_stopped = True
-                self.control.should_save = self.control.should_training_stop = True
-            except SettingsError as error:
-                failure = error
-        self._save_checkpoint(self.model, None)  # not later: after `eval_on_start`, the Trainer doesn't save
-        if failure is None:
-            return {}
-        folder = self.parts.publisher.run_folder / f"checkpoint-{self.state.global_step}"
-        hint = f"{failure.hint}; " if failure.hint else ""
-        saved = f"the step is saved in {folder}, from which the same command resumes"
-        raise SettingsError(*failure.problems, hint=hint + saved) from failure
-
-    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """Request a save if this is the best checkpoint so far, and a stop if there was no improvement for too long."""
-        if self.args.metric_for_best_model is None or not metrics:
-            return False
-        evaluations = self.list_evaluations()
-        is_best = is_better(metrics, evaluations.get(self.state.best_global_step), self.args)
-        if is_best:
-            self.state.best_metric = get_best_metric(metrics, self.args)
-            self.state.best_global_step = self.state.global_step
-        is_over = self._stop_early()
-        self.control.should_save |= (is_best or is_over) and self.parts.publisher.last_step != self.state.global_step
-        return is_best
-
-    def _stop_early(self) -> bool:
-        """Request a stop if there was no improvement for too long. Return whether that is so."""
-        since, patience = self._list_steps_without_gain(), self.parts.patience
-        is_over = patience is not None and len(since) >= patience
-        if is_over and self.state.global_step < self.state.max_steps:
-            self.early_stop = self._describe_early_stop(since)
-        self.control.should_training_stop |= is_over
-        return is_over
-
-    def _list_steps_without_gain(self) -> list[int]:
-        """List the steps of the latest evaluations that haven't improved the metric by more than the threshold."""
-        # an evaluation without the metric says nothing about it
-        name, evaluations = name_best_metric(self.args), self.list_evaluations()
-        lines = {step: line for step, line in evaluations.items() if name in line}
-        gains = find_gains(lines.values(), self.args, self.parts.threshold)
-        last_gain = max((number for number, gain in enumerate(gains, 1) if gain), default=0)
-        return list(lines)[last_gain:]
-
-    def _describe_early_stop(self, since: list[int]) -> str:
-        by = f" by more than {self.parts.threshold:g}" if self.parts.threshold else ""
-        name = format_held_out_metric(name_best_metric(self.args).removeprefix("eval_"))
-        evaluations = format_count(len(since), "evaluation")
-        step, value, why = self.state.best_global_step, self.get_best_value(), ""
-        if step in since:
-            why = ", within the threshold" if self.parts.threshold else ", equal but with a lower loss"
-        best = "none" if value is None else f"step {step} ({format_number(value)}{why})"  # none: no value was finite
-        return f"at step {self.state.global_step}: {name} no better{by} for {evaluations}; best: {best}"
-
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Let the Trainer and DeepSpeed write their files, and publish them as a checkpoint."""
-        write_files = super()._save_checkpoint
+        publisher, step, write_files = self.parts.publisher, self.state.global_step, super()._save_checkpoint
+
+        def write(staging: Path) -> None:
+            folder, self.args.output_dir = self.args.output_dir, str(staging)
+            try:
+                write_files(model, trial)
+            finally:
+                self.args.output_dir = folder
+
         with self.totals.exclude_time():
-            if self.parts.publisher.last_step != self.state.global_step:
+            if publisher.last_step != step:
                 tokens, seconds = self.totals.count_tokens(), self.totals.measure_seconds()
                 totals = {"tokens": tokens, "loss": self._sum_losses(), "seconds": seconds}
                 self.state.stateful_callbacks[TOTALS_KEY] = totals
-            self.parts.publisher.save(
-                self.state.global_step, self.state.best_global_step, lambda: write_files(model, trial)
-            )
-
-    def _get_output_dir(self, trial: Any = None) -> str:
-        return str(self.parts.publisher.staging or super()._get_output_dir(trial=trial))
+            publisher.save(step, self.state.best_global_step, write, rotates=not self.flow.will_evaluate)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         """Wrap the model, create the optimizer, and load the checkpoint. DeepSpeed can't load one of other shards."""
-        if resume_from_checkpoint is None or not self.parts.reshards:
-            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
-        load_resharded(self.model_wrapped, Path(resume_from_checkpoint))
-        self._load_optimizer_and_scheduler(resume_from_checkpoint)  # with DeepSpeed, only the schedule
+        prepare, reshards = super()._prepare_for_training, self.parts.reshards
+        prepared = prepare(max_steps, train_dataloader, None if reshards else resume_from_checkpoint)
+        if resume_from_checkpoint is not None:
+            if reshards:
+                load_resharded(self.model_wrapped, Path(resume_from_checkpoint))
+                self._load_optimizer_and_scheduler(resume_from_checkpoint)  # with DeepSpeed, only the schedule
+            engine = self.model_wrapped if self.is_deepspeed_enabled else None
+            rates = self.parts.resumed_rates
+            apply_rates(self.args, self.optimizer, self.lr_scheduler, engine, rates, self._weight_decays)
+        self.parts.non_finite.watch(self.model_wrapped if self.is_deepspeed_enabled else None)
+        skip_module_walks(self.model, self.model_wrapped, self._trained)
+        leave_empty_bias_without_gradient(self.model)
+        self.totals.resume(self.state)
         return prepared
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load their states, and apply the learning rate, weight decay and schedule that were changed."""
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        # the state of ZeRO-1 and 2 also contains max_grad_norm
-        if self.is_deepspeed_enabled and hasattr(self.model_wrapped.optimizer, "clip_grad"):
-            self.model_wrapped.optimizer.clip_grad = self.model_wrapped.gradient_clipping()
-        groups, (peak, decay) = self.optimizer.param_groups, self.parts.resumed_rates
-        schedule = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)  # accelerate wraps DeepSpeed's
-        if peak not in (None, self.args.learning_rate):
-            factor = self.args.learning_rate / peak  # LoRA+ has two rates
-            for name in ("base_lrs", "_init_lrs", "_last_lr"):  # schedules by metric have no first one
-                if hasattr(schedule, name):
-                    setattr(schedule, name, [rate * factor for rate in getattr(schedule, name)])
-            for group in groups:
-                group |= {name: group[name] * factor for name in ("lr", "initial_lr") if name in group}
-        if isinstance(schedule, LambdaLR):  # the states have the rate of the previous schedule for the next step
-            schedule._last_lr = [
-                rate * compute_factor(schedule.last_epoch)
-                for rate, compute_factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
-            ]
-            for group, rate in zip(groups, schedule._last_lr, strict=True):
-                group["lr"] = rate
-        if decay not in (None, self.args.weight_decay):
-            groups = groups if self.is_deepspeed_enabled else [group for group in groups if group["params"]]
-            decays = self._weight_decays or [self.args.weight_decay] * len(groups)
-            for group, value in zip(groups, decays, strict=True):
-                group["weight_decay"] = value
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Load this rank's random state. A rank that the checkpoint has none of derives it from seed, step and rank."""
-        rank, num_ranks = get_rank_and_size()
-        file = f"rng_state_{rank}.pth" if num_ranks > 1 else "rng_state.pth"
-        if checkpoint is not None and not Path(checkpoint, file).is_file():
-            seeds = np.random.SeedSequence((self.args.seed, self.state.global_step, rank))
-            set_seed(int(seeds.generate_state(1)[0]))
-        super()._load_rng_state(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.parts.weights.load(Path(resume_from_checkpoint), self.model)
@@ -559,12 +368,7 @@ def _name_setting_in_errors(setting: str, value: str) -> Iterator[None]:
         raise SettingsError(f"{setting}: {value}: {join_lines(error)}") from error
 
 
-OVERRIDDEN_METHODS = (
-    "get_batch_samples", "_run_epoch", "_clip_grad_norm", "_get_grad_norm", "_maybe_log_save_evaluate", "_evaluate",
-    "_determine_best_metric", "_save_checkpoint", "_get_output_dir", "_load_from_checkpoint", "_prepare_for_training",
-    "_load_optimizer_and_scheduler",
-    "_load_rng_state",
-)  # fmt: skip
+OVERRIDDEN_METHODS = ("get_batch_samples", "_save_checkpoint", "_load_from_checkpoint", "_prepare_for_training")
 
 
 def check_overridden_methods(trainer_class: Any) -> None:

@@ -1,16 +1,14 @@
 """Called in each rank of a run: save what DeepSpeed's engine has just loaded, before the first step."""
 
-from typing import Any
-
 
 def save_after_loading(folder: str) -> None:
     """From here on, the engine saves a checkpoint of its own in this folder as soon as a run has resumed."""
-    from t5tune.training.trainer import T5Trainer
+    from t5tune.training.flow import TrainingFlow
 
-    catch_up = T5Trainer.catch_up
+    catch_up = TrainingFlow.catch_up
 
-    def save(self: T5Trainer, steps_per_epoch: int) -> Any:
-        self.model_wrapped.save_checkpoint(folder)
-        return catch_up(self, steps_per_epoch)
+    def save(self: TrainingFlow) -> None:
+        self.trainer.model_wrapped.save_checkpoint(folder)
+        catch_up(self)
 
-    T5Trainer.catch_up = save  # type: ignore[method-assign]
+    TrainingFlow.catch_up = save  # type: ignore[method-assign]

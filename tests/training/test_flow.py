@@ -4,7 +4,7 @@ import math
 from types import SimpleNamespace
 from typing import Any
 
-from t5tune.training.callbacks import find_gains, is_better
+from t5tune.training.flow import find_gains, is_better
 
 LARGER = SimpleNamespace(metric_for_best_model="field_f1", greater_is_better=True)
 LOSS = SimpleNamespace(metric_for_best_model=None, greater_is_better=False)
