@@ -213,7 +213,7 @@ def import_libraries() -> None:
     import peft  # noqa: F401
     from transformers import AutoModelForSeq2SeqLM, Trainer  # noqa: F401
 
-    import t5tune.training.session  # noqa: F401
+    import t5tune.training.run  # noqa: F401
 
 
 def select(measurements: list[Measurement], patterns: list[str]) -> list[Measurement]:

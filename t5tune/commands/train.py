@@ -125,11 +125,11 @@ def _make_callbacks(settings: TrainSettings, report: Report) -> list[Any]:
     """
     callbacks: list[Any] = []
     if settings.hub_strategy == "every_save":
-        from t5tune.training.push_checkpoints import PushCheckpoints
+        from t5tune.training.callbacks.push_checkpoints import PushCheckpoints
 
         callbacks.append(PushCheckpoints(settings, report))
     if trackers := choose_trackers(settings.report_to):
-        from t5tune.training.trackers import TrackRun
+        from t5tune.training.callbacks.trackers import TrackRun
 
         callbacks.append(TrackRun(settings, trackers, report))
     return callbacks
@@ -172,7 +172,8 @@ def _train(
 
         from t5tune.compat.torch_patches import restore_determinism
         from t5tune.training.arguments import choose_tf32
-        from t5tune.training.session import Session, run_training
+        from t5tune.training.run import run_training
+        from t5tune.training.session import Session
 
         stack.enter_context(restore_determinism())
         if settings.training_args.get("full_determinism"):

@@ -20,7 +20,6 @@ from t5tune.errors import SettingsError
 from t5tune.evaluation.batches import EvaluationStopped
 from t5tune.formatting import format_count, format_held_out_metric, format_number
 from t5tune.runs.metrics_log import NEW_HELD_OUT
-from t5tune.training.steps import count_steps
 
 
 class TrainingFlow(TrainerCallback):  # type: ignore[misc]
@@ -41,8 +40,7 @@ class TrainingFlow(TrainerCallback):  # type: ignore[misc]
         self.will_evaluate = False
         self.is_stopped = False
         self.early_stop: str | None = None
-        sampler = trainer.parts.sampler
-        self.steps_per_epoch = count_steps(len(sampler), sampler.step_size, 1)
+        self.steps_per_epoch = trainer.parts.sampler.steps_per_epoch
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         # the Trainer fails to do this when it resumes on several ranks: accelerate then wraps the sampler in more

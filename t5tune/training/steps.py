@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch.utils.data import Dataset, Sampler
@@ -96,6 +96,10 @@ class StepSampler(Sampler[list[Draw]]):
     def __len__(self) -> int:
         return self.count
 
+    @property
+    def steps_per_epoch(self) -> int:
+        return count_steps(self.count, self.step_size, 1)
+
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch whose order `__iter__` yields. The trainer calls this before each epoch."""
         self.epoch = epoch
@@ -176,6 +180,13 @@ def make_sampler(settings: TrainSettings, examples: Examples, is_packed: bool, n
 def count_steps(num_batches: int, step_size: int, epochs: float) -> int:
     """Count the steps of a run with so many micro-batches per epoch, as Hugging Face's Trainer does."""
     return math.ceil(-(-num_batches // step_size) * epochs)
+
+
+def count_all_steps(sampler: StepSampler, args: Any) -> int:
+    """Count the steps of a run, given the Trainer's arguments."""
+    if args.max_steps > 0:
+        return int(args.max_steps)
+    return count_steps(len(sampler), sampler.step_size, args.num_train_epochs)
 
 
 def make_count_sampler(draws: EpochDraws, batch_size: int, step_size: int, group_by_length: bool) -> StepSampler:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer
 from transformers import __version__ as transformers_version
@@ -39,11 +40,10 @@ from t5tune.runs.metrics_log import SUMMARY, MetricsLog
 from t5tune.runs.publisher import CheckpointPublisher
 from t5tune.runs.reshard import load_resharded
 from t5tune.settings.groups.training import SCHEDULES_BY_METRIC
+from t5tune.training.callbacks.progress import ReportProgress
 from t5tune.training.flow import CatchUp, TrainingFlow
 from t5tune.training.non_finite import NonFiniteGuard
 from t5tune.training.objectives import EvaluationOptions, Pairs, RunObjective
-from t5tune.training.progress_callback import ReportProgress
-from t5tune.training.resumed_rates import apply_rates
 from t5tune.training.steps import ExampleDataset, StepSampler
 from t5tune.training.totals import NUM_PAIRS, NUM_TOKENS, TOTALS_KEY, RunTotals, TokenCountingCollator
 from t5tune.training.trained_weights import TrainedWeights, drop_frozen
@@ -335,7 +335,7 @@ class T5Trainer(Trainer):  # type: ignore[misc]
                 self._load_optimizer_and_scheduler(resume_from_checkpoint)  # with DeepSpeed, only the schedule
             engine = self.model_wrapped if self.is_deepspeed_enabled else None
             rates = self.parts.resumed_rates
-            apply_rates(self.args, self.optimizer, self.lr_scheduler, engine, rates, self._weight_decays)
+            _apply_rates(self.args, self.optimizer, self.lr_scheduler, engine, rates, self._weight_decays)
         self.parts.non_finite.watch(self.model_wrapped if self.is_deepspeed_enabled else None)
         skip_module_walks(self.model, self.model_wrapped, self._trained)
         leave_empty_bias_without_gradient(self.model)
@@ -366,6 +366,47 @@ def _name_setting_in_errors(setting: str, value: str) -> Iterator[None]:
         yield
     except (ImportError, TypeError, ValueError) as error:
         raise SettingsError(f"{setting}: {value}: {join_lines(error)}") from error
+
+
+def _apply_rates(
+    args: Any,
+    optimizer: Any,
+    lr_scheduler: Any,
+    engine: Any,
+    before: tuple[float | None, float | None],
+    weight_decays: list[float] | None,
+) -> None:
+    """Apply the Trainer's arguments to the states of its optimizer and schedule, which were just loaded.
+
+    Args:
+        engine: DeepSpeed's; None without DeepSpeed.
+        before: learning rate and weight decay of the checkpoint.
+        weight_decays: of the optimizer's groups; None: DeepSpeed's config has it.
+    """
+    # the state of ZeRO-1 and 2 also contains max_grad_norm
+    if engine is not None and hasattr(engine.optimizer, "clip_grad"):
+        engine.optimizer.clip_grad = engine.gradient_clipping()
+    groups, (peak, decay) = optimizer.param_groups, before
+    schedule = getattr(lr_scheduler, "scheduler", lr_scheduler)  # accelerate wraps DeepSpeed's
+    if peak not in (None, args.learning_rate):
+        factor = args.learning_rate / peak  # LoRA+ has two rates
+        for name in ("base_lrs", "_init_lrs", "_last_lr"):  # schedules by metric have no first one
+            if hasattr(schedule, name):
+                setattr(schedule, name, [rate * factor for rate in getattr(schedule, name)])
+        for group in groups:
+            group |= {name: group[name] * factor for name in ("lr", "initial_lr") if name in group}
+    if isinstance(schedule, LambdaLR):  # the states have the rate of the previous schedule for the next step
+        schedule._last_lr = [
+            rate * compute_factor(schedule.last_epoch)
+            for rate, compute_factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+        ]
+        for group, rate in zip(groups, schedule._last_lr, strict=True):
+            group["lr"] = rate
+    if decay not in (None, args.weight_decay):
+        groups = groups if engine is not None else [group for group in groups if group["params"]]
+        decays = weight_decays or [args.weight_decay] * len(groups)
+        for group, value in zip(groups, decays, strict=True):
+            group["weight_decay"] = value
 
 
 OVERRIDDEN_METHODS = ("get_batch_samples", "_save_checkpoint", "_load_from_checkpoint", "_prepare_for_training")

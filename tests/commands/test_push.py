@@ -18,7 +18,7 @@ from t5tune.checkpoints.hub_upload import list_uploaded_files
 from t5tune.commands.train import train
 from t5tune.errors import CheckpointError, Stopped
 from t5tune.progress import Note
-from t5tune.training.push_checkpoints import PushCheckpoints
+from t5tune.training.callbacks.push_checkpoints import PushCheckpoints
 from tests.support.adapters import make_stock_adapter
 from tests.support.command_line import CommandResult, t5tune_in_fork
 from tests.support.forks import ForkServer

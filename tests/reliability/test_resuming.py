@@ -12,7 +12,7 @@ import torch
 from t5tune.commands.train import train
 from t5tune.errors import Stopped
 from t5tune.progress import Advanced, Event
-from t5tune.training.progress_callback import TRAIN_TASK
+from t5tune.training.callbacks.progress import TRAIN_TASK
 from tests.support.command_line import t5tune_in_fork
 from tests.support.forks import ForkServer
 from tests.support.runs import (

@@ -13,7 +13,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, BitsAndBytesConfi
 
 from t5tune.checkpoints.pocket import pocket_folder
 from t5tune.commands.train import train
-from t5tune.training.sample_predictions import choose_samples
+from t5tune.training.callbacks.sample_predictions import choose_samples
 from tests.support.train_runs import make_settings
 
 

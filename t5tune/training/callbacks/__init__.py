@@ -1,0 +1,1 @@
+"""The callbacks of the Trainer that report, upload and track a run. What follows a step is in flow.py."""
