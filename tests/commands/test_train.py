@@ -37,7 +37,7 @@ from t5tune.settings import (
     load_settings,
     packaged_templates,
 )
-from t5tune.training import sample_predictions
+from t5tune.training.callbacks import sample_predictions
 from t5tune.training.trainer import T5Trainer
 from tests.support.bases import make_base
 from tests.support.command_line import CommandResult, t5tune_in_fork

@@ -1,10 +1,16 @@
-"""Which evaluation is better than another, and which one counts as a gain."""
+"""What follows a step, which evaluation is better than another, and which one counts as a gain."""
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+from transformers.trainer_callback import CallbackHandler
+
+from t5tune.commands.train import train
 from t5tune.training.flow import find_gains, is_better
+from tests.support.train_runs import make_settings
 
 LARGER = SimpleNamespace(metric_for_best_model="field_f1", greater_is_better=True)
 LOSS = SimpleNamespace(metric_for_best_model=None, greater_is_better=False)
@@ -33,3 +39,52 @@ def test_a_value_that_is_missing_or_of_a_loss_that_is_not_finite_is_never_the_be
     assert not is_better(lines[0], None, LARGER)
     assert not is_better(lines[1], lines[2], LARGER)
     assert is_better(lines[2], lines[0], LARGER)  # evaluated before this metric was chosen
+
+
+def record_events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Record the events that callbacks get of logs, saves and evaluations, with their steps."""
+    events: list[str] = []
+    call = CallbackHandler.call_event
+
+    def record(self: Any, event: str, args: Any, state: Any, *more: Any, logs: Any = None, **options: Any) -> Any:
+        if event in ("on_log", "on_save", "on_evaluate"):
+            kind = f"{event} of {'a loss' if 'loss' in logs else 'metrics'}" if logs else event
+            events.append(f"{state.global_step}: {kind.removeprefix('on_')}")
+        return call(self, event, args, state, *more, **({"logs": logs} if logs else {}), **options)
+
+    monkeypatch.setattr(CallbackHandler, "call_event", record)
+    return events
+
+
+LOGGED, SAVED, EVALUATED = ["log of a loss"], ["save"], ["log of metrics", "evaluate"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (
+            {"eval_steps": 2, "save_steps": 4, "logging_steps": 3},
+            {1: LOGGED, 2: EVALUATED, 3: LOGGED, 4: SAVED + EVALUATED, 6: LOGGED + SAVED + EVALUATED},
+        ),
+        (
+            {
+                "eval_strategy": "epoch", "save_strategy": "epoch", "num_data": 15, "max_steps": 7,
+                "training_args": {"logging_strategy": "epoch"},
+            },
+            {1: LOGGED} | dict.fromkeys((3, 6, 7), LOGGED + SAVED + EVALUATED),
+        ),
+    ],
+    ids=["steps", "epochs"],
+)  # fmt: skip
+def test_a_step_is_logged_then_saved_then_evaluated(
+    changes: dict[str, Any],
+    expected: dict[int, list[str]],
+    untied_base: Path,
+    conversations: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    events = record_events(monkeypatch)
+    result = train(make_settings(untied_base, conversations, tmp_path / "run", eval_fraction=0.2, **changes))
+    of_run = f"{result.steps}: log of metrics"  # the run's own summary
+    assert events == [*(f"{step}: {kind}" for step, kinds in expected.items() for kind in kinds), of_run]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,7 +20,7 @@ from t5tune.errors import DependencyError
 from t5tune.settings import packaged_templates
 from t5tune.training.trainer import OVERRIDDEN_METHODS, T5Trainer, check_overridden_methods
 from tests.support.command_line import CommandResult
-from tests.support.train_runs import make_settings, read_losses
+from tests.support.train_runs import make_settings, read_losses, read_steps
 
 
 def test_every_private_method_that_the_trainer_overrides_is_checked() -> None:
@@ -50,6 +51,50 @@ def test_a_worker_prepares_as_many_batches_ahead_as_it_is_told(
     changes: dict[str, Any] = {"dataloader_num_workers": 1, "training_args": {"dataloader_prefetch_factor": 3}}
     train(make_settings(untied_base, conversations, tmp_path / "run", max_steps=1, **changes))
     assert [loader.prefetch_factor for loader in loaders] == [3]
+
+
+def test_a_release_of_transformers_that_takes_the_gradient_norm_elsewhere_is_refused_before_an_update(
+    untied_base: Path, conversations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise a gradient that isn't finite would change the weights."""
+    monkeypatch.setattr(Trainer, "_clip_grad_norm", lambda *_: torch.tensor(1.0))
+    with pytest.raises(DependencyError, match="Trainer computes the gradient norm without accelerate"):
+        train(make_settings(untied_base, conversations, tmp_path / "run"))
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "more",
+    [(), ("--deepspeed", "zero3"), ("--deepspeed", "zero3", "--bf16"), ("--deepspeed", "zero2", "--bf16")],
+    ids=" ".join,
+)
+@pytest.mark.variants("--deepspeed zero3")
+def test_two_ranks_clip_the_gradient_of_all_their_partitions(
+    more: tuple[str, ...],
+    untied_base: Path,
+    conversations: Path,
+    tmp_path: Path,
+    on_ranks: Callable[..., CommandResult],
+) -> None:
+    """B is zero before the first step, so with SGD its norm is then the learning rate times that of the gradient."""
+    given = ("--model-name-or-path", untied_base, "--data-path", conversations, "--add-tokens", "none", "--use-cpu")
+    given += ("--optim", "sgd", "--learning-rate", "0.5", "--lr-scheduler-type", "constant", "--max-steps", "1")
+    norms = []
+    for limit in ("1e-3", "0"):
+        run = tmp_path / limit
+        how = ("--max-grad-norm", limit, "--output-dir", run, "--report-samples", "0", *more)
+        done = on_ranks(2, "train", *given, *how)
+        assert done.code == 0, done.stderr[-3000:]
+        weights = load_file(run / "adapter_model.safetensors")
+        changed = torch.cat([value.flatten() for name, value in weights.items() if ".lora_B." in name])
+        norms.append((float(changed.norm()), read_steps(run)[0].get("grad_norm")))
+    precision = 1e-2 if "--bf16" in more else 1e-3
+    (clipped, norm), (whole, _) = norms
+    assert clipped == pytest.approx(0.5 * 1e-3, rel=precision)
+    assert whole == pytest.approx(0.5 * norm, rel=precision)  # the logged norm is that before clipping
+    assert whole > 10 * clipped
 
 
 @pytest.mark.slow
