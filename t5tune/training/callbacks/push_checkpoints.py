@@ -44,7 +44,7 @@ class PushCheckpoints(TrainerCallback):  # type: ignore[misc]
         trainer.add_callback(self)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step in (0, state.max_steps):
+        if not 0 < state.global_step < state.max_steps:
             return
         checkpoint = self._settings.output_dir / f"checkpoint-{state.global_step}"
         if self._is_busy:
