@@ -333,14 +333,39 @@ class T5Trainer(Trainer):  # type: ignore[misc]
             if reshards:
                 load_resharded(self.model_wrapped, Path(resume_from_checkpoint))
                 self._load_optimizer_and_scheduler(resume_from_checkpoint)  # with DeepSpeed, only the schedule
-            engine = self.model_wrapped if self.is_deepspeed_enabled else None
-            rates = self.parts.resumed_rates
-            _apply_rates(self.args, self.optimizer, self.lr_scheduler, engine, rates, self._weight_decays)
+            self._apply_changed_rates()
         self.parts.non_finite.watch(self.model_wrapped if self.is_deepspeed_enabled else None)
         skip_module_walks(self.model, self.model_wrapped, self._trained)
         leave_empty_bias_without_gradient(self.model)
         self.totals.resume(self.state)
         return prepared
+
+    def _apply_changed_rates(self) -> None:
+        """Apply a learning rate, weight decay, schedule or clipping that was changed to the states that were loaded."""
+        # the state of ZeRO-1 and 2 also contains max_grad_norm
+        if self.is_deepspeed_enabled and hasattr(self.model_wrapped.optimizer, "clip_grad"):
+            self.model_wrapped.optimizer.clip_grad = self.model_wrapped.gradient_clipping()
+        groups, (peak, decay) = self.optimizer.param_groups, self.parts.resumed_rates
+        schedule = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)  # accelerate wraps DeepSpeed's
+        if peak not in (None, self.args.learning_rate):
+            factor = self.args.learning_rate / peak  # LoRA+ has two rates
+            for name in ("base_lrs", "_init_lrs", "_last_lr"):  # schedules by metric have no first one
+                if hasattr(schedule, name):
+                    setattr(schedule, name, [rate * factor for rate in getattr(schedule, name)])
+            for group in groups:
+                group |= {name: group[name] * factor for name in ("lr", "initial_lr") if name in group}
+        if isinstance(schedule, LambdaLR):  # the states have the rate of the previous schedule for the next step
+            schedule._last_lr = [
+                rate * compute_factor(schedule.last_epoch)
+                for rate, compute_factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+            ]
+            for group, rate in zip(groups, schedule._last_lr, strict=True):
+                group["lr"] = rate
+        if decay not in (None, self.args.weight_decay):
+            groups = groups if self.is_deepspeed_enabled else [group for group in groups if group["params"]]
+            decays = self._weight_decays or [self.args.weight_decay] * len(groups)
+            for group, value in zip(groups, decays, strict=True):
+                group["weight_decay"] = value
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.parts.weights.load(Path(resume_from_checkpoint), self.model)
@@ -366,47 +391,6 @@ def _name_setting_in_errors(setting: str, value: str) -> Iterator[None]:
         yield
     except (ImportError, TypeError, ValueError) as error:
         raise SettingsError(f"{setting}: {value}: {join_lines(error)}") from error
-
-
-def _apply_rates(
-    args: Any,
-    optimizer: Any,
-    lr_scheduler: Any,
-    engine: Any,
-    before: tuple[float | None, float | None],
-    weight_decays: list[float] | None,
-) -> None:
-    """Apply the Trainer's arguments to the states of its optimizer and schedule, which were just loaded.
-
-    Args:
-        engine: DeepSpeed's; None without DeepSpeed.
-        before: learning rate and weight decay of the checkpoint.
-        weight_decays: of the optimizer's groups; None: DeepSpeed's config has it.
-    """
-    # the state of ZeRO-1 and 2 also contains max_grad_norm
-    if engine is not None and hasattr(engine.optimizer, "clip_grad"):
-        engine.optimizer.clip_grad = engine.gradient_clipping()
-    groups, (peak, decay) = optimizer.param_groups, before
-    schedule = getattr(lr_scheduler, "scheduler", lr_scheduler)  # accelerate wraps DeepSpeed's
-    if peak not in (None, args.learning_rate):
-        factor = args.learning_rate / peak  # LoRA+ has two rates
-        for name in ("base_lrs", "_init_lrs", "_last_lr"):  # schedules by metric have no first one
-            if hasattr(schedule, name):
-                setattr(schedule, name, [rate * factor for rate in getattr(schedule, name)])
-        for group in groups:
-            group |= {name: group[name] * factor for name in ("lr", "initial_lr") if name in group}
-    if isinstance(schedule, LambdaLR):  # the states have the rate of the previous schedule for the next step
-        schedule._last_lr = [
-            rate * compute_factor(schedule.last_epoch)
-            for rate, compute_factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
-        ]
-        for group, rate in zip(groups, schedule._last_lr, strict=True):
-            group["lr"] = rate
-    if decay not in (None, args.weight_decay):
-        groups = groups if engine is not None else [group for group in groups if group["params"]]
-        decays = weight_decays or [args.weight_decay] * len(groups)
-        for group, value in zip(groups, decays, strict=True):
-            group["weight_decay"] = value
 
 
 OVERRIDDEN_METHODS = ("get_batch_samples", "_save_checkpoint", "_load_from_checkpoint", "_prepare_for_training")
