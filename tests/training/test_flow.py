@@ -1,15 +1,20 @@
 """What follows a step, which evaluation is better than another, and which one counts as a gain."""
 
 import math
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from transformers.trainer_callback import CallbackHandler
 
 from t5tune.commands.train import train
 from t5tune.training.flow import find_gains, is_better
+from tests.support.command_line import CommandResult
 from tests.support.train_runs import make_settings
 
 LARGER = SimpleNamespace(metric_for_best_model="field_f1", greater_is_better=True)
@@ -88,3 +93,21 @@ def test_a_step_is_logged_then_saved_then_evaluated(
     result = train(make_settings(untied_base, conversations, tmp_path / "run", eval_fraction=0.2, **changes))
     of_run = f"{result.steps}: log of metrics"  # the run's own summary
     assert events == [*(f"{step}: {kind}" for step, kinds in expected.items() for kind in kinds), of_run]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_rank_that_the_checkpoint_has_no_random_state_of_derives_one_from_seed_step_and_rank(
+    untied_base: Path, conversations: Path, tmp_path: Path, on_ranks: Callable[..., CommandResult]
+) -> None:
+    """Otherwise it would draw again what it has drawn from the run's first step on, and all ranks the same."""
+    values: dict[str, Any] = {"seed": 5, "save_steps": 2, "max_steps": 4}
+    settings = make_settings(untied_base, conversations, tmp_path / "run", **values, gradient_accumulation_steps=2)
+    given = settings.model_dump(exclude_unset=True, mode="json") | {"gradient_accumulation_steps": 1}
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items() if name != "data_path"]
+    done = on_ranks(2, "train", "--data-path", conversations, *flags)
+    assert done.code == 0, done.stderr[-3000:]
+    (tmp_path / "run" / "result.json").unlink()  # as if it had been killed after two steps
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    assert train(settings).resumed_from == tmp_path / "run" / "checkpoint-2"
+    assert torch.initial_seed() == np.random.SeedSequence((5, 2, 0)).generate_state(1)[0]
