@@ -11,6 +11,7 @@ import numpy as np
 from t5tune.data.caches.cache import CONVERSATION_DTYPE, EXAMPLE_DTYPE
 from t5tune.data.reading.raw_records import RawRecord
 from t5tune.data.reading.rejections import UNPARSED_REASONS, RecordLocation, Rejection, parse_json
+from t5tune.data.reading.text_encoding import decode_record
 from t5tune.data.tokens.encoders import choose_ids_dtype
 from t5tune.data.tokens.encoding import EncodedConversation
 from t5tune.errors import DataError
@@ -137,4 +138,4 @@ def _to_json(data: Any, reason: str) -> str:
     """Return a record as JSON: its value, or its text if unparsable; bytes that aren't UTF-8 become lone surrogates."""
     if not isinstance(data, bytes):  # a table row; NaN is not JSON, and dates become text
         return json.dumps(json.loads(json.dumps(data, default=str), parse_constant=str))
-    return json.dumps(data.decode(errors="surrogateescape") if reason in UNPARSED_REASONS else parse_json(data))
+    return json.dumps(decode_record(data) if reason in UNPARSED_REASONS else parse_json(data))

@@ -14,6 +14,7 @@ from typing import Any
 from t5tune.data.reading.files import find_data_suffix
 from t5tune.data.reading.formats import Conversation, parse_conversation
 from t5tune.data.reading.rejections import (
+    ESCAPED_UTF8_TEXT,
     UTF8_HINT,
     RecordLocation,
     Rejection,
@@ -22,6 +23,7 @@ from t5tune.data.reading.rejections import (
     check_characters,
     parse_json,
 )
+from t5tune.data.reading.text_encoding import decode_record, is_escaped_utf8
 from t5tune.data.reading.tool_calls import drop_null_arguments
 from t5tune.data.reading.wrapped_records import suggest_unwrapping_text
 from t5tune.errors import DataError
@@ -64,7 +66,7 @@ def make_too_long_record(location: RecordLocation, beginning: bytes, size: int, 
         beginning: at least its first MAX_KEPT_BYTES bytes; bytes that aren't UTF-8 become lone surrogates.
         size: its size in bytes.
     """
-    text = beginning[:MAX_KEPT_BYTES].decode(errors="surrogateescape")[:MAX_KEPT_CHARACTERS]
+    text = decode_record(beginning[:MAX_KEPT_BYTES])[:MAX_KEPT_CHARACTERS]
     problem = f"{size:,} bytes, more than max_record_bytes {max_bytes:,}"
     rejection = Rejection("too_long", problem + suggest_unwrapping_text(text))
     return RawRecord(location, text, 0, parsed=rejection)
@@ -95,7 +97,10 @@ def parse_record(record: RawRecord, reading: ReadingSettings) -> Conversation | 
         # in a table, a lone surrogate represents an invalid byte
         if reason == "lone_surrogate" and not isinstance(data, bytes):
             where = re.sub(r"U\+DC([89A-F][0-9A-F])", r"the byte 0x\1", str(error))
-            return Rejection("invalid_utf8", f"bytes that are not UTF-8 ({where}); {UTF8_HINT}")
+            what = f"bytes that are not text in the file's encoding ({where})"
+            if is_escaped_utf8("".join(map(str, data.values() if isinstance(data, dict) else data))):
+                what = ESCAPED_UTF8_TEXT
+            return Rejection("invalid_utf8", f"{what}; {UTF8_HINT}")
         is_text_table = find_data_suffix(Path(location.file)) in (".csv", ".tsv")
         if reason != "unknown_format" or not is_text_table:
             return error.rejection

@@ -7,6 +7,7 @@ from pathlib import Path
 from t5tune.data.reading.files import BOM, read_chunks
 from t5tune.data.reading.raw_records import RawRecord
 from t5tune.data.reading.rejections import RecordLocation
+from t5tune.data.reading.text_encoding import decode_record
 
 PART_BYTES = 1 << 15  # about; a few windows of the text
 # where a part may end, from the best place to the worst
@@ -28,7 +29,7 @@ def read_text(path: Path, encoding: str | None = None) -> Iterator[RawRecord]:
             )
             repairs = (("byte_order_mark", 1),) if len(text) < len(part) else ()
             # bytes that aren't UTF-8 become lone surrogates, for which the record is rejected
-            value = {"text": text.strip().decode(errors="surrogateescape")}
+            value = {"text": decode_record(text.strip())}
             yield RawRecord(location, value, len(part), repairs=repairs)
             index += 1
         line += _count_lines(part)

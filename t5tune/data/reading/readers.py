@@ -19,6 +19,7 @@ from t5tune.data.reading.raw_records import KEYED_RECORDS, MAX_KEPT_BYTES, RawRe
 from t5tune.data.reading.raw_text import read_text
 from t5tune.data.reading.rejections import DEPTH_STEPS, RecordLocation, RejectionError, iterate_depths, parse_json
 from t5tune.data.reading.tables import read_csv, read_parquet
+from t5tune.data.reading.text_encoding import decode_record
 from t5tune.errors import DataError
 from t5tune.file_names import JSON_SUFFIXES, TEXT_SUFFIXES
 from t5tune.settings.groups.record_format import ReadingSettings
@@ -202,7 +203,7 @@ class JsonReader:
             raise self._make_key_error()
         try:
             # bytes that aren't UTF-8 become lone surrogates, for which the record is rejected
-            key = str(json.loads(found[1].decode(errors="surrogateescape"), strict=False))
+            key = str(json.loads(decode_record(found[1]), strict=False))
         except json.JSONDecodeError:
             raise self._make_key_error() from None
         self.line += self.buffer.count(self.line_end, self.start, found.end())

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, NamedTuple
 
+from t5tune.data.reading.text_encoding import decode_record, is_escaped_utf8
 from t5tune.errors import make_printable
 from t5tune.io.reasons import describe_json_error
 
@@ -18,7 +19,7 @@ LEFT_OUT_REASONS = {LABELED_BAD, "zero_weight", "duplicate"}
 """Reasons that leave out a record on purpose, not because it is broken; max_rejected_fraction doesn't count these."""
 REJECTION_REASONS = {
     "not_json": "the line is not valid JSON",
-    "invalid_utf8": "bytes that are not UTF-8",
+    "invalid_utf8": "bytes that are not text in the file's encoding",
     "too_long": "more bytes than max_record_bytes",
     "too_deep": "more than 200 nested objects or lists",
     "duplicate_key": "an object with a duplicate key",
@@ -42,7 +43,8 @@ REJECTION_REASONS = {
     "long_word": "more than 100,000 characters that the tokenizer can't divide",
     "duplicate": "the same texts as an earlier conversation, of which the same turns are learned (dedupe)",
 }
-UTF8_HINT = "save the file as UTF-8, or name its encoding with --encoding"
+UTF8_HINT = "save the file as UTF-8, or name the right encoding with --encoding"
+ESCAPED_UTF8_TEXT = "UTF-8 in a file that is read in another encoding"
 DEPTH_STEPS = {b"[": 1, b"{": 1, b"]": -1, b"}": -1}
 UNPARSED_REASONS = {"not_json", "invalid_utf8", "too_deep", "duplicate_key", "bad_number"}  # reasons of `parse_json`
 
@@ -89,8 +91,8 @@ def parse_json(data: bytes) -> Any:
     """
     try:
         text = data.decode()
-    except UnicodeDecodeError as error:
-        raise RejectionError("invalid_utf8", f"byte {error.start} of the record is not UTF-8; {UTF8_HINT}") from None
+    except UnicodeDecodeError:
+        raise RejectionError("invalid_utf8", f"{_describe_invalid(decode_record(data))}; {UTF8_HINT}") from None
     if _is_too_deep(data):
         raise RejectionError("too_deep", f"more than {MAX_JSON_DEPTH} nested objects or lists")
     try:
@@ -101,6 +103,15 @@ def parse_json(data: bytes) -> Any:
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
         where = f"{line}character {error.colno} of the record"
         raise RejectionError("not_json", f"not valid JSON: {describe_json_error(error)} at {where}") from None
+
+
+def _describe_invalid(text: str) -> str:
+    if is_escaped_utf8(text):
+        return ESCAPED_UTF8_TEXT
+    found = _SURROGATE.search(text)
+    assert found is not None
+    what = f"the byte 0x{ord(found[0]) - 0xDC00:02X}" if found[0] >= "\udc80" else f"U+{ord(found[0]):04X}"
+    return f"{what} at character {found.start()} of the record is not text in the file's encoding"
 
 
 def check_characters(value: Any, where: str = "the record") -> None:
@@ -164,6 +175,7 @@ def _parse_float(digits: str) -> float:
     return float(digits)
 
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff]")
 # the same characters escaped in JSON: \b, \f, \u000b, or \ud83d (which may be half of a complete pair)
 _ESCAPED = re.compile(rb"\\(?:[bf]|u(?:00[01]|[dD][89a-fA-F]))")

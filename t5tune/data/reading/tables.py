@@ -13,6 +13,7 @@ from typing import Any
 from t5tune.data.reading.files import BOM, read_chunks
 from t5tune.data.reading.raw_records import MAX_KEPT_BYTES, RawRecord, make_too_long_record
 from t5tune.data.reading.rejections import RecordLocation, Rejection
+from t5tune.data.reading.text_encoding import decode_record
 from t5tune.errors import DataError, DependencyError
 from t5tune.formatting import format_count
 from t5tune.io.reasons import join_first
@@ -339,7 +340,7 @@ class _LineReader:
         else:
             self._count(line)
         self.number += 1
-        return line.decode(errors="surrogateescape")
+        return decode_record(line)
 
     def _count(self, data: bytes) -> None:
         self.beginning += data[: MAX_KEPT_BYTES - len(self.beginning)]

@@ -34,7 +34,10 @@ MARKS = {  # byte order marks; UTF-32's begins like UTF-16's
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
+SINGLE_BYTE_ENCODINGS = COMMON_ENCODINGS[:12]
 MARK_BYTES = max(map(len, MARKS))
+ORDER_BYTES = 1 << 12
+MIN_ZERO_SHARE = 0.01  # of UTF-16 without a byte order mark: its spaces and line ends
 MAX_ASCII_BYTES = 16 << 20  # a file that begins with so many bytes of ASCII is taken for UTF-8
 SAMPLE_BYTES = 1 << 20  # from the first byte beyond ASCII
 MAX_WORD_BYTES = 100  # before it, of its line
@@ -61,6 +64,7 @@ ALPHABETS = [
 ]  # fmt: skip
 _NOT_ASCII = re.compile(rb"[\x80-\xff]")
 _CUT_OFF = re.compile(rb"[\xc2-\xf4][\x80-\xbf]{0,2}\Z")  # the beginning of a character at the end
+_AFTER_RECORD = re.compile(rb"(?<=[\r\n}])")
 _RECORD_END = re.compile(rb"[\r\n}]")  # of a line, or of an object in an array
 _CELL_END = re.compile(r'[\t\r\n"{}\[\];|]+|,(?=\S)')
 _WORD_END = re.compile(r"[\x00-@\[-`{-\x7f]+")  # what is ASCII, but no letter
@@ -102,7 +106,9 @@ def find_encoding(chunks: Iterator[bytes], given: str | None, place: str) -> str
 def read_as_utf8(
     chunks: Iterator[bytes], given: str | None, place: str, note: Callable[[str], None] = lambda encoding: None
 ) -> Iterator[bytes]:
-    """Yield a file's text as UTF-8. Bytes that aren't valid in its encoding aren't valid UTF-8 either.
+    """Yield a file's text as UTF-8. Bytes that aren't valid in its encoding become lone surrogates.
+
+    So do those of a record that is UTF-8 in a file that was found to be something else.
 
     Args:
         given: the encoding of a file without a byte order mark; None: it is detected.
@@ -116,9 +122,11 @@ def read_as_utf8(
     while len(start) < MARK_BYTES and (chunk := next(chunks, b"")):
         start += chunk
     chunks = chain([start], chunks)
-    encoding = next((name for mark, name in MARKS.items() if start.startswith(mark)), given)
+    marked = next((name for mark, name in MARKS.items() if start.startswith(mark)), None)
+    encoding, decode = marked or given, _decode
+    if marked is None and given in (None, "utf-16", "utf-32"):
+        _check_order(start[:ORDER_BYTES], given, place)
     if encoding is None:
-        _check_no_zeros(start, place)
         num_ascii = 0
         for chunk in chunks:
             found = _NOT_ASCII.search(chunk)
@@ -135,14 +143,19 @@ def read_as_utf8(
             first = max(chunk.rfind(b"\n", 0, found.start()) + 1, found.start() - MAX_WORD_BYTES)
             encoding = _detect(chunk[first : found.start() + SAMPLE_BYTES], place)
         chunks = chain([chunk], chunks)
+        decode = _decode_records if encoding in SINGLE_BYTE_ENCODINGS else _decode
     note(encoding)
-    yield from chunks if encoding == UTF8 else _decode(chunks, encoding)
+    yield from chunks if encoding == UTF8 else decode(chunks, encoding)
 
 
-def _check_no_zeros(start: bytes, place: str) -> None:
-    if b"\x00" in start[:2]:
-        order = "be" if start.startswith(b"\x00") else "le"
-        raise DataError(f"{place}: UTF-16 without a byte order mark", hint=f"add --encoding utf-16-{order}")
+def _check_order(start: bytes, given: str | None, place: str) -> None:
+    """Refuse UTF-16 and UTF-32 without a byte order mark, in which most zeros are at even or at odd places."""
+    even, odd = start[::2].count(0), start[1::2].count(0)
+    is_utf16 = even + odd > MIN_ZERO_SHARE * len(start) and 2 * min(even, odd) <= max(even, odd)
+    if given is not None or is_utf16 or b"\x00" in start[:2]:
+        name = given or "utf-16"
+        hint = f"add --encoding {name}-{'be' if even > odd else 'le'}"
+        raise DataError(f"{place}: {name.upper()} without a byte order mark", hint=hint)
 
 
 def _decode(chunks: Iterator[bytes], encoding: str) -> Iterator[bytes]:
@@ -150,6 +163,39 @@ def _decode(chunks: Iterator[bytes], encoding: str) -> Iterator[bytes]:
     for chunk in chain(chunks, [b""]):
         if text := decoder.decode(chunk, final=not chunk):
             yield text.encode(errors="surrogatepass")
+
+
+def _decode_records(chunks: Iterator[bytes], encoding: str) -> Iterator[bytes]:
+    """Decode record by record; the bytes of one that is UTF-8 become lone surrogates."""
+    rest = b""
+    for chunk in chain(chunks, [b""]):
+        *records, rest = _AFTER_RECORD.split(rest + chunk)
+        if not chunk or len(rest) > SAMPLE_BYTES:
+            records, rest = [*records, rest], b""
+        names = ["ascii" if _is_utf8(record) else encoding for record in records]
+        if text := "".join(map(_decode_escaped, records, names)):
+            yield text.encode(errors="surrogatepass")
+
+
+def _decode_escaped(data: bytes, encoding: str) -> str:
+    return data.decode(encoding, ESCAPE_ERRORS)
+
+
+def decode_record(data: bytes) -> str:
+    """Decode a part of what `read_as_utf8` yields: bytes that aren't valid are lone surrogates in the text."""
+    try:
+        return data.decode(errors="surrogatepass")
+    except UnicodeDecodeError:
+        return data.decode(errors="surrogateescape")
+
+
+def is_escaped_utf8(text: str) -> bool:
+    """Whether the bytes that became lone surrogates are UTF-8, so that only the file's encoding made them invalid."""
+    try:
+        data = text.encode(errors="surrogateescape")
+    except UnicodeEncodeError:  # other surrogates
+        return False
+    return _is_utf8(data) and data.decode() != text
 
 
 def _escape_bytes(error: UnicodeError) -> tuple[str, int]:

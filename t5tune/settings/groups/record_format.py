@@ -15,6 +15,8 @@ NOT_OF_PREFERENCES = {"train_on", "split_long"}
 """Settings that choose or divide answers, of which a preference pair has two for one source."""
 NOT_OF_RAW_TEXT = {"train_on", "min_target_tokens", "split_long", "drop_truncated_targets"}
 """Settings that choose or cut answers, of which raw text has none."""
+# text encodings of Python in which no file is saved
+NOT_OF_FILES = {"idna", "punycode", "undefined", "unicode-escape", "raw-unicode-escape"}
 DataFormat = Literal["auto", "sharegpt", "openai", "alpaca", "prompt-completion", "source-target"]
 PAIR_FORMATS = ("auto", "source-target")
 """Values of data_format with which data can have named columns and a source_prefix."""
@@ -101,7 +103,7 @@ class ReadingSettings(Settings):
             known = None if value is None else codecs.lookup(value)
         except LookupError:
             raise ValueError("no encoding has this name; such as utf-8, cp1252, utf-16, shift_jis") from None
-        if known is not None and not known._is_text_encoding:
+        if known is not None and (not known._is_text_encoding or known.name in NOT_OF_FILES):
             raise ValueError("not an encoding of text; such as utf-8, cp1252, utf-16, shift_jis")
         return None if known is None else known.name
 

@@ -1006,9 +1006,21 @@ def test_malformed_rows_are_rejected_without_affecting_others(
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("data.csv", "Frage,Übersetzung\na,b\n", "bytes that are not UTF-8 (a key: the byte 0xDC at character 0)"),
-        ("data.csv", "source,target\nna,schön\n", "bytes that are not UTF-8 (target: the byte 0xF6 at character 3)"),
-        ("data.jsonl", '{"source": "schön"}\n', "byte 15 of the record is not UTF-8"),
+        (
+            "data.csv",
+            "Frage,Übersetzung\na,b\n",
+            "bytes that are not text in the file's encoding (a key: the byte 0xDC at character 0)",
+        ),
+        (
+            "data.csv",
+            "source,target\nna,schön\n",
+            "bytes that are not text in the file's encoding (target: the byte 0xF6 at character 3)",
+        ),
+        (
+            "data.jsonl",
+            '{"source": "schön"}\n',
+            "the byte 0xF6 at character 15 of the record is not text in the file's encoding",
+        ),
     ],
 )
 def test_records_that_are_not_utf_8_are_rejected_if_this_is_given(
@@ -1017,7 +1029,7 @@ def test_records_that_are_not_utf_8_are_rejected_if_this_is_given(
     (tmp_path / name).write_bytes(text.encode("latin-1"))
     done = prepare(tmp_path, "--data-path", tmp_path / name, "--encoding", "utf-8")
     assert done.returncode == 2
-    assert f"{message}; save the file as UTF-8, or name its encoding with --encoding" in done.stderr.decode()
+    assert f"{message}; save the file as UTF-8, or name the right encoding with --encoding" in done.stderr.decode()
 
 
 @pytest.mark.parametrize(

@@ -190,6 +190,25 @@ def test_utf_16_without_a_mark_names_the_line_to_type(tmp_path: Path) -> None:
         assert read_pairs(path, encoding=encoding) == list_pairs(table)
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+@pytest.mark.parametrize("order", ["le", "be"])
+@pytest.mark.parametrize("texts", [GERMAN, RUSSIAN])
+def test_an_encoding_that_needs_a_mark_names_the_line_to_type(
+    tmp_path: Path, texts: list[str], encoding: str, order: str
+) -> None:
+    path = write_table(tmp_path / "data.csv", make_table(texts), f"{encoding}-{order}")
+    with pytest.raises(DataError, match=f"data.csv: .* without a byte order mark; add --encoding {encoding}-{order}"):
+        read_pairs(path, encoding=encoding)
+
+
+@pytest.mark.parametrize("order", ["le", "be"])
+@pytest.mark.parametrize("texts", [RUSSIAN, CHINESE, GREEK])
+def test_utf_16_that_does_not_begin_with_ascii_is_named(texts: list[str], order: str) -> None:
+    text = "".join(f"{text}\t{text}\n" for text in texts * 9)
+    with pytest.raises(DataError, match=f"UTF-16 without a byte order mark; add --encoding utf-16-{order}"):
+        find_encoding(iter([text.encode(f"utf-16-{order}")]), None, "a")
+
+
 def test_a_byte_order_mark_wins_over_what_is_given(tmp_path: Path) -> None:
     table = make_table(GERMAN)
     for encoding in ("utf-8-sig", "utf-16"):
@@ -207,13 +226,33 @@ def test_a_file_that_is_mostly_utf_8_keeps_its_good_records(tmp_path: Path) -> N
         assert reasons == [None] * 4 + ["invalid_utf8"] + [None] * 4
 
 
-def test_bytes_that_the_encoding_does_not_have_reject_their_record(tmp_path: Path) -> None:
-    texts = [text.encode("cp1252") for text in GERMAN]
-    texts[1] += b"\x81"  # which cp1252 doesn't have
-    (tmp_path / "a.csv").write_bytes(b"source,target\n" + b"".join(b'"%b",x\n' % text for text in texts))
-    records = list(read_records([tmp_path / "a.csv"], ReadingSettings(encoding="cp1252")))
-    reasons = [getattr(parse_record(record, ReadingSettings()), "reason", None) for record in records]
-    assert reasons == [None, "invalid_utf8", None]
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_bytes_that_the_encoding_does_not_have_reject_their_record(tmp_path: Path, suffix: str) -> None:
+    path = write_table(tmp_path / f"data{suffix}", make_table(GERMAN, count=20, share=1), "cp1252")
+    path.write_bytes(path.read_bytes().replace(b" 7", b"\x81", 1))
+    result, notes = prepare_table(path, encoding="cp1252")
+    assert (result.conversations, result.rejected) == (19, 1)
+    (line,) = (tmp_path / "cache" / "rejected.jsonl").read_text().splitlines()
+    assert "the byte 0x81 at character " in json.loads(line)["message"]
+    assert r"\udc81" in line
+    assert line.count(r"\udc") == 1
+    assert any("name the right encoding" in note for note in notes)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_utf_8_in_a_file_of_another_encoding_is_rejected(tmp_path: Path, suffix: str) -> None:
+    path = write_table(tmp_path / f"data{suffix}", make_table(GERMAN, count=30_000, share=1), "cp1252")
+    rows = make_table(FRENCH, count=100, share=1, seed=1)
+    added = write_table(tmp_path / f"more{suffix}", rows, "utf-8").read_bytes()
+    path.write_bytes(path.read_bytes() + (added.partition(b"\n")[2] if suffix == ".csv" else added))  # after the sample
+    settings = ReadingSettings()
+    records = [parse_record(record, settings) for record in read_records([path], settings)]
+    rejected = [record for record in records if not isinstance(record, Conversation)]
+    assert len(rejected) == 100
+    assert {(each.reason, each.message.partition(";")[0]) for each in rejected} == {
+        ("invalid_utf8", "UTF-8 in a file that is read in another encoding")
+    }
+    assert len(read_pairs(path, encoding="cp1252")) == len(records)  # as it was asked for
 
 
 @pytest.mark.parametrize("size", [1, 7, 1000])
@@ -293,7 +332,7 @@ def test_evaluate_reads_the_encoding_too(tmp_path: Path) -> None:
     assert any(isinstance(event, Note) and event.text.startswith("read as cp1252") for event in events)
 
 
-@pytest.mark.parametrize("name", ["latin-9000", "hex"])
+@pytest.mark.parametrize("name", ["latin-9000", "hex", "idna", "punycode", "undefined", "unicode_escape"])
 def test_a_name_of_no_encoding_is_refused(name: str) -> None:
     with pytest.raises(SettingsError, match="encoding: .*such as utf-8, cp1252"):
         PrepareSettings(model_name_or_path="pocket", data_path="a.csv", output_dir="b", encoding=name)

@@ -283,7 +283,7 @@ def test_files_that_are_not_raw_text_or_not_utf_8_are_named(texts: Path, tmp_pat
     (tmp_path / "latin.txt").write_bytes("Größe und Maß, ein Text.".encode("latin-1"))
     with pytest.raises(DataError, match="no conversation to train on among 1 record") as refused:
         prepare(make_settings("pocket", tmp_path / "latin.txt", tmp_path / "cache", encoding="utf-8"))
-    assert "not UTF-8" in str(refused.value.hint)
+    assert "not text in the file's encoding" in str(refused.value.hint)
 
 
 def test_a_tokenizer_without_sentinels_is_refused_by_name(texts: Path, tmp_path: Path) -> None:
