@@ -55,13 +55,13 @@ _COMMANDS = ("chat", "doctor", "evaluate", "export", "inspect", "merge", "plan",
 _HOMES = {
     **{name: f"commands.{name}" for name in _COMMANDS},
     "Chatter": "commands.chat",
-    "Turn": "data.formats",
+    "Turn": "data.reading.formats",
     "SettingsError": "errors",
     "Stopped": "errors",
     "T5TuneError": "errors",
     "progress_bar": "progress_bar",
-    "read_metrics": "reports.metrics_log",
-    "read_result": "training.run_folder",
+    "read_metrics": "runs.metrics_log",
+    "read_result": "runs.folder",
 }  # anything else is in `settings`
 
 

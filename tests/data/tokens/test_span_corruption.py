@@ -18,9 +18,10 @@ from t5tune.errors import DataError, ModelError, SettingsError
 from t5tune.settings import PrepareSettings
 from t5tune.settings.denoisers import DENOISERS, Denoiser, find_denoisers
 from tests.support.model_types import make_checkpoint
+from tests.support.paths import REPOSITORY
 from tests.support.prose import english_text
 
-POCKET = Path(__file__).parents[2] / "t5tune" / "pocket"
+POCKET = REPOSITORY / "t5tune" / "pocket"
 SENTINELS = tuple(range(32099, 31999, -1))  # T5's
 
 
