@@ -13,10 +13,11 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
@@ -54,8 +55,7 @@ class Browser:
                 yield Browser(to_browser, from_browser)
             finally:
                 os.close(to_browser)
-                process.terminate()
-                process.wait()
+                _kill(process)
                 os.close(from_browser)
 
     def open(self, url: str, width: int = 1000, height: int = 700, dark: bool = False) -> "Page":
@@ -91,6 +91,21 @@ class Browser:
             self._rest += found
         whole, _, self._rest = self._rest.partition(b"\0")
         return dict(json.loads(whole))
+
+
+def _kill(process: "subprocess.Popen[bytes]") -> None:
+    """Return when no process of Chromium can write into its folder anymore."""
+    writers = psutil.Process(process.pid).children(recursive=True)
+    for writer in writers:
+        with suppress(psutil.NoSuchProcess):
+            writer.kill()
+    process.kill()
+    process.wait()
+    for writer in writers:
+        # a container may have no init process that reaps them
+        with suppress(psutil.NoSuchProcess):
+            while writer.status() != psutil.STATUS_ZOMBIE:
+                time.sleep(0.01)
 
 
 class Page:
