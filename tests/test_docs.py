@@ -17,14 +17,14 @@ import pytest
 from pydantic.fields import FieldInfo
 
 import docs_site
-from t5tune.cli.arguments import has_extra, parse_arguments, unwrap_type
+from t5tune.cli.arguments import has_extra, unwrap_type
 from t5tune.cli.summaries import EXAMPLES, SUMMARIES
 from t5tune.errors import SettingsError
 from t5tune.families import FAMILIES, REFUSED_MODELS
 from t5tune.families.t5 import T5
 from t5tune.settings import COMMANDS, Settings
 from t5tune.settings.loading import load_settings
-from tests.support.command_line import t5tune_in_fork
+from tests.support.command_line import parse_words, t5tune_in_fork
 
 REPOSITORY = Path(__file__).parents[1]
 REFERENCE = REPOSITORY / "docs" / "commands.md"
@@ -304,7 +304,7 @@ def test_commands_in_the_documents_are_valid(path: Path) -> None:
     for command, *arguments in find_commands(path):
         assert command in SUMMARIES, command
         model = find_settings_model(command)
-        parsed = parse_arguments(arguments, model)
+        parsed = parse_words(arguments, model)
         try:
             load_settings(model, parsed.config, {}, parsed.values, parsed.problems)
         except SettingsError as error:

@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 
 from t5tune.cli import run
-from t5tune.cli.arguments import parse_arguments
 from t5tune.cli.summaries import EXAMPLES, FIRST_STEPS, SUMMARIES
 from t5tune.settings import COMMANDS, Settings, load_settings
-from tests.support.command_line import t5tune_in_fork
+from tests.support.command_line import parse_words, t5tune_in_fork
 
 EXAMPLE_LINES = [line for lines in EXAMPLES.values() for line in lines]
 
@@ -117,7 +116,7 @@ def test_the_help_is_shown_on_the_narrowest_terminal(show) -> None:
 def test_the_commands_in_the_help_are_valid(line: str) -> None:
     _, command, *arguments = shlex.split(line.partition(" > ")[0])
     model = next(model for model in COMMANDS if model.command == command)
-    parsed = parse_arguments(arguments, model)
+    parsed = parse_words(arguments, model)
     load_settings(model, parsed.config, {}, parsed.values, parsed.problems)
 
 

@@ -6,10 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from t5tune.cli.arguments import parse_arguments
 from t5tune.cli.next_steps import list_next_steps
 from t5tune.settings import EvaluateSettings, ExportSettings, PrepareSettings, TrainSettings, load_settings
-from tests.support.command_line import t5tune_in_fork
+from tests.support.command_line import parse_words, t5tune_in_fork
 
 PREPARE = ["prepare", "--model-name-or-path", "pocket", "--data-path", "pocket", "--output-dir", "cache"]
 
@@ -33,11 +32,11 @@ def test_the_comparison_repeats_every_setting_that_changes_the_scores(tmp_path: 
         "--source-prefix 'fix: ' --conversation-template plain --metrics bleu chrf --metric my.py:good --num-beams 4 "
         "--max-new-tokens 9 --num-data 5 --source-column a --no-double-quant --adapter tuned"
     )
-    parsed = parse_arguments(["base", *shlex.split(words), "--data-path", "dev.csv", "b.csv"], EvaluateSettings)
+    parsed = parse_words(["base", *shlex.split(words), "--data-path", "dev.csv", "b.csv"], EvaluateSettings)
     settings, _ = load_settings(EvaluateSettings, flags={**parsed.values, "output_dir": "out", "overwrite": "true"})
     [line] = [line for _, line in list_next_steps(settings, None) if "--compare-base" in line]
     assert list_next_steps(settings, None)[0][1].endswith(" --no-double-quant")  # chat
-    again = parse_arguments(shlex.split(line)[2:], EvaluateSettings)
+    again = parse_words(shlex.split(line)[2:], EvaluateSettings)
     assert again.problems == []
     expected = settings.model_copy(update={"output_dir": None, "overwrite": False, "compare_base": True})
     assert load_settings(EvaluateSettings, flags=again.values)[0] == expected
@@ -52,10 +51,10 @@ def test_the_comparison_repeats_every_setting_that_changes_the_scores(tmp_path: 
 )  # fmt: skip
 def test_the_comparison_repeats_a_default_that_was_given_to_override_training(words: str) -> None:
     arguments = ["run", "--adapter", "tuned", "--data-path", "dev.csv", *shlex.split(words)]
-    settings, _ = load_settings(EvaluateSettings, flags=parse_arguments(arguments, EvaluateSettings).values)
+    settings, _ = load_settings(EvaluateSettings, flags=parse_words(arguments, EvaluateSettings).values)
     [line] = [line for _, line in list_next_steps(settings, None) if "--compare-base" in line]
     assert f" {words} " in line
-    again = parse_arguments(shlex.split(line)[2:], EvaluateSettings)
+    again = parse_words(shlex.split(line)[2:], EvaluateSettings)
     assert again.problems == []
     repeated, _ = load_settings(EvaluateSettings, flags=again.values)
     assert repeated.model_fields_set == settings.model_fields_set | {"compare_base"}
@@ -109,7 +108,7 @@ def test_a_quantized_run_is_followed_by_plain_commands(tmp_path: Path, monkeypat
 )
 def test_the_held_out_data_is_evaluated_as_it_was_read_in_training(words: str, expected: str | None) -> None:
     arguments = ["--model-name-or-path", "base", "--data-path", "owner/name", "--output-dir", "run", *words.split()]
-    settings, _ = load_settings(TrainSettings, flags=parse_arguments(arguments, TrainSettings).values)
+    settings, _ = load_settings(TrainSettings, flags=parse_words(arguments, TrainSettings).values)
     steps = [line for _, line in list_next_steps(settings, SimpleNamespace(run=Path("run"), eval={"loss": 1.0}))]
     found = [line.removeprefix("t5tune evaluate run ") for line in steps if line.startswith("t5tune evaluate")]
     assert found == ([] if expected is None else [expected])
@@ -125,7 +124,7 @@ def test_held_out_data_that_is_tokenized_is_evaluated_as_it_is(
         Path(name, "manifest.json").write_text("{}")
         Path(name, "tokens.bin").touch()
     arguments = f"--model-name-or-path base --data-path a.csv --output-dir run --clean --eval-data-path {names}".split()
-    settings, _ = load_settings(TrainSettings, flags=parse_arguments(arguments, TrainSettings).values)
+    settings, _ = load_settings(TrainSettings, flags=parse_words(arguments, TrainSettings).values)
     steps = [line for _, line in list_next_steps(settings, SimpleNamespace(run=Path("run"), eval={"loss": 1.0}))]
     assert f"t5tune evaluate run --data-path {names}{flags}" in steps
 

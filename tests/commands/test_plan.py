@@ -33,7 +33,7 @@ from t5tune.settings import PlanSettings, PrepareSettings, QuantizationSettings,
 from t5tune.settings.field_types import parse_gpu_memory
 from t5tune.settings.loading import dump_settings
 from tests.support.bases import make_base
-from tests.support.command_line import t5tune_in_fork
+from tests.support.command_line import parse_words, t5tune_in_fork
 
 pytestmark = pytest.mark.slow
 NO_SUGGESTION: dict[str, Any] = {"use_cpu": True, "gpu_memory": "1MiB"}  # nothing fits, which saves its time
@@ -455,9 +455,7 @@ def write_short_model(folder: Path, **changes: Any) -> Path:
 
 def load_train_settings(flags: str, **given: Any) -> TrainSettings:
     """Load train's settings from suggested flags, which take precedence over those that the user has given."""
-    from t5tune.cli.arguments import parse_arguments
-
-    parsed = parse_arguments(flags.split(), TrainSettings)
+    parsed = parse_words(flags.split(), TrainSettings)
     assert not parsed.problems
     needed = {"model_name_or_path": "a", "data_path": "b", "output_dir": "c"}
     return load_settings(TrainSettings, None, {}, {**needed, **given, **parsed.values})[0]

@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from t5tune.cli.arguments import parse_arguments
 from t5tune.commands.train import train
 from t5tune.data.caches.cache import open_cache
 from t5tune.errors import DependencyError, SettingsError, Stopped
@@ -28,7 +27,7 @@ from t5tune.reports.svg import Series, draw_line_chart, format_short
 from t5tune.runs.folder import read_result, read_saved_settings
 from t5tune.runs.metrics_log import MetricsLog, read_metrics
 from t5tune.settings import TrainSettings, load_settings
-from tests.support.command_line import t5tune_in_fork
+from tests.support.command_line import parse_words, t5tune_in_fork
 from tests.support.runs import stop_at
 from tests.support.train_runs import make_settings, read_losses, read_metrics_lines
 
@@ -330,7 +329,7 @@ def test_the_command_gives_the_settings_of_the_run(run: Path) -> None:
         done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
         command, *words = done.stdout.removesuffix("\0").split("\0")
         assert command == "train"
-        parsed = parse_arguments(words, TrainSettings)
+        parsed = parse_words(words, TrainSettings)
         return load_settings(TrainSettings, flags=parsed.values, problems=parsed.problems)[0]
 
     settings = read_saved_settings(run)

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from t5tune.cli.arguments import parse_arguments
 from t5tune.commands.serve import Server
 from t5tune.serving.metrics import Metrics
 from t5tune.serving.protocol import IGNORED_FIELDS
 from t5tune.settings import ServeSettings, load_settings
 from tests.serving.conftest import StartServer
+from tests.support.command_line import parse_words
 from tests.support.paths import REPOSITORY
 
 pytestmark = pytest.mark.slow
@@ -64,7 +64,7 @@ def test_the_settings_and_flags_of_the_page_exist(tmp_path: Path) -> None:
     assert yaml.safe_load(config).keys() == settings.model_fields_set
     (unit,) = find_blocks("ini")
     (start,) = re.findall(r"^ExecStart=\S+/t5tune serve (.*)$", unit, re.MULTILINE)
-    assert parse_arguments(shlex.split(start), ServeSettings).problems == []
+    assert parse_words(shlex.split(start), ServeSettings).problems == []
     section = TEXT[: TEXT.index("## Other tools")]
     flags = set(re.findall(r"`(--[a-z0-9-]+)", section))
     known = {ServeSettings.format_option(name) for name in ServeSettings.model_fields} | {"--no-q-lora"}

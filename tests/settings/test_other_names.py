@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from t5tune.cli.arguments import parse_arguments
 from t5tune.errors import SettingsError
 from t5tune.settings import (
     COMMANDS,
@@ -20,6 +19,7 @@ from t5tune.settings import (
 )
 from t5tune.settings.fastchat_names import LEGACY_NAMES
 from t5tune.settings.other_names import ADVICE, NAMES_IN_OTHER_TOOLS, suggest_setting
+from tests.support.command_line import parse_words
 
 ALL_SETTINGS = {name for model in COMMANDS for name in model.list_suggestions()}
 
@@ -101,8 +101,8 @@ def test_no_name_of_another_tool_is_a_setting_of_the_command_that_would_suggest_
 )
 def test_a_name_of_another_tool_suggests_ours(name: str, meant: str) -> None:
     flag, meant_flag = (f"--{word.replace('_', '-')}" for word in (name, meant))
-    assert parse_arguments([flag, "1"], TrainSettings).problems == [f"{flag}: unknown flag; did you mean {meant_flag}?"]
-    assert parse_arguments([f"{name}=1"], TrainSettings).problems == [f"{name}: unknown setting; did you mean {meant}?"]
+    assert parse_words([flag, "1"], TrainSettings).problems == [f"{flag}: unknown flag; did you mean {meant_flag}?"]
+    assert parse_words([f"{name}=1"], TrainSettings).problems == [f"{name}: unknown setting; did you mean {meant}?"]
     with pytest.raises(SettingsError) as caught:
         load_settings(TrainSettings, environment={f"T5TUNE_{name.upper()}": "1"})
     assert f"T5TUNE_{name.upper()}: unknown setting; did you mean {meant}?" in caught.value.problems
@@ -152,21 +152,21 @@ def test_a_name_without_an_equivalent_gets_the_sentence_that_helps(name: str, ad
         load_settings(TrainSettings, str(tmp_path / "run.yaml"))
     (problem,) = [line for line in caught.value.problems if f"{name}: unknown setting; " in line]
     assert advice in problem
-    (problem,) = parse_arguments([f"--{name}"], TrainSettings).problems
+    (problem,) = parse_words([f"--{name}"], TrainSettings).problems
     assert "unknown flag; " in problem
     flags = {word for word in re.findall(r"[a-z0-9]+(?:_[a-z0-9]+)+", advice) if word != "training_args"}
     assert all(f"--{word.replace('_', '-')}" in problem for word in flags)
 
 
 def test_a_flag_of_another_command_isnt_suggested_but_a_key_of_a_shared_file_is() -> None:
-    assert parse_arguments(["--lora-rank=8"], PrepareSettings).problems == ["--lora-rank: unknown flag"]
+    assert parse_words(["--lora-rank=8"], PrepareSettings).problems == ["--lora-rank: unknown flag"]
     with pytest.raises(SettingsError) as caught:
         load_settings(PrepareSettings, environment={"T5TUNE_LORA_RANK": "8"})
     assert "T5TUNE_LORA_RANK: unknown setting; did you mean lora_r?" in caught.value.problems
-    assert parse_arguments(["--batch-size=8"], EvaluateSettings).problems == [
+    assert parse_words(["--batch-size=8"], EvaluateSettings).problems == [
         "--batch-size: unknown flag; did you mean --per-device-eval-batch-size?"
     ]
-    assert parse_arguments(["--load-in-4bit"], ChatSettings).problems == [
+    assert parse_words(["--load-in-4bit"], ChatSettings).problems == [
         "--load-in-4bit: unknown flag; did you mean --q-lora?"
     ]
 
@@ -192,19 +192,19 @@ def test_a_flag_of_another_command_isnt_suggested_but_a_key_of_a_shared_file_is(
 def test_the_advice_is_that_for_the_command_and_has_flags_as_they_are_typed(
     model: type[Settings], words: str, advice: str
 ) -> None:
-    (problem,) = parse_arguments(words.split(), model).problems
+    (problem,) = parse_words(words.split(), model).problems
     assert problem.startswith(f"{words.partition('=')[0]}: unknown flag; ")
     assert advice in problem
 
 
 def test_the_short_flags_of_fastchats_apply_lora_suggest_ours() -> None:
     words = ["--base", "pocket", "--target", "merged", "--lora", "run"]
-    assert parse_arguments(words, MergeSettings).problems == [
+    assert parse_words(words, MergeSettings).problems == [
         "--base: unknown flag; did you mean --model-name-or-path?",
         "--target: unknown flag; did you mean --output-dir?",
         "--lora: unknown flag; did you mean --adapter?",
     ]
-    assert parse_arguments(words, TrainSettings).problems[1:] == [
+    assert parse_words(words, TrainSettings).problems[1:] == [
         "--target: unknown flag; did you mean --target-column?",
         "--lora: unknown flag; did you mean --lora-r?",
     ]
@@ -214,5 +214,5 @@ def test_a_mistyped_legacy_or_hidden_name_never_suggests_itself() -> None:
     for name in (*LEGACY_NAMES, "fp16"):
         assert f"did you mean {name}?" not in suggest_setting(name[:-1], TrainSettings.list_suggestions())
         flag = f"--{name[:-1].replace('_', '-')}"
-        (problem,) = parse_arguments([flag], TrainSettings).problems
+        (problem,) = parse_words([flag], TrainSettings).problems
         assert f"--{name.replace('_', '-')}?" not in problem

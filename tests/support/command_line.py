@@ -1,4 +1,4 @@
-"""Run the command line in a process of its own."""
+"""Parse a command line, or run it in a process."""
 
 import json
 import os
@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from t5tune.cli.arguments import ParsedArguments, parse_arguments
+from t5tune.settings import Settings
 from tests.support.forks import get_fork_server
 
 
@@ -26,6 +28,11 @@ class CommandResult:
     @property
     def errors(self) -> list[str]:
         return [line for line in self.stderr.splitlines() if line.startswith("error:")]
+
+
+def parse_words(words: list[str], model: type[Settings]) -> ParsedArguments:
+    """Parse the words that follow a command."""
+    return parse_arguments(words, model)
 
 
 def t5tune(*arguments: Any, env: dict[str, str] | None = None, cwd: Path | None = None) -> CommandResult:
