@@ -17,7 +17,7 @@ import pytest
 from pydantic.fields import FieldInfo
 
 import docs_site
-from t5tune.cli.arguments import has_extra, unwrap_type
+from t5tune.cli.options import has_extra, unwrap_type
 from t5tune.cli.summaries import EXAMPLES, SUMMARIES
 from t5tune.errors import SettingsError
 from t5tune.families import FAMILIES, REFUSED_MODELS

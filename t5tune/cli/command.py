@@ -1,4 +1,4 @@
-"""Run a command: parse its arguments, load its settings, and call it."""
+"""Run a command that Typer has parsed: load its settings, call it, and show its result."""
 
 import importlib
 import os
@@ -9,9 +9,9 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from t5tune.cli.arguments import parse_arguments
 from t5tune.cli.output import Output, Unexpected, reserve_stdout, to_t5tune_error
 from t5tune.cli.results import render_result
+from t5tune.cli.spellings import CommandLine
 from t5tune.compat.quiet import quiet_libraries
 from t5tune.distributed.signals import handle_signals
 from t5tune.distributed.world import World
@@ -25,11 +25,11 @@ from t5tune.file_names import (
 )
 from t5tune.model.device import let_gpu_memory_grow, limit_openmp_spinning
 from t5tune.progress import Note
-from t5tune.settings import COMMANDS, EvaluateSettings, PrepareSettings, Settings, TrainSettings, load_settings
+from t5tune.settings import EvaluateSettings, PrepareSettings, Settings, TrainSettings, load_settings
 
 # Each of these has a module in this package with a function `run(settings, output)`. For the others, the function in
 # t5tune/commands is called and its result shown.
-COMMANDS_WITH_MODULE = {"prepare", "train", "chat", "serve", "evaluate", "inspect"}
+COMMANDS_WITH_MODULE = {"train", "chat", "serve", "evaluate", "inspect"}
 FILES_OF_A_RUN = (
     RESULT_FILE,
     f"checkpoint-*/{CHECKPOINT_MANIFEST_FILE}",
@@ -37,10 +37,9 @@ FILES_OF_A_RUN = (
 )
 
 
-def run_command(command: str, arguments: list[str]) -> int:
+def run_command(model: type[Settings], parsed: CommandLine) -> int:
     """Run a command, and show its result or its error. Return the exit code."""
-    model = next(model for model in COMMANDS if model.command == command)
-    parsed = parse_arguments(arguments, model)
+    command = model.command
     _configure_libraries(command, parsed.debug)
     world = _read_world()
     with quiet_libraries(), reserve_stdout() as stream:
@@ -118,7 +117,8 @@ def _import_command(command: str) -> Callable[[Any, Output], int | None]:
         from t5tune.cli.next_steps import list_next_steps
 
         result = function(settings, output.report)
-        output.show(result, render_result(command, result), list_next_steps(settings, result))
+        if output.json or getattr(result, "joined", None) is not False:  # else a part of a cache, which a note reports
+            output.show(result, render_result(command, result), list_next_steps(settings, result))
         return 0 if getattr(result, "ok", True) else 1  # only doctor's result has `ok`
 
     return run_and_show

@@ -1,4 +1,15 @@
-"""What the help says of each command. Separate from the settings, so that `t5tune --help` needs no pydantic."""
+"""What the help says of each command, apart from its options. `t5tune --help` needs no settings."""
+
+from rich.console import Console
+from rich.markup import escape
+
+MAX_WIDTH = 120  # longer lines are hard to read
+MIN_WIDTH = 40
+NOTES = (
+    "Each --some-setting is also the key some_setting of the --config file, the environment variable "
+    "T5TUNE_SOME_SETTING and the argument some_setting=value. A flag overrides the variable, and the variable "
+    "overrides the file. A type that ends in … takes one or several values."
+)
 
 SUMMARIES = {
     "prepare": "Check and tokenize data before training; train does it too.",
@@ -26,62 +37,71 @@ FIRST_STEPS = {
 }
 
 # two for each command; those with pocket, run and cache work in this order, in an empty folder
-EXAMPLES = {
-    "prepare": (
-        "t5tune prepare --model-name-or-path pocket --data-path pocket --output-dir cache",
-        "t5tune prepare --model-name-or-path google/flan-t5-base --data-path chats.jsonl --output-dir cache",
-    ),
-    "train": (
-        "t5tune train --config pocket --output-dir run",
-        "t5tune train --model-name-or-path google/flan-t5-base --data-path chats.jsonl --learning-rate 3e-4 "
-        "--output-dir tuned",
-    ),
-    "export": (
-        "t5tune export run --output-dir adapter",
-        "t5tune export run --output-dir adapter --dtype bfloat16 --overwrite",
-    ),
-    "merge": (
-        "t5tune merge run --output-dir merged",
-        "t5tune merge run --dtype bfloat16 --output-dir merged-bf16",
-    ),
-    "chat": (
-        "t5tune chat run",
-        't5tune chat run --prompt "Could you bring six coffees and six teas to Aida?"',
-    ),
-    "serve": (
-        "t5tune serve run",
-        "t5tune serve base=google/flan-t5-base tuned=run --quantization int8",
-    ),
-    "inspect": (
-        "t5tune inspect cache --stats",
-        "t5tune inspect cache --html examples.html",
-    ),
-    "evaluate": (
-        "t5tune evaluate run --data-path pocket --num-data 100",
-        "t5tune evaluate run --data-path dev.csv --source-column question --target-column answer",
-    ),
-    "push": (
-        "t5tune push run owner/name",
-        "t5tune push merged owner/name --hub-private-repo",
-    ),
-    "plan": (
-        "t5tune plan --config pocket",
-        "t5tune plan --model-name-or-path google/flan-t5-large --bf16 --gpu-memory 24GiB",
-    ),
-    "doctor": (
-        "t5tune doctor",
-        "t5tune doctor --json",
-    ),
-    "templates": (
-        "t5tune templates",
-        "t5tune templates copy pocket my-run.yaml",
-    ),
-    "schema": (
-        "t5tune schema",
-        "t5tune schema prepare > prepare.schema.json",
-    ),
-    "docs": (
-        "t5tune docs",
-        "t5tune docs > t5tune.md",
-    ),
-}
+_EXAMPLES = """
+t5tune prepare --model-name-or-path pocket --data-path pocket --output-dir cache
+t5tune prepare --model-name-or-path google/flan-t5-base --data-path chats.jsonl --output-dir cache
+t5tune train --config pocket --output-dir run
+t5tune train --model-name-or-path google/flan-t5-base --data-path chats.jsonl --learning-rate 3e-4 --output-dir tuned
+t5tune export run --output-dir adapter
+t5tune export run --output-dir adapter --dtype bfloat16 --overwrite
+t5tune merge run --output-dir merged
+t5tune merge run --dtype bfloat16 --output-dir merged-bf16
+t5tune chat run
+t5tune chat run --prompt "Could you bring six coffees and six teas to Aida?"
+t5tune serve run
+t5tune serve base=google/flan-t5-base tuned=run --quantization int8
+t5tune inspect cache --stats
+t5tune inspect cache --html examples.html
+t5tune evaluate run --data-path pocket --num-data 100
+t5tune evaluate run --data-path dev.csv --source-column question --target-column answer
+t5tune push run owner/name
+t5tune push merged owner/name --hub-private-repo
+t5tune plan --config pocket
+t5tune plan --model-name-or-path google/flan-t5-large --bf16 --gpu-memory 24GiB
+t5tune doctor
+t5tune doctor --json
+t5tune templates
+t5tune templates copy pocket my-run.yaml
+t5tune schema
+t5tune schema prepare > prepare.schema.json
+t5tune docs
+t5tune docs > t5tune.md
+"""
+EXAMPLES = {name: [line for line in _EXAMPLES.splitlines() if line.split()[1:2] == [name]] for name in SUMMARIES}
+
+
+def fit_help(width: int | None = None, padding: int = 1) -> int:
+    """Set the width of Typer's texts, or that of the terminal, and the padding of columns. Return it without margin."""
+    from typer import rich_utils
+
+    rich_utils.MAX_WIDTH = width or min(max(Console().width, MIN_WIDTH), MAX_WIDTH)
+    rich_utils.STYLE_OPTIONS_TABLE_PADDING = (0, padding)
+    return rich_utils.MAX_WIDTH - 2
+
+
+def format_epilog(command: str, everything: bool, num_hidden: int, width: int) -> str:
+    """Format what follows the options of a command: its examples, and how to see the other options."""
+    text = "\n".join(["[bold]Examples:[/]", *(format_command_line(line, width) for line in EXAMPLES[command])])
+    if everything:
+        return f"{text}\n\n{escape(NOTES)}"
+    return text + f"\n\nt5tune {command} --help-all lists the other {num_hidden} options." * bool(num_hidden)
+
+
+def format_first_steps(width: int) -> str:
+    """Format the commands to start with."""
+    lines = ["[bold]Start here:[/]"]
+    for number, (purpose, line) in enumerate(FIRST_STEPS.items(), 1):
+        lines += [f"{number}. {purpose}", format_command_line(line, width, indent=3)]
+    return "\n".join(lines)
+
+
+def format_command_line(line: str, width: int, indent: int = 0) -> str:
+    """Format a command to copy; a long one continues after a backslash, before one of its flags."""
+    lines = [" " * indent + line.split(" --")[0]]
+    for flag in line.split(" --")[1:]:
+        if len(lines[-1]) + len(f" --{flag} \\") > width:
+            lines[-1] += " \\"
+            lines.append(f"{' ' * (indent + 4)}--{flag}")
+        else:
+            lines[-1] += f" --{flag}"
+    return escape("\n".join(lines))

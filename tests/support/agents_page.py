@@ -14,10 +14,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rich.text import Text
+
 import t5tune
 from t5tune import errors, progress
 from t5tune.cli.inspect import JSON_FIELDS
-from t5tune.cli.options import COMMON_OPTIONS, Option, list_essential_options
+from t5tune.cli.options import COMMON, format_label, list_essential
 from t5tune.cli.results import TEMPLATE_FLAGS
 from t5tune.cli.summaries import SUMMARIES
 from t5tune.commands.serve import Address
@@ -25,6 +27,7 @@ from t5tune.data.caches.cache_view import ExampleView
 from t5tune.errors import T5TuneError
 from t5tune.settings import COMMANDS, Settings
 from t5tune.settings.packaged_templates import describe_templates
+from tests.support.command_line import get_command
 
 PAGE = Path(__file__).parents[2] / "docs" / "for-agents.md"
 BLOCK = re.compile(r"(<!-- generated: ([\w ]+) -->\n)(?:(?!<!-- end -->).)*(<!-- end -->\n)", re.DOTALL)
@@ -39,22 +42,24 @@ def build_page(text: str) -> str:
 def describe_command(model: type[Settings]) -> Iterator[str]:
     """Yield the summary of a command, its essential settings as its help shows them, and its result's keys."""
     yield SUMMARIES[model.command]
-    earlier = {describe_option(option) for other in COMMANDS[: COMMANDS.index(model)] for option in list_options(other)}
+    earlier = {line for other in COMMANDS[: COMMANDS.index(model)] for line in list_options(other)}
     options = list_options(model)
     yield ""
-    if repeated := [option for option in options if describe_option(option) in earlier]:
-        yield f"- as above: {', '.join(describe_option(option).partition(': ')[0] for option in repeated)}"
-    yield from (f"- {describe_option(option)}" for option in options if option not in repeated)
+    if repeated := [line for line in options if line in earlier]:
+        yield f"- as above: {', '.join(line.partition(': ')[0] for line in repeated)}"
+    yield from (f"- {line}" for line in options if line not in repeated)
     yield f"- result: {', '.join(find_result_keys(model.command)) or 'the JSON schema'}"
 
 
-def list_options(model: type[Settings]) -> list[Option]:
-    """List the options of a command's short help, without those of every command."""
-    return [option for option in list_essential_options(model.command) if option not in COMMON_OPTIONS]
-
-
-def describe_option(option: Option) -> str:
-    return f"`{option.label}`{' (required)' if option.is_required else ''}: {option.description}"
+def list_options(model: type[Settings]) -> list[str]:
+    """List a line for each option of a command's short help, without what all commands have."""
+    required = model.list_required()
+    return [
+        f"`{format_label(param, model)}`{' (required)' if param.name in required else ''}: "
+        f"{Text.from_markup(param.help).plain}"
+        for param in list_essential(get_command(model.command).params, model)
+        if param.rich_help_panel != COMMON or param.name == model.also_positional
+    ]
 
 
 def find_result_keys(command: str) -> list[str]:

@@ -5,10 +5,12 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from t5tune.cli.arguments import ParsedArguments, parse_arguments
+from t5tune.cli.app import build_command
+from t5tune.cli.spellings import CommandLine, SettingsCommand
 from t5tune.settings import Settings
 from tests.support.forks import get_fork_server
 
@@ -30,9 +32,16 @@ class CommandResult:
         return [line for line in self.stderr.splitlines() if line.startswith("error:")]
 
 
-def parse_words(words: list[str], model: type[Settings]) -> ParsedArguments:
+@cache
+def get_command(name: str) -> SettingsCommand:
+    """Return a command as Typer has it, with its options."""
+    return build_command(name)
+
+
+def parse_words(words: list[str], model: type[Settings]) -> CommandLine:
     """Parse the words that follow a command."""
-    return parse_arguments(words, model)
+    command_line: CommandLine = get_command(model.command).make_context(model.command, words).obj
+    return command_line
 
 
 def t5tune(*arguments: Any, env: dict[str, str] | None = None, cwd: Path | None = None) -> CommandResult:
