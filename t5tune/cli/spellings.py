@@ -9,7 +9,6 @@ What is wrong is collected rather than raised, so that it is reported together w
 import re
 import shlex
 from collections import deque
-from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
 from itertools import chain, takewhile
@@ -19,13 +18,13 @@ from typing import Any
 import typer
 from typer.core import TyperArgument, TyperCommand, TyperOption
 
-from t5tune.cli.options import SWITCHES, format_flag, has_extra, list_arguments, list_rows
+from t5tune.cli.options import SWITCHES, format_flag, list_arguments, list_rows
 from t5tune.cli.summaries import fit_help, format_epilog
 from t5tune.errors import find_close_name
 from t5tune.file_names import CONFIG_FILE, JSON_SUFFIXES, TABLE_SUFFIXES
-from t5tune.settings import Settings, packaged_templates
-from t5tune.settings.dataset_list import PATHS_OF_DATASETS
+from t5tune.settings import Settings
 from t5tune.settings.other_names import find_meant_setting, suggest_setting
+from t5tune.settings.packaged_templates import is_run_config
 
 BOOLEAN_WORDS = {"true", "t", "1", "yes", "y", "on", "false", "f", "0", "no", "n", "off"}
 PAIR_PATTERN = re.compile(r"([A-Za-z][\w.-]*)=(.*)", re.DOTALL)  # lora_r=16, as torchtune and Hydra write it
@@ -33,16 +32,11 @@ PAIR_PATTERN = re.compile(r"([A-Za-z][\w.-]*)=(.*)", re.DOTALL)  # lora_r=16, as
 
 @dataclass(frozen=True)
 class CommandLine:
-    """What a command line says.
+    """What a command line says."""
 
-    Attributes:
-        values: the name of a setting, or a legacy name -> its text, or list of texts.
-        meant: settings that aren't in `values`, but that a problem suggests, so that they aren't missing too.
-    """
-
-    values: dict[str, Any]
+    values: dict[str, Any]  # the name of a setting, or a legacy name -> its text, or list of texts
     problems: list[str]
-    meant: set[str]
+    meant: set[str]  # settings that aren't in `values`, but that a problem suggests, so that they aren't missing too
     config: str | None
     json: bool
     quiet: bool
@@ -125,13 +119,10 @@ class _Rewriter:
                 self.problems.append(f"{name}: given twice, as {word} and as {by_flag}; remove one of them")
             elif name in self._options:
                 self._by_flag[name] = [word]
-        flags = chain.from_iterable(map(self._write_words, self._by_flag))
-        words = [*flags, "--", *chain.from_iterable(map(places.__getitem__, in_place))]
+        flags = {format_flag(name): values for name, values in self._by_flag.items()}
+        words = [word for flag, values in flags.items() for word in [f"{flag}={value}" for value in values] or [flag]]
+        words += ["--", *chain.from_iterable(map(places.__getitem__, in_place))]
         return words, {name: word for name, (word, *_) in places.items() if name not in in_place}
-
-    def _write_words(self, name: str) -> list[str]:
-        flag = format_flag(name)
-        return [f"{flag}={value}" for value in self._by_flag[name]] or [flag]
 
     def _add_word(self, word: str) -> None:
         """Add a word that has no flag before it."""
@@ -142,7 +133,7 @@ class _Rewriter:
         elif fills == "config" and _is_model(word):
             self.problems.append(f"{word}: unexpected argument; did you mean --model-name-or-path {word}?")
             self.meant.add("model_name_or_path")
-        elif self._flag_before is not None and not (_is_config(word) if fills == "config" else fills):
+        elif self._flag_before is not None and not (is_run_config(word) if fills == "config" else fills):
             flag, value = self._flag_before
             whole = " ".join([value, word, *self._take_values()])
             in_quotes = f"put a value with spaces in quotes: {flag} {shlex.quote(whole)}"
@@ -169,9 +160,8 @@ class _Rewriter:
             self._by_place[setting] = [value]
         else:
             known = [*self._suggestions, *self._unfilled]
-            advice = self._advise_on_yaml(setting, str) or suggest_setting(name, known)
-            self.problems.append(f"{name}: unknown setting{advice}")
-            self._add_meant(name, known)
+            self.problems.append(f"{name}: unknown setting{suggest_setting(name, known)}")
+            self.meant.update(filter(None, [find_meant_setting(name, known)]))
 
     def _add_flag(self, word: str) -> None:
         flag, equals, attached = word.partition("=")
@@ -182,7 +172,7 @@ class _Rewriter:
         if option is None and positive is not None and positive.secondary_opts and not equals:
             self._add_values(positive.name, ["false"])
         elif option is None:
-            self._refuse_flag(flag, name, bool(equals))
+            self._refuse_flag(flag, bool(equals))
         elif option.is_flag:
             self._by_flag[name] = []
             if equals:
@@ -204,28 +194,14 @@ class _Rewriter:
         before = self._by_flag.get(name, []) if self._options[name].multiple else []
         self._by_flag[name] = before + values
 
-    def _refuse_flag(self, flag: str, name: str, has_value: bool) -> None:
-        advice = self._advise_on_yaml(name, format_flag)
-        advice = advice or suggest_setting(flag.lstrip("-"), self._suggestions, write=format_flag)
-        self.problems.append(f"{flag}: unknown flag{advice}")
-        meant = self._options.get(self._add_meant(flag.lstrip("-"), self._suggestions) or "")
+    def _refuse_flag(self, flag: str, has_value: bool) -> None:
+        word = flag.lstrip("-")
+        self.problems.append(f"{flag}: unknown flag{suggest_setting(word, self._suggestions, write=format_flag)}")
+        meant = self._options.get(find_meant_setting(word, self._suggestions) or "")
+        self.meant |= set() if meant is None else {meant.name}
         takes_value = meant is not None and not meant.is_flag and not meant.secondary_opts
         if not has_value and (takes_value or not self._arguments):
             self._take_values(1)  # its value, which would otherwise be reported as a second problem
-
-    def _advise_on_yaml(self, name: str, write: Callable[[str], str]) -> str:
-        """Say what to do instead of a flag for a setting that has none; an empty text if it isn't such a setting."""
-        if name not in self._fields or not has_extra(self._fields[name], "yaml_only"):
-            return ""
-        if (paths := PATHS_OF_DATASETS.get(name)) is None:
-            return "; set it in a --config file"
-        self.meant.add(paths)
-        return f"; did you mean {write(paths)}?"
-
-    def _add_meant(self, name: str, known: list[str]) -> str | None:
-        if (meant := find_meant_setting(name, known)) is not None:
-            self.meant.add(meant)
-        return meant
 
     def _take_values(self, limit: int | None = None) -> list[str]:
         """Take the words before the next flag or, after the first, the next `lora_r=16`; at most `limit` of them."""
@@ -267,15 +243,8 @@ def _is_data(word: str, fills: str | None) -> bool:
     return any(word.lower().endswith((end, f"{end}.gz", f"{end}.zst")) for end in JSON_SUFFIXES | TABLE_SUFFIXES)
 
 
-def _is_config(word: str) -> bool:
-    """Whether a word may be meant as a run config: a file, or a template, perhaps mistyped."""
-    known = packaged_templates.list_names("runs")
-    is_file = word.endswith((".yaml", ".yml", ".json")) or Path(word).exists()
-    return is_file or word in known or find_close_name(word, known) is not None
-
-
 def _is_model(word: str) -> bool:
     """Whether a word that may be a run config is meant as a model: `owner/name`, or a folder."""
     if Path(word).exists():
         return Path(word, CONFIG_FILE).is_file()
-    return "/" in word and not _is_config(word)
+    return "/" in word and not is_run_config(word)

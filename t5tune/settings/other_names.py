@@ -22,10 +22,10 @@ NAMES_IN_OTHER_TOOLS: Mapping[str, str] = {
     "max_target_length max_prompt_length max_source_len max_target_len max_input_length max_output_length "
     "source_max_length target_max_length",
     "data_path": "datasets dataset dataset_name dataset_dir dataset_path data_files train_file train_data "
-    "train_dataset test_file",
+    "train_dataset test_file data",  # ours in YAML: a list of datasets, each with its settings
     "mixing": "mix_strategy dataset_mixing",
     "eval_data_path": "eval_dataset eval_file test_datasets validation_file validation_data val_data val_file "
-    "valid_file dev_file",
+    "valid_file dev_file eval_data",
     "data_format": "formatting type",
     "source_column": "text_column input_column prompt_column dataset_text_field",
     "target_column": "summary_column output_column response_column label_column target",
@@ -149,6 +149,7 @@ ADVICE: Mapping[str, str] = {
     "trust_remote_code": "leave it out: code from a model's repository is never run",
     "plot_loss": "leave it out: report.html in the run folder shows the curves",
     "adam_beta1 adam_beta2 adam_epsilon optim_args lr_scheduler_kwargs": "set it under training_args in a YAML file",
+    "training_args": "set it in a --config file",
     "neftune_noise_alpha": "leave it out: NEFTune isn't supported",
 }
 """Names in other tools -> what to do instead of a setting of the same meaning.

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from t5tune.errors import SettingsError, suggest_name
+from t5tune.errors import SettingsError, find_close_name, suggest_name
 from t5tune.file_names import SETTINGS_FILE
 from t5tune.io.reasons import describe_error
 from t5tune.io.untrusted import parse_json_object
@@ -48,6 +48,13 @@ def describe_templates(kind: str) -> dict[str, str]:
         return {name: DEEPSPEED_CONFIGS[name] for name in list_names(kind)}
     lines = {name: (find_templates_folder() / kind / f"{name}.yaml").read_text("utf-8") for name in list_names(kind)}
     return {name: DESCRIPTION.search(text)[1] for name, text in lines.items()}  # type: ignore[index]
+
+
+def is_run_config(word: str) -> bool:
+    """Whether a word may be meant as a run config: a file, or a name under templates/runs, perhaps mistyped."""
+    known = list_names("runs")
+    is_file = word.endswith((".yaml", ".yml", ".json")) or Path(word).exists()
+    return is_file or word in known or find_close_name(word, known) is not None
 
 
 def find_run_config(name_or_path: str) -> Path:
