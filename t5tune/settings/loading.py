@@ -15,7 +15,7 @@ from t5tune.settings.commands.commands import COMMANDS
 from t5tune.settings.dataset_list import PATHS_OF_DATASETS, DatasetSettings
 from t5tune.settings.fastchat_names import LEGACY_NAMES, select_legacy_names
 from t5tune.settings.field_types import Settings
-from t5tune.settings.messages import HIDDEN_VALUE, describe_value_error, format_place, shorten_value
+from t5tune.settings.messages import HIDDEN_VALUE, describe_value_error, format_place, get_reason, shorten_value
 from t5tune.settings.other_names import find_meant_setting, find_nested_setting, suggest_setting
 
 VARIABLE_PREFIX = "T5TUNE_"
@@ -183,7 +183,7 @@ def _resolve_names(
 def _format_problem(error: ErrorDetails, values: dict[str, _Value], model: type[Settings]) -> str:
     """Format a pydantic error as `lora_r: 'abc' (--lora-r): expected a whole number`."""
     if not error["loc"]:
-        return error["msg"].removeprefix("Value error, ")
+        return get_reason(error)
     name = str(error["loc"][0])
     given = values.get(name)
     place, found = f" ({given.place})" if given else "", error["input"]

@@ -53,8 +53,13 @@ def describe_value_error(error: ErrorDetails) -> str:
             name: int(value) for name, value in context.items() if isinstance(value, float) and value == int(value)
         }
         return VALUE_REASONS[error["type"]].format(**context | bounds)  # a bound of 1.0 is shown as 1
-    reason = error["msg"].removeprefix("Value error, ")
+    reason = get_reason(error)
     return reason[0].lower() + reason[1:] if reason[1:2].islower() else reason  # lowercase "Input", but not "T5"
+
+
+def get_reason(error: ErrorDetails) -> str:
+    """Return the message of a validator's ValueError, or pydantic's own message."""
+    return str(error["ctx"]["error"]) if error["type"] == "value_error" else error["msg"]
 
 
 def describe_python_errors(error: ValidationError, secrets: Collection[str] = ()) -> list[str]:
