@@ -6,7 +6,7 @@ import. `t5tune --help` and a mistyped command import neither pydantic nor the s
 
 import inspect
 from itertools import takewhile
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -16,9 +16,6 @@ from t5tune.cli.summaries import SUMMARIES, fit_help, format_first_steps
 from t5tune.errors import SettingsError, suggest_name
 from t5tune.version import __version__
 
-if TYPE_CHECKING:
-    from t5tune.cli.spellings import SettingsCommand
-
 # what other tools call our commands
 COMMANDS_IN_OTHER_TOOLS = {
     "prepare": "preprocess tokenize",
@@ -27,7 +24,6 @@ COMMANDS_IN_OTHER_TOOLS = {
     "chat": "generate infer inference",
     "serve": "server api deploy",
 }
-COMPLETION_FLAGS = ("--install-completion", "--show-completion")
 
 
 class Commands(TyperGroup):
@@ -67,20 +63,15 @@ def _arrange_words(words: list[str]) -> list[str]:
     options = [word for word in options if word != "--" and not word.startswith(("--local_rank", "--local-rank"))]
     if command is not None and command not in SUMMARIES:
         raise _make_unknown_command_error(command, options)
-    help_flag = _find_help_flag(options if command is None else [*options, *rest])
-    if command is None:
-        return ["--help"] if help_flag or not options else options
-    return [command, help_flag] if help_flag else [*options, command, *rest]
-
-
-def _find_help_flag(words: list[str]) -> str | None:
-    """Find whether the words ask for help, wherever it is, and for which."""
-    given = {word.partition("=")[0] for word in takewhile(lambda word: word != "--", words)}
-    return "--help-all" if "--help-all" in given else "--help" if given & {"-h", "--help"} else None
+    given = {word.partition("=")[0] for word in takewhile(lambda word: word != "--", [*options, *rest])}
+    if given & {"-h", "--help", "--help-all"} or not (command or options):
+        help_flag = "--help-all" if "--help-all" in given and command else "--help"
+        return [command, help_flag] if command else [help_flag]
+    return [*options, command, *rest] if command else options
 
 
 def _make_unknown_command_error(command: str, options: list[str]) -> SettingsError:
-    if options and options[-1] in COMPLETION_FLAGS:  # Typer would ignore the word
+    if options and options[-1] in ("--install-completion", "--show-completion"):  # Typer would ignore the word
         problem = f"{options[-1]} {command}: the option takes no value and detects the current shell"
         return SettingsError(problem, hint=f"run t5tune {options[-1]}")
     problem = f"{command}: no such command"
@@ -91,7 +82,7 @@ def _make_unknown_command_error(command: str, options: list[str]) -> SettingsErr
     return SettingsError(problem + advice, hint=None if ours else f"the commands are {', '.join(SUMMARIES)}")
 
 
-def build_command(name: str) -> "SettingsCommand":
+def build_command(name: str) -> TyperCommand:
     """Build a command with its options."""
     from t5tune.cli.options import make_parameters
     from t5tune.cli.spellings import SettingsCommand

@@ -2,27 +2,19 @@
 
 import importlib
 import os
-import signal
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from t5tune.cli.output import Output, Unexpected, reserve_stdout, to_t5tune_error
+from t5tune.cli.output import Output
 from t5tune.cli.results import render_result
 from t5tune.cli.spellings import CommandLine
-from t5tune.compat.quiet import quiet_libraries
-from t5tune.distributed.signals import handle_signals
+from t5tune.compat.quiet import quiet_libraries, reserve_stdout
+from t5tune.distributed.signals import handle_signals, interrupt_on_signals
 from t5tune.distributed.world import World
-from t5tune.errors import SettingsError, Stopped, T5TuneError
-from t5tune.file_names import (
-    CACHE_MANIFEST_FILE,
-    CHECKPOINT_MANIFEST_FILE,
-    RESULT_FILE,
-    RUN_CACHE_FOLDER,
-    SETTINGS_FILE,
-)
+from t5tune.errors import SettingsError, Stopped, T5TuneError, Unexpected, to_t5tune_error
 from t5tune.model.device import let_gpu_memory_grow, limit_openmp_spinning
 from t5tune.progress import Note
 from t5tune.settings import EvaluateSettings, PrepareSettings, Settings, TrainSettings, load_settings
@@ -30,55 +22,43 @@ from t5tune.settings import EvaluateSettings, PrepareSettings, Settings, TrainSe
 # Each of these has a module in this package with a function `run(settings, output)`. For the others, the function in
 # t5tune/commands is called and its result shown.
 COMMANDS_WITH_MODULE = {"train", "chat", "serve", "evaluate", "inspect"}
-FILES_OF_A_RUN = (
-    RESULT_FILE,
-    f"checkpoint-*/{CHECKPOINT_MANIFEST_FILE}",
-    f"{RUN_CACHE_FOLDER}/**/{CACHE_MANIFEST_FILE}",
-)
 
 
-def run_command(model: type[Settings], parsed: CommandLine) -> int:
+def run_command(model: type[Settings], line: CommandLine) -> int:
     """Run a command, and show its result or its error. Return the exit code."""
-    command = model.command
-    _configure_libraries(command, parsed.debug)
-    world = _read_world()
+    _configure_libraries(model.command, line.debug)
+    world = World()
+    with suppress(SettingsError):  # of invalid variables, which train and evaluate report, and the others don't need
+        world = World.from_environment()
     with quiet_libraries(), reserve_stdout() as stream:
         # the process that started the ranks of train shows their run folder
-        shows_paths = world.rank == 0 and not (world.is_run_set_up and command == "train")
-        output = Output(stream, parsed.json, parsed.quiet or world.rank > 0, parsed.debug, shows_paths)
+        shows_paths = world.rank == 0 and not (world.is_run_set_up and model.command == "train")
+        output = Output(stream, line.json, line.quiet or world.rank > 0, line.debug, shows_paths)
         try:
-            settings, notes = load_settings(
-                model, parsed.config, os.environ, parsed.values, parsed.problems, parsed.meant
-            )
+            settings, notes = load_settings(model, line.config, os.environ, line.values, line.problems, line.meant)
             if not world.is_run_set_up:  # the process that started this one has shown them
                 for note in notes:
                     output.report(Note(note))
-            if isinstance(settings, TrainSettings) and parsed.config is not None and "output_dir" not in parsed.values:
-                _warn_of_another_run(Path(parsed.config), settings.output_dir, output)
             if isinstance(settings, PrepareSettings) and settings.shard is not None:
-                output = Output(stream, parsed.json, parsed.quiet, parsed.debug)  # each rank has a part of its own
+                output = Output(stream, line.json, line.quiet, line.debug)  # each rank has a part of its own
             # before the command is imported: that takes seconds, in which a signal may arrive
             with _handle_signals(settings, output, world):
-                return _import_command(command)(settings, output) or 0
+                if isinstance(settings, TrainSettings) and line.config and "output_dir" not in line.values:
+                    _warn_of_copied_run(Path(line.config), settings.output_dir, output)
+                return _import_command(model.command)(settings, output) or 0
         except KeyboardInterrupt as interrupt:
             return output.fail(interrupt)
         except Exception as error:
-            is_worker = world.is_run_set_up
-            return _report_to_launcher(error, output.debug) if is_worker else _fail(error, world, output)
+            return _report_to_launcher(error, output.debug) if world.is_run_set_up else _fail(error, world, output)
         finally:
             output.close_screen()
 
 
-def _warn_of_another_run(config: Path, output_dir: Path, output: Output) -> None:
-    """Warn if the config is in a run folder that was moved or copied: its output_dir is then another folder."""
-    folder = config.parent
-    if config.name != SETTINGS_FILE or os.path.realpath(folder) == os.path.realpath(output_dir):
-        return
-    if any(True for name in FILES_OF_A_RUN for _ in folder.glob(name)):
-        problem = (
-            f"{config}: is in the run folder {folder}, but its output_dir is {output_dir}, which this command uses"
-        )
-        output.report(Note(f"{problem}; add --output-dir {folder} to use that run instead", warning=True))
+def _warn_of_copied_run(config: Path, output_dir: Path, output: Output) -> None:
+    from t5tune.runs.checks import describe_copied_run
+
+    if (warning := describe_copied_run(config, output_dir)) is not None:
+        output.report(Note(warning, warning=True))
 
 
 def _configure_libraries(command: str, debug: bool) -> None:
@@ -91,20 +71,12 @@ def _configure_libraries(command: str, debug: bool) -> None:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "warning")  # quiet_libraries respects this
 
 
-def _read_world() -> World:
-    """Read the rank from the environment. `train` and `evaluate` report invalid variables; others don't need them."""
-    try:
-        return World.from_environment()
-    except SettingsError:
-        return World()
-
-
 def _handle_signals(settings: Settings, output: Output, world: World) -> AbstractContextManager[object]:
     """Handle signals in a block: `train`, and every rank of `evaluate`, stop as distributed/signals.py says."""
     trains = isinstance(settings, TrainSettings) and not settings.dry_run
     if trains or (isinstance(settings, EvaluateSettings) and world.launched):
         return handle_signals(output.report, saves_checkpoints=trains)
-    return _interrupt_on_signals()
+    return interrupt_on_signals()
 
 
 def _import_command(command: str) -> Callable[[Any, Output], int | None]:
@@ -122,24 +94,6 @@ def _import_command(command: str) -> Callable[[Any, Output], int | None]:
         return 0 if getattr(result, "ok", True) else 1  # only doctor's result has `ok`
 
     return run_and_show
-
-
-@contextmanager
-def _interrupt_on_signals() -> Iterator[None]:
-    """Handle SIGTERM and SIGHUP as Ctrl-C is handled, so that temporary files are deleted."""
-
-    def interrupt(number: int, frame: object) -> NoReturn:
-        raise KeyboardInterrupt(number)
-
-    # under nohup SIGHUP is ignored, and stays so
-    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
-    for number in numbers:
-        signal.signal(number, interrupt)
-    try:
-        yield
-    finally:
-        for number in numbers:
-            signal.signal(number, signal.SIG_DFL)
 
 
 def _fail(error: Exception, world: World, output: Output) -> int:

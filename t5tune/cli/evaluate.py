@@ -21,7 +21,10 @@ def run(settings: EvaluateSettings, output: Output) -> None:
     if settings.deepspeed is not None:
         read_zero3_config(settings.deepspeed)
     if settings.num_gpus is not None:
-        _check_gpus(settings)
+        from t5tune.runs.checks import find_missing_gpus
+
+        if (problem := find_missing_gpus(settings)) is not None:
+            raise SettingsError(problem)
     run_in_workers(settings, output, rank_0_shows_result=True)
 
 
@@ -31,10 +34,3 @@ def _evaluate(settings: EvaluateSettings, output: Output) -> None:
 
     result = evaluate(settings, output.report)
     output.show(result, next_steps=list_next_steps(settings, result))
-
-
-def _check_gpus(settings: EvaluateSettings) -> None:
-    from t5tune.runs.checks import find_missing_gpus
-
-    if (problem := find_missing_gpus(settings)) is not None:
-        raise SettingsError(problem)

@@ -1,16 +1,10 @@
-"""Where a command's output goes: its result to stdout; progress, notes and errors to stderr.
-
-Every exception becomes a T5TuneError, whose message says what to do.
-"""
+"""Where a command's output goes: its result to stdout; progress, notes and errors to stderr."""
 
 import dataclasses
 import json
-import os
-import signal
-import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -19,7 +13,7 @@ from rich.text import Text
 
 from t5tune.checkpoints.model_card import is_timing
 from t5tune.cli.screen import Screen, StderrConsole, print_message
-from t5tune.errors import DependencyError, SettingsError, Stopped, T5TuneError, WriteError
+from t5tune.errors import SettingsError, Stopped, T5TuneError, WriteError, to_t5tune_error
 from t5tune.formatting import format_count, format_duration, format_metric_name, format_number, format_size
 from t5tune.progress import Report, silent
 
@@ -42,10 +36,6 @@ LABELS = {
 }
 NOT_SHOWN = {"best_eval", "seed", "split_seed", "lora"}
 """Values of a run's result that --json and result.json have, and the screen doesn't."""
-
-
-class Unexpected(T5TuneError):
-    """An error that t5tune doesn't raise on purpose."""
 
 
 @dataclasses.dataclass
@@ -168,64 +158,6 @@ def _list_error_lines(error: T5TuneError) -> Iterator[Text]:
     if error.hint:
         last += f"{' ' if last.endswith('?') else '; '}{error.hint}"
     yield from (Text.assemble(label, " ", problem) for problem in (*others, last))
-
-
-def to_t5tune_error(error: BaseException) -> T5TuneError:
-    """Return the error itself if it is a T5TuneError, otherwise one that explains it."""
-    match error:
-        case T5TuneError():
-            return error
-        case KeyboardInterrupt():
-            interrupted = T5TuneError("interrupted")
-            # SIGTERM and SIGHUP arrive as a KeyboardInterrupt with their number
-            interrupted.exit_code = 128 + int(error.args[0] if error.args else signal.SIGINT)
-            return interrupted
-        case ImportError() if (explained := _explain_import_error(error)) is not None:
-            return explained
-        case OSError(filename=str() | bytes() as path):
-            return T5TuneError(f"{os.fsdecode(path)}: {error.strerror}")
-    message = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    return Unexpected(message, hint="run with --debug to see the traceback")
-
-
-def _explain_import_error(error: ImportError) -> DependencyError | None:
-    """Name the missing or broken library and say how to fix it; None if the module is one of t5tune."""
-    # transformers wraps every failed import in a generic message; the cause has the library's name
-    while isinstance(error.__cause__, ImportError):
-        error = error.__cause__
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    name = (error.name or frame.f_globals["__name__"]).partition(".")[0]
-    if name == "t5tune":
-        return None
-    return DependencyError(
-        f"{name} can't be imported: {' '.join(str(error).split())}",
-        hint=f"pip install --force-reinstall {name}; t5tune doctor checks what else doesn't work here",
-    )
-
-
-@contextmanager
-def reserve_stdout() -> Iterator[TextIO]:
-    """Yield a stream to stdout: until the block ends, what libraries print to stdout goes to stderr.
-
-    Raises:
-        T5TuneError: stdout is closed.
-    """
-    if sys.stdout is None:
-        raise T5TuneError("standard output is closed", hint="redirect it to a file or /dev/null")
-    sys.stdout.flush()
-    # file descriptors, not sys.stdout: C++ code prints too
-    saved = os.dup(1)
-    os.dup2(2, 1)
-    # bytes of a path that aren't valid UTF-8 are shown as \\udcff, as JSON escapes them
-    stream = open(saved, "w", encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
-    try:
-        yield stream
-    finally:
-        with suppress(OSError):  # must not replace the error that ended the block
-            stream.close()
-        sys.stdout.flush()
-        os.dup2(saved, 1)
-        os.close(saved)
 
 
 def _to_json(value: Any) -> Any:

@@ -7,25 +7,20 @@ import dataclasses
 import gc
 import json
 import os
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from datetime import UTC, datetime
 
 from rich.text import Text
 
 from t5tune.cli.output import Output
 from t5tune.commands.serve import serve
-from t5tune.distributed.signals import SECONDS_BETWEEN_SIGNALS, pipe_signals
+from t5tune.distributed.signals import SECONDS_BETWEEN_SIGNALS
 from t5tune.errors import make_printable
 from t5tune.progress import Answered, Event, Note
+from t5tune.serving.stop_signals import ENDED, read_signals
 from t5tune.settings import ServeSettings
-
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-ENDED = 0  # no signal: the server has ended
 
 
 def run(settings: ServeSettings, output: Output) -> None:
@@ -37,7 +32,7 @@ def run(settings: ServeSettings, output: Output) -> None:
         elif not output.quiet:
             _log(_format_json(event) if output.json else _format_line(event))
 
-    with serve(settings, report) as server, _read_signals() as requests:
+    with serve(settings, report) as server, read_signals() as requests:
         _collect_garbage_rarely()
         address = server.address
         key = ", with the API key" if address.needs_key else ""
@@ -67,51 +62,6 @@ def _collect_garbage_rarely() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(100_000, 20, 100)
-
-
-class _StopRequests:
-    """The numbers of the signals that ask to stop, as `pipe_signals` receives them.
-
-    Args:
-        pipe: its reading and its writing end.
-    """
-
-    def __init__(self, pipe: tuple[int, int]) -> None:
-        self._reader, self._writer = pipe
-
-    def end_after(self, work: Callable[[], None]) -> None:
-        """Do some work in another thread; after it, `wait` returns ENDED."""
-        writer = os.dup(self._writer)  # the thread may outlive this object
-
-        def end() -> None:
-            with suppress(BrokenPipeError), open(writer, "wb", buffering=0) as pipe:
-                try:
-                    work()
-                finally:
-                    pipe.write(bytes([ENDED]))
-
-        threading.Thread(target=end, daemon=True).start()
-
-    def wait(self) -> int:
-        """Wait for the next signal, and return its number; ENDED if the server has ended."""
-        return os.read(self._reader, 1)[0]
-
-
-@contextmanager
-def _read_signals() -> Iterator[_StopRequests]:
-    """Read signals from a pipe, since an exception from a handler may arrive in the midst of handling another one."""
-    # in a script's background job SIGINT is ignored, and SIGHUP under nohup
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    handled = [number for number, handler in before.items() if handler is not signal.SIG_IGN]
-    with pipe_signals() as pipe:
-        for number in handled:
-            signal.signal(number, lambda *_: None)
-        try:
-            yield _StopRequests(pipe)
-        finally:
-            for number in handled:
-                signal.signal(number, before[number])
-            os.close(pipe[0])
 
 
 def _format_line(answered: Answered) -> str:

@@ -1,11 +1,15 @@
-"""Hide warnings and log messages that libraries address to developers."""
+"""Hide warnings and log messages that libraries address to developers, and keep stdout free of what they print."""
 
 import logging
 import os
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from typing import TextIO
+
+from t5tune.errors import T5TuneError
 
 VARIABLES = {
     "PYTHONWARNINGS": "ignore",  # of processes that are started
@@ -72,3 +76,28 @@ def _hide_messages() -> Iterator[None]:
             logger.setLevel(level)
         for name in added:
             os.environ.pop(name, None)
+
+
+@contextmanager
+def reserve_stdout() -> Iterator[TextIO]:
+    """Yield a stream to stdout: until the block ends, what libraries print to stdout goes to stderr.
+
+    Raises:
+        T5TuneError: stdout is closed.
+    """
+    if sys.stdout is None:
+        raise T5TuneError("standard output is closed", hint="redirect it to a file or /dev/null")
+    sys.stdout.flush()
+    # file descriptors, not sys.stdout: C++ code prints too
+    saved = os.dup(1)
+    os.dup2(2, 1)
+    # bytes of a path that aren't valid UTF-8 are shown as \\udcff, as JSON escapes them
+    stream = open(saved, "w", encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
+    try:
+        yield stream
+    finally:
+        with suppress(OSError):  # must not replace the error that ended the block
+            stream.close()
+        sys.stdout.flush()
+        os.dup2(saved, 1)
+        os.close(saved)

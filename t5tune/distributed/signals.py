@@ -267,3 +267,21 @@ def ignore_signals(_worker: int) -> None:
     for number in (*STOP_SIGNALS, FORWARDED_SIGNAL):
         signal.signal(number, signal.SIG_IGN)
     die_with_parent()
+
+
+@contextmanager
+def interrupt_on_signals() -> Iterator[None]:
+    """Handle SIGTERM and SIGHUP as Ctrl-C is handled, so that temporary files are deleted."""
+
+    def interrupt(number: int, frame: object) -> NoReturn:
+        raise KeyboardInterrupt(number)
+
+    # under nohup SIGHUP is ignored, and stays so
+    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)

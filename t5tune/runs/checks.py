@@ -2,8 +2,10 @@
 
 import dataclasses
 import importlib.util
+import os
 import warnings
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from t5tune.checkpoints.adapter_config import read_adapter_config
@@ -17,6 +19,13 @@ from t5tune.distributed.deepspeed_build import find_missing_build_tools
 from t5tune.distributed.world import World
 from t5tune.errors import DependencyError, SettingsError, naming_settings, suggest_name
 from t5tune.families import find_family
+from t5tune.file_names import (
+    CACHE_MANIFEST_FILE,
+    CHECKPOINT_MANIFEST_FILE,
+    RESULT_FILE,
+    RUN_CACHE_FOLDER,
+    SETTINGS_FILE,
+)
 from t5tune.io.reasons import join_lines
 from t5tune.metrics import PREFERENCE_METRICS
 from t5tune.model.device import DOCTOR_HINT, read_nvidia_driver
@@ -32,6 +41,11 @@ from t5tune.settings.groups.preferences import DPO_SETTINGS, ORPO_SETTINGS
 from t5tune.settings.groups.record_format import PREFERENCE_OBJECTIVES
 from t5tune.settings.groups.training import SCHEDULES_BY_METRIC, RankSettings
 
+FILES_OF_A_RUN = (
+    RESULT_FILE,
+    f"checkpoint-*/{CHECKPOINT_MANIFEST_FILE}",
+    f"{RUN_CACHE_FOLDER}/**/{CACHE_MANIFEST_FILE}",
+)
 SECRET_ARGUMENTS = {"hub_token", "push_to_hub_token"}
 FIXED_ARGUMENTS = {
     "save_total_limit": None,  # we rotate checkpoints ourselves, once a new one is complete: see checkpoint.py
@@ -413,3 +427,14 @@ def _find_unusable_evaluation(settings: TrainSettings) -> list[str]:
         f"{name}: {value}: there are no held-out examples to evaluate on; set eval_data_path or eval_fraction"
         for name, value in settings.list_needing_evaluation().items()
     ]
+
+
+def describe_copied_run(config: Path, output_dir: Path) -> str | None:
+    """Describe a config in a run folder that was moved or copied: its output_dir is then another folder."""
+    folder = config.parent
+    if config.name != SETTINGS_FILE or os.path.realpath(folder) == os.path.realpath(output_dir):
+        return None
+    if not any(True for name in FILES_OF_A_RUN for _ in folder.glob(name)):
+        return None
+    problem = f"{config}: is in the run folder {folder}, but its output_dir is {output_dir}, which this command uses"
+    return f"{problem}; add --output-dir {folder} to use that run instead"

@@ -9,8 +9,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from typer.core import TyperCommand
+
 from t5tune.cli.app import build_command
-from t5tune.cli.spellings import CommandLine, SettingsCommand
+from t5tune.cli.spellings import CommandLine
 from t5tune.settings import Settings
 from tests.support.forks import get_fork_server
 
@@ -33,7 +35,7 @@ class CommandResult:
 
 
 @cache
-def get_command(name: str) -> SettingsCommand:
+def get_command(name: str) -> TyperCommand:
     """Return a command as Typer has it, with its options."""
     return build_command(name)
 

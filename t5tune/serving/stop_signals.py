@@ -1,0 +1,57 @@
+"""The signals that ask a server to stop, read from a pipe."""
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+from t5tune.distributed.signals import pipe_signals
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+ENDED = 0  # no signal: the server has ended
+
+
+class StopRequests:
+    """The numbers of the signals that ask to stop, as `pipe_signals` receives them.
+
+    Args:
+        pipe: its reading and its writing end.
+    """
+
+    def __init__(self, pipe: tuple[int, int]) -> None:
+        self._reader, self._writer = pipe
+
+    def end_after(self, work: Callable[[], None]) -> None:
+        """Do some work in another thread; after it, `wait` returns ENDED."""
+        writer = os.dup(self._writer)  # the thread may outlive this object
+
+        def end() -> None:
+            with suppress(BrokenPipeError), open(writer, "wb", buffering=0) as pipe:
+                try:
+                    work()
+                finally:
+                    pipe.write(bytes([ENDED]))
+
+        threading.Thread(target=end, daemon=True).start()
+
+    def wait(self) -> int:
+        """Wait for the next signal, and return its number; ENDED if the server has ended."""
+        return os.read(self._reader, 1)[0]
+
+
+@contextmanager
+def read_signals() -> Iterator[StopRequests]:
+    """Read signals from a pipe, since an exception from a handler may arrive in the midst of handling another one."""
+    # in a script's background job SIGINT is ignored, and SIGHUP under nohup
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    handled = [number for number, handler in before.items() if handler is not signal.SIG_IGN]
+    with pipe_signals() as pipe:
+        for number in handled:
+            signal.signal(number, lambda *_: None)
+        try:
+            yield StopRequests(pipe)
+        finally:
+            for number in handled:
+                signal.signal(number, before[number])
+            os.close(pipe[0])
