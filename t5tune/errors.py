@@ -169,7 +169,7 @@ class Stopped(T5TuneError):
 
 
 class Unexpected(T5TuneError):
-    """An error that t5tune doesn't raise on purpose."""
+    """An error that t5tune doesn't raise on purpose, which is a bug of it: run again with `--debug`."""
 
 
 def to_t5tune_error(error: BaseException) -> T5TuneError:

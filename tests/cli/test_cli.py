@@ -143,6 +143,30 @@ def test_the_command_of_another_tool_is_refused_with_ours(
     assert capsys.readouterr().err == f"error: {word}: no such command; {advice}\n"
 
 
+@pytest.mark.parametrize(
+    ("words", "refusal"),
+    [
+        (
+            "--install-completion bsh",
+            "--install-completion bsh: the option takes no value and detects the current shell",
+        ),
+        ("--show-completion fish", "--show-completion fish: the option takes no value and detects the current shell"),
+        ("--lora-r train", "No such option: --lora-r; run t5tune --help to list the commands"),
+        ("--json", "No such option: --json; run t5tune --help to list the commands"),
+    ],
+)
+def test_what_precedes_a_command_is_refused(words: str, refusal: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(words.split()) == 2
+    assert capsys.readouterr().err.startswith(f"error: {refusal}")
+
+
+def test_a_path_that_isnt_utf_8_reaches_the_command(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "t5tune", "inspect", os.fsencode(tmp_path) + b"/caf\xe9"], capture_output=True, text=True
+    )
+    assert (done.returncode, "caf\\udce9: no such folder" in done.stderr) == (2, True), done.stderr
+
+
 def test_help_is_a_command_too(capsys: pytest.CaptureFixture[str]) -> None:
     for words, same in [(["help"], ["--help"]), (["help", "train"], ["train", "--help"])]:
         assert run(words) == run(same) == 0
