@@ -55,7 +55,7 @@ _SOURCE = r"""
 {%- else -%}
   {%- set source = result.text ~ $assistant_prefix$ -%}
   {{- source_start -}}
-  {{- source[:-1] if source.endswith($joined_spaces$) else source -}}
+  {{- source[:-1] if $ends_in_space$ else source -}}
   {{- source_end -}}
 {%- endif -%}
 """
@@ -81,7 +81,7 @@ def build_chat_template(template: Template, tokenizer: Tokenizer, source_prefix:
         "turn_separator": template.turn_separator,
         "assistant_prefix": template.assistant_prefix,
         "source_prefix": source_prefix,
-        "joined_spaces": list_joined_spaces(tokenizer),
+        "ends_in_space": (template.assistant_prefix or values["after_human"]).endswith(list_joined_spaces(tokenizer)),
     }
     special = tokenizer.special_ids
     start, end = (_spell_out(tokenizer, ids) for ids in (special.source_start, special.source_end))

@@ -92,8 +92,8 @@ class ByteEncoder:
 
     joined_spaces: tuple[str, ...] = ()
 
-    def is_space_alone(self, text: str) -> bool:
-        """Whether the text begins with a space that is a token by itself, before an added token."""
+    def adds_token(self, text: str) -> bool:
+        """Whether the space at the beginning of a text is a token that the text without it doesn't have."""
         return False
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -113,7 +113,7 @@ class WholeTextEncoder:
         self.special_ids = tokenizer.special_ids
         self.markers = Markers(tokenizer)
         self.joined_spaces = list_joined_spaces(tokenizer)
-        self.is_space_alone = _make_space_check(tokenizer)
+        self.adds_token = _make_space_check(tokenizer, self.encode)
         self._tokenizers = _TokenizerPair(tokenizer)
         self.dtype = self._tokenizers.dtype
 
@@ -136,7 +136,7 @@ class WordEncoder:
         self.special_ids = tokenizer.special_ids
         self.markers = Markers(tokenizer)
         self.joined_spaces = list_joined_spaces(tokenizer)
-        self.is_space_alone = _make_space_check(tokenizer)
+        self.adds_token = _make_space_check(tokenizer, self.encode)
         self._tokenizers = _TokenizerPair(tokenizer)
         self.dtype = self._tokenizers.dtype
         self._known: dict[Text, bytes] = {}  # only of type str, because Python finds those faster
@@ -314,12 +314,21 @@ def _list_added_tokens(tokenizer: Tokenizer) -> list[str]:
     return sorted((token.content for token in added if not token.special), key=len, reverse=True)
 
 
-def _make_space_check(tokenizer: Tokenizer) -> Callable[[str], bool]:
-    """Make the function `is_space_alone` of an encoder."""
+def _make_space_check(tokenizer: Tokenizer, encode: Callable[[list[Text]], list[Ids]]) -> Callable[[str], bool]:
+    """Make the function `adds_token` of an encoder: it asks the tokenizer, except about plain characters.
+
+    A second space is one of the text, which keeps it.
+    """
     if not (is_prepend_scheme_first(tokenizer) and " " in list_joined_spaces(tokenizer)):
         return lambda text: False
-    pattern = re.compile(f" (?:{_match_any(_list_added_tokens(tokenizer))})")
-    return lambda text: pattern.match(text) is not None
+    plain = re.compile(f" (?: |(?!{_match_any(_list_added_tokens(tokenizer))})[{_PLAIN_CHARACTERS}])")
+
+    @functools.lru_cache(4096)
+    def ask(text: str) -> bool:
+        with_space, without = encode([text, Beginning(text[1:])])
+        return bool(np.array_equal(with_space[1:], without))
+
+    return lambda text: plain.match(text) is None and ask(text[:MAX_CACHED_WORD_LENGTH])
 
 
 def _match_any(tokens: list[str]) -> str:

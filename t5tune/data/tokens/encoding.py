@@ -263,7 +263,8 @@ def _shift_spaces(pieces: list[Piece], encoder: Encoder) -> list[Piece]:
     """
     result: list[Piece] = []
     for piece in pieces:
-        if result and result[-1].text.endswith(encoder.joined_spaces):
+        # a record's own space at the end of its text stays there
+        if result and result[-1].text[result[-1].message[1] :].endswith(encoder.joined_spaces):
             before = result.pop()
             # kept even if it is empty now: where the source ends depends on the kinds of the pieces
             result.append(replace(before, text=before.text[:-1]))
@@ -296,7 +297,7 @@ def _join_pieces(
         elif piece.text[slice(*piece.message)].strip():  # without the template's suffix
             # A target is a text by itself. The template's space before it is part of its first word, but before an
             # added token it is a token, which the tokenizer doesn't write at the beginning of a text.
-            target_start += piece.message[0] == 1 and encoder.is_space_alone(piece.text)
+            target_start += piece.message[0] == 1 and encoder.adds_token(piece.text)
             whole = Span(turn, system_end, system_end, source_end, target_start, length, length, True, True)
             spans.append(_truncate(whole, turn_starts, source_room, target_room))
     return EncodedConversation(np.concatenate(ids_by_piece), spans)

@@ -15,6 +15,11 @@ from t5tune.data.tokens.tokenizer import load_tokenizer
 from t5tune.settings import EvaluateSettings, PrepareSettings, TrainSettings
 
 TEXTS = ['{"a": 1}', "{ x }", "Yes", "<b>two</b>", "\n- a", "\t{", "3 {x}", "猫 x", "~", "two  hats"]
+# characters that the normalizer drops, or turns into a space or several characters
+UNUSUAL = [
+    "\u00a0Yes", "\u3000はい", "\u2003Yes", "\u2028    x", "▁Yes", "▁{", "\ufffdabc", "\u200cمی", "\u200d{", "\x7f{",
+    "\u0301x", "ﬁ", "½ {", "é",
+]  # fmt: skip
 SUFFIXES = {"plain": "", "fastchat-t5": "\n", "turns": ""}
 
 
@@ -29,18 +34,22 @@ def prepare_records(folder: Path, records: list[Any], template: str, **values: A
 @pytest.mark.parametrize("add_tokens", ["auto", "none"])
 @pytest.mark.parametrize("template", SUFFIXES)
 def test_a_target_has_the_ids_of_its_text(tmp_path: Path, template: str, add_tokens: str) -> None:
-    pairs = [{"source": "say it", "target": text} for text in TEXTS]
+    pairs = [{"source": "say it", "target": text} for text in TEXTS + UNUSUAL]
     cache, theirs = prepare_records(tmp_path, pairs, template, add_tokens=add_tokens)
-    for example, text in zip(cache, TEXTS, strict=True):
+    for example, text in zip(cache, TEXTS + UNUSUAL, strict=True):
         assert example.target_T.tolist() == theirs(text + SUFFIXES[template])["input_ids"]
         decoded = theirs.decode(example.target_T, skip_special_tokens=True)
-        assert add_tokens == "none" or decoded == text + SUFFIXES[template]
+        assert add_tokens == "none" or text in UNUSUAL or decoded == text + SUFFIXES[template]
 
 
 def test_a_source_has_the_ids_of_its_text(tmp_path: Path) -> None:
-    cache, theirs = prepare_records(tmp_path, [{"source": text, "target": text} for text in TEXTS], "plain")
-    for example, text in zip(cache, TEXTS, strict=True):
+    texts = [*TEXTS, *UNUSUAL, "13 \t ", "two \\  ", "a "]
+    cache, theirs = prepare_records(tmp_path, [{"source": text, "target": text} for text in texts], "plain")
+    for example, text in zip(cache, texts, strict=True):
         assert example.source_S.tolist() == theirs(text)["input_ids"] == example.target_T.tolist()
+        messages = [{"role": "user", "content": text}]
+        prompt = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        assert prompt == example.source_S.tolist()
 
 
 def test_a_target_keeps_the_spaces_at_its_beginning(tmp_path: Path) -> None:
