@@ -110,7 +110,7 @@ def parse_record(record: RawRecord, reading: ReadingSettings) -> Conversation | 
         # a question suggests one of the keys, which shows that the first line has names
         if str(error).endswith("?") or not reading.header:
             return error.rejection
-        return Rejection(reason, f"{error}; if the first line is data, add --no-header")
+        return Rejection(reason, f"if the first line is data, add --no-header; otherwise, {error}")
     if not repairs:
         return conversation
     return replace(conversation, repairs=Counter(conversation.repairs) + repairs)

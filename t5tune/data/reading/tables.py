@@ -67,14 +67,14 @@ def read_csv(path: Path, delimiter: str | None, reading: ReadingSettings) -> Ite
     first_location = RecordLocation(str(path), lines.number, 0, lines.offset - lines.size)
     try:
         header = next(reader)
-        if lines.size > max_bytes:
+        if reading.header and lines.size > max_bytes:
             raise DataError(f"{path}:{lines.number}: the header is longer than max_record_bytes {max_bytes}")
         first_rows = [] if reading.header else [header]
         if not reading.header:
             header = _name_columns(len(header), reading)
         is_doubtful = reading.header and _looks_like_data(header, _divide_lines(sample, delimiter)[0])
         names = [name if name.strip() else f"unnamed {number}" for number, name in enumerate(header, start=1)]
-        _check_column_names(names, f"{path}:{lines.number}")
+        _check_column_names(names, f"{path}:{lines.number}", "; if the first line is data, add --no-header")
         index = 0
         while True:
             if first_rows:
@@ -220,9 +220,11 @@ def read_parquet(path: Path, max_bytes: int) -> Iterator[RawRecord]:
         raise DataError(problem, hint="download or copy the file again") from error
 
 
-def _check_column_names(names: list[str], place: str) -> None:
+def _check_column_names(names: list[str], place: str, advice: str = "") -> None:
     if duplicates := [name for name, count in Counter(names).items() if count > 1]:
-        raise DataError(f"{place}: duplicate column name: {join_first(duplicates)}", hint="rename all but one of them")
+        raise DataError(
+            f"{place}: duplicate column name: {join_first(duplicates)}", hint=f"rename all but one of them{advice}"
+        )
 
 
 def _read_batches(file: Any) -> Iterator[Any]:

@@ -774,8 +774,8 @@ def test_two_columns_of_unknown_names_are_filled_in(tmp_path: Path) -> None:
     (rejected,) = read(tmp_path / "pairs.csv")
     assert isinstance(rejected, Rejection)
     assert rejected.message == (
-        "its keys are id, disfluent, its original; add --source-column disfluent --target-column 'its original', "
-        "or the other way round; if the first line is data, add --no-header"
+        "if the first line is data, add --no-header; otherwise, its keys are id, disfluent, its original; "
+        "add --source-column disfluent --target-column 'its original', or the other way round"
     )
     expected = (
         "expected conversations, or messages, or instruction + output, or completion + prompt, or source + target"
@@ -1036,7 +1036,10 @@ def test_records_that_are_not_utf_8_are_rejected_if_this_is_given(
     ("data", "message"),
     [
         (b'source,target\na,"b\n', r":\d+: not valid CSV"),
-        (b"id,source,target,source\n1,a,b,c\n", ":1: duplicate column name: source; rename all but one of them"),
+        (
+            b"id,source,target,source\n1,a,b,c\n",
+            ":1: duplicate column name: source; rename .*; if .* data, add --no-header",
+        ),
         (b"source," + b"a" * LIMIT + b"\na,b\n", ":1: the header is longer than"),
         ("source,target\na,b\n".encode("utf-16-le"), "UTF-16"),
     ],
