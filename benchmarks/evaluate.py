@@ -101,7 +101,7 @@ def prepare(chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "prepare", "--model-name-or-path", base, "--data-path", folder / "data.json", "--output-dir", folder / "cache",
         "--model-max-length", chosen.model_max_length,
     )  # fmt: skip
-    manifest = json.loads((folder / "cache" / "manifest.json").read_text())
+    (manifest,) = [json.loads(path.read_text()) for path in (folder / "cache").glob("*/manifest.json")]
     return {
         "config": chosen.config.name,
         "vocabulary": config["vocab_size"],
@@ -140,7 +140,7 @@ def compare_with_stock(chosen: argparse.Namespace, folder: Path) -> dict[str, An
     from torch.nn.utils.rnn import pad_sequence
     from transformers import AutoModelForSeq2SeqLM
 
-    from t5tune.data.caches.cache import open_cache
+    from t5tune.data.caches.examples import open_examples
     from t5tune.evaluation.scoring import find_max_target_length, generate_predictions
     from t5tune.inference.generation import Decoding
     from t5tune.inference.loading import load_for_inference
@@ -150,7 +150,7 @@ def compare_with_stock(chosen: argparse.Namespace, folder: Path) -> dict[str, An
     t5tune("merge", run, "--output-dir", folder / "merged")
     ours = load_for_inference(EvaluateSettings(model_name_or_path=str(run), data_path="unused", use_cpu=True))
     stock = AutoModelForSeq2SeqLM.from_pretrained(folder / "merged", dtype="float32").eval()
-    examples = list(open_cache(folder / "cache"))
+    examples = list(open_examples(folder / "cache"))
     sources = [torch.tensor(example.source_S.tolist()) for example in examples]
     max_new_tokens = chosen.max_new_tokens or find_max_target_length(examples)
     tokenizer = ours.tokenizer

@@ -86,7 +86,7 @@ def run_ours(folder: Path, data: Path, output: Path, threads: int) -> tuple[floa
     )
     result = prepare(settings)
     children = os.times().children_user + os.times().children_system
-    size = (output / "tokens.bin").stat().st_size
+    size = sum(file.stat().st_size for file in output.glob("*/tokens.bin"))
     return time.perf_counter() - wall, time.process_time() - cpu + children, size and result.examples
 
 
@@ -209,17 +209,18 @@ def measure_prepare(command: list[str]) -> tuple[dict[str, Any], dict[str, Any]]
 
 def read_at_random(folder: Path) -> None:
     """Measure how fast examples are read from a cache in random order, and how large the cache is."""
-    from t5tune.data.caches.cache import open_cache
+    from t5tune.data.caches.examples import open_examples
 
-    cache = open_cache(folder)
-    chosen = random.Random(0).choices(range(len(cache)), k=200_000)
+    examples = open_examples(folder)
+    chosen = random.Random(0).choices(range(len(examples)), k=200_000)
     started = time.process_time()
     for index in chosen:
-        cache[index]
+        examples[index]
     seconds = time.process_time() - started
-    sizes = {name: (folder / f"{name}.bin").stat().st_size for name in ("tokens", "conversations", "examples")}
+    cache = examples.main.cache
+    sizes = {name: (cache.folder / f"{name}.bin").stat().st_size for name in ("tokens", "conversations", "examples")}
     tokens = sizes["tokens"] // int(cache.manifest["dtype"][-1])
-    facts = {"examples": len(cache), "examples_per_second": round(len(chosen) / seconds)}
+    facts = {"examples": len(examples), "examples_per_second": round(len(chosen) / seconds)}
     print(json.dumps(facts | {"bytes_per_token": round(sum(sizes.values()) / tokens, 3)}))
 
 

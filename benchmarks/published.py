@@ -109,9 +109,9 @@ def measure_size(name: str) -> int:
 
 
 def read_examples(run: Path) -> list[tuple[list[int], list[int]]]:
-    from t5tune.data.caches.cache import open_cache
+    from t5tune.data.caches.examples import open_examples
 
-    return [(example.source_S.tolist(), example.target_T.tolist()) for example in open_cache(run / "data")]
+    return [(example.source_S.tolist(), example.target_T.tolist()) for example in open_examples(run / "data")]
 
 
 def compare_logits(ours: Any, stock: Any, examples: list[tuple[list[int], list[int]]]) -> float:

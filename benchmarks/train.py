@@ -130,7 +130,7 @@ def run_ours(options: argparse.Namespace, folder: Path, packing: str, **changes:
         changes: further settings of `t5tune train`.
     """
     from t5tune.commands.train import train
-    from t5tune.data.caches.cache import open_cache
+    from t5tune.data.caches.examples import open_examples
     from t5tune.progress import Advanced, Event, Note
     from t5tune.training.steps import EpochDraws, make_budget_sampler
 
@@ -146,7 +146,7 @@ def run_ours(options: argparse.Namespace, folder: Path, packing: str, **changes:
 
     settings = make_settings(options, folder, packing, **changes)
     train(settings, report)
-    sources, targets = open_cache(options.folder / "cache").read_lengths()
+    sources, targets = open_examples(options.folder / "cache").read_lengths()
     draws = EpochDraws(sources, targets, settings.seed)
     sampler = make_budget_sampler(draws, options.tokens, packing == "on", 1)
     batches = sampler.make_batches(0)[: options.steps]
@@ -178,9 +178,9 @@ def run_stock(options: argparse.Namespace, way: StockWay, folder: Path) -> dict[
         TrainingArguments,
     )
 
-    from t5tune.data.caches.cache import open_cache
+    from t5tune.data.caches.examples import open_examples
 
-    cache = open_cache(options.folder / "cache")
+    cache = open_examples(options.folder / "cache")
     base = AutoModelForSeq2SeqLM.from_pretrained(
         options.folder / "base", dtype=getattr(torch, options.dtype), attn_implementation=way.attention
     )

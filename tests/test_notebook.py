@@ -81,7 +81,8 @@ def test_the_model_replies_and_a_data_frame_is_trained_on(cells: list[Any]) -> N
     (reply,) = find_cell(cells, "chatter.reply").outputs
     assert reply.text.startswith("{\n")
     assert read_value(find_cell(cells, "pairs = ")).startswith("(99, ")
-    assert "1 record rejected (not text: 1): sums/data/rejected.jsonl" in str(find_cell(cells, "pairs = ").outputs)
+    said = str(find_cell(cells, "pairs = ").outputs)
+    assert "1 record rejected (not text: 1): sums/data/records/rejected.jsonl" in said
     assert read_value(find_cell(cells, "merged.checkpoint")) == "PosixPath('merged')"
 
 

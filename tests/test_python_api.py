@@ -42,6 +42,7 @@ from t5tune.checkpoints.pocket import pocket_folder
 from t5tune.errors import DataError, T5TuneError
 from t5tune.progress import Event, Note
 from t5tune.settings import COMMANDS
+from tests.support.caches import find_cache
 from tests.support.command_line import t5tune_in_fork
 from tests.support.python_stub import STUB, build_stub
 
@@ -353,7 +354,7 @@ def test_evaluate_and_prepare_take_records(run: Any, folder: Path, tmp_path: Pat
     missing = [*PAIRS, {"source": "?", "target": None}]
     first = prepare(PrepareSettings(data_path=pd.DataFrame(missing), **settings))
     assert (first.examples, first.rejected, first.up_to_date) == (len(PAIRS), 1, False)
-    rejected = json.loads((tmp_path / "cache" / "rejected.jsonl").read_text())
+    rejected = json.loads((find_cache(tmp_path / "cache") / "rejected.jsonl").read_text())
     assert (rejected["line"], rejected["reason"]) == (len(missing), "not_text")
     assert prepare(PrepareSettings(data_path=missing, **settings)).up_to_date
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from t5tune.errors import CheckpointError
-from t5tune.file_names import CACHE_MANIFEST_FILE, MIXTURE_FILE, RESULT_FILE, RUN_CACHE_FOLDER
+from t5tune.file_names import MIXTURE_FILE, RESULT_FILE, RUN_CACHE_FOLDER
 from t5tune.formatting import format_count
 from t5tune.hub.names import is_published
 from t5tune.io.reasons import join_first
@@ -88,7 +88,7 @@ def _format_mixture_line(datasets: Any) -> str:
         name, share, count = (dataset.get(key) for key in ("name", "share", "examples"))
         if isinstance(name, str) and _NAME.fullmatch(name) and isinstance(share, float) and isinstance(count, int):
             parts.append(f"{share:.1%} {name} ({format_count(count, 'example')})")
-    return f"Mixture: {', '.join(parts)}.\n" if parts else ""
+    return f"Mixture: {', '.join(parts)}.\n" if len(parts) > 1 else ""
 
 
 def format_settings_line(settings: Mapping[str, Any]) -> str:
@@ -101,8 +101,7 @@ def format_settings_line(settings: Mapping[str, Any]) -> str:
 
 def describe_run_data(folder: Path) -> str:
     """Describe the data in a run folder; empty if the data is elsewhere."""
-    data = folder / RUN_CACHE_FOLDER
-    return format_data_line(_read_optional(data, MIXTURE_FILE) or _read_optional(data, CACHE_MANIFEST_FILE))
+    return format_data_line(_read_optional(folder / RUN_CACHE_FOLDER, MIXTURE_FILE))
 
 
 def describe_run_training(folder: Path) -> str:

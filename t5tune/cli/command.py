@@ -90,7 +90,8 @@ def _import_command(command: str) -> Callable[[Any, Output], int | None]:
 
         result = function(settings, output.report)
         if output.json or getattr(result, "joined", None) is not False:  # else a part of a cache, which a note reports
-            output.show(result, render_result(command, result), list_next_steps(settings, result))
+            next_steps = [] if output.json else list_next_steps(settings, result)
+            output.show(result, render_result(command, result), next_steps)
         return 0 if getattr(result, "ok", True) else 1  # only doctor's result has `ok`
 
     return run_and_show

@@ -6,9 +6,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from t5tune.data.caches.examples import has_examples
+from t5tune.data.caches.examples import has_examples, list_caches
 from t5tune.data.reading.sources import is_dataset_name
-from t5tune.file_names import ADAPTER_CONFIG_FILE, CACHE_MANIFEST_FILE, REPORT_FILE
+from t5tune.file_names import ADAPTER_CONFIG_FILE, REPORT_FILE
 from t5tune.io.atomic import find_unused_folder
 from t5tune.runs.checkpoints import list_checkpoints
 from t5tune.settings import (
@@ -53,7 +53,8 @@ def list_next_steps(settings: Settings, result: Any) -> list[tuple[str, str]]:
 
 
 def _follow_prepare(settings: PrepareSettings, cache: Path) -> Iterator[list[str]]:
-    yield ["inspect", str(_list_caches(cache)[0])]
+    first, *others = list_caches(cache).values()
+    yield ["inspect", str(first if others else cache)]
     uses_pocket = settings.model_name_or_path == "pocket"
     base = ["--config", "pocket"] if uses_pocket else [*_repeat(settings, BASE_FLAGS), "--learning-rate", "3e-4"]
     yield ["train", *base, "--data-path", str(cache), "--output-dir", _name_output("run")]
@@ -99,7 +100,7 @@ def _repeat_held_out(settings: TrainSettings, has_evaluated: bool) -> list[str] 
     evaluate takes the columns, the format and the prefix from the run.
     """
     paths = settings.eval_data_path
-    if paths is None and has_evaluated and _is_cache(settings.data_path):
+    if paths is None and has_evaluated and len(settings.data_path) == 1 and has_examples(Path(settings.data_path[0])):
         paths = settings.data_path  # evaluate takes the examples that prepare has held out
     if paths is None or "-" in paths:
         return ["--data-path", *_name_data(paths)]
@@ -139,15 +140,6 @@ def _name_data(paths: list[str] | None) -> list[str]:
 def _contains_adapter(folder: Path) -> bool:
     """Whether a folder is an adapter, or a run that trained one; a run that was stopped has it in its checkpoints."""
     return any((place / ADAPTER_CONFIG_FILE).is_file() for place in (folder, *list_checkpoints(folder)))
-
-
-def _list_caches(folder: Path) -> list[Path]:
-    """List the token caches of a mixture, or the one that the folder is."""
-    return sorted(file.parent for file in folder.glob(f"*/{CACHE_MANIFEST_FILE}")) or [folder]
-
-
-def _is_cache(data: list[str]) -> bool:
-    return len(data) == 1 and (Path(data[0]) / CACHE_MANIFEST_FILE).is_file()
 
 
 def _name_output(name: str) -> str:

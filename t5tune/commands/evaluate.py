@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from t5tune.custom_metrics import compute_custom_metrics, load_custom_metric, try_custom_metrics
-from t5tune.data.caches.examples import find_caches, is_mixture
+from t5tune.data.caches.examples import find_caches, is_prepared
 from t5tune.data.reading.remote_files import hide_data_queries
 from t5tune.data.tokens.encoding import Example
 from t5tune.data.tokens.tokenizer import decode_prediction, decode_reference
@@ -244,7 +244,7 @@ def _prepare(
     settings = replace_stopped_runs(settings, report)
     base, adapter = find_base_and_adapter(settings, without_notes(report))  # it is loaded, with its notes, later
     if settings.overwrite:
-        caches = [cache for path in map(Path, settings.data_path) if is_mixture(path) for cache in find_caches(path)]
+        caches = [cache for path in map(Path, settings.data_path) if is_prepared(path) for cache in find_caches(path)]
         check_overwrite(folder, [base, *caches] if adapter is None else [base, adapter, *caches])
     if settings.compare_base and adapter is None:
         raise SettingsError(

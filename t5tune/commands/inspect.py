@@ -14,7 +14,7 @@ import numpy.typing as npt
 from t5tune.data.caches.batching import compute_padding_share, epoch_order
 from t5tune.data.caches.cache import Cache, open_cache
 from t5tune.data.caches.cache_view import CacheView, LengthStatistics, build_histogram
-from t5tune.data.caches.examples import has_examples, is_mixture, list_caches
+from t5tune.data.caches.examples import has_examples, is_prepared, list_caches
 from t5tune.data.tokens.tokenizer import load_tokenizer
 from t5tune.errors import DataError, SettingsError
 from t5tune.io.reasons import join_first
@@ -66,16 +66,19 @@ def _find_cache(folder: Path, report: Report) -> Path:
     """Return the token cache of a run folder, and any other folder as it is.
 
     Raises:
-        DataError: it is a mixture, which has several.
+        DataError: it is of several datasets.
     """
     if not has_examples(folder) and (run_settings := read_saved_settings(folder)) is not None:
         cache = locate_run(run_settings.model_copy(update={"output_dir": folder})).cache
         report(Note(f"{folder} is a run folder; its token cache is {cache}"))
         folder = cache
-    if is_mixture(folder):
-        caches = join_first(list(map(str, list_caches(folder).values())))
-        raise DataError(f"cache: {folder}: a mixture of several datasets", hint=f"name one of its caches: {caches}")
-    return folder
+    if not is_prepared(folder):
+        return folder
+    first, *others = list_caches(folder).values()
+    if others:
+        caches = join_first(list(map(str, (first, *others))))
+        raise DataError(f"cache: {folder}: a token cache of several datasets", hint=f"name one of them: {caches}")
+    return first
 
 
 def _choose_examples(cache: Cache, settings: InspectSettings, report: Report) -> Sequence[int]:

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from t5tune.checkpoints.base import find_base, read_config
 from t5tune.data.caches.batching import Integers, estimate_cost, make_count_batches
-from t5tune.data.caches.examples import Examples, Mixture, has_examples, open_examples
+from t5tune.data.caches.examples import Examples, has_examples, open_examples
 from t5tune.data.caches.mixing import choose_mixing
 from t5tune.errors import SettingsError
 from t5tune.evaluation.batches import Lengths
@@ -204,7 +204,7 @@ def _choose_examples(settings: PlanSettings, examples: Examples) -> Examples:
     Raises:
         DataError: there are too few to hold any out.
     """
-    if isinstance(examples, Mixture) and (mixing := choose_mixing(settings)) is not None:
+    if examples.are_several and (mixing := choose_mixing(settings)) is not None:
         examples = examples.mix(mixing)
     if settings.num_data is not None:
         examples = examples.limit_training(settings.num_data)

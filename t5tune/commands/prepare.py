@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from t5tune.errors import T5TuneError
-from t5tune.preparing.dataset import Origin, prepare_dataset
-from t5tune.preparing.datasets import prepare_mixture
+from t5tune.preparing.dataset import Origin
+from t5tune.preparing.datasets import prepare_datasets
 from t5tune.progress import Report, silent
 from t5tune.settings import PrepareSettings
 
@@ -64,8 +64,7 @@ def prepare(settings: PrepareSettings, report: Report = silent, origin: Origin =
     """
     started = time.monotonic()
     try:
-        prepare_all = prepare_dataset if settings.data is None else prepare_mixture
-        manifest, facts = prepare_all(settings, report, origin)
+        manifest, facts = prepare_datasets(settings, report, origin)
     except OSError as error:
         place = error.filename or settings.output_dir
         raise T5TuneError(f"{os.fsdecode(place)}: {error.strerror or error}") from error

@@ -25,7 +25,7 @@ from t5tune.checkpoints.hub_upload import (
 from t5tune.commands.prepare import prepare
 from t5tune.compat.python_patches import restore_environment
 from t5tune.data.caches.cache import read_manifest
-from t5tune.data.caches.examples import find_tokenizer_folder, is_mixture, list_caches
+from t5tune.data.caches.examples import find_tokenizer_folder, is_prepared, list_caches
 from t5tune.data.tokens.tokenizer import load_tokenizer
 from t5tune.distributed.signals import StopRequest, handle_signals
 from t5tune.distributed.world import RESUME_HINT, World, has_restarted
@@ -494,7 +494,7 @@ def _list_reading(settings: TrainSettings) -> dict[str, dict[str, Any]]:
     datasets = dict(zip(name_datasets(settings.data or []), settings.data or [], strict=True))
     caches = {name: cache for name, dataset in datasets.items() if (cache := find_given_cache(dataset)) is not None}
     mixture = find_given_examples(settings.data_path, settings.data)
-    if mixture is not None and is_mixture(mixture):
+    if mixture is not None and is_prepared(mixture):
         caches = list_caches(mixture)
     given = {name: dataset.list_given() for name, dataset in datasets.items()}
     return given | {name: _read_reading(cache, settings) for name, cache in caches.items()}

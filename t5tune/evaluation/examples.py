@@ -43,8 +43,8 @@ from t5tune.inference.loading import LoadedModel, choose_family
 from t5tune.io.atomic import hash_file
 from t5tune.io.reasons import join_first
 from t5tune.preparing.data_problems import make_mixed_data_error, report_default_template
-from t5tune.preparing.dataset import Origin, prepare_dataset
-from t5tune.preparing.datasets import find_cache_conflicts
+from t5tune.preparing.dataset import Origin
+from t5tune.preparing.datasets import find_cache_conflicts, prepare_datasets
 from t5tune.preparing.pipeline import read_conversation
 from t5tune.preparing.sample import choose_default_template, drain, report_doubtful_headers, take_sample
 from t5tune.progress import Note, Report
@@ -327,7 +327,7 @@ def _load_raw_text(settings: EvaluateSettings, loaded: LoadedModel, report: Repo
         values |= {"model_name_or_path": str(loaded.base), "output_dir": cache, "max_rejected_fraction": None}
         values |= {"family": choose_family(settings, loaded.adapter)}
         origin = Origin(tokenizer_source=loaded.tokenizer_folder, is_evaluation=True)
-        prepare_dataset(PrepareSettings(**values), report, origin)
+        prepare_datasets(PrepareSettings(**values), report, origin)
         chosen = _load_cache_examples(open_examples(cache), settings, loaded, report)
         base = None if chosen.base is None else replace(chosen.base, examples=list(chosen.base.examples))
         return replace(chosen, examples=list(chosen.examples), base=base)

@@ -110,7 +110,7 @@ def find_unused_folder(folder: Path) -> Path:
 
 
 @contextmanager
-def write_folder_atomically(target: Path, replaces: bool = True) -> Iterator[Path]:
+def write_folder_atomically(target: Path, replaces: bool = True, is_shared: bool = False) -> Iterator[Path]:
     """Yield a new folder next to `target` that replaces it when the block ends without an error.
 
     An existing folder is replaced as a whole; if `target` is a link, the folder that it points to is replaced. If the
@@ -120,6 +120,8 @@ def write_folder_atomically(target: Path, replaces: bool = True) -> Iterator[Pat
     Args:
         replaces: whether a folder with files is replaced. Otherwise `target` must be free or empty, and if it no longer
             is at the end, the new folder gets an unused name, which the error says.
+        is_shared: whether other machines may write the same folder at this moment. NFS shows no locks of folders, so
+            what killed processes have left is kept; `remove_abandoned` deletes it later.
 
     Raises:
         SettingsError: no folder can be created there, or another process has filled it meanwhile.
@@ -128,7 +130,7 @@ def write_folder_atomically(target: Path, replaces: bool = True) -> Iterator[Pat
     target = Path(os.path.realpath(target))
     if os.path.ismount(target):
         raise SettingsError(f"{target}: a mount point can't be replaced", hint="choose a folder inside it")
-    with explain_write_errors(target), make_scratch_folder(target) as staged:
+    with explain_write_errors(target), make_scratch_folder(target, is_shared) as staged:
         yield staged
         fsync_tree(staged)
         if replaces:
@@ -161,10 +163,10 @@ def _replace_folder(staged: Path, target: Path) -> None:
 
 
 @contextmanager
-def make_scratch_folder(target: Path) -> Iterator[Path]:
+def make_scratch_folder(target: Path, is_shared: bool = False) -> Iterator[Path]:
     """Yield a new hidden folder next to `target` that is deleted when the block ends.
 
-    Temporary folders that killed processes have left are deleted first.
+    Temporary folders that killed processes have left are deleted first, unless `is_shared`.
 
     Raises:
         SettingsError: no folder can be created there.
@@ -178,7 +180,7 @@ def make_scratch_folder(target: Path) -> Iterator[Path]:
             # The parent is locked until the new folder is, so that no other process takes the new folder for an
             # abandoned one. If another program holds the parent's lock for longer, abandoned folders are left alone.
             with lock_folder(target.parent, LOCK_TIMEOUT_SECONDS) as is_locked:
-                if is_locked:
+                if is_locked and not is_shared:
                     _remove_abandoned_siblings(target)
                 staged.mkdir()
                 cleanup.enter_context(lock_folder(staged))

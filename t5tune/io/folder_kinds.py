@@ -2,9 +2,14 @@
 
 from pathlib import Path
 
-from t5tune.file_names import ADAPTER_CONFIG_FILE, CACHE_MANIFEST_FILE, CONFIG_FILE
+from t5tune.file_names import ADAPTER_CONFIG_FILE, CACHE_MANIFEST_FILE, CONFIG_FILE, MIXTURE_FILE
 
-KINDS = {CONFIG_FILE: "a whole model", ADAPTER_CONFIG_FILE: "an adapter", CACHE_MANIFEST_FILE: "a token cache"}
+KINDS = {
+    CONFIG_FILE: "a whole model",
+    ADAPTER_CONFIG_FILE: "an adapter",
+    MIXTURE_FILE: "a token cache",
+    CACHE_MANIFEST_FILE: "a token cache",
+}
 
 
 def describe_folder(folder: Path) -> str | None:

@@ -1,6 +1,6 @@
 """Write the files of a token cache: what it is made from, its records in one process, and what is around them."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from t5tune.checkpoints.training_data import TrainingData, write_training_data
-from t5tune.data.caches.cache import CACHE_FORMAT, Cache, hash_files
+from t5tune.data.caches.cache import CACHE_FORMAT, Cache, find_held_out_keys, hash_files
 from t5tune.data.reading.files import STDIN, Digest, find_files
 from t5tune.data.reading.raw_records import RawRecord
 from t5tune.data.reading.sources import describe_origin
@@ -52,6 +52,7 @@ class CacheSource:
         num_rows: number of the base's embedding rows.
         default_template: the template's name if it was chosen by the first records; None if it was given or saved.
         inputs: the description of everything that the cache depends on, for its manifest.
+        records: all of them, once.
     """
 
     settings: PrepareSettings
@@ -65,6 +66,7 @@ class CacheSource:
     default_template: str | None
     inputs: dict[str, Any]
     checks: RecordChecks
+    records: Iterator[RawRecord]
 
     @cached_property
     def corruption(self) -> SpanCorruption | None:
@@ -88,13 +90,17 @@ class CacheSource:
 
 
 def write_cache(
-    staged: Path, source: CacheSource, write_records: Callable[[Path], tuple[RecordCounts, bool]]
+    staged: Path,
+    source: CacheSource,
+    write_records: Callable[[Path], tuple[RecordCounts, bool]],
+    is_part: bool = False,
 ) -> dict[str, Any]:
     """Write the files of a token cache to `staged`, and return its manifest.
 
     Args:
         write_records: writes the files of the records to `staged`, where the tokenizer is already, and returns the
             counts, and whether all records were read.
+        is_part: whether it is of a part of the data, which may contain nothing to train on.
 
     Raises:
         DataError: a path leads to no conversation, or eval_fraction leaves nothing to train on.
@@ -120,8 +126,8 @@ def write_cache(
     manifest = _describe_cache(source, counts, unused, described)
     manifest["files"] = hash_files(staged)
     write_json(staged / CACHE_MANIFEST_FILE, manifest)
-    if settings.eval_fraction:
-        Cache(staged, manifest).split_as_prepared()  # raises if eval_fraction leaves nothing to train on
+    if settings.eval_fraction and not is_part:
+        find_held_out_keys(Cache(staged, manifest), settings.eval_fraction, settings.split_seed)  # raises if too few
     return manifest
 
 

@@ -2,53 +2,69 @@
 
 import hashlib
 import json
-import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from t5tune.data.caches.cache import CACHE_CONTENTS, is_cache, open_cache, read_manifest
-from t5tune.data.caches.examples import is_left_over
+from t5tune.data.caches.examples import PREPARED_CONTENTS, is_prepared, list_caches
 from t5tune.errors import DataError, SettingsError
+from t5tune.file_names import MIXTURE_FILE
 from t5tune.io.reasons import join_first
 
 
-def find_reusable_manifest(
-    folder: Path, inputs: dict[str, Any], in_use: bool, run: Path | None = None
-) -> dict[str, Any] | None:
-    """Return the manifest of the existing cache if it was made from these inputs; None: a new cache can be written.
+def find_reusable(
+    folder: Path, inputs: Mapping[str, dict[str, Any]], names: Sequence[str], in_use: bool
+) -> dict[str, dict[str, Any]]:
+    """Find the datasets whose caches in the folder were made from these inputs, and return their manifests.
 
     Args:
-        in_use: a run was trained on the existing cache, so a cache of other inputs must not replace it.
-        run: the run folder that the cache is for. A start with several datasets may have left some of them in it.
+        inputs: what the cache of each dataset that isn't a token cache elsewhere is made from.
+        names: all datasets, in their order.
+        in_use: a run was trained on what is in the folder, so nothing else must replace it.
 
     Raises:
-        DataError: what is in the way isn't a token cache, or contains more than one.
+        DataError: the folder is something else than a token cache, or a run uses it that an older version has started.
         SettingsError: a run uses the existing cache, and its inputs differ.
     """
-    if not is_cache(folder):
-        if folder.is_dir() and any(folder.iterdir()) and is_left_over(folder):
-            if in_use:
-                raise make_resume_error(folder, {"data": "data: it was several datasets before, and is one now"})
-            if folder.parent != run:  # the user has named it, for example as preprocessed_path
-                hint = "choose another output_dir or preprocessed_path, or delete it"
-                raise DataError(f"{folder}: contains several token caches, and isn't one", hint=hint)
-            shutil.rmtree(folder)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise DataError(f"output_dir: {folder}: exists and isn't a token cache", hint="choose another output_dir")
-        return None
-    with suppress(DataError):  # it is damaged, or of another format version
-        manifest = open_cache(folder).manifest
-        if manifest["inputs"] == inputs:
-            return manifest
-    if foreign := sorted({path.name for path in folder.iterdir()} - CACHE_CONTENTS):
-        # replacing the folder would delete these files
-        problem = f"output_dir: {folder}: contains {', '.join(foreign)} in addition to a token cache"
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return {}
+    _check_replaceable(folder)
+    if in_use and not is_prepared(folder):
+        problem = f"{folder}: prepared by an older version of t5tune, without {MIXTURE_FILE}"
+        raise DataError(problem, hint="resume the run with that version, or start a new one in another output_dir")
+    if in_use and (before := [*list_caches(folder)]) != names:
+        line = f"data: the datasets were {', '.join(before)} before, and are {', '.join(names)} now"
+        raise make_resume_error(folder, {"data": line})
+    found = {}
+    for name, expected in inputs.items():
+        with suppress(DataError):  # there is none, it is damaged, or of another format version
+            manifest = open_cache(folder / name).manifest
+            if manifest["inputs"] == expected:
+                found[name] = manifest
+            elif in_use:
+                _check_inputs(folder / name, expected)
+    return found
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Check that the folder contains a token cache and nothing else, since it is replaced as a whole.
+
+    Raises:
+        DataError: it is something else.
+    """
+    if not folder.is_dir() or not (is_prepared(folder) or is_cache(folder)):
+        raise DataError(f"output_dir: {folder}: exists and isn't a token cache", hint="choose another output_dir")
+    caches = {path.name: path for path in folder.iterdir() if is_cache(path)}
+    with suppress(DataError):  # there is no readable mixture.json that says which caches are of this folder
+        caches = {path.name: path for path in list_caches(folder).values() if path.parent == folder and is_cache(path)}
+    foreign = {path.name for path in folder.iterdir()} - caches.keys() - PREPARED_CONTENTS - CACHE_CONTENTS
+    for cache in caches.values():
+        foreign |= {f"{cache.name}/{path.name}" for path in cache.iterdir() if path.name not in CACHE_CONTENTS}
+    if foreign:
+        problem = f"output_dir: {folder}: contains {join_first(sorted(foreign))} in addition to a token cache"
         raise DataError(problem, hint="move these files away, or choose another output_dir")
-    if in_use:
-        _check_inputs(folder, inputs)
-    return None
 
 
 def _check_inputs(folder: Path, inputs: dict[str, Any]) -> None:

@@ -37,7 +37,7 @@ class CacheWriter:
         self.num_tokens = 0
         self.num_parts = 0  # conversations in the cache, where a split one counts several times
         self.rejected_bytes = 0  # of rejected.jsonl
-        self._seen = _SeenKeys() if rejects_duplicates else None
+        self._seen = SeenKeys() if rejects_duplicates else None
         self._tokens = open(folder / TOKENS_FILE, "wb")  # noqa: SIM115 (closed by __exit__)
         self._conversations = open(folder / CONVERSATIONS_FILE, "wb")  # noqa: SIM115
         self._examples = open(folder / EXAMPLES_FILE, "wb")  # noqa: SIM115
@@ -115,7 +115,7 @@ def format_rejected(location: RecordLocation, rejection: Rejection, data: Any) -
     return f'{json.dumps(facts)[:-1]}, "record": {_to_json(data, rejection.reason)}}}\n'
 
 
-class _SeenKeys:
+class SeenKeys:
     """A database with the keys of the conversations so far, in a temporary file that SQLite deletes."""
 
     def __init__(self) -> None:

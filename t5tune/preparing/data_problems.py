@@ -5,9 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from t5tune.data.reading.raw_records import KEYED_RECORDS
 from t5tune.data.reading.rejections import LABELED_BAD, LEFT_OUT_REASONS, UTF8_HINT, RecordLocation
 from t5tune.data.tokens.templates import DEFAULT_TEMPLATE, PAIR_TEMPLATE, Template, load_template
@@ -20,7 +17,6 @@ from t5tune.io.reasons import MAX_NAMES, join_first
 from t5tune.preparing.counts import OTHER_FIELDS, RecordCounts
 from t5tune.progress import Note, Report
 
-Numbers = int | npt.NDArray[np.int64]
 LABELED_BAD_TEXT = "labeled bad (label: false, kto_tag: false)"
 # what the manifest counts as repaired -> (one, several) in words
 REPAIRS = {
@@ -84,7 +80,7 @@ def check_rejected(
     # in a KTO dataset half of the records are labeled bad, which doesn't mean that the records are broken
     broken = Counter({reason: count for reason, count in rejected.items() if reason not in LEFT_OUT_REASONS})
     count, num_records = broken.total(), num_records - left_out
-    if is_excess(count, num_records, allowed):
+    if count > allowed * num_records:
         problem = f"{count:,} of {format_count(num_records, 'record')} rejected ({_format_counts(broken)})"
         not_counted = f"; {left_out:,} more are left out on purpose" if left_out else ""
         hint = f"all are in {file}, with the reasons; correct the data, or allow it with --max-rejected-fraction 1"
@@ -97,14 +93,6 @@ def check_rejected(
 def count_left_out(rejected: Mapping[str, int]) -> int:
     """Count the records that are left out on purpose."""
     return sum(rejected.get(reason, 0) for reason in LEFT_OUT_REASONS)
-
-
-def is_excess(rejected: Numbers, num_records: Numbers, allowed: float) -> Any:
-    """Whether more than the fraction `allowed` of the records is rejected; for arrays, an array.
-
-    Neither number counts records that are left out on purpose.
-    """
-    return rejected > allowed * num_records
 
 
 def check_any_used(data: str, files: list[str], counts: RecordCounts, purpose: str) -> None:

@@ -1,251 +1,372 @@
-"""Prepare several datasets for one run: a token cache of each, with a common tokenizer, in the folder of a mixture.
+"""Prepare a token cache: a folder with the cache of each dataset, which have a common tokenizer.
 
-manifest, facts = prepare_mixture(settings, report, Origin())
+manifest, facts = prepare_datasets(settings, report, Origin())
 """
 
-import glob
+import os
 import shutil
-import uuid
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from t5tune.checkpoints.base import find_base, pin_base
 from t5tune.checkpoints.training_data import DatasetTraining, TrainingData, read_training_data, write_training_data
-from t5tune.data.caches.cache import CACHE_CONTENTS, is_cache, open_cache, read_manifest
+from t5tune.data.caches.cache import Cache, is_cache, open_cache, read_manifest
 from t5tune.data.caches.examples import (
-    OLD_MIXTURE_FILE,
     SUMMED,
     Dataset,
-    Mixture,
+    Examples,
     check_datasets,
     describe_shares,
-    is_left_over,
-    is_mixture,
+    find_caches,
+    is_prepared,
     list_caches,
-    list_written_caches,
     read_mixture_manifest,
 )
 from t5tune.data.caches.mixing import Mixing, choose_mixing
-from t5tune.data.reading.formats import Conversation
+from t5tune.data.reading.files import STDIN, find_encodings
 from t5tune.data.reading.remote_files import hide_query
 from t5tune.data.tokens.templates import Template, load_template
 from t5tune.data.tokens.vocabulary import ExtendedTokenizer
-from t5tune.errors import DataError, SettingsError
-from t5tune.file_names import CACHE_MANIFEST_FILE, MIXTURE_FILE, TEMPLATE_FILE
-from t5tune.io.atomic import write_file, write_json
+from t5tune.errors import DataError, SettingsError, T5TuneError
+from t5tune.file_names import MIXTURE_FILE, REJECTED_FILE, TEMPLATE_FILE
+from t5tune.io.atomic import remove_abandoned, write_file, write_folder_atomically, write_json
 from t5tune.io.reasons import join_first
 from t5tune.io.yaml_file import to_yaml
-from t5tune.preparing.cache_reuse import make_resume_error
-from t5tune.preparing.dataset import Origin, choose_vocabulary, prepare_dataset, read_sample
-from t5tune.preparing.parts.parts import find_joined
+from t5tune.preparing.cache_files import CacheSource, encode_cache, write_cache
+from t5tune.preparing.cache_reuse import find_reusable
+from t5tune.preparing.data_problems import check_rejected, report_problems
+from t5tune.preparing.dataset import (
+    OpenedDataset,
+    Origin,
+    choose_vocabulary,
+    describe_source,
+    open_dataset,
+    refuse_caches,
+    report_template,
+)
+from t5tune.preparing.parts.parts import Parts
 from t5tune.preparing.parts.shard import find_shard
-from t5tune.preparing.record_checks import name_rejected_file
+from t5tune.preparing.record_checks import keep_rejected, name_rejected_file
 from t5tune.progress import Note, Report
 from t5tune.settings import PrepareSettings
 from t5tune.settings.affects import Affects, select_settings
 from t5tune.settings.dataset_list import DatasetSettings, complete_dataset, name_datasets
 from t5tune.settings.groups.data import DataSettings
 from t5tune.settings.groups.record_format import PREFERENCE_OBJECTIVES
+from t5tune.settings.groups.shard import Shard
 
 
-def prepare_mixture(settings: PrepareSettings, report: Report, origin: Origin) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Write the token cache of each dataset that isn't one already, unless it is up to date, and mixture.json.
+def prepare_datasets(
+    settings: PrepareSettings, report: Report, origin: Origin
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Write the token cache of the datasets, or a part of it, unless it is up to date.
+
+    The folder is replaced as a whole; caches in it that are up to date are kept.
 
     Returns:
-        The manifest of the mixture, and what the result says about this call.
+        The manifest of the token cache, and what the result says about this call.
 
     Raises:
-        DataError, ModelError, SettingsError: see `prepare`; they name the dataset.
+        DataError, ModelError, SettingsError: see `prepare`.
     """
-    datasets = dict(zip(name_datasets(settings.data or []), settings.data or [], strict=True))
-    folder, settings = settings.output_dir, pin_base(settings, report)  # once for all datasets
-    _check_folder(folder, list(datasets), origin)
-    before = _read_manifest(folder)
-    _check_given_caches(folder, datasets)
+    if settings.data is None:
+        refuse_caches(settings.data_path, origin.setting)
+    settings = pin_base(settings, report)  # once for all datasets
+    job = _Job(settings, report, origin, _name_datasets(settings, origin))
+    shard = find_shard(settings.shard) if settings.shard is not None else None
+    facts: dict[str, Any] = {"up_to_date": False, "shard": None if shard is None else str(shard), "joined": None}
+    is_divided = shard is not None or settings.join
+    sources = job.describe_sources(is_divided)
+    inputs = {name: source.inputs for name, source in sources.items()}
+    reusable = find_reusable(job.folder, inputs, [*job.datasets], origin.in_use)
+    for name, manifest in reusable.items():
+        _check_rejected_before(sources[name], manifest, job.folder / name)
+    parts = Parts(job.folder, {name: source for name, source in sources.items() if name not in reusable})
+    if (examples := job.open_up_to_date(reusable)) is not None:
+        remove_abandoned(job.folder)
+        if is_divided:
+            Parts(job.folder, sources).remove()
+        facts |= {"up_to_date": True, "joined": is_divided or None, "datasets": _count_examples(examples)}
+        return examples.manifest, facts
+    if parts.sources and is_divided:
+        written = job.prepare_part(parts, shard, sources, reusable)
+        facts["joined"] = isinstance(written, Examples)
+        if not isinstance(written, Examples):
+            return written, facts
+        examples = written
+    else:
+        facts["joined"] = is_divided or None  # nothing has to be encoded
+        if parts.list_complete():
+            words = "parts that prepare --shard left; delete the folder if they aren't needed any more"
+            report(Note(f"{parts.folder}: {words}"))
+        examples = job.write(sources, reusable, job.encode, is_shared=is_divided)
+    for name, source in sources.items():
+        if name not in reusable:
+            source.checks.rejected_file.unlink(missing_ok=True)  # of an earlier attempt
+            cache_manifest = read_manifest(job.folder / name)
+            report_template(source, cache_manifest, report)
+            report_problems(cache_manifest, job.folder / name, report)
     if origin.run is None:
-        _check_settings_of_caches(settings)
-    if not origin.in_use:
-        origin = replace(origin, before_replacing=lambda: _set_aside(folder))
-    caches, prepared = _prepare_caches(settings, datasets, report, origin)
-    facts = _join_facts(settings, prepared)
-    if facts["joined"] is False:  # other parts are still missing
-        return _add_counts(prepared), facts
-    parts = [
-        # a cache that was written here has num_data already
-        Dataset(
-            name, open_cache(caches[name]), dataset.weight, settings.num_data if find_given_cache(dataset) else None
-        )
-        for name, dataset in datasets.items()
-    ]
-    mixture = Mixture(folder, parts, choose_mixing(settings) or Mixing()).apply_num_data()
-    manifest, training = _write_mixture(mixture, [each.cache for each in prepared], origin, report)
-    facts["up_to_date"] = facts["up_to_date"] and manifest == before
-    if origin.run is None:
-        for note in describe_shares(training):
+        for note in describe_shares(examples.split_as_prepared()[0]):
             report(note)
-    return manifest, {**facts, "datasets": {part.name: len(part.cache) for part in mixture.datasets}}
+    return examples.manifest, {**facts, "datasets": _count_examples(examples)}
 
 
 @dataclass(frozen=True)
-class _Prepared:
-    """The folder of a dataset's cache, and what `prepare_dataset` returned."""
+class _Job:
+    """Writes the caches of named datasets to a folder."""
 
-    cache: Path
-    manifest: dict[str, Any]
-    facts: dict[str, Any]
+    settings: PrepareSettings
+    report: Report
+    origin: Origin
+    datasets: Mapping[str, DatasetSettings]
 
+    @property
+    def folder(self) -> Path:
+        return self.settings.output_dir
 
-def _prepare_caches(
-    settings: PrepareSettings, datasets: Mapping[str, DatasetSettings], report: Report, origin: Origin
-) -> tuple[dict[str, Path], list[_Prepared]]:
-    """Prepare the cache of each dataset that isn't one already. Return the folders of all, and what was prepared."""
-    vocabulary = _choose_common_vocabulary(settings, datasets, origin)
-    caches: dict[str, Path] = {}
-    prepared: list[_Prepared] = []
-    for name, dataset in datasets.items():
-        if (given := find_given_cache(dataset)) is not None:
-            caches[name] = given
-            continue
-        caches[name] = settings.output_dir / name
-        report(Note(f"dataset {name}: {join_first([*map(hide_query, dataset.path)])}"))
-        # a checkpoint has only the template of the main dataset
-        own = replace(
-            origin,
-            tokenizer_source=_find_source(origin, name),
-            vocabulary=vocabulary,
-            checkpoint=None,
-            rejected_file=origin.rejected_file or name_rejected_file(settings.output_dir),  # not among the caches
+    @property
+    def given(self) -> dict[str, Path]:
+        """The token caches among the datasets."""
+        found = {name: find_given_cache(dataset) for name, dataset in self.datasets.items()}
+        return {name: cache for name, cache in found.items() if cache is not None}
+
+    @cached_property
+    def _given_caches(self) -> dict[str, Cache]:
+        return {name: open_cache(cache) for name, cache in self.given.items()}
+
+    def describe_sources(self, is_divided: bool) -> dict[str, CacheSource]:
+        """Open the datasets that aren't caches, and choose their common vocabulary and each one's template."""
+        given = self.given
+        _check_given_caches(self.folder, given)
+        if self.origin.run is None:
+            _check_settings_of_caches(self.settings)
+        opened: dict[str, OpenedDataset] = {}
+        for name, dataset in self.datasets.items():
+            if name not in given:
+                if len(self.datasets) > 1:
+                    self.report(Note(f"dataset {name}: {join_first([*map(hide_query, dataset.path)])}"))
+                own = complete_dataset(self.settings, dataset, output_dir=self.folder / name)
+                opened[name] = open_dataset(own, self.report, self._find_origin(name))
+        base = find_base(self.settings, report=self.report)
+        vocabulary = self._choose_vocabulary(base, given, opened)
+        sources = {}
+        for name, each in opened.items():
+            sources[name] = describe_source(each, base, vocabulary, self._find_origin(name))
+            if is_divided:
+                each.sample.clear()  # a part reads its own records
+        return sources
+
+    def _find_origin(self, name: str) -> Origin:
+        """Return what a dataset takes from elsewhere: its template from the dataset of the same name."""
+        origin, source = self.origin, self.origin.tokenizer_source
+        if source is not None and is_prepared(source):
+            source = list_caches(source).get(name, source)
+        rejected_file = origin.rejected_file or name_rejected_file(self.folder)  # not among the caches
+        is_alone = len(self.datasets) == 1  # a checkpoint has only the template of the main dataset
+        checkpoint = origin.checkpoint if is_alone else None
+        return replace(origin, tokenizer_source=source, checkpoint=checkpoint, rejected_file=rejected_file)
+
+    def _choose_vocabulary(
+        self, base: Path, given: Mapping[str, Path], opened: Mapping[str, OpenedDataset]
+    ) -> ExtendedTokenizer:
+        """Take the tokenizer of a token cache among the datasets, or extend the base's with what all of them need."""
+        if self.origin.vocabulary is not None and not given:
+            return self.origin.vocabulary
+        source = next(iter(given.values()), self.origin.tokenizer_source)
+        return choose_vocabulary(
+            self.settings, base, source, chain.from_iterable(each.parse_sample() for each in opened.values())
         )
-        settings_of_it = complete_dataset(settings, dataset, output_dir=caches[name])
-        prepared.append(_Prepared(caches[name], *prepare_dataset(settings_of_it, report, own)))
-    return caches, [_look_again(each) for each in prepared]
 
+    def open_up_to_date(self, reusable: Mapping[str, dict[str, Any]]) -> Examples | None:
+        """Open the examples in the folder if all of it is as it would be written now."""
+        if reusable.keys() | self.given.keys() != self.datasets.keys() or not is_prepared(self.folder):
+            return None
+        try:
+            before, examples = read_mixture_manifest(self.folder), self._open_examples(self.folder, reusable)
+        except DataError:  # mixture.json or a cache is broken
+            return None
+        return examples if examples.manifest == before else None
 
-def _look_again(prepared: _Prepared) -> _Prepared:
-    """Look whether another process has joined the parts of a dataset while this one prepared the next datasets.
+    def _open_examples(self, folder: Path, manifests: Mapping[str, dict[str, Any]]) -> Examples:
+        """Open the examples of all datasets.
 
-    Each process looks at all datasets after its last one, so at least the process that joined the last parts finds
-    that all are joined, and writes mixture.json. Others may find it, too: then they write the same bytes.
-    """
-    if prepared.facts["joined"] is not False:
-        return prepared
-    joined = find_joined(prepared.cache, prepared.manifest)
-    return prepared if joined is None else replace(prepared, manifest=joined, facts={**prepared.facts, "joined": True})
+        Args:
+            folder: contains the caches that aren't given, whose files have been verified or just written.
+            manifests: of these caches.
+        """
+        given = self._given_caches
+        datasets = [
+            # a cache that was written here has num_data already
+            Dataset(name, given[name], dataset.weight, self.settings.num_data)
+            if name in given
+            else Dataset(name, Cache(folder / name, manifests[name]), dataset.weight)
+            for name, dataset in self.datasets.items()
+        ]
+        check_datasets(datasets, self.origin.setting)
+        return Examples(folder, datasets, choose_mixing(self.settings) or Mixing()).apply_num_data()
 
-
-def _join_facts(settings: PrepareSettings, prepared: Sequence[_Prepared]) -> dict[str, Any]:
-    """Say of all datasets what `prepare_dataset` says of each."""
-    is_divided = settings.join or settings.shard is not None
-    return {
-        "up_to_date": all(each.facts["up_to_date"] for each in prepared),
-        "shard": None if settings.shard is None else str(find_shard(settings.shard)),
-        "joined": all(each.facts["joined"] for each in prepared) if is_divided else None,
-    }
-
-
-def _add_counts(prepared: Sequence[_Prepared]) -> dict[str, Any]:
-    """Add up the counts of parts that aren't joined yet."""
-    counts = {name: sum(each.manifest.get(name, 0) for each in prepared) for name in SUMMED}
-    return {**prepared[0].manifest, **counts}
-
-
-def _write_mixture(
-    mixture: Mixture, written: Collection[Path], origin: Origin, report: Report
-) -> tuple[dict[str, Any], Mixture]:
-    """Write the files of a mixture besides its caches, and remove the caches of datasets that it doesn't have any more.
-
-    Args:
-        written: the caches that were written for it: only these may be removed once it doesn't have them any more.
-
-    Returns:
-        The manifest of the mixture, and what is left to train on.
-    """
-    check_datasets(mixture.datasets, origin.setting)
-    folder, (training, _) = mixture.folder, mixture.split_as_prepared()
-    folder.mkdir(parents=True, exist_ok=True)
-    _remove_cache(folder)  # if no dataset had to be prepared
-    write_file(folder / TEMPLATE_FILE, to_yaml(dict(vars(mixture.main.cache.template))).encode())
-    write_training_data(folder, _join_training_data(training))
-    datasets = [
-        {**facts, "written": dataset.cache.folder in written}
-        for dataset, facts in zip(training.datasets, training.manifest["datasets"], strict=True)
-    ]
-    manifest = {**mixture.manifest, "datasets": datasets}
-    # first the old caches, since the new mixture.json doesn't list them: if a kill comes between, the next one does it
-    kept = {dataset.cache.folder.resolve() for dataset in mixture.datasets}
-    _remove_old_caches(folder, [cache for cache in _list_old_caches(folder) if cache.resolve() not in kept], report)
-    write_json(folder / MIXTURE_FILE, manifest)
-    (folder / OLD_MIXTURE_FILE).unlink(missing_ok=True)
-    return manifest, training
-
-
-def _read_manifest(folder: Path) -> dict[str, Any] | None:
-    """Read mixture.json; None if there is none, or it is broken, so that it is written again."""
-    with suppress(DataError):
-        return read_mixture_manifest(folder)
-    return None
-
-
-def _set_aside(folder: Path) -> None:
-    """Rename mixture.json, because the folder is no mixture while only some of its caches are new; remove a cache."""
-    _remove_cache(folder)
-    with suppress(FileNotFoundError):  # there was none, or another process has renamed it
-        (folder / MIXTURE_FILE).rename(folder / OLD_MIXTURE_FILE)
-
-
-def _list_old_caches(folder: Path) -> list[Path]:
-    """List the caches that were written for the mixture that the folder contained, not those that were given for it."""
-    caches: list[Path] = []
-    for file in (OLD_MIXTURE_FILE, MIXTURE_FILE):
-        with suppress(DataError):  # there is no such file, or it is broken
-            caches += list_written_caches(folder, file)
-    return list(dict.fromkeys(caches))
-
-
-def _remove_old_caches(folder: Path, caches: Sequence[Path], report: Report) -> None:
-    """Remove caches in the folder that contain nothing else. Another process may do so at the same time."""
-    for cache in caches:
-        if cache.parent != folder:
-            continue
-        old_prefix = f".{cache.name}.old-"
-        if is_cache(cache):
-            with suppress(FileNotFoundError):
-                if foreign := sorted({path.name for path in cache.iterdir()} - CACHE_CONTENTS):
-                    why = f"since it contains {join_first(foreign)}"
-                    report(Note(f"{cache}: no longer among the data, but kept, {why}"))
+    def write(
+        self,
+        sources: Mapping[str, CacheSource],
+        reusable: Mapping[str, dict[str, Any]],
+        write_dataset: Callable[[str, CacheSource, Path], dict[str, Any]],
+        is_shared: bool = False,
+    ) -> Examples:
+        """Write the folder as a whole, with links to the files of caches that are up to date."""
+        manifests = dict(reusable)
+        with write_folder_atomically(self.folder, is_shared=is_shared) as staged:
+            for name, source in sources.items():
+                if name in reusable:
+                    shutil.copytree(self.folder / name, staged / name, copy_function=_link)
                     continue
-                cache.rename(folder / f"{old_prefix}{uuid.uuid4().hex[:8]}")
-                report(Note(f"{cache}: removed, since this dataset is no longer among the data"))
-        for old in folder.glob(f"{glob.escape(old_prefix)}*"):  # also what a killed process has left
-            shutil.rmtree(old, ignore_errors=True)
+                (staged / name).mkdir()
+                with keep_rejected(staged / name, source.checks.rejected_file):
+                    manifests[name] = write_dataset(name, source, staged / name)
+            examples = self._open_examples(staged, manifests)
+            training, _ = examples.split_as_prepared()
+            write_file(staged / TEMPLATE_FILE, to_yaml(dict(vars(examples.main.cache.template))).encode())
+            write_training_data(staged, _join_training_data(training))
+            write_json(staged / MIXTURE_FILE, examples.manifest)
+        return self._open_examples(self.folder, manifests)
+
+    def encode(self, name: str, source: CacheSource, staged: Path) -> dict[str, Any]:
+        """Write the cache of a dataset."""
+        manifest = write_cache(staged, source, lambda staged: encode_cache(staged, source, source.records, self.report))
+        if STDIN in source.files:  # its first letters beyond ASCII may come after the sample
+            find_encodings([STDIN], source.settings.encoding, source.stdin, self.report)
+        return manifest
+
+    def prepare_part(
+        self,
+        parts: Parts,
+        shard: Shard | None,
+        sources: Mapping[str, CacheSource],
+        reusable: Mapping[str, dict[str, Any]],
+    ) -> Examples | dict[str, Any]:
+        """Write a part, unless parts are only to be joined, and join the parts if all are complete.
+
+        Returns:
+            The examples if the parts are joined; otherwise the manifest of the part.
+        """
+        try:
+            count = _find_count(parts, shard)
+            written = [] if shard is None else parts.write(shard, self.report)
+            if not (missing := parts.list_missing(count)):
+
+                def join(name: str, source: CacheSource, staged: Path) -> dict[str, Any]:
+                    return parts.join(name, count, staged, self.report)
+
+                examples = self.write(sources, reusable, join, is_shared=True)
+            elif (joined := self.find_joined(sources)) is not None:  # this part was one of them already
+                examples = joined
+            else:
+                how = "the process that completes the last one joins them"
+                shards = join_first(list(map(str, missing)))
+                self.report(Note(f"part {shard} is complete in {parts.folder}; still missing: {shards}; {how}"))
+                return {**written[0], **{name: sum(each[name] for each in written) for name in SUMMED}}
+        except (T5TuneError, OSError):
+            if (joined := self.find_joined(sources)) is None:
+                raise
+            examples = joined  # by another process, which deleted the parts
+        remove_abandoned(self.folder)
+        parts.remove()
+        return examples
+
+    def find_joined(self, sources: Mapping[str, CacheSource]) -> Examples | None:
+        """Open the examples in the folder if another process has joined the parts meanwhile."""
+        inputs = {name: source.inputs for name, source in sources.items()}
+        return self.open_up_to_date(find_reusable(self.folder, inputs, [*self.datasets], in_use=False))
+
+
+def _name_datasets(settings: PrepareSettings, origin: Origin) -> dict[str, DatasetSettings]:
+    datasets, folder = settings.list_datasets(), settings.output_dir
+    names = name_datasets(datasets)
+    if origin.in_use and len(names) == 1 and is_prepared(folder) and len(before := list_caches(folder)) == 1:
+        names = [*before]  # the only dataset of a run keeps its name if its files are elsewhere now
+    return dict(zip(names, datasets, strict=True))
+
+
+def _count_examples(examples: Examples) -> dict[str, int] | None:
+    """Count the examples of each dataset, if there are several."""
+    return {each.name: len(each.cache) for each in examples.datasets} if examples.are_several else None
+
+
+def _link(source: str, target: str) -> None:
+    """Give a file another name; copy it where the file system can't."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _check_rejected_before(source: CacheSource, manifest: dict[str, Any], cache: Path) -> None:
+    """Check the records that were rejected when a cache was written, of which more may be allowed now, or fewer.
+
+    Raises:
+        DataError: there are too many.
+    """
+    rejected = Counter(manifest["rejected_by_reason"])
+    num_records = manifest["conversations"] + rejected.total()
+    allowed = source.checks.max_rejected_fraction
+    check_rejected(rejected, num_records, allowed, source.checks.data, cache / REJECTED_FILE)
+
+
+def _find_count(parts: Parts, shard: Shard | None) -> int:
+    """Return the number of parts, after checking those that are there.
+
+    Raises:
+        DataError: parts are to be joined, and one is missing.
+        SettingsError: they were made from other inputs.
+    """
+    if shard is not None:
+        parts.check(shard.count)
+        return shard.count
+    complete = [*parts.list_complete()]
+    if not complete:
+        hint = "prepare each part with --shard I/N first"
+        raise DataError(f"join: {parts.folder}: contains no complete part", hint=hint)
+    parts.check(count := complete[0].count)
+    if missing := parts.list_missing(count):
+        problem = f"join: {parts.folder}: still missing: {join_first(list(map(str, missing)))}"
+        raise DataError(problem, hint=f"prepare each of them, such as with --shard {missing[0]}")
+    return count
 
 
 def find_given_cache(dataset: DatasetSettings) -> Path | None:
-    """Return the token cache that a dataset names; None if it names data.
+    """Return the cache of a dataset that is prepared already; None if it names data.
 
     Raises:
-        DataError: it is a mixture, or more is given than the cache.
+        DataError: it is a token cache of several datasets, or more is given than the cache.
     """
     path = Path(dataset.path[0])
-    if is_mixture(path):
-        hint = "give its token caches, which are folders in it"
-        raise DataError(f"data: {path}: a mixture can't be one of several datasets", hint=hint)
-    if not is_cache(path):
+    if is_prepared(path):
+        caches = find_caches(path)
+        if len(caches) > 1:
+            names = join_first(list(map(str, caches)))
+            problem = f"data: {path}: a token cache of several datasets can't be one of several datasets"
+            raise DataError(problem, hint=f"give the caches in it: {names}")
+        cache = caches[0]
+    elif is_cache(path):
+        cache = path
+    else:
         return None
     if extra := [*dataset.path[1:], *dataset.list_given()]:
         problem = f"data: {path}: is a token cache, whose examples are complete, but {extra[0]} is given, too"
         raise DataError(problem, hint="leave it out, or give the data in place of the cache")
-    return path
+    return cache
 
 
 def list_given_caches(datasets: Sequence[DatasetSettings]) -> list[Path]:
     """List the token caches that the datasets are; none if one of them isn't a cache, to which settings still apply.
 
     Raises:
-        DataError: one is a mixture, or more is given than a cache.
+        DataError: one is a folder of several caches, or more is given than a cache.
     """
     caches = [cache for dataset in datasets if (cache := find_given_cache(dataset)) is not None]
     return caches if len(caches) == len(datasets) else []
@@ -296,87 +417,19 @@ def _check_settings_of_caches(settings: PrepareSettings) -> None:
         raise SettingsError(*problems)
 
 
-def _check_folder(folder: Path, names: Sequence[str], origin: Origin) -> None:
-    """Check that the folder can get the caches of these datasets.
-
-    Raises:
-        DataError: it has other content.
-        SettingsError: a run uses the mixture in it, which has other datasets.
-    """
-    if is_mixture(folder):
-        if origin.in_use and (before := list(list_caches(folder))) != list(names):
-            line = f"data: the datasets were {', '.join(before)} before, and are {', '.join(names)} now"
-            raise make_resume_error(folder, {"data": line})
-        return
-    if is_cache(folder):
-        if origin.in_use:
-            raise make_resume_error(folder, {"data": "data: it was one dataset before, and is several now"})
-        found = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
-        if not (foreign := sorted(found - CACHE_CONTENTS - set(names))):
-            return  # it is replaced once a new one is complete, as prepare replaces a cache of other inputs
-        problem = f"output_dir: {folder}: contains {join_first(foreign)} in addition to a token cache"
-        raise DataError(problem, hint="move these files away, or choose another output_dir")
-    if folder.exists() and not folder.is_dir():
-        raise DataError(f"output_dir: {folder}: is a file", hint="choose another output_dir")
-    if folder.is_dir() and not is_left_over(folder):
-        hint = "choose another output_dir"
-        raise DataError(f"output_dir: {folder}: contains other files, so it isn't a mixture of datasets", hint=hint)
-
-
-def _check_given_caches(folder: Path, datasets: Mapping[str, DatasetSettings]) -> None:
+def _check_given_caches(folder: Path, given: Mapping[str, Path]) -> None:
     """Check that what is written doesn't replace a token cache that is one of the datasets.
 
     Raises:
         DataError: it would.
     """
-    given = {name: cache for name, dataset in datasets.items() if (cache := find_given_cache(dataset)) is not None}
-    written = {folder.resolve(): "the output folder"}
-    written |= {
-        (folder / name).resolve(): f"where dataset {name} is written" for name in datasets.keys() - given.keys()
-    }
     for cache in given.values():
-        if (place := written.get(cache.resolve())) is not None:
-            problem = f"data: {cache}: one of the datasets, but also {place}"
-            raise DataError(problem, hint="choose another output folder, or give the datasets other names")
+        if cache.resolve().is_relative_to(folder.resolve()):
+            problem = f"data: {cache}: one of the datasets, but also in the output folder, which is replaced as a whole"
+            raise DataError(problem, hint="choose another output folder")
 
 
-def _remove_cache(folder: Path) -> None:
-    """Remove the token cache in place of which the mixture is written. Other processes may do so at the same time."""
-    if not is_cache(folder):
-        return
-    old = folder / f".old-{uuid.uuid4().hex[:8]}"
-    old.mkdir()
-    for name in (CACHE_MANIFEST_FILE, *sorted(CACHE_CONTENTS)):  # without the manifest it is no cache any more
-        with suppress(FileNotFoundError):
-            (folder / name).rename(old / name)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _choose_common_vocabulary(
-    settings: PrepareSettings, datasets: Mapping[str, DatasetSettings], origin: Origin
-) -> ExtendedTokenizer:
-    """Take the tokenizer of a token cache among the datasets, or extend the base's with what all of them need."""
-
-    def read_all() -> Iterator[Conversation]:
-        for name, dataset in datasets.items():
-            yield from read_sample(complete_dataset(settings, dataset, output_dir=settings.output_dir / name), origin)
-
-    caches = [given for dataset in datasets.values() if (given := find_given_cache(dataset)) is not None]
-    if origin.vocabulary is not None and not caches:
-        return origin.vocabulary
-    source = next(iter(caches), origin.tokenizer_source)
-    return choose_vocabulary(settings, find_base(settings), source, read_all())
-
-
-def _find_source(origin: Origin, name: str) -> Path | None:
-    """Return where a dataset's conversation template comes from: of a mixture, the dataset of the same name."""
-    source = origin.tokenizer_source
-    if source is None or not is_mixture(source):
-        return source
-    return list_caches(source).get(name, source)
-
-
-def _join_training_data(mixture: Mixture) -> TrainingData:
+def _join_training_data(mixture: Examples) -> TrainingData:
     """Make the description of how the examples of all datasets were made; at its top level is the main dataset."""
     made = [read_training_data(dataset.cache.folder) for dataset in mixture.datasets]
     datasets = [
@@ -392,4 +445,4 @@ def _join_training_data(mixture: Mixture) -> TrainingData:
     ]
     main = made[mixture.datasets.index(mixture.main)]
     assert main is not None, "prepare has written it"
-    return replace(main, datasets=datasets)
+    return replace(main, datasets=datasets if mixture.are_several else [])

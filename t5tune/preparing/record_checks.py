@@ -9,28 +9,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 from t5tune.data.reading.raw_records import RawRecord
 from t5tune.file_names import REJECTED_FILE, REJECTED_SUFFIX
 from t5tune.io.atomic import copy_atomically
 from t5tune.preparing.counts import RecordCounts
 from t5tune.preparing.data_problems import (
-    Numbers,
     RejectedRecordsError,
     check_any_example,
     check_rejected,
     count_left_out,
     format_first_rejected,
-    is_excess,
     make_mixed_data_error,
 )
 from t5tune.preparing.pipeline import EncodedRecord
 
-MIN_RECORDS_TO_STOP = 1000  # max_rejected_fraction isn't checked while fewer records than this were read
+MIN_RECORDS_TO_STOP = 1000  # max_rejected_fraction isn't checked while fewer were read, without those left out
 BEGINNING_BYTES = 1 << 16  # has room for the longest path, escaped
 _REJECTED = re.compile(rb'{"file": "[^\n]*", "line": \d+, "index": \d+, "offset": \d+, ')
 
@@ -69,20 +63,8 @@ class RecordChecks:
         Raises:
             DataError: it is more than max_rejected_fraction.
         """
-        if _are_enough(counts.num_records - count_left_out(counts.rejected)):
+        if counts.num_records - count_left_out(counts.rejected) >= MIN_RECORDS_TO_STOP:
             self._check_rejected(counts)
-
-    def find_excess(self, totals: npt.NDArray[np.int64], broken: npt.NDArray[np.int64]) -> int | None:
-        """Find the first of several records after which `check_rejected_so_far` raises.
-
-        Args:
-            totals, broken: the numbers of records and of rejected ones after each record, without those that are left
-                out on purpose.
-        """
-        if self.max_rejected_fraction is None:
-            return None
-        found = np.flatnonzero(_are_enough(totals) & is_excess(broken, totals, self.max_rejected_fraction))
-        return int(found[0]) if len(found) else None
 
     def check_all(self, counts: RecordCounts) -> None:
         """Check what all records amount to.
@@ -128,8 +110,3 @@ def keep_rejected(staged: Path, rejected_file: Path) -> Iterator[None]:
     except RejectedRecordsError:
         copy_atomically(staged / REJECTED_FILE, rejected_file)
         raise
-
-
-def _are_enough(num_records: Numbers) -> Any:
-    """Whether the fraction of rejected records is checked after so many, without those left out on purpose."""
-    return num_records >= MIN_RECORDS_TO_STOP

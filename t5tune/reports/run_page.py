@@ -14,7 +14,7 @@ from typing import Any
 
 from t5tune.checkpoints.model_card import DATASET_COUNTS, is_timing
 from t5tune.data.caches.cache_view import build_histogram
-from t5tune.data.caches.examples import Examples, Mixture
+from t5tune.data.caches.examples import Examples
 from t5tune.data.reading.rejections import LABELED_BAD
 from t5tune.data.reading.remote_files import hide_data_queries
 from t5tune.file_names import REPORT_FILE
@@ -240,7 +240,7 @@ def _format_prediction(text: str | None) -> str:
 
 def _render_datasets(examples: Examples) -> list[str]:
     """Render what an epoch has of each dataset, if there are several."""
-    if not isinstance(examples, Mixture):
+    if not examples.are_several:
         return []
     rows = (
         (dataset.name, f"{size:,}", f"{rates['share']:.1%}", f"{rate:,}", f"{rate / size:.3g}")

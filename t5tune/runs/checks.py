@@ -13,7 +13,7 @@ from t5tune.checkpoints.adapter_folder import find_adapter
 from t5tune.checkpoints.base import find_base, read_config
 from t5tune.compat.requirements import check_versions
 from t5tune.custom_metrics import load_custom_metric
-from t5tune.data.caches.examples import is_mixture, read_examples_manifest
+from t5tune.data.caches.examples import find_caches, read_examples_manifest
 from t5tune.data.tokens.templates import load_template
 from t5tune.distributed.deepspeed_build import find_missing_build_tools
 from t5tune.distributed.world import World
@@ -333,7 +333,7 @@ def _suggest_learning_rate(settings: TrainSettings) -> str | None:
 def _find_useless_mixing(settings: TrainSettings) -> list[str]:
     """List the settings of mixing that are set although there is only one dataset."""
     given = find_given_examples(settings.data_path, settings.data)
-    if settings.data is not None or (given is not None and is_mixture(given)):
+    if settings.data is not None or (given is not None and len(find_caches(given)) > 1):
         return []
     return [
         f"{name}: {value}: there is only one dataset; name several with data, or as data_path with weights"

@@ -25,7 +25,6 @@ from t5tune.checkpoints.fingerprint import describe_base, load_hash, read_file_s
 from t5tune.compat.quiet import quiet_libraries
 from t5tune.data.caches.examples import (
     Examples,
-    Mixture,
     find_caches,
     has_examples,
     open_examples,
@@ -162,7 +161,7 @@ class Run:
     """Paths of a run folder, and whether its run has finished.
 
     Args:
-        cache, eval_cache: the token cache, or the mixture of several datasets.
+        cache, eval_cache: the folders of the token caches.
     """
 
     folder: Path
@@ -515,7 +514,7 @@ def open_data(settings: TrainSettings, run: Run) -> tuple[Examples, Examples | N
         what = "preference pairs" if examples.has_preferences else "no preference pairs"
         problem = f"objective: {settings.objective}: the examples in {run.cache} are {what}"
         raise SettingsError(problem, hint="dpo and orpo are for pairs, the other objectives for examples")
-    if isinstance(examples, Mixture) and (mixing := choose_mixing(settings)) is not None:
+    if examples.are_several and (mixing := choose_mixing(settings)) is not None:
         examples = examples.mix(mixing)
     # of data that prepare has read for this run, it has taken num_data already
     if settings.num_data is not None and find_given_examples(settings.data_path, settings.data) is not None:
@@ -539,8 +538,7 @@ def _check_split(settings: TrainSettings, cache: Path, examples: Examples) -> No
     Raises:
         SettingsError: eval_fraction or split_seed would hold out different examples.
     """
-    caches = [each.cache for each in examples.datasets] if isinstance(examples, Mixture) else [examples]
-    for manifest in (each.manifest for each in caches):
+    for manifest in (dataset.cache.manifest for dataset in examples.datasets):
         fraction, seed = manifest["eval_fraction"], manifest["split_seed"]
         if fraction and (fraction, seed) != (settings.eval_fraction, settings.split_seed):
             now = f"{settings.eval_fraction:g} with split_seed {settings.split_seed}"

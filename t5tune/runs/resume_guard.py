@@ -17,7 +17,7 @@ from typing import Any
 from t5tune.checkpoints.adapter_folder import find_adapter
 from t5tune.checkpoints.zero.optimizer import read_zero_optimizer
 from t5tune.checkpoints.zero.shards import find_deepspeed_folder
-from t5tune.data.caches.examples import Examples, Mixture
+from t5tune.data.caches.examples import Examples
 from t5tune.errors import CheckpointError, SettingsError, suggest_name
 from t5tune.formatting import format_count
 from t5tune.io.atomic import hash_file
@@ -383,7 +383,7 @@ def hash_adapter(folder: Path) -> str:
 def _describe_mixing(examples: Examples) -> dict[str, Any]:
     """Describe how many examples of each dataset an epoch has, in place of the settings that say it."""
     names = ("mixing", "mixing_temperature", "mixing_cap")
-    if not isinstance(examples, Mixture):
+    if not examples.are_several:
         return dict.fromkeys(names)
     rates = {
         dataset.name: int(rate) if rate.denominator == 1 else float(rate)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from t5tune.data.caches.examples import Examples, Mixture, describe_shares
+from t5tune.data.caches.examples import Examples, describe_shares
 from t5tune.errors import SettingsError, suggest_name
 from t5tune.evaluation.batches import EvaluationStopped
 from t5tune.evaluation.scoring import GenerationScorer
@@ -86,9 +86,8 @@ def _report_sizes(session: Session, loaded: LoadedData, built: BuiltModel) -> No
     share = f"{built.trainable:,} of {built.total:,} ({built.trainable / built.total:.1%})"
     processes = f"{session.world.size} × {session.device.type}"
     session.report(Note(f"trainable parameters: {share}; {format_count(len(loaded.examples), 'example')}; {processes}"))
-    if isinstance(loaded.examples, Mixture):
-        for note in describe_shares(loaded.examples):
-            session.report(note)
+    for note in describe_shares(loaded.examples):
+        session.report(note)
 
 
 def _make_trainer(

@@ -6,7 +6,7 @@ from typing import Any
 
 from t5tune.checkpoints.model_card import format_outcome_lines
 from t5tune.checkpoints.model_folder import is_trained_file
-from t5tune.data.caches.examples import Examples, Mixture
+from t5tune.data.caches.examples import Examples
 from t5tune.errors import CheckpointError
 from t5tune.file_names import MODEL_CARD_FILE, RESULT_FILE, TRAINER_STATE_FILE
 from t5tune.formatting import format_held_out_metric, format_number
@@ -97,10 +97,10 @@ def _describe_datasets(
     examples: Examples, metrics: dict[str, dict[str, float | None]]
 ) -> dict[str, dict[str, float | None]] | None:
     """Describe what was trained on of each dataset, and its metrics if it was evaluated, if there are several."""
-    if not isinstance(examples, Mixture) and not metrics:
+    if not examples.are_several and not metrics:
         return None
     found: dict[str, dict[str, float | None]] = {}
-    if isinstance(examples, Mixture):
+    if examples.are_several:
         for dataset, rates in zip(examples.datasets, examples.describe_rates(), strict=True):
             found[dataset.name] = {"examples": len(dataset.cache), **rates}
     for name, values in metrics.items():

@@ -40,7 +40,7 @@ class Draw(NamedTuple):
 
 
 class ExampleDataset(Dataset[Example]):
-    """The examples of a token cache or a mixture as a torch Dataset, whose items are chosen by `Draw`.
+    """The examples of a run as a torch Dataset, whose items are chosen by `Draw`.
 
     Args:
         reference: of preference pairs, the log-probabilities under the reference model.
@@ -73,7 +73,7 @@ class StepSampler(Sampler[list[Draw]]):
     remain gets a filler.
 
     Args:
-        draw: draws the examples of an epoch, as `Cache.draw_epoch` does: (indices, how often each was drawn before).
+        draw: draws the examples of an epoch, as `Examples.draw_epoch` does: (indices, how often each was drawn before).
         make_batches: makes the micro-batches of an epoch; they contain positions in what was drawn.
         count: their number, which is the same in every epoch.
         step_size: micro-batches per step: gradient accumulation steps × ranks.
@@ -121,7 +121,7 @@ class EpochDraws:
     Args:
         sources, targets: lengths of all examples, in tokens.
         longest: the longest example of those that are ever drawn, in tokens; None: of all.
-        draw: draws the examples of an epoch, as `Mixture.draw_epoch` does; None: every epoch has every example once.
+        draw: draws the examples of an epoch, as `Examples.draw_epoch` does; None: every epoch has every example once.
         num_epochs, max_steps: of the run; max_steps takes precedence.
     """
 

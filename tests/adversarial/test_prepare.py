@@ -30,6 +30,7 @@ from t5tune.progress import Event, Note
 from t5tune.settings import EvaluateSettings, write_settings
 from t5tune.settings.groups.record_format import ReadingSettings
 from tests.support import runs
+from tests.support.caches import find_cache
 from tests.support.command_line import CommandResult, t5tune
 from tests.support.paths import REPOSITORY, SHARED
 
@@ -343,9 +344,9 @@ def test_file_names_that_are_not_unicode_are_kept(tmp_path: Path) -> None:
     data.write_text(f"{GOOD}\n{GOOD}")
     done = prepare(tmp_path, "--data-path", data, "--dedupe", "exact")
     assert done.code == 0, done.stderr
-    manifest = json.loads((tmp_path / "cache" / "manifest.json").read_text())
+    manifest = json.loads((find_cache(tmp_path / "cache") / "manifest.json").read_text())
     assert manifest["inputs"]["data"][0]["file"] == "\udcff.jsonl"
-    assert "\udcff.jsonl:1" in json.loads((tmp_path / "cache" / "rejected.jsonl").read_text())["message"]
+    assert "\udcff.jsonl:1" in json.loads((find_cache(tmp_path / "cache") / "rejected.jsonl").read_text())["message"]
 
 
 @pytest.mark.slow
@@ -356,7 +357,7 @@ def test_links_and_folders_with_other_files_are_not_replaced(tmp_path: Path) -> 
     done = prepare(tmp_path, "--data-path", tmp_path / "a.jsonl", "--max-rejected-fraction", "1")
     assert done.code == 0, done.stderr
     assert (tmp_path / "cache").is_symlink()
-    assert (tmp_path / "real" / "manifest.json").is_file()
+    assert (find_cache(tmp_path / "real") / "manifest.json").is_file()
     # the cache is up to date, but now too many records are rejected
     done = prepare(tmp_path, "--data-path", tmp_path / "a.jsonl")
     assert (done.code, "more than max_rejected_fraction" in done.stderr) == (2, True)
@@ -384,13 +385,13 @@ def test_a_path_without_conversations_is_refused_and_such_a_file_in_a_folder_is_
     assert done.code == 0, done.stderr
     assert (done.json["conversations"], done.json["rejected"]) == (1, 3)
     assert f"no conversation to train on in {tmp_path / 'mixed' / 'facts.jsonl'}\n" in done.stderr
-    before = (tmp_path / "cache" / "manifest.json").read_bytes()
+    before = (find_cache(tmp_path / "cache") / "manifest.json").read_bytes()
     for facts in (tmp_path / "facts", tmp_path / "mixed" / "facts.jsonl", f"{tmp_path}/*/facts*"):
         done = prepare(tmp_path, *allowed, "--data-path", *paths, facts)
         assert (done.code, len(done.errors)) == (2, 1)
         assert f"data_path: {facts}: contains no conversation to train on" in done.errors[0]
         assert "facts.jsonl:1: its keys are x" in done.errors[0]
-        assert (tmp_path / "cache" / "manifest.json").read_bytes() == before
+        assert (find_cache(tmp_path / "cache") / "manifest.json").read_bytes() == before
 
 
 @pytest.mark.slow
@@ -399,7 +400,7 @@ def test_a_path_without_conversations_is_refused_and_such_a_file_in_a_folder_is_
 def test_a_manifest_with_wrong_values_is_refused_with_the_key(tmp_path: Path, kind: str) -> None:
     (tmp_path / "a.jsonl").write_text(GOOD)
     assert prepare(tmp_path, "--data-path", tmp_path / "a.jsonl").code == 0
-    path = tmp_path / "cache" / "manifest.json"
+    path = find_cache(tmp_path / "cache") / "manifest.json"
     name, value = {"str": ("seed", "x"), "list": ("files", [1]), "nothing": ("dtype", None)}[kind]
     path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
     done = t5tune("inspect", tmp_path / "cache")
@@ -423,7 +424,7 @@ def start_waiting_prepare(tmp_path: Path, number: signal.Signals, handler: signa
     process.stdin.write(f"{GOOD}\n".encode() * NUM_SAMPLED)
     process.stdin.flush()
     deadline = time.monotonic() + 100
-    while not any(tmp_path.glob(".cache.new-*/tokens.bin")):
+    while not any(tmp_path.glob(".cache.new-*/*/tokens.bin")):
         assert time.monotonic() < deadline, "prepare has written nothing"
         time.sleep(0.01)
     return process
@@ -449,7 +450,7 @@ def test_prepare_under_nohup_survives_its_terminal(tmp_path: Path) -> None:
     process.send_signal(signal.SIGHUP)
     _, errors = process.communicate(GOOD.encode(), timeout=100)
     assert process.returncode == 0, errors
-    assert (tmp_path / "cache" / "manifest.json").is_file()
+    assert (find_cache(tmp_path / "cache") / "manifest.json").is_file()
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.support.adapters import make_stock_adapter
+from tests.support.caches import find_cache
 from tests.support.command_line import CommandResult, t5tune_in_fork
 from tests.support.hub import serve_hub
 
@@ -39,7 +40,9 @@ def test_a_hub_model_is_downloaded_once_and_then_available_offline(hub: dict[str
     assert prepare("some/t5", hub, tmp_path / "online").code == 0
     done = prepare("some/t5", hub | {"HF_HUB_OFFLINE": "1"}, tmp_path / "offline")
     assert done.code == 0, done.stderr
-    assert (tmp_path / "offline" / "tokens.bin").read_bytes() == (tmp_path / "online" / "tokens.bin").read_bytes()
+    assert (find_cache(tmp_path / "offline") / "tokens.bin").read_bytes() == (
+        find_cache(tmp_path / "online") / "tokens.bin"
+    ).read_bytes()
 
 
 def test_pickled_weights_are_downloaded_if_there_are_no_others(hub: dict[str, str], untied_base: Path) -> None:

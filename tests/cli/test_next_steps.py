@@ -1,5 +1,6 @@
 """The commands that a command suggests when it ends; test_help.py has those that follow the examples in the help."""
 
+import os
 import shlex
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,6 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from t5tune.cli.next_steps import list_next_steps
+from t5tune.commands.prepare import prepare
+from t5tune.data.caches.examples import list_caches
 from t5tune.settings import EvaluateSettings, ExportSettings, PrepareSettings, TrainSettings, load_settings
 from tests.support.command_line import parse_words, t5tune_in_fork
 
@@ -166,13 +169,16 @@ def test_a_precision_that_was_given_to_evaluate_is_repeated() -> None:
     assert list_next_steps(settings, None)[0] == ("next", "t5tune chat base --no-q-lora --no-bf16")
 
 
-def test_of_a_mixture_the_first_token_cache_is_shown(tmp_path: Path) -> None:
-    for name in ("b", "a"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "manifest.json").touch()
-    settings = PrepareSettings(model_name_or_path="pocket", data_path=["pocket"], output_dir=tmp_path)
-    steps = list_next_steps(settings, SimpleNamespace(cache=tmp_path))
-    assert steps[0] == ("next", f"t5tune inspect {tmp_path}/a")
+@pytest.mark.slow
+def test_of_several_datasets_the_first_one_is_shown(tmp_path: Path) -> None:
+    single = PrepareSettings(model_name_or_path="pocket", data_path=["pocket"], output_dir=tmp_path / "single")
+    assert list_next_steps(single, prepare(single))[0] == ("next", f"t5tune inspect {tmp_path}/single")
+    datasets = [{"path": str(tmp_path / "single"), "name": "b"}, {"path": str(tmp_path / "single"), "name": "a"}]
+    several = PrepareSettings(model_name_or_path="pocket", data=datasets, output_dir=tmp_path / "several")
+    (cache,) = list_caches(tmp_path / "single").values()
+    (_, line), *_ = list_next_steps(several, prepare(several))
+    words = shlex.split(line)
+    assert (words[:2], os.path.realpath(words[2])) == (["t5tune", "inspect"], os.path.realpath(cache))
 
 
 @pytest.mark.parametrize("file", ["adapter_config.json", "config.json"])

@@ -28,13 +28,13 @@ from t5tune.commands.export import export
 from t5tune.commands.merge import merge
 from t5tune.commands.prepare import prepare
 from t5tune.commands.train import train
-from t5tune.data.caches.cache import open_cache
 from t5tune.data.reading.formats import Turn
 from t5tune.errors import CheckpointError, SettingsError
 from t5tune.progress import Event, Note
 from t5tune.settings import ChatSettings, ExportSettings, MergeSettings, PrepareSettings, TrainSettings
 from tests.support.adapters import make_stock_adapter
 from tests.support.bases import make_base
+from tests.support.caches import open_only
 from tests.support.command_line import CommandResult, t5tune_in_fork
 from tests.support.forks import ForkedProcess, get_fork_server
 from tests.support.runs import LONG
@@ -82,7 +82,7 @@ def test_run_adapter_and_merged_checkpoint_give_the_same_reply(made: dict[str, P
 
 def test_the_source_ids_equal_those_of_training(made: dict[str, Path], untied_base: Path) -> None:
     """Both messages of the first conversation with two exchanges become the token ids that training saw."""
-    cache = open_cache(made["run"] / "data")
+    cache = open_only(made["run"] / "data")
     lines = (Path(__file__).parents[2] / "examples/quickstart/train.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     place = next(index for index, record in enumerate(records) if len(record["conversations"]) >= 4)
@@ -103,7 +103,7 @@ def test_the_chat_template_of_transformers_gives_the_source_ids_of_training(
     from transformers import AutoTokenizer
 
     stock = AutoTokenizer.from_pretrained(str(made[kind]))
-    cache = open_cache(made["run"] / "data")
+    cache = open_only(made["run"] / "data")
     roles = {"human": "user", "gpt": "assistant"}
     sources = []
     for line in conversations.read_text().splitlines():
@@ -116,7 +116,7 @@ def test_the_chat_template_of_transformers_gives_the_source_ids_of_training(
     with_prefix = AutoTokenizer.from_pretrained(str(pair_run[kind]))
     messages = [{"role": "user", "content": "the lamp of Ada is red"}]
     ids = with_prefix.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
-    assert ids == open_cache(pair_run["run"] / "data")[0].source_S.tolist()
+    assert ids == open_only(pair_run["run"] / "data")[0].source_S.tolist()
 
 
 def test_a_message_is_normalized_as_in_training(made: dict[str, Path]) -> None:
@@ -658,7 +658,7 @@ class TestPreferences:
         cache = tmp_path / "cache"
         settings = {"model_name_or_path": "pocket", "data_path": str(file), "output_dir": cache}
         prepare(PrepareSettings(**settings, objective="dpo"))
-        assert len(open_cache(cache)) == 2
+        assert len(open_only(cache)) == 2
 
     def test_a_pipe_has_a_choice_after_each_message_even_if_both_replies_are_the_same(
         self, made: dict[str, Path], tmp_path: Path

@@ -20,7 +20,6 @@ from t5tune.commands.export import export
 from t5tune.commands.merge import merge
 from t5tune.commands.prepare import prepare
 from t5tune.commands.train import train
-from t5tune.data.caches.cache import open_cache
 from t5tune.errors import CheckpointError, DataError, ModelError, OutOfMemory, SettingsError, Stopped
 from t5tune.evaluation import scoring as evaluation
 from t5tune.evaluation.scoring import measure_losses
@@ -43,6 +42,7 @@ from t5tune.settings import (
     load_settings,
 )
 from tests.support import train_runs
+from tests.support.caches import find_cache, open_only
 from tests.support.command_line import CommandResult, t5tune_in_fork
 from tests.support.runs import stop_at
 
@@ -95,10 +95,10 @@ def test_metrics_equal_those_of_plain_transformers_one_example_at_a_time(
     prepare(PrepareSettings(**values, output_dir=cache, add_tokens=["none"]))
     result = run_evaluate(untied_base, cache, tmp_path / "out", num_beams=num_beams, per_device_eval_batch_size=7)
     model = AutoModelForSeq2SeqLM.from_pretrained(untied_base).eval()
-    tokenizer = AutoTokenizer.from_pretrained(cache / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(find_cache(cache) / "tokenizer")
     total = count = 0.0
     texts = []
-    for example in open_cache(cache):
+    for example in open_only(cache):
         source, target = torch.from_numpy(example.source_S)[None], torch.from_numpy(example.target_T)[None]
         with torch.no_grad():
             total += float(model(input_ids=source, labels=target).loss) * target.numel()
@@ -244,7 +244,7 @@ def test_an_adapter_of_the_head_made_by_peft_is_applied(untied_base: Path, cache
         )
     ).model
     total = count = 0.0
-    for example in open_cache(cache):
+    for example in open_only(cache):
         source, target = torch.from_numpy(example.source_S)[None], torch.from_numpy(example.target_T)[None]
         with torch.no_grad():
             total += float(plain(input_ids=source, labels=target).loss) * target.numel()
@@ -301,10 +301,11 @@ def test_settings_that_would_not_change_a_token_cache_are_refused(
     with pytest.raises(SettingsError) as refused:
         run_evaluate(run, cache, tmp_path / "out", **given)
     step = "leave it out, or use the original conversations as data_path"
+    place = find_cache(cache)
     assert set(refused.value.problems) == {
-        f"source_prefix: 'x: ' here, '' in the cache {cache}; {step}",
-        f"model_max_length: 128 here, 2048 in the cache {cache}; {step}",
-        f"conversation_template: plain: the cache {cache} was made with another one; {step}",
+        f"source_prefix: 'x: ' here, '' in the cache {place}; {step}",
+        f"model_max_length: 128 here, 2048 in the cache {place}; {step}",
+        f"conversation_template: plain: the cache {place} was made with another one; {step}",
     }
     for own in ({"source_prefix": "x: "}, {"data_split": "x: "}):
         datasets = [{"path": str(cache), **own}, {"path": str(conversations), "num_data": 1}]
@@ -494,7 +495,7 @@ def test_held_out_conversations_use_the_added_tokens_of_the_training_data(
         data = prepare(PrepareSettings(**values, data_path=str(data), output_dir=tmp_path / "cache")).cache
     chosen = make_short_settings(untied_base, data, tmp_path / "run", eval_data_path=str(held_out), eval_steps=4)
     loss = train(chosen).eval["loss"]
-    added = open_cache(tmp_path / "run" / "eval-data").added_tokens
+    added = open_only(tmp_path / "run" / "eval-data").added_tokens
     assert "日" in added
     assert "月" not in added
     assert loss == pytest.approx(run_evaluate(tmp_path / "run", held_out, tmp_path / "scores").loss, abs=1e-6)
@@ -786,7 +787,7 @@ def test_losses_need_neither_all_logits_of_a_batch_nor_a_copy_of_the_embedding(
         EvaluateSettings(model_name_or_path=str(untied_base), adapter=adapter, data_path="none", use_cpu=True)
     )
     use_packing(loaded.model)
-    examples = open_cache(cache)
+    examples = open_only(cache)
     vocabulary, width = loaded.model.get_input_embeddings().weight.shape
     monkeypatch.setattr("t5tune.model.loss.LOGITS_PER_CHUNK", 64 * vocabulary)
     collator = PackedCollator(loaded.model.config.decoder_start_token_id, 0)

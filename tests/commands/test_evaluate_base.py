@@ -12,9 +12,9 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from t5tune.commands.evaluate import EvaluateResult, evaluate
 from t5tune.commands.prepare import prepare
 from t5tune.commands.train import train
-from t5tune.data.caches.cache import open_cache
 from t5tune.progress import Note, Report, silent
 from t5tune.settings import EvaluateSettings, PrepareSettings
+from tests.support.caches import open_only
 from tests.support.command_line import t5tune_in_fork
 from tests.support.train_runs import make_settings
 
@@ -39,7 +39,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cache(untied_base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("orders") / "cache"
     prepare(PrepareSettings(model_name_or_path=str(untied_base), data_path=str(data), output_dir=folder))
-    assert {"{", "}", "\n"} < set(open_cache(folder).added_tokens)
+    assert {"{", "}", "\n"} < set(open_only(folder).added_tokens)
     return folder
 
 

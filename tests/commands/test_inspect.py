@@ -13,10 +13,10 @@ from transformers import AutoTokenizer
 
 from t5tune.commands.inspect import inspect
 from t5tune.commands.prepare import prepare
-from t5tune.data.caches.cache import open_cache
 from t5tune.errors import DataError, SettingsError
 from t5tune.progress import Event, Note
 from t5tune.settings import InspectSettings, PrepareSettings, TrainSettings, write_settings
+from tests.support.caches import find_cache, open_only
 from tests.support.command_line import t5tune_in_fork
 
 RECORDS = [
@@ -50,7 +50,7 @@ def test_json_output_equals_the_examples_of_the_cache(cache: Path) -> None:
     done = t5tune_in_fork("inspect", cache, "--all", "--json")
     assert done.code == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
-    opened, tokenizer = open_cache(cache), AutoTokenizer.from_pretrained(cache / "tokenizer")
+    opened, tokenizer = open_only(cache), AutoTokenizer.from_pretrained(find_cache(cache) / "tokenizer")
     assert [line["index"] for line in lines] == [0, 1, 2, 3]
     assert [(line["conversation"], line["turn"]) for line in lines] == [(0, 1), (1, 1), (1, 3), (2, 1)]
     for line, example in zip(lines, opened, strict=True):
@@ -88,7 +88,7 @@ def test_concatenated_runs_are_the_whole_text(tmp_path: Path, add_tokens: str) -
 @pytest.mark.slow
 def test_truncated_text_is_shown_struck_through(cache: Path) -> None:
     (example,) = inspect(InspectSettings(cache=cache, worst_cut=True)).examples
-    tokenizer = AutoTokenizer.from_pretrained(cache / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(find_cache(cache) / "tokenizer")
     assert example.index in {1, 2}
     whole = [
         *example.source_ids[: example.source_head],
@@ -135,13 +135,13 @@ def test_no_window_of_a_raw_text_is_shown_as_truncated(tmp_path: Path) -> None:
     events: list[Event] = []
     assert not inspect(InspectSettings(cache=made, worst_cut=True), events.append).examples
     (note,) = [event.text for event in events if isinstance(event, Note)]
-    assert note.startswith(f"{made}: none of its examples (")
+    assert note.startswith(f"{made / 'data'}: none of its examples (")
 
 
 def test_the_histograms_count_every_example(cache: Path) -> None:
     statistics = inspect(InspectSettings(cache=cache, stats=True, per_device_train_batch_size=2)).statistics
     assert statistics is not None
-    sources, targets = open_cache(cache).read_lengths()
+    sources, targets = open_only(cache).read_lengths()
     for histogram, lengths in ((statistics.source, sources), (statistics.target, targets)):
         assert sum(histogram.counts) == 4
         for low, high, count in zip(histogram.edges, histogram.edges[1:], histogram.counts, strict=False):
@@ -222,7 +222,7 @@ def test_the_last_bar_collects_a_long_tail(tmp_path: Path) -> None:
     )
     statistics = inspect(InspectSettings(cache=long_one, stats=True)).statistics
     assert statistics is not None
-    lengths = open_cache(long_one).read_lengths()[0]
+    lengths = open_only(long_one).read_lengths()[0]
     histogram = statistics.source
     assert sum(histogram.counts) == 151
     assert histogram.counts[-1] == 1
@@ -254,12 +254,12 @@ def test_missing_examples_and_broken_caches_are_refused(cache: Path, tmp_path: P
     assert "html: " in refusal(html=tmp_path / "nowhere" / "page.html")
     broken = tmp_path / "broken"
     shutil.copytree(cache, broken)
-    manifest = json.loads((broken / "manifest.json").read_text())
+    manifest = json.loads((find_cache(broken) / "manifest.json").read_text())
     del manifest["dtype"]
-    (broken / "manifest.json").write_text(json.dumps(manifest))
+    (find_cache(broken) / "manifest.json").write_text(json.dumps(manifest))
     assert "dtype: missing" in refusal(cache=broken)
     for other in ("<f8", "<u4", 2, None):
-        (broken / "manifest.json").write_text(json.dumps(manifest | {"dtype": other}))
+        (find_cache(broken) / "manifest.json").write_text(json.dumps(manifest | {"dtype": other}))
         assert "manifest.json: dtype: " in refusal(cache=broken)
 
 

@@ -601,7 +601,7 @@ def test_overwrite_never_replaces_the_base_that_only_an_adapter_names_or_a_cache
         ("base", lambda: evaluate_on(data, adapter)),
         ("base", lambda: export(ExportSettings(**common, checkpoint=adapter))),
         ("base", lambda: export(given)),
-        ("cache", lambda: evaluate_on(elsewhere, untied_base)),
+        ("cache/data", lambda: evaluate_on(elsewhere, untied_base)),
     ]
     for what, command in commands:
         with pytest.raises(SettingsError, match=f"output_dir: .*models.*: contains .*models/{what}, which this"):

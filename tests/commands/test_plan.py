@@ -33,6 +33,7 @@ from t5tune.settings import PlanSettings, PrepareSettings, QuantizationSettings,
 from t5tune.settings.field_types import parse_gpu_memory
 from t5tune.settings.loading import dump_settings
 from tests.support.bases import make_base
+from tests.support.caches import open_only
 from tests.support.command_line import parse_words, t5tune_in_fork
 
 pytestmark = pytest.mark.slow
@@ -182,7 +183,6 @@ def cache(conversations: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 def test_a_cache_determines_steps_padding_and_the_largest_batch(cache: Path, tmp_path: Path) -> None:
     from t5tune.commands.train import train
-    from t5tune.data.caches.cache import open_cache
 
     run = TrainSettings(
         model_name_or_path="pocket", data_path=str(cache), output_dir=tmp_path / "run", use_cpu=True,
@@ -197,7 +197,7 @@ def test_a_cache_determines_steps_padding_and_the_largest_batch(cache: Path, tmp
     assert (result.trainable_parameters, result.total_parameters) == (
         trained.trainable_parameters, trained.total_parameters
     )  # fmt: skip
-    sources, targets = open_cache(cache).read_lengths()
+    sources, targets = open_only(cache).read_lengths()
     assert result.examples == len(sources)
     assert (result.source_length, result.target_length) <= (sources.max(), targets.max())
     assert result.padding is not None
@@ -251,10 +251,10 @@ def test_the_plan_of_a_run_is_of_the_examples_that_it_trains_on(
 
 def test_a_mixture_is_planned_as_it_is_mixed(data_of_runs: dict[str, Path]) -> None:
     """With a cap of 1, half of an epoch are examples of the smaller dataset."""
-    from t5tune.data.caches.examples import open_mixture
+    from t5tune.data.caches.examples import open_examples
     from t5tune.data.caches.mixing import Mixing
 
-    mixture = open_mixture(data_of_runs["mixture"]).mix(Mixing("proportional", cap=1))
+    mixture = open_examples(data_of_runs["mixture"]).mix(Mixing("proportional", cap=1))
     drawn, _ = mixture.draw_epoch(42, 0)
     sources, targets = (lengths[drawn] for lengths in mixture.read_lengths())
     result = make_plan(
@@ -297,9 +297,8 @@ def uneven_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def measure_costs(cache: Path, batches: list[list[int]], packed: bool) -> list[int]:
     """Count the tokens of each micro-batch, padding included."""
-    from t5tune.data.caches.cache import open_cache
 
-    sources, targets = open_cache(cache).read_lengths()
+    sources, targets = open_only(cache).read_lengths()
     if packed:
         return [int((sources + targets)[batch].sum()) for batch in batches]
     return [len(batch) * int(sources[batch].max() + targets[batch].max()) for batch in batches]
@@ -313,10 +312,9 @@ def measure_costs(cache: Path, batches: list[list[int]], packed: bool) -> list[i
 )
 @pytest.mark.variants("grouped-auto")
 def test_a_plan_has_the_trainers_batches(batching: dict[str, Any], packing: str, uneven_cache: Path) -> None:
-    from t5tune.data.caches.cache import open_cache
     from t5tune.training.steps import EpochDraws, StepSampler, make_budget_sampler, make_count_sampler
 
-    sources, targets = open_cache(uneven_cache).read_lengths()
+    sources, targets = open_only(uneven_cache).read_lengths()
     packed, tokens = packing != "off", batching.get("tokens_per_batch")
     sampler: StepSampler
     if tokens is None:  # 36 examples: two steps of 16, and one with 4 examples for 8 micro-batches

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, ByT5Tokenizer
 
 from t5tune.commands.prepare import PrepareResult, prepare
-from t5tune.data.caches.cache import Cache, open_cache
+from t5tune.data.caches.cache import Cache
+from t5tune.data.caches.examples import open_examples
 from t5tune.data.reading.formats import Conversation, Turn
 from t5tune.data.reading.rejections import RecordLocation
 from t5tune.data.tokens.encoders import make_encoder
@@ -30,6 +31,7 @@ from t5tune.errors import DataError, ModelError, SettingsError
 from t5tune.planning.known_configs import KNOWN_CONFIGS
 from t5tune.preparing.dataset import Origin
 from t5tune.settings import PrepareSettings
+from tests.support.caches import find_cache, open_only
 from tests.support.paths import REPOSITORY, SHARED
 
 SYSTEM = (
@@ -78,7 +80,7 @@ def prepared(tmp_path: Path, untied_base: Path) -> Callable[..., tuple[PrepareRe
         values = {"model_name_or_path": str(base), "data_path": str(data), "output_dir": tmp_path / "cache"}
         values |= {"max_rejected_fraction": None, **more}
         result = prepare(PrepareSettings(**values))
-        return result, open_cache(result.cache)
+        return result, open_only(result.cache)
 
     return run
 
@@ -530,7 +532,7 @@ def test_an_unusable_record_is_written_in_full_with_its_location_and_reason(
 ) -> None:
     result, cache = prepared(record("Hi", "Yes"), bad, record("Hi", "No"))
     assert (result.conversations, result.rejected, result.examples) == (2, 1, 2)
-    (line,) = (result.cache / "rejected.jsonl").read_text(encoding="utf-8").splitlines()
+    (line,) = (find_cache(result.cache) / "rejected.jsonl").read_text(encoding="utf-8").splitlines()
     rejected = json.loads(line)
     assert rejected["record"] == bad
     assert rejected["file"] == str(tmp_path / "in" / "data.jsonl")
@@ -548,7 +550,7 @@ def test_a_line_that_is_not_json_is_rejected_and_the_others_are_used(
     data.write_text(f"{good}\n\n{good[:-5]}\n{good}\n", encoding="utf-8")
     result, _ = prepared(data=data)
     assert (result.conversations, result.rejected) == (2, 1)
-    rejected = json.loads((result.cache / "rejected.jsonl").read_text())
+    rejected = json.loads((find_cache(result.cache) / "rejected.jsonl").read_text())
     assert (rejected["line"], rejected["reason"], rejected["record"]) == (3, "not_json", good[:-5])
 
 
@@ -694,12 +696,12 @@ def test_a_flipped_byte_is_reported_with_the_file_name_and_repaired_by_prepare(
 ) -> None:
     result, _ = prepared(data=conversations)
     good = bytes_of(result.cache)
-    tokens = result.cache / "tokens.bin"
+    tokens = find_cache(result.cache) / "tokens.bin"
     data = bytearray(tokens.read_bytes())
     data[len(data) // 2] ^= 1
     tokens.write_bytes(data)
     with pytest.raises(DataError, match=re.escape(str(tokens))) as caught:
-        open_cache(result.cache)
+        open_only(result.cache)
     assert "prepare" in str(caught.value.hint)
     again, _ = prepared(data=conversations)
     assert not again.up_to_date
@@ -710,9 +712,9 @@ def test_a_missing_file_is_reported_with_its_name(
     prepared: Callable[..., tuple[PrepareResult, Cache]], conversations: Path
 ) -> None:
     result, _ = prepared(data=conversations)
-    (result.cache / "examples.bin").unlink()
+    (find_cache(result.cache) / "examples.bin").unlink()
     with pytest.raises(DataError, match=r"examples\.bin: missing"):
-        open_cache(result.cache)
+        open_only(result.cache)
 
 
 @pytest.mark.parametrize(
@@ -765,24 +767,31 @@ def test_num_data_keeps_the_first_examples(prepared: Callable[..., tuple[Prepare
     assert prepared(record("Hi", "Yes"), num_data=99)[0].examples == 1
 
 
-def test_a_split_does_not_divide_conversations(prepared: Callable[..., tuple[PrepareResult, Cache]]) -> None:
+def test_a_split_does_not_divide_conversations(
+    prepared: Callable[..., tuple[PrepareResult, Cache]], tmp_path: Path
+) -> None:
     _, cache = prepared(*[record("Hi", f"{n}", "And?", f"{n}", "And?", f"{n}") for n in range(20)])
     tokenizer = load_tokenizer_of(cache)
-    training, held_out = cache.split(0.2, split_seed=7)
+    examples = open_examples(tmp_path / "cache")
+    training, held_out = examples.split(0.2, split_seed=7)
     names = [[decode(tokenizer, example.target_T) for example in part] for part in (training, held_out)]
     assert (len(names[0]), len(names[1])) == (48, 12)
     assert not set(names[0]) & set(names[1])
     assert set(names[0]) | set(names[1]) == {f"{n}\n" for n in range(20)}
-    again = cache.split(0.2, split_seed=7)[1]
+    again = examples.split(0.2, split_seed=7)[1]
     assert [decode(tokenizer, example.target_T) for example in again] == names[1]
-    others = {tuple(decode(tokenizer, e.target_T) for e in cache.split(0.2, split_seed=seed)[1]) for seed in range(5)}
+    others = {
+        tuple(decode(tokenizer, e.target_T) for e in examples.split(0.2, split_seed=seed)[1]) for seed in range(5)
+    }
     assert len(others) > 1
 
 
-def test_a_split_of_too_few_conversations_is_refused(prepared: Callable[..., tuple[PrepareResult, Cache]]) -> None:
-    _, cache = prepared(record("Hi", "Yes", "And?", "No"))
+def test_a_split_of_too_few_conversations_is_refused(
+    prepared: Callable[..., tuple[PrepareResult, Cache]], tmp_path: Path
+) -> None:
+    prepared(record("Hi", "Yes", "And?", "No"))
     with pytest.raises(DataError, match="eval_fraction"):
-        cache.split(0.5, split_seed=7)
+        open_examples(tmp_path / "cache").split(0.5, split_seed=7)
 
 
 def test_lengths_equal_those_of_the_examples(
@@ -1001,5 +1010,5 @@ def test_every_record_of_hh_helpful_is_either_used_or_rejected(
 ) -> None:
     result, cache = prepared(data=shared("data/conversations/hh_helpful.sharegpt.json"), base=flan)
     assert result.conversations + result.rejected == 2354
-    rejected = (result.cache / "rejected.jsonl").read_text(encoding="utf-8").splitlines()
+    rejected = (find_cache(result.cache) / "rejected.jsonl").read_text(encoding="utf-8").splitlines()
     assert len(rejected) == result.rejected == sum(cache.manifest["rejected_by_reason"].values())

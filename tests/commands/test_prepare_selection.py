@@ -19,13 +19,15 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from t5tune.commands.prepare import PrepareResult, prepare
-from t5tune.data.caches.cache import Cache, open_cache
+from t5tune.data.caches.cache import Cache
+from t5tune.data.caches.examples import open_examples
 from t5tune.data.tokens.encoders import Beginning, Encoder, make_encoder
 from t5tune.data.tokens.tokenizer import load_tokenizer, save_tokenizer
 from t5tune.data.tokens.vocabulary import extend_tokenizer
 from t5tune.errors import DataError, DependencyError, ModelError
 from t5tune.progress import Event, Note, Report, silent
 from t5tune.settings import PrepareSettings
+from tests.support.caches import find_cache, open_only
 from tests.support.forks import ForkServer
 from tests.support.paths import REPOSITORY
 from tests.support.prose import english_text
@@ -45,7 +47,7 @@ def prepared(tmp_path: Path) -> Callable[..., tuple[PrepareResult, Cache]]:
         data.write_text("".join(json.dumps(item) + "\n" for item in records), encoding="utf-8")
         values = {"model_name_or_path": "pocket", "data_path": str(data), "output_dir": tmp_path / "cache", **more}
         result = prepare(PrepareSettings(**values), report)
-        return result, open_cache(result.cache)
+        return result, open_only(result.cache)
 
     return run
 
@@ -94,7 +96,7 @@ def test_dedupe_rejects_conversations_with_the_same_texts(
     assert prepared(*records)[0].rejected == 0
     result, cache = prepared(*records, dedupe="exact")
     assert (result.conversations, result.rejected) == (3, 1)
-    (line,) = [json.loads(line) for line in (cache.folder / "rejected.jsonl").read_text().splitlines()]
+    (line,) = [json.loads(line) for line in (find_cache(cache.folder) / "rejected.jsonl").read_text().splitlines()]
     assert (line["reason"], line["line"], line["record"]) == ("duplicate", 3, records[2])
     assert "data.jsonl:1" in line["message"]
 
@@ -112,7 +114,7 @@ def test_a_conversation_is_no_duplicate_of_one_whose_other_answers_are_learned(t
     for number in range(shards):
         shard = {"shard": f"{number}/{shards}"} if shards > 1 else {}
         prepare(PrepareSettings(**values, dedupe="exact", num_workers=1, **shard))
-    cache = open_cache(tmp_path / "cache")
+    cache = open_only(tmp_path / "cache")
     assert decode_targets(cache) == ["a", "b", "c"]
     assert cache.manifest["rejected_by_reason"] == {"duplicate": 2}
     keys = cache.read_keys()  # which decide what is held out
@@ -176,16 +178,17 @@ def test_num_data_reads_only_as_many_records_as_needed(prepared: Callable[..., t
 
 
 def test_the_cache_is_split_by_prepares_eval_fraction(
-    prepared: Callable[..., tuple[PrepareResult, Cache]],
+    prepared: Callable[..., tuple[PrepareResult, Cache]], tmp_path: Path
 ) -> None:
     records = [record("Hi", f"{n % 10}", "And?", f"{n % 10}") for n in range(20)]  # each conversation twice
     _, cache = prepared(*records, eval_fraction=0.3, split_seed=3)
-    training, held_out = cache.split_as_prepared()
+    training, held_out = open_examples(tmp_path / "cache").split_as_prepared()
     assert held_out is not None
     assert len(training) + len(held_out) == 40
     assert len(held_out) == 12  # 3 of 10 different conversations, each with two copies of two targets
     assert not set(decode_targets(training)) & set(decode_targets(held_out))
-    assert prepared(*records)[1].split_as_prepared()[1] is None
+    prepared(*records)
+    assert open_examples(tmp_path / "cache").split_as_prepared()[1] is None
     with pytest.raises(
         DataError, match="leaves none to train on; give more conversations, or a separate file as eval_data_path"
     ):
@@ -365,7 +368,7 @@ def test_folders_of_killed_processes_are_removed_and_those_in_use_are_kept(
     abandoned, used = tmp_path / ".cache.new-abandoned", tmp_path / ".cache.new-used"
     for folder in (abandoned, used):
         folder.mkdir()
-        (folder / "tokens.bin").write_text("half")
+        (folder / "mixture.json").write_text("half")
     lock = os.open(used, os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
     prepared(record("Hi", "Yes"))

@@ -22,7 +22,7 @@ from t5tune.commands.export import export
 from t5tune.commands.merge import merge
 from t5tune.commands.prepare import prepare
 from t5tune.commands.train import set_up_run_folder, train
-from t5tune.data.caches.cache import open_cache
+from t5tune.data.caches.examples import open_examples
 from t5tune.errors import DataError, ModelError, SettingsError, TrainingError
 from t5tune.io.yaml_file import read_yaml
 from t5tune.progress import Advanced, Evaluated, Event, Finished, Measured, Note, Started
@@ -40,6 +40,7 @@ from t5tune.settings import (
 from t5tune.training.callbacks import sample_predictions
 from t5tune.training.trainer import T5Trainer
 from tests.support.bases import make_base
+from tests.support.caches import find_cache, open_only
 from tests.support.command_line import CommandResult, t5tune_in_fork
 from tests.support.train_runs import make_settings, read_losses, read_metrics_lines
 
@@ -83,7 +84,7 @@ def test_run_folder_loads_with_plain_peft_and_contains_only_the_adapter(finished
 def test_model_cards_report_data_settings_and_held_out_metrics(
     finished_run: Path, untied_base: Path, tmp_path: Path
 ) -> None:
-    manifest = json.loads((finished_run / "data" / "manifest.json").read_text())
+    manifest = json.loads((find_cache(finished_run / "data") / "manifest.json").read_text())
     result = json.loads((finished_run / "result.json").read_text())
     data = f"Data: {manifest['examples']} examples from 24 conversations, "
     card = (finished_run / "README.md").read_text()
@@ -203,7 +204,7 @@ def test_rows_of_added_tokens_in_embedding_and_head_are_trained(
     file = load_file(base / "model.safetensors")
     weights = load_file(tmp_path / "run" / "adapter_model.safetensors")
     config = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
-    manifest = json.loads((tmp_path / "run" / "data" / "manifest.json").read_text())
+    manifest = json.loads((find_cache(tmp_path / "run" / "data") / "manifest.json").read_text())
     newline, brace = (manifest["added_token_ids"][manifest["added_tokens"].index(token)] for token in ("\n", "{"))
     rows = {name: value for name, value in weights.items() if "trainable_tokens_delta" in name}
     if kind == "tied":
@@ -452,7 +453,7 @@ def test_checkpoints_have_the_tokenizer_of_the_cache_that_the_run_was_started_wi
     given = PrepareSettings(model_name_or_path=str(untied_base), data_path=str(conversations), output_dir=cache)
     prepare(given)
     names = ("tokenizer/tokenizer.json", "template.yaml", "training_data.json")
-    before = {Path(name).name: (cache / name).read_bytes() for name in names}
+    before = {Path(name).name: (find_cache(cache) / name).read_bytes() for name in names}
 
     def replace_cache(event: Event) -> None:
         if not isinstance(event, Measured) or event.step != 2:
@@ -474,7 +475,7 @@ def test_what_prepare_has_held_out_is_never_trained_on(untied_base: Path, conver
     cache = tmp_path / "cache"
     values = {"model_name_or_path": str(untied_base), "data_path": str(conversations), "output_dir": cache}
     prepare(PrepareSettings(**values, eval_fraction=0.25, split_seed=3))
-    training, held_out = open_cache(cache).split_as_prepared()
+    training, held_out = open_examples(cache).split_as_prepared()
     assert held_out is not None
     changes: dict[str, Any] = {"max_steps": 1}
     for name, more in {
@@ -486,8 +487,8 @@ def test_what_prepare_has_held_out_is_never_trained_on(untied_base: Path, conver
     }.items():
         result = train(make_settings(untied_base, cache, tmp_path / name, **{**changes, **more}))
         expected = 10 * len(more.get("data_path", [cache])) if "num_data" in more else len(training)
-        assert result.examples == expected < len(open_cache(cache))
-    chosen, still_held_out = open_cache(cache).limit_training(10).split_as_prepared()
+        assert result.examples == expected < len(open_only(cache))
+    chosen, still_held_out = open_examples(cache).limit_training(10).split_as_prepared()
     assert still_held_out is not None
     for part, whole in ((chosen, training.take(10)), (still_held_out, held_out)):
         assert part.identify() == whole.identify()

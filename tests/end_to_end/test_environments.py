@@ -17,6 +17,7 @@ from t5tune.model import device
 from t5tune.progress import Note
 from t5tune.runs.checks import check_machine
 from t5tune.settings import TrainSettings
+from tests.support.caches import find_cache
 from tests.support.command_line import t5tune_in_fork
 from tests.support.forks import get_fork_server
 
@@ -54,7 +55,7 @@ def tokens(records: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """The tokens of the records, prepared in the environment of the tests."""
     cache = tmp_path_factory.mktemp("plain") / "cache"
     assert run([*PREPARE, records, "--output-dir", cache], {})[0] == 0
-    return (cache / "tokens.bin").read_bytes()
+    return (find_cache(cache) / "tokens.bin").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -78,8 +79,8 @@ def test_an_odd_environment_gives_the_same_cache_without_a_traceback(
     assert stdout.decode() == f"{tmp_path / 'cache'}\n"
     assert b"Traceback" not in stderr
     assert b"\x1b" not in stderr
-    assert (tmp_path / "cache" / "tokens.bin").read_bytes() == tokens
-    (rejected,) = (tmp_path / "cache" / "rejected.jsonl").read_text(encoding="utf-8").splitlines()
+    assert (find_cache(tmp_path / "cache") / "tokens.bin").read_bytes() == tokens
+    (rejected,) = (find_cache(tmp_path / "cache") / "rejected.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(rejected)["record"]["conversations"][0]["value"] == "日本"
 
     code, stdout, stderr = run(["inspect", tmp_path / "cache", "--json", "--example", "0"], environment)

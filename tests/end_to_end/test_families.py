@@ -22,7 +22,6 @@ from t5tune.commands.merge import merge
 from t5tune.commands.plan import plan
 from t5tune.commands.prepare import prepare
 from t5tune.commands.train import train
-from t5tune.data.caches.cache import open_cache
 from t5tune.data.reading.formats import Turn
 from t5tune.data.tokens.tokenizer import decode_prediction, load_tokenizer
 from t5tune.errors import ModelError
@@ -50,6 +49,7 @@ from t5tune.settings import (
     TrainSettings,
 )
 from t5tune.settings.groups.base import FamilyName
+from tests.support.caches import open_only
 from tests.support.command_line import CommandResult, t5tune
 from tests.support.model_types import PIECES, compute_logits, load_stock, make_checkpoint
 from tests.support.other_python import ask_transformers_4, needs_transformers_4
@@ -127,7 +127,7 @@ def made(
 @pytest.mark.variants("flan-t5 lora", "t5 q_lora", "mt5 lora", "longt5 lora")
 def test_each_family_trains_exports_merges_and_replies(made: Made) -> None:
     family = find_family(json.loads((made.base / "config.json").read_text()), made.base)
-    cache = open_cache(made.run / "data")
+    cache = open_only(made.run / "data")
     tokenizer = load_tokenizer(made.run)
     answers = [decode_prediction(tokenizer, example.target_T, "\n") for example in cache]
     assert answers[:2] == ANSWERS[:2]
@@ -238,7 +238,7 @@ def test_base_shapes_derived_from_the_config_match_every_weight(key: str, bases:
 def test_the_added_tokens_of_fastchat_t5_keep_their_ids(bases: dict[str, Path], data: Path, tmp_path: Path) -> None:
     arguments = ("--data-path", data, "--output-dir", tmp_path / "cache", "--conversation-template", "fastchat-t5")
     assert t5tune("prepare", "--model-name-or-path", bases["fastchat-t5"], *arguments).code == 0
-    cache = open_cache(tmp_path / "cache")
+    cache = open_only(tmp_path / "cache")
     assert cache.manifest["added_tokens"] == []
     target = cache[0].target_T.tolist()
     first = PIECES + 100

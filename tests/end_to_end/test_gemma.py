@@ -22,7 +22,6 @@ from t5tune.commands.evaluate import evaluate
 from t5tune.commands.export import export
 from t5tune.commands.merge import MergeResult, merge
 from t5tune.commands.train import train
-from t5tune.data.caches.cache import open_cache
 from t5tune.errors import CheckpointError, ModelError, SettingsError, Stopped
 from t5tune.families import find_architecture
 from t5tune.inference.loading import load_adapter
@@ -32,6 +31,7 @@ from t5tune.progress import Advanced
 from t5tune.settings import ChatSettings, EvaluateSettings, ExportSettings, MergeSettings, QuantizationSettings
 from t5tune.settings.groups.lora import LoraSettings
 from tests.support.adapters import make_stock_adapter
+from tests.support.caches import open_only
 from tests.support.command_line import CommandResult
 from tests.support.gemma_models import EOI, WINDOW
 from tests.support.model_types import TEXTS, compute_logits, load_stock, make_checkpoint, read_tensors
@@ -124,13 +124,13 @@ def is_adapted(name: str) -> bool:
 
 @pytest.mark.variants("t5gemma lora", "t5gemma2 q_lora")
 def test_the_data_has_the_special_tokens_of_gemma(made: Made) -> None:
-    example = open_cache(made.run / "data")[0]
+    example = open_only(made.run / "data")[0]
     source, target = example.source_S.tolist(), example.target_T.tolist()
     assert (source[0], target[-1]) == (2, 1)
     assert 1 not in source
     assert 2 not in target
-    assert max(len(each.source_S) for each in open_cache(made.run / "data")) > 2 * WINDOW
-    assert open_cache(made.run / "data").manifest["added_tokens"] == []
+    assert max(len(each.source_S) for each in open_only(made.run / "data")) > 2 * WINDOW
+    assert open_only(made.run / "data").manifest["added_tokens"] == []
 
 
 @pytest.mark.variants("t5gemma lora", "t5gemma2 q_lora")
@@ -205,7 +205,7 @@ def test_the_feed_forward_output_is_quantized_only_with_quantize_wo(kind: str, b
 @pytest.mark.variants("t5gemma lora", "t5gemma2 q_lora")
 def test_chat_and_evaluate_reply_like_stock_transformers(made: Made, data: Path, tmp_path: Path) -> None:
     stock = load_stock(made.merged)
-    source = open_cache(made.run / "data")[3].source_S
+    source = open_only(made.run / "data")[3].source_S
     ids = stock.generate(torch.from_numpy(source)[None].long(), max_new_tokens=12, do_sample=False)[0].tolist()
     asked: dict[str, Any] = {"prompt": TEXTS[3][0], "max_new_tokens": 12, "use_cpu": True}
     reply = chat(ChatSettings(model_name_or_path=str(made.merged), **asked))
@@ -222,7 +222,7 @@ def test_chat_and_evaluate_reply_like_stock_transformers(made: Made, data: Path,
         )  # fmt: skip
     )
     logits = compute_logits(stock, made.run / "data")
-    targets = torch.cat([torch.from_numpy(example.target_T).long() for example in open_cache(made.run / "data")])
+    targets = torch.cat([torch.from_numpy(example.target_T).long() for example in open_only(made.run / "data")])
     assert found.loss == pytest.approx(torch.nn.functional.cross_entropy(logits, targets).item(), rel=1e-4)
     predictions = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
     assert reply.reply.strip() in (prediction["prediction"].strip() for prediction in predictions)

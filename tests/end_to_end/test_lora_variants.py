@@ -19,7 +19,6 @@ from t5tune.commands.export import export
 from t5tune.commands.merge import merge
 from t5tune.commands.prepare import prepare
 from t5tune.commands.train import train
-from t5tune.data.caches.cache import open_cache
 from t5tune.errors import CheckpointError, SettingsError
 from t5tune.inference.loading import load_for_inference
 from t5tune.io.atomic import hash_file
@@ -42,6 +41,7 @@ from t5tune.settings.loading import load_settings
 from tests.support import train_runs
 from tests.support.adapters import compute_logits, load_stock_base, make_stock_adapter
 from tests.support.bases import make_base
+from tests.support.caches import open_only
 from tests.support.command_line import CommandResult
 from tests.support.runs import LONG
 
@@ -278,7 +278,7 @@ def loraplus_by_hand(loraplus_start: Path, conversations: Path) -> dict[str, tor
     slow = [value for name, value in named.items() if ".lora_B." not in name]
     assert any("trainable_tokens_delta" in name for name in named)
     optimizer = torch.optim.AdamW([{"params": slow, "lr": 1e-3}, {"params": fast, "lr": 16e-3}], weight_decay=0.0)
-    examples = [example for example in open_cache(loraplus_start / "data")][:8]
+    examples = [example for example in open_only(loraplus_start / "data")][:8]
     for _ in range(6):
         losses = []
         for example in examples:
@@ -668,7 +668,7 @@ def test_token_rows_of_the_initial_adapter_keep_their_tokens(untied_base: Path, 
     assert all(torch.equal(first[name], same[name]) for name in first)
     for name in ("tokenizer.json", "template.yaml"):
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "same" / name).read_bytes()
-    added = [open_cache(tmp_path / name / "data").added_tokens for name in ("first", "same")]
+    added = [open_only(tmp_path / name / "data").added_tokens for name in ("first", "same")]
     assert added[0] == added[1]
     assert "日" in added[0]
     values = {"model_name_or_path": str(untied_base), "data_path": str(files[1]), "output_dir": tmp_path / "cache"}

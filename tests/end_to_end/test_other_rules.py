@@ -15,13 +15,13 @@ from t5tune.commands.evaluate import evaluate
 from t5tune.commands.merge import merge
 from t5tune.commands.prepare import prepare
 from t5tune.commands.train import train
-from t5tune.data.caches.cache import open_cache
 from t5tune.data.tokens.tokenizer import decode_prediction, load_tokenizer
 from t5tune.families import find_family
 from t5tune.inference.generation import Decoding, generate
 from t5tune.model.load import load_base
 from t5tune.progress import Event, Note
 from t5tune.settings import ChatSettings, EvaluateSettings, MergeSettings, PrepareSettings
+from tests.support.caches import open_only
 from tests.support.tokenizer_kinds import make_codet5_tokenizer, make_madlad_tokenizer
 from tests.support.train_runs import make_settings, read_losses
 
@@ -75,7 +75,7 @@ def test_the_table_recognizes_it(base: Path) -> None:
 def test_targets_decode_to_the_original_text_without_added_tokens(base: Path, data: Path, tmp_path: Path) -> None:
     notes: list[Event] = []
     prepare(PrepareSettings(model_name_or_path=str(base), data_path=str(data), output_dir=tmp_path), notes.append)
-    cache = open_cache(tmp_path)
+    cache = open_only(tmp_path)
     tokenizer = load_tokenizer(cache.tokenizer_folder)
     assert [decode_prediction(tokenizer, example.target_T, "") for example in cache] == TARGETS
     assert cache.manifest["added_tokens"] == []
@@ -120,7 +120,7 @@ def test_a_merged_checkpoint_has_the_logits_of_stock_peft(base: Path, data: Path
 
     stock = AutoModelForSeq2SeqLM.from_pretrained(base)
     stock = PeftModel.from_pretrained(stock, tmp_path / "run").merge_and_unload().eval()
-    example = open_cache(tmp_path / "run" / "data")[0]
+    example = open_only(tmp_path / "run" / "data")[0]
     inputs = {
         "input_ids": torch.tensor([example.source_S.tolist()]),
         "decoder_input_ids": torch.tensor([[0, *example.target_T.tolist()[:-1]]]),

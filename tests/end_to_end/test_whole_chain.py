@@ -14,13 +14,13 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from t5tune.data.caches.cache import open_cache
 from t5tune.data.tokens.tokenizer import decode_prediction, load_tokenizer
 from t5tune.families import FAMILIES
 from t5tune.inference.loading import load_adapter
 from t5tune.model.load import load_base
 from t5tune.runs.checkpoints import list_checkpoints
 from t5tune.settings import QuantizationSettings
+from tests.support.caches import open_only
 from tests.support.command_line import CommandResult, t5tune_in_fork
 from tests.support.model_types import TEXTS, compute_logits, load_stock, make_checkpoint, read_tensors
 from tests.support.runs import LONG, read_adapter
@@ -112,7 +112,7 @@ def check_weights(base: Path, adapter: Path, merged: Path, cache: Path, is_quant
     assert adapted <= changed
     with_rows = changed - adapted
     assert with_rows <= {ours.architecture.tied_to, ours.architecture.head_weight}
-    assert bool(with_rows) == bool(open_cache(cache).manifest["added_tokens"])
+    assert bool(with_rows) == bool(open_only(cache).manifest["added_tokens"])
     found = load_stock(merged)
     if is_quantized:
         quantized = load_base(base, torch.float32, CPU, QuantizationSettings(q_lora=True))
@@ -133,7 +133,7 @@ def check_replies(merged: Path, data: Path) -> None:
     tokenizer, stock = load_tokenizer(merged), load_stock(merged)
     cache = merged.with_name("cache-of-merged")
     run("prepare", "--model-name-or-path", merged, "--data-path", data, "--output-dir", cache)
-    for number, (example, prediction) in enumerate(zip(open_cache(cache), predictions, strict=True)):
+    for number, (example, prediction) in enumerate(zip(open_only(cache), predictions, strict=True)):
         source = torch.from_numpy(example.source_S.astype("int64"))[None]
         ids = stock.generate(source, max_new_tokens=NEW_TOKENS, do_sample=False)[0].tolist()[1:]
         assert decode_prediction(tokenizer, ids, "").strip() == prediction.strip()

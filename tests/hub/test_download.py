@@ -181,15 +181,15 @@ def records(count: int) -> bytes:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("is_mixture", [True, False])
+@pytest.mark.parametrize("are_several", [True, False])
 @pytest.mark.variants("True")
 def test_a_resumed_run_uses_the_commits_that_it_was_started_with(
-    is_mixture: bool, hub: Hub, untied_base: Path, tmp_path: Path
+    are_several: bool, hub: Hub, untied_base: Path, tmp_path: Path
 ) -> None:
     hub.add("model", "some/t5", untied_base)
     hub.add("dataset", "some/chats", {"train.jsonl": records(12)})
     (tmp_path / "own.jsonl").write_bytes(records(3))
-    data = ("some/chats:1", f"{tmp_path}/own.jsonl:1") if is_mixture else ("some/chats",)
+    data = ("some/chats:1", f"{tmp_path}/own.jsonl:1") if are_several else ("some/chats",)
     run = tmp_path / "run"
     train = ("train", "--model-name-or-path", "some/t5", "--data-path", *data, *TRAIN, "--output-dir", run)
     first = t5tune_in_fork(*train, env=hub.environment)

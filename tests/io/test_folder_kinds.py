@@ -22,6 +22,7 @@ def open_base(folder: Path) -> Path:
         ("config.json", open_cache, "a whole model, not a token cache"),
         ("adapter_config.json", open_cache, "an adapter, not a token cache"),
         ("other", open_cache, "contains no manifest.json, so it isn't a token cache"),
+        ("mixture.json", open_base, "a token cache, not a model"),
         ("manifest.json", open_base, "a token cache, not a model"),
         ("other", open_base, "contains no config.json"),
         ("manifest.json", read_adapter_config, "a token cache, not an adapter"),

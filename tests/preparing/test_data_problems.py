@@ -7,6 +7,7 @@ from typing import Any
 from t5tune.commands.prepare import prepare
 from t5tune.progress import Event, Note
 from t5tune.settings import PrepareSettings
+from tests.support.caches import find_cache
 
 
 def list_notes(folder: Path, *records: Any, **changes: Any) -> list[str]:
@@ -36,7 +37,7 @@ def test_repairs_are_reported_in_words_in_singular_and_plural(tmp_path: Path) ->
 def test_unused_columns_are_named_by_how_many_records_have_them(tmp_path: Path) -> None:
     notes = list_notes(tmp_path, *[make_pair(ID=1, section_header="x")] * 2, make_pair(note="y"), make_pair(ID=None))
     assert "2 records: unused columns ID, section_header; 1 record: unused column note" in notes
-    repaired = json.loads((tmp_path / "cache" / "manifest.json").read_text())["repaired"]
+    repaired = json.loads((find_cache(tmp_path / "cache") / "manifest.json").read_text())["repaired"]
     assert repaired == {"ignored_field_ID": 2, "ignored_field_note": 1, "ignored_field_section_header": 2}
 
 

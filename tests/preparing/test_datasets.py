@@ -1,22 +1,20 @@
-"""prepare several datasets in several processes: one mixture, the bytes of one process, in any order of their steps."""
+"""prepare several datasets: the folder is replaced as a whole, caches that are up to date are kept."""
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from t5tune.commands.prepare import PrepareResult, prepare
+from t5tune.commands.prepare import prepare
 from t5tune.commands.train import train
-from t5tune.data.caches.cache import is_cache
-from t5tune.data.caches.examples import read_mixture_manifest
-from t5tune.errors import DataError
-from t5tune.io.atomic import write_json
-from t5tune.preparing.dataset import prepare_dataset
-from t5tune.preparing.datasets import _remove_cache, _remove_old_caches
-from t5tune.progress import Report
+from t5tune.data.caches.examples import list_caches
+from t5tune.errors import DataError, SettingsError
+from t5tune.io.atomic import hash_file, write_json
+from t5tune.preparing.cache_files import write_cache
+from t5tune.preparing.dataset import Origin
 from t5tune.settings import PrepareSettings, TrainSettings
 
 pytestmark = pytest.mark.slow
@@ -45,65 +43,64 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("is_new", [True, False])
-def test_a_mixture_is_complete_if_two_processes_join_one_dataset_each(
+def test_the_folder_is_complete_at_any_moment(
     is_new: bool, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second one prepares its parts of both, and joins a, while the first one is between a and b."""
+    """So other processes can train on it: they find the old datasets or the new ones."""
+    cache = tmp_path / "cache"
     if not is_new:
-        prepare(make_settings(data, tmp_path / "cache", model_max_length=64))
-    prepare(make_settings(data, tmp_path / "one"))
-    first, second = (make_settings(data, tmp_path / "cache", shard=f"{index}/2") for index in range(2))
-    others: list[PrepareResult] = []
-
-    def prepare_next(settings: PrepareSettings, *arguments: Any) -> Any:
-        if (settings.output_dir.name, settings.shard) == ("b", "0/2"):
-            assert (tmp_path / "cache" / "mixture.json").exists() != is_new  # the old one, while nothing is joined
-            others.append(prepare(second))
-            assert not (tmp_path / "cache" / "mixture.json").exists()
-        return prepare_dataset(settings, *arguments)
-
-    monkeypatch.setattr("t5tune.preparing.datasets.prepare_dataset", prepare_next)
-    result = prepare(first)
-    assert [other.joined for other in others] == [False]
-    assert (result.joined, result.datasets) == (True, {"a": 20, "b": 20})
-    assert bytes_of(tmp_path / "cache") == bytes_of(tmp_path / "one")
-
-
-@pytest.mark.parametrize("shard", [None, "0/2", "1/2"])
-def test_a_mixture_that_is_up_to_date_is_complete_at_any_moment(
-    shard: str | None, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """So other processes can prepare it at the same time, or train on it."""
-    prepare(make_settings(data, tmp_path / "cache"))
-    before = bytes_of(tmp_path / "cache")
+        prepare(make_settings(data, cache, "abc", model_max_length=64))
+    before = bytes_of(cache)
     num_checks = 0
 
-    def check(settings: PrepareSettings, *arguments: Any) -> Any:
+    def check(*arguments: Any, **values: Any) -> Any:
         nonlocal num_checks
-        result = prepare_dataset(settings, *arguments)
-        assert bytes_of(tmp_path / "cache") == before
+        result = write_cache(*arguments, **values)
+        assert bytes_of(cache) == before
         num_checks += 1
         return result
 
-    monkeypatch.setattr("t5tune.preparing.datasets.prepare_dataset", check)
-    assert prepare(make_settings(data, tmp_path / "cache", shard=shard)).up_to_date
-    assert (bytes_of(tmp_path / "cache"), num_checks) == (before, 2)
+    monkeypatch.setattr("t5tune.preparing.datasets.write_cache", check)
+    prepare(make_settings(data, cache))
+    assert num_checks == 2
+    assert [path.name for path in list_caches(cache).values()] == ["a", "b"]
+    assert sorted(path.name for path in cache.iterdir()) == [
+        "a", "b", "mixture.json", "template.yaml", "training_data.json",
+    ]  # fmt: skip
 
 
-def test_a_mixture_of_which_another_process_replaces_a_cache_is_prepared(
+def test_datasets_that_are_up_to_date_are_not_written_again(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It removes mixture.json after this process has found that there is one."""
-    prepare(make_settings(data, tmp_path / "cache"))
-    before = bytes_of(tmp_path / "cache")
+    cache = tmp_path / "cache"
+    prepare(make_settings(data, tmp_path / "one", "abc"))
+    prepare(make_settings(data, cache, "ab"))
+    files = {path: path.stat().st_ino for path in (cache / "a").rglob("*") if path.is_file()}
+    written: list[str] = []
 
-    def read_removed(folder: Path) -> dict[str, Any]:
-        (folder / "mixture.json").unlink(missing_ok=True)
-        return read_mixture_manifest(folder)
+    def note(staged: Path, *arguments: Any) -> Any:
+        written.append(staged.name)
+        return write_cache(staged, *arguments)
 
-    monkeypatch.setattr("t5tune.preparing.datasets.read_mixture_manifest", read_removed)
-    assert prepare(make_settings(data, tmp_path / "cache", shard="0/2")).joined
-    assert bytes_of(tmp_path / "cache") == before
+    monkeypatch.setattr("t5tune.preparing.datasets.write_cache", note)
+    assert not prepare(make_settings(data, cache, "abc")).up_to_date
+    assert written == ["c"]
+    assert {path: path.stat().st_ino for path in files} == files  # not copied, either
+    assert bytes_of(cache) == bytes_of(tmp_path / "one")
+    assert prepare(make_settings(data, cache, "abc")).up_to_date
+
+
+@pytest.mark.parametrize("name", ["parts", "parts of a dataset that is new"])
+def test_several_datasets_in_parts_have_the_bytes_of_one_process(name: str, data: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    if name != "parts":
+        prepare(make_settings(data, cache, "a"))
+    prepare(make_settings(data, tmp_path / "one"))
+    results = [prepare(make_settings(data, cache, shard=f"{index}/2")) for index in range(2)]
+    assert [result.joined for result in results] == [False, True]
+    assert results[1].datasets == {"a": 20, "b": 20}
+    assert bytes_of(cache) == bytes_of(tmp_path / "one")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "data", "one"]
 
 
 def test_a_broken_mixture_file_is_written_again(data: Path, tmp_path: Path) -> None:
@@ -114,73 +111,25 @@ def test_a_broken_mixture_file_is_written_again(data: Path, tmp_path: Path) -> N
     assert bytes_of(tmp_path / "cache") == before
 
 
-def test_the_cache_of_an_old_dataset_is_removed_by_a_process_that_starts_when_others_are_replaced(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    prepare(make_settings(data, tmp_path / "cache", "abc"))
-    prepare(make_settings(data, tmp_path / "one", model_max_length=64))
-    changed = make_settings(data, tmp_path / "cache", model_max_length=64)
-
-    def stop_before_b(settings: PrepareSettings, *arguments: Any) -> Any:
-        if settings.output_dir.name == "b":
-            raise KeyboardInterrupt
-        return prepare_dataset(settings, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr("t5tune.preparing.datasets.prepare_dataset", stop_before_b)
-        with pytest.raises(KeyboardInterrupt):
-            prepare(changed.replace(shard="0/2"))
-    assert not prepare(changed.replace(shard="1/2")).joined  # only a is joined
-    assert not (tmp_path / "cache" / "mixture.json").exists()
-    assert prepare(changed.replace(shard="0/2")).joined
-    assert bytes_of(tmp_path / "cache") == bytes_of(tmp_path / "one")
-
-
-def test_two_processes_that_remove_the_same_cache_leave_one_mixture(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    prepare(make_settings(data, tmp_path / "cache", "abc"))
-    prepare(make_settings(data, tmp_path / "one"))
-    others: list[PrepareResult] = []
-
-    def remove(folder: Path, caches: Sequence[Path], report: Report) -> None:
-        monkeypatch.undo()
-        others.append(prepare(make_settings(data, tmp_path / "cache", shard="1/2")))
-        assert [cache.name for cache in caches] == ["c"]
-        _remove_old_caches(folder, caches, report)
-
-    monkeypatch.setattr("t5tune.preparing.datasets._remove_old_caches", remove)
-    assert prepare(make_settings(data, tmp_path / "cache", shard="0/2")).joined
-    assert [other.joined for other in others] == [True]
-    assert bytes_of(tmp_path / "cache") == bytes_of(tmp_path / "one")
-
-
-@pytest.mark.parametrize(
-    ("name", "function"), [("t5tune.preparing.datasets.write_json", write_json), ("shutil.rmtree", shutil.rmtree)]
-)
 @pytest.mark.parametrize("values", [{}, {"model_max_length": 64}])
-def test_what_a_killed_process_leaves_of_an_old_dataset_is_removed_by_the_next(
-    values: dict[str, Any],
-    name: str,
-    function: Callable[..., None],
-    data: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+def test_a_process_that_is_interrupted_leaves_the_old_datasets(
+    values: dict[str, Any], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepare(make_settings(data, tmp_path / "cache", "abc"))
     prepare(make_settings(data, tmp_path / "one", **values))
+    before = bytes_of(tmp_path / "cache")
     settings = make_settings(data, tmp_path / "cache", **values)
 
-    def stop(path: Path, *arguments: Any, **options: Any) -> None:
-        if path.name == "mixture.json" or path.name.startswith(".c.old-"):
+    def stop(path: Path, *arguments: Any) -> None:
+        if path.name == "mixture.json":
             raise KeyboardInterrupt
-        function(path, *arguments, **options)
+        write_json(path, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(name, stop)
+        patch.setattr("t5tune.preparing.datasets.write_json", stop)
         with pytest.raises(KeyboardInterrupt):
             prepare(settings)
-    assert bytes_of(tmp_path / "cache") != bytes_of(tmp_path / "one")
+    assert bytes_of(tmp_path / "cache") == before
     prepare(settings)
     assert bytes_of(tmp_path / "cache") == bytes_of(tmp_path / "one")
 
@@ -203,74 +152,92 @@ def test_raw_text_of_which_nothing_can_be_held_out_is_called_a_text(data: Path, 
         prepare(settings)
 
 
-def test_a_cache_of_the_old_mixture_that_is_given_by_another_path_is_kept(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    prepare(make_settings(data, tmp_path / "cache"))
-    before = bytes_of(tmp_path / "cache" / "b")
-    datasets = [{"path": str(data / "a.jsonl")}, {"path": "cache/b", "name": "given"}]
-    result = prepare(make_settings(data, tmp_path / "cache").replace(data=datasets))
-    assert result.datasets == {"a": 20, "given": 20}
-    assert bytes_of(tmp_path / "cache" / "b") == before
-
-
-def test_two_processes_replace_one_cache_by_a_mixture(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Both find the old cache when a dataset is ready, and remove it."""
-    cache = tmp_path / "cache"
-    prepare(make_settings(data, tmp_path / "one"))
-    prepare(PrepareSettings(model_name_or_path="pocket", data_path=str(data / "a.jsonl"), output_dir=cache))
-    first, second = (make_settings(data, cache, shard=f"{index}/2") for index in range(2))
-    assert not prepare(first).joined
-    assert is_cache(cache)
-
-    def find_cache_and_remove_it_first(folder: Path) -> bool:
-        monkeypatch.undo()
-        _remove_cache(folder)
-        return True
-
-    monkeypatch.setattr("t5tune.preparing.datasets.is_cache", find_cache_and_remove_it_first)
-    monkeypatch.setattr("t5tune.preparing.datasets._check_folder", lambda *_: None)  # is_cache's other callers
-    monkeypatch.setattr("t5tune.preparing.datasets.find_given_cache", lambda _: None)
-    assert prepare(second).joined
-    assert bytes_of(cache) == bytes_of(tmp_path / "one")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "data", "one"]
-
-
 def test_a_token_cache_that_is_a_dataset_is_never_replaced(data: Path, tmp_path: Path) -> None:
-    mixture, single = tmp_path / "mixture", tmp_path / "single"
-    prepare(make_settings(data, mixture))
-    prepare(PrepareSettings(model_name_or_path="pocket", data_path=str(data / "a.jsonl"), output_dir=single))
-    other = tmp_path / "other" / "a.jsonl"
-    other.parent.mkdir()
-    other.write_text("".join((data / "a.jsonl").read_text().splitlines(keepends=True)[:5]))
-    for folder, paths, place in (
-        (single, [single, data / "b.jsonl"], "the output folder"),
-        (mixture, [other, mixture / "a"], "where dataset a is written"),
-    ):
-        before = bytes_of(folder)
-        settings = make_settings(data, folder).replace(data=[{"path": str(path)} for path in paths])
-        with pytest.raises(DataError, match=f"data: .*: one of the datasets, but also {place}; choose another output"):
-            prepare(settings)
-        assert bytes_of(folder) == before
-
-
-def test_a_cache_is_replaced_by_a_mixture_only_once_a_dataset_is_ready(data: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    prepare(PrepareSettings(model_name_or_path="pocket", data_path=str(data / "a.jsonl"), output_dir=cache))
+    prepare(make_settings(data, cache))
     before = bytes_of(cache)
-    (data / "bad.jsonl").write_text("no JSON\n")
+    for paths in ([cache / "a", data / "b.jsonl"], [data / "a.jsonl", cache / "b"]):
+        settings = make_settings(data, cache).replace(data=[{"path": str(path)} for path in paths])
+        with pytest.raises(DataError, match=r"data: .*: one of the datasets, but also in the output folder, which is"):
+            prepare(settings)
+        assert bytes_of(cache) == before
+
+
+def test_a_folder_of_one_dataset_is_one_of_several(data: Path, tmp_path: Path) -> None:
+    prepare(make_settings(data, tmp_path / "single", "a"))
+    prepare(make_settings(data, tmp_path / "several", "bc"))
+    datasets = [{"path": str(tmp_path / "single")}, {"path": str(data / "b.jsonl")}]
+    result = prepare(make_settings(data, tmp_path / "cache").replace(data=datasets))
+    assert result.datasets == {"single": 20, "b": 20}
+    assert list_caches(tmp_path / "cache")["single"] == tmp_path / "single" / "a"
+    datasets[0]["path"] = str(tmp_path / "several")
+    with pytest.raises(DataError, match=r"several: a token cache of several datasets can't be one of .*; give the cac"):
+        prepare(make_settings(data, tmp_path / "cache").replace(data=datasets))
+
+
+def test_datasets_are_replaced_only_once_all_of_them_are_ready(data: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    prepare(make_settings(data, cache, "a"))
+    before = bytes_of(cache)
+    (data / "bad.jsonl").write_text("no JSON\n" * 3)
     settings = make_settings(data, cache).replace(
-        data=[{"path": str(data / name)} for name in ("bad.jsonl", "b.jsonl")]
+        data=[{"path": str(data / name)} for name in ("b.jsonl", "bad.jsonl")]
     )
     with pytest.raises(DataError):
         prepare(settings)
     assert bytes_of(cache) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "cache.rejected.jsonl", "data"]
+
+
+@pytest.mark.parametrize("name", [".gitattributes", "backup"])
+def test_nothing_else_in_the_folder_is_deleted(name: str, data: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
     prepare(make_settings(data, cache))
-    prepare(make_settings(data, tmp_path / "one"))
-    assert bytes_of(cache) == bytes_of(tmp_path / "one")
+    if name == "backup":
+        shutil.copytree(cache / "a", cache / name)
+    else:
+        (cache / name).touch()
+    with pytest.raises(DataError, match=f"cache: contains {name} in addition to a token cache; move these files away"):
+        prepare(make_settings(data, cache, model_max_length=64))
+    assert (cache / name).exists()
+
+
+@pytest.mark.parametrize("is_reversed", [False, True])
+def test_a_run_finds_its_datasets_in_their_order(is_reversed: bool, data: Path, tmp_path: Path) -> None:
+    prepare(make_settings(data, tmp_path / "given", "a"))
+    datasets = [{"path": str(tmp_path / "given")}, {"path": str(data / "b.jsonl")}]
+    settings = make_settings(data, tmp_path / "cache").replace(data=datasets)
+    prepare(settings)
+    if is_reversed:
+        with pytest.raises(SettingsError, match="the datasets were given, b before, and are b, given now"):
+            prepare(settings.replace(data=datasets[::-1]), origin=Origin(in_use=True))
+    else:
+        assert prepare(settings, origin=Origin(in_use=True)).up_to_date
+
+
+def test_the_data_of_a_run_of_an_older_version_is_kept(data: Path, tmp_path: Path) -> None:
+    settings = make_settings(data, tmp_path / "cache", "a")
+    prepare(settings.replace(output_dir=tmp_path / "one"))
+    (tmp_path / "one" / "a").rename(tmp_path / "cache")
+    before = bytes_of(tmp_path / "cache")
+    with pytest.raises(DataError, match="cache: prepared by an older version of t5tune, without mixture.json; resume"):
+        prepare(settings, origin=Origin(in_use=True))
+    assert bytes_of(tmp_path / "cache") == before
+
+
+def test_each_file_is_hashed_once(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[str] = []
+
+    def note(path: Path) -> str:
+        hashed.append("/".join(path.parts[-2:]))
+        return hash_file(path)
+
+    monkeypatch.setattr("t5tune.data.caches.cache.hash_file", note)
+    prepare(make_settings(data, tmp_path / "cache"))
+    prepare(make_settings(data, tmp_path / "cache", "abc"))
+    assert Counter(name for name in hashed if name.endswith("tokens.bin")) == {
+        "a/tokens.bin": 2, "b/tokens.bin": 2, "c/tokens.bin": 1,
+    }  # fmt: skip
 
 
 def test_a_folder_of_token_caches_is_never_deleted_for_a_run(data: Path, tmp_path: Path) -> None:
@@ -287,6 +254,6 @@ def test_a_folder_of_token_caches_is_never_deleted_for_a_run(data: Path, tmp_pat
         preprocessed_path=caches,
         output_dir=tmp_path / "run",
     )
-    with pytest.raises(DataError, match="caches: contains several token caches, and isn't one; choose another"):
+    with pytest.raises(DataError, match="caches: exists and isn't a token cache; choose another"):
         train(settings)
     assert bytes_of(caches) == before

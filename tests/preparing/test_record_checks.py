@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from t5tune.commands.prepare import prepare
-from t5tune.data.caches.cache import open_cache
 from t5tune.errors import DataError
 from t5tune.settings import PrepareSettings
+from tests.support.caches import open_only
 from tests.support.command_line import t5tune_in_fork
 
 GOOD = [{"source": f"q{number}", "target": "Yes"} for number in range(17)]
@@ -57,7 +57,7 @@ def test_records_left_out_on_purpose_are_not_counted(tmp_path: Path, reason: str
     data = write(tmp_path / "data.jsonl", GOOD + [LEFT_OUT[reason]] * 20)
     more = {"conversation_template": "plain", "dedupe": "exact" if reason == "duplicate" else "none"}
     prepare(make_settings(data, max_rejected_fraction=0, **more))
-    assert open_cache(tmp_path / "cache").manifest["rejected_by_reason"] == {reason: 20}
+    assert open_only(tmp_path / "cache").manifest["rejected_by_reason"] == {reason: 20}
 
 
 def test_the_rejected_records_are_no_data_and_are_removed_once_a_cache_is_written(tmp_path: Path) -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from t5tune.data.caches.cache import open_cache
 from t5tune.io.atomic import hash_file
 from t5tune.runs.metrics_log import read_metrics
+from tests.support.caches import open_only
 from tests.support.forks import FROM_THEN_ON, ONCE, SHORT, FileOperation, ForkServer
 from tests.support.runs import LONG, list_complete_steps, make_arguments
 
@@ -126,7 +126,7 @@ def test_prepare_leaves_the_old_or_the_new_cache_after_any_failed_file_operation
                 assert str(place) in message, where
                 assert os.strerror(error) in message, where
             assert "Traceback" not in done.log, where
-            assert open_cache(place / "cache").manifest["inputs"]["data"][0]["file"] in (
+            assert open_only(place / "cache").manifest["inputs"]["data"][0]["file"] in (
                 few_conversations.name,
                 conversations.name,
             )

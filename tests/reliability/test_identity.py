@@ -17,8 +17,7 @@ from t5tune.checkpoints.base_tensors import Checkpoint
 from t5tune.checkpoints.fingerprint import compute_full_hash
 from t5tune.commands.prepare import prepare
 from t5tune.commands.train import train
-from t5tune.data.caches.cache import open_cache
-from t5tune.data.caches.examples import read_examples_manifest
+from t5tune.data.caches.examples import open_examples, read_examples_manifest
 from t5tune.data.tokens.tokenizer import load_tokenizer
 from t5tune.errors import CheckpointError, DataError, SettingsError, Stopped
 from t5tune.io.atomic import hash_file
@@ -30,6 +29,7 @@ from t5tune.runs.resume_guard import SHARDING_FIELDS, build_run_identity, check_
 from t5tune.settings import PrepareSettings
 from t5tune.settings.packaged_templates import read_deepspeed_config
 from tests.support.bases import make_base
+from tests.support.caches import find_cache, open_only
 from tests.support.command_line import CommandResult
 from tests.support.forks import ForkServer
 from tests.support.runs import STEPS, make_arguments, make_settings, read_adapter, stop_at
@@ -107,7 +107,7 @@ def test_a_run_resumes_with_the_files_of_its_cache(untied_base: Path, conversati
     with pytest.raises(Stopped):
         train(make_settings(untied_base, cache, run), stop_at(Advanced("train", 2)))
     assert train(make_settings(untied_base, conversations, run)).resumed_from == run / "checkpoint-3"
-    seeds = [json.loads((folder / "manifest.json").read_text())["seed"] for folder in (cache, run / "data")]
+    seeds = [json.loads((find_cache(folder) / "manifest.json").read_text())["seed"] for folder in (cache, run / "data")]
     assert seeds == [42, 0]
 
 
@@ -382,7 +382,7 @@ def test_what_a_section_of_the_deepspeed_config_takes_from_the_settings_is_compa
 
     def identify(sections: dict[str, Any]) -> dict[str, Any]:
         config.write_text(json.dumps(read_deepspeed_config("zero2") | sections))
-        return build_run_identity(settings, open_cache(cache), "0", None, world_size=1)
+        return build_run_identity(settings, open_examples(cache), "0", None, world_size=1)
 
     optimizer = identify(SECTIONS)["deepspeed_optimizer"]
     assert optimizer == {"type": "AdamW", "params": {"torch_adam": True}}
@@ -517,7 +517,7 @@ def test_other_data_of_a_run_keeps_the_tokens_whose_rows_are_trained(
     changed = make_settings(untied_base, second, run, allow_change=["data"])
     with pytest.raises(Stopped):
         train(changed, stop_at(Advanced("train", 4)))
-    cache = open_cache(run / "data")
+    cache = open_only(run / "data")
     assert cache.manifest["inputs"]["data"][0]["file"] == second.name
     assert load_tokenizer(cache.tokenizer_folder).get_vocab() == tokens
     assert load_tokenizer(run / "checkpoint-5").get_vocab() == tokens

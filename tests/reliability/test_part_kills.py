@@ -16,11 +16,11 @@ MOMENTS = {
     "the part is begun": ("os.mkdir", ".part-1-of-2.new"),
     "the part is written": ("open", "part.json"),
     "the part is complete": ("os.rename", "part-1-of-2"),
-    "the parts are taken": ("os.rename", ".cache.joining"),
-    "the join begins": ("open", "part-0-of-2/records.bin"),
-    "the cache is written": ("open", "manifest.json.new"),
-    "the cache is complete": ("os.rename", ".cache.old"),
-    "the parts are deleted": ("shutil.rmtree", ".cache.old"),
+    "the join begins": ("open", "part-0-of-2/data.records"),
+    "the folder is written": ("open", "mixture.json.new"),
+    "the cache is complete": ("os.rename", ".part-0-of-2.old"),
+    "the parts are deleted": ("shutil.rmtree", ".part-0-of-2.old"),
+    "some parts are deleted": ("shutil.rmtree", ".part-1-of-2.old"),
 }
 
 
@@ -69,7 +69,7 @@ def test_a_part_or_a_join_that_was_killed_is_completed(
         check_completion(folder, expected, by_join=True)
 
 
-@pytest.mark.parametrize("moment", ["the parts are taken", "the join begins", "the parts are deleted"])
+@pytest.mark.parametrize("moment", ["the part is written", "the join begins", "the parts are deleted"])
 @pytest.mark.parametrize("call", ["tests.support.nfs:lock_as_on_nfs()", "tests.support.nfs:lock_nothing()"])
 def test_parts_that_are_started_again_together_after_a_kill_leave_one_cache(
     moment: str, call: str, tmp_path: Path, expected: dict[str, bytes], fork_server: ForkServer

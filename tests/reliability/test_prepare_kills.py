@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from t5tune.commands.prepare import prepare
-from t5tune.data.caches.cache import open_cache
 from t5tune.settings import PrepareSettings
+from tests.support.caches import open_only
 from tests.support.runs import LONG, TIMEOUT, Running
 
 pytestmark = pytest.mark.slow
@@ -29,7 +29,7 @@ def write_data(path: Path, word: str) -> Path:
 
 def read_data_name(cache: Path) -> str:
     """Read the name of the data file that a cache was made from, after verifying the cache."""
-    return str(open_cache(cache).manifest["inputs"]["data"][0]["file"])
+    return str(open_only(cache).manifest["inputs"]["data"][0]["file"])
 
 
 def test_a_killed_prepare_leaves_the_old_or_the_new_cache(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 from safetensors.torch import load_file
 
 from t5tune.commands.train import train
-from t5tune.data.caches.cache import open_cache
+from t5tune.data.caches.examples import open_examples
 from t5tune.errors import DependencyError, SettingsError, Stopped
 from t5tune.formatting import format_number, format_size
 from t5tune.progress import Advanced, silent
@@ -374,7 +374,7 @@ def test_the_evaluations_have_a_column_for_each_metric_that_any_of_them_has(run:
     settings, result = read_saved_settings(copy), json.loads((copy / "result.json").read_text())
     assert settings is not None
     values = result | {"best_step": 3}
-    write_run_report(copy, settings, values, open_cache(copy / "data"), has_held_out=True)
+    write_run_report(copy, settings, values, open_examples(copy / "data"), has_held_out=True)
     cells = Page((copy / "report.html").read_text()).cells
     start = cells.index("step")
     rows = [cells[start + 5 * number : start + 5 * (number + 1)] for number in range(3)]
@@ -420,7 +420,11 @@ def test_what_the_data_contains_is_shown_as_text(run: Path, tmp_path: Path) -> N
     assert settings is not None
     result = json.loads((copy / "result.json").read_text())
     write_run_report(
-        copy, settings, result | {"eval": {"<i>": 1.0, **result["eval"]}}, open_cache(copy / "data"), has_held_out=True
+        copy,
+        settings,
+        result | {"eval": {"<i>": 1.0, **result["eval"]}},
+        open_examples(copy / "data"),
+        has_held_out=True,
     )
     text = (copy / "report.html").read_text()
     page = Page(text)

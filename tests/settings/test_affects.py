@@ -9,13 +9,14 @@ from pydantic import Field
 
 from t5tune.checkpoints.training_data import DatasetTraining, TrainingData
 from t5tune.commands.prepare import prepare
-from t5tune.data.caches.cache import open_cache
+from t5tune.data.caches.examples import open_examples
 from t5tune.errors import SettingsError
 from t5tune.runs.folder import apply_cache_settings, locate_run, read_saved_settings, save_settings
 from t5tune.runs.resume_guard import build_run_identity, check_finished_run
 from t5tune.settings import DatasetSettings, EvaluateSettings, PrepareSettings, Settings, TrainSettings
 from t5tune.settings.affects import Affects, select_settings
 from t5tune.settings.field_types import NoneIfUnset
+from tests.support.caches import open_only
 
 READING = [
     "objective", "denoisers", "encoding", "data_format", "header",
@@ -58,14 +59,14 @@ def cache(conversations: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def test_a_cache_is_made_of_these_inputs_in_this_order(cache: Path) -> None:
-    assert list(open_cache(cache).manifest["inputs"]) == ["data", "tokenizer", "template", *CACHE]
+    assert list(open_only(cache).manifest["inputs"]) == ["data", "tokenizer", "template", *CACHE]
 
 
 @pytest.mark.parametrize("batch", ["batch", "batch_tokens"])
 def test_a_run_is_made_of_these_fields_in_this_order(cache: Path, batch: str) -> None:
     tokens = 64 if batch == "batch_tokens" else None
     settings = TrainSettings(**NEEDED, data_path=[str(cache)], tokens_per_batch=tokens, seed=5, num_data=9)
-    identity = build_run_identity(settings, open_cache(cache), "0", None, world_size=3)
+    identity = build_run_identity(settings, open_examples(cache), "0", None, world_size=3)
     own = sorted([*RUN, *MIXING, "family"])
     batches = ["batch"] if tokens is None else ["tokens_per_batch", "batch_tokens"]
     computed = [*batches, "data", "base", "teacher", "adapter", "reference_adapter", "world_size"]
@@ -95,7 +96,7 @@ def test_another_spelling_of_the_same_paths_is_no_change(tmp_path: Path) -> None
 
 
 def test_these_settings_are_taken_from_a_token_cache(cache: Path) -> None:
-    inputs = open_cache(cache).manifest["inputs"]
+    inputs = open_only(cache).manifest["inputs"]
     settings = TrainSettings(**NEEDED, data_path=[str(cache)])
     other = settings.model_copy(
         update=dict.fromkeys(TrainSettings.model_fields, "other") | {"data_path": [str(cache)], "data": None}

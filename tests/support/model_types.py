@@ -16,9 +16,9 @@ from torch.nn import functional
 from transformers import CONFIG_MAPPING, AutoModelForSeq2SeqLM
 
 from t5tune.compat.requirements import is_older
-from t5tune.data.caches.cache import open_cache
 from t5tune.families import BYTE_FALLBACK, BYTE_LEVEL_BPE, BYTES, FAMILIES, FASTCHAT_TOKENS, Family, find_architecture
 from t5tune.families.t5gemma import T5Gemma
+from tests.support.caches import open_only
 from tests.support.gemma_models import EOI, make_gemma
 from tests.support.prose import english_text
 from tests.support.tokenizer_kinds import make_codet5_tokenizer, make_gemma_tokenizer, make_madlad_tokenizer
@@ -114,7 +114,7 @@ def compute_logits(model: Any, cache: Path) -> torch.Tensor:
     """Compute the logits of all target tokens of a cache, one example at a time."""
     start = find_architecture(model.config.to_dict(), cache).start_token_id
     logits = []
-    for example in open_cache(cache):
+    for example in open_only(cache):
         source, target = (torch.from_numpy(ids.astype("int64"))[None] for ids in (example.source_S, example.target_T))
         inputs = {"input_ids": source, "decoder_input_ids": functional.pad(target[:, :-1], (1, 0), value=start)}
         with torch.inference_mode():

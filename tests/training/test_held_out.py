@@ -14,6 +14,7 @@ from t5tune.data.caches.examples import Examples, open_examples
 from t5tune.data.tokens.tokenizer import decode_reference, load_tokenizer
 from t5tune.runs.folder import open_data
 from t5tune.settings import EvaluateSettings, PrepareSettings, TrainSettings
+from tests.support.caches import find_cache
 from tests.support.prose import english_text
 
 FRACTION = 0.25
@@ -97,7 +98,7 @@ def test_prepare_its_parts_and_evaluate_hold_out_what_train_does(
     chosen = {"model_name_or_path": str(untied_base), "data_path": tmp_path / "cache", "use_cpu": True}
     result = evaluate(EvaluateSettings(**chosen, output_dir=tmp_path / "scores"))
     targets = sorted(json.loads(line)["target"] for line in result.predictions.read_text().splitlines())
-    tokenizer = load_tokenizer(tmp_path / "cache" / "tokenizer")
+    tokenizer = load_tokenizer(find_cache(tmp_path / "cache") / "tokenizer")
     assert targets == sorted(decode_reference(tokenizer, ids, "") for ids in expected)
 
 

@@ -1,6 +1,7 @@
 """Several datasets in one run: what is trained on, what is evaluated, and what the result says of each."""
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,8 +17,7 @@ from t5tune.commands.evaluate import evaluate
 from t5tune.commands.inspect import inspect
 from t5tune.commands.prepare import prepare
 from t5tune.commands.train import train
-from t5tune.data.caches.cache import is_cache
-from t5tune.data.caches.examples import open_examples, open_mixture
+from t5tune.data.caches.examples import open_examples
 from t5tune.data.tokens.tokenizer import load_tokenizer
 from t5tune.errors import DataError, SettingsError
 from t5tune.inference.loading import read_model_files
@@ -25,6 +25,7 @@ from t5tune.inference.prompts import make_prompts
 from t5tune.progress import Evaluated, Event, Note
 from t5tune.runs.folder import TrainResult, locate_run, open_data, read_result
 from t5tune.settings import EvaluateSettings, InspectSettings, PrepareSettings, TrainSettings, load_settings
+from tests.support.caches import find_cache
 from tests.support.command_line import CommandResult, t5tune_in_fork
 from tests.support.recording import read_recorded
 from tests.support.train_runs import read_metrics_lines
@@ -121,7 +122,7 @@ def test_the_shares_are_the_weights_on_any_number_of_ranks(
     assert {name: facts["examples_per_epoch"] for name, facts in result["datasets"].items()} == {
         "sums": total // 2, "notes": total // 4, "chats": total // 4,
     }  # fmt: skip
-    mixture = open_mixture(tmp_path / "run-1" / "data")
+    mixture = open_examples(tmp_path / "run-1" / "data")
     assert [(dataset["name"], dataset["share"]) for dataset in mixture.manifest["datasets"]] == [
         ("sums", 0.5), ("notes", 0.25), ("chats", 0.25),
     ]  # fmt: skip
@@ -242,10 +243,10 @@ def test_data_with_the_name_of_a_token_cache_is_evaluated_as_that_one_was_read(
     evaluated = [{"name": "sums", "path": str(data / "sums.jsonl")}, {"path": str(data / "talk.json")}]
     train(TrainSettings(**common, **trained, eval_data=evaluated, output_dir=tmp_path / "run", max_steps=1))
     folders = (cache, tmp_path / "run" / "eval-data" / "sums")
-    made, measured = (json.loads((folder / "manifest.json").read_text())["inputs"] for folder in folders)
+    made, measured = (json.loads((find_cache(folder) / "manifest.json").read_text())["inputs"] for folder in folders)
     assert made["source_prefix"] == "sum: "
     assert measured == {**made, "seed": 0, "split_seed": 0}  # which determine nothing of this cache
-    other = open_mixture(tmp_path / "run" / "eval-data").datasets[1].cache.manifest["inputs"]
+    other = open_examples(tmp_path / "run" / "eval-data").datasets[1].cache.manifest["inputs"]
     assert (other["source_prefix"], other["model_max_length"], other["train_on"]) == ("", 2048, "all")
 
 
@@ -262,7 +263,7 @@ def test_data_with_the_name_of_a_token_cache_may_have_another_layout(
         {"name": "talk", "path": str(data / "talk.json")},
     ]
     train(TrainSettings(**common, data=trained, eval_data=evaluated, output_dir=tmp_path / "run", max_steps=1))
-    cache = open_mixture(tmp_path / "run" / "eval-data").datasets[0].cache
+    cache = open_examples(tmp_path / "run" / "eval-data").datasets[0].cache
     assert len(cache) == 1
     names = ("source_column", "target_column", "source_prefix", "model_max_length")
     assert [cache.manifest["inputs"][name] for name in names] == ["text", None, "sum: ", 64]
@@ -379,7 +380,7 @@ def test_inspect_names_the_caches_of_a_mixture(
     trained: tuple[TrainResult, list[Event]], data: Path, tmp_path: Path
 ) -> None:
     run = trained[0].run
-    with pytest.raises(DataError, match="data: a mixture of several datasets") as refused:
+    with pytest.raises(DataError, match="data: a token cache of several datasets") as refused:
         inspect(InspectSettings(cache=run))
     assert str(run / "data" / "notes") in str(refused.value.hint)
     (example,) = inspect(InspectSettings(cache=run / "data" / "notes", example=3)).examples
@@ -393,27 +394,25 @@ def test_only_what_changed_is_prepared_again(untied_base: Path, data: Path, tmp_
     assert prepare(settings).up_to_date
     assert settings.data is not None
     changed = [settings.data[0], settings.data[1].replace(source_prefix="shorten: ")]
-    notes: list[Event] = []
-    made = prepare(settings.replace(data=changed), notes.append)
+    made = prepare(settings.replace(data=changed))
     assert made.datasets == {"sums": 40, "notes": 12}
     now = {path: path.stat().st_ino for path in (tmp_path / "mixture").glob("*/tokens.bin")}
     same = {path.parent.name for path in now if before[path] == now[path]}
     assert same == {"sums"}
-    removed = f"{tmp_path / 'mixture' / 'chats'}: removed, since this dataset is no longer among the data"
-    assert removed in [note.text for note in notes if isinstance(note, Note)]
+    assert not (tmp_path / "mixture" / "chats").exists()
 
 
 def test_a_folder_with_other_content_is_refused(untied_base: Path, data: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("text")
-    with pytest.raises(DataError, match=r"mine: contains other files, so it isn't a mixture of datasets; choose"):
+    with pytest.raises(DataError, match="mine: exists and isn't a token cache; choose another output_dir"):
         prepare(make_prepare_settings(untied_base, data, tmp_path / "mine"))
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "text"
     single = make_prepare_settings(untied_base, data, tmp_path / "one", data_path=[data / "sums.jsonl"])
     prepare(single)
     assert prepare(make_prepare_settings(untied_base, data, tmp_path / "one")).datasets == SIZES  # replaces the cache
-    with pytest.raises(DataError, match="one: contains several token caches, and isn't one; choose another output_dir"):
-        prepare(single)
+    assert prepare(single).datasets is None
+    assert not (tmp_path / "one" / "notes").exists()
 
 
 def test_token_caches_of_the_same_tokenizer_can_be_mixed(untied_base: Path, data: Path, tmp_path: Path) -> None:
@@ -456,7 +455,7 @@ def test_a_text_that_is_held_out_in_one_dataset_is_held_out_in_all(
     datasets = [{"path": str(data / "sums.jsonl")}, {"path": str(tmp_path / "part.jsonl")}]
     folder = tmp_path / "mixture"
     prepare(make_prepare_settings(untied_base, data, folder, data=datasets, eval_fraction=0.3))
-    training, held_out = open_mixture(folder).split_as_prepared()
+    training, held_out = open_examples(folder).split_as_prepared()
     assert held_out is not None
     trained_on, evaluated_on = ({example.target_T.tobytes() for example in part} for part in (training, held_out))
     assert len(trained_on | evaluated_on) == 40
@@ -466,7 +465,7 @@ def test_a_text_that_is_held_out_in_one_dataset_is_held_out_in_all(
 def test_a_text_counts_as_the_same_whatever_prefix_a_dataset_has(untied_base: Path, data: Path, tmp_path: Path) -> None:
     datasets = [{"path": str(data / "sums.jsonl")}, {"path": str(data / "sums.jsonl"), "source_prefix": "sum: "}]
     prepare(make_prepare_settings(untied_base, data, tmp_path / "mixture", data=datasets, eval_fraction=0.3))
-    mixture = open_mixture(tmp_path / "mixture")
+    mixture = open_examples(tmp_path / "mixture")
     assert [dataset.name for dataset in mixture.datasets] == ["sums", "sums-2"]
     training, held_out = mixture.split_as_prepared()
     assert held_out is not None
@@ -502,7 +501,7 @@ def test_num_data_counts_what_no_dataset_holds_out(untied_base: Path, data: Path
     caches = [f"{tmp_path / name}:1" for name in ("sums", "part")]
     for name, num_data in (("whole", None), ("limited", 8)):
         prepare(make_prepare_settings(untied_base, data, tmp_path / name, data_path=caches, num_data=num_data))
-    _, expected = open_mixture(tmp_path / "whole").split_as_prepared()
+    _, expected = open_examples(tmp_path / "whole").split_as_prepared()
     assert expected is not None
     for run, paths, num_data in (
         ("caches", caches, 8), ("mixture", [tmp_path / "whole"], 8), ("prepared", [tmp_path / "limited"], None),
@@ -528,7 +527,7 @@ def test_what_is_given_next_to_a_token_cache_is_refused(untied_base: Path, data:
             train(settings)
     prepare(make_prepare_settings(untied_base, data, tmp_path / "mixture"))
     nested = make_settings(untied_base, data, tmp_path / "run", data=[str(tmp_path / "mixture"), other])
-    with pytest.raises(DataError, match="mixture: a mixture can't be one of several datasets"):
+    with pytest.raises(DataError, match="mixture: a token cache of several datasets can't be one of several data"):
         train(nested)
 
 
@@ -600,9 +599,9 @@ def test_settings_of_examples_apply_to_token_caches_or_are_refused(
         with pytest.raises(SettingsError) as refused:
             command()
         assert {problem.rpartition(";")[0].replace(f"{tmp_path}/", "") for problem in refused.value.problems} == {
-            "train_on: 'last' here, 'all' in the cache sums",
-            "conversation_template: fastchat-t5: the cache sums was made with another one",
-            "model_max_length: 64 here, 128 in the cache talk",
+            "train_on: 'last' here, 'all' in the cache sums/sums",
+            "conversation_template: fastchat-t5: the cache sums/sums was made with another one",
+            "model_max_length: 64 here, 128 in the cache talk/talk",
         }
 
 
@@ -621,7 +620,7 @@ def test_a_seed_is_refused_if_it_differs_from_what_a_token_cache_was_split_or_ma
     with pytest.raises(SettingsError, match=f"^{seed}: 7 here, 42 in the cache .*; leave it out, or use the original"):
         prepare(mixed.replace(**{seed: 7}))
     other = "seed" if seed == "split_seed" else "split_seed"
-    assert prepare(mixed.replace(**{seed: 42, other: 7})).datasets
+    assert prepare(mixed.replace(**{seed: 42, other: 7})).examples >= 1
 
 
 @pytest.mark.parametrize("is_prepared", [False, True])
@@ -652,43 +651,24 @@ def test_data_next_to_a_cache_is_refused(untied_base: Path, data: Path, tmp_path
 
 def test_caches_of_other_tokenizers_are_no_mixture(untied_base: Path, data: Path, tmp_path: Path) -> None:
     prepare(make_prepare_settings(untied_base, data, tmp_path / "mixture"))
-    single = make_prepare_settings(untied_base, data, tmp_path / "mixture" / "notes", data_path=[data / "sums.jsonl"])
+    single = make_prepare_settings(untied_base, data, tmp_path / "other", data_path=[data / "sums.jsonl"])
     prepare(single.replace(add_tokens=["none"]))
+    shutil.rmtree(tmp_path / "mixture" / "notes")
+    (tmp_path / "other" / "sums").rename(tmp_path / "mixture" / "notes")
     with pytest.raises(DataError, match="notes: its tokenizer isn't that of .*sums"):
-        open_mixture(tmp_path / "mixture")
+        open_examples(tmp_path / "mixture")
 
 
 def test_nothing_of_the_user_is_removed_with_an_old_dataset(untied_base: Path, data: Path, tmp_path: Path) -> None:
     settings = make_prepare_settings(untied_base, data, tmp_path / "mixture")
     prepare(settings)
-    (tmp_path / "mixture" / "chats" / "mine.txt").write_text("text")
-    moved = {"path": str(tmp_path / "mixture" / "notes"), "name": "moved"}
-    notes: list[Event] = []
-    prepare(settings.replace(data=[list_datasets(data, None)[0], moved]), notes.append)
-    assert (tmp_path / "mixture" / "chats" / "mine.txt").read_text() == "text"
-    assert any("chats: no longer among the data, but kept" in note.text for note in notes if isinstance(note, Note))
-    assert [dataset.name for dataset in open_mixture(tmp_path / "mixture").datasets] == ["sums", "moved"]
-
-
-def test_a_given_token_cache_in_the_folder_of_a_mixture_is_never_removed(
-    untied_base: Path, data: Path, tmp_path: Path
-) -> None:
-    folder, file = tmp_path / "caches", data / "sums.jsonl"
-    for name in ("a", "b"):
-        prepare(make_prepare_settings(untied_base, data, folder / name, data_path=[file], add_tokens=["none"]))
-
-    def mix(*paths: Path) -> list[str]:
-        prepare(make_prepare_settings(untied_base, data, folder, data_path=[f"{path}:1" for path in paths]))
-        return sorted(path.name for path in folder.iterdir() if is_cache(path))
-
-    assert mix(folder / "a", folder / "b") == ["a", "b"]
-    assert mix(folder / "a", file) == ["a", "b", "sums"]
-    assert mix(folder / "a") == ["a", "b"]  # prepare has written the other one for the mixture
-    assert mix(file) == ["a", "b", "sums"]
-    manifest = json.loads((folder / "mixture.json").read_text())
-    del manifest["datasets"][0]["written"]  # nothing says that it may be removed
-    (folder / "mixture.json").write_text(json.dumps(manifest))
-    assert mix(folder / "a") == ["a", "b", "sums"]
+    other = settings.replace(data=list_datasets(data, None)[:1])
+    for name in ("chats/mine.txt", "mine.txt"):
+        (tmp_path / "mixture" / name).write_text("text")
+        with pytest.raises(DataError, match=f"mixture: contains {name} in addition to a token cache; move these files"):
+            prepare(other)
+        (tmp_path / "mixture" / name).unlink()
+    assert prepare(other).examples == SIZES["sums"]
 
 
 def test_a_start_that_failed_leaves_no_folder_in_the_way(untied_base: Path, data: Path, tmp_path: Path) -> None:

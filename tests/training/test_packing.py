@@ -12,11 +12,11 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForSeq2SeqLM, BartConfig
 
 from t5tune.commands.train import train
-from t5tune.data.caches.cache import open_cache
 from t5tune.errors import SettingsError
 from t5tune.progress import Event
 from t5tune.training.build_model import _enable_packing
 from tests.support import train_runs
+from tests.support.caches import open_only
 from tests.support.command_line import CommandResult
 from tests.support.train_runs import read_steps
 
@@ -41,7 +41,7 @@ def padded(
     """A run of two padded steps, each over all examples, and the number of the examples' tokens."""
     run = tmp_path_factory.mktemp("runs") / "padded"
     train(make_settings(base_without_dropout, conversations, run, packing="off"))
-    sources, targets = open_cache(run / "data").take(NUM_DATA).read_lengths()
+    sources, targets = open_only(run / "data").take(NUM_DATA).read_lengths()
     return run, int(sources.sum() + targets.sum())
 
 
@@ -125,7 +125,7 @@ def test_label_smoothing_is_in_the_loss_it_trains_on(
     train(make_settings(base_without_dropout, conversations, run, max_steps=1, label_smoothing_factor=0.2))
     model = AutoModelForSeq2SeqLM.from_pretrained(base_without_dropout, dtype=torch.float32)
     total, count = 0.0, 0
-    cache = open_cache(run / "data")
+    cache = open_only(run / "data")
     for index in range(NUM_DATA):
         source, target = (torch.from_numpy(ids)[None] for ids in (cache[index].source_S, cache[index].target_T))
         logits = model(input_ids=source, labels=target).logits[0]

@@ -19,13 +19,14 @@ from t5tune.commands.evaluate import evaluate
 from t5tune.commands.merge import merge
 from t5tune.commands.prepare import prepare
 from t5tune.commands.train import train
-from t5tune.data.caches.cache import open_cache
+from t5tune.data.caches.examples import open_examples
 from t5tune.data.tokens.tokenizer import decode_reference, load_tokenizer
 from t5tune.errors import CheckpointError, SettingsError, Stopped, T5TuneError
 from t5tune.progress import Event, Measured, Note
 from t5tune.settings import EvaluateSettings, MergeSettings, PrepareSettings, TrainSettings
 from t5tune.training import reference as reference_module
 from t5tune.training.reference import ReferenceFile
+from tests.support.caches import open_only
 from tests.support.command_line import CommandResult
 from tests.support.model_types import make_checkpoint
 from tests.support.train_runs import make_settings as make_run_settings
@@ -65,7 +66,7 @@ def compute_log_probabilities(folder: Path, cache: Path) -> torch.Tensor:
     """Compute the answers' log-probabilities with stock transformers in fp64, an answer at a time: (pairs, 2)."""
     model = AutoModelForSeq2SeqLM.from_pretrained(folder).double().eval()
     found = []
-    for pair in open_cache(cache):
+    for pair in open_only(cache):
         source = torch.from_numpy(pair.source_S)[None]
         for target in map(torch.from_numpy, pair.targets):
             with torch.inference_mode():
@@ -102,8 +103,7 @@ def test_the_loss_begins_at_log_2_and_metrics_have_trl_s_names(run: Path) -> Non
 
 def test_the_reference_is_that_of_stock_transformers(run: Path, untied_base: Path, data: Path) -> None:
     stock = compute_log_probabilities(untied_base, run / "data")
-    cache = open_cache(run / "data")
-    parts = cache.split(0.25, 42)
+    parts = open_examples(run / "data").split(0.25, 42)
     for name, part in zip(("training", "held-out"), parts, strict=True):
         found = read_reference(run, name)
         indices = [part.name_example(index) for index in range(len(part))]
@@ -114,8 +114,7 @@ def test_held_out_metrics_are_those_of_the_merged_model(run: Path, untied_base: 
     merged = tmp_path / "merged"
     merge(MergeSettings(model_name_or_path=str(untied_base), adapter=run, output_dir=merged, verify=False))
     before, after = (compute_log_probabilities(folder, run / "data") for folder in (untied_base, merged))
-    cache = open_cache(run / "data")
-    _, held_out = cache.split(0.25, 42)
+    _, held_out = open_examples(run / "data").split(0.25, 42)
     indices = [held_out.name_example(index) for index in range(len(held_out))]
     rewards = 0.1 * (after - before)[indices]
     margins = rewards[:, 0] - rewards[:, 1]
@@ -430,14 +429,14 @@ def test_predictions_can_be_the_targets_of_another_model(
             "conversation_template": str(teacher / "template.yaml"), "add_tokens": "auto",
         }  # fmt: skip
         prepare(PrepareSettings(**values, target_column="prediction", output_dir=tmp_path / f"{name}-sft"))
-        written = open_cache(tmp_path / f"{name}-sft")
+        written = open_only(tmp_path / f"{name}-sft")
         tokenizer = load_tokenizer(written.tokenizer_folder)
         sources = [decode_reference(tokenizer, example.source_S, "") for example in written]
         assert {line["source"] for line in kept} <= {*sources}
         columns = {"target_column": "target", "rejected_column": "prediction", "objective": "dpo"}
         prepare(PrepareSettings(**values, **columns, output_dir=tmp_path / f"{name}-pairs"))
         wrong = [line for line in kept if line["prediction"] != line["target"]]
-        assert len(open_cache(tmp_path / f"{name}-pairs")) == len(wrong) > 10
+        assert len(open_only(tmp_path / f"{name}-pairs")) == len(wrong) > 10
 
 
 def test_caches_of_pairs_can_be_mixed(untied_base: Path, data: Path, tmp_path: Path) -> None:
@@ -451,7 +450,7 @@ def test_caches_of_pairs_can_be_mixed(untied_base: Path, data: Path, tmp_path: P
     train(TrainSettings(**unset | given))
     assert read_losses(tmp_path / "dpo")[0] == pytest.approx(LOG_2, abs=1e-6)
     assert "objective: dpo" in (tmp_path / "dpo" / "settings.yaml").read_text()
-    with pytest.raises(SettingsError, match="objective: 'dpo' here, 'sft' in the cache .*plain; leave it out"):
+    with pytest.raises(SettingsError, match="objective: 'dpo' here, 'sft' in the cache .*plain/pairs; leave it out"):
         train(
             TrainSettings(
                 **unset

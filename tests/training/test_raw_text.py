@@ -12,10 +12,10 @@ import yaml
 from t5tune.commands.evaluate import evaluate
 from t5tune.commands.prepare import prepare
 from t5tune.commands.train import train
-from t5tune.data.caches.cache import open_cache
 from t5tune.errors import SettingsError
 from t5tune.progress import Note
 from t5tune.settings import EvaluateSettings, PrepareSettings, TrainSettings
+from tests.support.caches import open_only
 from tests.support.command_line import CommandResult
 from tests.support.prose import english_text
 from tests.support.recording import read_recorded
@@ -62,7 +62,7 @@ def test_each_epoch_masks_other_spans_on_any_number_of_ranks(
         assert done.code == 0, done.stderr[-3000:]
         steps[ranks] = read_recorded(folder)
     assert steps[1] == steps[2]
-    cache = open_cache(tmp_path / "run-1" / "data")
+    cache = open_only(tmp_path / "run-1" / "data")
     per_epoch = len(steps[1]) // 3
     for epoch in range(3):
         targets = [row for step in list(steps[1])[epoch * per_epoch :][:per_epoch] for row in steps[1][step]]

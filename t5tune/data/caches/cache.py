@@ -194,36 +194,11 @@ class Cache(Sequence[Example]):
         """Name an example as `t5tune inspect` does: by its index in the whole cache, of which this may be a part."""
         return int(self._indices[index])
 
-    def list_datasets(self) -> list[tuple[str, range]]:
-        """Return nothing: a cache isn't divided into datasets, as a mixture is."""
-        return []
-
-    def draw_epoch(self, seed: int, epoch: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Return the examples of an epoch, which are all: (indices, how often each was drawn before)."""
-        return np.arange(len(self)), np.full(len(self), epoch)
-
-    def list_drawn(self) -> npt.NDArray[np.int64]:
-        """List the examples that are trained on, which are all."""
-        return np.arange(len(self))
-
-    @property
-    def has_every_example_once(self) -> bool:
-        """Whether every epoch has every example once."""
-        return True
-
     @cached_property
     def template(self) -> Template:
         """The conversation template."""
         path = self.folder / TEMPLATE_FILE
         return parse_template(read_yaml(path), path)
-
-    def get_template(self, index: int) -> Template:
-        """Return the conversation template of an example."""
-        return self.template
-
-    def is_raw_text(self, index: int) -> bool:
-        """Return whether spans of an example's text are masked."""
-        return self.corruption is not None
 
     def identify(self) -> dict[str, Any]:
         """Return what is equal for the same examples: hashes of the files, and of the indices in the whole cache."""
@@ -235,11 +210,6 @@ class Cache(Sequence[Example]):
     def take(self, count: int) -> "Cache":
         """Return the first `count` examples."""
         return self._select(self._indices[:count])
-
-    def limit_training(self, count: int) -> "Cache":
-        """Return the first `count` of the examples to train on, and all that prepare has held out."""
-        keys = find_held_out_keys(self, *self.prepared_split) if self.prepared_split[0] else np.zeros(0, np.uint64)
-        return self.limit_others(count, keys)
 
     def limit_others(self, count: int, held_out: npt.NDArray[np.uint64]) -> "Cache":
         """Return the first `count` examples of other conversations than those with these keys, and all of these."""
@@ -254,25 +224,10 @@ class Cache(Sequence[Example]):
     def _select(self, indices: npt.NDArray[np.int64]) -> "Cache":
         return Cache(self.folder, self.manifest, indices)
 
-    def split_as_prepared(self) -> tuple["Cache", "Cache | None"]:
-        """Return (training, held out) according to prepare's eval_fraction; held out is None if that is 0."""
-        fraction, split_seed = self.prepared_split
-        return self.split(fraction, split_seed) if fraction else (self, None)
-
     @property
     def prepared_split(self) -> tuple[float, int]:
         """The eval_fraction and the split_seed that prepare held out examples with; a fraction of 0 holds out none."""
         return float(self.manifest["eval_fraction"]), int(self.manifest["split_seed"])
-
-    def split(self, held_out: float, split_seed: int) -> tuple["Cache", "Cache"]:
-        """Return (training, held out): hold out the fraction `held_out` of the conversations, at least one.
-
-        All examples of a conversation, and conversations with the same texts, stay on one side.
-
-        Raises:
-            DataError: there are too few conversations to hold one out.
-        """
-        return self.split_by_keys(find_held_out_keys(self, held_out, split_seed), split_seed)
 
     def split_by_keys(self, held_out: npt.NDArray[np.uint64], split_seed: int) -> tuple["Cache", "Cache"]:
         """Return (training, held out): hold out the conversations with these keys.

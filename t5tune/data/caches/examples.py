@@ -1,12 +1,11 @@
-"""A mixture: the token caches of several datasets that are trained or evaluated on together.
+"""The examples of a token cache: those of one or more datasets that are trained or evaluated on together.
 
-    mixture.json          what the caches contain together, their weights, and how they are mixed
+    mixture.json          what the datasets contain together, their weights, and how they are mixed
     template.yaml         the conversation template of the first dataset, for chat and evaluate
     training_data.json    how the examples of all datasets were made
-    NAME/                 the token cache of a dataset, unless it is elsewhere
-    .mixture.json.old     the previous mixture.json, while prepare replaces the caches one after the other
+    NAME/                 the cache of a dataset (see cache.py), unless it is elsewhere
 
-All caches have the same tokenizer. The examples are numbered one dataset after the other.
+All caches have the same tokenizer. The examples are numbered one dataset after the other. One dataset is a list of one.
 """
 
 import json
@@ -31,17 +30,17 @@ from t5tune.data.caches.mixing import EpochCounts, Mixing, compute_rates, draw_e
 from t5tune.data.tokens.encoding import Example
 from t5tune.data.tokens.templates import Template
 from t5tune.errors import DataError
-from t5tune.file_names import MIXTURE_FILE
+from t5tune.file_names import MIXTURE_FILE, TEMPLATE_FILE, TRAINING_DATA_FILE
 from t5tune.formatting import format_count
 from t5tune.io.reasons import describe_error
 from t5tune.io.untrusted import parse_json_object
 from t5tune.progress import Note
-from t5tune.settings.dataset_list import DatasetName, Weight, check_names_differ, check_weights, is_reserved
+from t5tune.settings.dataset_list import DatasetName, Weight, check_names_differ, check_weights
 from t5tune.settings.field_types import OptionalCount
 from t5tune.settings.messages import describe_value_error, format_place
 
-MIXTURE_FORMAT = 2
-OLD_MIXTURE_FILE = f".{MIXTURE_FILE}.old"
+MIXTURE_FORMAT = 3
+PREPARED_CONTENTS = {MIXTURE_FILE, TEMPLATE_FILE, TRAINING_DATA_FILE}
 PREPARE_AGAIN = "run t5tune prepare again"
 CORRECT_IT = f"correct it, or {PREPARE_AGAIN}"
 SUMMED = (
@@ -52,7 +51,7 @@ SUMMED = (
 
 @dataclass(frozen=True)
 class Dataset:
-    """A dataset of a mixture.
+    """A dataset whose examples are trained or evaluated on.
 
     Args:
         weight: how many of its examples an epoch has, relative to those of the others, if they are mixed by weights.
@@ -76,15 +75,20 @@ class Dataset:
         return counts
 
 
-class Mixture(Sequence[Example]):
-    """The examples of several token caches, read from disk on access.
+class Examples(Sequence[Example]):
+    """The examples of one or more token caches, read from disk on access.
 
     Args:
         folder: has mixture.json.
+        are_several: whether there are two or more datasets, which texts and metrics then name; None: count them. Of
+            several, only one may have held-out examples.
     """
 
-    def __init__(self, folder: Path, datasets: Sequence[Dataset], mixing: Mixing) -> None:
+    def __init__(
+        self, folder: Path, datasets: Sequence[Dataset], mixing: Mixing, are_several: bool | None = None
+    ) -> None:
         self.folder = folder
+        self.are_several = len(datasets) > 1 if are_several is None else are_several
         self.datasets = tuple(datasets)
         self.mixing = mixing
         self._sizes = [len(dataset.cache) for dataset in self.datasets]
@@ -120,14 +124,18 @@ class Mixture(Sequence[Example]):
         return self._locate(index)[0].cache.corruption is not None
 
     def name_example(self, index: int) -> int | str:
-        """Name an example as `t5tune inspect` counts it: by its dataset, and its index in that cache."""
+        """Name an example as `t5tune inspect` counts it: by its index in its cache, and its dataset among several."""
         dataset, index_in_it = self._locate(index)
-        return f"{dataset.name}: {dataset.cache.name_example(index_in_it)}"
+        number = dataset.cache.name_example(index_in_it)
+        return f"{dataset.name}: {number}" if self.are_several else number
 
     def list_datasets(self) -> list[tuple[str, range]]:
-        """List the name and the examples of each dataset."""
-        bounds = zip(self._ends, self._sizes, strict=True)
-        return [(each.name, range(end - size, end)) for each, (end, size) in zip(self.datasets, bounds, strict=True)]
+        """List the name and the examples of each dataset, if there are several."""
+        pairs = zip(self.datasets, self._list_bounds(), strict=True)
+        return [(dataset.name, bounds) for dataset, bounds in pairs] if self.are_several else []
+
+    def _list_bounds(self) -> list[range]:
+        return [range(end - size, end) for end, size in zip(self._ends, self._sizes, strict=True)]
 
     def draw_epoch(self, seed: int, epoch: int) -> tuple[Integers, Integers]:
         """Draw the examples of an epoch: (indices by dataset, how often each was drawn before)."""
@@ -165,8 +173,8 @@ class Mixture(Sequence[Example]):
 
     def list_drawn(self) -> Integers:
         """List the examples of the datasets that have a share."""
-        drawn = zip(self.list_datasets(), self.shares, strict=True)
-        return np.concatenate([np.arange(indices.start, indices.stop) for (_, indices), share in drawn if share])
+        drawn = zip(self._list_bounds(), self.shares, strict=True)
+        return np.concatenate([np.arange(bounds.start, bounds.stop) for bounds, share in drawn if share])
 
     @property
     def tokenizer_folder(self) -> Path:
@@ -181,25 +189,26 @@ class Mixture(Sequence[Example]):
     @cached_property
     def manifest(self) -> dict[str, Any]:
         """What mixture.json contains; counts are those of whole caches, also if this has only part of them."""
-        return describe_mixture(self)
+        return describe_datasets(self)
 
     def identify(self) -> dict[str, Any]:
-        """Return what is equal for the same examples in the same order: hashes of each dataset."""
-        return {"datasets": [[dataset.name, dataset.cache.identify()] for dataset in self.datasets]}
+        """Return what is equal for the same examples in the same order: hashes of each dataset, several by name."""
+        datasets = [[each.name if self.are_several else None, each.cache.identify()] for each in self.datasets]
+        return {"datasets": datasets}
 
-    def take(self, count: int) -> "Mixture":
+    def take(self, count: int) -> "Examples":
         """Return the first `count` examples of each dataset."""
         return self._replace_caches([dataset.cache.take(count) for dataset in self.datasets])
 
-    def limit_training(self, count: int) -> "Mixture":
+    def limit_training(self, count: int) -> "Examples":
         """Return the first `count` of each dataset's examples to train on, and all that prepare has held out."""
         return self._limit_training([count] * len(self.datasets))
 
-    def apply_num_data(self) -> "Mixture":
+    def apply_num_data(self) -> "Examples":
         """Return the examples of whole caches that are used according to the datasets' `num_data`."""
         return self._limit_training([dataset.num_data for dataset in self.datasets])
 
-    def _limit_training(self, counts: Sequence[int | None]) -> "Mixture":
+    def _limit_training(self, counts: Sequence[int | None]) -> "Examples":
         # a text that one dataset holds out isn't trained on in the others, so it doesn't count there, either
         keys = self.find_prepared_keys()
         caches = [dataset.cache for dataset in self.datasets]
@@ -208,7 +217,7 @@ class Mixture(Sequence[Example]):
             [cache if count is None else cache.limit_others(count, keys) for cache, count in pairs]
         )
 
-    def split(self, held_out: float, split_seed: int) -> tuple["Mixture", "Mixture"]:
+    def split(self, held_out: float, split_seed: int) -> tuple["Examples", "Examples"]:
         """Return (training, held out): hold out the fraction `held_out` of each dataset's conversations.
 
         A text that is held out in one dataset is held out in all.
@@ -218,7 +227,7 @@ class Mixture(Sequence[Example]):
         """
         return self._split([(held_out, split_seed)] * len(self.datasets))
 
-    def split_as_prepared(self) -> tuple["Mixture", "Mixture | None"]:
+    def split_as_prepared(self) -> tuple["Examples", "Examples | None"]:
         """Return (training, held out) according to prepare's eval_fraction; held out is None if that is 0."""
         wanted = [dataset.cache.prepared_split for dataset in self.datasets]
         return self._split(wanted) if any(fraction for fraction, _ in wanted) else (self, None)
@@ -234,10 +243,11 @@ class Mixture(Sequence[Example]):
                 try:
                     keys.append(find_held_out_keys(dataset.cache, fraction, split_seed))
                 except DataError as error:
-                    raise DataError(f"{dataset.name}: {error.message}", hint=error.hint) from None
+                    problem = f"{dataset.name}: {error.message}" if self.are_several else error.message
+                    raise DataError(problem, hint=error.hint) from None
         return np.unique(np.concatenate(keys))
 
-    def _split(self, wanted: Sequence[tuple[float, int]]) -> tuple["Mixture", "Mixture"]:
+    def _split(self, wanted: Sequence[tuple[float, int]]) -> tuple["Examples", "Examples"]:
         keys = self._find_held_out_keys(wanted)
         pairs = zip(self.datasets, wanted, strict=True)
         parts = [dataset.cache.split_by_keys(keys, split_seed) for dataset, (_, split_seed) in pairs]
@@ -249,25 +259,23 @@ class Mixture(Sequence[Example]):
         held_out = [
             replace(dataset, cache=part) for dataset, (_, part) in zip(self.datasets, parts, strict=True) if len(part)
         ]
-        return training, Mixture(self.folder, held_out, Mixing())
+        return training, Examples(self.folder, held_out, Mixing(), self.are_several)
 
-    def mix(self, mixing: Mixing) -> "Mixture":
+    def mix(self, mixing: Mixing) -> "Examples":
         """Return the same datasets, mixed in another way."""
-        return Mixture(self.folder, self.datasets, mixing)
+        return Examples(self.folder, self.datasets, mixing, self.are_several)
 
-    def _replace_caches(self, caches: Sequence[Cache]) -> "Mixture":
+    def _replace_caches(self, caches: Sequence[Cache]) -> "Examples":
         pairs = zip(self.datasets, caches, strict=True)
-        return Mixture(self.folder, [replace(dataset, cache=cache) for dataset, cache in pairs], self.mixing)
+        datasets = [replace(dataset, cache=cache) for dataset, cache in pairs]
+        return Examples(self.folder, datasets, self.mixing, self.are_several)
 
 
-Examples = Cache | Mixture
-
-
-def describe_mixture(mixture: Mixture) -> dict[str, Any]:
-    """Describe what the caches of a mixture contain together, for mixture.json."""
-    manifests = {dataset.name: dataset.cache.manifest for dataset in mixture.datasets}
-    held_out = mixture.find_prepared_keys()
-    counts = {dataset.name: dataset.count(held_out) for dataset in mixture.datasets}
+def describe_datasets(examples: Examples) -> dict[str, Any]:
+    """Describe what the caches contain together, for mixture.json."""
+    manifests = {dataset.name: dataset.cache.manifest for dataset in examples.datasets}
+    held_out = examples.find_prepared_keys()
+    counts = {dataset.name: dataset.count(held_out) for dataset in examples.datasets}
     first = next(iter(manifests.values()))
     rejected = Counter[str]()
     for manifest in manifests.values():
@@ -285,29 +293,31 @@ def describe_mixture(mixture: Mixture) -> dict[str, Any]:
         "seed": _merge({name: manifest["seed"] for name, manifest in manifests.items()}),
         "inputs": _merge_all({name: manifest["inputs"] for name, manifest in manifests.items()}),
         **({"sources": sources} if sources else {}),
-        "mixing": asdict(mixture.mixing),
+        "mixing": asdict(examples.mixing),
         "datasets": [
             {
                 "name": dataset.name,
-                "cache": _write_place(dataset.cache.folder, mixture.folder),
+                "cache": _write_place(dataset.cache.folder, examples.folder),
                 "weight": dataset.weight,
                 **({} if dataset.num_data is None else {"num_data": dataset.num_data}),
                 **facts,
                 **counts[dataset.name],
             }
-            for dataset, facts in zip(mixture.datasets, mixture.describe_rates(), strict=True)
+            for dataset, facts in zip(examples.datasets, examples.describe_rates(), strict=True)
         ],
     }
 
 
-def describe_shares(mixture: Mixture) -> list[Note]:
-    """Say how many examples of each dataset an epoch has, on average."""
+def describe_shares(examples: Examples) -> list[Note]:
+    """Say how many examples of each dataset an epoch has, on average, if there are several."""
+    if not examples.are_several:
+        return []
     parts = [
         f"{dataset.name} {float(share):.1%} ({_round_rate(rate):,} of {format_count(len(dataset.cache), 'example')})"
-        for dataset, share, rate in zip(mixture.datasets, mixture.shares, mixture.rates, strict=True)
+        for dataset, share, rate in zip(examples.datasets, examples.shares, examples.rates, strict=True)
     ]
-    notes = [Note(f"an epoch has {format_count(int(sum(mixture.rates)), 'example')}: {', '.join(parts)}")]
-    for dataset, rate in zip(mixture.datasets, mixture.rates, strict=True):
+    notes = [Note(f"an epoch has {format_count(int(sum(examples.rates)), 'example')}: {', '.join(parts)}")]
+    for dataset, rate in zip(examples.datasets, examples.rates, strict=True):
         if rate == 0:
             notes.append(Note(f"dataset {dataset.name}: not trained on, since its share is 0"))
         elif rate < 1:
@@ -336,16 +346,8 @@ def _merge_all(values: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return {name: _merge({dataset: value.get(name) for dataset, value in values.items()}) for name in names}
 
 
-def is_left_over(folder: Path) -> bool:
-    """Whether a folder has only what the preparing of a mixture leaves there, complete or not."""
-    return all(
-        is_cache(path) or is_reserved(path.name) or path.name.startswith(".") or not os.path.lexists(path)
-        for path in folder.iterdir()  # while another process may remove the cache of an old dataset
-    )
-
-
-def is_mixture(path: Path) -> bool:
-    """Return whether a folder looks like a mixture."""
+def is_prepared(path: Path) -> bool:
+    """Return whether a folder looks like what prepare writes: the caches of one or more datasets."""
     # os.path, because pathlib raises if the folder can't be searched
     return os.path.isfile(path / MIXTURE_FILE)
 
@@ -358,7 +360,6 @@ class _SavedDataset:
     cache: Annotated[str, Field(min_length=1)]
     weight: Weight
     num_data: OptionalCount = None
-    written: bool = False
 
 
 @dataclass(frozen=True)
@@ -371,29 +372,31 @@ class _SavedMixture:
     eval_fraction: float | dict[str, float]
 
 
-def read_mixture_manifest(folder: Path, name: str = MIXTURE_FILE) -> dict[str, Any]:
-    """Read and check mixture.json, or another file like it.
+def read_mixture_manifest(folder: Path) -> dict[str, Any]:
+    """Read and check mixture.json.
 
     Raises:
         DataError: it is broken, or of another format version.
     """
-    manifest, _ = _read_mixture(folder, name)
+    manifest, _ = _read_mixture(folder)
     return manifest
 
 
-def _read_mixture(folder: Path, name: str = MIXTURE_FILE) -> tuple[dict[str, Any], _SavedMixture]:
-    path = folder / name
+def _read_mixture(folder: Path) -> tuple[dict[str, Any], _SavedMixture]:
+    path = folder / MIXTURE_FILE
     try:
         manifest = parse_json_object(path.read_bytes())
     except (OSError, ValueError) as error:
-        problem = f"{path}: not the manifest of a mixture ({describe_error(error)})"
+        problem = f"{path}: not the manifest of a token cache ({describe_error(error)})"
         raise DataError(problem, hint=PREPARE_AGAIN) from error
     if (version := manifest.get("format")) != MIXTURE_FORMAT:
         problem = f"{path}: format {version!r:.40}; this version of t5tune reads format {MIXTURE_FORMAT}"
         raise DataError(problem, hint=PREPARE_AGAIN)
     try:
-        # as JSON text: in strict mode pydantic doesn't build a dataclass from a dict
-        saved: _SavedMixture = TypeAdapter(_SavedMixture).validate_json(json.dumps(manifest), strict=True)
+        # as JSON: in strict mode pydantic doesn't build a dataclass from a dict; it has no lone surrogates, which names
+        # of data files may have
+        checked = json.dumps(manifest, ensure_ascii=False).encode(errors="replace")
+        saved: _SavedMixture = TypeAdapter(_SavedMixture).validate_json(checked, strict=True)
         check_names_differ([dataset.name for dataset in saved.datasets])
         check_weights(weights := [dataset.weight for dataset in saved.datasets])
         if saved.mixing.kind != "weights" and set(weights) != {1.0}:
@@ -409,7 +412,7 @@ def _read_mixture(folder: Path, name: str = MIXTURE_FILE) -> tuple[dict[str, Any
 
 
 def list_caches(folder: Path) -> dict[str, Path]:
-    """List the token caches of a mixture, by the names of the datasets.
+    """List the token caches in a folder that prepare wrote, by the names of the datasets.
 
     Raises:
         DataError: mixture.json is broken, or of another format version.
@@ -417,34 +420,22 @@ def list_caches(folder: Path) -> dict[str, Path]:
     return {each.name: folder / each.cache for each in _read_mixture(folder)[1].datasets}
 
 
-def list_written_caches(folder: Path, file: str) -> list[Path]:
-    """List the token caches that the preparing of a mixture has written; the others were given.
-
-    Args:
-        file: mixture.json, or another file like it.
-
-    Raises:
-        DataError: it is broken, or of another format version.
-    """
-    return [folder / each.cache for each in _read_mixture(folder, file)[1].datasets if each.written]
-
-
 def find_caches(folder: Path) -> list[Path]:
-    """Find the token caches of a mixture, or the one that the folder is.
+    """Find the token caches in a folder that prepare wrote, or the one that the folder is.
 
     Raises:
         DataError: mixture.json is broken, or of another format version.
     """
-    return list(list_caches(folder).values()) if is_mixture(folder) else [folder]
+    return list(list_caches(folder).values()) if is_prepared(folder) else [folder]
 
 
 def find_tokenizer_folder(source: Path) -> Path:
-    """Find the folder of the tokenizer of a token cache, a mixture, an adapter or a model."""
-    cache = next(iter(list_caches(source).values())) if is_mixture(source) else source
+    """Find the folder of the tokenizer of token caches, an adapter or a model."""
+    cache = next(iter(list_caches(source).values())) if is_prepared(source) else source
     return cache / "tokenizer" if is_cache(cache) else cache
 
 
-def open_mixture(folder: Path) -> Mixture:
+def _open_mixture(folder: Path) -> Examples:
     """Open the caches that mixture.json lists, and verify their files.
 
     Raises:
@@ -455,7 +446,7 @@ def open_mixture(folder: Path) -> Mixture:
         Dataset(each.name, open_cache(folder / each.cache), each.weight, each.num_data) for each in saved.datasets
     ]
     check_datasets(datasets, str(folder))
-    return Mixture(folder, datasets, saved.mixing).apply_num_data()
+    return Examples(folder, datasets, saved.mixing).apply_num_data()
 
 
 def check_datasets(datasets: Sequence[Dataset], place: str) -> None:
@@ -482,23 +473,25 @@ def check_datasets(datasets: Sequence[Dataset], place: str) -> None:
 
 
 def read_examples_manifest(folder: Path) -> dict[str, Any]:
-    """Read the manifest of a token cache or a mixture.
+    """Read mixture.json, or the manifest of a single cache.
 
     Raises:
         DataError: it is broken, or of another format version.
     """
-    return read_mixture_manifest(folder) if is_mixture(folder) else read_manifest(folder)
+    return read_mixture_manifest(folder) if is_prepared(folder) else read_manifest(folder)
 
 
 def open_examples(folder: Path) -> Examples:
-    """Open a token cache or a mixture, and verify its files.
+    """Open the token caches in a folder that prepare wrote, or a single one, and verify their files.
 
     Raises:
         DataError: it is neither, or a file is missing or has changed since prepare wrote it.
     """
-    return open_mixture(folder) if is_mixture(folder) else open_cache(folder)
+    if is_prepared(folder):
+        return _open_mixture(folder)
+    return Examples(folder, [Dataset(folder.name, open_cache(folder))], Mixing())
 
 
 def has_examples(folder: Path) -> bool:
-    """Return whether a folder looks like a token cache or a mixture."""
-    return is_cache(folder) or is_mixture(folder)
+    """Return whether a folder looks like what prepare writes, or like one of its caches."""
+    return is_cache(folder) or is_prepared(folder)

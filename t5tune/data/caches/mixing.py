@@ -129,8 +129,10 @@ def draw_epoch(
     offset = 0
     for number, (size, start, end) in enumerate(zip(sizes, starts, ends, strict=True)):
         for repeat in range(start // size, -(-end // size)) if end > start else ():
-            order = np.random.default_rng([seed, number, repeat]).permutation(size)
-            drawn = np.sort(order[max(start - repeat * size, 0) : end - repeat * size])
+            first, last = max(start - repeat * size, 0), min(end - repeat * size, size)
+            drawn = np.arange(size, dtype=np.int64)
+            if last - first < size:
+                drawn = np.sort(np.random.default_rng([seed, number, repeat]).permutation(size)[first:last])
             indices.append(offset + drawn)
             repeats.append(np.full(len(drawn), repeat))
         offset += size

@@ -25,6 +25,7 @@ from t5tune.errors import DataError
 from t5tune.file_names import (
     CHECKPOINT_MANIFEST_FILE,
     JSON_SUFFIXES,
+    MIXTURE_FILE,
     PART_MANIFEST_FILE,
     REJECTED_SUFFIX,
     SETTINGS_FILE,
@@ -131,7 +132,7 @@ def _select_data_files(path: Path, found: list[Path], report: Report, setting: s
     """Select the entries of a folder, or of a pattern, that are data, and report the others."""
     # a token cache inside a data folder contains .json and .jsonl files that are no data: rejected records, a tokenizer
     folders = {entry.parent for entry in found}
-    caches = {folder for folder in folders if is_cache(folder) or is_cache(folder.parent) or _is_part(folder)}
+    caches = {folder for folder in folders if _is_prepared(folder) or is_cache(folder) or is_cache(folder.parent)}
     # metrics, samples and predictions aren't data either, unless the user names such a file
     outputs = {folder for folder in folders if _is_output(folder)}
     reasons = {
@@ -157,8 +158,9 @@ def _is_output(folder: Path) -> bool:
     return header == SETTINGS_HEADER.encode()
 
 
-def _is_part(folder: Path) -> bool:
-    return (folder / PART_MANIFEST_FILE).is_file()
+def _is_prepared(folder: Path) -> bool:
+    """Whether it contains a token cache, or a part of one."""
+    return any((folder / name).is_file() for name in (MIXTURE_FILE, PART_MANIFEST_FILE))
 
 
 def _explain_skipping(path: Path, is_text: bool) -> str | None:

@@ -90,10 +90,7 @@ class JsonReader:
                 yield self._read_record(self._scan_to_value_end)
 
     def iterate_lines(self, line_end: bytes) -> Iterator[RawRecord]:
-        """Yield the records of those lines of a file that begin at `offset`; they are all data of this reader.
-
-        Their lines and indices are counted from the first of them.
-        """
+        """Yield the records of those lines of a file that begin at `offset`; they are all data of this reader."""
         self.line_end = line_end
         self._skip_byte_order_mark()
         yield from self._iterate_lines()

@@ -5,6 +5,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from itertools import chain, dropwhile
 from pathlib import Path
@@ -182,6 +183,15 @@ def _divide_lines(lines: list[str], delimiter: str) -> tuple[list[list[str]], in
     except csv.Error as error:
         return [*filter(None, rows)], int("unexpected end of data" not in str(error))  # the lines may end inside a row
     return [*filter(None, rows)], 0
+
+
+def count_rows(path: Path) -> int:
+    """Count the rows of a Parquet file; 0 if it is broken, of which reading it tells."""
+    with suppress(ImportError, OSError, ValueError):
+        from pyarrow import parquet
+
+        return int(parquet.read_metadata(path).num_rows)
+    return 0
 
 
 def read_parquet(path: Path, max_bytes: int) -> Iterator[RawRecord]:

@@ -1,224 +1,216 @@
-"""Prepare one part of the data, and join the parts when all are complete. Processes share only a file system."""
+"""Prepare one part of the data, and join the parts when all are complete. Processes share only a file system.
 
+Each part is a folder in `cache.parts`, next to the cache, with an ordinary token cache for each dataset; it is renamed
+into place when it is complete. The process that finds all parts complete joins them and renames the result into place.
+Two that join at once write the same bytes.
+"""
+
+import os
+import re
 import shutil
-from collections.abc import Callable, Generator
+import uuid
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from t5tune.data.reading.raw_records import RawRecord
-from t5tune.data.tokens.encoders import choose_ids_dtype
-from t5tune.data.tokens.tokenizer import save_tokenizer
-from t5tune.errors import DataError, T5TuneError
-from t5tune.io.atomic import write_folder_atomically
+from t5tune.data.caches.cache import open_cache, read_manifest
+from t5tune.errors import DataError, SettingsError
+from t5tune.io.atomic import hash_file, remove_abandoned, write_folder_atomically
 from t5tune.io.reasons import join_first
 from t5tune.preparing.cache_files import MADE_BY, CacheSource, choose_num_workers, write_cache
-from t5tune.preparing.cache_reuse import find_reusable_manifest
+from t5tune.preparing.cache_reuse import describe_differences
 from t5tune.preparing.counts import RecordCounts
-from t5tune.preparing.parts.join import Join
-from t5tune.preparing.parts.part import PartWriter, read_part_manifest, verify_part, write_part_manifest
-from t5tune.preparing.parts.parts_folder import PartsFolder, PartsTakenError
-from t5tune.preparing.parts.record_range import ShardReader
-from t5tune.preparing.pipeline import EncodedRecord, Pipeline
-from t5tune.preparing.record_checks import keep_rejected
+from t5tune.preparing.parts.join import join_tables
+from t5tune.preparing.parts.part import (
+    PartWriter,
+    get_records_path,
+    is_part,
+    read_part_manifest,
+    write_part_manifest,
+)
+from t5tune.preparing.parts.record_range import read_range
+from t5tune.preparing.pipeline import Pipeline
 from t5tune.preparing.worker import encode_records
 from t5tune.progress import Note, Report, track
 from t5tune.settings.groups.shard import Shard
 
-ADDED_INPUTS = {"made_by", "dtype"}  # on which parts must agree in addition to the inputs of the cache
+_PART_NAME = re.compile(r"part-(\d+)-of-(\d+)")
+_TEMPORARY_NAME = re.compile(r"\.(part-\d+-of-\d+)\.(new|old)-[0-9a-f]+")
 
 
-def find_parts(source: CacheSource) -> PartsFolder:
-    """Return the folder of the parts of a cache, which need not exist."""
-    dtype = choose_ids_dtype(source.num_rows).str
-    return PartsFolder(source.settings.output_dir, {"made_by": MADE_BY, **source.inputs, "dtype": dtype})
-
-
-def prepare_part(
-    source: CacheSource, shard: Shard, report: Report, before_replacing: Callable[[], None]
-) -> tuple[dict[str, Any], bool]:
-    """Encode a part, unless it is complete already, and join the parts if all are complete.
+class Parts:
+    """The folder of the parts of a cache, which need not exist.
 
     Args:
-        before_replacing: called before the cache gets its place.
-
-    Returns:
-        The manifest of the cache if the parts are joined, otherwise that of the part; and whether they are.
-
-    Raises:
-        DataError: the data can't be used.
-        SettingsError: other parts were made from other inputs.
+        cache: the folder of the cache.
+        sources: what each dataset is made from, by name; those that are token caches already have no parts.
     """
-    parts = find_parts(source)
-    parts.check_place()
-    parts.take_back()
-    parts.check_parts(shard.count)
-    manifest = parts.read_part(shard) or parts.read_taken_part(shard)
-    if manifest is not None:
-        report(Note(f"part {shard} was complete already, so it isn't encoded again"))
-    else:
-        try:
-            with parts.write_part(shard) as staged, keep_rejected(staged, source.checks.rejected_file):
-                manifest = _encode_part(staged, source, shard, parts.description, report)
-        except PartsTakenError:
-            manifest = parts.read_taken_part(shard)
-        parts.check_parts(shard.count)
-    missing = parts.list_missing(shard.count)
-    if not missing:
-        joined = _join(source, parts, shard.count, report, before_replacing)
-    else:  # another process may have prepared the same part, so that all are joined by now
-        joined = find_reusable_manifest(source.settings.output_dir, source.inputs, in_use=False)
-    if joined is not None:
-        parts.remove()
-        return joined, True
-    if manifest is None:
-        problem = f"{parts.folder}: was moved or deleted while part {shard} was prepared"
-        raise T5TuneError(problem, hint="run the same command again")
-    if not missing or parts.is_being_joined():
-        report(Note(f"part {shard} is complete; another process is joining the parts"))
-    else:
-        shards = join_first(list(map(str, missing)))
-        how = "the process that completes the last one joins them"
-        report(Note(f"part {shard} is complete in {parts.folder}; still missing: {shards}; {how}"))
-    return manifest, False
+
+    def __init__(self, cache: Path, sources: Mapping[str, CacheSource]) -> None:
+        self._cache = cache.resolve()
+        self.folder = self._cache.with_name(f"{self._cache.name}.parts")
+        self.sources = sources
+        self._inputs = {"made_by": MADE_BY, **{name: source.inputs for name, source in sources.items()}}
+
+    def list_complete(self) -> dict[Shard, Path]:
+        """List the complete parts, in their order."""
+        found = {}
+        for path in _list_entries(self.folder):
+            if (match := _PART_NAME.fullmatch(path.name)) and is_part(path):
+                found[Shard(int(match[1]), int(match[2]))] = path
+        return dict(sorted(found.items()))
+
+    def list_missing(self, count: int) -> list[Shard]:
+        """List the parts that aren't complete."""
+        complete = self.list_complete()
+        return [shard for index in range(count) if (shard := Shard(index, count)) not in complete]
+
+    def check(self, count: int) -> None:
+        """Check that nothing else is in the folder, and that the parts in it are of these inputs and of `count` parts.
+
+        Raises:
+            SettingsError: something else is in the way, or the inputs differ; one line for each that does.
+            DataError: a part's manifest is broken.
+        """
+        if os.path.ismount(self._cache):  # before anything is encoded
+            raise SettingsError(f"{self._cache}: a mount point can't be replaced", hint="choose a folder inside it")
+        hint = "move it away, or choose another output_dir"
+        problem = f"output_dir: {self.folder}: the parts are written there, but "
+        if self.folder.is_symlink():
+            raise SettingsError(f"{problem}it is a link", hint=hint)
+        if self.folder.exists() and not self.folder.is_dir():
+            raise SettingsError(f"{problem}it is a file", hint=hint)
+        if foreign := sorted(path.name for path in _list_entries(self.folder) if not _is_own(path)):
+            raise SettingsError(f"{problem}it contains {join_first(foreign)}", hint=hint)
+        for shard, part in self.list_complete().items():
+            self._check_part(shard, part, count)
+
+    def _check_part(self, shard: Shard, part: Path, count: int) -> None:
+        manifest = read_part_manifest(part)
+        before, now = _flatten(manifest["inputs"]), _flatten(self._inputs)
+        before["shard"], now["shard"] = f"one of {shard.count} parts", f"one of {count} parts"
+        if lines := describe_differences(before, now):
+            choices = ["to continue, use the previous settings, data and version"]
+            if lines.keys() == {"shard"}:  # a job array of some tasks, which --shard auto counts
+                choices = [f"to prepare one of those {shard.count} parts, name it: --shard I/{shard.count}"]
+            raise SettingsError(
+                *lines.values(),
+                heading=f"{part}: was made from other inputs than this part:",
+                choices=[*choices, f"to start over, delete {self.folder}"],
+            )
+
+    def write(self, shard: Shard, report: Report) -> list[dict[str, Any]]:
+        """Encode a part, unless it is complete already; return the manifest of each dataset.
+
+        Raises:
+            DataError: the data can't be read.
+        """
+        part = self.folder / f"part-{shard.index}-of-{shard.count}"
+        if is_part(part) and not _find_damage(part, list(self.sources)):
+            report(Note(f"part {shard} was complete already, so it isn't encoded again"))
+            return [read_manifest(part / name) for name in self.sources]
+        with write_folder_atomically(part, is_shared=True) as staged:
+            written = {name: _write_dataset(staged / name, each, shard, report) for name, each in self.sources.items()}
+            write_part_manifest(staged, self._inputs, {name: facts for name, (_, facts) in written.items()})
+        return [manifest for manifest, _ in written.values()]
+
+    def join(self, name: str, count: int, staged: Path, report: Report) -> dict[str, Any]:
+        """Write the cache of a dataset from its parts to `staged`, and return its manifest.
+
+        Raises:
+            DataError: a part is damaged, or the data can't be used.
+        """
+        parts = [self.folder / f"part-{index}-of-{count}" for index in range(count)]
+        for index, part in enumerate(parts):
+            if damage := _find_damage(part, [name]):
+                raise DataError(damage, hint=f"run prepare --shard {index}/{count} again")
+        lost = [read_part_manifest(part)["datasets"][name]["lost"] for part in parts]
+        source, caches = self.sources[name], [part / name for part in parts]
+        return write_cache(staged, source, lambda staged: join_tables(caches, lost, staged, source, report))
+
+    def remove(self) -> None:
+        """Delete the parts that were made from these inputs, once they are joined, and what killed processes left."""
+        for part in self.list_complete().values():
+            with suppress(DataError, FileNotFoundError):  # another process deletes it, too
+                if read_part_manifest(part)["inputs"] == self._inputs:
+                    old = part.with_name(f".{part.name}.old-{uuid.uuid4().hex[:8]}")
+                    part.rename(old)  # a folder with a part of a part would be in the way
+                    shutil.rmtree(old, ignore_errors=True)
+        for path in _list_entries(self.folder):
+            if (match := _TEMPORARY_NAME.fullmatch(path.name)) and match[2] == "old":
+                shutil.rmtree(path, ignore_errors=True)
+            elif match:
+                remove_abandoned(self.folder / match[1])
+        with suppress(OSError):  # it contains something else, such as parts in progress
+            self.folder.rmdir()
 
 
-def find_joined(cache: Path, part: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the manifest of a cache if its parts have been joined by now, otherwise None.
-
-    Args:
-        part: the manifest of one of the parts.
-    """
-    inputs = {name: value for name, value in part["inputs"].items() if name not in ADDED_INPUTS}
-    return find_reusable_manifest(cache, inputs, in_use=False)
+def _list_entries(folder: Path) -> list[Path]:
+    """List a folder; nothing if there is none, or another process deletes it at this moment."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        return list(folder.iterdir())
+    return []
 
 
-def join_parts(source: CacheSource, report: Report, before_replacing: Callable[[], None]) -> dict[str, Any]:
-    """Join the parts, and return the manifest of the cache.
-
-    Args:
-        before_replacing: called before the cache gets its place.
-
-    Raises:
-        DataError: a part is missing or damaged, or the data can't be used.
-        SettingsError: the parts were made from other inputs.
-    """
-    parts = find_parts(source)
-    parts.check_place()
-    parts.take_back()
-    complete = list(parts.list_parts())
-    if not complete:
-        being_joined = "; another process is joining them" if parts.is_being_joined() else ""
-        hint = "prepare each part with --shard I/N first"
-        raise DataError(f"join: {parts.folder}: contains no complete part{being_joined}", hint=hint)
-    count = complete[0].count
-    parts.check_parts(count)
-    if missing := parts.list_missing(count):
-        problem = f"join: {parts.folder}: still missing: {join_first(list(map(str, missing)))}"
-        raise DataError(problem, hint=f"prepare each of them, such as with --shard {missing[0]}")
-    manifest = _join(source, parts, count, report, before_replacing)
-    if manifest is None:
-        raise DataError(f"join: {parts.folder}: another process is joining the parts")
-    parts.remove()
-    return manifest
+def _is_own(path: Path) -> bool:
+    """Whether an entry of the folder is a part, one in progress, or one that is deleted."""
+    if _PART_NAME.fullmatch(path.name):
+        return is_part(path) or not path.exists()
+    return _TEMPORARY_NAME.fullmatch(path.name) is not None
 
 
-def _join(
-    source: CacheSource, parts: PartsFolder, count: int, report: Report, before_replacing: Callable[[], None]
-) -> dict[str, Any] | None:
-    """Join the parts; None if another process does it."""
-    settings = source.settings
+def _flatten(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Describe the inputs of one dataset by their names, of several with the dataset's name before them."""
+    datasets = {name: value for name, value in inputs.items() if name != "made_by"}
+    flat: dict[str, Any] = {"made_by": inputs.get("made_by")}
+    for name, values in datasets.items():
+        flat |= {f"{name}: {key}" if len(datasets) > 1 else key: value for key, value in values.items()}
+    return flat
+
+
+def _find_damage(part: Path, names: list[str]) -> str | None:
+    """Describe what is missing from a part, or has changed since it was written; None if nothing is."""
     try:
-        with parts.take_parts() as taken:
-            if taken is None:
-                return None
-            if len(taken) < count:  # another process has begun to put them back, to join them itself
-                raise PartsTakenError
-            loaded = [(folder, read_part_manifest(folder)) for folder in taken.values()]
-            for folder, manifest in loaded:
-                _verify_taken(folder, manifest, parts)
-
-            def write_records(staged: Path) -> tuple[RecordCounts, bool]:
-                id_size = choose_ids_dtype(source.num_rows).itemsize
-                join = Join(loaded, source.files, staged, source.checks, id_size, settings)
-                return join.counts, join.run(settings.dedupe == "exact", report)
-
-            with (
-                write_folder_atomically(settings.output_dir) as staged,
-                keep_rejected(staged, source.checks.rejected_file),
-            ):
-                manifest = write_cache(staged, source, write_records)
-                before_replacing()
-            return manifest
-    except PartsTakenError:
-        return None
-
-
-def _verify_taken(folder: Path, manifest: dict[str, Any], parts: PartsFolder) -> None:
-    """Verify a part that was taken to be joined; an error names it as it will be called again."""
-    try:
-        verify_part(folder, manifest)
+        datasets = read_part_manifest(part)["datasets"]
+        for name in names:
+            open_cache(part / name)
+            records = get_records_path(part / name)
+            if not records.is_file() or hash_file(records) != datasets[name]["records_sha256"]:
+                return f"{records}: missing from the part, or differs from what prepare wrote"
     except DataError as error:
-        raise DataError(error.message.replace(str(folder.parent), str(parts.folder)), hint=error.hint) from error
+        return error.message
+    return None
 
 
-def _encode_part(
-    staged: Path, source: CacheSource, shard: Shard, inputs: dict[str, Any], report: Report
-) -> dict[str, Any]:
-    """Write the files of a part, and return its manifest."""
-    settings, tokenizer = source.settings, staged / "tokenizer"
-    save_tokenizer(source.vocabulary.tokenizer, tokenizer)
-    pipeline = Pipeline(tokenizer, source.template, settings)
-    reader = ShardReader(source.files, shard, settings)
-    records = track(reader, "prepare", report, unit="records")
+def _write_dataset(
+    staged: Path, source: CacheSource, shard: Shard, report: Report
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Write the cache of a part's records of a dataset; return its manifest, and what that doesn't have."""
+    staged.mkdir()
+    found: list[RecordCounts] = []
+
+    def write_records(staged: Path) -> tuple[RecordCounts, bool]:
+        found.append(_encode(staged, source, shard, report))
+        return found[0], False
+
+    manifest = write_cache(staged, source, write_records, is_part=True)
+    lost = {text: [count, targets] for text, count, targets in found[0].lost.iterate_by_targets()}
+    return manifest, {"lost": lost, "records_sha256": hash_file(get_records_path(staged))}
+
+
+def _encode(staged: Path, source: CacheSource, shard: Shard, report: Report) -> RecordCounts:
+    settings, num_data = source.settings, source.checks.num_data
+    pipeline = Pipeline(staged / "tokenizer", source.template, settings)
+    records = track(read_range(source.files, shard, settings), "prepare", report, unit="records")
     results = encode_records(records, pipeline, choose_num_workers(source, shard.count))
-    error = None
-    with PartWriter(staged, source.num_rows, source.vocabulary.tokenizer.special_ids, source.corruption) as writer:
-        try:
-            _write_records(results, writer, reader, source)
-        except DataError as raised:
-            error = _keep_error(raised, source)
-        place = reader.split_at(writer.counts.num_records)
-        counts = writer.finish_part()
-    shutil.rmtree(tokenizer)
-    return write_part_manifest(
-        staged,
-        {
-            "shard": str(shard),
-            "inputs": inputs,
-            "segments": [list(vars(segment).values()) for segment in reader.segments],
-            "error": error and {"place": place, **error},
-            "added_tokens": source.vocabulary.added,
-            **counts,
-        },
-    )
-
-
-def _write_records(
-    results: Generator[tuple[RawRecord, EncodedRecord], None, None],
-    writer: PartWriter,
-    reader: ShardReader,
-    source: CacheSource,
-) -> None:
-    """Write the records of a part; if there are enough examples in it alone, not all."""
-    checks, counts, keeps_all = source.checks, writer.counts, source.settings.dedupe == "none"
-    for record, encoded in results:
-        # the join makes all checks; at the beginning of the data they can be made at once
-        is_checked = keeps_all and reader.is_at_beginning(counts.num_records + 1)
-        if is_checked:
-            checks.check_kind(record, encoded, counts)
-        writer.add(record, encoded)
-        if keeps_all and checks.num_data is not None and counts.num_examples >= checks.num_data:
-            results.close()
-            return
-        if is_checked:
-            checks.check_rejected_so_far(counts)
-
-
-def _keep_error(error: DataError, source: CacheSource) -> dict[str, Any]:
-    """Return the message of an error that the join raises, if one process would read so far.
-
-    Without num_data it would, so the error is raised at once; as is an error of the file system.
-    """
-    if source.checks.num_data is None or getattr(error.__cause__, "errno", None) is not None:
-        raise error
-    return {"message": error.message, "hint": error.hint}
+    rejects_duplicates = settings.dedupe == "exact"
+    with PartWriter(staged, source.num_rows, rejects_duplicates, source.files) as writer:
+        for record, encoded in results:
+            writer.add(record, encoded)
+            # duplicates of other parts don't count, so with dedupe this part may need all of its records
+            if num_data is not None and not rejects_duplicates and writer.counts.num_examples >= num_data:
+                results.close()
+                break
+        writer.finish(None)
+    return writer.counts

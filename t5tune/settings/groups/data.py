@@ -61,6 +61,13 @@ class DataSettings(ReadingSettings, ConversationSettings):
         default=None, description="Use only the first N examples; default: all."
     )
 
+    def list_datasets(self) -> list[DatasetSettings]:
+        """List the datasets; one dataset is a list of one."""
+        if self.data is not None:
+            return self.data
+        own = {name: value for name in ("data_subset", "data_split") if (value := getattr(self, name)) is not None}
+        return [DatasetSettings(path=self.data_path, **own)]
+
     def replace(self, **changes: Any) -> Self:
         values = {name: getattr(self, name) for name in self.model_fields_set} | changes
         for data, paths in PATHS_OF_DATASETS.items():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from t5tune.commands.prepare import prepare
-from t5tune.data.caches.cache import EXAMPLE_DTYPE, open_cache
+from t5tune.data.caches.cache import EXAMPLE_DTYPE
 from t5tune.data.reading.raw_records import RawRecord
 from t5tune.data.reading.rejections import RecordLocation
 from t5tune.data.tokens.encoding import EncodedConversation, Span
@@ -15,6 +15,7 @@ from t5tune.errors import DataError
 from t5tune.preparing.cache_writer import MAX_TABLE_VALUE, CacheWriter
 from t5tune.preparing.pipeline import EncodedRecord
 from t5tune.settings import PrepareSettings
+from tests.support.caches import find_cache, open_only
 
 RECORD = RawRecord(RecordLocation("a.jsonl", 1, 0, 0), b"{}", 2)
 SPAN = Span(1, 2, 3, 4, 5, 6, 7, True, False)
@@ -50,7 +51,7 @@ def test_statistics_are_those_of_all_examples(
     monkeypatch.setattr("t5tune.preparing.counts.ROWS_PER_CHUNK", 5)
     values = {"model_name_or_path": "pocket", "data_path": str(conversations), "output_dir": tmp_path / "cache"}
     prepare(PrepareSettings(**values, model_max_length=32))
-    cache = open_cache(tmp_path / "cache")
+    cache = open_only(tmp_path / "cache")
     assert len(cache) > 40
     sources, targets = ([len(getattr(example, side)) for example in cache] for side in ("source_S", "target_T"))
     spans = [cache.read_untruncated(index)[3] for index in range(len(cache))]
@@ -65,12 +66,12 @@ def test_statistics_are_those_of_all_examples(
 def test_a_cache_of_an_earlier_format_is_refused_and_prepared_again(tmp_path: Path, conversations: Path) -> None:
     values = {"model_name_or_path": "pocket", "data_path": str(conversations), "output_dir": tmp_path / "cache"}
     prepare(PrepareSettings(**values))
-    path = tmp_path / "cache" / "manifest.json"
+    path = find_cache(tmp_path / "cache") / "manifest.json"
     manifest = json.loads(path.read_text())
     assert manifest["format"] == 3
     path.write_text(json.dumps(manifest | {"format": 0}))
     with pytest.raises(DataError, match=r"manifest\.json: format 0; this version of t5tune reads format 3") as refused:
-        open_cache(tmp_path / "cache")
+        open_only(tmp_path / "cache")
     assert refused.value.hint == "run t5tune prepare again"
     assert not prepare(PrepareSettings(**values)).up_to_date
-    assert open_cache(tmp_path / "cache").manifest == manifest
+    assert open_only(tmp_path / "cache").manifest == manifest

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from t5tune.commands.prepare import prepare
-from t5tune.data.caches.examples import open_mixture
+from t5tune.data.caches.examples import open_examples
 from t5tune.errors import DataError
 from t5tune.settings import PrepareSettings
 from tests.support.command_line import t5tune_in_fork
@@ -56,7 +56,7 @@ def set_all(name: str, value: Any) -> Callable[[dict[str, Any]], Any]:
 EDITS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "negative": (set_dataset(weight=-1), "datasets[0].weight: -1: must be at least 0"),
     "all 0": (set_all("weight", 0), "datasets: every weight is 0, so there is nothing to train on"),
-    "infinite": (set_dataset(weight=1e999), "not the manifest of a mixture (Infinity is not valid JSON)"),
+    "infinite": (set_dataset(weight=1e999), "not the manifest of a token cache (Infinity is not valid JSON)"),
     "text": (set_dataset(weight="1"), "datasets[0].weight: '1': expected a number"),
     "temperature": (set_mixing(temperature=0), "mixing.temperature: 0: must be greater than 0"),
     "cap": (set_mixing(cap=10**30), f"mixing.cap: {10**30}: must be less than {1 << 63}"),
@@ -71,7 +71,7 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "cache": (set_dataset(cache=3), "datasets[0].cache: 3: expected text"),
     "no datasets": (lambda manifest: manifest.update(datasets=[]), "datasets: []: must not be empty"),
     "no inputs": (lambda manifest: manifest.pop("inputs"), "inputs: missing"),
-    "format": (lambda manifest: manifest.update(format=1), "format 1; this version of t5tune reads format 2"),
+    "format": (lambda manifest: manifest.update(format=1), "format 1; this version of t5tune reads format 3"),
 }
 
 
@@ -80,7 +80,7 @@ def test_an_edited_mixture_is_checked_as_yaml_is(name: str, edit: Any) -> None:
     change, problem = EDITS[name]
     folder = edit(change)
     with pytest.raises(DataError) as refused:
-        open_mixture(folder)
+        open_examples(folder)
     assert f"{folder / 'mixture.json'}: {problem}" in refused.value.message
 
 
@@ -99,6 +99,6 @@ def test_a_run_refuses_an_edited_mixture_in_one_line(name: str, edit: Any, tmp_p
 
 
 def test_edited_weights_count(edit: Any) -> None:
-    mixture = open_mixture(edit(set_all("weight", 2.5)))
+    mixture = open_examples(edit(set_all("weight", 2.5)))
     assert [float(share) for share in mixture.shares] == pytest.approx([1 / 3] * 3)
     assert [dataset["examples_per_epoch"] for dataset in mixture.manifest["datasets"]] == [18, 18, 18]

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 
 from t5tune.commands.prepare import prepare
-from t5tune.data.caches.cache import open_cache
 from t5tune.data.reading.files import find_files
 from t5tune.data.reading.formats import Conversation
 from t5tune.data.reading.raw_records import parse_record
@@ -15,6 +14,7 @@ from t5tune.data.tokens.tokenizer import load_tokenizer
 from t5tune.progress import Event, Note
 from t5tune.settings import PrepareSettings
 from t5tune.settings.groups.record_format import ReadingSettings
+from tests.support.caches import open_only
 from tests.support.command_line import t5tune_in_fork
 
 SENTENCES = [(f"Where is order {number} of mine?", f"Order {number} is on its way.") for number in range(40)]
@@ -31,7 +31,7 @@ def prepare_table(path: Path, **values: Any) -> tuple[list[tuple[str, str]], lis
     """Prepare a table, and return its pairs and the notes."""
     events: list[Event] = []
     given = {"model_name_or_path": "pocket", "data_path": str(path), "output_dir": path.parent / "cache"}
-    cache = open_cache(prepare(PrepareSettings(**given | values), events.append).cache)
+    cache = open_only(prepare(PrepareSettings(**given | values), events.append).cache)
     tokenizer = load_tokenizer(cache.tokenizer_folder)
     decoded = [tuple(tokenizer.decode(ids.tolist()[:-1]) for ids in (each.source_S, each.target_T)) for each in cache]
     return decoded, [event.text for event in events if isinstance(event, Note)]

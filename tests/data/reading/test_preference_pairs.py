@@ -8,14 +8,14 @@ import pytest
 
 from t5tune.commands.inspect import inspect
 from t5tune.commands.prepare import prepare
-from t5tune.data.caches.cache import open_cache
-from t5tune.data.caches.examples import open_mixture
+from t5tune.data.caches.examples import open_examples
 from t5tune.data.reading.formats import parse_conversation
 from t5tune.data.reading.rejections import RecordLocation, RejectionError
 from t5tune.data.tokens.encoding import PreferencePair
 from t5tune.errors import DataError, SettingsError
 from t5tune.settings import InspectSettings, PrepareSettings
 from t5tune.settings.groups.record_format import ReadingSettings
+from tests.support.caches import find_cache, open_only
 
 HI, YES, NO = (
     {"role": role, "content": text} for role, text in (("user", "Hi"), ("assistant", "Yes"), ("assistant", "No"))
@@ -131,7 +131,7 @@ def make_cache(folder: Path, **changes: Any) -> Path:
 
 def test_both_answers_are_the_targets_of_the_two_sft_examples(tmp_path: Path) -> None:
     """Each answer is encoded as prepare encodes a conversation that ends with it, and the source is stored once."""
-    cache = open_cache(make_cache(tmp_path))
+    cache = open_only(make_cache(tmp_path))
     alone = []
     for name in ("chosen", "rejected"):
         folder = tmp_path / name
@@ -141,7 +141,7 @@ def test_both_answers_are_the_targets_of_the_two_sft_examples(tmp_path: Path) ->
         path.write_text("\n".join(json.dumps({"prompt": r["prompt"], "completion": r[name]}) for r in pairs))
         settings = {"model_name_or_path": "pocket", "data_path": str(path), "output_dir": folder / "cache"}
         prepare(PrepareSettings(**settings, num_workers=1, train_on="last"))
-        alone.append(open_cache(folder / "cache"))
+        alone.append(open_only(folder / "cache"))
         assert alone[-1].added_tokens == cache.added_tokens
     assert len(cache) == 4
     for pair, chosen, rejected in zip(cache, *alone, strict=True):
@@ -153,7 +153,7 @@ def test_both_answers_are_the_targets_of_the_two_sft_examples(tmp_path: Path) ->
     assert sources.tolist() == [len(pair.source_S) for pair in cache]
     assert targets.tolist() == [sum(map(len, pair.targets)) for pair in cache]
     assert cache.read_longest_targets().tolist() == [max(map(len, pair.targets)) for pair in cache]
-    stored = (tmp_path / "cache" / "tokens.bin").stat().st_size // 2
+    stored = (find_cache(tmp_path / "cache") / "tokens.bin").stat().st_size // 2
     special = 3 * len(cache)  # the EOS tokens of a source and its answers aren't stored
     assert stored == int(sources.sum() + targets.sum()) - special
     assert cache.manifest["rejected_by_reason"] == {"no_preference": 1}
@@ -163,21 +163,21 @@ def test_both_answers_are_the_targets_of_the_two_sft_examples(tmp_path: Path) ->
 def test_a_pair_is_a_duplicate_only_if_both_answers_are_the_same(shards: int, tmp_path: Path) -> None:
     for number in range(shards):
         make_cache(tmp_path, dedupe="exact", **({"shard": f"{number}/{shards}"} if shards > 1 else {}))
-    cache = open_cache(tmp_path / "cache")
+    cache = open_only(tmp_path / "cache")
     assert cache.manifest["rejected_by_reason"] == {"duplicate": 1, "no_preference": 1}
     assert len(cache) == 3
 
 
 def test_long_answers_are_cut_or_left_out(tmp_path: Path) -> None:
-    cut = open_cache(make_cache(tmp_path, model_max_length=12))
+    cut = open_only(make_cache(tmp_path, model_max_length=12))
     pair = cut[0]
     assert len(pair.rejected_R) == 12
     assert pair.rejected_R[-1] != 1
     assert cut.count_cut_tokens()[0] > 0
     assert cut.manifest["truncated_targets"] == 1
-    whole = open_cache(make_cache(tmp_path, model_max_length=12, drop_truncated_targets=True))
+    whole = open_only(make_cache(tmp_path, model_max_length=12, drop_truncated_targets=True))
     assert (len(whole), whole.manifest["dropped"]) == (3, {"truncated_targets": 1})
-    long = open_cache(make_cache(tmp_path, min_target_tokens=5))
+    long = open_only(make_cache(tmp_path, min_target_tokens=5))
     assert (len(long), long.manifest["dropped"]) == (1, {"short_targets": 3})
 
 
@@ -211,7 +211,7 @@ def test_pairs_are_mixed_with_pairs_only(tmp_path: Path) -> None:
     values |= {"max_rejected_fraction": None}
     two = [{"path": str(data), "name": "a"}, {"path": str(data), "name": "b", "weight": 2}]
     prepare(PrepareSettings(**values, data=two, num_workers=1))
-    assert open_mixture(tmp_path / "m").has_preferences
+    assert open_examples(tmp_path / "m").has_preferences
     two[1]["objective"] = "sft"
     with pytest.raises(SettingsError, match="data: b: objective sft, but that of the command is orpo"):
         PrepareSettings(**values, data=two)
@@ -232,9 +232,9 @@ def test_pairs_with_the_same_question_are_held_out_together(tmp_path: Path) -> N
     data.write_text("\n".join(map(json.dumps, records)))
     values = {"model_name_or_path": "pocket", "data_path": str(data), "output_dir": tmp_path / "cache"}
     prepare(PrepareSettings(**values, objective="dpo", num_workers=1, dedupe="exact"))
-    cache = open_cache(tmp_path / "cache")
+    cache = open_only(tmp_path / "cache")
     assert len(cache) == 40
-    training, held_out = cache.split(0.3, split_seed=1)
+    training, held_out = open_examples(tmp_path / "cache").split(0.3, split_seed=1)
     asked = [{bytes(pair.source_S) for pair in part} for part in (training, held_out)]
     assert len(asked[1]) == 3
     assert not asked[0] & asked[1]
@@ -247,7 +247,7 @@ def test_answers_with_the_same_tokens_are_left_out_and_counted(tmp_path: Path) -
     data.write_text("\n".join(json.dumps({"prompt": "q", "chosen": a, "rejected": b}) for a, b in pairs))
     values = {"model_name_or_path": "pocket", "data_path": str(data), "output_dir": tmp_path / "cache"}
     prepare(PrepareSettings(**values, objective="dpo", num_workers=1, model_max_length=20, add_tokens="none"))
-    cache = open_cache(tmp_path / "cache")
+    cache = open_only(tmp_path / "cache")
     assert len(cache) == 1
     assert cache.manifest["dropped"] == {"same_answers": 2}
 

@@ -37,6 +37,7 @@ from t5tune.data.reading.rejections import (
 from t5tune.errors import DataError
 from t5tune.settings.dataset_list import DatasetSettings
 from t5tune.settings.groups.record_format import ReadingSettings
+from tests.support.caches import find_cache
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -1069,7 +1070,7 @@ def test_rejected_table_rows_are_written_as_json(tmp_path: Path) -> None:
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "data.parquet")
     done = prepare(tmp_path, "--data-path", tmp_path / "data.parquet", "--max-rejected-fraction", 1)
     assert json.loads(done.stdout)["rejected"] == 1
-    line = (tmp_path / "cache" / "rejected.jsonl").read_text()
+    line = (find_cache(tmp_path / "cache") / "rejected.jsonl").read_text()
     rejected = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert rejected["record"] == {"source": "c", "target": None, "score": "NaN"}
     assert rejected["reason"] == "not_text"
@@ -1143,7 +1144,7 @@ def test_rejected_records_are_written_with_their_locations(tmp_path: Path) -> No
     done = prepare(tmp_path, "--data-path", tmp_path / "data.jsonl", *limits)
     result = json.loads(done.stdout)
     assert (result["conversations"], result["rejected"]) == (2, 4)
-    lines = [json.loads(line) for line in (tmp_path / "cache" / "rejected.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (find_cache(tmp_path / "cache") / "rejected.jsonl").read_text().splitlines()]
     assert [line["reason"] for line in lines] == ["lone_surrogate", "not_json", "invalid_utf8", "too_long"]
     assert [line["line"] for line in lines] == [2, 3, 4, 5]
     assert lines[0]["record"] == bad

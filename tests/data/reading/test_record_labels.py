@@ -10,7 +10,6 @@ import pytest
 from pyarrow import parquet
 
 from t5tune.commands.prepare import prepare
-from t5tune.data.caches.cache import open_cache
 from t5tune.data.reading.files import find_files
 from t5tune.data.reading.formats import Conversation
 from t5tune.data.reading.raw_records import parse_record
@@ -21,6 +20,7 @@ from t5tune.errors import DataError
 from t5tune.progress import Event, Note
 from t5tune.settings import PrepareSettings
 from t5tune.settings.groups.record_format import ReadingSettings
+from tests.support.caches import find_cache, open_only
 from tests.support.command_line import t5tune_in_fork
 from tests.support.paths import REPOSITORY
 
@@ -68,7 +68,7 @@ def prepared(tmp_path: Path, events: list[Event]) -> Callable[..., dict[str, Any
         values = {"model_name_or_path": "pocket", "data_path": str(data), "output_dir": tmp_path / "cache"}
         values |= {"max_rejected_fraction": None, **more}
         made = prepare(PrepareSettings(**values), events.append)
-        manifest: dict[str, Any] = json.loads((made.cache / "manifest.json").read_text())
+        manifest: dict[str, Any] = json.loads((find_cache(made.cache) / "manifest.json").read_text())
         return manifest
 
     return run
@@ -131,13 +131,13 @@ def test_records_labeled_bad_are_counted_reported_and_written_in_full(
     assert (manifest["conversations"], manifest["rejected"]) == (1, 3)
     assert manifest["rejected_by_reason"] == {"labeled_bad": 2, "unknown_format": 1}
     assert manifest["repaired"] == {}
-    lines = [json.loads(line) for line in (tmp_path / "cache" / "rejected.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (find_cache(tmp_path / "cache") / "rejected.jsonl").read_text().splitlines()]
     assert [(line["line"], line["reason"]) for line in lines] == [
         *((2, "labeled_bad"), (3, "unknown_format"), (4, "labeled_bad"))
     ]
     assert lines[0]["record"] == BAD
     assert "kto_tag: false" in lines[2]["message"]
-    place = tmp_path / "cache" / "rejected.jsonl"
+    place = find_cache(tmp_path / "cache") / "rejected.jsonl"
     notes = [event.text for event in events if isinstance(event, Note)]
     assert f"2 records labeled bad (label: false, kto_tag: false) left out of supervised training: {place}" in notes
     assert f"1 record rejected (unknown format: 1): {place}" in notes
@@ -183,7 +183,7 @@ def test_train_reports_records_labeled_bad_and_evaluate_does_not_score_them(tmp_
     done = t5tune_in_fork("train", *arguments, tmp_path / "run", "--max-steps", "1", "--report-samples", "0")
     assert done.code == 0, done.stderr
     left_out = "2 records labeled bad (label: false, kto_tag: false) left out of supervised training"
-    assert f"warning: {left_out}: {tmp_path / 'run' / 'data' / 'rejected.jsonl'}" in done.stderr
+    assert f"warning: {left_out}: {tmp_path / 'run' / 'data' / 'data' / 'rejected.jsonl'}" in done.stderr
     page = (tmp_path / "run" / "report.html").read_text()
     assert "Records left out: labeled bad (label: false, kto_tag: false): 2" in page
     done = t5tune_in_fork("evaluate", *arguments, tmp_path / "scores", "--max-new-tokens", "1", "--json")
@@ -227,7 +227,7 @@ def list_learned(record: Conversation) -> list[bool]:
 
 def decode_examples(cache: Path) -> list[tuple[str, str]]:
     """Return the source and the target of each example."""
-    made = open_cache(cache)
+    made = open_only(cache)
     tokenizer = load_tokenizer(made.tokenizer_folder)
     return [
         (tokenizer.decode(example.source_S.tolist()[:-1]), tokenizer.decode(example.target_T.tolist()[:-1]))

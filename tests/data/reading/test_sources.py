@@ -18,6 +18,7 @@ from t5tune.errors import DataError
 from t5tune.hub.datasets import DatasetChoice
 from t5tune.io.reasons import hide_queries
 from t5tune.progress import Note
+from tests.support.caches import find_cache, open_only
 from tests.support.command_line import CommandResult, t5tune_in_fork
 from tests.support.hub import TOKEN, Hub, serve_hub, use_in_this_process
 from tests.support.web import serve_folder
@@ -55,11 +56,10 @@ def prepare(hub: Hub | None, name: str, output: Path, *flags: object, **environm
 
 def read_sources(cache: Path) -> list[str]:
     """The texts of a cache's sources, which show which records were read."""
-    from t5tune.data.caches.cache import open_cache
     from t5tune.data.tokens.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(cache / "tokenizer")
-    return [tokenizer.decode(example.source_S, skip_special_tokens=True) for example in open_cache(cache)]
+    tokenizer = load_tokenizer(find_cache(cache) / "tokenizer")
+    return [tokenizer.decode(example.source_S, skip_special_tokens=True) for example in open_only(cache)]
 
 
 def expect(*numbers: int) -> list[str]:
@@ -194,12 +194,13 @@ def test_the_commit_is_recorded_and_the_cache_has_the_bytes_of_local_files(hub: 
         (tmp_path / name).write_bytes(body)
     assert prepare(hub, NAME, tmp_path / "a").code == 0
     assert prepare(None, str(tmp_path / "data"), tmp_path / "b").code == 0
-    manifests = [json.loads((tmp_path / name / "manifest.json").read_text()) for name in "ab"]
+    manifests = [json.loads((find_cache(tmp_path / name) / "manifest.json").read_text()) for name in "ab"]
     origin = f"hf://datasets/{NAME}@{repo.head}/data"
     assert manifests[0].pop("sources") == [f"{origin}/train-0.jsonl", f"{origin}/train-1.jsonl"]
     assert manifests[0] == manifests[1]
     for name in ("tokens.bin", "conversations.bin", "examples.bin"):
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+        one, other = (find_cache(tmp_path / folder) / name for folder in "ab")
+        assert one.read_bytes() == other.read_bytes()
     again = prepare(hub, NAME, tmp_path / "a", "--json")
     assert again.json["up_to_date"] is True
     assert hub.count_downloads("train-0.jsonl") == 1
@@ -355,7 +356,9 @@ def test_a_file_at_a_url_is_read_and_its_secret_is_not_recorded(web: tuple[str, 
     done = prepare(None, name, tmp_path / "cache", **environment)
     assert done.code == 0, done.stderr
     assert read_sources(tmp_path / "cache") == expect(1, 2)
-    assert json.loads((tmp_path / "cache" / "manifest.json").read_text())["sources"] == [f"{url}/chats.jsonl.gz"]
+    assert json.loads((find_cache(tmp_path / "cache") / "manifest.json").read_text())["sources"] == [
+        f"{url}/chats.jsonl.gz"
+    ]
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"SeCrEt" in path.read_bytes()]
     (folder / "chats.jsonl.gz").write_bytes(gzip.compress(to_jsonl(3, 4, 5)))
     assert prepare(None, name, tmp_path / "cache", **environment).code == 0

@@ -12,7 +12,6 @@ import pytest
 
 from t5tune.commands.evaluate import evaluate
 from t5tune.commands.prepare import prepare
-from t5tune.data.caches.cache import open_cache
 from t5tune.data.reading.files import find_files
 from t5tune.data.reading.formats import Conversation
 from t5tune.data.reading.raw_records import parse_record
@@ -22,6 +21,7 @@ from t5tune.errors import DataError, SettingsError
 from t5tune.progress import Event, Note
 from t5tune.settings import EvaluateSettings, PrepareSettings
 from t5tune.settings.groups.record_format import ReadingSettings
+from tests.support.caches import find_cache, open_only
 from tests.support.command_line import t5tune_in_fork
 
 GERMAN = ["Die Lieferung an die Straße kam zu spät", "Rückerstattung für das Gerät – sofort", "20 € für die Größe"]
@@ -232,7 +232,7 @@ def test_bytes_that_the_encoding_does_not_have_reject_their_record(tmp_path: Pat
     path.write_bytes(path.read_bytes().replace(b" 7", b"\x81", 1))
     result, notes = prepare_table(path, encoding="cp1252")
     assert (result.conversations, result.rejected) == (19, 1)
-    (line,) = (tmp_path / "cache" / "rejected.jsonl").read_text().splitlines()
+    (line,) = (find_cache(tmp_path / "cache") / "rejected.jsonl").read_text().splitlines()
     assert "the byte 0x81 at character " in json.loads(line)["message"]
     assert r"\udc81" in line
     assert line.count(r"\udc") == 1
@@ -285,7 +285,7 @@ def test_the_encoding_is_named_and_part_of_the_cache_s_identity(tmp_path: Path) 
     path = write_table(tmp_path / "data.csv", make_table(GERMAN), "cp1252")
     result, notes = prepare_table(path)
     assert f"read as cp1252: {path}; --encoding chooses another" in notes
-    (file,) = open_cache(result.cache).manifest["inputs"]["data"]
+    (file,) = open_only(result.cache).manifest["inputs"]["data"]
     assert file["encoding"] == "cp1252"
     assert prepare_table(path)[0].up_to_date
     again, notes = prepare_table(path, encoding="windows-1250", max_rejected_fraction=None)
@@ -300,7 +300,7 @@ def test_parts_are_read_in_the_same_encoding(tmp_path: Path, suffix: str) -> Non
     result, _ = prepare_table(path)
     for index in range(3):
         prepare_table(path, output_dir=tmp_path / "parts", shard=f"{index}/3")
-    one, parts = ((tmp_path / name / "tokens.bin").read_bytes() for name in ("cache", "parts"))
+    one, parts = ((find_cache(tmp_path / name) / "tokens.bin").read_bytes() for name in ("cache", "parts"))
     assert result.conversations == 3000
     assert one == parts
 
@@ -317,7 +317,7 @@ def test_standard_input_is_read_in_its_encoding(tmp_path: Path, num_ascii: int) 
     )
     assert done.code == 0
     assert "read as cp1252: -" in done.stderr
-    assert open_cache(tmp_path / "cache").manifest["inputs"]["data"][0]["encoding"] == "cp1252"
+    assert open_only(tmp_path / "cache").manifest["inputs"]["data"][0]["encoding"] == "cp1252"
 
 
 @pytest.mark.slow

@@ -11,12 +11,12 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from t5tune.commands.prepare import prepare
-from t5tune.data.caches.cache import open_cache
 from t5tune.data.tokens.encoders import Beginning, ByteEncoder, WholeTextEncoder, WordEncoder, make_encoder
 from t5tune.data.tokens.encoding import MAX_WORD_LENGTH
 from t5tune.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from t5tune.data.tokens.vocabulary import extend_tokenizer
 from t5tune.settings import PrepareSettings
+from tests.support.caches import find_cache, open_only
 from tests.support.paths import REPOSITORY
 
 POCKET = REPOSITORY / "t5tune" / "pocket"
@@ -92,8 +92,8 @@ def test_a_record_with_a_longer_word_is_rejected_and_kept(tmp_path: Path, add_to
     }
     result = prepare(PrepareSettings(**values, add_tokens=add_tokens))
     assert (result.conversations, result.rejected) == (2, 2)
-    assert open_cache(tmp_path / "cache").manifest["rejected_by_reason"] == {"long_word": 2}
-    lines = [json.loads(line) for line in (tmp_path / "cache" / "rejected.jsonl").read_text().splitlines()]
+    assert open_only(tmp_path / "cache").manifest["rejected_by_reason"] == {"long_word": 2}
+    lines = [json.loads(line) for line in (find_cache(tmp_path / "cache") / "rejected.jsonl").read_text().splitlines()]
     assert [line["record"] for line in lines] == [records[1], records[3]]
     assert lines[1]["message"] == "a word of 100,001 characters, more than 100,000"
 

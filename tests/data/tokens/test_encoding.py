@@ -10,9 +10,10 @@ from transformers import AutoTokenizer
 from t5tune.commands.evaluate import evaluate
 from t5tune.commands.prepare import prepare
 from t5tune.commands.train import train
-from t5tune.data.caches.cache import Cache, open_cache
+from t5tune.data.caches.cache import Cache
 from t5tune.data.tokens.tokenizer import load_tokenizer
 from t5tune.settings import EvaluateSettings, PrepareSettings, TrainSettings
+from tests.support.caches import open_only
 
 TEXTS = ['{"a": 1}', "{ x }", "Yes", "<b>two</b>", "\n- a", "\t{", "3 {x}", "猫 x", "~", "two  hats"]
 # characters that the normalizer drops, or turns into a space or several characters
@@ -27,7 +28,7 @@ def prepare_records(folder: Path, records: list[Any], template: str, **values: A
     """Prepare records, and return the cache and its tokenizer as transformers loads it."""
     (folder / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     given = {"model_name_or_path": "pocket", "data_path": str(folder / "data.jsonl"), "output_dir": folder / "cache"}
-    cache = open_cache(prepare(PrepareSettings(**given | values, conversation_template=template)).cache)
+    cache = open_only(prepare(PrepareSettings(**given | values, conversation_template=template)).cache)
     return cache, AutoTokenizer.from_pretrained(str(cache.tokenizer_folder))
 
 

@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 
 from t5tune.commands.prepare import prepare
-from t5tune.data.caches.cache import Cache, open_cache
+from t5tune.data.caches.cache import Cache
+from t5tune.data.caches.examples import open_examples
 from t5tune.data.reading.raw_text import read_text
 from t5tune.data.tokens.span_corruption import SpanCorruption, cut_windows, find_sentinels
 from t5tune.data.tokens.tokenizer import Tokenizer, decode_reference, load_tokenizer
 from t5tune.errors import DataError, ModelError, SettingsError
 from t5tune.settings import PrepareSettings
 from t5tune.settings.denoisers import DENOISERS, Denoiser, find_denoisers
+from tests.support.caches import open_only
 from tests.support.model_types import make_checkpoint
 from tests.support.paths import REPOSITORY
 from tests.support.prose import english_text
@@ -226,7 +228,7 @@ def read_texts(cache: Cache) -> list[list[int]]:
 def test_a_cache_of_raw_text_has_all_of_it(base: str, denoisers: str, texts: Path, tmp_path: Path) -> None:
     folder = base if base == "pocket" else make_checkpoint(base, tmp_path / "base")
     result = prepare(make_settings(folder, texts, tmp_path / "cache", denoisers=[denoisers]))
-    cache = open_cache(tmp_path / "cache")
+    cache = open_only(tmp_path / "cache")
     assert len(cache) == result.examples
     sources, targets = cache.read_lengths()
     for number, example in enumerate(cache):
@@ -317,10 +319,10 @@ def test_impossible_settings_are_refused(changes: dict[str, Any], problem: str, 
 def test_another_seed_masks_other_spans_of_the_same_text(texts: Path, tmp_path: Path) -> None:
     for seed in (3, 4):
         prepare(make_settings("pocket", texts, tmp_path / f"{seed}", denoisers=["ul2"], seed=seed))
-    one, other = (open_cache(tmp_path / f"{seed}") for seed in (3, 4))
+    one, other = (open_only(tmp_path / f"{seed}") for seed in (3, 4))
     assert read_texts(one) == read_texts(other)
     assert one.read_lengths()[0].tolist() != other.read_lengths()[0].tolist()
-    part, rest = one.split(0.3, split_seed=1)
+    part, rest = (half.main.cache for half in open_examples(tmp_path / "3").split(0.3, split_seed=1))
     assert sorted(map(str, read_texts(part) + read_texts(rest))) == sorted(map(str, read_texts(one)))
 
 

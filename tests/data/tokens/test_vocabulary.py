@@ -12,11 +12,12 @@ from tokenizers import decoders, models, pre_tokenizers
 from transformers import AutoTokenizer
 
 from t5tune.commands.prepare import PrepareResult, prepare
-from t5tune.data.caches.cache import Cache, open_cache
+from t5tune.data.caches.cache import Cache
 from t5tune.data.tokens.tokenizer import load_tokenizer
 from t5tune.data.tokens.vocabulary import MISSING_CHARACTERS, RoundTripCheck, extend_tokenizer
 from t5tune.progress import Event, Note, Report, silent
 from t5tune.settings import PrepareSettings
+from tests.support.caches import open_only
 
 LETTERS = "ḿđũãħżǹýƙɓɗŋǎěǐǒǔǖǘǚǜḱǵẽỹĩẅẃẁ"
 ANSWERS = "kept 2 lines", "a\nb", "done"
@@ -39,7 +40,7 @@ def prepared(tmp_path: Path) -> Prepared:
         data.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
         values = {"model_name_or_path": str(base), "data_path": str(data), "output_dir": tmp_path / "cache", **more}
         result = prepare(PrepareSettings(**values), report)
-        return result, open_cache(result.cache)
+        return result, open_only(result.cache)
 
     return run
 
@@ -102,7 +103,7 @@ def test_datasets_of_a_mixture_agree_on_one_list(flan: Path, tmp_path: Path) -> 
         (tmp_path / f"{name}.jsonl").write_text("".join(lines))
     paths = [f"{tmp_path}/a.jsonl:1", f"{tmp_path}/b.jsonl:1"]
     prepare(PrepareSettings(model_name_or_path=str(flan), data_path=paths, output_dir=tmp_path / "cache"))
-    added, others = (open_cache(tmp_path / "cache" / name).added_tokens for name in ("a", "b"))
+    added, others = (open_only(tmp_path / "cache" / name).added_tokens for name in ("a", "b"))
     assert added == others
     assert set(added) == {*LETTERS[:28]}
 
@@ -112,7 +113,7 @@ def test_without_a_token_for_newline_the_turns_have_the_ids_of_the_whole_text(fl
     (tmp_path / "chats.jsonl").write_text(json.dumps({"conversations": turns[:4]}))
     values = {"model_name_or_path": str(flan), "data_path": str(tmp_path / "chats.jsonl")}
     prepare(PrepareSettings(**values, output_dir=tmp_path / "cache", add_tokens=["{"]))
-    cache = open_cache(tmp_path / "cache")
+    cache = open_only(tmp_path / "cache")
     theirs = AutoTokenizer.from_pretrained(str(cache.tokenizer_folder))
     first, second = cache[0], cache[1]
     assert first.target_T.tolist() == theirs("kept 2 lines")["input_ids"]

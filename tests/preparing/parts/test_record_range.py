@@ -1,6 +1,8 @@
 """Which records each part reads: every one exactly once, whatever the format, the line ends and the number of parts."""
 
+import gzip
 import json
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -8,41 +10,29 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from t5tune.data.reading.readers import read_records
-from t5tune.preparing.parts.placed_segments import place_segments
-from t5tune.preparing.parts.record_range import ShardReader, find_line_start
+from t5tune.data.reading.rejections import RecordLocation
+from t5tune.preparing.parts.record_range import find_line_start, read_range
 from t5tune.settings.groups.record_format import ReadingSettings
 from t5tune.settings.groups.shard import Shard
 from tests.support.corpora import MAX_RECORD_BYTES, write_corpus
 
-
-def read_parts(files: list[Path], count: int, max_bytes: int = 1 << 20) -> list[tuple[str, int, int, int, object]]:
-    """Read all parts, and return (file, line, index, offset, data) of each record in the order of the data."""
-    manifests, parts = [], []
-    for index in range(count):
-        reader = ShardReader(files, Shard(index, count), ReadingSettings(max_record_bytes=max_bytes))
-        parts.append(list(reader))
-        manifests.append({"segments": [list(vars(segment).values()) for segment in reader.segments]})
-    found = []
-    for place in place_segments(manifests):
-        records = parts[place.part][place.row : place.row + place.segment.records]
-        for number, record in enumerate(records):
-            at = record.location
-            found.append(
-                (at.file, place.line + at.line, place.index + number, at.offset, (record.data, record.repairs))
-            )
-    return found
+Found = list[tuple[RecordLocation, object, object]]
 
 
-def read_whole(files: list[Path], max_bytes: int = 1 << 20) -> list[tuple[str, int, int, int, object]]:
-    locations = (
-        (record.location, record) for record in read_records(files, ReadingSettings(max_record_bytes=max_bytes))
-    )
-    return [(at.file, at.line, at.index, at.offset, (record.data, record.repairs)) for at, record in locations]
+def read_parts(files: list[Path], count: int, max_bytes: int = 1 << 20) -> Found:
+    """Read all parts, one after the other."""
+    reading = ReadingSettings(max_record_bytes=max_bytes)
+    records = chain.from_iterable(read_range(files, Shard(index, count), reading) for index in range(count))
+    return [(record.location, record.data, record.repairs) for record in records]
+
+
+def read_whole(files: list[Path], max_bytes: int = 1 << 20) -> Found:
+    records = read_records(files, ReadingSettings(max_record_bytes=max_bytes))
+    return [(record.location, record.data, record.repairs) for record in records]
 
 
 @pytest.mark.parametrize("count", [1, 3, 8, 40])
-def test_each_record_of_any_format_is_in_one_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    monkeypatch.setattr("t5tune.preparing.parts.record_range.BLOCK_RECORDS", 7)
+def test_each_record_of_any_format_is_in_one_part(tmp_path: Path, count: int) -> None:
     files = sorted(write_corpus(tmp_path / "data").iterdir())
     expected = read_whole(files, MAX_RECORD_BYTES)
     assert len(expected) > 400
@@ -51,7 +41,7 @@ def test_each_record_of_any_format_is_in_one_part(tmp_path: Path, monkeypatch: p
 
 line = st.one_of(
     st.integers(0, 99).map(lambda number: json.dumps({"source": "q" * (number % 9), "target": str(number)})),
-    st.sampled_from(["", " ", "\t \t", "{broken", "\ufeff", '\ufeff{"a": 1}', '{"t": "a\\nb"}', "é猫", "x" * 50]),
+    st.sampled_from(["", " ", "\t \t", "\f", "{broken", "\ufeff", '\ufeff{"a": 1}', '{"t": "a\\nb"}', "é猫", "x" * 50]),
 )
 
 
@@ -84,6 +74,13 @@ def test_a_line_belongs_to_the_part_in_which_its_first_byte_is(tmp_path: Path) -
 def test_parts_of_one_file_of_lines_have_about_the_same_size(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text("".join(json.dumps({"source": "q", "target": str(number)}) + "\n" for number in range(1000)))
-    sizes = [len(list(ShardReader([path], Shard(index, 3), ReadingSettings()))) for index in range(3)]
+    sizes = [len(list(read_range([path], Shard(index, 3), ReadingSettings()))) for index in range(3)]
     assert sum(sizes) == 1000
     assert max(sizes) - min(sizes) < 20
+
+
+def test_a_compressed_file_belongs_to_the_part_in_which_it_begins(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"source": "q", "target": "a"}\n' * 500))
+    sizes = [len(list(read_range([path], Shard(index, 3), ReadingSettings()))) for index in range(3)]
+    assert sizes == [500, 0, 0]

@@ -81,7 +81,7 @@ def test_only_auto_takes_the_other_parts_for_ranks_on_the_same_node(
     data = tmp_path / "data.jsonl"
     data.write_text("x" * 100)
     settings = PrepareSettings(**{**VALUES, "data_path": str(data)}, shard=shard)
-    source = CacheSource(settings, "", [], [data], *[None] * 7)
+    source = CacheSource(settings, "", [], [data], *[None] * 8)
     assert choose_num_workers(source) == expected
 
 
