@@ -61,7 +61,7 @@ _HOMES = {
     "T5TuneError": "errors",
     "progress_bar": "progress_bar",
     "read_metrics": "runs.metrics_log",
-    "read_result": "runs.folder",
+    "read_result": "runs.result",
 }  # anything else is in `settings`
 
 

@@ -24,8 +24,8 @@ from t5tune.errors import SettingsError as SettingsError
 from t5tune.errors import Stopped as Stopped
 from t5tune.errors import T5TuneError as T5TuneError
 from t5tune.progress_bar import progress_bar as progress_bar
-from t5tune.runs.folder import read_result as read_result
 from t5tune.runs.metrics_log import read_metrics as read_metrics
+from t5tune.runs.result import read_result as read_result
 from t5tune.settings.dataset_list import DatasetSettings as DatasetSettings
 from t5tune.settings.loading import load_settings as load_settings
 from t5tune.version import __version__ as __version__

@@ -298,6 +298,12 @@ def test_the_index_of_decisions_lists_every_entry() -> None:
     assert set(re.findall(r"^- ([\d-]+): \[(.*)\]\((.*)\)$", index, re.MULTILINE)) == entries
 
 
+def test_the_tests_of_the_invariants_exist() -> None:
+    named = set(re.findall(r"`(test_\w+)`", (REPOSITORY / "docs" / "invariants.md").read_text()))
+    tests = "\n".join(path.read_text() for path in (REPOSITORY / "tests").rglob("test_*.py"))
+    assert named and named == set(re.findall(r"^def (test_\w+)", tests, re.MULTILINE)) & named
+
+
 @pytest.mark.parametrize("path", DOCUMENTS, ids=get_name)
 def test_commands_in_the_documents_are_valid(path: Path) -> None:
     """Each command is parsed as on the command line, but not run."""

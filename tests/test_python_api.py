@@ -250,7 +250,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(folder: Path) -> t5tune.runs.folder.TrainResult:  # type: ignore[name-defined]
+def run(folder: Path) -> t5tune.runs.result.TrainResult:  # type: ignore[name-defined]
     """A run on a DataFrame, with an evaluation."""
     return train(
         make_settings(folder, data_path=pd.DataFrame(PAIRS), eval_fraction=0.2, eval_steps=1, report_samples=2)
@@ -312,7 +312,7 @@ def test_a_run_that_was_moved_is_read_where_it_is(run: Any, tmp_path: Path) -> N
 
 
 def test_records_are_kept_so_that_the_command_line_can_repeat_the_run(run: Any, folder: Path) -> None:
-    (kept,) = folder.glob("run.records-*.jsonl")
+    (kept,) = (run.run / "records").iterdir()
     assert [json.loads(line) for line in kept.read_text().splitlines()] == PAIRS
     settings, _ = load_settings(TrainSettings, str(run.run / "settings.yaml"))
     assert settings.data_path == [str(kept)]
@@ -329,7 +329,7 @@ def test_the_same_records_resume_a_run_and_others_are_refused(run: Any, folder: 
     assert notes == [Note(f"{run.run}: this run has already finished; use --fresh to start over")]
     with pytest.raises(SettingsError, match=r"data_path: \S+\.jsonl before, \S+\.jsonl now"):
         train(make_settings(folder, data_path=PAIRS[:-1], **same))
-    assert len([*folder.glob("run.records-*.jsonl")]) == 1
+    assert len([*(run.run / "records").iterdir()]) == 1
 
 
 @pytest.mark.parametrize("is_finished", [True, False])
@@ -343,6 +343,29 @@ def test_the_same_records_resume_a_run_that_was_moved(is_finished: bool, tmp_pat
     assert moved.resumed_from == (None if is_finished else tmp_path / "run-2" / "checkpoint-2")
     with pytest.raises(SettingsError, match=r"data.*: \S+\.jsonl before, \S+\.jsonl now"):
         train(make_settings(tmp_path, output_dir=tmp_path / "run-2", data_path=PAIRS[:-1]))
+    run = (tmp_path / "run-2").rename(tmp_path / "run-3")
+    if not is_finished:
+        (run / "result.json").unlink()
+    again = t5tune_in_fork("train", "--config", run / "settings.yaml", "--output-dir", run, "--json")
+    assert again.code == 0, again.stderr
+    assert again.json["train_loss"] == first.train_loss
+
+
+def test_fresh_keeps_the_records_that_its_settings_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    first = train(make_settings(tmp_path))
+    (kept,) = (tmp_path / "run" / "records").iterdir()
+    settings, _ = load_settings(TrainSettings, "run/settings.yaml", flags={"output_dir": "run", "fresh": True})
+    Path("bad.jsonl").write_text("{}")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(DataError, match="no conversation to evaluate on"):
+        train(settings.replace(eval_data_path=["bad.jsonl"]))
+    Path("run.rejected.jsonl").unlink()
+    assert sorted(tmp_path.rglob("*")) == before
+    assert train(settings).train_loss == first.train_loss
+    for folder in ("run", "run.1"):
+        assert (tmp_path / folder / "records" / kept.name).is_file()
+        assert (tmp_path / folder / "result.json").is_file()
 
 
 def test_evaluate_and_prepare_take_records(run: Any, folder: Path, tmp_path: Path) -> None:
@@ -372,7 +395,7 @@ def test_records_that_cannot_be_used_leave_nothing(tmp_path: Path) -> None:
 
 def test_records_that_cannot_be_kept_are_explained(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(SettingsError, match=r"can't be kept next to it, in \S+: .*; choose another output_dir"):
+    with pytest.raises(SettingsError, match=r"output_dir: \S+: can't be created: .*; choose another output_dir"):
         train(make_settings(tmp_path / "file"))
 
 

@@ -97,20 +97,28 @@ def read_file_stats(folder: Path) -> FileStats | None:
 
 
 def load_hash(cache_file: Path, stats: FileStats | None) -> str | None:
-    """Load the full hash of files with these stats; None if it isn't cached.
-
-    The cache is in the run folder, so that resuming doesn't read tens of gigabytes again.
-    """
+    """Load the full hash of files with these stats; None if it isn't stored."""
     try:
-        known = parse_json_object(cache_file.read_bytes())
-        if known["format"] == HASH_CACHE_FORMAT and known["files"] == stats:
-            return str(known["sha256"])
-    except (OSError, ValueError, KeyError):
-        pass
-    return None
+        return match_hash(parse_json_object(cache_file.read_bytes()), stats)
+    except (OSError, ValueError):
+        return None
 
 
 def store_hash(cache_file: Path, stats: FileStats | None, sha256: str) -> None:
     """Store the hash of files that had these stats before they were hashed."""
     if stats is not None and load_hash(cache_file, stats) != sha256:
-        write_json(cache_file, {"format": HASH_CACHE_FORMAT, "sha256": sha256, "files": stats})
+        write_json(cache_file, describe_hash(stats, sha256))
+
+
+def describe_hash(stats: FileStats | None, sha256: str) -> dict[str, Any] | None:
+    """Describe the hash of files that had these stats before they were hashed; None if there are no stats."""
+    return None if stats is None else {"format": HASH_CACHE_FORMAT, "sha256": sha256, "files": stats}
+
+
+def match_hash(known: Any, stats: FileStats | None) -> str | None:
+    """Return the hash that `describe_hash` described; None if these aren't the stats of its files.
+
+    A run folder has it, so that resuming doesn't read tens of gigabytes again.
+    """
+    is_known = isinstance(known, dict) and known.get("format") == HASH_CACHE_FORMAT and known.get("files") == stats
+    return str(known["sha256"]) if is_known else None

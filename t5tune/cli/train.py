@@ -8,19 +8,16 @@ from t5tune.cli.next_steps import list_next_steps
 from t5tune.cli.output import Output
 from t5tune.cli.results import render_result
 from t5tune.cli.workers import follow_launcher, run_in_workers
+from t5tune.commands.run_plan import make_run_plan
 from t5tune.commands.train import name_kept_records, resume_after_restart, send_result, set_up_run_folder, train
 from t5tune.distributed.signals import handle_signals
 from t5tune.distributed.world import World, has_restarted
 from t5tune.file_names import SETTINGS_FILE
 from t5tune.progress import Note
-from t5tune.runs.checks import check_settings, find_missing_gpus, list_notes
-from t5tune.runs.folder import (
-    TrainResult,
-    apply_cache_settings,
-    dump_run_settings,
-    has_other_launch,
-    read_result,
-)
+from t5tune.runs.checks import check_plan, find_missing_gpus, list_notes
+from t5tune.runs.data import apply_cache_settings
+from t5tune.runs.folder import RunFolder, dump_run_settings
+from t5tune.runs.result import TrainResult, read_result
 from t5tune.settings import TrainSettings
 
 
@@ -40,26 +37,27 @@ def run(settings: TrainSettings, output: Output) -> None:
 
 def _train_in_workers(settings: TrainSettings, output: Output) -> TrainResult:
     if has_restarted() and settings.fresh:
-        settings = resume_after_restart(settings, not has_other_launch(settings.output_dir), output.report)
+        settings = resume_after_restart(settings, not RunFolder(settings.output_dir).has_other_launch(), output.report)
     with handle_signals(output.report, saves_checkpoints=True) as stop, ExitStack() as stack:
         with stop.interruptible():
-            run = set_up_run_folder(settings, stack, output.report)
-        if run.finished:
-            return send_result(settings, read_result(run.folder), output.report, stop)
+            folder = set_up_run_folder(settings, stack, output.report)
+        if folder.is_finished:
+            return send_result(settings, read_result(folder.path), output.report, stop)
         # set_up_run_folder has renamed an existing run already; the workers must not do it again
         worker_settings = name_kept_records(settings).model_copy(update={"fresh": False})
         run_in_workers(worker_settings, output, settings.max_restarts)
-        return read_result(run.folder)
+        return read_result(folder.path)
 
 
 def _show_dry_run(settings: TrainSettings, output: Output) -> None:
     """Show the settings with all defaults, then the plan and the launch command as comments of the YAML."""
     from t5tune.commands.plan import plan, to_plan_settings  # imports torch, which a launching process doesn't need
 
-    check_settings(settings, imports_metrics=False)  # a config that is only shown may be someone else's
+    run_plan = make_run_plan(settings)
+    check_plan(run_plan, imports_metrics=False)  # a config that is only shown may be someone else's
     if (problem := find_missing_gpus(settings)) is not None:
         output.report(Note(problem, warning=True))
-    for note in list_notes(settings):
+    for note in list_notes(run_plan):
         output.report(Note(note))
     if settings.teacher_model_name_or_path is not None:
         teacher = f"teacher_model_name_or_path: {settings.teacher_model_name_or_path}"
@@ -70,7 +68,7 @@ def _show_dry_run(settings: TrainSettings, output: Output) -> None:
     text = io.StringIO()
     Output(text, quiet=True).show(planned, render_result("plan", planned))
     comments = f"{text.getvalue()}launch command, once the settings are written: {shlex.join(command)}"
-    yaml = dump_run_settings(settings.model_copy(update={"dry_run": False}))
+    yaml = dump_run_settings(make_run_plan(settings))
     output.show(
         {"settings": settings.model_dump(mode="json"), "plan": planned, "command": command},
         "\n".join([yaml, *(f"# {line}".rstrip() for line in comments.splitlines())]),

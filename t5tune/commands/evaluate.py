@@ -185,7 +185,7 @@ def evaluate(settings: EvaluateSettings, report: Report = silent) -> EvaluateRes
     """
     started = time.monotonic()
     world = World.from_environment()
-    check_starts_no_processes(settings, world)
+    check_starts_no_processes(settings, "evaluate", world)
     if settings.deepspeed is not None:
         read_zero3_config(settings.deepspeed)  # raises before anything is loaded
     report = report if world.rank == 0 else silent
@@ -194,7 +194,8 @@ def evaluate(settings: EvaluateSettings, report: Report = silent) -> EvaluateRes
             stop = stack.enter_context(handle_signals(report))
             # outside of the process group: a rank that is interrupted must not wait for the others
             stack.enter_context(stop.interruptible(WHEN_INTERRUPTED))
-        device = stack.enter_context(join_process_group(world, settings, report))
+        chosen = "cpu" if settings.use_cpu else settings.device
+        device = stack.enter_context(join_process_group(world, settings, chosen, report))
         stack.enter_context(watch_ranks(world, settings.process_group_timeout))
         stack.enter_context(report_lost_ranks(world))
         stack.enter_context(_explain_out_of_memory(settings))

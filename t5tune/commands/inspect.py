@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from t5tune.commands.run_plan import make_run_plan
 from t5tune.data.caches.batching import compute_padding_share, epoch_order
 from t5tune.data.caches.cache import Cache, open_cache
 from t5tune.data.caches.cache_view import CacheView, LengthStatistics, build_histogram
@@ -20,8 +21,9 @@ from t5tune.errors import DataError, SettingsError
 from t5tune.io.reasons import join_first
 from t5tune.progress import Note, Report, silent
 from t5tune.reports.cache_page import write_cache_page
-from t5tune.runs.folder import locate_run, read_saved_settings
-from t5tune.settings import InspectSettings
+from t5tune.runs.data import locate_data
+from t5tune.runs.folder import RunFolder
+from t5tune.settings import InspectSettings, TrainSettings
 
 NUM_LONGEST = 5
 NUM_ON_PAGE = 50  # examples of the HTML page if none are chosen
@@ -68,8 +70,8 @@ def _find_cache(folder: Path, report: Report) -> Path:
     Raises:
         DataError: it is of several datasets.
     """
-    if not has_examples(folder) and (run_settings := read_saved_settings(folder)) is not None:
-        cache = locate_run(run_settings.model_copy(update={"output_dir": folder})).cache
+    if not has_examples(folder) and (run_settings := RunFolder(folder).read_settings(TrainSettings)) is not None:
+        cache = locate_data(make_run_plan(run_settings.model_copy(update={"output_dir": folder}))).cache
         report(Note(f"{folder} is a run folder; its token cache is {cache}"))
         folder = cache
     if not is_prepared(folder):

@@ -117,11 +117,13 @@ def merge(settings: MergeSettings, report: Report = silent) -> MergeResult:
     if settings.overwrite:
         check_overwrite(output, settings.adapter if in_place else [*settings.adapter, base_folder])
     adapters = read_adapters(settings.adapter, settings.weights or [1.0])
-    settings = choose_onto(settings, adapters, report)
+    onto = choose_onto(settings.onto, adapters, report)
+    settings = settings.model_copy(update={"onto": onto})
     family_key = settings.family or read_base_metadata(adapters[0].folder).get("family")
     base = open_base(base_folder, family_key)
     tied = base.is_tied()
-    trained = match_trained_base(settings, base, adapters, report)
+    reads_all, allows_other = settings.check == "full", settings.allow_other_base
+    trained = match_trained_base(base, adapters, onto, settings.family, report, reads_all, allows_other)
     tokenizer_folder = _choose_tokenizer(adapters, base)
     family = find_family(read_config(base_folder), base_folder, family_key)
     if converts:
@@ -143,7 +145,7 @@ def merge(settings: MergeSettings, report: Report = silent) -> MergeResult:
         if verify:
             from t5tune.merging.verify import verify_merge
 
-            found = verify_merge(settings, base, adapters, trained, checkpoint, report)
+            found = verify_merge(base, adapters, trained, onto, checkpoint, settings.verify_tolerance, report)
         if converts:
             from t5tune.converting.ctranslate2 import convert_and_check
 
@@ -159,7 +161,7 @@ def merge(settings: MergeSettings, report: Report = silent) -> MergeResult:
         bytes=size,
         verified=verify,
         max_error=found.error if found else None,
-        onto=str(settings.onto),
+        onto=onto,
         from_training=found.from_training if found else {},
         replies=agreement.replies if agreement else None,
         same_replies=agreement.same if agreement else None,

@@ -19,6 +19,7 @@ import transformers.trainer  # noqa: F401  for its memory: training imports it t
 from pydantic import ValidationError
 
 from t5tune.checkpoints.base import find_base, read_config
+from t5tune.commands.run_plan import make_run_plan
 from t5tune.data.caches.batching import Integers, estimate_cost, make_count_batches
 from t5tune.data.caches.examples import Examples, has_examples, open_examples
 from t5tune.data.caches.mixing import choose_mixing
@@ -35,6 +36,7 @@ from t5tune.progress import Note, Report, count_done, silent
 from t5tune.settings import PlanSettings, TrainSettings
 from t5tune.settings.dataset_list import split_weight
 from t5tune.settings.field_types import parse_gpu_memory
+from t5tune.settings.groups.memory import MemorySettings
 from t5tune.training.steps import EpochDraws, count_steps, make_budget_sampler
 
 NUM_ADDED_TOKENS = 19  # about as many as prepare adds to T5's vocabulary, if there are unused rows
@@ -112,11 +114,13 @@ def plan(settings: PlanSettings, report: Report = silent) -> Plan:
     largest = _find_largest_batch(batches, data, packed=settings.packing != "off")
     # each step takes seconds for a large model
     with count_done("measuring the memory of steps", report, unit="steps") as step_done:
-        estimator = MemoryEstimator(architecture, settings, machine, num_token_rows, step_done)
+        estimator = MemoryEstimator(
+            architecture, settings.select_part(MemorySettings), machine, num_token_rows, step_done
+        )
         stages = [estimator.estimate(name, largest) for name in dict.fromkeys([chosen, *STAGES])]
         evaluated = _find_largest_loss_batch(data)
         evaluation = {stage.stage: estimator.estimate_evaluation(stage.stage, evaluated) for stage in stages}
-        suggestion = _suggest_settings(estimator, data, step_done)
+        suggestion = _suggest_settings(settings, estimator, data, step_done)
     trainable, total = estimator.counts
     steps = settings.max_steps
     if steps is None and data.is_real:
@@ -259,15 +263,17 @@ def _compute_padding(settings: PlanSettings, batches: list[Integers], data: _Dat
     return round(1 - useful / padded, 4)
 
 
-def _suggest_settings(asked: MemoryEstimator, data: _Data, step_done: Callable[[int], None]) -> Suggestion | None:
+def _suggest_settings(
+    settings: PlanSettings, asked: MemoryEstimator, data: _Data, step_done: Callable[[int], None]
+) -> Suggestion | None:
     """Return the fastest settings that fit GOOD_BATCH_SIZE examples, else those that fit the most; None: nothing fits.
 
     Batches are of the longest examples.
 
     Args:
-        asked: the estimator for the settings that the user gave.
+        asked: the estimator for the settings, which the user gave.
     """
-    settings, machine = asked.settings, asked.machine
+    machine = asked.machine
     if machine.memory is None:
         return None
     best: Suggestion | None = None
@@ -275,7 +281,9 @@ def _suggest_settings(asked: MemoryEstimator, data: _Data, step_done: Callable[[
         candidate = settings.model_copy(update=changes)
         if _find_refusals(candidate):
             continue
-        estimator = MemoryEstimator(asked.architecture, candidate, machine, asked.num_token_rows, step_done)
+        estimator = MemoryEstimator(
+            asked.architecture, candidate.select_part(MemorySettings), machine, asked.num_token_rows, step_done
+        )
         found = _find_largest_batch_size(estimator, candidate.deepspeed or "none", data)
         if found is not None and (best is None or found[0] > best.per_device_train_batch_size):
             flags = _format_flags(settings, {**changes, "per_device_train_batch_size": found[0]}, machine)
@@ -368,7 +376,7 @@ def _format_flag(name: str, value: Any) -> str:
 def to_plan_settings(settings: TrainSettings) -> PlanSettings:
     """Convert the settings of a training run to those of `t5tune plan` for that run."""
     values = {name: getattr(settings, name) for name in PlanSettings.model_fields if hasattr(settings, name)}
-    values["dropout"] = settings.has_dropout
+    values["dropout"] = make_run_plan(settings).model.layers.dropout
     if settings.data is not None:
         values["data_path"] = [f"{path}:{each.weight:g}" for each in settings.data for path in each.path]
     if settings.reads_preferences:  # two targets for each source

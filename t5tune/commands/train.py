@@ -7,15 +7,13 @@ Runs in the current process: as the only one, or as one rank under torchrun, the
 """
 
 import os
-import shutil
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from t5tune.checkpoints.adapter_folder import find_adapter
-from t5tune.checkpoints.base import find_base
 from t5tune.checkpoints.hub_upload import (
     choose_repository,
     explain_uploading_later,
@@ -23,6 +21,7 @@ from t5tune.checkpoints.hub_upload import (
     upload_result,
 )
 from t5tune.commands.prepare import prepare
+from t5tune.commands.run_plan import make_run_plan
 from t5tune.compat.python_patches import restore_environment
 from t5tune.data.caches.cache import read_manifest
 from t5tune.data.caches.examples import find_tokenizer_folder, is_prepared, list_caches
@@ -31,43 +30,18 @@ from t5tune.distributed.signals import StopRequest, handle_signals
 from t5tune.distributed.world import RESUME_HINT, World, has_restarted
 from t5tune.errors import DataError, SettingsError
 from t5tune.file_names import SETTINGS_FILE, TOKENIZER_CONFIG_FILE
-from t5tune.io.atomic import copy_atomically, explain_write_errors
+from t5tune.io.atomic import copy_atomically
 from t5tune.model.device import check_bf16, explain_out_of_memory, use_gpu_kernels
-from t5tune.preparing.dataset import Origin, take_vocabulary
+from t5tune.preparing.dataset import Origin
 from t5tune.preparing.datasets import find_given_cache
 from t5tune.preparing.record_checks import name_rejected_file
 from t5tune.progress import Note, Report, silent
-from t5tune.runs.checkpoints import find_newest, has_complete_checkpoints, list_checkpoints
-from t5tune.runs.checks import (
-    check_machine,
-    check_settings,
-    check_starts_no_processes,
-    choose_trackers,
-    list_notes,
-)
-from t5tune.runs.commits import COMMITS_FILE, find_commits, pin_commits, read_commits_to_resume, save_commits
-from t5tune.runs.folder import (
-    LAUNCH_FILE,
-    Run,
-    TrainResult,
-    apply_cache_settings,
-    check_inputs_stay,
-    find_given_examples,
-    follow_link,
-    forget_launch,
-    has_other_launch,
-    has_trained_caches,
-    locate_run,
-    lock_run_folder,
-    move_aside,
-    read_result,
-    read_saved_settings,
-    record_launch,
-    record_prepared,
-    save_pushed,
-    save_settings,
-)
-from t5tune.runs.resume_guard import check_finished_run, check_settings_of_run
+from t5tune.runs.checks import check_machine, check_plan, check_starts_no_processes, choose_trackers, list_notes
+from t5tune.runs.commits import find_commits, pin_commits, read_commits_to_resume
+from t5tune.runs.data import apply_cache_settings, find_given_examples, hash_prepared, is_replaced, locate_data
+from t5tune.runs.folder import RunFolder, check_inputs_stay
+from t5tune.runs.plan import RunPlan
+from t5tune.runs.result import TrainResult, read_result, save_pushed
 from t5tune.settings import DatasetSettings, PrepareSettings, TrainSettings
 from t5tune.settings.dataset_list import PATHS_OF_DATASETS, list_unsuitable, name_datasets
 from t5tune.settings.records_in_memory import find_kept_path
@@ -127,11 +101,11 @@ def _make_callbacks(settings: TrainSettings, report: Report) -> list[Any]:
     if settings.hub_strategy == "every_save":
         from t5tune.training.callbacks.push_checkpoints import PushCheckpoints
 
-        callbacks.append(PushCheckpoints(settings, report))
+        callbacks.append(PushCheckpoints(settings, settings.output_dir, report))
     if trackers := choose_trackers(settings.report_to):
         from t5tune.training.callbacks.trackers import TrackRun
 
-        callbacks.append(TrackRun(settings, trackers, report))
+        callbacks.append(TrackRun(make_run_plan(settings), trackers, report))
     return callbacks
 
 
@@ -147,14 +121,15 @@ def _train(
         from t5tune.distributed.watch import watch_ranks
         from t5tune.runs.same_ranks import check_same_settings
 
-        device = stack.enter_context(join_process_group(world, settings, report, stop))
+        chosen = "cpu" if settings.use_cpu else None
+        device = stack.enter_context(join_process_group(world, settings, chosen, report, stop))
         watch = stack.enter_context(watch_ranks(world, settings.process_group_timeout, RESUME_HINT))
         stack.enter_context(report_lost_ranks(world, RESUME_HINT))
-        check_same_settings(settings, world)
+        check_same_settings(settings, settings.deepspeed, world)
         if settings.bf16:
             check_bf16(device)
         if any_rank(has_restarted()) and settings.fresh:
-            has_other = run_on_rank_0(world, lambda: has_other_launch(settings.output_dir))
+            has_other = run_on_rank_0(world, RunFolder(settings.output_dir).has_other_launch)
             settings = resume_after_restart(settings, not has_other, report)
         if not world.is_run_set_up:
 
@@ -163,11 +138,11 @@ def _train(
                     set_up_run_folder(settings, stack, report)
 
             run_on_rank_0(world, set_up_interruptibly)
-        settings = name_kept_records(settings)
-        run = locate_run(settings)
-        if run.finished:
-            return read_result(run.folder)
-        settings = apply_cache_settings(settings)
+        folder = RunFolder(settings.output_dir)
+        if folder.is_finished:
+            return read_result(folder.path)
+        commits = run_on_rank_0(world, folder.read_commits)
+        plan = pin_commits(make_run_plan(apply_cache_settings(name_kept_records(settings))), commits)
         from transformers.trainer_utils import enable_full_determinism
 
         from t5tune.compat.torch_patches import restore_determinism
@@ -176,12 +151,12 @@ def _train(
         from t5tune.training.session import Session
 
         stack.enter_context(restore_determinism())
-        if settings.training_args.get("full_determinism"):
+        if plan.steps.training_args.get("full_determinism"):
             # the Trainer does this too, but only after products on the GPU, at which cuBLAS is set up for good
-            enable_full_determinism(settings.seed)
-        stack.enter_context(use_gpu_kernels(device, choose_tf32(settings, device, report)))
+            enable_full_determinism(plan.data.seed)
+        stack.enter_context(use_gpu_kernels(device, choose_tf32(settings.tf32, device, report)))
         with _explain_out_of_memory(settings):
-            return run_training(Session(settings, run, world, device, stop, watch, report, callbacks))
+            return run_training(Session(plan, folder, world, device, stop, watch, report, callbacks))
 
 
 def _remove_accelerate_variables(report: Report) -> None:
@@ -195,7 +170,7 @@ def _check_call(settings: TrainSettings, world: World) -> None:
     """Refuse what the command line does before it calls `train`."""
     if settings.dry_run:
         raise SettingsError("dry_run: a call of train trains", hint="call plan(PlanSettings(…)) instead")
-    check_starts_no_processes(settings, world)
+    check_starts_no_processes(settings, "train", world)
 
 
 def _explain_out_of_memory(settings: TrainSettings) -> AbstractContextManager[None]:
@@ -221,39 +196,43 @@ def resume_after_restart(settings: TrainSettings, has_begun: bool, report: Repor
     return settings.model_copy(update={"fresh": False})
 
 
-def set_up_run_folder(settings: TrainSettings, locks: ExitStack, report: Report = silent) -> Run:
-    """Validate the settings without loading the model, lock the run folder, save the settings and prepare the cache.
+def set_up_run_folder(settings: TrainSettings, locks: ExitStack, report: Report = silent) -> RunFolder:
+    """Check the settings without loading the model, lock the run folder, and prepare its data.
 
     Args:
         locks: closing it releases the run folder's lock.
     """
-    recorded = read_commits_to_resume(settings)
-    check_settings(pin_commits(settings, recorded))
-    commits = recorded | find_commits(pin_commits(settings, recorded), report)
-    check_machine(pin_commits(settings, commits), report)
-    if settings.fresh:
-        check_inputs_stay(settings)
-    open_repository(settings, settings.output_dir, report)
-    stored, settings = settings, name_kept_records(apply_cache_settings(settings))
-    locks.enter_context(lock_run_folder(settings.output_dir, report))
-    folder = follow_link(settings.output_dir)  # not the link is renamed: the new run belongs on the same disk
-    if settings.fresh:
-        forget_launch(folder)
-    if settings.fresh and (aside := move_aside(folder, report)) is not None:
-        try:
-            return _keep_records(stored, settings, commits, report)
-        except BaseException:
-            _move_back(aside, folder, report)
-            raise
-    return _keep_records(stored, settings, commits, report)
+    plan = make_run_plan(settings)
+    folder = RunFolder(plan.folder)
+    recorded = read_commits_to_resume(folder, plan)
+    check_plan(pin_commits(plan, recorded))
+    commits = recorded | find_commits(pin_commits(plan, recorded), report)
+    check_machine(pin_commits(plan, commits), report)
+    if plan.output.fresh:
+        check_inputs_stay(plan)
+    open_repository(plan.hub, plan.folder, report)
+    kept = name_kept_records(apply_cache_settings(settings))
+    plan = make_run_plan(kept)
+    locks.enter_context(folder.lock(report))
+    with folder.begin(plan, report) as state, _keep_records(settings, kept, report):
+        if state.is_finished:
+            report(Note(f"{folder.path}: this run has already finished; use --fresh to start over"))
+            return folder
+        _check_no_json_cache(plan.data.preprocessed_path)
+        for note in list_notes(plan) if state.is_new else []:
+            report(Note(note))
+        folder.record(commits=commits)
+        _prepare_data(kept, pin_commits(plan, commits), folder, state.checkpoint, report)
+    return folder
 
 
 def name_kept_records(settings: TrainSettings) -> TrainSettings:
-    """Name records that were given in memory by the files that `train` keeps them in, next to the run folder."""
+    """Name records that were given in memory by the files that `train` keeps them in, in the run folder."""
     kept: dict[str, list[Any]] = {}
+    records = RunFolder(settings.output_dir).records
     for name in ("data_path", "eval_data_path"):
         paths = getattr(settings, name) or []
-        if any(found := [find_kept_path(path, settings.output_dir) for path in paths]):
+        if any(found := [find_kept_path(path, records) for path in paths]):
             kept[name] = [str(new or path) for path, new in zip(paths, found, strict=True)]
     for data, name in PATHS_OF_DATASETS.items():
         if name in kept and (datasets := getattr(settings, data)) is not None:
@@ -262,106 +241,30 @@ def name_kept_records(settings: TrainSettings) -> TrainSettings:
     return settings.model_copy(update=kept)
 
 
-def _keep_records(stored: TrainSettings, settings: TrainSettings, commits: dict[str, str], report: Report) -> Run:
-    """Copy records that were given in memory to where they are kept, and set up the run folder, which is locked."""
+@contextmanager
+def _keep_records(given: TrainSettings, kept: TrainSettings, report: Report) -> Iterator[None]:
+    """Copy records that were given in memory to where they are kept, for this block, and after it if it succeeds."""
     paths = [
-        (Path(path), Path(kept))
+        (Path(path), Path(copy))
         for name in ("data_path", "eval_data_path")
-        for path, kept in zip(getattr(stored, name) or [], getattr(settings, name) or [], strict=True)
-        if path != kept and not Path(kept).is_file()
+        for path, copy in zip(getattr(given, name) or [], getattr(kept, name) or [], strict=True)
+        if path != copy and not Path(copy).is_file()
     ]
     try:
-        for path, kept in paths:
-            _copy_records(path, kept)
-        run = _set_up_locked(settings, commits, report)
+        for path, copy in paths:
+            copy.parent.mkdir(exist_ok=True)
+            copy_atomically(path, copy)
+        yield
     except BaseException as error:
-        for _, kept in paths:
+        for _, copy in paths:
             with suppress(OSError):  # the error that led here must be reported
-                kept.unlink()
-        if isinstance(error, DataError) and any(kept.name in str(error) for _, kept in paths):
+                copy.unlink()
+        if isinstance(error, DataError) and any(copy.name in str(error) for _, copy in paths):
             line = "line N is the N-th of the records"  # the file that the message names is gone
             raise DataError(error.message, hint=f"{error.hint}; {line}" if error.hint else line) from error
         raise
-    for _, kept in paths:
-        report(Note(f"the records are also in {kept}, for repeating this run from the command line"))
-    return run
-
-
-def _copy_records(path: Path, kept: Path) -> None:
-    try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        copy_atomically(path, kept)
-    except OSError as error:
-        problem = f"output_dir: the records can't be kept next to it, in {kept}: {error.strerror}"
-        raise SettingsError(problem, hint="choose another output_dir") from error
-
-
-def _set_up_locked(settings: TrainSettings, commits: dict[str, str], report: Report) -> Run:
-    """Save the settings in the run folder, which is locked, and prepare the cache."""
-    folder = settings.output_dir
-    run = locate_run(settings)
-    saved_settings = _read_settings_of_run(run)
-    if run.finished and saved_settings is not None:
-        check_finished_run(folder, saved_settings, settings)
-        report(Note(f"{folder}: this run has already finished; use --fresh to start over"))
-        return run
-    _check_no_json_cache(settings.preprocessed_path)
-    is_new_folder = not folder.is_dir()
-    _create_run_folder(folder, is_run=saved_settings is not None)
-    if saved_settings is None:  # the saved settings mark the folder as a run
-        for note in list_notes(settings):
-            report(Note(note))
-        save_settings(settings, run)
-        if settings.fresh:
-            record_launch(run)
-    try:
-        save_commits(folder, commits)
-        _prepare_caches(pin_commits(settings, commits), run, report)
-    except BaseException:
-        if saved_settings is None:
-            _remove_failed_start(run, is_new_folder)
-        raise
-    return run
-
-
-def _read_settings_of_run(run: Run) -> TrainSettings | None:
-    """Read the settings that a run was started with; None if there is no run in the folder.
-
-    Raises:
-        SettingsError: there are checkpoints of a run, but its settings can't be read.
-    """
-    hint = (
-        f"to resume, write it again: the same command with --dry-run >{run.settings_path}; to start over, use --fresh, "
-        "which keeps the checkpoints under another name"
-    )
-    try:
-        saved = read_saved_settings(run.folder)
-    except SettingsError as error:
-        if not has_complete_checkpoints(run.folder):
-            raise
-        raise SettingsError(*error.problems, hint=hint) from error
-    if saved is None and has_complete_checkpoints(run.folder):
-        raise SettingsError(f"{run.settings_path}: missing or broken: not the settings of a run", hint=hint)
-    return saved
-
-
-def _move_back(aside: Path, folder: Path, report: Report) -> None:
-    """Move an old run back, in place of what a start that failed has left in the folder."""
-    with suppress(OSError):  # the error that led here must be reported
-        shutil.rmtree(folder, ignore_errors=True)
-        aside.rename(folder)
-        report(Note(f"{aside}: moved back to {folder}"))
-
-
-def _remove_failed_start(run: Run, is_new_folder: bool) -> None:
-    """Remove the settings and the folder of a run whose data couldn't be prepared, unless one of its caches exists."""
-    with suppress(OSError):  # the error that led here must be reported
-        begun = {run.settings_path, run.folder / LAUNCH_FILE, run.folder / COMMITS_FILE}
-        if begun.issuperset(run.folder.iterdir()):
-            for path in begun:
-                path.unlink(missing_ok=True)
-            if is_new_folder:
-                run.folder.rmdir()
+    for _, copy in paths:
+        report(Note(f"the records are also in {copy}, for repeating this run from the command line"))
 
 
 def _check_no_json_cache(path: Path | None) -> None:
@@ -372,63 +275,38 @@ def _check_no_json_cache(path: Path | None) -> None:
         )
 
 
-def _create_run_folder(folder: Path, is_run: bool) -> None:
-    """Create the folder of a run, unless it exists: then it must be empty or contain a run.
+def _prepare_data(
+    settings: TrainSettings, plan: RunPlan, folder: RunFolder, checkpoint: Path | None, report: Report
+) -> None:
+    """Prepare the data to train and to evaluate on, unless the settings name existing token caches.
 
-    Raises:
-        SettingsError: it is something else, or can't be created.
+    Once there is a checkpoint, the data to train on stays as it is: other data is refused.
     """
-    hint = "choose another output_dir"
-    if folder.exists() and not folder.is_dir():
-        raise SettingsError(f"output_dir: {folder}: is a file", hint=hint)
-    if folder.is_dir() and any(folder.iterdir()) and not is_run:
-        raise SettingsError(f"output_dir: {folder}: isn't empty and isn't a t5tune run", hint=hint)
-    try:
-        with explain_write_errors(folder):
-            follow_link(folder).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SettingsError(f"output_dir: {folder}: can't be created: {error.strerror}", hint=hint) from error
+    data = locate_data(plan)
+    base = {"model_name_or_path": plan.model.base.model_name_or_path, "revision": plan.model.base.revision}
+    settings = settings.model_copy(update=base)
+    # not in the folder, which is removed if the first start fails
+    common = Origin(rejected_file=name_rejected_file(folder.path), run=folder.path)
+    is_elsewhere = data.cache == settings.preprocessed_path and data.cache.parent != folder.path
+    if is_elsewhere and is_replaced(data.cache, folder.read_record().get("prepared")):
+        checkpoint = None  # the data there is another run's: this run's is prepared again
+    if data.cache != Path(settings.data_path[0]):
+        origin = replace(common, checkpoint=checkpoint, tokenizer_source=_find_adapter_with_tokens(plan))
+        prepare(_make_prepare_settings(settings, data.cache, "data_path"), report, origin)
+    if settings.eval_data_path and data.eval_cache not in (None, Path(settings.eval_data_path[0])):
+        origin = replace(common, tokenizer_source=data.cache, setting="eval_data_path", is_evaluation=True)
+        prepare(_make_prepare_settings(settings, data.eval_cache, "eval_data_path"), report, origin)
+    folder.record(prepared=hash_prepared(data.cache) if is_elsewhere else None)
+    if data.eval_cache is not None:
+        _check_same_tokenizer(data.cache, data.eval_cache)
 
 
-def _prepare_caches(settings: TrainSettings, run: Run, report: Report) -> None:
-    """Prepare the token caches for training and evaluation, unless the settings name existing ones."""
-    checkpoints = list_checkpoints(settings.output_dir)
-    in_use = bool(checkpoints) and "data" not in settings.allow_change and has_trained_caches(run)
-    newest, _ = find_newest(settings.output_dir) if checkpoints and not in_use else (None, [])
-    vocabulary = None
-    if newest is not None:
-        world = World.from_environment()
-        num_ranks = world.size if world.launched else settings.process_count
-        check_settings_of_run(newest, settings, settings.allow_change, num_ranks)
-        if settings.add_tokens == ["auto"]:
-            # a run keeps its tokens, since their embedding rows are trained already
-            vocabulary = take_vocabulary(newest, find_base(settings, report=report))
-    common = Origin(
-        in_use,
-        keeps_template=bool(checkpoints),
-        checkpoint=newest,
-        vocabulary=vocabulary,
-        rejected_file=name_rejected_file(run.folder),  # not in the folder, which is removed if the first start fails
-        run=run.folder,
-    )
-    for data, cache in ((settings.data_path, run.cache), (settings.eval_data_path, run.eval_cache)):
-        if data and cache and cache != Path(data[0]):
-            is_eval = cache == run.eval_cache
-            source = run.cache if is_eval else _find_adapter_with_tokens(settings)
-            setting = "eval_data_path" if is_eval else "data_path"
-            origin = replace(common, tokenizer_source=source, setting=setting, is_evaluation=is_eval)
-            prepare(_make_prepare_settings(settings, cache, setting), report, origin)
-    if run.cache == settings.preprocessed_path and run.cache.parent != run.folder:
-        record_prepared(run)
-    if run.eval_cache is not None:
-        _check_same_tokenizer(run.cache, run.eval_cache)
-
-
-def _find_adapter_with_tokens(settings: TrainSettings) -> Path | None:
+def _find_adapter_with_tokens(plan: RunPlan) -> Path | None:
     """Return the initial adapter if its tokenizer is to be used, so that its embedding rows keep their tokens."""
-    folder = settings.adapter and find_adapter(settings.adapter, settings.cache_dir)
+    given = plan.model.initial_adapter
+    folder = None if given is None else find_adapter(given, plan.model.base.cache_dir)
     has_tokenizer = folder is not None and (folder / TOKENIZER_CONFIG_FILE).is_file()
-    return folder if has_tokenizer and settings.add_tokens == ["auto"] else None
+    return folder if has_tokenizer and plan.data.add_tokens == ["auto"] else None
 
 
 def _check_same_tokenizer(cache: Path, eval_cache: Path) -> None:

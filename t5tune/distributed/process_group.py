@@ -30,7 +30,7 @@ from t5tune.distributed.world import World
 from t5tune.errors import RankLost, SettingsError, Stopped
 from t5tune.model.device import DOCTOR_HINT, choose_device, read_nvidia_driver
 from t5tune.progress import Note, Report, silent
-from t5tune.settings import EvaluateSettings, TrainSettings
+from t5tune.settings.groups.processes import PartitionSettings, ProcessSettings, RankSettings
 
 SECONDS_FOR_WATCH = 60  # more than the rank watch takes to name a rank, after the timeout
 SECONDS_BEFORE_NOTE = 20.0  # of waiting for the other ranks
@@ -82,11 +82,16 @@ class Waiting:
 
 @contextmanager
 def join_process_group(
-    world: World, settings: TrainSettings | EvaluateSettings, report: Report, stop: StopRequest | None = None
+    world: World,
+    processes: ProcessSettings | PartitionSettings,
+    chosen: str | None,
+    report: Report,
+    stop: StopRequest | None = None,
 ) -> Iterator[torch.device]:
     """Choose the device, and join a process group for this block if there are several ranks or DeepSpeed.
 
     Args:
+        chosen: the device that the user chose; None: a GPU, if there is one.
         stop: ends the waiting for the other ranks; None: the caller lets signals interrupt it.
 
     Yields:
@@ -96,15 +101,15 @@ def join_process_group(
         RankLost: a rank can't be reached, or doesn't come.
         Stopped: a signal arrived before all ranks had joined.
     """
-    device = _choose_device(world, settings, report)
+    device = _choose_device(world, processes, chosen, report)
     # NCCL's watchdog aborts a rank that waits for a lost one; the rank watch is to name the lost one before that
     extra = SECONDS_FOR_WATCH if device.type == "cuda" else 0
-    timeout = timedelta(seconds=settings.process_group_timeout + extra)
+    timeout = timedelta(seconds=processes.process_group_timeout + extra)
     failed = True
     with restore_environment(), use_default_timeout(timeout):
         try:
             waiting = Waiting(world, timeout.total_seconds(), report, stop)
-            _join(world, device, timeout, settings.deepspeed is not None, waiting)
+            _join(world, device, timeout, processes.deepspeed is not None, waiting)
             yield device
             failed = False
         except Stopped:  # all ranks agreed to stop or haven't joined, so none is waiting in a collective
@@ -117,15 +122,13 @@ def join_process_group(
                 dist.destroy_process_group()
 
 
-def _choose_device(world: World, settings: TrainSettings | EvaluateSettings, report: Report) -> torch.device:
+def _choose_device(world: World, processes: RankSettings, chosen: str | None, report: Report) -> torch.device:
     """Choose the device of this rank, and warn if that is the CPU although there is an NVIDIA driver."""
-    name = settings.device if isinstance(settings, EvaluateSettings) else None
-    chooses_cpu = settings.use_cpu or settings.num_processes is not None or name is not None
-    device: torch.device = choose_device(settings.use_cpu or settings.num_processes is not None, world.local_rank, name)
-    if device.type == "cpu" and not chooses_cpu and (driver := read_nvidia_driver()):
-        what = "training" if isinstance(settings, TrainSettings) else "evaluating"
+    on_cpu = processes.num_processes is not None
+    device: torch.device = choose_device(on_cpu, world.local_rank, chosen)
+    if device.type == "cpu" and not on_cpu and chosen is None and (driver := read_nvidia_driver()):
         problem = f"torch can't use the NVIDIA driver ({driver})"
-        report(Note(f"{problem}: {what} on the CPU; {DOCTOR_HINT}", warning=True))
+        report(Note(f"{problem}: computing on the CPU; {DOCTOR_HINT}", warning=True))
     return device
 
 

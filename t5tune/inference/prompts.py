@@ -12,7 +12,8 @@ from typing import get_args
 
 from t5tune.checkpoints.training_data import TrainingData
 from t5tune.data.reading.cleaning import normalize_text
-from t5tune.data.reading.formats import Conversation, Role, Turn
+from t5tune.data.reading.formats import Conversation, Turn
+from t5tune.data.reading.record_turns import Role
 from t5tune.data.reading.rejections import RecordLocation
 from t5tune.data.tokens.encoders import Encoder, make_encoder
 from t5tune.data.tokens.encoding import encode_pieces, encode_prompt, find_long_word

@@ -377,6 +377,11 @@ def fsync_tree(folder: Path) -> None:
         fsync(Path(root))
 
 
+def hash_json(value: Any) -> str:
+    """Return the SHA-256 of a value as JSON with sorted keys, in hex."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 def hash_file(path: Path) -> str:
     """Return the SHA-256 of a file's bytes, in hex."""
     digest = hashlib.sha256()

@@ -10,7 +10,6 @@ from t5tune.errors import CheckpointError, SettingsError
 from t5tune.inference.precision import Precision, describe_quantization, resolve_precision
 from t5tune.merging.deltas import Adapter
 from t5tune.progress import Note, Report
-from t5tune.settings import MergeSettings
 from t5tune.settings.groups.base import QuantizationSettings
 
 UNQUANTIZED = "base"  # value of --onto, and of the metadata's `onto`
@@ -31,8 +30,8 @@ class TrainedBase:
     family: str | None
 
 
-def choose_onto(settings: MergeSettings, adapters: list[Adapter], report: Report) -> MergeSettings:
-    """Choose the weights to merge into: the given ones, else those that the adapters were trained on.
+def choose_onto(given: str | None, adapters: list[Adapter], report: Report) -> str:
+    """Choose the weights to merge into, as a value of --onto: the given ones, else those of training.
 
     Raises:
         SettingsError: the adapters were trained on different weights, and none are given.
@@ -40,26 +39,26 @@ def choose_onto(settings: MergeSettings, adapters: list[Adapter], report: Report
     first = _find_first_known(adapters)
     known = [adapter.folder for adapter in adapters if read_base_metadata(adapter.folder)]
     trained = {folder: _resolve_precision(folder, None) for folder in known}
-    target = _resolve_precision(first, settings.onto).quantization
+    target = _resolve_precision(first, given).quantization
     others = [folder for folder, precision in trained.items() if precision.quantization != target]
-    if settings.onto is None and others:
+    if given is None and others:
         bases = [f"{folder} on {_describe(trained[folder].quantization)}" for folder in (first, others[0])]
         kinds = dict.fromkeys(_get_onto(trained[folder].quantization) for folder in (first, others[0]))
         flags = " or ".join(f"--onto {kind}" for kind in kinds)
         raise SettingsError(f"adapter: trained differently: {' and '.join(bases)}", hint=f"choose for all with {flags}")
     for folder in others:
         text = f"{folder}: trained on {_describe(trained[folder].quantization)}, but merging into {_describe(target)}"
-        if (kind := _get_onto(trained[folder].quantization)) not in (UNQUANTIZED, settings.onto):
+        if (kind := _get_onto(trained[folder].quantization)) not in (UNQUANTIZED, given):
             text += f"; --onto {kind} comes closer to the training model's predictions"
         report(Note(text, warning=True))
     dtypes = {precision.dtype_name: folder for folder, precision in reversed(trained.items())}
     if len(dtypes) > 1:
         where = " and ".join(f"{folder} in {name}" for name, folder in dtypes.items())
         report(Note(f"adapter: trained in different dtypes: {where}", warning=True))
-    if settings.onto is None and target is not None:
+    if given is None and target is not None:
         kind = _describe(target)
         report(Note(f"merging into {kind}, as in training; --onto base takes the unquantized one"))
-    return settings.model_copy(update={"onto": _get_onto(target)})
+    return _get_onto(target)
 
 
 def list_quantized_weights(base: Checkpoint, quantization: QuantizationSettings) -> list[str]:
@@ -69,14 +68,26 @@ def list_quantized_weights(base: Checkpoint, quantization: QuantizationSettings)
 
 
 def match_trained_base(
-    settings: MergeSettings, base: Checkpoint, adapters: list[Adapter], report: Report
+    base: Checkpoint,
+    adapters: list[Adapter],
+    onto: str,
+    family: str | None,
+    report: Report,
+    reads_all: bool = False,
+    allows_other: bool = False,
 ) -> TrainedBase:
     """Compare the base with the one that the adapters were trained on, and return how it was loaded there.
+
+    Args:
+        onto: the weights to merge into; see `choose_onto`.
+        family: a key of the table of families, if the user gave one.
+        reads_all: compare the hashes of all weights; otherwise their fingerprints.
+        allows_other: another base is no error.
 
     Raises:
         CheckpointError: an adapter was trained on another base.
     """
-    key = "sha256" if settings.check == "full" else "fingerprint"
+    key = "sha256" if reads_all else "fingerprint"
     found: str | None = None
     for adapter in adapters:
         metadata = read_base_metadata(adapter.folder)
@@ -85,8 +96,8 @@ def match_trained_base(
             report(Note(f"{adapter.folder}: {unknown}", warning=bool(metadata)))
             continue
         if found is None:
-            found = compute_full_hash(base) if settings.check == "full" else compute_fingerprint(base)
-        if metadata[key] != found and not settings.allow_other_base:
+            found = compute_full_hash(base) if reads_all else compute_fingerprint(base)
+        if metadata[key] != found and not allows_other:
             raise CheckpointError(
                 f"{base.folder}: not the base that {adapter.folder} was trained on, which was {metadata.get('base')} "
                 f"({key} {str(metadata[key])[:12]}…, here {found[:12]}…)",
@@ -97,10 +108,9 @@ def match_trained_base(
     first = _find_first_known(adapters)
     metadata = read_base_metadata(first)
     # a merge into the unquantized base is compared with training, too
-    onto = None if settings.onto == UNQUANTIZED else settings.onto
-    quantization = _resolve_precision(first, onto).quantization
+    quantization = _resolve_precision(first, None if onto == UNQUANTIZED else onto).quantization
     compute = "float32" if metadata.get("compute") == "float32" else "bfloat16"
-    return TrainedBase(quantization, compute, settings.family or metadata.get("family"))
+    return TrainedBase(quantization, compute, family or metadata.get("family"))
 
 
 def _find_first_known(adapters: list[Adapter]) -> Path:

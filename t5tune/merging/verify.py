@@ -20,7 +20,6 @@ from t5tune.merging.trained_base import UNQUANTIZED, TrainedBase
 from t5tune.model.device import choose_device
 from t5tune.model.load import load_base
 from t5tune.progress import Note, Report
-from t5tune.settings import MergeSettings
 from t5tune.settings.groups.base import QuantizationSettings
 
 NUM_EXAMPLES = 4
@@ -47,14 +46,19 @@ class LogitsDifference:
 
 
 def verify_merge(
-    settings: MergeSettings,
     base: Checkpoint,
     adapters: list[Adapter],
     trained: TrainedBase,
+    onto: str,
     merged: Path,
+    tolerance: float,
     report: Report,
 ) -> LogitsDifference:
     """Compare the logits of base + adapters with those of the merged checkpoint.
+
+    Args:
+        onto: the weights that the adapters are merged into; see `choose_onto`.
+        tolerance: allowed difference, relative to the largest logit.
 
     Raises:
         TrainingError: the difference exceeds the tolerance for the dtype of the merged weights.
@@ -63,12 +67,11 @@ def verify_merge(
     if problem is not None:  # then it is merged into the unquantized base
         report(Note(f"not compared with the model as trained: {problem}"))
         trained = replace(trained, quantization=None)
-    assert settings.onto is not None  # see choose_onto
-    found = _compare_logits(base.folder, adapters, merged, trained, settings.onto, report)
+    found = _compare_logits(base.folder, adapters, merged, trained, onto, report)
     written = open_base(merged)
     dtypes = {written.get_dtype_and_shape(name)[0] for name in base.list_names()}
-    is_exact = dtypes <= {"F32", "F64"} and settings.onto == UNQUANTIZED
-    allowed = max(settings.verify_tolerance, 0.0 if is_exact else ROUNDING_TOLERANCE) * max(found.largest, 1.0)
+    is_exact = dtypes <= {"F32", "F64"} and onto == UNQUANTIZED
+    allowed = max(tolerance, 0.0 if is_exact else ROUNDING_TOLERANCE) * max(found.largest, 1.0)
     if not found.error <= allowed:
         raise TrainingError(
             f"the merged model's logits differ by {found.error:.3g} from those of base + adapter "

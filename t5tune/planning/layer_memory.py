@@ -31,6 +31,7 @@ from t5tune.model.load import build_empty_model, find_quantizable_linears
 from t5tune.model.lora import add_lora
 from t5tune.model.loss import use_gpu_chunks
 from t5tune.settings.groups.base import QuantizationSettings
+from t5tune.settings.groups.memory import MemorySettings
 
 # of bitsandbytes' 4-bit formats: weights that share a scale, and scales that share one with double quantization
 BLOCK_SIZE, OUTER_BLOCK_SIZE = 64, 256
@@ -56,11 +57,12 @@ class StepMemory:
     activations: int
 
 
-def build_empty_training_model(architecture: Architecture, settings: Any, num_token_rows: int, deepspeed: bool) -> Any:
+def build_empty_training_model(
+    architecture: Architecture, settings: MemorySettings, num_token_rows: int, deepspeed: bool
+) -> Any:
     """Build the model that `train` would train, on the meta device.
 
     Args:
-        settings: any settings with the base model, LoRA, quantization and training fields.
         num_token_rows: trained embedding rows of added tokens.
         deepspeed: whether DeepSpeed trains it: its optimizer keeps the fp32 master weights of the adapters.
     """
@@ -113,7 +115,7 @@ def count_quantized_bytes(count: int, rows: int, quantization: QuantizationSetti
 
 
 def measure_step(
-    model: Any, lengths: BatchLengths, settings: Any, on_gpu: bool, reentrant: bool, autocast: bool
+    model: Any, lengths: BatchLengths, settings: MemorySettings, on_gpu: bool, reentrant: bool, autocast: bool
 ) -> StepMemory:
     """Run the forward and backward pass of a step on fake tensors, and count live memory.
 
@@ -179,7 +181,9 @@ def _count_gradients(model: Any) -> int:
     return size
 
 
-def measure_losses_memory(model: Any, lengths: BatchLengths, settings: Any, on_gpu: bool, autocast: bool) -> int:
+def measure_losses_memory(
+    model: Any, lengths: BatchLengths, settings: MemorySettings, on_gpu: bool, autocast: bool
+) -> int:
     """Run the forward pass of an evaluation on fake tensors; return the most bytes that are live at a time."""
     packs = settings.packing != "off" and can_pack(model)
     with _use_fake_tensors(model, on_gpu), _keep_few_blocks(model, [BLOCKS_WITHOUT_GRADIENTS] * 2):
@@ -219,7 +223,7 @@ def _keep_few_blocks(model: Any, kept: list[int]) -> Iterator[None]:
             blocks.extend(all_blocks[len(blocks) :])
 
 
-def _count_unpacked_bytes(model: Any, settings: Any) -> int:
+def _count_unpacked_bytes(model: Any, settings: QuantizationSettings) -> int:
     """Count the bytes of the largest weight that a product of quantized layers dequantizes to a temporary tensor."""
     layers = find_quantizable_linears(model, settings).values() if settings.q_lora else []
     return max((layer.weight.numel() * layer.weight.element_size() for layer in layers), default=0)

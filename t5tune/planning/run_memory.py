@@ -25,7 +25,8 @@ from t5tune.planning.layer_memory import (
     measure_losses_memory,
     measure_step,
 )
-from t5tune.settings import PlanSettings, packaged_templates
+from t5tune.settings import packaged_templates
+from t5tune.settings.groups.memory import MemorySettings
 
 MIB = 1 << 20
 GPU_RUNTIME_BYTES = 800 * MIB  # the CUDA context, kernels and cuBLAS workspace, which torch's allocator doesn't count
@@ -78,7 +79,7 @@ class MemoryEstimator:
     def __init__(
         self,
         architecture: Architecture,
-        settings: PlanSettings,
+        settings: MemorySettings,
         machine: Machine,
         num_token_rows: int,
         step_done: Callable[[int], None],

@@ -2,27 +2,27 @@
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from t5tune.data.caches.cache import CACHE_CONTENTS, is_cache, open_cache, read_manifest
+from t5tune.data.caches.cache import CACHE_CONTENTS, is_cache, open_cache
 from t5tune.data.caches.examples import PREPARED_CONTENTS, is_prepared, list_caches
 from t5tune.errors import DataError, SettingsError
-from t5tune.file_names import MIXTURE_FILE
+from t5tune.file_names import ADAPTER_CONFIG_FILE, MIXTURE_FILE
 from t5tune.io.reasons import join_first
 
 
 def find_reusable(
-    folder: Path, inputs: Mapping[str, dict[str, Any]], names: Sequence[str], in_use: bool
+    folder: Path, inputs: Mapping[str, dict[str, Any]], names: Sequence[str], checkpoint: Path | None
 ) -> dict[str, dict[str, Any]]:
     """Find the datasets whose caches in the folder were made from these inputs, and return their manifests.
 
     Args:
         inputs: what the cache of each dataset that isn't a token cache elsewhere is made from.
         names: all datasets, in their order.
-        in_use: a run was trained on what is in the folder, so nothing else must replace it.
+        checkpoint: of a run that was trained on what is in the folder, so nothing else must replace it.
 
     Raises:
         DataError: the folder is something else than a token cache, or a run uses it that an older version has started.
@@ -31,20 +31,20 @@ def find_reusable(
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return {}
     _check_replaceable(folder)
-    if in_use and not is_prepared(folder):
+    if checkpoint is not None and not is_prepared(folder):
         problem = f"{folder}: prepared by an older version of t5tune, without {MIXTURE_FILE}"
         raise DataError(problem, hint="resume the run with that version, or start a new one in another output_dir")
-    if in_use and (before := [*list_caches(folder)]) != names:
+    if checkpoint is not None and (before := [*list_caches(folder)]) != names:
         line = f"data: the datasets were {', '.join(before)} before, and are {', '.join(names)} now"
-        raise make_resume_error(folder, {"data": line})
+        raise make_resume_error(checkpoint, [line])
     found = {}
     for name, expected in inputs.items():
         with suppress(DataError):  # there is none, it is damaged, or of another format version
             manifest = open_cache(folder / name).manifest
             if manifest["inputs"] == expected:
                 found[name] = manifest
-            elif in_use:
-                _check_inputs(folder / name, expected)
+            elif checkpoint is not None:
+                _check_inputs(checkpoint, manifest["inputs"], expected)
     return found
 
 
@@ -67,16 +67,14 @@ def _check_replaceable(folder: Path) -> None:
         raise DataError(problem, hint="move these files away, or choose another output_dir")
 
 
-def _check_inputs(folder: Path, inputs: dict[str, Any]) -> None:
-    """Check that the inputs are those of the cache.
+def _check_inputs(checkpoint: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Check that the inputs are those of the cache that a run was trained on.
 
     Raises:
         SettingsError: they differ; one line for each input that does.
     """
-    before = read_manifest(folder)["inputs"]
-    if lines := describe_differences(before, inputs):
-        lines.setdefault("data", f"data: the token cache {folder} would have to be rebuilt")
-        raise make_resume_error(folder, lines)
+    if lines := describe_differences(before, now):
+        raise make_resume_error(checkpoint, lines.values())
 
 
 def describe_differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
@@ -99,29 +97,31 @@ def _describe_files(before: Any, now: Any) -> str:
     return f"data: {join_first(names[0])} before, {join_first(names[1])} now"
 
 
-def make_resume_error(changed: Path, differences: dict[str, str], fixed: Collection[str] = ()) -> SettingsError:
-    """Make the error of a run that can't be resumed because of these differences: name -> description.
+def make_resume_error(checkpoint: Path, lines: Iterable[str], allows: Sequence[str] = ()) -> SettingsError:
+    """Make the error of a run that can't be resumed, since its settings or its data are others now.
 
     Args:
-        fixed: those that --allow-change can't allow, since the checkpoint `changed` wouldn't fit.
+        checkpoint: which the run would resume from.
+        lines: what differs.
+        allows: settings that --allow-change would allow, if they are all that differs.
     """
-    if fixed:
-        advice = (
-            f"--allow-change can't allow {', '.join(fixed)}, with which the checkpoint doesn't fit; to continue from "
-            f"its weights, start a new run in another output_dir with --adapter {changed}, or on the base into which "
-            "you merge it (t5tune merge)"
-        )
-    else:
-        advice = f"to resume all the same, add --allow-change {' '.join(differences)}"
+    allow = [f"to resume all the same, add --allow-change {' '.join(allows)}"] if allows else []
     return SettingsError(
-        *differences.values(),
-        heading=f"{changed}: the run can't be resumed with other settings or data:",
+        *lines,
+        heading=f"{checkpoint}: the run can't be resumed with other settings or data:",
         choices=[
             "to resume, use the previous settings and data",
-            advice,
+            *allow,
+            f"to start a new run from these weights, use {format_weights_flag(checkpoint)} and another output_dir",
             "to start over, add --fresh; the old run is kept under another name",
         ],
     )
+
+
+def format_weights_flag(folder: Path) -> str:
+    """Write the flag by which a new run starts from the weights in a checkpoint or a run folder."""
+    is_adapter = (folder / ADAPTER_CONFIG_FILE).is_file()
+    return f"{'--adapter' if is_adapter else '--model-name-or-path'} {folder}"
 
 
 def abbreviate_value(value: Any) -> str:

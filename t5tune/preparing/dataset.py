@@ -39,7 +39,6 @@ from t5tune.preparing.sample import choose_default_template, drain, parse_sample
 from t5tune.progress import Report
 from t5tune.settings import PrepareSettings
 from t5tune.settings.affects import Affects, select_settings
-from t5tune.settings.records_in_memory import find_records_name
 
 
 @dataclass(frozen=True)
@@ -47,22 +46,17 @@ class Origin:
     """What a token cache takes from elsewhere.
 
     Args:
-        in_use: a run was trained on the existing cache, so a cache of other inputs must not replace it.
-        keeps_template: the conversation template of the existing cache is used again, unless the settings name one.
-        checkpoint: has that template, if the existing cache may be of other data.
+        checkpoint: of a run that was trained on the existing cache, so a cache of other inputs must not replace it, and
+            its conversation template is used again, unless the settings name one.
         tokenizer_source: a cache or an adapter whose tokenizer and conversation template replace the base's.
-        vocabulary: the tokenizer of a run that gets other data.
         setting: the setting that the paths come from, for messages.
         is_evaluation: the examples are to evaluate on, so other splits of a dataset on the Hub are the default.
         rejected_file: lists the rejected records if there are too many; default: `cache.rejected.jsonl`, next to it.
         run: the run folder that train prepares for; train mixes datasets and holds out examples itself.
     """
 
-    in_use: bool = False
-    keeps_template: bool = False
     checkpoint: Path | None = None
     tokenizer_source: Path | None = None
-    vocabulary: ExtendedTokenizer | None = None
     setting: str = "data_path"
     is_evaluation: bool = False
     rejected_file: Path | None = None
@@ -122,7 +116,7 @@ def describe_source(opened: OpenedDataset, base: Path, vocabulary: ExtendedToken
     """
     settings, sample = opened.settings, opened.sample
     # a run is resumed with the template that was the default when it was started
-    started_with = (origin.checkpoint or settings.output_dir) if origin.keeps_template else None
+    started_with = settings.output_dir if origin.checkpoint is not None else None
     template_folders = (origin.tokenizer_source, base, started_with)
     saved_templates = [each / TEMPLATE_FILE for each in template_folders if each is not None]
     template = find_template(settings.conversation_template, saved_templates)
@@ -163,7 +157,7 @@ def _bring_data(settings: PrepareSettings, report: Report, origin: Origin) -> li
     """Replace the names of what isn't on this machine by paths; token caches are refused."""
     refuse_caches(settings.data_path, origin.setting)
     names = [str(find_conversations_file()) if path == "pocket" else path for path in settings.data_path]
-    if origin.in_use and is_cache(settings.output_dir):  # a resumed run reads what it was started with
+    if origin.checkpoint is not None and is_cache(settings.output_dir):  # a resumed run reads what it was started with
         sources = read_manifest(settings.output_dir).get("sources") or []
         names = [pin_dataset(name, sources) if is_dataset_name(name) else name for name in names]
     choice = DatasetChoice(settings.data_subset, settings.data_split)
@@ -224,7 +218,7 @@ def _describe_inputs(
         # standard input can't be hashed before it is read, so a cache of it is never up to date
         "data": [
             {
-                "file": find_records_name(file.name) or file.name,
+                "file": file.name,
                 "sha256": hash_file(file) if file != STDIN else None,
                 **({"encoding": encodings[file]} if file in encodings else {}),
             }

@@ -83,7 +83,7 @@ def prepare_datasets(
     is_divided = shard is not None or settings.join
     sources = job.describe_sources(is_divided)
     inputs = {name: source.inputs for name, source in sources.items()}
-    reusable = find_reusable(job.folder, inputs, [*job.datasets], origin.in_use)
+    reusable = find_reusable(job.folder, inputs, [*job.datasets], origin.checkpoint)
     for name, manifest in reusable.items():
         _check_rejected_before(sources[name], manifest, job.folder / name)
     parts = Parts(job.folder, {name: source for name, source in sources.items() if name not in reusable})
@@ -168,16 +168,12 @@ class _Job:
         if source is not None and is_prepared(source):
             source = list_caches(source).get(name, source)
         rejected_file = origin.rejected_file or name_rejected_file(self.folder)  # not among the caches
-        is_alone = len(self.datasets) == 1  # a checkpoint has only the template of the main dataset
-        checkpoint = origin.checkpoint if is_alone else None
-        return replace(origin, tokenizer_source=source, checkpoint=checkpoint, rejected_file=rejected_file)
+        return replace(origin, tokenizer_source=source, rejected_file=rejected_file)
 
     def _choose_vocabulary(
         self, base: Path, given: Mapping[str, Path], opened: Mapping[str, OpenedDataset]
     ) -> ExtendedTokenizer:
         """Take the tokenizer of a token cache among the datasets, or extend the base's with what all of them need."""
-        if self.origin.vocabulary is not None and not given:
-            return self.origin.vocabulary
         source = next(iter(given.values()), self.origin.tokenizer_source)
         return choose_vocabulary(
             self.settings, base, source, chain.from_iterable(each.parse_sample() for each in opened.values())
@@ -281,13 +277,18 @@ class _Job:
     def find_joined(self, sources: Mapping[str, CacheSource]) -> Examples | None:
         """Open the examples in the folder if another process has joined the parts meanwhile."""
         inputs = {name: source.inputs for name, source in sources.items()}
-        return self.open_up_to_date(find_reusable(self.folder, inputs, [*self.datasets], in_use=False))
+        return self.open_up_to_date(find_reusable(self.folder, inputs, [*self.datasets], checkpoint=None))
 
 
 def _name_datasets(settings: PrepareSettings, origin: Origin) -> dict[str, DatasetSettings]:
     datasets, folder = settings.list_datasets(), settings.output_dir
     names = name_datasets(datasets)
-    if origin.in_use and len(names) == 1 and is_prepared(folder) and len(before := list_caches(folder)) == 1:
+    if (
+        origin.checkpoint is not None
+        and len(names) == 1
+        and is_prepared(folder)
+        and len(before := list_caches(folder)) == 1
+    ):
         names = [*before]  # the only dataset of a run keeps its name if its files are elsewhere now
     return dict(zip(names, datasets, strict=True))
 

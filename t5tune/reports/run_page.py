@@ -1,6 +1,6 @@
 """report.html: the report of a training run, one HTML file that needs no network.
 
-    write_run_report(run_folder, settings, result, examples, has_held_out=True)
+    write_run_report(run_folder, plan, result, examples, has_held_out=True)
 
 It is made from metrics.jsonl and samples.json in the run folder, and the token cache that the run was trained on.
 """
@@ -23,7 +23,8 @@ from t5tune.metrics import prefix_metric, split_by_dataset
 from t5tune.reports.page import draw_length_charts, write_page
 from t5tune.reports.svg import Series, draw_line_chart, format_short
 from t5tune.runs.metrics_log import read_metrics, read_samples
-from t5tune.settings import TrainSettings
+from t5tune.runs.plan import RunPlan
+from t5tune.settings.field_types import Settings
 from t5tune.settings.flags import list_flags, list_without_flags
 
 # evaluation metrics that are shown at the top, in addition to the table
@@ -40,7 +41,7 @@ NOT_REPEATED = {"fresh", "allow_change", "dry_run"}
 
 
 def write_run_report(
-    run_folder: Path, settings: TrainSettings, result: dict[str, Any], examples: Examples, has_held_out: bool
+    run_folder: Path, plan: RunPlan, result: dict[str, Any], examples: Examples, has_held_out: bool
 ) -> Path:
     """Write report.html to the run folder.
 
@@ -49,11 +50,11 @@ def write_run_report(
         examples: the examples that were trained on.
         has_held_out: whether there are held-out examples, of which the samples then are; some runs don't evaluate them.
     """
-    settings = hide_data_queries(settings)
+    settings = hide_data_queries(plan.given)
     lines = read_metrics(run_folder)
     sources, targets = map(build_histogram, examples.read_lengths())
     parts = [
-        f'<p class="soft">{_render_subtitle(settings, result)}</p>',
+        f'<p class="soft">{_render_subtitle(plan, result)}</p>',
         "<details><summary>The command that made this run</summary>"
         f"<pre>{html.escape(format_command(settings))}</pre></details>",
         f'<div class="cards">{"".join(_render_tiles(result))}</div>',
@@ -73,27 +74,30 @@ def write_run_report(
     return path
 
 
-def _render_subtitle(settings: TrainSettings, result: dict[str, Any]) -> str:
-    way = "full fine-tuning" if settings.train_mode == "full" else f"LoRA with rank {settings.lora_r}"
-    way += f", objective {settings.objective}" if settings.objective != "sft" else ""
-    way += f", teacher {settings.teacher_model_name_or_path}" if settings.teacher_model_name_or_path else ""
-    base = f" on a base quantized to {settings.quant_type}" if settings.q_lora else ""
+def _render_subtitle(plan: RunPlan, result: dict[str, Any]) -> str:
+    adapter, objective = plan.model.adapter, plan.data.objective
+    quantization = plan.model.precision.quantization
+    way = "full fine-tuning" if adapter is None else f"LoRA with rank {adapter.lora_r}"
+    way += f", objective {objective}" if objective != "sft" else ""
+    way += f", teacher {plan.teacher.teacher_model_name_or_path}" if plan.teacher is not None else ""
+    base = f" on a base quantized to {quantization.quant_type}" if quantization is not None else ""
     share = result["trainable_parameters"] / max(result["total_parameters"], 1)
     stop = f"; stopped early {result['stopped_early']}" if result.get("stopped_early") else ""
     processes = f"; {result['world_size']} processes" if result["world_size"] > 1 else ""
     examples = format_count(result["examples"], "training example")
     return html.escape(
-        f"{settings.model_name_or_path}: {way}{base}; trainable parameters: {result['trainable_parameters']:,} of "
-        f"{result['total_parameters']:,} ({share:.2%}); {examples}{processes}{stop}"
+        f"{plan.model.base.model_name_or_path}: {way}{base}; trainable parameters: "
+        f"{result['trainable_parameters']:,} of {result['total_parameters']:,} ({share:.2%}); {examples}{processes}"
+        f"{stop}"
     )
 
 
-def format_command(settings: TrainSettings) -> str:
+def format_command(settings: Settings) -> str:
     """Format the command of a run, with a flag for each setting that differs from its default, one per line.
 
     Those that have no flag follow as comments.
     """
-    names = [name for name in TrainSettings.model_fields if name not in NOT_REPEATED]
+    names = [name for name in type(settings).model_fields if name not in NOT_REPEATED]
     words = (shlex.join(group) for group in list_flags(settings, names))
     command = " \\\n  ".join(["t5tune train", *words])
     for name, value in list_without_flags(settings).items():
@@ -263,9 +267,9 @@ def _render_left_out(by_reason: dict[str, int]) -> list[str]:
     return [f'<p class="soft">Records left out: {html.escape("; ".join(parts))}</p>'] if parts else []
 
 
-def _render_settings(settings: TrainSettings) -> list[str]:
+def _render_settings(settings: Settings) -> list[str]:
     values = settings.model_dump(mode="json")
-    defaults = {name: field.get_default() for name, field in TrainSettings.model_fields.items()}
+    defaults = {name: field.get_default() for name, field in type(settings).model_fields.items()}
     changed = {name: value for name, value in values.items() if value != defaults[name]}
     rest = {name: value for name, value in values.items() if name not in changed}
 

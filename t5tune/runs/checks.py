@@ -32,14 +32,18 @@ from t5tune.model.device import DOCTOR_HINT, read_nvidia_driver
 from t5tune.model.kernels.build_tools import find_missing_compiler
 from t5tune.preparing.datasets import find_cache_conflicts, find_given_cache
 from t5tune.progress import Report, silent
-from t5tune.runs.deepspeed_values import find_mismatches
-from t5tune.runs.folder import CACHE_SETTINGS, apply_cache_settings, find_given_examples, list_all_caches
+from t5tune.runs.data import CACHE_SETTINGS, apply_cache_settings, find_given_examples, list_all_caches
+from t5tune.runs.deepspeed_values import describe_replaced_schedule, find_mismatches
+from t5tune.runs.plan import PreferencePlan, RunPlan
 from t5tune.runs.teacher_files import find_teacher
-from t5tune.settings import TrainSettings, packaged_templates
+from t5tune.settings import packaged_templates
+from t5tune.settings.field_types import Settings
+from t5tune.settings.groups.data import TrainingDataSettings
 from t5tune.settings.groups.distillation import TEACHER
 from t5tune.settings.groups.preferences import DPO_SETTINGS, ORPO_SETTINGS
+from t5tune.settings.groups.processes import ProcessSettings, RankSettings
 from t5tune.settings.groups.record_format import PREFERENCE_OBJECTIVES
-from t5tune.settings.groups.training import SCHEDULES_BY_METRIC, RankSettings
+from t5tune.settings.groups.steps import SCHEDULES_BY_METRIC, StepSettings
 
 FILES_OF_A_RUN = (
     RESULT_FILE,
@@ -95,12 +99,10 @@ ARGUMENTS_WITHOUT_EFFECT = {
     **dict.fromkeys(("hub_always_push", "hub_revision"), "t5tune uploads the run itself; leave it out"),
 }  # fmt: skip
 WITHOUT_WARMUP = {"constant", *SCHEDULES_BY_METRIC}
-REPLACED_BY_DEEPSPEED = {"optimizer": "optim", "scheduler": "lr_scheduler_type"}
-"""Section of a DeepSpeed config -> the setting that has no effect with it."""
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "clearml", "swanlab")  # also their modules' names
 
 
-def check_settings(settings: TrainSettings, imports_metrics: bool = True) -> None:
+def check_plan(plan: RunPlan, imports_metrics: bool = True) -> None:
     """Check what doesn't depend on the machine's GPUs and on the base.
 
     Args:
@@ -114,30 +116,30 @@ def check_settings(settings: TrainSettings, imports_metrics: bool = True) -> Non
         DependencyError: DeepSpeed or a tracker isn't installed, or a library is older than t5tune needs.
     """
     check_versions("torch", "transformers", "accelerate", "peft")
-    if settings.q_lora:
+    if plan.model.precision.quantization is not None:
         check_versions("bitsandbytes")
-    choose_trackers(settings.report_to)
-    for name in ("adapter", "reference_adapter", "teacher_adapter"):
-        if (adapter := getattr(settings, name)) is not None:
-            with naming_settings(adapter=name):
-                read_adapter_config(find_adapter(adapter, settings.cache_dir))
-    if settings.conversation_template is not None:
-        load_template(settings.conversation_template)
-    problems = _find_unusable_evaluation(settings) + _find_cache_conflicts(settings) + _find_unknown_names(settings)
-    problems += _find_unusable_schedule(settings)
-    problems += _find_unusable_arguments(settings.training_args)
-    problems += _find_missing_functions(settings) if imports_metrics else []
-    problems += _find_useless_mixing(settings) + _find_settings_of_other_objectives(settings)
-    if settings.deepspeed is not None:
-        configuration = packaged_templates.read_deepspeed_config(settings.deepspeed)
-        problems += _find_deepspeed_conflicts(settings, configuration)
-        _check_deepspeed_installation(settings.deepspeed, configuration)
-    if settings.torch_compile and (missing := find_missing_compiler(on_gpu=not _trains_on_cpu(settings))):
+    choose_trackers(plan.output.report_to)
+    for name, adapter in plan.list_adapters().items():
+        with naming_settings(adapter=name):
+            read_adapter_config(find_adapter(adapter, plan.model.base.cache_dir))
+    if plan.data.conversation_template is not None:
+        load_template(plan.data.conversation_template)
+    problems = _find_unusable_evaluation(plan) + _find_cache_conflicts(plan.data) + _find_unknown_names(plan.steps)
+    problems += _find_unusable_schedule(plan.steps)
+    problems += _find_unusable_arguments(plan.steps.training_args, type(plan.given))
+    problems += _find_missing_functions(plan.evaluation.metric or []) if imports_metrics else []
+    problems += _find_useless_mixing(plan.data) + _find_settings_of_other_objectives(plan)
+    if (deepspeed := plan.processes.deepspeed) is not None:
+        configuration = packaged_templates.read_deepspeed_file(deepspeed)
+        problems += _find_deepspeed_conflicts(plan, configuration)
+        _check_deepspeed_installation(deepspeed, configuration)
+    on_cpu, layers, optim = _trains_on_cpu(plan.processes), plan.model.layers, plan.steps.optim
+    if layers.torch_compile and (missing := find_missing_compiler(on_gpu=not on_cpu)):
         raise DependencyError(f"torch_compile: {missing.what}", hint=f"{missing.fix}; or leave out torch_compile")
-    if settings.packed_attention == "flex" and settings.packing == "off":
+    if layers.packed_attention == "flex" and layers.packing == "off":
         problems.append("packed_attention: flex: needs packing; leave out packing: off")
-    if settings.optim.startswith("paged_") and _trains_on_cpu(settings):
-        problems.append(f"optim: {settings.optim}: paged optimizers need a GPU; use adamw_bnb_8bit")
+    if optim.startswith("paged_") and on_cpu:
+        problems.append(f"optim: {optim}: paged optimizers need a GPU; use adamw_bnb_8bit")
     if problems:
         raise SettingsError(*problems)
 
@@ -165,8 +167,8 @@ def choose_trackers(names: list[str]) -> list[str]:
     return wanted
 
 
-def _find_unusable_arguments(training_args: dict[str, Any]) -> list[str]:
-    """List the fields under training_args that can't be set there."""
+def _find_unusable_arguments(training_args: dict[str, Any], model: type[Settings]) -> list[str]:
+    """List the fields under training_args that can't be set there, among others those that `model` has itself."""
     if not training_args:
         return []
     from transformers import TrainingArguments
@@ -174,15 +176,15 @@ def _find_unusable_arguments(training_args: dict[str, Any]) -> list[str]:
     defaults = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
     # a value that t5tune has anyway changes nothing
     same = {name for name, value in (defaults | FIXED_ARGUMENTS).items() if training_args.get(name, ...) == value}
-    given = [name for name in training_args if name not in same or name in TrainSettings.model_fields]
-    problems = {name: _find_argument_problem(name, {*defaults}) for name in given}
+    given = [name for name in training_args if name not in same or name in model.model_fields]
+    problems = {name: _find_argument_problem(name, {*defaults}, model) for name in given}
     return [f"training_args.{name}: {problem}" for name, problem in problems.items() if problem is not None]
 
 
-def _find_missing_functions(settings: TrainSettings) -> list[str]:
+def _find_missing_functions(functions: list[str]) -> list[str]:
     """List what is wrong with the custom metrics that can't be imported."""
     problems = []
-    for function in settings.metric or []:
+    for function in functions:
         try:
             load_custom_metric(function)
         except SettingsError as error:
@@ -190,8 +192,8 @@ def _find_missing_functions(settings: TrainSettings) -> list[str]:
     return problems
 
 
-def _find_argument_problem(name: str, fields: set[str]) -> str | None:
-    if name in TrainSettings.model_fields:
+def _find_argument_problem(name: str, fields: set[str], model: type[Settings]) -> str | None:
+    if name in model.model_fields:
         return f"set {name} directly, not under training_args"
     if name in SECRET_ARGUMENTS:  # the settings are saved in the run folder
         return "secrets don't belong in settings; set HF_TOKEN instead"
@@ -206,57 +208,42 @@ def _find_argument_problem(name: str, fields: set[str]) -> str | None:
     return None if name in fields else f"no such field of TrainingArguments{suggest_name(name, fields)}"
 
 
-def _find_deepspeed_conflicts(settings: TrainSettings, configuration: dict[str, Any]) -> list[str]:
+def _find_deepspeed_conflicts(plan: RunPlan, configuration: dict[str, Any]) -> list[str]:
     """List what in the DeepSpeed config, or with DeepSpeed at all, doesn't work with these settings."""
-    problems = []
+    problems, name, quantization = [], plan.processes.deepspeed, plan.model.precision.quantization
     if configuration.get("fp16", {}).get("enabled") is True:
-        problems.append(f"deepspeed: {settings.deepspeed}: fp16: T5's feed-forward layers overflow in fp16; use bf16")
+        problems.append(f"deepspeed: {name}: fp16: T5's feed-forward layers overflow in fp16; use bf16")
     if configuration.get("zero_optimization", {}).get("round_robin_gradients"):
         # DeepSpeed 0.19 reorders the fp32 weights, but looks for a parameter's where they would be without it
         problem = "DeepSpeed saves the weights under each other's names; remove it"
-        problems.append(f"deepspeed: {settings.deepspeed}: round_robin_gradients: {problem}")
-    if settings.q_lora and settings.quant_type == "int8":
+        problems.append(f"deepspeed: {name}: round_robin_gradients: {problem}")
+    if quantization is not None and quantization.quant_type == "int8":
         problem = "DeepSpeed can't handle int8 weights; use nf4 or fp4, or leave out --deepspeed"
         problems.append(f"quant_type: int8: {problem}")
     # PEFT 0.21 replaces quantized weights on CPUs whenever it reads them for DoRA, and DeepSpeed loses track of them
     if (
-        settings.q_lora
-        and settings.use_dora
+        quantization is not None
+        and plan.model.adapter is not None
+        and plan.model.adapter.use_dora
         and packaged_templates.get_zero_stage(configuration) == 3
-        and _trains_on_cpu(settings)
+        and _trains_on_cpu(plan.processes)
     ):
         problem = "with q_lora and ZeRO-3 it works only on GPUs"
         problems.append(f"use_dora: {problem}; use zero2, or leave out use_dora or q_lora")
-    if settings.loraplus_lr_ratio is not None and "optimizer" in configuration:
-        problem = f"{settings.deepspeed} defines its own optimizer, with a single learning rate"
-        problems.append(f"loraplus_lr_ratio: {problem}; remove `optimizer` from it")
-    for section, name in REPLACED_BY_DEEPSPEED.items():
-        if section in configuration and (given := _list_changed(settings, [name])):
-            problem = f"{settings.deepspeed} defines its own {section}"
-            # "leave it out" wouldn't help: the value may come from a packaged run config
-            default = TrainSettings.model_fields[name].default
-            fix = f"remove `{section}` from it, or set {name} to its default, {default}"
-            problems.append(f"{name}: {given[name]}: {problem}; {fix}")
-    if settings.warmup_steps and "scheduler" in configuration:
-        schedule = configuration["scheduler"]
-        if "warmup_num_steps" not in (schedule.get("params") or {}):
-            problem = f"the scheduler of {settings.deepspeed}, {schedule.get('type')}, has no warmup_num_steps"
-            fix = 'set it to "auto"' if str(schedule.get("type")).startswith("Warmup") else "set warmup_steps to 0"
-            problems.append(f"warmup_steps: {settings.warmup_steps:g}: {problem}; {fix}")
     world = World.from_environment()
-    ranks = world.size if world.launched else settings.process_count
-    return problems + find_mismatches(settings, configuration, ranks, settings.max_steps)
+    ranks = world.size if world.launched else plan.processes.process_count
+    return problems + find_mismatches(plan, configuration, ranks, plan.steps.max_steps)
 
 
-def list_notes(settings: TrainSettings) -> list[str]:
-    """List what the user should know about settings that were left at their defaults."""
-    notes = [suggestion] if (suggestion := _suggest_learning_rate(settings)) else []
-    configuration = packaged_templates.read_deepspeed_config(settings.deepspeed) if settings.deepspeed else {}
-    return notes + [
-        f"{name}: {settings.deepspeed} has its own {section}, {configuration[section].get('type')}, in its place"
-        for section, name in REPLACED_BY_DEEPSPEED.items()
-        if section in configuration
-    ]
+def list_notes(plan: RunPlan) -> list[str]:
+    """List what the user should know about settings that were left at their defaults, or that replace others."""
+    notes = [_suggest_learning_rate(plan)]
+    if plan.processes.deepspeed is not None:
+        configuration = packaged_templates.read_deepspeed_file(plan.processes.deepspeed)
+        notes.append(describe_replaced_schedule(plan, configuration))
+    if isinstance(plan.objective, PreferencePlan) and "dropout" not in plan.given.model_fields_set:
+        notes.append(f"objective {plan.objective.objective}: dropout is off; --dropout turns it on")
+    return [note for note in notes if note is not None]
 
 
 def _check_deepspeed_installation(name: str, configuration: dict[str, Any]) -> None:
@@ -274,18 +261,18 @@ def _check_deepspeed_installation(name: str, configuration: dict[str, Any]) -> N
         )
 
 
-def check_machine(settings: TrainSettings, report: Report = silent) -> None:
+def check_machine(plan: RunPlan, report: Report = silent) -> None:
     """Check what the run needs on this machine.
 
     Raises:
         SettingsError: there are fewer GPUs than num_gpus.
         ModelError: the base doesn't exist, or isn't a supported model.
     """
-    base = find_base(settings, report=report)
-    find_family(read_config(base), base, settings.family)
-    if settings.teacher_model_name_or_path is not None:
-        find_teacher(settings, report)
-    if (problem := find_missing_gpus(settings)) is not None:
+    base = find_base(plan.model.base, report=report)
+    find_family(read_config(base), base, plan.model.base.family)
+    if plan.teacher is not None:
+        find_teacher(plan.teacher, plan.model, report)
+    if (problem := find_missing_gpus(plan.processes)) is not None:
         raise SettingsError(problem)
 
 
@@ -303,7 +290,7 @@ def find_missing_gpus(settings: RankSettings) -> str | None:
     return None
 
 
-def check_starts_no_processes(settings: RankSettings, world: World) -> None:
+def check_starts_no_processes(settings: RankSettings, command: str, world: World) -> None:
     """Refuse num_gpus and num_processes in a call from Python: only the command line starts processes.
 
     Raises:
@@ -313,66 +300,67 @@ def check_starts_no_processes(settings: RankSettings, world: World) -> None:
         number = getattr(settings, name)
         if number not in (None, 1) and not world.launched:
             raise SettingsError(
-                f"{name}: {number}: a call of {settings.command} starts no processes",
-                hint=f"start the script with torchrun --nproc-per-node {number}, or run t5tune {settings.command}",
+                f"{name}: {number}: a call of {command} starts no processes",
+                hint=f"start the script with torchrun --nproc-per-node {number}, or run t5tune {command}",
             )
 
 
-def _suggest_learning_rate(settings: TrainSettings) -> str | None:
+def _suggest_learning_rate(plan: RunPlan) -> str | None:
     """Say which learning rate suits LoRA, if the user has left it at the default, which suits full training."""
-    if settings.train_mode == "full" or "learning_rate" in settings.model_fields_set:
+    if plan.model.adapter is None or "learning_rate" in plan.steps.model_fields_set:
         return None
-    if apply_cache_settings(settings).objective == "dpo":  # for which the default suits LoRA
+    if apply_cache_settings(plan.data).objective == "dpo":  # for which the default suits LoRA
         return None
     return (
-        f"learning_rate: not set, so it is {settings.learning_rate:g} as in Hugging Face's Trainer, a rate for full "
+        f"learning_rate: not set, so it is {plan.steps.learning_rate:g} as in Hugging Face's Trainer, a rate for full "
         "training; LoRA trains few weights, which start at zero, and usually learns much better at 3e-4"
     )
 
 
-def _find_useless_mixing(settings: TrainSettings) -> list[str]:
+def _find_useless_mixing(data: TrainingDataSettings) -> list[str]:
     """List the settings of mixing that are set although there is only one dataset."""
-    given = find_given_examples(settings.data_path, settings.data)
-    if settings.data is not None or (given is not None and len(find_caches(given)) > 1):
+    given = find_given_examples(data.data_path, data.data)
+    if data.data is not None or (given is not None and len(find_caches(given)) > 1):
         return []
     return [
         f"{name}: {value}: there is only one dataset; name several with data, or as data_path with weights"
         for name in ("mixing", "mixing_temperature", "mixing_cap")
-        if (value := getattr(settings, name)) is not None
+        if (value := getattr(data, name)) is not None
     ]
 
 
-def _find_cache_conflicts(settings: TrainSettings) -> list[str]:
+def _find_cache_conflicts(data: TrainingDataSettings) -> list[str]:
     """List the given settings of examples that differ from those that the token caches were made with."""
     names = {*CACHE_SETTINGS, "objective", "conversation_template"}
-    return find_cache_conflicts(settings, list_all_caches(settings), names)
+    return find_cache_conflicts(data, list_all_caches(data), names)
 
 
-def _find_settings_of_other_objectives(settings: TrainSettings) -> list[str]:
+def _find_settings_of_other_objectives(plan: RunPlan) -> list[str]:
     """List the settings that are set although the objective doesn't use them."""
-    objective = apply_cache_settings(settings).objective
+    objective = apply_cache_settings(plan.data).objective
     problems = []
     for owner, names in {"dpo": DPO_SETTINGS, "orpo": ORPO_SETTINGS}.items():
-        given = _list_changed(settings, names) if objective != owner else {}
+        given = _list_changed(plan.given, names) if objective != owner else {}
         problems += [f"{name}: {value}: only for objective {owner}, not {objective}" for name, value in given.items()]
-    if settings.dpo_loss == "ipo" and settings.dpo_label_smoothing:
-        problems.append(f"dpo_label_smoothing: {settings.dpo_label_smoothing:g}: the loss ipo has none")
-    best, of_pairs = settings.metric_for_best_model or "", objective in PREFERENCE_OBJECTIVES
+    options = plan.objective.options if isinstance(plan.objective, PreferencePlan) else None
+    if options is not None and options.dpo_loss == "ipo" and options.dpo_label_smoothing:
+        problems.append(f"dpo_label_smoothing: {options.dpo_label_smoothing:g}: the loss ipo has none")
+    best, of_pairs = plan.evaluation.metric_for_best_model or "", objective in PREFERENCE_OBJECTIVES
     if (best.endswith(PREFERENCE_METRICS) and not of_pairs) or (best.endswith("perplexity") and of_pairs):
         problems.append(f"metric_for_best_model: {best}: objective {objective} has no such metric")
     if of_pairs:
-        given = _list_changed(settings, ("label_smoothing_factor", TEACHER))
+        given = _list_changed(plan.given, ("label_smoothing_factor", TEACHER))
         problems += [f"{name}: {value}: objective {objective} doesn't use it" for name, value in given.items()]
     return problems
 
 
-def _list_changed(settings: TrainSettings, names: Iterable[str]) -> dict[str, Any]:
+def _list_changed(settings: Settings, names: Iterable[str]) -> dict[str, Any]:
     """Return the settings that aren't the default."""
-    fields = TrainSettings.model_fields
+    fields = type(settings).model_fields
     return {name: getattr(settings, name) for name in names if getattr(settings, name) != fields[name].default}
 
 
-def _find_unknown_names(settings: TrainSettings) -> list[str]:
+def _find_unknown_names(steps: StepSettings) -> list[str]:
     """List the optimizer and the learning-rate schedule if transformers doesn't know them."""
     from transformers import SchedulerType
     from transformers.training_args import OptimizerNames
@@ -383,16 +371,16 @@ def _find_unknown_names(settings: TrainSettings) -> list[str]:
         f"{setting}: {value}: unknown to transformers"
         + (suggest_name(value, names[setting]) or f"; choose from {', '.join(names[setting])}")
         for setting in known
-        if (value := getattr(settings, setting)) not in names[setting]
+        if (value := getattr(steps, setting)) not in names[setting]
     ]
 
 
-def _find_unusable_schedule(settings: TrainSettings) -> list[str]:
+def _find_unusable_schedule(steps: StepSettings) -> list[str]:
     """List what is wrong with the learning-rate schedule: some need an argument, others have no warmup."""
-    name, given = settings.lr_scheduler_type, settings.training_args.get("lr_scheduler_kwargs") or {}
-    if settings.warmup_steps and name in WITHOUT_WARMUP:
+    name, given = steps.lr_scheduler_type, steps.training_args.get("lr_scheduler_kwargs") or {}
+    if steps.warmup_steps and name in WITHOUT_WARMUP:
         fix = "use constant_with_warmup, or set warmup_steps to 0" if name == "constant" else "set warmup_steps to 0"
-        return [f"warmup_steps: {settings.warmup_steps:g}: lr_scheduler_type {name} has no warmup; {fix}"]
+        return [f"warmup_steps: {steps.warmup_steps:g}: lr_scheduler_type {name} has no warmup; {fix}"]
     # of a text, TrainingArguments reads JSON; a list has a value for each of the optimizer's groups, known only later
     if not isinstance(given, dict) or any(isinstance(value, list) for value in given.values()):
         return []
@@ -401,7 +389,7 @@ def _find_unusable_schedule(settings: TrainSettings) -> list[str]:
 
     if name not in [kind.value for kind in SchedulerType]:
         return []
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=settings.learning_rate)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=steps.learning_rate)
     try:
         with warnings.catch_warnings(action="ignore"):
             get_scheduler(name, optimizer, 0, 1, dict(given))
@@ -410,22 +398,23 @@ def _find_unusable_schedule(settings: TrainSettings) -> list[str]:
     return []
 
 
-def _trains_on_cpu(settings: TrainSettings) -> bool:
+def _trains_on_cpu(processes: ProcessSettings) -> bool:
     import torch
 
-    return settings.use_cpu or settings.num_processes is not None or not torch.cuda.is_available()
+    return processes.use_cpu or processes.num_processes is not None or not torch.cuda.is_available()
 
 
-def _find_unusable_evaluation(settings: TrainSettings) -> list[str]:
+def _find_unusable_evaluation(plan: RunPlan) -> list[str]:
     """List the settings that need evaluations although no examples are held out."""
-    if settings.eval_fraction > 0 or settings.eval_data_path is not None:
+    data = plan.data
+    if data.eval_fraction > 0 or data.eval_data_path is not None:
         return []
-    given = [find_given_cache(each) for each in settings.data or []] or [find_given_examples(settings.data_path, None)]
+    given = [find_given_cache(each) for each in data.data or []] or [find_given_examples(data.data_path, None)]
     if any(read_examples_manifest(cache)["eval_fraction"] != 0 for cache in given if cache is not None):
         return []
     return [
         f"{name}: {value}: there are no held-out examples to evaluate on; set eval_data_path or eval_fraction"
-        for name, value in settings.list_needing_evaluation().items()
+        for name, value in plan.list_needing_evaluation().items()
     ]
 
 

@@ -1,7 +1,7 @@
-"""Compare the values in a DeepSpeed config with those of the settings.
+"""Compare the values in a DeepSpeed config with those of the settings, which are the ones that are used.
 
-transformers compares them too, but only once the model is loaded, and under other names. Without a difference here,
-it finds none there.
+Files written for other tools have an optimizer and a scheduler. They are accepted if they say what the settings say,
+or leave it open ("auto"), and the settings are used in their place.
 """
 
 import json
@@ -9,11 +9,22 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from t5tune.settings import TrainSettings
+from t5tune.runs.plan import RunPlan
 
 ADAM_DEFAULTS = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8}
 """The defaults of TrainingArguments; other values are under training_args."""
 WARMUP = "scheduler.params.warmup_num_steps"
+LATE_PARAMETERS = {"total_num_steps", "warmup_num_steps"}
+"""Parameters that can be compared once the number of steps is known."""
+ADAM_TYPES = {"adam", "adamw"}
+"""Optimizers of DeepSpeed that compute what those of transformers do whose names have `adam`."""
+SCHEDULES = {"WarmupLR": "constant_with_warmup", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
+"""Schedules of DeepSpeed -> lr_scheduler_type with the same curve."""
+KNOWN_PARAMETERS: dict[str, dict[str, tuple[Any, ...]]] = {
+    "optimizer": {"torch_adam": (True, False), "adam_w_mode": (True,), "bias_correction": (True,)},
+    "scheduler": {"warmup_min_lr": (0,), "warmup_type": ("linear",), "warmup_min_ratio": (0,), "cos_min_ratio": (0,)},
+}
+"""Parameters of a section of a DeepSpeed config that aren't settings -> the values with which nothing changes."""
 
 
 @dataclass(frozen=True)
@@ -31,52 +42,78 @@ class _Expected:
     result: Any
 
 
-def find_mismatches(
-    settings: TrainSettings, configuration: dict[str, Any], world_size: int, num_steps: int | None
-) -> list[str]:
+def find_mismatches(plan: RunPlan, configuration: dict[str, Any], world_size: int, num_steps: int | None) -> list[str]:
     """List the values of the DeepSpeed config that are neither "auto" nor those of the settings.
 
     Args:
+        configuration: as it is written.
         num_steps: the number of steps of the run; None if it isn't known yet.
     """
-    problems = []
-    for key, expected in _list_expected(settings, world_size, num_steps).items():
+    name, problems = str(plan.processes.deepspeed), []
+    expected = _list_expected(plan, world_size, num_steps)
+    for key, value in expected.items():
         given = _get_value(configuration, key)
-        if key == WARMUP and given == 0:
-            problem = f"deepspeed: {settings.deepspeed}: {key}: 0: DeepSpeed needs at least 1"
-            problems.append(f'{problem}; set "auto" there')
-        # transformers turns no warmup into one step of it
-        elif given not in (None, "auto", max(1, expected.result) if key == WARMUP else expected.result):
-            problems.append(_describe_mismatch(str(settings.deepspeed), key, given, expected))
-    return problems
+        if given not in (None, "auto", value.result):
+            problems.append(_describe_mismatch(name, key, given, value))
+    for section, known in KNOWN_PARAMETERS.items():
+        for key, given in (_get_value(configuration, f"{section}.params") or {}).items():
+            is_compared = f"{section}.params.{key}" in expected or (key in LATE_PARAMETERS and num_steps is None)
+            if given != "auto" and not is_compared and given not in known.get(key, ()):
+                problems.append(f"deepspeed: {name}: {section}.params.{key}: {_show(given)}: isn't used; remove it")
+    return problems + _find_other_optimizer(plan, configuration) + _find_other_schedule(name, configuration)
 
 
-def _list_expected(settings: TrainSettings, world_size: int, num_steps: int | None) -> dict[str, _Expected]:
-    """Map the keys of a DeepSpeed config that transformers compares to what they must be."""
-    adam = {name: settings.training_args.get(name, default) for name, default in ADAM_DEFAULTS.items()}
+def _find_other_optimizer(plan: RunPlan, configuration: dict[str, Any]) -> list[str]:
+    kind, optim = _get_value(configuration, "optimizer.type"), plan.steps.optim
+    if kind is None or (str(kind).lower() in ADAM_TYPES and "adam" in optim):
+        return []
+    used = f"optim {optim}, learning_rate and weight_decay are used"
+    return [f"deepspeed: {plan.processes.deepspeed}: optimizer: {kind}; remove `optimizer`: {used}"]
+
+
+def _find_other_schedule(name: str, configuration: dict[str, Any]) -> list[str]:
+    kind = _get_value(configuration, "scheduler.type")
+    if kind is None or kind in SCHEDULES:
+        return []
+    return [f"deepspeed: {name}: scheduler: {kind}; remove `scheduler`, and choose the schedule by lr_scheduler_type"]
+
+
+def describe_replaced_schedule(plan: RunPlan, configuration: dict[str, Any]) -> str | None:
+    """Say which schedule is used if the DeepSpeed config has another one; None if it hasn't."""
+    kind, used = _get_value(configuration, "scheduler.type"), plan.steps.lr_scheduler_type
+    if kind is None or (own := SCHEDULES[kind]) == used:
+        return None
+    replaced = f"deepspeed: {plan.processes.deepspeed}: the scheduler {kind} is replaced by lr_scheduler_type {used}"
+    return f"{replaced}; --lr-scheduler-type {own} is the one that the file names"
+
+
+def _list_expected(plan: RunPlan, world_size: int, num_steps: int | None) -> dict[str, _Expected]:
+    """Map keys of a DeepSpeed config to what they must be."""
+    steps = plan.steps
+    adam = {name: steps.training_args.get(name, default) for name, default in ADAM_DEFAULTS.items()}
     keys = {
         "train_micro_batch_size_per_gpu": "per_device_train_batch_size",
         "gradient_accumulation_steps": "gradient_accumulation_steps",
         "gradient_clipping": "max_grad_norm",
-        "bf16.enabled": "bf16",
         "optimizer.params.lr": "learning_rate",
         "optimizer.params.weight_decay": "weight_decay",
         "scheduler.params.warmup_max_lr": "learning_rate",
     }
-    expected = {key: _Expected(name, getattr(settings, name), getattr(settings, name)) for key, name in keys.items()}
-    batch_size = settings.per_device_train_batch_size
+    expected = {key: _Expected(name, getattr(steps, name), getattr(steps, name)) for key, name in keys.items()}
+    bf16, batch_size = plan.model.precision.bf16, steps.per_device_train_batch_size
     betas, epsilon = [adam["adam_beta1"], adam["adam_beta2"]], adam["adam_epsilon"]
     expected |= {
+        "bf16.enabled": _Expected("bf16", bf16, bf16),
         "train_batch_size": _Expected(
-            "per_device_train_batch_size", batch_size, batch_size * settings.gradient_accumulation_steps * world_size
+            "per_device_train_batch_size", batch_size, batch_size * steps.gradient_accumulation_steps * world_size
         ),
         "optimizer.params.betas": _Expected("training_args.adam_beta1 and adam_beta2", betas, betas),
         "optimizer.params.eps": _Expected("training_args.adam_epsilon", epsilon, epsilon),
     }
     if num_steps is not None:
-        name = "num_train_epochs" if settings.max_steps is None else "max_steps"
-        expected["scheduler.params.total_num_steps"] = _Expected(name, getattr(settings, name), num_steps)
-    warmup = settings.warmup_steps
+        name = "num_train_epochs" if steps.max_steps is None else "max_steps"
+        expected["scheduler.params.total_num_steps"] = _Expected(name, getattr(steps, name), num_steps)
+    warmup = steps.warmup_steps
     if warmup >= 1 or warmup == 0:
         expected[WARMUP] = _Expected("warmup_steps", warmup, int(warmup))
     elif num_steps is not None:

@@ -1,8 +1,8 @@
-"""The run identity: the configuration a run depends on. Resuming with a different one is refused.
+"""The run identity: the configuration a run depends on. A run resumes only with the one that it was started with.
 
-    run_identity = build_run_identity(settings, examples, base_hash, teacher_hash, world_size)
+    run_identity = build_run_identity(plan, examples, base_hash, teacher_hash, world_size)
     run_identity["lora_r"]      # 8
-    check_run_identity(checkpoint, run_identity, ["learning_rate"], settings.gradient_accumulation_steps)
+    check_run_identity(checkpoint, run_identity, plan)
 
 Each checkpoint stores it in t5tune_manifest.json, under the key `made_of`. `batch` is the number of examples per
 optimizer step, however these are divided among ranks and micro-batches. With tokens_per_batch, which determines what a
@@ -18,17 +18,18 @@ from t5tune.checkpoints.adapter_folder import find_adapter
 from t5tune.checkpoints.zero.optimizer import read_zero_optimizer
 from t5tune.checkpoints.zero.shards import find_deepspeed_folder
 from t5tune.data.caches.examples import Examples
-from t5tune.errors import CheckpointError, SettingsError, suggest_name
+from t5tune.errors import CheckpointError, SettingsError
 from t5tune.formatting import format_count
 from t5tune.io.atomic import hash_file
-from t5tune.preparing.cache_reuse import make_resume_error
+from t5tune.preparing.cache_reuse import format_weights_flag, make_resume_error
 from t5tune.runs.checkpoints import read_run_identity
-from t5tune.settings import TrainSettings, packaged_templates
+from t5tune.runs.plan import RunPlan
+from t5tune.settings import packaged_templates
 from t5tune.settings.affects import Affects, select_settings
 from t5tune.settings.dataset_list import PATHS_OF_DATASETS
-from t5tune.settings.groups.lora import BASE_CHANGING_INITIALIZATIONS
-from t5tune.settings.groups.training import SCHEDULES_BY_METRIC
-from t5tune.settings.records_in_memory import find_records_name
+from t5tune.settings.field_types import Settings
+from t5tune.settings.groups.run_output import CHANGEABLE
+from t5tune.settings.records_in_memory import is_records_name
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.*")
 SHARDING_FIELDS = ("world_size", "deepspeed_stage")
@@ -36,55 +37,27 @@ ZERO_STAGES = {1, 2, 3}  # those that divide the optimizer's state among the ran
 PACKED_ATTENTION = "packed_attention"  # how a run on a GPU computes attention: no setting, but recorded for resuming
 STEPS_PER_EPOCH = "steps_per_epoch"  # recorded, too: where an epoch begins
 EVALUATION_FIELDS = ("held_out", "best_metric")  # what evaluations measure: a run may resume with another
-CACHE_INPUTS = "cache_inputs"  # recorded, too: hashes of what the token caches were made from
-LATE_FIELDS = (PACKED_ATTENTION, STEPS_PER_EPOCH, CACHE_INPUTS)  # added once the others have been compared
-OF_EXAMPLES = ("eval_fraction", "num_data", "mixing", "mixing_temperature", "mixing_cap")  # depend on the data, too
-FIXED_FIELDS = (
-    "family", "train_mode", "lora_r", "lora_target_modules", "lora_bias", "use_dora", "init_lora_weights",
-    "modules_to_save", "train_token_rows", "optim", "loraplus_lr_ratio", "deepspeed_optimizer", "deepspeed_scheduler",
-)  # fmt: skip
-"""What decides which tensors are trained, their shapes, and the states of optimizer and schedule: with another value, a
-checkpoint can't be loaded or means something else, so --allow-change can't allow it."""
-ARGUMENTS_OF_OPTIMIZER = ("adam_beta1", "adam_beta2", "adam_epsilon", "optim_args")
-"""Those of training_args that the optimizer's state contains, so that a resumed run has the previous ones."""
-FIXED_IF_SUBTRACTED = (
-    "base",
-    "bf16",
-    "q_lora",
-    "quant_type",
-    "quantize_wo",
-    "double_quant",
-    "lora_alpha",
-    "use_rslora",
-)
-"""What PiSSA and OLoRA compute their initial matrices from. A resumed run computes them again, and subtracts them from
-the base's weights: with another value, it would subtract others than those the checkpoint was trained with."""
-DEEPSPEED_SECTIONS = ("optimizer", "scheduler")
-"""Sections of a DeepSpeed config that replace the optimizer and the schedule of the settings."""
-PARAMETERS_FROM_SETTINGS = (
-    "lr", "betas", "eps", "weight_decay", "warmup_max_lr", "warmup_num_steps", "total_num_steps",
-)  # fmt: skip
-"""Their parameters of which transformers refuses other values than those of the settings, which are compared."""
+NOT_COMPARED = {*SHARDING_FIELDS, *EVALUATION_FIELDS, PACKED_ATTENTION, STEPS_PER_EPOCH}
 SPLIT_FIELDS = ("eval_fraction", "num_data", "split_seed")  # determine which examples of the data are trained on
 
 
 def build_run_identity(
-    settings: TrainSettings, examples: Examples, base_hash: str, teacher_hash: str | None, world_size: int
+    plan: RunPlan, examples: Examples, base_hash: str, teacher_hash: str | None, world_size: int
 ) -> dict[str, Any]:
     """Collect everything that determines a run's weights: field -> JSON value."""
-    values = settings.model_dump(mode="json", include=set(select_settings(TrainSettings, Affects.STEPS)))
+    values = plan.list_affecting(Affects.STEPS)
     inputs = {name: value for name, value in examples.manifest["inputs"].items() if name != "data"}
     # train or, before it, prepare may have held out examples: what matters is which ones are left to train on
     values["eval_fraction"] = values["eval_fraction"] or examples.manifest["eval_fraction"]
     values["num_data"] = values["num_data"] or inputs["num_data"]
-    deepspeed = packaged_templates.read_deepspeed_config(settings.deepspeed) if settings.deepspeed else None
+    deepspeed, cache_dir = plan.processes.deepspeed, plan.model.base.cache_dir
     adapter, reference = (
-        path and find_adapter(path, settings.cache_dir) for path in (settings.adapter, settings.reference_adapter)
+        path and find_adapter(path, cache_dir) for path in (plan.model.initial_adapter, plan.reference_adapter)
     )
     return {
         **inputs,
         **{name: values[name] for name in sorted(values)},
-        **_describe_batch(settings, world_size),
+        **_describe_batch(plan, world_size),
         **_describe_mixing(examples),
         "data": hash_examples(examples),
         "base": f"sha256:{base_hash}",
@@ -92,24 +65,16 @@ def build_run_identity(
         "adapter": adapter and hash_adapter(adapter),
         "reference_adapter": reference and hash_adapter(reference),
         "world_size": world_size,
-        "deepspeed_stage": deepspeed and packaged_templates.get_zero_stage(deepspeed),
-        **{f"deepspeed_{name}": _describe_section((deepspeed or {}).get(name)) for name in DEEPSPEED_SECTIONS},
+        "deepspeed_stage": deepspeed
+        and packaged_templates.get_zero_stage(packaged_templates.read_deepspeed_config(deepspeed)),
     }
 
 
-def _describe_section(section: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Describe a section of a DeepSpeed config, without the parameters that the settings decide."""
-    if section is None:
-        return None
-    given = {name: value for name, value in (section.get("params") or {}).items() if value != "auto"}
-    own = {name: value for name, value in given.items() if name not in PARAMETERS_FROM_SETTINGS}
-    return {**section, "params": own}
-
-
-def _describe_batch(settings: TrainSettings, world_size: int) -> dict[str, int]:
-    tokens, num_batches = settings.tokens_per_batch, settings.gradient_accumulation_steps * world_size
+def _describe_batch(plan: RunPlan, world_size: int) -> dict[str, int]:
+    steps = plan.steps
+    tokens, num_batches = steps.tokens_per_batch, steps.gradient_accumulation_steps * world_size
     if tokens is None:
-        return {"batch": settings.per_device_train_batch_size * num_batches}
+        return {"batch": steps.per_device_train_batch_size * num_batches}
     return {"tokens_per_batch": tokens, "batch_tokens": tokens * num_batches}
 
 
@@ -131,14 +96,11 @@ def has_other_held_out(checkpoint: Path, now: dict[str, Any]) -> bool:
     return read_run_identity(checkpoint).get("held_out") not in (None, now["held_out"])
 
 
-def check_run_identity(checkpoint: Path, now: dict[str, Any], allowed: list[str], accumulation_steps: int) -> list[str]:
+def check_run_identity(checkpoint: Path, now: dict[str, Any], plan: RunPlan) -> list[str]:
     """Compare the configuration with the one in a checkpoint. Return a line for each difference that is allowed.
 
-    Args:
-        accumulation_steps: the setting gradient_accumulation_steps, of which another value may keep the batch equal.
-
     Raises:
-        SettingsError: fields differ that aren't allowed to, or can't be; names each one with both values.
+        SettingsError: fields differ that --allow-change doesn't name; names each one with both values.
         CheckpointError: this number of ranks or this ZeRO stage can't resume from the checkpoint's state.
     """
     then = read_run_identity(checkpoint)
@@ -146,61 +108,17 @@ def check_run_identity(checkpoint: Path, now: dict[str, Any], allowed: list[str]
     different = {
         name: f"{name}: {_abbreviate(then.get(name))} before, {_abbreviate(now.get(name))} now"
         for name in now | then
-        if then.get(name) != now.get(name) and name not in (*SHARDING_FIELDS, *EVALUATION_FIELDS, *LATE_FIELDS)
+        if then.get(name) != now.get(name) and name not in NOT_COMPARED
     }
     if "data" in different and (split := [name for name in SPLIT_FIELDS if name in different]):
         different["data"] = f"data: other examples of it to train on, because of {' and '.join(split)}"
-    _refuse(checkpoint, then, now, different, allowed, accumulation_steps)
+    for name in ("batch", "batch_tokens"):
+        if name in different and then.get(name) and now.get(name):
+            different[name] += _suggest_equal_batch(then, now, plan.steps.gradient_accumulation_steps)
+    if refused := {name: line for name, line in different.items() if name not in plan.output.allow_change}:
+        allows = [*different] if different.keys() <= set(CHANGEABLE) else []
+        raise make_resume_error(checkpoint, refused.values(), allows)
     return list(different.values())
-
-
-def check_settings_of_run(checkpoint: Path, settings: TrainSettings, allowed: list[str], world_size: int) -> None:
-    """Compare the settings alone with the configuration in a checkpoint, before other data replaces a cache.
-
-    Raises:
-        SettingsError: fields differ; names each one with both values.
-    """
-    then = read_run_identity(checkpoint)
-    check_allowed_names(allowed, then)
-    values = settings.model_dump(mode="json", include=set(select_settings(TrainSettings, Affects.STEPS)))
-    values |= {"world_size": world_size, **_describe_batch(settings, world_size)}
-    different = {
-        name: f"{name}: {_abbreviate(then[name])} before, {_abbreviate(value)} now"
-        for name, value in values.items()
-        if name in then and then[name] != value and name not in (*OF_EXAMPLES, *SHARDING_FIELDS)
-    }
-    _refuse(checkpoint, then, values, different, allowed, settings.gradient_accumulation_steps)
-
-
-def _refuse(
-    checkpoint: Path,
-    then: dict[str, Any],
-    now: dict[str, Any],
-    different: dict[str, str],
-    allowed: list[str],
-    accumulation_steps: int,
-) -> None:
-    """Refuse the differences that aren't allowed: field -> description.
-
-    Raises:
-        SettingsError: there is one.
-    """
-    fixed = [name for name in different if name in _list_fixed_fields(then, now)]
-    if refused := {name: line for name, line in different.items() if name not in allowed or name in fixed}:
-        for name in ("batch", "batch_tokens"):
-            if name in refused and then.get(name) and now.get(name):
-                refused[name] += _suggest_equal_batch(then, now, accumulation_steps)
-        raise make_resume_error(checkpoint, refused, fixed)
-
-
-def check_allowed_names(allowed: list[str], run_identity: dict[str, Any]) -> None:
-    """Check that --allow-change names only fields of the run identity.
-
-    Raises:
-        SettingsError: it names another one.
-    """
-    if unknown := sorted(set(allowed) - run_identity.keys()):
-        raise SettingsError(f"allow_change: {unknown[0]}: no such field{suggest_name(unknown[0], run_identity)}")
 
 
 def check_steps_per_epoch(checkpoint: Path, now: dict[str, Any]) -> None:
@@ -219,27 +137,9 @@ def check_steps_per_epoch(checkpoint: Path, now: dict[str, Any]) -> None:
         problem = f"with this value an epoch has {after} steps, with the previous one {before}"
         raise SettingsError(
             f"{lengths[0]}: {problem}, so the run can't continue where it was stopped",
-            hint=f"resume with {lengths[0]} {then[lengths[0]]}, or continue from its weights with --adapter "
-            f"{checkpoint} and another output_dir",
+            hint=f"resume with {lengths[0]} {then[lengths[0]]}, or start a new run from these weights with "
+            f"{format_weights_flag(checkpoint)} and another output_dir",
         )
-
-
-def _list_fixed_fields(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """List the fields of which --allow-change can't allow another value than in this run identity."""
-    method = str(then.get("init_lora_weights"))
-    fixed = [*FIXED_FIELDS]
-    if method.startswith(BASE_CHANGING_INITIALIZATIONS):
-        fixed += FIXED_IF_SUBTRACTED
-    if method.startswith("pissa_niter"):  # its decomposition begins with random vectors
-        fixed.append("seed")
-    schedules = {run_identity.get("lr_scheduler_type") for run_identity in (then, now)}
-    if len(schedules) == 2 and schedules & SCHEDULES_BY_METRIC:  # their states differ
-        fixed.append("lr_scheduler_type")
-    if then.get("learning_rate") == 0:  # a resumed run multiplies the rates in the state by new / previous
-        fixed.append("learning_rate")
-    if any(then["training_args"].get(name) != now["training_args"].get(name) for name in ARGUMENTS_OF_OPTIMIZER):
-        fixed.append("training_args")
-    return fixed
 
 
 def needs_resharding(then: dict[str, Any], now: dict[str, Any]) -> bool:
@@ -267,16 +167,16 @@ def describe_other_ranks(checkpoint: Path, now: dict[str, Any]) -> str | None:
     return f"{text}; the random generators of {new} start from the seed and the step"
 
 
-def check_finished_run(folder: Path, then: TrainSettings, now: TrainSettings) -> None:
+def check_finished_run(folder: Path, then: Settings, now: Settings) -> None:
     """Compare the settings of a finished run with the current ones.
 
     Raises:
         SettingsError: settings that affect the weights differ; names each one with both values.
     """
     before, after = then.model_dump(mode="json"), now.model_dump(mode="json")
-    paths = select_settings(TrainSettings, Affects.INPUT_FILES)
+    paths = select_settings(type(now), Affects.INPUT_FILES)
     different = []
-    for name in select_settings(TrainSettings, Affects.FINAL_WEIGHTS):
+    for name in select_settings(type(now), Affects.FINAL_WEIGHTS):
         old, new = before[name], after[name]
         if old == new or (name in paths and _resolve_paths(old) == _resolve_paths(new)):
             continue
@@ -291,7 +191,7 @@ def check_finished_run(folder: Path, then: TrainSettings, now: TrainSettings) ->
             heading=f"{folder}: this run has already finished, with other settings:",
             choices=[
                 "to start over, add --fresh; the old run is kept under another name",
-                f"to continue from its weights, use --adapter {folder} and another output_dir",
+                f"to continue from its weights, use {format_weights_flag(folder)} and another output_dir",
             ],
         )
 
@@ -303,10 +203,10 @@ def _format_in_full(value: Any) -> str:
 def _resolve_paths(value: Any) -> list[str]:
     """Resolve one or more paths, so that two spellings of the same path are equal.
 
-    Of records in memory, what counts is the hash in their file's name, which is kept next to a run that may be moved.
+    Of records in memory, what counts is the hash in their file's name, which is kept in a run that may be moved.
     """
     paths = [Path(path).resolve() for path in (value if isinstance(value, list) else [value]) if path is not None]
-    return [find_records_name(path.name) or str(path) for path in paths]
+    return [path.name if is_records_name(path.name) else str(path) for path in paths]
 
 
 def _describe_datasets(name: str, old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[str]:

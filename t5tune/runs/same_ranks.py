@@ -1,7 +1,7 @@
 """Check that all ranks of a run have the same settings and the same inputs.
 
-    check_same_settings(settings, world)
-    check_same_inputs(settings, base, examples, held_out, world)
+    check_same_settings(settings, settings.deepspeed, world)
+    check_same_inputs(base, family, examples, held_out, world)
 
 A launcher that is started on each node gives each its own environment and its own copy of a file. Rank 0 alone
 validates the settings and compares them with a checkpoint's, so another rank with other ones would train other weights
@@ -22,31 +22,37 @@ from t5tune.distributed.world import World
 from t5tune.errors import SettingsError
 from t5tune.preparing.cache_reuse import abbreviate_value
 from t5tune.runs.resume_guard import hash_examples
-from t5tune.settings import TrainSettings, packaged_templates
+from t5tune.settings import packaged_templates
 from t5tune.settings.affects import Affects, select_settings
+from t5tune.settings.field_types import Settings
 from t5tune.version import __version__
 
 COMPARED_BY_VALUE = (Affects.STEPS, Affects.EVALUATION, Affects.ALL_RANKS)
-COMPARED_IF_GIVEN = ("metric", "eval_data", "deepspeed", *select_settings(TrainSettings, Affects.INPUT_FILES))
-"""Paths, which may be others on another machine: what is compared is whether they are given."""
+COMPARED_IF_GIVEN = ("metric", "eval_data", "deepspeed")
+"""Besides those that affect INPUT_FILES, settings with paths, which may be others on another machine: what is compared
+is whether they are given."""
 COMPARED_PACKAGES = ("torch", "transformers", "peft")
 
 
-def check_same_settings(settings: TrainSettings, world: World) -> None:
+def check_same_settings(settings: Settings, deepspeed: str | None, world: World) -> None:
     """Check that all ranks have the same settings and DeepSpeed config, as far as these affect what each rank does.
 
     Call on every rank, before any other collective that depends on a setting.
+
+    Args:
+        settings: all settings of a run.
+        deepspeed: one of them.
 
     Raises:
         SettingsError: a setting differs, on every rank; names each one with its values.
     """
     if world.size > 1:
         hint = "start all ranks with the same command, with the same --config and the same T5TUNE_ variables"
-        _refuse_differences(world, _collect_settings(settings), hint)
+        _refuse_differences(world, _collect_settings(settings, deepspeed), hint)
 
 
 def check_same_inputs(
-    settings: TrainSettings, base: Path, examples: Examples, held_out: Examples | None, world: World
+    base: Path, family: str | None, examples: Examples, held_out: Examples | None, world: World
 ) -> None:
     """Check that all ranks train the same base on the same examples, and evaluate on the same. Call on every rank.
 
@@ -58,19 +64,20 @@ def check_same_inputs(
     found = {
         "data": hash_examples(examples),
         "held_out": held_out and hash_examples(held_out),
-        "base": compute_fingerprint(open_base(base, settings.family)),
+        "base": compute_fingerprint(open_base(base, family)),
     }
     _refuse_differences(world, found, "let the paths that the ranks are given lead to the same files on all of them")
 
 
-def _collect_settings(settings: TrainSettings) -> dict[str, Any]:
+def _collect_settings(settings: Settings, deepspeed: str | None) -> dict[str, Any]:
     values = settings.model_dump(mode="json")
-    names = {name for affects in COMPARED_BY_VALUE for name in select_settings(TrainSettings, affects)}
+    names = {name for affects in COMPARED_BY_VALUE for name in select_settings(type(settings), affects)}
+    compared_if_given = (*COMPARED_IF_GIVEN, *select_settings(type(settings), Affects.INPUT_FILES))
     found = dict(_flatten({name: value for name, value in values.items() if name in names}))
-    found |= {name: None if values[name] is None else "given" for name in COMPARED_IF_GIVEN}
-    if settings.deepspeed is not None:
+    found |= {name: None if values[name] is None else "given" for name in compared_if_given}
+    if deepspeed is not None:
         try:
-            config: Any = packaged_templates.read_deepspeed_config(settings.deepspeed)
+            config: Any = packaged_templates.read_deepspeed_config(deepspeed)
         except SettingsError as error:  # if all ranks have the same, rank 0 reports it when it checks its settings
             config = str(error)
         found |= _flatten({"deepspeed": config})

@@ -18,7 +18,8 @@ import pydantic_core
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
-from t5tune.data.reading.formats import Role, Turn
+from t5tune.data.reading.formats import Turn
+from t5tune.data.reading.record_turns import Role
 from t5tune.errors import make_printable, suggest_name
 from t5tune.settings.messages import MAX_SHOWN_VALUE, describe_value_error, format_place
 

@@ -15,7 +15,7 @@ from contextlib import suppress
 from functools import reduce
 from operator import or_
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -41,6 +41,9 @@ SIZE_SUFFIXES |= {f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT
 SIZE_SUFFIXES |= {f"{prefix}{end}": 1024**power for power, prefix in enumerate("KMGT", 1) for end in ("", "IB")}
 MIN_GPU_MEMORY = 1 << 20
 UNSET_IN_SCHEMA = ["none", "None", -1]
+
+
+Group = TypeVar("Group", bound="Settings")
 
 
 class _Signature:
@@ -145,6 +148,11 @@ class Settings(BaseModel):
         """
         self._refuse_unknown_names(update or {})
         return super().model_copy(update=update, deep=deep)
+
+    def select_part(self, group: type[Group]) -> Group:
+        """Return those of these settings that a group declares which this command joins."""
+        values = {name: getattr(self, name) for name in group.model_fields}
+        return group.model_construct(self.model_fields_set & group.model_fields.keys(), **values)
 
     @classmethod
     def __pydantic_on_complete__(cls) -> None:

@@ -26,8 +26,8 @@ KEYS_FROM_SETTINGS = (
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
 )  # fmt: skip
 """Keys of a DeepSpeed config that transformers sets from the settings if their value is "auto"."""
-WITHOUT_WEIGHT_DECAY = {"LBFGS", "Rprop", "SparseAdam"}
-"""The optimizers of torch, which a DeepSpeed config can name, that take no weight_decay."""
+REPLACED_SECTIONS = ("optimizer", "scheduler")
+"""Sections of a DeepSpeed config in place of which the settings are used; runs/deepspeed_values.py compares them."""
 
 
 def find_templates_folder() -> Path:
@@ -68,24 +68,28 @@ def find_conversation_template(name_or_path: str) -> Path:
 
 
 def read_deepspeed_config(name_or_path: str) -> dict[str, Any]:
-    """Read the DeepSpeed config of `--deepspeed`: the path of a JSON file, or a name under templates/deepspeed.
+    """Read the DeepSpeed config of `--deepspeed`, as training uses it.
 
-    What it leaves out of KEYS_FROM_SETTINGS is "auto", and so are the learning rate and the weight decay of its own
-    optimizer.
+    What it leaves out of KEYS_FROM_SETTINGS is "auto". The optimizer and the schedule are those of the settings, so its
+    own sections are left out: see `read_deepspeed_file`.
     """
+    config = read_deepspeed_file(name_or_path)
+    own = {key: value for key, value in config.items() if key not in REPLACED_SECTIONS}
+    return dict.fromkeys(KEYS_FROM_SETTINGS, "auto") | own
+
+
+def read_deepspeed_file(name_or_path: str) -> dict[str, Any]:
+    """Read a DeepSpeed config as it is written: the path of a JSON file, or a name under templates/deepspeed."""
     path = _find_template("deepspeed", "deepspeed", name_or_path, ".json")
     try:
         config = parse_json_object(path.read_bytes())
     except (OSError, ValueError) as error:
         raise SettingsError(f"deepspeed: {path}: can't be read: {describe_error(error)}") from error
-    for section in ("optimizer", "scheduler"):
-        if not isinstance(config.get(section, {}), dict):
+    for section in REPLACED_SECTIONS:
+        content = config.get(section, {})
+        if not isinstance(content, dict) or not isinstance(content.get("params") or {}, dict):
             raise SettingsError(f"deepspeed: {path}: {section}: expected an object with type and params")
-    if "optimizer" in config:
-        names = ("lr",) if config["optimizer"].get("type") in WITHOUT_WEIGHT_DECAY else ("lr", "weight_decay")
-        params = dict.fromkeys(names, "auto") | (config["optimizer"].get("params") or {})
-        config["optimizer"] = config["optimizer"] | {"params": params}
-    return dict.fromkeys(KEYS_FROM_SETTINGS, "auto") | config
+    return config
 
 
 def read_zero3_config(deepspeed: str) -> dict[str, Any]:

@@ -35,8 +35,8 @@ EXPECTED = "expected a path, or records: a list of dicts, a DataFrame or a datas
 TABLE_MARK = ".table"
 _NAME = rf"records-[0-9a-f]{{{HASH_CHARACTERS}}}(?:\{TABLE_MARK})?\.jsonl"
 _STORED = re.compile(rf"{FOLDER_PREFIX}\w+/{_NAME}")
-_KEPT = re.compile(rf".+\.({_NAME})", re.DOTALL)
-_STORED_TABLE = re.compile(rf"(?:.+\.)?records-[0-9a-f]{{{HASH_CHARACTERS}}}\{TABLE_MARK}\.jsonl", re.DOTALL)
+_RECORDS = re.compile(_NAME)
+_STORED_TABLE = re.compile(rf"records-[0-9a-f]{{{HASH_CHARACTERS}}}\{TABLE_MARK}\.jsonl")
 
 
 class CallerError(Exception):
@@ -88,20 +88,20 @@ def is_stored_table(path: Path) -> bool:
 
 
 def find_kept_path(path: str, folder: Path) -> Path | None:
-    """Return where records that `store_records` wrote to `path` are kept, next to `folder`; None for other files."""
-    stored = Path(path)
-    folder = folder.resolve() if folder.name in ("", "..") else folder  # the current folder has no name, but is in one
-    kept = folder.parent / f"{folder.name}.{stored.name}"
-    return kept if is_stored(stored) and (stored.is_file() or kept.is_file()) else None
+    """Return where in `folder` records that `store_records` wrote to `path` are kept; None for other files.
 
-
-def find_records_name(file: str) -> str | None:
-    """Return the name `records-HASH.jsonl` of a file of records that is kept for a run, which may be moved.
-
-    None for the names of other files.
+    So are those of a run that was moved: `path` is where they were kept before.
     """
-    kept = _KEPT.fullmatch(file)
-    return None if kept is None else kept[1]
+    given = Path(path)
+    kept = folder / given.name
+    if kept.is_file() and not given.is_file() and is_records_name(given.name):
+        return kept
+    return kept if is_stored(given) and given.is_file() else None
+
+
+def is_records_name(file: str) -> bool:
+    """Whether a file has a name that `store_records` gives, in which a hash says what is in it."""
+    return _RECORDS.fullmatch(file) is not None
 
 
 def _find_folder() -> Path:

@@ -1,4 +1,4 @@
-"""Convert the settings to TrainingArguments of Hugging Face's Trainer."""
+"""Convert the plan of a run to TrainingArguments of Hugging Face's Trainer."""
 
 import dataclasses
 from collections.abc import Collection
@@ -12,9 +12,11 @@ from t5tune.errors import SettingsError
 from t5tune.io.reasons import join_lines
 from t5tune.progress import Note, Report
 from t5tune.runs.checks import FIXED_ARGUMENTS, choose_trackers
-from t5tune.settings import TrainSettings
-from t5tune.settings.affects import Affects, select_settings
-from t5tune.settings.groups.training import SCHEDULES_BY_METRIC
+from t5tune.runs.plan import RunPlan
+from t5tune.settings.affects import Affects
+from t5tune.settings.groups.layers import LayerSettings
+from t5tune.settings.groups.run_output import RunOutputSettings
+from t5tune.settings.groups.steps import SCHEDULES_BY_METRIC
 from t5tune.settings.packaged_templates import get_zero_stage
 
 
@@ -31,13 +33,13 @@ class OneGpuArguments(TrainingArguments):  # type: ignore[misc]
 
 
 def make_training_arguments(
-    settings: TrainSettings,
+    plan: RunPlan,
     deepspeed: dict[str, Any] | None,
     losses: Collection[str],
     world: World,
     device: torch.device,
 ) -> OneGpuArguments:
-    """Make the Trainer's arguments. The settings' own `training_args` override all that `validate` lets them set.
+    """Make the Trainer's arguments. The settings' own `training_args` override all that `check_plan` lets them set.
 
     Args:
         losses: the metrics of evaluations that are better the lower they are; empty: there are no evaluations.
@@ -45,26 +47,28 @@ def make_training_arguments(
     Raises:
         SettingsError: TrainingArguments rejects a value.
     """
-    values = {name: getattr(settings, name) for name in select_settings(TrainSettings, Affects.TRAINER)}
-    if device.type != "cpu" and settings.optim == "adamw_torch":
+    steps, evaluation, output = plan.steps, plan.evaluation, plan.output
+    values = plan.list_affecting(Affects.TRAINER)
+    if device.type != "cpu" and steps.optim == "adamw_torch":
         values["optim"] = "adamw_torch_fused"  # updates all parameters in one kernel
-    metric, on_cpu = choose_best_metric(settings), device.type == "cpu"
+    when = "steps" if evaluation.eval_steps else "epoch" if losses else "no"
+    metric, on_cpu = plan.best_metric, device.type == "cpu"
     values |= {
-        "output_dir": str(settings.output_dir),
-        "max_steps": settings.max_steps or -1,
-        "eval_strategy": settings.eval_strategy or ("steps" if settings.eval_steps else "epoch" if losses else "no"),
+        "output_dir": str(plan.folder),
+        "max_steps": steps.max_steps or -1,
+        "eval_strategy": evaluation.eval_strategy or when,
         "metric_for_best_model": metric,
         "greater_is_better": metric is not None and metric not in losses,
         "use_cpu": on_cpu,
         "ddp_backend": "gloo" if on_cpu and world.size > 1 else None,
-        "ddp_timeout": settings.process_group_timeout,
+        "ddp_timeout": plan.processes.process_group_timeout,
         "dataloader_pin_memory": not on_cpu,
         "accelerator_config": {"non_blocking": not on_cpu},  # copy a batch to the GPU without waiting for its work
-        "report_to": choose_trackers(settings.report_to),
-        "run_name": choose_run_name(settings),
-        "hub_private_repo": settings.hub_private_repo or None,  # also of trackio's Space
+        "report_to": choose_trackers(output.report_to),
+        "run_name": choose_run_name(output),
+        "hub_private_repo": plan.hub.hub_private_repo or None,  # also of trackio's Space
     }
-    values |= {**_choose_memory_arguments(settings, deepspeed), **FIXED_ARGUMENTS, **settings.training_args}
+    values |= {**_choose_memory_arguments(plan.model.layers, deepspeed), **FIXED_ARGUMENTS, **steps.training_args}
     try:
         arguments = OneGpuArguments(**values)
     except (ValueError, TypeError, ImportError) as error:
@@ -75,36 +79,31 @@ def make_training_arguments(
     return arguments
 
 
-def _choose_memory_arguments(settings: TrainSettings, deepspeed: dict[str, Any] | None) -> dict[str, Any]:
+def _choose_memory_arguments(layers: LayerSettings, deepspeed: dict[str, Any] | None) -> dict[str, Any]:
     """Choose the arguments of DeepSpeed and of gradient checkpointing, which transformers is renaming."""
     fields = {field.name for field in dataclasses.fields(TrainingArguments)}
     checkpointing = next(name for name in ("activation_checkpointing", "gradient_checkpointing") if name in fields)
     return {
         "deepspeed": deepspeed,
-        checkpointing: settings.gradient_checkpointing,
+        checkpointing: layers.gradient_checkpointing,
         # ZeRO-3 frees a weight after its forward pass; only reentrant checkpointing gathers it again to recompute
         f"{checkpointing}_kwargs": {"use_reentrant": get_zero_stage(deepspeed) == 3},
     }
 
 
-def choose_tf32(settings: TrainSettings, device: torch.device, report: Report) -> bool:
+def choose_tf32(given: bool | None, device: torch.device, report: Report) -> bool:
     """Whether to multiply fp32 matrices in TensorFloat-32: by default, if the GPU can.
 
     TrainingArguments' own `tf32` isn't used: see `use_gpu_kernels`.
     """
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
-        return settings.tf32 is not False
-    if settings.tf32:
+        return given is not False
+    if given:
         where = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
         report(Note(f"tf32: ignored, since {where} has no TensorFloat-32"))
     return False
 
 
-def choose_run_name(settings: TrainSettings) -> str:
+def choose_run_name(output: RunOutputSettings) -> str:
     """Return the name of a run in trackers: by default that of its folder."""
-    return settings.run_name or settings.output_dir.resolve().name
-
-
-def choose_best_metric(settings: TrainSettings) -> str | None:
-    """Return the metric that decides which checkpoint is best; None if the last checkpoint is used."""
-    return settings.metric_for_best_model or ("loss" if settings.early_stopping_patience else None)
+    return output.run_name or output.output_dir.resolve().name

@@ -1,7 +1,7 @@
 """Build the model to train (adapters, packing, ZeRO-3 sharding) and the function that saves it.
 
-built = build_model(settings, base, base_metadata, examples, files, deepspeed, device, report)
-built.weights.write(folder, trained_tensors)    # the files of an adapter, or with train_mode full of a checkpoint
+built = build_model(plan.model, base, base_metadata, examples, files, settings, deepspeed, device, report)
+built.weights.write(folder, trained_tensors)    # the files of an adapter, or without one of a checkpoint
 """
 
 import json
@@ -35,7 +35,9 @@ from t5tune.model.load import count_parameters, load_base
 from t5tune.model.lora import add_lora, load_initial_adapter
 from t5tune.model.zero3 import Zero3Partitioner
 from t5tune.progress import Note, Report
-from t5tune.settings import TrainSettings
+from t5tune.runs.plan import ModelPlan
+from t5tune.settings.groups.layers import LayerSettings
+from t5tune.settings.groups.lora import LoraSettings
 from t5tune.settings.packaged_templates import get_zero_stage
 from t5tune.training.trained_weights import TrainedWeights
 
@@ -61,11 +63,12 @@ class BuiltModel:
 
 
 def build_model(
-    settings: TrainSettings,
+    plan: ModelPlan,
     base: Path,
     base_metadata: dict[str, Any],
     examples: Examples,
     files: Mapping[str, bytes],
+    settings: Mapping[str, Any],
     deepspeed: dict[str, Any] | None,
     device: torch.device,
     report: Report,
@@ -75,75 +78,70 @@ def build_model(
     Args:
         base_metadata: what identifies the base, for the adapter's metadata.
         files: the tokenizer and the template, to be saved with the weights: name -> content.
+        settings: of the run, for the model card.
 
     Raises:
         ModelError: the base is broken, or can't be trained with these settings.
         SettingsError: packing is required, but this model doesn't support it.
     """
-    is_full = settings.train_mode == "full"
-    dtype = torch.bfloat16 if settings.bf16 else torch.float32
+    family, layers = plan.base.family, plan.layers
+    dtype = torch.bfloat16 if plan.precision.bf16 else torch.float32
     # DeepSpeed keeps fp32 master copies of trained bf16 weights; without it, these weights themselves must be fp32
     trained_dtype = dtype if deepspeed is not None else torch.float32
     partitioner = Zero3Partitioner(deepspeed, dtype) if deepspeed and get_zero_stage(deepspeed) == 3 else None
-    model_dtype = trained_dtype if is_full else dtype
-    model = load_base(base, model_dtype, device, settings, settings.family, report, partitioner)
+    model_dtype = trained_dtype if plan.adapter is None else dtype
+    model = load_base(base, model_dtype, device, plan.precision.quantization, family, report, partitioner)
     subtracted: dict[str, Tensor] = {}
-    if is_full:
+    if plan.adapter is None:
         model.requires_grad_(True)
     else:
         token_ids = list(examples.manifest["added_token_ids"])
-        model, subtracted = add_lora(model, base, settings, token_ids, trained_dtype, partitioner)
-    if settings.adapter is not None:
-        adapter = find_adapter(settings.adapter, settings.cache_dir)
-        load_initial_adapter(model, adapter, examples.tokenizer_folder)
-        metadata = read_base_metadata(adapter)
-        if not is_trained_base(metadata, open_base(base, settings.family)):
-            report(Note(f"adapter: {adapter}: trained on another base ({metadata.get('base')})", warning=True))
-    is_packed = _enable_packing(settings, model, report)
-    _switch_off_dropouts(settings, model, report)
-    if settings.torch_compile:
+        model, subtracted = add_lora(model, base, plan.adapter, token_ids, trained_dtype, partitioner)
+        if plan.adapter.adapter is not None:
+            adapter = find_adapter(plan.adapter.adapter, plan.base.cache_dir)
+            load_initial_adapter(model, adapter, examples.tokenizer_folder)
+            metadata = read_base_metadata(adapter)
+            if not is_trained_base(metadata, open_base(base, family)):
+                report(Note(f"adapter: {adapter}: trained on another base ({metadata.get('base')})", warning=True))
+    is_packed = _enable_packing(layers, model, report)
+    if not layers.has_dropout:
+        switch_off_dropout(model)
+    if not layers.has_attention_dropout:
+        switch_off_attention_dropout(model)
+    if layers.torch_compile:
         compile_layers(model)
         report(Note("norms and feed-forward layers are compiled; the first steps take seconds to minutes longer"))
     else:
         use_fused_layers(model, device, report)
     trainable, total = count_parameters(model)
-    if settings.gradient_checkpointing or partitioner is not None:
+    if layers.gradient_checkpointing or partitioner is not None:
         # ZeRO-3 frees a block's weights once its inputs that require gradients have them, so its first input must be
         # among these: otherwise the gradient for the encoder's output would free a decoder block in use
         model.enable_input_require_grads()
     if partitioner is not None:
         partitioner.partition_model(model)
-    weights = _make_trained_weights(settings, base, base_metadata, examples, files, model, subtracted)
+    weights = _make_trained_weights(plan, base, base_metadata, examples, files, settings, model, subtracted)
     return BuiltModel(model, is_packed, weights, trainable, total, partitioner)
 
 
-def will_train_position_bias(model: Any, settings: TrainSettings) -> bool:
-    """Whether training with these settings trains the position bias of a base, which `model` has, too."""
-    saved = tuple(settings.modules_to_save or ())
+def will_train_position_bias(model: Any, adapter: LoraSettings | None) -> bool:
+    """Whether training with this adapter trains the position bias of a base, which `model` has, too."""
+    saved = tuple(adapter.modules_to_save or ()) if adapter is not None else ()
     biases = [name for name, _ in model.named_parameters() if "relative_attention_bias" in name]
-    return bool(biases) and (settings.train_mode == "full" or any(is_inside(name, saved) for name in biases))
+    return bool(biases) and (adapter is None or any(is_inside(name, saved) for name in biases))
 
 
-def _switch_off_dropouts(settings: TrainSettings, model: Any, report: Report) -> None:
-    if not settings.has_dropout:
-        switch_off_dropout(model)
-        if settings.dropout is None:
-            report(Note(f"objective {settings.objective}: dropout is off; --dropout turns it on"))
-    if not settings.has_attention_dropout:
-        switch_off_attention_dropout(model)
-
-
-def _enable_packing(settings: TrainSettings, model: Any, report: Report) -> bool:
+def _enable_packing(layers: LayerSettings, model: Any, report: Report) -> bool:
     """Enable packing if the settings want it and the model supports it. Return whether it is enabled.
 
     Raises:
         SettingsError: packing is required, but this model doesn't support it.
     """
-    if settings.packing == "off":
+    if layers.packing == "off":
         return False
     if not can_pack(model):
-        reason = f"packing: {settings.packing}: the attention of {model.config.model_type} doesn't support packing"
-        if settings.packing == "on" or settings.packed_attention == "flex":
+        reason = f"packing: {layers.packing}: the attention of {model.config.model_type} doesn't support packing"
+        if layers.packing == "on" or layers.packed_attention == "flex":
             raise SettingsError(reason, hint="leave out packing and packed_attention to use padded batches")
         report(Note(f"{reason}; using padded batches"))
         return False
@@ -152,36 +150,38 @@ def _enable_packing(settings: TrainSettings, model: Any, report: Report) -> bool
 
 
 def _make_trained_weights(
-    settings: TrainSettings,
+    plan: ModelPlan,
     base: Path,
     base_metadata: dict[str, Any],
     examples: Examples,
     files: Mapping[str, bytes],
+    settings: Mapping[str, Any],
     model: Any,
     subtracted: dict[str, Tensor],
 ) -> TrainedWeights:
-    if settings.train_mode == "full":
+    family = plan.base.family
+    if plan.adapter is None:
         tied = bool(model.config.tie_word_embeddings)
-        checkpoint = open_base(base, settings.family)
+        checkpoint = open_base(base, family)
         names = {
             name: file_name for name in checkpoint.list_names() if (file_name := checkpoint.get_file_name(name)) != name
         }
-        write = partial(write_model, base=checkpoint, tied=tied, files=files, family=settings.family)
+        write = partial(write_model, base=checkpoint, tied=tied, files=files, family=family)
         return TrainedWeights(MODEL_FILE, write, subtracted, names)
-    config = _make_adapter_config(model, settings, bool(subtracted))
-    training = format_data_line(examples.manifest) + format_settings_line(settings.model_dump())
+    config = _make_adapter_config(model, plan, bool(subtracted))
+    training = format_data_line(examples.manifest) + format_settings_line(settings)
     metadata = AdapterMetadata(config, files, base_metadata, training)
     write = partial(write_adapter, metadata=metadata, with_non_lora_state=True)
     return TrainedWeights(ADAPTER_WEIGHTS_FILE, write, subtracted)
 
 
-def _make_adapter_config(model: Any, settings: TrainSettings, is_converted_to_plain_lora: bool) -> dict[str, Any]:
+def _make_adapter_config(model: Any, plan: ModelPlan, is_converted_to_plain_lora: bool) -> dict[str, Any]:
     """Make the content of adapter_config.json as PEFT writes it, with sets in a fixed order."""
     config = model.peft_config["default"].to_dict()
     if is_converted_to_plain_lora:
         config = convert_config_to_plain_lora(config)
-    config["base_model_name_or_path"] = settings.model_name_or_path
-    config["revision"] = settings.revision
+    config["base_model_name_or_path"] = plan.base.model_name_or_path
+    config["revision"] = plan.revision
     config["inference_mode"] = True
     plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
     for key in ("peft_type", "task_type"):

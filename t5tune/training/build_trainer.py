@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from t5tune.model.kernels.flex_check import AttentionShape, read_attention_shape
 from t5tune.progress import Note
 from t5tune.runs.checkpoints import read_run_identity
 from t5tune.runs.deepspeed_values import find_mismatches
+from t5tune.runs.plan import DistillationPlan, ObjectivePlan, PreferencePlan
 from t5tune.runs.publisher import CheckpointPublisher
 from t5tune.runs.resume_guard import (
     PACKED_ATTENTION,
@@ -29,8 +31,7 @@ from t5tune.runs.resume_guard import (
     has_other_held_out,
     needs_resharding,
 )
-from t5tune.runs.teacher_files import TeacherFiles
-from t5tune.settings import TrainSettings, packaged_templates
+from t5tune.settings import packaged_templates
 from t5tune.training.arguments import make_training_arguments
 from t5tune.training.attention_choice import LOOP, ChosenAttention, choose_packed_attention
 from t5tune.training.build_model import BuiltModel, build_model, will_train_position_bias
@@ -38,6 +39,7 @@ from t5tune.training.callbacks.sample_predictions import SamplePredictions
 from t5tune.training.non_finite import NonFiniteGuard
 from t5tune.training.objectives import (
     DirectPreferenceObjective,
+    EvaluationOptions,
     OddsRatioObjective,
     Pairs,
     RunObjective,
@@ -52,20 +54,21 @@ from t5tune.training.trainer import T5Trainer, TrainerParts
 
 def build_trainer(session: Session, loaded: LoadedData) -> tuple[BuiltModel, T5Trainer, SamplePredictions | None]:
     """Load and build the model, and make its trainer, with the callback for sample predictions if there is one."""
-    settings = session.settings
+    plan = session.plan
     choose_attention = _make_attention_choice(session, loaded)
     references = None
-    if settings.reference_adapter is not None:
-        references = _measure_reference_adapter(session, loaded, choose_attention)
-    set_seed(settings.seed)
+    if plan.reference_adapter is not None:
+        references = _measure_reference_adapter(session, loaded, plan.reference_adapter, choose_attention)
+    set_seed(plan.data.seed)
     is_partitioned = loaded.deepspeed is not None and packaged_templates.get_zero_stage(loaded.deepspeed) == 3
     with manage_memory_for_loading(session.device, is_partitioned):
         built = build_model(
-            loaded.pinned,
+            plan.model,
             loaded.base,
             loaded.base_metadata,
             loaded.examples,
             loaded.files,
+            plan.given.model_dump(),
             loaded.deepspeed,
             session.device,
             session.report,
@@ -74,7 +77,7 @@ def build_trainer(session: Session, loaded: LoadedData) -> tuple[BuiltModel, T5T
     for callback in session.callbacks:
         callback.begin()
     trainer = _make_trainer(session, loaded, built, references, choose_attention)
-    samples = _make_sample_callback(session, loaded, trainer.parts) if settings.report_samples else None
+    samples = _make_sample_callback(session, loaded, trainer.parts) if plan.output.report_samples else None
     if samples is not None:
         trainer.add_callback(samples)
     for callback in session.callbacks:
@@ -97,12 +100,13 @@ def _make_trainer(
     references: dict[str, Pairs] | None,
     choose_attention: "_AttentionChoice",
 ) -> T5Trainer:
-    settings, report, folder = session.settings, session.report, session.run.folder
+    plan, report, folder = session.plan, session.report, session.folder.path
+    evaluation, steps = plan.evaluation, plan.steps
     start_id, pad_id = built.model.architecture.start_token_id, loaded.tokenizer.pad_token_id
-    teacher = _load_teacher(session, loaded, loaded.teacher, built) if loaded.teacher is not None else None
+    teacher = _load_teacher(session, loaded, built)
     run_identity, attention = loaded.run_identity, LOOP
     if built.is_packed:
-        shapes = [read_attention_shape(built.model, settings.has_attention_dropout)]
+        shapes = [read_attention_shape(built.model, plan.model.layers.has_attention_dropout)]
         if teacher is not None:
             shapes.append(read_attention_shape(teacher.model, has_dropout=False, is_trained=False))
         attention = choose_attention(tuple(shapes), trains_position_bias(built.model))
@@ -111,22 +115,22 @@ def _make_trainer(
     collator = make_collator(
         start_id, pad_id, built.is_packed, attention.implementation == "flex", attention.num_stages
     )
-    if settings.objective == "dpo" and references is None:
-        references = _complete_references(
-            session,
-            loaded,
-            lambda: open_initial_model(built, collator, settings, report, lambda: session.stop.is_set),
+    if plan.data.objective == "dpo" and references is None:
+        options = EvaluationOptions(
+            collator, evaluation.per_device_eval_batch_size, report, lambda: session.stop.is_set
         )
-    objective = _make_objective(session, teacher, references or {})
+        references = _complete_references(
+            session, loaded, lambda: open_initial_model(built, options, plan.uses_autocast)
+        )
+    objective = _make_objective(plan.objective, teacher, references or {})
     losses = objective.list_losses(loaded.held_out) if loaded.held_out is not None else []
-    then = {} if loaded.resume is None else read_run_identity(loaded.resume)
-    sampler = make_sampler(settings, loaded.examples, built.is_packed, session.world.size)
+    sampler = make_sampler(steps, plan.data.seed, loaded.examples, built.is_packed, session.world.size)
     run_identity = run_identity | {STEPS_PER_EPOCH: sampler.steps_per_epoch}
     if loaded.resume is not None:
         check_steps_per_epoch(loaded.resume, run_identity)
-    args = make_training_arguments(settings, loaded.deepspeed, losses, session.world, session.device)
-    _check_deepspeed_values(session, loaded, count_all_steps(sampler, args))
-    count, skips = settings.eval_generate, settings.on_non_finite == "skip"
+    args = make_training_arguments(plan, loaded.deepspeed, losses, session.world, session.device)
+    _check_deepspeed_values(session, count_all_steps(sampler, args))
+    count, skips = evaluation.eval_generate, steps.on_non_finite == "skip"
     scorer = _make_scorer(session, loaded, count) if count else None
     parts = TrainerParts(
         examples=loaded.examples,
@@ -134,57 +138,59 @@ def _make_trainer(
         sampler=sampler,
         collator=collator,
         weights=built.weights,
-        publisher=CheckpointPublisher(folder, run_identity, settings.save_total_limit, report),
+        publisher=CheckpointPublisher(folder, run_identity, plan.output.save_total_limit, report),
         reshards=loaded.resume is not None and needs_resharding(read_run_identity(loaded.resume), run_identity),
-        resumed_rates=(then.get("learning_rate"), then.get("weight_decay")),
         forgets_evaluations=loaded.resume is not None and has_other_evaluations(loaded.resume, run_identity),
         has_new_held_out=loaded.resume is not None and has_other_held_out(loaded.resume, run_identity),
-        non_finite=NonFiniteGuard(folder, skips, settings.max_skipped_steps, report),
+        non_finite=NonFiniteGuard(folder, skips, steps.max_skipped_steps, report),
         stop=session.stop,
         watch=session.watch,
         scorer=scorer,
         objective=objective,
         reference=(references or {}).get("training"),
-        loraplus_lr_ratio=settings.loraplus_lr_ratio,
-        metric_names=_list_metrics(settings, objective, scorer, loaded.held_out),
-        patience=settings.early_stopping_patience,
-        threshold=settings.early_stopping_threshold or 0.0,
-        eval_batch_size=settings.per_device_eval_batch_size,
+        loraplus_lr_ratio=None if plan.model.adapter is None else plan.model.adapter.loraplus_lr_ratio,
+        metric_names=_list_metrics(evaluation.metric_for_best_model, objective, scorer, loaded.held_out),
+        patience=evaluation.early_stopping_patience,
+        threshold=evaluation.early_stopping_threshold or 0.0,
+        eval_batch_size=evaluation.per_device_eval_batch_size,
         report=report,
     )
     return T5Trainer(built.model, args, parts)
 
 
-def _check_deepspeed_values(session: Session, loaded: LoadedData, num_steps: int) -> None:
+def _check_deepspeed_values(session: Session, num_steps: int) -> None:
     """Compare the DeepSpeed config with the settings once more: the number of steps may not have been known before.
 
     Raises:
         SettingsError: they differ.
     """
-    if loaded.deepspeed is None:
+    if (deepspeed := session.plan.processes.deepspeed) is None:
         return
-    if problems := find_mismatches(session.settings, loaded.deepspeed, session.world.size, num_steps):
+    configuration = packaged_templates.read_deepspeed_file(deepspeed)
+    if problems := find_mismatches(session.plan, configuration, session.world.size, num_steps):
         raise SettingsError(*problems)
 
 
 def _measure_reference_adapter(
-    session: Session, loaded: LoadedData, choose_attention: "_AttentionChoice"
+    session: Session, loaded: LoadedData, adapter: Path, choose_attention: "_AttentionChoice"
 ) -> dict[str, Pairs]:
-    settings = session.settings
+    plan = session.plan
 
     def choose(model: Any) -> ChosenAttention:
-        shape = read_attention_shape(model, settings.has_attention_dropout)
-        return choose_attention((shape,), will_train_position_bias(model, settings))
+        shape = read_attention_shape(model, plan.model.layers.has_attention_dropout)
+        return choose_attention((shape,), will_train_position_bias(model, plan.model.adapter))
 
     return _complete_references(
         session,
         loaded,
         lambda: open_reference_adapter(
-            loaded.pinned,
+            adapter,
+            plan.model,
             loaded.base,
             loaded.examples,
             loaded.deepspeed,
             session.device,
+            plan.evaluation.per_device_eval_batch_size,
             session.report,
             lambda: session.stop.is_set,
             choose,
@@ -202,26 +208,31 @@ def _complete_references(
     """
     sets = {"training": loaded.examples, **({"held-out": loaded.held_out} if loaded.held_out is not None else {})}
     try:
-        folder, run_identity = session.run.folder, loaded.run_identity
+        folder, run_identity = session.folder.path, loaded.run_identity
         return complete_references(folder, run_identity, sets, session.world, open_meter, session.report)
     except EvaluationStopped:
         raise session.stop.make_error("before training began", hint="run the same command to continue") from None
 
 
-def _make_objective(session: Session, teacher: Teacher | None, references: dict[str, Pairs]) -> RunObjective:
-    settings = session.settings
-    if settings.objective == "orpo":
-        return OddsRatioObjective(settings)
-    if settings.objective == "dpo":
-        return DirectPreferenceObjective(settings, references.get("held-out"))
-    if teacher is not None:
-        return DistillationObjective(settings, teacher)
-    return TargetObjective(settings.label_smoothing_factor)
+def _make_objective(plan: ObjectivePlan, teacher: Teacher | None, references: dict[str, Pairs]) -> RunObjective:
+    match plan:
+        case PreferencePlan("orpo", options):
+            return OddsRatioObjective(options)
+        case PreferencePlan(options=options):
+            return DirectPreferenceObjective(options, references.get("held-out"))
+        case DistillationPlan() if teacher is not None:
+            return DistillationObjective(plan, teacher)
+        case _:
+            return TargetObjective(plan.label_smoothing_factor)
 
 
-def _load_teacher(session: Session, loaded: LoadedData, files: TeacherFiles, built: BuiltModel) -> Teacher:
+def _load_teacher(session: Session, loaded: LoadedData, built: BuiltModel) -> Teacher | None:
+    settings, files = session.plan.teacher, loaded.teacher
+    if settings is None or files is None:
+        return None
     return load_teacher(
-        session.settings,
+        settings,
+        session.plan.model,
         files,
         loaded.tokenizer,
         session.device,
@@ -239,26 +250,27 @@ _AttentionChoice = Callable[[tuple[AttentionShape | None, ...], bool], ChosenAtt
 
 def _make_attention_choice(session: Session, loaded: LoadedData) -> _AttentionChoice:
     """Make the function that chooses; for the same models, such as DPO's reference and its policy, only once."""
-    settings, resume = session.settings, loaded.resume
+    plan, resume = session.plan.model, loaded.resume
     previous = None if resume is None else read_run_identity(resume).get(PACKED_ATTENTION)
-    dtype = torch.bfloat16 if settings.bf16 else torch.float32
+    dtype = torch.bfloat16 if plan.precision.bf16 else torch.float32
 
     @cache
     def choose(shapes: tuple[AttentionShape | None, ...], trains_bias: bool) -> ChosenAttention:
         return choose_packed_attention(
-            settings.packed_attention, shapes, session.device, dtype, trains_bias, previous, session.report
+            plan.layers.packed_attention, shapes, session.device, dtype, trains_bias, previous, session.report
         )
 
     return choose
 
 
 def _make_scorer(session: Session, loaded: LoadedData, count: int) -> GenerationScorer:
-    names, functions = session.settings.metrics, session.settings.metric or []
-    return GenerationScorer(loaded.tokenizer, count, names, functions, session.world, session.settings.uses_autocast)
+    plan = session.plan
+    names, functions = plan.evaluation.metrics, plan.evaluation.metric or []
+    return GenerationScorer(loaded.tokenizer, count, names, functions, session.world, plan.uses_autocast)
 
 
 def _list_metrics(
-    settings: TrainSettings, objective: RunObjective, scorer: GenerationScorer | None, held_out: Examples | None
+    best: str | None, objective: RunObjective, scorer: GenerationScorer | None, held_out: Examples | None
 ) -> list[str]:
     """List the metrics of evaluations, after trying whether they can be computed. Call on every rank.
 
@@ -268,7 +280,7 @@ def _list_metrics(
     if held_out is None:
         return []
     names = objective.list_metrics(held_out) + (scorer.list_metrics(held_out) if scorer is not None else [])
-    if (best := settings.metric_for_best_model) is not None and best not in names:
+    if best is not None and best not in names:
         advice = suggest_name(best, names) or f"; choose from {', '.join(names)}"
         raise SettingsError(f"metric_for_best_model: {best}: not among the metrics of this run's evaluations{advice}")
     return names
@@ -276,13 +288,13 @@ def _list_metrics(
 
 def _make_sample_callback(session: Session, loaded: LoadedData, parts: TrainerParts) -> SamplePredictions:
     """Make the callback that generates sample predictions, for held-out examples if there are any."""
-    settings = session.settings
+    plan = session.plan
     return SamplePredictions(
-        session.run.folder,
+        session.folder.path,
         loaded.held_out or loaded.examples,
-        settings.report_samples,
+        plan.output.report_samples,
         loaded.tokenizer,
         parts.collator,
-        settings.per_device_eval_batch_size,
-        settings.uses_autocast,
+        plan.evaluation.per_device_eval_batch_size,
+        plan.uses_autocast,
     )

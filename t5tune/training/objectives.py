@@ -30,7 +30,7 @@ from t5tune.model.preferences import (
     sum_answers,
 )
 from t5tune.progress import Report
-from t5tune.settings import TrainSettings
+from t5tune.settings.groups.preferences import PreferenceSettings
 
 Pairs = Sequence[tuple[float, float]]
 """The log-probabilities of the chosen and the rejected answer of each pair."""
@@ -213,13 +213,13 @@ class DirectPreferenceObjective(PreferenceObjective):
         "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected",
     )  # fmt: skip
 
-    def __init__(self, settings: TrainSettings, held_out_reference: Pairs | None) -> None:
+    def __init__(self, options: PreferenceSettings, held_out_reference: Pairs | None) -> None:
         super().__init__(held_out_reference)
-        self.beta = settings.dpo_beta
+        self.beta = options.dpo_beta
         self.compute_losses = (
             partial(compute_ipo_losses, beta=self.beta)
-            if settings.dpo_loss == "ipo"
-            else partial(compute_dpo_losses, beta=self.beta, label_smoothing=settings.dpo_label_smoothing)
+            if options.dpo_loss == "ipo"
+            else partial(compute_dpo_losses, beta=self.beta, label_smoothing=options.dpo_label_smoothing)
         )
 
     def compare(
@@ -240,9 +240,9 @@ class OddsRatioObjective(PreferenceObjective):
     losses = ("loss", "nll_loss")
     others = (*DirectPreferenceObjective.others, "log_odds_ratio", "log_odds_chosen")
 
-    def __init__(self, settings: TrainSettings) -> None:
+    def __init__(self, options: PreferenceSettings) -> None:
         super().__init__()
-        self.weight = settings.orpo_lambda
+        self.weight = options.orpo_lambda
 
     def compare(
         self, policy_P2: torch.Tensor, lengths_P2: torch.Tensor, reference_P2: torch.Tensor | None

@@ -32,11 +32,11 @@ from t5tune.inference.loading import LoadedModel, load_for_inference
 from t5tune.io.atomic import write_file
 from t5tune.io.reasons import describe_error
 from t5tune.model.attention.packing import can_pack, use_packing
-from t5tune.model.batches import PackedCollator, PaddedCollator, make_collator
+from t5tune.model.batches import make_collator
 from t5tune.model.kernels.fused import use_fused_layers
 from t5tune.model.lora import check_same_tokens
 from t5tune.progress import Note, Report
-from t5tune.settings import TrainSettings
+from t5tune.runs.plan import ModelPlan
 from t5tune.settings.groups.base import InferenceSettings, QuantizationSettings
 from t5tune.settings.groups.lora import LoraSettings
 from t5tune.settings.packaged_templates import get_zero_stage
@@ -155,16 +155,13 @@ def complete_references(
 @contextmanager
 def open_initial_model(
     built: BuiltModel,
-    collator: PaddedCollator | PackedCollator,
-    settings: TrainSettings,
-    report: Report,
-    is_stopped: Callable[[], bool],
+    options: EvaluationOptions,
+    autocast: bool,
 ) -> Iterator[PairMeter]:
     """Measure with the model that is about to be trained."""
     engine = None if built.partitioner is None else built.partitioner.set_up_inference(built.model)
     try:
-        options = EvaluationOptions(collator, settings.per_device_eval_batch_size, report, is_stopped)
-        yield PairMeter(built.model, options, settings.uses_autocast)
+        yield PairMeter(built.model, options, autocast)
     finally:
         if engine is not None:  # the Trainer sets up one of its own
             engine.destroy()
@@ -172,16 +169,18 @@ def open_initial_model(
 
 @contextmanager
 def open_reference_adapter(
-    settings: TrainSettings,
+    adapter: Path,
+    plan: ModelPlan,
     base: Path,
     examples: Examples,
     deepspeed: dict[str, Any] | None,
     device: torch.device,
+    batch_size: int | None,
     report: Report,
     is_stopped: Callable[[], bool],
     choose_attention: Callable[[Any], ChosenAttention],
 ) -> Iterator[PairMeter]:
-    """Load the base with `reference_adapter`, and free it afterwards, before the model to train is loaded.
+    """Load the base with the adapter of the reference, and free it afterwards, before the model to train is loaded.
 
     Args:
         choose_attention: chooses how the run computes attention over packed rows, from a model of its base.
@@ -189,25 +188,29 @@ def open_reference_adapter(
     Raises:
         CheckpointError: the adapter has other tokens than this run, or doesn't fit the base.
     """
-    names = InferenceSettings.model_fields.keys() & TrainSettings.model_fields.keys()
-    values = {name: getattr(settings, name) for name in names}
-    values |= {"model_name_or_path": str(base), "adapter": settings.reference_adapter, "revision": None}
+    settings = InferenceSettings(
+        model_name_or_path=str(base),
+        adapter=adapter,
+        cache_dir=plan.base.cache_dir,
+        family=plan.base.family,
+        **plan.precision.to_settings(),
+    )
     zero3 = deepspeed if get_zero_stage(deepspeed) == 3 else None
     with naming_settings(adapter="reference_adapter"):
-        loaded = load_for_inference(InferenceSettings(**values), report, device, zero3)
+        loaded = load_for_inference(settings, report, device, zero3)
     try:
         assert loaded.adapter is not None
         _check_tokens(loaded, examples)
         use_fused_layers(loaded.model, device)  # the same kernels as in training
-        is_packed, attention = settings.packing != "off" and can_pack(loaded.model), LOOP
+        is_packed, attention = plan.layers.packing != "off" and can_pack(loaded.model), LOOP
         if is_packed:
             use_packing(loaded.model)
             attention = choose_attention(loaded.model)
         start_id, pad_id = loaded.model.architecture.start_token_id, loaded.tokenizer.pad_token_id
         collator = make_collator(start_id, pad_id, is_packed, attention.implementation == "flex", attention.num_stages)
         # with the adapter in the dtype that it has in training
-        options = EvaluationOptions(collator, settings.per_device_eval_batch_size, report, is_stopped)
-        yield PairMeter(loaded.model, options, settings.bf16)
+        options = EvaluationOptions(collator, batch_size, report, is_stopped)
+        yield PairMeter(loaded.model, options, plan.precision.bf16)
     finally:
         if loaded.engine is not None:
             loaded.engine.destroy()

@@ -1,4 +1,4 @@
-"""What one rank of a run has: its settings, its place among the ranks, and the data that it loads."""
+"""What one rank of a run has: its plan, its place among the ranks, and the data that it loads."""
 
 import time
 from collections.abc import Sequence
@@ -18,21 +18,22 @@ from t5tune.distributed.watch import RankWatch
 from t5tune.distributed.world import World
 from t5tune.file_names import TEMPLATE_FILE
 from t5tune.progress import Report
-from t5tune.runs.commits import load_commits, pin_commits
-from t5tune.runs.folder import Run, open_data, start_or_resume_run
+from t5tune.runs.data import locate_data, open_data
+from t5tune.runs.folder import RunFolder
+from t5tune.runs.plan import RunPlan
+from t5tune.runs.resume import start_or_resume_run
 from t5tune.runs.resume_guard import describe_evaluations
 from t5tune.runs.same_ranks import check_same_inputs
 from t5tune.runs.teacher_files import TeacherFiles, find_teacher, hash_teacher
-from t5tune.settings import TrainSettings, packaged_templates
-from t5tune.training.arguments import choose_best_metric
+from t5tune.settings import packaged_templates
 
 
 @dataclass(frozen=True)
 class Session:
     """What one rank needs to take part in a run."""
 
-    settings: TrainSettings
-    run: Run
+    plan: RunPlan
+    folder: RunFolder
     world: World
     device: torch.device
     stop: StopRequest
@@ -48,7 +49,6 @@ class LoadedData:
 
     Args:
         files: the tokenizer and the template, for the checkpoints: name -> content.
-        pinned: the settings with the commits of adapters and teachers that are on the Hub.
         teacher: the files of the teacher, if there is one.
         base_metadata: what identifies the base.
         run_identity: the configuration that the run depends on, for its checkpoints.
@@ -60,7 +60,6 @@ class LoadedData:
     files: dict[str, bytes]
     tokenizer: Tokenizer
     base: Path
-    pinned: TrainSettings
     teacher: TeacherFiles | None
     base_metadata: dict[str, Any]
     run_identity: dict[str, Any]
@@ -74,26 +73,24 @@ class LoadedData:
 
 def load_data(session: Session) -> LoadedData:
     """Load the data and find the other models, and start or resume the run. Call on every rank."""
-    settings, run, world = session.settings, session.run, session.world
-    examples, held_out = open_data(settings, run)
+    plan, folder, world = session.plan, session.folder, session.world
+    prepared = run_on_rank_0(world, lambda: folder.read_record().get("prepared"))
+    examples, held_out = open_data(plan, locate_data(plan), prepared)
     # now, because prepare may replace a cache outside of the run folder while the run goes on
     files = read_supporting_files(examples.tokenizer_folder, examples.folder / TEMPLATE_FILE)
     tokenizer = load_tokenizer(examples.tokenizer_folder)
-    pinned = pin_commits(settings, run_on_rank_0(world, lambda: load_commits(run.folder)))
-    base = find_base(pinned, report=session.report)
-    pinned = pinned.model_copy(update={"revision": settings.revision})  # the adapter's config names it as given
-    teacher = find_teacher(pinned, session.report) if settings.teacher_model_name_or_path is not None else None
+    base = find_base(plan.model.base, report=session.report)
+    teacher = None if plan.teacher is None else find_teacher(plan.teacher, plan.model, session.report)
 
     def start_or_resume() -> tuple[dict[str, Any], dict[str, Any], Path | None]:
-        teacher_hash = None if teacher is None else hash_teacher(teacher, run.folder)
-        evaluations = describe_evaluations(held_out, choose_best_metric(settings))
-        return start_or_resume_run(
-            settings, run, examples, evaluations, base, pinned, teacher_hash, world, session.report
-        )
+        teacher_hash = None if teacher is None else hash_teacher(teacher, folder)
+        evaluations = describe_evaluations(held_out, plan.best_metric)
+        return start_or_resume_run(plan, folder, examples, evaluations, base, teacher_hash, world, session.report)
 
-    check_same_inputs(settings, base, examples, held_out, world)
+    check_same_inputs(base, plan.model.base.family, examples, held_out, world)
     base_metadata, run_identity, resume = run_on_rank_0(world, start_or_resume)
-    deepspeed = packaged_templates.read_deepspeed_config(settings.deepspeed) if settings.deepspeed else None
+    name = plan.processes.deepspeed
+    deepspeed = None if name is None else packaged_templates.read_deepspeed_config(name)
     return LoadedData(
-        examples, held_out, files, tokenizer, base, pinned, teacher, base_metadata, run_identity, deepspeed, resume
+        examples, held_out, files, tokenizer, base, teacher, base_metadata, run_identity, deepspeed, resume
     )

@@ -1,6 +1,6 @@
 """Which examples are in each step: the micro-batches of all ranks, of a fixed size or with a token budget.
 
-sampler = make_sampler(settings, examples, is_packed, num_ranks)
+sampler = make_sampler(plan.steps, seed, examples, is_packed, num_ranks)
 loader = DataLoader(ExampleDataset(examples), batch_sampler=sampler, collate_fn=collator)
 """
 
@@ -18,7 +18,7 @@ from t5tune.data.caches.examples import Examples
 from t5tune.data.tokens.encoding import Example, PreferencePair
 from t5tune.errors import SettingsError
 from t5tune.model.loss import IGNORED_LABEL
-from t5tune.settings import TrainSettings
+from t5tune.settings.groups.steps import StepSettings
 
 NOTHING = np.array([IGNORED_LABEL])
 """The target of a filler."""
@@ -163,14 +163,14 @@ class EpochDraws:
         return math.ceil(self.num_epochs if self.max_steps is None else self.max_steps / steps_per_epoch)
 
 
-def make_sampler(settings: TrainSettings, examples: Examples, is_packed: bool, num_ranks: int) -> StepSampler:
+def make_sampler(settings: StepSettings, seed: int, examples: Examples, is_packed: bool, num_ranks: int) -> StepSampler:
     """Make the sampler that the settings ask for."""
-    draw = None if examples.has_every_example_once else partial(examples.draw_epoch, settings.seed)
+    draw = None if examples.has_every_example_once else partial(examples.draw_epoch, seed)
     sources, targets = examples.read_lengths()
     if examples.has_preferences and not is_packed and settings.tokens_per_batch is not None:
         targets = 2 * examples.read_longest_targets()  # both targets of a pair are padded to the longest
     longest = int((sources + targets)[examples.list_drawn()].max())
-    draws = EpochDraws(sources, targets, settings.seed, draw, settings.num_train_epochs, settings.max_steps, longest)
+    draws = EpochDraws(sources, targets, seed, draw, settings.num_train_epochs, settings.max_steps, longest)
     step_size = settings.gradient_accumulation_steps * num_ranks
     if settings.tokens_per_batch is not None:
         return make_budget_sampler(draws, settings.tokens_per_batch, is_packed, step_size)

@@ -1,7 +1,7 @@
 """Distillation: the teacher of a run, and learning its probabilities of each target token.
 
-    teacher = load_teacher(settings, files, tokenizer, device, deepspeed, start_token_id, is_packed, template)
-    objective = DistillationObjective(settings, teacher)
+    teacher = load_teacher(settings, student, files, tokenizer, device, deepspeed, start_id, is_packed, template)
+    objective = DistillationObjective(plan.objective, teacher)
 
 The teacher runs on the same batches, without dropout. Neither model's logits are ever stored for a whole batch. Under
 ZeRO-3 it is partitioned among the ranks, too.
@@ -23,9 +23,9 @@ from t5tune.model.distillation import Distillation
 from t5tune.model.kernels.fused import use_fused_layers
 from t5tune.model.loss import CrossEntropy, HeadWeights, read_head_weights
 from t5tune.progress import Note, Report, silent
+from t5tune.runs.plan import DistillationPlan, ModelPlan
 from t5tune.runs.teacher_files import TeacherFiles, make_inference_settings
-from t5tune.settings import TrainSettings
-from t5tune.settings.groups.distillation import TEACHER
+from t5tune.settings.groups.distillation import TEACHER, DistillationSettings
 from t5tune.settings.packaged_templates import get_zero_stage
 from t5tune.training.objectives import TargetObjective, widen_mask
 
@@ -66,7 +66,8 @@ class Teacher:
 
 
 def load_teacher(
-    settings: TrainSettings,
+    settings: DistillationSettings,
+    student: ModelPlan,
     files: TeacherFiles,
     tokenizer: Tokenizer,
     device: torch.device,
@@ -90,7 +91,7 @@ def load_teacher(
     """
     zero3 = deepspeed if deepspeed is not None and get_zero_stage(deepspeed) == 3 else None
     with naming_settings(model_name_or_path=TEACHER, adapter="teacher_adapter"):
-        loaded = load_for_inference(make_inference_settings(settings, files), device=device, zero3=zero3)
+        loaded = load_for_inference(make_inference_settings(settings, student, files), device=device, zero3=zero3)
     _check_tokenizer(settings, loaded.tokenizer, tokenizer)
     if (own := loaded.find_template(None)) is not None and own.hash != template.hash:
         problem = "it was trained with another conversation template than that of this run's data"
@@ -119,7 +120,7 @@ def _find_unreadable(model: Any, start_token_id: int, is_packed: bool) -> str | 
     return None
 
 
-def _check_tokenizer(settings: TrainSettings, teachers: Tokenizer, own: Tokenizer) -> None:
+def _check_tokenizer(settings: DistillationSettings, teachers: Tokenizer, own: Tokenizer) -> None:
     """Check that every token of the run is the same token of the teacher.
 
     Raises:
@@ -144,10 +145,10 @@ def _check_tokenizer(settings: TrainSettings, teachers: Tokenizer, own: Tokenize
 class DistillationObjective(TargetObjective):
     """The teacher's probabilities of each token, and the cross-entropy of the targets. See model/distillation.py."""
 
-    def __init__(self, settings: TrainSettings, teacher: Teacher) -> None:
-        super().__init__(settings.label_smoothing_factor)
+    def __init__(self, objective: DistillationPlan, teacher: Teacher) -> None:
+        super().__init__(objective.label_smoothing_factor)
         self.teacher = teacher
-        self.settings = settings
+        self.settings = objective.teacher
 
     def compute_total(self, model: Any, architecture: Any, inputs: dict[str, Any]) -> torch.Tensor:
         settings = self.settings

@@ -39,7 +39,7 @@ from t5tune.progress import Note, Report
 from t5tune.runs.metrics_log import SUMMARY, MetricsLog
 from t5tune.runs.publisher import CheckpointPublisher
 from t5tune.runs.reshard import load_resharded
-from t5tune.settings.groups.training import SCHEDULES_BY_METRIC
+from t5tune.settings.groups.steps import SCHEDULES_BY_METRIC
 from t5tune.training.callbacks.progress import ReportProgress
 from t5tune.training.flow import CatchUp, TrainingFlow
 from t5tune.training.non_finite import NonFiniteGuard
@@ -61,7 +61,6 @@ class TrainerParts:
         weights: collects, writes and loads the trained tensors.
         publisher: saves checkpoints.
         reshards: whether the checkpoint to resume from has ZeRO's shards for another number of ranks or another stage.
-        resumed_rates: learning rate and weight decay of the checkpoint to resume from; None: there is none.
         forgets_evaluations: whether evaluations before the checkpoint to resume from can't be compared with later ones.
         has_new_held_out: whether those evaluations were on other examples.
         non_finite: handles steps with a non-finite loss or gradient.
@@ -85,7 +84,6 @@ class TrainerParts:
     weights: TrainedWeights
     publisher: CheckpointPublisher
     reshards: bool
-    resumed_rates: tuple[float | None, float | None]
     forgets_evaluations: bool
     has_new_held_out: bool
     non_finite: NonFiniteGuard
@@ -124,7 +122,6 @@ class T5Trainer(Trainer):  # type: ignore[misc]
         self.parts = parts
         self.totals = RunTotals()
         self.metrics_log = MetricsLog(Path(args.output_dir), report=parts.report)
-        self._weight_decays: list[float] | None = None  # of the optimizer's groups; None: DeepSpeed's config has it
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         model.register_state_dict_post_hook(drop_frozen)
         self.remove_callback(PrinterCallback)
@@ -195,12 +192,6 @@ class T5Trainer(Trainer):  # type: ignore[misc]
                 groups = self._make_loraplus_groups(self.parts.loraplus_lr_ratio)
                 optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
                 self.optimizer: Any = optimizer_class(groups, **options)
-        # if DeepSpeed's config has an optimizer, this is a placeholder without groups until DeepSpeed creates that one
-        if hasattr(self.optimizer, "param_groups"):
-            # empty groups are left out, since DeepSpeed removes them
-            self._weight_decays = [
-                group.get("weight_decay", 0.0) for group in self.optimizer.param_groups if group["params"]
-            ]
         return self.optimizer
 
     def _make_loraplus_groups(self, ratio: float) -> list[dict[str, Any]]:
@@ -333,39 +324,24 @@ class T5Trainer(Trainer):  # type: ignore[misc]
             if reshards:
                 load_resharded(self.model_wrapped, Path(resume_from_checkpoint))
                 self._load_optimizer_and_scheduler(resume_from_checkpoint)  # with DeepSpeed, only the schedule
-            self._apply_changed_rates()
+            self._apply_new_length()
         self.parts.non_finite.watch(self.model_wrapped if self.is_deepspeed_enabled else None)
         skip_module_walks(self.model, self.model_wrapped, self._trained)
         leave_empty_bias_without_gradient(self.model)
         self.totals.resume(self.state)
         return prepared
 
-    def _apply_changed_rates(self) -> None:
-        """Apply a learning rate, weight decay, schedule or clipping that was changed to the states that were loaded."""
-        # the state of ZeRO-1 and 2 also contains max_grad_norm
-        if self.is_deepspeed_enabled and hasattr(self.model_wrapped.optimizer, "clip_grad"):
-            self.model_wrapped.optimizer.clip_grad = self.model_wrapped.gradient_clipping()
-        groups, (peak, decay) = self.optimizer.param_groups, self.parts.resumed_rates
-        schedule = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)  # accelerate wraps DeepSpeed's
-        if peak not in (None, self.args.learning_rate):
-            factor = self.args.learning_rate / peak  # LoRA+ has two rates
-            for name in ("base_lrs", "_init_lrs", "_last_lr"):  # schedules by metric have no first one
-                if hasattr(schedule, name):
-                    setattr(schedule, name, [rate * factor for rate in getattr(schedule, name)])
-            for group in groups:
-                group |= {name: group[name] * factor for name in ("lr", "initial_lr") if name in group}
-        if isinstance(schedule, LambdaLR):  # the states have the rate of the previous schedule for the next step
-            schedule._last_lr = [
-                rate * compute_factor(schedule.last_epoch)
-                for rate, compute_factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
-            ]
-            for group, rate in zip(groups, schedule._last_lr, strict=True):
-                group["lr"] = rate
-        if decay not in (None, self.args.weight_decay):
-            groups = groups if self.is_deepspeed_enabled else [group for group in groups if group["params"]]
-            decays = self._weight_decays or [self.args.weight_decay] * len(groups)
-            for group, value in zip(groups, decays, strict=True):
-                group["weight_decay"] = value
+    def _apply_new_length(self) -> None:
+        """Apply the schedule to the state that was loaded, which has the next step's rate for the previous length."""
+        schedule = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)  # accelerate wraps it under DeepSpeed
+        if not isinstance(schedule, LambdaLR):
+            return
+        schedule._last_lr = [
+            rate * compute_factor(schedule.last_epoch)
+            for rate, compute_factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+        ]
+        for group, rate in zip(self.optimizer.param_groups, schedule._last_lr, strict=True):
+            group["lr"] = rate
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.parts.weights.load(Path(resume_from_checkpoint), self.model)

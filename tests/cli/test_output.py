@@ -124,20 +124,22 @@ def test_differences_are_a_list_below_one_heading_and_each_way_out_has_a_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     stream = io.StringIO()
-    error = make_resume_error(Path("run/checkpoint-7"), {"seed": "seed: 1 before, 2 now", "lora_r": "lora_r: 8 before"})
+    lines = ("seed: 1 before, 2 now", "lora_r: 8 before, 4 now")
+    error = make_resume_error(Path("run/checkpoint-7"), lines, ["max_steps"])
     assert Output(stream, json=True).fail(error) == 2
     assert capsys.readouterr().err.splitlines() == [
         "error: run/checkpoint-7: the run can't be resumed with other settings or data:",
         "  seed: 1 before, 2 now",
-        "  lora_r: 8 before",
+        "  lora_r: 8 before, 4 now",
         "to resume, use the previous settings and data",
-        "to resume all the same, add --allow-change seed lora_r",
+        "to resume all the same, add --allow-change max_steps",
+        "to start a new run from these weights, use --model-name-or-path run/checkpoint-7 and another output_dir",
         "to start over, add --fresh; the old run is kept under another name",
     ]
     shown = json.loads(stream.getvalue())["error"]
     assert shown["kind"] == "SettingsError"
-    assert shown["message"].splitlines()[1:] == ["seed: 1 before, 2 now", "lora_r: 8 before"]
-    assert "add --allow-change seed lora_r; to start over" in shown["hint"]
+    assert shown["message"].splitlines()[1:] == [*lines]
+    assert "add --allow-change max_steps; to start a new run" in shown["hint"]
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from t5tune.commands.evaluate import EvaluateResult, evaluate
 from t5tune.commands.export import export
 from t5tune.commands.merge import merge
 from t5tune.commands.prepare import prepare
+from t5tune.commands.run_plan import make_run_plan
 from t5tune.commands.train import train
 from t5tune.errors import CheckpointError, DataError, ModelError, OutOfMemory, SettingsError, Stopped
 from t5tune.evaluation import scoring as evaluation
@@ -31,7 +32,7 @@ from t5tune.preparing import sample
 from t5tune.progress import Advanced, Event, Note
 from t5tune.runs import publisher
 from t5tune.runs.checkpoints import verify
-from t5tune.runs.checks import check_settings
+from t5tune.runs.checks import check_plan
 from t5tune.runs.metrics_log import read_metrics
 from t5tune.settings import (
     EvaluateSettings,
@@ -631,7 +632,7 @@ def test_evaluations_of_other_held_out_examples_dont_count_after_a_resume(
     for file, count in ((easy, 0), (other, 1)):
         notes: list[Event] = []
         shutil.copytree(run, resumed := tmp_path / file.stem)
-        train(settings.replace(output_dir=resumed, eval_data_path=[str(file)], allow_change=["data"]), notes.append)
+        train(settings.replace(output_dir=resumed, eval_data_path=[str(file)]), notes.append)
         said = "earlier evaluations don't count"
         assert sum(said in event.text for event in notes if isinstance(event, Note)) == count
         best = json.loads((resumed / "trainer_state.json").read_text())["best_global_step"]
@@ -887,4 +888,4 @@ def test_impossible_settings_of_evaluation_are_refused(tmp_path: Path, changes: 
 
     needed = {"model_name_or_path": "pocket", "data_path": "pocket", "output_dir": str(tmp_path)}
     with pytest.raises(SettingsError, match=message):
-        check_settings(load_settings(TrainSettings, flags={**needed, **changes})[0])
+        check_plan(make_run_plan(load_settings(TrainSettings, flags={**needed, **changes})[0]))

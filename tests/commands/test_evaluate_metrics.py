@@ -17,8 +17,8 @@ from t5tune.custom_metrics import load_custom_metric
 from t5tune.errors import SettingsError
 from t5tune.progress import Evaluated, Event, Note
 from t5tune.runs.checkpoints import verify
-from t5tune.runs.folder import read_result
 from t5tune.runs.metrics_log import read_metrics
+from t5tune.runs.result import read_result
 from t5tune.settings import EvaluateSettings, MergeSettings, PrepareSettings, TrainSettings, load_settings
 from tests.support import train_runs
 from tests.support.command_line import CommandResult, t5tune_in_fork

@@ -419,7 +419,7 @@ def test_a_checkpoint_with_a_link_out_of_it_is_not_uploaded_and_the_run_continue
     os.symlink("/etc/hostname", tmp_path / "checkpoint-1" / "README.md")
     settings = make_settings(Path("pocket"), Path("pocket"), tmp_path, push_to_hub=True, hub_strategy="every_save")
     notes: list[Any] = []
-    PushCheckpoints(settings, notes.append).on_save(None, SimpleNamespace(global_step=1, max_steps=2), None)
+    PushCheckpoints(settings, tmp_path, notes.append).on_save(None, SimpleNamespace(global_step=1, max_steps=2), None)
     (note,) = notes
     assert note.text.startswith(f"{tmp_path / 'checkpoint-1'} isn't uploaded: ")
     assert note.warning

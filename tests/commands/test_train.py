@@ -21,13 +21,16 @@ from safetensors.torch import load_file
 from t5tune.commands.export import export
 from t5tune.commands.merge import merge
 from t5tune.commands.prepare import prepare
+from t5tune.commands.run_plan import make_run_plan
 from t5tune.commands.train import set_up_run_folder, train
 from t5tune.data.caches.examples import open_examples
 from t5tune.errors import DataError, ModelError, SettingsError, TrainingError
 from t5tune.io.yaml_file import read_yaml
 from t5tune.progress import Advanced, Evaluated, Event, Finished, Measured, Note, Started
-from t5tune.runs.checks import check_settings
-from t5tune.runs.folder import locate_run, lock_run_folder, move_aside, open_data, read_result
+from t5tune.runs.checks import check_plan
+from t5tune.runs.data import locate_data, open_data
+from t5tune.runs.folder import RunFolder
+from t5tune.runs.result import read_result
 from t5tune.settings import (
     ExportSettings,
     MergeSettings,
@@ -436,10 +439,13 @@ def test_a_cache_that_another_run_replaces_before_it_is_opened_is_refused(
     )
     with ExitStack() as stack:
         for settings in (first, second):
-            run = set_up_run_folder(settings, stack)
-            assert open_data(settings, run)
+            prepared = set_up_run_folder(settings, stack).read_record()["prepared"]
+            plan = make_run_plan(settings)
+            assert open_data(plan, locate_data(plan), prepared)
+    plan = make_run_plan(first)
+    prepared = RunFolder(first.output_dir).read_record()["prepared"]
     with pytest.raises(DataError, match="preprocessed_path: .*cache: another process has replaced it since"):
-        open_data(first, locate_run(first))
+        open_data(plan, locate_data(plan), prepared)
     assert train(first).steps == 1  # it is prepared again
 
 
@@ -725,7 +731,7 @@ def test_fresh_renames_nothing_but_a_run_that_contains_no_run_in_progress(
         set_up_run_folder(settings, locks)
     assert sorted(tmp_path.rglob("*")) == before
     (folder / "settings.yaml").write_text("learning_rate: [")  # of a run, although it is broken
-    with lock_run_folder(folder / "run", print):
+    with RunFolder(folder / "run").lock(print):
         problem = rf"{folder}: --fresh can't rename it while another run is using {folder}/run; wait until it ends"
         with ExitStack() as locks, pytest.raises(SettingsError, match=problem):
             set_up_run_folder(settings, locks)
@@ -737,13 +743,18 @@ def test_fresh_renames_nothing_but_a_run_that_contains_no_run_in_progress(
 
 def test_fresh_names_a_folder_that_cant_be_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "run" / "data").mkdir(parents=True)
+
+    def begin(path: Path) -> None:
+        with RunFolder(path).begin(make_run_plan(make_settings(tmp_path, tmp_path, path, fresh=True)), print):
+            pass
+
     with pytest.raises(SettingsError, match=r"^output_dir: /proc: is a mount point, which --fresh can't rename"):
-        move_aside(Path("/proc"), print)
+        begin(Path("/proc"))
     for folder in (tmp_path / "run", tmp_path / "run" / "data"):
         monkeypatch.chdir(folder)
         for path in (Path(os.path.relpath(tmp_path / "run")), tmp_path / "run"):
             with pytest.raises(SettingsError, match=r"^output_dir: .*: --fresh can't rename the current folder or"):
-                move_aside(path, print)
+                begin(path)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
@@ -954,28 +965,43 @@ def test_deepspeed_stages_reduce_the_loss_and_save_the_fp32_masters(
     assert not torch.equal(values, values.bfloat16().float())
 
 
+# as in transformers' documentation
+DOCUMENTED = {
+    "optimizer": {"type": "AdamW", "params": dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto")},
+    "scheduler": {
+        "type": "WarmupLR", "params": dict.fromkeys(("warmup_min_lr", "warmup_max_lr", "warmup_num_steps"), "auto")
+    },
+}  # fmt: skip
+
+
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_the_optimizer_and_the_schedule_of_a_deepspeed_config_train(
-    base_without_dropout: Path, conversations: Path, tmp_path: Path, on_ranks: Callable[..., CommandResult]
+@pytest.mark.parametrize("stage", ["zero1", "zero2"])
+@pytest.mark.variants("zero1")
+def test_a_deepspeed_config_for_other_tools_trains_the_weights_of_the_settings(
+    stage: str, base_without_dropout: Path, conversations: Path, tmp_path: Path, on_ranks: Callable[..., CommandResult]
 ) -> None:
-    optimizer = {"type": "AdamW", "params": {"torch_adam": True}}  # learning rate and weight decay from the settings
-    warmup = {"warmup_min_lr": 0, "warmup_max_lr": "auto", "warmup_num_steps": "auto", "warmup_type": "linear"}
-    own = {"optimizer": {"optimizer": optimizer}}
-    own["both"] = own["optimizer"] | {"scheduler": {"type": "WarmupLR", "params": warmup}}
-    found = {}
-    for name, sections in {"none": {}, **own}.items():
-        config = packaged_templates.read_deepspeed_config("zero2") | sections
-        (tmp_path / f"{name}.json").write_text(json.dumps(config))
+    config, notes = tmp_path / "own.json", {}
+    config.write_text(json.dumps(packaged_templates.read_deepspeed_config(stage) | DOCUMENTED))
+    for name, used, schedule in (
+        ("without", stage, "constant_with_warmup"),
+        ("with", config, "constant_with_warmup"),
+        ("other", config, "linear"),
+        ("linear", stage, "linear"),
+    ):
         command = make_command(base_without_dropout, conversations, tmp_path / name, "--max-steps", "4", "--use-cpu")
-        command += ["--weight-decay", "0.5", "--warmup-steps", "2" if name == "both" else "0"]
-        done = on_ranks(1, *command, "--deepspeed", str(tmp_path / f"{name}.json"))
+        command += ["--weight-decay", "0.5", "--warmup-steps", "2", "--lr-scheduler-type", schedule]
+        done = on_ranks(1, *command, "--deepspeed", used)
         assert done.code == 0, done.stderr
-        found[name] = read_losses(tmp_path / name)
-    assert found["optimizer"] == pytest.approx(found["none"], rel=1e-5)
-    rates = [line["learning_rate"] for line in read_metrics_lines(tmp_path / "both") if "loss" in line]
-    assert rates == pytest.approx([0, 5e-3, 1e-2, 1e-2])
-    assert found["both"][-1] < found["both"][0]
+        notes[name] = [line for line in done.stderr.splitlines() if "is replaced by" in line]
+    adapters = {name: (tmp_path / name / "adapter_model.safetensors").read_bytes() for name in notes}
+    assert adapters["with"] == adapters["without"]
+    assert adapters["other"] == adapters["linear"] != adapters["with"]
+    replaced = f"deepspeed: {config}: the scheduler WarmupLR is replaced by lr_scheduler_type linear"
+    assert notes.pop("other") == [
+        f"{replaced}; --lr-scheduler-type constant_with_warmup is the one that the file names"
+    ]
+    assert not any(notes.values())
 
 
 @pytest.mark.slow
@@ -1083,7 +1109,7 @@ def test_a_schedule_that_lacks_an_argument_is_refused_before_anything_is_written
     changes: dict[str, Any] = {"lr_scheduler_type": schedule, "training_args": {"lr_scheduler_kwargs": options}}
     settings = make_settings(Path("pocket"), Path("pocket"), tmp_path / "run", **changes)
     if problem is None:
-        check_settings(settings)
+        check_plan(make_run_plan(settings))
         return
     with pytest.raises(SettingsError, match=f"lr_scheduler_type: {schedule}: .*{problem}.*; set lr_scheduler_kwargs"):
         train(settings)

@@ -28,7 +28,7 @@ world = World.from_environment()
 settings = TrainSettings(
     model_name_or_path="pocket", data_path="pocket", output_dir="run", use_cpu=True, process_group_timeout=2
 )
-with join_process_group(world, settings, silent), watch_ranks(world, 2), report_lost_ranks(world):
+with join_process_group(world, settings, "cpu", silent), watch_ranks(world, 2), report_lost_ranks(world):
     store = distributed_c10d._get_default_store()
 
     def count_looks():  # of rank 1 into the store: one each fifth of a second

@@ -61,7 +61,7 @@ def test_a_rank_takes_the_gpu_of_its_own_whether_it_sees_all_or_only_that_one(
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": str(local_rank)}.items():
         monkeypatch.setenv(name, value)
     settings = TrainSettings(model_name_or_path="pocket", data_path=["x"], output_dir=tmp_path)
-    with join_process_group(World.from_environment(), settings, silent) as device:
+    with join_process_group(World.from_environment(), settings, None, silent) as device:
         assert device == torch.device("cuda", index)
         assert chosen == [device]
         assert os.environ["LOCAL_RANK"] == str(index)  # accelerate and DeepSpeed take this GPU
@@ -87,7 +87,7 @@ def test_nccl_knows_the_gpu_of_its_rank_and_waits_longer_than_the_rank_watch(
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="GPU-1"))
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: group.update(options))
     settings = TrainSettings(model_name_or_path="pocket", data_path=["x"], output_dir=tmp_path)
-    with join_process_group(World.from_environment(), settings, silent):
+    with join_process_group(World.from_environment(), settings, None, silent):
         assert group["device_id"] == torch.device("cuda", 1)
         assert group["timeout"].total_seconds() == settings.process_group_timeout + SECONDS_FOR_WATCH
 
@@ -133,7 +133,7 @@ from t5tune.settings import TrainSettings
 os.environ["GLOO_SOCKET_IFNAME"] = "nope"
 settings = TrainSettings(model_name_or_path="pocket", data_path="pocket", output_dir="run", use_cpu=True)
 try:
-    with join_process_group(World.from_environment(), settings, silent):
+    with join_process_group(World.from_environment(), settings, None, silent):
         pass
 except RankLost as error:
     print(error.message)
@@ -203,7 +203,7 @@ try:
     with (
         handle_signals() as stop,
         process_group.join_process_group(
-            World.from_environment(), settings, lambda note: write_stderr(note.text), stop
+            World.from_environment(), settings, "cpu", lambda note: write_stderr(note.text), stop
         ),
     ):
         pass

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from t5tune.commands.run_plan import make_run_plan
 from t5tune.commands.train import train as train_in_process
 from t5tune.errors import SettingsError
 from t5tune.model import device
@@ -189,12 +190,12 @@ def test_missing_gpus_are_refused_with_the_reason(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     asked = TrainSettings(model_name_or_path="pocket", data_path=str(records), output_dir=tmp_path / "run", num_gpus=4)
     with pytest.raises(SettingsError, match="num_gpus: 4: this machine has 1; use --num-processes for the CPU"):
-        check_machine(asked)
+        check_machine(make_run_plan(asked))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     (tmp_path / "version").write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  470.82.01  Wed Oct 27 2021\n")
     monkeypatch.setattr(device, "NVIDIA_DRIVER_FILE", tmp_path / "version")
     with pytest.raises(SettingsError, match=r"torch can't use the NVIDIA driver \(470.82.01\); t5tune doctor"):
-        check_machine(asked)
+        check_machine(make_run_plan(asked))
 
 
 def test_a_driver_that_torch_cannot_use_gives_a_warning_before_a_run_on_the_cpu(

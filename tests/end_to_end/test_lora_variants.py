@@ -25,7 +25,7 @@ from t5tune.io.atomic import hash_file
 from t5tune.model.load import load_base
 from t5tune.model.lora import add_lora
 from t5tune.progress import Event, Note
-from t5tune.runs.folder import TrainResult
+from t5tune.runs.result import TrainResult
 from t5tune.settings import (
     ChatSettings,
     EvaluateSettings,
@@ -218,23 +218,16 @@ def test_layer_norms_have_no_weight_decay(
     loraplus: dict[str, Any], untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
     changes = {"max_steps": 2, "modules_to_save": ["final_layer_norm"], "save_steps": 1, **loraplus}
-    without, first, allowed = (tmp_path / name for name in ("without", "first", "allowed"))
+    without, with_decay = (tmp_path / name for name in ("without", "with"))
     train(make_settings(untied_base, conversations, without, **changes))
-    train(make_settings(untied_base, conversations, first, **changes, weight_decay=0.5))
-    shutil.copytree(without, allowed)
-    (allowed / "result.json").unlink()
-    shutil.rmtree(allowed / "checkpoint-2")
-    train(
-        make_settings(untied_base, conversations, allowed, **changes, weight_decay=0.5, allow_change=["weight_decay"])
-    )
-    expected = trained_adapter(without)
-    for decayed, step in ((trained_adapter(first / "checkpoint-1"), 1), (trained_adapter(allowed), 2)):
-        plain = trained_adapter(without / f"checkpoint-{step}")
-        equal = {name for name, value in plain.items() if value.equal(decayed[name])}
-        norms = {name for name in expected if "final_layer_norm" in name}
-        assert norms
-        assert norms <= equal
-        assert not any("lora_A" in name for name in equal)
+    train(make_settings(untied_base, conversations, with_decay, **changes, weight_decay=0.5))
+    # later steps differ, because the other weights do
+    plain, decayed = (trained_adapter(run / "checkpoint-1") for run in (without, with_decay))
+    equal = {name for name, value in plain.items() if value.equal(decayed[name])}
+    norms = {name for name in plain if "final_layer_norm" in name}
+    assert norms
+    assert norms <= equal
+    assert not any("lora_A" in name for name in equal)
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from t5tune.commands.run_plan import make_run_plan
 from t5tune.commands.train import train
 from t5tune.distributed.world import World
 from t5tune.errors import SettingsError
@@ -25,7 +26,7 @@ from t5tune.model.device import (
 )
 from t5tune.model.load import load_base
 from t5tune.progress import Note
-from t5tune.runs.checks import check_settings
+from t5tune.runs.checks import check_plan
 from t5tune.settings import ChatSettings
 from t5tune.training.arguments import choose_tf32, make_training_arguments
 from tests.support import train_runs
@@ -88,7 +89,7 @@ make_settings = functools.partial(
 
 def test_paged_optimizers_are_refused_without_a_gpu(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="optim: paged_adamw_8bit: paged optimizers need a GPU"):
-        check_settings(make_settings(untied_base, conversations, tmp_path / "run", optim="paged_adamw_8bit"))
+        check_plan(make_run_plan(make_settings(untied_base, conversations, tmp_path / "run", optim="paged_adamw_8bit")))
 
 
 def test_an_8_bit_optimizer_trains_and_is_saved_in_8_bits(
@@ -165,22 +166,22 @@ def test_the_trainer_leaves_tf32_to_us(
     capability: tuple[int, int], tf32: bool | None, expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """transformers sets it so that reading it by torch's older functions raises an error."""
-    settings = make_settings(tmp_path, tmp_path, tmp_path / "run", tf32=tf32, use_cpu=False)
+    plan = make_run_plan(make_settings(tmp_path, tmp_path, tmp_path / "run", tf32=tf32, use_cpu=False))
     events: list[Any] = []
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
-    assert choose_tf32(settings, CUDA, events.append) is expected
+    assert choose_tf32(tf32, CUDA, events.append) is expected
     ignored = [Note("tf32: ignored, since Tesla T4 has no TensorFloat-32")]
     assert events == (ignored if tf32 is True and not expected else [])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     before = read_kernel_choices()
-    arguments = make_training_arguments(settings, None, (), World(), torch.device("cpu"))
+    arguments = make_training_arguments(plan, None, (), World(), torch.device("cpu"))
     assert arguments.tf32 is None
     assert read_kernel_choices() == before
 
 
 def test_batches_are_copied_to_a_gpu_without_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = make_settings(tmp_path, tmp_path, tmp_path / "run", use_cpu=False, optim="adamw_torch")
+    plan = make_run_plan(make_settings(tmp_path, tmp_path, tmp_path / "run", use_cpu=False, optim="adamw_torch"))
     chosen: dict[str, Any] = {}
 
     def make_arguments(**values: Any) -> SimpleNamespace:
@@ -188,10 +189,10 @@ def test_batches_are_copied_to_a_gpu_without_waiting(tmp_path: Path, monkeypatch
         return SimpleNamespace(**values)
 
     monkeypatch.setattr("t5tune.training.arguments.OneGpuArguments", make_arguments)
-    make_training_arguments(settings, None, (), World(), CUDA)
+    make_training_arguments(plan, None, (), World(), CUDA)
     assert chosen["dataloader_pin_memory"]
     assert chosen["accelerator_config"] == {"non_blocking": True}
-    make_training_arguments(settings, None, (), World(), torch.device("cpu"))
+    make_training_arguments(plan, None, (), World(), torch.device("cpu"))
     assert chosen["accelerator_config"] == {"non_blocking": False}
 
 

@@ -131,7 +131,7 @@ def test_a_cache_in_use_keeps_the_template_that_was_the_default_before(untied_ba
     values["data_path"] = str(tmp_path / "data.jsonl")
     (tmp_path / "data.jsonl").write_text(json.dumps(PAIRS["source/target"]))
     prepare(PrepareSettings(**values, conversation_template="fastchat-t5"))
-    used = Origin(in_use=True, keeps_template=True)
+    used = Origin(checkpoint=tmp_path / "run/checkpoint-1")
     assert prepare(PrepareSettings(**values), origin=used).up_to_date
     with pytest.raises(SettingsError, match='template: ".*" before, ".*" now'):
         prepare(PrepareSettings(**values, conversation_template="plain"), origin=used)

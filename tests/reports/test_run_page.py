@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from t5tune.commands.run_plan import make_run_plan
 from t5tune.commands.train import train
 from t5tune.data.caches.examples import open_examples
 from t5tune.errors import DependencyError, SettingsError, Stopped
@@ -24,8 +25,9 @@ from t5tune.progress import Advanced, silent
 from t5tune.reports.page import STYLE
 from t5tune.reports.run_page import format_command, write_run_report
 from t5tune.reports.svg import Series, draw_line_chart, format_short
-from t5tune.runs.folder import read_result, read_saved_settings
+from t5tune.runs.folder import RunFolder
 from t5tune.runs.metrics_log import MetricsLog, read_metrics
+from t5tune.runs.result import read_result
 from t5tune.settings import TrainSettings, load_settings
 from tests.support.command_line import parse_words, t5tune_in_fork
 from tests.support.runs import stop_at
@@ -332,7 +334,7 @@ def test_the_command_gives_the_settings_of_the_run(run: Path) -> None:
         parsed = parse_words(words, TrainSettings)
         return load_settings(TrainSettings, flags=parsed.values, problems=parsed.problems)[0]
 
-    settings = read_saved_settings(run)
+    settings = RunFolder(run).read_settings(TrainSettings)
     assert settings is not None
     assert parse(settings) == settings
     unusual = TrainSettings(
@@ -348,7 +350,7 @@ def test_the_command_gives_the_settings_of_the_run(run: Path) -> None:
     in_yaml = unusual.model_copy(update={"training_args": {"adam_beta2": 0.99}})
     assert parse(in_yaml) == unusual
     assert format_command(in_yaml).endswith('\n# and in YAML, given with --config: training_args: {"adam_beta2": 0.99}')
-    once = unusual.model_copy(update={"fresh": True, "allow_change": ["data"]})
+    once = unusual.model_copy(update={"fresh": True, "allow_change": ["max_steps"]})
     assert format_command(once) == format_command(unusual)
     text = (run / "report.html").read_text()
     assert html.escape(format_command(settings)) in text
@@ -371,10 +373,10 @@ def test_the_evaluations_have_a_column_for_each_metric_that_any_of_them_has(run:
         for step, more in ((3, {"eval_first_score": 31.0}), (6, {"eval_words_per_second": 41.0}))
     ]
     (copy / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    settings, result = read_saved_settings(copy), json.loads((copy / "result.json").read_text())
+    settings, result = RunFolder(copy).read_settings(TrainSettings), json.loads((copy / "result.json").read_text())
     assert settings is not None
     values = result | {"best_step": 3}
-    write_run_report(copy, settings, values, open_examples(copy / "data"), has_held_out=True)
+    write_run_report(copy, make_run_plan(settings), values, open_examples(copy / "data"), has_held_out=True)
     cells = Page((copy / "report.html").read_text()).cells
     start = cells.index("step")
     rows = [cells[start + 5 * number : start + 5 * (number + 1)] for number in range(3)]
@@ -398,7 +400,7 @@ def test_evaluations_on_other_held_out_examples_are_not_in_one_curve(
     with pytest.raises(Stopped):
         train(first, stop_at(Advanced("train", 3)))
     values = {"eval_data_path": [str(few)], "metric_for_best_model": "loss"}
-    result = train(first.replace(**{change: values[change]}, allow_change=["data"]))
+    result = train(first.replace(**{change: values[change]}))
     assert result.resumed_from == folder / "checkpoint-3"
     lines = result.metrics()
     assert [line["step"] for line in lines if "eval_loss" in line] == evaluated
@@ -416,12 +418,12 @@ def test_what_the_data_contains_is_shown_as_text(run: Path, tmp_path: Path) -> N
         for worst_of in (None, 20)
     ]  # fmt: skip
     (copy / "samples.json").write_text(json.dumps(samples))
-    settings = read_saved_settings(copy)
+    settings = RunFolder(copy).read_settings(TrainSettings)
     assert settings is not None
     result = json.loads((copy / "result.json").read_text())
     write_run_report(
         copy,
-        settings,
+        make_run_plan(settings),
         result | {"eval": {"<i>": 1.0, **result["eval"]}},
         open_examples(copy / "data"),
         has_held_out=True,

@@ -16,7 +16,7 @@ from t5tune.commands.train import train
 from t5tune.errors import CheckpointError, SettingsError, Stopped
 from t5tune.progress import Advanced, Event, Note
 from t5tune.runs.checkpoints import list_checkpoints
-from t5tune.runs.folder import lock_run_folder
+from t5tune.runs.folder import RunFolder
 from t5tune.settings import ChatSettings, EvaluateSettings, ExportSettings, MergeSettings
 from tests.support.runs import stop_at
 from tests.support.train_runs import make_settings
@@ -190,7 +190,7 @@ def test_overwrite_replaces_an_earlier_output_in_a_run_but_never_a_checkpoint(st
     training = tmp_path / "new" / "run"
     training.mkdir(parents=True)
     (training / "settings.yaml").touch()
-    with lock_run_folder(training, print):  # before its first checkpoint
+    with RunFolder(training).lock(print):  # before its first checkpoint
         for folder in (training, training.parent):
             with pytest.raises(SettingsError, match=f"output_dir: {folder}: contains a run in progress, {training}"):
                 merge_into(folder)

@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 
+from t5tune.commands.run_plan import make_run_plan
 from t5tune.errors import SettingsError
 from t5tune.progress import Event
 from t5tune.runs import resume_guard
-from t5tune.runs.folder import lock_run_folder, read_saved_settings
+from t5tune.runs.folder import RunFolder
+from t5tune.runs.plan import RunPlan
 from t5tune.runs.resume_guard import check_run_identity, check_steps_per_epoch
 from t5tune.settings import TrainSettings, write_settings
 
@@ -24,6 +26,11 @@ IDENTITY = {
 }
 
 
+def make_plan(*allowed: str) -> RunPlan:
+    given = {"model_name_or_path": "pocket", "data_path": ["pocket"], "output_dir": Path("run")}
+    return make_run_plan(TrainSettings(**given, allow_change=[*allowed]))
+
+
 def test_a_parent_that_another_run_removes_is_created_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, events, parent = tmp_path / "new" / "run", list[Event](), tmp_path / "new"
     real_open = os.open
@@ -34,9 +41,9 @@ def test_a_parent_that_another_run_removes_is_created_again(tmp_path: Path, monk
         return real_open(path, *arguments)
 
     monkeypatch.setattr(os, "open", open_late)
-    with lock_run_folder(folder, events.append):
+    with RunFolder(folder).lock(events.append):
         assert [path.name for path in parent.iterdir()] == [".run.lock"]
-        with pytest.raises(SettingsError, match="another run is using this folder"), lock_run_folder(folder, print):
+        with pytest.raises(SettingsError, match="another run is using this folder"), RunFolder(folder).lock(print):
             pass
     assert events == []
     assert list(tmp_path.iterdir()) == []
@@ -59,10 +66,9 @@ def test_other_held_out_examples_are_not_called_other_data(
     monkeypatch.setattr(resume_guard, "read_run_identity", lambda _: IDENTITY)
     now = IDENTITY | changes | {"data": "sha256:2"}
     with pytest.raises(SettingsError) as caught:
-        check_run_identity(Path("run/checkpoint-1"), now, [], 1)
+        check_run_identity(Path("run/checkpoint-1"), now, make_plan())
     assert line in caught.value.problems
     assert len(caught.value.problems) == 1 + len(changes)
-    assert check_run_identity(Path("run/checkpoint-1"), now, ["data", *changes], 1)
 
 
 def test_other_epochs_may_not_move_the_beginnings_of_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,43 +87,31 @@ def test_other_epochs_may_not_move_the_beginnings_of_epochs(monkeypatch: pytest.
     )
 
 
-@pytest.mark.parametrize(
-    ("then", "changes", "is_fixed"),
-    [
-        ({}, {"lora_r": 16}, True),
-        ({}, {"init_lora_weights": "pissa"}, True),
-        ({"init_lora_weights": "olora"}, {"init_lora_weights": "default"}, True),
-        ({}, {"optim": "adafactor"}, True),
-        ({}, {"loraplus_lr_ratio": 16.0}, True),
-        ({}, {"training_args": {"adam_beta2": 0.99}}, True),
-        ({"init_lora_weights": "pissa"}, {"lora_alpha": 4}, True),
-        ({"init_lora_weights": "olora"}, {"base": "sha256:2"}, True),
-        ({"init_lora_weights": "pissa_niter_4"}, {"seed": 2}, True),
-        ({"init_lora_weights": "pissa"}, {"seed": 2}, False),
-        ({"training_args": {"adam_beta2": 0.99}}, {"training_args": {"adam_beta2": 0.99, "max_grad_norm": 2}}, False),
-        ({}, {"lora_alpha": 4, "seed": 2, "base": "sha256:2", "lora_dropout": 0.1, "batch": 4}, False),
-    ],
-)
-def test_what_decides_the_shape_or_the_meaning_of_trained_weights_cant_be_allowed_to_change(
-    monkeypatch: pytest.MonkeyPatch, then: dict[str, Any], changes: dict[str, Any], is_fixed: bool
+@pytest.mark.parametrize("is_adapter", [True, False])
+def test_a_length_is_allowed_only_by_its_name_and_nothing_else_is(
+    is_adapter: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = {**IDENTITY, "base": "sha256:1", "lora_r": 8, "init_lora_weights": "default", "optim": "adamw_torch"}
-    before |= {"loraplus_lr_ratio": None, "lora_dropout": 0.0, "batch": 8, **then}
-    monkeypatch.setattr(resume_guard, "read_run_identity", lambda _: before)
-    now, checkpoint = before | changes, Path("run/checkpoint-1")
-    if not is_fixed:
-        assert len(check_run_identity(checkpoint, now, [*changes], 1)) == len(changes)
-        return
-    for allowed in ([], [*changes]):
+    then = IDENTITY | {"max_steps": 3, "num_train_epochs": 1.0}
+    monkeypatch.setattr(resume_guard, "read_run_identity", lambda _: then)
+    if is_adapter:
+        (tmp_path / "adapter_config.json").touch()
+    flag, line = "--adapter" if is_adapter else "--model-name-or-path", "max_steps: 3 before, 5 now"
+    longer = then | {"max_steps": 5}
+    assert check_run_identity(tmp_path, longer, make_plan("max_steps")) == [line]
+    for now, allowed, problems, allow in (
+        (longer, [], (line,), ["to resume all the same, add --allow-change max_steps"]),
+        (longer, ["num_train_epochs"], (line,), ["to resume all the same, add --allow-change max_steps"]),
+        (longer | {"lora_alpha": 4}, ["max_steps"], ("lora_alpha: 8 before, 4 now",), []),
+    ):
         with pytest.raises(SettingsError) as caught:
-            check_run_identity(checkpoint, now, allowed, 1)
-        (line,) = caught.value.problems
-        name = next(iter(changes))
-        assert line.startswith(f"{name}: ")
-        assert line.endswith(" now")
-        assert f"--allow-change can't allow {name}, " in str(caught.value.hint)
-        assert "--adapter run/checkpoint-1" in str(caught.value.hint)
-        assert "add --allow-change" not in str(caught.value.hint)
+            check_run_identity(tmp_path, now, make_plan(*allowed))
+        assert caught.value.problems == problems
+        assert caught.value.choices == (
+            "to resume, use the previous settings and data",
+            *allow,
+            f"to start a new run from these weights, use {flag} {tmp_path} and another output_dir",
+            "to start over, add --fresh; the old run is kept under another name",
+        )
 
 
 @pytest.mark.parametrize("weight", ["", ":2"])
@@ -125,4 +119,4 @@ def test_settings_with_thousands_of_files_are_read_back(tmp_path: Path, weight: 
     paths = [f"/corpus/shards/part-{number:05}-of-05000.{'x' * 30}.jsonl{weight}" for number in range(5000)]
     settings = TrainSettings(model_name_or_path="pocket", data_path=paths, output_dir=tmp_path)
     assert write_settings(tmp_path, settings).stat().st_size > 300_000
-    assert read_saved_settings(tmp_path) == settings
+    assert RunFolder(tmp_path).read_settings(TrainSettings) == settings

@@ -11,8 +11,8 @@ import pytest
 from nbclient import NotebookClient
 
 from t5tune.commands.train import train
-from t5tune.runs.folder import read_result
 from t5tune.runs.metrics_log import read_metrics
+from t5tune.runs.result import read_result
 from tests.support.paths import REPOSITORY
 from tests.support.train_runs import make_settings, read_metrics_lines
 

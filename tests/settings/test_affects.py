@@ -9,9 +9,11 @@ from pydantic import Field
 
 from t5tune.checkpoints.training_data import DatasetTraining, TrainingData
 from t5tune.commands.prepare import prepare
+from t5tune.commands.run_plan import make_run_plan
 from t5tune.data.caches.examples import open_examples
 from t5tune.errors import SettingsError
-from t5tune.runs.folder import apply_cache_settings, locate_run, read_saved_settings, save_settings
+from t5tune.runs.data import apply_cache_settings
+from t5tune.runs.folder import RunFolder
 from t5tune.runs.resume_guard import build_run_identity, check_finished_run
 from t5tune.settings import DatasetSettings, EvaluateSettings, PrepareSettings, Settings, TrainSettings
 from t5tune.settings.affects import Affects, select_settings
@@ -32,20 +34,19 @@ LORA = [
 QUANTIZATION = ["q_lora", "quant_type", "quantize_wo", "double_quant"]
 DISTILLATION = ["teacher_q_lora", "distillation_alpha", "distillation_temperature", "distillation_kl"]
 PREFERENCES = ["dpo_loss", "dpo_beta", "dpo_label_smoothing", "orpo_lambda"]
-TRAINING = [
-    "num_train_epochs", "max_steps", "group_by_length", "packing", "dropout", "attention_dropout", "learning_rate",
-    "lr_scheduler_type", "warmup_steps", "weight_decay", "label_smoothing_factor", "max_grad_norm", "optim", "bf16",
-    "tf32", "torch_compile", "on_non_finite", "max_skipped_steps", "training_args",
+STEPS = [
+    "num_train_epochs", "max_steps", "group_by_length", "learning_rate", "lr_scheduler_type", "warmup_steps",
+    "weight_decay", "max_grad_norm", "optim", "on_non_finite", "max_skipped_steps",
 ]  # fmt: skip
+LAYERS = ["bf16", "tf32", "packing", "dropout", "attention_dropout", "torch_compile", "label_smoothing_factor"]
 MIXING = ["mixing", "mixing_temperature", "mixing_cap"]
-RUN = [*LORA, *QUANTIZATION, *DISTILLATION, *PREFERENCES, *TRAINING]
+RUN = [*LORA, *QUANTIZATION, *DISTILLATION, *PREFERENCES, *STEPS, "training_args", *LAYERS]
 FINISHED = [
     "model_name_or_path", "revision", "family", "conversation_template", "model_max_length", *READING[:-1], "data_path",
     "data", "data_subset", "data_split", "add_tokens", "num_data", *SELECTION, "eval_fraction", "split_seed", "seed",
-    *MIXING, "eval_data_path", "eval_data", "eval_data_split", *LORA, "adapter", *QUANTIZATION,
-    "teacher_model_name_or_path", "teacher_adapter", *DISTILLATION, *PREFERENCES[:-1], "reference_adapter",
-    "orpo_lambda", *TRAINING[:-1],
-    "training_args", "metric_for_best_model", "early_stopping_patience", "early_stopping_threshold",
+    *MIXING, "eval_data_path", "eval_data", "eval_data_split", *LORA, "adapter", "teacher_model_name_or_path",
+    "teacher_adapter", *DISTILLATION, *PREFERENCES[:-1], "reference_adapter", "orpo_lambda", *STEPS, "training_args",
+    *QUANTIZATION, *LAYERS, "metric_for_best_model", "early_stopping_patience", "early_stopping_threshold",
 ]  # fmt: skip
 NEEDED = {"model_name_or_path": "pocket", "output_dir": "run"}
 
@@ -66,11 +67,11 @@ def test_a_cache_is_made_of_these_inputs_in_this_order(cache: Path) -> None:
 def test_a_run_is_made_of_these_fields_in_this_order(cache: Path, batch: str) -> None:
     tokens = 64 if batch == "batch_tokens" else None
     settings = TrainSettings(**NEEDED, data_path=[str(cache)], tokens_per_batch=tokens, seed=5, num_data=9)
-    identity = build_run_identity(settings, open_examples(cache), "0", None, world_size=3)
+    identity = build_run_identity(make_run_plan(settings), open_examples(cache), "0", None, world_size=3)
     own = sorted([*RUN, *MIXING, "family"])
     batches = ["batch"] if tokens is None else ["tokens_per_batch", "batch_tokens"]
     computed = [*batches, "data", "base", "teacher", "adapter", "reference_adapter", "world_size"]
-    computed += ["deepspeed_stage", "deepspeed_optimizer", "deepspeed_scheduler"]
+    computed += ["deepspeed_stage"]
     assert list(identity) == ["tokenizer", "template", *CACHE, *own, *computed]
     assert (identity["seed"], identity["num_data"], identity["source_prefix"]) == (5, 9, "q: ")
     assert identity[batch] == 3 * (tokens or 8)
@@ -112,7 +113,7 @@ def test_these_settings_are_taken_from_a_token_cache(cache: Path) -> None:
 MARKED = {
     Affects.TRAINER: [
         "seed", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
-        "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim", "bf16", "dataloader_num_workers",
+        "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim", "dataloader_num_workers", "bf16",
         "eval_steps", "save_strategy", "save_steps", "logging_steps",
     ],
     Affects.EVALUATION: [
@@ -121,7 +122,7 @@ MARKED = {
     ],
     Affects.ALL_RANKS: [
         "per_device_train_batch_size", "tokens_per_batch", "gradient_accumulation_steps", "packed_attention",
-        "gradient_checkpointing", "use_cpu", "per_device_eval_batch_size", "save_strategy", "save_steps",
+        "gradient_checkpointing", "per_device_eval_batch_size", "use_cpu", "save_strategy", "save_steps",
         "logging_steps", "report_samples", "fresh",
     ],
     Affects.INFERENCE: ["data_format", "source_column", "target_column", "source_prefix"],
@@ -171,7 +172,7 @@ def test_settings_are_selected_only_if_they_affect_all_of_it() -> None:
 
 def test_saved_settings_have_the_defaults_of_what_applies_to_one_call_only(cache: Path, tmp_path: Path) -> None:
     values = NEEDED | {"data_path": [str(cache)], "output_dir": tmp_path}
-    given = TrainSettings(**values, fresh=True, allow_change=["data"], dry_run=True, lora_r=4)
-    save_settings(given, locate_run(given))
-    saved = read_saved_settings(given.output_dir)
+    given = TrainSettings(**values, fresh=True, allow_change=["max_steps"], dry_run=True, lora_r=4)
+    RunFolder(tmp_path).save_settings(make_run_plan(given))
+    saved = RunFolder(tmp_path).read_settings(TrainSettings)
     assert saved == apply_cache_settings(TrainSettings(**values, lora_r=4))

@@ -90,8 +90,8 @@ def test_a_table_with_the_arguments_of_tool_calls_is_recognized_by_the_name_of_i
     plain, stored = store_records(calls), store_records(pyarrow.Table.from_pylist(calls))
     assert plain.read_bytes() == stored.read_bytes()
     assert (is_stored_table(plain), is_stored_table(stored)) == (False, True)
-    kept = find_kept_path(str(stored), tmp_path / "run")
-    assert kept == tmp_path / f"run.{stored.name}"
+    kept = find_kept_path(str(stored), tmp_path / "run" / "records")
+    assert kept == tmp_path / "run" / "records" / stored.name
     assert is_stored_table(kept)
     datasets_of = [DatasetSettings(path=[str(path)]) for path in (stored, kept)]
     assert name_datasets(datasets_of) == ["records", "records-2"]
@@ -209,28 +209,21 @@ def test_records_of_another_process_are_recognized_without_making_a_folder(tempo
     stored = temporary / "t5tune-records-k3_x9a0b" / "records-0123456789ab.jsonl"
     stored.parent.mkdir()
     stored.touch()
-    assert find_kept_path(str(stored), Path("a/run")) == Path("a/run.records-0123456789ab.jsonl")
+    assert find_kept_path(str(stored), Path("run/records")) == Path("run/records/records-0123456789ab.jsonl")
     for other in (stored.with_name("train.jsonl"), temporary / stored.name):
         other.touch()
-        assert find_kept_path(str(other), Path("a/run")) is None
+        assert find_kept_path(str(other), Path("run/records")) is None
     assert sorted(temporary.iterdir()) == [temporary / stored.name, stored.parent]
 
 
 def test_records_that_are_gone_are_found_where_they_are_kept(tmp_path: Path) -> None:
-    stored = tmp_path / "t5tune-records-k3_x9a0b" / "records-0123456789ab.jsonl"
-    assert find_kept_path(str(stored), tmp_path / "run") is None
-    (tmp_path / "run.records-0123456789ab.jsonl").touch()
-    assert find_kept_path(str(stored), tmp_path / "run") == tmp_path / "run.records-0123456789ab.jsonl"
-
-
-def test_the_current_folder_has_its_records_next_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "run" / "below").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path / "run")
-    stored = store_records(RECORDS)
-    kept = {name: find_kept_path(str(stored), Path(name)) for name in (".", "below/..", "..", "/")}
-    here = tmp_path / f"run.{stored.name}"
-    above = tmp_path.parent / f"{tmp_path.name}.{stored.name}"
-    assert kept == {".": here, "below/..": here, "..": above, "/": Path(f"/.{stored.name}")}
+    """Those of a process that has ended, and those of a run that was moved since."""
+    kept, name = tmp_path / "moved" / "records", "records-0123456789ab.jsonl"
+    gone = [str(tmp_path / folder / name) for folder in ("t5tune-records-k3_x9a0b", "run/records")]
+    assert [find_kept_path(path, kept) for path in gone] == [None, None]
+    kept.mkdir(parents=True)
+    (kept / name).touch()
+    assert [find_kept_path(path, kept) for path in gone] == [kept / name] * 2
 
 
 def test_a_temporary_folder_that_was_removed_is_made_again(temporary: Path) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from t5tune.commands.run_plan import make_run_plan
 from t5tune.data.tokens.encoding import Example
 from t5tune.distributed.world import World
 from t5tune.families.t5 import T5
@@ -142,7 +143,6 @@ def make_trainer(model: Any, settings: TrainSettings, examples: list[Example], f
         weights=SimpleNamespace(),
         publisher=SimpleNamespace(last_step=None),
         reshards=False,
-        resumed_rates=(None, None),
         forgets_evaluations=False,
         has_new_held_out=False,
         non_finite=NonFiniteGuard(Path(settings.output_dir), False, 0, silent),
@@ -158,4 +158,4 @@ def make_trainer(model: Any, settings: TrainSettings, examples: list[Example], f
         eval_batch_size=None,
         report=silent,
     )
-    return T5Trainer(model, make_training_arguments(settings, None, (), World(), CUDA), parts)
+    return T5Trainer(model, make_training_arguments(make_run_plan(settings), None, (), World(), CUDA), parts)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from accelerate import PartialState
 
+from t5tune.commands.run_plan import make_run_plan
 from t5tune.distributed.world import World
 from t5tune.training.arguments import make_training_arguments
 from tests.support.train_runs import make_settings
@@ -23,7 +24,7 @@ def test_a_run_on_one_of_four_gpus_takes_only_that_one_and_updates_its_parameter
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     settings = make_settings(tmp_path, tmp_path, tmp_path, use_cpu=False, optim=optim)
-    arguments = make_training_arguments(settings, None, (), World(), torch.device("cuda", 0))
+    arguments = make_training_arguments(make_run_plan(settings), None, (), World(), torch.device("cuda", 0))
     assert arguments.device == torch.device("cuda", 0)
     assert arguments.n_gpu == 1
     assert arguments.train_batch_size == settings.per_device_train_batch_size

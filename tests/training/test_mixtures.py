@@ -16,6 +16,7 @@ from t5tune.checkpoints.training_data import read_training_data
 from t5tune.commands.evaluate import evaluate
 from t5tune.commands.inspect import inspect
 from t5tune.commands.prepare import prepare
+from t5tune.commands.run_plan import make_run_plan
 from t5tune.commands.train import train
 from t5tune.data.caches.examples import open_examples
 from t5tune.data.tokens.tokenizer import load_tokenizer
@@ -23,7 +24,8 @@ from t5tune.errors import DataError, SettingsError
 from t5tune.inference.loading import read_model_files
 from t5tune.inference.prompts import make_prompts
 from t5tune.progress import Evaluated, Event, Note
-from t5tune.runs.folder import TrainResult, locate_run, open_data, read_result
+from t5tune.runs.data import locate_data, open_data
+from t5tune.runs.result import TrainResult, read_result
 from t5tune.settings import EvaluateSettings, InspectSettings, PrepareSettings, TrainSettings, load_settings
 from tests.support.caches import find_cache
 from tests.support.command_line import CommandResult, t5tune_in_fork
@@ -510,7 +512,8 @@ def test_num_data_counts_what_no_dataset_holds_out(untied_base: Path, data: Path
         result = train(settings)
         assert result.datasets is not None
         assert {name: facts["examples"] for name, facts in result.datasets.items()} == {"sums": 8, "part": 8}
-        _, held_out = open_data(settings, locate_run(settings))
+        plan = make_run_plan(settings)
+        _, held_out = open_data(plan, locate_data(plan), None)
         assert held_out is not None
         assert held_out.identify() == expected.identify()
 

@@ -15,32 +15,31 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 from t5tune.data.reading.cleaning import clean, normalize_text
-from t5tune.data.reading.record_labels import find_labels, find_weight
+from t5tune.data.reading.record_labels import find_labels
+from t5tune.data.reading.record_turns import (
+    EMPTY_VALUES,
+    ParsedTurns,
+    RecordTurn,
+    RecordTurns,
+    Role,
+    count_ignored,
+    has_turns,
+    name_ignored,
+    name_json_type,
+    parse_text,
+    parse_text_turn,
+    parse_turns,
+)
 from t5tune.data.reading.rejections import LABELED_BAD, RecordLocation, RejectionError
-from t5tune.data.reading.tool_calls import CALL_PART_TYPES, find_tool_calls, join_tool_calls, read_tool_call_part
 from t5tune.data.reading.wrapped_records import suggest_unwrapping
 from t5tune.errors import find_close_name
 from t5tune.io.reasons import join_first
 from t5tune.settings.groups.record_format import ReadingSettings
 
-Role = Literal["human", "assistant"]
-Speaker = Literal["system", "human", "assistant"]
-
-CALLING_ROLE = "function_call"  # ShareGPT's, whose text is a tool call
-ROLES: dict[Speaker, tuple[str, ...]] = {
-    "system": ("system", "developer"),
-    "human": ("human", "user", "tool", "function", "observation"),
-    "assistant": ("gpt", "assistant", "model", "chatgpt", "bing", "bard", CALLING_ROLE),
-}
-SPEAKERS = {role: speaker for speaker, roles in ROLES.items() for role in roles}
-TURN_KEYS = (("from", "value"), ("role", "content"))
 COMMON_KEYS = {"id", "system"}  # keys that are valid in every format
-EMPTY_VALUES: tuple[Any, ...] = (None, "", [], {})  # values that mean "no value"
-IGNORED_PART_TYPES = ("reasoning", "tools")  # types of content parts that are left out and counted
-MAX_KEY_LENGTH = 40  # characters of a key's name in the counts; the rest is cut
 
 
 @dataclass(frozen=True)
@@ -55,27 +54,6 @@ class Turn:
     def is_target(self) -> bool:
         """Whether this turn is a target that the model learns."""
         return self.role == "assistant" and self.learned
-
-
-class RecordTurn(NamedTuple):
-    """A turn as it is in the record, before its text is repaired, and turns are merged and checked.
-
-    Args:
-        place: names it in messages: `turn 2`.
-        prefix: what is prepended to the text; it isn't cleaned.
-        calls: the tool calls that follow the text, as JSON; they aren't cleaned either.
-    """
-
-    speaker: Speaker
-    text: str
-    place: str
-    learned: bool = True
-    prefix: str = ""
-    calls: str = ""
-
-
-RecordTurns = list[RecordTurn]
-ParsedTurns = tuple[set[str], RecordTurns]  # the keys of the record that were used, and its turns
 
 
 @dataclass(frozen=True)
@@ -126,7 +104,7 @@ def parse_conversation(value: Any, location: RecordLocation, reading: ReadingSet
         RejectionError: the record can't be used, for one of records.REJECTION_REASONS.
     """
     if not isinstance(value, dict):
-        raise RejectionError("not_an_object", f"expected an object, found {_name_json_type(value)}")
+        raise RejectionError("not_an_object", f"expected an object, found {name_json_type(value)}")
     if reading.is_raw_text:
         return _parse_raw_text(value, location, reading)
     value = _rename_preferences(value)
@@ -140,9 +118,9 @@ def _parse_answers(value: dict[str, Any], location: RecordLocation, reading: Rea
     if bad := [key for key, is_good in labels.items() if not is_good]:
         raise RejectionError(LABELED_BAD, f"{bad[0]}: false: labeled bad, so the record is left out")
     used, entries = parser(value, reading, repairs)
-    _count_ignored("field", value, used | COMMON_KEYS | labels.keys(), repairs)
+    count_ignored("field", value, used | COMMON_KEYS | labels.keys(), repairs)
     if value.get("system") not in EMPTY_VALUES:
-        entries.insert(0, RecordTurn("system", _parse_text("system", value["system"]), "the key system"))
+        entries.insert(0, RecordTurn("system", parse_text("system", value["system"]), "the key system"))
     system, turns = _merge_turns(entries, reading, repairs)
     merged_turns = tuple(Turn(role, "\n".join(texts), False not in learned) for role, texts, learned in turns)
     # a merged turn with a part of weight 0 must not be learned
@@ -185,10 +163,8 @@ def _parse_preference(value: dict[str, Any], location: RecordLocation, reading: 
         reason, problem = error.rejection
         raise RejectionError(reason, f"{rejected}: {problem.removeprefix(f'{chosen}: ')}") from None
     _check_pair(pair, names)
-    repairs = (
-        Counter(pair[0].repairs) | Counter(pair[1].repairs) | Counter(_name_ignored("field", key) for key in twice)
-    )
-    del repairs[_name_ignored("field", rejected)]
+    repairs = Counter(pair[0].repairs) | Counter(pair[1].repairs) | Counter(name_ignored("field", key) for key in twice)
+    del repairs[name_ignored("field", rejected)]
     *context, answer = pair[0].turns
     turns = (*(replace(turn, learned=False) for turn in context), answer)
     return replace(pair[0], turns=turns, repairs=dict(sorted(repairs.items())), rejected=pair[1].turns[-1].text)
@@ -233,11 +209,11 @@ def _parse_raw_text(value: dict[str, Any], location: RecordLocation, reading: Re
         found = _list_keys(value)
         advice = _suggest_key(column, value.keys()) or "; name the text's key with --source-column"
         raise RejectionError("unknown_format", f"no key {column}, which raw text has; its keys are {found}{advice}")
-    text = normalize_text(_parse_text(column, value[column]), repairs)
+    text = normalize_text(parse_text(column, value[column]), repairs)
     text = clean(text, repairs) if reading.clean else text
     if not text.strip():
         raise RejectionError("no_answer", "no text to learn from")
-    _count_ignored("field", value, {column, "id"}, repairs)
+    count_ignored("field", value, {column, "id"}, repairs)
     counts = {kind: count for kind, count in sorted(repairs.items()) if count}
     return Conversation(location, None, (Turn("assistant", text),), counts, is_raw_text=True)
 
@@ -245,7 +221,7 @@ def _parse_raw_text(value: dict[str, Any], location: RecordLocation, reading: Re
 def _is_pair(format_name: str, value: dict[str, Any], reading: ReadingSettings) -> bool:
     """Whether a record of a format is a pair of texts: TRL's standard format, which no chat template is applied to."""
     if format_name in ("columns", "source-target"):
-        return not _has_turns(value[reading.source_column or "source"])
+        return not has_turns(value[reading.source_column or "source"])
     turns = (value.get(key) for key in ("conversations", "messages", "prompt", "completion", "chosen", "history"))
     return not any(isinstance(item, list | dict) and item for item in turns)
 
@@ -295,16 +271,6 @@ def _repair_text(turn: RecordTurn, reading: ReadingSettings, repairs: Counter[st
     return prefix + "\n".join(filter(None, (said, calls)))
 
 
-def _count_ignored(kind: str, value: dict[str, Any], used: set[str], repairs: Counter[str]) -> None:
-    for key in value.keys() - used:
-        if value[key] not in EMPTY_VALUES:
-            repairs[_name_ignored(kind, key)] += 1
-
-
-def _name_ignored(kind: str, key: str) -> str:
-    return f"ignored_{kind}_{key if len(key) <= MAX_KEY_LENGTH else key[:MAX_KEY_LENGTH] + '…'}"
-
-
 def _detect_format(value: dict[str, Any], reading: ReadingSettings) -> tuple[str, "Parser"]:
     if reading.source_column or reading.target_column or reading.rejected_column:
         target = "chosen" if reading.reads_preferences else "target"
@@ -347,7 +313,7 @@ Parser = Callable[[dict[str, Any], ReadingSettings, Counter[str]], ParsedTurns]
 
 def _parse_messages(key: str, value: dict[str, Any], reading: ReadingSettings, repairs: Counter[str]) -> ParsedTurns:
     """Parse ShareGPT's `conversations` (from, value), OpenAI's `messages` (role, content), or a mixture."""
-    entries = _parse_turns(key, value[key], repairs)
+    entries = parse_turns(key, value[key], repairs)
     if reading.reads_preferences:  # a record may have the chosen answer in its turns, too
         while entries and entries[-1].speaker == "assistant":
             entries.pop()
@@ -367,7 +333,7 @@ def _parse_chosen(
             advice = "set source_column to the prompt's key, and target_column to chosen"
             raise RejectionError("no_answer", f"chosen: a string without a prompt; {advice}")
         return prompt_keys | {"chosen"}, [*question, RecordTurn("assistant", chosen, "chosen")]
-    answer = _parse_turns("chosen", chosen if isinstance(chosen, list) else [chosen], repairs)
+    answer = parse_turns("chosen", chosen if isinstance(chosen, list) else [chosen], repairs)
     if not any(entry.speaker == "human" for entry in answer):
         return prompt_keys | {"chosen"}, question + answer
     # if the list contains the question, the record's own question was used too, not ignored
@@ -375,92 +341,25 @@ def _parse_chosen(
     return {"chosen"} | (prompt_keys if asked <= answered else set()), answer
 
 
-def _parse_turns(key: str, items: Any, repairs: Counter[str]) -> RecordTurns:
-    if not isinstance(items, list):
-        raise RejectionError("unknown_format", f"{key}: expected a list of turns, found {_name_json_type(items)}")
-    # a record may have turns in both prompt and completion or chosen
-    prefix = "" if key in ("conversations", "messages") else f"{key}: "
-    return [_parse_turn(f"{prefix}turn {index}", item, repairs) for index, item in enumerate(items)]
-
-
-def _parse_turn(where: str, item: Any, repairs: Counter[str]) -> RecordTurn:
-    names = None
-    if isinstance(item, dict):
-        names = next((names for names in TURN_KEYS if item.get(names[0]) is not None), None)
-    given = find_tool_calls(item, where) if names is not None else None
-    if names is None or (names[1] not in item and given is None):
-        raise RejectionError("bad_turn", f"{where}: expected an object with from and value, or role and content")
-    speaker = item[names[0]]
-    role = SPEAKERS.get(speaker.strip().lower()) if isinstance(speaker, str) else None
-    if role is None:
-        problem = f"{where}: unknown role {speaker!r:.80}; known roles: {', '.join(SPEAKERS)}"
-        raise RejectionError("unknown_role", problem)
-    said, calls = _separate_tool_calls(where, item.get(names[1]), repairs)
-    used, learned = set(names), True
-    if given is not None:
-        used.add(given[0])
-        calls += given[1]
-    if (weight := find_weight(item)) is not None:
-        if role == "assistant":
-            learned = _is_learned(where, *weight, repairs)
-        # the weight of another turn is ignored, and counted unless it is 0: such a turn is never learned anyway
-        if role == "assistant" or weight[1] == 0:
-            used.add(weight[0])
-    if len(item) > len(names):
-        _count_ignored("turn_field", item, used, repairs)
-    text = "" if calls and said in EMPTY_VALUES else _parse_text(where, said)
-    if calls:
-        repairs["tool_calls_as_text"] += 1
-    elif speaker.strip().lower() == CALLING_ROLE:  # its text is a call in the form that others are converted to
-        text, calls = "", [text]
-    return RecordTurn(role, text, where, learned, calls=join_tool_calls(calls) if calls else "")
-
-
-def _is_learned(where: str, key: str, weight: float, repairs: Counter[str]) -> bool:
-    """Return whether an assistant turn of this weight is learned."""
-    if weight < 0:
-        raise RejectionError("bad_turn", f"{where}: {key} {weight}: expected 0 (not learned) or 1")
-    if weight not in (0, 1):
-        repairs["weights_taken_as_1"] += 1
-    return weight != 0
-
-
-def _separate_tool_calls(where: str, content: Any, repairs: Counter[str]) -> tuple[Any, list[str]]:
-    """Separate LLaMA-Factory's content parts into (parts without tool calls, tool calls); count ignored parts."""
-    calls: list[str] = []
-    if not _has_parts(content) or all(part.get("type") == "text" for part in content):
-        return content, calls
-    rest = []
-    for part in content:
-        kind = part.get("type")
-        if kind in CALL_PART_TYPES:
-            calls += read_tool_call_part(part, where)
-        elif kind not in IGNORED_PART_TYPES:
-            rest.append(part)
-        elif any(value not in EMPTY_VALUES for key, value in part.items() if key != "type"):
-            repairs[f"ignored_part_{kind}"] += 1
-    return rest or "", calls
-
-
 def _parse_alpaca(value: dict[str, Any], reading: ReadingSettings, repairs: Counter[str]) -> ParsedTurns:
     """Parse `instruction`, `input`, `output` (or `chosen`), and earlier pairs in `history`."""
-    question = _parse_text("instruction", value["instruction"])
+    question = parse_text("instruction", value["instruction"])
     if value.get("input") not in EMPTY_VALUES:
-        question += "\n" + _parse_text("input", value["input"])
+        question += "\n" + parse_text("input", value["input"])
     history = value.get("history") or []
     if not isinstance(history, list):
-        raise RejectionError("bad_turn", f"history: expected a list of pairs, found {_name_json_type(history)}")
+        raise RejectionError("bad_turn", f"history: expected a list of pairs, found {name_json_type(history)}")
     entries: RecordTurns = []
     for index, pair in enumerate(history):
         place = f"history {index}"
         if not isinstance(pair, list) or len(pair) != 2:
             raise RejectionError("bad_turn", f"{place}: expected a pair [question, answer]")
-        entries += (_parse_text_turn("human", place, pair[0]), _parse_text_turn("assistant", place, pair[1]))
+        entries += (parse_text_turn("human", place, pair[0]), parse_text_turn("assistant", place, pair[1]))
     entries.append(RecordTurn("human", question, "instruction"))
     prompt_keys = {"instruction", "input", "history"}
     if value.get("output") is None and value.get("chosen") is not None:
         return _parse_chosen(prompt_keys, entries, value, repairs)
-    return prompt_keys | {"output"}, [*entries, _parse_text_turn("assistant", "output", value.get("output"))]
+    return prompt_keys | {"output"}, [*entries, parse_text_turn("assistant", "output", value.get("output"))]
 
 
 def _parse_prompt_completion(value: dict[str, Any], reading: ReadingSettings, repairs: Counter[str]) -> ParsedTurns:
@@ -476,7 +375,7 @@ def _parse_prompt_completion(value: dict[str, Any], reading: ReadingSettings, re
 
 def _parse_text_or_turns(key: str, value: dict[str, Any], role: Role, repairs: Counter[str]) -> RecordTurns:
     given = value[key]
-    return _parse_turns(key, given, repairs) if isinstance(given, list) else [_parse_text_turn(role, key, given)]
+    return parse_turns(key, given, repairs) if isinstance(given, list) else [parse_text_turn(role, key, given)]
 
 
 def _parse_pair(
@@ -490,19 +389,13 @@ def _parse_pair(
             advice = "; name the source's with --source-column"
         problem = f"no column {', '.join(missing)}; the record has {found}{advice}"
         raise RejectionError("unknown_format", problem)
-    answer = _parse_text_turn("assistant", target, value[target])
-    if _has_turns(value[source]):
+    answer = parse_text_turn("assistant", target, value[target])
+    if has_turns(value[source]):
         if reading.source_prefix:
             raise RejectionError("not_text", f"{source}: a list of turns, to which source_prefix can't be prepended")
-        return {source, target}, [*_parse_turns(source, value[source], repairs), answer]
-    question = _parse_text_turn("human", source, value[source])
+        return {source, target}, [*parse_turns(source, value[source], repairs), answer]
+    question = parse_text_turn("human", source, value[source])
     return {source, target}, [question._replace(prefix=reading.source_prefix), answer]
-
-
-def _has_turns(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(turn, dict) and any(role in turn for role, _ in TURN_KEYS) for turn in value
-    )
 
 
 # alternative sets of keys that a record of the format has, and its parser
@@ -516,33 +409,3 @@ _FORMATS: dict[str, tuple[list[set[str]], Parser]] = {
     ),
     "source-target": ([{"source", "target"}], partial(_parse_pair, "source", "target")),
 }
-
-
-def _has_parts(content: Any) -> bool:
-    return isinstance(content, list) and bool(content) and all(isinstance(part, dict) for part in content)
-
-
-def _parse_text_turn(role: Role, place: str, content: Any) -> RecordTurn:
-    return RecordTurn(role, _parse_text(place, content), place)
-
-
-def _parse_text(where: str, content: Any) -> str:
-    """Return a text, or join a list of text parts: OpenAI's have `text`, LLaMA-Factory's have `value`."""
-    if _has_parts(content):
-        other = next((part.get("type") for part in content if part.get("type") != "text"), None)
-        if other is not None:
-            raise RejectionError("not_text", f"{where}: a content part of type {other!r}")
-        texts = [part["text"] if part.get("text") is not None else part.get("value") for part in content]
-        content = "\n".join(_parse_text(where, text) for text in texts)
-    if not isinstance(content, str):
-        # 007 and 1.0 may be numbers by mistake, so which text is meant isn't guessed
-        is_number = isinstance(content, int | float) and not isinstance(content, bool)
-        advice = f"; write it as text: {str(content)!r}, or astype(str) in pandas" if is_number else ""
-        raise RejectionError("not_text", f"{where}: expected text, found {_name_json_type(content)}{advice}")
-    return content
-
-
-def _name_json_type(value: Any) -> str:
-    """Return the JSON name of a value's type."""
-    names = {dict: "an object", list: "a list", str: "text", bool: "a boolean", int: "a number", float: "a number"}
-    return "null" if value is None else names.get(type(value), type(value).__name__)

@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from t5tune.data.reading.formats import ROLES
+from t5tune.data.reading.record_turns import ROLES
 from t5tune.data.tokens.templates import Template
 from t5tune.data.tokens.tokenizer import Tokenizer
 from t5tune.data.tokens.vocabulary import list_joined_spaces

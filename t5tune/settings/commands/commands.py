@@ -2,13 +2,12 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from t5tune.errors import suggest_name
 from t5tune.metrics import METRICS, NOT_BEST, PREFERENCE_METRICS
-from t5tune.settings.affects import Affects, select_settings
 from t5tune.settings.commands.merge import MergeSettings
 from t5tune.settings.commands.serve import ServeSettings
 from t5tune.settings.field_types import GpuMemory, NoneIfUnset, OptionalCount, PathAsText, PathList, Settings, WordList
@@ -17,8 +16,8 @@ from t5tune.settings.groups.base import (
     InferenceSettings,
     MetricSettings,
     OutputSettings,
-    QuantizationSettings,
     ReplaceableOutputSettings,
+    TrainingPrecisionSettings,
 )
 from t5tune.settings.groups.data import (
     DataSettings,
@@ -27,20 +26,18 @@ from t5tune.settings.groups.data import (
     SplitSettings,
     TrainingDataSettings,
 )
-from t5tune.settings.groups.distillation import TEACHER, DistillationSettings
+from t5tune.settings.groups.distillation import TEACHER, DistillationSettings, TargetSettings
+from t5tune.settings.groups.evaluation import EvaluationSettings
 from t5tune.settings.groups.hub import HubSettings, HubStrategySettings
-from t5tune.settings.groups.lora import InitialAdapterSettings, LoraSettings
+from t5tune.settings.groups.layers import LayerSettings
+from t5tune.settings.groups.lora import InitialAdapterSettings
+from t5tune.settings.groups.memory import MemorySettings
 from t5tune.settings.groups.preferences import PreferenceSettings
+from t5tune.settings.groups.processes import PartitionSettings, ProcessSettings
 from t5tune.settings.groups.record_format import ConversationSettings, SelectionSettings
+from t5tune.settings.groups.run_output import RunOutputSettings
 from t5tune.settings.groups.shard import ShardSettings
-from t5tune.settings.groups.training import (
-    SCHEDULES_BY_METRIC,
-    EvaluationSettings,
-    PartitionSettings,
-    ProcessSettings,
-    RunOutputSettings,
-    TrainingSettings,
-)
+from t5tune.settings.groups.steps import StepSettings
 
 SAMPLING_TEMPERATURE = 1.0  # for two replies that differ
 
@@ -60,10 +57,12 @@ class TrainSettings(
     HubStrategySettings,
     ProcessSettings,
     EvaluationSettings,
-    TrainingSettings,
+    TargetSettings,
+    LayerSettings,
+    TrainingPrecisionSettings,
+    StepSettings,
     PreferenceSettings,
     DistillationSettings,
-    QuantizationSettings,
     InitialAdapterSettings,
     TrainingDataSettings,
     BaseModelSettings,
@@ -78,21 +77,9 @@ class TrainSettings(
         "bf16": "q_lora turns bf16 on: the quantized base computes in bfloat16"
     }
 
-    @property
-    def uses_autocast(self) -> bool:
-        """Whether training computes in mixed precision. Under DeepSpeed all weights are bf16, and it doesn't."""
-        return self.bf16 and self.deepspeed is None
-
-    def list_needing_evaluation(self) -> dict[str, Any]:
-        """Return the given settings that can't be followed without evaluations."""
-        values = {name: getattr(self, name) for name in select_settings(TrainSettings, Affects.EVALUATION)}
-        if self.lr_scheduler_type in SCHEDULES_BY_METRIC:
-            values["lr_scheduler_type"] = self.lr_scheduler_type
-        return {name: value for name, value in values.items() if value not in (None, "no")}
-
     @model_validator(mode="after")
     def _check_evaluation_options(self) -> "TrainSettings":
-        for name, value in self.list_needing_evaluation().items():
+        for name, value in self.list_needing_evaluation(self.lr_scheduler_type).items():
             if self.eval_strategy == "no":
                 raise ValueError(f"{name}: {value}, but eval_strategy is no")
         if self.eval_steps is not None and self.eval_strategy == "epoch":
@@ -357,9 +344,7 @@ class InspectSettings(Settings):
 
 class PlanSettings(
     ProcessSettings,
-    TrainingSettings,
-    QuantizationSettings,
-    LoraSettings,
+    MemorySettings,
     EvaluationDataSettings,
     MixingSettings,
     SplitSettings,

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from t5tune.custom_metrics import FORMS, names_function
 from t5tune.errors import suggest_name
@@ -80,6 +80,39 @@ class QuantizationSettings(Settings):
     double_quant: Annotated[bool, Affects.WEIGHTS] = Field(
         default=True, description="Double quantization: also quantize the scales of the 4-bit blocks."
     )
+
+
+class TrainingPrecisionSettings(QuantizationSettings):
+    """In which precision a model is trained."""
+
+    panel: ClassVar[str] = "Training"
+
+    bf16: Annotated[bool, Affects.WEIGHTS | Affects.TRAINER] = Field(
+        default=False, description="Compute in bfloat16, and keep the base in bfloat16."
+    )
+    fp16: Annotated[bool, Affects.NOTHING] = Field(
+        default=False,
+        description="Not supported: T5's feed-forward layers overflow in fp16; use bf16.",
+        json_schema_extra={"hidden": True},
+    )
+    tf32: Annotated[bool | None, Affects.WEIGHTS] = Field(
+        default=None,
+        description="Use TensorFloat-32 for fp32 matrix products on GPUs; default: if the GPU supports it.",
+    )
+
+    @model_validator(mode="after")
+    def _turn_bf16_on_for_q_lora(self) -> Self:
+        # unless it is set: --no-bf16 computes in fp32, which is faster on a CPU without bf16
+        if self.q_lora and "bf16" not in self.model_fields_set:
+            self.__dict__["bf16"] = True  # it still isn't set: `replace(q_lora=False)` turns it off
+        return self
+
+    @field_validator("fp16")
+    @classmethod
+    def _reject_fp16(cls, value: bool) -> bool:
+        if value:
+            raise ValueError("T5's feed-forward layers overflow in fp16 (loss 0 or NaN); use bf16")
+        return value
 
 
 class TrainedQuantizationSettings(QuantizationSettings):

@@ -1,4 +1,4 @@
-"""Learning from the probabilities that a teacher gives to each token (Hinton et al. 2015)."""
+"""Learning the targets, and from the probabilities that a teacher gives to each token (Hinton et al. 2015)."""
 
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
@@ -9,6 +9,17 @@ from t5tune.settings.affects import Affects
 from t5tune.settings.field_types import NoneIfUnset, PathAsText, Settings
 
 TEACHER = "teacher_model_name_or_path"
+
+
+class TargetSettings(Settings):
+    panel: ClassVar[str] = "Training"
+
+    label_smoothing_factor: Annotated[float, Affects.WEIGHTS] = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Label smoothing: probability mass spread uniformly over the vocabulary.",
+    )
 
 
 class DistillationSettings(Settings):

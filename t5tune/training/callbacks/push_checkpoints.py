@@ -19,8 +19,8 @@ from t5tune.errors import CheckpointError
 from t5tune.io.reasons import describe_error
 from t5tune.progress import Event, Note, Report
 from t5tune.runs.checkpoints import STAGING_PREFIX
-from t5tune.runs.folder import TrainResult
-from t5tune.settings import TrainSettings
+from t5tune.runs.result import TrainResult
+from t5tune.settings.groups.hub import HubSettings
 
 
 class PushCheckpoints(TrainerCallback):  # type: ignore[misc]
@@ -30,11 +30,11 @@ class PushCheckpoints(TrainerCallback):  # type: ignore[misc]
     the first step.
     """
 
-    def __init__(self, settings: TrainSettings, report: Report) -> None:
-        self._settings, self._report = settings, report
+    def __init__(self, hub: HubSettings, folder: Path, report: Report) -> None:
+        self._hub, self._folder, self._report = hub, folder, report
         self._thread: Thread | None = None
         self._is_left = False
-        self._checkpoint = self._staged = settings.output_dir
+        self._checkpoint = self._staged = folder
 
     def begin(self) -> None:
         """Do nothing before training begins."""
@@ -46,12 +46,12 @@ class PushCheckpoints(TrainerCallback):  # type: ignore[misc]
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if not 0 < state.global_step < state.max_steps:
             return
-        checkpoint = self._settings.output_dir / f"checkpoint-{state.global_step}"
+        checkpoint = self._folder / f"checkpoint-{state.global_step}"
         if self._is_busy:
             self._report(Note(f"{checkpoint.name} isn't uploaded: an earlier one still is"))
             return
         self._checkpoint = checkpoint
-        self._staged = self._settings.output_dir / f"{STAGING_PREFIX}push-{uuid.uuid4().hex[:8]}"
+        self._staged = self._folder / f"{STAGING_PREFIX}push-{uuid.uuid4().hex[:8]}"
         try:
             # links, because the checkpoint may be deleted while it is uploaded
             for name, file in list_uploaded_files(checkpoint).items():
@@ -79,8 +79,8 @@ class PushCheckpoints(TrainerCallback):  # type: ignore[misc]
     def abandon(self) -> None:
         """Say what isn't uploaded, since the run ends before its result."""
         if self._is_busy:
-            name = choose_repository(self._settings, self._settings.output_dir)
-            later = explain_uploading_later(self._checkpoint, name, self._settings.hub_private_repo)
+            name = choose_repository(self._hub, self._folder)
+            later = explain_uploading_later(self._checkpoint, name, self._hub.hub_private_repo)
             self._report(Note(f"{self._checkpoint.name} wasn't uploaded to the end; {later}", warning=True))
             self._leave()
 
@@ -94,7 +94,7 @@ class PushCheckpoints(TrainerCallback):  # type: ignore[misc]
                 self._report(event)
 
         try:
-            upload_result(self._settings, self._checkpoint, report, message, copy=self._staged)
+            upload_result(self._hub, self._checkpoint, report, message, copy=self._staged)
         finally:
             self._clear()
 

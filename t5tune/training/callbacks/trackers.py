@@ -24,8 +24,8 @@ from t5tune.io.reasons import describe_error, hide_queries
 from t5tune.io.untrusted import read_json_object
 from t5tune.io.yaml_file import to_yaml
 from t5tune.progress import Note, Report
-from t5tune.runs.folder import TrainResult
-from t5tune.settings import TrainSettings
+from t5tune.runs.plan import RunPlan
+from t5tune.runs.result import TrainResult
 from t5tune.training.arguments import choose_run_name
 
 TRACKERS_FILE = "trackers.json"  # in the run folder: the ids by which a resumed run continues its entry
@@ -40,9 +40,9 @@ class TrackRun(TrainerCallback):  # type: ignore[misc]
         trackers: their names, as in `report_to`. Those that transformers' callbacks alone serve are ignored.
     """
 
-    def __init__(self, settings: TrainSettings, trackers: list[str], report: Report) -> None:
-        self._settings, self._trackers, self._report = settings, [*trackers], report
-        self._name = choose_run_name(settings)
+    def __init__(self, plan: RunPlan, trackers: list[str], report: Report) -> None:
+        self._plan, self._trackers, self._report = plan, [*trackers], report
+        self._name = choose_run_name(plan.output)
         self._mlflow_run: str | None = None
         self._trackio: dict[str, Any] = {}
         self._has_begun = False
@@ -57,7 +57,7 @@ class TrackRun(TrainerCallback):  # type: ignore[misc]
         sys.argv = [*map(hide_queries, self._arguments)]
         if "wandb" not in self._trackers or "WANDB_RUN_ID" in os.environ:
             return
-        path = self._settings.output_dir / TRACKERS_FILE
+        path = self._plan.folder / TRACKERS_FILE
         known: dict[str, Any] = {}
         try:
             known = read_json_object(path.parent, path.name)
@@ -89,12 +89,12 @@ class TrackRun(TrainerCallback):  # type: ignore[misc]
             return
         self._has_begun = True
         self._trackio = {"project": args.project, "space_id": args.trackio_space_id, "private": args.hub_private_repo}
-        values = hide_data_queries(self._settings).model_dump(mode="json")
+        values = hide_data_queries(self._plan.given).model_dump(mode="json")
         self._for_each({
             "wandb": lambda: _send_wandb_settings(values),
             "mlflow": lambda: self._send_mlflow_settings(values),
             "trackio": lambda: _send_trackio_settings(values),
-            "tensorboard": lambda: _send_tensorboard_settings(values, self._settings.output_dir),
+            "tensorboard": lambda: _send_tensorboard_settings(values, self._plan.folder),
         })  # fmt: skip
 
     def finish(self, result: TrainResult) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForSeq2SeqLM, BartConfig, MT5Config, T5Config, UMT5Config
 
+from t5tune.commands.run_plan import make_run_plan
 from t5tune.data.tokens.encoding import Example
 from t5tune.model.attention import t5 as t5_attention
 from t5tune.model.attention.packing import can_pack, use_packing
@@ -167,7 +168,8 @@ def test_attention_dropout_can_be_switched_off_and_the_rest_stays(
 ) -> None:
     settings = make_settings(untied_base, conversations, tmp_path, attention_dropout=is_on, lora_dropout=0.2)
     cache: Any = SimpleNamespace(manifest={"added_token_ids": [1500]})
-    model = build_model(settings, untied_base, {}, cache, {}, None, torch.device("cpu"), silent).model
+    plan = make_run_plan(settings).model
+    model = build_model(plan, untied_base, {}, cache, {}, {}, None, torch.device("cpu"), silent).model
     layers = [module for module in model.modules() if type(module).__name__ == "T5Attention"]
     assert [layer.dropout for layer in layers] == [0.1 if is_on else 0.0] * 6
     others = {module.p for name, module in model.named_modules() if isinstance(module, torch.nn.Dropout)}

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from t5tune.commands.run_plan import make_run_plan
 from t5tune.diagnosis import machine
 from t5tune.errors import DependencyError
 from t5tune.model.kernels.build_tools import find_missing_compiler
-from t5tune.runs.checks import check_settings
+from t5tune.runs.checks import check_plan
 from tests.support.train_runs import make_settings
 
 
@@ -69,7 +70,7 @@ def test_train_and_doctor_name_the_package_to_install(
     settings = make_settings(untied_base, conversations, empty_path / "run", use_cpu=False, torch_compile=True)
     monkeypatch.setattr("t5tune.runs.checks._trains_on_cpu", lambda settings: False)
     with pytest.raises(DependencyError, match="torch_compile: Triton compiles for the GPU with a C compiler") as raised:
-        check_settings(settings)
+        check_plan(make_run_plan(settings))
     assert "apt install gcc" in str(raised.value.hint)
     monkeypatch.setattr(machine, "read_nvidia_driver", lambda: "575.51")
     [finding] = [each for each in machine.inspect_machine() if each.check == "compiler"]

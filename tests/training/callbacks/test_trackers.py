@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from t5tune.commands.run_plan import make_run_plan
 from t5tune.commands.train import train
 from t5tune.errors import Stopped
 from t5tune.progress import Advanced, Note
@@ -120,7 +121,7 @@ def test_a_broken_file_of_ids_gives_a_new_entry_with_a_warning(
     settings.output_dir.mkdir()
     (settings.output_dir / TRACKERS_FILE).write_text('{"wandb": "5c3')
     notes: list[Any] = []
-    tracker = TrackRun(settings, ["wandb"], notes.append)
+    tracker = TrackRun(make_run_plan(settings), ["wandb"], notes.append)
     tracker.begin()
     known = json.loads((settings.output_dir / TRACKERS_FILE).read_text())["wandb"]
     assert os.environ["WANDB_RUN_ID"] == known

@@ -1,0 +1,169 @@
+"""Parse the turns of a record: a list of messages, or a text of a known role.
+
+parse_turns("messages", [{"role": "user", "content": "Hi"}], repairs)    # [RecordTurn("human", "Hi", "turn 0")]
+"""
+
+from collections import Counter
+from typing import Any, Literal, NamedTuple
+
+from t5tune.data.reading.record_labels import find_weight
+from t5tune.data.reading.rejections import RejectionError
+from t5tune.data.reading.tool_calls import CALL_PART_TYPES, find_tool_calls, join_tool_calls, read_tool_call_part
+
+Role = Literal["human", "assistant"]
+Speaker = Literal["system", "human", "assistant"]
+
+CALLING_ROLE = "function_call"  # ShareGPT's, whose text is a tool call
+ROLES: dict[Speaker, tuple[str, ...]] = {
+    "system": ("system", "developer"),
+    "human": ("human", "user", "tool", "function", "observation"),
+    "assistant": ("gpt", "assistant", "model", "chatgpt", "bing", "bard", CALLING_ROLE),
+}
+SPEAKERS = {role: speaker for speaker, roles in ROLES.items() for role in roles}
+TURN_KEYS = (("from", "value"), ("role", "content"))
+EMPTY_VALUES: tuple[Any, ...] = (None, "", [], {})  # values that mean "no value"
+IGNORED_PART_TYPES = ("reasoning", "tools")  # types of content parts that are left out and counted
+MAX_KEY_LENGTH = 40  # characters of a key's name in the counts; the rest is cut
+
+
+class RecordTurn(NamedTuple):
+    """A turn as it is in the record, before its text is repaired, and turns are merged and checked.
+
+    Args:
+        place: names it in messages: `turn 2`.
+        prefix: what is prepended to the text; it isn't cleaned.
+        calls: the tool calls that follow the text, as JSON; they aren't cleaned either.
+    """
+
+    speaker: Speaker
+    text: str
+    place: str
+    learned: bool = True
+    prefix: str = ""
+    calls: str = ""
+
+
+RecordTurns = list[RecordTurn]
+ParsedTurns = tuple[set[str], RecordTurns]  # the keys of the record that were used, and its turns
+
+
+def parse_turns(key: str, items: Any, repairs: Counter[str]) -> RecordTurns:
+    """Parse a list of turns.
+
+    Raises:
+        RejectionError: it isn't one, or a turn can't be used.
+    """
+    if not isinstance(items, list):
+        raise RejectionError("unknown_format", f"{key}: expected a list of turns, found {name_json_type(items)}")
+    # a record may have turns in both prompt and completion or chosen
+    prefix = "" if key in ("conversations", "messages") else f"{key}: "
+    return [_parse_turn(f"{prefix}turn {index}", item, repairs) for index, item in enumerate(items)]
+
+
+def _parse_turn(where: str, item: Any, repairs: Counter[str]) -> RecordTurn:
+    names = None
+    if isinstance(item, dict):
+        names = next((names for names in TURN_KEYS if item.get(names[0]) is not None), None)
+    given = find_tool_calls(item, where) if names is not None else None
+    if names is None or (names[1] not in item and given is None):
+        raise RejectionError("bad_turn", f"{where}: expected an object with from and value, or role and content")
+    speaker = item[names[0]]
+    role = SPEAKERS.get(speaker.strip().lower()) if isinstance(speaker, str) else None
+    if role is None:
+        problem = f"{where}: unknown role {speaker!r:.80}; known roles: {', '.join(SPEAKERS)}"
+        raise RejectionError("unknown_role", problem)
+    said, calls = _separate_tool_calls(where, item.get(names[1]), repairs)
+    used, learned = set(names), True
+    if given is not None:
+        used.add(given[0])
+        calls += given[1]
+    if (weight := find_weight(item)) is not None:
+        if role == "assistant":
+            learned = _is_learned(where, *weight, repairs)
+        # the weight of another turn is ignored, and counted unless it is 0: such a turn is never learned anyway
+        if role == "assistant" or weight[1] == 0:
+            used.add(weight[0])
+    if len(item) > len(names):
+        count_ignored("turn_field", item, used, repairs)
+    text = "" if calls and said in EMPTY_VALUES else parse_text(where, said)
+    if calls:
+        repairs["tool_calls_as_text"] += 1
+    elif speaker.strip().lower() == CALLING_ROLE:  # its text is a call in the form that others are converted to
+        text, calls = "", [text]
+    return RecordTurn(role, text, where, learned, calls=join_tool_calls(calls) if calls else "")
+
+
+def _is_learned(where: str, key: str, weight: float, repairs: Counter[str]) -> bool:
+    """Return whether an assistant turn of this weight is learned."""
+    if weight < 0:
+        raise RejectionError("bad_turn", f"{where}: {key} {weight}: expected 0 (not learned) or 1")
+    if weight not in (0, 1):
+        repairs["weights_taken_as_1"] += 1
+    return weight != 0
+
+
+def _separate_tool_calls(where: str, content: Any, repairs: Counter[str]) -> tuple[Any, list[str]]:
+    """Separate LLaMA-Factory's content parts into (parts without tool calls, tool calls); count ignored parts."""
+    calls: list[str] = []
+    if not _has_parts(content) or all(part.get("type") == "text" for part in content):
+        return content, calls
+    rest = []
+    for part in content:
+        kind = part.get("type")
+        if kind in CALL_PART_TYPES:
+            calls += read_tool_call_part(part, where)
+        elif kind not in IGNORED_PART_TYPES:
+            rest.append(part)
+        elif any(value not in EMPTY_VALUES for key, value in part.items() if key != "type"):
+            repairs[f"ignored_part_{kind}"] += 1
+    return rest or "", calls
+
+
+def has_turns(value: Any) -> bool:
+    """Whether a value is a list of turns."""
+    return isinstance(value, list) and all(
+        isinstance(turn, dict) and any(role in turn for role, _ in TURN_KEYS) for turn in value
+    )
+
+
+def count_ignored(kind: str, value: dict[str, Any], used: set[str], repairs: Counter[str]) -> None:
+    """Count the keys with values that aren't used."""
+    for key in value.keys() - used:
+        if value[key] not in EMPTY_VALUES:
+            repairs[name_ignored(kind, key)] += 1
+
+
+def name_ignored(kind: str, key: str) -> str:
+    """Name the count of a key that is ignored."""
+    return f"ignored_{kind}_{key if len(key) <= MAX_KEY_LENGTH else key[:MAX_KEY_LENGTH] + '…'}"
+
+
+def _has_parts(content: Any) -> bool:
+    return isinstance(content, list) and bool(content) and all(isinstance(part, dict) for part in content)
+
+
+def parse_text_turn(role: Role, place: str, content: Any) -> RecordTurn:
+    """Make a turn of a text, which `parse_text` reads."""
+    return RecordTurn(role, parse_text(place, content), place)
+
+
+def parse_text(where: str, content: Any) -> str:
+    """Return a text, or join a list of text parts: OpenAI's have `text`, LLaMA-Factory's have `value`."""
+    if _has_parts(content):
+        other = next((part.get("type") for part in content if part.get("type") != "text"), None)
+        if other is not None:
+            raise RejectionError("not_text", f"{where}: a content part of type {other!r}")
+        texts = [part["text"] if part.get("text") is not None else part.get("value") for part in content]
+        content = "\n".join(parse_text(where, text) for text in texts)
+    if not isinstance(content, str):
+        # 007 and 1.0 may be numbers by mistake, so which text is meant isn't guessed
+        is_number = isinstance(content, int | float) and not isinstance(content, bool)
+        advice = f"; write it as text: {str(content)!r}, or astype(str) in pandas" if is_number else ""
+        raise RejectionError("not_text", f"{where}: expected text, found {name_json_type(content)}{advice}")
+    return content
+
+
+def name_json_type(value: Any) -> str:
+    """Return the JSON name of a value's type."""
+    names = {dict: "an object", list: "a list", str: "text", bool: "a boolean", int: "a number", float: "a number"}
+    return "null" if value is None else names.get(type(value), type(value).__name__)

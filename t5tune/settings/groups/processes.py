@@ -1,0 +1,64 @@
+"""How many processes a command starts, where they compute, and how they share a model."""
+
+from typing import Annotated, ClassVar, Self
+
+from pydantic import Field, model_validator
+
+from t5tune.settings.affects import Affects
+from t5tune.settings.field_types import NoneIfUnset, OptionalCount, PathAsText, Settings
+
+
+class RankSettings(Settings):
+    """How many processes to start, and how long they wait for each other."""
+
+    panel: ClassVar[str] = "Processes"
+
+    num_gpus: Annotated[OptionalCount, Affects.NOTHING] = Field(
+        default=None, description="Start this many processes on this machine, one per GPU."
+    )
+    num_processes: Annotated[OptionalCount, Affects.NOTHING] = Field(
+        default=None, description="Start this many processes on this machine, on the CPU."
+    )
+    process_group_timeout: Annotated[int, Affects.NOTHING] = Field(
+        default=1800,
+        gt=0,
+        description="Process-group timeout: stop if another rank doesn't respond within this time (seconds).",
+    )
+
+    @model_validator(mode="after")
+    def _check_number_of_processes(self) -> Self:
+        if self.num_gpus and self.num_processes:
+            raise ValueError(
+                f"num_gpus: {self.num_gpus} conflicts with num_processes: {self.num_processes}; "
+                "leave one of them out, or give it as none"
+            )
+        return self
+
+    @property
+    def process_count(self) -> int:
+        """The number of processes that the command line starts."""
+        return self.num_gpus or self.num_processes or 1
+
+
+class PartitionSettings(RankSettings):
+    deepspeed: Annotated[str | None, NoneIfUnset, PathAsText] = Field(
+        default=None,
+        description="DeepSpeed config with ZeRO-3, if the base doesn't fit on one GPU: zero3, zero3-offload, or a JSON "
+        "file.",
+    )
+
+
+class ProcessSettings(RankSettings):
+    use_cpu: Annotated[bool, Affects.ALL_RANKS] = Field(
+        default=False, description="Train on the CPU even if there is a GPU."
+    )
+    deepspeed: Annotated[str | None, NoneIfUnset, PathAsText, Affects.NOTHING] = Field(
+        default=None,
+        description="DeepSpeed config: zero0, zero1, zero2, zero3, zero2-offload, zero3-offload, or a JSON file.",
+    )
+    max_restarts: Annotated[int, Affects.NOTHING] = Field(
+        default=0,
+        ge=0,
+        description="If a process is lost, restart all processes of num_gpus or num_processes from the last "
+        "checkpoint, up to this many times.",
+    )

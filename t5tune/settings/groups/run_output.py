@@ -1,0 +1,71 @@
+"""What a run writes, and when: checkpoints, logs and reports."""
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, field_validator
+
+from t5tune.settings.affects import Affects
+from t5tune.settings.field_types import NoneIfUnset, OptionalCount, Settings, WordList
+from t5tune.settings.groups.base import OutputSettings
+
+CHANGEABLE = ("num_train_epochs", "max_steps")
+"""Settings that affect the weights, and of which a resumed run may have another value."""
+
+
+class SavingSettings(Settings):
+    panel: ClassVar[str] = "Evaluation and checkpoints"
+
+    save_strategy: Annotated[Literal["no", "steps", "epoch"], Affects.TRAINER | Affects.ALL_RANKS] = Field(
+        default="steps", description="When to save a checkpoint; the last step always saves one."
+    )
+    save_steps: Annotated[int, Affects.TRAINER | Affects.ALL_RANKS] = Field(
+        default=500, gt=0, description="Save a checkpoint every N steps."
+    )
+    save_total_limit: Annotated[OptionalCount, Affects.NOTHING] = Field(
+        default=None,
+        description="Keep only the newest N checkpoints, and the best one if metric_for_best_model is set; default: "
+        "all.",
+    )
+    logging_steps: Annotated[int, Affects.TRAINER | Affects.ALL_RANKS] = Field(
+        default=10, gt=0, description="Log metrics to metrics.jsonl every N steps."
+    )
+    report_to: Annotated[WordList, Affects.NOTHING] = Field(
+        default=["none"], description="Experiment trackers: tensorboard, wandb, mlflow, trackio, … or none."
+    )
+    run_name: Annotated[str | None, NoneIfUnset, Affects.NOTHING] = Field(
+        default=None, description="Name of the run in experiment trackers; default: the name of the run folder."
+    )
+    report_samples: Annotated[int, Affects.ALL_RANKS] = Field(
+        default=10,
+        ge=0,
+        description="Number of examples for which report.html shows predictions from before and after training (up to "
+        "64 tokens each); half of them are the worst of twice as many. 0: none.",
+    )
+
+
+class RunOutputSettings(OutputSettings, SavingSettings):
+    panel: ClassVar[str] = "Output"
+
+    fresh: Annotated[bool, Affects.THIS_CALL | Affects.ALL_RANKS] = Field(
+        default=False,
+        description="Start over; an existing run in output_dir is renamed to output_dir.1, output_dir.2, …",
+    )
+    allow_change: Annotated[WordList, Affects.THIS_CALL] = Field(
+        default=[],
+        description="Resume with another length: num_train_epochs, max_steps, or both. A run keeps all else that "
+        "affects its weights.",
+    )
+    dry_run: Annotated[bool, Affects.THIS_CALL] = Field(
+        default=False,
+        description="Show all settings including defaults, the memory plan and the launch command; write nothing.",
+    )
+
+    @field_validator("allow_change")
+    @classmethod
+    def _check_changes(cls, value: list[str]) -> list[str]:
+        if refused := [name for name in value if name not in CHANGEABLE]:
+            raise ValueError(
+                f"{refused[0]}: only {' and '.join(CHANGEABLE)} can be allowed; to go on with another value, start a "
+                "new run with --adapter RUN/checkpoint-N (after full training, with it as the base)"
+            )
+        return value

@@ -1,0 +1,78 @@
+"""Which steps a run takes: their number, their batches, and how the optimizer uses the gradients.
+
+Names and defaults follow Hugging Face's.
+"""
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from t5tune.settings.affects import Affects
+from t5tune.settings.field_types import OptionalCount, Settings
+
+SCHEDULES_BY_METRIC = {"reduce_lr_on_plateau", "greedy"}  # the learning rate depends on metric_for_best_model
+
+
+class StepSettings(Settings):
+    panel: ClassVar[str] = "Training"
+
+    num_train_epochs: Annotated[float, Affects.WEIGHTS | Affects.TRAINER] = Field(
+        default=3.0, gt=0, description="Training epochs (passes over the data)."
+    )
+    max_steps: Annotated[OptionalCount, Affects.WEIGHTS] = Field(
+        default=None, description="Total optimizer steps, overriding num_train_epochs; default: from num_train_epochs."
+    )
+    per_device_train_batch_size: Annotated[int, Affects.TRAINER | Affects.ALL_RANKS] = Field(
+        default=8, gt=0, description="Batch size per GPU or process (examples)."
+    )
+    tokens_per_batch: Annotated[OptionalCount, Affects.ALL_RANKS] = Field(
+        default=None,
+        description="Fill each micro-batch up to this many tokens (source + target, including padding) instead of "
+        "using per_device_train_batch_size.",
+    )
+    gradient_accumulation_steps: Annotated[int, Affects.TRAINER | Affects.ALL_RANKS] = Field(
+        default=1, gt=0, description="Micro-batches to accumulate per optimizer step."
+    )
+    group_by_length: Annotated[bool, Affects.WEIGHTS] = Field(
+        default=True,
+        description="Batch examples of similar length to reduce padding, by sorting within random windows of 64 steps; "
+        "no effect with tokens_per_batch.",
+    )
+    learning_rate: Annotated[float, Affects.WEIGHTS | Affects.TRAINER] = Field(
+        default=5e-5, ge=0, description="Peak learning rate."
+    )
+    lr_scheduler_type: Annotated[str, Affects.WEIGHTS | Affects.TRAINER] = Field(
+        default="linear", description="Learning-rate schedule, by its transformers name (linear, cosine, …)."
+    )
+    warmup_steps: Annotated[float, Affects.WEIGHTS | Affects.TRAINER] = Field(
+        default=0, ge=0, description="Warmup steps; a value below 1 is a fraction of all steps."
+    )
+    weight_decay: Annotated[float, Affects.WEIGHTS | Affects.TRAINER] = Field(
+        default=0.0, ge=0, description="Decoupled weight decay (as in AdamW)."
+    )
+    max_grad_norm: Annotated[float, Affects.WEIGHTS | Affects.TRAINER] = Field(
+        default=1.0, ge=0, description="Gradient clipping: maximum norm of the gradient; 0 turns clipping off."
+    )
+    optim: Annotated[str, Affects.WEIGHTS | Affects.TRAINER] = Field(
+        default="adamw_torch",
+        description="Optimizer, by its transformers name. The state of a paged one isn't paged after resuming.",
+    )
+    on_non_finite: Annotated[Literal["stop", "skip"], Affects.WEIGHTS] = Field(
+        default="stop",
+        description="What to do if the loss or a gradient is NaN or infinite: stop training, or skip the step. No "
+        "update is made in either case.",
+    )
+    max_skipped_steps: Annotated[int, Affects.WEIGHTS] = Field(
+        default=10,
+        ge=0,
+        description="Maximum number of steps to skip in a run (on_non_finite: skip); the next non-finite step stops "
+        "training.",
+    )
+    dataloader_num_workers: Annotated[int, Affects.TRAINER] = Field(
+        default=0, ge=0, description="Data-loading processes per rank."
+    )
+    training_args: Annotated[dict[str, Any], Affects.WEIGHTS] = Field(
+        default={},
+        description="Additional fields of transformers' TrainingArguments; YAML only.",
+        json_schema_extra={"yaml_only": True},
+    )
