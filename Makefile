@@ -5,7 +5,7 @@ BIN := .venv/bin
 # files in which LONG_TESTS=1 makes other variants of tests, besides those that are marked
 LONG_FILES := tests/reliability tests/model/kernels/test_fused.py tests/adversarial/test_prepare.py tests/commands/test_chat.py tests/commands/test_plan.py tests/end_to_end/test_gemma.py tests/end_to_end/test_lora_variants.py tests/model/kernels/test_fake_cuda.py tests/test_gpu_benchmark.py
 
-.PHONY: quickstart test test-fast families real compatibility floors reliability fuzz check lint types build docs picture clean
+.PHONY: quickstart test test-fast families real compatibility floors reliability fuzz check lint types generate generated build docs picture clean
 
 quickstart: .venv/installed
 	$(BIN)/python examples/quickstart/quickstart.py
@@ -40,7 +40,7 @@ compatibility: .venv/installed-dev build/transformers-4/installed
 floors: build/floors/installed
 	build/floors/bin/python -m pytest
 
-check: lint types test
+check: lint types generated test
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
@@ -48,6 +48,13 @@ lint: .venv/installed-dev
 
 types: .venv/installed-dev
 	$(BIN)/mypy
+
+# writes every file that is made from the code: documents, the schema, types for editors, the list of options
+generate: .venv/installed-dev
+	$(BIN)/python -m tools.generate
+
+generated: .venv/installed-dev
+	$(BIN)/python -m tools.generate --check
 
 build: .venv/installed-dev
 	$(BIN)/pip install --quiet build

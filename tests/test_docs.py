@@ -1,35 +1,27 @@
-"""The documents: links resolve, commands are valid, and generated pages are up to date.
-
-`python tests/test_docs.py` regenerates docs/commands.md and the table of docs/families.md.
-"""
+"""The documents: links resolve, commands are valid, and generated files are up to date."""
 
 import json
 import re
 import shlex
 import tomllib
-import typing
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic.fields import FieldInfo
 
 import docs_site
-from t5tune.cli.options import has_extra, unwrap_type
-from t5tune.cli.summaries import EXAMPLES, SUMMARIES
+from t5tune.cli.summaries import SUMMARIES
 from t5tune.errors import SettingsError
-from t5tune.families import FAMILIES, REFUSED_MODELS
+from t5tune.families import REFUSED_MODELS
 from t5tune.families.t5 import T5
-from t5tune.settings import COMMANDS, Settings
+from t5tune.settings import COMMANDS
 from t5tune.settings.loading import load_settings
 from tests.support.command_line import parse_words, t5tune_in_fork
+from tests.support.paths import REPOSITORY
+from tools.commands_page import anchor_of
+from tools.generate import FILES, find_change
 
-REPOSITORY = Path(__file__).parents[1]
-REFERENCE = REPOSITORY / "docs" / "commands.md"
-FAMILY_PAGE = REPOSITORY / "docs" / "families.md"
-TABLE = re.compile(r"(?:^\|.*\n)+", re.MULTILINE)
 DOCUMENTS = sorted(
     path
     for pattern in ("*.md", "docs/**/*.md", "examples/**/*.md", "benchmarks/**/*.md")
@@ -41,153 +33,10 @@ def get_name(path: Path) -> str:
     return str(path.relative_to(REPOSITORY))
 
 
-def build_reference() -> str:
-    """Return the text of docs/commands.md: what each command is for, then each setting once, under an anchor."""
-    rows = find_setting_rows()
-    lines = [
-        "<!-- generated from the settings by `python tests/test_docs.py` -->",
-        "",
-        "# Commands",
-        "",
-        " · ".join(f"[{model.command}](#t5tune-{model.command})" for model in COMMANDS),
-        "",
-        "Each setting is a flag (`--lora-r 16`), a key of the YAML file that `--config` reads (`lora_r: 16`) and an",
-        "environment variable (`T5TUNE_LORA_R`). A flag overrides the variable, and the variable overrides the file.",
-        "Every command has `--config`, `--json`, `--quiet` and `--debug`. `--help` shows the settings that most people",
-        "use, `--help-all` all of them. On the command line, `lora_r=16` is the same as `--lora-r 16`.",
-        "",
-        "The tables of the commands have the settings that most people use. [All settings](#settings) are explained",
-        "once, at the end of this page; each has an address of its own, such as [`lora_r`](#lora_r).",
-    ]
-    for model in COMMANDS:
-        lines += build_command_section(model, rows)
-    lines += ["", "## Settings"]
-    panels: dict[str, list[str]] = {}
-    for row in rows:
-        description = f"{row.description} *({', '.join(row.commands)})*"
-        cells = f'<a id="{row.anchor}"></a>`{row.name}`', row.default, description
-        panels.setdefault(row.panel, []).append(f"| {' | '.join(cells)} |")
-    for panel, texts in panels.items():
-        lines += ["", f"### {panel}", "", "| setting | default | |", "|---|---|---|", *texts]
-    return "\n".join(lines) + "\n"
-
-
-@dataclass
-class SettingRow:
-    """A setting as one or more commands describe it."""
-
-    name: str
-    panel: str
-    default: str
-    description: str
-    commands: list[str]
-    anchor: str
-
-
-def find_setting_rows() -> list[SettingRow]:
-    """Return each setting once, or once for each group of commands that describe it differently."""
-    rows: dict[tuple[str, ...], SettingRow] = {}
-    anchors = {anchor_of(model.find_panel(name)) for model in COMMANDS for name in model.model_fields}
-    for model in COMMANDS:
-        for name, field in model.model_fields.items():
-            default = "required" if field.is_required() else format_default(field.default)
-            key = (name, default, format_description(field))
-            if key in rows:
-                rows[key].commands.append(model.command)
-                continue
-            anchor = f"{model.command}-{name}" if name in anchors else name
-            anchors.add(anchor)
-            rows[key] = SettingRow(*key[:1], model.find_panel(name), *key[1:], [model.command], anchor)
-    return list(rows.values())
-
-
-def build_command_section(model: type[Settings], rows: list[SettingRow]) -> list[str]:
-    """Return the lines on a command: its summary, two examples, its essential settings, and links to the others."""
-    lines = ["", f"## t5tune {model.command}", "", SUMMARIES[model.command]]
-    if model.also_positional:
-        lines += [f"The first word after `{model.command}` may be the `{model.also_positional}`, without its flag."]
-    if places := [f"`{name}`" for name, field in model.model_fields.items() if has_extra(field, "positional")]:
-        lines += [f"Given by their place, without a flag: {', '.join(places)}."]
-    lines += ["", "```sh", *map(break_command, EXAMPLES[model.command]), "```"]
-    own = {row.name: row for row in rows if model.command in row.commands}
-    required = [name for name, field in model.model_fields.items() if field.is_required()]
-    essential = dict.fromkeys((*required, *model.essential))
-    if essential:
-        lines += ["", "| setting | default | |", "|---|---|---|"]
-    lines += [
-        f"| [`{name}`](#{own[name].anchor}) | {own[name].default} | {own[name].description} |" for name in essential
-    ]
-    panels: dict[str, list[str]] = {}
-    for name, row in own.items():
-        if name not in essential:
-            panels.setdefault(model.find_panel(name), []).append(f"[`{name}`](#{row.anchor})")
-    if panels:
-        lines += ["", "More settings:", ""]
-        lines += [f"- {panel}: {', '.join(links)}" for panel, links in panels.items()]
-    return lines
-
-
-def break_command(command: str) -> str:
-    """Break a command into lines of at most 80 characters."""
-    text, line = "", ""
-    for word in re.findall(r'(?:"[^"]*"|\S)+(?: (?!-)(?:"[^"]*"|\S)+)*', command):
-        if line and len(line) + len(word) > 77:
-            text, line = f"{text}{line} \\\n", "   "
-        line = f"{line} {word}" if line else word
-    return text + line
-
-
-def build_families_table() -> str:
-    """Return the table of docs/families.md, from the facts in t5tune/families."""
-    head = [
-        "model",
-        "such as",
-        "`model_type`",
-        "head",
-        "feed-forward",
-        "tokenizer",
-        "unused embedding rows",
-        "`--family`",
-    ]
-    rows = [head, ["---"] * len(head)]
-    for key, family in FAMILIES.items():
-        facts = [
-            family.name,
-            ", ".join(f"`{name}`" for name in family.checkpoints),
-            f"`{family.model_type}`",
-            "tied" if family.tied else "its own",
-            family.feed_forward,
-            family.tokenizer,
-            f"{family.num_unused_rows} of {family.num_rows:,}",
-            f"`{key}`",
-        ]
-        rows.append(facts)
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
-
-
-def format_description(field: FieldInfo) -> str:
-    text = field.description or ""
-    if typing.get_origin(unwrap_type(field)) is typing.Literal:
-        text += f" One of {', '.join(f'`{choice}`' for choice in typing.get_args(unwrap_type(field)))}."
-    return text.replace("|", "\\|")
-
-
-def format_default(default: object) -> str:
-    if default in (None, "", {}, []):
-        return ""
-    if isinstance(default, bool):
-        return "on" if default else "off"
-    return f"`{' '.join(map(str, default)) if isinstance(default, list) else default}`"
-
-
 def find_anchors(path: Path) -> set[str]:
     """Return the anchors of a document: those of its headings, as GitHub derives them, and its own."""
     text = path.read_text(encoding="utf-8")
     return {*map(anchor_of, re.findall(r"^#+ (.*)$", text, re.MULTILINE)), *re.findall(r'<a id="([^"]*)">', text)}
-
-
-def anchor_of(heading: str) -> str:
-    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
 def find_commands(path: Path) -> Iterator[list[str]]:
@@ -199,10 +48,6 @@ def find_commands(path: Path) -> Iterator[list[str]]:
             words = shlex.split(line, comments=True)
             if words[:1] == ["t5tune"]:
                 yield words[1 : words.index(">") if ">" in words else None]
-
-
-def find_settings_model(command: str) -> type[Settings]:
-    return next(model for model in COMMANDS if model.command == command)
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=get_name)
@@ -309,7 +154,7 @@ def test_commands_in_the_documents_are_valid(path: Path) -> None:
     """Each command is parsed as on the command line, but not run."""
     for command, *arguments in find_commands(path):
         assert command in SUMMARIES, command
-        model = find_settings_model(command)
+        model = next(model for model in COMMANDS if model.command == command)
         parsed = parse_words(arguments, model)
         try:
             load_settings(model, parsed.config, {}, parsed.values, parsed.problems)
@@ -317,13 +162,13 @@ def test_commands_in_the_documents_are_valid(path: Path) -> None:
             pytest.fail(f"t5tune {command} {' '.join(arguments)}: {error.message}")
 
 
-def test_the_command_reference_matches_the_settings() -> None:
-    assert REFERENCE.read_text(encoding="utf-8") == build_reference(), "regenerate it: python tests/test_docs.py"
+@pytest.mark.parametrize("name", [name for name in FILES if name != "docs/memory.md"])  # which takes half a minute
+def test_generated_files_are_up_to_date(name: str) -> None:
+    assert find_change(name) == "", "run make generate"
 
 
-def test_the_families_page_contains_the_generated_table() -> None:
-    page = FAMILY_PAGE.read_text(encoding="utf-8")
-    assert "".join(TABLE.findall(page)) == build_families_table(), "regenerate it: python tests/test_docs.py"
+def test_the_families_page_names_layers_and_unsupported_models() -> None:
+    page = (REPOSITORY / "docs" / "families.md").read_text(encoding="utf-8")
     for name in [*T5.linear_layers, *(reason.partition(":")[0] for reason in REFUSED_MODELS.values())]:
         assert name in page
 
@@ -374,13 +219,6 @@ def test_the_prompt_of_the_getting_started_page_is_a_held_out_example() -> None:
     start, heldout = (REPOSITORY / name for name in ("docs/start.md", "examples/quickstart/heldout.jsonl"))
     (asked,) = [words[words.index("--prompt") + 1] for words in find_commands(start) if "--prompt" in words]
     assert asked in {json.loads(line)["conversations"][0]["value"] for line in heldout.read_text("utf-8").splitlines()}
-
-
-if __name__ == "__main__":
-    REFERENCE.write_text(build_reference(), encoding="utf-8")
-    page = TABLE.sub(lambda _: build_families_table(), FAMILY_PAGE.read_text(encoding="utf-8"), count=1)
-    FAMILY_PAGE.write_text(page, encoding="utf-8")
-    print(REFERENCE, FAMILY_PAGE)
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/README.md"])

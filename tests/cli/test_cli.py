@@ -1,56 +1,21 @@
-"""The command line as a process: help, exit codes, one line per error, and one object on stdout with --json.
+"""The command line as a process: help, exit codes, one line per error, and one object on stdout with --json."""
 
-`python tests/cli/test_cli.py` regenerates golden/options.txt.
-"""
-
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from typer.core import TyperArgument
 
 from t5tune.cli import run
 from t5tune.cli.summaries import SUMMARIES
 from t5tune.settings import COMMANDS
 from tests.support.command_line import CommandResult, get_command, t5tune, t5tune_in_fork
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "options.txt"
 PREPARE_RESULT_KEYS = [
-    "cache",
-    "conversations",
-    "rejected",
-    "examples",
-    "source_tokens",
-    "target_tokens",
-    "truncated_sources",
-    "truncated_targets",
-    "unknown_tokens",
-    "added_tokens",
-    "up_to_date",
-    "seconds",
-    "shard",
-    "joined",
-    "datasets",
-]
-
-
-def options_text() -> str:
-    """The options of every command that --help-all lists, one per line, with type and default."""
-    lines: list[str] = []
-    for model in COMMANDS:
-        lines.append(f"t5tune {model.command}")
-        for param in get_command(model.command).params:
-            is_argument = isinstance(param, TyperArgument)
-            words = [param.metavar] if is_argument else [*param.opts, *param.secondary_opts, param.metavar]
-            if field := model.model_fields.get(param.name):
-                words.append("required" if field.is_required() else repr(field.default))
-            if not param.hidden:
-                lines.append(f"  {' '.join(filter(None, words))}")
-        lines.append("")
-    return "\n".join(lines)
+    "cache", "conversations", "rejected", "examples", "source_tokens", "target_tokens", "truncated_sources",
+    "truncated_targets", "unknown_tokens", "added_tokens", "up_to_date", "seconds", "shard", "joined", "datasets",
+]  # fmt: skip
 
 
 def assert_refused(done: "CommandResult", *names: str) -> None:
@@ -62,12 +27,6 @@ def assert_refused(done: "CommandResult", *names: str) -> None:
     said = "\n".join(done.errors)
     for name in names:
         assert name in said
-
-
-def test_the_options_match_the_golden_file() -> None:
-    assert options_text() == GOLDEN.read_text(encoding="utf-8"), (
-        "the options changed; if that is intended, regenerate the file: python tests/cli/test_cli.py"
-    )
 
 
 def test_every_setting_has_a_flag_or_is_yaml_only() -> None:
@@ -330,9 +289,3 @@ def test_prepare_prints_the_path_of_the_cache(tmp_path: Path, conversations: Pat
     done = t5tune_in_fork("prepare", *arguments)
     assert done.code == 0, done.stderr
     assert done.stdout == f"{tmp_path / 'cache'}\n"
-
-
-if __name__ == "__main__":
-    GOLDEN.parent.mkdir(exist_ok=True)
-    GOLDEN.write_text(options_text(), encoding="utf-8")
-    print(json.dumps({"written": str(GOLDEN)}))

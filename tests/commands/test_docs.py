@@ -12,11 +12,11 @@ import pytest
 from t5tune.commands.docs import PACKAGE, docs
 from t5tune.commands.prepare import prepare
 from t5tune.settings import COMMANDS, DocsSettings, PrepareSettings
-from tests.support.agents_page import BLOCK, GENERATED, PAGE, build_page
 from tests.support.command_line import CommandResult, t5tune_in_fork
 from tests.support.forks import get_fork_server
 from tests.support.paths import REPOSITORY
 from tests.test_docs import find_commands
+from tools.agents_page import BLOCK, GENERATED, PAGE
 
 TEXT = PAGE.read_text(encoding="utf-8")
 RECIPES = re.findall(r"^### (.*?)\n(.*?)(?=^##)", TEXT.partition("\n## Recipes\n")[2], re.MULTILINE | re.DOTALL)
@@ -25,8 +25,7 @@ ORDER = json.dumps({"name": "Aida", "soda": 4}, indent=2)
 OTHER_FLAGS = {"--repo-type"}
 
 
-def test_the_generated_parts_match_the_code() -> None:
-    assert build_page(TEXT) == TEXT, "regenerate them: python tests/support/agents_page.py"
+def test_the_page_has_every_generated_part_and_is_short() -> None:
     assert sorted(name for _, name, _ in BLOCK.findall(TEXT)) == sorted(GENERATED)
     assert len(docs(DocsSettings()).text.splitlines()) <= 400
 

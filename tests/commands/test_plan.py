@@ -1,8 +1,6 @@
 """plan: memory compared with that of real models and runs, batches, suggestions and refusals."""
 
 import json
-import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -617,19 +615,6 @@ def test_the_command_accepts_a_run_config_and_refuses_other_models(tmp_path: Pat
     bart.write_text(json.dumps({"model_type": "bart"}))
     with pytest.raises(ModelError, match="bart"):
         make_plan(bart)
-
-
-def test_the_memory_page_of_the_docs_is_current() -> None:
-    import runpy
-
-    from tests.support.paths import REPOSITORY
-
-    memory = runpy.run_path(str(REPOSITORY / "benchmarks" / "memory.py"))
-    page = (REPOSITORY / "docs" / "memory.md").read_text()
-    is_long = os.environ.get("LONG_TESTS") == "1"  # else every seventh model, since they take twenty seconds together
-    rows = [memory["build_row"](name) for name in memory["list_names"]()[:: 1 if is_long else 7]]
-    assert [row for row in rows if f"{row}\n" not in page] == [], "regenerate it: python benchmarks/memory.py"
-    assert re.findall(r"^\| ([\w-]+/[\w.-]+) ", page, re.MULTILINE) == memory["list_names"]()
 
 
 def test_quantized_bytes_include_scales_of_scales() -> None:

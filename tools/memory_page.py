@@ -1,7 +1,4 @@
-"""Generate docs/memory.md: the memory of each known model's weights, computed with the functions that `plan` uses.
-
-python benchmarks/memory.py
-"""
+"""docs/memory.md: the memory of each known model's weights, computed with the functions that `plan` uses."""
 
 from pathlib import Path
 
@@ -11,13 +8,12 @@ from t5tune.planning.known_configs import KNOWN_CONFIGS, T5GEMMA_VARIANTS
 from t5tune.planning.layer_memory import build_empty_training_model, count_weight_bytes
 from t5tune.settings import PlanSettings
 
-PAGE = Path(__file__).parents[1] / "docs" / "memory.md"
 GB = 1e9
 TEXT = """# Memory
 
-How much memory the weights of each model take, in GB (10⁹ bytes), and how many parameters LoRA of rank 8 on q and v
-trains. In the NF4 column, every linear layer of the blocks, including `wo`, is stored in NF4 with double quantization;
-embedding and head stay in bf16.
+This table shows how much memory the weights of each model take, in GB (10⁹ bytes), and how many parameters LoRA of rank
+8 on q and v trains. In the NF4 column, every linear layer of the blocks, including `wo`, is stored in NF4 with double
+quantization; embedding and head stay in bf16.
 
 When a run ends, `train` shows the peak memory per process; it is also in `report.html`, and in `result.json` as
 `peak_memory_bytes`.
@@ -38,19 +34,15 @@ T5Gemma's `-ul2` and `-it` checkpoints have the sizes of `-prefixlm`. T5Gemma 2 
 which isn't loaded.
 
 The numbers are computed from the shapes in each model's `config.json`, as `plan` computes them.
-[Results](results.md#plan) say how close a plan comes to a run on the CPU.
+[Results](results.md#plan) says how close a plan comes to a run on the CPU.
 """
 
 
 def build_page() -> str:
     """Return the text of docs/memory.md."""
-    return TEXT + "\n".join(map(build_row, list_names())) + "\n" + AFTER
-
-
-def list_names() -> list[str]:
-    """List the models of the table."""
-    # those of a size have the same shape
-    return [name for name in KNOWN_CONFIGS if "/t5gemma-" not in name or not name.endswith(T5GEMMA_VARIANTS[1:])]
+    # T5Gemma's checkpoints of a size have the same shape
+    names = [name for name in KNOWN_CONFIGS if "/t5gemma-" not in name or not name.endswith(T5GEMMA_VARIANTS[1:])]
+    return TEXT + "\n".join(map(build_row, names)) + "\n" + AFTER
 
 
 def build_row(name: str) -> str:
@@ -65,8 +57,3 @@ def build_row(name: str) -> str:
     sizes = (2 * plain, plain, sum(parts.values()), ends)
     cells = [name, f"{total - trainable:,}", f"{trainable:,}", *(f"{size / GB:.2f}" for size in sizes)]
     return f"| {' | '.join(cells)} |"
-
-
-if __name__ == "__main__":
-    PAGE.write_text(build_page(), encoding="utf-8")
-    print(PAGE)

@@ -1,8 +1,6 @@
 """The generated parts of docs/for-agents.md, which `t5tune docs` prints.
 
-    python tests/support/agents_page.py
-
-writes what is between `<!-- generated: NAME -->` and `<!-- end -->`. The rest of the page is written by hand.
+They are between `<!-- generated: NAME -->` and `<!-- end -->`. The rest of the page is written by hand.
 """
 
 import dataclasses
@@ -10,7 +8,7 @@ import importlib
 import re
 import typing
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from rich.text import Text
 
 import t5tune
 from t5tune import errors, progress
+from t5tune.cli.app import build_command
 from t5tune.cli.inspect import JSON_FIELDS
 from t5tune.cli.options import COMMON, format_label, list_essential
 from t5tune.cli.results import TEMPLATE_FLAGS
@@ -27,15 +26,16 @@ from t5tune.data.caches.cache_view import ExampleView
 from t5tune.errors import T5TuneError
 from t5tune.settings import COMMANDS, Settings
 from t5tune.settings.packaged_templates import describe_templates
-from tests.support.command_line import get_command
+from tools import REPOSITORY
 
-PAGE = Path(__file__).parents[2] / "docs" / "for-agents.md"
+PAGE = REPOSITORY / "docs" / "for-agents.md"
 BLOCK = re.compile(r"(<!-- generated: ([\w ]+) -->\n)(?:(?!<!-- end -->).)*(<!-- end -->\n)", re.DOTALL)
 TYPE_NAMES = {bool: "bool", int: "int", float: "number", str: "text", Path: "path", list: "list", dict: "object"}
 
 
-def build_page(text: str) -> str:
+def build_page() -> str:
     """Return the page's text with its generated parts as they should be."""
+    text = PAGE.read_text(encoding="utf-8")
     return BLOCK.sub(lambda block: block[1] + "\n".join([*GENERATED[block[2]](), block[3]]), text)
 
 
@@ -51,13 +51,14 @@ def describe_command(model: type[Settings]) -> Iterator[str]:
     yield f"- result: {', '.join(find_result_keys(model.command)) or 'the JSON schema'}"
 
 
+@cache
 def list_options(model: type[Settings]) -> list[str]:
     """List a line for each option of a command's short help, without what all commands have."""
     required = model.list_required()
     return [
         f"`{format_label(param, model)}`{' (required)' if param.name in required else ''}: "
         f"{Text.from_markup(param.help).plain}"
-        for param in list_essential(get_command(model.command).params, model)
+        for param in list_essential(build_command(model.command).params, model)
         if param.rich_help_panel != COMMON or param.name == model.also_positional
     ]
 
@@ -110,7 +111,7 @@ def get_summary(described: type) -> str:
 
 def list_names() -> Iterator[str]:
     """Yield what can be imported from t5tune."""
-    yield ", ".join(f"`{name}`" for name in t5tune.__all__ if not name.startswith("_"))
+    yield ", ".join(f"`{name}`" for name in dir(t5tune) if not name.startswith("_"))
 
 
 GENERATED: dict[str, Callable[[], Iterator[str]]] = {
@@ -120,7 +121,3 @@ GENERATED: dict[str, Callable[[], Iterator[str]]] = {
     "events": list_events,
     "names": list_names,
 }
-
-if __name__ == "__main__":
-    PAGE.write_text(build_page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-    print(PAGE)
