@@ -37,6 +37,7 @@ from t5tune.settings import PlanSettings, TrainSettings
 from t5tune.settings.dataset_list import split_weight
 from t5tune.settings.field_types import parse_gpu_memory
 from t5tune.settings.groups.memory import MemorySettings
+from t5tune.settings.messages import get_reason
 from t5tune.training.steps import EpochDraws, count_steps, make_budget_sampler
 
 NUM_ADDED_TOKENS = 19  # about as many as prepare adds to T5's vocabulary, if there are unused rows
@@ -321,7 +322,7 @@ def _find_refusals(settings: PlanSettings) -> list[str]:
     try:
         TrainSettings.model_validate({**given, "data_path": ["-"], "output_dir": "-"})
     except ValidationError as error:
-        return [detail["msg"].removeprefix("Value error, ") for detail in error.errors()]
+        return [get_reason(detail) for detail in error.errors()]
     return []
 
 

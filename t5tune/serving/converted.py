@@ -6,7 +6,6 @@ A conversion's name has a hash of all that it was made of, so that one of other 
 """
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from t5tune.checkpoints.model_folder import is_converted, is_trained_file
 from t5tune.errors import SettingsError, WriteError
 from t5tune.file_names import MODEL_SUFFIXES
 from t5tune.formatting import format_size
-from t5tune.io.atomic import hash_file, lock_file
+from t5tune.io.atomic import hash_file, hash_json, lock_file
 from t5tune.progress import Note, Report
 
 CONVERSION_FORMAT = 2  # to be raised when conversions by older versions of t5tune mustn't be used any more
@@ -96,7 +95,7 @@ def _hash_inputs(hashes: Path, base: Path, adapter: Path | None, onto: str, quan
         "base": _hash_files(base, with_weights=False),
         "adapter": None if adapter is None else _hash_files(adapter, with_weights=True),
     }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return hash_json(parts)
 
 
 def _hash_files(folder: Path, with_weights: bool) -> dict[str, str]:

@@ -21,7 +21,7 @@ from pydantic_core import ErrorDetails
 from t5tune.data.reading.formats import Turn
 from t5tune.data.reading.record_turns import Role
 from t5tune.errors import make_printable, suggest_name
-from t5tune.settings.messages import MAX_SHOWN_VALUE, describe_value_error, format_place
+from t5tune.settings.messages import MAX_SHOWN_VALUE, describe_value_error, format_place, get_reason
 
 MAX_STOPS = 16  # OpenAI allows 4, but some tools send more
 MAX_CHOICES = 128
@@ -294,7 +294,7 @@ def _explain(error: ErrorDetails, kind: type[BaseModel]) -> ApiError:
     if error["type"] == "missing":
         return ApiError(400, f"{place}: missing", place)
     if not place:
-        message = error["msg"].removeprefix("Value error, ")
+        message = get_reason(error)
         return ApiError(400, message, message.partition(":")[0])
     reason = "expected an object" if error["type"] == "model_type" else describe_value_error(error)
     shown = "" if isinstance(error["input"], dict | list) else f"{_show(error['input'])}: "

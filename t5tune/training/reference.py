@@ -10,7 +10,6 @@ computed is saved, so that a run that is stopped meanwhile continues there.
 
 import gc
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from t5tune.distributed.collectives import run_on_rank_0
 from t5tune.distributed.world import World
 from t5tune.errors import CheckpointError, naming_settings
 from t5tune.inference.loading import LoadedModel, load_for_inference
-from t5tune.io.atomic import write_file
+from t5tune.io.atomic import hash_json, write_file
 from t5tune.io.reasons import describe_error
 from t5tune.model.attention.packing import can_pack, use_packing
 from t5tune.model.batches import make_collator
@@ -115,7 +114,7 @@ def make_reference_file(folder: Path, name: str, run_identity: dict[str, Any], e
     fields = INITIAL_FIELDS if run_identity["reference_adapter"] is None else (*MODEL_FIELDS, "reference_adapter")
     made_of = {field: run_identity.get(field) for field in fields}
     made_of |= {"examples": examples.identify(), "tokenizer": examples.manifest["inputs"].get("tokenizer")}
-    key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+    key = hash_json(made_of)
     return ReferenceFile(folder / f"reference-{name}.safetensors", key)
 
 
