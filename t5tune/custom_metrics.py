@@ -25,6 +25,7 @@ from pathlib import Path
 from types import ModuleType
 
 from t5tune.errors import SettingsError, suggest_name
+from t5tune.formatting import shorten
 from t5tune.io.reasons import join_first, join_lines
 from t5tune.metrics import METRICS
 
@@ -151,18 +152,18 @@ def _call_all(
 def _check_result(function: str, result: object, taken: dict[str, str]) -> None:
     """Check that the result is a dict of numbers. `taken`: the names of other functions' metrics -> the function."""
     if not isinstance(result, dict) or not result:
-        shown = "an empty dict" if result == {} else f"{join_lines(repr(result))[:80]}"
+        shown = "an empty dict" if result == {} else shorten(join_lines(repr(result)))
         raise SettingsError(f"metric: {function}: returned {shown}", hint=EXPECTED)
     for name, value in result.items():
         problem = None
         if not isinstance(name, str) or not name.isidentifier():
-            problem = f"{join_lines(repr(name))[:80]} can't be a metric's name: use letters, digits and _"
+            problem = f"{shorten(join_lines(repr(name)))} can't be a metric's name: use letters, digits and _"
         elif name in RESERVED_NAMES or name.startswith("eval_"):
             problem = f"{name!r} is a name that t5tune uses; choose another"
         elif name in taken:
             problem = f"{name!r} is also a metric of {taken[name]}; rename one of them"
         elif not isinstance(value, Real):
-            problem = f"{name!r} is {join_lines(repr(value))[:80]}; {EXPECTED}"
+            problem = f"{name!r} is {shorten(join_lines(repr(value)))}; {EXPECTED}"
         elif _overflows(value):
             problem = f"{name!r} is a number that is too large; {EXPECTED}"
         if problem is not None:

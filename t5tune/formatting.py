@@ -1,4 +1,4 @@
-"""How numbers, counts, sizes, durations and the names of metrics are written, on the terminal and in the HTML pages."""
+"""How numbers, counts, sizes, durations, names of metrics and long texts are written, in messages and HTML pages."""
 
 import math
 from collections.abc import Mapping
@@ -36,6 +36,11 @@ def format_duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{seconds:.1f} s"
+
+
+def shorten(text: str, limit: int = 60) -> str:
+    """Cut a text to at most `limit` characters, the last of which is then an ellipsis."""
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
 def format_metric_name(name: str) -> str:

@@ -33,6 +33,7 @@ from t5tune.file_names import (
     MODEL_CARD_FILE,
     NON_LORA_FILE,
 )
+from t5tune.formatting import shorten
 from t5tune.io.atomic import write_json
 from t5tune.io.reasons import describe_error
 from t5tune.io.untrusted import has_file, parse_json_object
@@ -257,7 +258,7 @@ def read_base_metadata(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: metadata about its base: {describe_error(error)}") from error
     for name, value in base_metadata.items():
         if not isinstance(value, str | bool) or (name == "onto" and value not in QUANTIZATIONS):
-            raise CheckpointError(f"{path}: metadata about its base: {name}: unexpected {str(value)[:100]!r}")
+            raise CheckpointError(f"{path}: metadata about its base: {name}: unexpected {shorten(str(value))!r}")
     return base_metadata
 
 

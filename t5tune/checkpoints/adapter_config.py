@@ -13,8 +13,8 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
 from t5tune.errors import CheckpointError
 from t5tune.file_names import ADAPTER_CONFIG_FILE, CONFIG_FILE
+from t5tune.formatting import shorten
 from t5tune.io.folder_kinds import describe_folder
-from t5tune.io.reasons import shorten
 from t5tune.io.untrusted import read_json_object
 from t5tune.settings.messages import describe_value_error
 

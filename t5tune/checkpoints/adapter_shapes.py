@@ -18,7 +18,7 @@ from t5tune.checkpoints.tensor_files.tensors import Tensor
 from t5tune.errors import CheckpointError
 from t5tune.families.architecture import Architecture
 from t5tune.file_names import ADAPTER_CONFIG_FILE
-from t5tune.formatting import format_count
+from t5tune.formatting import format_count, shorten
 
 _OTHER_BASE_HINT = "is this the base that the adapter was trained on?"
 
@@ -126,7 +126,7 @@ def _check_token_rows(state: Mapping[str, Tensor], config: Mapping[str, Any], so
 
 def _format_targets(config: Mapping[str, Any]) -> str:
     targets = config.get("target_modules")
-    return " ".join(map(str, targets)) if isinstance(targets, list) else str(targets)[:100]
+    return " ".join(map(str, targets)) if isinstance(targets, list) else shorten(str(targets))
 
 
 def _is_target(module: str, config: Mapping[str, Any]) -> bool:

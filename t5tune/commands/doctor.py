@@ -19,6 +19,7 @@ from itertools import chain
 
 from t5tune.diagnosis import Finding, machine
 from t5tune.distributed.deepspeed_build import remove_stale_locks
+from t5tune.formatting import shorten
 from t5tune.io.processes import make_module_command
 from t5tune.progress import Report, silent, track
 from t5tune.settings import DoctorSettings
@@ -100,4 +101,4 @@ def _describe_failure(code: int, errors: str) -> str:
     if code < 0:
         return f"crashed with {signal.Signals(-code).name}"
     lines = [line.strip() for line in errors.splitlines() if line.strip()]
-    return lines[-1][:300] if lines else f"exited with code {code} and no output"
+    return shorten(lines[-1], 300) if lines else f"exited with code {code} and no output"

@@ -26,7 +26,7 @@ from t5tune.compat.quiet import quiet_libraries
 from t5tune.converting.generation_config import describe_lost_settings, read_generation_config
 from t5tune.errors import CheckpointError, DependencyError, ModelError, SettingsError, naming_settings
 from t5tune.families import CTRANSLATE2, find_family
-from t5tune.formatting import format_count
+from t5tune.formatting import format_count, shorten
 from t5tune.inference.loading import choose_family, find_base_and_adapter, load_for_inference, read_model_files
 from t5tune.inference.precision import Precision, read_trained_precision, resolve_precision, select_precision
 from t5tune.inference.prompts import make_prompts
@@ -378,7 +378,7 @@ class _Loader:
         try:
             engine.try_one_token()
         except RuntimeError as error:
-            problem = f"CTranslate2 can't compute on {self._device}: {join_lines(error)[:300]}"
+            problem = f"CTranslate2 can't compute on {self._device}: {shorten(join_lines(error), 300)}"
             has_library = self._device.type != "cuda" or load_cublas()
             raise _CTranslate2Fails(problem, hint=None if has_library else f"pip install {CUBLAS_PACKAGE}") from error
         report(Note(f"with CTranslate2, {engine.compute_type}"))

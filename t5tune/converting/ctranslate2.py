@@ -31,6 +31,7 @@ from t5tune.file_names import (
     TEMPLATE_FILE,
     TRAINING_DATA_FILE,
 )
+from t5tune.formatting import shorten
 from t5tune.inference.generation import Decoding, generate
 from t5tune.io.reasons import join_lines
 from t5tune.merging.verify import find_max_difference, read_example_ids
@@ -127,7 +128,7 @@ def convert(checkpoint: Path, folder: Path, quantization: str | None) -> None:
     except Exception as error:  # a converter for other releases may raise anything
         if isinstance(error, OSError) and error.errno is not None:  # a full disk, for example
             raise
-        reason = join_lines(f"{type(error).__name__}: {error}")[:300]
+        reason = shorten(join_lines(f"{type(error).__name__}: {error}"), 300)
         releases = f"CTranslate2 {ctranslate2.__version__} can't convert this model with transformers"
         raise DependencyError(
             f"to: {releases} {transformers.__version__}: {reason}",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from t5tune.compat.requirements import is_older, make_install_command, read_oldest_releases
 from t5tune.diagnosis import CheckResult, Finding
-from t5tune.formatting import GIB
+from t5tune.formatting import GIB, shorten
 from t5tune.io.reasons import join_lines
 from t5tune.model.device import get_free_memory, read_nvidia_driver
 from t5tune.model.kernels.build_tools import find_missing_compiler
@@ -30,7 +30,7 @@ def inspect_machine() -> list[Finding]:
         try:
             findings.append(Finding(name, *check()))
         except Exception as error:
-            found = f"can't be checked: {type(error).__name__}: {join_lines(error)[:200]}"
+            found = f"can't be checked: {type(error).__name__}: {shorten(join_lines(error), 200)}"
             findings.append(Finding(name, "warning", found))
     return findings
 

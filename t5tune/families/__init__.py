@@ -23,6 +23,7 @@ from t5tune.families.t5 import MT5, T5, UMT5
 from t5tune.families.t5gemma import T5Gemma
 from t5tune.families.t5gemma2 import T5Gemma2
 from t5tune.file_names import CONFIG_FILE
+from t5tune.formatting import shorten
 
 # the tokens that FastChat adds to Flan-T5's
 FASTCHAT_PAD = "[PAD]"
@@ -219,7 +220,7 @@ def find_family(config: Mapping[str, Any], folder: Path, requested: str | None =
     """
     place, model_type = folder / CONFIG_FILE, config.get("model_type")
     if not isinstance(model_type, str | None):
-        raise ModelError(f"{place}: model_type: {str(model_type)[:50]}: expected a name", hint=_list_supported())
+        raise ModelError(f"{place}: model_type: {shorten(str(model_type))}: expected a name", hint=_list_supported())
     if model_type in REFUSED_MODELS:
         raise ModelError(f"{place}: {REFUSED_MODELS[str(model_type)]}", hint=_list_supported())
     if model_type in MODEL_TYPES:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from t5tune.errors import CheckpointError
+from t5tune.formatting import shorten
 
 Shapes = dict[str, tuple[int, ...]]
 MAX_LAYERS = 1 << 12
@@ -176,7 +177,7 @@ class Architecture(ABC):
         value = config.get(key)
         if type(value) is not int or not 0 < value < limit:
             raise CheckpointError(
-                f"the base's config.json: {key}: {str(value)[:50]}: expected a positive integer below {limit}"
+                f"the base's config.json: {key}: {shorten(str(value))}: expected a positive integer below {limit}"
             )
         return value
 
@@ -188,7 +189,7 @@ class Architecture(ABC):
         """
         value = default if config.get(key) is None else config[key]
         if type(value) is not int or value < 0:
-            raise CheckpointError(f"the base's config.json: {key}: {str(value)[:50]}: expected the id of a token")
+            raise CheckpointError(f"the base's config.json: {key}: {shorten(str(value))}: expected the id of a token")
         return value
 
 

@@ -17,6 +17,7 @@ from t5tune.families.architecture import (
     get_layer_name,
     repeat_for_targets,
 )
+from t5tune.formatting import shorten
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 FEED_FORWARD_OUTPUT = "down_proj"  # T5's `wo`
@@ -102,7 +103,7 @@ class T5Gemma(Architecture):
             part = part.get(key, {})
             if not isinstance(part, dict):
                 place = ".".join(keys[:count])
-                problem = f"the base's config.json: {place}: {str(part)[:50]}: expected an object"
+                problem = f"the base's config.json: {place}: {shorten(str(part))}: expected an object"
                 raise CheckpointError(problem)
         return part
 

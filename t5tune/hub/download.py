@@ -22,6 +22,7 @@ from typing import Any, Literal, TypeVar
 
 from t5tune.compat.hub_patches import RedirectedElsewhere, watch_requests_to_the_hub
 from t5tune.errors import CheckpointError, DataError, ModelError, SettingsError, T5TuneError, suggest_name
+from t5tune.formatting import shorten
 from t5tune.io.atomic import hash_file, write_file
 from t5tune.io.reasons import hide_queries, join_lines
 from t5tune.progress import Note, Report, count_done, silent
@@ -54,7 +55,7 @@ def get_status(error: BaseException | None) -> int | None:
 
 def describe(error: BaseException) -> str:
     """Describe an error of huggingface_hub in one line, without what may be a secret."""
-    return hide_queries(join_lines(error))[:300]
+    return shorten(hide_queries(join_lines(error)), 300)
 
 
 def _list_causes(error: BaseException | None) -> list[BaseException]:

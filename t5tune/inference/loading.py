@@ -21,6 +21,7 @@ from t5tune.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from t5tune.errors import ModelError, SettingsError
 from t5tune.families import find_architecture
 from t5tune.file_names import TEMPLATE_FILE, TOKENIZER_CONFIG_FILE
+from t5tune.formatting import shorten
 from t5tune.hub.names import name_snapshot, split_revision
 from t5tune.inference.precision import Precision, read_trained_precision, resolve_precision, select_precision
 from t5tune.io.reasons import join_lines
@@ -248,7 +249,7 @@ def _explain_misfit(*folders: Path) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError, KeyError, OSError) as error:
-        problem = f"adapter: {', '.join(map(str, folders))}: doesn't fit this base: {join_lines(error)[:300]}"
+        problem = f"adapter: {', '.join(map(str, folders))}: doesn't fit this base: {shorten(join_lines(error), 300)}"
         raise ModelError(problem, hint="give the base that it was trained on") from error
 
 

@@ -63,11 +63,6 @@ def hide_queries(text: str) -> str:
     return re.sub(r"\?[^\s'\"<>]+=[^\s'\"<>]*", "?…", text)  # also of a URL without its beginning
 
 
-def shorten(text: str, limit: int = 60) -> str:
-    """Cut a text to at most `limit` characters, the last of which is then an ellipsis."""
-    return text if len(text) <= limit else f"{text[: limit - 1]}…"
-
-
 def join_first(names: Sequence[object]) -> str:
     """Join the first MAX_NAMES names, followed by the number of the others: `a, b, c, d, e and 3 more`."""
     more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""

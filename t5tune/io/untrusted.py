@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from t5tune.errors import CheckpointError
+from t5tune.formatting import shorten
 from t5tune.io.reasons import describe_error
 
 MAX_JSON_BYTES = 32 << 20  # a typical tokenizer.json has 2 MB, an index of shards less
@@ -24,7 +25,7 @@ def resolve_inside(folder: Path, name: str) -> Path:
         FileNotFoundError: there is no such file.
     """
     if not is_file_name(name):
-        raise CheckpointError(f"{folder}: {name[:200]!r}: points outside the folder")
+        raise CheckpointError(f"{folder}: {shorten(name)!r}: points outside the folder")
     path = folder / name
     check_inside(folder, path)
     if not path.exists():

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from t5tune.errors import SettingsError
-from t5tune.io.reasons import shorten
+from t5tune.formatting import shorten
 from t5tune.io.yaml_errors import InvalidYAML, describe_yaml_error
 
 MAX_YAML_BYTES = 1 << 18

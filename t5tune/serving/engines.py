@@ -15,6 +15,7 @@ from t5tune.compat.ctranslate2_patches import load_translator
 from t5tune.compat.quiet import quiet_libraries
 from t5tune.errors import ModelError
 from t5tune.file_names import CONFIG_FILE, CTRANSLATE2_VOCABULARY_FILE
+from t5tune.formatting import shorten
 from t5tune.inference.generation import Decoding, Sampling, find_stop_ids, generate, make_random_generator
 from t5tune.io.processes import count_cores
 from t5tune.io.reasons import join_lines
@@ -88,7 +89,7 @@ class TranslatorEngine:
                 intra_threads=max(1, count_cores() // max_batches),
             )
         except RuntimeError as error:
-            problem = f"{folder}: CTranslate2 can't load this converted model: {join_lines(error)[:300]}"
+            problem = f"{folder}: CTranslate2 can't load this converted model: {shorten(join_lines(error), 300)}"
             raise ModelError(problem, hint="delete the folder, so that it is converted again") from error
         self.stop_ids = stop_ids
         self.max_batches = max_batches

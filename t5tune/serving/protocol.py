@@ -21,6 +21,7 @@ from pydantic_core import ErrorDetails
 from t5tune.data.reading.formats import Turn
 from t5tune.data.reading.record_turns import Role
 from t5tune.errors import make_printable, suggest_name
+from t5tune.formatting import shorten
 from t5tune.settings.messages import MAX_SHOWN_VALUE, describe_value_error, format_place, get_reason
 
 MAX_STOPS = 16  # OpenAI allows 4, but some tools send more
@@ -303,8 +304,7 @@ def _explain(error: ErrorDetails, kind: type[BaseModel]) -> ApiError:
 
 def _show(value: Any) -> str:
     """Write a value of the body for a message."""
-    shown = json.dumps(value, ensure_ascii=False)
-    return shown if len(shown) <= MAX_SHOWN_VALUE else f"{shown[:MAX_SHOWN_VALUE]}…"
+    return shorten(json.dumps(value, ensure_ascii=False), MAX_SHOWN_VALUE)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from t5tune.errors import suggest_name
+from t5tune.formatting import shorten
 from t5tune.settings.other_names import find_meant_setting, is_name_elsewhere, suggest_setting
 
 # pydantic error type -> text; {…} is filled from the error's context
@@ -112,7 +113,7 @@ def shorten_value(value: object) -> str:
         shown = repr(value)
     except RecursionError:
         return f"a {type(value).__name__}"
-    return shown if len(shown) <= MAX_SHOWN_VALUE else shown[: MAX_SHOWN_VALUE - 3] + "..."
+    return shorten(shown, MAX_SHOWN_VALUE)
 
 
 def _write_argument(setting: str, value: str | None) -> str:

@@ -24,6 +24,7 @@ from t5tune.checkpoints.tensor_files.tensors import (
     count_tensor_bytes,
 )
 from t5tune.errors import CheckpointError
+from t5tune.formatting import shorten
 from t5tune.io.reasons import describe_error
 from t5tune.io.untrusted import parse_json_object
 
@@ -123,7 +124,7 @@ def _find_problem(entry: Any, data_size: int) -> str | None:
         return f"{missing[0]} is missing"
     dtype, shape, offsets = (entry[key] for key in ENTRY_KEYS)
     if not isinstance(dtype, str) or dtype not in NUMPY_DTYPES:
-        return f"dtype {str(dtype)[:40]} is unknown; expected one of {', '.join(NUMPY_DTYPES)}"
+        return f"dtype {shorten(str(dtype))} is unknown; expected one of {', '.join(NUMPY_DTYPES)}"
     if not _is_integers(shape):
         return "shape isn't a list of integers from 0"
     if len(shape) > MAX_DIMENSIONS:

@@ -25,6 +25,7 @@ from t5tune.checkpoints.tensor_files.tensors import (
 from t5tune.checkpoints.tensor_files.torch_pickle import Function, InertClass, unpickle
 from t5tune.checkpoints.tensor_files.torch_zip import StoredZip
 from t5tune.errors import CheckpointError
+from t5tune.formatting import shorten
 
 STORAGE_DTYPES = {
     "DoubleStorage": "F64",
@@ -92,7 +93,7 @@ def read_torch_file(path: Path) -> Any:
     try:
         return unpickle(bytes(archive.view("data.pkl")), reader.find_global, reader.load_storage)
     except (ValueError, TypeError, OverflowError) as error:
-        raise CheckpointError(f"{path}: {str(error)[:200]}") from error
+        raise CheckpointError(f"{path}: {shorten(str(error), 200)}") from error
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
@@ -135,7 +136,7 @@ class _Reader:
                 raise ValueError("its pickle has a persistent id that isn't a storage")
         member = self.archive.get_member(f"data/{key}")
         if count * dtype.itemsize != member.size:
-            raise ValueError(f"data/{key[:100]}: {member.size} bytes, expected {count * dtype.itemsize}")
+            raise ValueError(f"data/{shorten(key)}: {member.size} bytes, expected {count * dtype.itemsize}")
         values = np.frombuffer(self.archive.view(f"data/{key}"), dtype)
         file_range = FileRange(self.archive.path, member.begin)
         return _Storage(kind.dtype, values, file_range, partial(self.archive.check, f"data/{key}"))

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from t5tune.checkpoints.tensor_files.tensors import drop_pages
 from t5tune.errors import CheckpointError
+from t5tune.formatting import shorten
 from t5tune.io.reasons import describe_error
 
 MAX_DIRECTORY_BYTES = 32 << 20
@@ -120,7 +121,7 @@ class StoredZip:
         for _ in range(count):
             member, offset = self._parse_directory_entry(directory, offset)
             if member.name in members:
-                raise self._build_error(f"two members are named {member.name[:100]!r}")
+                raise self._build_error(f"two members are named {shorten(member.name)!r}")
             members[member.name] = member
         if offset != len(directory):
             raise self._build_error("the central directory is longer than its entries")
@@ -138,11 +139,11 @@ class StoredZip:
         position = gap = 0
         for member in sorted(members.values(), key=lambda member: member.header):
             if not position <= member.header <= position + gap:
-                raise self._build_error(f"{member.name[:100]!r} overlaps another member or follows a gap")
+                raise self._build_error(f"{shorten(member.name)!r} overlaps another member or follows a gap")
             data = self._find_data(member)
             position = data + member.size
             if position > end:
-                raise self._build_error(f"{member.name[:100]!r} extends into the central directory")
+                raise self._build_error(f"{shorten(member.name)!r} extends into the central directory")
             gap = _MAX_DATA_DESCRIPTOR_BYTES if member.has_descriptor else 0
             located[member.name] = replace(member, begin=data)
         if end > position + gap:
@@ -205,7 +206,7 @@ class StoredZip:
         size, packed, header = self._apply_zip64(extra, [size, packed, header])
         if method or flags & _IS_ENCRYPTED or packed != size or disk:
             raise self._build_error(
-                f"{name[:100]!r} is compressed, encrypted or on another disk; torch stores members uncompressed"
+                f"{shorten(name)!r} is compressed, encrypted or on another disk; torch stores members uncompressed"
             )
         return Member(name, header, size, crc, bool(flags & _HAS_DATA_DESCRIPTOR)), offset
 
@@ -236,5 +237,5 @@ class StoredZip:
         sizes = {size, packed} - {member.size, _IN_ZIP64_EXTRA} - ({0} if flags & _HAS_DATA_DESCRIPTOR else set())
         checks = {crc} - {member.crc} - ({0} if flags & _HAS_DATA_DESCRIPTOR else set())
         if signature != b"PK\x03\x04" or method or name != member.name.encode() or sizes or checks:
-            raise self._build_error(f"{member.name[:100]!r}: its local header contradicts the central directory")
+            raise self._build_error(f"{shorten(member.name)!r}: its local header contradicts the central directory")
         return member.header + _LOCAL_HEADER.size + int(name_length) + int(extra_length)

@@ -22,8 +22,7 @@ from t5tune.checkpoints.tensor_files.tensors import FLOAT_DTYPES, PartitionedTen
 from t5tune.checkpoints.tensor_files.torch_file import read_torch_file
 from t5tune.checkpoints.tensor_files.torch_pickle import Inert
 from t5tune.errors import CheckpointError
-from t5tune.formatting import format_count
-from t5tune.io.reasons import shorten
+from t5tune.formatting import format_count, shorten
 from t5tune.io.untrusted import check_all_inside
 
 _MODEL_STATES_PATTERN = re.compile(r"(?:bf16_|fp16_)?(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
@@ -278,7 +277,7 @@ def read_shapes(value: Any, path: Path) -> Shapes:
             if not isinstance(name, str) or not is_shape or not all(0 <= size < MAX_COUNT for size in shape):
                 raise CheckpointError(f"{path}: param_shapes: expected names with shapes")
             if name in names or math.prod(shape) >= MAX_COUNT:
-                raise CheckpointError(f"{path}: param_shapes: {name[:100]!r}: duplicate or too large")
+                raise CheckpointError(f"{path}: param_shapes: {shorten(name)!r}: duplicate or too large")
             names.add(name)
     return groups
 

@@ -18,6 +18,7 @@ from t5tune.checkpoints.zero.files import (
     slice_flat,
 )
 from t5tune.errors import CheckpointError
+from t5tune.formatting import shorten
 from t5tune.io.untrusted import check_inside, is_file_name
 
 UNIVERSAL_FOLDER = "zero"
@@ -55,7 +56,7 @@ def find_deepspeed_folder(folder: Path) -> Path | None:
     with open(latest, "rb") as file:
         tag = file.read(256).decode("utf-8", "replace").strip()
     if not is_file_name(tag):
-        raise CheckpointError(f"{latest}: {tag[:100]!r}: not the name of a folder in this folder")
+        raise CheckpointError(f"{latest}: {shorten(tag)!r}: not the name of a folder in this folder")
     check_inside(folder, folder / tag)
     if not any((folder / tag).glob("*_model_states.pt")):
         raise CheckpointError(f"{folder / tag}: contains no shards, but {latest.name} names it")
@@ -127,7 +128,7 @@ def _read_universal(folder: Path, shapes: Shapes) -> dict[str, PartitionedTensor
     trained = {}
     for name, shape in ((name, shape) for group in shapes for name, shape in group.items()):
         if not is_file_name(name):
-            raise CheckpointError(f"{folder}: {name[:100]!r}: not a valid parameter name")
+            raise CheckpointError(f"{folder}: {shorten(name)!r}: not a valid parameter name")
         path = folder / UNIVERSAL_FOLDER / name / "fp32.pt"
         check_inside(folder, path)
         if not path.is_file():

@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch.nn.attention import flex_attention as torch_flex_attention
 
+from t5tune.formatting import shorten
 from t5tune.io.reasons import join_lines
 from t5tune.model.attention.segments import segment_attention
 from t5tune.model.device import has_bf16
@@ -120,7 +121,7 @@ def check_kernel(shapes: Sequence[AttentionShape], device: torch.device, dtype: 
                 found = (_find_differences(shape, device, dtype, num_stages) for shape in shapes)
                 return KernelCheck(next(chain.from_iterable(found), None), num_stages)
             except Exception as error:  # whatever compilers and kernels raise
-                failures.append(f"{type(error).__name__}: {join_lines(error)[:200]}")
+                failures.append(f"{type(error).__name__}: {shorten(join_lines(error), 200)}")
         return KernelCheck("; with fewer stages: ".join(dict.fromkeys(failures)), None)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from t5tune.formatting import shorten
 from t5tune.io.reasons import join_lines
 from t5tune.model.kernels.build_tools import find_missing_compiler
 
@@ -68,7 +69,7 @@ def find_kernel_problem(device: torch.device) -> str | None:
     try:
         differences = _compare_with_torch(device)
     except Exception as error:  # of Python's import, of Triton, of the C compiler that it starts, of the GPU's driver
-        return f"{type(error).__name__}: {join_lines(error)[:200]}"
+        return f"{type(error).__name__}: {shorten(join_lines(error), 200)}"
     # a NaN is not less than anything
     return (
         None if all(each < MAX_DIFFERENCE for each in differences) else f"its values differ by {max(differences):.1%}"

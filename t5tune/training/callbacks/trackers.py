@@ -19,6 +19,7 @@ from t5tune.checkpoints.hub_upload import list_uploaded_files
 from t5tune.data.reading.remote_files import hide_data_queries
 from t5tune.errors import CheckpointError
 from t5tune.file_names import REPORT_FILE
+from t5tune.formatting import shorten
 from t5tune.io.atomic import write_json
 from t5tune.io.reasons import describe_error, hide_queries
 from t5tune.io.untrusted import read_json_object
@@ -135,7 +136,7 @@ class TrackRun(TrainerCallback):  # type: ignore[misc]
             return action()
         except Exception as error:  # of any kind: each tracker has its own
             self._trackers.remove(name)
-            reason = hide_queries(describe_error(error))[:200] or type(error).__name__
+            reason = shorten(hide_queries(describe_error(error)), 200) or type(error).__name__
             self._report(Note(f"report_to: {name}: {reason}; the run continues without it", warning=True))
             return None
 
