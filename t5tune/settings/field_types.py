@@ -132,6 +132,12 @@ class Settings(BaseModel):
                 f"{name}: settings can't be changed; use settings.replace({name}={shorten_value(value)})"
             )
 
+    def _imply(self, **values: Any) -> None:
+        """Give settings that aren't set a value that follows from others; they still aren't set."""
+        for name, value in values.items():
+            if name not in self.model_fields_set:
+                object.__setattr__(self, name, value)  # pydantic's would be refused, and would set it
+
     def replace(self, **changes: Any) -> Self:
         """Return validated settings with other values. What wasn't set before still isn't.
 

@@ -260,8 +260,7 @@ class ChatSettings(ConversationSettings, InferenceSettings):
             return self
         if self.prompt is not None:
             raise ValueError("save_preferences: asks which reply is better, in an interactive chat; leave out prompt")
-        if "temperature" not in self.model_fields_set:
-            self.__dict__["temperature"] = SAMPLING_TEMPERATURE  # it still isn't set, as bf16 with q_lora
+        self._imply(temperature=SAMPLING_TEMPERATURE)
         if self.temperature == 0:
             raise ValueError("save_preferences: temperature 0 gives the same reply twice; set it to 1, for example")
         return self

@@ -102,9 +102,8 @@ class TrainingPrecisionSettings(QuantizationSettings):
 
     @model_validator(mode="after")
     def _turn_bf16_on_for_q_lora(self) -> Self:
-        # unless it is set: --no-bf16 computes in fp32, which is faster on a CPU without bf16
-        if self.q_lora and "bf16" not in self.model_fields_set:
-            self.__dict__["bf16"] = True  # it still isn't set: `replace(q_lora=False)` turns it off
+        if self.q_lora:
+            self._imply(bf16=True)  # unless --no-bf16 is given: fp32 is faster on a CPU without bf16
         return self
 
     @field_validator("fp16")
