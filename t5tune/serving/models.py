@@ -37,15 +37,17 @@ class ServedModel:
         Raises:
             ApiError: a prompt can't be replied to, or is too long.
         """
+        place = "messages"
         try:
             if isinstance(request, ChatRequest):
                 yield self._read_messages(request)
                 return
             assert isinstance(request, CompletionRequest)
             for number, prompt in enumerate(request.prompt):
-                yield self._read_prompt(prompt, f"prompt[{number}]" if len(request.prompt) > 1 else "prompt")
+                place = f"prompt[{number}]" if len(request.prompt) > 1 else "prompt"
+                yield self._read_prompt(prompt, place)
         except SettingsError as error:
-            raise ApiError(400, str(error), error.message.partition(":")[0]) from error
+            raise ApiError(400, str(error), place) from error
 
     def read_options(self, request: GenerationRequest) -> DecodingOptions:
         """Complete what a request says about decoding.

@@ -15,14 +15,14 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic_core
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 from pydantic_core import ErrorDetails
 
 from t5tune.data.reading.formats import Turn
 from t5tune.data.reading.record_turns import Role
 from t5tune.errors import make_printable, suggest_name
 from t5tune.formatting import shorten
-from t5tune.settings.messages import MAX_SHOWN_VALUE, describe_value_error, format_place, get_reason
+from t5tune.settings.messages import MAX_SHOWN_VALUE, describe_value_error, format_place
 
 MAX_STOPS = 16  # OpenAI allows 4, but some tools send more
 MAX_CHOICES = 128
@@ -167,11 +167,12 @@ class GenerationRequest(_Body):
         """The name of the field with the most tokens of a reply, and its value."""
         return "max_tokens", self.max_tokens
 
-    @model_validator(mode="after")
-    def _check_stops(self) -> "GenerationRequest":
-        if len(self.stop) > MAX_STOPS or not all(self.stop):
-            raise ValueError(f"stop: expected at most {MAX_STOPS} texts, none of them empty")
-        return self
+    @field_validator("stop")
+    @classmethod
+    def _check_stop(cls, stop: list[str]) -> list[str]:
+        if len(stop) > MAX_STOPS or not all(stop):
+            raise ValueError(f"expected at most {MAX_STOPS} texts, none of them empty")
+        return stop
 
 
 class TextPart(_Body):
@@ -294,9 +295,6 @@ def _explain(error: ErrorDetails, kind: type[BaseModel]) -> ApiError:
         return ApiError(400, f"{place}: unknown field{advice}", place, "unknown_field")
     if error["type"] == "missing":
         return ApiError(400, f"{place}: missing", place)
-    if not place:
-        message = get_reason(error)
-        return ApiError(400, message, message.partition(":")[0])
     reason = "expected an object" if error["type"] == "model_type" else describe_value_error(error)
     shown = "" if isinstance(error["input"], dict | list) else f"{_show(error['input'])}: "
     return ApiError(400, f"{place}: {shown}{reason}", place, summary=f"{place}: {reason}")
