@@ -259,8 +259,9 @@ def _keep_records(given: TrainSettings, kept: TrainSettings, report: Report) -> 
         for _, copy in paths:
             with suppress(OSError):  # the error that led here must be reported
                 copy.unlink()
-        if isinstance(error, DataError) and any(copy.name in str(error) for _, copy in paths):
-            line = "line N is the N-th of the records"  # the file that the message names is gone
+        if isinstance(error, DataError) and paths:
+            names = " and ".join(copy.name for _, copy in paths)
+            line = f"line N of {names} is the N-th of the records"  # a file that the message may name is gone
             raise DataError(error.message, hint=f"{error.hint}; {line}" if error.hint else line) from error
         raise
     for _, copy in paths:
