@@ -79,7 +79,7 @@ def _make_unknown_command_error(command: str, options: list[str]) -> SettingsErr
         return SettingsError(problem, hint="run t5tune --version")
     ours = [name for name, others in COMMANDS_IN_OTHER_TOOLS.items() if command.lower() in others.split()]
     advice = f"; did you mean {ours[0]}?" if ours else suggest_name(command, SUMMARIES)
-    return SettingsError(problem + advice, hint=None if ours else f"the commands are {', '.join(SUMMARIES)}")
+    return SettingsError(problem + (advice or f"; the commands are {', '.join(SUMMARIES)}"))
 
 
 def build_command(name: str) -> TyperCommand:

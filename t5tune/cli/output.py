@@ -156,7 +156,7 @@ def _list_error_lines(error: T5TuneError) -> Iterator[Text]:
         return
     *others, last = problems
     if error.hint:
-        last += f"{' ' if last.endswith('?') else '; '}{error.hint}"
+        last += f"; {error.hint}"
     yield from (Text.assemble(label, " ", problem) for problem in (*others, last))
 
 

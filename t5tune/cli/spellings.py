@@ -23,7 +23,7 @@ from t5tune.cli.summaries import fit_help, format_epilog
 from t5tune.errors import find_close_name
 from t5tune.file_names import CONFIG_FILE, JSON_SUFFIXES, TABLE_SUFFIXES
 from t5tune.settings import Settings
-from t5tune.settings.other_names import find_meant_setting, suggest_setting
+from t5tune.settings.other_names import find_meant_setting, mention_help, suggest_setting
 from t5tune.settings.packaged_templates import is_run_config
 
 BOOLEAN_WORDS = {"true", "t", "1", "yes", "y", "on", "false", "f", "0", "no", "n", "off"}
@@ -80,6 +80,7 @@ class _Rewriter:
     def __init__(self, model: type[Settings], params: list[Any], words: list[str]) -> None:
         self.problems: list[str] = []
         self.meant: set[str] = set()
+        self._command = model.command
         self._words = deque(words)
         self._fields = model.model_fields
         self._options = {param.name: param for param in params if isinstance(param, TyperOption)}
@@ -160,7 +161,8 @@ class _Rewriter:
             self._by_place[setting] = [value]
         else:
             known = [*self._suggestions, *self._unfilled]
-            self.problems.append(f"{name}: unknown setting{suggest_setting(name, known)}")
+            advice = suggest_setting(name, known) or mention_help(self._command)
+            self.problems.append(f"{name}: unknown setting{advice}")
             self.meant.update(filter(None, [find_meant_setting(name, known)]))
 
     def _add_flag(self, word: str) -> None:
@@ -196,7 +198,8 @@ class _Rewriter:
 
     def _refuse_flag(self, flag: str, has_value: bool) -> None:
         word = flag.lstrip("-")
-        self.problems.append(f"{flag}: unknown flag{suggest_setting(word, self._suggestions, write=format_flag)}")
+        advice = suggest_setting(word, self._suggestions, write=format_flag) or mention_help(self._command)
+        self.problems.append(f"{flag}: unknown flag{advice}")
         meant = self._options.get(find_meant_setting(word, self._suggestions) or "")
         self.meant |= set() if meant is None else {meant.name}
         takes_value = meant is not None and not meant.is_flag and not meant.secondary_opts

@@ -59,7 +59,7 @@ def _find_template_file(name: str, names: dict[str, list[str]]) -> Path:
     if not found:
         known = [f"{k}/{stem}" for k, stems in names.items() for stem in stems]
         close = suggest_name(name, [*known, *chain.from_iterable(names.values())])
-        raise SettingsError(f"name: {name}: no such template{close}", hint=f"the templates are {', '.join(known)}")
+        raise SettingsError(f"name: {name}: no such template{close or '; the templates are ' + ', '.join(known)}")
     suffix = ".json" if found[0] == "deepspeed" else ".yaml"
     return packaged_templates.find_templates_folder() / found[0] / (stem + suffix)
 

@@ -207,8 +207,8 @@ def _choose_config(configs: list[dict[str, Any]], subset: str | None, asked: str
     if subset is not None:
         if subset in by_name:
             return by_name[subset]
-        hint = f"it has {join_first(list(by_name))}"
-        raise DataError(f"data_subset: {subset}: {asked}: no such subset{suggest_name(subset, by_name)}", hint=hint)
+        hint = f"it has {join_first(list(by_name))}{suggest_name(subset, by_name)}"
+        raise DataError(f"data_subset: {subset}: {asked}: no such subset", hint=hint)
     marked = [config for config in configs if config.get("default") is True]
     if marked or "default" in by_name or len(configs) == 1:
         return (marked or [by_name.get("default", configs[0])])[0]

@@ -356,8 +356,8 @@ class Repository:
                 reason, hint = f"{self.name} has no such branch, tag or commit", "check the spelling"
             case _ if isinstance(error, errors.RepositoryNotFoundError) or status == 404:
                 reason = f"{missing} on this machine, and no such {noun} on the Hub, or a private one"
-                reason += suggest_name(self.name, self._list_local_names())
                 hint = f"check the spelling; for a private {noun} run `hf auth login`"
+                hint += suggest_name(self.name, self._list_local_names())
             case errors.HFValidationError():
                 reason, hint = f"{missing}, and not a valid name of a {noun} on the Hub", "check the spelling"
             case _ if status == 401:
@@ -373,12 +373,12 @@ class Repository:
                 hint = f"unset HF_HUB_OFFLINE, or {instead}"
             case _ if outage is not None:
                 reason = f"{missing}, {outage}, and the {noun} isn't all in the local cache"
-                reason += suggest_name(self.name, self._list_local_names())
                 if any(isinstance(cause, RedirectedElsewhere) for cause in _list_causes(error)):
                     hint = f"sign in to the network if it asks for that in a browser, check HF_ENDPOINT, or {instead}"
                 else:
                     hint = f"{'check the network connection' if status is None else 'try again later'}, or {instead}"
                 hint += "" if self.kind == "adapter" else f"; `pocket` is the built-in {noun}"
+                hint += suggest_name(self.name, self._list_local_names())
             case OSError() if error.errno is not None:
                 reason = f"{error.strerror} ({error.filename})" if error.filename else f"{error.strerror}"
                 hint = "use --cache-dir to download to another folder"

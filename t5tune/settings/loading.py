@@ -16,7 +16,7 @@ from t5tune.settings.dataset_list import PATHS_OF_DATASETS, DatasetSettings
 from t5tune.settings.fastchat_names import LEGACY_NAMES, select_legacy_names
 from t5tune.settings.field_types import Settings
 from t5tune.settings.messages import HIDDEN_VALUE, describe_value_error, format_place, get_reason, shorten_value
-from t5tune.settings.other_names import find_meant_setting, find_nested_setting, suggest_setting
+from t5tune.settings.other_names import find_meant_setting, find_nested_setting, mention_help, suggest_setting
 
 VARIABLE_PREFIX = "T5TUNE_"
 SETTINGS_HEADER = "# to run this again: t5tune "  # by which a folder is recognized as an output of t5tune
@@ -79,9 +79,7 @@ def load_settings(
         details = [detail for detail in error.errors() if detail["type"] != "missing" or detail["loc"][0] not in meant]
         problems += [_format_problem(detail, values, model) for detail in details]
     if problems or settings is None:
-        say_what_to_do = all("; " in problem for problem in problems)
-        hint = None if say_what_to_do else f"t5tune {model.command} --help-all lists every option"
-        raise SettingsError(*problems, hint=hint)
+        raise SettingsError(*problems)
     for name, note in model.notes_on_implied.items():
         if name not in values and getattr(settings, name) != model.model_fields[name].default:
             notes.append(note)
@@ -172,7 +170,7 @@ def _resolve_names(
                 meant.update(inner)
             elif (setting := find_meant_setting(name, own, others)) is not None:
                 meant.add(setting)
-            problems.append(f"{value.place}: unknown setting{advice}")
+            problems.append(f"{value.place}: unknown setting{advice or mention_help(model.command)}")
     if len(unused) > MAX_UNUSED_NAMES:
         notes.append(f"{len(unused)} settings of other commands that {model.command} doesn't need are ignored")
     elif unused:

@@ -188,6 +188,11 @@ def suggest_setting(
     return f"; did you mean {write(meant, None)}?" if meant else ""
 
 
+def mention_help(command: str) -> str:
+    """Return what to do about an unknown name for which there is no suggestion."""
+    return f"; t5tune {command} --help-all lists every option"
+
+
 def find_meant_setting(name: str, own: Collection[str], others: Collection[str] = ()) -> str | None:
     """Find the setting that an unknown name most likely means: another tool's name of it, or a mistyped one."""
     if _find_advice(name, own, others):

@@ -125,7 +125,5 @@ def _find_template(setting: str, kind: str, name_or_path: str, suffix: str) -> P
         saved = path / SETTINGS_FILE  # of a run folder, for example
         hint = f"give {saved}" if setting == "config" and saved.is_file() else None
         raise SettingsError(f"{setting}: {name_or_path}: expected a {suffix} file", hint=hint)
-    raise SettingsError(
-        f"{setting}: {name_or_path}: no file or template of that name{suggest_name(name_or_path, known)}",
-        hint=f"the templates are {', '.join(known)}",
-    )
+    advice = suggest_name(name_or_path, known) or f"; the templates are {', '.join(known)}"
+    raise SettingsError(f"{setting}: {name_or_path}: no file or template of that name{advice}")

@@ -169,7 +169,7 @@ def test_unknown_names_in_any_source_are_refused_with_the_closest_known_name(
         "train", *NEEDED_FLAGS, "--config", file, "--lora-alfa", "8", "--zzz=1", "--model", "m", "--quant", "nf4"
     )
     assert settings is None
-    errors = [line.removesuffix("; t5tune train --help-all lists every option") for line in stderr.splitlines()]
+    errors = stderr.splitlines()
     assert all(line.startswith("error: ") for line in errors)
     assert len(errors) == 6
     assert f"error: {file}: lora_rr: unknown setting; did you mean lora_r?" in errors
@@ -177,7 +177,7 @@ def test_unknown_names_in_any_source_are_refused_with_the_closest_known_name(
     assert "error: --lora-alfa: unknown flag; did you mean --lora-alpha?" in errors
     assert "error: --model: unknown flag; did you mean --model-name-or-path?" in errors
     assert "error: --quant: unknown flag; did you mean --quant-type?" in errors
-    assert [line for line in errors if "--zzz: unknown flag" in line and "did you mean" not in line]
+    assert "error: --zzz: unknown flag; t5tune train --help-all lists every option" in errors
 
 
 def test_a_flag_without_its_value_is_refused(run_command_line: Callable[..., tuple[Any, str]]) -> None:
@@ -282,7 +282,7 @@ def test_an_empty_file_sets_nothing(yaml_file: Callable[[str], str]) -> None:
 def test_a_missing_file_is_refused_with_the_names_of_the_packaged_run_configs() -> None:
     with pytest.raises(SettingsError, match="nowhere.yaml") as caught:
         load_settings(TrainSettings, "nowhere.yaml", {}, NEEDED)
-    assert "pocket" in str(caught.value.hint)
+    assert "pocket" in caught.value.message
 
 
 def test_keys_of_another_command_are_ignored_with_a_note(yaml_file: Callable[[str], str]) -> None:
@@ -307,7 +307,7 @@ def test_plan_reads_the_config_of_a_run_without_notes_on_what_only_train_uses(
     file = yaml_file("model_name_or_path: pocket\noutput_dir: run\nmax_shard_size: 1GB\ndata: [{path: a.jsonl}]\n")
     assert load_settings(PlanSettings, file, {})[1] == ["plan does not use max_shard_size, data"]
     assert problems_of(PlanSettings, yaml_file("model_name_or_path: pocket\noutput_dirr: run\n"), {}) == [
-        f"{file}: output_dirr: unknown setting"
+        f"{file}: output_dirr: unknown setting; t5tune plan --help-all lists every option"
     ]
 
 
@@ -355,17 +355,6 @@ def test_words_of_other_tools_for_a_value_are_read_or_explained() -> None:
     assert problems_of(**NEEDED, bf16="flase") == [
         "bf16: 'flase' (--bf16): expected true or false; did you mean false?"
     ]
-
-
-def test_the_help_is_mentioned_only_if_a_problem_does_not_say_what_to_do() -> None:
-    for flags, problems, is_mentioned in [
-        ({"model_name_or_path": "m"}, ["--lr: unknown flag; did you mean --learning-rate?"], False),
-        ({"model_name_or_path": "m"}, ["--zzz: unknown flag"], True),
-        ({"lora_r": "x"}, [], True),
-    ]:
-        with pytest.raises(SettingsError) as caught:
-            load_settings(TrainSettings, None, {}, flags, problems)
-        assert (caught.value.hint is not None) == is_mentioned
 
 
 def test_a_flag_of_another_command_is_refused(run_command_line: Callable[..., tuple[Any, str]]) -> None:

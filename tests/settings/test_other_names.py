@@ -163,7 +163,9 @@ def test_a_name_without_an_equivalent_gets_the_sentence_that_helps(name: str, ad
 
 
 def test_a_flag_of_another_command_isnt_suggested_but_a_key_of_a_shared_file_is() -> None:
-    assert parse_words(["--lora-rank=8"], PrepareSettings).problems == ["--lora-rank: unknown flag"]
+    assert parse_words(["--lora-rank=8"], PrepareSettings).problems == [
+        "--lora-rank: unknown flag; t5tune prepare --help-all lists every option"
+    ]
     with pytest.raises(SettingsError) as caught:
         load_settings(PrepareSettings, environment={"T5TUNE_LORA_RANK": "8"})
     assert "T5TUNE_LORA_RANK: unknown setting; did you mean lora_r?" in caught.value.problems
