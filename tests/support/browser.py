@@ -5,7 +5,6 @@ with Browser.start() as browser:
     page.evaluate("document.title")
 """
 
-import base64
 import json
 import os
 import shutil
@@ -14,7 +13,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -135,6 +133,3 @@ class Page:
         self.call("Input.insertText", {"text": text})
         for kind in ("keyDown", "keyUp"):
             self.call("Input.dispatchKeyEvent", {"type": kind, "key": "Enter", "code": "Enter", "text": "\r"})
-
-    def save_picture(self, path: Path) -> None:
-        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))
