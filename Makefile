@@ -62,7 +62,7 @@ build: .venv/installed-dev
 
 docs: .venv/installed
 	$(BIN)/pip install --quiet -e '.[docs]'
-	$(BIN)/python docs_site.py build/docs
+	$(BIN)/python -m tools.docs_site build/docs
 	$(BIN)/zensical build --strict --clean
 
 # the picture in README.md: the report of the run whose command is next to it

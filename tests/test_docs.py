@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-import docs_site
 from t5tune.cli.summaries import SUMMARIES
 from t5tune.errors import SettingsError
 from t5tune.families import REFUSED_MODELS
@@ -19,6 +18,7 @@ from t5tune.settings import COMMANDS
 from t5tune.settings.loading import load_settings
 from tests.support.command_line import parse_words, t5tune_in_fork
 from tests.support.paths import REPOSITORY
+from tools import docs_site
 from tools.commands_page import anchor_of
 from tools.generate import FILES, find_change
 

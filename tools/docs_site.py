@@ -1,6 +1,6 @@
 """Collect the pages of the documentation site for zensical.toml: docs/, CONTRIBUTING.md and CHANGELOG.md.
 
-    python docs_site.py build/docs
+    python -m tools.docs_site build/docs
 
 The documents link to each other, and to other files of the repository, as GitHub shows them. On the site, a link to a
 file that isn't a page becomes its text.
@@ -12,7 +12,8 @@ import shutil
 import sys
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parent
+from tools import REPOSITORY
+
 DOCUMENTS = REPOSITORY / "docs"
 INCLUDED = {REPOSITORY / "CONTRIBUTING.md": "contributing.md", REPOSITORY / "CHANGELOG.md": "changelog.md"}
 # not an image; `[text](file#anchor)`
