@@ -252,9 +252,6 @@ class TrainSettings(_settings.TrainSettings):
         modules_to_save: Sequence[str] | str | None = None,
         train_token_rows: bool = True,
         adapter: str | PathLike[str] | None = None,
-        quant_type: Literal["nf4", "fp4", "int8"] = "nf4",
-        quantize_wo: bool = True,
-        double_quant: bool = True,
         teacher_model_name_or_path: str | PathLike[str] | None = None,
         teacher_adapter: str | PathLike[str] | None = None,
         teacher_q_lora: bool = False,
@@ -270,24 +267,26 @@ class TrainSettings(_settings.TrainSettings):
         tokens_per_batch: int | None = None,
         gradient_accumulation_steps: int = 1,
         group_by_length: bool = True,
+        lr_scheduler_type: str = "linear",
+        warmup_steps: float = 0,
+        weight_decay: float = 0.0,
+        max_grad_norm: float = 1.0,
+        optim: str = "adamw_torch",
+        on_non_finite: Literal["stop", "skip"] = "stop",
+        max_skipped_steps: int = 10,
+        dataloader_num_workers: int = 0,
+        training_args: dict[str, Any] = {},
+        quant_type: Literal["nf4", "fp4", "int8"] = "nf4",
+        quantize_wo: bool = True,
+        double_quant: bool = True,
+        tf32: bool | None = None,
         packing: Literal["auto", "on", "off"] | bool = "auto",
         packed_attention: Literal["auto", "flex", "loop"] = "auto",
         dropout: bool | None = None,
         attention_dropout: bool = True,
-        lr_scheduler_type: str = "linear",
-        warmup_steps: float = 0,
-        weight_decay: float = 0.0,
-        label_smoothing_factor: float = 0.0,
-        max_grad_norm: float = 1.0,
-        optim: str = "adamw_torch",
-        tf32: bool | None = None,
         gradient_checkpointing: bool = False,
         torch_compile: bool = False,
-        on_non_finite: Literal["stop", "skip"] = "stop",
-        max_skipped_steps: int = 10,
-        dataloader_num_workers: int = 0,
-        use_cpu: bool = False,
-        training_args: dict[str, Any] = {},
+        label_smoothing_factor: float = 0.0,
         metrics: Sequence[str] | str | None = None,
         metric: str | PathLike[str] | Sequence[str | PathLike[str]] | None = None,
         eval_strategy: Literal["no", "steps", "epoch"] | None = None,
@@ -297,6 +296,16 @@ class TrainSettings(_settings.TrainSettings):
         early_stopping_patience: int | None = None,
         early_stopping_threshold: float | None = None,
         per_device_eval_batch_size: int | None = None,
+        num_gpus: int | None = None,
+        num_processes: int | None = None,
+        process_group_timeout: int = 1800,
+        use_cpu: bool = False,
+        deepspeed: str | PathLike[str] | None = None,
+        max_restarts: int = 0,
+        push_to_hub: bool = False,
+        hub_model_id: str | None = None,
+        hub_private_repo: bool = False,
+        hub_strategy: Literal["end", "every_save"] = "end",
         save_strategy: Literal["no", "steps", "epoch"] = "steps",
         save_steps: int = 500,
         save_total_limit: int | None = None,
@@ -304,15 +313,6 @@ class TrainSettings(_settings.TrainSettings):
         report_to: Sequence[str] | str = ["none"],
         run_name: str | None = None,
         report_samples: int = 10,
-        num_gpus: int | None = None,
-        num_processes: int | None = None,
-        process_group_timeout: int = 1800,
-        deepspeed: str | PathLike[str] | None = None,
-        max_restarts: int = 0,
-        push_to_hub: bool = False,
-        hub_model_id: str | None = None,
-        hub_private_repo: bool = False,
-        hub_strategy: Literal["end", "every_save"] = "end",
         fresh: bool = False,
         allow_change: Sequence[str] | str = [],
     ) -> None:
@@ -411,10 +411,6 @@ class TrainSettings(_settings.TrainSettings):
             adapter: Adapter to initialize from, with its added tokens and conversation template: a folder, a run
                 folder, or owner/name[@revision] on the Hub; shapes must match. The optimizer and the learning-rate
                 schedule start over.
-            quant_type: Quantized type of the base with q_lora: 4-bit NormalFloat, 4-bit float, or LLM.int8().
-            quantize_wo: Also quantize the feed-forward output projection (T5's `wo`, T5Gemma's `down_proj`), which is a
-                third as large as the rest.
-            double_quant: Double quantization: also quantize the scales of the 4-bit blocks.
             teacher_model_name_or_path: Teacher: a base, a merged checkpoint, a run or an adapter, as for chat; its
                 tokenizer must be the same. The model then also learns the teacher's probabilities of each token;
                 default: none.
@@ -437,6 +433,22 @@ class TrainSettings(_settings.TrainSettings):
             gradient_accumulation_steps: Micro-batches to accumulate per optimizer step.
             group_by_length: Batch examples of similar length to reduce padding, by sorting within random windows of 64
                 steps; no effect with tokens_per_batch.
+            lr_scheduler_type: Learning-rate schedule, by its transformers name (linear, cosine, …).
+            warmup_steps: Warmup steps; a value below 1 is a fraction of all steps.
+            weight_decay: Decoupled weight decay (as in AdamW).
+            max_grad_norm: Gradient clipping: maximum norm of the gradient; 0 turns clipping off.
+            optim: Optimizer, by its transformers name. The state of a paged one isn't paged after resuming.
+            on_non_finite: What to do if the loss or a gradient is NaN or infinite: stop training, or skip the step. No
+                update is made in either case.
+            max_skipped_steps: Maximum number of steps to skip in a run (on_non_finite: skip); the next non-finite step
+                stops training.
+            dataloader_num_workers: Data-loading processes per rank.
+            training_args: Additional fields of transformers' TrainingArguments; YAML only.
+            quant_type: Quantized type of the base with q_lora: 4-bit NormalFloat, 4-bit float, or LLM.int8().
+            quantize_wo: Also quantize the feed-forward output projection (T5's `wo`, T5Gemma's `down_proj`), which is a
+                third as large as the rest.
+            double_quant: Double quantization: also quantize the scales of the 4-bit blocks.
+            tf32: Use TensorFloat-32 for fp32 matrix products on GPUs; default: if the GPU supports it.
             packing: Pack the examples of a batch into one row without padding, without changing the results; auto packs
                 if the model supports it.
             packed_attention: How attention over packed rows is computed: in one compiled kernel per layer (flex), or in
@@ -445,24 +457,11 @@ class TrainSettings(_settings.TrainSettings):
                 and orpo.
             attention_dropout: Apply dropout to attention's probabilities, as in T5's training; --no-attention-dropout
                 is faster, and keeps the dropout of hidden states.
-            lr_scheduler_type: Learning-rate schedule, by its transformers name (linear, cosine, …).
-            warmup_steps: Warmup steps; a value below 1 is a fraction of all steps.
-            weight_decay: Decoupled weight decay (as in AdamW).
-            label_smoothing_factor: Label smoothing: probability mass spread uniformly over the vocabulary.
-            max_grad_norm: Gradient clipping: maximum norm of the gradient; 0 turns clipping off.
-            optim: Optimizer, by its transformers name. The state of a paged one isn't paged after resuming.
-            tf32: Use TensorFloat-32 for fp32 matrix products on GPUs; default: if the GPU supports it.
             gradient_checkpointing: Recompute activations in the backward pass instead of storing them: less memory,
                 about a third slower.
             torch_compile: Compile layer norms and feed-forward layers with torch.compile. The first steps take seconds
                 to minutes longer; later ones are often faster. On a GPU, try without it first.
-            on_non_finite: What to do if the loss or a gradient is NaN or infinite: stop training, or skip the step. No
-                update is made in either case.
-            max_skipped_steps: Maximum number of steps to skip in a run (on_non_finite: skip); the next non-finite step
-                stops training.
-            dataloader_num_workers: Data-loading processes per rank.
-            use_cpu: Train on the CPU even if there is a GPU.
-            training_args: Additional fields of transformers' TrainingArguments; YAML only.
+            label_smoothing_factor: Label smoothing: probability mass spread uniformly over the vocabulary.
             metrics: Metrics to compute: exact_match, rouge1, rouge2, rougeL, bleu, chrf, valid_json, field_f1; default:
                 all that fit the targets.
             metric: Metrics of your own, in addition: functions (predictions, references) -> dict of numbers, as
@@ -480,6 +479,18 @@ class TrainSettings(_settings.TrainSettings):
                 than this; default: by any amount.
             per_device_eval_batch_size: Maximum batch size of evaluations per process (examples); default: as many as
                 fit a budget of tokens.
+            num_gpus: Start this many processes on this machine, one per GPU.
+            num_processes: Start this many processes on this machine, on the CPU.
+            process_group_timeout: Process-group timeout: stop if another rank doesn't respond within this time
+                (seconds).
+            use_cpu: Train on the CPU even if there is a GPU.
+            deepspeed: DeepSpeed config: zero0, zero1, zero2, zero3, zero2-offload, zero3-offload, or a JSON file.
+            max_restarts: If a process is lost, restart all processes of num_gpus or num_processes from the last
+                checkpoint, up to this many times.
+            push_to_hub: Upload the result to the Hugging Face Hub.
+            hub_model_id: Repository to upload to, owner/name; default: the name of the output folder, in your account.
+            hub_private_repo: Create a private repository. If it exists already, it must be private.
+            hub_strategy: When to upload: the final weights, or also those of every checkpoint, while training goes on.
             save_strategy: When to save a checkpoint; the last step always saves one.
             save_steps: Save a checkpoint every N steps.
             save_total_limit: Keep only the newest N checkpoints, and the best one if metric_for_best_model is set;
@@ -489,20 +500,9 @@ class TrainSettings(_settings.TrainSettings):
             run_name: Name of the run in experiment trackers; default: the name of the run folder.
             report_samples: Number of examples for which report.html shows predictions from before and after training
                 (up to 64 tokens each); half of them are the worst of twice as many. 0: none.
-            num_gpus: Start this many processes on this machine, one per GPU.
-            num_processes: Start this many processes on this machine, on the CPU.
-            process_group_timeout: Process-group timeout: stop if another rank doesn't respond within this time
-                (seconds).
-            deepspeed: DeepSpeed config: zero0, zero1, zero2, zero3, zero2-offload, zero3-offload, or a JSON file.
-            max_restarts: If a process is lost, restart all processes of num_gpus or num_processes from the last
-                checkpoint, up to this many times.
-            push_to_hub: Upload the result to the Hugging Face Hub.
-            hub_model_id: Repository to upload to, owner/name; default: the name of the output folder, in your account.
-            hub_private_repo: Create a private repository. If it exists already, it must be private.
-            hub_strategy: When to upload: the final weights, or also those of every checkpoint, while training goes on.
             fresh: Start over; an existing run in output_dir is renamed to output_dir.1, output_dir.2, …
-            allow_change: Resume even if these fields differ from those that the run was started with (learning_rate,
-                data, batch, …). Those that decide the shape of the trained weights, such as lora_r, can't be allowed.
+            allow_change: Resume with another length: num_train_epochs, max_steps, or both. A run keeps all else that
+                affects its weights.
         """
 
 class ExportSettings(_settings.ExportSettings):
@@ -1025,35 +1025,35 @@ class PlanSettings(_settings.PlanSettings):
         loraplus_lr_ratio: float | None = None,
         modules_to_save: Sequence[str] | str | None = None,
         train_token_rows: bool = True,
-        quant_type: Literal["nf4", "fp4", "int8"] = "nf4",
-        quantize_wo: bool = True,
-        double_quant: bool = True,
         num_train_epochs: float = 3.0,
         max_steps: int | None = None,
         tokens_per_batch: int | None = None,
         gradient_accumulation_steps: int = 1,
         group_by_length: bool = True,
-        packing: Literal["auto", "on", "off"] | bool = "auto",
-        packed_attention: Literal["auto", "flex", "loop"] = "auto",
-        dropout: bool | None = None,
-        attention_dropout: bool = True,
         learning_rate: float = 5e-05,
         lr_scheduler_type: str = "linear",
         warmup_steps: float = 0,
         weight_decay: float = 0.0,
-        label_smoothing_factor: float = 0.0,
         max_grad_norm: float = 1.0,
         optim: str = "adamw_torch",
-        tf32: bool | None = None,
-        gradient_checkpointing: bool = False,
-        torch_compile: bool = False,
         on_non_finite: Literal["stop", "skip"] = "stop",
         max_skipped_steps: int = 10,
         dataloader_num_workers: int = 0,
-        use_cpu: bool = False,
         training_args: dict[str, Any] = {},
+        quant_type: Literal["nf4", "fp4", "int8"] = "nf4",
+        quantize_wo: bool = True,
+        double_quant: bool = True,
+        tf32: bool | None = None,
+        packing: Literal["auto", "on", "off"] | bool = "auto",
+        packed_attention: Literal["auto", "flex", "loop"] = "auto",
+        dropout: bool | None = None,
+        attention_dropout: bool = True,
+        gradient_checkpointing: bool = False,
+        torch_compile: bool = False,
+        label_smoothing_factor: float = 0.0,
         num_processes: int | None = None,
         process_group_timeout: int = 1800,
+        use_cpu: bool = False,
         deepspeed: str | PathLike[str] | None = None,
         max_restarts: int = 0,
         num_data: int | None = None,
@@ -1108,10 +1108,6 @@ class PlanSettings(_settings.PlanSettings):
                 learning rate for both.
             modules_to_save: Modules of the base to train in full in addition to the adapter, such as final_layer_norm.
             train_token_rows: Train the added tokens' rows of the embedding and the language-model head.
-            quant_type: Quantized type of the base with q_lora: 4-bit NormalFloat, 4-bit float, or LLM.int8().
-            quantize_wo: Also quantize the feed-forward output projection (T5's `wo`, T5Gemma's `down_proj`), which is a
-                third as large as the rest.
-            double_quant: Double quantization: also quantize the scales of the 4-bit blocks.
             num_train_epochs: Training epochs (passes over the data).
             max_steps: Total optimizer steps, overriding num_train_epochs; default: from num_train_epochs.
             tokens_per_batch: Fill each micro-batch up to this many tokens (source + target, including padding) instead
@@ -1119,6 +1115,23 @@ class PlanSettings(_settings.PlanSettings):
             gradient_accumulation_steps: Micro-batches to accumulate per optimizer step.
             group_by_length: Batch examples of similar length to reduce padding, by sorting within random windows of 64
                 steps; no effect with tokens_per_batch.
+            learning_rate: Peak learning rate.
+            lr_scheduler_type: Learning-rate schedule, by its transformers name (linear, cosine, …).
+            warmup_steps: Warmup steps; a value below 1 is a fraction of all steps.
+            weight_decay: Decoupled weight decay (as in AdamW).
+            max_grad_norm: Gradient clipping: maximum norm of the gradient; 0 turns clipping off.
+            optim: Optimizer, by its transformers name. The state of a paged one isn't paged after resuming.
+            on_non_finite: What to do if the loss or a gradient is NaN or infinite: stop training, or skip the step. No
+                update is made in either case.
+            max_skipped_steps: Maximum number of steps to skip in a run (on_non_finite: skip); the next non-finite step
+                stops training.
+            dataloader_num_workers: Data-loading processes per rank.
+            training_args: Additional fields of transformers' TrainingArguments; YAML only.
+            quant_type: Quantized type of the base with q_lora: 4-bit NormalFloat, 4-bit float, or LLM.int8().
+            quantize_wo: Also quantize the feed-forward output projection (T5's `wo`, T5Gemma's `down_proj`), which is a
+                third as large as the rest.
+            double_quant: Double quantization: also quantize the scales of the 4-bit blocks.
+            tf32: Use TensorFloat-32 for fp32 matrix products on GPUs; default: if the GPU supports it.
             packing: Pack the examples of a batch into one row without padding, without changing the results; auto packs
                 if the model supports it.
             packed_attention: How attention over packed rows is computed: in one compiled kernel per layer (flex), or in
@@ -1127,28 +1140,15 @@ class PlanSettings(_settings.PlanSettings):
                 and orpo.
             attention_dropout: Apply dropout to attention's probabilities, as in T5's training; --no-attention-dropout
                 is faster, and keeps the dropout of hidden states.
-            learning_rate: Peak learning rate.
-            lr_scheduler_type: Learning-rate schedule, by its transformers name (linear, cosine, …).
-            warmup_steps: Warmup steps; a value below 1 is a fraction of all steps.
-            weight_decay: Decoupled weight decay (as in AdamW).
-            label_smoothing_factor: Label smoothing: probability mass spread uniformly over the vocabulary.
-            max_grad_norm: Gradient clipping: maximum norm of the gradient; 0 turns clipping off.
-            optim: Optimizer, by its transformers name. The state of a paged one isn't paged after resuming.
-            tf32: Use TensorFloat-32 for fp32 matrix products on GPUs; default: if the GPU supports it.
             gradient_checkpointing: Recompute activations in the backward pass instead of storing them: less memory,
                 about a third slower.
             torch_compile: Compile layer norms and feed-forward layers with torch.compile. The first steps take seconds
                 to minutes longer; later ones are often faster. On a GPU, try without it first.
-            on_non_finite: What to do if the loss or a gradient is NaN or infinite: stop training, or skip the step. No
-                update is made in either case.
-            max_skipped_steps: Maximum number of steps to skip in a run (on_non_finite: skip); the next non-finite step
-                stops training.
-            dataloader_num_workers: Data-loading processes per rank.
-            use_cpu: Train on the CPU even if there is a GPU.
-            training_args: Additional fields of transformers' TrainingArguments; YAML only.
+            label_smoothing_factor: Label smoothing: probability mass spread uniformly over the vocabulary.
             num_processes: Start this many processes on this machine, on the CPU.
             process_group_timeout: Process-group timeout: stop if another rank doesn't respond within this time
                 (seconds).
+            use_cpu: Train on the CPU even if there is a GPU.
             deepspeed: DeepSpeed config: zero0, zero1, zero2, zero3, zero2-offload, zero3-offload, or a JSON file.
             max_restarts: If a process is lost, restart all processes of num_gpus or num_processes from the last
                 checkpoint, up to this many times.

@@ -141,6 +141,7 @@ def test_a_base_is_hashed_once_and_again_after_one_of_its_files_was_touched(
         return len(hashed)
 
     # not cached: the file is so new that a later change might leave its timestamp as it is
+    monkeypatch.setattr(fingerprint, "SECONDS_TO_SETTLE", 3600.0)
     assert resume_and_count_reads() == 1
     assert "base" not in RunFolder(run).read_record()
     monkeypatch.setattr(fingerprint, "SECONDS_TO_SETTLE", -1.0)
@@ -187,7 +188,7 @@ def test_the_flag_that_a_refused_change_names_starts_a_new_run_from_the_weights(
 
 
 LINEAR, COSINE = {"max_steps": 8}, {"lr_scheduler_type": "cosine", "warmup_steps": 2.0}
-PLATEAU = {"lr_scheduler_type": "reduce_lr_on_plateau", "max_steps": 8, "eval_fraction": 0.2, "eval_steps": 4}
+PLATEAU = {"lr_scheduler_type": "reduce_lr_on_plateau", "max_steps": 8, "eval_fraction": 0.2, "eval_steps": 8}
 
 
 @pytest.mark.parametrize(
@@ -251,13 +252,13 @@ def test_an_allowed_length_is_used_under_deepspeed(
         shutil.rmtree(run / f"checkpoint-{step}")
     done = on_ranks(2, *command, 4, "--allow-change", "max_steps")
     assert done.code == 0, done.stderr
-    rates = [line["learning_rate"] for line in read_metrics(run) if "loss" in line]
+    rates = [line["learning_rate"] for line in read_metrics(run) if "loss" in line and line["step"] <= 4]
     assert rates == pytest.approx([1e-2 * share for share in (1, 4 / 5, 2 / 4, 1 / 4)])
 
 
 def test_only_another_length_can_be_allowed(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
     for name in ("learning_rate", "data", "learnin_rate"):
-        with pytest.raises(SettingsError, match=rf"^allow_change: {name}: only num_train_epochs and max_steps can be "):
+        with pytest.raises(SettingsError, match=rf"^allow_change: .*{name}: only num_train_epochs and max_steps can be "):
             make_settings(untied_base, conversations, tmp_path / "run", allow_change=["max_steps", name])
 
 
