@@ -1,10 +1,15 @@
 """How the records of a dataset are read, and how they become training examples."""
 
 import codecs
+import encodings
+import pkgutil
+import re
+from encodings.aliases import aliases
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from t5tune.errors import find_close_name
 from t5tune.settings.affects import Affects
 from t5tune.settings.denoisers import find_denoisers
 from t5tune.settings.field_types import NoneIfUnset, OptionalCount, PathAsText, Settings, WordList
@@ -16,10 +21,29 @@ NOT_OF_PREFERENCES = {"train_on", "split_long"}
 NOT_OF_RAW_TEXT = {"train_on", "min_target_tokens", "split_long", "drop_truncated_targets"}
 """Settings that choose or cut answers, of which raw text has none."""
 # text encodings of Python in which no file is saved
-NOT_OF_FILES = {"idna", "punycode", "undefined", "unicode-escape", "raw-unicode-escape"}
+NOT_OF_FILES = {"idna", "punycode", "undefined", "unicode-escape", "raw-unicode-escape", "charmap"}
+SOME_ENCODINGS = "utf-8, cp1252, utf-16, shift_jis"
 DataFormat = Literal["auto", "sharegpt", "openai", "alpaca", "prompt-completion", "source-target"]
 PAIR_FORMATS = ("auto", "source-target")
 """Values of data_format with which data can have named columns and a source_prefix."""
+
+
+def _suggest_encoding(name: str) -> str:
+    """Ask whether the closest name with the same digits is meant, or list some names."""
+    plain, digits = (re.sub(pattern, "", name.lower()) for pattern in (r"[\W_]", r"\D"))
+    modules = {module.name: module.name for module in pkgutil.iter_modules(encodings.__path__)}
+    names = {re.sub("_", "", alias): known for alias, known in (modules | aliases).items() if _is_of_files(known)}
+    close = find_close_name(plain, [other for other in names if re.sub(r"\D", "", other) == digits])
+    return f"did you mean {codecs.lookup(names[close]).name}?" if close else f"such as {SOME_ENCODINGS}"
+
+
+def _is_of_files(name: str) -> bool:
+    """Whether text files are saved in an encoding; False if there is none of this name."""
+    try:
+        found = codecs.lookup(name)
+    except LookupError:
+        return False
+    return found._is_text_encoding and found.name not in NOT_OF_FILES
 
 
 class ConversationSettings(Settings):
@@ -99,13 +123,15 @@ class ReadingSettings(Settings):
     @field_validator("encoding")
     @classmethod
     def _check_encoding(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
         try:
-            known = None if value is None else codecs.lookup(value)
+            name = codecs.lookup(value).name
         except LookupError:
-            raise ValueError("no encoding has this name; such as utf-8, cp1252, utf-16, shift_jis") from None
-        if known is not None and (not known._is_text_encoding or known.name in NOT_OF_FILES):
-            raise ValueError("not an encoding of text; such as utf-8, cp1252, utf-16, shift_jis")
-        return None if known is None else known.name
+            raise ValueError(f"no encoding has this name; {_suggest_encoding(value)}") from None
+        if not _is_of_files(name):
+            raise ValueError(f"not an encoding of text files; name another, such as {SOME_ENCODINGS}")
+        return name
 
     @field_validator("denoisers")
     @classmethod
