@@ -35,9 +35,9 @@ MARKS = {  # byte order marks; UTF-32's begins like UTF-16's
     codecs.BOM_UTF16_BE: "utf-16",
 }
 SINGLE_BYTE_ENCODINGS = COMMON_ENCODINGS[:12]
-MARK_BYTES = max(map(len, MARKS))
+ORDERED_ENCODINGS = ("utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be")
 ORDER_BYTES = 1 << 12
-MIN_ZERO_SHARE = 0.01  # of UTF-16 without a byte order mark: its spaces and line ends
+MIN_ASCII_SHARE = 0.01  # of the bytes of UTF-16 without a byte order mark: its spaces and line ends
 MAX_ASCII_BYTES = 16 << 20  # a file that begins with so many bytes of ASCII is taken for UTF-8
 SAMPLE_BYTES = 1 << 20  # from the first byte beyond ASCII
 MAX_WORD_BYTES = 100  # before it, of its line
@@ -65,6 +65,7 @@ ALPHABETS = [
 _NOT_ASCII = re.compile(rb"[\x80-\xff]")
 _CUT_OFF = re.compile(rb"[\xc2-\xf4][\x80-\xbf]{0,2}\Z")  # the beginning of a character at the end
 _AFTER_RECORD = re.compile(rb"(?<=[\r\n}])")
+_AFTER_LINE = re.compile(rb"(?<=[\r\n])")
 _RECORD_END = re.compile(rb"[\r\n}]")  # of a line, or of an object in an array
 _CELL_END = re.compile(r'[\t\r\n"{}\[\];|]+|,(?=\S)')
 _WORD_END = re.compile(r"[\x00-@\[-`{-\x7f]+")  # what is ASCII, but no letter
@@ -119,12 +120,12 @@ def read_as_utf8(
         DataError: the encoding isn't clear, or there is none of this name for text.
     """
     start = b""
-    while len(start) < MARK_BYTES and (chunk := next(chunks, b"")):
+    while len(start) < ORDER_BYTES and (chunk := next(chunks, b"")):
         start += chunk
     chunks = chain([start], chunks)
     marked = next((name for mark, name in MARKS.items() if start.startswith(mark)), None)
     encoding, decode = marked or given, _decode
-    if marked is None and given in (None, "utf-16", "utf-32"):
+    if marked is None and start and given in (None, "utf-16", "utf-32", *ORDERED_ENCODINGS):
         _check_order(start[:ORDER_BYTES], given, place)
     if encoding is None:
         num_ascii = 0
@@ -143,19 +144,30 @@ def read_as_utf8(
             first = max(chunk.rfind(b"\n", 0, found.start()) + 1, found.start() - MAX_WORD_BYTES)
             encoding = _detect(chunk[first : found.start() + SAMPLE_BYTES], place)
         chunks = chain([chunk], chunks)
-        decode = _decode_records if encoding in SINGLE_BYTE_ENCODINGS else _decode
+        decode = _decode_records
     note(encoding)
     yield from chunks if encoding == UTF8 else decode(chunks, encoding)
 
 
 def _check_order(start: bytes, given: str | None, place: str) -> None:
-    """Refuse UTF-16 and UTF-32 without a byte order mark, in which most zeros are at even or at odd places."""
-    even, odd = start[::2].count(0), start[1::2].count(0)
-    is_utf16 = even + odd > MIN_ZERO_SHARE * len(start) and 2 * min(even, odd) <= max(even, odd)
-    if given is not None or is_utf16 or b"\x00" in start[:2]:
-        name = given or "utf-16"
-        hint = f"add --encoding {name}-{'be' if even > odd else 'le'}"
-        raise DataError(f"{place}: {name.upper()} without a byte order mark", hint=hint)
+    """Refuse UTF-16 and UTF-32 without a byte order mark, unless its order is given and shows characters of ASCII."""
+    if b"\x00" not in start:
+        if given is not None:
+            hint = "without --encoding, it is detected"
+            raise DataError(f"{place}: not {given}: no byte order mark and no zero bytes", hint=hint)
+        return
+    counts = {encoding: _count_ascii(start, encoding) for encoding in ORDERED_ENCODINGS}
+    found, second = sorted(counts, key=lambda encoding: -counts[encoding])[:2]
+    is_clear = counts[found] > MIN_ASCII_SHARE * len(start) and 2 * counts[second] <= counts[found]
+    if counts.get(given or "", 0) <= 0 and (given is not None or is_clear or b"\x00" in start[:2]):
+        problem = f"{place}: {found[:6].upper()} without a byte order mark"
+        raise DataError(problem, hint=f"add --encoding {found}")
+
+
+def _count_ascii(data: bytes, encoding: str) -> int:
+    """Count the characters of ASCII, minus the zeros that UTF-32 shows when read as UTF-16."""
+    text = codecs.getincrementaldecoder(encoding)("replace").decode(data)
+    return sum(map("\x80".__gt__, text)) - 2 * text.count("\x00")
 
 
 def _decode(chunks: Iterator[bytes], encoding: str) -> Iterator[bytes]:
@@ -167,18 +179,22 @@ def _decode(chunks: Iterator[bytes], encoding: str) -> Iterator[bytes]:
 
 def _decode_records(chunks: Iterator[bytes], encoding: str) -> Iterator[bytes]:
     """Decode record by record; the bytes of one that is UTF-8 become lone surrogates."""
+    # in a multi-byte encoding, a brace may be the second byte of a character, and a short word may be UTF-8 by chance
+    end, first = (_AFTER_RECORD, "\x80") if encoding in SINGLE_BYTE_ENCODINGS else (_AFTER_LINE, "\u0800")
+    decoder = codecs.getincrementaldecoder(encoding)(ESCAPE_ERRORS)
+
+    def decode(record: bytes) -> str:
+        is_utf8 = not record.isascii() and _is_utf8(record) and max(record.decode()) >= first
+        return record.decode("ascii", ESCAPE_ERRORS) if is_utf8 else decoder.decode(record)
+
     rest = b""
     for chunk in chain(chunks, [b""]):
-        *records, rest = _AFTER_RECORD.split(rest + chunk)
+        *records, rest = end.split(rest + chunk)
         if not chunk or len(rest) > SAMPLE_BYTES:
             records, rest = [*records, rest], b""
-        names = ["ascii" if _is_utf8(record) else encoding for record in records]
-        if text := "".join(map(_decode_escaped, records, names)):
+        text = "".join(map(decode, records)) + decoder.decode(b"", final=not chunk)
+        if text:
             yield text.encode(errors="surrogatepass")
-
-
-def _decode_escaped(data: bytes, encoding: str) -> str:
-    return data.decode(encoding, ESCAPE_ERRORS)
 
 
 def decode_record(data: bytes) -> str:

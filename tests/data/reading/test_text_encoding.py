@@ -16,7 +16,13 @@ from t5tune.data.reading.files import find_files
 from t5tune.data.reading.formats import Conversation
 from t5tune.data.reading.raw_records import parse_record
 from t5tune.data.reading.readers import read_records
-from t5tune.data.reading.text_encoding import MAX_ASCII_BYTES, find_encoding, read_as_utf8
+from t5tune.data.reading.text_encoding import (
+    MAX_ASCII_BYTES,
+    decode_record,
+    find_encoding,
+    is_escaped_utf8,
+    read_as_utf8,
+)
 from t5tune.errors import DataError, SettingsError
 from t5tune.progress import Event, Note
 from t5tune.settings import EvaluateSettings, PrepareSettings
@@ -209,6 +215,29 @@ def test_utf_16_that_does_not_begin_with_ascii_is_named(texts: list[str], order:
         find_encoding(iter([text.encode(f"utf-16-{order}")]), None, "a")
 
 
+def test_utf_32_without_a_mark_is_named(tmp_path: Path) -> None:
+    for encoding in ("utf-32-le", "utf-32-be"):
+        path = write_table(tmp_path / "data.csv", make_table(GERMAN), encoding)
+        with pytest.raises(DataError, match=f"UTF-32 without a byte order mark; add --encoding {encoding}"):
+            read_pairs(path)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "given", "problem"),
+    [
+        ("utf-16-le", "utf-16-be", "UTF-16 without a byte order mark; add --encoding utf-16-le"),
+        ("utf-16-le", "utf-32-le", "UTF-16 without a byte order mark; add --encoding utf-16-le"),
+        ("utf-32-be", "utf-16-be", "UTF-32 without a byte order mark; add --encoding utf-32-be"),
+        ("utf-8", "utf-16-le", "not utf-16-le: no byte order mark and no zero bytes"),
+        ("cp1252", "utf-32", "not utf-32: no byte order mark and no zero bytes"),
+    ],
+)
+def test_a_wrong_wide_encoding_is_refused(tmp_path: Path, encoding: str, given: str, problem: str) -> None:
+    path = write_table(tmp_path / "data.csv", make_table(GERMAN), encoding)
+    with pytest.raises(DataError, match=f"data.csv: {problem}"):
+        read_pairs(path, encoding=given)
+
+
 def test_a_byte_order_mark_wins_over_what_is_given(tmp_path: Path) -> None:
     table = make_table(GERMAN)
     for encoding in ("utf-8-sig", "utf-16"):
@@ -253,6 +282,15 @@ def test_utf_8_in_a_file_of_another_encoding_is_rejected(tmp_path: Path, suffix:
         ("invalid_utf8", "UTF-8 in a file that is read in another encoding")
     }
     assert len(read_pairs(path, encoding="cp1252")) == len(records)  # as it was asked for
+
+
+@pytest.mark.parametrize(("texts", "encoding"), [(CHINESE, "gb18030"), (JAPANESE, "cp932"), (KOREAN, "cp949")])
+def test_utf_8_in_a_file_of_a_multi_byte_encoding_is_invalid(texts: list[str], encoding: str) -> None:
+    lines = [text.encode(encoding) for text in texts * 9]
+    added = [text[:length].encode() for text in texts for length in range(4, len(text), 2)]
+    decoded = b"".join(read_as_utf8(iter([b"\n".join([*lines, *added])]), None, "a")).split(b"\n")
+    assert [decode_record(line) for line in decoded[: len(lines)]] == texts * 9
+    assert all(is_escaped_utf8(decode_record(line)) for line in decoded[len(lines) :])
 
 
 @pytest.mark.parametrize("size", [1, 7, 1000])
@@ -332,7 +370,15 @@ def test_evaluate_reads_the_encoding_too(tmp_path: Path) -> None:
     assert any(isinstance(event, Note) and event.text.startswith("read as cp1252") for event in events)
 
 
-@pytest.mark.parametrize("name", ["latin-9000", "hex", "idna", "punycode", "undefined", "unicode_escape"])
+@pytest.mark.parametrize("name", ["latin-9000", "hex", "idna", "punycode", "undefined", "unicode_escape", "charmap"])
 def test_a_name_of_no_encoding_is_refused(name: str) -> None:
     with pytest.raises(SettingsError, match="encoding: .*such as utf-8, cp1252"):
+        PrepareSettings(model_name_or_path="pocket", data_path="a.csv", output_dir="b", encoding=name)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"), [("cp-1252", "cp1252"), ("Windows1252", "cp1252"), ("iso88591", "iso8859-1"), ("uft-8", "utf-8")]
+)
+def test_a_misspelled_encoding_names_the_right_one(name: str, meant: str) -> None:
+    with pytest.raises(SettingsError, match=f"encoding: '{name}'.*; did you mean {meant}\\?"):
         PrepareSettings(model_name_or_path="pocket", data_path="a.csv", output_dir="b", encoding=name)
