@@ -54,6 +54,8 @@ DROPPED = {
     "truncated_targets": ("target longer than model_max_length", "targets longer than model_max_length"),
 }
 
+MAX_UNKNOWN_FRACTION = 0.01  # of tokens that the vocabulary lacks; more of them get a warning
+
 
 class RejectedRecordsError(DataError):
     """Too many records are rejected; the caller keeps the file that lists them."""
@@ -194,6 +196,10 @@ def report_problems(manifest: dict[str, Any], folder: Path, report: Report) -> N
     add_tokens, left_out = manifest["inputs"]["add_tokens"], manifest["left_out_tokens"]
     is_list = add_tokens not in (["auto"], ["none"], ["fastchat"])
     _report_lost_characters(manifest["lost_characters"], "; add_tokens can list them, too" if is_list else "", report)
+    unknown, count = manifest["unknown_tokens"], manifest["source_tokens"] + manifest["target_tokens"]
+    if unknown > MAX_UNKNOWN_FRACTION * count:
+        problem = f"{unknown:,} of {count:,} tokens ({unknown / count:.0%}) are unknown to the vocabulary"
+        report(Note(f"{problem}; mT5's has most scripts, and ByT5 reads any text; t5tune inspect --unknown", True))
     if add_tokens == ["auto"] and not (manifest["added_tokens"] or left_out or manifest["lost_characters"]):
         report(Note("no tokens added: the base's tokenizer writes every character of the targets"))
     if left_out:

@@ -1,6 +1,7 @@
 """What prepare reports of the data: repairs, unused columns, and characters that aren't in the vocabulary."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,14 @@ def test_what_is_left_out_and_rejected_is_counted_with_its_plural(tmp_path: Path
     )
     assert any(note.startswith("2 sources truncated to model_max_length 16; ") for note in notes)
     assert any(note.startswith("1 target truncated to model_max_length 16; ") for note in notes)
+
+
+def test_many_unknown_tokens_are_a_warning_with_vocabularies_that_have_them(tmp_path: Path) -> None:
+    chinese, english = make_pair("你好吗朋友", "Yes"), make_pair("Is this a text?", "Yes")
+    (note,) = [note for note in list_notes(tmp_path, chinese) if "unknown" in note]
+    assert re.fullmatch(r"\d+ of \d+ tokens \(\d+%\) are unknown to the vocabulary; mT5's .*--unknown", note)
+    (tmp_path / "few").mkdir()
+    assert not [note for note in list_notes(tmp_path / "few", *[english] * 200, chinese) if "unknown" in note]
 
 
 def test_characters_that_the_tokenizer_cannot_write_are_counted_by_targets(tmp_path: Path) -> None:
