@@ -114,7 +114,7 @@ def test_the_signature_begins_with_what_people_use() -> None:
     )
     signature = str(inspect.signature(TrainSettings)).replace("pathlib._local.", "pathlib.")  # in Python 3.13
     assert signature.startswith(start)
-    assert "(settings: t5tune.settings.commands.commands.TrainSettings, report:" in str(inspect.signature(train))
+    assert "(settings: t5tune.settings.commands.train.TrainSettings, report:" in str(inspect.signature(train))
 
 
 @pytest.mark.long

@@ -20,6 +20,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from t5tune.errors import make_printable
 from t5tune.inference.prompts import Prompt
+from t5tune.io.hosts import is_loopback
 from t5tune.progress import Answered, Report
 from t5tune.serving.computing import Batcher
 from t5tune.serving.metrics import Metrics
@@ -34,7 +35,6 @@ from t5tune.serving.protocol import (
     parse_body,
 )
 from t5tune.serving.replies import Order, Record, Replies
-from t5tune.settings.commands.serve import is_loopback
 
 PAGE_FILE = Path(__file__).with_name("page.html")
 MAX_BODY_BYTES = 4 << 20

@@ -5,7 +5,7 @@
 Precedence: default < file < environment < flags. All problems are raised together.
 """
 
-from t5tune.settings.commands.commands import (
+from t5tune.settings.commands import (
     COMMANDS,
     ChatSettings,
     DocsSettings,
@@ -13,15 +13,15 @@ from t5tune.settings.commands.commands import (
     EvaluateSettings,
     ExportSettings,
     InspectSettings,
+    MergeSettings,
     PlanSettings,
     PrepareSettings,
     PushSettings,
     SchemaSettings,
+    ServeSettings,
     TemplatesSettings,
     TrainSettings,
 )
-from t5tune.settings.commands.merge import MergeSettings
-from t5tune.settings.commands.serve import ServeSettings
 from t5tune.settings.dataset_list import DatasetSettings
 from t5tune.settings.field_types import Settings
 from t5tune.settings.groups.base import QuantizationSettings

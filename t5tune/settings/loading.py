@@ -11,7 +11,7 @@ from pydantic_core import ErrorDetails
 from t5tune.errors import SettingsError
 from t5tune.file_names import SETTINGS_FILE
 from t5tune.settings import packaged_templates
-from t5tune.settings.commands.commands import COMMANDS
+from t5tune.settings.commands import COMMANDS
 from t5tune.settings.dataset_list import PATHS_OF_DATASETS, DatasetSettings
 from t5tune.settings.fastchat_names import LEGACY_NAMES, select_legacy_names
 from t5tune.settings.field_types import Settings

@@ -1,6 +1,5 @@
 """Which models are served, where, and with which limits."""
 
-import ipaddress
 import os
 import re
 from collections.abc import Mapping
@@ -9,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from t5tune.io.hosts import is_loopback
 from t5tune.settings.commands.merge import Quantization
 from t5tune.settings.field_types import NoneIfUnset, OptionalCount, PathAsText, exists, read_path, read_paths
 from t5tune.settings.groups.base import BaseModelSettings, DeviceSettings, TrainedQuantizationSettings
@@ -174,14 +174,6 @@ class ServeSettings(ConversationSettings, DeviceSettings, TrainedQuantizationSet
     def named_models(self) -> dict[str, str]:
         """Name -> run, adapter or base."""
         return dict(map(split_model_name, self.models))
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host name or an address is this machine's own, which others don't reach."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def split_model_name(text: str) -> tuple[str, str]:

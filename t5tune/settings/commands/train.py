@@ -1,0 +1,128 @@
+"""The settings of `train`, and what must fit together in them."""
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from pydantic import model_validator
+
+from t5tune.errors import suggest_name
+from t5tune.metrics import METRICS, NOT_BEST, PREFERENCE_METRICS
+from t5tune.settings.groups.base import (
+    BaseModelSettings,
+    TrainingPrecisionSettings,
+)
+from t5tune.settings.groups.data import (
+    TrainingDataSettings,
+)
+from t5tune.settings.groups.distillation import DistillationSettings, TargetSettings
+from t5tune.settings.groups.evaluation import EvaluationSettings
+from t5tune.settings.groups.hub import HubStrategySettings
+from t5tune.settings.groups.layers import LayerSettings
+from t5tune.settings.groups.lora import InitialAdapterSettings
+from t5tune.settings.groups.preferences import PreferenceSettings
+from t5tune.settings.groups.processes import ProcessSettings
+from t5tune.settings.groups.run_output import RunOutputSettings
+from t5tune.settings.groups.steps import StepSettings
+
+
+class TrainSettings(
+    RunOutputSettings,
+    HubStrategySettings,
+    ProcessSettings,
+    EvaluationSettings,
+    TargetSettings,
+    LayerSettings,
+    TrainingPrecisionSettings,
+    StepSettings,
+    PreferenceSettings,
+    DistillationSettings,
+    InitialAdapterSettings,
+    TrainingDataSettings,
+    BaseModelSettings,
+):
+    command: ClassVar[str] = "train"
+    also_positional: ClassVar[str | None] = "config"
+    essential: ClassVar[tuple[str, ...]] = (
+        "source_column", "target_column", "eval_fraction", "train_mode", "lora_r", "q_lora", "num_train_epochs",
+        "per_device_train_batch_size", "learning_rate", "bf16", "dry_run",
+    )  # fmt: skip
+    notes_on_implied: ClassVar[Mapping[str, str]] = {
+        "bf16": "q_lora turns bf16 on: the quantized base computes in bfloat16"
+    }
+
+    @model_validator(mode="after")
+    def _check_evaluation_options(self) -> "TrainSettings":
+        for name, value in self.list_needing_evaluation(self.lr_scheduler_type).items():
+            if self.eval_strategy == "no":
+                raise ValueError(f"{name}: {value}, but eval_strategy is no")
+        if self.eval_steps is not None and self.eval_strategy == "epoch":
+            raise ValueError(f"eval_steps: {self.eval_steps}, but eval_strategy is epoch")
+        return self
+
+    @model_validator(mode="after")
+    def _check_metrics(self) -> "TrainSettings":
+        of_pairs = [name for name in PREFERENCE_METRICS if name not in NOT_BEST]
+        best, losses = self.metric_for_best_model, ("loss", "perplexity", *of_pairs)
+        if best is not None and best.endswith(NOT_BEST):
+            raise ValueError(f"metric_for_best_model: {best}: neither a high nor a low value is better")
+        if best in METRICS and self.metrics is not None and best not in self.metrics:
+            raise ValueError(f"metric_for_best_model: {best} isn't among metrics: {', '.join(self.metrics)}; add it")
+        known = (*losses, *METRICS)
+        # the metric of one of several datasets, `chats_loss`, whose name is checked once they are known
+        best = next((name for name in known if best is not None and best.endswith(f"_{name}")), best)
+        if best is not None and best not in known and not self.metric:  # else checked when the functions are tried
+            choices = f"; choose from {', '.join(known)}, or give the function that computes it with metric"
+            raise ValueError(f"metric_for_best_model: {best}: no such metric{suggest_name(best, known) or choices}")
+        generated = {"metrics": self.metrics, "metric": self.metric}
+        is_generated = best is not None and best not in losses
+        generated["metric_for_best_model"] = [str(self.metric_for_best_model)] if is_generated else None
+        for name, value in generated.items():
+            if value and self.eval_generate is None:
+                raise ValueError(
+                    f"{name}: {' '.join(value)} needs generated predictions; set eval_generate to the number of "
+                    "examples to generate for"
+                )
+        if self.early_stopping_threshold is not None and self.early_stopping_patience is None:
+            raise ValueError(
+                f"early_stopping_threshold: {self.early_stopping_threshold:g} has no effect without "
+                "early_stopping_patience; set it to a number of evaluations"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_lora_options(self) -> "TrainSettings":
+        if self.train_mode == "full":
+            for name in ("q_lora", "use_dora", "use_rslora", "loraplus_lr_ratio", "modules_to_save"):
+                if getattr(self, name):
+                    raise ValueError(f"{name}: full training has no adapters; remove it, or set train_mode: lora")
+            if self.init_lora_weights != "default":
+                raise ValueError("init_lora_weights: full training has no adapters; remove it")
+            if self.adapter is not None:
+                raise ValueError(
+                    "adapter: full training starts from a model, not an adapter; merge the adapter into its base first"
+                )
+        if self.adapter is not None and self.init_lora_weights != "default":
+            raise ValueError(
+                f"init_lora_weights: {self.init_lora_weights} conflicts with adapter, which also sets the initial "
+                "adapter weights; give only one of them"
+            )
+        if self.init_lora_weights == "orthogonal" and self.lora_r % 2:
+            raise ValueError(
+                f"lora_r: {self.lora_r}: init_lora_weights orthogonal needs an even rank, half of it for each matrix; "
+                f"use {self.lora_r + 1}"
+            )
+        if self.init_lora_weights == "loftq" and not (self.q_lora and self.quant_type != "int8"):
+            raise ValueError(
+                "init_lora_weights: loftq corrects the error of 4-bit quantization; it needs q_lora with quant_type "
+                "nf4 or fp4"
+            )
+        if self.init_lora_weights.startswith(("pissa", "olora")) and self.q_lora:
+            raise ValueError(
+                f"init_lora_weights: {self.init_lora_weights} subtracts its initialization from the base weights, "
+                "which q_lora quantizes; use loftq with q_lora"
+            )
+        if self.init_lora_weights.startswith(("pissa", "olora", "loftq")) and self.use_dora:
+            raise ValueError(
+                f"init_lora_weights: {self.init_lora_weights} can't be combined with use_dora; choose one of them"
+            )
+        return self
