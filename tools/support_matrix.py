@@ -122,7 +122,7 @@ COLUMNS = {
         of_gemma("end_to_end/test_gemma.py::test_two_ranks_have_the_losses_of_one_process[{key}-ZeRO-3]"),
         more_tests=(
             f"{TRAIN_TEST}::test_deepspeed_stages_reduce_the_loss_and_save_the_fp32_masters[way0]",
-            "tests/end_to_end/test_lora_variants.py::test_full_training_gives_the_same_weights_under_zero3",
+            "tests/end_to_end/test_full_training.py::test_full_training_gives_the_same_weights_under_zero3",
             f"{TRAIN_TEST}::test_two_ranks_of_zero3_resume_to_the_same_bits",
         ),
     ),

@@ -5,11 +5,8 @@ import os
 import re
 import resource
 import shutil
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,28 +16,20 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from t5tune.checkpoints.base_tensors import Checkpoint
-from t5tune.checkpoints.fingerprint import (
-    FINGERPRINT_BYTES,
-    compute_fingerprint,
-    compute_full_hash,
-)
 from t5tune.checkpoints.training_data import TrainingData, read_training_data, write_training_data
 from t5tune.commands.chat import Chatter
-from t5tune.commands.evaluate import evaluate
-from t5tune.commands.export import export
 from t5tune.commands.merge import MergeResult, merge
-from t5tune.commands.prepare import prepare
 from t5tune.data.tokens.chat_template import build_chat_template, write_chat_template
 from t5tune.data.tokens.templates import load_template
 from t5tune.data.tokens.tokenizer import load_tokenizer, save_tokenizer
-from t5tune.errors import CheckpointError, ModelError, SettingsError, TrainingError
+from t5tune.errors import CheckpointError, TrainingError
 from t5tune.model.load import load_base
 from t5tune.progress import Note
-from t5tune.settings import ChatSettings, EvaluateSettings, ExportSettings, MergeSettings, PrepareSettings
+from t5tune.settings import ChatSettings, MergeSettings
+from tests.merging.cases import PREFIX, change_tensors, list_folder, run_merge
 from tests.support.adapters import (
     TEMPLATES,
     TOKEN_IDS,
-    add_base_metadata,
     compute_logits,
     load_stock_base,
     make_rows_adapter,
@@ -48,17 +37,11 @@ from tests.support.adapters import (
 )
 from tests.support.bases import make_base
 
-PREFIX = "base_model.model."
 SCALE = 16 / 4
 
 
 def load_stock_with_adapter(base: Path, adapter: Path) -> Any:
     return PeftModel.from_pretrained(load_stock_base(base), adapter).eval()
-
-
-def run_merge(base: Path, adapter: Path, output: Path, report: Any = None, **changes: Any) -> MergeResult:
-    settings = MergeSettings(model_name_or_path=str(base), adapter=adapter, output_dir=output, **changes)
-    return merge(settings, report) if report else merge(settings)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -94,11 +77,6 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         adapter, logits = make_rows_adapter(base, root / "adapter")
     merged = run_merge(base, adapter, root / "merged")
     return Case(base, adapter, root / "merged", merged, head == "tied", dtype, logits)
-
-
-@pytest.fixture(scope="module")
-def untied_adapter(untied_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_stock_adapter(untied_base, tmp_path_factory.mktemp("adapters") / "untied")
 
 
 def compute_expected_tensors(base: Path, adapter: Path, tied: bool, scale: float = SCALE) -> dict[str, torch.Tensor]:
@@ -369,36 +347,6 @@ def test_more_shards_can_be_written_than_open_files_are_allowed(
     assert all(cut.get_tensor(name).tobytes() == whole.get_tensor(name).tobytes() for name in whole.list_names())
 
 
-@pytest.mark.parametrize(
-    ("changes", "bytes_per_weight"),
-    [
-        ({}, 4),
-        ({"dtype": "bfloat16"}, 2),
-        ({"to": "ctranslate2"}, 4 + 4),
-        ({"to": "ctranslate2", "dtype": "bfloat16"}, 2 + 2),
-        ({"to": "ctranslate2", "quantization": "int8_float16"}, 4 + 1),
-        ({"to": "ctranslate2", "quantization": "float16"}, 4 + 2),
-    ],
-)
-def test_a_disk_too_small_for_the_checkpoint_and_its_conversion_is_refused(
-    untied_base: Path,
-    untied_adapter: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    changes: dict[str, Any],
-    bytes_per_weight: int,
-) -> None:
-    for name in ("ctranslate2", "ctranslate2.converters"):  # as if it were installed
-        monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
-    with pytest.raises(SettingsError, match="1,000 bytes are free; the weights need") as caught:
-        run_merge(untied_base, untied_adapter, tmp_path / "merged", **changes)
-    needed = int(caught.value.problems[0].rpartition(" ")[2].replace(",", ""))
-    weights = sum(tensor.numel() for tensor in load_file(untied_base / "model.safetensors").values())
-    assert 1 < needed / (weights * bytes_per_weight) < 1.15
-    assert not list(tmp_path.iterdir())
-
-
 def test_the_tokenizer_of_the_adapter_takes_precedence(untied_base: Path, untied_adapter: Path, tmp_path: Path) -> None:
     adapter = shutil.copytree(untied_adapter, tmp_path / "adapter")
     for file in untied_base.glob("tokenizer*"):
@@ -497,287 +445,6 @@ def test_merging_twice_writes_the_same_bytes(untied_base: Path, untied_adapter: 
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
-# merges that are refused leave nothing on disk
-
-
-def list_folder(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
-def test_a_base_of_other_shapes_is_refused_with_the_name_of_the_tensor(untied_adapter: Path, tmp_path: Path) -> None:
-    other = make_base(tmp_path / "other", tied=False, d_kv=4)
-    with pytest.raises(CheckpointError, match=r"SelfAttention\.[qv]\.weight: shape \[16, 32\] in the base.*\[32, 32\]"):
-        run_merge(other, untied_adapter, tmp_path / "merged")
-    assert list_folder(tmp_path) == ["other"]
-
-
-def test_a_base_without_the_adapted_layers_is_refused(untied_adapter: Path, tmp_path: Path) -> None:
-    other = make_base(tmp_path / "other", tied=False, num_layers=1)
-    with pytest.raises(CheckpointError, match=r"adapts \S*block\.1\.\S+, which .*other doesn't have"):
-        run_merge(other, untied_adapter, tmp_path / "merged")
-    assert list_folder(tmp_path) == ["other"]
-
-
-def test_rows_beyond_the_end_of_a_smaller_vocabulary_are_refused(tmp_path: Path) -> None:
-    adapter, _ = make_rows_adapter(make_base(tmp_path / "base", tied=True), tmp_path / "adapter")
-    other = make_base(tmp_path / "other", tied=True, vocab_size=205)
-    before = list_folder(tmp_path)
-    with pytest.raises(CheckpointError, match=r"shared\.weight"):
-        run_merge(other, adapter, tmp_path / "merged", verify=False)
-    assert list_folder(tmp_path) == before
-
-
-def test_an_output_folder_with_files_is_only_replaced_with_overwrite(
-    untied_base: Path, untied_adapter: Path, tmp_path: Path
-) -> None:
-    output = tmp_path / "merged"
-    output.mkdir()
-    (output / "mine.txt").write_text("mine")
-    with pytest.raises(SettingsError, match="already contains files") as caught:
-        run_merge(untied_base, untied_adapter, output)
-    assert "--overwrite" in (caught.value.hint or "")
-    assert list_folder(output) == ["mine.txt"]
-    run_merge(untied_base, untied_adapter, output, overwrite=True)
-    assert "model.safetensors" in list_folder(output)
-    assert "mine.txt" not in list_folder(output)
-    assert list_folder(tmp_path) == ["merged"]
-
-
-def test_overwrite_never_replaces_an_input_a_run_or_the_current_folder(
-    untied_base: Path, untied_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = tmp_path / "out"
-    base, adapter = shutil.copytree(untied_base, out / "base"), shutil.copytree(untied_adapter, out / "adapter")
-    run = tmp_path / "run"
-    (run / "checkpoint-7").mkdir(parents=True)
-    data = out / "data.jsonl"
-    data.write_text('{"source": "a", "target": "b"}')
-    before = list_folder(out)
-
-    def evaluate_into(folder: Path) -> None:
-        settings = {"model_name_or_path": str(untied_base), "data_path": f"{out}/*.jsonl", "use_cpu": True}
-        evaluate(EvaluateSettings(**settings, output_dir=folder, overwrite=True))
-
-    for what, command in {
-        "adapter, which this command reads": lambda: run_merge(untied_base, adapter, out, overwrite=True),
-        "base, which this command reads": lambda: run_merge(base, untied_adapter, out, overwrite=True),
-        "run/checkpoint-7": lambda: run_merge(untied_base, untied_adapter, run, overwrite=True),
-        "adapter, which this": lambda: export(ExportSettings(checkpoint=adapter, output_dir=adapter, overwrite=True)),
-        "data.jsonl, which this command reads": lambda: evaluate_into(out),
-    }.items():
-        with pytest.raises(SettingsError, match=f"output_dir: .*: contains .*{what}"):
-            command()
-    monkeypatch.chdir(out)
-    with pytest.raises(SettingsError, match="contains the current folder"):
-        run_merge(untied_base, untied_adapter, tmp_path / "out" / "..", overwrite=True)
-    assert list_folder(out) == before
-    assert (run / "checkpoint-7").is_dir()
-
-
-def test_overwrite_never_replaces_the_base_that_only_an_adapter_names_or_a_cache_of_a_mixture(
-    untied_base: Path, untied_adapter: Path, tmp_path: Path
-) -> None:
-    models, elsewhere = tmp_path / "models", tmp_path / "elsewhere"
-    base, adapter = shutil.copytree(untied_base, models / "base"), shutil.copytree(untied_adapter, tmp_path / "adapter")
-    change_config(base_model_name_or_path=str(base))(adapter)
-    data = tmp_path / "data.jsonl"
-    data.write_text('{"source": "a", "target": "b"}')
-    settings = {"model_name_or_path": str(base), "add_tokens": ["none"]}
-    for folder, paths in ((models / "cache", [data]), (elsewhere, [f"{models / 'cache'}:1", f"{data}:1"])):
-        prepare(PrepareSettings(**settings, data_path=[str(path) for path in paths], output_dir=folder))
-    before = sorted(models.rglob("*"))
-    common: dict[str, Any] = {"output_dir": models, "overwrite": True}
-
-    def evaluate_on(path: Path, model: Path) -> None:
-        evaluate(EvaluateSettings(**common, model_name_or_path=str(model), data_path=[str(path)], use_cpu=True))
-
-    given = ExportSettings(**common, checkpoint=untied_adapter, model_name_or_path=str(base))
-    onto_base: dict[str, Any] = {**common, "output_dir": base, "adapter": [adapter]}
-    converted: dict[str, Any] = {**onto_base, "model_name_or_path": str(base), "to": "ctranslate2"}
-    commands: list[tuple[str, Callable[[], Any]]] = [
-        ("base", lambda: merge(MergeSettings(**common, adapter=[adapter]))),
-        ("base", lambda: merge(MergeSettings(**onto_base))),
-        ("base", lambda: merge(MergeSettings(**converted))),
-        ("base", lambda: evaluate_on(data, adapter)),
-        ("base", lambda: export(ExportSettings(**common, checkpoint=adapter))),
-        ("base", lambda: export(given)),
-        ("cache/data", lambda: evaluate_on(elsewhere, untied_base)),
-    ]
-    for what, command in commands:
-        with pytest.raises(SettingsError, match=f"output_dir: .*models.*: contains .*models/{what}, which this"):
-            command()
-    assert sorted(models.rglob("*")) == before
-
-
-def test_a_result_isnt_lost_if_another_process_has_filled_the_folder_meanwhile(
-    untied_base: Path, untied_adapter: Path, tmp_path: Path
-) -> None:
-    output = tmp_path / "merged"
-
-    def fill(event: Any) -> None:
-        output.mkdir(exist_ok=True)
-        (output / "theirs.txt").write_text("theirs")
-
-    with pytest.raises(SettingsError, match="merged: another process has written to it meanwhile") as caught:
-        run_merge(untied_base, untied_adapter, output, fill, verify=False)
-    assert str(tmp_path / "merged.1") in str(caught.value.hint)
-    assert list_folder(output) == ["theirs.txt"]
-    run_merge(untied_base, untied_adapter, tmp_path / "expected", verify=False)
-    weights = [tmp_path / name / "model.safetensors" for name in ("merged.1", "expected")]
-    assert weights[0].read_bytes() == weights[1].read_bytes()
-
-
-def test_a_base_is_only_merged_in_place_with_overwrite(untied_adapter: Path, tmp_path: Path) -> None:
-    base = make_base(tmp_path / "base", tied=False)
-    run_merge(base, untied_adapter, tmp_path / "expected")
-    with pytest.raises(SettingsError):
-        run_merge(base, untied_adapter, base)
-    run_merge(base, untied_adapter, base, overwrite=True)
-    expected = (tmp_path / "expected" / "model.safetensors").read_bytes()
-    assert (base / "model.safetensors").read_bytes() == expected
-
-
-def change_config(**changes: Any) -> Callable[[Path], None]:
-    def change(folder: Path) -> None:
-        path = folder / "adapter_config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-    return change
-
-
-def change_tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
-    def apply(folder: Path) -> None:
-        state = load_file(folder / "adapter_model.safetensors")
-        change(state)
-        save_file(state, folder / "adapter_model.safetensors")
-
-    return apply
-
-
-Q = f"{PREFIX}encoder.block.0.layer.0.SelfAttention.q"
-
-
-@pytest.mark.parametrize(
-    ("damage", "named"),
-    [
-        pytest.param(lambda f: (f / "adapter_config.json").unlink(), r"no adapter_config\.json", id="no config"),
-        pytest.param(lambda f: (f / "adapter_model.safetensors").unlink(), "no adapter_model", id="no weights"),
-        pytest.param(lambda f: (f / "adapter_config.json").write_text("{"), r"adapter_config\.json", id="invalid JSON"),
-        pytest.param(lambda f: (f / "adapter_config.json").write_text("[]"), r"adapter_config\.json", id="a list"),
-        pytest.param(change_config(peft_type="IA3"), "IA3", id="IA3"),
-        pytest.param(change_config(use_dora=True), "lora_magnitude_vector is missing", id="DoRA without norms"),
-        pytest.param(change_config(modules_to_save=["shared"]), "modules_to_save: shared", id="a whole embedding"),
-        pytest.param(
-            change_config(modules_to_save=["final_layer_norm"]),
-            "modules_to_save: final_layer_norm: no such tensor",
-            id="whole modules without tensors",
-        ),
-        pytest.param(change_config(lora_alpha=None), "lora_alpha", id="no alpha"),
-        pytest.param(change_tensors(lambda s: s.pop(f"{Q}.lora_B.weight")), r"SelfAttention\.q.*lora_B", id="no B"),
-        pytest.param(change_tensors(lambda s: s.pop(f"{Q}.lora_A.weight")), r"SelfAttention\.q.*lora_A", id="no A"),
-        pytest.param(
-            change_tensors(lambda s: s[f"{Q}.lora_B.weight"].fill_(float("nan"))), r"SelfAttention\.q", id="NaN"
-        ),
-        pytest.param(
-            change_tensors(lambda s: s.update({f"{PREFIX}shared.lora_embedding_A": torch.ones(4, 1536)})),
-            "lora_embedding_A",
-            id="an unsupported tensor",
-        ),
-        pytest.param(change_tensors(lambda s: s.clear()), "contains no LoRA", id="empty"),
-    ],
-)
-def test_an_incomplete_lora_adapter_is_refused_with_the_reason(
-    untied_base: Path, untied_adapter: Path, tmp_path: Path, damage: Callable[[Path], Any], named: str
-) -> None:
-    adapter = shutil.copytree(untied_adapter, tmp_path / "adapter")
-    damage(adapter)
-    with pytest.raises(CheckpointError, match=named):
-        run_merge(untied_base, adapter, tmp_path / "merged", verify=False)
-    assert list_folder(tmp_path) == ["adapter"]
-
-
-def make_token_indices(*ids: int) -> dict[str, list[int]]:
-    embedding = {name: list(ids) for name in ("encoder.embed_tokens", "decoder.embed_tokens")}
-    return embedding | {"lm_head": list(reversed(ids))}
-
-
-@pytest.mark.parametrize(
-    ("listed", "named"),
-    [
-        pytest.param(make_token_indices(-5, 210, 201), "-5|shared|lm_head", id="a negative row"),
-        pytest.param(make_token_indices(203, 210, 1536), "shared|lm_head", id="a row beyond the end"),
-        pytest.param(make_token_indices(203, 210), "shared|lm_head", id="fewer than the tensor has"),
-        pytest.param(make_token_indices(203, 203, 201), "shared|lm_head", id="a row twice"),
-        pytest.param(make_token_indices(), "trainable_token_indices|trainable_tokens|shared|lm_head", id="no row"),
-        pytest.param(None, "trainable_token", id="rows that the config doesn't list"),
-    ],
-)
-def test_token_rows_that_contradict_the_config_are_refused(
-    untied_base: Path, tmp_path: Path, listed: Any, named: str
-) -> None:
-    adapter, _ = make_rows_adapter(untied_base, tmp_path / "adapter")
-    change_config(trainable_token_indices=listed)(adapter)
-    before = list_folder(tmp_path)
-    with pytest.raises(CheckpointError, match=named):
-        run_merge(untied_base, adapter, tmp_path / "merged", verify=False)
-    assert list_folder(tmp_path) == before
-
-
-def test_a_sum_beyond_the_range_of_fp16_is_refused_with_the_name_of_the_tensor(tmp_path: Path) -> None:
-    base = make_base(tmp_path / "base", tied=False, dtype=torch.float16)
-    adapter = make_stock_adapter(base, tmp_path / "adapter")
-    change_tensors(lambda s: s[f"{Q}.lora_B.weight"].mul_(1e7))(adapter)
-    with pytest.raises(CheckpointError, match=r"SelfAttention\.q\.weight"):
-        run_merge(base, adapter, tmp_path / "merged", verify=False)
-    assert list_folder(tmp_path) == ["adapter", "base"]
-
-
-def test_a_missing_adapter_folder_is_refused(untied_base: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"gone: no such folder"):
-        run_merge(untied_base, tmp_path / "gone", tmp_path / "merged")
-    assert list_folder(tmp_path) == []
-
-
-def test_a_missing_base_folder_is_refused(untied_adapter: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="gone"):
-        run_merge(tmp_path / "gone", untied_adapter, tmp_path / "merged")
-    assert list_folder(tmp_path) == []
-
-
-def test_without_a_base_the_one_that_the_adapter_names_is_used_and_reported(
-    untied_base: Path, untied_adapter: Path, tmp_path: Path
-) -> None:
-    notes: list[Any] = []
-    merge(MergeSettings(adapter=untied_adapter, output_dir=tmp_path / "named", verify=False), notes.append)
-    assert [note.text for note in notes if isinstance(note, Note) and "its base is" in note.text] == [
-        f"{untied_adapter} is an adapter; its base is {untied_base}"
-    ]
-    run_merge(untied_base, untied_adapter, tmp_path / "given", verify=False)
-    assert list_folder(tmp_path / "named") == list_folder(tmp_path / "given")
-    for name in ("model.safetensors", "README.md"):
-        assert (tmp_path / "named" / name).read_bytes() == (tmp_path / "given" / name).read_bytes()
-
-
-@pytest.mark.parametrize(
-    ("name", "problem"),
-    [
-        ("", "doesn't name the adapter's base; give the base with --model-name-or-path"),
-        ("some/t5", "its base, some/t5, isn't on this machine; give --model-name-or-path"),
-        ("no name on the Hub", "its base, no name on the Hub, isn't on this machine; give --model-name-or-path"),
-        ("x" * 300, "isn't on this machine; give --model-name-or-path"),
-    ],
-)
-def test_a_base_that_the_adapter_does_not_name_or_that_is_elsewhere_must_be_given(
-    untied_adapter: Path, tmp_path: Path, name: str, problem: str
-) -> None:
-    adapter = shutil.copytree(untied_adapter, tmp_path / "adapter")
-    change_config(base_model_name_or_path=name)(adapter)
-    with pytest.raises(CheckpointError) as caught:
-        merge(MergeSettings(adapter=adapter, output_dir=tmp_path / "merged"))
-    assert problem in f"{caught.value.message}; {caught.value.hint}"
-    assert list_folder(tmp_path) == ["adapter"]
-
-
 def test_an_untrained_adapter_is_accepted_with_a_warning(
     untied_base: Path, untied_adapter: Path, tmp_path: Path
 ) -> None:
@@ -828,102 +495,3 @@ def test_the_same_bytes_are_written_without_verify(untied_base: Path, untied_ada
     assert any(re.search(r"verified on \d+ examples: .* is allowed\)", getattr(note, "text", "")) for note in notes)
     assert checked.verified
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
-
-
-# checks of the base
-
-
-def make_similar_base(base: Path, folder: Path) -> Path:
-    """Copy the base with one value changed in the middle of a tensor."""
-    shutil.copytree(base, folder)
-    tensors = load_file(folder / "model.safetensors")
-    tensors["shared.weight"][700, 16] += 1
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    return folder
-
-
-def test_merge_refuses_an_adapter_of_another_base(untied_base: Path, tmp_path: Path) -> None:
-    adapter = add_base_metadata(untied_base, make_stock_adapter(untied_base, tmp_path / "adapter"))
-    run_merge(untied_base, adapter, tmp_path / "right", verify=False)
-    other = shutil.copytree(untied_base, tmp_path / "other")
-    tensors = load_file(other / "model.safetensors")
-    tensors["lm_head.weight"][-1, -1] += 1
-    save_file(tensors, other / "model.safetensors", {"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"other: not the base .*adapter was trained on, which was the-base"):
-        run_merge(other, adapter, tmp_path / "merged", verify=False)
-    assert not (tmp_path / "merged").exists()
-    notes: list[Any] = []
-    run_merge(other, adapter, tmp_path / "merged", notes.append, verify=False, allow_other_base=True)
-    assert any(isinstance(note, Note) and note.warning and "not the base" in note.text for note in notes)
-
-
-def test_check_full_detects_a_change_outside_of_the_samples(untied_base: Path, tmp_path: Path) -> None:
-    adapter = add_base_metadata(untied_base, make_stock_adapter(untied_base, tmp_path / "adapter"))
-    other = make_similar_base(untied_base, tmp_path / "other")
-    run_merge(other, adapter, tmp_path / "sampled", verify=False)
-    run_merge(untied_base, adapter, tmp_path / "right", verify=False, check="full")
-    with pytest.raises(CheckpointError, match=r"sha256"):
-        run_merge(other, adapter, tmp_path / "merged", verify=False, check="full")
-
-
-SMALL, LARGE = "encoder.final_layer_norm.weight", "shared.weight"
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda tensors: tensors[LARGE][0, 0].add_(1),
-        lambda tensors: tensors[LARGE][-1, -1].add_(1),
-        lambda tensors: tensors[SMALL][len(tensors[SMALL]) // 2].add_(1),
-        lambda tensors: tensors.update({SMALL: tensors[SMALL].half()}),
-        lambda tensors: tensors.update({SMALL: tensors[SMALL][None]}),
-        lambda tensors: tensors.update({f"{SMALL}.of_another_name": tensors.pop(SMALL)}),
-        lambda tensors: tensors.pop(SMALL),
-    ],
-    ids=["first value", "last value", "a small tensor", "dtype", "shape", "name", "one fewer"],
-)
-def test_both_hashes_distinguish_bases(
-    untied_base: Path, tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], object]
-) -> None:
-    other = shutil.copytree(untied_base, tmp_path / "other")
-    tensors = load_file(other / "model.safetensors")
-    assert tensors[LARGE].nbytes > 2 * FINGERPRINT_BYTES  # so that its middle isn't read
-    change(tensors)
-    save_file(tensors, other / "model.safetensors", {"format": "pt"})
-    for hash_of in (compute_fingerprint, compute_full_hash):
-        assert hash_of(Checkpoint(other)) != hash_of(Checkpoint(untied_base))
-
-
-@pytest.mark.parametrize("copy", ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"])
-def test_copies_of_a_shared_tensor_dont_change_the_hashes(tied_base: Path, tmp_path: Path, copy: str) -> None:
-    other = shutil.copytree(tied_base, tmp_path / "other")
-    tensors = load_file(other / "model.safetensors")
-    assert copy not in tensors
-    save_file({**tensors, copy: tensors[LARGE].clone()}, other / "model.safetensors", {"format": "pt"})
-    for hash_of in (compute_fingerprint, compute_full_hash):
-        assert hash_of(Checkpoint(other)) == hash_of(Checkpoint(tied_base))
-
-
-def test_a_base_is_recognized_in_another_file_format(untied_base: Path, tmp_path: Path) -> None:
-    adapter = add_base_metadata(untied_base, make_stock_adapter(untied_base, tmp_path / "adapter"))
-    model = load_stock_base(untied_base)
-    copy = shutil.ignore_patterns("*.safetensors")
-    sharded = shutil.copytree(untied_base, tmp_path / "sharded", ignore=copy)
-    save_sharded = load_file(untied_base / "model.safetensors")
-    names = sorted(save_sharded)
-    files = {name: f"model-0000{1 + number % 2}-of-00002.safetensors" for number, name in enumerate(names)}
-    for file in set(files.values()):
-        save_file({name: save_sharded[name] for name in names if files[name] == file}, sharded / file)
-    (sharded / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
-    old = shutil.copytree(untied_base, tmp_path / "old", ignore=copy)
-    torch.save(model.state_dict(), old / "pytorch_model.bin")
-    for base in (sharded, old):
-        run_merge(base, adapter, tmp_path / "merged", verify=False, check="full", overwrite=True)
-
-
-def test_a_stock_adapter_without_base_facts_is_accepted_with_a_note(
-    untied_base: Path, untied_adapter: Path, tmp_path: Path
-) -> None:
-    notes: list[Any] = []
-    run_merge(untied_base, untied_adapter, tmp_path / "merged", notes.append, verify=False)
-    assert any(isinstance(note, Note) and "records no fingerprint" in note.text for note in notes)

@@ -1,8 +1,6 @@
 """Settings: where values come from, what is refused, and FastChat's own command lines."""
 
-import os
 import re
-import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +8,6 @@ from typing import Any
 import pytest
 import yaml
 
-from t5tune import cli
-from t5tune.cli import command
 from t5tune.errors import SettingsError
 from t5tune.settings import (
     ChatSettings,
@@ -24,71 +20,7 @@ from t5tune.settings import (
     dump_settings,
     load_settings,
 )
-
-NEEDED = {"model_name_or_path": "pocket", "data_path": "pocket", "output_dir": "run"}
-NEEDED_FLAGS = ["--model-name-or-path", "pocket", "--data-path", "pocket", "--output-dir", "run"]
-
-FASTCHAT = """
-    --model_name_or_path google/flan-t5-xl --data_path ./data/dummy_conversation.json --bf16 True
-    --output_dir ./checkpoints_flant5_3b --num_train_epochs 3 --per_device_train_batch_size 1
-    --per_device_eval_batch_size 1 --gradient_accumulation_steps 4 --evaluation_strategy "no" --save_strategy "steps"
-    --save_steps 300 --save_total_limit 1 --learning_rate 2e-5 --weight_decay 0. --warmup_ratio 0.03
-    --lr_scheduler_type "cosine" --logging_steps 1 --model_max_length 2048
-    --preprocessed_path ./preprocessed_data/processed.json --gradient_checkpointing True
-"""
-FASTCHAT_SETTINGS = {
-    "model_name_or_path": "google/flan-t5-xl",
-    "data_path": ["./data/dummy_conversation.json"],
-    "bf16": True,
-    "output_dir": Path("checkpoints_flant5_3b"),
-    "num_train_epochs": 3.0,
-    "per_device_train_batch_size": 1,
-    "per_device_eval_batch_size": 1,
-    "gradient_accumulation_steps": 4,
-    "eval_strategy": "no",
-    "save_strategy": "steps",
-    "save_steps": 300,
-    "save_total_limit": 1,
-    "learning_rate": 2e-5,
-    "weight_decay": 0.0,
-    "warmup_steps": 0.03,
-    "lr_scheduler_type": "cosine",
-    "logging_steps": 1,
-    "model_max_length": 2048,
-    "preprocessed_path": Path("preprocessed_data/processed.json"),
-    "gradient_checkpointing": True,
-}
-
-
-@pytest.fixture
-def run_command_line(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[Any, str]]:
-    """Run the real command line up to the command itself: (the settings that it would get, the text on stderr)."""
-    for name in [name for name in os.environ if name.startswith("T5TUNE_")]:
-        monkeypatch.delenv(name)
-    received: list[Settings] = []
-    monkeypatch.setattr(command, "_import_command", lambda name: lambda settings, output: received.append(settings))
-    monkeypatch.setattr(command, "_configure_libraries", lambda name, debug: None)
-
-    def run(*arguments: str) -> tuple[Any, str]:
-        received.clear()
-        code = cli.run(list(arguments))
-        stderr = capfd.readouterr().err
-        assert code == (0 if received else 2), stderr
-        return (received[0] if received else None), stderr
-
-    return run
-
-
-@pytest.fixture
-def yaml_file(tmp_path: Path) -> Callable[[str], str]:
-    def write(text: str) -> str:
-        path = tmp_path / "run.yaml"
-        path.write_text(text, encoding="utf-8")
-        return str(path)
-
-    return write
+from tests.settings.values import NEEDED, NEEDED_FLAGS
 
 
 def problems_of(
@@ -100,9 +32,6 @@ def problems_of(
     with pytest.raises(SettingsError) as caught:
         load_settings(model, file, environment, flags)
     return list(caught.value.problems)
-
-
-# -- where a value comes from
 
 
 def test_a_flag_beats_the_environment_which_beats_the_file_which_beats_the_default(
@@ -132,9 +61,6 @@ def test_variables_without_the_prefix_are_not_read() -> None:
 def test_a_packaged_run_config_is_found_by_its_name() -> None:
     settings, _ = load_settings(TrainSettings, "pocket", {}, {})
     assert settings.model_name_or_path == "pocket"
-
-
-# -- all problems are reported at once
 
 
 def test_problems_of_all_sources_are_raised_together_with_key_value_and_place(
@@ -212,9 +138,6 @@ def test_options_that_contradict_each_other_are_refused() -> None:
     assert "eval_steps" in problem
     (problem,) = problems_of(**NEEDED, add_tokens=["auto", "@@"])
     assert "auto" in problem
-
-
-# -- YAML
 
 
 def test_numbers_in_scientific_notation_are_numbers(yaml_file: Callable[[str], str]) -> None:
@@ -363,9 +286,6 @@ def test_a_flag_of_another_command_is_refused(run_command_line: Callable[..., tu
     assert "--lora-r: unknown flag" in stderr
 
 
-# -- flags as users type them
-
-
 @pytest.mark.parametrize(
     ("arguments", "value"),
     [
@@ -443,179 +363,6 @@ def test_a_negative_number_is_a_value_not_a_flag(run_command_line: Callable[...,
     settings, stderr = run_command_line("train", *NEEDED_FLAGS, "--learning-rate", "-1e-4")
     assert settings is None
     assert "learning_rate: '-1e-4' (--learning-rate)" in stderr
-
-
-def test_the_new_name_wins_over_the_legacy_name_on_a_command_line(
-    run_command_line: Callable[..., tuple[Any, str]],
-) -> None:
-    settings, _ = run_command_line("train", *NEEDED_FLAGS, "--warmup_steps", "5", "--warmup_ratio", "0.1")
-    assert settings.warmup_steps == 5
-
-
-@pytest.mark.parametrize("steps", [5, 0])
-@pytest.mark.parametrize("text", ["warmup_steps: {}\nwarmup_ratio: 0.1", "warmup_ratio: 0.1\nwarmup_steps: {}"])
-def test_the_new_name_wins_over_the_legacy_name_in_a_file(
-    yaml_file: Callable[[str], str], text: str, steps: int
-) -> None:
-    file = yaml_file(text.format(steps))
-    settings, notes = load_settings(TrainSettings, file, {}, NEEDED)
-    assert settings.warmup_steps == steps
-    assert notes == [f"{file}: warmup_ratio: ignored (warmup_steps is given too)"]
-
-
-def test_a_legacy_name_that_a_flag_overrides_is_not_noted(yaml_file: Callable[[str], str]) -> None:
-    file = yaml_file("warmup_ratio: 0.1\n")
-    for environment, flags in (({}, {"warmup_steps": "5"}), ({"T5TUNE_WARMUP_STEPS": "5"}, {})):
-        settings, notes = load_settings(TrainSettings, file, environment, {**NEEDED, **flags})
-        assert (settings.warmup_steps, notes) == (5, [])
-    _, notes = load_settings(TrainSettings, file, {}, {**NEEDED, "warmup_ratio": "0.2"})
-    assert notes == ["--warmup-ratio: read as warmup_steps 0.2 (a value below 1 is a fraction of all steps)"]
-
-
-def test_legacy_names_in_a_file_are_read_with_a_note(yaml_file: Callable[[str], str]) -> None:
-    file = yaml_file("evaluation_strategy: no\nwarmup_ratio: 0.1\nlocal_rank: 0\n")
-    settings, notes = load_settings(TrainSettings, file, {}, NEEDED)
-    assert (settings.eval_strategy, settings.warmup_steps) == ("no", 0.1)
-    assert [note for note in notes if "evaluation_strategy: read as eval_strategy no" in note]
-    assert [note for note in notes if "warmup_ratio: read as warmup_steps 0.1" in note]
-    assert [note for note in notes if "local_rank: ignored" in note]
-
-
-def test_legacy_names_in_a_file_are_read_by_every_command_that_has_their_setting(
-    yaml_file: Callable[[str], str],
-) -> None:
-    text = "load_in_4bit: true\nper_gpu_train_batch_size: 1\nmax_seq_length: 512\nevaluation_strategy: epoch\n"
-    file = yaml_file(f"{text}model_name_or_path: pocket\n")
-    planned, notes = load_settings(PlanSettings, file)
-    assert (planned.q_lora, planned.bf16, planned.per_device_train_batch_size) == (True, True, 1)
-    assert notes == [
-        f"{file}: load_in_4bit: read as q_lora True (NF4 with double quantization)",
-        f"{file}: per_gpu_train_batch_size: read as per_device_train_batch_size 1 (renamed by transformers)",
-    ]
-    prepared, notes = load_settings(PrepareSettings, file, {}, NEEDED)
-    assert prepared.model_max_length == 512
-    assert notes == [
-        "prepare does not use load_in_4bit, per_gpu_train_batch_size, evaluation_strategy",
-        f"{file}: max_seq_length: read as model_max_length 512 (the same thing)",
-    ]
-
-
-# -- precision
-
-
-@pytest.mark.parametrize("word", ["true", "True", "1", "yes", "y", "t", "on", True])
-def test_q_lora_in_any_spelling_turns_bf16_on_with_a_note(word: Any) -> None:
-    settings, notes = load_settings(TrainSettings, None, {}, {**NEEDED, "q_lora": word})
-    assert settings.q_lora
-    assert settings.bf16
-    assert notes == ["q_lora turns bf16 on: the quantized base computes in bfloat16"]
-
-
-def test_no_bf16_wins_over_q_lora(run_command_line: Callable[..., tuple[Any, str]]) -> None:
-    settings, _ = run_command_line("train", *NEEDED_FLAGS, "--q-lora", "--no-bf16")
-    assert settings.q_lora
-    assert not settings.bf16
-
-
-@pytest.mark.parametrize(("given", "bf16"), [({}, True), ({"bf16": True}, True), ({"bf16": False}, False)])
-def test_q_lora_turns_bf16_on_in_the_saved_settings_of_a_run_in_which_it_was_not_given(
-    run_command_line: Callable[..., tuple[Any, str]], yaml_file: Callable[[str], str], given: Any, bf16: bool
-) -> None:
-    file = yaml_file(dump_settings(TrainSettings(**NEEDED, **given)))
-    settings, stderr = run_command_line("train", "--config", file, "--q-lora")
-    assert settings.bf16 is bf16
-    assert ("q_lora turns bf16 on" in stderr) == (not given)
-    assert run_command_line("train", "--config", file)[0].bf16 is given.get("bf16", False)
-
-
-def test_without_q_lora_bf16_stays_off(run_command_line: Callable[..., tuple[Any, str]]) -> None:
-    assert not run_command_line("train", *NEEDED_FLAGS)[0].bf16
-    assert not run_command_line("train", *NEEDED_FLAGS, "--q-lora", "False")[0].bf16
-
-
-def test_fp16_is_refused_with_bf16_as_the_alternative(run_command_line: Callable[..., tuple[Any, str]]) -> None:
-    settings, stderr = run_command_line("train", *NEEDED_FLAGS, "--fp16", "True")
-    assert settings is None
-    assert "fp16" in stderr
-    assert "use bf16" in stderr
-    assert run_command_line("train", *NEEDED_FLAGS, "--fp16", "False")[0].fp16 is False
-
-
-# -- FastChat's own command lines
-
-
-def changed(settings: TrainSettings) -> dict[str, Any]:
-    """The settings that differ from their default or have none."""
-    fields = type(settings).model_fields
-    return {
-        name: value
-        for name, value in settings
-        if fields[name].is_required() or value != fields[name].default or name in FASTCHAT_SETTINGS
-    }
-
-
-def test_fastchats_qlora_command_line_gives_its_settings(run_command_line: Callable[..., tuple[Any, str]]) -> None:
-    more = "--q_lora True --deepspeed playground/deepspeed_config_s2.json"
-    settings, stderr = run_command_line("train", *shlex.split(FASTCHAT), *shlex.split(more))
-    assert changed(settings) == FASTCHAT_SETTINGS | {
-        "q_lora": True,
-        "deepspeed": "playground/deepspeed_config_s2.json",
-    }
-    assert "--evaluation-strategy: read as eval_strategy no" in stderr
-    assert "--warmup-ratio: read as warmup_steps 0.03" in stderr
-
-
-def test_fastchats_fsdp_command_line_is_read_as_zero3_with_a_note(
-    run_command_line: Callable[..., tuple[Any, str]],
-) -> None:
-    more = '--fsdp "full_shard auto_wrap" --fsdp_transformer_layer_cls_to_wrap T5Block --tf32 True'
-    settings, stderr = run_command_line("train", *shlex.split(FASTCHAT), *shlex.split(more))
-    assert changed(settings) == FASTCHAT_SETTINGS | {"deepspeed": "zero3", "tf32": True}
-    assert "--fsdp: read as deepspeed zero3" in stderr
-    assert "--fsdp-transformer-layer-cls-to-wrap: ignored" in stderr
-
-
-def test_fastchats_ddp_command_line_gives_its_settings(run_command_line: Callable[..., tuple[Any, str]]) -> None:
-    settings, stderr = run_command_line("train", *shlex.split(FASTCHAT))
-    assert changed(settings) == FASTCHAT_SETTINGS
-    assert "deepspeed" not in stderr
-
-
-@pytest.mark.parametrize(("value", "is_noted"), [("False", True), ("True", False)])
-def test_only_a_request_for_pickled_weights_is_noted(
-    value: str, is_noted: bool, run_command_line: Callable[..., tuple[Any, str]]
-) -> None:
-    stderr = run_command_line("train", *NEEDED_FLAGS, "--save_safetensors", value)[1]
-    assert ("--save-safetensors: ignored (weights are always written as safetensors)" in stderr) == is_noted
-
-
-@pytest.mark.parametrize(
-    ("value", "config"),
-    [
-        ("full_shard auto_wrap offload", "zero3-offload"),
-        ("shard_grad_op auto_wrap", "zero2"),
-        ("shard_grad_op offload", "zero2-offload"),
-        ("true", "zero3"),
-        ("[full_shard, auto_wrap]", "zero3"),
-        ("hybrid_shard", None),
-        ("no_shard", None),
-    ],
-)
-def test_what_fsdp_asks_for_is_done_or_noted(value: str, config: str | None, yaml_file: Callable[[str], str]) -> None:
-    settings, notes = load_settings(TrainSettings, yaml_file(f"fsdp: {value}\n"), {}, NEEDED)
-    assert settings.deepspeed == config
-    said = f"read as deepspeed {config} (" if config else "ignored (t5tune shards with DeepSpeed ZeRO; set deepspeed"
-    (note,) = notes
-    assert f"fsdp: {said}" in note
-
-
-@pytest.mark.parametrize("value", ['""', "false", "null", "[]"])
-def test_an_empty_fsdp_shards_nothing(value: str, yaml_file: Callable[[str], str]) -> None:
-    settings, notes = load_settings(TrainSettings, yaml_file(f"fsdp: {value}\n"), {}, NEEDED)
-    assert (settings.deepspeed, notes) == (None, [])
-
-
-# -- dumped settings
 
 
 COMPLETE: list[Settings] = [
