@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from t5tune.checkpoints.training_data import read_training_data
 from t5tune.custom_metrics import compute_custom_metrics, load_custom_metric, try_custom_metrics
 from t5tune.data.caches.examples import find_caches, is_prepared
 from t5tune.data.reading.remote_files import hide_data_queries
@@ -34,11 +35,8 @@ from t5tune.distributed.watch import watch_ranks
 from t5tune.distributed.world import World
 from t5tune.errors import ModelError, SettingsError
 from t5tune.evaluation.examples import (
-    EXAMPLE_SETTINGS,
+    EvaluationPlan,
     EvaluationSet,
-    check_settings_of_caches,
-    inherit_data_settings,
-    is_all_prepared,
     load_evaluation_set,
 )
 from t5tune.evaluation.scoring import Losses, find_max_target_length, generate_predictions, measure_losses
@@ -63,16 +61,22 @@ from t5tune.metrics import METRICS, choose_metrics, score, score_one
 from t5tune.model.attention.packing import can_pack, use_packing
 from t5tune.model.batches import PackedCollator, PaddedCollator
 from t5tune.model.device import explain_out_of_memory, manage_memory_for_loading, use_gpu_kernels
+from t5tune.preparing.resolve_datasets import resolve_datasets
 from t5tune.progress import Note, Report, silent, without_notes
 from t5tune.runs.checkpoints import replace_stopped_runs
 from t5tune.runs.checks import check_starts_no_processes
 from t5tune.settings import EvaluateSettings, write_settings
+from t5tune.settings.affects import Affects, select_settings
+from t5tune.settings.dataset_spec import SHARED, DatasetSpec, list_shared
+from t5tune.settings.groups.base import BaseModelSettings
 from t5tune.settings.packaged_templates import read_zero3_config
 
 PREDICTIONS_FILE = "predictions.jsonl"
 SCORES_FILE = "scores.json"
 ALWAYS_SAVED = ("model_name_or_path", "adapter", "data_path", "max_new_tokens", "num_beams", "bf16", "q_lora")
 """Settings in scores.json whether they have their default values or not."""
+EXAMPLE_SETTINGS = {*select_settings(EvaluateSettings, Affects.CACHE), "conversation_template"} - {"num_data"}
+"""What determines the examples in a token cache, without what evaluate can also apply to them."""
 WHEN_INTERRUPTED = "before the evaluation was complete"
 
 
@@ -135,10 +139,12 @@ class _Task:
 
     Args:
         settings: with the values that were taken from training.
+        is_prepared: whether all data is in token caches.
         names: the built-in metrics to compute.
     """
 
     settings: EvaluateSettings
+    is_prepared: bool
     folder: Path
     chosen: EvaluationSet
     names: list[str]
@@ -199,9 +205,9 @@ def evaluate(settings: EvaluateSettings, report: Report = silent) -> EvaluateRes
         stack.enter_context(watch_ranks(world, settings.process_group_timeout))
         stack.enter_context(report_lost_ranks(world))
         stack.enter_context(_explain_out_of_memory(settings))
-        folder, settings, pinned = run_on_rank_0(world, lambda: _prepare(settings, device, report))
+        folder, settings, pinned, datasets = run_on_rank_0(world, lambda: _prepare(settings, device, report))
         loaded = _load_model(pinned, device, report)
-        task = run_only_on_rank_0(world, lambda: _read_task(settings, folder, loaded, report))
+        task = run_only_on_rank_0(world, lambda: _read_task(settings, datasets, folder, loaded, report))
         work = broadcast_from_rank_0(None if task is None else task.make_work(world.size))
         assert work is not None
         tuned, base = _run_model(settings, loaded.model, work, report), None
@@ -228,12 +234,12 @@ def _explain_out_of_memory(settings: EvaluateSettings) -> AbstractContextManager
 
 def _prepare(
     settings: EvaluateSettings, device: Any, report: Report
-) -> tuple[Path, EvaluateSettings, EvaluateSettings]:
+) -> tuple[Path, EvaluateSettings, EvaluateSettings, Sequence[DatasetSpec]]:
     """Check what can be checked before the model is loaded.
 
     Returns:
         The output folder; the settings with the model's folder, its precision and its quantization; the same with the
-        commits of what is on the Hub, so that every rank loads the same.
+        commits of what is on the Hub, so that every rank loads the same; how the data is read.
     """
     folder = _choose_folder(settings)
     scripts = [function.rpartition(":")[0] for function in settings.metric or []]
@@ -253,11 +259,27 @@ def _prepare(
             "compare it with",
             hint="give the run or the adapter that it was merged from, or evaluate its base with a command of its own",
         )
-    check_settings_of_caches(settings, lambda name: read_model_files(base, adapter).find_template(name))
+    datasets = _resolve_datasets(settings, base, adapter, report)
     trained = read_trained_precision(base, adapter)
     precision = resolve_precision(select_precision(settings), trained, device, report)
     settings = settings.model_copy(update=precision.to_settings())
-    return folder, settings, pin_to_commits(settings, base, adapter)
+    return folder, settings, pin_to_commits(settings, base, adapter), datasets
+
+
+def _resolve_datasets(
+    settings: EvaluateSettings, base: Path, adapter: Path | None, report: Report
+) -> Sequence[DatasetSpec]:
+    given = EXAMPLE_SETTINGS & settings.model_fields_set
+    return resolve_datasets(
+        settings.list_datasets(),
+        list_shared(settings),
+        setting="data_path" if settings.data is None else "data",
+        recorded=read_training_data(adapter or base),
+        must_match={name: getattr(settings, name) for name in given},
+        find_template=lambda name: read_model_files(base, adapter).find_template(name),
+        allows_several=True,
+        report=report,
+    )
 
 
 def _choose_folder(settings: EvaluateSettings) -> Path:
@@ -271,13 +293,20 @@ def _load_model(settings: EvaluateSettings, device: Any, report: Report) -> Load
         return load_for_inference(settings, report, device, zero3)
 
 
-def _read_task(settings: EvaluateSettings, folder: Path, loaded: LoadedModel, report: Report) -> _Task:
+def _read_task(
+    settings: EvaluateSettings, datasets: Sequence[DatasetSpec], folder: Path, loaded: LoadedModel, report: Report
+) -> _Task:
     """Read the data, and try whether the metrics can be computed."""
-    settings = inherit_data_settings(settings, loaded, report)
-    chosen = load_evaluation_set(settings, loaded, report)
+    add_tokens = settings.add_tokens if "add_tokens" in settings.model_fields_set else None
+    plan = EvaluationPlan(datasets, settings.select_part(BaseModelSettings), add_tokens, settings.compare_base)
+    chosen = load_evaluation_set(plan, loaded, report)
     names = choose_metrics(settings.metrics, chosen.targets)
     try_custom_metrics(settings.metric or [], chosen.targets)
-    return _Task(settings, folder, chosen, list(names))
+    is_prepared = all(each.cache is not None for each in datasets)
+    if settings.data is None and not is_prepared:
+        inherited = datasets[0].list_given(SHARED - settings.model_fields_set)
+        settings = settings.model_copy(update=inherited)
+    return _Task(settings, is_prepared, folder, chosen, list(names))
 
 
 def _finish(
@@ -295,7 +324,7 @@ def _finish(
             staged,
             hide_data_queries(task.settings),
             # token caches have their own values; the defaults would be refused when the file is used again
-            leave_out=EXAMPLE_SETTINGS if is_all_prepared(task.settings) else (),
+            leave_out=EXAMPLE_SETTINGS if task.is_prepared else (),
         )
     built_in = [_score(outcome, texts, task) for outcome, texts in zip(outcomes, predictions, strict=True)]
     for whose, each in zip(("", "the base's "), tasks, strict=False):
@@ -313,16 +342,16 @@ def _finish(
         seconds=round(time.monotonic() - started, 3),
         datasets=_score_datasets(task, outcomes, predictions, report),
     )
-    values = {**asdict(result), "predictions": str(result.predictions), "settings": _describe_settings(task.settings)}
+    values = {**asdict(result), "predictions": str(result.predictions), "settings": _describe_settings(task)}
     write_json(task.folder / SCORES_FILE, values)
     return result
 
 
-def _describe_settings(settings: EvaluateSettings) -> dict[str, Any]:
+def _describe_settings(task: _Task) -> dict[str, Any]:
     """Return the settings that differ from their defaults, and some that always matter."""
-    values = hide_data_queries(settings).model_dump(mode="json")
+    values = hide_data_queries(task.settings).model_dump(mode="json")
     defaults = {name: field.get_default() for name, field in EvaluateSettings.model_fields.items()}
-    unused = EXAMPLE_SETTINGS if is_all_prepared(settings) else set[str]()
+    unused = EXAMPLE_SETTINGS if task.is_prepared else set[str]()
     return {
         name: value
         for name, value in values.items()

@@ -4,19 +4,22 @@ result = prepare(PrepareSettings(model_name_or_path="pocket", data_path="chats.j
 result.cache, result.examples
 """
 
-import os
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from t5tune.errors import T5TuneError
-from t5tune.preparing.dataset import Origin
+from t5tune.data.caches.mixing import Mixing, choose_mixing
+from t5tune.preparing.dataset import refuse_caches
 from t5tune.preparing.datasets import prepare_datasets
+from t5tune.preparing.plan import PreparePlan
+from t5tune.preparing.resolve_datasets import resolve_datasets
 from t5tune.progress import Report, silent
 from t5tune.settings import PrepareSettings
-
-ALONE = Origin()
+from t5tune.settings.affects import Affects, select_settings
+from t5tune.settings.dataset_spec import list_shared
+from t5tune.settings.groups.base import BaseModelSettings
+from t5tune.settings.groups.data import SplitSettings
 
 
 @dataclass(frozen=True)
@@ -48,13 +51,10 @@ class PrepareResult:
     datasets: dict[str, int] | None = None
 
 
-def prepare(settings: PrepareSettings, report: Report = silent, origin: Origin = ALONE) -> PrepareResult:
+def prepare(settings: PrepareSettings, report: Report = silent) -> PrepareResult:
     """Write the token cache of the conversations, or keep an existing one that was made from the same inputs.
 
     With `settings.shard`, write a part of it, and join the parts if all are complete; with `settings.join`, only join.
-
-    Args:
-        origin: what the cache takes from elsewhere, if it is for a run.
 
     Raises:
         T5TuneError: the disk is full, or a file can't be read or written.
@@ -63,11 +63,7 @@ def prepare(settings: PrepareSettings, report: Report = silent, origin: Origin =
         SettingsError: there is no such conversation template, or other parts were made from other inputs.
     """
     started = time.monotonic()
-    try:
-        manifest, facts = prepare_datasets(settings, report, origin)
-    except OSError as error:
-        place = error.filename or settings.output_dir
-        raise T5TuneError(f"{os.fsdecode(place)}: {error.strerror or error}") from error
+    manifest, facts = prepare_datasets(make_plan(settings), report)
     counts: dict[str, Any] = {
         field.name: manifest[field.name] for field in fields(PrepareResult) if isinstance(manifest.get(field.name), int)
     }
@@ -77,4 +73,25 @@ def prepare(settings: PrepareSettings, report: Report = silent, origin: Origin =
         added_tokens=len(manifest["added_tokens"]),
         seconds=round(time.monotonic() - started, 3),
         **facts,
+    )
+
+
+def make_plan(settings: PrepareSettings) -> PreparePlan:
+    """Decide what is written, and how each dataset is read."""
+    if settings.data is None:
+        refuse_caches(settings.data_path, "data_path")
+    names = settings.model_fields_set & {*select_settings(PrepareSettings, Affects.CACHE), "conversation_template"}
+    return PreparePlan(
+        datasets=resolve_datasets(
+            settings.list_datasets(),
+            list_shared(settings),
+            must_match={name: getattr(settings, name) for name in names},
+        ),
+        base=settings.select_part(BaseModelSettings),
+        output_dir=settings.output_dir,
+        split=settings.select_part(SplitSettings),
+        add_tokens=settings.add_tokens,
+        mixing=choose_mixing(settings) or Mixing(),
+        shard=settings.shard,
+        join=settings.join,
     )

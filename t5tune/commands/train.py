@@ -20,11 +20,10 @@ from t5tune.checkpoints.hub_upload import (
     open_repository,
     upload_result,
 )
-from t5tune.commands.prepare import prepare
 from t5tune.commands.run_plan import make_run_plan
 from t5tune.compat.python_patches import restore_environment
-from t5tune.data.caches.cache import read_manifest
 from t5tune.data.caches.examples import find_tokenizer_folder, is_prepared, list_caches
+from t5tune.data.caches.mixing import Mixing, choose_mixing
 from t5tune.data.tokens.tokenizer import load_tokenizer
 from t5tune.distributed.signals import StopRequest, handle_signals
 from t5tune.distributed.world import RESUME_HINT, World, has_restarted
@@ -32,9 +31,10 @@ from t5tune.errors import DataError, SettingsError
 from t5tune.file_names import SETTINGS_FILE, TOKENIZER_CONFIG_FILE
 from t5tune.io.atomic import copy_atomically
 from t5tune.model.device import check_bf16, explain_out_of_memory, use_gpu_kernels
-from t5tune.preparing.dataset import Origin
-from t5tune.preparing.datasets import find_given_cache
+from t5tune.preparing.datasets import prepare_datasets
+from t5tune.preparing.plan import Origin, PreparePlan
 from t5tune.preparing.record_checks import name_rejected_file
+from t5tune.preparing.resolve_datasets import resolve_datasets
 from t5tune.progress import Note, Report, silent
 from t5tune.runs.checks import check_machine, check_plan, check_starts_no_processes, choose_trackers, list_notes
 from t5tune.runs.commits import find_commits, pin_commits, read_commits_to_resume
@@ -42,8 +42,11 @@ from t5tune.runs.data import apply_cache_settings, find_given_examples, hash_pre
 from t5tune.runs.folder import RunFolder, check_inputs_stay
 from t5tune.runs.plan import RunPlan
 from t5tune.runs.result import TrainResult, read_result, save_pushed
-from t5tune.settings import DatasetSettings, PrepareSettings, TrainSettings
-from t5tune.settings.dataset_list import PATHS_OF_DATASETS, list_unsuitable, name_datasets
+from t5tune.settings import DatasetSettings, TrainSettings
+from t5tune.settings.dataset_list import PATHS_OF_DATASETS
+from t5tune.settings.dataset_spec import DatasetSpec, list_shared
+from t5tune.settings.groups.base import BaseModelSettings
+from t5tune.settings.groups.data import SplitSettings
 from t5tune.settings.records_in_memory import find_kept_path
 
 
@@ -293,10 +296,10 @@ def _prepare_data(
         checkpoint = None  # the data there is another run's: this run's is prepared again
     if data.cache != Path(settings.data_path[0]):
         origin = replace(common, checkpoint=checkpoint, tokenizer_source=_find_adapter_with_tokens(plan))
-        prepare(_make_prepare_settings(settings, data.cache, "data_path"), report, origin)
+        prepare_datasets(_make_prepare_plan(settings, data.cache, origin), report)
     if settings.eval_data_path and data.eval_cache not in (None, Path(settings.eval_data_path[0])):
         origin = replace(common, tokenizer_source=data.cache, setting="eval_data_path", is_evaluation=True)
-        prepare(_make_prepare_settings(settings, data.eval_cache, "eval_data_path"), report, origin)
+        prepare_datasets(_make_prepare_plan(settings, data.eval_cache, origin), report)
     folder.record(prepared=hash_prepared(data.cache) if is_elsewhere else None)
     if data.eval_cache is not None:
         _check_same_tokenizer(data.cache, data.eval_cache)
@@ -331,58 +334,38 @@ def _check_same_tokenizer(cache: Path, eval_cache: Path) -> None:
     )
 
 
-def _make_prepare_settings(settings: TrainSettings, cache: Path, setting: str) -> PrepareSettings:
-    names = PrepareSettings.model_fields.keys() & TrainSettings.model_fields.keys()  # train prepares no part
-    values = {name: getattr(settings, name) for name in names}
-    if setting == "eval_data_path":
-        paths, datasets = settings.eval_data_path, _inherit_reading(settings)
-        nothing_mixed = dict.fromkeys(("mixing", "mixing_temperature", "mixing_cap"))
-        values |= {"data_path": paths, "data": datasets, "data_split": settings.eval_data_split, **nothing_mixed}
-        values["num_data"] = None  # it is how many are trained on
-        if datasets is not None:
-            values["data_subset"] = None  # each dataset has its own
+def _make_prepare_plan(settings: TrainSettings, folder: Path, origin: Origin) -> PreparePlan:
+    is_eval = origin.is_evaluation
+    datasets = _resolve_evaluation_datasets(settings) if is_eval else _resolve_training_datasets(settings)
     # train holds out examples itself, so that a change of eval_fraction or of a seed needs no new cache; but of raw
     # text, a seed determines how many tokens are masked: for evaluations, the seed that runs to be compared share
-    is_masked = settings.is_raw_text or any(each.is_raw_text for each in values["data"] or [])
-    seed = settings.split_seed if setting == "eval_data_path" else settings.seed
-    values |= {"output_dir": cache, "eval_fraction": 0.0, "split_seed": 0, "seed": seed if is_masked else 0}
-    return PrepareSettings(**values)
+    is_masked = settings.is_raw_text or any(each.is_raw_text for each in datasets if each.cache is None)
+    seed = settings.split_seed if is_eval else settings.seed
+    return PreparePlan(
+        datasets=datasets,
+        base=settings.select_part(BaseModelSettings),
+        output_dir=folder,
+        split=SplitSettings(eval_fraction=0.0, split_seed=0, seed=seed if is_masked else 0),
+        add_tokens=settings.add_tokens,
+        mixing=Mixing() if is_eval else choose_mixing(settings) or Mixing(),
+        origin=origin,
+    )
 
 
-def _inherit_reading(settings: TrainSettings) -> list[DatasetSettings] | None:
-    """Return the datasets to evaluate on, each read like the dataset of the same name that is trained on."""
+def _resolve_training_datasets(settings: TrainSettings) -> Sequence[DatasetSpec]:
+    datasets = settings.list_datasets()
+    given = find_given_examples(settings.data_path, settings.data)
+    if given is not None and is_prepared(given):
+        datasets = [DatasetSettings(path=[str(cache)], name=name) for name, cache in list_caches(given).items()]
+    return resolve_datasets(datasets, list_shared(settings))
+
+
+def _resolve_evaluation_datasets(settings: TrainSettings) -> Sequence[DatasetSpec]:
+    command = list_shared(settings)
+    command.pop("num_data", None)  # it is how many are trained on
     if settings.eval_data is None:
-        return None
-    trained = _list_reading(settings)
-    # as for eval_data_path, the subset of the training data is that of the other splits, too
-    common = {} if settings.data_subset is None else {"data_subset": settings.data_subset}
-    datasets = []
-    for name, dataset in zip(name_datasets(settings.eval_data), settings.eval_data, strict=True):
-        values: dict[str, Any] = {}
-        if find_given_cache(dataset) is None:
-            values = trained.get(name, common)
-        given = dataset.list_given()
-        left_out = {"num_data", "data_split", *list_unsuitable(given, values.get("data_format") or "auto")}
-        values = {key: value for key, value in values.items() if key not in left_out}
-        datasets.append(DatasetSettings(**{**values, **given, "path": dataset.path, "name": name}))
-    return datasets
-
-
-def _list_reading(settings: TrainSettings) -> dict[str, dict[str, Any]]:
-    """List how each of several datasets to train on is read: what is given for it, or how its cache was made."""
-    datasets = dict(zip(name_datasets(settings.data or []), settings.data or [], strict=True))
-    caches = {name: cache for name, dataset in datasets.items() if (cache := find_given_cache(dataset)) is not None}
-    mixture = find_given_examples(settings.data_path, settings.data)
-    if mixture is not None and is_prepared(mixture):
-        caches = list_caches(mixture)
-    given = {name: dataset.list_given() for name, dataset in datasets.items()}
-    return given | {name: _read_reading(cache, settings) for name, cache in caches.items()}
-
-
-def _read_reading(cache: Path, settings: TrainSettings) -> dict[str, Any]:
-    """Read by which settings the records of a token cache were read."""
-    inputs = read_manifest(cache)["inputs"]
-    reading = {name: inputs[name] for name in DatasetSettings.model_fields if name in inputs}
-    if settings.reads_preferences:  # all objectives that learn from pairs read the same
-        reading.pop("objective", None)
-    return {**reading, "conversation_template": None}  # that of the cache, which `prepare` finds by the name
+        return resolve_datasets(settings.list_evaluation_datasets(), command, setting="eval_data_path")
+    if settings.data_subset is not None:  # that of the training data is that of the other splits, too
+        command["data_subset"] = settings.data_subset
+    trained = _resolve_training_datasets(settings)
+    return resolve_datasets(settings.list_evaluation_datasets(), command, setting="eval_data", trained=trained)

@@ -1,12 +1,11 @@
 """The examples that `evaluate` reads: from conversations, or from a token cache.
 
-settings = inherit_data_settings(settings, loaded, report)      # the columns and the prefix of training
-chosen = load_evaluation_set(settings, loaded, report)
+chosen = load_evaluation_set(EvaluationPlan(datasets, base, None, compares_base=False), loaded, report)
 chosen.examples, chosen.targets
 """
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, chain, groupby, islice, repeat
 from pathlib import Path
@@ -16,8 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from t5tune.checkpoints.pocket import find_conversations_file
-from t5tune.checkpoints.training_data import DatasetTraining, TrainingData
-from t5tune.data.caches.examples import Examples, find_caches, has_examples, open_examples
+from t5tune.data.caches.examples import Examples, open_examples
 from t5tune.data.reading.files import Digest, find_encodings, find_files
 from t5tune.data.reading.formats import Conversation
 from t5tune.data.reading.raw_records import RawRecord
@@ -35,7 +33,7 @@ from t5tune.data.tokens.templates import (
 )
 from t5tune.data.tokens.tokenizer import Tokenizer, decode_reference, find_other_token, load_tokenizer
 from t5tune.data.tokens.vocabulary import extend_tokenizer
-from t5tune.errors import DataError, SettingsError
+from t5tune.errors import DataError
 from t5tune.file_names import TOKENIZER_FILE
 from t5tune.formatting import format_count
 from t5tune.hub.datasets import EVALUATION_SPLITS, DatasetChoice
@@ -43,22 +41,36 @@ from t5tune.inference.loading import LoadedModel, choose_family
 from t5tune.io.atomic import hash_file
 from t5tune.io.reasons import join_first
 from t5tune.preparing.data_problems import make_mixed_data_error, report_default_template
-from t5tune.preparing.dataset import Origin
-from t5tune.preparing.datasets import find_cache_conflicts, prepare_datasets
+from t5tune.preparing.datasets import prepare_datasets
 from t5tune.preparing.pipeline import read_conversation
+from t5tune.preparing.plan import Origin, PreparePlan
 from t5tune.preparing.sample import choose_default_template, drain, report_doubtful_headers, take_sample
 from t5tune.progress import Note, Report
-from t5tune.settings import EvaluateSettings, PrepareSettings
-from t5tune.settings.affects import Affects, select_settings
-from t5tune.settings.dataset_list import complete_dataset, name_datasets
+from t5tune.settings.dataset_spec import DatasetSpec
+from t5tune.settings.groups.base import BaseModelSettings
+from t5tune.settings.groups.data import SplitSettings
 
 TOKENIZER_BATCH_SIZE = 256  # conversations per call of the tokenizer
-RAW_TEXT = "span-corruption"
-EXAMPLE_SETTINGS = {*select_settings(EvaluateSettings, Affects.CACHE), "conversation_template"} - {"num_data"}
-"""What determines the examples in a token cache, without what evaluate can also apply to them."""
 
 Prompt = str | list[dict[str, str]]
 """What an answer replies to: a text, or messages with `role` and `content`."""
+
+
+@dataclass(frozen=True)
+class EvaluationPlan:
+    """What to evaluate on.
+
+    Args:
+        base: the model as it was given, of which the family and the folder for downloads are used.
+        add_tokens: what the user adds to the model's tokenizer; None: nothing. A base that wasn't tuned doesn't get the
+            tokens that training would add: their embedding rows aren't trained.
+        compares_base: whether the base alone is evaluated, too.
+    """
+
+    datasets: Sequence[DatasetSpec]
+    base: BaseModelSettings
+    add_tokens: list[str] | None
+    compares_base: bool
 
 
 @dataclass(frozen=True)
@@ -88,99 +100,14 @@ class EvaluationSet:
         return replace(self, base=replace(self, examples=examples, tokenizer=tokenizer))
 
 
-def check_settings_of_caches(settings: EvaluateSettings, find_template: Callable[[str], Template | None]) -> None:
-    """Check that no setting is given that would have no effect, because the examples of a token cache are complete.
-
-    As in training, settings of the whole command are for the datasets that aren't token caches, if there is one.
-
-    Args:
-        find_template: finds the conversation template that a value of the setting means.
-
-    Raises:
-        SettingsError: one is.
-    """
-    of_command = settings.model_fields_set if is_all_prepared(settings) else set[str]()
-    datasets = [(complete_dataset(settings, each), {*each.list_given()}) for each in settings.data or []]
-    problems: list[str] = []
-    for dataset, own in datasets or [(settings, set[str]())]:
-        if not has_examples(path := Path(dataset.data_path[0])):
-            continue
-        names = (of_command | own) & EXAMPLE_SETTINGS
-        problems += find_cache_conflicts(dataset, find_caches(path), names, find_template)
-        problems += [
-            f"{name}: {value}: only for a whole dataset on the Hub, but {path} is a token cache; leave it out"
-            for name in ("data_subset", "data_split")
-            if (value := getattr(dataset, name)) is not None
-        ]
-    if problems:
-        raise SettingsError(*dict.fromkeys(problems))
-
-
-def is_all_prepared(settings: EvaluateSettings) -> bool:
-    """Whether all data is in token caches."""
-    paths = [each.path[0] for each in settings.data or []] or settings.data_path[:1]
-    return all(has_examples(Path(path)) for path in paths)
-
-
-def inherit_data_settings(settings: EvaluateSettings, loaded: LoadedModel, report: Report) -> EvaluateSettings:
-    """Return the settings with the data columns and the source prefix of training, unless the user set others."""
-    if settings.data is not None:
-        return settings  # each dataset gets its own
-    return _inherit_reading(settings, loaded, (settings.conversation_template,), report)
-
-
-def _inherit_reading(
-    settings: EvaluateSettings, loaded: LoadedModel, datasets: Sequence[str | None], report: Report
-) -> EvaluateSettings:
-    """Return the settings of one dataset with those by which records were read in training, unless the user set others.
-
-    Args:
-        datasets: names that a dataset of training may have; if none has, the first one counts. Raw text is read like
-            raw text only, and other records like other records.
-    """
-    if has_examples(Path(settings.data_path[0])):
-        return settings
-    named = [each for name in datasets if (each := loaded.find_dataset(name or "")) is not None]
-    candidates: list[TrainingData | DatasetTraining] = [*named[:1]]
-    if not named and loaded.training_data is not None:
-        candidates = [loaded.training_data, *loaded.training_data.datasets]
-    is_raw_text = settings.is_raw_text
-    trained_on = next((each for each in candidates if (each.objective == RAW_TEXT) == is_raw_text), None)
-    if trained_on is None:
-        return settings
-    reading = select_settings(EvaluateSettings, Affects.INFERENCE)
-    given, columns = settings.model_fields_set, set(reading) - {"source_prefix"}
-    if given & columns:  # a user who names one column describes the whole layout
-        given = given | columns
-    inherited = {
-        name: getattr(trained_on, name)
-        for name in (*reading, *(["denoisers"] if is_raw_text else []))
-        if name not in given and getattr(trained_on, name) != getattr(settings, name)
-    }
-    if inherited:
-        values = ", ".join(f"{name} {_format(value)}" for name, value in inherited.items())
-        report(Note(f"as in training: {values}"))
-    return settings.model_copy(update=inherited)
-
-
-def _format(value: str | list[str] | None) -> str:
-    return " ".join(value) if isinstance(value, list) else repr(value)
-
-
-def load_evaluation_set(settings: EvaluateSettings, loaded: LoadedModel, report: Report) -> EvaluationSet:
-    """Load the examples of a token cache, or encode conversations with the model's conversation template."""
-    if settings.data is None:
-        return _load_dataset(settings, loaded, report)
+def load_evaluation_set(plan: EvaluationPlan, loaded: LoadedModel, report: Report) -> EvaluationSet:
+    """Load the examples of token caches, and encode conversations with the model's conversation template."""
+    if len(plan.datasets) == 1:
+        return _load_dataset(plan, plan.datasets[0], loaded, report)
     parts: dict[str, EvaluationSet] = {}
-    for name, dataset in zip(name_datasets(settings.data), settings.data, strict=True):
-        report(Note(f"dataset {name}: {join_first([*map(hide_query, dataset.path)])}"))
-        trained_on = loaded.find_dataset(name)
-        if trained_on is not None and trained_on.objective == RAW_TEXT and "objective" not in dataset.model_fields_set:
-            dataset = dataset.model_copy(update={"objective": RAW_TEXT})
-        own = complete_dataset(settings, dataset)
-        own = _inherit_reading(own, loaded, (name, own.conversation_template), report)
-        template = None if trained_on is None else Template(**trained_on.conversation_template)
-        parts[name] = _load_dataset(own, loaded, report, template)
+    for dataset in plan.datasets:
+        report(Note(f"dataset {dataset.name}: {join_first([*map(hide_query, dataset.path)])}"))
+        parts[dataset.name] = _load_dataset(plan, dataset, loaded, report)
     return _join(parts)
 
 
@@ -238,49 +165,38 @@ class _Answer(NamedTuple):
     is_truncated: bool
 
 
-def _load_dataset(
-    settings: EvaluateSettings, loaded: LoadedModel, report: Report, trained_template: Template | None = None
-) -> EvaluationSet:
-    """Load the examples of one dataset.
-
-    Args:
-        trained_template: the conversation template of the dataset of this name that the model was trained on.
-    """
-    path = Path(settings.data_path[0])
-    if has_examples(path):
-        if len(settings.data_path) > 1:
-            raise DataError(
-                f"data_path: {path}: a token cache can't be combined with other data",
-                hint="give one token cache, or only conversations; or several datasets, each with a weight",
-            )
-        return _load_cache_examples(open_examples(path), settings, loaded, report)
-    if settings.is_raw_text:
-        return _load_raw_text(settings, loaded, report)
-    tokenizer = _choose_tokenizer(settings, loaded)
-    base = load_tokenizer(loaded.base) if settings.compare_base else None
-    names = [str(find_conversations_file()) if name == "pocket" else name for name in settings.data_path]
-    choice = DatasetChoice(settings.data_subset, settings.data_split, EVALUATION_SPLITS)
-    files = find_files(bring_data(names, choice, "data_path", settings.cache_dir, report))
-    records = read_records(files, settings, stdin := Digest())
+def _load_dataset(plan: EvaluationPlan, dataset: DatasetSpec, loaded: LoadedModel, report: Report) -> EvaluationSet:
+    """Load the examples of one dataset."""
+    if dataset.cache is not None:
+        examples = open_examples(Path(dataset.path[0]))
+        return _load_cache_examples(examples, dataset.num_data, plan.compares_base, loaded, report)
+    if dataset.is_raw_text:
+        return _load_raw_text(plan, dataset, loaded, report)
+    tokenizer = loaded.tokenizer
+    if plan.add_tokens is not None:
+        tokenizer = extend_tokenizer(tokenizer, plan.add_tokens, loaded.num_rows).tokenizer
+    base = load_tokenizer(loaded.base) if plan.compares_base else None
+    names = [str(find_conversations_file()) if name == "pocket" else name for name in dataset.path]
+    choice = DatasetChoice(dataset.data_subset, dataset.data_split, EVALUATION_SPLITS)
+    files = find_files(bring_data(names, choice, "data_path", plan.base.cache_dir, report))
+    records = read_records(files, dataset, stdin := Digest())
     sample = take_sample(records)
-    find_encodings(files, settings.encoding, stdin, report)
-    report_doubtful_headers(sample, settings, report)
-    template, default_template = trained_template, None
-    if template is None or settings.conversation_template is not None:
-        template = loaded.find_template(settings.conversation_template)
+    find_encodings(files, dataset.encoding, stdin, report)
+    report_doubtful_headers(sample, dataset, report)
+    template, default_template = loaded.find_template(dataset.conversation_template), None
     if template is None:
-        default_template = choose_default_template(sample, files, settings)
+        default_template = choose_default_template(sample, files, dataset)
         template = load_template(default_template)
     answers: list[_Answer] = []
     rejected: list[tuple[RecordLocation, Rejection]] = []
-    for location, outcome in _encode(chain(drain(sample), records), settings, template, tokenizer, base):
+    for location, outcome in _encode(chain(drain(sample), records), dataset, template, tokenizer, base):
         if isinstance(outcome, Rejection):
             rejected.append((location, outcome))
             continue
         if default_template == PAIR_TEMPLATE and not outcome.is_pair:
             raise make_mixed_data_error(location, sum(answer.is_pair for answer in answers))
         answers.append(outcome)
-        if len(answers) == settings.num_data:
+        if len(answers) == dataset.num_data:
             break
     if default_template is not None:
         num_pairs = sum(answer.is_pair for answer in answers)
@@ -290,7 +206,7 @@ def _load_dataset(
     _report_rejected(rejected, report)
     if num_truncated := sum(answer.is_truncated for answer in answers):
         truncated = f"{format_count(num_truncated, 'example')} truncated to model_max_length"
-        report(Note(f"{truncated} {settings.model_max_length}", True))
+        report(Note(f"{truncated} {dataset.model_max_length}", True))
     if not answers:
         raise DataError(f"data_path: {', '.join(map(str, files))}: contains no example to evaluate on")
     chosen = EvaluationSet(
@@ -304,38 +220,35 @@ def _load_dataset(
     return chosen if base is None else chosen.add_base(of_base, base)
 
 
-def _choose_tokenizer(settings: EvaluateSettings, loaded: LoadedModel) -> Tokenizer:
-    """Choose the tokenizer for conversations: the model's, as in chat, unless the user adds tokens to it.
-
-    A base that wasn't tuned doesn't get the tokens that training would add: their embedding rows aren't trained.
-    """
-    if "add_tokens" not in settings.model_fields_set:
-        return loaded.tokenizer
-    return extend_tokenizer(loaded.tokenizer, settings.add_tokens, loaded.num_rows).tokenizer
-
-
 def _is_tuned(loaded: LoadedModel) -> bool:
     return loaded.adapter is not None or loaded.training_data is not None
 
 
-def _load_raw_text(settings: EvaluateSettings, loaded: LoadedModel, report: Report) -> EvaluationSet:
+def _load_raw_text(plan: EvaluationPlan, dataset: DatasetSpec, loaded: LoadedModel, report: Report) -> EvaluationSet:
     """Mask spans of raw text as prepare does, by way of a token cache in a temporary folder."""
-    names = PrepareSettings.model_fields.keys() & settings.model_fields_set - {"conversation_template"}
-    values = {name: getattr(settings, name) for name in names}
+    family = choose_family(plan.base, loaded.adapter)
     with tempfile.TemporaryDirectory() as folder:
-        cache = Path(folder, "cache")
-        values |= {"model_name_or_path": str(loaded.base), "output_dir": cache, "max_rejected_fraction": None}
-        values |= {"family": choose_family(settings, loaded.adapter)}
-        origin = Origin(tokenizer_source=loaded.tokenizer_folder, is_evaluation=True)
-        prepare_datasets(PrepareSettings(**values), report, origin)
-        chosen = _load_cache_examples(open_examples(cache), settings, loaded, report)
+        own = dataset.model_copy(update={"conversation_template": None, "max_rejected_fraction": None})
+        prepare_plan = PreparePlan(
+            datasets=[own],
+            base=plan.base.model_copy(
+                update={"model_name_or_path": str(loaded.base), "revision": None, "family": family}
+            ),
+            output_dir=Path(folder, "cache"),
+            split=SplitSettings(),
+            add_tokens=plan.add_tokens or ["auto"],
+            origin=Origin(tokenizer_source=loaded.tokenizer_folder, is_evaluation=True),
+        )
+        prepare_datasets(prepare_plan, report)
+        examples = open_examples(prepare_plan.output_dir)
+        chosen = _load_cache_examples(examples, dataset.num_data, plan.compares_base, loaded, report)
         base = None if chosen.base is None else replace(chosen.base, examples=list(chosen.base.examples))
         return replace(chosen, examples=list(chosen.examples), base=base)
 
 
 def _encode(
     records: Iterator[RawRecord],
-    settings: EvaluateSettings,
+    dataset: DatasetSpec,
     template: Template,
     tokenizer: Tokenizer,
     base: Tokenizer | None,
@@ -349,12 +262,12 @@ def _encode(
     """
     encoder, encoder_of_base = make_encoder(tokenizer), None if base is None else make_encoder(base)
     while batch := list(islice(records, TOKENIZER_BATCH_SIZE)):
-        read = [read_conversation(record, settings, encoder) for record in batch]
+        read = [read_conversation(record, dataset, encoder) for record in batch]
         pieces = [render_conversation(each, template) for each in read if isinstance(each, Conversation)]
-        encodings = iter(encode_batch(pieces, encoder, settings.model_max_length))
+        encodings = iter(encode_batch(pieces, encoder, dataset.model_max_length))
         encodings_of_base: Iterator[EncodedConversation] = iter(())
         if encoder_of_base is not None:
-            encodings_of_base = iter(encode_batch(pieces, encoder_of_base, settings.model_max_length))
+            encodings_of_base = iter(encode_batch(pieces, encoder_of_base, dataset.model_max_length))
         for record, conversation in zip(batch, read, strict=True):
             if isinstance(conversation, Rejection):
                 yield record.location, conversation
@@ -369,7 +282,7 @@ def _encode(
                 if not span.target_is_whole:
                     text = decode_reference(tokenizer, example.target_T, template.answer_suffix)
                 is_truncated = not (span.source_is_whole and span.target_is_whole)
-                prompt = _describe_prompt(conversation, span.turn, settings.source_prefix)
+                prompt = _describe_prompt(conversation, span.turn, dataset.source_prefix)
                 yield record.location, _Answer(example, of_base, text, prompt, conversation.is_pair, is_truncated)
 
 
@@ -393,7 +306,7 @@ def _report_rejected(rejected: list[tuple[RecordLocation, Rejection]], report: R
 
 
 def _load_cache_examples(
-    examples: Examples, settings: EvaluateSettings, loaded: LoadedModel, report: Report
+    examples: Examples, num_data: int | None, compares_base: bool, loaded: LoadedModel, report: Report
 ) -> EvaluationSet:
     saved, made = loaded.tokenizer_folder / TOKENIZER_FILE, examples.tokenizer_folder / TOKENIZER_FILE
     tokenizer = load_tokenizer(examples.tokenizer_folder)
@@ -411,8 +324,8 @@ def _load_cache_examples(
     if held_out is not None:
         report(Note(f"{examples.folder}: evaluating on its {format_count(len(held_out), 'held-out example')}"))
     examples = held_out or examples
-    if settings.num_data is not None:
-        examples = examples.take(settings.num_data)
+    if num_data is not None:
+        examples = examples.take(num_data)
     ends = [examples.get_template(index).answer_suffix for index in range(len(examples))]
     raw_texts = frozenset(filter(examples.is_raw_text, range(len(examples))))
     targets = [
@@ -420,7 +333,7 @@ def _load_cache_examples(
         for index, (example, end) in enumerate(zip(examples, ends, strict=True))
     ]
     chosen = EvaluationSet(examples, targets, tokenizer, ends, examples.list_datasets(), raw_texts=raw_texts)
-    if settings.compare_base:
+    if compares_base:
         base = load_tokenizer(loaded.base)
         return chosen.add_base(_encode_again(examples, tokenizer, base), base)
     if not _is_tuned(loaded):

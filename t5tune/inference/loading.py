@@ -30,7 +30,7 @@ from t5tune.model.load import load_base
 from t5tune.model.lora import replace_trainable_token_layers
 from t5tune.model.zero3 import Zero3Partitioner
 from t5tune.progress import Note, Report, silent
-from t5tune.settings.groups.base import InferenceSettings, QuantizationSettings
+from t5tune.settings.groups.base import BaseModelSettings, InferenceSettings, QuantizationSettings
 
 InferenceKind = TypeVar("InferenceKind", bound=InferenceSettings)
 
@@ -204,7 +204,7 @@ def select_base(settings: InferenceKind, loaded: LoadedModel) -> InferenceKind:
     return settings.model_copy(update=base)
 
 
-def choose_family(settings: InferenceSettings, adapter: Path | None) -> str | None:
+def choose_family(settings: BaseModelSettings, adapter: Path | None) -> str | None:
     """Choose the model type of a base: the given one, else that of the adapter's training; None: that of its config."""
     return settings.family or (read_base_metadata(adapter).get("family") if adapter is not None else None)
 

@@ -22,19 +22,17 @@ from t5tune.data.tokens.vocabulary import ExtendedTokenizer, RoundTripCheck
 from t5tune.errors import ModelError
 from t5tune.file_names import CACHE_MANIFEST_FILE, EXAMPLES_FILE, TEMPLATE_FILE
 from t5tune.io.atomic import write_json
-from t5tune.io.processes import count_cores
 from t5tune.io.yaml_file import to_yaml
 from t5tune.preparing.cache_writer import CacheWriter
 from t5tune.preparing.counts import RecordCounts
 from t5tune.preparing.data_problems import check_any_used
-from t5tune.preparing.parts.shard import count_rank_cores
 from t5tune.preparing.pipeline import Pipeline
 from t5tune.preparing.record_checks import RecordChecks
 from t5tune.preparing.worker import BYTES_PER_WORKER, encode_records
 from t5tune.progress import Report, track
-from t5tune.settings import PrepareSettings
 from t5tune.settings.affects import Affects, select_settings
-from t5tune.settings.groups.shard import AUTO
+from t5tune.settings.dataset_spec import DatasetSpec
+from t5tune.settings.groups.data import SplitSettings
 from t5tune.version import __version__
 
 MAX_LISTED_CHARACTERS = 100  # lost characters in the manifest
@@ -46,6 +44,8 @@ class CacheSource:
     """What a token cache is made from.
 
     Args:
+        base: what the user called it, for messages.
+        num_cores: that may encode records.
         setting: the setting that `paths` come from, for messages.
         paths: what the files were found from.
         stdin: the hash of standard input, once that has been read.
@@ -55,7 +55,10 @@ class CacheSource:
         records: all of them, once.
     """
 
-    settings: PrepareSettings
+    dataset: DatasetSpec
+    split: SplitSettings
+    base: str
+    num_cores: int
     setting: str
     paths: list[str]
     files: list[Path]
@@ -75,14 +78,12 @@ class CacheSource:
         Raises:
             ModelError: the tokenizer has no sentinels.
         """
-        settings = self.settings
-        if not settings.is_raw_text:
+        dataset = self.dataset
+        if not dataset.is_raw_text:
             return None
-        corruption = make_corruption(settings.denoisers, self.vocabulary.tokenizer, settings.seed)
+        corruption = make_corruption(dataset.denoisers, self.vocabulary.tokenizer, self.split.seed)
         if corruption is None:
-            problem = (
-                f"objective: {settings.objective}: the tokenizer of {settings.model_name_or_path} has no sentinels"
-            )
+            problem = f"objective: {dataset.objective}: the tokenizer of {self.base} has no sentinels"
             raise ModelError(
                 f"{problem} (<extra_id_0>, …), which stand for masked spans", hint="use a T5, mT5, ByT5, UL2 or LongT5"
             )
@@ -105,7 +106,7 @@ def write_cache(
     Raises:
         DataError: a path leads to no conversation, or eval_fraction leaves nothing to train on.
     """
-    settings, tokenizer = source.settings, source.vocabulary.tokenizer
+    dataset, tokenizer = source.dataset, source.vocabulary.tokenizer
     save_tokenizer(tokenizer, staged / "tokenizer")
     (staged / TEMPLATE_FILE).write_text(to_yaml(dict(vars(source.template))), encoding="utf-8")
     counts, is_complete = write_records(staged)
@@ -117,17 +118,17 @@ def write_cache(
         choose_ids_dtype(source.num_rows), staged / EXAMPLES_FILE, tokenizer.special_ids, source.corruption
     )
     # how records were read, for adapters that are trained on this cache
-    reading = {name: getattr(settings, name) for name in select_settings(PrepareSettings, Affects.INFERENCE)}
-    reading["source_prefix"] = settings.source_prefix if counts.with_prefix else ""
-    reading |= {"objective": settings.objective, "denoisers": settings.denoisers}
+    reading = {name: getattr(dataset, name) for name in select_settings(DatasetSpec, Affects.INFERENCE)}
+    reading["source_prefix"] = dataset.source_prefix if counts.with_prefix else ""
+    reading |= {"objective": dataset.objective, "denoisers": dataset.denoisers}
     write_training_data(staged, TrainingData(described["examples_with_earlier_turns"] > 0, **reading))
     chat_template = build_chat_template(source.template, tokenizer, reading["source_prefix"])
     write_chat_template(staged / "tokenizer", chat_template, tokenizer)
     manifest = _describe_cache(source, counts, unused, described)
     manifest["files"] = hash_files(staged)
     write_json(staged / CACHE_MANIFEST_FILE, manifest)
-    if settings.eval_fraction and not is_part:
-        find_held_out_keys(Cache(staged, manifest), settings.eval_fraction, settings.split_seed)  # raises if too few
+    if (fraction := source.split.eval_fraction) and not is_part:
+        find_held_out_keys(Cache(staged, manifest), fraction, source.split.split_seed)  # raises if too few
     return manifest
 
 
@@ -144,9 +145,9 @@ def encode_cache(
             for all of the data.
     """
     checks, is_complete = source.checks, True
-    pipeline = Pipeline(staged / "tokenizer", source.template, source.settings)
+    pipeline = Pipeline(staged / "tokenizer", source.template, source.dataset)
     results = encode_records(track(records, "prepare", report, unit="records"), pipeline, choose_num_workers(source))
-    with CacheWriter(staged, source.num_rows, source.settings.dedupe == "exact") as writer:
+    with CacheWriter(staged, source.num_rows, source.dataset.dedupe == "exact") as writer:
         counts = writer.counts
         for record, encoded in results:
             checks.check_kind(record, encoded, counts)
@@ -162,24 +163,20 @@ def encode_cache(
 
 
 def choose_num_workers(source: CacheSource, num_parts: int = 1) -> int:
-    """Choose the number of tokenization processes for one of `num_parts` parts of the data.
-
-    With `--shard auto`, the parts on a node share its cores.
-    """
-    if source.settings.num_workers is not None:
-        return source.settings.num_workers
-    cores = count_rank_cores() if source.settings.shard == AUTO else count_cores()
+    """Choose the number of tokenization processes for one of `num_parts` parts of the data."""
+    if source.dataset.num_workers is not None:
+        return source.dataset.num_workers
     if STDIN in source.files:  # its size is unknown; encode_records starts a worker only when all others are busy
-        return cores
+        return source.num_cores
     size = sum(file.stat().st_size for file in source.files) // num_parts
-    return min(cores, 1 + size // BYTES_PER_WORKER)
+    return min(source.num_cores, 1 + size // BYTES_PER_WORKER)
 
 
 def _describe_corruption(source: CacheSource) -> dict[str, Any]:
     if source.corruption is None:
         return {}
     sentinels = list(source.corruption.sentinels)
-    return {"span_corruption": {"denoisers": source.settings.denoisers, "sentinel_ids": sentinels}}
+    return {"span_corruption": {"denoisers": source.dataset.denoisers, "sentinel_ids": sentinels}}
 
 
 def _complete_file(file: dict[str, Any], stdin: Digest) -> dict[str, Any]:
@@ -208,9 +205,9 @@ def _describe_cache(
         "added_tokens": added,
         "added_token_ids": tokenizer.convert_tokens_to_ids(added),
         "left_out_tokens": left_out,
-        "eval_fraction": source.settings.eval_fraction,
-        "split_seed": source.settings.split_seed,
-        "seed": source.settings.seed,
+        "eval_fraction": source.split.eval_fraction,
+        "split_seed": source.split.split_seed,
+        "seed": source.split.seed,
         "inputs": {**source.inputs, "data": data},
         **({"sources": sources} if sources else {}),
         **_describe_corruption(source),

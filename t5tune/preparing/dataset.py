@@ -1,7 +1,7 @@
 """One dataset of a token cache: find its files, take the first records, choose its conversation template.
 
-opened = open_dataset(settings, report, Origin())
-source = describe_source(opened, base, vocabulary, Origin())
+opened = open_dataset(plan, dataset, report)
+source = describe_source(plan, opened, base, vocabulary)
 """
 
 import hashlib
@@ -34,33 +34,16 @@ from t5tune.preparing.data_problems import (
     report_default_template,
     report_models_template,
 )
+from t5tune.preparing.parts.shard import count_cores_of
+from t5tune.preparing.plan import PreparePlan
 from t5tune.preparing.record_checks import RecordChecks, name_rejected_file
 from t5tune.preparing.sample import choose_default_template, drain, parse_sample, report_doubtful_headers, take_sample
 from t5tune.progress import Report
-from t5tune.settings import PrepareSettings
 from t5tune.settings.affects import Affects, select_settings
-
-
-@dataclass(frozen=True)
-class Origin:
-    """What a token cache takes from elsewhere.
-
-    Args:
-        checkpoint: of a run that was trained on the existing cache, so a cache of other inputs must not replace it, and
-            its conversation template is used again, unless the settings name one.
-        tokenizer_source: a cache or an adapter whose tokenizer and conversation template replace the base's.
-        setting: the setting that the paths come from, for messages.
-        is_evaluation: the examples are to evaluate on, so other splits of a dataset on the Hub are the default.
-        rejected_file: lists the rejected records if there are too many; default: `cache.rejected.jsonl`, next to it.
-        run: the run folder that train prepares for; train mixes datasets and holds out examples itself.
-    """
-
-    checkpoint: Path | None = None
-    tokenizer_source: Path | None = None
-    setting: str = "data_path"
-    is_evaluation: bool = False
-    rejected_file: Path | None = None
-    run: Path | None = None
+from t5tune.settings.dataset_spec import DatasetSpec
+from t5tune.settings.field_types import Settings
+from t5tune.settings.groups.data import SplitSettings
+from t5tune.settings.groups.record_format import ConversationSettings, ReadingSettings, SelectionSettings
 
 
 @dataclass(frozen=True)
@@ -68,13 +51,12 @@ class OpenedDataset:
     """The files of a dataset, of which the first records are read.
 
     Args:
-        settings: those of this dataset alone.
         paths: what the files were found from.
         encodings: of the text files that aren't UTF-8.
         sample: the first records; `iterate_records` drains it.
     """
 
-    settings: PrepareSettings
+    dataset: DatasetSpec
     paths: list[str]
     files: list[Path]
     encodings: Mapping[Path, str]
@@ -89,56 +71,60 @@ class OpenedDataset:
 
     def parse_sample(self) -> Iterator[Conversation]:
         """Yield the conversations among the first records."""
-        return parse_sample(self.sample, self.settings)
+        return parse_sample(self.sample, self.dataset)
 
 
-def open_dataset(settings: PrepareSettings, report: Report, origin: Origin) -> OpenedDataset:
+def open_dataset(plan: PreparePlan, dataset: DatasetSpec, report: Report) -> OpenedDataset:
     """Find the files of a dataset, download what isn't on this machine, and read the first records.
 
     Raises:
         DataError: a path leads to no data.
     """
-    paths = _bring_data(settings, report, origin)
-    files = find_files(paths, report, origin.setting, is_text=settings.is_raw_text)
+    paths = _bring_data(plan, dataset, report)
+    files = find_files(paths, report, plan.origin.setting, is_text=dataset.is_raw_text)
     stdin = Digest()
-    records = read_records(files, settings, stdin)
+    records = read_records(files, dataset, stdin)
     sample = take_sample(records)
-    encodings = find_encodings(files, settings.encoding, stdin, report)
-    report_doubtful_headers(sample, settings, report)
-    return OpenedDataset(settings, paths, files, encodings, stdin, sample, records)
+    encodings = find_encodings(files, dataset.encoding, stdin, report)
+    report_doubtful_headers(sample, dataset, report)
+    return OpenedDataset(dataset, paths, files, encodings, stdin, sample, records)
 
 
-def describe_source(opened: OpenedDataset, base: Path, vocabulary: ExtendedTokenizer, origin: Origin) -> CacheSource:
+def describe_source(plan: PreparePlan, opened: OpenedDataset, base: Path, vocabulary: ExtendedTokenizer) -> CacheSource:
     """Choose the conversation template by the first records, and describe all that the cache is made from.
+
+    Args:
+        plan: the origin in it is that of this dataset.
 
     Raises:
         ModelError: the tokenizer has no sentinels for raw text.
     """
-    settings, sample = opened.settings, opened.sample
+    origin, dataset, sample = plan.origin, opened.dataset, opened.sample
     # a run is resumed with the template that was the default when it was started
-    started_with = settings.output_dir if origin.checkpoint is not None else None
+    started_with = plan.output_dir / dataset.name if origin.checkpoint is not None else None
     template_folders = (origin.tokenizer_source, base, started_with)
     saved_templates = [each / TEMPLATE_FILE for each in template_folders if each is not None]
-    template = find_template(settings.conversation_template, saved_templates)
+    template = find_template(dataset.conversation_template, saved_templates)
     default_template = None
-    if template is None and settings.is_raw_text:
+    if template is None and dataset.is_raw_text:
         template = load_template(PAIR_TEMPLATE)  # raw text has none; this one is for using the model
     if template is None:
-        default_template = choose_default_template(sample, opened.files, settings)
+        default_template = choose_default_template(sample, opened.files, dataset)
         template = load_template(default_template)
-    inputs = _describe_inputs(settings, opened.files, opened.encodings, vocabulary.tokenizer, template)
+    inputs = _describe_inputs(plan, opened, vocabulary.tokenizer, template)
     checks = RecordChecks(
         data=f"{origin.setting}: {join_first(opened.files)}",
         purpose="evaluate on" if origin.is_evaluation else "train on",
-        rejected_file=origin.rejected_file or name_rejected_file(settings.output_dir),
+        rejected_file=origin.rejected_file or name_rejected_file(plan.output_dir),
         takes_only_pairs=default_template == PAIR_TEMPLATE,
-        max_rejected_fraction=settings.max_rejected_fraction,
-        num_data=settings.num_data,
+        max_rejected_fraction=dataset.max_rejected_fraction,
+        num_data=dataset.num_data,
     )
-    num_rows = count_rows(settings, base)
+    num_rows = count_rows(base, plan.base.family)
+    num_cores = count_cores_of(plan.shard)
     source = CacheSource(
-        settings, origin.setting, opened.paths, opened.files, opened.stdin, vocabulary, num_rows, template,
-        default_template, inputs, checks, opened.iterate_records(),
+        dataset, plan.split, plan.base.model_name_or_path, num_cores, origin.setting, opened.paths, opened.files,
+        opened.stdin, vocabulary, num_rows, template, default_template, inputs, checks, opened.iterate_records(),
     )  # fmt: skip
     _ = source.corruption  # raises if the tokenizer can't have it
     return source
@@ -149,24 +135,24 @@ def report_template(source: CacheSource, manifest: dict[str, Any], report: Repor
     num_pairs, num_records = manifest["pairs"], manifest["conversations"]
     if source.default_template is not None:
         report_default_template(source.default_template, num_pairs, format_count(num_records, "record"), report)
-    elif source.settings.conversation_template is None and source.setting == "data_path" and num_pairs == num_records:
+    elif source.dataset.conversation_template is None and source.setting == "data_path" and num_pairs == num_records:
         report_models_template(source.template, report)
 
 
-def _bring_data(settings: PrepareSettings, report: Report, origin: Origin) -> list[str]:
+def _bring_data(plan: PreparePlan, dataset: DatasetSpec, report: Report) -> list[str]:
     """Replace the names of what isn't on this machine by paths; token caches are refused."""
-    refuse_caches(settings.data_path, origin.setting)
-    names = [str(find_conversations_file()) if path == "pocket" else path for path in settings.data_path]
-    if origin.checkpoint is not None and is_cache(settings.output_dir):  # a resumed run reads what it was started with
-        sources = read_manifest(settings.output_dir).get("sources") or []
+    origin, cache = plan.origin, plan.output_dir / dataset.name
+    refuse_caches(dataset.path, origin.setting)
+    names = [str(find_conversations_file()) if path == "pocket" else path for path in dataset.path]
+    if origin.checkpoint is not None and is_cache(cache):  # a resumed run reads what it was started with
+        sources = read_manifest(cache).get("sources") or []
         names = [pin_dataset(name, sources) if is_dataset_name(name) else name for name in names]
-    choice = DatasetChoice(settings.data_subset, settings.data_split)
+    choice = DatasetChoice(dataset.data_subset, dataset.data_split)
     if origin.is_evaluation:
         choice = replace(choice, defaults=EVALUATION_SPLITS)
     if origin.setting == "eval_data_path":
         choice = replace(choice, setting="eval_data_split")
-    is_text = settings.is_raw_text
-    return bring_data(names, choice, origin.setting, settings.cache_dir, report, is_text)
+    return bring_data(names, choice, origin.setting, plan.base.cache_dir, report, dataset.is_raw_text)
 
 
 def refuse_caches(paths: list[str], setting: str) -> None:
@@ -181,18 +167,18 @@ def refuse_caches(paths: list[str], setting: str) -> None:
             raise DataError(problem, hint="prepare reads conversations; give the cache to train")
 
 
-def count_rows(settings: PrepareSettings, base: Path) -> int:
+def count_rows(base: Path, family: str | None) -> int:
     """Count the base's embedding rows; raise if the base isn't a supported model."""
-    return find_architecture(read_config(base), base, settings.family).dimensions.num_rows
+    return find_architecture(read_config(base), base, family).dimensions.num_rows
 
 
 def choose_vocabulary(
-    settings: PrepareSettings, base: Path, source: Path | None, sample: Iterator[Conversation]
+    plan: PreparePlan, base: Path, source: Path | None, sample: Iterator[Conversation]
 ) -> ExtendedTokenizer:
     """Take the tokenizer of `source`, or extend the base's with what the sample of conversations needs."""
     if source is None:
-        num_rows = count_rows(settings, base)
-        return extend_tokenizer(load_tokenizer(base), settings.add_tokens, num_rows, sample)
+        num_rows = count_rows(base, plan.base.family)
+        return extend_tokenizer(load_tokenizer(base), plan.add_tokens, num_rows, sample)
     return take_vocabulary(source, base)
 
 
@@ -205,26 +191,30 @@ def take_vocabulary(source: Path, base: Path) -> ExtendedTokenizer:
 
 
 def _describe_inputs(
-    settings: PrepareSettings,
-    files: list[Path],
-    encodings: Mapping[Path, str],
-    tokenizer: Tokenizer,
-    template: Template,
+    plan: PreparePlan, opened: OpenedDataset, tokenizer: Tokenizer, template: Template
 ) -> dict[str, Any]:
     """Describe everything that the cache depends on: the same inputs give the same bytes."""
     vocabulary = tokenizer.backend.to_str() if tokenizer.backend is not None else "bytes"
-    chosen = {name: getattr(settings, name) for name in select_settings(PrepareSettings, Affects.CACHE)}
+
+    def select(group: type[Settings], part: Settings) -> dict[str, Any]:
+        return {name: getattr(part, name) for name in select_settings(group, Affects.CACHE)}
+
     return {
         # standard input can't be hashed before it is read, so a cache of it is never up to date
         "data": [
             {
                 "file": file.name,
                 "sha256": hash_file(file) if file != STDIN else None,
-                **({"encoding": encodings[file]} if file in encodings else {}),
+                **({"encoding": opened.encodings[file]} if file in opened.encodings else {}),
             }
-            for file in files
+            for file in opened.files
         ],
         "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest(),
         "template": template.hash,
-        **chosen,
+        **select(ConversationSettings, opened.dataset),
+        **select(ReadingSettings, opened.dataset),
+        "add_tokens": plan.add_tokens,
+        "num_data": opened.dataset.num_data,
+        **select(SelectionSettings, opened.dataset),
+        **select(SplitSettings, plan.split),
     }

@@ -1,12 +1,12 @@
 """Prepare a token cache: a folder with the cache of each dataset, which have a common tokenizer.
 
-manifest, facts = prepare_datasets(settings, report, Origin())
+manifest, facts = prepare_datasets(plan, report)
 """
 
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
@@ -15,24 +15,21 @@ from typing import Any
 
 from t5tune.checkpoints.base import find_base, pin_base
 from t5tune.checkpoints.training_data import DatasetTraining, TrainingData, read_training_data, write_training_data
-from t5tune.data.caches.cache import Cache, is_cache, open_cache, read_manifest
+from t5tune.data.caches.cache import Cache, open_cache, read_manifest
 from t5tune.data.caches.examples import (
     SUMMED,
     Dataset,
     Examples,
     check_datasets,
     describe_shares,
-    find_caches,
     is_prepared,
     list_caches,
     read_mixture_manifest,
 )
-from t5tune.data.caches.mixing import Mixing, choose_mixing
 from t5tune.data.reading.files import STDIN, find_encodings
 from t5tune.data.reading.remote_files import hide_query
-from t5tune.data.tokens.templates import Template, load_template
 from t5tune.data.tokens.vocabulary import ExtendedTokenizer
-from t5tune.errors import DataError, SettingsError, T5TuneError
+from t5tune.errors import DataError, T5TuneError
 from t5tune.file_names import MIXTURE_FILE, REJECTED_FILE, TEMPLATE_FILE
 from t5tune.io.atomic import remove_abandoned, write_file, write_folder_atomically, write_json
 from t5tune.io.reasons import join_first
@@ -42,28 +39,21 @@ from t5tune.preparing.cache_reuse import find_reusable
 from t5tune.preparing.data_problems import check_rejected, report_problems
 from t5tune.preparing.dataset import (
     OpenedDataset,
-    Origin,
     choose_vocabulary,
     describe_source,
     open_dataset,
-    refuse_caches,
     report_template,
 )
 from t5tune.preparing.parts.parts import Parts
 from t5tune.preparing.parts.shard import find_shard
-from t5tune.preparing.record_checks import keep_rejected, name_rejected_file
+from t5tune.preparing.plan import PreparePlan
+from t5tune.preparing.record_checks import keep_rejected
 from t5tune.progress import Note, Report
-from t5tune.settings import PrepareSettings
-from t5tune.settings.affects import Affects, select_settings
-from t5tune.settings.dataset_list import DatasetSettings, complete_dataset, name_datasets
-from t5tune.settings.groups.data import DataSettings
-from t5tune.settings.groups.record_format import PREFERENCE_OBJECTIVES
+from t5tune.settings.dataset_spec import DatasetSpec
 from t5tune.settings.groups.shard import Shard
 
 
-def prepare_datasets(
-    settings: PrepareSettings, report: Report, origin: Origin
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def prepare_datasets(plan: PreparePlan, report: Report) -> tuple[dict[str, Any], dict[str, Any]]:
     """Write the token cache of the datasets, or a part of it, unless it is up to date.
 
     The folder is replaced as a whole; caches in it that are up to date are kept.
@@ -72,18 +62,25 @@ def prepare_datasets(
         The manifest of the token cache, and what the result says about this call.
 
     Raises:
+        T5TuneError: the disk is full, or a file can't be read or written.
         DataError, ModelError, SettingsError: see `prepare`.
     """
-    if settings.data is None:
-        refuse_caches(settings.data_path, origin.setting)
-    settings = pin_base(settings, report)  # once for all datasets
-    job = _Job(settings, report, origin, _name_datasets(settings, origin))
-    shard = find_shard(settings.shard) if settings.shard is not None else None
+    try:
+        return _prepare_datasets(plan, report)
+    except OSError as error:
+        place = error.filename or plan.output_dir
+        raise T5TuneError(f"{os.fsdecode(place)}: {error.strerror or error}") from error
+
+
+def _prepare_datasets(plan: PreparePlan, report: Report) -> tuple[dict[str, Any], dict[str, Any]]:
+    plan = replace(plan, base=pin_base(plan.base, report))  # once for all datasets
+    job = _Job(plan, report, _keep_name(plan))
+    shard = find_shard(plan.shard) if plan.shard is not None else None
     facts: dict[str, Any] = {"up_to_date": False, "shard": None if shard is None else str(shard), "joined": None}
-    is_divided = shard is not None or settings.join
+    is_divided = shard is not None or plan.join
     sources = job.describe_sources(is_divided)
     inputs = {name: source.inputs for name, source in sources.items()}
-    reusable = find_reusable(job.folder, inputs, [*job.datasets], origin.checkpoint)
+    reusable = find_reusable(job.folder, inputs, [*job.datasets], plan.origin.checkpoint)
     for name, manifest in reusable.items():
         _check_rejected_before(sources[name], manifest, job.folder / name)
     parts = Parts(job.folder, {name: source for name, source in sources.items() if name not in reusable})
@@ -111,7 +108,7 @@ def prepare_datasets(
             cache_manifest = read_manifest(job.folder / name)
             report_template(source, cache_manifest, report)
             report_problems(cache_manifest, job.folder / name, report)
-    if origin.run is None:
+    if plan.origin.run is None:
         for note in describe_shares(examples.split_as_prepared()[0]):
             report(note)
     return examples.manifest, {**facts, "datasets": _count_examples(examples)}
@@ -121,20 +118,18 @@ def prepare_datasets(
 class _Job:
     """Writes the caches of named datasets to a folder."""
 
-    settings: PrepareSettings
+    plan: PreparePlan
     report: Report
-    origin: Origin
-    datasets: Mapping[str, DatasetSettings]
+    datasets: Mapping[str, DatasetSpec]
 
     @property
     def folder(self) -> Path:
-        return self.settings.output_dir
+        return self.plan.output_dir
 
     @property
     def given(self) -> dict[str, Path]:
         """The token caches among the datasets."""
-        found = {name: find_given_cache(dataset) for name, dataset in self.datasets.items()}
-        return {name: cache for name, cache in found.items() if cache is not None}
+        return {name: dataset.cache for name, dataset in self.datasets.items() if dataset.cache is not None}
 
     @cached_property
     def _given_caches(self) -> dict[str, Cache]:
@@ -144,39 +139,35 @@ class _Job:
         """Open the datasets that aren't caches, and choose their common vocabulary and each one's template."""
         given = self.given
         _check_given_caches(self.folder, given)
-        if self.origin.run is None:
-            _check_settings_of_caches(self.settings)
         opened: dict[str, OpenedDataset] = {}
         for name, dataset in self.datasets.items():
             if name not in given:
                 if len(self.datasets) > 1:
                     self.report(Note(f"dataset {name}: {join_first([*map(hide_query, dataset.path)])}"))
-                own = complete_dataset(self.settings, dataset, output_dir=self.folder / name)
-                opened[name] = open_dataset(own, self.report, self._find_origin(name))
-        base = find_base(self.settings, report=self.report)
+                opened[name] = open_dataset(self.plan, dataset, self.report)
+        base = find_base(self.plan.base, report=self.report)
         vocabulary = self._choose_vocabulary(base, given, opened)
         sources = {}
         for name, each in opened.items():
-            sources[name] = describe_source(each, base, vocabulary, self._find_origin(name))
+            sources[name] = describe_source(self._select(name), each, base, vocabulary)
             if is_divided:
                 each.sample.clear()  # a part reads its own records
         return sources
 
-    def _find_origin(self, name: str) -> Origin:
-        """Return what a dataset takes from elsewhere: its template from the dataset of the same name."""
-        origin, source = self.origin, self.origin.tokenizer_source
+    def _select(self, name: str) -> PreparePlan:
+        """Return the plan for one dataset, which takes its template from the dataset of the same name."""
+        origin, source = self.plan.origin, self.plan.origin.tokenizer_source
         if source is not None and is_prepared(source):
             source = list_caches(source).get(name, source)
-        rejected_file = origin.rejected_file or name_rejected_file(self.folder)  # not among the caches
-        return replace(origin, tokenizer_source=source, rejected_file=rejected_file)
+        return replace(self.plan, origin=replace(origin, tokenizer_source=source))
 
     def _choose_vocabulary(
         self, base: Path, given: Mapping[str, Path], opened: Mapping[str, OpenedDataset]
     ) -> ExtendedTokenizer:
         """Take the tokenizer of a token cache among the datasets, or extend the base's with what all of them need."""
-        source = next(iter(given.values()), self.origin.tokenizer_source)
+        source = next(iter(given.values()), self.plan.origin.tokenizer_source)
         return choose_vocabulary(
-            self.settings, base, source, chain.from_iterable(each.parse_sample() for each in opened.values())
+            self.plan, base, source, chain.from_iterable(each.parse_sample() for each in opened.values())
         )
 
     def open_up_to_date(self, reusable: Mapping[str, dict[str, Any]]) -> Examples | None:
@@ -199,13 +190,13 @@ class _Job:
         given = self._given_caches
         datasets = [
             # a cache that was written here has num_data already
-            Dataset(name, given[name], dataset.weight, self.settings.num_data)
+            Dataset(name, given[name], dataset.weight, dataset.num_data)
             if name in given
             else Dataset(name, Cache(folder / name, manifests[name]), dataset.weight)
             for name, dataset in self.datasets.items()
         ]
-        check_datasets(datasets, self.origin.setting)
-        return Examples(folder, datasets, choose_mixing(self.settings) or Mixing()).apply_num_data()
+        check_datasets(datasets, self.plan.origin.setting)
+        return Examples(folder, datasets, self.plan.mixing).apply_num_data()
 
     def write(
         self,
@@ -235,7 +226,7 @@ class _Job:
         """Write the cache of a dataset."""
         manifest = write_cache(staged, source, lambda staged: encode_cache(staged, source, source.records, self.report))
         if STDIN in source.files:  # its first letters beyond ASCII may come after the sample
-            find_encodings([STDIN], source.settings.encoding, source.stdin, self.report)
+            find_encodings([STDIN], source.dataset.encoding, source.stdin, self.report)
         return manifest
 
     def prepare_part(
@@ -280,17 +271,13 @@ class _Job:
         return self.open_up_to_date(find_reusable(self.folder, inputs, [*self.datasets], checkpoint=None))
 
 
-def _name_datasets(settings: PrepareSettings, origin: Origin) -> dict[str, DatasetSettings]:
-    datasets, folder = settings.list_datasets(), settings.output_dir
-    names = name_datasets(datasets)
-    if (
-        origin.checkpoint is not None
-        and len(names) == 1
-        and is_prepared(folder)
-        and len(before := list_caches(folder)) == 1
-    ):
-        names = [*before]  # the only dataset of a run keeps its name if its files are elsewhere now
-    return dict(zip(names, datasets, strict=True))
+def _keep_name(plan: PreparePlan) -> Mapping[str, DatasetSpec]:
+    """Name the datasets; the only one of a run keeps its name if its files are elsewhere now."""
+    folder, datasets = plan.output_dir, plan.datasets
+    has_run = plan.origin.checkpoint is not None
+    if has_run and len(datasets) == 1 and is_prepared(folder) and len(before := list_caches(folder)) == 1:
+        datasets = [datasets[0].model_copy(update={"name": next(iter(before))})]
+    return {each.name: each for each in datasets}
 
 
 def _count_examples(examples: Examples) -> dict[str, int] | None:
@@ -337,85 +324,6 @@ def _find_count(parts: Parts, shard: Shard | None) -> int:
         problem = f"join: {parts.folder}: still missing: {join_first(list(map(str, missing)))}"
         raise DataError(problem, hint=f"prepare each of them, such as with --shard {missing[0]}")
     return count
-
-
-def find_given_cache(dataset: DatasetSettings) -> Path | None:
-    """Return the cache of a dataset that is prepared already; None if it names data.
-
-    Raises:
-        DataError: it is a token cache of several datasets, or more is given than the cache.
-    """
-    path = Path(dataset.path[0])
-    if is_prepared(path):
-        caches = find_caches(path)
-        if len(caches) > 1:
-            names = join_first(list(map(str, caches)))
-            problem = f"data: {path}: a token cache of several datasets can't be one of several datasets"
-            raise DataError(problem, hint=f"give the caches in it: {names}")
-        cache = caches[0]
-    elif is_cache(path):
-        cache = path
-    else:
-        return None
-    if extra := [*dataset.path[1:], *dataset.list_given()]:
-        problem = f"data: {path}: is a token cache, whose examples are complete, but {extra[0]} is given, too"
-        raise DataError(problem, hint="leave it out, or give the data in place of the cache")
-    return cache
-
-
-def list_given_caches(datasets: Sequence[DatasetSettings]) -> list[Path]:
-    """List the token caches that the datasets are; none if one of them isn't a cache, to which settings still apply.
-
-    Raises:
-        DataError: one is a folder of several caches, or more is given than a cache.
-    """
-    caches = [cache for dataset in datasets if (cache := find_given_cache(dataset)) is not None]
-    return caches if len(caches) == len(datasets) else []
-
-
-def find_cache_conflicts(
-    settings: DataSettings,
-    caches: Sequence[Path],
-    names: Collection[str],
-    find_template: Callable[[str], Template | None] = load_template,
-) -> list[str]:
-    """Describe which of the given settings differ from those that one of the token caches was made with.
-
-    Args:
-        names: the settings to compare.
-        find_template: finds the conversation template that a value of the setting means.
-    """
-    problems: dict[str, str] = {}
-    template = settings.conversation_template if "conversation_template" in names else None
-    given_template = None if template is None else find_template(template)
-    step = "leave it out, or use the original conversations as data_path"
-    for cache in caches:
-        manifest = read_manifest(cache)
-        inputs = manifest["inputs"]
-        given = settings.model_fields_set & {*names} & inputs.keys()
-        # these may determine nothing of this cache
-        given = given - ({"split_seed"} if not manifest["eval_fraction"] else set())
-        given = given - ({"seed"} if inputs.get("objective") != "span-corruption" else set())
-        if settings.reads_preferences and inputs.get("objective") in PREFERENCE_OBJECTIVES:  # which read the same
-            given = given - {"objective"}
-        for name in sorted(name for name in given if getattr(settings, name) != inputs[name]):
-            values = f"{getattr(settings, name)!r:.80} here, {inputs[name]!r:.80} in the cache {cache}"
-            problems.setdefault(name, f"{name}: {values}; {step}")
-        if given_template is not None and given_template.hash != inputs.get("template"):
-            problem = f"conversation_template: {template}: the cache {cache} was made with another one; {step}"
-            problems.setdefault("conversation_template", problem)
-    return list(problems.values())
-
-
-def _check_settings_of_caches(settings: PrepareSettings) -> None:
-    """Check that no setting is given that would have no effect, because all datasets are token caches.
-
-    Raises:
-        SettingsError: one is.
-    """
-    names = {*select_settings(PrepareSettings, Affects.CACHE), "conversation_template"} - {"num_data"}
-    if problems := find_cache_conflicts(settings, list_given_caches(settings.data or []), names):
-        raise SettingsError(*problems)
 
 
 def _check_given_caches(folder: Path, given: Mapping[str, Path]) -> None:

@@ -1,6 +1,6 @@
 """Encode raw records: each becomes the ids of a conversation and the spans of its examples, or is rejected.
 
-pipeline = Pipeline(tokenizer_folder, template, settings)
+pipeline = Pipeline(tokenizer_folder, template, dataset)
 for record, encoded in zip(records, pipeline(records)):
     ...
 """
@@ -34,7 +34,7 @@ from t5tune.data.tokens.templates import Piece, Template, render_conversation
 from t5tune.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from t5tune.data.tokens.vocabulary import RoundTripCheck
 from t5tune.errors import DataError
-from t5tune.settings import PrepareSettings
+from t5tune.settings.dataset_spec import DatasetSpec
 from t5tune.settings.groups.record_format import ReadingSettings
 
 EXCHANGES_PER_BATCH = 256
@@ -76,7 +76,7 @@ class Pipeline:
 
     tokenizer_folder: Path
     template: Template
-    settings: PrepareSettings
+    dataset: DatasetSpec
 
     def __call__(self, batch: list[RawRecord]) -> list[EncodedRecord | DataError]:
         """Return the result of each record. If an array element is not valid JSON, its error is the last result."""
@@ -84,7 +84,7 @@ class Pipeline:
         problems: list[DataError] = []
         for record in batch:
             try:
-                parsed.append(read_conversation(record, self.settings, self._encoder))
+                parsed.append(read_conversation(record, self.dataset, self._encoder))
             except DataError as error:
                 problems.append(error)
                 break
@@ -105,7 +105,7 @@ class Pipeline:
         return encode_batch(
             [render_conversation(each, self.template) for each in conversations],
             self._encoder,
-            self.settings.model_max_length,
+            self.dataset.model_max_length,
         )
 
     @cached_property
@@ -119,9 +119,9 @@ class Pipeline:
     @cached_property
     def _window(self) -> int:
         """The longest part of a raw text that becomes an example, in tokens."""
-        corruption = make_corruption(self.settings.denoisers, self._tokenizer, seed=0)
+        corruption = make_corruption(self.dataset.denoisers, self._tokenizer, seed=0)
         assert corruption is not None, "prepare refuses tokenizers without sentinels"
-        max_length = self.settings.model_max_length
+        max_length = self.dataset.model_max_length
         return corruption.find_largest_window(max_length - self._encoder.special_ids.source_size, max_length - 1)
 
     @cached_property
@@ -133,8 +133,8 @@ class Pipeline:
         if conversation.is_raw_text:
             encoded = EncodedConversation(encoded.ids, self._list_windows(len(encoded.ids)))
             return self._describe(conversation, encoded, [encoded], Counter() if encoded.spans else TOO_SHORT)
-        settings, dropped = self.settings, Counter[str]()
-        parts, room = [encoded], settings.model_max_length - 1
+        dataset, dropped = self.dataset, Counter[str]()
+        parts, room = [encoded], dataset.model_max_length - 1
         if conversation.rejected is not None:
             if not encoded.spans:
                 dropped["same_answers"] += 1
@@ -142,10 +142,10 @@ class Pipeline:
             return self._describe(conversation, encoded, [pair], dropped)
         if unlearned := sum(not turn.learned and bool(turn.text.strip()) for turn in conversation.turns):
             dropped["zero_weight_targets"] = unlearned
-        if settings.split_long and len(encoded.ids) > room:
+        if dataset.split_long and len(encoded.ids) > room:
             pieces = split_conversation(conversation, self.template, self._encoder, room)
-            parts = [encode_batch([part], self._encoder, settings.model_max_length)[0] for part in pieces]
-        if settings.train_on == "last":
+            parts = [encode_batch([part], self._encoder, dataset.model_max_length)[0] for part in pieces]
+        if dataset.train_on == "last":
             last = max((number for number, part in enumerate(parts) if part.spans), default=None)
             parts = [
                 EncodedConversation(part.ids, part.spans[-1:] if number == last else [])
@@ -170,7 +170,7 @@ class Pipeline:
     ) -> EncodedRecord:
         return EncodedRecord(
             parts=parts,
-            key=hash_conversation(conversation, self.settings.source_prefix if conversation.has_prefix else ""),
+            key=hash_conversation(conversation, self.dataset.source_prefix if conversation.has_prefix else ""),
             repairs=conversation.repairs,
             unknown=int(np.count_nonzero(encoded.ids == self._tokenizer.unk_token_id)),
             dropped=dropped,
@@ -181,12 +181,11 @@ class Pipeline:
 
     def _select_spans(self, spans: Sequence[Span], dropped: Counter[str]) -> list[Span]:
         """Select the spans whose targets are long enough and whole, as the settings require; count the others."""
-        settings = self.settings
-        selected = []
+        dataset, selected = self.dataset, []
         for span in spans:
-            if settings.min_target_tokens and span.shortest_target < settings.min_target_tokens:
+            if dataset.min_target_tokens and span.shortest_target < dataset.min_target_tokens:
                 dropped["short_targets"] += 1
-            elif settings.drop_truncated_targets and not span.has_whole_targets:
+            elif dataset.drop_truncated_targets and not span.has_whole_targets:
                 dropped["truncated_targets"] += 1
             else:
                 selected.append(span)

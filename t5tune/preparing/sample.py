@@ -17,8 +17,7 @@ from t5tune.data.tokens.templates import DEFAULT_TEMPLATE, PAIR_TEMPLATE
 from t5tune.errors import DataError
 from t5tune.io.reasons import join_first
 from t5tune.progress import Note, Report
-from t5tune.settings import PrepareSettings
-from t5tune.settings.groups.data import DataSettings
+from t5tune.settings.dataset_spec import DatasetSpec
 from t5tune.settings.groups.record_format import ReadingSettings
 
 SAMPLE_BYTES = 8 << 20
@@ -37,7 +36,7 @@ def take_sample(records: Iterator[RawRecord]) -> list[RawRecord]:
     return sample
 
 
-def parse_sample(sample: list[RawRecord], settings: PrepareSettings) -> Iterator[Conversation]:
+def parse_sample(sample: list[RawRecord], dataset: DatasetSpec) -> Iterator[Conversation]:
     """Parse the records in place, and yield the conversations.
 
     A conversation replaces its record's data, so that it isn't parsed again for encoding. But the data is kept if the
@@ -48,12 +47,12 @@ def parse_sample(sample: list[RawRecord], settings: PrepareSettings) -> Iterator
         DataError: an array element is not valid JSON.
     """
     for number, record in enumerate(sample):
-        parsed = parse_record(record, settings)
+        parsed = parse_record(record, dataset)
         if isinstance(parsed, Rejection):
             sample[number] = replace(record, parsed=parsed)
             continue
         yield parsed
-        is_accepted = settings.dedupe == "none" and record.size <= MAX_WORD_LENGTH
+        is_accepted = dataset.dedupe == "none" and record.size <= MAX_WORD_LENGTH
         memory = sum(sys.getsizeof(text) + TURN_OVERHEAD_BYTES for text in parsed.texts)
         if is_accepted and memory <= MAX_MEMORY_RATIO * record.size:
             sample[number] = replace(record, data=b"", parsed=parsed)
@@ -74,7 +73,7 @@ def drain(sample: list[RawRecord]) -> Iterator[RawRecord]:
         yield sample.pop()
 
 
-def choose_default_template(sample: list[RawRecord], files: list[Path], settings: DataSettings) -> str:
+def choose_default_template(sample: list[RawRecord], files: list[Path], reading: ReadingSettings) -> str:
     """Choose the conversation template of data for a model that has none: plain if all records are pairs of texts.
 
     It is chosen by the usable records of the sample and the first one of each file.
@@ -82,29 +81,29 @@ def choose_default_template(sample: list[RawRecord], files: list[Path], settings
     Raises:
         DataError: an array element is not valid JSON.
     """
-    return PAIR_TEMPLATE if _has_only_pairs(sample, files, settings) else DEFAULT_TEMPLATE
+    return PAIR_TEMPLATE if _has_only_pairs(sample, files, reading) else DEFAULT_TEMPLATE
 
 
-def _has_only_pairs(sample: list[RawRecord], files: list[Path], settings: DataSettings) -> bool:
+def _has_only_pairs(sample: list[RawRecord], files: list[Path], reading: ReadingSettings) -> bool:
     """Whether there are usable records, and none of them is a list of turns.
 
     Raises:
         DataError: an array element is not valid JSON.
     """
     has_pairs = False
-    firsts = chain.from_iterable(_parse_first(file, settings) for file in files if file != STDIN)
-    for conversation in chain(_parse_usable(sample, settings), firsts):
+    firsts = chain.from_iterable(_parse_first(file, reading) for file in files if file != STDIN)
+    for conversation in chain(_parse_usable(sample, reading), firsts):
         if not conversation.is_pair:
             return False
         has_pairs = True
     return has_pairs
 
 
-def _parse_first(file: Path, settings: DataSettings) -> Iterator[Conversation]:
+def _parse_first(file: Path, reading: ReadingSettings) -> Iterator[Conversation]:
     """Yield the first usable record of a file, if there is one at its beginning."""
     with suppress(DataError):  # it is raised again if the file is read so far
-        records = islice(read_records([file], settings), FIRST_RECORDS)
-        yield from islice(_parse_usable(records, settings), 1)
+        records = islice(read_records([file], reading), FIRST_RECORDS)
+        yield from islice(_parse_usable(records, reading), 1)
 
 
 def _parse_usable(records: Iterable[RawRecord], reading: ReadingSettings) -> Iterator[Conversation]:

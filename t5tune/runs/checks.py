@@ -30,7 +30,7 @@ from t5tune.io.reasons import join_lines
 from t5tune.metrics import PREFERENCE_METRICS
 from t5tune.model.device import DOCTOR_HINT, read_nvidia_driver
 from t5tune.model.kernels.build_tools import find_missing_compiler
-from t5tune.preparing.datasets import find_cache_conflicts, find_given_cache
+from t5tune.preparing.resolve_datasets import find_cache_conflicts, find_given_cache
 from t5tune.progress import Report, silent
 from t5tune.runs.data import CACHE_SETTINGS, apply_cache_settings, find_given_examples, list_all_caches
 from t5tune.runs.deepspeed_values import describe_replaced_schedule, find_mismatches
@@ -331,8 +331,8 @@ def _find_useless_mixing(data: TrainingDataSettings) -> list[str]:
 
 def _find_cache_conflicts(data: TrainingDataSettings) -> list[str]:
     """List the given settings of examples that differ from those that the token caches were made with."""
-    names = {*CACHE_SETTINGS, "objective", "conversation_template"}
-    return find_cache_conflicts(data, list_all_caches(data), names)
+    names = data.model_fields_set & {*CACHE_SETTINGS, "objective", "conversation_template"}
+    return find_cache_conflicts({name: getattr(data, name) for name in names}, list_all_caches(data))
 
 
 def _find_settings_of_other_objectives(plan: RunPlan) -> list[str]:

@@ -13,7 +13,7 @@ from t5tune.data.caches.mixing import choose_mixing
 from t5tune.errors import DataError, SettingsError
 from t5tune.file_names import EVAL_CACHE_FOLDER, RUN_CACHE_FOLDER
 from t5tune.io.atomic import hash_json
-from t5tune.preparing.datasets import list_given_caches
+from t5tune.preparing.resolve_datasets import list_given_caches
 from t5tune.runs.plan import RunPlan
 from t5tune.settings.affects import Affects, select_settings
 from t5tune.settings.dataset_list import DatasetSettings

@@ -7,9 +7,9 @@
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import count
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, GetJsonSchemaHandler, model_serializer
 from pydantic_core import CoreSchema
@@ -24,24 +24,12 @@ from t5tune.file_names import (
     TRAINING_DATA_FILE,
 )
 from t5tune.settings.field_types import DataList, NoneIfUnset, OptionalCount, exists, parse_unset, read_data
-from t5tune.settings.groups.record_format import (
-    NOT_OF_PREFERENCES,
-    NOT_OF_RAW_TEXT,
-    PAIR_FORMATS,
-    PREFERENCE_OBJECTIVES,
-    ConversationSettings,
-    ReadingSettings,
-    SelectionSettings,
-)
+from t5tune.settings.groups.record_format import ConversationSettings, ReadingSettings, SelectionSettings
 
 PATHS_OF_DATASETS = {"data": "data_path", "eval_data": "eval_data_path"}
 """Setting with datasets -> the setting with the paths of all of them."""
-NOT_OF_A_DATASET = {"data", "data_path", "mixing", "mixing_temperature", "mixing_cap", "data_subset", "data_split"}
-"""Settings of a command that don't apply to each of its datasets."""
-COLUMNS = {"source_column", "target_column", "rejected_column"}
 RESERVED_NAMES = {MIXTURE_FILE, TEMPLATE_FILE, TRAINING_DATA_FILE}
 MAX_NAME_LENGTH = 64
-Model = TypeVar("Model", bound=ReadingSettings)
 _WEIGHT = re.compile(r"(.+):(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+)", re.DOTALL | re.IGNORECASE)
 _PORT = re.compile(r"\w+://[^/]*")  # host:8080 of a URL without a path
 _USER = re.compile("://[^/]*@")
@@ -85,63 +73,20 @@ class DatasetSettings(ReadingSettings, ConversationSettings, SelectionSettings):
         """Write only what was given: the rest isn't the default, but what the whole command says."""
         return {name: value for name, value in serialize(self).items() if name in self.model_fields_set}
 
-    def list_given(self) -> dict[str, Any]:
-        """Return the given settings that differ for this dataset, without its path, name and weight."""
+    def list_given(self, fields: Collection[str] | None = None) -> dict[str, Any]:
+        """Return the given settings that differ for this dataset, without its path, name and weight.
+
+        Args:
+            fields: which settings to return; None: all.
+        """
         names = self.model_fields_set - {"path", "name", "weight"}
-        return {name: getattr(self, name) for name in type(self).model_fields if name in names}
+        names = names if fields is None else names & set(fields)
+        return {name: getattr(self, name) for name in DatasetSettings.model_fields if name in names}
 
 
 def is_reserved(name: str) -> bool:
     """Whether a file or a folder of another kind has this name in the folder of a mixture."""
     return name.casefold() in RESERVED_NAMES or name.casefold().endswith(".parts")
-
-
-def complete_dataset(settings: Model, dataset: DatasetSettings, **changes: Any) -> Model:
-    """Return the settings for one dataset alone: what it gives itself, and otherwise those of the whole command.
-
-    Settings of the command that don't suit what the dataset gives are left out, such as a `source_prefix` for turns.
-
-    Raises:
-        SettingsError: what is given conflicts.
-    """
-    return type(settings)(**{**_complete_values(settings, dataset), **changes})
-
-
-def check_dataset(settings: Model, dataset: DatasetSettings, kind: type[Model]) -> None:
-    """Check that what a dataset gives suits the settings of the command that it shares.
-
-    Args:
-        kind: the model of these settings; the command's others are checked once, not for each dataset.
-
-    Raises:
-        SettingsError: what is given conflicts.
-    """
-    values = _complete_values(settings, dataset)
-    kind(**{name: value for name, value in values.items() if name in kind.model_fields})
-
-
-def _complete_values(settings: Any, dataset: DatasetSettings) -> dict[str, Any]:
-    fields = type(settings).model_fields
-    given = {name: value for name, value in dataset.list_given().items() if name in fields}
-    unsuitable = list_unsuitable(given, settings.data_format)
-    names = settings.model_fields_set - {*NOT_OF_A_DATASET, *unsuitable}
-    return {name: getattr(settings, name) for name in names} | given | {"data_path": dataset.path}
-
-
-def list_unsuitable(given: Mapping[str, Any], data_format: str) -> set[str]:
-    """List the settings that a dataset's own ones rule out; `data_format` is that of the whole command."""
-    names = set[str]()
-    if given.get("objective") == "span-corruption":
-        names |= {"source_prefix", "target_column", "rejected_column", "data_format", *NOT_OF_RAW_TEXT}
-    elif "objective" in given:
-        names |= {"denoisers", *(NOT_OF_PREFERENCES if given["objective"] in PREFERENCE_OBJECTIVES else ())}
-    if given.get("data_format") not in (None, *PAIR_FORMATS):
-        names |= {"source_prefix", *COLUMNS}
-    if COLUMNS & given.keys():  # who names one column describes the whole layout
-        names |= {"data_format", *COLUMNS}
-    if given.get("source_prefix") and data_format not in PAIR_FORMATS:
-        names.add("data_format")
-    return names - given.keys()
 
 
 def split_weight(path: str) -> tuple[str, str | None]:

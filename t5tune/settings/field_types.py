@@ -41,8 +41,6 @@ SIZE_SUFFIXES |= {f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT
 SIZE_SUFFIXES |= {f"{prefix}{end}": 1024**power for power, prefix in enumerate("KMGT", 1) for end in ("", "IB")}
 MIN_GPU_MEMORY = 1 << 20
 UNSET_IN_SCHEMA = ["none", "None", -1]
-
-
 Group = TypeVar("Group", bound="Settings")
 
 

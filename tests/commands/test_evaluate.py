@@ -301,7 +301,7 @@ def test_settings_that_would_not_change_a_token_cache_are_refused(
     given = {"source_prefix": "x: ", "model_max_length": 128, "conversation_template": "plain"}
     with pytest.raises(SettingsError) as refused:
         run_evaluate(run, cache, tmp_path / "out", **given)
-    step = "leave it out, or use the original conversations as data_path"
+    step = "leave it out, or give the data in place of the cache"
     place = find_cache(cache)
     assert set(refused.value.problems) == {
         f"source_prefix: 'x: ' here, '' in the cache {place}; {step}",

@@ -29,9 +29,8 @@ from t5tune.data.tokens.tokenizer import load_tokenizer, save_tokenizer
 from t5tune.data.tokens.vocabulary import extend_tokenizer
 from t5tune.errors import DataError, ModelError, SettingsError
 from t5tune.planning.known_configs import KNOWN_CONFIGS
-from t5tune.preparing.dataset import Origin
 from t5tune.settings import PrepareSettings
-from tests.support.caches import find_cache, open_only
+from tests.support.caches import find_cache, open_only, prepare_for_run
 from tests.support.paths import REPOSITORY, SHARED
 
 SYSTEM = (
@@ -641,14 +640,14 @@ def test_messages_name_the_setting_that_the_data_comes_from(tmp_path: Path, unti
         str(tmp_path / "empty"): "contains no .*file",
         str(bad): "(contains )?no conversation to evaluate on",
     }
-    origin = Origin(setting="eval_data_path", is_evaluation=True)
+    origin = {"setting": "eval_data_path", "is_evaluation": True}
     for path, message in cases.items():
         values = {"model_name_or_path": str(untied_base), "data_path": [path], "output_dir": tmp_path / "cache"}
         with pytest.raises(DataError, match=rf"^eval_data_path: .*{message}|^eval_data_path: {message}"):
-            prepare(PrepareSettings(**values), origin=origin)
+            prepare_for_run(PrepareSettings(**values), **origin)
     write_lines(bad, record("Hi"), record("Hi", "Yes"))
     with pytest.raises(DataError, match=r"^eval_data_path: .*1 of 2 records rejected"):
-        prepare(PrepareSettings(**values, max_rejected_fraction=0.4), origin=origin)
+        prepare_for_run(PrepareSettings(**values, max_rejected_fraction=0.4), **origin)
 
 
 def test_a_failed_prepare_does_not_change_the_old_cache(

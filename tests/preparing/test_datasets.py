@@ -14,8 +14,8 @@ from t5tune.data.caches.examples import list_caches
 from t5tune.errors import DataError, SettingsError
 from t5tune.io.atomic import hash_file, write_json
 from t5tune.preparing.cache_files import write_cache
-from t5tune.preparing.dataset import Origin
 from t5tune.settings import PrepareSettings, TrainSettings
+from tests.support.caches import prepare_for_run
 
 pytestmark = pytest.mark.slow
 
@@ -210,9 +210,9 @@ def test_a_run_finds_its_datasets_in_their_order(is_reversed: bool, data: Path, 
     prepare(settings)
     if is_reversed:
         with pytest.raises(SettingsError, match="the datasets were given, b before, and are b, given now"):
-            prepare(settings.replace(data=datasets[::-1]), origin=Origin(in_use=True))
+            prepare_for_run(settings.replace(data=datasets[::-1]), checkpoint=tmp_path / "run/checkpoint-1")
     else:
-        assert prepare(settings, origin=Origin(in_use=True)).up_to_date
+        assert prepare_for_run(settings, checkpoint=tmp_path / "run/checkpoint-1")["up_to_date"]
 
 
 def test_the_data_of_a_run_of_an_older_version_is_kept(data: Path, tmp_path: Path) -> None:
@@ -221,7 +221,7 @@ def test_the_data_of_a_run_of_an_older_version_is_kept(data: Path, tmp_path: Pat
     (tmp_path / "one" / "a").rename(tmp_path / "cache")
     before = bytes_of(tmp_path / "cache")
     with pytest.raises(DataError, match="cache: prepared by an older version of t5tune, without mixture.json; resume"):
-        prepare(settings, origin=Origin(in_use=True))
+        prepare_for_run(settings, checkpoint=tmp_path / "run/checkpoint-1")
     assert bytes_of(tmp_path / "cache") == before
 
 

@@ -11,10 +11,9 @@ from t5tune.data.reading import raw_records
 from t5tune.data.tokens.templates import Template, load_template
 from t5tune.errors import DataError, SettingsError
 from t5tune.preparing import sample
-from t5tune.preparing.dataset import Origin
 from t5tune.progress import Event, Note
 from t5tune.settings import PrepareSettings
-from tests.support.caches import find_cache
+from tests.support.caches import find_cache, prepare_for_run
 
 LONG = "two hats, " * 100
 RECORDS = [
@@ -131,10 +130,10 @@ def test_a_cache_in_use_keeps_the_template_that_was_the_default_before(untied_ba
     values["data_path"] = str(tmp_path / "data.jsonl")
     (tmp_path / "data.jsonl").write_text(json.dumps(PAIRS["source/target"]))
     prepare(PrepareSettings(**values, conversation_template="fastchat-t5"))
-    used = Origin(checkpoint=tmp_path / "run/checkpoint-1")
-    assert prepare(PrepareSettings(**values), origin=used).up_to_date
+    used = {"checkpoint": tmp_path / "run/checkpoint-1"}
+    assert prepare_for_run(PrepareSettings(**values), **used)["up_to_date"]
     with pytest.raises(SettingsError, match='template: ".*" before, ".*" now'):
-        prepare(PrepareSettings(**values, conversation_template="plain"), origin=used)
+        prepare_for_run(PrepareSettings(**values, conversation_template="plain"), **used)
     assert not prepare(PrepareSettings(**values)).up_to_date
     assert load_template(str(tmp_path / "cache" / "template.yaml")) == load_template("plain")
 

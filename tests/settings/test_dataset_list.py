@@ -7,7 +7,7 @@ import pytest
 
 from t5tune.errors import SettingsError
 from t5tune.settings import DatasetSettings, TrainSettings, dump_settings, load_settings
-from t5tune.settings.dataset_list import complete_dataset, name_datasets, split_weight
+from t5tune.settings.dataset_list import name_datasets, split_weight
 from t5tune.settings.flags import list_flags, list_without_flags
 
 NEEDED: dict[str, Any] = {"model_name_or_path": "pocket", "output_dir": "run"}
@@ -123,36 +123,6 @@ def test_records_in_memory_can_be_one_of_several_datasets() -> None:
     (path,) = settings.data[0].path
     assert Path(path).read_text() == '{"source": "a", "target": "b"}\n'
     assert settings.data_path == [path, "b.jsonl"]
-
-
-def test_settings_of_the_command_apply_to_a_dataset_unless_they_do_not_suit_it() -> None:
-    settings = TrainSettings(
-        **NEEDED, source_prefix="x: ", source_column="q", objective="sft",
-        data=[
-            {"path": "a"}, {"path": "b", "data_format": "openai"}, {"path": "c", "target_column": "t"},
-            {"path": "d", "objective": "span-corruption", "denoisers": "ul2", "source_column": "body"},
-        ],
-    )  # fmt: skip
-    assert settings.data is not None
-    found = [complete_dataset(settings, dataset) for dataset in settings.data]
-    assert [each.source_prefix for each in found] == ["x: ", "", "x: ", ""]
-    assert [each.source_column for each in found] == ["q", None, None, "body"]
-    assert [each.data_path for each in found] == [["a"], ["b"], ["c"], ["d"]]
-    assert all(each.data is None for each in found)
-    raw = TrainSettings(
-        **NEEDED, objective="span-corruption", denoisers="ul2-s", data=["a", {"path": "b", "objective": "sft"}]
-    )
-    assert raw.data is not None
-    assert [complete_dataset(raw, dataset).denoisers for dataset in raw.data] == [["ul2-s"], ["t5"]]
-
-
-@pytest.mark.parametrize(("given", "expected"), [("openai", "auto"), ("source-target", "source-target")])
-def test_the_prefix_of_a_dataset_rules_out_the_formats_that_take_none(given: str, expected: str) -> None:
-    prefixed, bare = {"path": "a", "source_prefix": "x: "}, {"path": "b", "source_prefix": ""}
-    settings = TrainSettings(**NEEDED, data_format=given, data=[prefixed, bare])
-    assert settings.data is not None
-    found = [complete_dataset(settings, dataset) for dataset in settings.data]
-    assert [(each.source_prefix, each.data_format) for each in found] == [("x: ", expected), ("", given)]
 
 
 def test_a_setting_that_datasets_do_not_have_is_not_blamed_on_one() -> None:

@@ -299,7 +299,8 @@ def test_evaluate_scores_each_of_several_datasets(
     assert lines[0]["source"].startswith("A chat between")
     assert lines[5]["source"] == "summarize: the value is 0"
     texts = [note.text for note in notes if isinstance(note, Note)]
-    assert "as in training: source_column 'text', target_column 'summary', source_prefix 'summarize: '" in texts
+    reading = "source_column 'text', target_column 'summary', source_prefix 'summarize: '"
+    assert f"dataset notes: as in training: {reading}" in texts
 
 
 def test_the_result_the_card_and_the_report_name_the_datasets(trained: tuple[TrainResult, list[Event]]) -> None:
@@ -522,12 +523,22 @@ def test_what_is_given_next_to_a_token_cache_is_refused(untied_base: Path, data:
     single = make_prepare_settings(untied_base, data, tmp_path / "cache", data_path=[data / "sums.jsonl"])
     prepare(single)
     cache, other = str(tmp_path / "cache"), str(data / "talk.json")
-    for dataset, extra in (
-        ({"path": [cache, other]}, "talk.json"), ({"path": cache, "source_prefix": "x: "}, "source_prefix"),
-    ):  # fmt: skip
+    for dataset, kind, message in (
+        (
+            {"path": [cache, other]},
+            DataError,
+            r"cache: a token cache can't be combined with other data \(.*talk.json\)",
+        ),
+        (
+            {"path": cache, "source_prefix": "x: "},
+            SettingsError,
+            "source_prefix: 'x: ' here, '' in the cache .*leave it",
+        ),
+    ):
         settings = make_settings(untied_base, data, tmp_path / "run", data=[dataset, {"path": other, "name": "b"}])
-        with pytest.raises(DataError, match=f"cache: is a token cache, .* but .*{extra} is given, too"):
+        with pytest.raises(kind, match=message):
             train(settings)
+    assert not (tmp_path / "run").exists()
     prepare(make_prepare_settings(untied_base, data, tmp_path / "mixture"))
     nested = make_settings(untied_base, data, tmp_path / "run", data=[str(tmp_path / "mixture"), other])
     with pytest.raises(DataError, match="mixture: a token cache of several datasets can't be one of several data"):

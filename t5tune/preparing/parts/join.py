@@ -92,7 +92,7 @@ class _Join:
 
     def _find_new(self, records: npt.NDArray[Any], part: Path) -> npt.NDArray[np.bool_]:
         """Find the records whose texts no earlier part has."""
-        if self._source.settings.dedupe == "none":
+        if self._source.dataset.dedupe == "none":
             return np.ones(len(records), bool)
         keys = (record.tobytes() for record in records["key"])
         return np.array([self.seen.find_or_add(key, part.parent.name) is None for key in keys], bool)

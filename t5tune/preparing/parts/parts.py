@@ -200,11 +200,11 @@ def _write_dataset(
 
 
 def _encode(staged: Path, source: CacheSource, shard: Shard, report: Report) -> RecordCounts:
-    settings, num_data = source.settings, source.checks.num_data
-    pipeline = Pipeline(staged / "tokenizer", source.template, settings)
-    records = track(read_range(source.files, shard, settings), "prepare", report, unit="records")
+    dataset, num_data = source.dataset, source.checks.num_data
+    pipeline = Pipeline(staged / "tokenizer", source.template, dataset)
+    records = track(read_range(source.files, shard, dataset), "prepare", report, unit="records")
     results = encode_records(records, pipeline, choose_num_workers(source, shard.count))
-    rejects_duplicates = settings.dedupe == "exact"
+    rejects_duplicates = dataset.dedupe == "exact"
     with PartWriter(staged, source.num_rows, rejects_duplicates, source.files) as writer:
         for record, encoded in results:
             writer.add(record, encoded)

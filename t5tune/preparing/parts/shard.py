@@ -30,6 +30,11 @@ def find_shard(shard: str) -> Shard:
     return found
 
 
+def count_cores_of(shard: str | None) -> int:
+    """Count the cores on which a part is encoded: with `auto`, the parts on a node share its cores."""
+    return count_rank_cores() if shard == AUTO else count_cores()
+
+
 def count_rank_cores() -> int:
     """Count the cores for this rank: if the ranks on its node may use the same ones, its share of them.
 

@@ -1,6 +1,6 @@
 """Which data a command reads: one dataset, or several and how they are mixed."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -12,18 +12,13 @@ from t5tune.settings.dataset_list import (
     PATHS_OF_DATASETS,
     DatasetList,
     DatasetSettings,
-    check_dataset,
     check_weights,
     combine_datasets,
     name_datasets,
 )
+from t5tune.settings.dataset_spec import check_objective, complete_dataset, list_shared
 from t5tune.settings.field_types import DataList, NoneIfUnset, OptionalCount, Settings, TokenList
-from t5tune.settings.groups.record_format import (
-    PREFERENCE_OBJECTIVES,
-    ConversationSettings,
-    ReadingSettings,
-    SelectionSettings,
-)
+from t5tune.settings.groups.record_format import ConversationSettings, ReadingSettings, SelectionSettings
 
 
 class DataSettings(ReadingSettings, ConversationSettings):
@@ -62,11 +57,10 @@ class DataSettings(ReadingSettings, ConversationSettings):
     )
 
     def list_datasets(self) -> list[DatasetSettings]:
-        """List the datasets; one dataset is a list of one."""
+        """List the datasets; one dataset is a list of one. Those of `data` have names."""
         if self.data is not None:
-            return self.data
-        own = {name: value for name in ("data_subset", "data_split") if (value := getattr(self, name)) is not None}
-        return [DatasetSettings(path=self.data_path, **own)]
+            return _name_each(self.data, {*type(self).model_fields, "weight"})
+        return [_make_dataset(self.data_path, self.data_subset, self.data_split)]
 
     def replace(self, **changes: Any) -> Self:
         values = {name: getattr(self, name) for name in self.model_fields_set} | changes
@@ -93,19 +87,14 @@ class DataSettings(ReadingSettings, ConversationSettings):
                 raise ValueError(f"{name}: {error}") from None
             if any("-" in dataset.path for dataset in datasets):
                 raise ValueError(f"{name}: standard input (`-`) can't be one of several datasets; write it to a file")
-        for name, dataset in zip(name_datasets(self.data or []), self.data or [], strict=True):
-            own = dataset.objective if "objective" in dataset.model_fields_set else self.objective
-            if own != self.objective and {own, self.objective} & {*PREFERENCE_OBJECTIVES}:
-                problem = f"data: {name}: objective {own}, but that of the command is {self.objective}"
-                raise ValueError(f"{problem}; preference pairs can't be mixed with other data")
         for name in ("data_subset", "data_split"):
             if self.data is not None and getattr(self, name) is not None:
                 raise ValueError(f"{name}: {getattr(self, name)}: give it in the dataset that it is for")
-        for name, dataset in zip(name_datasets(self.data or []), self.data or [], strict=True):
+        for dataset in self.list_datasets() if self.data is not None else ():
             try:
-                check_dataset(self, dataset, DataSettings)
+                check_objective(complete_dataset(str(dataset.name), dataset, list_shared(self)), self.objective)
             except SettingsError as error:
-                raise ValueError(f"data: {name}: {'; '.join(error.problems)}") from None
+                raise ValueError(f"data: {dataset.name}: {'; '.join(error.problems)}") from None
         return self
 
     @field_validator("add_tokens")
@@ -115,6 +104,20 @@ class DataSettings(ReadingSettings, ConversationSettings):
         if choices and len(value) > 1:
             raise ValueError(f"`{sorted(choices)[0]}` can't be combined with other tokens")
         return value
+
+
+def _name_each(datasets: Sequence[DatasetSettings], kept: Collection[str]) -> list[DatasetSettings]:
+    """Give each dataset its name, and leave out what the command doesn't use: all but `kept`."""
+    found = []
+    for name, dataset in zip(name_datasets(datasets), datasets, strict=True):
+        values = {key: getattr(dataset, key) for key in dataset.model_fields_set & {*kept}}
+        found.append(DatasetSettings(**{**values, "path": dataset.path, "name": name}))
+    return found
+
+
+def _make_dataset(path: list[str], subset: str | None, split: str | None) -> DatasetSettings:
+    own: dict[str, Any] = {"data_subset": subset, "data_split": split}
+    return DatasetSettings(path=path, **{name: value for name, value in own.items() if value is not None})
 
 
 MixingKind = Literal["weights", "proportional", "concatenate"]
@@ -226,6 +229,14 @@ class TrainingDataSettings(EvaluationDataSettings, MixingSettings, SplitSettings
         description="Split of a dataset on the Hugging Face Hub that eval_data_path names; default: validation, "
         "otherwise test.",
     )
+
+    def list_evaluation_datasets(self) -> list[DatasetSettings]:
+        """List the datasets to evaluate on; none if there are no others than those of the training data."""
+        if self.eval_data is not None:
+            return _name_each(self.eval_data, {*type(self).model_fields})
+        if self.eval_data_path is None:
+            return []
+        return [_make_dataset(self.eval_data_path, self.data_subset, self.eval_data_split)]
 
     @model_validator(mode="after")
     def _check_evaluation_split(self) -> Self:

@@ -1,13 +1,11 @@
 """`--shard auto`: the part of this process and its number of cores, from the variables of what started it."""
 
 import os
-from pathlib import Path
 
 import pytest
 
 from t5tune.errors import SettingsError
-from t5tune.preparing.cache_files import CacheSource, choose_num_workers
-from t5tune.preparing.parts.shard import count_rank_cores, find_shard
+from t5tune.preparing.parts.shard import count_cores_of, count_rank_cores, find_shard
 from t5tune.settings import PrepareSettings
 from t5tune.settings.groups.shard import Shard
 
@@ -73,16 +71,11 @@ def test_ranks_on_a_node_share_its_cores(
 
 @pytest.mark.parametrize(("shard", "expected"), [("auto", 8), ("0/2", 32), (None, 32)])
 def test_only_auto_takes_the_other_parts_for_ranks_on_the_same_node(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard: str | None, expected: int
+    monkeypatch: pytest.MonkeyPatch, shard: str | None, expected: int
 ) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(32)), raising=False)
-    monkeypatch.setattr("t5tune.preparing.cache_files.BYTES_PER_WORKER", 1)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    data = tmp_path / "data.jsonl"
-    data.write_text("x" * 100)
-    settings = PrepareSettings(**{**VALUES, "data_path": str(data)}, shard=shard)
-    source = CacheSource(settings, "", [], [data], *[None] * 8)
-    assert choose_num_workers(source) == expected
+    assert count_cores_of(shard) == expected
 
 
 @pytest.mark.parametrize(

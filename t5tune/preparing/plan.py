@@ -1,0 +1,53 @@
+"""What prepare writes, and what that takes from elsewhere."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from t5tune.data.caches.mixing import Mixing
+from t5tune.settings.dataset_spec import DatasetSpec
+from t5tune.settings.groups.base import BaseModelSettings
+from t5tune.settings.groups.data import SplitSettings
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a token cache takes from elsewhere.
+
+    Args:
+        checkpoint: of a run that was trained on the existing cache, so a cache of other inputs must not replace it, and
+            its conversation template is used again, unless the settings name one.
+        tokenizer_source: a cache or an adapter whose tokenizer and conversation template replace the base's.
+        setting: the setting that the paths come from, for messages.
+        is_evaluation: the examples are to evaluate on, so other splits of a dataset on the Hub are the default.
+        rejected_file: lists the rejected records if there are too many; default: `cache.rejected.jsonl`, next to it.
+        run: the run folder that train prepares for; train mixes datasets and holds out examples itself.
+    """
+
+    checkpoint: Path | None = None
+    tokenizer_source: Path | None = None
+    setting: str = "data_path"
+    is_evaluation: bool = False
+    rejected_file: Path | None = None
+    run: Path | None = None
+
+
+@dataclass(frozen=True)
+class PreparePlan:
+    """What prepare writes.
+
+    Args:
+        add_tokens: as in the settings, unless the vocabulary is that of the origin or of a token cache.
+        shard: the part to prepare, such as 0/3 or auto; None: all.
+        join: whether to join the parts only.
+    """
+
+    datasets: Sequence[DatasetSpec]
+    base: BaseModelSettings
+    output_dir: Path
+    split: SplitSettings
+    add_tokens: list[str]
+    mixing: Mixing = Mixing()
+    shard: str | None = None
+    join: bool = False
+    origin: Origin = Origin()

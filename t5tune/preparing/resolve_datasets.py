@@ -1,0 +1,195 @@
+"""Decide how each dataset is read, for prepare, train and evaluate. Nothing else decides it.
+
+The first of these that has a value counts:
+
+1. the dataset's own settings; of a token cache, those that it was made with
+2. to evaluate on: how train reads the dataset of the same name
+3. the settings of the command, where they suit the dataset's own (the rules of settings/dataset_spec.py)
+4. to evaluate a model on: how the dataset of the same name was read in training, else the main one
+5. the defaults
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from t5tune.checkpoints.training_data import DatasetTraining, TrainingData
+from t5tune.data.caches.cache import read_manifest
+from t5tune.data.caches.examples import find_caches, has_examples
+from t5tune.data.tokens.templates import Template, load_template
+from t5tune.errors import DataError, SettingsError
+from t5tune.io.reasons import join_first
+from t5tune.progress import Note, Report, silent
+from t5tune.settings.affects import Affects, select_settings
+from t5tune.settings.dataset_list import DatasetSettings, name_datasets
+from t5tune.settings.dataset_spec import SHARED, DatasetSpec, check_objective, complete_dataset, put_over
+from t5tune.settings.groups.record_format import PREFERENCE_OBJECTIVES, ReadingSettings
+
+RAW_TEXT = "span-corruption"
+READING = select_settings(ReadingSettings, Affects.INFERENCE)
+LAYOUT = {*READING} - {"source_prefix"}
+INHERITED = DatasetSettings.model_fields.keys() - {"path", "name", "weight", "num_data", "data_split"}
+"""Settings of a dataset to train on that apply to the one of the same name to evaluate on."""
+
+
+def resolve_datasets(
+    datasets: Sequence[DatasetSettings],
+    command: Mapping[str, Any],
+    *,
+    setting: str = "data",
+    trained: Sequence[DatasetSpec] = (),
+    recorded: TrainingData | None = None,
+    must_match: Mapping[str, Any] | None = None,
+    find_template: Callable[[str], Template | None] = load_template,
+    allows_several: bool = False,
+    report: Report = silent,
+) -> tuple[DatasetSpec, ...]:
+    """Decide how each dataset is read.
+
+    Args:
+        command: the settings that are given for all of them.
+        setting: the setting that lists the datasets, for messages.
+        trained: the datasets that train reads, if these are to evaluate on.
+        recorded: how the examples that the model was trained on were made, if these are to evaluate it.
+        must_match: what is given for the whole command, and can't apply to token caches; if all datasets are some, it
+            must be what they were made with.
+        find_template: finds the conversation template that a value of the setting means.
+        allows_several: whether a dataset may be the folder of several token caches.
+
+    Raises:
+        DataError: a token cache is broken, or given together with other data.
+        SettingsError: what is given conflicts, or is not what a token cache was made with.
+    """
+    names, caches = name_datasets(datasets), [find_given_cache(each, setting, allows_several) for each in datasets]
+    namesakes = {each.name: each.list_given(INHERITED) for each in trained}
+    of_all = (must_match or {}) if all(caches) else {}
+    specs, problems = list[DatasetSpec](), dict[str, str]()
+    for name, dataset, cache in zip(names, datasets, caches, strict=True):
+        if cache is not None:
+            specs.append(_describe_cache(name, dataset, cache, command))
+            problems = _find_conflicts({**of_all, **dataset.list_given()}, cache, find_template) | problems
+            continue
+        layers: list[Mapping[str, Any]] = [namesakes.get(name, {}), command]
+        try:
+            if recorded is not None:
+                layers = _add_recorded(dataset, command, recorded, report)
+            specs.append(complete_dataset(name, dataset, *layers))
+            check_objective(specs[-1], command.get("objective", "sft"))
+        except SettingsError as error:
+            where = f"{setting}: {name}: " if dataset.name else ""
+            raise SettingsError(*(f"{where}{problem}" for problem in error.problems)) from None
+    if problems:
+        raise SettingsError(*problems.values())
+    return tuple(specs)
+
+
+def find_given_cache(dataset: DatasetSettings, setting: str = "data", allows_several: bool = False) -> Path | None:
+    """Return the token cache that a dataset is; None if it names data.
+
+    Raises:
+        DataError: it is a folder of several token caches, or there is more data than the cache.
+    """
+    path, *others = dataset.path
+    folder = Path(path)
+    if not has_examples(folder):
+        return None
+    if others:
+        problem = f"{setting}: {path}: a token cache can't be combined with other data ({others[0]})"
+        raise DataError(problem, hint="give it alone, or give each dataset a weight: cache:1 more.jsonl:1")
+    caches = find_caches(folder)
+    if len(caches) == 1:
+        return caches[0]
+    if allows_several:
+        return folder
+    problem = f"{setting}: {path}: a token cache of several datasets can't be one of several datasets"
+    raise DataError(problem, hint=f"give the caches in it: {join_first(list(map(str, caches)))}")
+
+
+def list_given_caches(datasets: Sequence[DatasetSettings]) -> list[Path]:
+    """List the token caches that the datasets are; none if one of them isn't a cache, to which settings still apply.
+
+    Raises:
+        DataError: one is a folder of several token caches, or there is more data than the cache.
+    """
+    caches = [cache for dataset in datasets if (cache := find_given_cache(dataset)) is not None]
+    return caches if len(caches) == len(datasets) else []
+
+
+def find_cache_conflicts(given: Mapping[str, Any], caches: Sequence[Path]) -> list[str]:
+    """Describe which of the given settings differ from those that one of the token caches was made with."""
+    problems: dict[str, str] = {}
+    for cache in caches:
+        problems = _find_conflicts(given, cache, load_template) | problems
+    return list(problems.values())
+
+
+def _describe_cache(name: str, dataset: DatasetSettings, cache: Path, command: Mapping[str, Any]) -> DatasetSpec:
+    """Describe how the examples of a token cache were made; `num_data` is how many of them are used."""
+    inputs = read_manifest(find_caches(cache)[0])["inputs"]
+    values = {key: inputs[key] for key in SHARED & inputs.keys()}
+    if {values.get("objective"), command.get("objective")} <= {*PREFERENCE_OBJECTIVES}:  # which read the same
+        values["objective"] = command["objective"]
+    values["num_data"] = dataset.num_data or command.get("num_data")
+    values["conversation_template"] = None  # that of the cache is in its folder
+    return DatasetSpec.model_construct(name=name, path=dataset.path, weight=dataset.weight, cache=cache, **values)
+
+
+def _find_conflicts(
+    given: Mapping[str, Any], folder: Path, find_template: Callable[[str], Template | None]
+) -> dict[str, str]:
+    """Describe which of the given settings differ from those that the token caches in a folder were made with."""
+    problems: dict[str, str] = {}
+    step = "leave it out, or give the data in place of the cache"
+    for cache in find_caches(folder):
+        manifest = read_manifest(cache)
+        inputs, ignored = manifest["inputs"], {"num_data"}
+        # these may determine nothing of this cache
+        ignored |= {"split_seed"} if not manifest["eval_fraction"] else set()
+        ignored |= {"seed"} if inputs.get("objective") != RAW_TEXT else set()
+        if {given.get("objective"), inputs.get("objective")} <= {*PREFERENCE_OBJECTIVES}:  # which read the same
+            ignored |= {"objective"}
+        for name in sorted(given.keys() & inputs.keys() - ignored):
+            if given[name] != inputs[name]:
+                values = f"{given[name]!r:.80} here, {inputs[name]!r:.80} in the cache {cache}"
+                problems.setdefault(name, f"{name}: {values}; {step}")
+        name = "conversation_template"
+        template = None if given.get(name) is None else find_template(given[name])
+        if template is not None and template.hash != inputs.get("template"):
+            problems.setdefault(name, f"{name}: {given[name]}: the cache {cache} was made with another one; {step}")
+    for name in ("data_subset", "data_split"):
+        if (value := given.get(name)) is not None:
+            why = f"only for a whole dataset on the Hub, but {folder} is a token cache; leave it out"
+            problems.setdefault(name, f"{name}: {value}: {why}")
+    return problems
+
+
+def _add_recorded(
+    dataset: DatasetSettings, command: Mapping[str, Any], recorded: TrainingData, report: Report
+) -> list[Mapping[str, Any]]:
+    """Return what counts below a dataset's own values: the settings of the command, then how training read its data.
+
+    Raw text is read like raw text only, and other records like other records.
+    """
+    namesake = next((each for each in recorded.datasets if each.name == dataset.name), None)
+    first = {"objective": RAW_TEXT} if namesake is not None and namesake.objective == RAW_TEXT else {}
+    given = put_over(put_over(dataset.list_given(), first), command)
+    by_template = [each for each in recorded.datasets if each.name == given.get("conversation_template")]
+    candidates: list[TrainingData | DatasetTraining] = [namesake] if namesake is not None else [*by_template]
+    is_raw_text = given.get("objective") == RAW_TEXT
+    candidates = candidates or [recorded, *recorded.datasets]
+    found = next((each for each in candidates if (each.objective == RAW_TEXT) == is_raw_text), None)
+    if found is None:
+        return [first, command]
+    left_out = LAYOUT if given.keys() & LAYOUT else set[str]()  # who names one column describes the whole layout
+    names = [name for name in (*READING, *(["denoisers"] if is_raw_text else [])) if name not in left_out]
+    defaults = {name: field.get_default() for name, field in DatasetSpec.model_fields.items()}
+    values = {name: value for name in names if (value := getattr(found, name)) != defaults[name]}
+    if inherited := {name: value for name, value in put_over(given, values).items() if name not in given}:
+        where = f"dataset {dataset.name}: " if dataset.name is not None else ""
+        report(Note(f"{where}as in training: {', '.join(f'{name} {_format(inherited[name])}' for name in inherited)}"))
+    template = {} if found is not namesake else {"conversation_template": dataset.name}
+    return [first, command, {**values, **template}]
+
+
+def _format(value: str | list[str] | None) -> str:
+    return " ".join(value) if isinstance(value, list) else repr(value)

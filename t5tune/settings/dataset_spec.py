@@ -1,0 +1,93 @@
+"""How one dataset is read: every value is decided, from its own ones and those of the whole command.
+
+spec = complete_dataset("chats", DatasetSettings(path="chats.csv", source_column="q"), {"model_max_length": 512})
+spec.source_column, spec.model_max_length, spec.train_on    # "q", 512, "all"
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from t5tune.errors import SettingsError
+from t5tune.settings.dataset_list import DatasetName, DatasetSettings
+from t5tune.settings.field_types import Settings
+from t5tune.settings.groups.record_format import (
+    NOT_OF_PREFERENCES,
+    NOT_OF_RAW_TEXT,
+    PAIR_FORMATS,
+    PREFERENCE_OBJECTIVES,
+)
+
+COLUMNS = {"source_column", "target_column", "rejected_column"}
+SHARED = DatasetSettings.model_fields.keys() - {"path", "name", "weight", "data_subset", "data_split"}
+"""Settings of a command that apply to each of its datasets."""
+RULES: tuple[tuple[Callable[[Mapping[str, Any], str], bool], set[str]], ...] = (
+    # (is one of the dataset's own values such that others of the command have no meaning?, which ones)
+    (
+        lambda own, _: own.get("objective") == "span-corruption",
+        {"source_prefix", "target_column", "rejected_column", "data_format", *NOT_OF_RAW_TEXT},
+    ),
+    (lambda own, _: own.get("objective") not in (None, "span-corruption"), {"denoisers"}),
+    (lambda own, _: own.get("objective") in PREFERENCE_OBJECTIVES, NOT_OF_PREFERENCES),
+    (lambda own, _: own.get("data_format") not in (None, *PAIR_FORMATS), {"source_prefix", *COLUMNS}),
+    # who names one column describes the whole layout
+    (lambda own, _: bool(COLUMNS & own.keys()), {"data_format", *COLUMNS}),
+    (lambda own, data_format: bool(own.get("source_prefix")) and data_format not in PAIR_FORMATS, {"data_format"}),
+)
+"""The second argument is the data_format of the command. `encoding` and `header` have no rule: they say how files of
+text and tables are read, and no other file has either."""
+
+
+class DatasetSpec(DatasetSettings):
+    """A dataset of which every value is decided. `model_fields_set` has those that aren't the defaults of t5tune.
+
+    Args:
+        path: the data to read; with a cache, the folder that was given.
+        cache: the folder of its token cache if it is prepared already.
+    """
+
+    is_complete: ClassVar[bool] = True
+
+    name: DatasetName
+    cache: Path | None = None
+
+
+def list_shared(settings: Settings) -> dict[str, Any]:
+    """List what the settings of a command give for all of its datasets."""
+    names = SHARED & settings.model_fields_set
+    return {name: getattr(settings, name) for name in type(settings).model_fields if name in names}
+
+
+def complete_dataset(name: str, dataset: DatasetSettings, *below: Mapping[str, Any]) -> DatasetSpec:
+    """Decide how a dataset is read: by its own values, otherwise by those below, otherwise by the defaults.
+
+    Args:
+        below: settings by name; earlier ones come first.
+
+    Raises:
+        SettingsError: what is given conflicts.
+    """
+    values = dataset.list_given()
+    for others in below:
+        values = put_over(values, others)
+    return DatasetSpec(name=name, path=dataset.path, weight=dataset.weight, **values)
+
+
+def check_objective(dataset: DatasetSpec, objective: str) -> None:
+    """Check that a dataset can be mixed with others.
+
+    Args:
+        objective: of the whole command.
+
+    Raises:
+        SettingsError: one of them is preference pairs, and the other isn't.
+    """
+    if dataset.objective != objective and {dataset.objective, objective} & {*PREFERENCE_OBJECTIVES}:
+        problem = f"objective {dataset.objective}, but that of the command is {objective}"
+        raise SettingsError(f"{problem}; preference pairs can't be mixed with other data")
+
+
+def put_over(own: Mapping[str, Any], below: Mapping[str, Any]) -> dict[str, Any]:
+    """Put a dataset's own values over others, and leave out those that have no meaning with its own."""
+    dropped = set().union(*(names for has_other, names in RULES if has_other(own, below.get("data_format", "auto"))))
+    return {**{name: value for name, value in below.items() if name not in dropped}, **own}
