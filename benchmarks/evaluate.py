@@ -140,7 +140,7 @@ def compare_with_stock(chosen: argparse.Namespace, folder: Path) -> dict[str, An
     from torch.nn.utils.rnn import pad_sequence
     from transformers import AutoModelForSeq2SeqLM
 
-    from t5tune.data.caches.examples import open_examples
+    from t5tune.data.caches.prepared import open_examples
     from t5tune.evaluation.scoring import find_max_target_length, generate_predictions
     from t5tune.inference.generation import Decoding
     from t5tune.inference.loading import load_for_inference

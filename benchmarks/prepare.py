@@ -209,7 +209,7 @@ def measure_prepare(command: list[str]) -> tuple[dict[str, Any], dict[str, Any]]
 
 def read_at_random(folder: Path) -> None:
     """Measure how fast examples are read from a cache in random order, and how large the cache is."""
-    from t5tune.data.caches.examples import open_examples
+    from t5tune.data.caches.prepared import open_examples
 
     examples = open_examples(folder)
     chosen = random.Random(0).choices(range(len(examples)), k=200_000)

@@ -109,7 +109,7 @@ def measure_size(name: str) -> int:
 
 
 def read_examples(run: Path) -> list[tuple[list[int], list[int]]]:
-    from t5tune.data.caches.examples import open_examples
+    from t5tune.data.caches.prepared import open_examples
 
     return [(example.source_S.tolist(), example.target_T.tolist()) for example in open_examples(run / "data")]
 

@@ -130,7 +130,7 @@ def run_ours(options: argparse.Namespace, folder: Path, packing: str, **changes:
         changes: further settings of `t5tune train`.
     """
     from t5tune.commands.train import train
-    from t5tune.data.caches.examples import open_examples
+    from t5tune.data.caches.prepared import open_examples
     from t5tune.progress import Advanced, Event, Note
     from t5tune.training.steps import EpochDraws, make_budget_sampler
 
@@ -178,7 +178,7 @@ def run_stock(options: argparse.Namespace, way: StockWay, folder: Path) -> dict[
         TrainingArguments,
     )
 
-    from t5tune.data.caches.examples import open_examples
+    from t5tune.data.caches.prepared import open_examples
 
     cache = open_examples(options.folder / "cache")
     base = AutoModelForSeq2SeqLM.from_pretrained(

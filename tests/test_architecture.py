@@ -1,4 +1,7 @@
-"""Imports: each package imports only from lower layers, no module is in a cycle, and scripts import what exists."""
+"""Imports: each package imports only from lower layers, no module is in a cycle, and scripts import what exists.
+
+And the sizes of files and folders.
+"""
 
 import ast
 import importlib.util
@@ -7,6 +10,7 @@ from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
+from t5tune.settings import COMMANDS
 from tests.support.paths import REPOSITORY
 
 PACKAGE = REPOSITORY / "t5tune"
@@ -83,6 +87,26 @@ def test_packages_import_only_from_those_below() -> None:
         if level[other.partition(".")[0]] > level[name.partition(".")[0]]
     ]
     assert not upward
+
+
+def test_no_settings_of_a_command_are_below_the_commands() -> None:
+    names = {model.__name__ for model in COMMANDS}
+    found = [
+        f"{module_name(path)} imports {alias.name}"
+        for path in PACKAGE.rglob("*.py")
+        if module_name(path).partition(".")[0] not in {"cli", "commands", "settings"}
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+        if alias.name in names or (node.module or "").startswith("t5tune.settings.commands")
+    ]
+    assert not found
+
+
+def test_files_and_folders_of_the_package_are_small() -> None:
+    files = [path for path in PACKAGE.rglob("*.py") if len(path.read_text(encoding="utf-8").splitlines()) > 450]
+    folders = [folder for folder in {path.parent for path in PACKAGE.rglob("*.py")} if len([*folder.glob("*.py")]) > 16]
+    assert (files, folders) == ([], [])
 
 
 def test_no_module_is_in_a_cycle_of_imports() -> None:

@@ -6,7 +6,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from t5tune.data.caches.examples import has_examples, list_caches
+from t5tune.data.caches.prepared import has_examples, list_caches
 from t5tune.data.reading.sources import is_dataset_name
 from t5tune.file_names import ADAPTER_CONFIG_FILE, REPORT_FILE
 from t5tune.io.atomic import find_unused_folder

@@ -8,7 +8,6 @@ Then each rank loads the model and computes its share; rank 0 alone reads the da
 """
 
 import gc
-import json
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -19,10 +18,9 @@ from typing import Any
 
 from t5tune.checkpoints.training_data import read_training_data
 from t5tune.custom_metrics import compute_custom_metrics, load_custom_metric, try_custom_metrics
-from t5tune.data.caches.examples import find_caches, is_prepared
+from t5tune.data.caches.prepared import find_caches, is_prepared
 from t5tune.data.reading.remote_files import hide_data_queries
 from t5tune.data.tokens.encoding import Example
-from t5tune.data.tokens.tokenizer import decode_prediction, decode_reference
 from t5tune.distributed.collectives import (
     broadcast_from_rank_0,
     report_lost_ranks,
@@ -39,6 +37,7 @@ from t5tune.evaluation.examples import (
     EvaluationSet,
     load_evaluation_set,
 )
+from t5tune.evaluation.scores import Outcome, compute_scores, score_datasets, write_predictions
 from t5tune.evaluation.scoring import Losses, find_max_target_length, generate_predictions, measure_losses
 from t5tune.inference.generation import Decoding
 from t5tune.inference.loading import (
@@ -57,7 +56,7 @@ from t5tune.io.atomic import (
     write_folder_atomically,
     write_json,
 )
-from t5tune.metrics import METRICS, choose_metrics, score, score_one
+from t5tune.metrics import METRICS, choose_metrics
 from t5tune.model.attention.packing import can_pack, use_packing
 from t5tune.model.batches import PackedCollator, PaddedCollator
 from t5tune.model.device import explain_out_of_memory, manage_memory_for_loading, use_gpu_kernels
@@ -126,14 +125,6 @@ class _Work:
 
 
 @dataclass(frozen=True)
-class _Outcome:
-    """A model's loss and the ids of its prediction for each example."""
-
-    losses: Losses
-    predicted_ids: list[list[int]]
-
-
-@dataclass(frozen=True)
 class _Task:
     """What only rank 0 has: the data that the settings name, and where the result goes.
 
@@ -169,14 +160,6 @@ class _Task:
         chosen, end, unknown = self.chosen, self.chosen.tokenizer.eos_token_id, self.chosen.tokenizer.unk_token_id
         texts = (example.target_T for index, example in enumerate(chosen.examples) if index not in chosen.raw_texts)
         return sum(target[-1] != end or unknown in target for target in texts)
-
-    def decode(self, outcome: _Outcome) -> list[str]:
-        chosen = self.chosen
-        pairs = zip(outcome.predicted_ids, chosen.answer_ends, strict=True)
-        return [
-            decode_prediction(chosen.tokenizer, ids, end, index in chosen.raw_texts)
-            for index, (ids, end) in enumerate(pairs)
-        ]
 
 
 def evaluate(settings: EvaluateSettings, report: Report = silent) -> EvaluateResult:
@@ -309,30 +292,34 @@ def _read_task(
     return _Task(settings, is_prepared, folder, chosen, list(names))
 
 
-def _finish(
-    task: _Task | None, tuned: _Outcome, base: _Outcome | None, started: float, report: Report
-) -> EvaluateResult:
+def _finish(task: _Task | None, tuned: Outcome, base: Outcome | None, started: float, report: Report) -> EvaluateResult:
     """Write the output folder, and compute the metrics."""
     assert task is not None, "only rank 0 finishes"
     outcomes = [tuned] if base is None else [tuned, base]
     tasks = [task] if base is None else [task, task.select_base()]
-    predictions = [each.decode(outcome) for each, outcome in zip(tasks, outcomes, strict=True)]
+    predictions = [outcome.decode(each.chosen) for each, outcome in zip(tasks, outcomes, strict=True)]
     task = replace(task, folder=_choose_folder(task.settings))  # another evaluation may have taken the first one
     with write_folder_atomically(task.folder, task.settings.overwrite) as staged:
-        _write_predictions(staged / PREDICTIONS_FILE, task, outcomes, predictions)
+        write_predictions(staged / PREDICTIONS_FILE, task.chosen, task.names, outcomes, predictions)
         write_settings(
             staged,
             hide_data_queries(task.settings),
             # token caches have their own values; the defaults would be refused when the file is used again
             leave_out=EXAMPLE_SETTINGS if task.is_prepared else (),
         )
-    built_in = [_score(outcome, texts, task) for outcome, texts in zip(outcomes, predictions, strict=True)]
+    built_in = [
+        compute_scores(task.chosen, outcome, texts, task.names)
+        for outcome, texts in zip(outcomes, predictions, strict=True)
+    ]
     for whose, each in zip(("", "the base's "), tasks, strict=False):
         if partial := each.count_partial_targets():
             where = f"{partial:,} of {len(each.chosen.targets):,} targets are truncated or have characters that"
             lost = f"{where} {'the base' if whose else 'the model'}'s vocabulary lacks"
             report(Note(f"{whose}bits_per_character: {lost}, so it isn't of their whole text", warning=True))
-    custom = _compute_custom_metrics(task, predictions)
+    functions = task.settings.metric or []
+    with _explain_failures(task):
+        custom = [compute_custom_metrics(functions, texts, task.chosen.targets) for texts in predictions]
+        by_dataset = score_datasets(task.chosen, task.names, functions, outcomes, predictions, report)
     result = EvaluateResult(
         predictions=task.folder / PREDICTIONS_FILE,
         examples=len(task.chosen.targets),
@@ -340,7 +327,7 @@ def _finish(
         custom_metrics=custom[0],
         base=None if base is None else built_in[1] | custom[1],
         seconds=round(time.monotonic() - started, 3),
-        datasets=_score_datasets(task, outcomes, predictions, report),
+        datasets=by_dataset,
     )
     values = {**asdict(result), "predictions": str(result.predictions), "settings": _describe_settings(task)}
     write_json(task.folder / SCORES_FILE, values)
@@ -359,7 +346,7 @@ def _describe_settings(task: _Task) -> dict[str, Any]:
     }
 
 
-def _run_model(settings: EvaluateSettings, model: Any, work: _Work, report: Report) -> _Outcome:
+def _run_model(settings: EvaluateSettings, model: Any, work: _Work, report: Report) -> Outcome:
     """Measure the losses of a model, and generate its predictions. Call on every rank."""
     with use_gpu_kernels(model.device):
         losses = _measure_losses(settings, model, work, report)
@@ -367,7 +354,7 @@ def _run_model(settings: EvaluateSettings, model: Any, work: _Work, report: Repo
         for part, decoding in work.decodings.items():
             examples = [work.examples[index] for index in part] if len(work.decodings) > 1 else work.examples
             predicted += generate_predictions(model, examples, decoding, batch_size, report)
-        return _Outcome(losses, predicted)
+        return Outcome(losses, predicted)
 
 
 def _measure_losses(settings: EvaluateSettings, model: Any, work: _Work, report: Report) -> Losses:
@@ -393,95 +380,13 @@ def _make_collator(model: Any, pad_token_id: int) -> PackedCollator | PaddedColl
     return PackedCollator(start, pad_token_id)
 
 
-def _write_predictions(path: Path, task: _Task, outcomes: list[_Outcome], predictions: list[list[str]]) -> None:
-    chosen = task.chosen
-    names = {index: name for name, indices in chosen.datasets for index in indices}
-    with open(path, "w", encoding="utf-8") as file:
-        for index, (example, target) in enumerate(zip(chosen.examples, chosen.targets, strict=True)):
-            prediction, *of_base = (texts[index] for texts in predictions)
-            loss, *loss_of_base = (outcome.losses.get_mean(index) for outcome in outcomes)
-            line = {
-                **({"dataset": dataset} if (dataset := names.get(index)) is not None else {}),
-                "source": decode_reference(chosen.tokenizer, example.source_S, "", index in chosen.raw_texts),
-                "target": target,
-                "prediction": prediction,
-                "loss": loss,
-                **score_one(prediction, target, task.names),
-            }
-            if of_base:
-                line |= {"base_prediction": of_base[0], "base_loss": loss_of_base[0]}
-            if chosen.prompts and (prompt := chosen.prompts[index]) is not None:
-                line["prompt"] = prompt
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-
-def _score(outcome: _Outcome, predictions: list[str], task: _Task) -> dict[str, float]:
-    """Return the built-in metrics."""
-    losses = _compute_losses(outcome.losses, task, range(len(predictions)))
-    return losses | score(predictions, task.chosen.targets, task.names)
-
-
-def _compute_losses(losses: Losses, task: _Task, indices: range) -> dict[str, float]:
-    """Return what follows from the losses of these examples."""
-    found = {"loss": round(losses.mean, 6), "perplexity": round(math.exp(min(losses.mean, 700.0)), 4)}
-    if task.chosen.raw_texts.isdisjoint(indices):
-        characters = sum(len(task.chosen.targets[index]) for index in indices)
-        found["bits_per_character"] = round(sum(losses.sums) / math.log(2) / characters, 6)
-    return found
-
-
-def _score_datasets(
-    task: _Task, outcomes: list[_Outcome], predictions: list[list[str]], report: Report
-) -> dict[str, dict[str, float]] | None:
-    """Return the metrics of each dataset, if there are several: those that fit its targets.
-
-    Custom metrics that aren't finite are left out: the examples of one dataset may be too few, or too much alike.
-
-    Raises:
-        SettingsError: the function of a custom metric fails on a dataset.
-    """
-    functions = task.settings.metric or []
-    found: dict[str, dict[str, float]] = {}
-    for name, indices in task.chosen.datasets:
-        targets = [task.chosen.targets[index] for index in indices]
-        fitting = [each for each in choose_metrics(None, targets) if each in task.names]
-        values: dict[str, float] = {"examples": len(targets)}
-        for prefix, outcome, texts in zip(("", "base_"), outcomes, predictions, strict=False):
-            own = [texts[index] for index in indices]
-            scores = _compute_losses(outcome.losses.select(indices), task, indices) | score(own, targets, fitting)
-            with _explain_failures(task, f"dataset {name}: "):
-                custom = compute_custom_metrics(functions, own, targets, allow_non_finite=True)
-            for metric in (metric for metric, value in custom.items() if not math.isfinite(value)):
-                left_out = f"the scores of dataset {name} leave {prefix}{metric} out"
-                report(Note(f"metric: {left_out}, which is {custom[metric]}", warning=True))
-            scores |= {metric: value for metric, value in custom.items() if math.isfinite(value)}
-            values |= {prefix + metric: value for metric, value in scores.items()}
-        found[name] = values
-    return found or None
-
-
-def _compute_custom_metrics(task: _Task, predictions: list[list[str]]) -> list[dict[str, float]]:
-    """Compute the custom metrics of each model.
-
-    Raises:
-        SettingsError: a function fails, or a value isn't finite.
-    """
-    functions = task.settings.metric or []
-    with _explain_failures(task):
-        return [compute_custom_metrics(functions, texts, task.chosen.targets) for texts in predictions]
-
-
 @contextmanager
-def _explain_failures(task: _Task, where: str = "") -> Iterator[None]:
-    """Say in the errors of custom metrics that the predictions are in the folder.
-
-    Args:
-        where: what the errors begin with.
-    """
+def _explain_failures(task: _Task) -> Iterator[None]:
+    """Say in the errors of custom metrics that the predictions are in the folder."""
     try:
         yield
     except SettingsError as error:
         hint = f"{error.hint}; " if error.hint else ""
         replace = " (--overwrite replaces them)" if task.settings.output_dir or task.settings.overwrite else ""
         hint += f"the predictions are in {task.folder / PREDICTIONS_FILE}{replace}"
-        raise SettingsError(*(f"{where}{problem}" for problem in error.problems), hint=hint) from error
+        raise SettingsError(*error.problems, hint=hint) from error

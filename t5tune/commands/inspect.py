@@ -15,7 +15,7 @@ from t5tune.commands.run_plan import make_run_plan
 from t5tune.data.caches.batching import compute_padding_share, epoch_order
 from t5tune.data.caches.cache import Cache, open_cache
 from t5tune.data.caches.cache_view import CacheView, LengthStatistics, build_histogram
-from t5tune.data.caches.examples import has_examples, is_prepared, list_caches
+from t5tune.data.caches.prepared import has_examples, is_prepared, list_caches
 from t5tune.data.tokens.tokenizer import load_tokenizer
 from t5tune.errors import DataError, SettingsError
 from t5tune.io.reasons import join_first

@@ -21,8 +21,9 @@ from pydantic import ValidationError
 from t5tune.checkpoints.base import find_base, read_config
 from t5tune.commands.run_plan import make_run_plan
 from t5tune.data.caches.batching import Integers, estimate_cost, make_count_batches
-from t5tune.data.caches.examples import Examples, has_examples, open_examples
+from t5tune.data.caches.examples import Examples
 from t5tune.data.caches.mixing import choose_mixing
+from t5tune.data.caches.prepared import has_examples, open_examples
 from t5tune.errors import SettingsError
 from t5tune.evaluation.batches import Lengths
 from t5tune.evaluation.scoring import MAX_TOKENS_PER_BATCH, make_loss_batches

@@ -22,8 +22,8 @@ from t5tune.checkpoints.hub_upload import (
 )
 from t5tune.commands.run_plan import make_run_plan
 from t5tune.compat.python_patches import restore_environment
-from t5tune.data.caches.examples import find_tokenizer_folder, is_prepared, list_caches
 from t5tune.data.caches.mixing import Mixing, choose_mixing
+from t5tune.data.caches.prepared import find_tokenizer_folder, is_prepared, list_caches
 from t5tune.data.tokens.tokenizer import load_tokenizer
 from t5tune.distributed.signals import StopRequest, handle_signals
 from t5tune.distributed.world import RESUME_HINT, World, has_restarted

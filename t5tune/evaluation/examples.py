@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from t5tune.checkpoints.pocket import find_conversations_file
-from t5tune.data.caches.examples import Examples, open_examples
+from t5tune.data.caches.examples import Examples
+from t5tune.data.caches.prepared import open_examples
 from t5tune.data.reading.files import Digest, find_encodings, find_files
 from t5tune.data.reading.formats import Conversation
 from t5tune.data.reading.raw_records import RawRecord

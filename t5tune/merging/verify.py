@@ -8,7 +8,7 @@ import torch
 
 from t5tune.checkpoints.base import open_base
 from t5tune.checkpoints.base_tensors import Checkpoint
-from t5tune.data.caches.examples import has_examples, open_examples
+from t5tune.data.caches.prepared import has_examples, open_examples
 from t5tune.data.tokens.tokenizer import load_tokenizer
 from t5tune.errors import TrainingError
 from t5tune.file_names import RUN_CACHE_FOLDER

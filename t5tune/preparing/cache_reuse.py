@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from t5tune.data.caches.cache import CACHE_CONTENTS, is_cache, open_cache
-from t5tune.data.caches.examples import PREPARED_CONTENTS, is_prepared, list_caches
+from t5tune.data.caches.examples import PREPARED_CONTENTS
+from t5tune.data.caches.prepared import is_prepared, list_caches
 from t5tune.errors import DataError, SettingsError
 from t5tune.file_names import ADAPTER_CONFIG_FILE, MIXTURE_FILE
 from t5tune.io.reasons import join_first

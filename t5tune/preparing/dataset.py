@@ -13,7 +13,7 @@ from typing import Any
 from t5tune.checkpoints.base import read_config
 from t5tune.checkpoints.pocket import find_conversations_file
 from t5tune.data.caches.cache import is_cache, read_manifest
-from t5tune.data.caches.examples import find_tokenizer_folder, has_examples
+from t5tune.data.caches.prepared import find_tokenizer_folder, has_examples
 from t5tune.data.reading.files import STDIN, Digest, find_encodings, find_files
 from t5tune.data.reading.formats import Conversation
 from t5tune.data.reading.raw_records import RawRecord

@@ -16,16 +16,8 @@ from typing import Any
 from t5tune.checkpoints.base import find_base, pin_base
 from t5tune.checkpoints.training_data import DatasetTraining, TrainingData, read_training_data, write_training_data
 from t5tune.data.caches.cache import Cache, open_cache, read_manifest
-from t5tune.data.caches.examples import (
-    SUMMED,
-    Dataset,
-    Examples,
-    check_datasets,
-    describe_shares,
-    is_prepared,
-    list_caches,
-    read_mixture_manifest,
-)
+from t5tune.data.caches.examples import SUMMED, Dataset, Examples, describe_shares
+from t5tune.data.caches.prepared import check_datasets, is_prepared, list_caches, read_mixture_manifest
 from t5tune.data.reading.files import STDIN, find_encodings
 from t5tune.data.reading.remote_files import hide_query
 from t5tune.data.tokens.vocabulary import ExtendedTokenizer

@@ -15,7 +15,7 @@ from typing import Any
 
 from t5tune.checkpoints.training_data import DatasetTraining, TrainingData
 from t5tune.data.caches.cache import read_manifest
-from t5tune.data.caches.examples import find_caches, has_examples
+from t5tune.data.caches.prepared import find_caches, has_examples
 from t5tune.data.tokens.templates import Template, load_template
 from t5tune.errors import DataError, SettingsError
 from t5tune.io.reasons import join_first

@@ -13,7 +13,7 @@ from t5tune.checkpoints.adapter_folder import find_adapter
 from t5tune.checkpoints.base import find_base, read_config
 from t5tune.compat.requirements import check_versions
 from t5tune.custom_metrics import load_custom_metric
-from t5tune.data.caches.examples import find_caches, read_examples_manifest
+from t5tune.data.caches.prepared import find_caches, read_examples_manifest
 from t5tune.data.tokens.templates import load_template
 from t5tune.distributed.deepspeed_build import find_missing_build_tools
 from t5tune.distributed.world import World

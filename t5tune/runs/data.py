@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
-from t5tune.data.caches.examples import Examples, find_caches, has_examples, open_examples, read_examples_manifest
+from t5tune.data.caches.examples import Examples
 from t5tune.data.caches.mixing import choose_mixing
+from t5tune.data.caches.prepared import find_caches, has_examples, open_examples, read_examples_manifest
 from t5tune.errors import DataError, SettingsError
 from t5tune.file_names import EVAL_CACHE_FOLDER, RUN_CACHE_FOLDER
 from t5tune.io.atomic import hash_json

@@ -243,8 +243,8 @@ def test_the_plan_of_a_run_is_of_the_examples_that_it_trains_on(
 
 def test_a_mixture_is_planned_as_it_is_mixed(data_of_runs: dict[str, Path]) -> None:
     """With a cap of 1, half of an epoch are examples of the smaller dataset."""
-    from t5tune.data.caches.examples import open_examples
     from t5tune.data.caches.mixing import Mixing
+    from t5tune.data.caches.prepared import open_examples
 
     mixture = open_examples(data_of_runs["mixture"]).mix(Mixing("proportional", cap=1))
     drawn, _ = mixture.draw_epoch(42, 0)

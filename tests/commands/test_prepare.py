@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, ByT5Tokenizer
 
 from t5tune.commands.prepare import PrepareResult, prepare
 from t5tune.data.caches.cache import Cache
-from t5tune.data.caches.examples import open_examples
+from t5tune.data.caches.prepared import open_examples
 from t5tune.data.reading.formats import Conversation, Turn
 from t5tune.data.reading.rejections import RecordLocation
 from t5tune.data.tokens.encoders import make_encoder

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 
 from t5tune.commands.prepare import PrepareResult, prepare
 from t5tune.data.caches.cache import Cache
-from t5tune.data.caches.examples import open_examples
+from t5tune.data.caches.prepared import open_examples
 from t5tune.data.tokens.encoders import Beginning, Encoder, make_encoder
 from t5tune.data.tokens.tokenizer import load_tokenizer, save_tokenizer
 from t5tune.data.tokens.vocabulary import extend_tokenizer

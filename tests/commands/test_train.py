@@ -23,7 +23,7 @@ from t5tune.commands.merge import merge
 from t5tune.commands.prepare import prepare
 from t5tune.commands.run_plan import make_run_plan
 from t5tune.commands.train import set_up_run_folder, train
-from t5tune.data.caches.examples import open_examples
+from t5tune.data.caches.prepared import open_examples
 from t5tune.errors import DataError, ModelError, SettingsError, TrainingError
 from t5tune.io.yaml_file import read_yaml
 from t5tune.progress import Advanced, Evaluated, Event, Finished, Measured, Note, Started

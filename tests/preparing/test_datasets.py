@@ -10,7 +10,7 @@ import pytest
 
 from t5tune.commands.prepare import prepare
 from t5tune.commands.train import train
-from t5tune.data.caches.examples import list_caches
+from t5tune.data.caches.prepared import list_caches
 from t5tune.errors import DataError, SettingsError
 from t5tune.io.atomic import hash_file, write_json
 from t5tune.preparing.cache_files import write_cache

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from t5tune.commands.run_plan import make_run_plan
 from t5tune.commands.train import train
-from t5tune.data.caches.examples import open_examples
+from t5tune.data.caches.prepared import open_examples
 from t5tune.errors import DependencyError, SettingsError, Stopped
 from t5tune.formatting import format_number, format_size
 from t5tune.progress import Advanced, silent

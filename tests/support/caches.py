@@ -6,7 +6,7 @@ from typing import Any
 
 from t5tune.commands.prepare import make_plan
 from t5tune.data.caches.cache import Cache, is_cache, open_cache
-from t5tune.data.caches.examples import list_caches
+from t5tune.data.caches.prepared import list_caches
 from t5tune.preparing.datasets import prepare_datasets
 from t5tune.preparing.plan import Origin
 from t5tune.progress import silent

@@ -11,7 +11,8 @@ from t5tune.commands.evaluate import evaluate
 from t5tune.commands.prepare import prepare
 from t5tune.commands.run_plan import make_run_plan
 from t5tune.commands.train import name_kept_records, set_up_run_folder
-from t5tune.data.caches.examples import Examples, open_examples
+from t5tune.data.caches.examples import Examples
+from t5tune.data.caches.prepared import open_examples
 from t5tune.data.tokens.tokenizer import decode_reference, load_tokenizer
 from t5tune.runs.data import locate_data, open_data
 from t5tune.settings import EvaluateSettings, PrepareSettings, TrainSettings

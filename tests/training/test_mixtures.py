@@ -18,7 +18,7 @@ from t5tune.commands.inspect import inspect
 from t5tune.commands.prepare import prepare
 from t5tune.commands.run_plan import make_run_plan
 from t5tune.commands.train import train
-from t5tune.data.caches.examples import open_examples
+from t5tune.data.caches.prepared import open_examples
 from t5tune.data.tokens.tokenizer import load_tokenizer
 from t5tune.errors import DataError, SettingsError
 from t5tune.inference.loading import read_model_files

@@ -19,7 +19,7 @@ from t5tune.commands.evaluate import evaluate
 from t5tune.commands.merge import merge
 from t5tune.commands.prepare import prepare
 from t5tune.commands.train import train
-from t5tune.data.caches.examples import open_examples
+from t5tune.data.caches.prepared import open_examples
 from t5tune.data.tokens.tokenizer import decode_reference, load_tokenizer
 from t5tune.errors import CheckpointError, SettingsError, Stopped, T5TuneError
 from t5tune.progress import Event, Measured, Note

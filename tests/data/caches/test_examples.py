@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from t5tune.commands.prepare import prepare
-from t5tune.data.caches.examples import open_examples
+from t5tune.data.caches.prepared import open_examples
 from t5tune.errors import DataError
 from t5tune.settings import PrepareSettings
 from tests.support.command_line import t5tune_in_fork

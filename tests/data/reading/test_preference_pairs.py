@@ -8,7 +8,7 @@ import pytest
 
 from t5tune.commands.inspect import inspect
 from t5tune.commands.prepare import prepare
-from t5tune.data.caches.examples import open_examples
+from t5tune.data.caches.prepared import open_examples
 from t5tune.data.reading.formats import parse_conversation
 from t5tune.data.reading.rejections import RecordLocation, RejectionError
 from t5tune.data.tokens.encoding import PreferencePair

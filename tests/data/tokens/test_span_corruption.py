@@ -11,7 +11,7 @@ import pytest
 
 from t5tune.commands.prepare import prepare
 from t5tune.data.caches.cache import Cache
-from t5tune.data.caches.examples import open_examples
+from t5tune.data.caches.prepared import open_examples
 from t5tune.data.reading.raw_text import read_text
 from t5tune.data.tokens.span_corruption import SpanCorruption, cut_windows, find_sentinels
 from t5tune.data.tokens.tokenizer import Tokenizer, decode_reference, load_tokenizer

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from t5tune.commands.prepare import PrepareResult, prepare
-from t5tune.data.caches.examples import open_examples
+from t5tune.data.caches.prepared import open_examples
 from t5tune.errors import DataError, SettingsError, T5TuneError
 from t5tune.preparing.parts.join import join_tables
 from t5tune.preparing.worker import encode_records

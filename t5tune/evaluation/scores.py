@@ -1,0 +1,119 @@
+"""What is computed of an evaluation's outcome, and written: the scores, and a line for each prediction.
+
+compute_scores(chosen, outcome, predictions, ["exact_match"])    # {"loss": 0.31, …, "exact_match": 62.5}
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from t5tune.custom_metrics import compute_custom_metrics
+from t5tune.data.tokens.tokenizer import decode_prediction, decode_reference
+from t5tune.errors import SettingsError
+from t5tune.evaluation.examples import EvaluationSet
+from t5tune.evaluation.scoring import Losses
+from t5tune.metrics import choose_metrics, score, score_one
+from t5tune.progress import Note, Report
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A model's loss and the ids of its prediction for each example."""
+
+    losses: Losses
+    predicted_ids: list[list[int]]
+
+    def decode(self, chosen: EvaluationSet) -> list[str]:
+        """Decode the predictions."""
+        pairs = zip(self.predicted_ids, chosen.answer_ends, strict=True)
+        return [
+            decode_prediction(chosen.tokenizer, ids, end, index in chosen.raw_texts)
+            for index, (ids, end) in enumerate(pairs)
+        ]
+
+
+def write_predictions(
+    path: Path,
+    chosen: EvaluationSet,
+    metrics: Sequence[str],
+    outcomes: Sequence[Outcome],
+    predictions: Sequence[Sequence[str]],
+) -> None:
+    """Write a line of JSON for each example.
+
+    Args:
+        outcomes, predictions: of the model, and perhaps of the base.
+    """
+    names = {index: name for name, indices in chosen.datasets for index in indices}
+    with open(path, "w", encoding="utf-8") as file:
+        for index, (example, target) in enumerate(zip(chosen.examples, chosen.targets, strict=True)):
+            prediction, *of_base = (texts[index] for texts in predictions)
+            loss, *loss_of_base = (outcome.losses.get_mean(index) for outcome in outcomes)
+            line = {
+                **({"dataset": dataset} if (dataset := names.get(index)) is not None else {}),
+                "source": decode_reference(chosen.tokenizer, example.source_S, "", index in chosen.raw_texts),
+                "target": target,
+                "prediction": prediction,
+                "loss": loss,
+                **score_one(prediction, target, metrics),
+            }
+            if of_base:
+                line |= {"base_prediction": of_base[0], "base_loss": loss_of_base[0]}
+            if chosen.prompts and (prompt := chosen.prompts[index]) is not None:
+                line["prompt"] = prompt
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def compute_scores(
+    chosen: EvaluationSet, outcome: Outcome, predictions: Sequence[str], metrics: Sequence[str]
+) -> dict[str, float]:
+    """Compute the built-in metrics."""
+    losses = _compute_losses(outcome.losses, chosen, range(len(predictions)))
+    return losses | score(list(predictions), chosen.targets, list(metrics))
+
+
+def _compute_losses(losses: Losses, chosen: EvaluationSet, indices: range) -> dict[str, float]:
+    """Return what follows from the losses of these examples."""
+    found = {"loss": round(losses.mean, 6), "perplexity": round(math.exp(min(losses.mean, 700.0)), 4)}
+    if chosen.raw_texts.isdisjoint(indices):
+        characters = sum(len(chosen.targets[index]) for index in indices)
+        found["bits_per_character"] = round(sum(losses.sums) / math.log(2) / characters, 6)
+    return found
+
+
+def score_datasets(
+    chosen: EvaluationSet,
+    metrics: Sequence[str],
+    functions: list[str],
+    outcomes: Sequence[Outcome],
+    predictions: Sequence[Sequence[str]],
+    report: Report,
+) -> dict[str, dict[str, float]] | None:
+    """Compute the metrics of each dataset, if there are several: those that fit its targets.
+
+    Custom metrics that aren't finite are left out: the examples of one dataset may be too few, or too much alike.
+
+    Raises:
+        SettingsError: the function of a custom metric fails on a dataset.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for name, indices in chosen.datasets:
+        targets = [chosen.targets[index] for index in indices]
+        fitting = [each for each in choose_metrics(None, targets) if each in metrics]
+        values: dict[str, float] = {"examples": len(targets)}
+        for prefix, outcome, texts in zip(("", "base_"), outcomes, predictions, strict=False):
+            own = [texts[index] for index in indices]
+            scores = _compute_losses(outcome.losses.select(indices), chosen, indices) | score(own, targets, fitting)
+            try:
+                custom = compute_custom_metrics(functions, own, targets, allow_non_finite=True)
+            except SettingsError as error:
+                raise SettingsError(*(f"dataset {name}: {each}" for each in error.problems), hint=error.hint) from error
+            for metric in (metric for metric, value in custom.items() if not math.isfinite(value)):
+                left_out = f"the scores of dataset {name} leave {prefix}{metric} out"
+                report(Note(f"metric: {left_out}, which is {custom[metric]}", warning=True))
+            scores |= {metric: value for metric, value in custom.items() if math.isfinite(value)}
+            values |= {prefix + metric: value for metric, value in scores.items()}
+        found[name] = values
+    return found or None
