@@ -12,7 +12,7 @@ from t5tune.families import CONVERTERS, FAMILIES, Family
 
 FAMILIES_TEST = "tests/end_to_end/test_families.py"
 OTHER_TOOLS_TEST = "tests/end_to_end/test_other_tools.py"
-TRAIN_TEST = "tests/commands/test_train.py"
+TRAIN_TESTS = "tests/commands/train"
 SHORT_CHAIN = f"{FAMILIES_TEST}::test_each_family_trains_exports_merges_and_replies"
 
 GEMMAS = ("t5gemma", "t5gemma2")
@@ -65,7 +65,7 @@ COLUMNS = {
         (f"{SHORT_CHAIN}[{{key}} lora]",),
         of_gemma("end_to_end/test_gemma.py::test_the_data_has_the_special_tokens_of_gemma[{key} lora]"),
         more_tests=(
-            "tests/commands/test_prepare.py::test_byt5_gets_no_added_tokens_and_decodes_to_the_original_text",
+            "tests/commands/prepare/test_added_tokens.py::test_byt5_gets_no_added_tokens_and_decodes_to_the_original_text",
             f"{FAMILIES_TEST}::test_the_added_tokens_of_fastchat_t5_keep_their_ids",
         ),
     ),
@@ -121,9 +121,9 @@ COLUMNS = {
         ),
         of_gemma("end_to_end/test_gemma.py::test_two_ranks_have_the_losses_of_one_process[{key}-ZeRO-3]"),
         more_tests=(
-            f"{TRAIN_TEST}::test_deepspeed_stages_reduce_the_loss_and_save_the_fp32_masters[way0]",
+            f"{TRAIN_TESTS}/test_ranks.py::test_deepspeed_stages_reduce_the_loss_and_save_the_fp32_masters[way0]",
             "tests/end_to_end/test_full_training.py::test_full_training_gives_the_same_weights_under_zero3",
-            f"{TRAIN_TEST}::test_two_ranks_of_zero3_resume_to_the_same_bits",
+            f"{TRAIN_TESTS}/test_ranks.py::test_two_ranks_of_zero3_resume_to_the_same_bits",
         ),
     ),
     "merge": Column(
@@ -190,8 +190,8 @@ PLATFORMS: dict[str, tuple[State, str, tuple[str, ...]]] = {
         "yes",
         "With gloo, started by `--num-processes`, torchrun and deepspeed. `pytest -m distributed` selects these tests.",
         (
-            f"{TRAIN_TEST}::test_training_runs_under_other_launchers[torchrun]",
-            "tests/commands/test_evaluate_ranks.py::test_any_number_of_ranks_gives_the_same_result",
+            f"{TRAIN_TESTS}/test_ranks.py::test_training_runs_under_other_launchers[torchrun]",
+            "tests/commands/evaluate/test_ranks.py::test_any_number_of_ranks_gives_the_same_result",
             "tests/training/test_packing.py::test_every_step_of_an_epoch_is_the_same_on_one_rank_and_on_two",
         ),
     ),
@@ -201,7 +201,7 @@ PLATFORMS: dict[str, tuple[State, str, tuple[str, ...]]] = {
         "compute capability 8.0 and 9.0, and what they compute is tested on CPUs. That one process takes one GPU is "
         "tested without one. Run `t5tune doctor` first: it trains a step of the built-in model.",
         (
-            f"{TRAIN_TEST}::test_one_process_trains_on_one_gpu_however_many_are_visible",
+            f"{TRAIN_TESTS}/test_train.py::test_one_process_trains_on_one_gpu_however_many_are_visible",
             "tests/model/kernels/test_flex_compilation.py::test_all_kinds_of_attention_compile",
         ),
     ),

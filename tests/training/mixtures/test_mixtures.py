@@ -1,11 +1,8 @@
 """Several datasets in one run: what is trained on, what is evaluated, and what the result says of each."""
 
 import json
-import shutil
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,66 +11,25 @@ import yaml
 
 from t5tune.checkpoints.training_data import read_training_data
 from t5tune.commands.evaluate import evaluate
-from t5tune.commands.inspect import inspect
 from t5tune.commands.prepare import prepare
 from t5tune.commands.run_plan import make_run_plan
 from t5tune.commands.train import train
 from t5tune.data.caches.prepared import open_examples
 from t5tune.data.tokens.tokenizer import load_tokenizer
-from t5tune.errors import DataError, SettingsError
+from t5tune.errors import SettingsError
 from t5tune.inference.loading import read_model_files
 from t5tune.inference.prompts import make_prompts
 from t5tune.progress import Evaluated, Event, Note
 from t5tune.runs.data import locate_data, open_data
 from t5tune.runs.result import TrainResult, read_result
-from t5tune.settings import EvaluateSettings, InspectSettings, PrepareSettings, TrainSettings, load_settings
+from t5tune.settings import EvaluateSettings, PrepareSettings, TrainSettings, load_settings
 from tests.support.caches import find_cache
 from tests.support.command_line import CommandResult, t5tune_in_fork
 from tests.support.recording import read_recorded
 from tests.support.train_runs import read_metrics_lines
+from tests.training.mixtures.datasets import SIZES, list_datasets, make_prepare_settings, make_settings, read_tree
 
 pytestmark = pytest.mark.slow
-
-SIZES = {"sums": 40, "notes": 12, "chats": 16}  # examples; a chat has two
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of three datasets in different formats. Each target begins with the name of its dataset."""
-    folder = tmp_path_factory.mktemp("mixture")
-    sums = [{"source": f"add {number} and 1", "target": f"sums {number + 1}"} for number in range(SIZES["sums"])]
-    (folder / "sums.jsonl").write_text("\n".join(map(json.dumps, sums)))
-    notes = [f"the value is {number},notes {number}" for number in range(SIZES["notes"])]
-    (folder / "notes.csv").write_text("\n".join(["text,summary", *notes]))
-    chats = [
-        [("human", f"Hi {number}"), ("gpt", f"chats hello {number}"), ("human", "Bye"), ("gpt", f"chats bye {number}")]
-        for number in range(SIZES["chats"] // 2)
-    ]
-    turns = [{"conversations": [{"from": role, "value": text} for role, text in chat]} for chat in chats]
-    (folder / "talk.json").write_text(json.dumps(turns))
-    return folder
-
-
-def list_datasets(data: Path, weights: tuple[float, ...] | None = (2, 1, 1)) -> list[dict[str, Any]]:
-    columns = {"source_column": "text", "target_column": "summary", "source_prefix": "summarize: "}
-    datasets = [
-        {"path": str(data / "sums.jsonl")},
-        {"path": str(data / "notes.csv"), **columns, "conversation_template": "plain"},
-        {"path": str(data / "talk.json"), "name": "chats", "conversation_template": "fastchat-t5"},
-    ]
-    if weights is None:
-        return datasets
-    return [{**dataset, "weight": weight} for dataset, weight in zip(datasets, weights, strict=True)]
-
-
-def make_settings(base: Path, data: Path, run: Path, /, **changes: Any) -> TrainSettings:
-    values = {
-        "model_name_or_path": str(base), "output_dir": run, "num_train_epochs": 2,
-        "per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 5, "report_samples": 0,
-        "use_cpu": True, "conversation_template": None if "data_path" in changes else "plain",
-    }  # fmt: skip
-    datasets = {} if "data_path" in changes else {"data": list_datasets(data)}
-    return TrainSettings(**{**values, **datasets, **changes})
 
 
 def write_config(settings: TrainSettings, file: Path) -> Path:
@@ -86,9 +42,6 @@ def count_by_dataset(steps: dict[int, list[list[int]]], tokenizer_folder: Path) 
     tokenizer = load_tokenizer(tokenizer_folder)
     texts = [tokenizer.decode(row) for rows in steps.values() for row in rows]
     return Counter(text.split()[0] for text in texts)
-
-
-# --- what is trained on --------------------------------------------------------------------------------------
 
 
 def run_recorded(
@@ -182,23 +135,6 @@ def test_other_weights_are_refused_when_a_run_is_resumed(
         with pytest.raises(SettingsError, match=problem):
             train(settings.replace(**changes))
     assert train(settings).steps == 34
-
-
-# --- what is evaluated ---------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def trained(untied_base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainResult, list[Event]]:
-    """A run on all datasets, evaluated on a part of each, and what it reported."""
-    events: list[Event] = []
-    run = tmp_path_factory.mktemp("runs") / "run"
-    evaluated = [
-        {"path": str(data / "sums.jsonl"), "num_data": 9},
-        {"path": str(data / "notes.csv"), "num_data": 7},
-        {"path": str(data / "talk.json"), "name": "chats", "num_data": 5},
-    ]
-    settings = make_settings(untied_base, data, run, eval_data=evaluated, eval_generate=100, max_steps=6)
-    return train(settings, events.append), events
 
 
 def test_each_dataset_has_the_metrics_of_a_separate_evaluation(
@@ -354,85 +290,6 @@ def test_the_best_step_can_be_chosen_by_the_metric_of_a_dataset(untied_base: Pat
         train(settings.replace(metric_for_best_model="note_loss", output_dir=tmp_path / "other"))
 
 
-# --- preparing -----------------------------------------------------------------------------------------------
-
-
-def make_prepare_settings(base: Path, data: Path, folder: Path, /, **changes: Any) -> PrepareSettings:
-    datasets = {} if "data_path" in changes else {"data": list_datasets(data)}
-    return PrepareSettings(**{"model_name_or_path": str(base), **datasets, "output_dir": folder, **changes})
-
-
-def test_prepare_writes_a_mixture_that_train_reads(untied_base: Path, data: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "mixture"
-    made = prepare(make_prepare_settings(untied_base, data, folder, eval_fraction=0.25, split_seed=3))
-    assert made.datasets == SIZES
-    assert made.examples == sum(SIZES.values())
-    result = train(make_settings(untied_base, data, tmp_path / "run", data_path=[folder], max_steps=2))
-    assert result.datasets is not None
-    assert {name: facts["share"] for name, facts in result.datasets.items()} == dict(sums=0.5, notes=0.25, chats=0.25)
-    assert all("loss" in facts for facts in result.datasets.values())
-    again = make_settings(untied_base, data, tmp_path / "run-2", data_path=[folder], max_steps=2, mixing="concatenate")
-    result = train(again)
-    assert result.datasets is not None
-    assert all(facts["examples_per_epoch"] == facts["examples"] for facts in result.datasets.values())
-    with pytest.raises(SettingsError, match="mixing: concatenate: there is only one dataset"):
-        train(again.replace(data_path=[folder / "sums"], output_dir=tmp_path / "run-3"))
-
-
-def test_inspect_names_the_caches_of_a_mixture(
-    trained: tuple[TrainResult, list[Event]], data: Path, tmp_path: Path
-) -> None:
-    run = trained[0].run
-    with pytest.raises(DataError, match="data: a token cache of several datasets") as refused:
-        inspect(InspectSettings(cache=run))
-    assert str(run / "data" / "notes") in str(refused.value.hint)
-    (example,) = inspect(InspectSettings(cache=run / "data" / "notes", example=3)).examples
-    assert example.source_text == "summarize: the value is 3"
-
-
-def test_only_what_changed_is_prepared_again(untied_base: Path, data: Path, tmp_path: Path) -> None:
-    settings = make_prepare_settings(untied_base, data, tmp_path / "mixture")
-    assert not prepare(settings).up_to_date
-    before = {path: path.stat().st_ino for path in (tmp_path / "mixture").glob("*/tokens.bin")}
-    assert prepare(settings).up_to_date
-    assert settings.data is not None
-    changed = [settings.data[0], settings.data[1].replace(source_prefix="shorten: ")]
-    made = prepare(settings.replace(data=changed))
-    assert made.datasets == {"sums": 40, "notes": 12}
-    now = {path: path.stat().st_ino for path in (tmp_path / "mixture").glob("*/tokens.bin")}
-    same = {path.parent.name for path in now if before[path] == now[path]}
-    assert same == {"sums"}
-    assert not (tmp_path / "mixture" / "chats").exists()
-
-
-def test_a_folder_with_other_content_is_refused(untied_base: Path, data: Path, tmp_path: Path) -> None:
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("text")
-    with pytest.raises(DataError, match="mine: exists and isn't a token cache; choose another output_dir"):
-        prepare(make_prepare_settings(untied_base, data, tmp_path / "mine"))
-    assert (tmp_path / "mine" / "thesis.txt").read_text() == "text"
-    single = make_prepare_settings(untied_base, data, tmp_path / "one", data_path=[data / "sums.jsonl"])
-    prepare(single)
-    assert prepare(make_prepare_settings(untied_base, data, tmp_path / "one")).datasets == SIZES  # replaces the cache
-    assert prepare(single).datasets is None
-    assert not (tmp_path / "one" / "notes").exists()
-
-
-def test_token_caches_of_the_same_tokenizer_can_be_mixed(untied_base: Path, data: Path, tmp_path: Path) -> None:
-    for name, tokens in (("sums", "auto"), ("talk", "auto"), ("none", "none")):
-        file = data / ("talk.json" if name == "talk" else "sums.jsonl")
-        single = make_prepare_settings(untied_base, data, tmp_path / name, data_path=[file])
-        prepare(single.replace(add_tokens=[tokens]))
-    paths = [f"{tmp_path / 'sums'}:1", f"{tmp_path / 'talk'}:3"]
-    settings = make_settings(untied_base, data, tmp_path / "run", data_path=paths, max_steps=2)
-    result = train(settings)
-    assert result.datasets is not None
-    assert {name: facts["examples_per_epoch"] for name, facts in result.datasets.items()} == {"sums": 14, "talk": 42}
-    other = settings.replace(data=[f"{tmp_path / 'none'}:1", paths[1]])
-    with pytest.raises(DataError, match="talk: its tokenizer isn't that of .*none"):
-        train(other.replace(output_dir=tmp_path / "other"))
-
-
 def test_what_token_caches_hold_out_is_evaluated(untied_base: Path, data: Path, tmp_path: Path) -> None:
     for name, file in (("sums", "sums.jsonl"), ("talk", "talk.json")):
         single = make_prepare_settings(untied_base, data, tmp_path / name, data_path=[data / file], add_tokens="none")
@@ -519,32 +376,6 @@ def test_num_data_counts_what_no_dataset_holds_out(untied_base: Path, data: Path
         assert held_out.identify() == expected.identify()
 
 
-def test_what_is_given_next_to_a_token_cache_is_refused(untied_base: Path, data: Path, tmp_path: Path) -> None:
-    single = make_prepare_settings(untied_base, data, tmp_path / "cache", data_path=[data / "sums.jsonl"])
-    prepare(single)
-    cache, other = str(tmp_path / "cache"), str(data / "talk.json")
-    for dataset, kind, message in (
-        (
-            {"path": [cache, other]},
-            DataError,
-            r"cache: a token cache can't be combined with other data \(.*talk.json\)",
-        ),
-        (
-            {"path": cache, "source_prefix": "x: "},
-            SettingsError,
-            "source_prefix: 'x: ' here, '' in the cache .*leave it",
-        ),
-    ):
-        settings = make_settings(untied_base, data, tmp_path / "run", data=[dataset, {"path": other, "name": "b"}])
-        with pytest.raises(kind, match=message):
-            train(settings)
-    assert not (tmp_path / "run").exists()
-    prepare(make_prepare_settings(untied_base, data, tmp_path / "mixture"))
-    nested = make_settings(untied_base, data, tmp_path / "run", data=[str(tmp_path / "mixture"), other])
-    with pytest.raises(DataError, match="mixture: a token cache of several datasets can't be one of several data"):
-        train(nested)
-
-
 def test_another_spelling_of_the_paths_is_the_same_finished_run(
     untied_base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -581,62 +412,6 @@ def test_records_in_memory_are_kept_and_resumed(untied_base: Path, data: Path, t
     assert train(again) == result
 
 
-def test_settings_of_examples_apply_to_token_caches_or_are_refused(
-    untied_base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name, length in (("sums", 64), ("talk", 128)):
-        file = data / ("talk.json" if name == "talk" else "sums.jsonl")
-        single = make_prepare_settings(untied_base, data, tmp_path / name, data_path=[file], add_tokens="none")
-        prepare(single.replace(model_max_length=length))
-    caches = ["sums:1", "talk:1"]
-    mixed = make_prepare_settings(untied_base, data, tmp_path / "mixed", data_path=caches, num_data=4)
-    made = prepare(mixed)
-    assert (made.examples, made.datasets) == (8, {"sums": 4, "talk": 4})
-    assert prepare(mixed).up_to_date
-    prepare(mixed.replace(output_dir=tmp_path / "seeded", seed=7))  # it determines nothing of these caches
-    for paths, num_data, counts in (
-        (["mixed"], None, [4, 4]),
-        (["mixed"], 3, [3, 3]),
-        (caches, 3, [3, 3]),
-        ([*caches, f"{data / 'sums.jsonl'}:1"], 3, [3, 3, 3]),
-    ):
-        settings = make_settings(untied_base, data, tmp_path / "run", data_path=paths, max_steps=1, num_data=num_data)
-        result = train(settings.replace(fresh=True))
-        assert result.datasets is not None
-        assert [facts["examples"] for facts in result.datasets.values()] == counts
-    given = {"model_max_length": 64, "train_on": "last", "conversation_template": "fastchat-t5"}
-    run = tmp_path / "a"
-    trained = [make_settings(untied_base, data, run, data_path=paths, **given) for paths in (caches, ["mixed"])]
-    prepared = make_prepare_settings(untied_base, data, tmp_path / "b", data_path=caches, **given)
-    for command in (*(partial(train, each) for each in trained), partial(prepare, prepared)):
-        with pytest.raises(SettingsError) as refused:
-            command()
-        assert {problem.rpartition(";")[0].replace(f"{tmp_path}/", "") for problem in refused.value.problems} == {
-            "train_on: 'last' here, 'all' in the cache sums/sums",
-            "conversation_template: fastchat-t5: the cache sums/sums was made with another one",
-            "model_max_length: 64 here, 128 in the cache talk/talk",
-        }
-
-
-@pytest.mark.parametrize(
-    ("made", "seed"), [({"eval_fraction": 0.25}, "split_seed"), ({"objective": "span-corruption"}, "seed")], ids=str
-)
-def test_a_seed_is_refused_if_it_differs_from_what_a_token_cache_was_split_or_masked_with(
-    made: dict[str, Any], seed: str, untied_base: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "book.txt").write_text("\n\n".join(f"Day {day}: the ship sails on." for day in range(24)))
-    (tmp_path / "pairs.csv").write_text("source,target\n" + "".join(f"{day},day {day}\n" for day in range(24)))
-    file = tmp_path / ("book.txt" if "objective" in made else "pairs.csv")
-    cache = make_prepare_settings(untied_base, tmp_path, tmp_path / "cache", data_path=[file], **made)
-    prepare(cache)
-    mixed = make_prepare_settings(untied_base, tmp_path, tmp_path / "mixed", data_path=[f"{tmp_path / 'cache'}:1"])
-    with pytest.raises(SettingsError, match=f"^{seed}: 7 here, 42 in the cache .*; leave it out, or use the original"):
-        prepare(mixed.replace(**{seed: 7}))
-    other = "seed" if seed == "split_seed" else "split_seed"
-    assert prepare(mixed.replace(**{seed: 42, other: 7})).examples >= 1
-
-
 @pytest.mark.parametrize("is_prepared", [False, True])
 @pytest.mark.variants("True")
 def test_a_run_on_token_caches_that_differ_is_repeated_with_its_saved_settings(
@@ -654,73 +429,6 @@ def test_a_run_on_token_caches_that_differ_is_repeated_with_its_saved_settings(
     shown = t5tune_in_fork("train", "--config", tmp_path / "run" / "settings.yaml", "--dry-run")
     (tmp_path / "shown.yaml").write_text(shown.stdout)
     assert train(load_settings(TrainSettings, str(tmp_path / "shown.yaml"))[0]) == read_result(tmp_path / "run")
-
-
-def test_data_next_to_a_cache_is_refused(untied_base: Path, data: Path, tmp_path: Path) -> None:
-    prepare(make_prepare_settings(untied_base, data, tmp_path / "cache", data_path=[data / "sums.jsonl"]))
-    settings = make_settings(untied_base, data, tmp_path / "run", data_path=[tmp_path / "cache", data / "talk.json"])
-    with pytest.raises(DataError, match=r"cache: a token cache can't be combined with other data \(.*talk.json\)"):
-        train(settings)
-
-
-def test_caches_of_other_tokenizers_are_no_mixture(untied_base: Path, data: Path, tmp_path: Path) -> None:
-    prepare(make_prepare_settings(untied_base, data, tmp_path / "mixture"))
-    single = make_prepare_settings(untied_base, data, tmp_path / "other", data_path=[data / "sums.jsonl"])
-    prepare(single.replace(add_tokens=["none"]))
-    shutil.rmtree(tmp_path / "mixture" / "notes")
-    (tmp_path / "other" / "sums").rename(tmp_path / "mixture" / "notes")
-    with pytest.raises(DataError, match="notes: its tokenizer isn't that of .*sums"):
-        open_examples(tmp_path / "mixture")
-
-
-def test_nothing_of_the_user_is_removed_with_an_old_dataset(untied_base: Path, data: Path, tmp_path: Path) -> None:
-    settings = make_prepare_settings(untied_base, data, tmp_path / "mixture")
-    prepare(settings)
-    other = settings.replace(data=list_datasets(data, None)[:1])
-    for name in ("chats/mine.txt", "mine.txt"):
-        (tmp_path / "mixture" / name).write_text("text")
-        with pytest.raises(DataError, match=f"mixture: contains {name} in addition to a token cache; move these files"):
-            prepare(other)
-        (tmp_path / "mixture" / name).unlink()
-    assert prepare(other).examples == SIZES["sums"]
-
-
-def test_a_start_that_failed_leaves_no_folder_in_the_way(untied_base: Path, data: Path, tmp_path: Path) -> None:
-    (tmp_path / "broken.jsonl").write_text("{")
-    broken = [*list_datasets(data, None)[:1], {"path": str(tmp_path / "broken.jsonl")}]
-    settings = make_settings(untied_base, data, tmp_path / "run", data=broken, max_steps=1)
-    with pytest.raises(DataError, match="broken.jsonl"):
-        train(settings)
-    single = make_settings(untied_base, data, tmp_path / "run", data_path=[data / "sums.jsonl"], max_steps=1)
-    assert train(single).examples == SIZES["sums"]
-
-
-def test_raw_text_first_leaves_the_template_to_the_next_dataset(untied_base: Path, data: Path, tmp_path: Path) -> None:
-    (tmp_path / "book.txt").write_text("Some words of a book. " * 50)
-    book = {"path": str(tmp_path / "book.txt"), "objective": "span-corruption"}
-    prepare(make_prepare_settings(untied_base, data, tmp_path / "mixture", data=[book, *list_datasets(data, None)[2:]]))
-    made = read_training_data(tmp_path / "mixture")
-    assert made is not None
-    assert [dataset.name for dataset in made.datasets] == ["book", "chats"]
-    assert "A chat between" in (tmp_path / "mixture" / "template.yaml").read_text()
-    assert made.has_earlier_turns
-    notes: list[Event] = []
-    make_prompts(replace(read_model_files(untied_base, None), training_data=made), None, None, 2048, notes.append)
-    assert any("as in the dataset chats of training (book:" in note.text for note in notes if isinstance(note, Note))
-
-
-def test_a_mixture_is_prepared_in_parts_as_by_one_process(untied_base: Path, data: Path, tmp_path: Path) -> None:
-    whole = make_prepare_settings(untied_base, data, tmp_path / "whole")
-    prepare(whole)
-    parts = whole.replace(output_dir=tmp_path / "parts")
-    first = prepare(parts.replace(shard="0/2"))
-    assert (first.joined, first.shard) == (False, "0/2")
-    assert prepare(parts.replace(shard="1/2")).joined
-    assert read_tree(tmp_path / "parts") == read_tree(tmp_path / "whole")
-
-
-def read_tree(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_the_command_line_and_yaml_give_the_same_mixture(untied_base: Path, data: Path, tmp_path: Path) -> None:

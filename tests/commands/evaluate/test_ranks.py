@@ -59,7 +59,7 @@ def count_words(predictions: list[str], references: list[str]) -> dict[str, floa
 def test_any_number_of_ranks_gives_the_same_result(
     run: Path, data: Path, tmp_path: Path, on_ranks: Callable[..., CommandResult]
 ) -> None:
-    more = ("--metric", "tests.commands.test_evaluate_ranks:count_words", "--json")
+    more = ("--metric", "tests.commands.evaluate.test_ranks:count_words", "--json")
     done = {n: on_ranks(n, *make_arguments(run, data, tmp_path / str(n), *more)) for n in (1, 2, 4)}
     assert [each.code for each in done.values()] == [0, 0, 0], done[4].stderr
     for ranks in (2, 4):
@@ -114,7 +114,7 @@ def fail_in_generation(what: str, rank: int | None = None) -> None:
     command.generate_predictions = generate_or_fail
 
 
-CALL = "tests.commands.test_evaluate_ranks:fail_in_generation"
+CALL = "tests.commands.evaluate.test_ranks:fail_in_generation"
 
 
 @pytest.mark.parametrize(("what", "code"), [("exit", 9), ("hang", 1)])
