@@ -387,7 +387,7 @@ def test_records_that_cannot_be_used_leave_nothing(tmp_path: Path) -> None:
         assert "no conversation to train on among 1 record" in caught.value.message
         assert caught.value.hint is not None
         kept = tmp_path / "run.rejected.jsonl"
-        assert f"found {found}; all are in {kept}; line N of run.records-" in caught.value.hint
+        assert f"found {found}; all are in {kept}; line N of records-" in caught.value.hint
         assert list(tmp_path.iterdir()) == [kept]
 
 

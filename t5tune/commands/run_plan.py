@@ -1,6 +1,6 @@
 """Resolve the settings of `train` into the parts that its functions read (runs/plan.py).
 
-plan = make_run_plan(settings)
+run_plan = make_run_plan(settings)
 """
 
 from t5tune.inference.precision import Precision

@@ -1,8 +1,8 @@
 """The commits of a run's models on the Hugging Face Hub, so that all its ranks, and a resumed run, use the same.
 
-    recorded = read_commits_to_resume(folder, plan)     # {"google/flan-t5-base": "google/flan-t5-base@0123…"}
-    commits = recorded | find_commits(pin_commits(plan, recorded), report)
-    pinned = pin_commits(plan, commits)
+    recorded = read_commits_to_resume(folder, run_plan)     # {"google/flan-t5-base": "google/flan-t5-base@0123…"}
+    commits = recorded | find_commits(pin_commits(run_plan, recorded), report)
+    pinned = pin_commits(run_plan, commits)
 
 `run.json` has them. The commits of datasets are in the token cache's manifest.
 """

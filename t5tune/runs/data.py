@@ -1,7 +1,7 @@
 """The data of a run: where its token caches are, and the examples in them.
 
-data = locate_data(plan)
-examples, held_out = open_data(plan, data)
+data = locate_data(run_plan)
+examples, held_out = open_data(run_plan, data, prepared)
 """
 
 from collections.abc import Sequence

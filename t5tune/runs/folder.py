@@ -1,7 +1,7 @@
 """The folder of a run: what it was started with, its data and its checkpoints.
 
-    folder = RunFolder(plan.folder)
-    with folder.lock(report), folder.begin(plan, report) as state:
+    folder = RunFolder(run_plan.folder)
+    with folder.lock(report), folder.begin(run_plan, report) as state:
         state.checkpoint                # run/checkpoint-40, or None for a new run
         folder.record(commits=commits)  # in run.json
 

@@ -1,8 +1,8 @@
 """The settings of a run in parts: each function gets the parts that it reads.
 
-    plan = make_run_plan(settings, commits)     # commands/run_plan.py
-    plan.steps.learning_rate
-    plan.model.adapter                          # None: all weights are trained
+    run_plan = make_run_plan(settings)     # commands/run_plan.py
+    run_plan.steps.learning_rate
+    run_plan.model.adapter                          # None: all weights are trained
 
 A part is a group of settings, with the values that follow from others filled in.
 """

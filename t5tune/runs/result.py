@@ -1,6 +1,6 @@
 """The result of a finished run, in result.json of its folder.
 
-result = read_result(run.folder)
+result = read_result("run")
 result.adapter, result.metrics()
 """
 

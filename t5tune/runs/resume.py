@@ -1,7 +1,7 @@
 """Start a run, or find the checkpoint that it resumes from.
 
 base_metadata, run_identity, checkpoint = start_or_resume_run(
-    plan, folder, examples, evaluations, base, teacher_hash, world, report
+    run_plan, folder, examples, evaluations, base, teacher_hash, world, report
 )
 checkpoint      # run/checkpoint-40, or None for a new run
 """

@@ -1,8 +1,8 @@
 """The run identity: the configuration a run depends on. A run resumes only with the one that it was started with.
 
-    run_identity = build_run_identity(plan, examples, base_hash, teacher_hash, world_size)
+    run_identity = build_run_identity(run_plan, examples, base_hash, teacher_hash, world_size)
     run_identity["lora_r"]      # 8
-    check_run_identity(checkpoint, run_identity, plan)
+    check_run_identity(checkpoint, run_identity, run_plan)
 
 Each checkpoint stores it in t5tune_manifest.json, under the key `made_of`. `batch` is the number of examples per
 optimizer step, however these are divided among ranks and micro-batches. With tokens_per_batch, which determines what a

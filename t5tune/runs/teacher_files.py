@@ -1,6 +1,6 @@
 """The files of the teacher of a run.
 
-files = find_teacher(plan.teacher, plan.model, report)
+files = find_teacher(run_plan.teacher, run_plan.model, report)
 identity = hash_teacher(files, folder)
 """
 

@@ -1,6 +1,6 @@
 """Build the model to train (adapters, packing, ZeRO-3 sharding) and the function that saves it.
 
-built = build_model(plan.model, base, base_metadata, examples, files, settings, deepspeed, device, report)
+built = build_model(run_plan.model, base, base_metadata, examples, files, settings, deepspeed, device, report)
 built.weights.write(folder, trained_tensors)    # the files of an adapter, or without one of a checkpoint
 """
 

@@ -1,6 +1,6 @@
 """One rank's part in a run: load the data and the model, train, and finish the run folder.
 
-result = run_training(Session(plan, folder, world, device, stop, watch, report))
+result = run_training(Session(run_plan, folder, world, device, stop, watch, report))
 """
 
 import shutil

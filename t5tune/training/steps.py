@@ -1,6 +1,6 @@
 """Which examples are in each step: the micro-batches of all ranks, of a fixed size or with a token budget.
 
-sampler = make_sampler(plan.steps, seed, examples, is_packed, num_ranks)
+sampler = make_sampler(run_plan.steps, seed, examples, is_packed, num_ranks)
 loader = DataLoader(ExampleDataset(examples), batch_sampler=sampler, collate_fn=collator)
 """
 

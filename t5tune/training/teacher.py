@@ -1,7 +1,7 @@
 """Distillation: the teacher of a run, and learning its probabilities of each target token.
 
     teacher = load_teacher(settings, student, files, tokenizer, device, deepspeed, start_id, is_packed, template)
-    objective = DistillationObjective(plan.objective, teacher)
+    objective = DistillationObjective(run_plan.objective, teacher)
 
 The teacher runs on the same batches, without dropout. Neither model's logits are ever stored for a whole batch. Under
 ZeRO-3 it is partitioned among the ranks, too.

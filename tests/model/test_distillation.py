@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from t5tune.commands.run_plan import make_run_plan
 from t5tune.data.tokens.encoding import Example
 from t5tune.model import loss as loss_module
 from t5tune.model.attention.packing import use_packing
@@ -98,7 +99,7 @@ def test_loss_and_gradients_are_those_of_whole_logits(
     for model in (student, teacher):
         use_packing(model)
     for is_packed in (True, False):
-        objective = DistillationObjective(settings, Teacher(teacher, None))
+        objective = DistillationObjective(make_run_plan(settings).objective, Teacher(teacher, None))
         student.zero_grad()
         batch = make_collator(start, 0, is_packed)(make_examples())
         found = objective.compute_total(student, student.architecture, batch)

@@ -187,7 +187,8 @@ def test_tool_calls_of_a_table_do_not_get_each_others_arguments(tmp_path: Path, 
     # each of a, to, near, stops that a call lacks, and one of the two keys of near, m, n
     left_out = [record.repairs["null_arguments_left_out"] for record in records]
     assert left_out == [3, 3, 4, 5]
-    kept = tmp_path / f"run.{Path(path).name}"  # where train keeps records that were in memory
+    (tmp_path / "records").mkdir()
+    kept = tmp_path / "records" / Path(path).name  # where train keeps records that were in memory
     shutil.copy(path, kept)
     assert read(kept) == [replace(record, location=replace(record.location, file=str(kept))) for record in records]
 

@@ -169,7 +169,9 @@ def test_attention_dropout_can_be_switched_off_and_the_rest_stays(
     settings = make_settings(untied_base, conversations, tmp_path, attention_dropout=is_on, lora_dropout=0.2)
     cache: Any = SimpleNamespace(manifest={"added_token_ids": [1500]})
     plan = make_run_plan(settings).model
-    model = build_model(plan, untied_base, {}, cache, {}, {}, None, torch.device("cpu"), silent).model
+    model = build_model(
+        plan, untied_base, {}, cache, {}, settings.model_dump(), None, torch.device("cpu"), silent
+    ).model
     layers = [module for module in model.modules() if type(module).__name__ == "T5Attention"]
     assert [layer.dropout for layer in layers] == [0.1 if is_on else 0.0] * 6
     others = {module.p for name, module in model.named_modules() if isinstance(module, torch.nn.Dropout)}
