@@ -45,8 +45,7 @@ from t5tune.runs.result import TrainResult, read_result, save_pushed
 from t5tune.settings import DatasetSettings, TrainSettings
 from t5tune.settings.dataset_list import PATHS_OF_DATASETS
 from t5tune.settings.dataset_spec import DatasetSpec, list_shared
-from t5tune.settings.groups.base import BaseModelSettings
-from t5tune.settings.groups.data import SplitSettings
+from t5tune.settings.groups.data import SplitSettings, TrainingDataSettings
 from t5tune.settings.records_in_memory import find_kept_path
 
 
@@ -225,7 +224,7 @@ def set_up_run_folder(settings: TrainSettings, locks: ExitStack, report: Report 
         for note in list_notes(plan) if state.is_new else []:
             report(Note(note))
         folder.record(commits=commits)
-        _prepare_data(kept, pin_commits(plan, commits), folder, state.checkpoint, report)
+        _prepare_data(pin_commits(plan, commits), folder, state.checkpoint, report)
     return folder
 
 
@@ -279,27 +278,23 @@ def _check_no_json_cache(path: Path | None) -> None:
         )
 
 
-def _prepare_data(
-    settings: TrainSettings, plan: RunPlan, folder: RunFolder, checkpoint: Path | None, report: Report
-) -> None:
+def _prepare_data(plan: RunPlan, folder: RunFolder, checkpoint: Path | None, report: Report) -> None:
     """Prepare the data to train and to evaluate on, unless the settings name existing token caches.
 
     Once there is a checkpoint, the data to train on stays as it is: other data is refused.
     """
-    data = locate_data(plan)
-    base = {"model_name_or_path": plan.model.base.model_name_or_path, "revision": plan.model.base.revision}
-    settings = settings.model_copy(update=base)
+    data, given = locate_data(plan), plan.data
     # not in the folder, which is removed if the first start fails
     common = Origin(rejected_file=name_rejected_file(folder.path), run=folder.path)
-    is_elsewhere = data.cache == settings.preprocessed_path and data.cache.parent != folder.path
+    is_elsewhere = data.cache == given.preprocessed_path and data.cache.parent != folder.path
     if is_elsewhere and is_replaced(data.cache, folder.read_record().get("prepared")):
         checkpoint = None  # the data there is another run's: this run's is prepared again
-    if data.cache != Path(settings.data_path[0]):
+    if data.cache != Path(given.data_path[0]):
         origin = replace(common, checkpoint=checkpoint, tokenizer_source=_find_adapter_with_tokens(plan))
-        prepare_datasets(_make_prepare_plan(settings, data.cache, origin), report)
-    if settings.eval_data_path and data.eval_cache not in (None, Path(settings.eval_data_path[0])):
+        prepare_datasets(_make_prepare_plan(plan, data.cache, origin), report)
+    if given.eval_data_path and data.eval_cache not in (None, Path(given.eval_data_path[0])):
         origin = replace(common, tokenizer_source=data.cache, setting="eval_data_path", is_evaluation=True)
-        prepare_datasets(_make_prepare_plan(settings, data.eval_cache, origin), report)
+        prepare_datasets(_make_prepare_plan(plan, data.eval_cache, origin), report)
     folder.record(prepared=hash_prepared(data.cache) if is_elsewhere else None)
     if data.eval_cache is not None:
         _check_same_tokenizer(data.cache, data.eval_cache)
@@ -334,38 +329,38 @@ def _check_same_tokenizer(cache: Path, eval_cache: Path) -> None:
     )
 
 
-def _make_prepare_plan(settings: TrainSettings, folder: Path, origin: Origin) -> PreparePlan:
-    is_eval = origin.is_evaluation
-    datasets = _resolve_evaluation_datasets(settings) if is_eval else _resolve_training_datasets(settings)
+def _make_prepare_plan(plan: RunPlan, folder: Path, origin: Origin) -> PreparePlan:
+    data, is_eval = plan.data, origin.is_evaluation
+    datasets = _resolve_evaluation_datasets(data) if is_eval else _resolve_training_datasets(data)
     # train holds out examples itself, so that a change of eval_fraction or of a seed needs no new cache; but of raw
     # text, a seed determines how many tokens are masked: for evaluations, the seed that runs to be compared share
-    is_masked = settings.is_raw_text or any(each.is_raw_text for each in datasets if each.cache is None)
-    seed = settings.split_seed if is_eval else settings.seed
+    is_masked = data.is_raw_text or any(each.is_raw_text for each in datasets if each.cache is None)
+    seed = data.split_seed if is_eval else data.seed
     return PreparePlan(
         datasets=datasets,
-        base=settings.select_part(BaseModelSettings),
+        base=plan.model.base,
         output_dir=folder,
         split=SplitSettings(eval_fraction=0.0, split_seed=0, seed=seed if is_masked else 0),
-        add_tokens=settings.add_tokens,
-        mixing=Mixing() if is_eval else choose_mixing(settings) or Mixing(),
+        add_tokens=data.add_tokens,
+        mixing=Mixing() if is_eval else choose_mixing(data) or Mixing(),
         origin=origin,
     )
 
 
-def _resolve_training_datasets(settings: TrainSettings) -> Sequence[DatasetSpec]:
-    datasets = settings.list_datasets()
-    given = find_given_examples(settings.data_path, settings.data)
-    if given is not None and is_prepared(given):
-        datasets = [DatasetSettings(path=[str(cache)], name=name) for name, cache in list_caches(given).items()]
-    return resolve_datasets(datasets, list_shared(settings))
+def _resolve_training_datasets(data: TrainingDataSettings) -> Sequence[DatasetSpec]:
+    datasets = data.list_datasets()
+    if (given := find_given_examples(data.data_path, data.data)) is not None:  # data_subset is for the evaluation data
+        caches = list_caches(given) if is_prepared(given) else {None: given}
+        datasets = [DatasetSettings(path=[str(cache)], name=name) for name, cache in caches.items()]
+    return resolve_datasets(datasets, list_shared(data))
 
 
-def _resolve_evaluation_datasets(settings: TrainSettings) -> Sequence[DatasetSpec]:
-    command = list_shared(settings)
+def _resolve_evaluation_datasets(data: TrainingDataSettings) -> Sequence[DatasetSpec]:
+    command = list_shared(data)
     command.pop("num_data", None)  # it is how many are trained on
-    if settings.eval_data is None:
-        return resolve_datasets(settings.list_evaluation_datasets(), command, setting="eval_data_path")
-    if settings.data_subset is not None:  # that of the training data is that of the other splits, too
-        command["data_subset"] = settings.data_subset
-    trained = _resolve_training_datasets(settings)
-    return resolve_datasets(settings.list_evaluation_datasets(), command, setting="eval_data", trained=trained)
+    if data.eval_data is None:
+        return resolve_datasets(data.list_evaluation_datasets(), command, setting="eval_data_path")
+    if data.data_subset is not None:  # that of the training data is that of the other splits, too
+        command["data_subset"] = data.data_subset
+    trained = _resolve_training_datasets(data)
+    return resolve_datasets(data.list_evaluation_datasets(), command, setting="eval_data", trained=trained)
