@@ -1,7 +1,10 @@
 """How numbers, counts, sizes, durations, names of metrics and long texts are written, in messages and HTML pages."""
 
+import hashlib
+import json
 import math
 from collections.abc import Mapping
+from typing import Any
 
 GIB = 1 << 30  # bytes
 SIZE_UNITS = {"GiB": GIB, "MiB": 1 << 20, "KiB": 1 << 10}
@@ -41,6 +44,17 @@ def format_duration(seconds: float) -> str:
 def shorten(text: str, limit: int = 60) -> str:
     """Cut a text to at most `limit` characters, the last of which is then an ellipsis."""
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
+def abbreviate_value(value: Any) -> str:
+    """Write a value as JSON; a long one in part, with a hash of all of it."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else f"{text[:60]}… ({hashlib.sha256(text.encode()).hexdigest()[:8]})"
+
+
+def describe_change(name: str, before: Any, now: Any) -> str:
+    """Describe a value that differs: `learning_rate: 0.0003 before, 0.001 now`."""
+    return f"{name}: {abbreviate_value(before)} before, {abbreviate_value(now)} now"
 
 
 def format_metric_name(name: str) -> str:

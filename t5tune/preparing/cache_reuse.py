@@ -1,7 +1,5 @@
 """Decide what happens to an output folder that exists: its token cache is kept, replaced or protected."""
 
-import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -12,6 +10,7 @@ from t5tune.data.caches.examples import PREPARED_CONTENTS
 from t5tune.data.caches.prepared import is_prepared, list_caches
 from t5tune.errors import DataError, SettingsError
 from t5tune.file_names import ADAPTER_CONFIG_FILE, MIXTURE_FILE
+from t5tune.formatting import describe_change
 from t5tune.io.reasons import join_first
 
 
@@ -83,7 +82,7 @@ def describe_differences(before: dict[str, Any], now: dict[str, Any]) -> dict[st
     return {
         name: _describe_files(before.get(name), value)
         if name == "data"
-        else f"{name}: {abbreviate_value(before.get(name))} before, {abbreviate_value(value)} now"
+        else describe_change(name, before.get(name), value)
         for name, value in now.items()
         if before.get(name) != value
     }
@@ -123,9 +122,3 @@ def format_weights_flag(folder: Path) -> str:
     """Write the flag by which a new run starts from the weights in a checkpoint or a run folder."""
     is_adapter = (folder / ADAPTER_CONFIG_FILE).is_file()
     return f"{'--adapter' if is_adapter else '--model-name-or-path'} {folder}"
-
-
-def abbreviate_value(value: Any) -> str:
-    """Write a value as JSON; a long one in part, with a hash of all of it."""
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 80 else f"{text[:60]}… ({hashlib.sha256(text.encode()).hexdigest()[:8]})"

@@ -5,7 +5,6 @@ SHA-256 hashes, fsyncs everything and renames the folder to checkpoint-N. A run 
 checkpoint that passes verification.
 """
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -19,7 +18,7 @@ from t5tune.file_names import (
     RESULT_FILE,
     SETTINGS_FILE,
 )
-from t5tune.io.atomic import encode_json, fsync_tree, hash_file, write_json
+from t5tune.io.atomic import encode_json, fsync_tree, hash_file, hash_json, write_json
 from t5tune.io.untrusted import check_inside, resolve_inside
 from t5tune.progress import Note, Report
 from t5tune.settings.groups.base import InferenceSettings
@@ -48,7 +47,7 @@ def write_manifest(folder: Path, step: int, world_size: int, run_identity: dict[
     fsync_tree(folder)
     manifest: dict[str, Any] = {"format": CHECKPOINT_FORMAT, "step": step, "world_size": world_size}
     manifest |= {"made_of": run_identity, "files": files}
-    write_json(folder / CHECKPOINT_MANIFEST_FILE, {**manifest, "sha256": _hash_manifest(manifest)})
+    write_json(folder / CHECKPOINT_MANIFEST_FILE, {**manifest, "sha256": hash_json(manifest)})
 
 
 def verify(folder: Path) -> str | None:
@@ -101,13 +100,9 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: missing or broken") from error
     if version != CHECKPOINT_FORMAT:
         raise CheckpointError(f"{path}: format {version}; this version of t5tune reads format {CHECKPOINT_FORMAT}")
-    if not is_as_written or _hash_manifest(manifest) != digest:
+    if not is_as_written or hash_json(manifest) != digest:
         raise CheckpointError(f"{path}: differs from what was written")
     return dict(manifest)
-
-
-def _hash_manifest(manifest: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def list_checkpoints(run: Path) -> list[Path]:

@@ -9,8 +9,6 @@ optimizer step, however these are divided among ranks and micro-batches. With to
 micro-batch contains, it is `batch_tokens`, the number of tokens, however the micro-batches are divided among ranks.
 """
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +17,8 @@ from t5tune.checkpoints.zero.optimizer import read_zero_optimizer
 from t5tune.checkpoints.zero.shards import find_deepspeed_folder
 from t5tune.data.caches.examples import Examples
 from t5tune.errors import CheckpointError, SettingsError
-from t5tune.formatting import format_count
-from t5tune.io.atomic import hash_file
+from t5tune.formatting import abbreviate_value, describe_change, format_count
+from t5tune.io.atomic import hash_file, hash_json
 from t5tune.preparing.cache_reuse import format_weights_flag, make_resume_error
 from t5tune.runs.checkpoints import read_run_identity
 from t5tune.runs.plan import RunPlan
@@ -106,7 +104,7 @@ def check_run_identity(checkpoint: Path, now: dict[str, Any], plan: RunPlan) -> 
     then = read_run_identity(checkpoint)
     _check_shards(checkpoint, then, now)
     different = {
-        name: f"{name}: {_abbreviate(then.get(name))} before, {_abbreviate(now.get(name))} now"
+        name: describe_change(name, then.get(name), now.get(name))
         for name in now | then
         if then.get(name) != now.get(name) and name not in NOT_COMPARED
     }
@@ -183,7 +181,7 @@ def check_finished_run(folder: Path, then: Settings, now: Settings) -> None:
         if name in PATHS_OF_DATASETS:
             different += _describe_datasets(name, _resolve_datasets(old), _resolve_datasets(new))
             continue
-        format_value = _format_in_full if name in paths else _abbreviate
+        format_value = _format_in_full if name in paths else abbreviate_value
         different.append(f"{name}: {format_value(old)} before, {format_value(new)} now")
     if different:
         raise SettingsError(
@@ -214,7 +212,7 @@ def _describe_datasets(name: str, old: list[dict[str, Any]], new: list[dict[str,
     if len(old) != len(new):
         return [f"{name}: {format_count(len(old), 'dataset')} before, {len(new)} now"]
     return [
-        f"{name}[{number}].{key}: {_abbreviate(then.get(key))} before, {_abbreviate(now.get(key))} now"
+        describe_change(f"{name}[{number}].{key}", then.get(key), now.get(key))
         for number, (then, now) in enumerate(zip(old, new, strict=True))
         for key in {**then, **now}
         if then.get(key) != now.get(key)
@@ -271,13 +269,13 @@ def _describe_sharding(run_identity: dict[str, Any]) -> str:
 
 def hash_examples(examples: Examples) -> str:
     """Hash what is equal for the same examples."""
-    return _hash_mapping(examples.identify())
+    return f"sha256:{hash_json(examples.identify())}"
 
 
 def hash_adapter(folder: Path) -> str:
     """Hash an adapter's files."""
     paths = (path for pattern in ADAPTER_FILES for path in sorted(folder.glob(pattern)))
-    return _hash_mapping({path.name: hash_file(path) for path in paths})
+    return f"sha256:{hash_json({path.name: hash_file(path) for path in paths})}"
 
 
 def _describe_mixing(examples: Examples) -> dict[str, Any]:
@@ -290,12 +288,3 @@ def _describe_mixing(examples: Examples) -> dict[str, Any]:
         for dataset, rate in zip(examples.datasets, examples.rates, strict=True)
     }
     return dict.fromkeys(names) | {"mixing": rates}
-
-
-def _hash_mapping(hashes: dict[str, Any]) -> str:
-    return f"sha256:{hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()}"
-
-
-def _abbreviate(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 40 else f"{text[:19]}…{text[-1]}"

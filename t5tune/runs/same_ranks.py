@@ -20,7 +20,7 @@ from t5tune.data.caches.examples import Examples
 from t5tune.distributed.collectives import all_gather, run_on_rank_0
 from t5tune.distributed.world import World
 from t5tune.errors import SettingsError
-from t5tune.preparing.cache_reuse import abbreviate_value
+from t5tune.formatting import abbreviate_value
 from t5tune.runs.resume_guard import hash_examples
 from t5tune.settings import packaged_templates
 from t5tune.settings.affects import Affects, select_settings

@@ -207,8 +207,10 @@ def _parse_raw_text(value: dict[str, Any], location: RecordLocation, reading: Re
         column = "text"  # in which the whole file is
     if column not in value:
         found = _list_keys(value)
-        advice = _suggest_key(column, value.keys()) or "; name the text's key with --source-column"
-        raise RejectionError("unknown_format", f"no key {column}, which raw text has; its keys are {found}{advice}")
+        key = _suggest_key(column, value.keys())
+        problem = f"no key {column}, which raw text has; its keys are {found}"
+        advice = key or "; name the text's key with --source-column"
+        raise RejectionError("unknown_format", problem + advice, suggests_key=bool(key))
     text = normalize_text(parse_text(column, value[column]), repairs)
     text = clean(text, repairs) if reading.clean else text
     if not text.strip():
@@ -384,11 +386,12 @@ def _parse_pair(
     """Parse the columns `source` and `target`. The source may be a list of turns."""
     if missing := [name for name in (source, target) if name not in value]:
         found = _list_keys(value)
-        advice = suggest_unwrapping(value) or _suggest_key(missing[0], value.keys() - {source, target})
+        key = _suggest_key(missing[0], value.keys() - {source, target})
+        advice = suggest_unwrapping(value) or key
         if not advice and missing[0] == source and reading.source_column is None:
             advice = "; name the source's with --source-column"
         problem = f"no column {', '.join(missing)}; the record has {found}{advice}"
-        raise RejectionError("unknown_format", problem)
+        raise RejectionError("unknown_format", problem, suggests_key=bool(key))
     answer = parse_text_turn("assistant", target, value[target])
     if has_turns(value[source]):
         if reading.source_prefix:

@@ -107,8 +107,8 @@ def parse_record(record: RawRecord, reading: ReadingSettings) -> Conversation | 
         if record.has_doubtful_header:
             advice = "the first line looks like data: add --no-header to read it as the first row"
             return Rejection(reason, f"{advice}; otherwise, {error}")
-        # a question suggests one of the keys, which shows that the first line has names
-        if str(error).endswith("?") or not reading.header:
+        # a key that is suggested shows that the first line has names
+        if error.suggests_key or not reading.header:
             return error.rejection
         return Rejection(reason, f"if the first line is data, add --no-header; otherwise, {error}")
     if not repairs:

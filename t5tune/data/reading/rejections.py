@@ -76,9 +76,14 @@ class Rejection(NamedTuple):
 
 
 class RejectionError(Exception):
-    """Raised for a record that can't be used, with its `rejection`."""
+    """Raised for a record that can't be used, with its `rejection`.
 
-    def __init__(self, reason: str, message: str) -> None:
+    Args:
+        suggests_key: whether the message suggests one of the record's keys.
+    """
+
+    def __init__(self, reason: str, message: str, suggests_key: bool = False) -> None:
+        self.suggests_key = suggests_key
         self.rejection = Rejection(reason, make_printable(message))
         super().__init__(self.rejection.message)
 

@@ -10,14 +10,13 @@ A special token that a template spells out, such as `<end_of_turn>`, becomes tha
 stays text, so each piece knows which of its characters come from the record.
 """
 
-import hashlib
-import json
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from t5tune.data.reading.formats import Conversation
 from t5tune.errors import SettingsError, suggest_name
+from t5tune.io.atomic import hash_json
 from t5tune.io.yaml_file import read_yaml
 from t5tune.settings.packaged_templates import find_conversation_template
 
@@ -47,7 +46,7 @@ class Template:
     @property
     def hash(self) -> str:
         """SHA-256 of the template, which the cache's manifest contains."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        return hash_json(asdict(self))
 
     @property
     def answer_suffix(self) -> str:
