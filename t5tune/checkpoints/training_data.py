@@ -16,6 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from t5tune.errors import CheckpointError
 from t5tune.file_names import TRAINING_DATA_FILE
+from t5tune.formatting import shorten
 from t5tune.io.atomic import encode_json, write_file
 from t5tune.io.untrusted import has_file, read_json_object
 from t5tune.settings.groups.record_format import DataFormat, Objective, ReadingSettings
@@ -129,12 +130,12 @@ def read_training_data(folder: Path) -> TrainingData | None:
     values = read_json_object(folder, TRAINING_DATA_FILE)
     if (version := values.pop("format", None)) != TRAINING_DATA_FORMAT:
         raise CheckpointError(
-            f"{path}: format {version!r:.40}; this version of t5tune reads format {TRAINING_DATA_FORMAT}"
+            f"{path}: format {shorten(repr(version), 40)}; this version of t5tune reads format {TRAINING_DATA_FORMAT}"
         )
     try:
         # as JSON text: in strict mode pydantic doesn't build a dataclass from a dict
         return TypeAdapter(TrainingData).validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
         key = str(error.errors()[0]["loc"][0])
-        found = f"invalid value {values[key]!r:.80}" if key in values else "missing"
+        found = f"invalid value {shorten(repr(values[key]), 80)}" if key in values else "missing"
         raise CheckpointError(f"{path}: {key}: {found}", hint="copy the file from the run folder again") from None

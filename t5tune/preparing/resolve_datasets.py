@@ -18,6 +18,7 @@ from t5tune.data.caches.cache import read_manifest
 from t5tune.data.caches.prepared import find_caches, has_examples
 from t5tune.data.tokens.templates import Template, load_template
 from t5tune.errors import DataError, SettingsError
+from t5tune.formatting import shorten
 from t5tune.io.reasons import join_first
 from t5tune.progress import Note, Report, silent
 from t5tune.settings.affects import Affects, select_settings
@@ -150,7 +151,9 @@ def _find_conflicts(
             ignored |= {"objective"}
         for name in sorted(given.keys() & inputs.keys() - ignored):
             if given[name] != inputs[name]:
-                values = f"{given[name]!r:.80} here, {inputs[name]!r:.80} in the cache {cache}"
+                values = (
+                    f"{shorten(repr(given[name]), 80)} here, {shorten(repr(inputs[name]), 80)} in the cache {cache}"
+                )
                 problems.setdefault(name, f"{name}: {values}; {step}")
         name = "conversation_template"
         template = None if given.get(name) is None else find_template(given[name])

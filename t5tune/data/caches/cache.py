@@ -39,7 +39,7 @@ from t5tune.file_names import (
     TOKENS_FILE,
     TRAINING_DATA_FILE,
 )
-from t5tune.formatting import format_count
+from t5tune.formatting import format_count, shorten
 from t5tune.io.atomic import hash_file
 from t5tune.io.folder_kinds import describe_folder
 from t5tune.io.reasons import describe_error
@@ -347,7 +347,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             TypeAdapter(kind).validate_python(manifest.get(name), strict=True)
         except ValidationError as error:
             reason = describe_value_error(error.errors()[0])
-            found = f"{manifest[name]!r:.80}: {reason}" if name in manifest else "missing"
+            found = f"{shorten(repr(manifest[name]), 80)}: {reason}" if name in manifest else "missing"
             raise DataError(f"{path}: {name}: {found}", hint="run t5tune prepare again") from None
     return manifest
 

@@ -18,6 +18,7 @@ from t5tune.data.caches.examples import MIXTURE_FORMAT, Dataset, Examples
 from t5tune.data.caches.mixing import Mixing
 from t5tune.errors import DataError
 from t5tune.file_names import MIXTURE_FILE
+from t5tune.formatting import shorten
 from t5tune.io.reasons import describe_error
 from t5tune.io.untrusted import parse_json_object
 from t5tune.settings.dataset_list import DatasetName, Weight, check_names_differ, check_weights
@@ -72,7 +73,7 @@ def _read_mixture(folder: Path) -> tuple[dict[str, Any], _SavedMixture]:
         problem = f"{path}: not the manifest of a token cache ({describe_error(error)})"
         raise DataError(problem, hint=PREPARE_AGAIN) from error
     if (version := manifest.get("format")) != MIXTURE_FORMAT:
-        problem = f"{path}: format {version!r:.40}; this version of t5tune reads format {MIXTURE_FORMAT}"
+        problem = f"{path}: format {shorten(repr(version), 40)}; this version of t5tune reads format {MIXTURE_FORMAT}"
         raise DataError(problem, hint=PREPARE_AGAIN)
     try:
         # as JSON: in strict mode pydantic doesn't build a dataclass from a dict; it has no lone surrogates, which names
@@ -85,7 +86,7 @@ def _read_mixture(folder: Path) -> tuple[dict[str, Any], _SavedMixture]:
             raise ValueError(f"weight: has no effect with mixing {saved.mixing.kind}; set mixing.kind to weights")
     except ValidationError as error:
         detail = error.errors()[0]
-        found = "" if detail["type"] == "missing" else f"{detail['input']!r:.80}: "
+        found = "" if detail["type"] == "missing" else f"{shorten(repr(detail['input']), 80)}: "
         problem = f"{path}: {format_place(detail['loc'])}: {found}{describe_value_error(detail)}"
         raise DataError(problem, hint=CORRECT_IT) from None
     except ValueError as error:

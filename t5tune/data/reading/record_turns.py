@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 from t5tune.data.reading.record_labels import find_weight
 from t5tune.data.reading.rejections import RejectionError
 from t5tune.data.reading.tool_calls import CALL_PART_TYPES, find_tool_calls, join_tool_calls, read_tool_call_part
+from t5tune.formatting import shorten
 
 Role = Literal["human", "assistant"]
 Speaker = Literal["system", "human", "assistant"]
@@ -70,7 +71,7 @@ def _parse_turn(where: str, item: Any, repairs: Counter[str]) -> RecordTurn:
     speaker = item[names[0]]
     role = SPEAKERS.get(speaker.strip().lower()) if isinstance(speaker, str) else None
     if role is None:
-        problem = f"{where}: unknown role {speaker!r:.80}; known roles: {', '.join(SPEAKERS)}"
+        problem = f"{where}: unknown role {shorten(repr(speaker), 80)}; known roles: {', '.join(SPEAKERS)}"
         raise RejectionError("unknown_role", problem)
     said, calls = _separate_tool_calls(where, item.get(names[1]), repairs)
     used, learned = set(names), True

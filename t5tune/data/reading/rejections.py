@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from t5tune.data.reading.text_encoding import decode_record, is_escaped_utf8
 from t5tune.errors import make_printable
+from t5tune.formatting import shorten
 from t5tune.io.reasons import describe_json_error
 
 INTEGER_RANGE = range(-(1 << 63), 1 << 64)
@@ -65,7 +66,7 @@ class RecordLocation:
 
     def __str__(self) -> str:
         """The file, the line and the key, for messages."""
-        return f"{self.file}:{self.line}" + (f": {self.key!r:.60}" if self.key is not None else "")
+        return f"{self.file}:{self.line}" + (f": {shorten(repr(self.key), 60)}" if self.key is not None else "")
 
 
 class Rejection(NamedTuple):
@@ -128,7 +129,7 @@ def check_characters(value: Any, where: str = "the record") -> None:
     if isinstance(value, str):
         if found := _FORBIDDEN.search(value):
             reason = "control_character" if found[0] < " " else "lone_surrogate"
-            raise RejectionError(reason, f"{where[:80]}: U+{ord(found[0]):04X} at character {found.start()}")
+            raise RejectionError(reason, f"{shorten(where, 80)}: U+{ord(found[0]):04X} at character {found.start()}")
     elif isinstance(value, dict):
         for key, item in value.items():
             check_characters(key, "a key")
@@ -170,13 +171,13 @@ def _parse_constant(name: str) -> Any:
 
 def _parse_integer(digits: str) -> int:
     if len(digits) > 20 or int(digits) not in INTEGER_RANGE:
-        raise RejectionError("bad_number", f"{digits[:24]}{'…' if len(digits) > 24 else ''} does not fit in 64 bits")
+        raise RejectionError("bad_number", f"{shorten(digits, 24)} does not fit in 64 bits")
     return int(digits)
 
 
 def _parse_float(digits: str) -> float:
     if not math.isfinite(float(digits)):
-        raise RejectionError("bad_number", f"{digits[:24]} does not fit in 64 bits")
+        raise RejectionError("bad_number", f"{shorten(digits, 24)} does not fit in 64 bits")
     return float(digits)
 
 

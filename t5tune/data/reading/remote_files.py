@@ -17,6 +17,7 @@ from urllib.parse import unquote, urlsplit
 
 from t5tune.data.reading.files import find_data_suffix
 from t5tune.errors import CheckpointError, DataError, DependencyError, T5TuneError
+from t5tune.formatting import shorten
 from t5tune.hub.download import get_cache_root
 from t5tune.io.atomic import explain_write_errors, write_json
 from t5tune.io.reasons import hide_queries, join_first, join_lines
@@ -230,4 +231,4 @@ def _explain(asked: str, error: Exception) -> DataError:
 
 
 def _describe(error: Exception) -> str:
-    return hide_queries(join_lines(error))[:200] or type(error).__name__
+    return shorten(hide_queries(join_lines(error)), 200) or type(error).__name__

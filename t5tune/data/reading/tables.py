@@ -16,7 +16,7 @@ from t5tune.data.reading.raw_records import MAX_KEPT_BYTES, RawRecord, make_too_
 from t5tune.data.reading.rejections import RecordLocation, Rejection
 from t5tune.data.reading.text_encoding import decode_record
 from t5tune.errors import DataError, DependencyError
-from t5tune.formatting import format_count
+from t5tune.formatting import format_count, shorten
 from t5tune.io.reasons import join_first
 from t5tune.settings.groups.record_format import ReadingSettings
 
@@ -225,7 +225,7 @@ def read_parquet(path: Path, max_bytes: int) -> Iterator[RawRecord]:
         raise
     except Exception as error:  # pyarrow raises its own exceptions and many of Python's
         # further lines point into pyarrow's C++ code
-        reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
+        reason = shorten(next(iter(str(error).splitlines()), type(error).__name__), 200)
         problem = f"{path}: row {index}: broken Parquet: {reason}"
         raise DataError(problem, hint="download or copy the file again") from error
 

@@ -28,6 +28,7 @@ from t5tune.file_names import (
     TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
 )
+from t5tune.formatting import shorten
 from t5tune.io.atomic import write_json
 from t5tune.io.reasons import describe_error, join_lines
 from t5tune.io.untrusted import parse_json_object
@@ -244,7 +245,7 @@ def _load_backend(file: Path, config: dict[str, Any], names: dict[str, str]) -> 
     except BaseException as error:  # tokenizers raises Exception or its Rust PanicException, protobuf DecodeError
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise ModelError(f"{file}: can't be read: {join_lines(error)[:300]}") from error
+        raise ModelError(f"{file}: can't be read: {shorten(join_lines(error), 300)}") from error
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from t5tune.errors import find_close_name
+from t5tune.formatting import shorten
 from t5tune.settings.affects import Affects
 from t5tune.settings.denoisers import find_denoisers
 from t5tune.settings.field_types import NoneIfUnset, OptionalCount, PathAsText, Settings, WordList
@@ -157,7 +158,9 @@ class ReadingSettings(Settings):
         if not self.is_raw_text and "denoisers" in self.model_fields_set and self.denoisers != ["t5"]:
             raise ValueError(f"denoisers: {' '.join(self.denoisers)}: only for objective span-corruption")
         if not self.reads_preferences and self.rejected_column is not None:
-            raise ValueError(f"rejected_column: {self.rejected_column!r:.80}: only for objective dpo and orpo")
+            raise ValueError(
+                f"rejected_column: {shorten(repr(self.rejected_column), 80)}: only for objective dpo and orpo"
+            )
         for name in NOT_OF_PREFERENCES & self.model_fields_set if self.reads_preferences else ():
             if (value := getattr(self, name)) != type(self).model_fields[name].default:
                 problem = f"{name}: {value}, but objective {self.objective} learns the last answers of each record"
@@ -166,7 +169,7 @@ class ReadingSettings(Settings):
             return self
         for name in ("target_column", "source_prefix"):
             if value := getattr(self, name):
-                raise ValueError(f"{name}: {value!r:.80}, but objective {self.objective} doesn't use it")
+                raise ValueError(f"{name}: {shorten(repr(value), 80)}, but objective {self.objective} doesn't use it")
         if self.data_format != "auto":
             raise ValueError(f"data_format: {self.data_format}, but objective {self.objective} reads raw text")
         for name in NOT_OF_RAW_TEXT & self.model_fields_set:
@@ -180,7 +183,9 @@ class ReadingSettings(Settings):
             return self
         for name in ("source_column", "target_column", "rejected_column", "source_prefix"):
             if (value := getattr(self, name)) and self.data_format not in PAIR_FORMATS:
-                raise ValueError(f"{name}: {value!r:.80}, but data_format {self.data_format} doesn't use it")
+                raise ValueError(
+                    f"{name}: {shorten(repr(value), 80)}, but data_format {self.data_format} doesn't use it"
+                )
         return self
 
 
