@@ -73,7 +73,9 @@ def resolve_datasets(
         layers: list[Mapping[str, Any]] = [namesakes.get(name, {}), command]
         try:
             if recorded is not None:
-                layers = _add_recorded(dataset, command, recorded, report)
+                layers, note = _add_recorded(dataset, command, recorded)
+                if note is not None:
+                    report(Note(f"dataset {name}: {note}" if len(datasets) > 1 else note))
             specs.append(complete_dataset(name, dataset, *layers))
             check_objective(specs[-1], command.get("objective", "sft"))
         except SettingsError as error:
@@ -167,11 +169,14 @@ def _find_conflicts(
 
 
 def _add_recorded(
-    dataset: DatasetSettings, command: Mapping[str, Any], recorded: TrainingData, report: Report
-) -> list[Mapping[str, Any]]:
-    """Return what counts below a dataset's own values: the settings of the command, then how training read its data.
+    dataset: DatasetSettings, command: Mapping[str, Any], recorded: TrainingData
+) -> tuple[list[Mapping[str, Any]], str | None]:
+    """Find what counts below a dataset's own values: the settings of the command, then how training read its data.
 
     Raw text is read like raw text only, and other records like other records.
+
+    Returns:
+        These, and a note that says which values are those of training, if some are.
     """
     namesake = next((each for each in recorded.datasets if each.name == dataset.name), None)
     first = {"objective": RAW_TEXT} if namesake is not None and namesake.objective == RAW_TEXT else {}
@@ -182,16 +187,15 @@ def _add_recorded(
     candidates = candidates or [recorded, *recorded.datasets]
     found = next((each for each in candidates if (each.objective == RAW_TEXT) == is_raw_text), None)
     if found is None:
-        return [first, command]
+        return [first, command], None
     left_out = LAYOUT if given.keys() & LAYOUT else set[str]()  # who names one column describes the whole layout
     names = [name for name in (*READING, *(["denoisers"] if is_raw_text else [])) if name not in left_out]
     defaults = {name: field.get_default() for name, field in DatasetSpec.model_fields.items()}
     values = {name: value for name in names if (value := getattr(found, name)) != defaults[name]}
-    if inherited := {name: value for name, value in put_over(given, values).items() if name not in given}:
-        where = f"dataset {dataset.name}: " if dataset.name is not None else ""
-        report(Note(f"{where}as in training: {', '.join(f'{name} {_format(inherited[name])}' for name in inherited)}"))
+    inherited = {name: value for name, value in put_over(given, values).items() if name not in given}
+    note = f"as in training: {', '.join(f'{name} {_format(value)}' for name, value in inherited.items())}"
     template = {} if found is not namesake else {"conversation_template": dataset.name}
-    return [first, command, {**values, **template}]
+    return [first, command, {**values, **template}], note if inherited else None
 
 
 def _format(value: str | list[str] | None) -> str:

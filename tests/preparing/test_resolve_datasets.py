@@ -93,6 +93,5 @@ def test_a_model_is_evaluated_on_data_that_is_read_as_in_its_training() -> None:
     texts = resolve(DatasetSettings(path="b.txt", name="texts"), source_prefix="x: ")
     assert (texts.objective, texts.denoisers, texts.source_prefix) == ("span-corruption", ["ul2"], "")
     assert notes == [
-        "dataset a: as in training: source_prefix 'a: '", "as in training: source_column 'q'",
-        "dataset texts: as in training: denoisers ul2",
+        "as in training: source_prefix 'a: '", "as in training: source_column 'q'", "as in training: denoisers ul2",
     ]  # fmt: skip
