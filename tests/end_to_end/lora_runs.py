@@ -7,10 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from t5tune.commands.evaluate import evaluate
-from t5tune.settings import (
-    EvaluateSettings,
-    TrainSettings,
-)
+from t5tune.settings import EvaluateSettings, TrainSettings
 from tests.support import train_runs
 
 NORMS = ["layer_norm", "relative_attention_bias"]  # the first one also names every final_layer_norm

@@ -16,10 +16,7 @@ from t5tune.commands.merge import merge
 from t5tune.commands.train import train
 from t5tune.errors import CheckpointError
 from t5tune.runs.result import TrainResult
-from t5tune.settings import (
-    ExportSettings,
-    MergeSettings,
-)
+from t5tune.settings import ExportSettings, MergeSettings
 from tests.end_to_end.lora_runs import loss_of, make_settings
 from tests.support.adapters import load_stock_base, make_stock_adapter
 from tests.support.bases import make_base

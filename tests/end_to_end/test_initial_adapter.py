@@ -16,10 +16,7 @@ from t5tune.commands.prepare import prepare
 from t5tune.commands.train import train
 from t5tune.errors import CheckpointError
 from t5tune.progress import Event, Note
-from t5tune.settings import (
-    ChatSettings,
-    PrepareSettings,
-)
+from t5tune.settings import ChatSettings, PrepareSettings
 from tests.end_to_end.lora_runs import NORMS, make_settings, trained_adapter
 from tests.support.adapters import compute_logits, load_stock_base
 from tests.support.caches import open_only

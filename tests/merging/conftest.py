@@ -4,9 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.adapters import (
-    make_stock_adapter,
-)
+from tests.support.adapters import make_stock_adapter
 
 
 @pytest.fixture(scope="module")

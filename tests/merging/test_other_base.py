@@ -11,21 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from t5tune.checkpoints.base_tensors import Checkpoint
-from t5tune.checkpoints.fingerprint import (
-    FINGERPRINT_BYTES,
-    compute_fingerprint,
-    compute_full_hash,
-)
+from t5tune.checkpoints.fingerprint import FINGERPRINT_BYTES, compute_fingerprint, compute_full_hash
 from t5tune.commands.merge import merge
 from t5tune.errors import CheckpointError
 from t5tune.progress import Note
 from t5tune.settings import MergeSettings
 from tests.merging.cases import change_config, list_folder, run_merge
-from tests.support.adapters import (
-    add_base_metadata,
-    load_stock_base,
-    make_stock_adapter,
-)
+from tests.support.adapters import add_base_metadata, load_stock_base, make_stock_adapter
 
 
 def test_without_a_base_the_one_that_the_adapter_names_is_used_and_reported(

@@ -12,8 +12,8 @@ from t5tune.commands.merge import merge
 from t5tune.errors import SettingsError
 from t5tune.progress import Note
 from t5tune.settings import MergeSettings
-from tests.commands.test_merge import SCALE
 from tests.merging.cases import PREFIX, run_merge
+from tests.merging.test_merge import SCALE
 from tests.support.adapters import add_base_metadata, load_stock_base, make_stock_adapter
 from tests.support.bases import make_base
 

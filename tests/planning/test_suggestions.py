@@ -10,9 +10,7 @@ import pytest
 import torch
 
 from t5tune.commands.plan import _find_largest_batch_size
-from t5tune.planning.layer_memory import (
-    BatchLengths,
-)
+from t5tune.planning.layer_memory import BatchLengths
 from t5tune.planning.run_memory import Machine
 from t5tune.settings import TrainSettings, load_settings
 from t5tune.settings.field_types import parse_gpu_memory

@@ -144,12 +144,12 @@ def stop_in_prepare() -> None:
     """From here on, rank 0 gets a SIGTERM when it starts to prepare the data."""
     import t5tune.commands.train as module
 
-    prepare = module.prepare
+    prepare_datasets = module.prepare_datasets
 
-    def interrupted(settings: Any, report: Any, *rest: Any) -> Any:
-        return prepare(settings, stop_at(Started("prepare", None, "records")), *rest)
+    def interrupted(plan: Any, report: Any) -> Any:
+        return prepare_datasets(plan, stop_at(Started("prepare", None, "records")))
 
-    module.prepare = interrupted
+    module.prepare_datasets = interrupted
 
 
 def test_a_signal_while_rank_0_prepares_the_data_stops_all_ranks(

@@ -9,9 +9,7 @@ import pytest
 
 from t5tune import cli
 from t5tune.cli import command
-from t5tune.settings import (
-    Settings,
-)
+from t5tune.settings import Settings
 
 
 @pytest.fixture

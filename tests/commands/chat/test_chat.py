@@ -23,6 +23,7 @@ from tests.support.adapters import make_stock_adapter
 from tests.support.bases import make_base
 from tests.support.caches import open_only
 from tests.support.command_line import CommandResult, t5tune_in_fork
+from tests.support.paths import REPOSITORY
 
 
 def test_run_adapter_and_merged_checkpoint_give_the_same_reply(made: dict[str, Path], untied_base: Path) -> None:
@@ -38,7 +39,7 @@ def test_run_adapter_and_merged_checkpoint_give_the_same_reply(made: dict[str, P
 def test_the_source_ids_equal_those_of_training(made: dict[str, Path], untied_base: Path) -> None:
     """Both messages of the first conversation with two exchanges become the token ids that training saw."""
     cache = open_only(made["run"] / "data")
-    lines = (Path(__file__).parents[2] / "examples/quickstart/train.jsonl").read_text().splitlines()
+    lines = (REPOSITORY / "examples/quickstart/train.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     place = next(index for index, record in enumerate(records) if len(record["conversations"]) >= 4)
     first = sum(len(record["conversations"]) // 2 for record in records[:place])

@@ -6,9 +6,7 @@ import pytest
 
 from t5tune.commands.prepare import prepare
 from t5tune.commands.train import train
-from t5tune.settings import (
-    PrepareSettings,
-)
+from t5tune.settings import PrepareSettings
 from tests.commands.evaluate.outputs import make_short_settings
 
 

@@ -6,9 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from t5tune.commands.evaluate import EvaluateResult, evaluate
-from t5tune.settings import (
-    EvaluateSettings,
-)
+from t5tune.settings import EvaluateSettings
 from tests.support import train_runs
 
 METRICS = (

@@ -16,9 +16,7 @@ from t5tune.inference.loading import load_for_inference
 from t5tune.model.attention.packing import use_packing
 from t5tune.model.batches import PackedCollator
 from t5tune.runs.checkpoints import verify
-from t5tune.settings import (
-    EvaluateSettings,
-)
+from t5tune.settings import EvaluateSettings
 from tests.commands.evaluate.outputs import EVALUATED, get_metrics, read_predictions, run_evaluate
 from tests.support.caches import open_only
 from tests.support.command_line import CommandResult

@@ -6,9 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from t5tune.settings import (
-    packaged_templates,
-)
+from t5tune.settings import packaged_templates
 from tests.commands.train.commands import make_command
 from tests.support.command_line import CommandResult
 

@@ -16,9 +16,7 @@ from t5tune.commands.train import set_up_run_folder, train
 from t5tune.errors import DataError, SettingsError
 from t5tune.progress import Advanced, Event, Note
 from t5tune.runs.folder import RunFolder
-from t5tune.settings import (
-    MergeSettings,
-)
+from t5tune.settings import MergeSettings
 from tests.commands.train.commands import TWO, make_command
 from tests.support.command_line import t5tune_in_fork
 from tests.support.train_runs import make_settings

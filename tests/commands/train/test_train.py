@@ -33,7 +33,6 @@ from t5tune.settings import (
     TrainSettings,
     load_settings,
 )
-from t5tune.training.callbacks import sample_predictions
 from t5tune.training.trainer import T5Trainer
 from tests.commands.train.commands import make_command
 from tests.support.bases import make_base
@@ -524,8 +523,3 @@ def test_settings_of_examples_that_differ_from_those_of_the_cache_are_refused(
     saved, _ = load_settings(TrainSettings, str(run / "settings.yaml"))
     assert (saved.model_max_length, saved.train_on, saved.add_tokens) == (64, "last", ["auto"])
     assert train(saved).steps == 1  # the run is finished, and the settings are the same
-
-
-def shorten_samples() -> None:
-    """From here on, samples have at most six predicted tokens: under ZeRO-3 every token gathers the whole model."""
-    sample_predictions.MAX_PREDICTED_TOKENS = 6

@@ -11,9 +11,7 @@ from safetensors.torch import load_file
 
 from t5tune.commands.train import train
 from t5tune.errors import ModelError
-from t5tune.settings import (
-    QuantizationSettings,
-)
+from t5tune.settings import QuantizationSettings
 from tests.support.caches import find_cache
 from tests.support.train_runs import make_settings, read_losses
 

@@ -7,10 +7,7 @@ from typing import Any
 import pytest
 
 from t5tune.data.reading.formats import Conversation
-from t5tune.data.reading.rejections import (
-    REJECTION_REASONS,
-    Rejection,
-)
+from t5tune.data.reading.rejections import REJECTION_REASONS, Rejection
 from tests.data.reading.records import read
 
 

@@ -10,9 +10,7 @@ from t5tune.data.reading.files import find_files
 from t5tune.data.reading.formats import Conversation
 from t5tune.data.reading.raw_records import RawRecord, parse_record
 from t5tune.data.reading.readers import read_records
-from t5tune.data.reading.rejections import (
-    Rejection,
-)
+from t5tune.data.reading.rejections import Rejection
 from t5tune.settings.groups.record_format import ReadingSettings
 
 GOOD = '{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes"}]}'

@@ -13,11 +13,7 @@ import pytest
 from pyarrow import parquet
 
 from t5tune.data.reading.formats import Conversation, parse_conversation
-from t5tune.data.reading.rejections import (
-    RecordLocation,
-    Rejection,
-    RejectionError,
-)
+from t5tune.data.reading.rejections import RecordLocation, Rejection, RejectionError
 from t5tune.settings.dataset_list import DatasetSettings
 from t5tune.settings.groups.record_format import ReadingSettings
 from tests.data.reading.records import read

@@ -13,9 +13,7 @@ from hypothesis import strategies as st
 
 from t5tune.data.reading.formats import Conversation
 from t5tune.data.reading.readers import read_records
-from t5tune.data.reading.rejections import (
-    Rejection,
-)
+from t5tune.data.reading.rejections import Rejection
 from t5tune.errors import DataError
 from t5tune.settings.groups.record_format import ReadingSettings
 from tests.data.reading.records import GOOD, LIMIT, make_record, read, read_raw

@@ -12,9 +12,7 @@ from pyarrow import parquet
 
 from t5tune.data.reading.files import find_files
 from t5tune.data.reading.formats import Conversation
-from t5tune.data.reading.rejections import (
-    Rejection,
-)
+from t5tune.data.reading.rejections import Rejection
 from t5tune.errors import DataError
 from tests.data.reading.records import GOOD, LIMIT, make_record, prepare, read, read_raw
 from tests.support.caches import find_cache

@@ -169,7 +169,7 @@ def test_a_seed_is_refused_if_it_differs_from_what_a_token_cache_was_split_or_ma
     cache = make_prepare_settings(untied_base, tmp_path, tmp_path / "cache", data_path=[file], **made)
     prepare(cache)
     mixed = make_prepare_settings(untied_base, tmp_path, tmp_path / "mixed", data_path=[f"{tmp_path / 'cache'}:1"])
-    with pytest.raises(SettingsError, match=f"^{seed}: 7 here, 42 in the cache .*; leave it out, or use the original"):
+    with pytest.raises(SettingsError, match=f"^{seed}: 7 here, 42 in the cache .*; leave it out, or give"):
         prepare(mixed.replace(**{seed: 7}))
     other = "seed" if seed == "split_seed" else "split_seed"
     assert prepare(mixed.replace(**{seed: 42, other: 7})).examples >= 1
