@@ -1,10 +1,12 @@
 """The files that a run's report is made from: metrics.jsonl and samples.json.
 
 metrics.jsonl has a line of metrics every few steps, and a heartbeat if nothing was logged for a while. A run that is
-resumed with other held-out examples says so, since its evaluations can't be compared with those before that line:
+resumed says so, since steps after the one that it resumes from don't count any more; with other held-out examples it
+also says that, since its evaluations can't be compared with those before that line:
 
     {"step": 10, "time": "2026-01-31T12:00:00Z", "loss": 1.25, "learning_rate": 0.0001, ...}
     {"step": 10, "time": "2026-01-31T12:01:00Z", "heartbeat": true}
+    {"step": 10, "time": "2026-01-31T13:00:00Z", "resumed": true}
     {"step": 10, "time": "2026-01-31T13:00:00Z", "new_held_out": true}
 
 NaN and infinity are written as null. The file of a resumed run may contain a step twice: the later line counts.
@@ -27,6 +29,7 @@ from t5tune.io.atomic import append_line
 from t5tune.progress import Note, Report, silent
 
 METRICS_FILE = "metrics.jsonl"
+RESUMED = "resumed"
 NEW_HELD_OUT = "new_held_out"
 SUMMARY = "train_loss"  # of the lines, only the summary at the end has it
 SAMPLES_FILE = "samples.json"
@@ -83,8 +86,8 @@ class Metrics(list[dict[str, Any]]):
 def read_metrics(run_folder: Path | str) -> Metrics:
     """Read the metrics of each step, merged from all of its lines, in step order, without heartbeats.
 
-    Evaluations on held-out examples that the run no longer has are left out. Lines that a kill has truncated are
-    skipped.
+    Left out are steps after the one that a run resumed from, evaluations on other held-out examples than its own, and
+    lines that a kill has truncated.
 
     Raises:
         SettingsError: there is no such folder.
@@ -99,7 +102,9 @@ def read_metrics(run_folder: Path | str) -> Metrics:
             step = int(line["step"])
         except (ValueError, KeyError, TypeError):
             continue
-        if NEW_HELD_OUT in line:
+        if RESUMED in line:
+            steps = {number: values for number, values in steps.items() if number <= step}
+        elif NEW_HELD_OUT in line:
             steps = {number: kept for number, values in steps.items() if (kept := _drop_evaluation(values))}
         elif "heartbeat" not in line:
             steps[step] = steps.get(step, {}) | line

@@ -19,7 +19,7 @@ from t5tune.distributed.collectives import any_rank, get_rank_and_size
 from t5tune.errors import SettingsError
 from t5tune.evaluation.batches import EvaluationStopped
 from t5tune.formatting import format_count, format_held_out_metric, format_number
-from t5tune.runs.metrics_log import NEW_HELD_OUT
+from t5tune.runs.metrics_log import NEW_HELD_OUT, RESUMED
 
 
 class TrainingFlow(TrainerCallback):  # type: ignore[misc]
@@ -75,8 +75,10 @@ class TrainingFlow(TrainerCallback):  # type: ignore[misc]
         if parts.forgets_evaluations:
             state.log_history = [line for line in state.log_history if "eval_loss" not in line]
             state.best_metric = state.best_global_step = None
-        if parts.has_new_held_out and state.is_world_process_zero:
-            self.trainer.metrics_log.write(step, {NEW_HELD_OUT: True})
+        if state.is_world_process_zero:
+            for mark, counts in ((RESUMED, step > 0), (NEW_HELD_OUT, parts.has_new_held_out)):
+                if counts:
+                    self.trainer.metrics_log.write(step, {mark: True})
         if step > 0:
             _seed_new_rank(parts.publisher.run_folder / f"checkpoint-{step}", args.seed, step)
         if self._is_stop_requested():

@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -73,4 +74,16 @@ def test_a_run_that_is_killed_between_its_last_step_and_the_export_has_one_summa
     assert len(summaries) == 1
     assert summaries[0]["train_loss"] == lines[-1]["train_loss"]
     if has_summary:
-        assert after == lines
+        assert [line for line in after if "resumed" not in line] == lines
+
+
+def test_steps_after_the_one_that_a_run_resumes_from_do_not_count(
+    untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    settings = make_settings(untied_base, conversations, tmp_path / "run", max_steps=5, save_steps=2, logging_steps=1)
+    train(settings)
+    shutil.rmtree(tmp_path / "run" / "checkpoint-5")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    (tmp_path / "run" / "result.json").unlink()
+    train(settings.replace(max_steps=3, allow_change=["max_steps"]))
+    assert read_metrics(tmp_path / "run").curve("loss")[0] == [1, 2, 3]
