@@ -121,7 +121,7 @@ def write_folder_atomically(target: Path, replaces: bool = True, is_shared: bool
         replaces: whether a folder with files is replaced. Otherwise `target` must be free or empty, and if it no longer
             is at the end, the new folder gets an unused name, which the error says.
         is_shared: whether other machines may write the same folder at this moment. NFS shows no locks of folders, so
-            what killed processes have left is kept; `remove_abandoned` deletes it later.
+            what killed processes have left is kept until a process that writes the folder alone deletes it.
 
     Raises:
         SettingsError: no folder can be created there, or another process has filled it meanwhile.

@@ -77,9 +77,10 @@ def _prepare_datasets(plan: PreparePlan, report: Report) -> tuple[dict[str, Any]
         _check_rejected_before(sources[name], manifest, job.folder / name)
     parts = Parts(job.folder, {name: source for name, source in sources.items() if name not in reusable})
     if (examples := job.open_up_to_date(reusable)) is not None:
-        remove_abandoned(job.folder)
         if is_divided:
             Parts(job.folder, sources).remove()
+        else:
+            remove_abandoned(job.folder)
         facts |= {"up_to_date": True, "joined": is_divided or None, "datasets": _count_examples(examples)}
         return examples.manifest, facts
     if parts.sources and is_divided:
@@ -253,7 +254,6 @@ class _Job:
             if (joined := self.find_joined(sources)) is None:
                 raise
             examples = joined  # by another process, which deleted the parts
-        remove_abandoned(self.folder)
         parts.remove()
         return examples
 

@@ -46,8 +46,14 @@ def expected(tmp_path: Path) -> dict[str, bytes]:
 
 
 def check_completion(folder: Path, expected: dict[str, bytes], by_join: bool) -> None:
-    """Check that the same command, or --join if all parts are complete, makes the cache and leaves nothing else."""
+    """Check that the same command, or --join if all parts are complete, makes the cache.
+
+    The folder that a killed process was writing may be another machine's. An ordinary prepare deletes it.
+    """
     prepare(make_settings(folder, dedupe="exact", **({"join": True} if by_join else {"shard": "1/2"})))
+    assert bytes_of(folder / "cache") == expected
+    assert {path.name.partition(".new-")[0] for path in folder.iterdir()} <= {"cache", ".cache"}
+    prepare(make_settings(folder, dedupe="exact"))
     assert bytes_of(folder / "cache") == expected
     assert [path.name for path in folder.iterdir()] == ["cache"]
 
