@@ -5,23 +5,23 @@
 Precedence: default < file < environment < flags. All problems are raised together.
 """
 
-from t5tune.settings.commands import (
-    COMMANDS,
-    ChatSettings,
+from t5tune.settings.commands import COMMANDS
+from t5tune.settings.commands.chat import ChatSettings
+from t5tune.settings.commands.evaluate import EvaluateSettings
+from t5tune.settings.commands.export import ExportSettings
+from t5tune.settings.commands.merge import MergeSettings
+from t5tune.settings.commands.plan import PlanSettings
+from t5tune.settings.commands.prepare import PrepareSettings
+from t5tune.settings.commands.serve import ServeSettings
+from t5tune.settings.commands.small import (
     DocsSettings,
     DoctorSettings,
-    EvaluateSettings,
-    ExportSettings,
     InspectSettings,
-    MergeSettings,
-    PlanSettings,
-    PrepareSettings,
     PushSettings,
     SchemaSettings,
-    ServeSettings,
     TemplatesSettings,
-    TrainSettings,
 )
+from t5tune.settings.commands.train import TrainSettings
 from t5tune.settings.dataset_list import DatasetSettings
 from t5tune.settings.field_types import Settings
 from t5tune.settings.groups.base import QuantizationSettings

@@ -18,24 +18,6 @@ from t5tune.settings.commands.small import (
 from t5tune.settings.commands.train import TrainSettings
 from t5tune.settings.field_types import Settings
 
-__all__ = [
-    "COMMANDS",
-    "ChatSettings",
-    "DocsSettings",
-    "DoctorSettings",
-    "EvaluateSettings",
-    "ExportSettings",
-    "InspectSettings",
-    "MergeSettings",
-    "PlanSettings",
-    "PrepareSettings",
-    "PushSettings",
-    "SchemaSettings",
-    "ServeSettings",
-    "TemplatesSettings",
-    "TrainSettings",
-]
-
 COMMANDS: tuple[type[Settings], ...] = (
     PrepareSettings,
     TrainSettings,
