@@ -20,6 +20,7 @@ from t5tune.formatting import format_metrics, format_number, format_size
 from t5tune.progress import Advanced, Evaluated, Event, Finished, Measured, Note, Started
 
 SECONDS_BETWEEN_LINES = 15.0
+SECONDS_BETWEEN_DRAWINGS = 0.1
 SECONDS_WORTH_SHOWING = 1.0  # a bar that took less is erased when it is done
 SECONDS_OF_SPEED = 600.0  # the time left is estimated from the speed in these; steps may take minutes
 WORD, METRIC = r"\S+", r"\S+(?: \S+)*"  # metrics are separated by two spaces
@@ -60,6 +61,7 @@ class Screen:
                 if self._progress is None:
                     self._progress = _make_progress(self.console)
                     self._progress.start()
+                    threading.Thread(target=self._keep_drawing, args=[self._progress], daemon=True).start()
                 self._bars[task] = self._progress.add_task(task, total=event.total, unit=event.unit, values=[])
             case Started(task):
                 self._lines[task] = _Lines(event)
@@ -81,6 +83,25 @@ class Screen:
             case Note(text, is_warning):
                 text = ("warning: " if is_warning else "") + make_printable(text)
                 print_message(self.console, Text(text, "yellow" if is_warning else "dim"))
+
+    def _keep_drawing(self, progress: Progress) -> None:
+        while self.redraw(progress):
+            time.sleep(SECONDS_BETWEEN_DRAWINGS)
+
+    def redraw(self, progress: Progress) -> bool:
+        """Draw the bars with the time that has passed. Return False if they aren't shown any more.
+
+        Rich's own thread would draw while another one prints, and a bar that has ended meanwhile would make that one
+        erase the line above the bars (Rich's issue 1530).
+        """
+        with self._lock:
+            if self._progress is not progress:
+                return False
+            try:
+                progress.refresh()
+            except OSError:
+                self.console.quiet = True
+            return True
 
     def _update_bar(self, task: str, **changes: Any) -> bool:
         """Change the bar of a task. Return False if it has none."""
@@ -107,13 +128,14 @@ class Screen:
 
     def close(self) -> None:
         """Stop drawing progress bars."""
-        if self._progress is not None:
-            for bar in self._bars.values():
-                self._progress.stop_task(bar)
-            with suppress(OSError):
-                self._progress.stop()
-            self._progress = None
-            self._bars.clear()
+        with self._lock:
+            if self._progress is not None:
+                for bar in self._bars.values():
+                    self._progress.stop_task(bar)
+                with suppress(OSError):
+                    self._progress.stop()
+                self._progress = None
+                self._bars.clear()
 
 
 def print_message(console: Console, message: Text, unbroken: str = WORD) -> None:
@@ -187,6 +209,7 @@ def _make_progress(console: Console) -> Progress:
         _TimeColumn(Column(no_wrap=True)),
         _MetricsColumn(),
         console=console,
+        auto_refresh=False,
         speed_estimate_period=SECONDS_OF_SPEED,
     )
 

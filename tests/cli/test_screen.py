@@ -2,10 +2,13 @@
 
 import io
 import re
+import threading
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 from rich.text import Text
 
 from t5tune.cli.screen import Screen, print_message
@@ -93,6 +96,34 @@ def test_a_narrow_terminal_shows_fewer_metrics_but_the_whole_count_and_times(wid
         display.report(Advanced("train", done))
     (line,) = display.read()
     assert line == f"  train ━ 1,200/12,000 steps [2:00 elapsed, 18:00 left] {metrics}"
+
+
+class InterruptedConsole(Console):
+    """Another thread draws the bars while this one prints, unless it has to wait for this one."""
+
+    redraw: Callable[[], object] | None = None
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        if (redraw := self.redraw) is not None and threading.current_thread() is threading.main_thread():
+            self.redraw = None
+            thread = threading.Thread(target=redraw, daemon=True)
+            thread.start()
+            thread.join(1.0)
+        return super().render(renderable, options)
+
+
+def test_a_bar_that_ends_while_another_line_is_printed_erases_no_line() -> None:
+    display = Display()
+    screen, console = display.screen, InterruptedConsole(file=display.drawn, force_terminal=True, width=80)
+    screen.console = console
+    display.report(Started("train", 2694, "steps"))
+    display.report(Note("first"))
+    display.report(Started("evaluate", 10, "examples"))
+    assert (progress := screen._progress) is not None
+    display.report(Finished("evaluate"))
+    console.redraw = lambda: screen.redraw(progress)
+    display.report(Note("second"))
+    assert display.read()[:-1] == ["first", "second"]
 
 
 def test_a_bar_that_took_almost_no_time_leaves_nothing() -> None:
