@@ -54,7 +54,8 @@ def run(arguments: list[str]) -> int:
     except OSError as error:
         failure = WriteError(f"{error.filename or 'standard output'}: can't be written: {error.strerror}")
     except typer.TyperException as error:  # an unknown option before the command
-        failure = SettingsError(str(error), hint="run t5tune --help to list the commands")
+        problem = f"{option}: no such option" if (option := getattr(error, "option_name", None)) else str(error)
+        failure = SettingsError(problem, hint="run t5tune --help to list the commands")
     except (T5TuneError, KeyboardInterrupt, typer.Abort) as error:
         failure = error
     from t5tune.cli.output import Output

@@ -240,7 +240,7 @@ def _prepare(
         raise SettingsError(
             f"compare_base: {settings.model_name_or_path} is a whole model, not an adapter, so there is no base to "
             "compare it with",
-            hint="give the run or the adapter that it was merged from, or evaluate its base with a command of its own",
+            hint="give the run or the adapter that it was merged from, or evaluate its base separately",
         )
     datasets = _resolve_datasets(settings, base, adapter, report)
     trained = read_trained_precision(base, adapter)

@@ -187,5 +187,5 @@ def _find_misfit(tensor: Tensor, delta: WeightDelta) -> str | None:
         ids, shape = token_rows.positions, token_rows.trained_KD.shape
         fits = bool(ids) and min(ids) >= 0 and max(ids) < tensor.shape[0]
         if not fits or shape != (len(ids), *tensor.shape[1:]):
-            return f"the {len(ids)} token rows are {list(shape)}"
+            return f"token rows {str(sorted(ids)):.80} are {list(shape)}"
     return None

@@ -291,11 +291,12 @@ def _check_same_scale(config: dict[str, Any], current: dict[str, Any], folder: P
     """Check that the saved adapter has this run's rank, alpha and variant of LoRA."""
     for name in select_settings(LoraSettings, Affects.ADAPTER_SCALE):
         key = "r" if name == "lora_r" else name  # PEFT's name
-        then, now = config.get(key, False), current[key]
-        if then != now:
-            raise CheckpointError(
-                f"adapter: {folder}: saved with {key} {then}, but this run has {name} {now}", hint=f"use {name} {then}"
+        if (before := config.get(key, False)) != current[key]:
+            then, now = (
+                str(each).lower() if isinstance(each, bool) else f"{each:g}" for each in (before, current[key])
             )
+            problem = f"adapter: {folder}: saved with {key} {then}, but this run has {name} {now}"
+            raise CheckpointError(problem, hint=f"set {name}: {then}")
     if config.get("rank_pattern") or config.get("alpha_pattern"):
         raise CheckpointError(f"adapter: {folder}: some layers have their own rank or alpha, which t5tune can't train")
 

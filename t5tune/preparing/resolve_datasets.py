@@ -160,7 +160,7 @@ def _find_conflicts(
         name = "conversation_template"
         template = None if given.get(name) is None else find_template(given[name])
         if template is not None and template.hash != inputs.get("template"):
-            problems.setdefault(name, f"{name}: {given[name]}: the cache {cache} was made with another one; {step}")
+            problems.setdefault(name, f"{name}: {given[name]}: the cache {cache} uses a different template; {step}")
     for name in ("data_subset", "data_split"):
         if (value := given.get(name)) is not None:
             why = f"only for a whole dataset on the Hub, but {folder} is a token cache; leave it out"

@@ -198,7 +198,7 @@ def _find_argument_problem(name: str, fields: set[str], model: type[Settings]) -
     if name in SECRET_ARGUMENTS:  # the settings are saved in the run folder
         return "secrets don't belong in settings; set HF_TOKEN instead"
     if name in RESERVED_ARGUMENTS:
-        return "t5tune sets this itself"
+        return "t5tune sets this itself; leave it out"
     if name in UNRESUMABLE_ARGUMENTS:
         return "with it, a run couldn't resume exactly; leave it out"
     if name in ARGUMENTS_WITHOUT_EFFECT:
@@ -341,16 +341,20 @@ def _find_settings_of_other_objectives(plan: RunPlan) -> list[str]:
     problems = []
     for owner, names in {"dpo": DPO_SETTINGS, "orpo": ORPO_SETTINGS}.items():
         given = _list_changed(plan.given, names) if objective != owner else {}
-        problems += [f"{name}: {value}: only for objective {owner}, not {objective}" for name, value in given.items()]
+        problems += [f"{name}: {value}: only for objective {owner}; leave it out" for name, value in given.items()]
     options = plan.objective.options if isinstance(plan.objective, PreferencePlan) else None
     if options is not None and options.dpo_loss == "ipo" and options.dpo_label_smoothing:
-        problems.append(f"dpo_label_smoothing: {options.dpo_label_smoothing:g}: the loss ipo has none")
+        problems.append(
+            f"dpo_label_smoothing: {options.dpo_label_smoothing:g}: dpo_loss ipo doesn't use it; leave it out"
+        )
     best, of_pairs = plan.evaluation.metric_for_best_model or "", objective in PREFERENCE_OBJECTIVES
     if (best.endswith(PREFERENCE_METRICS) and not of_pairs) or (best.endswith("perplexity") and of_pairs):
-        problems.append(f"metric_for_best_model: {best}: objective {objective} has no such metric")
+        problems.append(f"metric_for_best_model: {best}: objective {objective} has no such metric; choose another")
     if of_pairs:
         given = _list_changed(plan.given, ("label_smoothing_factor", TEACHER))
-        problems += [f"{name}: {value}: objective {objective} doesn't use it" for name, value in given.items()]
+        problems += [
+            f"{name}: {value}: objective {objective} doesn't use it; leave it out" for name, value in given.items()
+        ]
     return problems
 
 

@@ -40,7 +40,7 @@ _NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{MAX_NAME_LENGTH - 1}}}")
 
 def _check_name(name: str) -> str:
     if is_reserved(name):
-        raise ValueError("a file in the folder of the datasets has this name")
+        raise ValueError("a file in the folder of the datasets has this name; choose another")
     if not _NAME.fullmatch(name):
         raise ValueError(f"expected letters, digits, `.`, `_` and `-`, at most {MAX_NAME_LENGTH} of them")
     return name
@@ -186,7 +186,7 @@ def check_names_differ(names: Sequence[str]) -> None:
     """
     folded = [name.casefold() for name in names]  # folders have these names, on some disks without regard to case
     if twice := [name for name in names if folded.count(name.casefold()) > 1]:
-        raise ValueError(f"name: {twice[0]}: two datasets have it")
+        raise ValueError(f"name: {twice[0]}: two datasets have this name; rename one of them")
 
 
 def check_weights(weights: Sequence[float]) -> None:

@@ -99,8 +99,8 @@ ADVICE: Mapping[str, str] = {
     "newest checkpoint; {fresh} starts over",
     "load_best_model_at_end": "{metric_for_best_model} does it: the best checkpoint becomes the result",
     "greater_is_better": "leave it out: {metric_for_best_model} implies it; a metric of your own is better if larger",
-    "hub_token push_to_hub_token use_auth_token hf_use_auth_token": "leave it out: settings are saved; run `hf auth "
-    "login`, or set HF_TOKEN",
+    "hub_token push_to_hub_token use_auth_token hf_use_auth_token": "leave it out, since settings are saved; run "
+    "`hf auth login`, or set HF_TOKEN",
     "wandb_project use_wandb": "use {report_to=wandb}, and the variable WANDB_PROJECT",
     "wandb_entity": "use {report_to=wandb}, and the variable WANDB_ENTITY",
     "predict_with_generate": "use {eval_generate=32}, the number of held-out examples to generate predictions for",

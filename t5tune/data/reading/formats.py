@@ -296,7 +296,7 @@ def _detect_format(value: dict[str, Any], reading: ReadingSettings) -> tuple[str
         advice = f"add --source-column {texts[0]} --target-column {texts[1]}, or the other way round"
     elif len(texts) > 2:
         advice += "; or name two columns with --source-column and --target-column"
-    raise RejectionError("unknown_format", f"its keys are {found or 'none'}; {advice}")
+    raise RejectionError("unknown_format", f"{f'its keys are {found}' if found else 'it has no keys'}; {advice}")
 
 
 def _list_keys(value: dict[str, Any]) -> str:

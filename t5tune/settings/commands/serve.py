@@ -151,8 +151,8 @@ class ServeSettings(ConversationSettings, DeviceSettings, TrainedQuantizationSet
     def _check_base(self) -> "ServeSettings":
         if self.revision is not None and self.model_name_or_path is None:
             raise ValueError(
-                f"revision: {self.revision}: that of model_name_or_path, which isn't set; a model's own is written as "
-                "owner/name@revision"
+                f"revision: {self.revision}: has no effect without model_name_or_path; write "
+                f"owner/name@{self.revision} for a model"
             )
         return self
 

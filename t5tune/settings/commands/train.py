@@ -54,9 +54,11 @@ class TrainSettings(
     def _check_evaluation_options(self) -> "TrainSettings":
         for name, value in self.list_needing_evaluation(self.lr_scheduler_type).items():
             if self.eval_strategy == "no":
-                raise ValueError(f"{name}: {value}, but eval_strategy is no")
+                raise ValueError(f"{name}: {value}, but eval_strategy is no; set it to steps or epoch")
         if self.eval_steps is not None and self.eval_strategy == "epoch":
-            raise ValueError(f"eval_steps: {self.eval_steps}, but eval_strategy is epoch")
+            raise ValueError(
+                f"eval_steps: {self.eval_steps}, but eval_strategy is epoch; set it to steps, or leave out eval_steps"
+            )
         return self
 
     @model_validator(mode="after")
@@ -64,7 +66,7 @@ class TrainSettings(
         of_pairs = [name for name in PREFERENCE_METRICS if name not in NOT_BEST]
         best, losses = self.metric_for_best_model, ("loss", "perplexity", *of_pairs)
         if best is not None and best.endswith(NOT_BEST):
-            raise ValueError(f"metric_for_best_model: {best}: neither a high nor a low value is better")
+            raise ValueError(f"metric_for_best_model: {best}: neither a high nor a low value is better; choose another")
         if best in METRICS and self.metrics is not None and best not in self.metrics:
             raise ValueError(f"metric_for_best_model: {best} isn't among metrics: {', '.join(self.metrics)}; add it")
         known = (*losses, *METRICS)

@@ -178,9 +178,8 @@ class MixingSettings(Settings):
         weights = [dataset.weight for dataset in datasets if "weight" in dataset.model_fields_set]
         proportional = [name for name in ("mixing_temperature", "mixing_cap") if getattr(self, name) is not None]
         if proportional and self.mixing not in (None, "proportional"):
-            raise ValueError(
-                f"{proportional[0]}: {getattr(self, proportional[0]):g} has no effect with mixing {self.mixing}"
-            )
+            given = f"{proportional[0]}: {getattr(self, proportional[0]):g}"
+            raise ValueError(f"{given}: has no effect with mixing {self.mixing}; leave it out")
         other = proportional[0] if proportional else "mixing" if self.mixing not in (None, "weights") else None
         if weights and other is not None:
             raise ValueError(

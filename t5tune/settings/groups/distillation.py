@@ -62,5 +62,6 @@ class DistillationSettings(Settings):
             return self
         for name in DistillationSettings.model_fields:
             if (value := getattr(self, name)) != type(self).model_fields[name].default:
-                raise ValueError(f"{name}: {value}: there is no teacher; set {TEACHER}")
+                shown = "true" if value is True else value
+                raise ValueError(f"{name}: {shown}: has no effect without {TEACHER}; set that, too, or leave it out")
         return self

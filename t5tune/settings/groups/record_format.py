@@ -35,7 +35,7 @@ def _suggest_encoding(name: str) -> str:
     modules = {module.name: module.name for module in pkgutil.iter_modules(encodings.__path__)}
     names = {re.sub("_", "", alias): known for alias, known in (modules | aliases).items() if _is_of_files(known)}
     close = find_close_name(plain, [other for other in names if re.sub(r"\D", "", other) == digits])
-    return f"did you mean {codecs.lookup(names[close]).name}?" if close else f"such as {SOME_ENCODINGS}"
+    return f"did you mean {codecs.lookup(names[close]).name}?" if close else f"use another, such as {SOME_ENCODINGS}"
 
 
 def _is_of_files(name: str) -> bool:
@@ -131,7 +131,7 @@ class ReadingSettings(Settings):
         except LookupError:
             raise ValueError(f"no encoding has this name; {_suggest_encoding(value)}") from None
         if not _is_of_files(name):
-            raise ValueError(f"not an encoding of text files; name another, such as {SOME_ENCODINGS}")
+            raise ValueError(f"not an encoding of text files; use another, such as {SOME_ENCODINGS}")
         return name
 
     @field_validator("denoisers")
@@ -156,25 +156,30 @@ class ReadingSettings(Settings):
         if not self.is_complete:
             return self
         if not self.is_raw_text and "denoisers" in self.model_fields_set and self.denoisers != ["t5"]:
-            raise ValueError(f"denoisers: {' '.join(self.denoisers)}: only for objective span-corruption")
+            raise ValueError(f"denoisers: {' '.join(self.denoisers)}: only for objective span-corruption; leave it out")
         if not self.reads_preferences and self.rejected_column is not None:
             raise ValueError(
-                f"rejected_column: {shorten(repr(self.rejected_column), 80)}: only for objective dpo and orpo"
+                f"rejected_column: {shorten(repr(self.rejected_column), 80)}: "
+                "only for objective dpo and orpo; leave it out"
             )
         for name in NOT_OF_PREFERENCES & self.model_fields_set if self.reads_preferences else ():
             if (value := getattr(self, name)) != type(self).model_fields[name].default:
-                problem = f"{name}: {value}, but objective {self.objective} learns the last answers of each record"
-                raise ValueError(problem)
+                problem = f"objective {self.objective} learns the last answers of each record; leave it out"
+                raise ValueError(f"{name}: {str(value).lower()}, but {problem}")
         if not self.is_raw_text:
             return self
         for name in ("target_column", "source_prefix"):
             if value := getattr(self, name):
-                raise ValueError(f"{name}: {shorten(repr(value), 80)}, but objective {self.objective} doesn't use it")
+                problem = f"objective {self.objective} doesn't use it; leave it out"
+                raise ValueError(f"{name}: {shorten(repr(value), 80)}, but {problem}")
         if self.data_format != "auto":
-            raise ValueError(f"data_format: {self.data_format}, but objective {self.objective} reads raw text")
+            raise ValueError(
+                f"data_format: {self.data_format}, but objective {self.objective} reads raw text; leave it out"
+            )
         for name in NOT_OF_RAW_TEXT & self.model_fields_set:
             if (value := getattr(self, name)) != type(self).model_fields[name].default:
-                raise ValueError(f"{name}: {value}, but objective {self.objective} has no answers to choose")
+                problem = f"objective {self.objective} has no answers to choose; leave it out"
+                raise ValueError(f"{name}: {str(value).lower()}, but {problem}")
         return self
 
     @model_validator(mode="after")
@@ -183,9 +188,8 @@ class ReadingSettings(Settings):
             return self
         for name in ("source_column", "target_column", "rejected_column", "source_prefix"):
             if (value := getattr(self, name)) and self.data_format not in PAIR_FORMATS:
-                raise ValueError(
-                    f"{name}: {shorten(repr(value), 80)}, but data_format {self.data_format} doesn't use it"
-                )
+                problem = f"data_format {self.data_format} doesn't use it; leave it out"
+                raise ValueError(f"{name}: {shorten(repr(value), 80)}, but {problem}")
         return self
 
 

@@ -262,7 +262,7 @@ def test_settings_that_would_not_change_a_token_cache_are_refused(
     assert set(refused.value.problems) == {
         f"source_prefix: 'x: ' here, '' in the cache {place}; {step}",
         f"model_max_length: 128 here, 2048 in the cache {place}; {step}",
-        f"conversation_template: plain: the cache {place} was made with another one; {step}",
+        f"conversation_template: plain: the cache {place} uses a different template; {step}",
     }
     for own in ({"source_prefix": "x: "}, {"data_split": "x: "}):
         datasets = [{"path": str(cache), **own}, {"path": str(conversations), "num_data": 1}]

@@ -64,7 +64,7 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "kind": (set_mixing(kind="x"), "mixing.kind: 'x': expected 'weights', 'proportional' or 'concatenate'"),
     "unknown key": (set_mixing(temprature=2), "mixing.temprature: 2: unknown key"),
     "no effect": (set_mixing(kind="concatenate"), "datasets: weight: has no effect with mixing concatenate"),
-    "same names": (set_all("name", "Sums"), "datasets: name: Sums: two datasets have it"),
+    "same names": (set_all("name", "Sums"), "datasets: name: Sums: two datasets have this name; rename one of them"),
     "newline": (set_dataset(name="a\nb"), "datasets[0].name: 'a\\nb': expected letters, digits, `.`, `_` and `-`"),
     "reserved": (set_dataset(name="mixture.json"), "datasets[0].name: 'mixture.json': a file in the folder"),
     "num_data": (set_dataset(num_data=10**30), f"datasets[0].num_data: {10**30}: must be less than {1 << 63}"),
