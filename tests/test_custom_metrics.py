@@ -1,7 +1,6 @@
 """Metrics of one's own: how they are found and called, and that each mistake is one line with the next step."""
 
 import math
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -119,14 +118,7 @@ def test_a_trial_uses_two_references_and_returns_the_names() -> None:
 @pytest.mark.parametrize(
     ("functions", "message"),
     [
-        ("my_metric", "metric: my_metric: names no function; give it as module:function or path/to/file.py:function"),
-        ("my metric:good", "metric: my metric:good: names no function; give it as"),
-        ("no_such_module:f", "metric: no_such_module:f: no module no_such_module in {cwd} or among the installed"),
-        ("no_such.module:f", "metric: no_such.module:f: no module no_such.module in {cwd} or among"),
-        ("more/none.py:f", "metric: more/none.py:f: more/none.py: no such file; give it as"),
-        ("my_metric:god", "metric: my_metric:god: no such function in my_metric.py; did you mean good?"),
         ("my_metric:xyz", "no such function in my_metric.py; it has good, same, changes, numpy, fails and "),
-        ("my_metric:VALUE", "metric: my_metric:VALUE: not a function; it has good, "),
         ("my_metric:fails", "failed on 2 predictions and references: ZeroDivisionError: "),
         ("my_metric:fails", "(my_metric.py:20); fix the function and run the same command again"),
         ("my_metric:fails_below", "(my_metric.py:23)"),
@@ -136,10 +128,8 @@ def test_a_trial_uses_two_references_and_returns_the_names() -> None:
         ("my_metric:empty", "returned an empty dict; return a dict"),
         ("my_metric:text", "'x' is 'high'; return a dict"),
         ("my_metric:huge", "'x' is a number that is too large; return a dict"),
-        ("my_metric:", "metric: my_metric:: names no function; give it as"),
         ("__main__:no_such_function", "metric: __main__:no_such_function: no"),
         ("sys:no_such_function", "metric: sys:no_such_function: no such function in sys"),
-        ("my_metric.more:f", "metric: my_metric.more:f: no module my_metric.more in {cwd} or among"),
         ("my_metric:spaced", "'my score' can't be a metric's name: use letters, digits and _"),
         ("my_metric:built_in", "'bleu' is a name that t5tune uses; choose another"),
         ("my_metric:prefixed", "'eval_x' is a name that t5tune uses; choose another"),
@@ -147,52 +137,12 @@ def test_a_trial_uses_two_references_and_returns_the_names() -> None:
     ],
 )
 def test_a_mistake_is_one_line_with_the_next_step(functions: str, message: str) -> None:
-    words = ["my metric:good"] if functions == "my metric:good" else functions.split()
     with pytest.raises(SettingsError) as caught:
-        compute_custom_metrics(words, ["a", "b"], ["a", "b"])
+        compute_custom_metrics(functions.split(), ["a", "b"], ["a", "b"])
     (problem,) = caught.value.problems
     line = f"{problem}; {caught.value.hint}" if caught.value.hint else problem
-    assert message.format(cwd=os.getcwd()) in line
+    assert message in line
     assert "\n" not in line
-
-
-@pytest.mark.parametrize(
-    ("code", "message"),
-    [
-        ("import no_such_library", "ModuleNotFoundError: No module named 'no_such_library' (broken.py:1)"),
-        ("\ndef f(:", "SyntaxError: invalid syntax (broken.py, line 2) (broken.py:2)"),
-        ("import my_metric\nmy_metric.fails([], [])", "ZeroDivisionError: "),
-        ("import sys\nsys.exit()", "SystemExit (broken.py:2)"),
-    ],
-)
-@pytest.mark.parametrize("place", ["broken", "broken.py"])
-def test_a_module_that_fails_to_import_is_named_with_its_line(
-    place: str, code: str, message: str, folder: Path
-) -> None:
-    (folder / "broken.py").write_text(code)
-    with pytest.raises(SettingsError) as caught:
-        load_custom_metric(f"{place}:f")
-    (problem,) = caught.value.problems
-    assert problem.startswith(f"metric: {place}:f: importing it failed: ")
-    assert message in problem
-    assert "broken.py:" in problem
-
-
-@pytest.mark.parametrize(
-    ("code", "message"),
-    [
-        ("import no_such_library", "ModuleNotFoundError: No module named 'no_such_library' (broken/__init__.py:1)"),
-        ("\n1 / 0", "ZeroDivisionError: division by zero (broken/__init__.py:2)"),
-        ("import sys\nsys.exit(3)", "SystemExit: 3 (broken/__init__.py:2)"),
-    ],
-)
-def test_a_package_that_fails_to_import_is_named_with_its_line(code: str, message: str, folder: Path) -> None:
-    (folder / "broken").mkdir()
-    (folder / "broken" / "__init__.py").write_text(code)
-    (folder / "broken" / "scores.py").write_text("def f(predictions, references): return {'x': 1}")
-    with pytest.raises(SettingsError) as caught:
-        load_custom_metric("broken.scores:f")
-    assert caught.value.message == f"metric: broken.scores:f: importing it failed: {message}"
 
 
 def test_a_module_of_a_package_is_found(folder: Path) -> None:

@@ -397,11 +397,6 @@ def test_records_that_cannot_be_kept_are_explained(tmp_path: Path) -> None:
         train(make_settings(tmp_path / "file"))
 
 
-def test_the_root_folder_is_no_run_folder(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="^output_dir: /: isn't empty and isn't a t5tune run; choose another outp"):
-        train(make_settings(tmp_path, output_dir="/", data_path="pocket"))
-
-
 def test_settings_whose_records_are_gone_must_be_created_again(tmp_path: Path) -> None:
     settings = make_settings(tmp_path)
     shutil.rmtree(Path(settings.data_path[0]).parent)

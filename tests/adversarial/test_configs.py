@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from t5tune.checkpoints.base import open_base
-from t5tune.data.tokens.tokenizer import load_tokenizer
 from t5tune.errors import T5TuneError
 from t5tune.model.load import load_base
 from tests.support.bases import make_base
@@ -80,37 +78,3 @@ def test_the_config_of_another_architecture_is_refused(
     (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": model_type}))
     with pytest.raises(T5TuneError, match=r"config\.json|no such tensor|missing from the weights"):
         load_base(tmp_path, torch.float32, torch.device("cpu"))
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"added_tokens_decoder": {"x": 5}},
-        {"added_tokens_decoder": {"1536": {"special": True}}},
-        {"added_tokens_decoder": [1]},
-        {"additional_special_tokens": 5},
-    ],
-)
-def test_broken_lists_of_added_tokens_are_refused(
-    changes: dict[str, Any], folders: dict[str, Path], tmp_path: Path
-) -> None:
-    for file in folders["t5"].iterdir():
-        os.link(file, tmp_path / file.name)
-    path = tmp_path / "tokenizer_config.json"
-    config = json.loads(path.read_text())
-    path.unlink()
-    path.write_text(json.dumps(config | changes))
-    with pytest.raises(
-        T5TuneError, match=r"tokenizer_config\.json: added_tokens_decoder or additional_special_tokens: "
-    ):
-        load_tokenizer(tmp_path)
-
-
-@pytest.mark.parametrize("size", [0, 5])
-def test_an_empty_weight_file_is_called_so(size: int, folders: dict[str, Path], tmp_path: Path) -> None:
-    for file in folders["t5"].iterdir():
-        os.link(file, tmp_path / file.name)
-    (tmp_path / "model.safetensors").unlink()
-    (tmp_path / "model.safetensors").write_bytes(b"x" * size)
-    with pytest.raises(T5TuneError, match=rf"model\.safetensors: not a safetensors file: it has {size} bytes; copy"):
-        open_base(tmp_path).list_names()

@@ -394,20 +394,6 @@ def test_a_path_without_conversations_is_refused_and_such_a_file_in_a_folder_is_
         assert (find_cache(tmp_path / "cache") / "manifest.json").read_bytes() == before
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["str", "list", "nothing"])
-@pytest.mark.variants("str")
-def test_a_manifest_with_wrong_values_is_refused_with_the_key(tmp_path: Path, kind: str) -> None:
-    (tmp_path / "a.jsonl").write_text(GOOD)
-    assert prepare(tmp_path, "--data-path", tmp_path / "a.jsonl").code == 0
-    path = find_cache(tmp_path / "cache") / "manifest.json"
-    name, value = {"str": ("seed", "x"), "list": ("files", [1]), "nothing": ("dtype", None)}[kind]
-    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
-    done = t5tune("inspect", tmp_path / "cache")
-    assert (done.code, len(done.errors)) == (2, 1)
-    assert f"manifest.json: {name}: " in done.stderr
-
-
 NUM_SAMPLED = 40_000  # more records than prepare looks at before it writes
 
 

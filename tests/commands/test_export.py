@@ -531,20 +531,6 @@ def test_a_run_without_a_complete_checkpoint_is_refused_with_the_reason(plain: P
     )
 
 
-def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", tmp_path, "empty: contains no checkpoint")
-
-
-def test_an_unknown_path_is_refused(tmp_path: Path) -> None:
-    refused(tmp_path / "gone", tmp_path, "gone: no such folder")
-
-
-def test_a_file_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.pt").write_bytes(b"")
-    refused(tmp_path / "a.pt", tmp_path, r"a\.pt: is a file")
-
-
 @pytest.mark.distributed
 def test_an_output_folder_with_files_is_kept_without_overwrite(plain: Path, tmp_path: Path) -> None:
     output = tmp_path / "adapter"

@@ -282,12 +282,3 @@ def test_a_run_folder_shows_its_token_cache(cache: Path, tmp_path: Path) -> None
     write_settings(run, settings)
     with pytest.raises(DataError, match=f"{run / 'data'}: no such folder"):
         inspect(InspectSettings(cache=run))
-
-
-def test_an_output_folder_that_cannot_be_created_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    done = t5tune_in_fork("prepare", "--model-name-or-path", "pocket", "--data-path", "pocket",
-                  "--output-dir", tmp_path / "file" / "cache")  # fmt: skip
-    assert done.code == 2
-    (error,) = done.errors
-    assert str(tmp_path / "file" / "cache") in error

@@ -339,15 +339,6 @@ def test_a_refusal_comes_before_any_work(
         assert not (tmp_path / "out").exists()
 
 
-def test_settings_without_effect_are_refused(tmp_path: Path) -> None:
-    done = t5tune_in_fork(*TRAIN, "--output-dir", tmp_path / "out", "--hub-model-id", NAME)
-    assert done.code == 2
-    assert f"hub_model_id: {NAME}, but push_to_hub isn't set" in done.errors[0]
-    done = t5tune_in_fork(*TRAIN, "--output-dir", tmp_path / "out", "--hub-token", "hf_x")
-    assert done.code == 2
-    assert "settings are saved; run `hf auth login`, or set HF_TOKEN" in done.errors[0]
-
-
 def test_only_a_folder_with_a_model_is_pushed(hub: Hub, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for folder, expected in ((tmp_path / "none", "no such folder"), (tmp_path / "empty", "no adapter and no model")):

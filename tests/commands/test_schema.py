@@ -22,7 +22,7 @@ from t5tune.settings import (
     packaged_templates,
 )
 from t5tune.settings.field_types import NoneIfUnset
-from tests.support.command_line import t5tune, t5tune_in_fork
+from tests.support.command_line import t5tune_in_fork
 
 
 @pytest.mark.parametrize("model", COMMANDS, ids=lambda model: model.command)
@@ -166,15 +166,6 @@ def test_the_shell_completes_commands_and_flags(line: str, place: int, expected:
     command = [sys.executable, "-c", "from t5tune.cli import main; main()"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
     assert done.stdout.split() == [expected], done.stderr
-
-
-def test_the_name_of_a_shell_after_show_completion_is_refused() -> None:
-    done = t5tune("--show-completion", "zsh")
-    assert done.code == 2
-    said = (
-        "--show-completion zsh: the option takes no value and detects the current shell; run t5tune --show-completion"
-    )
-    assert done.errors == [f"error: {said}"]
 
 
 def test_a_size_can_be_written_with_its_unit() -> None:

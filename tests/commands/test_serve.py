@@ -347,29 +347,6 @@ def test_the_base_of_an_adapter_can_be_named(untied_base: Path, conversations: P
         assert send(server.url, body=make_chat(model="run", max_tokens=4))[0] == 200
 
 
-@pytest.mark.parametrize(
-    ("arguments", "problem"),
-    [
-        (["pocket", "pocket"], "two models are called pocket; name them with NAME=MODEL"),
-        (["pocket", "--host", "0.0.0.0"], "host: 0.0.0.0: other machines may reach it, so api_key is needed"),
-        (["pocket", "--engine", "transformers", "--quantization", "int8"], "quantization: int8: only with CTranslate2"),
-        (["pocket", "--engine", "ctranslate2", "--q-lora"], "q_lora: only with transformers"),
-        (["pocket", "--port", "70000"], "port: '70000' (--port): must be at most 65535"),
-        (["a=", "--port", "0"], "a=: expected MODEL or NAME=MODEL"),
-        (["nowhere", "--port", "0"], "models: nowhere: no such folder"),
-        (["pocket", "--host", "no.such.host.invalid", "--api-key", "x"], "host: no.such.host.invalid: no such address"),
-        (["pocket", "--api-key", "two words"], "api_key: … (--api-key): expected letters, digits and signs of ASCII"),
-        (["pocket", "--quantization", "int8", "--revision", "main"], "revision: main: that of model_name_or_path"),
-    ],
-)
-def test_what_can_not_be_served_is_said_in_one_line(arguments: list[str], problem: str, tmp_path: Path) -> None:
-    done = t5tune_in_fork("serve", *arguments, cwd=tmp_path)
-    assert done.code == 2
-    (line,) = done.errors
-    assert problem in line
-    assert done.stdout == ""
-
-
 def test_a_port_in_use_is_an_error_before_a_model_is_loaded(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         done = t5tune_in_fork("serve", "nowhere", "--port", other.getsockname()[1], cwd=tmp_path)

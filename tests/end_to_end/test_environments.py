@@ -251,16 +251,6 @@ def test_training_continues_when_its_progress_cannot_be_written(place: str, tmp_
     assert json.loads((tmp_path / "run" / "result.json").read_text())["steps"] == 4
 
 
-def test_an_empty_output_path_does_not_mean_the_current_folder(tmp_path: Path) -> None:
-    (tmp_path / "thesis.txt").write_text("mine")
-    for command in (["merge", "--adapter", "run", "--overwrite"], ["export", "run", "--overwrite"], TRAIN):
-        line = [sys.executable, "-m", "t5tune", *map(str, command), "--output-dir", ""]
-        done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 2
-        assert "output_dir: '' (--output-dir): the path is empty" in done.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
-
-
 @pytest.mark.distributed
 def test_rank_without_world_size_is_ignored_and_invalid_values_are_named(tmp_path: Path) -> None:
     code, output, _ = run_in_fork(["chat", "--model-name-or-path", "pocket", "--prompt", "hello"], {"RANK": "8"})
@@ -328,11 +318,6 @@ def test_settings_can_be_read_from_a_pipe(tmp_path: Path) -> None:
     settings = f"{{model_name_or_path: pocket, data_path: pocket, output_dir: '{tmp_path / 'run'}', max_steps: 77}}"
     done = subprocess.run(command, input=settings, capture_output=True, text=True, timeout=120)
     assert (done.returncode, "max_steps: 77" in done.stdout) == (0, True), done.stderr
-
-
-def test_a_folder_given_as_the_config_is_refused(tmp_path: Path) -> None:
-    code, _, error = run(["train", "--config", tmp_path], {})
-    assert (code, error.decode()) == (2, f"error: config: {tmp_path}: expected a .yaml file\n")
 
 
 def test_a_lock_of_another_program_on_the_parent_folder_does_not_block_prepare(records: Path, tmp_path: Path) -> None:

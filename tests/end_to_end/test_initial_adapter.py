@@ -104,26 +104,6 @@ def test_token_rows_of_the_initial_adapter_keep_their_tokens(untied_base: Path, 
         train(make_settings(untied_base, cache, tmp_path / "refused", **more))
 
 
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"lora_r": 4}, "saved with r 8, but this run has lora_r 4; use lora_r 8"),
-        ({"lora_alpha": 8}, "saved with lora_alpha 16.0, but this run has lora_alpha 8.0"),
-        ({"use_rslora": True}, "saved with use_rslora False, but this run has use_rslora True"),
-        ({"lora_target_modules": ["q", "k", "v"]}, "this run trains .*k.lora_A.weight, which the adapter doesn't cont"),
-        ({"lora_target_modules": ["q"]}, "the adapter contains .*v.lora_A.weight, which this run doesn't train"),
-        ({"add_tokens": ["none"]}, "the adapter contains .*trainable_tokens_delta, which this run doesn't train"),
-        ({"add_tokens": ["fastchat"]}, "its trained embedding rows belong to different tokens than this run's"),
-    ],
-)
-def test_training_refuses_to_start_from_an_adapter_of_another_shape(
-    changes: dict[str, Any], said: str, first_adapter: Path, untied_base: Path, conversations: Path, tmp_path: Path
-) -> None:
-    with pytest.raises(CheckpointError, match=f"adapter: {first_adapter}: .*{said.partition(';')[0]}") as refused:
-        train(make_settings(untied_base, conversations, tmp_path / "run", adapter=first_adapter, **changes))
-    assert refused.value.hint
-
-
 @pytest.mark.filterwarnings("ignore:(PiSSA|OLoRA) changes the base weights:UserWarning")
 @pytest.mark.parametrize("initialization", ["pissa", "olora", "pissa_niter_4"])
 def test_training_starts_from_a_pissa_or_olora_adapter_only_if_peft_converted_it(
@@ -148,13 +128,6 @@ def test_training_starts_from_a_pissa_or_olora_adapter_only_if_peft_converted_it
     with pytest.raises(CheckpointError, match=f"adapter: .*: init_lora_weights: {initialization}: ") as refused:
         train(make_settings(untied_base, conversations, tmp_path / "refused", **changes))
     assert "path_initial_model_for_weight_conversion" in (refused.value.hint or "")
-
-
-def test_training_refuses_to_start_from_a_folder_without_an_adapter(
-    untied_base: Path, conversations: Path, tmp_path: Path
-) -> None:
-    with pytest.raises(CheckpointError, match=f"adapter.*{tmp_path}"):
-        train(make_settings(untied_base, conversations, tmp_path / "run", adapter=tmp_path))
 
 
 @pytest.fixture(scope="module")

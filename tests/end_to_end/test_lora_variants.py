@@ -24,11 +24,9 @@ from t5tune.settings import (
     ExportSettings,
     MergeSettings,
     QuantizationSettings,
-    TrainSettings,
 )
 from t5tune.settings.groups.base import InferenceSettings
 from t5tune.settings.groups.lora import LoraSettings
-from t5tune.settings.loading import load_settings
 from tests.end_to_end.lora_runs import NORMS, loss_of, make_settings, trained_adapter
 from tests.support.adapters import compute_logits, load_stock_base, make_stock_adapter
 from tests.support.caches import open_only
@@ -343,31 +341,6 @@ def test_export_of_the_shards_of_two_ranks_equals_the_adapter_that_training_save
     assert read_base_metadata(tmp_path / "others")["fingerprint"]
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"init_lora_weights": "pizza"}, "expected one of default, gaussian"),
-        ({"init_lora_weights": "pissa_niter_N"}, "expected one of default"),
-        ({"init_lora_weights": "eva"}, "gradients or activations"),
-        ({"init_lora_weights": "loftq"}, "it needs q_lora with quant_type"),
-        ({"init_lora_weights": "orthogonal", "lora_r": 5}, "lora_r: 5: .* orthogonal needs an even rank.*; use 6"),
-        ({"init_lora_weights": "pissa", "q_lora": True}, "which q_lora quantizes; use loftq"),
-        ({"init_lora_weights": "olora", "use_dora": True}, "can't be combined with use_dora"),
-        ({"modules_to_save": "lm_head"}, "lm_head: PEFT's copy"),
-        ({"modules_to_save": "decoder.embed_tokens"}, "embed_tokens: PEFT's copy"),
-        ({"train_mode": "full", "q_lora": True}, "full training has no adapters"),
-        ({"train_mode": "full", "use_dora": True}, "full training has no adapters"),
-        ({"loraplus_lr_ratio": 0}, "greater than 0"),
-    ],
-)
-def test_options_that_cannot_work_together_are_refused_with_the_reason(
-    tmp_path: Path, changes: dict[str, Any], message: str
-) -> None:
-    needed = {"model_name_or_path": "pocket", "data_path": "pocket", "output_dir": str(tmp_path)}
-    with pytest.raises(SettingsError, match=message):
-        load_settings(TrainSettings, flags={**needed, **changes})
-
-
 def test_loftq_leaves_an_adapter_of_a_layer_that_is_not_quantized_at_zero(untied_base: Path) -> None:
     settings = LoraSettings(init_lora_weights="loftq", lora_target_modules=["all-linear"])
     quantization = QuantizationSettings(q_lora=True, quantize_wo=False)
@@ -394,63 +367,15 @@ def test_a_rank_that_an_initialization_can_not_make_is_refused_with_the_largest_
     assert {value.shape[0] for name, value in saved.items() if "lora_A" in name} <= {32, 64}
 
 
-def test_modules_to_save_that_are_missing_or_quantized_are_refused(
-    untied_base: Path, conversations: Path, tmp_path: Path
-) -> None:
-    with pytest.raises(SettingsError, match="modules_to_save: adapter_norm: no such module"):
-        train(make_settings(untied_base, conversations, tmp_path / "a", modules_to_save=["adapter_norm"]))
-    changes = {"modules_to_save": ["wo"], "lora_target_modules": ["q"], "q_lora": True, "bf16": False}
-    with pytest.raises(SettingsError, match="modules_to_save: wo: contains quantized weights"):
-        train(make_settings(untied_base, conversations, tmp_path / "b", **changes))
-
-
-@pytest.mark.parametrize(
-    ("saved", "targets", "problem"),
-    [
-        (
-            "o",
-            "all-linear",
-            r"modules_to_save: o: PEFT also finds .*\.wo, which lora_target_modules adapts; .* adapt wo$",
-        ),
-        ("ReluDense", "wo", r"modules_to_save: ReluDense: PEFT also finds .*\.wo, which lora_target_modules adapts"),
-        ("wo", "wo", "lora_target_modules: wo: no layer is left to adapt, since modules_to_save trains wo in full"),
-        ("SelfAttention.o", "all-linear", None),
-        ("wo", "all-linear", None),
-        ("DenseReluDense", "all-linear", None),
-    ],
-)
-def test_a_layer_is_either_adapted_or_trained_in_full(
-    saved: str, targets: str, problem: str | None, untied_base: Path
-) -> None:
+@pytest.mark.parametrize("saved", ["SelfAttention.o", "wo", "DenseReluDense"])
+def test_a_layer_is_either_adapted_or_trained_in_full(saved: str, untied_base: Path) -> None:
     model = load_base(untied_base, torch.float32, torch.device("cpu"))
-    settings = LoraSettings(modules_to_save=[saved], lora_target_modules=[targets])
-    if problem is not None:
-        with pytest.raises(SettingsError, match=problem):
-            add_lora(model, untied_base, settings, [], torch.float32)
-        return
+    settings = LoraSettings(modules_to_save=[saved], lora_target_modules=["all-linear"])
     model, _ = add_lora(model, untied_base, settings, [], torch.float32)
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert any(f"{saved}.modules_to_save." in name for name in trained)
     assert any(".lora_A." in name for name in trained)
     assert not any(".lora_A." in name and ".modules_to_save." in name for name in trained)
-
-
-@pytest.mark.parametrize(
-    ("name", "problem"),
-    [
-        (
-            "k",
-            "PEFT also finds encoder.block, a list of modules, and can't train a list; PEFT takes all modules whose "
-            "path ends in the name; write more of its path, such as SelfAttention.k",
-        ),
-        ("layer", "PEFT also finds encoder.block.0.layer, a list of modules, .* ends in the name$"),
-        ("dropout", "has no weights to train; leave it out"),
-    ],
-)
-def test_modules_to_save_that_peft_can_not_train_are_refused(name: str, problem: str, untied_base: Path) -> None:
-    model = load_base(untied_base, torch.float32, torch.device("cpu"))
-    with pytest.raises(SettingsError, match=f"modules_to_save: {name}: {problem}"):
-        add_lora(model, untied_base, LoraSettings(modules_to_save=[name]), [], torch.float32)
 
 
 @pytest.mark.parametrize(("saved", "targets"), [("wo", ["all-linear"]), ("SelfAttention", ["q", "v"])])
@@ -479,18 +404,6 @@ def test_an_adapter_without_the_layers_that_modules_to_save_trains_is_that_of_pe
     merged = {"model_name_or_path": str(untied_base), "adapter": adapter, "output_dir": tmp_path / "merged"}
     merge(MergeSettings(**merged, verify=False))
     assert torch.allclose(compute_logits(load_stock_base(tmp_path / "merged")), expected, atol=1e-4)
-
-
-def test_int8_under_deepspeed_is_refused(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
-    changes = {"q_lora": True, "quant_type": "int8", "deepspeed": "zero2"}
-    with pytest.raises(SettingsError, match="quant_type: int8: DeepSpeed can't handle int8 weights"):
-        train(make_settings(untied_base, conversations, tmp_path / "run", **changes))
-
-
-def test_quantized_dora_under_zero3_is_refused_on_cpus(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
-    changes = {"q_lora": True, "use_dora": True, "deepspeed": "zero3"}
-    with pytest.raises(SettingsError, match="use_dora: with q_lora and ZeRO-3 it works only on GPUs; use zero2"):
-        train(make_settings(untied_base, conversations, tmp_path / "run", **changes))
 
 
 @pytest.mark.parametrize("quantize_wo", [True, False])

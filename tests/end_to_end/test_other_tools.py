@@ -26,7 +26,6 @@ from t5tune.progress import Note
 from t5tune.settings import MergeSettings
 from tests.support.adapters import load_stock_base, make_rows_adapter, make_stock_adapter
 from tests.support.bases import make_base
-from tests.support.command_line import t5tune_in_fork
 from tests.support.other_python import ask_transformers_4, needs_transformers_4
 from tests.support.paths import REPOSITORY
 
@@ -153,16 +152,6 @@ def test_without_ctranslate2_the_error_says_how_to_install_it(
         merge_with_notes(untied_base, adapter, tmp_path / "merged")
     assert caught.value.hint == "pip install ctranslate2"
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
-
-
-def test_quantization_needs_ctranslate2(tmp_path: Path) -> None:
-    done = t5tune_in_fork(
-        *("merge", "--model-name-or-path", "pocket", "--adapter", tmp_path, "--output-dir", tmp_path / "merged"),
-        *("--quantization", "int8"),
-    )
-    assert done.code == 2
-    (error,) = done.errors
-    assert error.startswith("error: quantization: int8: only with --to ctranslate2; use --dtype to round a checkpoint")
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from t5tune.errors import ModelError
 from t5tune.inference.generation import Decoding, Sampling, generate, make_random_generator
 from t5tune.model.load import load_base
 from t5tune.progress import Note
@@ -118,13 +117,3 @@ def test_settings_that_only_change_the_form_of_the_output_change_nothing(
     expected = generate(load_base(folder, torch.float32, torch.device("cpu")), sources, decoding)
     (folder / "generation_config.json").write_text(json.dumps(config))
     assert generate(load_base(folder, torch.float32, torch.device("cpu")), sources, decoding) == expected
-
-
-@pytest.mark.parametrize("content", ['{"stop_strings": ["x"]}', '{"num_return_sequences": 2}', "[1]", "{"])
-def test_a_generation_config_that_cannot_be_used_is_named(content: str, tmp_path: Path) -> None:
-    folder = make_base(tmp_path, tied=False)
-    (folder / "generation_config.json").write_text(content)
-    with pytest.raises(
-        ModelError, match=r"generation_config\.json: transformers can't (use|generate with) it: .+; correct"
-    ):
-        generate(load_base(folder, torch.float32, torch.device("cpu")), [[40, 1]], Decoding(1, 0, 4))

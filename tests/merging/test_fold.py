@@ -183,17 +183,6 @@ def change_config(adapter: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def test_an_initialization_that_cannot_be_reproduced_is_refused(
-    bases: Callable[[str, bool], Path], tmp_path: Path
-) -> None:
-    adapter = make_adapter(bases("fp32", False), tmp_path / "adapter", False)
-    for initialization in ("pissa_niter_4", "loftq", "corda"):
-        change_config(adapter, init_lora_weights=initialization)
-        with pytest.raises(CheckpointError, match=f"init_lora_weights: {initialization}"):
-            merge_adapters(bases("fp32", False), adapter, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.filterwarnings("ignore:(PiSSA|OLoRA) changes the base weights:UserWarning")
 @pytest.mark.parametrize("initialization", ["pissa", "olora"])
 def test_an_adapter_that_peft_converted_to_plain_lora_merges_as_in_peft(

@@ -16,7 +16,7 @@ from t5tune.commands.merge import merge
 from t5tune.errors import CheckpointError
 from t5tune.progress import Note
 from t5tune.settings import MergeSettings
-from tests.merging.cases import change_config, list_folder, run_merge
+from tests.merging.cases import list_folder, run_merge
 from tests.support.adapters import add_base_metadata, load_stock_base, make_stock_adapter
 
 
@@ -32,26 +32,6 @@ def test_without_a_base_the_one_that_the_adapter_names_is_used_and_reported(
     assert list_folder(tmp_path / "named") == list_folder(tmp_path / "given")
     for name in ("model.safetensors", "README.md"):
         assert (tmp_path / "named" / name).read_bytes() == (tmp_path / "given" / name).read_bytes()
-
-
-@pytest.mark.parametrize(
-    ("name", "problem"),
-    [
-        ("", "doesn't name the adapter's base; give the base with --model-name-or-path"),
-        ("some/t5", "its base, some/t5, isn't on this machine; give --model-name-or-path"),
-        ("no name on the Hub", "its base, no name on the Hub, isn't on this machine; give --model-name-or-path"),
-        ("x" * 300, "isn't on this machine; give --model-name-or-path"),
-    ],
-)
-def test_a_base_that_the_adapter_does_not_name_or_that_is_elsewhere_must_be_given(
-    untied_adapter: Path, tmp_path: Path, name: str, problem: str
-) -> None:
-    adapter = shutil.copytree(untied_adapter, tmp_path / "adapter")
-    change_config(base_model_name_or_path=name)(adapter)
-    with pytest.raises(CheckpointError) as caught:
-        merge(MergeSettings(adapter=adapter, output_dir=tmp_path / "merged"))
-    assert problem in f"{caught.value.message}; {caught.value.hint}"
-    assert list_folder(tmp_path) == ["adapter"]
 
 
 def make_similar_base(base: Path, folder: Path) -> Path:

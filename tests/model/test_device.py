@@ -26,7 +26,6 @@ from t5tune.model.device import (
 )
 from t5tune.model.load import load_base
 from t5tune.progress import Note
-from t5tune.runs.checks import check_plan
 from t5tune.settings import ChatSettings
 from t5tune.training.arguments import choose_tf32, make_training_arguments
 from tests.support import train_runs
@@ -85,11 +84,6 @@ def test_openmp_threads_spin_briefly_unless_the_user_sets_it(variable: str, valu
 make_settings = functools.partial(
     train_runs.make_settings, max_steps=2, save_steps=500, lora_r=64, lora_target_modules=["all-linear"]
 )
-
-
-def test_paged_optimizers_are_refused_without_a_gpu(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="optim: paged_adamw_8bit: paged optimizers need a GPU"):
-        check_plan(make_run_plan(make_settings(untied_base, conversations, tmp_path / "run", optim="paged_adamw_8bit")))
 
 
 def test_an_8_bit_optimizer_trains_and_is_saved_in_8_bits(

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,21 +17,6 @@ def check(settings: TrainSettings) -> None:
     check_plan(make_run_plan(settings))
 
 
-def test_a_deepspeed_config_with_which_weights_would_be_saved_under_other_names_is_refused(tmp_path: Path) -> None:
-    """With DeepSpeed 0.19.8, the adapter of two ranks differed from that of the same run without it by 0.19."""
-    config = tmp_path / "config.json"
-    config.write_text(json.dumps({"zero_optimization": {"stage": 2, "round_robin_gradients": True}}))
-    settings = TrainSettings(
-        model_name_or_path="pocket",
-        data_path="pocket",
-        output_dir=tmp_path / "run",
-        deepspeed=str(config),
-        use_cpu=True,
-    )
-    with pytest.raises(SettingsError, match=r"config\.json: round_robin_gradients: DeepSpeed saves the weights under"):
-        check(settings)
-
-
 @pytest.mark.parametrize("schedule", ["constant", "reduce_lr_on_plateau", "greedy"])
 def test_warmup_is_refused_with_a_schedule_that_has_none(schedule: str, tmp_path: Path) -> None:
     settings = TrainSettings(
@@ -44,51 +28,6 @@ def test_warmup_is_refused_with_a_schedule_that_has_none(schedule: str, tmp_path
         check(settings.replace(warmup_steps=0.05))
     assert ("constant_with_warmup" in refused.value.message) == (schedule == "constant")
     check(settings.replace(warmup_steps=0.05, lr_scheduler_type="constant_with_warmup"))
-
-
-OTHER_SECTIONS: dict[str, tuple[dict[str, Any], str]] = {
-    "Lamb": (
-        {"optimizer": {"type": "Lamb", "params": {"lr": "auto"}}},
-        "deepspeed: {}: optimizer: Lamb; remove `optimizer`: optim adamw_torch, learning_rate and weight_decay are "
-        "used",
-    ),
-    "Adam with L2": (
-        {"optimizer": {"type": "Adam", "params": {"adam_w_mode": False}}},
-        "deepspeed: {}: optimizer.params.adam_w_mode: false: isn't used; remove it",
-    ),
-    "AMSGrad": (
-        {"optimizer": {"type": "AdamW", "params": {"amsgrad": True}}},
-        "deepspeed: {}: optimizer.params.amsgrad: true: isn't used; remove it",
-    ),
-    "OneCycle": (
-        {"scheduler": {"type": "OneCycle", "params": {"warmup_num_steps": "auto"}}},
-        "deepspeed: {}: scheduler: OneCycle; remove `scheduler`, and choose the schedule by lr_scheduler_type",
-    ),
-    "start of the warmup": (
-        {"scheduler": {"type": "WarmupLR", "params": {"warmup_min_lr": 1e-5}}},
-        "deepspeed: {}: scheduler.params.warmup_min_lr: 1e-05: isn't used; remove it",
-    ),
-    "logarithmic warmup": (
-        {"scheduler": {"type": "WarmupLR", "params": {"warmup_type": "log"}}},
-        'deepspeed: {}: scheduler.params.warmup_type: "log": isn\'t used; remove it',
-    ),
-    "no object": (
-        {"scheduler": "WarmupLR"}, "deepspeed: {}: scheduler: expected an object with type and params"
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", OTHER_SECTIONS)
-def test_another_optimizer_or_curve_in_a_deepspeed_config_is_refused(name: str, tmp_path: Path) -> None:
-    config, (sections, problem) = tmp_path / "own.json", OTHER_SECTIONS[name]
-    settings = TrainSettings(
-        model_name_or_path="pocket", data_path="pocket", output_dir=tmp_path / "run", use_cpu=True,
-        deepspeed=str(config),
-    )  # fmt: skip
-    config.write_text(json.dumps(sections))
-    with pytest.raises(SettingsError) as caught:
-        check(settings)
-    assert caught.value.problems == (problem.format(config),)
 
 
 def test_an_optimizer_that_is_not_adam_is_not_replaced_by_another(tmp_path: Path) -> None:
@@ -122,54 +61,6 @@ def test_a_schedule_of_a_deepspeed_config_that_is_not_the_one_of_the_settings_is
         f"--lr-scheduler-type {own} is the one that the file names"
     ]
     assert list_notes(make_run_plan(settings.replace(lr_scheduler_type=own))) == []
-
-
-MISMATCHES: dict[str, tuple[dict[str, Any], str]] = {
-    "lr": ({"optimizer": {"params": {"lr": 1e-3}}}, "learning_rate: 5e-05: {} has optimizer.params.lr 0.001"),
-    "decay": (
-        {"optimizer": {"params": {"weight_decay": 0.01}}}, "weight_decay: 0: {} has optimizer.params.weight_decay 0.01"
-    ),
-    "betas": (
-        {"optimizer": {"params": {"betas": [0.9, 0.95]}}},
-        "training_args.adam_beta1 and adam_beta2: [0.9, 0.999]: {} has optimizer.params.betas [0.9, 0.95]",
-    ),
-    "eps": (
-        {"optimizer": {"params": {"eps": 1e-6}}}, "training_args.adam_epsilon: 1e-08: {} has optimizer.params.eps 1e-06"
-    ),
-    "max_lr": (
-        {"scheduler": {"params": {"warmup_max_lr": 1e-3}}},
-        "learning_rate: 5e-05: {} has scheduler.params.warmup_max_lr 0.001",
-    ),
-    "warmup": (
-        {"scheduler": {"params": {"warmup_num_steps": 2}}},
-        "warmup_steps: 0: {} has scheduler.params.warmup_num_steps 2",
-    ),
-    "total": (
-        {"scheduler": {"params": {"total_num_steps": 9}}}, "max_steps: 4: {} has scheduler.params.total_num_steps 9"
-    ),
-    "micro": (
-        {"train_micro_batch_size_per_gpu": 4},
-        "per_device_train_batch_size: 8: {} has train_micro_batch_size_per_gpu 4",
-    ),
-    "accumulation": (
-        {"gradient_accumulation_steps": 2}, "gradient_accumulation_steps: 1: {} has gradient_accumulation_steps 2"
-    ),
-    "clipping": ({"gradient_clipping": 0.5}, "max_grad_norm: 1: {} has gradient_clipping 0.5"),
-    "bf16": ({"bf16": {"enabled": True}}, "bf16: false: {} has bf16.enabled true"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", MISMATCHES)
-def test_other_values_in_a_deepspeed_config_than_the_settings_are_refused(name: str, tmp_path: Path) -> None:
-    config, (sections, problem) = tmp_path / "own.json", MISMATCHES[name]
-    settings = TrainSettings(
-        model_name_or_path="pocket", data_path="pocket", output_dir=tmp_path / "run", use_cpu=True, max_steps=4,
-        deepspeed=str(config),
-    )  # fmt: skip
-    config.write_text(json.dumps(sections))
-    with pytest.raises(SettingsError) as caught:
-        check(settings)
-    assert caught.value.problems == (f'{problem.format(config)}; set "auto" there, or the same value here',)
 
 
 def test_the_values_of_a_deepspeed_config_that_follow_from_several_settings_are_compared(tmp_path: Path) -> None:
@@ -223,12 +114,13 @@ def test_arguments_of_the_trainer_that_would_break_a_run_or_have_no_effect_are_r
         "save_only_model": "with it, a run couldn't resume exactly; leave it out",
         "ignore_data_skip": "with it, a run couldn't resume exactly; leave it out",
         "auto_find_batch_size": "with it, a run couldn't resume exactly; leave it out",
-        "load_best_model_at_end": "t5tune sets this itself",
-        "resume_from_checkpoint": "t5tune sets this itself",
-        "average_tokens_across_devices": "t5tune sets this itself",  # two ranks had twice the loss without it
-        "label_names": "t5tune sets this itself",
-        "logging_nan_inf_filter": "t5tune sets this itself",
-        "log_level": "t5tune sets this itself",
+        "load_best_model_at_end": "t5tune sets this itself; leave it out",
+        "resume_from_checkpoint": "t5tune sets this itself; leave it out",
+        # two ranks had twice the loss without it
+        "average_tokens_across_devices": "t5tune sets this itself; leave it out",
+        "label_names": "t5tune sets this itself; leave it out",
+        "logging_nan_inf_filter": "t5tune sets this itself; leave it out",
+        "log_level": "t5tune sets this itself; leave it out",
         "neftune_noise_alpha": "NEFTune isn't supported; leave it out",
         "data_seed": "seed determines the order of the examples; set that",
         "dataloader_persistent_workers": "each epoch has workers of its own; leave it out",

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 
-from t5tune.errors import SettingsError
 from t5tune.settings import DatasetSettings, TrainSettings, dump_settings, load_settings
 from t5tune.settings.dataset_list import name_datasets, split_weight
 from t5tune.settings.flags import list_flags, list_without_flags
@@ -66,47 +65,6 @@ def test_saved_settings_and_flags_read_back_as_the_same(tmp_path: Path) -> None:
     assert list_without_flags(plain) == {}
 
 
-@pytest.mark.parametrize(
-    ("text", "problem"),
-    [
-        ("data: [{path: a, weight: -1}]", "data[0].weight: -1 (FILE: data): must be at least 0"),
-        ("data: [a, {path: b, weight: .nan}]", "data[1].weight: nan (FILE: data): expected a finite number"),
-        ("data: [{path: a, weigth: 1}]", "data[0].weigth (FILE: data): unknown setting; did you mean weight?"),
-        ("data: [{weight: 1}]", "data[0].path (FILE: data): missing; each dataset needs it"),
-        ("data: [3]", "data[0]: 3 (FILE: data): expected names with values, such as path: chats.jsonl"),
-        ("data: []", "data: [] (FILE: data): must not be empty"),
-        ("data: [{path: a, weight: 0}]", "data: every weight is 0, so there is nothing to train on"),
-        ("data_path: [a:0, b:0]", "data: every weight is 0, so there is nothing to train on"),
-        ("data: [{path: a, name: x}, {path: b, name: x}]", "data: name: x: two datasets have it"),
-        ("data: [{path: a, name: x}, {path: b, name: X}]", "data: name: x: two datasets have it"),
-        ("data: [{path: a, name: mixture.json}]", "data[0].name: 'mixture.json' (FILE: data): a file in the folder of"),
-        ("data: [a, b]\ndata_split: dev", "data_split: dev: give it in the dataset that it is for"),
-        ("data_path: a\neval_data: [a, b]\neval_data_split: dev", "eval_data_split: dev: give it as data_split in"),
-        (
-            "data: [{path: a, name: x, target_column: y}]\nobjective: span-corruption",
-            "data: x: target_column: 'y', but",
-        ),
-        ("data: [{path: a, name: ../b}]", "data[0].name: '../b' (FILE: data): expected letters, digits,"),
-        ("data: [{path: '-'}]", "data: standard input (`-`) can't be one of several datasets; write it to a file"),
-        ("data: [a]\ndata_path: b", "data: conflicts with data_path; give only one of them"),
-        ("data: [{path: 'a:2', weight: 3}]", "data: path: a:2: give the weight of the dataset as its `weight`"),
-        ("data: [a:2, b]\nmixing: proportional", "mixing: proportional: conflicts with the weights of data"),
-        ("data: [a:2, b]\nmixing_cap: 5", "mixing_cap: 5: conflicts with the weights of data"),
-        ("data: [a, b]\nmixing: weights\nmixing_temperature: 2", "mixing_temperature: 2 has no effect with mixing"),
-        ("data: [a, b]\nmixing_temperature: 0", "mixing_temperature: 0 (FILE: mixing_temperature): must be greater"),
-        (
-            "data: [{path: a, data_format: alpaca, source_prefix: x}]",
-            "data: a: source_prefix: 'x', but data_format alpaca",
-        ),
-    ],
-)
-def test_what_is_wrong_with_a_dataset_is_said_by_its_place(text: str, problem: str, tmp_path: Path) -> None:
-    with pytest.raises(SettingsError) as refused:
-        load(text, tmp_path)
-    assert len(refused.value.problems) == 1
-    assert problem.replace("FILE", str(tmp_path / "run.yaml")) in str(refused.value)
-
-
 def test_datasets_are_named_after_their_files() -> None:
     paths = [
         "data/chats.jsonl.gz", "hf://datasets/owner/chats@main", "owner/name", "https://host/b.CSV?key=1", "dir/*.json",
@@ -123,14 +81,6 @@ def test_records_in_memory_can_be_one_of_several_datasets() -> None:
     (path,) = settings.data[0].path
     assert Path(path).read_text() == '{"source": "a", "target": "b"}\n'
     assert settings.data_path == [path, "b.jsonl"]
-
-
-def test_a_setting_that_datasets_do_not_have_is_not_blamed_on_one() -> None:
-    with pytest.raises(SettingsError) as caught:
-        TrainSettings(**NEEDED, data=["a", "b"], hub_model_id="owner/name")
-    assert caught.value.problems == ("hub_model_id: owner/name, but push_to_hub isn't set",)
-    with pytest.raises(SettingsError, match="data: a: "):
-        TrainSettings(**NEEDED, data=[{"path": "a", "source_prefix": "x: ", "data_format": "openai"}, "b"])
 
 
 def test_data_of_a_flag_takes_the_place_of_that_of_a_file(tmp_path: Path) -> None:

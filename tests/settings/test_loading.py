@@ -106,40 +106,6 @@ def test_unknown_names_in_any_source_are_refused_with_the_closest_known_name(
     assert "error: --zzz: unknown flag; t5tune train --help-all lists every option" in errors
 
 
-def test_a_flag_without_its_value_is_refused(run_command_line: Callable[..., tuple[Any, str]]) -> None:
-    settings, stderr = run_command_line("train", *NEEDED_FLAGS, "--lora-r", "--bf16")
-    assert settings is None
-    assert "--lora-r: expected a value" in stderr
-
-
-@pytest.mark.parametrize("flag", ["--json=false", "--quiet=no", "--debug="])
-def test_a_flag_that_takes_no_value_is_refused_with_one(
-    run_command_line: Callable[..., tuple[Any, str]], flag: str
-) -> None:
-    settings, stderr = run_command_line("train", *NEEDED_FLAGS, flag)
-    assert settings is None
-    assert f"{flag}: {flag.partition('=')[0]} takes no value" in stderr
-
-
-@pytest.mark.parametrize("value", ["[red]8[/]", ":heart:", "8\\", "\\[red]8"])
-def test_an_error_shows_the_value_exactly_as_typed(
-    run_command_line: Callable[..., tuple[Any, str]], value: str
-) -> None:
-    settings, stderr = run_command_line("train", *NEEDED_FLAGS, "--lora-r", value)
-    assert settings is None
-    assert f"lora_r: {value!r} (--lora-r)" in stderr
-
-
-def test_options_that_contradict_each_other_are_refused() -> None:
-    (problem,) = problems_of(**NEEDED, num_gpus="2", num_processes="3")
-    assert "num_gpus" in problem
-    assert "num_processes" in problem
-    (problem,) = problems_of(**NEEDED, eval_strategy="no", eval_steps=5)
-    assert "eval_steps" in problem
-    (problem,) = problems_of(**NEEDED, add_tokens=["auto", "@@"])
-    assert "auto" in problem
-
-
 def test_numbers_in_scientific_notation_are_numbers(yaml_file: Callable[[str], str]) -> None:
     file = yaml_file("learning_rate: 1e-4\nweight_decay: 1.e-2\ntraining_args:\n  adam_epsilon: 1E-6\n")
     settings, _ = load_settings(TrainSettings, file, {}, NEEDED)
@@ -179,33 +145,8 @@ def test_yes_and_no_are_accepted_for_booleans(yaml_file: Callable[[str], str], w
     assert settings.bf16 is value
 
 
-def test_a_duplicate_key_is_refused_with_both_line_numbers(yaml_file: Callable[[str], str]) -> None:
-    file = yaml_file("lora_r: 8\nseed: 1\nlora_r: 16\n")
-    (problem,) = problems_of(file=file, **NEEDED)
-    assert problem == f"{file}:3: duplicate key lora_r (first defined on line 1)"
-
-
-def test_a_duplicate_nested_key_is_refused(yaml_file: Callable[[str], str]) -> None:
-    file = yaml_file("training_args:\n  a: 1\n  a: 2\n")
-    (problem,) = problems_of(file=file, **NEEDED)
-    assert problem == f"{file}:3: duplicate key a (first defined on line 2)"
-
-
-@pytest.mark.parametrize("text", ["- lora_r\n", "lora_r\n", "8: 8\n", "lora_r: [\n", "a: b: c\n"])
-def test_a_file_without_a_mapping_of_names_is_refused_with_its_path(yaml_file: Callable[[str], str], text: str) -> None:
-    file = yaml_file(text)
-    (problem,) = problems_of(file=file, **NEEDED)
-    assert problem.startswith(f"{file}:")
-
-
 def test_an_empty_file_sets_nothing(yaml_file: Callable[[str], str]) -> None:
     assert load_settings(TrainSettings, yaml_file("# nothing yet\n"), {}, NEEDED)[0].lora_r == 8
-
-
-def test_a_missing_file_is_refused_with_the_names_of_the_packaged_run_configs() -> None:
-    with pytest.raises(SettingsError, match="nowhere.yaml") as caught:
-        load_settings(TrainSettings, "nowhere.yaml", {}, NEEDED)
-    assert "pocket" in caught.value.message
 
 
 def test_keys_of_another_command_are_ignored_with_a_note(yaml_file: Callable[[str], str]) -> None:
@@ -280,12 +221,6 @@ def test_words_of_other_tools_for_a_value_are_read_or_explained() -> None:
     ]
 
 
-def test_a_flag_of_another_command_is_refused(run_command_line: Callable[..., tuple[Any, str]]) -> None:
-    settings, stderr = run_command_line("prepare", *NEEDED_FLAGS, "--lora-r", "8")
-    assert settings is None
-    assert "--lora-r: unknown flag" in stderr
-
-
 @pytest.mark.parametrize(
     ("arguments", "value"),
     [
@@ -304,12 +239,6 @@ def test_a_boolean_may_have_a_value(
 ) -> None:
     settings, _ = run_command_line("train", *arguments, *NEEDED_FLAGS, "--q-lora")
     assert settings.bf16 is value
-
-
-def test_an_invalid_boolean_is_refused(run_command_line: Callable[..., tuple[Any, str]]) -> None:
-    settings, stderr = run_command_line("train", *NEEDED_FLAGS, "--bf16=perhaps")
-    assert settings is None
-    assert "bf16: 'perhaps' (--bf16)" in stderr
 
 
 @pytest.mark.parametrize(
@@ -357,12 +286,6 @@ def test_minus_one_none_and_an_empty_value_mean_unset(
     settings, _ = run_command_line("train", *NEEDED_FLAGS, f"--num_data={unset}", "--max_steps", "-1")
     assert settings.num_data is None
     assert settings.max_steps is None
-
-
-def test_a_negative_number_is_a_value_not_a_flag(run_command_line: Callable[..., tuple[Any, str]]) -> None:
-    settings, stderr = run_command_line("train", *NEEDED_FLAGS, "--learning-rate", "-1e-4")
-    assert settings is None
-    assert "learning_rate: '-1e-4' (--learning-rate)" in stderr
 
 
 COMPLETE: list[Settings] = [

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -66,3 +67,32 @@ def t5tune_in_fork(
     environment = {**os.environ, **(env or {})}
     done = get_fork_server().run([*map(str, arguments)], environment=environment, cwd=cwd, stdin=stdin)
     return CommandResult(done.codes[0], done.stdout, done.log)
+
+
+_RUN_EACH = """
+import os, sys
+from t5tune.cli import run
+
+for folder, words in RUNS:
+    os.chdir(folder)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(f"{folder}.{name}", os.O_WRONLY | os.O_CREAT), number)
+    code = run(words)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with open(f"{folder}.code", "w") as file:
+        file.write(str(code))
+"""
+
+
+def t5tune_in_one_fork(runs: Sequence[tuple[Path, list[str]]], env: dict[str, str]) -> list[CommandResult]:
+    """Run command lines one after the other in a single fork, each in its folder, which is faster than a fork for each.
+
+    Their output is in files next to the folder.
+    """
+    code = f"RUNS = {[(str(folder), words) for folder, words in runs]!r}\n{_RUN_EACH}"
+    log = runs[0][0].with_name("log")
+    log.touch()
+    assert get_fork_server().start(["-c", code], log, log, {**os.environ, **env}).wait(500) == 0, log.read_text()
+    read = [[Path(f"{folder}.{name}").read_text() for name in ("code", "stdout", "stderr")] for folder, _ in runs]
+    return [CommandResult(int(code), stdout, stderr) for code, stdout, stderr in read]

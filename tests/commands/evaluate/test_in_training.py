@@ -11,19 +11,15 @@ from safetensors.torch import load_file
 
 from t5tune.commands.export import export
 from t5tune.commands.prepare import prepare
-from t5tune.commands.run_plan import make_run_plan
 from t5tune.commands.train import train
-from t5tune.errors import CheckpointError, DataError, OutOfMemory, SettingsError, Stopped
+from t5tune.errors import CheckpointError, DataError, OutOfMemory, Stopped
 from t5tune.progress import Advanced, Event, Note
 from t5tune.runs import publisher
 from t5tune.runs.checkpoints import verify
-from t5tune.runs.checks import check_plan
 from t5tune.runs.metrics_log import read_metrics
 from t5tune.settings import (
     ExportSettings,
     PrepareSettings,
-    TrainSettings,
-    load_settings,
 )
 from tests.commands.evaluate.outputs import EVALUATED, make_short_settings, run_evaluate, write_answers
 from tests.support.caches import open_only
@@ -306,29 +302,3 @@ def test_the_last_step_is_evaluated_once(untied_base: Path, conversations: Path,
     result = train(make_short_settings(untied_base, conversations, tmp_path / "run", **changes))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "eval_loss" in line] == [result.steps]
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"eval_generate": 4}, "eval_generate: 4: there are no held-out examples to evaluate on"),
-        ({"early_stopping_patience": 2}, "early_stopping_patience: 2: there are no held-out examples"),
-        (
-            {"lr_scheduler_type": "reduce_lr_on_plateau"},
-            "lr_scheduler_type: reduce_lr_on_plateau: there are no held-out",
-        ),
-        (
-            {"eval_fraction": 0.1, "eval_strategy": "no", "lr_scheduler_type": "reduce_lr_on_plateau"},
-            "lr_scheduler_type: reduce_lr_on_plateau, but eval_strategy is no",
-        ),
-        ({"eval_fraction": 0.1, "metric_for_best_model": "rougeL"}, "set eval_generate"),
-        ({"eval_fraction": 0.1, "eval_strategy": "no", "eval_steps": 3}, "eval_steps: 3, but eval_strategy is no"),
-        ({"eval_fraction": 0.1, "eval_strategy": "epoch", "eval_steps": 3}, "eval_strategy is epoch"),
-        ({"eval_fraction": 0.1, "metric_for_best_model": "accuracy"}, "metric_for_best_model"),
-    ],
-)
-def test_impossible_settings_of_evaluation_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-
-    needed = {"model_name_or_path": "pocket", "data_path": "pocket", "output_dir": str(tmp_path)}
-    with pytest.raises(SettingsError, match=message):
-        check_plan(make_run_plan(load_settings(TrainSettings, flags={**needed, **changes})[0]))

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from t5tune.commands.evaluate import EvaluateResult, evaluate
-from t5tune.commands.merge import merge
 from t5tune.commands.prepare import prepare
 from t5tune.commands.train import train
 from t5tune.custom_metrics import load_custom_metric
@@ -19,7 +18,7 @@ from t5tune.progress import Evaluated, Event, Note
 from t5tune.runs.checkpoints import verify
 from t5tune.runs.metrics_log import read_metrics
 from t5tune.runs.result import read_result
-from t5tune.settings import EvaluateSettings, MergeSettings, PrepareSettings, TrainSettings, load_settings
+from t5tune.settings import EvaluateSettings, PrepareSettings
 from tests.support import train_runs
 from tests.support.command_line import CommandResult, t5tune_in_fork
 
@@ -94,15 +93,6 @@ def test_compare_base_gives_the_scores_of_the_base_alone(
     for line, with_adapter, without in lines:
         assert line == with_adapter | {"base_prediction": without["prediction"], "base_loss": without["loss"]}
     assert tuned.base is None
-
-
-def test_compare_base_of_a_whole_model_is_refused_before_it_is_loaded(
-    run: Path, untied_base: Path, cache: Path, tmp_path: Path
-) -> None:
-    merge(MergeSettings(model_name_or_path=str(untied_base), adapter=run, output_dir=tmp_path / "merged"))
-    (tmp_path / "merged" / "model.safetensors").unlink()
-    with pytest.raises(SettingsError, match="merged is a whole model, not an adapter, so there is no base to compare"):
-        run_evaluate(tmp_path / "merged", cache, tmp_path / "out", compare_base=True)
 
 
 def test_the_command_shows_both_models_and_the_difference(run: Path, cache: Path, tmp_path: Path) -> None:
@@ -181,14 +171,6 @@ def test_json_targets_are_scored_as_json(untied_base: Path, pairs: Path, tmp_pat
     assert without.valid_json is without.field_f1 is None
     with pytest.raises(SettingsError, match="metrics: valid_json: none of the 2 targets is a JSON object or array"):
         run_evaluate(untied_base, pairs, tmp_path / "none", num_data=2, metrics=["valid_json"])
-
-
-def test_a_mistake_in_a_custom_metric_ends_evaluate_before_the_model_is_loaded(cache: Path, tmp_path: Path) -> None:
-    arguments = ("evaluate", tmp_path / "no model", "--data-path", cache, "--metric", "my_metric:mean")
-    write_function(tmp_path / "my_metric.py", "def maen(p, r): return {}")
-    failed = t5tune_in_fork(*arguments, cwd=tmp_path)
-    assert failed.code == 2
-    assert failed.errors == ["error: metric: my_metric:mean: no such function in my_metric.py; did you mean maen?"]
 
 
 # ---------------------------------------------------------------- during training
@@ -394,30 +376,3 @@ def test_a_metric_that_evaluations_will_not_have_is_refused_before_the_first_ste
     assert message in caught.value.message
     assert not list((tmp_path / "run").glob("checkpoint-*"))
     assert not read_metrics(tmp_path / "run")
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ({"metrics": ["rouge"]}, "metrics: rouge: no such metric; did you mean rougeL?"),
-        ({"metrics": ["xyz"]}, "metrics: xyz: no such metric; choose from exact_match, rouge1, "),
-        ({"metric": ["foo"]}, "metric: foo: names no function; give it as module:function or path/to/file.py:function"),
-        ({"metrics": ["rougeL"]}, "metrics: rougeL needs generated predictions; set eval_generate"),
-        ({"metric": ["a:b"]}, "metric: a:b needs generated predictions; set eval_generate"),
-        ({"metric_for_best_model": "bleu"}, "metric_for_best_model: bleu needs generated predictions"),
-        (
-            {"metric_for_best_model": "exactmatch", "eval_generate": "3"},
-            "metric_for_best_model: exactmatch: no such metric; did you mean exact_match?",
-        ),
-        (
-            {"metric_for_best_model": "rougeL", "metrics": ["bleu", "chrf"], "eval_generate": "3"},
-            "metric_for_best_model: rougeL isn't among metrics: bleu, chrf; add it",
-        ),
-        ({"early_stopping_threshold": "0.1"}, "early_stopping_threshold: 0.1 has no effect without early_stopping_pat"),
-    ],
-)
-def test_settings_that_do_not_fit_together_are_refused(flags: dict[str, Any], message: str) -> None:
-    needed = {"model_name_or_path": "pocket", "data_path": "pocket", "output_dir": "run", "eval_fraction": "0.1"}
-    with pytest.raises(SettingsError) as caught:
-        load_settings(TrainSettings, flags={**needed, **flags})
-    assert message in caught.value.message

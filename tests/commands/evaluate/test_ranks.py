@@ -84,18 +84,6 @@ def test_a_partitioned_model_gives_the_same_result(
     assert len({(tmp_path / name / "predictions.jsonl").read_bytes() for name in ("whole", "parts")}) == 1
 
 
-@pytest.mark.parametrize(
-    ("options", "problem"),
-    [
-        ({"deepspeed": "zero2"}, "deepspeed: zero2: has ZeRO stage 2, but only stage 3 partitions weights"),
-        ({"deepspeed": "zero3", "q_lora": True, "quant_type": "int8"}, "quant_type: int8: DeepSpeed can't handle int8"),
-    ],
-)
-def test_what_cannot_be_partitioned_is_refused(run: Path, options: dict[str, Any], problem: str) -> None:
-    with pytest.raises(SettingsError, match=problem):
-        evaluate(EvaluateSettings(model_name_or_path=str(run), data_path=["pocket"], use_cpu=True, **options))
-
-
 def fail_in_generation(what: str, rank: int | None = None) -> None:
     """Let a rank, or each, hang or end itself before it generates predictions."""
     from t5tune.commands import evaluate as command
@@ -225,19 +213,6 @@ def test_a_call_from_python_starts_no_processes(run: Path, data: Path, tmp_path:
     with pytest.raises(SettingsError, match="num_processes: 2: a call of evaluate starts no processes") as caught:
         evaluate(settings)
     assert caught.value.hint == "start the script with torchrun --nproc-per-node 2, or run t5tune evaluate"
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"num_gpus": 2, "num_processes": 3}, "num_gpus: 2 conflicts with num_processes: 3"),
-        ({"num_gpus": 2, "device": "cuda:1"}, "device: cuda:1 conflicts with num_gpus: 2; leave out device"),
-        ({"num_processes": 2, "device": "mps"}, "device: mps conflicts with num_processes: 2"),
-    ],
-)
-def test_settings_of_processes_that_conflict_are_refused(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(SettingsError, match=message):
-        EvaluateSettings(model_name_or_path="pocket", data_path="pocket", **changes)
 
 
 # ---------------------------------------------------------------- precision

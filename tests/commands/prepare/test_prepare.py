@@ -1,7 +1,6 @@
 """prepare: the ids of the token cache, truncation, rejected records, added tokens, templates, and reproducibility."""
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import yaml
 from t5tune.commands.prepare import PrepareResult
 from t5tune.data.caches.cache import Cache
 from t5tune.data.caches.prepared import open_examples
-from t5tune.errors import DataError, SettingsError
+from t5tune.errors import DataError
 from t5tune.settings import PrepareSettings
 from tests.commands.prepare.ids import ANSWERS, decode, fastchat_text, load_tokenizer_of, record, write_lines
 from tests.support.caches import find_cache, prepare_for_run
@@ -214,50 +213,6 @@ def test_a_folder_means_the_data_files_in_it(
     assert [decode(load_tokenizer_of(cache), example.target_T) for example in cache] == ["first\n", "second\n"]
 
 
-@pytest.mark.parametrize("end", [-1, -2, -20, 12])
-def test_an_incomplete_array_is_refused_with_its_name_and_line_and_no_cache_is_written(
-    prepared: Callable[..., tuple[PrepareResult, Cache]], tmp_path: Path, end: int
-) -> None:
-    text = json.dumps([record("Hi", "Yes"), record("Hi", "No")], indent=1)[:end]
-    data = tmp_path / "broken.json"
-    data.write_text(text)
-    with pytest.raises(DataError, match=rf"{re.escape(str(data))}:\d+: "):
-        prepared(data=data)
-    assert [path.name for path in tmp_path.iterdir()] == ["broken.json"]
-
-
-def test_a_broken_array_is_refused_with_the_line_of_the_broken_record(
-    prepared: Callable[..., tuple[PrepareResult, Cache]], tmp_path: Path
-) -> None:
-    good = json.dumps(record("Hi", "Yes"))
-    data = tmp_path / "broken.json"
-    data.write_text(f"[\n{good},\n{good},\n{good[:30]}\n")
-    with pytest.raises(DataError, match=rf"{re.escape(str(data))}:4: "):
-        prepared(data=data)
-
-
-@pytest.mark.parametrize("text", ["", "\n \n", "[]", "{}", '[{"conversations": []}]'])
-def test_data_without_anything_to_learn_is_refused_with_its_name(
-    prepared: Callable[..., tuple[PrepareResult, Cache]], tmp_path: Path, text: str
-) -> None:
-    data = tmp_path / "empty.json"
-    data.write_text(text)
-    with pytest.raises(DataError, match=re.escape(str(data))):
-        prepared(data=data)
-    assert not (tmp_path / "cache").exists()
-
-
-def test_missing_files_and_files_without_data_are_refused_with_their_names(
-    prepared: Callable[..., tuple[PrepareResult, Cache]], tmp_path: Path
-) -> None:
-    (tmp_path / "table.csv").write_text("a,b\n")
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "latin.json").write_bytes("[ü]".encode("latin-1"))
-    for name in ("nowhere.json", "table.csv", "empty", "latin.json"):
-        with pytest.raises(DataError, match=re.escape(str(tmp_path / name))):
-            prepared(data=tmp_path / name)
-
-
 def test_messages_name_the_setting_that_the_data_comes_from(tmp_path: Path, untied_base: Path) -> None:
     bad = write_lines(tmp_path / "bad.jsonl", record("Hi"), record("Hi"))
     (tmp_path / "empty").mkdir()
@@ -335,36 +290,3 @@ def test_a_users_own_template_is_used(prepared: Callable[..., tuple[PrepareResul
     template.write_text(yaml.safe_dump(TEMPLATE))
     _, cache = prepared(record("Hi", "Yes"), conversation_template=str(template))
     assert decode(load_tokenizer_of(cache), cache[0].source_S) == "Chat.\n\nQ: Hi\nA:"
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"system": "{text}", "human": "{text}\n"},
-        {"system": "{text}##"},
-        {"human": "Q: {text}"},
-        {"assistant_prefix": "A:"},
-        {"assistant": "{text}"},
-        {"assistant": "{text}##"},
-    ],
-    ids=str,
-)
-def test_a_template_without_white_space_between_two_pieces_is_refused(
-    prepared: Callable[..., tuple[PrepareResult, Cache]], tmp_path: Path, change: dict[str, str]
-) -> None:
-    template = tmp_path / "mine.yaml"
-    template.write_text(yaml.safe_dump(TEMPLATE | change))
-    with pytest.raises(SettingsError, match=re.escape(f"conversation_template: {template}")):
-        prepared(record("Hi", "Yes"), conversation_template=str(template))
-
-
-@pytest.mark.parametrize(
-    "change", [{"human": "Q\n"}, {"human": 3}, {"color": "red"}, {"assistant": "{text} {text}\n"}], ids=str
-)
-def test_a_template_with_a_wrong_field_is_refused_with_the_field_name(
-    prepared: Callable[..., tuple[PrepareResult, Cache]], tmp_path: Path, change: dict[str, Any]
-) -> None:
-    template = tmp_path / "mine.yaml"
-    template.write_text(yaml.safe_dump(TEMPLATE | change))
-    with pytest.raises(SettingsError, match=next(iter(change))):
-        prepared(record("Hi", "Yes"), conversation_template=str(template))

@@ -10,13 +10,11 @@ from typing import Any
 
 import pytest
 
-from t5tune.commands.merge import merge
 from t5tune.commands.run_plan import make_run_plan
 from t5tune.commands.train import set_up_run_folder, train
 from t5tune.errors import DataError, SettingsError
 from t5tune.progress import Advanced, Event, Note
 from t5tune.runs.folder import RunFolder
-from t5tune.settings import MergeSettings
 from tests.commands.train.commands import TWO, make_command
 from tests.support.command_line import t5tune_in_fork
 from tests.support.train_runs import make_settings
@@ -241,19 +239,6 @@ def test_a_run_whose_settings_are_broken_says_how_to_write_them_again(
     assert done.code == 0, done.stderr
     path.write_text(done.stdout)
     assert train(settings).resumed_from == run / "checkpoint-6"
-
-
-def test_the_output_of_another_command_is_not_taken_as_a_run(
-    finished_run: Path, untied_base: Path, conversations: Path, tmp_path: Path
-) -> None:
-    """Although it has a settings.yaml too."""
-    values = {"model_name_or_path": str(untied_base), "adapter": finished_run, "output_dir": tmp_path / "merged"}
-    merge(MergeSettings.model_validate(values | {"verify": False}))
-    before = sorted(path.name for path in (tmp_path / "merged").iterdir())
-    assert "settings.yaml" in before
-    with pytest.raises(SettingsError, match="isn't empty and isn't a t5tune run"):
-        train(make_settings(untied_base, conversations, tmp_path / "merged"))
-    assert sorted(path.name for path in (tmp_path / "merged").iterdir()) == before
 
 
 @pytest.mark.slow

@@ -1,7 +1,6 @@
 """The weights that a run loads, quantizes and trains."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import torch
 from safetensors.torch import load_file
 
 from t5tune.commands.train import train
-from t5tune.errors import ModelError
 from t5tune.settings import QuantizationSettings
 from tests.support.caches import find_cache
 from tests.support.train_runs import make_settings, read_losses
@@ -70,25 +68,6 @@ def test_wo_is_quantized_only_with_quantize_wo() -> None:
     off = {name: float((value - logits["whole"]).norm() / logits["whole"].norm()) for name, value in logits.items()}
     assert off["wo"] != off["no wo"]
     assert 0 < off["wo"] < 2 * off["no wo"] < 0.5
-
-
-def test_a_base_whose_file_does_not_fit_its_config_is_refused(untied_base: Path, tmp_path: Path) -> None:
-    from t5tune.model.load import load_base
-
-    shutil.copytree(untied_base, tmp_path / "base")
-    path = tmp_path / "base" / "config.json"
-    config = json.loads(path.read_text())
-    path.write_text(json.dumps({**config, "d_ff": 48}))
-    with pytest.raises(ModelError, match=r"DenseReluDense.* in the file"):
-        load_base(tmp_path / "base", torch.float32, torch.device("cpu"))
-    path.write_text(json.dumps({**config, "model_type": "bart"}))
-    with pytest.raises(ModelError, match="model_type 'bart'") as refused:
-        load_base(tmp_path / "base", torch.float32, torch.device("cpu"))
-    for name in ("Flan-UL2", "ByT5", "fastchat-t5", "mT5", "umT5"):
-        assert name in str(refused.value.hint)
-    path.write_text(json.dumps({**config, "model_type": "switch_transformers"}))
-    with pytest.raises(ModelError, match="Switch Transformers: its experts"):
-        load_base(tmp_path / "base", torch.float32, torch.device("cpu"))
 
 
 @pytest.mark.slow

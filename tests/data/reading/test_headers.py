@@ -15,7 +15,6 @@ from t5tune.progress import Event, Note
 from t5tune.settings import PrepareSettings
 from t5tune.settings.groups.record_format import ReadingSettings
 from tests.support.caches import open_only
-from tests.support.command_line import t5tune_in_fork
 
 SENTENCES = [(f"Where is order {number} of mine?", f"Order {number} is on its way.") for number in range(40)]
 REVIEWS = [(f"{word} film {number}", word) for number, word in enumerate(["good", "bad"] * 20)]
@@ -46,18 +45,6 @@ def test_no_header_reads_the_first_line_as_the_first_row(
     decoded, notes = prepare_table(path, header=False, conversation_template="plain", source_prefix="say: ")
     assert decoded == [(f"say: {source}", target) for source, target in rows]
     assert not any("first line" in note for note in notes)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("rows", [SENTENCES, REVIEWS], ids=["sentences", "reviews"])
-def test_no_header_is_the_first_suggestion(tmp_path: Path, rows: list[tuple[str, ...]]) -> None:
-    path = write_rows(tmp_path / "data.tsv", rows)
-    output = "--output-dir", tmp_path / "cache"
-    done = t5tune_in_fork("prepare", "--model-name-or-path", "pocket", "--data-path", path, *output)
-    assert done.code == 2
-    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert f"{path}:2: the first line looks like data: add --no-header to read it as the first row; otherwise," in error
-    assert error.index("--no-header") < error.index("--source-column")
 
 
 def test_a_doubtful_header_whose_columns_are_named_is_reported(tmp_path: Path) -> None:

@@ -188,22 +188,6 @@ def test_inspect_shows_both_answers(tmp_path: Path) -> None:
     assert example.lengths["rejected"] == (len(example.rejected_ids), 0)
 
 
-@pytest.mark.parametrize(
-    ("given", "problem"),
-    [
-        ({"train_on": "last"}, "train_on: last, but objective dpo learns the last answers of each record"),
-        ({"split_long": True}, "split_long: True, but objective dpo learns the last answers of each record"),
-        ({"objective": "sft", "rejected_column": "b"}, "rejected_column: 'b': only for objective dpo and orpo"),
-        ({"data_format": "alpaca", "rejected_column": "b"}, "rejected_column: 'b', but data_format alpaca"),
-    ],
-)
-def test_settings_that_have_no_effect_are_refused(given: dict[str, Any], problem: str) -> None:
-    with pytest.raises(SettingsError, match=problem):
-        PrepareSettings(
-            **{"model_name_or_path": "pocket", "data_path": "x", "output_dir": "y", "objective": "dpo"} | given
-        )
-
-
 def test_pairs_are_mixed_with_pairs_only(tmp_path: Path) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text("\n".join(map(json.dumps, RECORDS)))

@@ -163,20 +163,6 @@ def test_records_labeled_bad_do_not_count_toward_the_rejected_fraction(
 
 
 @pytest.mark.slow
-def test_data_with_only_records_labeled_bad_is_refused_with_that_reason(tmp_path: Path) -> None:
-    write_lines(tmp_path / "bad.jsonl", BAD, BAD)
-    write_lines(tmp_path / "good.jsonl", GOOD)
-    arguments = ["--model-name-or-path", "pocket", "--output-dir", tmp_path / "cache", "--data-path"]
-    done = t5tune_in_fork("prepare", *arguments, tmp_path / "bad.jsonl")
-    assert (done.code, len(done.errors)) == (2, 1)
-    assert "bad.jsonl: all 2 records are labeled bad (label: false, kto_tag: false)" in done.errors[0]
-    done = t5tune_in_fork("prepare", *arguments, tmp_path / "good.jsonl", tmp_path / "bad.jsonl")
-    assert (done.code, len(done.errors)) == (2, 1)
-    assert "bad.jsonl: contains no conversation to train on; all 2 records are labeled bad" in done.errors[0]
-    assert not (tmp_path / "cache").exists()
-
-
-@pytest.mark.slow
 def test_train_reports_records_labeled_bad_and_evaluate_does_not_score_them(tmp_path: Path) -> None:
     data = write_lines(tmp_path / "data.jsonl", GOOD, BAD, BAD)
     arguments = ["--model-name-or-path", "pocket", "--data-path", data, "--output-dir"]

@@ -23,7 +23,7 @@ from t5tune.data.reading.text_encoding import (
     is_escaped_utf8,
     read_as_utf8,
 )
-from t5tune.errors import DataError, SettingsError
+from t5tune.errors import DataError
 from t5tune.progress import Event, Note
 from t5tune.settings import EvaluateSettings, PrepareSettings
 from t5tune.settings.groups.record_format import ReadingSettings
@@ -368,17 +368,3 @@ def test_evaluate_reads_the_encoding_too(tmp_path: Path) -> None:
     result = evaluate(settings, events.append)
     assert result.examples == 8
     assert any(isinstance(event, Note) and event.text.startswith("read as cp1252") for event in events)
-
-
-@pytest.mark.parametrize("name", ["latin-9000", "hex", "idna", "punycode", "undefined", "unicode_escape", "charmap"])
-def test_a_name_of_no_encoding_is_refused(name: str) -> None:
-    with pytest.raises(SettingsError, match="encoding: .*such as utf-8, cp1252"):
-        PrepareSettings(model_name_or_path="pocket", data_path="a.csv", output_dir="b", encoding=name)
-
-
-@pytest.mark.parametrize(
-    ("name", "meant"), [("cp-1252", "cp1252"), ("Windows1252", "cp1252"), ("iso88591", "iso8859-1"), ("uft-8", "utf-8")]
-)
-def test_a_misspelled_encoding_names_the_right_one(name: str, meant: str) -> None:
-    with pytest.raises(SettingsError, match=f"encoding: '{name}'.*; did you mean {meant}\\?"):
-        PrepareSettings(model_name_or_path="pocket", data_path="a.csv", output_dir="b", encoding=name)

@@ -292,14 +292,6 @@ def test_a_folder_where_the_parts_would_be_is_never_touched(tmp_path: Path) -> N
         assert bytes_of(folder) == before
 
 
-def test_a_link_where_the_parts_would_be_is_refused(tmp_path: Path) -> None:
-    data = write_lines(tmp_path / "data.jsonl", PAIRS)
-    (tmp_path / "disk").mkdir()
-    (tmp_path / "cache.parts").symlink_to(tmp_path / "disk")
-    with pytest.raises(SettingsError, match=r"cache\.parts: the parts are written there, but it is a link"):
-        prepare(make_settings(data, tmp_path / "cache", shard="0/2"))
-
-
 def test_a_mount_point_is_refused_before_anything_is_encoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = write_lines(tmp_path / "data.jsonl", PAIRS)
     monkeypatch.setattr("os.path.ismount", lambda path: Path(path).name == "cache")

@@ -6,7 +6,6 @@ import pytest
 
 from t5tune.errors import SettingsError
 from t5tune.preparing.parts.shard import count_cores_of, count_rank_cores, find_shard
-from t5tune.settings import PrepareSettings
 from t5tune.settings.groups.shard import Shard
 
 TORCHRUN = {"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "4"}
@@ -15,7 +14,6 @@ ARRAY = {
     "SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_MIN": "3", "SLURM_ARRAY_TASK_COUNT": "4",
     "SLURM_ARRAY_TASK_STEP": "2", "SLURM_NTASKS": "1", "SLURM_PROCID": "0",
 }  # fmt: skip
-VALUES = {"model_name_or_path": "pocket", "data_path": "pocket", "output_dir": "cache"}
 
 
 @pytest.fixture(autouse=True)
@@ -96,19 +94,3 @@ def test_the_error_says_what_is_missing(
         monkeypatch.setenv(name, value)
     with pytest.raises(SettingsError, match=message):
         find_shard("auto")
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"shard": "3/3"}, r"shard: '3/3': expected auto, or I/N where I counts the N parts from 0, so 0/3 to 2/3"),
-        ({"shard": "one"}, r"shard: 'one': expected auto, or I/N where I counts the N parts from 0"),
-        ({"shard": "0/0"}, r"shard: '0/0': expected auto, or I/N"),
-        ({"shard": "0/2", "join": True}, "join: conflicts with shard: 0/2"),
-        ({"shard": "0/2", "data_path": "-"}, "shard: 0/2: each part would read standard input"),
-        ({"join": True, "data_path": ["a.jsonl", "-"]}, "join: each part would read standard input"),
-    ],
-)
-def test_wrong_settings_are_refused(values: dict[str, object], message: str) -> None:
-    with pytest.raises(SettingsError, match=message):
-        PrepareSettings(**{**VALUES, **values})

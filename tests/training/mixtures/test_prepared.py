@@ -152,7 +152,7 @@ def test_settings_of_examples_apply_to_token_caches_or_are_refused(
             command()
         assert {problem.rpartition(";")[0].replace(f"{tmp_path}/", "") for problem in refused.value.problems} == {
             "train_on: 'last' here, 'all' in the cache sums/sums",
-            "conversation_template: fastchat-t5: the cache sums/sums was made with another one",
+            "conversation_template: fastchat-t5: the cache sums/sums uses a different template",
             "model_max_length: 64 here, 128 in the cache talk/talk",
         }
 
@@ -173,13 +173,6 @@ def test_a_seed_is_refused_if_it_differs_from_what_a_token_cache_was_split_or_ma
         prepare(mixed.replace(**{seed: 7}))
     other = "seed" if seed == "split_seed" else "split_seed"
     assert prepare(mixed.replace(**{seed: 42, other: 7})).examples >= 1
-
-
-def test_data_next_to_a_cache_is_refused(untied_base: Path, data: Path, tmp_path: Path) -> None:
-    prepare(make_prepare_settings(untied_base, data, tmp_path / "cache", data_path=[data / "sums.jsonl"]))
-    settings = make_settings(untied_base, data, tmp_path / "run", data_path=[tmp_path / "cache", data / "talk.json"])
-    with pytest.raises(DataError, match=r"cache: a token cache can't be combined with other data \(.*talk.json\)"):
-        train(settings)
 
 
 def test_caches_of_other_tokenizers_are_no_mixture(untied_base: Path, data: Path, tmp_path: Path) -> None:
