@@ -1,107 +1,53 @@
-"""Plain English: the words that this project avoids appear in no text that a user or a reader meets.
+"""Plain English: `tools/language.py` lists the words and phrases that make texts hard to read."""
 
-`python tests/test_language.py [FILE …]` prints each occurrence.
-"""
-
-import ast
-import io
-import re
-import subprocess
-import sys
-import tokenize
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).parents[1]
-# word: what to write instead
-AVOIDED = {
-    r"stands|stood": "is, exists, contains",
-    r"seal|seals|sealed|sealing|seal's": "save; complete checkpoint, verified checkpoint",
-    r"anew": "again, start over, re-…",
-    r"beside": "next to, along with, in addition to, compared with",
-    r"behind": "after",
-    r"mend|mends|mended|mending": "fix",
-    r"strangers?|strangers'|stranger's": "untrusted files, newcomer",
-    r"nobody|somebody": "no one, nothing, someone; or name the person",
-    r"goes on from|go on from|going on from|went on from": "resumes from, continues from",
-    r"held against": "compared with",
-    r"laid open": "decoded, shown",
-    r"passed over": "skipped",
-    r"\w*(?:quant|initial|normal|optim|token|serial|recogn|organ|summar|general)is(?:ed?|es|ers?|ing|ations?)": (
-        "American spelling, -iz-"
-    ),
-    r"\w*(?:colour|behaviour|favour|neighbour|honour)\w*|centre|licence|grey|catalogue|artefact": "American spelling",
-}
-PATTERN = re.compile("|".join(rf"(?P<w{i}>\b(?:{word})\b)" for i, word in enumerate(AVOIDED)), re.IGNORECASE)
-TEXTS = (".md", ".yaml", ".yml", ".sh", ".sbatch", ".toml", ".txt")
-# word lists and generated sentences that a model learns from, and this list itself
-DATA = {
-    "examples/pocket/words.py", "examples/pocket/families.py", "examples/pocket/facts.py", "examples/pocket/tuning.py",
-    "examples/quickstart/train.jsonl", "tests/test_language.py",
-}  # fmt: skip
+from tools import REPOSITORY, language
 
 
-def text_files() -> list[Path]:
-    """Every tracked file that people read."""
-    listed = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, check=True, capture_output=True, text=True).stdout
-    names = [name for name in listed.splitlines() if name not in DATA]
-    return [
-        REPOSITORY / name
-        for name in names
-        if name.endswith((".py", *TEXTS)) or name in {"Makefile", "tests/support/faults.c"}
-    ]
+def test_no_text_has_avoided_words() -> None:
+    assert [line for name in language.list_files() for line in language.find_words(REPOSITORY / name)] == []
 
 
-def texts_of(path: Path) -> Iterator[tuple[int, str]]:
-    """(line, text) of a file: of Python its strings, docstrings, comments and the names it defines, else each line."""
-    source = path.read_text(encoding="utf-8")
-    if path.suffix != ".py":
-        yield from enumerate(source.splitlines(), 1)
-        return
-    for node in ast.walk(ast.parse(source)):
-        match node:
-            case ast.Constant(value=str() as text):
-                yield from enumerate(text.splitlines(), node.lineno)
-            case ast.Constant(value=bytes() as data):
-                yield node.lineno, data.decode(errors="replace")
-            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
-                yield node.lineno, re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name.replace("_", " "))
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT:
-            yield token.start[0], token.string
+def test_no_file_has_more_pointing_phrases_than_before() -> None:
+    allowed = language.read_allowed()
+    too_many = [name for name, count in language.count_phrases().items() if count > allowed.get(name, 0)]
+    assert [language.find_phrases(REPOSITORY / name) for name in too_many] == []
 
 
-def findings(path: Path) -> list[str]:
-    """`file:line: word → what to write`, for each avoided word of a file."""
-    found = []
-    for line, text in texts_of(path):
-        for match in PATTERN.finditer(text):
-            advice = list(AVOIDED.values())[int(str(match.lastgroup)[1:])]
-            found.append(f"{path.relative_to(REPOSITORY)}:{line}: {match[0]!r}: write {advice}")
-    return sorted(set(found))
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(language, "REPOSITORY", tmp_path)
+    return tmp_path
 
 
-@pytest.mark.parametrize("path", text_files(), ids=lambda path: str(path.relative_to(REPOSITORY)))
-def test_avoided_words_are_in_no_text(path: Path) -> None:
-    assert not findings(path)
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
 
 
-def test_an_avoided_word_is_found_wherever_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tests.test_language.REPOSITORY", tmp_path)
-    code = tmp_path / "code.py"
-    code.write_text('"""Sealed."""\n\n\ndef mend_it():  # anew\n    return f"{1} stands" " behind"\n', encoding="utf-8")
-    page = tmp_path / "page.md"
-    page.write_text("It goes on from there.\nA beside-the-point colour, sealant.\n", encoding="utf-8")
-    assert [line.split(":")[1:3] for line in findings(code)] == [
-        ["1", " 'Sealed'"], ["4", " 'anew'"], ["4", " 'mend'"], ["5", " 'behind'"], ["5", " 'stands'"],
+def read_places(found: list[str]) -> list[tuple[str, str]]:
+    return [(line, word.strip()) for _, line, word, *_ in (text.split(":") for text in found)]
+
+
+def test_avoided_words_are_found_in_code_and_documents(repository: Path) -> None:
+    code = write(
+        repository / "code.py",
+        '"""Sealed."""\n\n\ndef mend_it():  # anew\n    return f"{1} stands" " behind"\n',
+    )
+    page = write(repository / "page.md", "It goes on\nfrom there.\nA beside-the-point colour, sealant.\n")
+    assert read_places(language.find_words(code)) == [
+        ("1", "'Sealed'"), ("4", "'anew'"), ("4", "'mend'"), ("5", "'behind'"), ("5", "'stands'"),
     ]  # fmt: skip
-    assert [line.split(":")[1:3] for line in findings(page)] == [
-        ["1", " 'goes on from'"], ["2", " 'beside'"], ["2", " 'colour'"],
+    assert read_places(language.find_words(page)) == [
+        ("1", "'goes on from'"), ("3", "'beside'"), ("3", "'colour'"),
     ]  # fmt: skip
 
 
-if __name__ == "__main__":
-    paths = [Path(name).resolve() for name in sys.argv[1:]] or text_files()
-    print(*(line for path in paths for line in findings(path)), sep="\n")
+def test_pointing_phrases_are_counted_outside_of_code(repository: Path) -> None:
+    code = write(repository / "code.py", 'def that_of(x):\n    return "a tokenizer and that\\nof another", "that of"\n')
+    page = write(repository / "page.md", "Its size\nis none.\n```\nof its own\n```\n`that of` is one. In which?\n")
+    assert read_places(language.find_phrases(code)) == [("2", "'that of'"), ("3", "'another'")]
+    assert read_places(language.find_phrases(page)) == [("2", "'is none'"), ("6", "'In which'")]
