@@ -100,32 +100,18 @@ def make_loss_class(model_class: Any) -> Any:
             given = {name: value for name, value in inputs.items() if value is not None}
             if reduction is None and "packing" not in given:
                 return super().forward(*arguments, **inputs)
-            labels_BT = given.pop("labels", None)
-            hidden_BTD = self._compute_hidden_states(**given)
+            labels_BT, _ = given.pop("labels", None), given.pop("use_cache", False)
+            hidden_BTD = self.architecture.compute_hidden_states(self, **given)
             head, logit_cap = self.get_output_embeddings(), self.architecture.logit_cap
             if reduction is None:
                 logits_BTV = head(hidden_BTD)
-                return Seq2SeqLMOutput(
-                    logits=logits_BTV if logit_cap is None else logit_cap * torch.tanh(logits_BTV / logit_cap)
-                )
+                if logit_cap is not None:
+                    logits_BTV = logit_cap * torch.tanh(logits_BTV / logit_cap)
+                return Seq2SeqLMOutput(logits=logits_BTV)
             if reduction == "hidden":
                 return hidden_BTD
             criterion = criterion or CrossEntropy(labels_BT.flatten(), label_smoothing)
             return self.target_loss(hidden_BTD, labels_BT.shape, head, reduction, criterion, logit_cap)
-
-        def _compute_hidden_states(
-            self,
-            input_ids: torch.Tensor,
-            decoder_input_ids: torch.Tensor,
-            attention_mask: torch.Tensor | None = None,
-            packing: Any = None,
-            use_cache: bool = False,
-        ) -> torch.Tensor:
-            """Compute what the head multiplies with its weight: the decoder's output, shape (B, T, D)."""
-            hidden_BTD: torch.Tensor = self.architecture.compute_hidden_states(
-                self, input_ids, decoder_input_ids, attention_mask, packing, use_cache
-            )
-            return hidden_BTD
 
     ModelWithLoss.__name__ = ModelWithLoss.__qualname__ = model_class.__name__
     return ModelWithLoss
@@ -150,9 +136,14 @@ class TargetLoss(nn.Module):
         """Return the sum of the labels' losses (a scalar), or the loss of each label, of this shape (B, T)."""
         hidden_ND = hidden_BTD.flatten(0, -2)
         weights = read_head_weights(head, hidden_BTD.device)
-        if weights is None:
-            assert not torch.is_grad_enabled(), "t5tune doesn't adapt the head, so it never trains with such an adapter"
-            return _compute_adapted_losses(hidden_ND, criterion, head, logit_cap).view(shape)
+        if weights is None:  # the head of another tool's adapter, for an evaluation: t5tune itself doesn't adapt it
+            assert not torch.is_grad_enabled()
+            losses = []
+            for part in _slice_into_chunks(len(hidden_ND), head.out_features, hidden_ND.device):
+                logits_CV = head(hidden_ND[part]).float()
+                _cap_in_place(logits_CV, logit_cap)
+                losses.append(criterion(part, logits_CV, wants_gradient=False)[0])
+            return torch.cat(losses).view(shape)
         if reduction == "sum":
             return compute_summed_loss(hidden_ND, criterion, weights, logit_cap)
         return compute_token_losses(hidden_ND, criterion, weights, logit_cap).view(shape)
@@ -195,20 +186,6 @@ def read_head_weights(head: Any, device: torch.device | None = None) -> HeadWeig
     return None
 
 
-@torch.no_grad()
-def _compute_adapted_losses(
-    hidden_ND: torch.Tensor, criterion: Criterion, head: Any, logit_cap: float | None
-) -> torch.Tensor:
-    parts = _slice_into_chunks(len(hidden_ND), head.out_features, hidden_ND.device)
-    losses = []
-    for part in parts:
-        logits_CV = head(hidden_ND[part]).float()
-        if logit_cap is not None:
-            _cap_in_place(logits_CV, logit_cap)
-        losses.append(criterion(part, logits_CV, wants_gradient=False)[0])
-    return torch.cat(losses)
-
-
 def compute_summed_loss(
     hidden_ND: torch.Tensor, criterion: Criterion, head: HeadWeights, logit_cap: float | None = None
 ) -> torch.Tensor:
@@ -220,7 +197,7 @@ def compute_summed_loss(
     Returns:
         A scalar that has gradients for the hidden states and for those of the head's weights that are trained.
     """
-    total: torch.Tensor = _SummedLoss.apply(hidden_ND, criterion, logit_cap, *head)  # type: ignore[no-untyped-call]
+    total: torch.Tensor = _ChunkedLoss.apply(True, hidden_ND, criterion, logit_cap, *head)  # type: ignore[no-untyped-call]
     return total
 
 
@@ -228,7 +205,7 @@ def compute_token_losses(
     hidden_ND: torch.Tensor, criterion: Criterion, head: HeadWeights, logit_cap: float | None = None
 ) -> torch.Tensor:
     """Compute a criterion for each of N target tokens, in fp32, as `compute_summed_loss` does for their sum."""
-    losses_N: torch.Tensor = _TokenLosses.apply(hidden_ND, criterion, logit_cap, *head)  # type: ignore[no-untyped-call]
+    losses_N: torch.Tensor = _ChunkedLoss.apply(False, hidden_ND, criterion, logit_cap, *head)  # type: ignore[no-untyped-call]
     return losses_N
 
 
@@ -262,8 +239,10 @@ def use_gpu_chunks(vocab_size: int) -> Iterator[None]:
         LOGITS_PER_CHUNK = before
 
 
-def _cap_in_place(logits_CV: torch.Tensor, cap: float, wants_slope: bool = False) -> torch.Tensor | None:
-    """Turn logits into cap · tanh(logits / cap). Return the derivative 1 - tanh², if it is wanted."""
+def _cap_in_place(logits_CV: torch.Tensor, cap: float | None, wants_slope: bool = False) -> torch.Tensor | None:
+    """Turn logits into cap · tanh(logits / cap), if there is a cap. Return the derivative 1 - tanh² if it is wanted."""
+    if cap is None:
+        return None
     logits_CV.div_(cap).tanh_()
     slope_CV = 1 - logits_CV.square() if wants_slope else None
     logits_CV.mul_(cap)
@@ -298,44 +277,42 @@ class _Chunks:
     """Computes the logits of one chunk of target tokens after the other, and adds up the gradients.
 
     Args:
-        wants: whether the gradients of hidden states, weight and rows are wanted.
+        wants: whether the gradients of hidden states, weight and rows are computed.
         dtypes: of the head's product, and of the loss.
     """
 
     def __init__(
         self,
         hidden_ND: torch.Tensor,
-        criterion: Criterion,
-        logit_cap: float | None,
         head: HeadWeights,
         wants: Sequence[bool],
+        criterion: Criterion,
+        logit_cap: float | None,
         dtypes: tuple[torch.dtype, torch.dtype],
     ) -> None:
         self._hidden_ND, self._criterion, self._logit_cap = hidden_ND, criterion, logit_cap
         self._dtype, self._loss_dtype = dtypes
         self._head = head.to(*dtypes)
+        self._wants_gradient = any(wants)
         wants_hidden, wants_weight, wants_rows = wants
         weight, rows = head.weight_VD, head.rows_KD
         self.hidden_grad_ND = torch.empty_like(hidden_ND) if wants_hidden else None
         self.weight_grad_VD = torch.zeros_like(weight, dtype=dtypes[1]) if wants_weight else None
         self.rows_grad_KD = torch.zeros_like(rows, dtype=dtypes[1]) if rows is not None and wants_rows else None
-        self._wants_gradient = any(wants)
 
     def __iter__(self) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor | None]]:
         """Yield (part of the target tokens, their losses, the gradient of each loss by the logits) of each chunk."""
         num_tokens, (vocab_size, _) = len(self._hidden_ND), self._head.weight_VD.shape
         for part in _slice_into_chunks(num_tokens, vocab_size, self._hidden_ND.device):
             logits_CV = self._head.compute_logits(self._hidden_ND[part].to(self._dtype), self._loss_dtype)
-            slope_CV = (
-                None if self._logit_cap is None else _cap_in_place(logits_CV, self._logit_cap, self._wants_gradient)
-            )
+            slope_CV = _cap_in_place(logits_CV, self._logit_cap, self._wants_gradient)
             losses_C, grad_CV = self._criterion(part, logits_CV, self._wants_gradient)
             if grad_CV is not None and slope_CV is not None:
                 grad_CV *= slope_CV
             yield part, losses_C, grad_CV
 
     def add_gradients(self, part: slice, grad_CV: torch.Tensor) -> None:
-        """Add the gradients of a chunk, given that by the logits, which is changed."""
+        """Add a chunk's gradients, given the gradient of its logits, whose memory is overwritten."""
         hidden_CD = self._hidden_ND[part].to(self._dtype)
         weight_VD, rows_KD, ids_K = self._head
         grad_CK = None
@@ -353,89 +330,58 @@ class _Chunks:
             self.hidden_grad_ND[part] = hidden_grad_CD
 
 
-class _SummedLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_ND: torch.Tensor,
-        criterion: Criterion,
-        logit_cap: float | None,
-        weight_VD: torch.Tensor,
-        rows_KD: torch.Tensor | None,
-        ids_K: torch.Tensor | None,
-    ) -> torch.Tensor:
-        dtypes = choose_dtypes(hidden_ND, weight_VD)
-        wants_hidden, _, _, wants_weight, wants_rows, _ = ctx.needs_input_grad
-        total = torch.zeros((), dtype=dtypes[1], device=hidden_ND.device)
-        with torch.autocast(hidden_ND.device.type, enabled=False):
-            head = HeadWeights(weight_VD, rows_KD, ids_K)
-            wants = wants_hidden, wants_weight, wants_rows
-            chunks = _Chunks(hidden_ND, criterion, logit_cap, head, wants, dtypes)
-            for part, losses_C, grad_CV in chunks:
-                total += losses_C.sum()
-                if grad_CV is not None:
-                    chunks.add_gradients(part, grad_CV)
-        ctx.save_for_backward(chunks.hidden_grad_ND, chunks.weight_grad_VD, chunks.rows_grad_KD)
-        return total
+class _ChunkedLoss(torch.autograd.Function):
+    """The loss of each token, or their sum.
 
-    @staticmethod
-    def backward(ctx: Any, *scales: Any) -> Any:
-        (scale,) = scales
-        hidden, weight, rows = (None if grad is None else grad * scale for grad in ctx.saved_tensors)
-        return hidden, None, None, weight, rows, None
-
-
-class _TokenLosses(torch.autograd.Function):
-    """The loss of each token, whose incoming gradient is known only in the backward pass.
-
-    It is a factor of the token's hidden state's gradient, which is therefore computed in the forward pass, as for a
-    sum. The gradients of head and rows are sums over the tokens. Where they are wanted, the backward pass computes the
-    logits again.
+    The incoming gradient, known only in the backward pass, is a factor of each token's gradients. So the gradient of
+    the hidden states is computed in the forward pass and multiplied later. The gradients of the head's weights are sums
+    over the tokens, for which this works only if all tokens have the same factor, as in a sum. Otherwise the backward
+    pass computes the logits again.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
+        is_summed: bool,
         hidden_ND: torch.Tensor,
         criterion: Criterion,
         logit_cap: float | None,
-        weight_VD: torch.Tensor,
-        rows_KD: torch.Tensor | None,
-        ids_K: torch.Tensor | None,
+        *head: Any,
     ) -> torch.Tensor:
-        dtypes = choose_dtypes(hidden_ND, weight_VD)
-        wants_hidden, _, _, wants_weight, wants_rows, _ = ctx.needs_input_grad
-        ctx.computes_again = wants_weight or wants_rows
-        ctx.rest = criterion, logit_cap, dtypes
-        losses_N = torch.zeros(len(hidden_ND), dtype=dtypes[1], device=hidden_ND.device)
+        dtypes = choose_dtypes(hidden_ND, head[0])
+        _, wants_hidden, _, _, wants_weight, wants_rows, _ = ctx.needs_input_grad
+        ctx.is_summed, ctx.options = is_summed, (criterion, logit_cap, dtypes)
+        ctx.wants = wants_hidden, wants_weight, wants_rows
+        ctx.computes_again = not is_summed and (wants_weight or wants_rows)
+        losses = torch.zeros(() if is_summed else len(hidden_ND), dtype=dtypes[1], device=hidden_ND.device)
         with torch.autocast(hidden_ND.device.type, enabled=False):
-            head = HeadWeights(weight_VD, rows_KD, ids_K)
-            wants = wants_hidden and not ctx.computes_again, False, False
-            chunks = _Chunks(hidden_ND, criterion, logit_cap, head, wants, dtypes)
+            wants = (False, False, False) if ctx.computes_again else ctx.wants
+            chunks = _Chunks(hidden_ND, HeadWeights(*head), wants, *ctx.options)
             for part, losses_C, grad_CV in chunks:
-                losses_N[part] = losses_C
+                if is_summed:
+                    losses += losses_C.sum()
+                else:
+                    losses[part] = losses_C
                 if grad_CV is not None:
                     chunks.add_gradients(part, grad_CV)
         if ctx.computes_again:
-            ctx.save_for_backward(hidden_ND, weight_VD, rows_KD, ids_K)
+            ctx.save_for_backward(hidden_ND, *head)
         else:
-            ctx.save_for_backward(chunks.hidden_grad_ND)
-        return losses_N
+            ctx.save_for_backward(chunks.hidden_grad_ND, chunks.weight_grad_VD, chunks.rows_grad_KD)
+        return losses
 
     @staticmethod
     def backward(ctx: Any, *factors: Any) -> Any:
-        (factors_N,) = factors
+        factor = factors[0] if ctx.is_summed else factors[0][:, None]
         if not ctx.computes_again:
-            (grad_ND,) = ctx.saved_tensors
-            hidden = None if grad_ND is None else (grad_ND * factors_N[:, None]).to(grad_ND.dtype)
-            return hidden, None, None, None, None, None
-        hidden_ND, *weights = ctx.saved_tensors
-        criterion, logit_cap, dtypes = ctx.rest
-        wants_hidden, _, _, wants_weight, wants_rows, _ = ctx.needs_input_grad
+            hidden, weight, rows = (
+                None if grad is None else (grad * factor).to(grad.dtype) for grad in ctx.saved_tensors
+            )
+            return None, hidden, None, None, weight, rows, None
+        hidden_ND, *head = ctx.saved_tensors
         with torch.autocast(hidden_ND.device.type, enabled=False):
-            wants = wants_hidden, wants_weight, wants_rows
-            chunks = _Chunks(hidden_ND, criterion, logit_cap, HeadWeights(*weights), wants, dtypes)
+            chunks = _Chunks(hidden_ND, HeadWeights(*head), ctx.wants, *ctx.options)
             for part, _, grad_CV in chunks:
                 assert grad_CV is not None
-                chunks.add_gradients(part, grad_CV.mul_(factors_N[part, None]))
-        return chunks.hidden_grad_ND, None, None, chunks.weight_grad_VD, chunks.rows_grad_KD, None
+                chunks.add_gradients(part, grad_CV.mul_(factor[part]))
+        return None, chunks.hidden_grad_ND, None, None, chunks.weight_grad_VD, chunks.rows_grad_KD, None
