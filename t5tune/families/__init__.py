@@ -4,8 +4,8 @@
     architecture = family.bind(config)
 
 A model's files take precedence: the weights decide whether the head is tied, and unused embedding rows are counted.
-The table adds what the files don't say, and which tools can read a merged checkpoint. docs/families.md and
-docs/support.md are generated from it. What a model computes and the names of its layers are in one module for each
+The table adds facts that the files lack, and the tools that can read a merged checkpoint. docs/families.md and
+docs/support.md are generated from it. A model's computation and the names of its layers are in one module for each
 architecture (see architecture.py).
 
 This package imports nothing heavier than the errors, so every package may import it.
@@ -40,19 +40,16 @@ CONVERTERS = ("transformers 4", CTRANSLATE2, "llama.cpp")
 
 @dataclass(frozen=True)
 class Family:
-    """Facts about one model family, or about two that don't differ. The defaults are those of T5 v1.1 and Flan-T5.
+    """Facts about one model family, or about two that don't differ. T5 v1.1 and Flan-T5 have the defaults.
 
     Args:
-        name: its common name.
         checkpoints: examples of published checkpoints, by their names on the Hugging Face Hub.
-        architecture: what it computes, and the names of its layers.
         tied: whether the published checkpoints tie the head to the embedding.
         feed_forward: feed_forward_proj of the published checkpoints.
         num_rows: rows of the published embeddings.
         num_tokens: tokens of the published tokenizers.
-        tokenizer: kind of tokenizer.
         identified_by: values of config.json that distinguish it from other families of its type: key -> values.
-        converters: tools that read a merged checkpoint; docs/serving.md says what each computes.
+        converters: tools that read a merged checkpoint (see docs/serving.md).
     """
 
     name: str
@@ -73,22 +70,20 @@ class Family:
 
     @property
     def model_type(self) -> str:
-        """model_type in config.json."""
         return self.architecture.model_type
 
     def complete_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Fill in what a config.json leaves out: the ids of special tokens, and the model type that --family gave.
+        """Fill in values that a config.json leaves out: the ids of special tokens, and the model type from --family.
 
-        A config.json of the family's own type leaves out a feed_forward_proj that is the architecture's default.
+        A config.json with this model_type lacks feed_forward_proj only if it has the architecture's default.
         """
-        given = {name: value for name, value in config.items() if value is not None}
         key = self.architecture.feed_forward_key
         is_own_type = config.get("model_type") == self.model_type
         return {
             **self.architecture.default_config,
             **{name: values[0] for name, values in self.identified_by.items()},
             **({} if key is None or is_own_type else {key: self.feed_forward}),
-            **given,
+            **{name: value for name, value in config.items() if value is not None},
             "model_type": self.model_type,
         }
 
@@ -164,7 +159,7 @@ FAMILIES: dict[str, Family] = {
         num_rows=256384,
         num_tokens=256300,
         tokenizer=BYTE_FALLBACK,
-        converters=CONVERTERS[:2],  # the same
+        converters=CONVERTERS[:2],  # as for mT5
     ),
     "longt5": Family(
         name="LongT5",
@@ -199,7 +194,7 @@ FAMILIES: dict[str, Family] = {
 REFUSED_MODELS = {
     "switch_transformers": "Switch Transformers: its experts have a capacity per text, so packing changes results",
 }
-# the own names of modules that share a weight with another, or may do so
+# the last names of modules that share a weight, or may do so
 EMBEDDINGS_AND_HEADS = {
     path.rpartition(".")[2]
     for architecture in (family.architecture for family in FAMILIES.values())
@@ -224,7 +219,7 @@ def find_family(config: Mapping[str, Any], folder: Path, requested: str | None =
     if model_type in REFUSED_MODELS:
         raise ModelError(f"{place}: {REFUSED_MODELS[str(model_type)]}", hint=_list_supported())
     if model_type in MODEL_TYPES:
-        found = match_family(config)
+        found = next(each for each in FAMILIES.values() if each.model_type == model_type and _is_match(each, config))
         if requested is not None and _get_family(requested).model_type != model_type:
             raise ModelError(
                 f"family: {requested}: {place} has model_type {model_type!r}, which is {found.name}",
@@ -245,13 +240,8 @@ def find_family(config: Mapping[str, Any], folder: Path, requested: str | None =
 
 
 def find_architecture(config: Mapping[str, Any], folder: Path, requested: str | None = None) -> Architecture:
-    """Find the architecture of a config.json, with its sizes. The arguments and errors are those of `find_family`."""
+    """Find the architecture of a config.json, with its sizes. See `find_family` for arguments and errors."""
     return find_family(config, folder, requested).bind(config)
-
-
-def match_family(config: Mapping[str, Any]) -> Family:
-    """Find the family of a config whose model_type is one of MODEL_TYPES."""
-    return next(f for f in FAMILIES.values() if f.model_type == config.get("model_type") and _is_match(f, config))
 
 
 def _is_match(family: Family, config: Mapping[str, Any]) -> bool:

@@ -3,11 +3,11 @@
     architecture = find_family(config, folder).bind(config)
     architecture.head_weight, architecture.start_token_id
 
-Each architecture is a class in a module of its own. Tensors have the names of transformers' modules, which are also
-those in PEFT's adapters; `to_model_name` converts the names in a checkpoint's files. Nothing here imports torch: what a
-function does with tensors, it does by their own methods.
+Each architecture is a class in a separate module. Tensors have the names of transformers' modules, as in PEFT's
+adapters; `to_model_name` converts the names in a checkpoint's files. Nothing here imports torch: functions call only
+methods of the tensors that they get.
 
-CONTRIBUTING.md says how to add one.
+CONTRIBUTING.md says how to add an architecture.
 """
 
 from abc import ABC, abstractmethod
@@ -30,7 +30,7 @@ class Dimensions:
     Args:
         num_rows: rows of the embedding.
         num_heads: attention heads of an encoder layer.
-        cache_width: keys of a token in a decoder layer's cache; it has as many values.
+        cache_width: keys of a token in a decoder layer's cache, which has the same number of values.
     """
 
     num_rows: int
@@ -43,20 +43,20 @@ class Architecture(ABC):
     """An architecture with the sizes of one config.json.
 
     Attributes:
-        model_type: in config.json.
-        default_config: what a config.json may leave out, such as the ids of special tokens.
-        feed_forward_key: the key of config.json that says which activation a feed-forward layer has.
+        default_config: values that a config.json may leave out, such as the ids of special tokens.
+        feed_forward_key: the key of config.json that names the activation of feed-forward layers.
         head: path of the output layer.
         tied_to: the weight that a tied head shares.
-        always_shared: parameters that share another one, whether or not the head is tied. Only some files contain them.
+        always_shared: parameter -> the parameter that it shares, whether or not the head is tied. Only some files
+            contain both.
         token_row_modules: paths of the embeddings of encoder and decoder, if rows of them can be trained.
         block_classes: ends of the names of transformers' classes for a layer of the encoder or decoder.
         encoder_module: path of the modules that generation runs only once.
         skipped_modules: paths of modules that text doesn't need: they aren't loaded, and `merge` copies their tensors.
         ignored_tensors: tensors in some files that no implementation uses.
         attention_implementation: transformers' attn_implementation for padded batches.
-        accepts_4d_masks: whether a padding mask of shape (B, 1, 1, S) can be given in place of (B, S). Models with
-            windows build their own masks from the latter.
+        accepts_4d_masks: whether a padding mask can have the shape (B, 1, 1, S). Models with windows build their masks
+            from a mask of shape (B, S).
         has_flex_attention: whether all attention over packed rows can be computed in one kernel per layer.
         linear_layers: the names that `lora_target_modules` can contain, with the linear layers of each.
         fp16_overflow_layer: a linear layer whose output exceeds the range of fp16, so transformers keeps its weight in
@@ -96,7 +96,7 @@ class Architecture(ABC):
         return bool(self.config.get("tie_word_embeddings", True))
 
     def list_shared(self, tied: bool) -> dict[str, str]:
-        """List the parameters that share another one: name -> that one's name."""
+        """Map each parameter that shares its values to the parameter that it shares."""
         return {**self.always_shared, **({self.head_weight: self.tied_to} if tied else {})}
 
     def to_model_name(self, file_name: str) -> str:
@@ -128,12 +128,11 @@ class Architecture(ABC):
 
     @property
     @abstractmethod
-    def dimensions(self) -> Dimensions:
-        """Sizes, from config.json."""
+    def dimensions(self) -> Dimensions: ...
 
     @property
     def logit_cap(self) -> float | None:
-        """The final soft cap: logits are cap · tanh(logits / cap); None if there is none."""
+        """The final soft cap: logits are cap · tanh(logits / cap). None: not capped."""
         return None
 
     @abstractmethod
@@ -148,7 +147,7 @@ class Architecture(ABC):
     def is_quantizable(self, name: str, quantize_wo: bool) -> bool:
         """Whether q_lora quantizes a linear layer of this name: those of the blocks, `wo` only with quantize_wo.
 
-        An architecture whose feed-forward output projection has another name takes that for `wo`.
+        `wo` also means the output projection of feed-forward layers that have different names.
         """
 
     @abstractmethod
@@ -157,9 +156,9 @@ class Architecture(ABC):
 
     @abstractmethod
     def compute_hidden_states(
-        self, model: Any, input_ids: Any, decoder_input_ids: Any, attention_mask: Any, packing: Any, use_cache: bool
+        self, model: Any, input_ids: Any, decoder_input_ids: Any, attention_mask: Any = None, packing: Any = None
     ) -> Any:
-        """Compute what the head multiplies with its weight: the decoder's output, shape (B, T, D).
+        """Compute the head's input: the decoder's output, shape (B, T, D).
 
         Args:
             attention_mask: of a padded batch (B, S); None without padding.
@@ -194,12 +193,12 @@ class Architecture(ABC):
 
 
 def repeat_for_targets(values: Any, decoder_input_ids: Any) -> Any:
-    """Repeat what there is for each source of a padded batch, so that there is one for each of its targets."""
+    """Repeat the values of each source of a padded batch for its targets. A packed row has one row of values."""
     if values is None or len(values) == len(decoder_input_ids):
         return values
     return values.repeat_interleave(len(decoder_input_ids) // len(values), 0)
 
 
 def get_layer_name(name: str) -> str:
-    """Return the own name of a linear layer, given its path or that of its weight, with an adapter or without."""
+    """Return a linear layer's last name, given its path or its weight's path, with an adapter or without."""
     return name.removesuffix(".weight").removesuffix(".base_layer").rpartition(".")[2]

@@ -9,10 +9,9 @@ TRANSIENT_GLOBAL = "transient-global"
 
 
 class LongT5(T5):
-    """LongT5.
+    """`tie_word_embeddings: false` in its config.json means only that logits aren't divided by √d_model.
 
-    `tie_word_embeddings: false` in its config.json means only that logits aren't divided by √d_model: the published
-    files contain no head, so it is tied. transformers 5 reads the flag the same way.
+    The published files contain no head, so it is tied. transformers 5 reads the flag the same way.
     """
 
     model_type = "longt5"
@@ -50,20 +49,18 @@ class LongT5(T5):
         return layers
 
     def compute_hidden_states(
-        self, model: Any, input_ids: Any, decoder_input_ids: Any, attention_mask: Any, packing: Any, use_cache: bool
+        self, model: Any, input_ids: Any, decoder_input_ids: Any, attention_mask: Any = None, packing: Any = None
     ) -> Any:
         if packing is None:
-            return super().compute_hidden_states(
-                model, input_ids, decoder_input_ids, attention_mask, packing, use_cache
-            )
+            return super().compute_hidden_states(model, input_ids, decoder_input_ids, attention_mask)
         encoded_BSD = _run_packed(model.encoder, input_ids, packing, None)
         return self._scale(model, _run_packed(model.decoder, decoder_input_ids, packing, encoded_BSD))
 
 
 def _run_packed(stack: Any, ids: Any, packing: Any, encoded_BSD: Any) -> Any:
-    """Run an encoder or decoder on a packed row. transformers' own loop over the blocks passes nothing else on.
+    """Run an encoder or decoder on a packed row, with the segments in place of the mask (model/attention/longt5.py).
 
-    The attention layers find the segments in place of the mask (model/attention/longt5.py).
+    transformers' loop over the blocks doesn't pass on other arguments.
     """
     hidden = stack.dropout(stack.embed_tokens(ids))
     bias = None

@@ -17,11 +17,11 @@ FEED_FORWARD = ("wi", "wi_0", "wi_1", "wo")
 
 
 class T5(Architecture):
-    """T5.
+    """T5 (Raffel et al. 2020).
 
     Attributes:
         embedding: path of the embedding that encoder, decoder and a tied head share.
-        default_feed_forward: what transformers computes where config.json has no feed_forward_proj.
+        default_feed_forward: transformers' default for a config.json without feed_forward_proj.
         scales_logits: whether the logits of a tied head are divided by √d_model.
         bias_in_each_block: whether every block has its own relative position bias, not only the first.
     """
@@ -79,17 +79,14 @@ class T5(Architecture):
         config["tie_word_embeddings"] = tied
 
     def _count_layers(self) -> dict[str, int]:
-        encoder = self.read_size(self.config, "num_layers", MAX_LAYERS)
-        key = "num_decoder_layers"
-        has_own = self.config.get(key) is not None
-        return {"encoder": encoder, "decoder": self.read_size(self.config, key, MAX_LAYERS) if has_own else encoder}
+        has_own = self.config.get("num_decoder_layers") is not None
+        keys = {"encoder": "num_layers", "decoder": "num_decoder_layers" if has_own else "num_layers"}
+        return {stack: self.read_size(self.config, key, MAX_LAYERS) for stack, key in keys.items()}
 
     def derive_shapes(self) -> Shapes:
-        config = self.config
-        sizes = (self.read_size(config, key) for key in ("d_model", "d_kv", "num_heads", "d_ff", "vocab_size"))
-        width, head_width, heads, d_ff, vocab_size = sizes
-        shapes: Shapes = {self.tied_to: (vocab_size, width), self.head_weight: (vocab_size, width)}
-        shapes |= dict.fromkeys(self.always_shared, (vocab_size, width))
+        keys = "d_model", "d_kv", "num_heads", "d_ff", "vocab_size"
+        width, head_width, heads, d_ff, vocab_size = (self.read_size(self.config, key) for key in keys)
+        shapes: Shapes = dict.fromkeys((self.tied_to, self.head_weight, *self.always_shared), (vocab_size, width))
         for stack, count in self._count_layers().items():
             shapes[f"{stack}.final_layer_norm.weight"] = (width,)
             for block in range(count):
@@ -105,13 +102,11 @@ class T5(Architecture):
         key = "relative_attention_num_buckets"
         buckets = self.read_size({key: 32, **self.config}, key)
         names = [self._name_self_attention(stack), *(["EncDecAttention"] if stack == "decoder" else [])]
-        layers = []
-        for index, attention in enumerate(names):
-            layer: Shapes = {f"{attention}.{part}": (inner, width) for part in "qkv"}
-            layer[f"{attention}.o"] = (width, inner)
-            if index == 0 and (block == 0 or self.bias_in_each_block):
-                layer[f"{attention}.relative_attention_bias"] = (buckets, heads)
-            layers.append(layer)
+        layers: list[Shapes] = [
+            {**{f"{name}.{part}": (inner, width) for part in "qkv"}, f"{name}.o": (width, inner)} for name in names
+        ]
+        if block == 0 or self.bias_in_each_block:
+            layers[0][f"{names[0]}.relative_attention_bias"] = (buckets, heads)
         return layers
 
     def _name_self_attention(self, stack: str) -> str:
@@ -136,19 +131,15 @@ class T5(Architecture):
         return "feed-forward" if "DenseReluDense" in name else "attention"
 
     def compute_hidden_states(
-        self, model: Any, input_ids: Any, decoder_input_ids: Any, attention_mask: Any, packing: Any, use_cache: bool
+        self, model: Any, input_ids: Any, decoder_input_ids: Any, attention_mask: Any = None, packing: Any = None
     ) -> Any:
         options = {} if packing is None else {"packing": packing}
         encoded_BSD = model.encoder(input_ids=input_ids, attention_mask=attention_mask, **options)[0]
-        if packing is None:
-            encoded_BSD, attention_mask = (
-                repeat_for_targets(each, decoder_input_ids) for each in (encoded_BSD, attention_mask)
-            )
         hidden_BTD = model.decoder(
             input_ids=decoder_input_ids,
-            encoder_hidden_states=encoded_BSD,
-            encoder_attention_mask=attention_mask,
-            use_cache=use_cache,
+            encoder_hidden_states=repeat_for_targets(encoded_BSD, decoder_input_ids),
+            encoder_attention_mask=repeat_for_targets(attention_mask, decoder_input_ids),
+            use_cache=False,
             **options,
         )[0]
         return self._scale(model, hidden_BTD)

@@ -1,8 +1,8 @@
 """T5Gemma (Zhang et al. 2025): an encoder and a decoder of Gemma 2's layers, of the same or of different sizes.
 
-Encoder and decoder have embeddings of their own, and the head is tied to the decoder's. Attention is soft-capped, and
-so are the logits. The layers of both alternate between a window of the neighborhood and the whole text. Queries and
-keys of self-attention are rotated by their positions, which in a packed row start again in each segment.
+Encoder and decoder have separate embeddings, and the head is tied to the decoder's. Attention is soft-capped, and so
+are the logits. The layers of both alternate between a window of the neighborhood and the whole text. Queries and keys
+of self-attention are rotated by their positions, which in a packed row start again in each segment.
 """
 
 from collections.abc import Mapping
@@ -24,14 +24,15 @@ FEED_FORWARD_OUTPUT = "down_proj"  # T5's `wo`
 FEED_FORWARD = ("gate_proj", "up_proj", FEED_FORWARD_OUTPUT)
 MOVING_ROPES = ("dynamic", "longrope")  # their frequencies follow the longest text of a call
 SOFT_CAPPED_ATTENTION = "t5tune_soft_capped"  # see model/attention/gemma.py: transformers' sdpa has no soft cap
+NORMED = ("self_attn", "cross_attn", "feedforward")
 
 
 class T5Gemma(Architecture):
-    """T5Gemma.
+    """T5Gemma (Zhang et al. 2025).
 
     Attributes:
         encoder, decoder: paths of the modules with the layers.
-        default_logit_cap: the final soft cap where config.json has none.
+        default_logit_cap: the final soft cap if config.json doesn't set it.
     """
 
     model_type = "t5gemma"
@@ -51,21 +52,17 @@ class T5Gemma(Architecture):
         "all-linear": (*ATTENTION, *FEED_FORWARD),
     }
     trainable_modules: ClassVar[tuple[str, ...]] = (
-        *(
-            f"{place}_{part}_layernorm"
-            for part in ("self_attn", "cross_attn", "feedforward")
-            for place in ("pre", "post")
-        ),
+        *(f"{place}_{part}_layernorm" for part in NORMED for place in ("pre", "post")),
         f"{encoder}.norm",
         f"{decoder}.norm",
     )
     default_logit_cap: ClassVar[float | None] = 30.0
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        """Bind the architecture to a config.json.
-
+        """
         Raises:
-            ModelError: it asks for what no published checkpoint has, and what packing or quantization can't do.
+            ModelError: config.json asks for a feature that packing or quantization can't do, and that no published
+                checkpoint has.
         """
         super().__init__(config)
         for part in self._stacks.values():
@@ -78,12 +75,12 @@ class T5Gemma(Architecture):
             for parameters in (rope, *(rope.values() if isinstance(rope, dict) else ())):
                 kind = parameters.get("rope_type") if isinstance(parameters, dict) else None
                 if kind in MOVING_ROPES:
-                    problem = f"the base's config.json: rope_type: {kind}: it depends on the other texts of a batch"
+                    problem = f"the base's config.json: rope_type: {kind}: it depends on other texts in a batch"
                     raise ModelError(problem, hint="only types whose frequencies are fixed can be packed and padded")
 
     @classmethod
     def set_tied(cls, config: dict[str, Any], tied: bool) -> None:
-        """Write it only if it isn't what the file says already, or implies by leaving it out."""
+        """Write it only if the file says otherwise, or implies it by leaving it out."""
         if config.get("tie_word_embeddings", True) != tied:
             config["tie_word_embeddings"] = tied
 
@@ -93,18 +90,12 @@ class T5Gemma(Architecture):
         return {self.encoder: self._read_part("encoder"), self.decoder: self._read_part("decoder")}
 
     def _read_part(self, *keys: str) -> Mapping[str, Any]:
-        """Read a part of config.json.
-
-        Raises:
-            CheckpointError: it is no object.
-        """
         part: Mapping[str, Any] = self.config
         for count, key in enumerate(keys, 1):
             part = part.get(key, {})
             if not isinstance(part, dict):
-                place = ".".join(keys[:count])
-                problem = f"the base's config.json: {place}: {shorten(str(part))}: expected an object"
-                raise CheckpointError(problem)
+                location = ".".join(keys[:count])
+                raise CheckpointError(f"the base's config.json: {location}: {shorten(str(part))}: expected an object")
         return part
 
     @property
@@ -128,32 +119,26 @@ class T5Gemma(Architecture):
 
     def derive_shapes(self) -> Shapes:
         shapes: Shapes = {}
-        encoder, decoder = self._stacks
-        encoder_width = self.read_size(self._stacks[encoder], "hidden_size")
+        encoder_width = self.read_size(self._stacks[self.encoder], "hidden_size")
         for stack, config in self._stacks.items():
             width, rows = self.read_size(config, "hidden_size"), self.read_size(config, "vocab_size")
             shapes |= {f"{stack}.embed_tokens.weight": (rows, width), f"{stack}.norm.weight": (width,)}
-            layer = self._derive_layer(config, width, encoder_width if stack == decoder else None)
+            layer = self._derive_layer(config, width, encoder_width if stack == self.decoder else None)
             for number in range(self.read_size(config, "num_hidden_layers", MAX_LAYERS)):
                 shapes |= {f"{stack}.layers.{number}.{name}.weight": shape for name, shape in layer.items()}
         shapes[self.head_weight] = shapes[self.tied_to]
         return shapes
 
     def _derive_layer(self, config: Mapping[str, Any], width: int, encoder_width: int | None) -> Shapes:
-        """Derive the shapes of a layer's weights.
-
-        Args:
-            encoder_width: width of what the decoder's cross-attention reads; None in the encoder.
-        """
+        """`encoder_width` is the width of the cross-attention's input; None in the encoder, and if it has none."""
         inner = self.read_size(config, "intermediate_size")
-        layer: Shapes = self._derive_attention("self_attn", config, width, width)
-        norms = ["self_attn", "feedforward"]
-        if encoder_width is not None:
-            layer |= self._derive_attention("cross_attn", config, width, encoder_width)
-            norms.append("cross_attn")
-        layer |= {f"mlp.{name}": (inner, width) for name in ("gate_proj", "up_proj")}
-        layer["mlp.down_proj"] = (width, inner)
-        return layer | {f"{place}_{part}_layernorm": (width,) for part in norms for place in ("pre", "post")}
+        layer: Shapes = {}
+        memory_widths = {"self_attn": width} | ({} if encoder_width is None else {"cross_attn": encoder_width})
+        for name, memory_width in memory_widths.items():
+            layer |= self._derive_attention(name, config, width, memory_width)
+        layer |= {"mlp.gate_proj": (inner, width), "mlp.up_proj": (inner, width), "mlp.down_proj": (width, inner)}
+        normed = (*memory_widths, "feedforward")
+        return layer | {f"{place}_{part}_layernorm": (width,) for part in normed for place in ("pre", "post")}
 
     def _derive_attention(self, name: str, config: Mapping[str, Any], width: int, memory_width: int) -> Shapes:
         head_width = self.read_size(config, "head_dim")
@@ -168,9 +153,8 @@ class T5Gemma(Architecture):
 
     def is_quantizable(self, name: str, quantize_wo: bool) -> bool:
         layer = get_layer_name(name)
-        is_linear = layer in ATTENTION or (layer in FEED_FORWARD and (quantize_wo or layer != FEED_FORWARD_OUTPUT))
         in_text = any(f"{stack}.layers." in name for stack in (self.encoder, self.decoder))
-        return is_linear and in_text
+        return in_text and layer in (*ATTENTION, *FEED_FORWARD) and (quantize_wo or layer != FEED_FORWARD_OUTPUT)
 
     def classify(self, name: str) -> str:
         if name.startswith("lm_head."):
@@ -182,38 +166,29 @@ class T5Gemma(Architecture):
         return "feed-forward" if ".mlp." in name else "attention"
 
     def compute_hidden_states(
-        self, model: Any, input_ids: Any, decoder_input_ids: Any, attention_mask: Any, packing: Any, use_cache: bool
+        self, model: Any, input_ids: Any, decoder_input_ids: Any, attention_mask: Any = None, packing: Any = None
     ) -> Any:
         encoder, decoder = map(model.get_submodule, (self.encoder, self.decoder))
+        source_options, target_options = {}, {}
         if packing is None:
-            if attention_mask is None:  # otherwise they would take each pad token in a text for padding
-                attention_mask = input_ids.new_ones(input_ids.shape)
-            encoded_BSD = encoder(input_ids=input_ids, attention_mask=attention_mask)[0]
-            encoded_BSD, attention_mask = (
-                repeat_for_targets(each, decoder_input_ids) for each in (encoded_BSD, attention_mask)
+            # without masks, transformers would take each pad token in a text for padding
+            mask = input_ids.new_ones(input_ids.shape) if attention_mask is None else attention_mask
+            cross_mask = repeat_for_targets(mask, decoder_input_ids)
+            target_mask = decoder_input_ids.new_ones(decoder_input_ids.shape)
+        else:
+            # attention finds the segments in `packing` (model/attention/gemma.py): no mask of the row's length squared
+            unused = {kind: input_ids.new_zeros(1, 1, 1, 0) for kind in ("full_attention", "sliding_attention")}
+            mask = cross_mask = target_mask = unused
+            source_options, target_options = (
+                {"position_ids": packing.number_positions(lengths, input_ids.device), "packing": packing}
+                for lengths in (packing.sources, packing.targets)
             )
-            return decoder(
-                input_ids=decoder_input_ids,
-                attention_mask=decoder_input_ids.new_ones(decoder_input_ids.shape),
-                encoder_hidden_states=encoded_BSD,
-                encoder_attention_mask=attention_mask,
-                use_cache=use_cache,
-            )[0]
-        # attention finds the segments in `packing` (model/attention/gemma.py): no mask of the row's length squared
-        unused = {kind: input_ids.new_zeros(1, 1, 1, 0) for kind in ("full_attention", "sliding_attention")}
-        device = input_ids.device
-        encoded_BSD = encoder(
-            input_ids=input_ids,
-            attention_mask=unused,
-            position_ids=packing.number_positions(packing.sources, device),
-            packing=packing,
-        )[0]
+        encoded_BSD = encoder(input_ids=input_ids, attention_mask=mask, **source_options)[0]
         return decoder(
             input_ids=decoder_input_ids,
-            attention_mask=unused,
-            position_ids=packing.number_positions(packing.targets, device),
-            encoder_hidden_states=encoded_BSD,
-            encoder_attention_mask=unused,
+            attention_mask=target_mask,
+            encoder_hidden_states=repeat_for_targets(encoded_BSD, decoder_input_ids),
+            encoder_attention_mask=cross_mask,
             use_cache=False,
-            packing=packing,
+            **target_options,
         )[0]

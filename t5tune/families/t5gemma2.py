@@ -40,13 +40,8 @@ class T5Gemma2(T5Gemma):
     default_logit_cap: ClassVar[float | None] = None
 
     def list_shared(self, tied: bool) -> dict[str, str]:
-        """List the parameters that share another one.
-
-        Raises:
-            CheckpointError: the head isn't tied; then transformers doesn't share the embeddings either.
-        """
-        if not tied:
-            problem = "the base has a head of its own: T5Gemma 2 can only be trained with one embedding"
+        if not tied:  # then transformers doesn't share the embeddings either
+            problem = "the base's head isn't tied: T5Gemma 2 can only be trained with one embedding"
             raise CheckpointError(problem, hint="give a checkpoint without lm_head.out_proj.weight")
         return super().list_shared(tied)
 
@@ -54,7 +49,7 @@ class T5Gemma2(T5Gemma):
         return _TEXT_MODULE.sub(r"\1text_model.", file_name)
 
     def restrict_target_modules(self, layers: list[str]) -> list[str] | str:
-        """Restrict them to the text's layers: those of the vision tower have the same names."""
+        # the vision tower's layers have the same names
         stacks = "|".join(stack.removeprefix("model.").replace(".", r"\.") for stack in (self.encoder, self.decoder))
         return rf".*\.({stacks})\.layers\.\d+\.\w+\.({'|'.join(layers)})"
 

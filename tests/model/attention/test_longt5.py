@@ -124,7 +124,7 @@ def test_a_file_with_a_head_of_its_own_is_untied(tmp_path: Path) -> None:
     batch = PaddedCollator(0, 0)(make_examples([(40, 9)]))
     labels = batch.pop("labels")
     with torch.no_grad():
-        hidden = model.architecture.compute_hidden_states(model, **batch, packing=None, use_cache=False)
+        hidden = model.architecture.compute_hidden_states(model, **batch)
         torch.testing.assert_close(compute_logits(model, batch), hidden @ head.T)
         model(**batch, labels=labels, reduction="sum")
 
