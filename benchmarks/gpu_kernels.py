@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional
 
 from t5tune.model.attention.segments import segment_attention
-from t5tune.model.kernels.flex_attention import Blocks, attend, compute_hash, count_kept_hashes, divide_rows, draw_seeds
+from t5tune.model.kernels.flex_attention import attend, compute_hash, count_kept_hashes, divide_rows, draw_seeds
 from t5tune.model.kernels.flex_check import AttentionShape
 from t5tune.model.kernels.fused import use_fused_layers
 from t5tune.model.loss import CrossEntropy, HeadWeights, compute_summed_loss
@@ -162,7 +162,7 @@ class RandomAttention:
         sources, targets = lengths
         self.is_causal = kind == "decoder"
         self.queries, self.keys = sources if kind == "encoder" else targets, targets if self.is_causal else sources
-        self.blocks: Blocks = getattr(divide_rows(sources, targets).to(device), kind)
+        self.blocks = divide_rows(sources, targets).to(device).blocks[kind]
         size = shape.num_heads, 2 * shape.max_distance + 1
         # rounded, so that the loop, whose bias is in bf16, adds the same numbers
         self.table_HR = None if kind == "cross" else torch.randn(size, device=device).to(dtype).float()

@@ -454,7 +454,7 @@ def test_an_evaluation_of_a_partitioned_model_has_the_result_of_one_process(
     ("changes", "problem"),
     [
         ({"attention_bias": True}, "attention_bias: true: projections with biases can't be trained"),
-        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type: dynamic: it depends on the other"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type: dynamic: it depends on other texts"),
         ({"rope_parameters": {"full_attention": {"rope_type": "longrope"}}}, "rope_type: longrope: it depends on"),
     ],
 )

@@ -127,7 +127,7 @@ def compile_all(capability: int, width: int, num_stages: int | None = None) -> d
         buffer = torch.empty(size, dtype=torch.int32, device="cuda")
         rows = PackedRows(planned.source_length, planned.target_length, buffer, num_stages)
         for kind in ("encoder", "decoder", "cross"):
-            blocks = getattr(rows, kind)
+            blocks = rows.blocks[kind]
             lengths = len(blocks.query_segments), len(blocks.key_segments), len(blocks.key_segments)
             states = [
                 torch.empty(1, length, HEADS, width, dtype=torch.bfloat16, device="cuda", requires_grad=True)

@@ -3,14 +3,13 @@
     register_soft_capped_attention()  # then transformers can use it for padded batches and generation
 
 Queries and keys are rotated by their positions, which start again in each segment. Keys of the encoder aren't rotated.
-The windows of layers that don't see the whole text are those of transformers' own mask functions.
+Layers that don't see the whole text have the windows of transformers' mask functions.
 
 B batch (1 if packed), Q query tokens, K key tokens, H heads, G heads of keys and values, D head width.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
@@ -20,12 +19,12 @@ from t5tune.families.t5gemma import SOFT_CAPPED_ATTENTION
 from t5tune.model.attention.segments import Segments
 
 SLIDING = "sliding_attention"
+Forward = Callable[..., Any]
 MaskFunction = Callable[[int, int, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-@dataclass(frozen=True)
-class Kind:
-    """What distinguishes the attention of T5Gemma from that of T5Gemma 2.
+class Kind(NamedTuple):
+    """Differences between the attention of T5Gemma and T5Gemma 2.
 
     Args:
         normalizes: whether queries and keys are normalized.
@@ -39,14 +38,14 @@ class Kind:
 
 
 def _make_window(window: int) -> MaskFunction:
-    """A token sees as many tokens as the window has, on each side."""
+    """A token sees `window` tokens on each side."""
     from transformers.masking_utils import sliding_window_bidirectional_mask_function
 
     return sliding_window_bidirectional_mask_function(window)  # type: ignore[no-any-return]
 
 
 def _make_window_of_both_sides(window: int) -> MaskFunction:
-    """A token sees as many tokens as the window has, on both sides together."""
+    """A token sees `window` tokens on both sides together."""
     from transformers.models.t5gemma2.modeling_t5gemma2 import sliding_window_mask_function
 
     return sliding_window_mask_function(window, is_causal=False)  # type: ignore[no-any-return]
@@ -57,88 +56,60 @@ T5GEMMA_2 = Kind(normalizes=True, caps=False, make_window=_make_window_of_both_s
 
 
 def forward_self(
-    kind: Kind,
-    module: Any,
-    original_forward: Callable[..., Any],
-    *args: Any,
-    packing: Segments | None = None,
-    **kwargs: Any,
+    kind: Kind, module: Any, original_forward: Forward, *args: Any, packing: Segments | None = None, **kwargs: Any
 ) -> Any:
     """Forward of self-attention in either encoder, and in T5Gemma's decoder."""
     if packing is None:
         return original_forward(*args, **kwargs)
-    hidden_BQ = kwargs["hidden_states"]
-    is_decoder = bool(module.is_causal)
+    hidden_BQ, is_decoder = kwargs["hidden_states"], bool(module.is_causal)
     lengths = packing.targets if is_decoder else packing.sources
     see = _choose_mask_function(kind, module, is_decoder)
-    states = _project_and_rotate(kind, module, hidden_BQ, kwargs["position_embeddings"])
     masks = {} if see is None else {length: _make_mask(see, length, hidden_BQ.device) for length in set(lengths)}
-    attended = [
-        _attend(kind, module, queries, keys, values, masks.get(length))
-        for length, queries, keys, values in zip(lengths, *_split(lengths, *states), strict=True)
-    ]
-    return _project_output(module, attended), None
+    states = _project_and_rotate(kind, module, hidden_BQ, kwargs["position_embeddings"])
+    segments = zip(*_split(lengths, *states), map(masks.get, lengths), strict=True)
+    return _attend_to_segments(kind, module, segments), None
 
 
 def forward_cross(
-    kind: Kind,
-    module: Any,
-    original_forward: Callable[..., Any],
-    *args: Any,
-    packing: Segments | None = None,
-    **kwargs: Any,
+    kind: Kind, module: Any, original_forward: Forward, *args: Any, packing: Segments | None = None, **kwargs: Any
 ) -> Any:
     """Forward of T5Gemma's cross-attention."""
     if packing is None:
         return original_forward(*args, **kwargs)
-    memory_BK = kwargs["encoder_hidden_states"]
-    query, key, value = (
-        _split_heads(module, layer(states))
-        for layer, states in (
-            (module.q_proj, kwargs["hidden_states"]),
-            (module.k_proj, memory_BK),
-            (module.v_proj, memory_BK),
-        )
-    )
-    segments = zip(*_split(packing.targets_by_source, query), *_split(packing.sources, key, value), strict=True)
-    return _project_output(module, [_attend(kind, module, q, k, v, None) for q, k, v in segments]), None
+    hidden_BQ, memory_BK = kwargs["hidden_states"], kwargs["encoder_hidden_states"]
+    inputs = (module.q_proj, hidden_BQ), (module.k_proj, memory_BK), (module.v_proj, memory_BK)
+    query, key, value = (_split_heads(module, layer(states)) for layer, states in inputs)
+    masks = [None] * len(packing.sources)
+    segments = zip(*_split(packing.targets_by_source, query), *_split(packing.sources, key, value), masks, strict=True)
+    return _attend_to_segments(kind, module, segments), None
 
 
 def forward_merged(
-    kind: Kind,
-    module: Any,
-    original_forward: Callable[..., Any],
-    *args: Any,
-    packing: Segments | None = None,
-    **kwargs: Any,
+    kind: Kind, module: Any, original_forward: Forward, *args: Any, packing: Segments | None = None, **kwargs: Any
 ) -> Any:
     """Forward of T5Gemma 2's decoder layers, which attend to the decoder's keys and to the encoder's at once."""
     if packing is None:
         return original_forward(*args, **kwargs)
     hidden_BQ, memory_BK = kwargs["hidden_states"], kwargs["encoder_hidden_states"]
-    query, key, value = _project_and_rotate(kind, module, hidden_BQ, kwargs["position_embeddings"])
+    states = _project_and_rotate(kind, module, hidden_BQ, kwargs["position_embeddings"])
     memory_key = module.k_norm(_split_heads(module, module.k_proj(memory_BK)))
-    memory_value = _split_heads(module, module.v_proj(memory_BK))
+    memory = memory_key, _split_heads(module, module.v_proj(memory_BK))
     see = _choose_mask_function(kind, module, is_decoder=True)
     assert see is not None, "a decoder doesn't see later tokens"
-    targets = packing.targets
-    sources = packing.repeat_for_targets(packing.sources)
-    memory_keys, memory_values = map(packing.repeat_for_targets, _split(packing.sources, memory_key, memory_value))
-    masks: dict[tuple[int, int], torch.Tensor] = {}
-    for source, target in set(zip(sources, targets, strict=True)):
-        own_QK = _make_mask(see, target, hidden_BQ.device)
-        masks[source, target] = functional.pad(own_QK, (0, source), value=True)
-    attended = []
-    for source, target, queries, keys, values, source_keys, source_values in zip(
-        sources, targets, *_split(targets, query, key, value), memory_keys, memory_values, strict=True
-    ):
-        both = torch.cat([keys, source_keys], 2), torch.cat([values, source_values], 2)
-        attended.append(_attend(kind, module, queries, *both, masks[source, target]))
-    return _project_output(module, attended), None, None
+    lengths = list(zip(packing.repeat_for_targets(packing.sources), packing.targets, strict=True))
+    masks = {
+        (source, target): functional.pad(_make_mask(see, target, hidden_BQ.device), (0, source), value=True)
+        for source, target in set(lengths)
+    }
+    queries, *own = _split(packing.targets, *states)
+    sources = map(packing.repeat_for_targets, _split(packing.sources, *memory))
+    keys, values = ([torch.cat(pair, 2) for pair in zip(*each, strict=True)] for each in zip(own, sources, strict=True))
+    segments = zip(queries, keys, values, [masks[each] for each in lengths], strict=True)
+    return _attend_to_segments(kind, module, segments), None, None
 
 
 def _choose_mask_function(kind: Kind, module: Any, is_decoder: bool) -> MaskFunction | None:
-    """Choose transformers' function of (batch, head, query, key) for a layer; None: every token sees all others."""
+    """Choose transformers' function of (batch, head, query, key) for a layer; None: all tokens see each other."""
     from transformers import masking_utils
 
     window = module.sliding_window if module.layer_type == SLIDING else None
@@ -152,12 +123,11 @@ def _choose_mask_function(kind: Kind, module: Any, is_decoder: bool) -> MaskFunc
 def _make_mask(see: MaskFunction, length: int, device: torch.device) -> torch.Tensor:
     """Make the mask of a segment, [length, length], true where a query sees a key."""
     positions = torch.arange(length, device=device)
-    mask_QK = see(0, 0, positions[:, None], positions)
-    return mask_QK.expand(length, length)
+    return see(0, 0, positions[:, None], positions).expand(length, length)
 
 
 def _project_and_rotate(kind: Kind, module: Any, hidden_BQ: torch.Tensor, rotation: Any) -> tuple[torch.Tensor, ...]:
-    """Compute queries, keys and values; queries and keys are rotated, and before that normalized in T5Gemma 2."""
+    """Compute queries, keys and values. T5Gemma 2 normalizes queries and keys before rotating them."""
     from transformers.models.t5gemma.modeling_t5gemma import apply_rotary_pos_emb
 
     query, key, value = (
@@ -175,17 +145,16 @@ def _split_heads(module: Any, states_B: torch.Tensor) -> torch.Tensor:
 
 
 def _split(lengths: tuple[int, ...], *states_BHQD: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
-    """Split each tensor into the segments."""
     return [torch.split(state, list(lengths), 2) for state in states_BHQD]
 
 
-def _attend(
-    kind: Kind, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask_QK: torch.Tensor | None
-) -> torch.Tensor:
-    """Attend within a segment: [1, Q, H, D]."""
+def _attend_to_segments(kind: Kind, module: Any, segments: Iterable[tuple[Any, ...]]) -> torch.Tensor:
+    """Attend within each segment (its queries, keys, values and mask), and project the row's output."""
     dropout = module.attention_dropout if module.training else 0.0
     cap = module.attn_logit_softcapping if kind.caps else None
-    return attend(query, key, value, mask_QK, module.scaling, cap, dropout)
+    attended = [attend(q, k, v, mask_QK, module.scaling, cap, dropout) for q, k, v, mask_QK in segments]
+    output: torch.Tensor = module.o_proj(torch.cat(attended, 1).flatten(2))
+    return output
 
 
 def attend(
@@ -200,8 +169,8 @@ def attend(
     """Attend with softly capped scores, cap · tanh(score / cap), as Gemma 2 does.
 
     Args:
-        mask: true where a query sees a key; it can be broadcast to [B, H, Q, K]. A query may see none, such as a pad
-            token whose window contains only others: its output is finite, and no other token depends on it.
+        mask: true where a query sees a key; it can be broadcast to [B, H, Q, K]. A query that sees no key, such as a
+            pad token whose window contains only pad tokens, has a finite output, on which no other token depends.
         cap: None: scores aren't capped.
 
     Returns:
@@ -245,8 +214,3 @@ def _attend_in_transformers(
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     return attend(query, key, value, attention_mask, module.scaling, softcap, dropout), None
-
-
-def _project_output(module: Any, attended: list[torch.Tensor]) -> torch.Tensor:
-    output: torch.Tensor = module.o_proj(torch.cat(attended, 1).flatten(2))
-    return output

@@ -11,13 +11,15 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from torch import nn
+
 from t5tune.compat.transformers_patches import replace_forwards
 from t5tune.model.attention import gemma as gemma_attention
 from t5tune.model.attention import longt5 as longt5_attention
 from t5tune.model.attention import t5 as t5_attention
 from t5tune.model.attention.t5 import trains_position_bias
 
-# classes of transformers, with the forward that packed rows pass through; these are told whether the bias is trained
+# transformers' class -> the forward for packed rows; those with a bias also get the argument `trains_bias`
 BIASED_FORWARDS: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(("T5Attention", "MT5Attention", "UMT5Attention"), t5_attention.forward),
     "LongT5Attention": longt5_attention.forward_decoder,
@@ -34,7 +36,7 @@ FORWARDS: dict[str, Callable[..., Any]] = {
 
 
 def can_pack(model: Any) -> bool:
-    """Whether packing supports every attention layer of the model."""
+    """Whether packing supports all attention layers of the model."""
     kinds = {type(module).__name__ for module in model.modules() if type(module).__name__.endswith("Attention")}
     return bool(kinds) and {kind for kind in kinds if "Layer" not in kind} <= FORWARDS.keys()
 
@@ -49,17 +51,15 @@ def use_packing(model: Any) -> None:
     replace_forwards(model, FORWARDS | biased)
 
 
-def switch_off_dropout(model: Any) -> None:
-    """Set the dropout of hidden states and of adapters to 0; that of attention's probabilities stays."""
-    from torch import nn
-
+def switch_off_dropout(model: nn.Module) -> None:
+    """Set the dropout of hidden states and adapters to 0, but not the dropout of attention's probabilities."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
 
 
 def switch_off_attention_dropout(model: Any) -> None:
-    """Set the dropout of attention's probabilities to 0; that of hidden states stays."""
+    """Set the dropout of attention's probabilities to 0, but not the dropout of hidden states."""
     for module in model.modules():
         if type(module).__name__ in FORWARDS:
             setattr(module, "attention_dropout" if hasattr(module, "attention_dropout") else "dropout", 0.0)

@@ -36,28 +36,24 @@ class Segments:
     @property
     def targets_by_source(self) -> tuple[int, ...]:
         """The number of target tokens that attend to each source."""
-        return add_up_groups(self.targets, self.targets_per_source)
+        starts = range(0, len(self.targets), self.targets_per_source)
+        return tuple(sum(self.targets[start : start + self.targets_per_source]) for start in starts)
 
     def repeat_for_targets(self, items: Sequence[Item]) -> list[Item]:
-        """Repeat what there is for each source, so that there is one for each target."""
+        """Repeat each source's item for its targets."""
         return [item for item in items for _ in range(self.targets_per_source)]
 
     def to(self, device: Any, non_blocking: bool = False) -> "Segments":
-        """Copy the rows' blocks to a device. accelerate calls this for a batch."""
+        """Copy the blocks to a device. accelerate calls this for a batch."""
         return self if self.rows is None else replace(self, rows=self.rows.to(device, non_blocking))
 
     def pin_memory(self) -> "Segments":
-        """Copy the rows' blocks to pinned memory. The data loader calls this for a batch."""
+        """Copy the blocks to pinned memory. The data loader calls this for a batch."""
         return self if self.rows is None else replace(self, rows=self.rows.pin_memory())
 
     def number_positions(self, lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
         """Number the tokens of a row, from 0 in each segment: [1, tokens]."""
         return torch.cat([torch.arange(length, device=device) for length in lengths])[None]
-
-
-def add_up_groups(lengths: tuple[int, ...], size: int) -> tuple[int, ...]:
-    """Add up the lengths of each `size` segments that follow each other."""
-    return tuple(sum(lengths[start : start + size]) for start in range(0, len(lengths), size))
 
 
 def segment_attention(
@@ -69,21 +65,18 @@ def segment_attention(
     bias_1HQK: torch.Tensor | None,
     dropout: float,
 ) -> torch.Tensor:
-    """Attend within each segment. The bias is that of the longest segment; shorter ones take its upper left corner.
+    """Attend within each segment.
 
     Args:
         queries, keys: lengths of the segments, in tokens.
+        bias_1HQK: for the longest segment; shorter segments use its upper left corner.
 
     Returns:
         [B, Q, H, D]
     """
     attended = []
-    for query, key, value in zip(
-        torch.split(query_BHQD, queries, 2),
-        torch.split(key_BHKD, keys, 2),
-        torch.split(value_BHKD, keys, 2),
-        strict=True,
-    ):
+    states = (query_BHQD, queries), (key_BHKD, keys), (value_BHKD, keys)
+    for query, key, value in zip(*(torch.split(each, lengths, 2) for each, lengths in states), strict=True):
         bias = None if bias_1HQK is None else bias_1HQK[:, :, : query.shape[2], : key.shape[2]]
         # T5 doesn't scale the scores by 1/√D: its initialization of q includes that factor
         output = functional.scaled_dot_product_attention(

@@ -3,8 +3,8 @@
 T5's position bias depends only on the distance between two tokens, so each example can attend to itself at any offset
 of the row.
 
-On a GPU, all segments are attended to in one kernel (flex_attention.py), if the collator has planned the rows for that.
-Otherwise a loop attends to one segment after the other.
+On a GPU, one kernel attends to all segments (flex_attention.py), if the collator divided the rows for it. Otherwise a
+loop attends to one segment after the other.
 
 B batch (1 if packed), Q query tokens, K key tokens, H heads, D head width, R entries of a bias table.
 """
@@ -46,7 +46,7 @@ def forward(
     dropout = module.dropout if module.training else 0.0
     if packing.rows is not None:
         kind = "cross" if memory_BK is not None else "decoder" if module.is_decoder else "encoder"
-        blocks = getattr(packing.rows, kind)
+        blocks = packing.rows.blocks[kind]
         attended_BQHD = flex_attend(query_BHQD, key_BHKD, value_BHKD, blocks, bias, kind == "decoder", dropout)
     else:
         keys = packing.targets if module.is_decoder and memory_BK is None else packing.sources
@@ -57,7 +57,6 @@ def forward(
 
 
 def trains_position_bias(model: Any) -> bool:
-    """Whether the position bias is trained."""
     return any(value.requires_grad for name, value in model.named_parameters() if "relative_attention_bias" in name)
 
 
@@ -67,11 +66,7 @@ def _compute_bias(module: Any, packing: Segments) -> torch.Tensor:
         distance = module.relative_attention_max_distance
         table_1H1R: torch.Tensor = module.compute_bias(1, 2 * distance + 1, past_seen_tokens=distance)
         return table_1H1R[0, :, 0].to(torch.promote_types(table_1H1R.dtype, torch.float32)).contiguous()
-    return _compute_position_bias(module, max(packing.targets if module.is_decoder else packing.sources))
-
-
-def _compute_position_bias(module: Any, length: int) -> torch.Tensor:
-    """Compute the position bias of a segment of `length` tokens; in a decoder, future tokens are masked."""
+    length = max(packing.targets if module.is_decoder else packing.sources)
     # torch's memory-efficient kernel on GPUs copies a bias whose rows aren't aligned, for each segment in each layer
     width = -(-length // BIAS_ALIGNMENT) * BIAS_ALIGNMENT
     bias_1HQK: torch.Tensor = module.compute_bias(length, width)

@@ -1,15 +1,16 @@
 """Attention for packed rows in one kernel per layer, by torch's FlexAttention, for GPUs.
 
     packing = Segments(sources, targets, rows=divide_rows(sources, targets))
-    attended_BQHD = attend(query_BHQD, key_BHKD, value_BHKD, packing.rows.encoder, table_HR, False, dropout=0.1)
+    blocks = packing.rows.blocks["encoder"]
+    attended_BQHD = attend(query_BHQD, key_BHKD, value_BHKD, blocks, table_HR, False, dropout=0.1)
 
-The loop over segments in attention.py launches a kernel for each segment in each layer, which on a GPU takes longer
-than the attention itself. Here, a whole row is one kernel:
+The loop over segments (attention/segments.py) launches a kernel for each segment in each layer, which on a GPU takes
+longer than the attention itself. Here, a whole row is one kernel:
 
 - T5's position bias depends only on the distance between two tokens, and is constant from `max_distance` on. So the
   kernel reads it from a small table, and no matrix of the row's length squared is stored.
-- A row is divided into blocks of 128 tokens, and the kernel visits only pairs of blocks with a segment in common. They
-  follow from the lengths of the segments, so the collator computes them, in the data loader's processes.
+- A row is divided into blocks of 128 tokens, and the kernel visits only pairs of blocks with a segment in common. The
+  collator computes these pairs from the segments' lengths, in the data loader's processes.
 - Rows are filled up to whole blocks with a segment of padding, whose labels are ignored.
 
 FlexAttention has no dropout. With a hash of (seed, head, query, key) as its random number, dropout after the softmax is
@@ -32,7 +33,7 @@ from torch import nn
 
 BLOCK = 128  # tokens: FlexAttention's default, which its kernels' own tiles must divide
 MIN_LENGTH = 2 * BLOCK  # torch.compile specializes dimensions of 1, so it would compile again for rows of one block
-MIN_HEAD_WIDTH = 16  # of a matrix product in Triton
+MIN_HEAD_WIDTH = 16  # Triton's minimum in a matrix product
 BUFFER_ALIGNMENT = 4  # elements of the buffer: 16 bytes
 HASH_SIZE = 2**24
 MAX_COMPILATIONS = 64
@@ -42,12 +43,12 @@ Integers = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Blocks:
-    """The pairs of query and key blocks that a kernel visits, as torch's BlockMask has them.
+    """The pairs of query and key blocks that a kernel visits.
 
     Args:
         query_segments, key_segments: the number of the segment of each token, int32.
-        tensors: the eight tensors of a BlockMask: the counts and indices of the key blocks that each query block sees
-            in part and as a whole, and the same of the query blocks that see each key block; int32.
+        tensors: the eight tensors of torch's BlockMask, int32: the counts and indices of the key blocks that each query
+            block sees in part and as a whole, and then of the query blocks that see each key block.
         num_stages: see PackedRows.
     """
 
@@ -64,7 +65,7 @@ class PackedRows:
     Args:
         source_length, target_length: tokens of the rows, with the padding: multiples of BLOCK.
         buffer: the segment numbers and block pairs in one tensor, so that one copy moves them to a GPU. A target token
-            has two numbers: that of its segment, and that of its source.
+            has the numbers of its segment and of its source.
         num_stages: how many blocks a kernel loads ahead; fewer take less shared memory. None: FlexAttention's choice.
     """
 
@@ -74,40 +75,23 @@ class PackedRows:
     num_stages: int | None = None
 
     def to(self, device: Any, non_blocking: bool = False) -> "PackedRows":
-        """Copy to a device."""
         return replace(self, buffer=self.buffer.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "PackedRows":
-        """Copy to pinned memory, for copies to a GPU that don't block."""
         return replace(self, buffer=self.buffer.pin_memory())
 
-    @property
-    def encoder(self) -> Blocks:
-        """Blocks of the source row's attention to itself."""
-        return self._blocks[0]
-
-    @property
-    def decoder(self) -> Blocks:
-        """Blocks of the target row's attention to itself."""
-        return self._blocks[1]
-
-    @property
-    def cross(self) -> Blocks:
-        """Blocks of the target row's attention to the source row."""
-        return self._blocks[2]
-
     @cached_property
-    def _blocks(self) -> list[Blocks]:
-        """Views of the buffer."""
+    def blocks(self) -> dict[str, Blocks]:
+        """Views of the buffer: of source tokens to each other (encoder), of targets (decoder), of both (cross)."""
         lengths = self.source_length, self.target_length, self.target_length
         *segments, parts = torch.split(self.buffer, [*lengths, len(self.buffer) - sum(lengths)])
-        kinds, found, start = [(0, 0), (1, 1), (2, 0)], [], 0
-        for queries, keys in kinds:
+        found, start = {}, 0
+        for kind, (queries, keys) in {"encoder": (0, 0), "decoder": (1, 1), "cross": (2, 0)}.items():
             tensors = []
             for size in _list_sizes(lengths[queries], lengths[keys]):
                 tensors.append(parts[start : start + math.prod(size)].view(1, 1, *size))
                 start += _align(math.prod(size))
-            found.append(Blocks(segments[queries], segments[keys], tuple(tensors), self.num_stages))
+            found[kind] = Blocks(segments[queries], segments[keys], tuple(tensors), self.num_stages)
         return found
 
 
@@ -125,17 +109,13 @@ def divide_rows(
         num_stages: see PackedRows.
     """
     target_length = _round_up(sum(targets))
-    # the target row's padding attends to the source row's, of which there must be some, too
+    # padding of the target row attends to padding of the source row, so there must be some there
     source_length = _round_up(sum(sources) + (target_length > sum(targets)))
-    source_ends, target_ends, ends_by_source = (
-        np.cumsum([*lengths, total - sum(lengths)])
-        for lengths, total in (
-            (sources, source_length),
-            (targets, target_length),
-            (targets_by_source or targets, target_length),
-        )
-    )
-    parts = [_number_segments(ends) for ends in (source_ends, target_ends, ends_by_source)]
+    by_source = targets_by_source or targets
+    rows = (sources, source_length), (targets, target_length), (by_source, target_length)
+    ends = [np.cumsum([*lengths, total - sum(lengths)]) for lengths, total in rows]
+    source_ends, target_ends, ends_by_source = ends
+    parts = [np.repeat(np.arange(len(each)), np.diff(each, prepend=0)) for each in ends]
     parts += _find_blocks(source_ends, source_ends, is_causal=False)
     parts += _find_blocks(target_ends, target_ends, is_causal=True)
     parts += _find_blocks(ends_by_source, source_ends, is_causal=False)
@@ -149,15 +129,10 @@ def _round_up(length: int) -> int:
     return max(MIN_LENGTH, -(-length // BLOCK) * BLOCK)
 
 
-def _number_segments(ends: Integers) -> Integers:
-    return np.repeat(np.arange(len(ends)), np.diff(ends, prepend=0))
-
-
 def _find_blocks(query_ends: Integers, key_ends: Integers, is_causal: bool) -> list[Integers]:
-    """Find the blocks of keys that each block of queries sees. Segments are in the same order on both sides.
+    """Find the blocks of keys that each block of queries sees, from the ends of the segments, padding included.
 
-    Args:
-        query_ends, key_ends: where each segment ends, with the padding as the last one.
+    Segments are in the same order on both sides.
     """
     num_rows, num_columns = query_ends[-1] // BLOCK, key_ends[-1] // BLOCK
     first_query = np.arange(num_rows) * BLOCK
@@ -172,12 +147,9 @@ def _find_blocks(query_ends: Integers, key_ends: Integers, is_causal: bool) -> l
     is_whole = (column >= -(-low // BLOCK)[:, None]) & (column < (whole_high // BLOCK)[:, None])
     is_whole &= (first == last)[:, None]
     is_partial = is_seen & ~is_whole
-    return [array for is_in in (is_partial, is_whole, is_partial.T, is_whole.T) for array in _list_blocks(is_in)]
-
-
-def _list_blocks(is_in: npt.NDArray[np.bool_]) -> list[Integers]:
-    """For each row, count the blocks that are in, and list their columns, before those of the others."""
-    return [is_in.sum(1), np.argsort(~is_in, axis=1, kind="stable")]
+    masks = is_partial, is_whole, is_partial.T, is_whole.T
+    # for each row, the number of its blocks, and their columns before all other columns
+    return [each for is_in in masks for each in (is_in.sum(1), np.argsort(~is_in, axis=1, kind="stable"))]
 
 
 def _list_sizes(query_length: int, key_length: int) -> list[tuple[int, ...]]:
@@ -212,9 +184,9 @@ def attend(
     seeds_H = draw_seeds(query_BHQD) if dropout else None
     max_distance = 0 if table_HR is None else table_HR.shape[1] // 2
     kernel = _get_kernel(is_causal, max_distance, count_kept_hashes(dropout), blocks.num_stages)
-    # Autocast is among torch.compile's guards: with it, training would compile again what was compiled for comparing
-    # it with the loop. The states have its dtype already. The three kinds of attention, with and without dropout and
-    # gradients, are more variants than torch.compile's default limit of 8.
+    # Autocast is among torch.compile's guards: with it, training would compile the kernel again that was compiled for
+    # the comparison with the loop. The states have its dtype already. The three kinds of attention, with and without
+    # dropout and gradients, are more variants than torch.compile's default limit of 8.
     no_autocast = torch.autocast(query_BHQD.device.type, enabled=False)
     with no_autocast, torch._dynamo.config.patch(recompile_limit=MAX_COMPILATIONS):
         attended_BHQD: torch.Tensor = kernel(query_BHQD, key_BHKD, value_BHKD, blocks, table_HR, seeds_H)
@@ -241,8 +213,8 @@ def _get_kernel(*options: Any) -> Any:
 class _Kernel(nn.Module):
     """The function to compile.
 
-    A module, because torch.compile takes a module's integers for constants. Any other integer, in 2.13 even one that
-    never changes, can't be used in a function that FlexAttention calls for each score.
+    It is a module because torch.compile takes a module's integers for constants. FlexAttention can't use other
+    integers in the functions that it calls for each score, in 2.13 not even those that never change.
     """
 
     def __init__(self, is_causal: bool, max_distance: int, num_kept_hashes: int, num_stages: int | None) -> None:
@@ -290,7 +262,7 @@ class _Kernel(nn.Module):
             return call(value_BHKD, add_bias)
         call = partial(call, return_aux=AuxRequest(lse=True))
         attended_BHQD, kept = call(value_BHKD, add_bias_or_drop)
-        # only the normalizer is of interest, so the values may be narrow
+        # only the normalizer is used, so the values may be narrow
         unneeded_BHQD, every = call(value_BHKD[..., :MIN_HEAD_WIDTH], add_bias)
         scale_BHQ = (kept.lse - every.lse).exp() * (HASH_SIZE / self.num_kept_hashes)
         # an output without a gradient can't be compiled for a GPU: torch 2.13's _inductor/kernel/flex multiplies by it
@@ -302,8 +274,8 @@ class _Kernel(nn.Module):
 def compute_hash(seed: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     """Compute a number below HASH_SIZE that looks random: the finalizer lowbias32 (Wellons 2018).
 
-    Products may wrap around, and `>>` copies the sign bit, which the masks remove. So int32, in which GPUs compute it,
-    and int64 give the same number.
+    Products may wrap around, and `>>` copies the sign bit, which the masks remove. So int32, which GPUs use, and int64
+    give the same number.
     """
     x = seed + query * -1640531535 + key * -2048144777
     x = (x ^ ((x >> 16) & 0xFFFF)) * 0x7FEB352D

@@ -1,10 +1,10 @@
 """Compare the two implementations of attention over packed rows: one kernel (flex), and the loop over segments.
 
     find_unmet_requirement(shape, device, torch.bfloat16, trains_bias=False)    # why it can't be used, or None
-    check_kernel([shape], device, torch.bfloat16).problem           # what it computes wrong, or None
+    check_kernel([shape], device, torch.bfloat16).problem                       # its wrong results, or None
 
-The kernel is compiled on the machine on which it runs, by several libraries of which each release is new. So a run uses
-it only after its outputs and gradients were compared with those of the loop (training/attention_choice.py).
+Several libraries, which change with each release, compile the kernel on the machine on which it runs. So a run uses it
+only after a comparison of its outputs and gradients with the loop's (training/attention_choice.py).
 """
 
 import os
@@ -34,7 +34,7 @@ from t5tune.model.kernels.flex_attention import (
 
 PackedAttention = Literal["flex", "loop"]
 
-# of the rows that are compared: with a segment of one token, and one that crosses the end of a block
+# lengths for the comparison: with a segment of one token, and a segment that crosses the end of a block
 SOURCES, TARGETS = (200, 1, 70, 33), (40, 1, 90, 12)
 TIMED_SEGMENTS = tuple(range(40, 500, 8))  # 58 examples, 15,544 tokens
 FEW_STAGES = 2
@@ -42,11 +42,10 @@ MAX_DIFFERENCE = 0.02  # relative norm of the difference in bf16: rounding is a 
 
 
 class AttentionShape(NamedTuple):
-    """What the kernel depends on.
+    """The properties of a model that the kernel depends on.
 
     Args:
-        head_width: width of a head.
-        max_distance: the distance from which on T5's position bias is the same.
+        max_distance: the distance from which on T5's position bias is constant.
         dropout: probability of dropping a key.
         is_trained: whether gradients are computed; a teacher only has a forward pass.
     """
@@ -62,8 +61,8 @@ class KernelCheck(NamedTuple):
     """The result of comparing kernels with the loop.
 
     Args:
-        problem: in words; None: they compute what the loop does.
-        num_stages: with which they do; see flex_attention.PackedRows.
+        problem: in words; None: the results are equal.
+        num_stages: for which they are equal; see flex_attention.PackedRows.
     """
 
     problem: str | None
@@ -106,10 +105,10 @@ def find_unmet_requirement(
 def check_kernel(shapes: Sequence[AttentionShape], device: torch.device, dtype: torch.dtype) -> KernelCheck:
     """Compare outputs and gradients of the kernel with those of the loop, for each shape that a run uses.
 
-    Kernels that fail are tried again with fewer stages: in bf16, heads of 128 need 131,584 bytes of shared memory, of
-    which RTX 30 and 40 have 101,376, and with two stages 98,560. B200's kernels may need it for heads of 64.
+    Kernels that fail are tried again with fewer stages: in bf16, heads of 128 need 131,584 bytes of shared memory, but
+    98,560 with two stages, and RTX 30 and 40 have 101,376. B200's kernels may need it for heads of 64.
 
-    It takes some milliseconds, and the time for compiling what training and its evaluations use. Training compiles
+    The comparison takes some milliseconds, and compiles the kernels of training and its evaluations. Training compiles
     again only for layers whose keys or values need no gradient, such as the first layer's keys with LoRA on q and v.
     """
     devices = [device] if device.type == "cuda" else []
@@ -130,15 +129,15 @@ def measure_implementations(
 ) -> dict[PackedAttention, float]:
     """Measure the seconds of an encoder layer's attention, forward and backward, in a row of TIMED_SEGMENTS."""
     rows = divide_rows(TIMED_SEGMENTS, TIMED_SEGMENTS, num_stages=num_stages).to(device)
-    states, layer = _make_layer(shape, "encoder", rows.encoder, device, dtype)
-    ways: dict[PackedAttention, Callable[..., torch.Tensor]] = {
+    states, layer = _make_layer(shape, "encoder", rows.blocks["encoder"], device, dtype)
+    implementations: dict[PackedAttention, Callable[..., torch.Tensor]] = {
         "flex": partial(layer.attend, shape.dropout),
         "loop": partial(layer.loop, TIMED_SEGMENTS, TIMED_SEGMENTS),
     }
     seconds = {}
-    for name, attend_in_this_way in ways.items():
+    for name, compute in implementations.items():
         for started in (_wait_and_read_clock(device) for _ in range(2)):  # the first time compiles
-            _run(attend_in_this_way, states, sum(TIMED_SEGMENTS), has_gradients=True)
+            _run(compute, states, sum(TIMED_SEGMENTS), has_gradients=True)
             seconds[name] = _wait_and_read_clock(device) - started
     return seconds
 
@@ -155,8 +154,8 @@ def _find_differences(
     rows = divide_rows(SOURCES, TARGETS, num_stages=num_stages).to(device)
     kinds = {"encoder": (SOURCES, SOURCES), "decoder": (TARGETS, TARGETS), "cross": (TARGETS, SOURCES)}
     for kind, (queries, keys) in kinds.items():
-        states, layer = _make_layer(shape, kind, getattr(rows, kind), device, dtype)
-        # what training computes, and what its evaluations do, or a teacher
+        states, layer = _make_layer(shape, kind, rows.blocks[kind], device, dtype)
+        # as in training, and then as in its evaluations and in a teacher
         for dropout, has_gradients in ((shape.dropout, True), (0.0, False))[0 if shape.is_trained else 1 :]:
             reference = partial(layer.attend_densely, dropout) if dropout else partial(layer.loop, queries, keys)
             expected = _run(reference, states, sum(queries), has_gradients)
@@ -171,19 +170,18 @@ def _make_layer(
     shape: AttentionShape, kind: str, blocks: Blocks, device: torch.device, dtype: torch.dtype
 ) -> tuple[list[torch.Tensor], "_Layer"]:
     """Make random queries, keys and values, and a layer with a random bias."""
-    size = shape.num_heads, 2 * shape.max_distance + 1
-    table_HR = None if kind == "cross" else torch.randn(size, device=device)
+    heads, width = shape.num_heads, shape.head_width
+    table_HR = None if kind == "cross" else torch.randn(heads, 2 * shape.max_distance + 1, device=device)
     lengths = len(blocks.query_segments), len(blocks.key_segments), len(blocks.key_segments)
-    heads = shape.num_heads, shape.head_width
-    states = [torch.randn(1, length, *heads, device=device, dtype=dtype) for length in lengths]
-    states[0] *= shape.head_width**-0.5  # as T5's initialization of q does
+    states = [torch.randn(1, length, heads, width, device=device, dtype=dtype) for length in lengths]
+    states[0] *= width**-0.5  # as T5's initialization of q does
     return states, _Layer(blocks, table_HR, kind == "decoder")
 
 
 def _run(
     attend: Callable[..., torch.Tensor], states: list[torch.Tensor], length: int, has_gradients: bool
 ) -> dict[str, torch.Tensor]:
-    """Compute the output for the first `length` queries, and its gradients, in fp32. The others are padding."""
+    """Compute the output for the first `length` queries, and its gradients, in fp32. Later queries are padding."""
     leaves = [state.detach().requires_grad_(has_gradients) for state in states]
     torch.manual_seed(1)  # of dropout
     with torch.set_grad_enabled(has_gradients):
@@ -198,7 +196,7 @@ def _run(
 
 
 class _Layer(NamedTuple):
-    """A layer's attention, computed in three ways."""
+    """Three implementations of a layer's attention."""
 
     blocks: Blocks
     table_HR: torch.Tensor | None

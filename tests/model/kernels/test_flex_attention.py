@@ -111,7 +111,7 @@ def attend_in_one_kernel(
     kind: str, states: list[torch.Tensor], table_HR: torch.Tensor | None, dropout: float
 ) -> torch.Tensor:
     rows = divide_rows(SOURCES, TARGETS)
-    blocks: Blocks = getattr(rows, kind)
+    blocks = rows.blocks[kind]
     lengths = [len(blocks.query_segments), len(blocks.key_segments), len(blocks.key_segments)]
     padded = [
         torch.nn.functional.pad(states_BLHD, (0, 0, 0, 0, 0, length - states_BLHD.shape[1])).transpose(1, 2)
@@ -237,7 +237,7 @@ def test_blocks_are_those_of_create_block_mask(pairs: list[tuple[int, int]]) -> 
         assert row >= MIN_LENGTH
         assert 0 <= row - sum(used) <= max(BLOCK, MIN_LENGTH - sum(used))
     for kind in LENGTHS:
-        blocks: Blocks = getattr(rows, kind)
+        blocks = rows.blocks[kind]
 
         def see(_batch: Any, _head: Any, query: Any, key: Any, kind: str = kind, blocks: Blocks = blocks) -> Any:
             is_same = blocks.query_segments[query] == blocks.key_segments[key]
@@ -331,7 +331,7 @@ def test_few_variants_are_compiled_for_many_batches(monkeypatch: pytest.MonkeyPa
         targets = tuple(rng.integers(1, 200, count_examples).tolist())
         rows = divide_rows(sources, targets)
         for kind, dropout in (("encoder", 0.1), ("decoder", 0.1), ("cross", 0.1), ("encoder", 0.0)):
-            blocks: Blocks = getattr(rows, kind)
+            blocks = rows.blocks[kind]
             lengths = len(blocks.query_segments), len(blocks.key_segments)
             query = torch.randn(1, lengths[0], 2, 16).transpose(1, 2).requires_grad_()
             key, value = (torch.randn(1, lengths[1], 2, 16).transpose(1, 2).requires_grad_() for _ in range(2))
