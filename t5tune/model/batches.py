@@ -1,7 +1,7 @@
-"""Batches as the model gets them: padded, or packed into one row."""
+"""Batches for the model: padded, or packed into one row."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,22 +16,20 @@ REFERENCE = "reference"
 """Key in a micro-batch of preference pairs: the log-probabilities under the reference model, (pairs, 2)."""
 
 
+@dataclass(frozen=True)
 class PackedCollator:
     """Concatenates the examples of a batch in one row (see model/attention/packing.py).
 
     Args:
-        pad_token_id: what fills rows up to whole blocks.
+        pad_token_id: fills rows up to whole blocks.
         divides_rows: whether to divide rows into blocks, for attention in one kernel.
-        num_stages: of that kernel; see flex_attention.PackedRows.
+        num_stages: see flex_attention.PackedRows.
     """
 
-    def __init__(
-        self, decoder_start_token_id: int, pad_token_id: int, divides_rows: bool = False, num_stages: int | None = None
-    ) -> None:
-        self.decoder_start_token_id = decoder_start_token_id
-        self.pad_token_id = pad_token_id
-        self.divides_rows = divides_rows
-        self.num_stages = num_stages
+    decoder_start_token_id: int
+    pad_token_id: int
+    divides_rows: bool = False
+    num_stages: int | None = None
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
         sources = [example.source_S for example in examples]
@@ -55,6 +53,7 @@ class PackedCollator:
         }
 
 
+@dataclass(frozen=True)
 class PaddedCollator:
     """Pads a batch to its longest source and target.
 
@@ -63,9 +62,8 @@ class PaddedCollator:
     follow each other.
     """
 
-    def __init__(self, pad_token_id: int, decoder_start_token_id: int) -> None:
-        self.pad_token_id = pad_token_id
-        self.decoder_start_token_id = decoder_start_token_id
+    pad_token_id: int
+    decoder_start_token_id: int
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         sources = [example.source_S for example in examples]
@@ -81,13 +79,8 @@ class PaddedCollator:
 
 
 def make_collator(
-    start_token_id: int,
-    pad_token_id: int,
-    is_packed: bool,
-    divides_rows: bool = False,
-    num_stages: int | None = None,
+    start_token_id: int, pad_token_id: int, is_packed: bool, divides_rows: bool = False, num_stages: int | None = None
 ) -> PackedCollator | PaddedCollator:
-    """Make the collator of packed or of padded batches."""
     if is_packed:
         return PackedCollator(start_token_id, pad_token_id, divides_rows, num_stages)
     return PaddedCollator(pad_token_id, start_token_id)
@@ -98,7 +91,6 @@ def _list_targets(examples: Sequence[Example]) -> list[Any]:
 
 
 def _list_reference(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
-    """Return the log-probabilities of preference pairs under the reference model, if they are known."""
     known = [each.reference for each in examples if isinstance(each, PreferencePair) and each.reference is not None]
     return {REFERENCE: torch.tensor(known, dtype=torch.float64)} if known else {}
 

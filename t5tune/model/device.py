@@ -12,12 +12,8 @@ from typing import Any
 
 from t5tune.errors import OutOfMemory, SettingsError
 
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX = (
-    -1,
-    -2,
-    -3,
-    -4,
-)  # parameters of mallopt(3), from glibc's malloc.h
+# parameters of mallopt(3), from glibc's malloc.h
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -2, -3, -4
 DOCTOR_HINT = "t5tune doctor says how to fix that"
 CGROUP_FOLDER = Path("/sys/fs/cgroup")
 NVIDIA_DRIVER_FILE = Path("/proc/driver/nvidia/version")
@@ -30,7 +26,7 @@ MALLOC_VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_MMAP_TH
 def choose_device(use_cpu: bool, local_rank: int = 0, name: str | None = None) -> Any:
     """Return the named device, else the GPU of this rank, else the CPU.
 
-    A launcher may show each process all GPUs of the machine, or only one of its own, as SLURM's `--gpus-per-task=1`.
+    A launcher may show each process all GPUs of the machine, or only its GPU, as SLURM's `--gpus-per-task=1`.
 
     Raises:
         SettingsError: torch doesn't know the device, or this machine doesn't have it.
@@ -40,13 +36,13 @@ def choose_device(use_cpu: bool, local_rank: int = 0, name: str | None = None) -
     if name not in (None, "cpu"):
         try:
             device = torch.zeros(1, device=name).device
-            if name != "cuda":  # which names no GPU, so each rank takes its own
+            if name != "cuda":  # without a number, each rank takes its GPU
                 return device
         except (RuntimeError, AssertionError) as error:  # the error differs by device and by torch's build
             reason = str(error).splitlines()[0]
             raise SettingsError(f"device: {name}: {reason}", hint="cpu always works") from None
     if name == "cpu" or use_cpu or not torch.cuda.is_available():
-        # transformers imports DeepSpeed, which would otherwise look for an accelerator and warn that there is none
+        # transformers imports DeepSpeed, which would otherwise look for an accelerator and warn that it found nothing
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         return torch.device("cpu")
     device = torch.device("cuda", local_rank % torch.cuda.device_count())
@@ -55,12 +51,10 @@ def choose_device(use_cpu: bool, local_rank: int = 0, name: str | None = None) -
 
 
 def check_bf16(device: Any) -> None:
-    """Refuse bf16 on a GPU that only emulates it.
-
-    There, matrix products take several times as long, and attention stores all scores.
+    """Refuse bf16 on a GPU that only emulates it: products take several times as long, and attention stores all scores.
 
     Raises:
-        SettingsError: the GPU has no bf16 arithmetic (NVIDIA GPUs have it since compute capability 8.0).
+        SettingsError: the GPU has no bf16 arithmetic.
     """
     import torch
 
@@ -72,27 +66,28 @@ def check_bf16(device: Any) -> None:
 
 
 def has_bf16(device: Any) -> bool:
-    """Whether this is a GPU with bf16 arithmetic of its own (NVIDIA GPUs since compute capability 8.0)."""
+    """Whether this is a GPU with bf16 arithmetic (NVIDIA GPUs since compute capability 8.0)."""
     import torch
 
     return device.type == "cuda" and bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def can_compute_bf16(device: Any) -> bool:
-    """Whether a model can compute in bf16: on GPUs with arithmetic of their own, and on CPUs, though some are slow."""
+    """Whether a model can compute in bf16: on GPUs with bf16 arithmetic, and on CPUs, though some are slow."""
     import torch
 
     if device.type == "cuda":
         return has_bf16(device)
     try:
-        torch.ones(2, 2, dtype=torch.bfloat16, device=device).mm(torch.ones(2, 2, dtype=torch.bfloat16, device=device))
+        ones = torch.ones(2, 2, dtype=torch.bfloat16, device=device)
+        ones.mm(ones)
     except (RuntimeError, TypeError):  # Apple's GPUs before macOS 14
         return False
     return True
 
 
 def describe_device(device: Any) -> str:
-    """Such as `Tesla T4` or `this CPU`."""
+    """Name a device in a message: `Tesla T4`, `this CPU`."""
     import torch
 
     if device.type == "cuda":
@@ -102,15 +97,12 @@ def describe_device(device: Any) -> str:
 
 @contextmanager
 def use_gpu_kernels(device: Any, tf32: bool = False) -> Iterator[None]:
-    """Choose among torch's kernels for a GPU in this block; elsewhere change nothing.
+    """Choose among torch's kernels for a GPU in this block; do nothing on other devices.
 
     - cuDNN's attention is off: it makes a plan for every new shape, which takes tens of milliseconds, and packed rows
       and generation have new shapes all the time.
-    - TF32 is set by `torch.set_float32_matmul_precision`. After `torch.backends.fp32_precision = "tf32"`, as
-      transformers sets it, torch's older functions raise an error in whatever library reads them.
-
-    Args:
-        tf32: whether to multiply fp32 matrices in TensorFloat-32.
+    - `tf32` (multiply fp32 matrices in TensorFloat-32) is set by `torch.set_float32_matmul_precision`. transformers
+      sets `torch.backends.fp32_precision = "tf32"`, after which torch's older functions raise an error.
     """
     import torch
 
@@ -129,7 +121,7 @@ def use_gpu_kernels(device: Any, tf32: bool = False) -> Iterator[None]:
 
 
 def read_nvidia_driver() -> str | None:
-    """Read the version of the NVIDIA driver from the kernel; None without a driver."""
+    """Read the version of the NVIDIA driver from Linux; None without a driver."""
     try:
         words = NVIDIA_DRIVER_FILE.read_text(encoding="utf-8").split()
     except OSError:
@@ -141,9 +133,8 @@ def read_nvidia_driver() -> str | None:
 def manage_memory_for_loading(device: Any, is_partitioned: bool = False) -> Iterator[None]:
     """On a CPU, return freed memory to Linux while a model is loaded in this block, and keep it afterwards.
 
-    Args:
-        is_partitioned: whether ZeRO-3 partitions the model. Then freed memory is returned afterwards, too: weights are
-            gathered and freed between the activations of a step, where they would leave holes.
+    If ZeRO-3 partitions the model, freed memory is returned afterwards, too: a step gathers and frees weights between
+    its activations, where they would leave holes.
     """
     if device.type == "cpu":
         return_freed_memory()
@@ -153,23 +144,17 @@ def manage_memory_for_loading(device: Any, is_partitioned: bool = False) -> Iter
 
 
 def return_freed_memory() -> None:
-    """Make glibc return the memory of each freed tensor to Linux at once.
-
-    Otherwise the tensors of a base that is loaded and partitioned leave holes between the partitions.
-    """
+    """Make glibc return each freed tensor to Linux. Otherwise loading leaves holes between ZeRO-3's partitions."""
     _set_malloc_options({M_MMAP_THRESHOLD: 1 << 20})
 
 
 def keep_freed_memory() -> None:
-    """Make glibc reuse the memory of freed large tensors, instead of returning it to Linux at once.
-
-    Otherwise Linux maps and zeroes these pages again in each step.
-    """
+    """Make glibc reuse the memory of freed tensors. Otherwise Linux maps and zeroes these pages again in each step."""
     _set_malloc_options({M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 1 << 30, M_TOP_PAD: 64 << 20})
 
 
 def _set_malloc_options(options: dict[int, int]) -> None:
-    """Call mallopt(3). Values that the user has set in the environment are kept, and other C libraries left alone."""
+    """Call mallopt(3), unless the user has set values in the environment, or the C library isn't glibc."""
     if sys.platform != "linux" or any(name in os.environ for name in MALLOC_VARIABLES):
         return
     libc = ctypes.CDLL(None)
@@ -183,18 +168,17 @@ def limit_openmp_spinning() -> None:
     """Make OpenMP threads spin briefly before sleeping.
 
     By default GNU's OpenMP spins for milliseconds; when other processes use the CPU too, the spinning thread takes the
-    core from the very thread that it waits for. OpenMP reads the variable when torch is imported. Values that the user
-    has set are kept.
+    core from the very thread that it waits for. OpenMP reads the variable when torch is imported.
     """
     if not any(name in os.environ for name in SPIN_VARIABLES):
         os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT
 
 
 def let_gpu_memory_grow() -> None:
-    """Make torch's GPU allocator extend its segments, instead of reserving new ones for other sizes.
+    """Make torch's GPU allocator extend its segments, instead of reserving a new segment for each size.
 
-    Packed rows have another length in each step, which would leave more and more reserved memory unused. torch reads
-    the variable when it first uses a GPU. A value that the user has set is kept, also under the variable's older name.
+    Packed rows have a different length in each step, which would leave more and more reserved memory unused. torch
+    reads the variable when it first uses a GPU; the second is its older name.
     """
     if not any(name in os.environ for name in ALLOCATOR_VARIABLES):
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
@@ -202,13 +186,9 @@ def let_gpu_memory_grow() -> None:
 
 @contextmanager
 def explain_out_of_memory(what: str, hint: str) -> Iterator[None]:
-    """Turn out-of-memory errors into one line with a hint.
+    """Turn the various out-of-memory errors of torch and Python into OutOfMemory, one line with a hint.
 
-    Args:
-        what: the operation that needs the memory, and its batch.
-
-    Raises:
-        OutOfMemory: instead of the various errors that torch and Python raise.
+    `what` is the operation that needs the memory, and its batch.
     """
     try:
         yield
@@ -224,7 +204,6 @@ _REQUESTED_SIZE = re.compile(r"tried to allocate ([\d.]+ (?:bytes|[KMGT]iB))", r
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error of torch or Python means that memory ran out."""
     return isinstance(error, MemoryError) or "out of memory" in str(error) or bool(_REQUESTED_SIZE.search(str(error)))
 
 
@@ -256,10 +235,9 @@ def get_peak_memory(device: Any) -> int:
 
 
 def get_reserved_memory(device: Any) -> dict[str, int]:
-    """Return the peak of the GPU memory that torch has reserved, in bytes, as `peak_reserved_bytes`.
+    """Return the peak of the GPU memory that torch reserved, in bytes, as `peak_reserved_bytes`; nothing for a CPU.
 
-    It includes what torch's allocator keeps for later and loses to fragmentation, so it is what fills the GPU. On a
-    CPU there is no such allocator, and the result is empty.
+    It includes memory that torch's allocator keeps for later or loses to fragmentation: it shows how full the GPU is.
     """
     if device.type != "cuda":
         return {}

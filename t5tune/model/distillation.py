@@ -3,7 +3,7 @@
 The loss of a token is α · T² · KL + (1 − α) · cross-entropy, where both models' logits are divided by the temperature T
 for the divergence. The factor T² makes its gradient as large as that of T = 1 (Hinton et al. 2015).
 
-The teacher's logits are computed like the model's own, for one chunk of target tokens at a time.
+The teacher's logits are computed like the student's, for one chunk of target tokens at a time.
 
 C tokens of a chunk, V vocabulary, U tokens that both heads have rows for, E width of the teacher.
 """
@@ -21,13 +21,13 @@ class Distillation:
     """The criterion of distillation. See model/loss.py.
 
     Args:
-        teacher_hidden_NE: what the teacher's head multiplies with its weight.
-        teacher_cap: the soft cap of the teacher's logits; None: they aren't capped.
+        teacher_hidden_NE: input of the teacher's head.
+        teacher_cap: the soft cap of the teacher's logits; None: not capped.
         alpha: share of the divergence in the loss.
         kl: `forward`: Σ p log (p / q), of the model q from the teacher p. `reverse`: Σ q log (q / p) (Gu et al. 2024).
 
     Attributes:
-        totals: sums over the target tokens of what has been computed.
+        totals: sums over the target tokens so far.
     """
 
     targets: CrossEntropy
@@ -66,8 +66,7 @@ class Distillation:
         product_dtype, loss_dtype = choose_dtypes(self.teacher_hidden_NE, head.weight_VD)
         hidden_CE = self.teacher_hidden_NE[part].to(product_dtype)
         logits_CV = head.to(product_dtype, loss_dtype).compute_logits(hidden_CE, loss_dtype).to(dtype)
-        cap = self.teacher_cap
-        return logits_CV if cap is None else cap * torch.tanh(logits_CV / cap)
+        return logits_CV if (cap := self.teacher_cap) is None else cap * torch.tanh(logits_CV / cap)
 
     def _compare(
         self, log_p_CU: torch.Tensor, log_q_CU: torch.Tensor, wants_gradient: bool

@@ -2,7 +2,7 @@
 
 `from_pretrained` of transformers 5 doesn't load every T5 correctly: some releases leave LongT5's embedding random, and
 under ZeRO-3 it replaces Flan-T5's head with the embedding. So this module builds the model on the meta device and
-assigns each tensor of the files by name. The weights decide whether the head is tied: whether the files contain one.
+assigns each tensor of the files by name. The head is tied if the files contain no head.
 """
 
 from collections.abc import Mapping
@@ -30,9 +30,9 @@ from t5tune.progress import Note, Report, silent, track
 from t5tune.settings.groups.base import QuantizationSettings
 
 TORCH_DTYPES: dict[str, torch.dtype] = {dtype: getattr(torch, TORCH_NAMES[dtype]) for dtype in FLOAT_DTYPES}
-OUTLIER_THRESHOLD = 6.0  # LLM.int8() multiplies activations beyond this without quantization; the value is the paper's
+OUTLIER_THRESHOLD = 6.0  # from the paper of LLM.int8(), which doesn't quantize larger activations
 LOAD_CHUNK_BYTES = 16 << 20
-OTHER_CONFIG_HINT = "is config.json that of another model, or does it lack a size? transformers takes its default then"
+OTHER_CONFIG_HINT = "config.json may belong to a different model, or lack a size: transformers then uses its default"
 
 
 def load_base(
@@ -51,10 +51,10 @@ def load_base(
         quantization: if its q_lora is set, the linear layers of the blocks are quantized to 4 bits (Dettmers et al.
             2023) or int8 (Dettmers et al. 2022), and compute in `dtype`.
         family: key of the table of families, for a model_type that isn't in the table.
-        partitioner: partitions each tensor among the ranks before the next one is loaded; only rank 0 reads them.
+        partitioner: partitions each tensor among the ranks before the next one is loaded; only rank 0 reads the files.
 
     Raises:
-        ModelError: not a T5, or tensors are missing, unexpected, or of another shape than config.json implies.
+        ModelError: not a T5, or tensors are missing, unexpected, or of a shape that contradicts config.json.
         DependencyError: quantization without bitsandbytes.
     """
     checkpoint = open_base(folder, family)
@@ -73,9 +73,11 @@ def load_base(
         partitioner.run_only_on_rank_0(lambda: _check_copies(checkpoint, architecture.always_shared))
     for name, parameter in track(parameters.items(), "load", report, len(parameters), "tensors"):
         tensor = _find_tensor(checkpoint, name, parameter)
-        values = read_on_rank_0(tensor, dtype, _choose_place(model, name, device), partitioner)
+        # `to` quantizes an int8 weight only if it comes from the CPU; on a GPU, its first forward would quantize it
+        source = torch.device("cpu") if type(parameter).__name__ == "Int8Params" else device
+        values = read_on_rank_0(tensor, dtype, source, partitioner)
         _set_values(model, name, values, device, partitioner)
-        del values  # with the next tensor's, two of them would be in memory
+        del values  # otherwise two tensors would be in memory
     _share_parameters(model, shared)
     _load_generation_config(model, folder, report)
     model.requires_grad_(False)
@@ -83,11 +85,7 @@ def load_base(
 
 
 def build_empty_model(architecture: Architecture, dtype: torch.dtype, tied: bool) -> Any:
-    """Build the transformers model on the meta device, with or without a tied head.
-
-    Returns:
-        The model, with the attribute `architecture`.
-    """
+    """Build the transformers model on the meta device, with the attribute `architecture`."""
     check_versions("transformers")  # older releases lack sdpa for T5, or don't mask future tokens in umT5's decoder
     from transformers import CONFIG_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
 
@@ -102,24 +100,20 @@ def build_empty_model(architecture: Architecture, dtype: torch.dtype, tied: bool
             model = model_class._from_config(values, attn_implementation=attention, dtype=dtype)
     except Exception as error:  # of any kind, depending on the key whose value is wrong
         problem = f"the base's config.json: transformers can't build a {architecture.model_type} from it"
-        raise ModelError(f"{problem}: {describe_error(error)}", hint="compare it with the published one") from error
+        raise ModelError(f"{problem}: {describe_error(error)}", hint="compare it with the published file") from error
     model.architecture = architecture
     for path in architecture.skipped_modules:
         parent, _, name = path.rpartition(".")
         delattr(model.get_submodule(parent), name)
     _share_parameters(model, architecture.list_shared(tied))
     if not hasattr(model.config, "hidden_size"):
-        # a config of an encoder's and a decoder's has none, but transformers derives DeepSpeed's `auto` values from it
+        # transformers derives DeepSpeed's `auto` values from it; T5Gemma has only one for the encoder and the decoder
         model.config.hidden_size = model.get_output_embeddings().in_features
     return model
 
 
 def _load_generation_config(model: Any, folder: Path, report: Report) -> None:
-    """Load generation_config.json, if there is one. The decoder's start token is that of config.json, as in training.
-
-    Raises:
-        ModelError: the file is broken, or transformers can't use it.
-    """
+    """Load generation_config.json if it exists, but with config.json's start token for the decoder, as in training."""
     from transformers import GenerationConfig
 
     start = model.architecture.start_token_id
@@ -131,8 +125,8 @@ def _load_generation_config(model: Any, folder: Path, report: Report) -> None:
             raise ModelError(problem, hint="correct it, or remove it") from error
         found = model.generation_config.decoder_start_token_id
         if found not in (None, start):
-            words = f"decoder_start_token_id {found}, but the model is trained with that of config.json, {start}"
-            report(Note(f"{path}: {words}, which is used here, too", warning=True))
+            words = f"decoder_start_token_id is {found} here and {start} in config.json; using {start}, as in training"
+            report(Note(f"{path}: {words}", warning=True))
     model.generation_config.decoder_start_token_id = start
 
 
@@ -172,7 +166,7 @@ def _check_names(checkpoint: Checkpoint, architecture: Architecture, expected: s
     if missing := sorted(expected - found):
         raise ModelError(
             f"{checkpoint.folder}: {missing[0]}: missing from the weights (1 of {len(missing)} missing tensors)",
-            hint="is a file of the checkpoint missing, or is config.json that of another model?",
+            hint="a file of the checkpoint may be missing, or config.json may belong to a different model",
         )
     unneeded = {*architecture.list_shared(tied=True), *architecture.ignored_tensors}
     surplus = sorted(name for name in found - expected - unneeded if not architecture.is_skipped(name))
@@ -180,7 +174,7 @@ def _check_names(checkpoint: Checkpoint, architecture: Architecture, expected: s
         raise ModelError(
             f"{checkpoint.folder}: {surplus[0]}: the model of this config.json has no such tensor (1 of "
             f"{len(surplus)} unexpected tensors)",
-            hint="give an adapter with --adapter; a base must contain only the model's own tensors",
+            hint="give an adapter with --adapter; a base must contain only the model's tensors",
         )
 
 
@@ -200,16 +194,10 @@ def _find_tensor(checkpoint: Checkpoint, name: str, parameter: nn.Parameter) -> 
     return tensor
 
 
-def _choose_place(model: nn.Module, name: str, device: torch.device) -> torch.device:
-    """Choose where a tensor is read to: the model's device, unless bitsandbytes quantizes it on its way there."""
-    # `to` quantizes an int8 weight only if it comes from the CPU; one on a GPU would be quantized in its first forward
-    return torch.device("cpu") if type(model.get_parameter(name)).__name__ == "Int8Params" else device
-
-
 def read_on_rank_0(
     tensor: Tensor, dtype: torch.dtype, device: torch.device, partitioner: Zero3Partitioner | None
 ) -> torch.Tensor:
-    """Read a tensor's values, with a partitioner only on rank 0: the others get a tensor of the same shape.
+    """Read a tensor's values; with a partitioner only rank 0 does, and other ranks get an empty tensor of this shape.
 
     Raises:
         CheckpointError: the file was truncated after it was opened; every rank raises it.
@@ -223,7 +211,6 @@ def read_on_rank_0(
 def _set_values(
     model: nn.Module, name: str, values: torch.Tensor, device: torch.device, partitioner: Zero3Partitioner | None
 ) -> None:
-    """Give a parameter its values: quantized if its layer is, and partitioned if there is a partitioner."""
     path, _, leaf = name.rpartition(".")
     module: Any = model.get_submodule(path)
     kind = type(getattr(module, leaf))
@@ -249,7 +236,7 @@ def _set_values(
 
 
 def to_torch(tensor: Tensor, dtype: torch.dtype, device: torch.device | None = None) -> torch.Tensor:
-    """Copy a tensor to torch in chunks, which are read from its file, so that a second buffer isn't needed."""
+    """Copy a tensor to torch in chunks from its file, so that a second buffer isn't needed."""
     values = torch.empty(tensor.shape, dtype=dtype, device=device)
     rows = max(1, LOAD_CHUNK_BYTES * len(tensor.array) // max(1, tensor.array.nbytes))
     for start in range(0, len(tensor.array), rows):
@@ -259,7 +246,7 @@ def to_torch(tensor: Tensor, dtype: torch.dtype, device: torch.device | None = N
 
 
 def from_torch(values: torch.Tensor) -> Tensor:
-    """Convert a torch tensor to ours without changing its bits."""
+    """Convert a torch tensor to a Tensor without changing its bits."""
     values = values.contiguous()
     dtype = next(name for name, torch_dtype in TORCH_DTYPES.items() if torch_dtype == values.dtype)
     bits = values.view(torch.int16).numpy().view(np.uint16) if dtype == "BF16" else values.numpy()
@@ -309,9 +296,9 @@ def _replace_linears_with_quantized(model: Any, dtype: torch.dtype, quantization
 
 
 def _choose_storage(layer: nn.Linear, dtype: torch.dtype) -> torch.dtype:
-    """Choose the dtype that packed weights are stored as: the compute dtype, because ZeRO-3 gathers only one dtype.
+    """Store packed weights as numbers of the compute dtype, because ZeRO-3 gathers only one dtype, or as bytes.
 
-    A weight whose bytes don't fill up numbers of that dtype stays in bytes.
+    Bytes are for weights that don't fill whole numbers.
     """
     num_bytes = (layer.weight.numel() + 1) // 2
     return dtype if num_bytes % dtype.itemsize == 0 else torch.uint8

@@ -1,4 +1,4 @@
-"""Add LoRA adapters and trainable embedding rows of added tokens to a model, in PEFT's own format."""
+"""Add LoRA adapters and added-token embeddings to a model, in PEFT's format."""
 
 import json
 from contextlib import nullcontext
@@ -12,13 +12,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from torch.nn import functional
 
-from t5tune.checkpoints.adapter import (
-    PEFT_PREFIX,
-    TOKEN_ROWS_SUFFIX,
-    build_token_indices,
-    read_adapter,
-    to_peft_name,
-)
+from t5tune.checkpoints.adapter import PEFT_PREFIX, TOKEN_ROWS_SUFFIX, build_token_indices, read_adapter, to_peft_name
 from t5tune.checkpoints.adapter_config import PLAIN_INITIALIZATIONS
 from t5tune.checkpoints.base_tensors import Checkpoint
 from t5tune.checkpoints.tensor_files.tensors import Tensor
@@ -30,11 +24,11 @@ from t5tune.model.zero3 import Zero3Partitioner
 from t5tune.settings.affects import Affects, select_settings
 from t5tune.settings.groups.lora import BASE_CHANGING_INITIALIZATIONS, LoraSettings
 
-CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)  # which have no forward
+CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)  # they have no forward
 SVD_OVERSAMPLING, SVD_ITERATIONS = 4, 8  # of LoftQ's randomized decomposition (Halko et al. 2011)
 SAME_TOKENS_HINT = (
-    "give the conversations instead of a token cache, and leave add_tokens at auto: then they are prepared with the "
-    "adapter's tokens"
+    "give the conversations instead of a token cache, and leave add_tokens at auto, to prepare them with the adapter's "
+    "tokens"
 )
 
 
@@ -46,21 +40,21 @@ def add_lora(
     adapter_dtype: torch.dtype,
     partitioner: Zero3Partitioner | None = None,
 ) -> tuple[Any, dict[str, Tensor]]:
-    """Wrap a frozen base with adapters. Only the adapters and the rows of added tokens are trainable.
+    """Wrap a frozen base with adapters. Only the adapters and the added-token embeddings are trainable.
 
     Args:
         base: folder that the model was loaded from; None: it has no weights.
         token_ids: rows of the embedding and the head to train.
         adapter_dtype: dtype of the trained tensors.
-        partitioner: the one that has partitioned the base. The adapters aren't partitioned yet.
+        partitioner: partitioned the base. The adapters stay whole.
 
     Returns:
         The PEFT model, and the initial LoRA matrices that were subtracted from the base weights (PiSSA, OLoRA), in fp32
         by their saved names; see `checkpoints.adapter.convert_to_plain_lora`.
 
     Raises:
-        SettingsError: lora_target_modules or modules_to_save contain a name that the model doesn't have, or there are
-            added tokens whose rows it can't train, or a layer would be both adapted and trained in full, or the
+        SettingsError: lora_target_modules or modules_to_save contain a name that the model doesn't have, or the model
+            can't train added-token embeddings, or a layer would be both adapted and trained in full, or the
             initialization can't make matrices of lora_r.
     """
     targets = _select_target_modules(model, settings.lora_target_modules)
@@ -69,7 +63,7 @@ def add_lora(
     if trains_rows and not model.architecture.token_row_modules:
         raise SettingsError(
             f"train_token_rows: the embeddings of {model.config.model_type} can't get rows for added tokens",
-            hint="prepare the data with add_tokens none: its tokens can write every text",
+            hint="prepare the data with add_tokens none: this tokenizer can write every text",
         )
     tied = model.config.tie_word_embeddings
     token_indices = build_token_indices(token_ids, model.architecture, tied) if trains_rows else None
@@ -100,19 +94,13 @@ def add_lora(
     if method == "loftq":
         assert base is not None  # plan replaces initializations that need weights
         _initialize_from_quantization_error(peft_model, base, partitioner)
-    subtracted = _copy_lora_matrices(peft_model) if method.startswith(BASE_CHANGING_INITIALIZATIONS) else {}
-    for parameter in peft_model.parameters():
+    subtracted = {}
+    for name, parameter in peft_model.named_parameters():
+        if method.startswith(BASE_CHANGING_INITIALIZATIONS) and (".lora_A." in name or ".lora_B." in name):
+            subtracted[to_peft_name(name)] = Tensor("F32", parameter.detach().float().cpu().numpy().copy())
         if parameter.requires_grad:
             parameter.data = parameter.data.to(adapter_dtype)
     return peft_model, subtracted
-
-
-def _copy_lora_matrices(peft_model: Any) -> dict[str, Tensor]:
-    return {
-        to_peft_name(name): Tensor("F32", parameter.detach().float().cpu().numpy().copy())
-        for name, parameter in peft_model.named_parameters()
-        if ".lora_A." in name or ".lora_B." in name
-    }
 
 
 def _select_target_modules(model: Any, names: list[str]) -> list[str] | str:
@@ -134,38 +122,27 @@ def _select_target_modules(model: Any, names: list[str]) -> list[str] | str:
 
 
 def _check_overlap(adapted: dict[str, nn.Linear], settings: LoraSettings) -> None:
-    """Check that PEFT adapts a layer, and none that modules_to_save trains in full.
+    """Check that PEFT adapts a layer, and that modules_to_save trains no adapted layer in full.
 
-    PEFT adapts no layer whose own name, or that of a module around it, is in modules_to_save. But it trains all modules
-    in full whose path ends in such a name: `o` is also the end of `wo`.
-
-    Raises:
-        SettingsError: there is no layer to adapt, or one that is trained in full.
+    PEFT doesn't adapt a layer if a part of its path is in modules_to_save. But it trains all modules in full whose path
+    ends in such a name: `o` is also the end of `wo`.
     """
     if not adapted:
         targets, saved = ", ".join(settings.lora_target_modules), ", ".join(settings.modules_to_save or [])
-        problem = (
-            f"lora_target_modules: {targets}: no layer is left to adapt, since modules_to_save trains {saved} in full"
-        )
-        raise SettingsError(problem, hint="name other layers in one of them")
+        problem = f"{targets}: no layer is left to adapt, since modules_to_save trains {saved} in full"
+        raise SettingsError(f"lora_target_modules: {problem}", hint="name other layers in one of the two settings")
     for name in settings.modules_to_save or []:
         for path in adapted:
             if f"{name}." in f"{path}.":
-                own = path.rpartition(".")[2]
                 problem = f"modules_to_save: {name}: PEFT also finds {path}, which lora_target_modules adapts"
-                hint = (
-                    f"PEFT takes all modules whose path ends in the name; write more of its path, or don't adapt {own}"
-                )
-                raise SettingsError(problem, hint=hint)
+                hint = f"write more of its path, or don't adapt {path.rpartition('.')[2]}"
+                raise SettingsError(problem, hint=f"PEFT takes all modules whose path ends in the name; {hint}")
 
 
 def _check_rank(adapted: dict[str, nn.Linear], method: str, rank: int) -> None:
     """Check that an initialization that decomposes weights can make matrices of this rank.
 
-    PEFT makes smaller ones without saying so, which don't have the shapes that adapter_config.json says.
-
-    Raises:
-        SettingsError: a layer is too small.
+    Otherwise PEFT silently makes smaller matrices, whose shapes contradict adapter_config.json.
     """
     if not method.startswith((*BASE_CHANGING_INITIALIZATIONS, "loftq")):
         return
@@ -180,12 +157,7 @@ def _check_rank(adapted: dict[str, nn.Linear], method: str, rank: int) -> None:
 
 
 def _select_modules_to_save(model: Any, base: Path | None, settings: LoraSettings) -> list[str] | None:
-    """Check the modules to train in full, and return them as PEFT's modules_to_save.
-
-    Raises:
-        SettingsError: a module doesn't exist, has no weights, contains quantized ones, or one that another module
-            shares, or its name is also that of a list of modules or of a module that isn't loaded.
-    """
+    """Check the modules to train in full, and return them as PEFT's modules_to_save."""
     if not settings.modules_to_save:
         return None
     shared = model.architecture.list_shared(tied=True)
@@ -255,15 +227,14 @@ def _initialize_from_quantization_error(peft_model: Any, base: Path, partitioner
 
 
 def load_initial_adapter(peft_model: Any, folder: Path, tokenizer_folder: Path) -> None:
-    """Load a saved adapter's values into the adapters and token rows, to continue training it.
+    """Load a saved adapter's values into the adapters and added-token embeddings, to continue training it.
 
     Args:
-        folder: folder of the saved adapter.
         tokenizer_folder: folder of the tokenizer that the training data uses.
 
     Raises:
-        CheckpointError: the saved adapter has another shape, scale or kind, or rows of other tokens, or its
-            initialization changed the base.
+        CheckpointError: the saved adapter differs in shape, scale, kind or tokens, or its initialization changed the
+            base.
     """
     config, state = read_adapter(folder)
     current = peft_model.peft_config["default"].to_dict()
@@ -273,7 +244,7 @@ def load_initial_adapter(peft_model: Any, folder: Path, tokenizer_folder: Path) 
     parameters = {to_peft_name(name): value for name, value in peft_model.named_parameters() if value.requires_grad}
     tensors = {name: tensor for name, tensor in state.items() if name in parameters or name not in copies}
     _check_same_names(parameters, tensors, folder)
-    # as JSON, which has lists in place of tuples and text in place of numbers as keys
+    # as JSON, which turns tuples into lists, and numbers that are keys into text
     if config.get("trainable_token_indices") != json.loads(json.dumps(current["trainable_token_indices"])):
         problem = f"adapter: {folder}: its trained embedding rows belong to different tokens than this run's"
         raise CheckpointError(problem, hint=SAME_TOKENS_HINT)
@@ -288,13 +259,11 @@ def load_initial_adapter(peft_model: Any, folder: Path, tokenizer_folder: Path) 
 
 
 def _check_same_scale(config: dict[str, Any], current: dict[str, Any], folder: Path) -> None:
-    """Check that the saved adapter has this run's rank, alpha and variant of LoRA."""
     for name in select_settings(LoraSettings, Affects.ADAPTER_SCALE):
         key = "r" if name == "lora_r" else name  # PEFT's name
         if (before := config.get(key, False)) != current[key]:
-            then, now = (
-                str(each).lower() if isinstance(each, bool) else f"{each:g}" for each in (before, current[key])
-            )
+            values = before, current[key]
+            then, now = (str(each).lower() if isinstance(each, bool) else f"{each:g}" for each in values)
             problem = f"adapter: {folder}: saved with {key} {then}, but this run has {name} {now}"
             raise CheckpointError(problem, hint=f"set {name}: {then}")
     if config.get("rank_pattern") or config.get("alpha_pattern"):
@@ -302,22 +271,20 @@ def _check_same_scale(config: dict[str, Any], current: dict[str, Any], folder: P
 
 
 def _check_plain_initialization(config: dict[str, Any], folder: Path) -> None:
-    """Check that the saved adapter belongs to the base as it is: this run doesn't change the base as PEFT did."""
     if (initialization := config.get("init_lora_weights")) not in PLAIN_INITIALIZATIONS:
         raise CheckpointError(
             f"adapter: {folder / ADAPTER_CONFIG_FILE}: init_lora_weights: {initialization}: this initialization "
-            "changed the base's weights, and training would start from the unchanged ones",
+            "changed the base's weights, but training would start from unchanged weights",
             hint="save it with PEFT's path_initial_model_for_weight_conversion, or set init_lora_weights: true and "
             "train it on the base that was saved along with it",
         )
 
 
 def _check_same_names(parameters: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> None:
-    """Check that the saved adapter contains the parameters that this run trains, and no others."""
     for name in sorted(parameters.keys() ^ tensors.keys()):
-        has, lacks = ("the adapter contains", "this run doesn't train")
+        has, lacks = "the adapter contains", "this run doesn't train"
         if name not in tensors:
-            has, lacks = ("this run trains", "the adapter doesn't contain")
+            has, lacks = "this run trains", "the adapter doesn't contain"
         raise CheckpointError(
             f"adapter: {folder}: {has} {name.removeprefix(PEFT_PREFIX)}, which {lacks}",
             hint="use the lora_target_modules, modules_to_save and add_tokens that it was trained with",
@@ -327,17 +294,14 @@ def _check_same_names(parameters: dict[str, Any], tensors: dict[str, Tensor], fo
 def check_same_tokens(folder: Path, tokenizer_folder: Path, setting: str = "adapter") -> None:
     """Check that the run's tokenizer has all tokens of a saved adapter's, with the same ids.
 
-    Args:
-        setting: the setting that names the adapter, for the message.
-
     Raises:
-        CheckpointError: one is missing, or has another id.
+        CheckpointError: a token is missing, or has a different id. The message begins with `setting`.
     """
     if found := find_other_token(load_tokenizer(folder), load_tokenizer(tokenizer_folder)):
         token, row = found
         raise CheckpointError(
-            f"{setting}: {folder}: its embedding row {row} is that of {token!r}, which is missing from this run's "
-            "tokenizer or has a different id there",
+            f"{setting}: {folder}: embedding row {row} belongs to {token!r}, which this run's tokenizer lacks or "
+            "numbers differently",
             hint=SAME_TOKENS_HINT,
         )
 
@@ -360,11 +324,10 @@ def replace_trainable_token_layers(peft_model: Any) -> None:
 
 
 class TokenRows(TrainableTokensLayer):  # type: ignore[misc]
-    """Trained rows of an embedding or head, computed without PEFT's copy of the whole matrix.
+    """Trained rows of an embedding or head, without PEFT's copy of the whole matrix (vocabulary × width) per forward.
 
-    In each forward, PEFT copies the whole matrix (vocabulary × width values), outside of the base layer's forward.
-    Under ZeRO-3 this fails, because the matrix is gathered only within the base layer's forward. Here the base layer
-    runs unchanged, and only the trained rows' values in its output are replaced. K is the number of rows.
+    Under ZeRO-3 this copy fails, because the matrix is gathered only within the base layer's forward. Here the base
+    layer runs unchanged, and only the trained rows' values in its output are replaced. K is the number of rows.
     """
 
     _ids: torch.Tensor | None = None

@@ -38,7 +38,7 @@ Reduction = Literal["sum", "none", "hidden"]
 
 
 class Criterion(Protocol):
-    """The losses of target tokens, from their logits."""
+    """Computes losses of target tokens from their logits."""
 
     def __call__(
         self, part: slice, logits_CV: torch.Tensor, wants_gradient: bool
@@ -50,7 +50,7 @@ class Criterion(Protocol):
 
 
 class CrossEntropy(NamedTuple):
-    """Cross-entropy of the labels that aren't IGNORED_LABEL; the others' is 0.
+    """Cross-entropy; 0 where the label is IGNORED_LABEL.
 
     Args:
         smoothing: probability mass spread uniformly over the vocabulary (Szegedy et al. 2016).
@@ -78,9 +78,8 @@ class CrossEntropy(NamedTuple):
 def make_loss_class(model_class: Any) -> Any:
     """Extend a T5 class of transformers: with `reduction`, its forward returns the loss of the labels, not the logits.
 
-    `hidden` returns what the head would multiply with its weight. A `criterion` takes the place of cross-entropy.
-
-    Without `reduction`, as in generation, forward is that of transformers; for a packed row it returns the logits.
+    `hidden` returns the head's input. A `criterion` replaces the cross-entropy. Without `reduction`, as in generation,
+    transformers' forward runs; for a packed row it returns the logits.
     """
 
     class ModelWithLoss(model_class):  # type: ignore[misc]
@@ -120,8 +119,8 @@ def make_loss_class(model_class: Any) -> Any:
 class TargetLoss(nn.Module):
     """The loss of a batch's labels, from the decoder's hidden states and the head.
 
-    A module without parameters, so that ZeRO-3 gathers the head's weight for this call alone: it is registered as an
-    external parameter of this module (model/zero3.py).
+    It is a module so that ZeRO-3 gathers the head's weight for this call alone: the weight is registered as an external
+    parameter of this module (model/zero3.py).
     """
 
     def forward(
@@ -150,7 +149,7 @@ class TargetLoss(nn.Module):
 
 
 class HeadWeights(NamedTuple):
-    """The head's weight, and trainable rows that replace those at `ids_K`, whether or not the weight is trained."""
+    """The head's weight, and trainable rows that replace its rows `ids_K`, whether or not the weight is trained."""
 
     weight_VD: torch.Tensor
     rows_KD: torch.Tensor | None = None
@@ -168,10 +167,10 @@ class HeadWeights(NamedTuple):
 
 
 def read_head_weights(head: Any, device: torch.device | None = None) -> HeadWeights | None:
-    """Return the weights by which the head computes its logits, whatever PEFT has wrapped it in.
+    """Return the weights by which the head computes its logits, whatever PEFT wrapped it in.
 
     Returns:
-        None if they aren't those of a single linear layer: other tools' adapters may adapt the head with LoRA.
+        None if it isn't a single linear layer: other tools' adapters may adapt the head with LoRA.
     """
     if isinstance(head, nn.Linear):
         return HeadWeights(head.weight)
@@ -195,7 +194,7 @@ def compute_summed_loss(
         logit_cap: logits are cap · tanh(logits / cap) (Gemma Team 2024, "Gemma 2"); None: not capped.
 
     Returns:
-        A scalar that has gradients for the hidden states and for those of the head's weights that are trained.
+        A scalar with gradients for the hidden states and those head weights that are trained.
     """
     total: torch.Tensor = _ChunkedLoss.apply(True, hidden_ND, criterion, logit_cap, *head)  # type: ignore[no-untyped-call]
     return total
@@ -204,13 +203,13 @@ def compute_summed_loss(
 def compute_token_losses(
     hidden_ND: torch.Tensor, criterion: Criterion, head: HeadWeights, logit_cap: float | None = None
 ) -> torch.Tensor:
-    """Compute a criterion for each of N target tokens, in fp32, as `compute_summed_loss` does for their sum."""
+    """Compute a criterion for each of N target tokens, in fp32. See `compute_summed_loss`."""
     losses_N: torch.Tensor = _ChunkedLoss.apply(False, hidden_ND, criterion, logit_cap, *head)  # type: ignore[no-untyped-call]
     return losses_N
 
 
 def choose_dtypes(hidden_ND: torch.Tensor, weight_VD: torch.Tensor) -> tuple[torch.dtype, torch.dtype]:
-    """Choose (the dtype of the head's product, that of the loss): the latter is fp32, or fp64 if the weight is fp64."""
+    """Choose the dtypes of the head's product and of the loss: the second is fp32, or fp64 if the weight is fp64."""
     device = hidden_ND.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype
     return dtype, torch.promote_types(torch.float32, weight_VD.dtype)
@@ -230,7 +229,7 @@ def choose_chunk_size(vocab_size: int, on_gpu: bool) -> int:
 
 @contextmanager
 def use_gpu_chunks(vocab_size: int) -> Iterator[None]:
-    """Compute as many logits at a time as on a GPU within this block."""
+    """Compute chunks of a GPU's size within this block."""
     global LOGITS_PER_CHUNK
     before, LOGITS_PER_CHUNK = LOGITS_PER_CHUNK, vocab_size * choose_chunk_size(vocab_size, on_gpu=True)
     try:
@@ -252,7 +251,7 @@ def _cap_in_place(logits_CV: torch.Tensor, cap: float | None, wants_slope: bool 
 def _compute_losses_in_place(
     logits_CV: torch.Tensor, labels_C1: torch.Tensor, smoothing: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Compute the cross-entropies. Return them, exp(logits - max) in the memory of the logits, and its sums."""
+    """Compute the cross-entropies, exp(logits - max) in the memory of the logits, and its sums."""
     target_C1 = logits_CV.gather(1, labels_C1)
     smooth_C = smoothing * logits_CV.mean(1) if smoothing else 0.0
     largest_C1 = logits_CV.amax(1, keepdim=True)
@@ -318,7 +317,7 @@ class _Chunks:
         grad_CK = None
         if rows_KD is not None:
             grad_CK = grad_CV[:, ids_K]
-            grad_CV[:, ids_K] = 0  # the rows of `weight` that are replaced don't affect the loss
+            grad_CV[:, ids_K] = 0  # the replaced rows of `weight` don't affect the loss
             if self.rows_grad_KD is not None:
                 self.rows_grad_KD.addmm_(grad_CK.T, hidden_CD.to(self._loss_dtype))
         if self.weight_grad_VD is not None:

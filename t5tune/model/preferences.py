@@ -22,7 +22,7 @@ def sum_answers(
         segments: of a packed batch; None: the batch is padded, with a row per answer.
 
     Returns:
-        The log-probabilities of the answers in fp64, and their numbers of tokens: each (P, 2). A filler has no tokens.
+        The log-probabilities of the answers in fp64, and their numbers of tokens: each (P, 2). Dummy pairs have 0.
     """
     is_target_BT = labels_BT != IGNORED_LABEL
     if segments is None:

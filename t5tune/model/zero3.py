@@ -5,14 +5,14 @@
     model, _ = add_lora(model, base, settings, token_ids, torch.bfloat16, partitioner)
     partitioner.partition_model(model)
 
-Rank 0 reads a tensor, and DeepSpeed broadcasts it, keeps each rank's partition and frees the rest, before the next one
-is read. So no rank needs memory for more than its share of the base and the largest tensor. Sharding in
+Rank 0 reads a tensor; DeepSpeed broadcasts it, keeps each rank's partition and frees the rest. Only then rank 0 reads
+the next tensor. So a rank needs memory for no more than its share of the base and the largest tensor. Sharding in
 `from_pretrained`, as transformers does with DeepSpeed, replaces Flan-T5's untied head with its embedding.
 """
 
 import io
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from functools import partial, wraps
 from typing import Any, NamedTuple, TypeVar
 
@@ -27,7 +27,7 @@ from t5tune.model.device import get_free_memory
 from t5tune.model.loss import TargetLoss, read_head_weights
 
 Value = TypeVar("Value")
-HOLDER = -1  # takes the place of a module's number among those that use a parameter
+HOLDER = -1  # in place of the number of a module that uses a parameter
 
 
 class Zero3Partitioner:
@@ -43,8 +43,8 @@ class Zero3Partitioner:
 
         zero = {key: value for key, value in configuration["zero_optimization"].items() if value != "auto"}
         # Otherwise DeepSpeed permanently replaces torch.nn.functional.linear in this process with a function that keeps
-        # the input of every frozen layer for the backward pass; _release_gathered_weights does without. Only the config
-        # can turn this off: in 0.19, the argument of Init with the same name has no effect.
+        # the input of every frozen layer for the backward pass, which _release_gathered_weights makes needless. Only
+        # the config can turn this off: in 0.19, the argument of Init with the same name has no effect.
         zero["memory_efficient_linear"] = False
         self._configuration = {
             "train_micro_batch_size_per_gpu": 1,
@@ -58,20 +58,15 @@ class Zero3Partitioner:
         self.is_rank_0 = dist.get_rank() == 0
 
     def ask_rank_0(self, question: Callable[[], bool]) -> bool:
-        """Return rank 0's answer on every rank.
-
-        Raises:
-            T5TuneError: `question` raised it; every rank raises it.
-        """
+        """Return rank 0's answer on every rank. All ranks raise a T5TuneError that `question` raises."""
         answer = torch.tensor(int(self.run_only_on_rank_0(question) or False))
         dist.broadcast(answer, 0)
         return bool(answer)
 
     def run_only_on_rank_0(self, act: Callable[[], Value]) -> Value | None:
-        """Call `act` on rank 0, and return its result there; None on the others. They don't wait for a failed rank 0.
+        """Call `act` on rank 0, and return its result there, and None on other ranks.
 
-        Raises:
-            T5TuneError: `act` raised it; every rank raises it.
+        All ranks raise a T5TuneError that `act` raises, so that they don't wait for a failed rank 0.
         """
         found: Value | None = None
         failure: list[T5TuneError | None] = [None]
@@ -90,7 +85,7 @@ class Zero3Partitioner:
         dist.broadcast(values, 0)
 
     def partition(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Replace each parameter by this rank's partition of rank 0's values, in place, unless it is one already."""
+        """Replace whole parameters by this rank's partitions of rank 0's values, in place."""
         self._convert(list(parameters))
 
     @contextmanager
@@ -101,19 +96,16 @@ class Zero3Partitioner:
         with deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=None):
             yield
 
-    @contextmanager
-    def prepare_peft(self) -> Iterator[None]:
-        """Let PEFT add adapters in this block: it gathers what it reads and copies, one layer at a time."""
-        with gather_in_peft():
-            yield
+    def prepare_peft(self) -> AbstractContextManager[None]:
+        """Let PEFT add adapters in this block: it gathers the weights that it needs, one layer at a time."""
+        return gather_in_peft()
 
     def partition_model(self, model: Any) -> None:
-        """Partition the parameters that are still whole, and set up how ZeRO-3 gathers those of the whole model."""
+        """Partition the parameters that are still whole, and set up how ZeRO-3 gathers the model's parameters."""
         import deepspeed
 
         self.partition(model.parameters())
-        # Gather a block's weights at once: DeepSpeed would otherwise run hooks in Python for each of PEFT's small
-        # modules.
+        # Gather a block's weights at once. Otherwise DeepSpeed runs hooks in Python for each of PEFT's small modules.
         names = model.architecture.block_classes
         blocks = {type(module) for module in model.modules() if type(module).__name__.endswith(names)}
         deepspeed.utils.set_z3_leaf_modules(model, sorted(blocks, key=str))
@@ -121,10 +113,10 @@ class Zero3Partitioner:
         _release_gathered_weights(model)
 
     def set_up_inference(self, model: nn.Module) -> Any:
-        """Make the forward passes of a partitioned model gather its weights. For training, the Trainer does this.
+        """Let the forward passes of a partitioned model gather its weights. For training, the Trainer does this.
 
         Returns:
-            DeepSpeed's engine: they do so as long as it exists.
+            DeepSpeed's engine, which must exist as long as the model is used.
         """
         import deepspeed
 
@@ -134,24 +126,21 @@ class Zero3Partitioner:
 
 @contextmanager
 def gather_decoder(model: Any) -> Iterator[None]:
-    """Keep the weights that each new token needs gathered for this block, if all ranks have enough memory for that.
+    """Keep the decoder's weights gathered for this block, if all ranks have enough memory. Every rank calls this.
 
-    Otherwise ZeRO-3 gathers them for each token again. Every rank calls this.
+    Otherwise ZeRO-3 gathers them again for each token.
     """
-    names = model.named_parameters(remove_duplicate=False)  # the decoder may share its embedding with the encoder
-    of_decoder = {
-        id(parameter): parameter
-        for name, parameter in names
-        if hasattr(parameter, "ds_id") and f".{model.architecture.encoder_module}." not in f".{name}"
-    }
-    parameters: list[Any] = list(of_decoder.values())
+    named = model.named_parameters(remove_duplicate=False)  # the decoder may share its embedding with the encoder
+    encoder = f".{model.architecture.encoder_module}."
+    in_decoder = {id(value): value for name, value in named if hasattr(value, "ds_id") and encoder not in f".{name}"}
+    parameters: list[Any] = list(in_decoder.values())
     if not parameters or not _have_room(parameters):
         yield
         return
     import deepspeed  # only where there are partitioned parameters: it isn't installed everywhere
 
     with deepspeed.zero.GatheredParameters(parameters, modifier_rank=None):
-        for parameter in parameters:  # DeepSpeed frees what no module uses
+        for parameter in parameters:  # DeepSpeed frees parameters that no module uses
             parameter.ds_active_sub_modules.add(HOLDER)
         try:
             yield
@@ -161,7 +150,7 @@ def gather_decoder(model: Any) -> Iterator[None]:
 
 
 def _have_room(parameters: list[Any]) -> bool:
-    """Whether the whole parameters take at most half of the memory that is free, on every rank."""
+    """Whether the whole parameters take at most half of each rank's free memory."""
     device = parameters[0].device
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -198,8 +187,7 @@ def _register_external_parameters(model: Any) -> None:
 class _SavedWeight(NamedTuple):
     """A view of a partitioned parameter that the backward pass needs, without its values.
 
-    Args:
-        offset: from the parameter's first element, since another gather may put it elsewhere into a buffer.
+    The offset is relative to the parameter, whose place in a buffer differs between gathers.
     """
 
     parameter: Any
@@ -232,15 +220,14 @@ def _save_without_weights(tensor: torch.Tensor) -> torch.Tensor | _SavedWeight:
     if hasattr(parameter, "ds_id"):
         offset = int(tensor.storage_offset()) - int(parameter.storage_offset())
         return _SavedWeight(parameter, tensor.size(), tensor.stride(), offset)
-    # an operation's output would hold the operation, and that this output, for ever
-    return tensor.detach()
+    return tensor.detach()  # an output refers to its operation, which would refer to this output: both would stay
 
 
 def _read_saved(model: Any, saved: torch.Tensor | _SavedWeight) -> torch.Tensor:
     if isinstance(saved, torch.Tensor):
         return saved
     parameter = saved.parameter
-    # DeepSpeed's hooks gather the weights of a block before its backward pass, but not if its output has no gradient
+    # DeepSpeed's hooks gather a block's weights before its backward pass, but not if its output has no gradient
     is_partitioned = parameter.ds_status.name == "NOT_AVAILABLE"
     if is_partitioned:
         parameter.all_gather()
@@ -256,7 +243,7 @@ def _read_saved(model: Any, saved: torch.Tensor | _SavedWeight) -> torch.Tensor:
 def _forward_4bit(
     module: Any, original_forward: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor
 ) -> torch.Tensor:
-    """Forward of bitsandbytes' Linear4bit, whose own autograd function keeps the packed weight."""
+    """Forward of bitsandbytes' Linear4bit, whose autograd function would keep the packed weight."""
     if module.bias is not None or not torch.is_grad_enabled():
         return original_forward(hidden)
     output: torch.Tensor = _Linear4bit.apply(  # type: ignore[no-untyped-call]

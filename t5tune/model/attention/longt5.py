@@ -2,13 +2,13 @@
 
 A token attends to the tokens less than a block's length away, and with transient-global attention also to one vector
 for every 16 tokens of its text, the normalized sum of their hidden states (Guo et al. 2022). Both depend only on
-positions within the text. In a packed row, a token sees neither tokens nor sums of another segment, and sums are
-counted from the beginning of each segment. Tokens at a segment's end that don't fill a sum belong to the one before.
+positions within the text. In a packed row, a token sees neither tokens nor sums of other segments, and sums are counted
+from the beginning of each segment. Tokens at a segment's end that don't fill a sum belong to the sum before.
 
-transformers' blocks pass nothing on to the attention but the mask, so `compute_hidden_states` puts the segments there.
+transformers' blocks pass only the mask to the attention, so `compute_hidden_states` puts the segments there.
 
-The memory grows with the row's length, and with the length times that of the longest segment divided by 16, as for
-padded batches: each block of the row is compared only with the sums of the segments that are in it.
+The memory grows with the row's length, and with the length times the longest segment's length divided by 16, as for
+padded batches: each block of the row is compared only with the sums of its segments.
 
 S tokens, N blocks, C tokens of a block, G sums, R sums that a block is compared with, H heads, D head width, W model
 width.
@@ -30,17 +30,12 @@ MASKED = -1e10  # as in transformers
 
 
 def forward_decoder(
-    trains_bias: bool,
-    module: Any,
-    original_forward: Callable[..., Any],
-    hidden_BQ: torch.Tensor,
-    mask: Any = None,
-    **kwargs: Any,
+    trains_bias: bool, module: Any, original_forward: Callable[..., Any], hidden: Any, mask: Any = None, **kwargs: Any
 ) -> Any:
     """Forward of LongT5Attention."""
     if not isinstance(mask, Segments):
-        return original_forward(hidden_BQ, mask=mask, **kwargs)
-    return t5_attention.forward(trains_bias, module, original_forward, hidden_BQ, packing=mask, **kwargs)
+        return original_forward(hidden, mask=mask, **kwargs)
+    return t5_attention.forward(trains_bias, module, original_forward, hidden, packing=mask, **kwargs)
 
 
 def forward_encoder(
@@ -55,8 +50,7 @@ def forward_encoder(
     """Forward of LongT5LocalAttention and LongT5TransientGlobalAttention.
 
     Returns:
-        The output, and the bias of all blocks, which the next layers get: that of the neighborhood, with
-        transient-global attention along with that of the sums.
+        The output, and the bias of the neighborhood and of the sums in all blocks, which the next layers get.
     """
     if not isinstance(mask, Segments):
         return original_forward(hidden_BSW, mask=mask, position_bias=position_bias, **kwargs)
@@ -93,14 +87,14 @@ class _Sums:
 
     Args:
         sources: lengths of the segments.
-        size: tokens of a sum; a segment's last one may have up to twice as many, and a shorter segment has none.
+        size: tokens of a sum; a segment's last sum may have almost twice as many, and a shorter segment has no sum.
         block_len: tokens of a block of the row.
 
     Attributes:
-        sum_numbers_S: the number of a token's sum within its segment; -1 if the segment has none.
-        index_NR: the sums that a block is compared with; G where there are no more.
+        sum_numbers_S: the number of a token's sum within its segment; -1 if the segment has no sum.
+        index_NR: the sums that a block is compared with, filled up with G.
         sum_numbers_NR: their numbers within their segments.
-        segments_NR: their segments; -1 where there are no more.
+        segments_NR: their segments, filled up with -1.
     """
 
     def __init__(self, sources: tuple[int, ...], size: int, block_len: int) -> None:
@@ -121,12 +115,12 @@ class _Sums:
         self._places_S = np.where(self.sum_numbers_S < 0, self._count - 1, firsts[segments_S] + self.sum_numbers_S)
 
     def add_up(self, hidden_SW: torch.Tensor) -> torch.Tensor:
-        """Add up hidden states: [G + 1, W]. The last row isn't a sum: it has the tokens of segments without one."""
+        """Add up hidden states: [G + 1, W]. The last row isn't a sum: it gets the tokens of segments without a sum."""
         places_S = _to_torch(self._places_S, hidden_SW.device)
         return hidden_SW.new_zeros(self._count, hidden_SW.shape[1]).index_add(0, places_S, hidden_SW)
 
 
-_plan_sums = lru_cache(2)(_Sums)  # the same for all layers; no tensors, which could be those of inference mode
+_plan_sums = lru_cache(2)(_Sums)  # for all layers; not tensors, since training can't use those of inference mode
 
 
 def _to_torch(array: npt.NDArray[np.int64], device: torch.device) -> torch.Tensor:
@@ -170,7 +164,7 @@ def _split_into_blocks(values: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def _join_neighbors(blocks: torch.Tensor) -> torch.Tensor:
-    """Join each block with the ones before and after it: [N, C, …] -> [N, 3C, …]; zeros beyond the ends."""
+    """Join each block with its neighbors: [N, C, …] -> [N, 3C, …]; zeros beyond the ends."""
     empty = torch.zeros_like(blocks[:1])
     around = torch.cat([empty, blocks, empty])
     return torch.cat([around[:-2], around[1:-1], around[2:]], 1)

@@ -5,9 +5,9 @@
 
 As transformers implements them, they take a fifth of a training step on a CPU, because each elementwise operation on a
 whole batch goes through main memory. Here they run on chunks of rows that fit in the CPU's cache. The norm produces the
-same bits as transformers' and has a closed-form gradient. An ungated activation uses torch's GELU
-kernel. A gated one is computed chunk by chunk and multiplied by its linear half while it is in the cache. For the
-backward pass, the layers save only their inputs; norms also save one number per row.
+same bits as transformers' and has a closed-form gradient. An ungated activation uses torch's GELU kernel. A gated
+activation is multiplied by its linear half while its chunk is in the cache. For the backward pass, the layers save only
+their inputs; norms also save one number per row.
 
 On a GPU, norms and gated activations are one kernel in each direction: torch's, and one that Triton compiles. LoRA's
 layers take fewer kernels, too (fused_lora.py).
@@ -40,11 +40,11 @@ HALF_DTYPES = (torch.float16, torch.bfloat16)
 
 
 def use_fused_layers(model: Any, device: torch.device | None = None, report: Report = silent) -> None:
-    """Compute the norms, activations and adapters of a model here.
+    """Replace the forwards of a model's norms, activations and adapters.
 
     Args:
-        device: where the model will be trained, if that is a GPU: the kernel of gated activations is tried there.
-        report: receives a warning if that kernel doesn't work.
+        device: where the model will be trained. On a GPU, the kernel of gated activations is tried.
+        report: receives a warning if the kernel doesn't work.
     """
     has_kernel = _has_gate_kernel(model, device, report)
     forwards: dict[str, Callable[..., Any]] = {
@@ -52,7 +52,7 @@ def use_fused_layers(model: Any, device: torch.device | None = None, report: Rep
         **dict.fromkeys(GEMMA_NORMS, _forward_gemma_norm),
         **dict.fromkeys(GATED_LAYERS, partial(_forward_gated, has_kernel)),
         **dict.fromkeys(GEMMA_GATED_LAYERS, partial(_forward_gemma_gated, has_kernel)),
-        "NewGELUActivation": _forward_gelu,
+        "NewGELUActivation": lambda _module, _forward, hidden: functional.gelu(hidden, approximate="tanh"),
         "T5Gemma2TextScaledWordEmbedding": _forward_scaled_embedding,
     }
     replace_forwards(model, forwards)
@@ -62,8 +62,7 @@ def use_fused_layers(model: Any, device: torch.device | None = None, report: Rep
 def compile_layers(model: Any) -> None:
     """Compile each norm and each feed-forward layer with torch.compile, for any batch size and length.
 
-    Attention isn't compiled here: the loop has a variable number of segments, and flex_attention.py compiles its own
-    kernel.
+    Attention isn't compiled here: the loop has a variable number of segments, and flex_attention.py compiles a kernel.
     """
     for module in model.modules():
         if type(module).__name__ in (*NORMS, *GEMMA_NORMS, *FEED_FORWARD_LAYERS):
@@ -81,12 +80,7 @@ def without_chunks() -> Iterator[None]:
         ELEMENTS_PER_CHUNK = before
 
 
-def _forward_gelu(_module: Any, _original_forward: Callable[..., Any], hidden: torch.Tensor) -> torch.Tensor:
-    return functional.gelu(hidden, approximate="tanh")
-
-
 def _has_gate_kernel(model: Any, device: torch.device | None, report: Report) -> bool:
-    """Whether gated activations can be computed in one kernel on this GPU. Report why not."""
     gated = (*GATED_LAYERS, *GEMMA_GATED_LAYERS)
     is_gated = any(type(module).__name__ in gated for module in model.modules())
     if device is None or device.type != "cuda" or not is_gated:
@@ -109,9 +103,9 @@ def _forward_norm(module: Any, _original_forward: Callable[..., Any], hidden: to
 
 
 def _forward_scaled_embedding(module: Any, _original_forward: Callable[..., Any], ids: torch.Tensor) -> torch.Tensor:
-    """Forward of T5Gemma 2's embedding, which gives the end of an image a vector that isn't scaled.
+    """Forward of T5Gemma 2's embedding, which doesn't scale the vector of the token for the end of an image.
 
-    transformers writes it to a selection by a mask, for which a GPU is waited for.
+    transformers writes this vector to a selection by a mask, for which the CPU waits for the GPU.
     """
     embedded = functional.embedding(ids, module.weight, module.padding_idx) * module.embed_scale.to(module.weight.dtype)
     is_end = (ids == module.eoi_token_index).unsqueeze(-1)
@@ -119,7 +113,7 @@ def _forward_scaled_embedding(module: Any, _original_forward: Callable[..., Any]
 
 
 def _forward_gemma_norm(module: Any, _original_forward: Callable[..., Any], hidden: torch.Tensor) -> Any:
-    """Forward of T5GemmaRMSNorm: its weight is added to 1, and the result is rounded once, at the end.
+    """Forward of T5GemmaRMSNorm: 1 is added to the weight, and the result is rounded once, at the end.
 
     In fp64, this is exact; transformers computes it in fp32.
     """
@@ -133,11 +127,10 @@ def _widen(dtype: torch.dtype) -> torch.dtype:
 
 
 def normalize_in_one_kernel(hidden: torch.Tensor, weight_D: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """Compute T5's norm by torch's operator, which is one kernel on a GPU and saves what `_RootMeanSquareNorm` does.
+    """Compute T5's norm by torch's operator: one kernel on a GPU that saves the same tensors as _RootMeanSquareNorm.
 
     In half precision, the kernel rounds once, after the product with the weight. transformers rounds before it, too, so
-    the kernel's result is nearer to the exact one, from which transformers' differs by up to one unit in the last place
-    more.
+    its error is larger, by up to one unit in the last place.
     """
     # autocast would return fp32 for this operator
     with torch.autocast(hidden.device.type, enabled=False):
@@ -145,7 +138,6 @@ def normalize_in_one_kernel(hidden: torch.Tensor, weight_D: torch.Tensor, epsilo
 
 
 def _forward_gated(has_kernel: bool, module: Any, original_forward: Callable[..., Any], hidden: torch.Tensor) -> Any:
-    """Forward of T5DenseGatedActDense."""
     if type(module.act).__name__ != "NewGELUActivation":
         return original_forward(hidden)
     inner = module.dropout(_compute_gated_gelu(has_kernel, module.wi_0(hidden), module.wi_1(hidden)))
@@ -158,7 +150,6 @@ def _forward_gated(has_kernel: bool, module: Any, original_forward: Callable[...
 def _forward_gemma_gated(
     has_kernel: bool, module: Any, original_forward: Callable[..., Any], hidden: torch.Tensor
 ) -> Any:
-    """Forward of T5GemmaMLP."""
     if type(module.act_fn).__name__ != "GELUTanh":
         return original_forward(hidden)
     inner = _compute_gated_gelu(has_kernel, module.gate_proj(hidden), module.up_proj(hidden))
@@ -174,10 +165,7 @@ def _compute_gated_gelu(has_kernel: bool, gate: torch.Tensor, linear: torch.Tens
 class _RootMeanSquareNorm(torch.autograd.Function):
     """RMSNorm: weight · x / sqrt(mean(x²) + epsilon) (Zhang and Sennrich 2019).
 
-    Args:
-        mean_dtype: of the mean.
-        factor_dtype: of x / sqrt(mean(x²) + epsilon), before the product with the weight.
-        dtype: of the output.
+    The mean has mean_dtype, x / sqrt(…) has factor_dtype, and the output has dtype.
     """
 
     @staticmethod
@@ -249,7 +237,7 @@ class _GatedGelu(torch.autograd.Function):
 def _gelu(x: torch.Tensor) -> torch.Tensor:
     """Compute x/2 · (1 + tanh(k (x + c x³))), which equals x · sigmoid(2k (x + c x³)).
 
-    On chunks that fit in a CPU's cache, these vectorized operations take half the time of torch's own kernel.
+    On chunks that fit in a CPU's cache, these vectorized operations take half the time of torch's kernel.
     """
     if x.device.type != "cpu":
         return functional.gelu(x, approximate="tanh")
@@ -274,7 +262,7 @@ def _flatten_rows(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _slice_rows(rows_ND: torch.Tensor) -> list[slice]:
-    """Slices of rows that fit in a CPU's cache; on a GPU, one slice of all rows."""
+    """Slice rows so that each slice fits in a CPU's cache; on a GPU, one slice contains all rows."""
     count, width = rows_ND.shape
     on_cpu = rows_ND.device.type == "cpu"
     step = max(1, ELEMENTS_PER_CHUNK * torch.get_num_threads() // width if on_cpu else count)

@@ -2,9 +2,9 @@
 
     use_fused_lora(peft_model)
 
-A layer computes x·Wᵀ + scaling · dropout(x)·Aᵀ·Bᵀ. PEFT casts x to the adapter's dtype, from which autocast casts it
-back, and scales and adds in operations of their own: a layer is 22 kernels in each step, and 14 here, where the matrix
-products scale and add. What is computed is the same, with fewer roundings.
+A layer computes x·Wᵀ + scaling · dropout(x)·Aᵀ·Bᵀ. PEFT casts x to the adapter's dtype, autocast casts it back, and
+scaling and adding are separate operations: 22 kernels per layer and step. Here the matrix products scale and add, in 14
+kernels. The computation is the same, with fewer roundings.
 
 N tokens, I inputs, O outputs, R rank.
 """
@@ -22,7 +22,7 @@ FUSED_BASE_LAYERS = ("Linear", "Linear4bit")
 
 
 def use_fused_lora(model: Any) -> None:
-    """Replace the forward of plain LoRA layers for good; on CPUs, and for DoRA and the like, it calls PEFT's."""
+    """Replace the forward of LoRA layers permanently; on CPUs, and for variants such as DoRA, it calls PEFT's."""
     for module in model.modules():
         if isinstance(module, LoraLayer) and type(module.get_base_layer()).__name__ in FUSED_BASE_LAYERS:
             module.forward = partial(_forward, module, module.forward)
@@ -31,7 +31,6 @@ def use_fused_lora(model: Any) -> None:
 def _forward(
     module: Any, original_forward: Callable[..., torch.Tensor], hidden: torch.Tensor, *args: Any, **kwargs: Any
 ) -> torch.Tensor:
-    """Forward of PEFT's layer for a linear or 4-bit layer."""
     if hidden.device.type != "cuda" or args or kwargs or not _is_plain_lora(module):
         return original_forward(hidden, *args, **kwargs)
     (name,) = module.active_adapters
@@ -39,7 +38,7 @@ def _forward(
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else a.weight.dtype
     is_quantized = type(base).__name__ == "Linear4bit"
     if dtype != (base.compute_dtype if is_quantized else base.weight.dtype):
-        return original_forward(hidden)  # the adapter computes in another dtype than the base
+        return original_forward(hidden)  # the adapter's dtype differs from the base's
     dropout = module.lora_dropout[name]
     probability = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
     base_output, weight_OI = (base(hidden), None) if is_quantized else (None, base.weight)
@@ -73,7 +72,7 @@ def compute_lora_linear(
     """Compute a linear layer with LoRA in `dtype`.
 
     Args:
-        base_output: what the layer without LoRA returns, in `dtype`; None: it is computed from its weight.
+        base_output: output of the layer without LoRA, in `dtype`; None: computed from its weight.
     """
     output: torch.Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]
         hidden, base_output, weight_OI, a_RI, b_OR, scaling, dropout, dtype

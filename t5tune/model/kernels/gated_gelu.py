@@ -1,4 +1,4 @@
-"""Gated GELU on GPUs: gelu(gate) · linear in one kernel, and both gradients in another one.
+"""Gated GELU on GPUs: gelu(gate) · linear in one kernel, and both gradients in a second kernel.
 
     if (problem := find_kernel_problem(device)) is None:
         inner_NF = gated_gelu(gate_NF, linear_NF)
@@ -18,7 +18,7 @@ from t5tune.io.reasons import join_lines
 from t5tune.model.kernels.build_tools import find_missing_compiler
 
 SLOPE, CUBE = 2 * math.sqrt(2 / math.pi), 0.044715  # 2k and c of GELU's tanh approximation
-MAX_DIFFERENCE = 0.02  # relative norm of the difference in bf16, which rounding alone makes a fifth of it
+MAX_DIFFERENCE = 0.02  # relative norm of the difference in bf16; rounding alone gives a fifth of it
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -68,12 +68,11 @@ def find_kernel_problem(device: torch.device) -> str | None:
         return f"{missing.what}; {missing.fix}"
     try:
         differences = _compare_with_torch(device)
-    except Exception as error:  # of Python's import, of Triton, of the C compiler that it starts, of the GPU's driver
+    except Exception as error:  # Triton, its C compiler and the GPU's driver raise errors of many kinds
         return f"{type(error).__name__}: {shorten(join_lines(error), 200)}"
-    # a NaN is not less than anything
-    return (
-        None if all(each < MAX_DIFFERENCE for each in differences) else f"its values differ by {max(differences):.1%}"
-    )
+    if all(each < MAX_DIFFERENCE for each in differences):  # NaN isn't less than any number
+        return None
+    return f"its values differ by {max(differences):.1%}"
 
 
 def _compare_with_torch(device: torch.device) -> list[float]:
