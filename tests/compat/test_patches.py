@@ -77,13 +77,9 @@ ctypes.CDLL("libcublas.so.12")
 """
 
     def run() -> subprocess.CompletedProcess[str]:
-        path = os.pathsep.join([str(tmp_path), *sys.path])
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
         return subprocess.run(
-            [sys.executable, "-c", code],
-            env={**os.environ, "PYTHONPATH": path},
-            capture_output=True,
-            text=True,
-            check=False,
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
         )
 
     without = run()
@@ -94,16 +90,7 @@ ctypes.CDLL("libcublas.so.12")
     libraries.mkdir(parents=True)
     (tmp_path / "empty.c").touch()
     for name, *needed in (("libcublasLt.so.12",), ("libcublas.so.12", libraries / "libcublasLt.so.12")):
-        command = [
-            "cc",
-            "-shared",
-            f"-Wl,-soname,{name}",
-            "-Wl,--no-as-needed",
-            "-o",
-            name,
-            tmp_path / "empty.c",
-            *needed,
-        ]
-        subprocess.run(command, cwd=libraries, check=True)
+        command = f"cc -shared -Wl,-soname,{name} -Wl,--no-as-needed -o {name}".split()
+        subprocess.run([*command, tmp_path / "empty.c", *needed], cwd=libraries, check=True)
     found = run()
     assert (found.stdout, found.returncode) == ("True\n", 0), found.stderr

@@ -16,7 +16,7 @@ from t5tune.commands.run_plan import make_run_plan
 from t5tune.commands.train import train
 from t5tune.distributed.world import World
 from t5tune.errors import SettingsError
-from t5tune.inference.loading import load_adapter, load_for_inference, load_weighted_sum
+from t5tune.inference.loading import load_adapter, load_weighted_sum
 from t5tune.model.device import (
     ALLOCATOR_VARIABLES,
     SPIN_VARIABLES,
@@ -26,7 +26,6 @@ from t5tune.model.device import (
 )
 from t5tune.model.load import load_base
 from t5tune.progress import Note
-from t5tune.settings import ChatSettings
 from t5tune.training.arguments import choose_tf32, make_training_arguments
 from tests.support import train_runs
 from tests.support.paths import REPOSITORY
@@ -218,20 +217,3 @@ def test_reserved_memory_is_that_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 7 << 20)
     assert get_reserved_memory(CUDA) == {"peak_reserved_bytes": 7 << 20}
     assert get_reserved_memory(torch.device("cpu")) == {}
-
-
-@pytest.mark.parametrize(
-    ("on_gpu", "bf16", "expected"),
-    [
-        (True, None, torch.bfloat16),
-        (True, False, torch.float32),
-        (False, None, torch.float32),
-        (False, True, torch.bfloat16),
-    ],
-)
-def test_inference_is_in_bf16_where_a_gpu_has_it(
-    on_gpu: bool, bf16: bool | None, expected: torch.dtype, untied_base: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("t5tune.inference.precision.has_bf16", lambda device: on_gpu)
-    settings = ChatSettings(model_name_or_path=str(untied_base), bf16=bf16, use_cpu=True)
-    assert load_for_inference(settings).model.dtype == expected

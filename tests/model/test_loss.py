@@ -10,9 +10,7 @@ from transformers import CONFIG_MAPPING, AutoModelForSeq2SeqLM
 
 from t5tune.model import loss as loss_module
 from t5tune.model.load import load_base
-from t5tune.model.lora import add_lora
 from t5tune.model.loss import IGNORED_LABEL, CrossEntropy, HeadWeights, compute_summed_loss, compute_token_losses
-from t5tune.settings.groups.lora import LoraSettings
 from tests.support.model_types import load_stock
 
 TOKENS, VOCABULARY, WIDTH = 300, 97, 16
@@ -90,26 +88,6 @@ def test_autocast_affects_only_the_product_with_the_weight() -> None:
         results.append((total, losses, *torch.autograd.grad(total, (hidden, rows_KD))))
     for expected, found in zip(*results, strict=True):
         assert torch.equal(found, expected)
-
-
-@pytest.mark.parametrize("kind", ["untied", "tied"])
-def test_the_model_returns_the_loss_when_asked_for_it(kind: str, request: pytest.FixtureRequest) -> None:
-    """With trained token rows; the tied base scales the decoder's output."""
-    base: Path = request.getfixturevalue(f"{kind}_base")
-    model = load_base(base, torch.float32, torch.device("cpu"))
-    model, _ = add_lora(model, base, LoraSettings(lora_dropout=0.0), [1500, 1501], torch.float32)
-    inputs = {"input_ids": torch.tensor([[5, 1500, 7, 1]]), "decoder_input_ids": torch.tensor([[0, 1501, 10]])}
-    labels = torch.tensor([[1501, 10, 1500]])
-    trained = [value for value in model.parameters() if value.requires_grad]
-    logits = model(**inputs).logits
-    plain = functional.cross_entropy(logits[0], labels[0], reduction="sum")
-    expected = torch.autograd.grad(plain, trained, allow_unused=True)
-    loss = model(**inputs, labels=labels, reduction="sum")
-    found = torch.autograd.grad(loss, trained, allow_unused=True)
-    assert loss.item() == pytest.approx(plain.item(), rel=1e-6)
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-    assert torch.equal(model(**inputs).logits, logits)
 
 
 def test_the_losses_of_a_head_trained_in_full_by_another_tool_are_those_of_the_trained_copy(untied_base: Path) -> None:

@@ -1,6 +1,5 @@
 """Losses of preference pairs and their gradients, compared with whole logits of stock transformers, pair by pair."""
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from torch.nn import functional
 from t5tune.data.tokens.encoding import PreferencePair
 from t5tune.model import loss as loss_module
 from t5tune.model.attention.packing import use_packing
-from t5tune.model.batches import REFERENCE, make_collator
+from t5tune.model.batches import make_collator
 from t5tune.model.kernels.fused import use_fused_layers
 from t5tune.model.load import load_base
 from t5tune.model.lora import add_lora
@@ -21,6 +20,7 @@ from t5tune.settings import QuantizationSettings
 from t5tune.settings.groups.lora import LoraSettings
 from t5tune.training.objectives import DirectPreferenceObjective, OddsRatioObjective, PreferenceObjective
 from tests.support.checkpointing import enable_checkpointing
+from tests.support.gradients import assert_same_gradients, compute_gradients
 from tests.support.model_types import load_stock, make_checkpoint
 from tests.support.train_runs import make_settings
 
@@ -85,19 +85,6 @@ def compute_total(model: Any, name: str, is_packed: bool) -> torch.Tensor:
     return make_objective(name).compute_total(model, model.architecture, collator(make_pairs()))
 
 
-def find_gradients(model: Any, total: torch.Tensor) -> dict[str, torch.Tensor]:
-    model.zero_grad()
-    total.backward()
-    return {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
-
-
-def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], bound: float) -> None:
-    assert found.keys() == expected.keys()
-    largest = max(gradient.norm() for gradient in expected.values())
-    for name, gradient in expected.items():
-        assert (found[name] - gradient).norm() <= bound * max(gradient.norm(), 1e-6 * largest), name
-
-
 @pytest.fixture(scope="module", params=KINDS)
 def kind(request: pytest.FixtureRequest) -> str:
     return request.param
@@ -118,13 +105,13 @@ def test_all_gradients_are_those_of_whole_logits_of_stock_transformers(
     ours.requires_grad_(True)
     use_packing(ours)
     total = compute_by_pairs(stock, ours.architecture.start_token_id, name)
-    expected = find_gradients(stock, total)
+    expected = compute_gradients(stock, total)
     skipped = {each for each in expected if ours.architecture.is_skipped(each)}
     expected = {each: value for each, value in expected.items() if each not in skipped}
     for is_packed in (True, False):
         found = compute_total(ours, name, is_packed)
         assert found.item() == pytest.approx(total.item(), rel=BOUND)
-        assert_same(find_gradients(ours, found), expected, BOUND)
+        assert_same_gradients(compute_gradients(ours, found), expected, BOUND, floor=1e-6)
 
 
 @pytest.mark.parametrize("reentrant", [None, False, True])
@@ -140,7 +127,7 @@ def test_adapters_and_token_rows_get_the_gradients_of_whole_logits(
     for parameter in (value for each, value in model.named_parameters() if "lora_B" in each):
         torch.nn.init.normal_(parameter, std=0.1)
     start = model.architecture.start_token_id
-    expected = find_gradients(model, compute_by_pairs(model, start, "dpo"))
+    expected = compute_gradients(model, compute_by_pairs(model, start, "dpo"))
     use_packing(model)
     use_fused_layers(model)
     if reentrant is not None:
@@ -151,9 +138,9 @@ def test_adapters_and_token_rows_get_the_gradients_of_whole_logits(
             for attribute in ("p", "dropout"):
                 if isinstance(getattr(module, attribute, None), float):
                     setattr(module, attribute, 0.0)
-    found = find_gradients(model, compute_total(model, "dpo", is_packed=True))
+    found = compute_gradients(model, compute_total(model, "dpo", is_packed=True))
     assert any("trainable_tokens_delta" in each for each in found)
-    assert_same(found, expected, 2e-4)
+    assert_same_gradients(found, expected, 2e-4, floor=1e-6)
 
 
 @pytest.mark.parametrize("is_packed", [True, False])
@@ -189,19 +176,7 @@ def test_a_filler_adds_nothing(name: str, untied_base: Path) -> None:
         totals = [make_objective(name).compute_total(model, model.architecture, batch) for batch in batches]
         assert totals[1].item() == pytest.approx(totals[0].item(), rel=1e-12)
         assert totals[2].item() == 0
-        assert all(gradient.abs().max() == 0 for gradient in find_gradients(model, totals[2]).values())
-
-
-def test_the_loss_of_dpo_is_log_2_where_the_policy_is_the_reference(untied_base: Path) -> None:
-    model = load_base(untied_base, torch.float32, CPU)
-    objective = make_objective("dpo")
-    batch = make_collator(0, 0, is_packed=False)(make_pairs())
-    found = {}
-    objective.compare = lambda policy_P2, *_: found.update(policy=policy_P2) or {"loss": policy_P2[:, 0]}  # type: ignore[method-assign]
-    objective.compute_total(model, model.architecture, batch)
-    batch[REFERENCE] = found["policy"].detach()
-    total = make_objective("dpo").compute_total(model, model.architecture, batch)
-    assert total.item() == pytest.approx(len(LENGTHS) * math.log(2), rel=1e-15)
+        assert all(gradient.abs().max() == 0 for gradient in compute_gradients(model, totals[2]).values())
 
 
 def test_orpo_survives_an_answer_that_is_certain() -> None:

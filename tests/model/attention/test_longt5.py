@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -12,20 +11,19 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForSeq2SeqLM, LongT5Config
 
-from t5tune.commands.chat import chat
-from t5tune.commands.evaluate import evaluate
 from t5tune.commands.merge import merge
 from t5tune.commands.train import train
-from t5tune.data.tokens.encoding import Example
 from t5tune.inference.loading import load_adapter
 from t5tune.model.attention.packing import can_pack, use_packing
 from t5tune.model.batches import PackedCollator, PaddedCollator
 from t5tune.model.load import load_base
 from t5tune.model.loss import IGNORED_LABEL
-from t5tune.settings import ChatSettings, EvaluateSettings, MergeSettings
+from t5tune.settings import MergeSettings
 from tests.support.bases import copy_pocket_tokenizer
 from tests.support.checkpointing import enable_checkpointing
-from tests.support.train_runs import make_settings, read_steps
+from tests.support.gradients import compute_gradients, compute_relative_error
+from tests.support.gradients import make_examples as make_random_examples
+from tests.support.train_runs import make_settings
 
 pytestmark = pytest.mark.slow
 
@@ -73,25 +71,17 @@ def add_own_head(folder: Path) -> torch.Tensor:
     return tensors["lm_head.weight"]
 
 
-def make_examples(lengths: list[tuple[int, int]] = LENGTHS) -> list[Example]:
-    rng = np.random.default_rng(5)
-    return [Example(*(rng.integers(1, VOCABULARY, length) for length in each)) for each in lengths]
+def make_examples(lengths: list[tuple[int, int]] = LENGTHS) -> list[Any]:
+    return make_random_examples(lengths, VOCABULARY)
+
+
+def compute_loss_and_gradients(model: Any, batch: dict[str, Any]) -> tuple[float, dict[str, torch.Tensor]]:
+    loss = model(**batch, reduction="sum")
+    return loss.item(), compute_gradients(model, loss)
 
 
 def compute_logits(model: Any, batch: dict[str, Any]) -> torch.Tensor:
     return model(**{name: value for name, value in batch.items() if name != "labels"}, use_cache=False).logits
-
-
-def compute_gradients(model: Any, batch: dict[str, Any]) -> tuple[float, dict[str, torch.Tensor]]:
-    loss = model(**batch, reduction="sum")
-    loss.backward()
-    found = {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
-    model.zero_grad()
-    return loss.item(), found
-
-
-def compute_relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).norm() / b.norm().clamp_min(1e-30))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -138,14 +128,14 @@ def test_packed_padded_and_single_examples_have_the_same_gradients(
     base = save_longt5(tmp_path, kind)
     model = load_base(base, torch.float64, CPU).requires_grad_(True).train()
     examples = make_examples()
-    padded_loss, padded = compute_gradients(model, PaddedCollator(0, 0)(examples))
-    alone = [compute_gradients(model, PaddedCollator(0, 0)([example])) for example in examples]
+    padded_loss, padded = compute_loss_and_gradients(model, PaddedCollator(0, 0)(examples))
+    alone = [compute_loss_and_gradients(model, PaddedCollator(0, 0)([example])) for example in examples]
     if checkpointing is not None:
         enable_checkpointing(model, reentrant=checkpointing)
         model.enable_input_require_grads()
     assert can_pack(model)
     use_packing(model)
-    packed_loss, packed = compute_gradients(model, PackedCollator(0, 0)(examples))
+    packed_loss, packed = compute_loss_and_gradients(model, PackedCollator(0, 0)(examples))
     assert packed_loss == pytest.approx(padded_loss, rel=1e-7)
     assert packed_loss == pytest.approx(sum(loss for loss, _ in alone), rel=1e-7)
     assert packed.keys() == padded.keys() == {name for name, _ in model.named_parameters()}
@@ -153,20 +143,9 @@ def test_packed_padded_and_single_examples_have_the_same_gradients(
     for name, value in packed.items():
         assert compute_relative_error(value, padded[name]) < 1e-6, name
         assert compute_relative_error(value, sum(each.get(name, 0) for _, each in alone)) < 1e-6, name
-    each_packed = [compute_gradients(model, PackedCollator(0, 0)([example])) for example in examples]
+    each_packed = [compute_loss_and_gradients(model, PackedCollator(0, 0)([example])) for example in examples]
     for name, value in packed.items():
         assert compute_relative_error(value, sum(each[name] for _, each in each_packed)) < 1e-12, name
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_logits_of_a_packed_row_are_those_of_its_examples(kind: str, tmp_path: Path) -> None:
-    model = load_base(save_longt5(tmp_path, kind), torch.float64, CPU).eval()
-    examples = make_examples()
-    use_packing(model)
-    with torch.no_grad():
-        found = compute_logits(model, PackedCollator(0, 0)(examples))[0]
-        alone = [compute_logits(model, PaddedCollator(0, 0)([example]))[0] for example in examples]
-    assert compute_relative_error(found, torch.cat(alone)) < 1e-6
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -174,9 +153,9 @@ def test_segments_without_any_sum_have_the_gradients_of_the_padded_batch(kind: s
     """All sources are shorter than 16 tokens. Weights that only sums use get zeros."""
     model = load_base(save_longt5(tmp_path, kind), torch.float64, CPU).requires_grad_(True).train()
     examples = make_examples([(5, 3), (15, 2), (1, 4)])
-    _, expected = compute_gradients(model, PaddedCollator(0, 0)(examples))
+    _, expected = compute_loss_and_gradients(model, PaddedCollator(0, 0)(examples))
     use_packing(model)
-    _, found = compute_gradients(model, PackedCollator(0, 0)(examples))
+    _, found = compute_loss_and_gradients(model, PackedCollator(0, 0)(examples))
     assert found.keys() >= expected.keys()
     for name, value in found.items():
         if name in expected and expected[name].any():
@@ -198,7 +177,7 @@ def test_with_reentrant_checkpointing_a_frozen_position_bias_needs_no_gradient(k
     for module in model.encoder.modules():
         if type(module).__name__ in ("LongT5LocalAttention", "LongT5TransientGlobalAttention"):
             module.register_forward_hook(lambda *arguments: needs.append(arguments[2][1].requires_grad))
-    _, found = compute_gradients(model, PackedCollator(0, 0)(make_examples()))
+    _, found = compute_loss_and_gradients(model, PackedCollator(0, 0)(make_examples()))
     assert needs == [False] * 6  # three blocks, forward and recomputed
     assert all(name.endswith((".q.weight", ".v.weight")) for name in found)
 
@@ -243,18 +222,11 @@ def test_sums_of_many_segments_are_not_compared_with_each_other(tmp_path: Path) 
     assert largest.size <= 3 * 6400 * (3 * 32 + 2 * 20)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("how", ["saved", "published", "own head"])
-@pytest.mark.variants("published-transient-global", "own head-local")
-def test_a_merged_checkpoint_has_the_same_logits_in_stock_transformers(
-    kind: str, how: str, conversations: Path, tmp_path: Path
-) -> None:
-    base = save_longt5(tmp_path / "base", kind)
+def test_a_merged_checkpoint_with_a_separate_head_has_the_same_logits(conversations: Path, tmp_path: Path) -> None:
+    """tests/end_to_end/test_families.py merges a published one, whose head is tied."""
+    base = save_longt5(tmp_path / "base", "local")
     copy_pocket_tokenizer(base)
-    if how == "published":
-        write_published_config(base)
-    if how == "own head":
-        add_own_head(base)
+    add_own_head(base)
     train(make_settings(base, conversations, tmp_path / "run", max_steps=2, save_steps=2))
     settings = {"model_name_or_path": str(base), "adapter": tmp_path / "run", "output_dir": tmp_path / "merged"}
     merge(MergeSettings(**settings, verify=True))
@@ -262,43 +234,9 @@ def test_a_merged_checkpoint_has_the_same_logits_in_stock_transformers(
     assert after == before
     batch = PaddedCollator(0, 0)(make_examples([(40, 9), (9, 4)]))
     kept = batch["labels"] != IGNORED_LABEL
-    stock = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "merged").eval()
     adapted = load_adapter(load_base(base, torch.float32, CPU), tmp_path / "run")
+    stock = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "merged").eval()
     with torch.no_grad():
         expected = compute_logits(adapted, batch)[kept]
-        torch.testing.assert_close(compute_logits(stock, batch)[kept], expected, rtol=1e-4, atol=1e-5)
-        ours = load_base(tmp_path / "merged", torch.float32, CPU)
-        torch.testing.assert_close(compute_logits(ours, batch)[kept], expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.variants("transient-global")
-def test_evaluate_and_chat_use_the_adapter(kind: str, conversations: Path, tmp_path: Path) -> None:
-    base = save_longt5(tmp_path / "base", kind)
-    copy_pocket_tokenizer(base)
-    settings = make_settings(base, conversations, tmp_path / "run", max_steps=4, save_steps=4, learning_rate=3e-2)
-    train(settings)
-    measure = {"data_path": str(conversations), "use_cpu": True, "max_new_tokens": 2}
-    trained = evaluate(
-        EvaluateSettings(model_name_or_path=str(tmp_path / "run"), output_dir=tmp_path / "scores", **measure)
-    )
-    assert trained.loss > 0
-    padded = load_adapter(load_base(base, torch.float32, CPU), tmp_path / "run")
-    assert padded.lm_head is not None
-    reply = chat(ChatSettings(model_name_or_path=str(tmp_path / "run"), prompt="Hi", max_new_tokens=3, use_cpu=True))
-    assert reply.reply_tokens > 0
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.variants("transient-global")
-def test_a_padded_run_has_the_losses_of_a_packed_one(kind: str, conversations: Path, tmp_path: Path) -> None:
-    base = save_longt5(tmp_path / "base", kind)
-    copy_pocket_tokenizer(base)
-    steps = []
-    for packing in ("on", "off"):
-        run = tmp_path / packing
-        train(make_settings(base, conversations, run, max_steps=2, packing=packing, lora_dropout=0.0, bf16=False))
-        steps.append(read_steps(run))
-    for packed, padded in zip(*steps, strict=True):
-        assert packed["loss"] == pytest.approx(padded["loss"], rel=1e-5)
-        assert packed["grad_norm"] == pytest.approx(padded["grad_norm"], rel=1e-4)
+        for merged in (stock, load_base(tmp_path / "merged", torch.float32, CPU)):
+            torch.testing.assert_close(compute_logits(merged, batch)[kept], expected, rtol=1e-4, atol=1e-5)

@@ -29,13 +29,9 @@ from t5tune.model.batches import PackedCollator
 from t5tune.model.kernels import flex_attention
 from t5tune.model.kernels.flex_attention import BLOCK, MIN_LENGTH, Blocks, attend, divide_rows
 from t5tune.model.kernels.fused import use_fused_layers
-from tests.model.attention.test_packing import (
-    compute_gradients,
-    compute_packed_loss,
-    compute_relative_error,
-    make_examples,
-    make_random_model,
-)
+from tests.model.attention.test_packing import compute_packed_loss, make_examples, make_random_model
+from tests.support.checkpointing import enable_checkpointing
+from tests.support.gradients import assert_same_gradients, compute_gradients, compute_relative_error
 
 if not hasattr(torch_flex, "AuxRequest"):
     pytest.skip("attention in one kernel needs torch 2.9 or newer", allow_module_level=True)
@@ -54,9 +50,13 @@ TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5}
 REAL_GET_KERNEL = flex_attention._get_kernel
 
 
-@cache
-def compile_kernel(*options: Any) -> Any:
-    return torch.compile(flex_attention._Kernel(*options), dynamic=True, fullgraph=True, backend="aot_eager")
+def compile_with(backend: Any) -> Callable[..., Any]:
+    return cache(
+        lambda *options: torch.compile(flex_attention._Kernel(*options), dynamic=True, fullgraph=True, backend=backend)
+    )
+
+
+compile_kernel = compile_with("aot_eager")
 
 
 @pytest.fixture(autouse=True)
@@ -67,18 +67,14 @@ def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def record_compilations(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Return a list that receives each graph which torch.compile makes of a kernel from here on."""
+    """Return a list that receives each graph that torch.compile makes of a kernel from here on."""
     compiled: list[Any] = []
 
     def record(graph: Any, inputs: Any) -> Any:
         compiled.append(graph)
         return aot_eager(graph, inputs)
 
-    @cache
-    def compile_and_record(*options: Any) -> Any:
-        return torch.compile(flex_attention._Kernel(*options), dynamic=True, fullgraph=True, backend=record)
-
-    monkeypatch.setattr(flex_attention, "_get_kernel", compile_and_record)
+    monkeypatch.setattr(flex_attention, "_get_kernel", compile_with(record))
     torch._dynamo.reset()
     return compiled
 
@@ -89,11 +85,8 @@ def make_attention(model_type: str, kind: str, dtype: torch.dtype) -> Any:
         return None
     torch.manual_seed(1)
     shape = {"d_model": H * D, "d_kv": D, "num_heads": H, "is_decoder": kind == "decoder"}
-    layer = (
-        UMT5Attention(UMT5Config(**shape), has_relative_attention_bias=True)
-        if model_type == "umt5"
-        else T5Attention(T5Config(**shape), has_relative_attention_bias=True)
-    )
+    attention, config = (UMT5Attention, UMT5Config) if model_type == "umt5" else (T5Attention, T5Config)
+    layer = attention(config(**shape), has_relative_attention_bias=True)
     with torch.no_grad():
         layer.relative_attention_bias.weight.normal_()
     return layer.to(dtype)
@@ -273,15 +266,9 @@ def test_a_model_has_the_losses_and_gradients_of_the_loop(kind: str, has_pairs: 
         examples = [PreferencePair(one.source_S, one.target_T, other.target_T) for one, other in pairs]
     loss, logits = compute_packed_loss(model, examples)
     expected = compute_gradients(model, loss)
-    inputs = PackedCollator(0, 0, divides_rows=True)(examples)
-    labels = inputs.pop("labels")
-    found_logits = model(**inputs).logits[0]
-    found_loss = torch.nn.functional.cross_entropy(found_logits, labels[0], reduction="sum")
-    gradients = compute_gradients(model, found_loss)
-    assert compute_relative_error(found_logits[labels[0] != -100].detach(), logits.detach()) < 1e-10
-    assert expected.keys() == gradients.keys()
-    for name, gradient in expected.items():
-        assert compute_relative_error(gradients[name], gradient) < 1e-9, name
+    found_loss, found_logits = compute_packed_loss(model, examples, divides_rows=True)
+    assert compute_relative_error(found_logits.detach(), logits.detach()) < 1e-10
+    assert_same_gradients(compute_gradients(model, found_loss), expected, 1e-9)
 
 
 @pytest.mark.long
@@ -295,16 +282,10 @@ def test_checkpointing_recomputes_the_same_dropout(reentrant: bool) -> None:
         use_packing(model)
         if checkpoints:
             model.enable_input_require_grads()
-            new = hasattr(model, "activation_checkpointing_enable")
-            name = "activation_checkpointing" if new else "gradient_checkpointing"
-            getattr(model, f"{name}_enable")(**{f"{name}_kwargs": {"use_reentrant": reentrant}})
-        inputs = PackedCollator(0, 0, divides_rows=True)(examples)
-        labels = inputs.pop("labels")
+            enable_checkpointing(model, reentrant)
         torch.manual_seed(2)
-        logits = model(**inputs, use_cache=False).logits[0]
-        found.append(compute_gradients(model, torch.nn.functional.cross_entropy(logits, labels[0], reduction="sum")))
-    for name, gradient in found[0].items():
-        assert compute_relative_error(found[1][name], gradient) < 1e-10, name
+        found.append(compute_gradients(model, compute_packed_loss(model, examples, divides_rows=True)[0]))
+    assert_same_gradients(found[1], found[0], 1e-10)
 
 
 def test_a_batch_is_filled_up_with_padding_that_counts_for_nothing() -> None:

@@ -31,7 +31,7 @@ from t5tune.model.load import build_empty_model
 from t5tune.progress import Note
 from t5tune.training import attention_choice
 from t5tune.training.attention_choice import choose_packed_attention
-from tests.model.attention.test_packing import LENGTHS, make_examples, make_random_model
+from tests.model.attention.test_packing import LENGTHS, compute_packed_loss, make_examples, make_random_model
 from tests.model.kernels.test_flex_attention import pytestmark, record_compilations, without_kernels  # noqa: F401
 from tests.support.bases import make_base
 
@@ -40,10 +40,10 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
 def choose(
-    wanted: Any = "auto", previous: Any = None, device: torch.device = GPU, dtype: torch.dtype = torch.bfloat16
+    wanted: Any = "auto", previous: Any = None, device: Any = GPU, dtype: Any = torch.bfloat16, shapes: Any = (SHAPE,)
 ) -> tuple[str, list[Note]]:
     notes: list[Any] = []
-    choice = choose_packed_attention(wanted, [SHAPE], device, dtype, False, previous, notes.append)
+    choice = choose_packed_attention(wanted, shapes, device, dtype, False, previous, notes.append)
     return choice.implementation, notes
 
 
@@ -66,12 +66,9 @@ def test_training_compiles_again_only_for_layers_whose_keys_need_no_gradient(mon
     assert check_kernel([shape], CPU, torch.float32) == KernelCheck(None, None)
     assert len(compiled) == 6  # three kinds of attention, in training and in evaluation
     for lengths in (LENGTHS, LENGTHS[:3]):
-        inputs = PackedCollator(0, 0, divides_rows=True)(make_examples(lengths))
-        labels = inputs.pop("labels")
-        logits = model.train()(**inputs).logits[0]
-        torch.nn.functional.cross_entropy(logits, labels[0]).backward()
+        compute_packed_loss(model.train(), make_examples(lengths), divides_rows=True)[0].backward()
         with torch.no_grad():
-            model.eval()(**inputs)
+            compute_packed_loss(model.eval(), make_examples(lengths), divides_rows=True)
         assert len(compiled) == 8  # and the first layers of encoder and decoder
 
 
@@ -192,12 +189,11 @@ def test_the_stages_that_a_kernel_needs_are_those_of_the_run(monkeypatch: pytest
 
 @pytest.mark.usefixtures("gpu")
 def test_a_teacher_that_the_kernel_cannot_compute_makes_the_run_loop() -> None:
-    notes: list[Any] = []
-    choice = choose_packed_attention("auto", [SHAPE, None], GPU, torch.bfloat16, False, None, notes.append)
-    assert choice.implementation == "loop"
+    choice, notes = choose(shapes=(SHAPE, None))
+    assert choice == "loop"
     assert notes[0].text.endswith("slower on a GPU: the kernel computes only T5's attention")
     with pytest.raises(SettingsError, match="packed_attention: flex: the kernel computes only T5's attention"):
-        choose_packed_attention("flex", [SHAPE, None], GPU, torch.bfloat16, False, None, notes.append)
+        choose("flex", shapes=(SHAPE, None))
 
 
 def test_the_shape_is_read_from_the_config() -> None:

@@ -118,8 +118,18 @@ def use_two_adapters(model: Any) -> None:
     model.base_model.set_adapter(["default", "other"])
 
 
-@pytest.mark.parametrize("change", [make_base_bf16, train_base, shard_as_zero_3, use_two_adapters])
-def test_what_plain_lora_does_not_cover_is_left_to_peft(change: Callable[[Any], None], calls: list[Any]) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [
+        make_base_bf16,
+        train_base,
+        shard_as_zero_3,
+        use_two_adapters,
+        lambda model: model.base_model.disable_adapter_layers(),
+        lambda model: model.base_model.model[0].merge(),
+    ],
+)
+def test_peft_computes_all_other_adapters(change: Callable[[Any], None], calls: list[Any]) -> None:
     model = make_peft_model()
     change(model)
     x = torch.randn(3, 5, WIDTH, dtype=model.base_model.model[0].weight.dtype)
@@ -127,17 +137,3 @@ def test_what_plain_lora_does_not_cover_is_left_to_peft(change: Callable[[Any], 
     use_fused_lora(model)
     assert torch.equal(model(pretend_to_be_on_a_gpu(x)).as_subclass(torch.Tensor), expected)
     assert not calls
-
-
-def test_disabled_and_merged_adapters_are_left_to_peft() -> None:
-    model = make_peft_model()
-    use_fused_lora(model)
-    x = torch.randn(3, 5, WIDTH)
-    adapted = model(x)
-    layer = model.base_model.model[0]
-    with model.disable_adapter():
-        assert not fused_lora._is_plain_lora(layer)
-        torch.testing.assert_close(model(pretend_to_be_on_a_gpu(x)).as_subclass(torch.Tensor), layer.base_layer(x))
-    layer.merge()
-    assert not fused_lora._is_plain_lora(layer)
-    torch.testing.assert_close(model(pretend_to_be_on_a_gpu(x)).as_subclass(torch.Tensor), adapted)
