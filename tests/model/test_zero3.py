@@ -1,11 +1,11 @@
 """Bases that ZeRO-3 partitions while they are loaded: two ranks, compared with loading the whole base."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -19,33 +19,33 @@ from tests.support.two_ranks import read_lines, start_two_ranks
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 LARGE = {"d_model": 1024, "d_kv": 64, "d_ff": 4096, "num_layers": 4, "num_heads": 16, "vocab_size": 8000}
 
-CODE = """
-from pathlib import Path
-from tests.support.partitioned_bases import describe
-*bases, adapters = {paths}
-describe(*map(Path, bases), list(map(Path, adapters)))
+IMPORTS = """
+from pathlib import PosixPath
+from tests.support.partitioned_bases import describe, describe_errors
+from tests.support.partitioned_steps import describe_peak, describe_steps
 """
 
 
-def write_sparse_base(folder: Path, config: dict[str, Any], names: dict[str, tuple[int, ...]]) -> Path:
-    """Write a base of zeros in bf16, whose bytes take no room on the disk."""
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    with open(folder / "model.safetensors", "wb") as file:
-        file.write(build_header({name: ("BF16", shape) for name, shape in names.items()}))
-        file.truncate(file.tell() + sum(2 * int(np.prod(shape)) for shape in names.values()))
-    return folder
-
-
 def make_large_base(folder: Path) -> Path:
+    """Write a base of zeros in bf16, whose bytes take no room on the disk."""
     from transformers import T5Config, T5ForConditionalGeneration
 
     config = T5Config(**LARGE, decoder_start_token_id=0, tie_word_embeddings=True)
     with torch.device("meta"):
-        model = T5ForConditionalGeneration(config)
-    return write_sparse_base(
-        folder, config.to_dict(), {name: tuple(value.shape) for name, value in model.named_parameters()}
-    )
+        parameters = dict(T5ForConditionalGeneration(config).named_parameters())
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(build_header({name: ("BF16", tuple(value.shape)) for name, value in parameters.items()}))
+        file.truncate(file.tell() + sum(2 * value.numel() for value in parameters.values()))
+    return folder
+
+
+def run_on_two_ranks(call: str, folder: Path) -> Iterator[Any]:
+    """Run a call in two processes, and yield the JSON that each prints."""
+    for rank in start_two_ranks(f"{IMPORTS}\n{call}", folder):
+        assert rank.wait() == 0, rank.log.read_text()[-2000:]
+        yield json.loads(read_lines(rank)[-1])
 
 
 def save_adapter(folder: Path, base: Path, **ways: Any) -> Path:
@@ -68,12 +68,8 @@ def test_each_rank_gets_its_partition_of_what_rank_0_reads_and_needs_memory_for_
     tied, untied = make_base(tmp_path / "tied", tied=True), make_base(tmp_path / "untied", tied=False)
     large = make_large_base(tmp_path / "large")
     ways: dict[str, dict[str, Any]] = {"lora": {}, "dora": {"use_dora": True, "modules_to_save": ["final_layer_norm"]}}
-    adapters = [str(save_adapter(tmp_path / name, untied, **options)) for name, options in ways.items()]
-    paths = [*map(str, (tied, untied, large)), adapters]
-    ranks = start_two_ranks(CODE.format(paths=paths), tmp_path)
-    for rank in ranks:
-        assert rank.wait() == 0, rank.log.read_text()[-2000:]
-        found = json.loads(read_lines(rank)[-1])
+    adapters = [save_adapter(tmp_path / name, untied, **options) for name, options in ways.items()]
+    for found in run_on_two_ranks(f"describe({tied!r}, {untied!r}, {large!r}, {adapters!r})", tmp_path):
         assert found["problems"] == []
         # modules and other small things take 10 to 20 MB
         assert found["increase"] <= found["whole"] / 2 + found["largest"] + (24 << 20) < found["whole"]
@@ -84,24 +80,14 @@ def test_every_rank_raises_an_error_that_only_rank_0_finds(tmp_path: Path) -> No
     tensors = load_file(differing / "model.safetensors")
     tensors["encoder.embed_tokens.weight"] = tensors["shared.weight"] + 1
     save_file(tensors, differing / "model.safetensors")
-    code = "from pathlib import Path\nfrom tests.support.partitioned_bases import describe_errors\n"
-    ranks = start_two_ranks(f"{code}describe_errors(Path({str(differing)!r}), Path({str(truncated)!r}))", tmp_path)
-    for rank in ranks:
-        assert rank.wait() == 0, rank.log.read_text()[-2000:]
-        differs, ends = json.loads(read_lines(rank)[-1])
+    for differs, ends in run_on_two_ranks(f"describe_errors({differing!r}, {truncated!r})", tmp_path):
         assert "encoder.embed_tokens.weight: differs from shared.weight" in differs
         assert "model.safetensors: file ends before byte" in ends
 
 
-STEP_CODE = "from pathlib import Path\nfrom tests.support.partitioned_steps import describe_peak, describe_steps\n"
-
-
 def test_steps_have_the_same_bits_although_no_gathered_weights_are_saved(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", tied=False)
-    ranks = start_two_ranks(f"{STEP_CODE}describe_steps(Path({str(base)!r}))", tmp_path)
-    for rank in ranks:
-        assert rank.wait() == 0, rank.log.read_text()[-2000:]
-        assert json.loads(read_lines(rank)[-1]) == []
+    assert list(run_on_two_ranks(f"describe_steps({base!r})", tmp_path)) == [[], []]
 
 
 @pytest.mark.variants(1)
@@ -109,10 +95,7 @@ def test_steps_have_the_same_bits_although_no_gathered_weights_are_saved(tmp_pat
 def test_a_step_needs_memory_for_two_blocks_and_the_embedding(way: str, tmp_path: Path) -> None:
     large = make_large_base(tmp_path / "large")
     embedding = 2 * LARGE["vocab_size"] * LARGE["d_model"]
-    ranks = start_two_ranks(f"{STEP_CODE}describe_peak({way!r}, Path({str(large)!r}))", tmp_path)
-    for rank in ranks:
-        assert rank.wait() == 0, rank.log.read_text()[-2000:]
-        found = json.loads(read_lines(rank)[-1])
+    for found in run_on_two_ranks(f"describe_peak({way!r}, {large!r})", tmp_path):
         # gloo copies what it gathers once more; activations take few MB
         assert found["increase"] <= 2 * found["largest_block"] + 2 * embedding + (16 << 20)
         assert found["increase"] < found["blocks"] / 2 or way == "nf4"

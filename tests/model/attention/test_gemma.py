@@ -7,62 +7,32 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSeq2SeqLM
 
 from t5tune.checkpoints.base import read_config
 from t5tune.families import find_architecture
 from t5tune.model.attention.gemma import attend
 from t5tune.model.attention.packing import can_pack, switch_off_attention_dropout, use_packing
-from t5tune.model.attention.segments import Segments
+from t5tune.model.batches import PackedCollator, PaddedCollator
 from t5tune.model.kernels.fused import use_fused_layers
 from t5tune.model.load import load_base
 from t5tune.model.loss import IGNORED_LABEL
 from tests.support.checkpointing import enable_checkpointing
 from tests.support.gemma_models import EOI, KINDS, WINDOW, make_gemma, make_gemma_config
-from tests.support.gradients import assert_same_gradients, compute_gradients
+from tests.support.gradients import assert_same_gradients, compute_gradients, make_examples
 
 pytestmark = pytest.mark.slow
 
 CPU = torch.device("cpu")
-SOURCES, TARGETS = (13, 5, 61, 9, 1, 30), (7, 12, 3, 18, 2, 25)
-TEXT_TOKENS = range(3, 480)  # without that of the end of an image, which has an embedding of its own
+LENGTHS = [(13, 7), (5, 12), (61, 3), (9, 18), (1, 2), (30, 25)]
+EXAMPLES = make_examples(LENGTHS, 480, first_id=3)  # without the token for the end of an image
+make_padded, make_packed = PaddedCollator(0, 2), PackedCollator(2, 0)
 
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("gemma")
     return {kind: make_gemma(kind, folder / kind) for kind in KINDS}
-
-
-def make_rows(lengths: tuple[int, ...], seed: int) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(TEXT_TOKENS.start, TEXT_TOKENS.stop, (n,), generator=generator) for n in lengths]
-
-
-ROWS = make_rows(SOURCES, 1), make_rows(TARGETS, 2), make_rows(TARGETS, 3)
-
-
-def pad(rows: list[torch.Tensor], value: int) -> torch.Tensor:
-    return pad_sequence(rows, batch_first=True, padding_value=value)
-
-
-def make_padded(sources: list[Any], targets: list[Any], labels: list[Any]) -> dict[str, torch.Tensor]:
-    return {
-        "input_ids": pad(sources, 0),
-        "attention_mask": pad([torch.ones(len(source), dtype=torch.int64) for source in sources], 0),
-        "decoder_input_ids": pad(targets, 0),
-        "labels": pad(labels, IGNORED_LABEL),
-    }
-
-
-def make_packed(sources: list[Any], targets: list[Any], labels: list[Any]) -> dict[str, Any]:
-    return {
-        "input_ids": torch.cat(sources)[None],
-        "decoder_input_ids": torch.cat(targets)[None],
-        "labels": torch.cat(labels)[None],
-        "packing": Segments(tuple(map(len, sources)), tuple(map(len, targets))),
-    }
 
 
 def load(base: Path, dtype: torch.dtype = torch.float64) -> Any:
@@ -83,9 +53,9 @@ def list_losses(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
 def test_the_loaded_model_has_the_logits_of_stock_transformers(kind: str, bases: dict[str, Path]) -> None:
     stock = AutoModelForSeq2SeqLM.from_pretrained(bases[kind], attn_implementation="eager").eval()
     ours = load_base(bases[kind], torch.float32, CPU)
-    assert max(SOURCES) > 2 * WINDOW
-    for source, target, _ in zip(*ROWS, strict=True):
-        inputs = {"input_ids": source[None], "decoder_input_ids": target[None], "use_cache": False}
+    assert max(LENGTHS)[0] > 2 * WINDOW
+    for example in EXAMPLES:
+        inputs = {name: value for name, value in make_padded([example]).items() if name != "labels"}
         with torch.inference_mode():
             torch.testing.assert_close(ours(**inputs).logits, stock(**inputs).logits, rtol=1e-4, atol=1e-5)
     shapes = {name: tuple(value.shape) for name, value in ours.named_parameters(remove_duplicate=False)}
@@ -95,11 +65,13 @@ def test_the_loaded_model_has_the_logits_of_stock_transformers(kind: str, bases:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_logits_of_a_packed_row_are_those_of_its_examples(kind: str, bases: dict[str, Path]) -> None:
     model = load(bases[kind]).eval()
-    packed = {name: value for name, value in make_packed(*ROWS).items() if name != "labels"}
+    packed, *singles = (
+        {name: value for name, value in batch.items() if name != "labels"}
+        for batch in (make_packed(EXAMPLES), *(make_padded([example]) for example in EXAMPLES))
+    )
     with torch.inference_mode():
         found = model(**packed).logits[0]
-        examples = zip(*ROWS[:2], strict=True)
-        alone = [model(input_ids=s[None], decoder_input_ids=t[None], use_cache=False).logits[0] for s, t in examples]
+        alone = [model(**single).logits[0] for single in singles]
     torch.testing.assert_close(found, torch.cat(alone), rtol=1e-6, atol=1e-6)
 
 
@@ -107,10 +79,10 @@ def test_the_logits_of_a_packed_row_are_those_of_its_examples(kind: str, bases: 
 def test_the_summed_loss_is_that_of_stock_logits_with_their_cap(kind: str, bases: dict[str, Path]) -> None:
     stock = AutoModelForSeq2SeqLM.from_pretrained(bases[kind], attn_implementation="eager").double().eval()
     ours = load(bases[kind])
-    for source, target, label in zip(*ROWS, strict=True):
-        logits = stock(input_ids=source[None], decoder_input_ids=target[None], use_cache=False).logits
+    for inputs in (make_padded([example]) for example in EXAMPLES):
+        (label,) = inputs["labels"]
+        logits = stock(**{name: value for name, value in inputs.items() if name != "labels"}).logits
         expected = functional.cross_entropy(logits[0], label, reduction="sum", label_smoothing=0.1)
-        inputs = make_padded([source], [target], [label])
         found = ours(**inputs, reduction="sum", label_smoothing=0.1)
         assert found.item() == pytest.approx(expected.item(), rel=1e-6)
         losses = functional.cross_entropy(logits[0], label, reduction="none")
@@ -128,8 +100,7 @@ def test_packed_rows_equal_a_padded_batch_and_single_examples(
 ) -> None:
     model = load(bases[kind]).train()
     assert can_pack(model)
-    sources, targets, labels = ROWS
-    singles = [make_padded([s], [t], [y]) for s, t, y in zip(*ROWS, strict=True)]
+    singles = [make_padded([example]) for example in EXAMPLES]
     alone = [compute_gradients(model, model(**single, reduction="sum")) for single in singles]
     expected = {name: sum((each[name] for each in alone), torch.zeros(())) for name in alone[0]}
     losses = torch.cat([list_losses(model, single) for single in singles])
@@ -137,7 +108,7 @@ def test_packed_rows_equal_a_padded_batch_and_single_examples(
         enable_checkpointing(model, checkpointing)
         model.enable_input_require_grads()
     for make_batch in (make_padded, make_packed):
-        batch = make_batch(sources, targets, labels)
+        batch = make_batch(EXAMPLES)
         loss = model(**batch, reduction="sum")
         assert loss.item() == pytest.approx(losses.sum().item(), rel=1e-13)
         assert_same_gradients(compute_gradients(model, loss), expected, 1e-10, floor=1e-6)
@@ -147,10 +118,10 @@ def test_packed_rows_equal_a_padded_batch_and_single_examples(
 @pytest.mark.parametrize("kind", KINDS)
 def test_packed_rows_equal_padded_ones_within_rounding_under_bf16_autocast(kind: str, bases: dict[str, Path]) -> None:
     model = load(bases[kind], torch.float32)
-    exact = list_losses(load(bases[kind]), make_padded(*ROWS))
+    exact = list_losses(load(bases[kind]), make_padded(EXAMPLES))
     for make_batch in (make_padded, make_packed):
         with torch.autocast("cpu", torch.bfloat16):
-            losses = list_losses(model, make_batch(*ROWS))
+            losses = list_losses(model, make_batch(EXAMPLES))
         assert losses.dtype == torch.float32
         assert (losses - exact).norm() < 0.02 * exact.norm()
 
@@ -159,7 +130,7 @@ def test_packed_rows_equal_padded_ones_within_rounding_under_bf16_autocast(kind:
 def test_generation_with_padding_equals_stock_generation(kind: str, bases: dict[str, Path]) -> None:
     stock = AutoModelForSeq2SeqLM.from_pretrained(bases[kind], attn_implementation="eager").eval()
     ours = load_base(bases[kind], torch.float32, CPU)
-    inputs = {name: make_padded(*ROWS)[name] for name in ("input_ids", "attention_mask")}
+    inputs = {name: make_padded(EXAMPLES)[name] for name in ("input_ids", "attention_mask")}
     options: dict[str, Any] = {"max_new_tokens": 3 * WINDOW, "do_sample": False}
     for beams in (1, 3):
         expected = stock.generate(**inputs, num_beams=beams, **options)
@@ -209,8 +180,8 @@ def test_the_dropout_of_attention_can_be_switched_off(kind: str, tmp_path: Path)
     model = AutoModelForSeq2SeqLM.from_config(type(config).from_dict(config.to_dict())).train()
     model.save_pretrained(tmp_path / "base")
     ours = load(tmp_path / "base", torch.float32).train()
-    for batch in (make_packed(*ROWS), make_padded(*ROWS)):
+    for batch in (make_packed(EXAMPLES), make_padded(EXAMPLES)):
         assert not torch.equal(list_losses(ours, batch), list_losses(ours, batch))
     switch_off_attention_dropout(ours)
-    for batch in (make_packed(*ROWS), make_padded(*ROWS)):
+    for batch in (make_packed(EXAMPLES), make_padded(EXAMPLES)):
         assert torch.equal(list_losses(ours, batch), list_losses(ours, batch))
