@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from t5tune.data.tokens.encoding import Example, PreferencePair
 from t5tune.model.attention.segments import Segments
@@ -65,7 +66,7 @@ class PaddedCollator:
     pad_token_id: int
     decoder_start_token_id: int
 
-    def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         sources = [example.source_S for example in examples]
         targets = _list_targets(examples)
         shifted = _shift_right(targets, self.decoder_start_token_id)
@@ -90,7 +91,7 @@ def _list_targets(examples: Sequence[Example]) -> list[Any]:
     return [target for example in examples for target in example.targets]
 
 
-def _list_reference(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+def _list_reference(examples: Sequence[Example]) -> dict[str, Tensor]:
     known = [each.reference for each in examples if isinstance(each, PreferencePair) and each.reference is not None]
     return {REFERENCE: torch.tensor(known, dtype=torch.float64)} if known else {}
 
@@ -99,11 +100,11 @@ def _shift_right(targets: list[Any], start: int) -> list[Any]:
     return [np.concatenate([[start], target[:-1]]) for target in targets]
 
 
-def _concatenate(parts: list[Any]) -> torch.Tensor:
+def _concatenate(parts: list[Any]) -> Tensor:
     return torch.from_numpy(np.concatenate(parts).astype(np.int64))[None]
 
 
-def _pad(rows: list[Any], value: int) -> torch.Tensor:
+def _pad(rows: list[Any], value: int) -> Tensor:
     padded_BT = np.full((len(rows), max(map(len, rows))), value, np.int64)
     for line, row in zip(padded_BT, rows, strict=True):
         line[: len(row)] = row

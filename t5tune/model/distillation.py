@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from t5tune.model.loss import IGNORED_LABEL, CrossEntropy, HeadWeights, choose_dtypes
 
@@ -31,7 +32,7 @@ class Distillation:
     """
 
     targets: CrossEntropy
-    teacher_hidden_NE: torch.Tensor
+    teacher_hidden_NE: Tensor
     teacher_head: HeadWeights
     teacher_cap: float | None
     alpha: float
@@ -39,9 +40,7 @@ class Distillation:
     kl: Literal["forward", "reverse"] = "forward"
     totals: dict[str, Any] = field(default_factory=lambda: {"kl": 0.0, "nll": 0.0})
 
-    def __call__(
-        self, part: slice, logits_CV: torch.Tensor, wants_gradient: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def __call__(self, part: slice, logits_CV: Tensor, wants_gradient: bool) -> tuple[Tensor, Tensor | None]:
         teacher_CV = self._compute_teacher_logits(part, logits_CV.dtype)
         shared = min(logits_CV.shape[1], teacher_CV.shape[1])  # rows after the last token may differ in number
         log_q_CU, log_p_CU = (
@@ -61,16 +60,14 @@ class Distillation:
         grad_CV[:, :shared] += grad_CU.mul_(is_target_C[:, None] * (self.alpha * self.temperature))
         return losses_C, grad_CV
 
-    def _compute_teacher_logits(self, part: slice, dtype: torch.dtype) -> torch.Tensor:
+    def _compute_teacher_logits(self, part: slice, dtype: torch.dtype) -> Tensor:
         head = self.teacher_head
         product_dtype, loss_dtype = choose_dtypes(self.teacher_hidden_NE, head.weight_VD)
         hidden_CE = self.teacher_hidden_NE[part].to(product_dtype)
         logits_CV = head.to(product_dtype, loss_dtype).compute_logits(hidden_CE, loss_dtype).to(dtype)
         return logits_CV if (cap := self.teacher_cap) is None else cap * torch.tanh(logits_CV / cap)
 
-    def _compare(
-        self, log_p_CU: torch.Tensor, log_q_CU: torch.Tensor, wants_gradient: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _compare(self, log_p_CU: Tensor, log_q_CU: Tensor, wants_gradient: bool) -> tuple[Tensor, Tensor | None]:
         """Compute the divergence of each token, and its gradient with respect to the model's scaled logits."""
         q_CU = log_q_CU.exp()
         if self.kl == "forward":

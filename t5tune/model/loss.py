@@ -25,7 +25,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
-from torch import nn
+from torch import Tensor, nn
 from transformers.modeling_outputs import Seq2SeqLMOutput
 
 IGNORED_LABEL = -100
@@ -40,9 +40,7 @@ Reduction = Literal["sum", "none", "hidden"]
 class Criterion(Protocol):
     """Computes losses of target tokens from their logits."""
 
-    def __call__(
-        self, part: slice, logits_CV: torch.Tensor, wants_gradient: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def __call__(self, part: slice, logits_CV: Tensor, wants_gradient: bool) -> tuple[Tensor, Tensor | None]:
         """Compute the losses of the tokens in `part`, and their gradient with respect to the logits if it is wanted.
 
         The memory of the logits may be used for the gradient.
@@ -56,12 +54,10 @@ class CrossEntropy(NamedTuple):
         smoothing: probability mass spread uniformly over the vocabulary (Szegedy et al. 2016).
     """
 
-    labels_N: torch.Tensor
+    labels_N: Tensor
     smoothing: float = 0.0
 
-    def __call__(
-        self, part: slice, logits_CV: torch.Tensor, wants_gradient: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def __call__(self, part: slice, logits_CV: Tensor, wants_gradient: bool) -> tuple[Tensor, Tensor | None]:
         is_target_C = self.labels_N[part] != IGNORED_LABEL
         labels_C1 = self.labels_N[part, None].clamp_min(0)
         # in place from here on: the logits become exp(logits - max), and then their gradient
@@ -125,13 +121,13 @@ class TargetLoss(nn.Module):
 
     def forward(
         self,
-        hidden_BTD: torch.Tensor,
+        hidden_BTD: Tensor,
         shape: tuple[int, int],
         head: Any,
         reduction: Reduction,
         criterion: Criterion,
         logit_cap: float | None = None,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """Return the sum of the labels' losses (a scalar), or the loss of each label, of this shape (B, T)."""
         hidden_ND = hidden_BTD.flatten(0, -2)
         weights = read_head_weights(head, hidden_BTD.device)
@@ -151,15 +147,15 @@ class TargetLoss(nn.Module):
 class HeadWeights(NamedTuple):
     """The head's weight, and trainable rows that replace its rows `ids_K`, whether or not the weight is trained."""
 
-    weight_VD: torch.Tensor
-    rows_KD: torch.Tensor | None = None
-    ids_K: torch.Tensor | None = None
+    weight_VD: Tensor
+    rows_KD: Tensor | None = None
+    ids_K: Tensor | None = None
 
     def to(self, dtype: torch.dtype, rows_dtype: torch.dtype) -> "HeadWeights":
         rows_KD = None if self.rows_KD is None else self.rows_KD.to(rows_dtype)
         return HeadWeights(self.weight_VD.to(dtype), rows_KD, self.ids_K)
 
-    def compute_logits(self, hidden_CD: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def compute_logits(self, hidden_CD: Tensor, dtype: torch.dtype) -> Tensor:
         logits_CV = (hidden_CD @ self.weight_VD.T).to(dtype)
         if self.rows_KD is not None:
             logits_CV[:, self.ids_K] = hidden_CD.to(dtype) @ self.rows_KD.T
@@ -186,8 +182,8 @@ def read_head_weights(head: Any, device: torch.device | None = None) -> HeadWeig
 
 
 def compute_summed_loss(
-    hidden_ND: torch.Tensor, criterion: Criterion, head: HeadWeights, logit_cap: float | None = None
-) -> torch.Tensor:
+    hidden_ND: Tensor, criterion: Criterion, head: HeadWeights, logit_cap: float | None = None
+) -> Tensor:
     """Sum a criterion of the logits, `hidden · weightᵀ`, over all N target tokens, in fp32.
 
     Args:
@@ -196,19 +192,19 @@ def compute_summed_loss(
     Returns:
         A scalar with gradients for the hidden states and those head weights that are trained.
     """
-    total: torch.Tensor = _ChunkedLoss.apply(True, hidden_ND, criterion, logit_cap, *head)  # type: ignore[no-untyped-call]
+    total: Tensor = _ChunkedLoss.apply(True, hidden_ND, criterion, logit_cap, *head)  # type: ignore[no-untyped-call]
     return total
 
 
 def compute_token_losses(
-    hidden_ND: torch.Tensor, criterion: Criterion, head: HeadWeights, logit_cap: float | None = None
-) -> torch.Tensor:
+    hidden_ND: Tensor, criterion: Criterion, head: HeadWeights, logit_cap: float | None = None
+) -> Tensor:
     """Compute a criterion for each of N target tokens, in fp32. See `compute_summed_loss`."""
-    losses_N: torch.Tensor = _ChunkedLoss.apply(False, hidden_ND, criterion, logit_cap, *head)  # type: ignore[no-untyped-call]
+    losses_N: Tensor = _ChunkedLoss.apply(False, hidden_ND, criterion, logit_cap, *head)  # type: ignore[no-untyped-call]
     return losses_N
 
 
-def choose_dtypes(hidden_ND: torch.Tensor, weight_VD: torch.Tensor) -> tuple[torch.dtype, torch.dtype]:
+def choose_dtypes(hidden_ND: Tensor, weight_VD: Tensor) -> tuple[torch.dtype, torch.dtype]:
     """Choose the dtypes of the head's product and of the loss: the second is fp32, or fp64 if the weight is fp64."""
     device = hidden_ND.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype
@@ -238,7 +234,7 @@ def use_gpu_chunks(vocab_size: int) -> Iterator[None]:
         LOGITS_PER_CHUNK = before
 
 
-def _cap_in_place(logits_CV: torch.Tensor, cap: float | None, wants_slope: bool = False) -> torch.Tensor | None:
+def _cap_in_place(logits_CV: Tensor, cap: float | None, wants_slope: bool = False) -> Tensor | None:
     """Turn logits into cap · tanh(logits / cap), if there is a cap. Return the derivative 1 - tanh² if it is wanted."""
     if cap is None:
         return None
@@ -248,9 +244,7 @@ def _cap_in_place(logits_CV: torch.Tensor, cap: float | None, wants_slope: bool 
     return slope_CV
 
 
-def _compute_losses_in_place(
-    logits_CV: torch.Tensor, labels_C1: torch.Tensor, smoothing: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _compute_losses_in_place(logits_CV: Tensor, labels_C1: Tensor, smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the cross-entropies, exp(logits - max) in the memory of the logits, and its sums."""
     target_C1 = logits_CV.gather(1, labels_C1)
     smooth_C = smoothing * logits_CV.mean(1) if smoothing else 0.0
@@ -262,7 +256,7 @@ def _compute_losses_in_place(
 
 
 def _compute_gradient_in_place(
-    exp_CV: torch.Tensor, sum_C1: torch.Tensor, labels_C1: torch.Tensor, is_target_C1: torch.Tensor, smoothing: float
+    exp_CV: Tensor, sum_C1: Tensor, labels_C1: Tensor, is_target_C1: Tensor, smoothing: float
 ) -> None:
     """Turn exp(logits - max) into the gradient of the summed cross-entropies with respect to the logits."""
     exp_CV.mul_(is_target_C1 / sum_C1)
@@ -282,7 +276,7 @@ class _Chunks:
 
     def __init__(
         self,
-        hidden_ND: torch.Tensor,
+        hidden_ND: Tensor,
         head: HeadWeights,
         wants: Sequence[bool],
         criterion: Criterion,
@@ -299,7 +293,7 @@ class _Chunks:
         self.weight_grad_VD = torch.zeros_like(weight, dtype=dtypes[1]) if wants_weight else None
         self.rows_grad_KD = torch.zeros_like(rows, dtype=dtypes[1]) if rows is not None and wants_rows else None
 
-    def __iter__(self) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor | None]]:
+    def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
         """Yield (part of the target tokens, their losses, the gradient of each loss by the logits) of each chunk."""
         num_tokens, (vocab_size, _) = len(self._hidden_ND), self._head.weight_VD.shape
         for part in _slice_into_chunks(num_tokens, vocab_size, self._hidden_ND.device):
@@ -310,7 +304,7 @@ class _Chunks:
                 grad_CV *= slope_CV
             yield part, losses_C, grad_CV
 
-    def add_gradients(self, part: slice, grad_CV: torch.Tensor) -> None:
+    def add_gradients(self, part: slice, grad_CV: Tensor) -> None:
         """Add a chunk's gradients, given the gradient of its logits, whose memory is overwritten."""
         hidden_CD = self._hidden_ND[part].to(self._dtype)
         weight_VD, rows_KD, ids_K = self._head
@@ -340,13 +334,8 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        is_summed: bool,
-        hidden_ND: torch.Tensor,
-        criterion: Criterion,
-        logit_cap: float | None,
-        *head: Any,
-    ) -> torch.Tensor:
+        ctx: Any, is_summed: bool, hidden_ND: Tensor, criterion: Criterion, logit_cap: float | None, *head: Any
+    ) -> Tensor:
         dtypes = choose_dtypes(hidden_ND, head[0])
         _, wants_hidden, _, _, wants_weight, wants_rows, _ = ctx.needs_input_grad
         ctx.is_summed, ctx.options = is_summed, (criterion, logit_cap, dtypes)

@@ -7,15 +7,14 @@ P pairs, each with the chosen answer first and then the rejected one. B and T: s
 """
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from t5tune.model.attention.segments import Segments
 from t5tune.model.loss import IGNORED_LABEL
 
 
-def sum_answers(
-    losses_BT: torch.Tensor, labels_BT: torch.Tensor, segments: Segments | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def sum_answers(losses_BT: Tensor, labels_BT: Tensor, segments: Segments | None) -> tuple[Tensor, Tensor]:
     """Add up the cross-entropies of each answer.
 
     Args:
@@ -37,9 +36,7 @@ def sum_answers(
     return -sums.view(-1, 2), counts.view(-1, 2)
 
 
-def compute_dpo_losses(
-    policy_P2: torch.Tensor, reference_P2: torch.Tensor, beta: float, label_smoothing: float = 0.0
-) -> torch.Tensor:
+def compute_dpo_losses(policy_P2: Tensor, reference_P2: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
     """Compute the loss of direct preference optimization (Rafailov et al. 2023, equation 7) of each pair.
 
     Args:
@@ -50,17 +47,17 @@ def compute_dpo_losses(
     return -(1 - label_smoothing) * right - label_smoothing * wrong
 
 
-def compute_ipo_losses(policy_P2: torch.Tensor, reference_P2: torch.Tensor, beta: float) -> torch.Tensor:
+def compute_ipo_losses(policy_P2: Tensor, reference_P2: Tensor, beta: float) -> Tensor:
     """Compute the loss of IPO (Azar et al. 2023, equation 17) of each pair. `beta` is the paper's τ."""
     return (_compute_margins(policy_P2, reference_P2) - 1 / (2 * beta)) ** 2
 
 
-def _compute_margins(policy_P2: torch.Tensor, reference_P2: torch.Tensor) -> torch.Tensor:
+def _compute_margins(policy_P2: Tensor, reference_P2: Tensor) -> Tensor:
     gains_P2 = policy_P2 - reference_P2
     return gains_P2[:, 0] - gains_P2[:, 1]
 
 
-def compute_log_odds_ratios(means_P2: torch.Tensor) -> torch.Tensor:
+def compute_log_odds_ratios(means_P2: Tensor) -> Tensor:
     """Compute log (odds(chosen) / odds(rejected)) of each pair, where odds(p) = p / (1 - p) (Hong et al. 2024).
 
     Args:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from t5tune.compat.transformers_patches import register_attention
@@ -20,7 +21,7 @@ from t5tune.model.attention.segments import Segments
 
 SLIDING = "sliding_attention"
 Forward = Callable[..., Any]
-MaskFunction = Callable[[int, int, torch.Tensor, torch.Tensor], torch.Tensor]
+MaskFunction = Callable[[int, int, Tensor, Tensor], Tensor]
 
 
 class Kind(NamedTuple):
@@ -120,13 +121,13 @@ def _choose_mask_function(kind: Kind, module: Any, is_decoder: bool) -> MaskFunc
     return None if window is None else kind.make_window(window)
 
 
-def _make_mask(see: MaskFunction, length: int, device: torch.device) -> torch.Tensor:
+def _make_mask(see: MaskFunction, length: int, device: torch.device) -> Tensor:
     """Make the mask of a segment, [length, length], true where a query sees a key."""
     positions = torch.arange(length, device=device)
     return see(0, 0, positions[:, None], positions).expand(length, length)
 
 
-def _project_and_rotate(kind: Kind, module: Any, hidden_BQ: torch.Tensor, rotation: Any) -> tuple[torch.Tensor, ...]:
+def _project_and_rotate(kind: Kind, module: Any, hidden_BQ: Tensor, rotation: Any) -> tuple[Tensor, ...]:
     """Compute queries, keys and values. T5Gemma 2 normalizes queries and keys before rotating them."""
     from transformers.models.t5gemma.modeling_t5gemma import apply_rotary_pos_emb
 
@@ -139,33 +140,33 @@ def _project_and_rotate(kind: Kind, module: Any, hidden_BQ: torch.Tensor, rotati
     return query, key, value
 
 
-def _split_heads(module: Any, states_B: torch.Tensor) -> torch.Tensor:
+def _split_heads(module: Any, states_B: Tensor) -> Tensor:
     """Reshape [B, Q, H·D] -> [B, H, Q, D]."""
     return states_B.view(*states_B.shape[:2], -1, module.head_dim).transpose(1, 2)
 
 
-def _split(lengths: tuple[int, ...], *states_BHQD: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
+def _split(lengths: tuple[int, ...], *states_BHQD: Tensor) -> list[tuple[Tensor, ...]]:
     return [torch.split(state, list(lengths), 2) for state in states_BHQD]
 
 
-def _attend_to_segments(kind: Kind, module: Any, segments: Iterable[tuple[Any, ...]]) -> torch.Tensor:
+def _attend_to_segments(kind: Kind, module: Any, segments: Iterable[tuple[Any, ...]]) -> Tensor:
     """Attend within each segment (its queries, keys, values and mask), and project the row's output."""
     dropout = module.attention_dropout if module.training else 0.0
     cap = module.attn_logit_softcapping if kind.caps else None
     attended = [attend(q, k, v, mask_QK, module.scaling, cap, dropout) for q, k, v, mask_QK in segments]
-    output: torch.Tensor = module.o_proj(torch.cat(attended, 1).flatten(2))
+    output: Tensor = module.o_proj(torch.cat(attended, 1).flatten(2))
     return output
 
 
 def attend(
-    query_BHQD: torch.Tensor,
-    key_BGKD: torch.Tensor,
-    value_BGKD: torch.Tensor,
-    mask: torch.Tensor | None,
+    query_BHQD: Tensor,
+    key_BGKD: Tensor,
+    value_BGKD: Tensor,
+    mask: Tensor | None,
     scale: float,
     cap: float | None,
     dropout: float,
-) -> torch.Tensor:
+) -> Tensor:
     """Attend with softly capped scores, cap · tanh(score / cap), as Gemma 2 does.
 
     Args:
@@ -205,12 +206,12 @@ def register_soft_capped_attention() -> None:
 
 def _attend_in_transformers(
     module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
     dropout: float = 0.0,
     softcap: float | None = None,
     **_: Any,
-) -> tuple[torch.Tensor, None]:
+) -> tuple[Tensor, None]:
     return attend(query, key, value, attention_mask, module.scaling, softcap, dropout), None

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from t5tune.model.attention import t5 as t5_attention
@@ -42,7 +43,7 @@ def forward_encoder(
     trains_bias: bool,
     module: Any,
     original_forward: Callable[..., Any],
-    hidden_BSW: torch.Tensor,
+    hidden_BSW: Tensor,
     mask: Any = None,
     position_bias: Any = None,
     **kwargs: Any,
@@ -114,7 +115,7 @@ class _Sums:
         self.sum_numbers_NR = self.index_NR - firsts[self.segments_NR]
         self._places_S = np.where(self.sum_numbers_S < 0, self._count - 1, firsts[segments_S] + self.sum_numbers_S)
 
-    def add_up(self, hidden_SW: torch.Tensor) -> torch.Tensor:
+    def add_up(self, hidden_SW: Tensor) -> Tensor:
         """Add up hidden states: [G + 1, W]. The last row isn't a sum: it gets the tokens of segments without a sum."""
         places_S = _to_torch(self._places_S, hidden_SW.device)
         return hidden_SW.new_zeros(self._count, hidden_SW.shape[1]).index_add(0, places_S, hidden_SW)
@@ -123,11 +124,11 @@ class _Sums:
 _plan_sums = lru_cache(2)(_Sums)  # for all layers; not tensors, since training can't use those of inference mode
 
 
-def _to_torch(array: npt.NDArray[np.int64], device: torch.device) -> torch.Tensor:
+def _to_torch(array: npt.NDArray[np.int64], device: torch.device) -> Tensor:
     return torch.from_numpy(array).to(device)
 
 
-def _compute_bias(module: Any, packing: Segments, sums: _Sums | None, hidden_BSW: torch.Tensor) -> torch.Tensor:
+def _compute_bias(module: Any, packing: Segments, sums: _Sums | None, hidden_BSW: Tensor) -> Tensor:
     """Compute the position bias with the mask, in the first layer: [N, H, C, 3C + R]."""
     device, dtype, size = hidden_BSW.device, hidden_BSW.dtype, module.block_len
     segments_S = _to_torch(np.repeat(np.arange(len(packing.sources)), packing.sources), device)
@@ -135,7 +136,7 @@ def _compute_bias(module: Any, packing: Segments, sums: _Sums | None, hidden_BSW
     distance_CK = torch.arange(3 * size, device=device) - size - torch.arange(size, device=device)[:, None]
     is_seen_NCK = (segments_NC[:, :, None] == _join_neighbors(segments_NC)[:, None]) & (distance_CK.abs() < size)
     mask_NCK = torch.where(is_seen_NCK, 0.0, MASKED).to(dtype)
-    bias: torch.Tensor = module.compute_bias(size)[0].to(dtype) + mask_NCK[:, None]
+    bias: Tensor = module.compute_bias(size)[0].to(dtype) + mask_NCK[:, None]
     if sums is None:
         return bias
     sum_numbers_NC = _split_into_blocks(_to_torch(sums.sum_numbers_S, device), size)
@@ -152,18 +153,18 @@ def _compute_bias(module: Any, packing: Segments, sums: _Sums | None, hidden_BSW
     return torch.cat([bias, side_NCRH.permute(0, 3, 1, 2)], -1)
 
 
-def _split_heads(module: Any, states_SW: torch.Tensor) -> torch.Tensor:
+def _split_heads(module: Any, states_SW: Tensor) -> Tensor:
     return states_SW.view(-1, module.n_heads, module.key_value_proj_dim)
 
 
-def _split_into_blocks(values: torch.Tensor, size: int) -> torch.Tensor:
+def _split_into_blocks(values: Tensor, size: int) -> Tensor:
     """Reshape [S, …] -> [N, size, …], filled up with zeros."""
     missing = -len(values) % size
     filled = torch.cat([values, values.new_zeros(missing, *values.shape[1:])]) if missing else values
     return filled.view(-1, size, *values.shape[1:])
 
 
-def _join_neighbors(blocks: torch.Tensor) -> torch.Tensor:
+def _join_neighbors(blocks: Tensor) -> Tensor:
     """Join each block with its neighbors: [N, C, …] -> [N, 3C, …]; zeros beyond the ends."""
     empty = torch.zeros_like(blocks[:1])
     around = torch.cat([empty, blocks, empty])

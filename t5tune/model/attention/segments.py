@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from t5tune.model.kernels.flex_attention import PackedRows
@@ -51,20 +52,20 @@ class Segments:
         """Copy the blocks to pinned memory. The data loader calls this for a batch."""
         return self if self.rows is None else replace(self, rows=self.rows.pin_memory())
 
-    def number_positions(self, lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    def number_positions(self, lengths: tuple[int, ...], device: torch.device) -> Tensor:
         """Number the tokens of a row, from 0 in each segment: [1, tokens]."""
         return torch.cat([torch.arange(length, device=device) for length in lengths])[None]
 
 
 def segment_attention(
-    query_BHQD: torch.Tensor,
-    key_BHKD: torch.Tensor,
-    value_BHKD: torch.Tensor,
+    query_BHQD: Tensor,
+    key_BHKD: Tensor,
+    value_BHKD: Tensor,
     queries: list[int],
     keys: list[int],
-    bias_1HQK: torch.Tensor | None,
+    bias_1HQK: Tensor | None,
     dropout: float,
-) -> torch.Tensor:
+) -> Tensor:
     """Attend within each segment.
 
     Args:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from t5tune.model.attention.segments import Segments, segment_attention
 from t5tune.model.kernels.flex_attention import attend as flex_attend
@@ -24,7 +25,7 @@ def forward(
     trains_bias: bool,
     module: Any,
     original_forward: Callable[..., Any],
-    hidden_BQ: torch.Tensor,
+    hidden_BQ: Tensor,
     *args: Any,
     packing: Segments | None = None,
     **kwargs: Any,
@@ -60,22 +61,22 @@ def trains_position_bias(model: Any) -> bool:
     return any(value.requires_grad for name, value in model.named_parameters() if "relative_attention_bias" in name)
 
 
-def _compute_bias(module: Any, packing: Segments) -> torch.Tensor:
+def _compute_bias(module: Any, packing: Segments) -> Tensor:
     """Compute the position bias, once for all layers: a table for the kernel [H, R], or a matrix for the loop."""
     if packing.rows is not None:
         distance = module.relative_attention_max_distance
-        table_1H1R: torch.Tensor = module.compute_bias(1, 2 * distance + 1, past_seen_tokens=distance)
+        table_1H1R: Tensor = module.compute_bias(1, 2 * distance + 1, past_seen_tokens=distance)
         return table_1H1R[0, :, 0].to(torch.promote_types(table_1H1R.dtype, torch.float32)).contiguous()
     length = max(packing.targets if module.is_decoder else packing.sources)
     # torch's memory-efficient kernel on GPUs copies a bias whose rows aren't aligned, for each segment in each layer
     width = -(-length // BIAS_ALIGNMENT) * BIAS_ALIGNMENT
-    bias_1HQK: torch.Tensor = module.compute_bias(length, width)
+    bias_1HQK: Tensor = module.compute_bias(length, width)
     if module.is_decoder:
         is_ahead_QK = torch.ones(length, width, dtype=torch.bool, device=bias_1HQK.device).triu(1)
         bias_1HQK = bias_1HQK.masked_fill(is_ahead_QK, torch.finfo(bias_1HQK.dtype).min)
     return bias_1HQK.contiguous()[..., :length]
 
 
-def _split_heads(module: Any, states_B: torch.Tensor) -> torch.Tensor:
+def _split_heads(module: Any, states_B: Tensor) -> Tensor:
     """Reshape [B, Q, H·D] -> [B, H, Q, D]."""
     return states_B.view(*states_B.shape[:2], module.n_heads, module.key_value_proj_dim).transpose(1, 2)

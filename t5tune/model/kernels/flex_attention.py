@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 BLOCK = 128  # tokens: FlexAttention's default, which its kernels' own tiles must divide
 MIN_LENGTH = 2 * BLOCK  # torch.compile specializes dimensions of 1, so it would compile again for rows of one block
@@ -52,9 +52,9 @@ class Blocks:
         num_stages: see PackedRows.
     """
 
-    query_segments: torch.Tensor
-    key_segments: torch.Tensor
-    tensors: tuple[torch.Tensor, ...]
+    query_segments: Tensor
+    key_segments: Tensor
+    tensors: tuple[Tensor, ...]
     num_stages: int | None
 
 
@@ -71,7 +71,7 @@ class PackedRows:
 
     source_length: int
     target_length: int
-    buffer: torch.Tensor
+    buffer: Tensor
     num_stages: int | None = None
 
     def to(self, device: Any, non_blocking: bool = False) -> "PackedRows":
@@ -164,14 +164,14 @@ def _align(count: int) -> int:
 
 
 def attend(
-    query_BHQD: torch.Tensor,
-    key_BHKD: torch.Tensor,
-    value_BHKD: torch.Tensor,
+    query_BHQD: Tensor,
+    key_BHKD: Tensor,
+    value_BHKD: Tensor,
     blocks: Blocks,
-    table_HR: torch.Tensor | None,
+    table_HR: Tensor | None,
     is_causal: bool,
     dropout: float,
-) -> torch.Tensor:
+) -> Tensor:
     """Attend within each segment.
 
     Args:
@@ -189,11 +189,11 @@ def attend(
     # dropout and gradients, are more variants than torch.compile's default limit of 8.
     no_autocast = torch.autocast(query_BHQD.device.type, enabled=False)
     with no_autocast, torch._dynamo.config.patch(recompile_limit=MAX_COMPILATIONS):
-        attended_BHQD: torch.Tensor = kernel(query_BHQD, key_BHKD, value_BHKD, blocks, table_HR, seeds_H)
+        attended_BHQD: Tensor = kernel(query_BHQD, key_BHKD, value_BHKD, blocks, table_HR, seeds_H)
     return attended_BHQD.transpose(1, 2)
 
 
-def draw_seeds(query_BHQD: torch.Tensor) -> torch.Tensor:
+def draw_seeds(query_BHQD: Tensor) -> Tensor:
     """Draw the seed of each head's dropout."""
     bounds = torch.iinfo(torch.int32)
     size, device = query_BHQD.shape[1:2], query_BHQD.device
@@ -226,13 +226,13 @@ class _Kernel(nn.Module):
 
     def forward(
         self,
-        query_BHQD: torch.Tensor,
-        key_BHKD: torch.Tensor,
-        value_BHKD: torch.Tensor,
+        query_BHQD: Tensor,
+        key_BHKD: Tensor,
+        value_BHKD: Tensor,
         blocks: Blocks,
-        table_HR: torch.Tensor | None,
-        seeds_H: torch.Tensor | None,
-    ) -> torch.Tensor:
+        table_HR: Tensor | None,
+        seeds_H: Tensor | None,
+    ) -> Tensor:
         from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
         def see(_batch: Any, _head: Any, query: Any, key: Any) -> Any:
@@ -267,11 +267,11 @@ class _Kernel(nn.Module):
         scale_BHQ = (kept.lse - every.lse).exp() * (HASH_SIZE / self.num_kept_hashes)
         # an output without a gradient can't be compiled for a GPU: torch 2.13's _inductor/kernel/flex multiplies by it
         scale_BHQ = scale_BHQ + 0 * unneeded_BHQD[..., 0]
-        scaled_BHQD: torch.Tensor = (attended_BHQD * scale_BHQ[..., None]).to(attended_BHQD.dtype)
+        scaled_BHQD: Tensor = (attended_BHQD * scale_BHQ[..., None]).to(attended_BHQD.dtype)
         return scaled_BHQD
 
 
-def compute_hash(seed: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+def compute_hash(seed: Tensor, query: Tensor, key: Tensor) -> Tensor:
     """Compute a number below HASH_SIZE that looks random: the finalizer lowbias32 (Wellons 2018).
 
     Products may wrap around, and `>>` copies the sign bit, which the masks remove. So int32, which GPUs use, and int64

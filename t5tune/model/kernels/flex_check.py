@@ -15,6 +15,7 @@ from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.nn.attention import flex_attention as torch_flex_attention
 
 from t5tune.formatting import shorten
@@ -130,7 +131,7 @@ def measure_implementations(
     """Measure the seconds of an encoder layer's attention, forward and backward, in a row of TIMED_SEGMENTS."""
     rows = divide_rows(TIMED_SEGMENTS, TIMED_SEGMENTS, num_stages=num_stages).to(device)
     states, layer = _make_layer(shape, "encoder", rows.blocks["encoder"], device, dtype)
-    implementations: dict[PackedAttention, Callable[..., torch.Tensor]] = {
+    implementations: dict[PackedAttention, Callable[..., Tensor]] = {
         "flex": partial(layer.attend, shape.dropout),
         "loop": partial(layer.loop, TIMED_SEGMENTS, TIMED_SEGMENTS),
     }
@@ -168,7 +169,7 @@ def _find_differences(
 
 def _make_layer(
     shape: AttentionShape, kind: str, blocks: Blocks, device: torch.device, dtype: torch.dtype
-) -> tuple[list[torch.Tensor], "_Layer"]:
+) -> tuple[list[Tensor], "_Layer"]:
     """Make random queries, keys and values, and a layer with a random bias."""
     heads, width = shape.num_heads, shape.head_width
     table_HR = None if kind == "cross" else torch.randn(heads, 2 * shape.max_distance + 1, device=device)
@@ -178,9 +179,7 @@ def _make_layer(
     return states, _Layer(blocks, table_HR, kind == "decoder")
 
 
-def _run(
-    attend: Callable[..., torch.Tensor], states: list[torch.Tensor], length: int, has_gradients: bool
-) -> dict[str, torch.Tensor]:
+def _run(attend: Callable[..., Tensor], states: list[Tensor], length: int, has_gradients: bool) -> dict[str, Tensor]:
     """Compute the output for the first `length` queries, and its gradients, in fp32. Later queries are padding."""
     leaves = [state.detach().requires_grad_(has_gradients) for state in states]
     torch.manual_seed(1)  # of dropout
@@ -199,13 +198,13 @@ class _Layer(NamedTuple):
     """Three implementations of a layer's attention."""
 
     blocks: Blocks
-    table_HR: torch.Tensor | None
+    table_HR: Tensor | None
     is_causal: bool
 
-    def attend(self, dropout: float, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def attend(self, dropout: float, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return attend(query, key, value, self.blocks, self.table_HR, self.is_causal, dropout)
 
-    def loop(self, queries: tuple[int, ...], keys: tuple[int, ...], *states_BHLD: torch.Tensor) -> torch.Tensor:
+    def loop(self, queries: tuple[int, ...], keys: tuple[int, ...], *states_BHLD: Tensor) -> Tensor:
         """Attend to one segment after the other, without the padding."""
         query, key, value = (
             state[:, :, : sum(lengths)] for state, lengths in zip(states_BHLD, (queries, keys, keys), strict=True)
@@ -213,7 +212,7 @@ class _Layer(NamedTuple):
         bias = self._compute_bias(max(queries), max(keys), query.dtype)
         return segment_attention(query, key, value, list(queries), list(keys), bias, 0.0)
 
-    def attend_densely(self, dropout: float, *states_BHLD: torch.Tensor) -> torch.Tensor:
+    def attend_densely(self, dropout: float, *states_BHLD: Tensor) -> Tensor:
         """Compute softmax and dropout with all scores in memory, in fp32."""
         seeds_H = draw_seeds(states_BHLD[0])
         query_BHQD, key_BHKD, value_BHKD = (state.float() for state in states_BHLD)
@@ -225,10 +224,10 @@ class _Layer(NamedTuple):
         probabilities_BHQK = scores_BHQK.masked_fill(is_other_QK, -torch.inf).softmax(-1)
         query, key = (torch.arange(size, device=query_BHQD.device) for size in (length, width))
         kept_HQK = compute_hash(seeds_H[:, None, None], query[:, None], key) < count_kept_hashes(dropout)
-        attended_BHQD: torch.Tensor = probabilities_BHQK * kept_HQK / (1 - dropout) @ value_BHKD
+        attended_BHQD: Tensor = probabilities_BHQK * kept_HQK / (1 - dropout) @ value_BHKD
         return attended_BHQD.transpose(1, 2)
 
-    def _compute_bias(self, length: int, width: int, dtype: torch.dtype) -> torch.Tensor | None:
+    def _compute_bias(self, length: int, width: int, dtype: torch.dtype) -> Tensor | None:
         """Compute the position bias as a matrix [1, H, length, width]."""
         if self.table_HR is None:
             return None

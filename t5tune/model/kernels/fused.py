@@ -22,6 +22,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from t5tune.compat.transformers_patches import replace_forwards
@@ -91,7 +92,7 @@ def _has_gate_kernel(model: Any, device: torch.device | None, report: Report) ->
     return problem is None
 
 
-def _forward_norm(module: Any, _original_forward: Callable[..., Any], hidden: torch.Tensor) -> Any:
+def _forward_norm(module: Any, _original_forward: Callable[..., Any], hidden: Tensor) -> Any:
     if hidden.device.type == "cuda" and hidden.dtype == module.weight.dtype:
         return normalize_in_one_kernel(hidden, module.weight, module.variance_epsilon)
     weight_D = module.weight
@@ -102,7 +103,7 @@ def _forward_norm(module: Any, _original_forward: Callable[..., Any], hidden: to
     return _RootMeanSquareNorm.apply(hidden, weight_D, module.variance_epsilon, *dtypes)  # type: ignore[no-untyped-call]
 
 
-def _forward_scaled_embedding(module: Any, _original_forward: Callable[..., Any], ids: torch.Tensor) -> torch.Tensor:
+def _forward_scaled_embedding(module: Any, _original_forward: Callable[..., Any], ids: Tensor) -> Tensor:
     """Forward of T5Gemma 2's embedding, which doesn't scale the vector of the token for the end of an image.
 
     transformers writes this vector to a selection by a mask, for which the CPU waits for the GPU.
@@ -112,7 +113,7 @@ def _forward_scaled_embedding(module: Any, _original_forward: Callable[..., Any]
     return torch.where(is_end, module.eoi_embedding.to(embedded.dtype), embedded)
 
 
-def _forward_gemma_norm(module: Any, _original_forward: Callable[..., Any], hidden: torch.Tensor) -> Any:
+def _forward_gemma_norm(module: Any, _original_forward: Callable[..., Any], hidden: Tensor) -> Any:
     """Forward of T5GemmaRMSNorm: 1 is added to the weight, and the result is rounded once, at the end.
 
     In fp64, this is exact; transformers computes it in fp32.
@@ -126,7 +127,7 @@ def _widen(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def normalize_in_one_kernel(hidden: torch.Tensor, weight_D: torch.Tensor, epsilon: float) -> torch.Tensor:
+def normalize_in_one_kernel(hidden: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
     """Compute T5's norm by torch's operator: one kernel on a GPU that saves the same tensors as _RootMeanSquareNorm.
 
     In half precision, the kernel rounds once, after the product with the weight. transformers rounds before it, too, so
@@ -137,26 +138,24 @@ def normalize_in_one_kernel(hidden: torch.Tensor, weight_D: torch.Tensor, epsilo
         return functional.rms_norm(hidden, weight_D.shape, weight_D, epsilon)
 
 
-def _forward_gated(has_kernel: bool, module: Any, original_forward: Callable[..., Any], hidden: torch.Tensor) -> Any:
+def _forward_gated(has_kernel: bool, module: Any, original_forward: Callable[..., Any], hidden: Tensor) -> Any:
     if type(module.act).__name__ != "NewGELUActivation":
         return original_forward(hidden)
     inner = module.dropout(_compute_gated_gelu(has_kernel, module.wi_0(hidden), module.wi_1(hidden)))
     weight = module.wo.weight
-    if isinstance(weight, torch.Tensor) and weight.is_floating_point():
+    if isinstance(weight, Tensor) and weight.is_floating_point():
         inner = inner.to(weight.dtype)
     return module.wo(inner)
 
 
-def _forward_gemma_gated(
-    has_kernel: bool, module: Any, original_forward: Callable[..., Any], hidden: torch.Tensor
-) -> Any:
+def _forward_gemma_gated(has_kernel: bool, module: Any, original_forward: Callable[..., Any], hidden: Tensor) -> Any:
     if type(module.act_fn).__name__ != "GELUTanh":
         return original_forward(hidden)
     inner = _compute_gated_gelu(has_kernel, module.gate_proj(hidden), module.up_proj(hidden))
     return module.down_proj(module.dropout(inner))
 
 
-def _compute_gated_gelu(has_kernel: bool, gate: torch.Tensor, linear: torch.Tensor) -> Any:
+def _compute_gated_gelu(has_kernel: bool, gate: Tensor, linear: Tensor) -> Any:
     if has_kernel and gate.device.type == "cuda" and gate.dtype == linear.dtype and gate.dtype in KERNEL_DTYPES:
         return gated_gelu(gate.contiguous(), linear.contiguous())
     return _GatedGelu.apply(gate, linear)  # type: ignore[no-untyped-call]
@@ -171,13 +170,13 @@ class _RootMeanSquareNorm(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        hidden: torch.Tensor,
-        weight_D: torch.Tensor,
+        hidden: Tensor,
+        weight_D: Tensor,
         epsilon: float,
         mean_dtype: torch.dtype,
         factor_dtype: torch.dtype,
         dtype: torch.dtype,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         hidden_ND = hidden.reshape(-1, hidden.shape[-1])
         scale_N1 = hidden.new_empty(len(hidden_ND), 1, dtype=mean_dtype)
         output = torch.empty_like(hidden, dtype=dtype, memory_format=torch.contiguous_format)
@@ -190,7 +189,7 @@ class _RootMeanSquareNorm(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+    def backward(ctx: Any, *grads: Tensor) -> Any:
         hidden, weight_D, scale_N1 = ctx.saved_tensors
         hidden_ND = hidden.reshape(-1, hidden.shape[-1])
         grad_ND = grads[0].reshape_as(hidden_ND)
@@ -212,7 +211,7 @@ class _GatedGelu(torch.autograd.Function):
     """GEGLU: gelu(gate) · linear, with GELU's tanh approximation (Shazeer 2020, "GLU Variants Improve Transformer")."""
 
     @staticmethod
-    def forward(ctx: Any, gate: torch.Tensor, linear: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, gate: Tensor, linear: Tensor) -> Tensor:
         gate_NF, linear_NF = _flatten_rows(gate), _flatten_rows(linear)
         output = torch.empty_like(gate, dtype=torch.result_type(gate, linear), memory_format=torch.contiguous_format)
         output_NF = _flatten_rows(output)
@@ -222,7 +221,7 @@ class _GatedGelu(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+    def backward(ctx: Any, *grads: Tensor) -> Any:
         gate, linear = ctx.saved_tensors
         gate_NF, linear_NF, grad_NF = _flatten_rows(gate), _flatten_rows(linear), _flatten_rows(grads[0])
         gate_grad = torch.empty_like(gate, memory_format=torch.contiguous_format)
@@ -234,7 +233,7 @@ class _GatedGelu(torch.autograd.Function):
         return gate_grad, linear_grad
 
 
-def _gelu(x: torch.Tensor) -> torch.Tensor:
+def _gelu(x: Tensor) -> Tensor:
     """Compute x/2 · (1 + tanh(k (x + c x³))), which equals x · sigmoid(2k (x + c x³)).
 
     On chunks that fit in a CPU's cache, these vectorized operations take half the time of torch's kernel.
@@ -245,7 +244,7 @@ def _gelu(x: torch.Tensor) -> torch.Tensor:
     return x.square().mul_(SLOPE * CUBE).add_(SLOPE).mul_(x).sigmoid_().mul_(x)
 
 
-def _gelu_and_gradient(x: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _gelu_and_gradient(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """Compute gelu(x) and grad · gelu'(x); where s is the sigmoid, gelu' = s + x s (1 - s) · 2k (1 + 3c x²)."""
     if x.device.type != "cpu":
         return functional.gelu(x, approximate="tanh"), torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
@@ -257,11 +256,11 @@ def _gelu_and_gradient(x: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tenso
     return gelu, slope.add_(sigmoid).mul_(grad)
 
 
-def _flatten_rows(tensor: torch.Tensor) -> torch.Tensor:
+def _flatten_rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
 
 
-def _slice_rows(rows_ND: torch.Tensor) -> list[slice]:
+def _slice_rows(rows_ND: Tensor) -> list[slice]:
     """Slice rows so that each slice fits in a CPU's cache; on a GPU, one slice contains all rows."""
     count, width = rows_ND.shape
     on_cpu = rows_ND.device.type == "cpu"

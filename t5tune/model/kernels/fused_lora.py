@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 FUSED_BASE_LAYERS = ("Linear", "Linear4bit")
@@ -28,9 +28,7 @@ def use_fused_lora(model: Any) -> None:
             module.forward = partial(_forward, module, module.forward)
 
 
-def _forward(
-    module: Any, original_forward: Callable[..., torch.Tensor], hidden: torch.Tensor, *args: Any, **kwargs: Any
-) -> torch.Tensor:
+def _forward(module: Any, original_forward: Callable[..., Tensor], hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     if hidden.device.type != "cuda" or args or kwargs or not _is_plain_lora(module):
         return original_forward(hidden, *args, **kwargs)
     (name,) = module.active_adapters
@@ -60,21 +58,21 @@ def _is_plain_lora(module: Any) -> bool:
 
 
 def compute_lora_linear(
-    hidden: torch.Tensor,
-    base_output: torch.Tensor | None,
-    weight_OI: torch.Tensor | None,
-    a_RI: torch.Tensor,
-    b_OR: torch.Tensor,
+    hidden: Tensor,
+    base_output: Tensor | None,
+    weight_OI: Tensor | None,
+    a_RI: Tensor,
+    b_OR: Tensor,
     scaling: float,
     dropout: float,
     dtype: torch.dtype,
-) -> torch.Tensor:
+) -> Tensor:
     """Compute a linear layer with LoRA in `dtype`.
 
     Args:
         base_output: output of the layer without LoRA, in `dtype`; None: computed from its weight.
     """
-    output: torch.Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]
+    output: Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]
         hidden, base_output, weight_OI, a_RI, b_OR, scaling, dropout, dtype
     )
     return output
@@ -84,15 +82,15 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        hidden: torch.Tensor,
-        base_output: torch.Tensor | None,
-        weight_OI: torch.Tensor | None,
-        a_RI: torch.Tensor,
-        b_OR: torch.Tensor,
+        hidden: Tensor,
+        base_output: Tensor | None,
+        weight_OI: Tensor | None,
+        a_RI: Tensor,
+        b_OR: Tensor,
         scaling: float,
         dropout: float,
         dtype: torch.dtype,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         ctx.shape, ctx.dtypes = hidden.shape, (hidden.dtype, a_RI.dtype, b_OR.dtype)
         ctx.scaling, ctx.dropout = scaling, dropout
         hidden_NI, a_RI, b_OR = hidden.reshape(-1, hidden.shape[-1]).to(dtype), a_RI.to(dtype), b_OR.to(dtype)
@@ -110,7 +108,7 @@ class _LoraLinear(torch.autograd.Function):
         return output_NO.view(*hidden.shape[:-1], len(b_OR))
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+    def backward(ctx: Any, *grads: Tensor) -> Any:
         weight_OI, a_RI, b_OR, kept_NI, mask_NI, inner_NR = ctx.saved_tensors
         wants_hidden, wants_output, _, wants_a, wants_b, *_ = ctx.needs_input_grad
         hidden_dtype, a_dtype, b_dtype = ctx.dtypes

@@ -11,6 +11,7 @@ import math
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from t5tune.formatting import shorten
@@ -23,7 +24,7 @@ KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @torch.library.custom_op("t5tune::gated_gelu", mutates_args=())
-def gated_gelu(gate: torch.Tensor, linear: torch.Tensor) -> torch.Tensor:
+def gated_gelu(gate: Tensor, linear: Tensor) -> Tensor:
     """Compute gelu(gate) · linear, with GELU's tanh approximation, for contiguous tensors of one dtype."""
     from t5tune.model.kernels.gated_gelu_kernels import run_forward
 
@@ -31,9 +32,7 @@ def gated_gelu(gate: torch.Tensor, linear: torch.Tensor) -> torch.Tensor:
 
 
 @torch.library.custom_op("t5tune::gated_gelu_backward", mutates_args=())
-def gated_gelu_backward(
-    grad: torch.Tensor, gate: torch.Tensor, linear: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def gated_gelu_backward(grad: Tensor, gate: Tensor, linear: Tensor) -> tuple[Tensor, Tensor]:
     """Compute the gradients of `gate` and `linear`."""
     from t5tune.model.kernels.gated_gelu_kernels import run_backward
 
@@ -41,21 +40,21 @@ def gated_gelu_backward(
 
 
 @gated_gelu.register_fake
-def _make_output(gate: torch.Tensor, linear: torch.Tensor) -> torch.Tensor:
+def _make_output(gate: Tensor, linear: Tensor) -> Tensor:
     return torch.empty_like(gate)
 
 
 @gated_gelu_backward.register_fake
-def _make_gradients(grad: torch.Tensor, gate: torch.Tensor, linear: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _make_gradients(grad: Tensor, gate: Tensor, linear: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(gate), torch.empty_like(linear)
 
 
-def _save_inputs(ctx: Any, inputs: tuple[torch.Tensor, torch.Tensor], output: torch.Tensor) -> None:
+def _save_inputs(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _run_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    gradients: tuple[torch.Tensor, torch.Tensor] = gated_gelu_backward(grad.contiguous(), *ctx.saved_tensors)
+def _run_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    gradients: tuple[Tensor, Tensor] = gated_gelu_backward(grad.contiguous(), *ctx.saved_tensors)
     return gradients
 
 

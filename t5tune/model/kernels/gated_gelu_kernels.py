@@ -7,11 +7,12 @@ With s = sigmoid(2k (x + c x³)), gelu(x) = x s and gelu'(x) = s + x s (1 - s) �
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 PROGRAM_SIZE = 1024  # elements of a program
 
 
-def run_forward(gate: torch.Tensor, linear: torch.Tensor, slope: float, cube: float) -> torch.Tensor:
+def run_forward(gate: Tensor, linear: Tensor, slope: float, cube: float) -> Tensor:
     """Compute gelu(gate) · linear."""
     output = torch.empty_like(gate)
     count = gate.numel()
@@ -19,9 +20,7 @@ def run_forward(gate: torch.Tensor, linear: torch.Tensor, slope: float, cube: fl
     return output
 
 
-def run_backward(
-    grad: torch.Tensor, gate: torch.Tensor, linear: torch.Tensor, slope: float, cube: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def run_backward(grad: Tensor, gate: Tensor, linear: Tensor, slope: float, cube: float) -> tuple[Tensor, Tensor]:
     """Compute the gradients of `gate` and `linear`."""
     gate_grad, linear_grad = torch.empty_like(gate), torch.empty_like(linear)
     count = gate.numel()
