@@ -1,4 +1,4 @@
-"""Patches of bitsandbytes: 4-bit layers that can be trained after an evaluation, and 8-bit ones that DoRA can read."""
+"""Patches of bitsandbytes: 4-bit layers can be trained after an evaluation, and DoRA can read 8-bit layers."""
 
 from typing import Any
 
@@ -14,10 +14,10 @@ def keep_training_layout(layer: Any) -> None:
 
 
 def stay_if_not_moved(weight: Any) -> None:
-    """Make `weight.to(…)` of an 8-bit weight return itself where nothing is to change, as it does for other tensors.
+    """Make `weight.to(…)` of an 8-bit weight return itself if nothing changes, as it does for other tensors.
 
-    bitsandbytes 0.50 returns a new weight, without its scales if those have moved to the layer's state, as they do in
-    the first forward. PEFT 0.21 puts it into the layer whenever DoRA reads the weight on a CPU.
+    bitsandbytes 0.50 returns a new weight, which lacks the scales after the first forward moved them to the layer's
+    state. PEFT 0.21 puts this weight into the layer whenever DoRA reads it on a CPU.
     https://github.com/huggingface/peft/blob/v0.21.0/src/peft/utils/integrations.py (dequantize_module_weight)
     """
     import torch

@@ -1,4 +1,4 @@
-"""CTranslate2 as t5tune uses it, without what it changes in this process."""
+"""Load CTranslate2 models, without changes to torch in this process."""
 
 import ctypes
 import logging
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 CUBLAS_PACKAGE = "nvidia-cublas-cu12"
-CUBLAS_LIBRARIES = ("libcublasLt.so.12", "libcublas.so.12")  # the second one needs the first one
+CUBLAS_LIBRARIES = ("libcublasLt.so.12", "libcublas.so.12")  # the second needs the first
 
 
 def load_cublas() -> bool:
@@ -31,12 +31,9 @@ def load_cublas() -> bool:
 
 
 def load_translator(folder: Path, **options: Any) -> Any:
-    """Load a converted model.
+    """Load a converted model, with options of `ctranslate2.Translator`.
 
-    In a thread of its own: there CTranslate2 sets the number of threads of OpenMP, and so of torch's operations.
-
-    Args:
-        options: of `ctranslate2.Translator`.
+    CTranslate2 sets the number of OpenMP's threads, which torch uses, but only in the thread that loads the model.
 
     Raises:
         RuntimeError: CTranslate2 can't read the folder, or doesn't support an option on this machine.
@@ -45,6 +42,6 @@ def load_translator(folder: Path, **options: Any) -> Any:
 
     if options.get("device") == "cuda":
         load_cublas()
-    ctranslate2.set_log_level(logging.ERROR)  # it warns if the device computes in another type than the weights'
+    ctranslate2.set_log_level(logging.ERROR)  # it warns if the device doesn't compute in the weights' type
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(ctranslate2.Translator, str(folder), **options).result()

@@ -7,11 +7,11 @@ from typing import Any
 HUB_HOST = "huggingface.co"  # also where hf.co redirects to
 SECONDS_TO_CONNECT = 30.0
 SECONDS_TO_ANSWER = 60.0
-SECONDS_TO_ACCEPT = 120.0  # what is uploaded, and a commit of it
+SECONDS_TO_ACCEPT = 120.0  # uploads and commits
 
 
 class RedirectedElsewhere(Exception):
-    """The Hub's API has redirected to a different host, as the login page of a network does."""
+    """The Hub's API redirected to a different host, such as the login page of a network."""
 
     def __init__(self, host: str) -> None:
         super().__init__(f"redirected to {host}")
@@ -20,12 +20,12 @@ class RedirectedElsewhere(Exception):
 
 @cache
 def watch_requests_to_the_hub() -> None:
-    """Let a request fail if the Hub accepts it and doesn't answer, unless a program has set a client of its own.
+    """Let a request fail if the Hub accepts it and doesn't answer, unless a program has set a custom client.
 
     A redirect of the API to a different host fails, too: its answer isn't the Hub's. Files may be redirected.
 
-    huggingface_hub 2.4 waits forever where it gives no timeout, and for what a repository contains it asks with none.
-    HF_HUB_DOWNLOAD_TIMEOUT applies to all that is only read.
+    huggingface_hub 2.4 waits forever for requests without a timeout, such as a repository's list of files. The variable
+    HF_HUB_DOWNLOAD_TIMEOUT applies to all reading requests.
     https://github.com/huggingface/huggingface_hub/blob/v2.4.0/src/huggingface_hub/utils/_http.py
     """
     from huggingface_hub import set_client_factory
@@ -50,10 +50,9 @@ def _set_timeouts(request: Any) -> None:
     if request.method in ("GET", "HEAD"):
         is_set = "HF_HUB_DOWNLOAD_TIMEOUT" in os.environ
         read = float(constants.HF_HUB_DOWNLOAD_TIMEOUT) if is_set else SECONDS_TO_ANSWER
-    timeouts = request.extensions["timeout"]
-    for name, seconds in (("connect", SECONDS_TO_CONNECT), ("read", read), ("write", SECONDS_TO_ACCEPT)):
-        if timeouts.get(name) is None:
-            timeouts[name] = seconds
+    given = {name: seconds for name, seconds in request.extensions["timeout"].items() if seconds is not None}
+    defaults = {"connect": SECONDS_TO_CONNECT, "read": read, "write": SECONDS_TO_ACCEPT}
+    request.extensions["timeout"].update(defaults | given)
 
 
 def _refuse_redirect(response: Any) -> None:

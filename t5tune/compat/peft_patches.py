@@ -1,4 +1,4 @@
-"""Patches of PEFT, for a block."""
+"""A patch of PEFT, undone at the end of its block."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,11 +9,11 @@ import torch
 
 @contextmanager
 def gather_in_peft() -> Iterator[None]:
-    """Make PEFT gather the parameters that it reads in this block, which ZeRO-3 has partitioned.
+    """Make PEFT gather the parameters that it reads in this block, which ZeRO-3 partitioned.
 
     PEFT 0.21 gathers a base weight before it computes DoRA's norms, or PiSSA's or OLoRA's initialization from it, if
-    transformers knows of a DeepSpeed config with ZeRO-3. The Trainer's arguments would set one, but they are made
-    later. PEFT's way of gathering the rows of added tokens "right now only" works on GPUs; here it is replaced.
+    transformers knows of a DeepSpeed config with ZeRO-3. The Trainer's arguments would set it, but they are made later.
+    PEFT's code that gathers added-token embeddings works "right now only" on GPUs; here it is replaced.
     https://github.com/huggingface/peft/blob/v0.21.0/src/peft/tuners/trainable_tokens/layer.py#L79
     """
     from peft.tuners.trainable_tokens.layer import TrainableTokensLayer

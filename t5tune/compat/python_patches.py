@@ -26,7 +26,7 @@ def restore_environment() -> Iterator[None]:
     """Undo all changes to environment variables at the end of this block.
 
     torch.distributed and DeepSpeed read the address of rank 0 from variables. A later run in the same process would
-    take those that this one has set for a launcher's.
+    believe that a launcher set them.
     """
     before = dict(os.environ)
     try:

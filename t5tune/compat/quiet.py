@@ -1,4 +1,4 @@
-"""Hide warnings and log messages that libraries address to developers, and keep stdout free of what they print."""
+"""Hide warnings and log messages that libraries address to developers, and keep their output off stdout."""
 
 import logging
 import os
@@ -12,7 +12,7 @@ from typing import TextIO
 from t5tune.errors import T5TuneError
 
 VARIABLES = {
-    "PYTHONWARNINGS": "ignore",  # of processes that are started
+    "PYTHONWARNINGS": "ignore",  # for child processes
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -20,7 +20,7 @@ VARIABLES = {
     "DS_LOG_LEVEL": "error",
     "TORCH_CPP_LOG_LEVEL": "FATAL",  # otherwise C++ stack traces appear if a rank is lost, or doesn't come
 }
-# their levels, unless the user has set others; the last two take theirs from a variable when they are imported
+# default levels; transformers and huggingface_hub read theirs from a variable when they are imported
 LEVELS = {
     "bitsandbytes": logging.NOTSET,
     "accelerate": logging.NOTSET,
@@ -29,18 +29,16 @@ LEVELS = {
 }
 
 _lock = threading.Lock()
-_num_blocks = 0  # nested, and of other threads: what they change belongs to the process
-_undo = ExitStack()  # of the first of them
+_num_blocks = 0  # nested blocks, and blocks of all threads: they change the state of the process
+_undo = ExitStack()  # of the first block
 
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Hide the libraries' messages in this block, unless TRANSFORMERS_VERBOSITY asks for more than errors.
 
-    HF_HUB_VERBOSITY says which of huggingface_hub are shown.
-
-    Where blocks overlap, the first to begin hides the messages, and the last to end shows them again. Libraries that
-    are imported in the block may stay quiet after it.
+    HF_HUB_VERBOSITY sets the level of huggingface_hub. Where blocks overlap, the first to begin hides the messages, and
+    the last to end shows them again. Libraries that are imported in the block may stay quiet after it.
     """
     global _num_blocks
     if os.environ.get("TRANSFORMERS_VERBOSITY", "error").lower() not in ("error", "critical"):
@@ -50,7 +48,7 @@ def quiet_libraries() -> Iterator[None]:
         if _num_blocks == 0:
             _undo.enter_context(_hide_messages())
         _num_blocks += 1
-        warnings.simplefilter("ignore")  # also before filters that a library has added since the first block began
+        warnings.simplefilter("ignore")  # takes precedence over filters that libraries added since the first block
     try:
         yield
     finally:
@@ -80,7 +78,7 @@ def _hide_messages() -> Iterator[None]:
 
 @contextmanager
 def reserve_stdout() -> Iterator[TextIO]:
-    """Yield a stream to stdout: until the block ends, what libraries print to stdout goes to stderr.
+    """Yield a stream to stdout: until the block ends, all other output to stdout goes to stderr.
 
     Raises:
         T5TuneError: stdout is closed.

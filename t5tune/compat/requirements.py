@@ -2,7 +2,7 @@
 
     check_versions("torch", "transformers")     raises DependencyError if an older release is installed
 
-`make floors` runs the tests with exactly these releases.
+`make floors` runs the tests with these releases.
 """
 
 import importlib.metadata
@@ -13,7 +13,7 @@ from t5tune.errors import DependencyError
 
 
 def _read_bounds() -> dict[str, tuple[str, str]]:
-    """Map each package to its oldest supported release on this platform, and to `,<5.25`, or nothing, as its bound."""
+    """Map each package to its oldest release on this platform, and to its upper bound, such as `,<5.25`, or nothing."""
     try:
         requirements = importlib.metadata.requires("t5tune") or []
     except importlib.metadata.PackageNotFoundError:  # run from a source checkout that isn't installed
@@ -21,7 +21,7 @@ def _read_bounds() -> dict[str, tuple[str, str]]:
     bounds = {}
     for line in requirements:
         requirement, _, marker = line.partition(";")
-        # metadata has the parts of a requirement in alphabetical order
+        # in the metadata, the parts of a requirement are in alphabetical order
         match = re.fullmatch(r"([A-Za-z0-9._-]+)(<[\d.]+,)?>=([\d.]+)", requirement.replace(" ", ""))
         if match and _matches_marker(marker):
             bounds[match[1]] = (match[3], f",{match[2].rstrip(',')}" if match[2] else "")
@@ -29,14 +29,14 @@ def _read_bounds() -> dict[str, tuple[str, str]]:
 
 
 def read_oldest_releases() -> dict[str, str]:
-    """Map each package to its oldest supported release on this platform, from t5tune's own package metadata."""
+    """Map each package to its oldest supported release on this platform, from t5tune's package metadata."""
     return {package: oldest for package, (oldest, _) in _read_bounds().items()}
 
 
 def is_older(version: str, oldest: str) -> bool:
-    """Compare the numbers of two releases: those of `2.13.0+cpu` are 2, 13, 0."""
-    numbers = [re.findall(r"\d+", text.partition("+")[0])[:3] for text in (version, oldest)]
-    return list(map(int, numbers[0])) < list(map(int, numbers[1]))
+    """Compare the numbers of two releases: 2, 13, 0 for `2.13.0+cpu`."""
+    found, needed = ([int(n) for n in re.findall(r"\d+", text.partition("+")[0])[:3]] for text in (version, oldest))
+    return found < needed
 
 
 def make_install_command(package: str) -> str:
@@ -51,7 +51,7 @@ def check_versions(*packages: str) -> None:
     A missing package is not reported here; the import that needs it fails.
 
     Raises:
-        DependencyError: names the first package that is too old, its release and the oldest one that works.
+        DependencyError: a package is too old.
     """
     oldest = read_oldest_releases()
     for package in packages:
@@ -67,7 +67,7 @@ def check_versions(*packages: str) -> None:
 
 
 def _matches_marker(marker: str) -> bool:
-    """Whether the environment marker of a dependency matches. Knows only the forms used in pyproject.toml."""
+    """Whether a dependency's environment marker matches. Knows only the forms used in pyproject.toml."""
     if "extra" in marker:
         return False
     if match := re.search(r"python_version\s*<\s*['\"]3\.(\d+)['\"]", marker):

@@ -30,7 +30,7 @@ def _replace(owner: Any, **replacements: Any) -> Iterator[None]:
 def use_default_timeout(timeout: timedelta) -> AbstractContextManager[None]:
     """Set the timeout of process groups that are made without one.
 
-    DeepSpeed makes several groups without a timeout, so their collectives wait for a lost rank for torch's default, 10
+    DeepSpeed makes several groups without a timeout, whose collectives wait for a lost rank for torch's default, 10
     minutes with NCCL and 30 with gloo, whatever process_group_timeout says. torch reads both names when it makes a
     group (`_get_default_timeout`, torch 2.8 to 2.13). https://github.com/huggingface/transformers/issues/32036
     """
@@ -40,24 +40,22 @@ def use_default_timeout(timeout: timedelta) -> AbstractContextManager[None]:
 def replace_attention_kernel(kernel: Callable[..., torch.Tensor]) -> AbstractContextManager[None]:
     """Replace `torch.nn.functional.scaled_dot_product_attention`.
 
-    `plan` measures what a GPU would need on a machine that may have none. There torch's attention stores all scores if
-    it has dropout (up to at least 2.13), as a GPU's fused kernels never do. The patch works because transformers and
-    model/attention/packing.py look the function up at each call.
+    `plan` measures a GPU's memory on a CPU, where torch's attention with dropout stores all scores (up to at least
+    2.13), unlike a GPU's fused kernels. The patch works because transformers and model/attention look the function up
+    at each call.
     """
     return _replace(functional, scaled_dot_product_attention=kernel)
 
 
 @contextmanager
 def restore_determinism() -> Iterator[None]:
-    """Undo at the end of this block what TrainingArguments' `full_determinism` turns on for the process.
+    """Restore at the end of this block the process's settings that `full_determinism` of TrainingArguments changes.
 
     transformers' `enable_full_determinism` never turns it off (up to at least 5.24), and in a notebook the process
-    goes on. The environment variables that it sets are restored with those of the process group.
+    continues. `restore_environment` restores the environment variables that it sets.
     """
-    enabled, warn_only = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     cudnn = torch.backends.cudnn
     try:
         with _replace(cudnn, deterministic=cudnn.deterministic, benchmark=cudnn.benchmark):
@@ -74,7 +72,7 @@ def collect_save_errors() -> Iterator[list[Exception]]:
     torch 2.8 to 2.13), but Python's files report the system's reason. https://github.com/pytorch/pytorch/issues/156955
 
     A rank whose write failed must continue to the collectives in which DeepSpeed's other ranks wait for it: the ranks
-    exchange their errors afterwards. DeepSpeed's own extension point, CheckpointEngine, would cover only a part: the
+    exchange their errors afterwards. DeepSpeed's extension point, CheckpointEngine, would cover only a part: the
     Trainer saves its optimizer, its scheduler and the random states with `torch.save`, too.
     """
     failures: list[Exception] = []
@@ -112,4 +110,4 @@ class _ErrorKeepingFile:
         return data.nbytes
 
     def flush(self) -> None:
-        """Do nothing: closing the file flushes it, outside of the C++ code, where an error may be raised."""
+        """Do nothing: closing the file flushes it outside of the C++ code, where an error may be raised."""

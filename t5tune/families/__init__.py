@@ -92,7 +92,7 @@ class Family:
         return self.architecture(self.complete_config(config))
 
 
-# Several families share a model_type: the first one whose `identified_by` matches config.json is chosen.
+# Several families share a model_type: the first whose `identified_by` matches config.json is chosen.
 FAMILIES: dict[str, Family] = {
     "byt5": Family(
         name="ByT5",

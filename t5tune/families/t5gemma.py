@@ -130,7 +130,7 @@ class T5Gemma(Architecture):
         return shapes
 
     def _derive_layer(self, config: Mapping[str, Any], width: int, encoder_width: int | None) -> Shapes:
-        """`encoder_width` is the width of the cross-attention's input; None in the encoder, and if it has none."""
+        """`encoder_width` is the width of the cross-attention's input; None for a layer without cross-attention."""
         inner = self.read_size(config, "intermediate_size")
         layer: Shapes = {}
         memory_widths = {"self_attn": width} | ({} if encoder_width is None else {"cross_attn": encoder_width})

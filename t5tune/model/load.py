@@ -51,7 +51,7 @@ def load_base(
         quantization: if its q_lora is set, the linear layers of the blocks are quantized to 4 bits (Dettmers et al.
             2023) or int8 (Dettmers et al. 2022), and compute in `dtype`.
         family: key of the table of families, for a model_type that isn't in the table.
-        partitioner: partitions each tensor among the ranks before the next one is loaded; only rank 0 reads the files.
+        partitioner: partitions each tensor among the ranks before the next is loaded; only rank 0 reads the files.
 
     Raises:
         ModelError: not a T5, or tensors are missing, unexpected, or of a shape that contradicts config.json.

@@ -196,7 +196,7 @@ def _select_modules_to_save(model: Any, base: Path | None, settings: LoraSetting
 def _initialize_from_quantization_error(peft_model: Any, base: Path, partitioner: Zero3Partitioner | None) -> None:
     """Initialize each B·A as the best low-rank approximation of its weight's 4-bit quantization error.
 
-    This is one step of LoftQ (Li et al. 2023). PEFT's own implementation needs a GPU, this one doesn't.
+    This is one step of LoftQ (Li et al. 2023). PEFT's implementation needs a GPU.
     """
     import bitsandbytes
 

@@ -131,7 +131,7 @@ class TargetLoss(nn.Module):
         """Return the sum of the labels' losses (a scalar), or the loss of each label, of this shape (B, T)."""
         hidden_ND = hidden_BTD.flatten(0, -2)
         weights = read_head_weights(head, hidden_BTD.device)
-        if weights is None:  # the head of another tool's adapter, for an evaluation: t5tune itself doesn't adapt it
+        if weights is None:  # an adapter of a different tool, in an evaluation: t5tune itself doesn't adapt the head
             assert not torch.is_grad_enabled()
             losses = []
             for part in _slice_into_chunks(len(hidden_ND), head.out_features, hidden_ND.device):
@@ -328,7 +328,7 @@ class _ChunkedLoss(torch.autograd.Function):
 
     The incoming gradient, known only in the backward pass, is a factor of each token's gradients. So the gradient of
     the hidden states is computed in the forward pass and multiplied later. The gradients of the head's weights are sums
-    over the tokens, for which this works only if all tokens have the same factor, as in a sum. Otherwise the backward
+    over the tokens: this works for them only if all tokens have the same factor, as in a sum. Otherwise the backward
     pass computes the logits again.
     """
 

@@ -81,20 +81,18 @@ class Zero3Partitioner:
         return found
 
     def broadcast(self, values: torch.Tensor) -> None:
-        """Copy rank 0's values to the other ranks, in place."""
+        """Copy rank 0's values to all ranks, in place."""
         dist.broadcast(values, 0)
 
     def partition(self, parameters: Iterable[nn.Parameter]) -> None:
         """Replace whole parameters by this rank's partitions of rank 0's values, in place."""
         self._convert(list(parameters))
 
-    @contextmanager
-    def gather(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-        """Make these parameters whole on every rank for this block. Changes to them are lost."""
+    def gather(self, parameters: Iterable[nn.Parameter]) -> Any:
+        """Make these parameters whole on every rank for a block. Changes to them are lost."""
         import deepspeed
 
-        with deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=None):
-            yield
+        return deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=None)
 
     def prepare_peft(self) -> AbstractContextManager[None]:
         """Let PEFT add adapters in this block: it gathers the weights that it needs, one layer at a time."""

@@ -88,7 +88,7 @@ class _Sums:
 
     Args:
         sources: lengths of the segments.
-        size: tokens of a sum; a segment's last sum may have almost twice as many, and a shorter segment has no sum.
+        size: tokens of a sum; up to 2·size - 1 in a segment's last sum. A shorter segment has no sum.
         block_len: tokens of a block of the row.
 
     Attributes:
@@ -121,7 +121,7 @@ class _Sums:
         return hidden_SW.new_zeros(self._count, hidden_SW.shape[1]).index_add(0, places_S, hidden_SW)
 
 
-_plan_sums = lru_cache(2)(_Sums)  # for all layers; not tensors, since training can't use those of inference mode
+_plan_sums = lru_cache(2)(_Sums)  # for all layers; not tensors, since training can't use inference tensors
 
 
 def _to_torch(array: npt.NDArray[np.int64], device: torch.device) -> Tensor:

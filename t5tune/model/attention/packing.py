@@ -3,7 +3,7 @@
     use_packing(model)
     model(input_ids=row_1S, decoder_input_ids=row_1T, packing=Segments(sources=(7, 4), targets=(3, 2)))
 
-Each example attends only to itself: losses and gradients equal those of the padded batch. Without the argument
+Each example attends only to itself: losses and gradients equal the padded batch's. Without the argument
 `packing` the model computes as before, so evaluation and generation don't have to switch anything.
 """
 
@@ -19,7 +19,7 @@ from t5tune.model.attention import longt5 as longt5_attention
 from t5tune.model.attention import t5 as t5_attention
 from t5tune.model.attention.t5 import trains_position_bias
 
-# transformers' class -> the forward for packed rows; those with a bias also get the argument `trains_bias`
+# transformers' class -> the forward for packed rows; forwards with a bias also get the argument `trains_bias`
 BIASED_FORWARDS: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(("T5Attention", "MT5Attention", "UMT5Attention"), t5_attention.forward),
     "LongT5Attention": longt5_attention.forward_decoder,

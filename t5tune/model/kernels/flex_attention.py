@@ -159,7 +159,7 @@ def _list_sizes(query_length: int, key_length: int) -> list[tuple[int, ...]]:
 
 
 def _align(count: int) -> int:
-    """Round up, so that each array begins at an address for which compiled kernels needn't copy it."""
+    """Round up: compiled kernels copy arrays that begin at unaligned addresses."""
     return -(-count // BUFFER_ALIGNMENT) * BUFFER_ALIGNMENT
 
 
@@ -201,7 +201,7 @@ def draw_seeds(query_BHQD: Tensor) -> Tensor:
 
 
 def count_kept_hashes(dropout: float) -> int:
-    """Count the values of the hash for which dropout keeps a key."""
+    """Count the hash values that keep a key."""
     return round((1 - dropout) * HASH_SIZE)
 
 

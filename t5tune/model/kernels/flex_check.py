@@ -46,7 +46,7 @@ class AttentionShape(NamedTuple):
     """The properties of a model that the kernel depends on.
 
     Args:
-        max_distance: the distance from which on T5's position bias is constant.
+        max_distance: T5's position bias is constant beyond this distance.
         dropout: probability of dropping a key.
         is_trained: whether gradients are computed; a teacher only has a forward pass.
     """
@@ -63,7 +63,7 @@ class KernelCheck(NamedTuple):
 
     Args:
         problem: in words; None: the results are equal.
-        num_stages: for which they are equal; see flex_attention.PackedRows.
+        num_stages: the working number of stages; see flex_attention.PackedRows.
     """
 
     problem: str | None
@@ -104,7 +104,7 @@ def find_unmet_requirement(
 
 
 def check_kernel(shapes: Sequence[AttentionShape], device: torch.device, dtype: torch.dtype) -> KernelCheck:
-    """Compare outputs and gradients of the kernel with those of the loop, for each shape that a run uses.
+    """Compare outputs and gradients of kernel and loop, for each shape that a run uses.
 
     Kernels that fail are tried again with fewer stages: in bf16, heads of 128 need 131,584 bytes of shared memory, but
     98,560 with two stages, and RTX 30 and 40 have 101,376. B200's kernels may need it for heads of 64.

@@ -40,9 +40,8 @@ def _forward(module: Any, original_forward: Callable[..., Tensor], hidden: Tenso
     dropout = module.lora_dropout[name]
     probability = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
     base_output, weight_OI = (base(hidden), None) if is_quantized else (None, base.weight)
-    return compute_lora_linear(
-        hidden, base_output, weight_OI, a.weight, b.weight, module.scaling[name], probability, dtype
-    )
+    adapter = a.weight, b.weight, module.scaling[name], probability
+    return compute_lora_linear(hidden, base_output, weight_OI, *adapter, dtype)
 
 
 def _is_plain_lora(module: Any) -> bool:
@@ -57,28 +56,13 @@ def _is_plain_lora(module: Any) -> bool:
     return not (names[0] in module.lora_variant or has_bias or is_sharded or base.weight.requires_grad)
 
 
-def compute_lora_linear(
-    hidden: Tensor,
-    base_output: Tensor | None,
-    weight_OI: Tensor | None,
-    a_RI: Tensor,
-    b_OR: Tensor,
-    scaling: float,
-    dropout: float,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Compute a linear layer with LoRA in `dtype`.
+class _LoraLinear(torch.autograd.Function):
+    """A linear layer with LoRA, computed in `dtype`.
 
     Args:
-        base_output: output of the layer without LoRA, in `dtype`; None: computed from its weight.
+        base_output: output of the layer without LoRA, in `dtype`; None: computed from `weight_OI`.
     """
-    output: Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]
-        hidden, base_output, weight_OI, a_RI, b_OR, scaling, dropout, dtype
-    )
-    return output
 
-
-class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -129,3 +113,6 @@ class _LoraLinear(torch.autograd.Function):
                 hidden_grad_NI.addmm_(grad_NO, weight_OI)
             hidden_grad = hidden_grad_NI.view(ctx.shape).to(hidden_dtype)
         return hidden_grad, grads[0] if wants_output else None, None, a_grad, b_grad, None, None, None
+
+
+compute_lora_linear: Callable[..., Tensor] = _LoraLinear.apply
