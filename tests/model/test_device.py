@@ -17,13 +17,7 @@ from t5tune.commands.train import train
 from t5tune.distributed.world import World
 from t5tune.errors import SettingsError
 from t5tune.inference.loading import load_adapter, load_weighted_sum
-from t5tune.model.device import (
-    ALLOCATOR_VARIABLES,
-    SPIN_VARIABLES,
-    check_bf16,
-    get_reserved_memory,
-    use_gpu_kernels,
-)
+from t5tune.model.device import ALLOCATOR_VARIABLES, SPIN_VARIABLES, check_bf16, get_reserved_memory, use_gpu_kernels
 from t5tune.model.load import load_base
 from t5tune.progress import Note
 from t5tune.training.arguments import choose_tf32, make_training_arguments

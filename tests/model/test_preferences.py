@@ -184,5 +184,4 @@ def test_orpo_survives_an_answer_that_is_certain() -> None:
     found = make_objective("orpo").compare(policy, torch.ones(1, 2), None)
     found["loss"].sum().backward()
     assert found["loss"].isfinite().all()
-    assert policy.grad is not None
     assert policy.grad.isfinite().all()

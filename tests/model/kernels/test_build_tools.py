@@ -34,7 +34,6 @@ def test_a_gpu_needs_a_c_compiler_and_pythons_headers(
     compiler: str, empty_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     missing = find_missing_compiler(on_gpu=True)
-    assert missing is not None
     assert "C compiler" in missing.what
     assert "apt install gcc" in missing.fix
     tool = make_tool(empty_path, "my-cc" if compiler == "CC" else compiler)
@@ -44,7 +43,6 @@ def test_a_gpu_needs_a_c_compiler_and_pythons_headers(
     assert find_missing_compiler(on_gpu=True) is None
     (empty_path / "Python.h").unlink()
     missing = find_missing_compiler(on_gpu=True)
-    assert missing is not None
     assert str(empty_path) in missing.what
     assert "apt install python3-dev" in missing.fix
 
@@ -58,7 +56,6 @@ def test_a_compiler_that_cc_names_must_exist(empty_path: Path, monkeypatch: pyte
 def test_a_cpu_needs_a_cpp_compiler(empty_path: Path) -> None:
     make_tool(empty_path, "gcc")
     missing = find_missing_compiler(on_gpu=False)
-    assert missing is not None
     assert "C++" in missing.what
     make_tool(empty_path, "g++")
     assert find_missing_compiler(on_gpu=False) is None

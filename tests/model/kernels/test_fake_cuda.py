@@ -19,14 +19,7 @@ from tests.support.runs import LONG
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]  # one run of several models takes half a minute
 
-QUICK = {
-    "packed",
-    "packed, NF4",
-    "losses, packed",
-    "generation",
-    "mistake: mask on the CPU",
-    "mistake: item",
-}
+QUICK = {"packed", "packed, NF4", "losses, packed", "generation", "mistake: mask on the CPU", "mistake: item"}
 CHOSEN = {name: case for name, case in CASES.items() if LONG or name in QUICK}
 TRAINING = [name for name, case in CHOSEN.items() if case.task == "train" and case.mistake is None]
 LOSSES = [name for name, case in CHOSEN.items() if case.task == "losses"]

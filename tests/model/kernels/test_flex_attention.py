@@ -37,10 +37,7 @@ if not hasattr(torch_flex, "AuxRequest"):
     pytest.skip("attention in one kernel needs torch 2.9 or newer", allow_module_level=True)
 
 # torch itself hides it, but can't where warnings are errors
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")]
 H, D = 4, 16
 SOURCES, TARGETS = (150, 7, 61, 1, 200), (40, 3, 90, 12, 1)
 LENGTHS = {"encoder": (SOURCES, SOURCES), "decoder": (TARGETS, TARGETS), "cross": (TARGETS, SOURCES)}
@@ -298,29 +295,6 @@ def test_a_batch_is_filled_up_with_padding_that_counts_for_nothing() -> None:
         assert (filled[name][:, length:] == padding).all()
     assert filled["packing"].rows is not None
     assert replace(filled["packing"], rows=None) == packed["packing"]
-
-
-@pytest.mark.long
-def test_few_variants_are_compiled_for_many_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.compile runs here as far as it can without a GPU: graphs with gradients, but no kernels."""
-    compiled = record_compilations(monkeypatch)
-    rng = np.random.default_rng(0)
-    counts = []
-    for _ in range(4):
-        count_examples = int(rng.integers(1, 12))
-        sources = tuple(rng.integers(1, 300, count_examples).tolist())
-        targets = tuple(rng.integers(1, 200, count_examples).tolist())
-        rows = divide_rows(sources, targets)
-        for kind, dropout in (("encoder", 0.1), ("decoder", 0.1), ("cross", 0.1), ("encoder", 0.0)):
-            blocks = rows.blocks[kind]
-            lengths = len(blocks.query_segments), len(blocks.key_segments)
-            query = torch.randn(1, lengths[0], 2, 16).transpose(1, 2).requires_grad_()
-            key, value = (torch.randn(1, lengths[1], 2, 16).transpose(1, 2).requires_grad_() for _ in range(2))
-            table = None if kind == "cross" else torch.randn(2, 257)
-            attend(query, key, value, blocks, table, kind == "decoder", dropout).sum().backward()
-            assert query.grad is not None
-        counts.append(len(compiled))
-    assert counts == [4] * 4
 
 
 def test_the_kernel_is_compiled_with_these_options(monkeypatch: pytest.MonkeyPatch) -> None:

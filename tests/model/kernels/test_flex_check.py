@@ -65,7 +65,7 @@ def test_training_compiles_again_only_for_layers_whose_keys_need_no_gradient(mon
     shape = AttentionShape(model.config.num_heads, model.config.d_kv, 128, model.config.dropout_rate)
     assert check_kernel([shape], CPU, torch.float32) == KernelCheck(None, None)
     assert len(compiled) == 6  # three kinds of attention, in training and in evaluation
-    for lengths in (LENGTHS, LENGTHS[:3]):
+    for lengths in (LENGTHS, LENGTHS[:3], [(1, 1)], [(300, 180)] * 7):
         compute_packed_loss(model.train(), make_examples(lengths), divides_rows=True)[0].backward()
         with torch.no_grad():
             compute_packed_loss(model.eval(), make_examples(lengths), divides_rows=True)
@@ -117,9 +117,7 @@ MISTAKES: dict[str, tuple[Callable[..., torch.Tensor], str]] = {
 def test_a_kernel_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch, mistake: str) -> None:
     wrong, message = MISTAKES[mistake]
     monkeypatch.setattr(attention_check, "attend", wrong)
-    problem = check_kernel([SHAPE], CPU, torch.float32).problem
-    assert problem is not None
-    assert re.search(message, problem), problem
+    assert re.search(message, check_kernel([SHAPE], CPU, torch.float32).problem or "")
 
 
 @pytest.mark.parametrize("mistake", ["fails", "bias"])
@@ -139,9 +137,7 @@ def test_the_kernel_of_a_teacher_is_compared_too(monkeypatch: pytest.MonkeyPatch
     student = SHAPE._replace(dropout=0.0)
     assert check_kernel([student], CPU, torch.float32).problem is None
     monkeypatch.setattr(attention_check, "attend", attend_wrongly_with_wide_heads)
-    problem = check_kernel([student, teacher], CPU, torch.float32).problem
-    assert problem is not None
-    assert re.search(message, problem), problem
+    assert re.search(message, check_kernel([student, teacher], CPU, torch.float32).problem or "")
     assert not any(with_gradients)
 
 

@@ -50,6 +50,5 @@ def test_a_kernel_that_does_not_work_is_explained_in_one_line() -> None:
     if torch.cuda.is_available():
         pytest.skip("the kernel works on this machine")
     problem = find_kernel_problem(torch.device("cuda"))
-    assert problem is not None
     assert re.search("CUDA|NVIDIA", problem)
     assert "\n" not in problem
