@@ -17,7 +17,7 @@ from t5tune.compat.torch_patches import collect_save_errors, replace_attention_k
 from t5tune.compat.transformers_patches import replace_forwards
 
 
-def test_process_groups_without_a_timeout_of_their_own_get_ours() -> None:
+def test_process_groups_without_a_timeout_get_the_default() -> None:
     names = ("gloo", "cpu:gloo,cuda:nccl")  # the second has one timeout for both of its backends
 
     def read_timeouts() -> list[timedelta]:
@@ -29,7 +29,7 @@ def test_process_groups_without_a_timeout_of_their_own_get_ours() -> None:
     assert read_timeouts() == before
 
 
-def test_errors_of_torch_save_are_collected_with_the_systems_reason(tmp_path: Path) -> None:
+def test_torch_save_errors_give_the_system_s_reason(tmp_path: Path) -> None:
     save = torch.save
     with collect_save_errors() as failures:
         torch.save({"a": torch.ones(3)}, tmp_path / "new folder" / "a.pt")
@@ -40,7 +40,7 @@ def test_errors_of_torch_save_are_collected_with_the_systems_reason(tmp_path: Pa
     assert failure.message == "/dev/full: No space left on device (errno 28)"
 
 
-def test_the_attention_kernel_and_the_environment_are_restored_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_restores_the_attention_kernel_and_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KEPT", "old")
     kernel = functional.scaled_dot_product_attention
 
@@ -57,7 +57,7 @@ def test_the_attention_kernel_and_the_environment_are_restored_after_an_error(mo
     assert "ADDED" not in os.environ
 
 
-def test_only_the_named_layers_of_a_model_get_another_forward() -> None:
+def test_only_the_named_layers_get_a_new_forward() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU())
     x = torch.ones(1, 2)
     expected = model[0](x)

@@ -15,7 +15,7 @@ def read_state() -> list[object]:
     return [variables, levels, list(warnings.filters)]
 
 
-def test_blocks_that_overlap_hide_messages_until_the_last_one_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_overlapping_blocks_hide_messages_until_the_last_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """Threads enter and leave in any order."""
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
@@ -35,7 +35,7 @@ def test_blocks_that_overlap_hide_messages_until_the_last_one_ends(monkeypatch: 
     assert read_state() == before
 
 
-def test_a_block_hides_what_a_library_has_asked_to_show() -> None:
+def test_a_block_hides_messages_that_a_library_enabled() -> None:
     with quiet_libraries():
         warnings.simplefilter("error")  # as a library does when it is imported
         with quiet_libraries():

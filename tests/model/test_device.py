@@ -67,7 +67,7 @@ def test_openmp_threads_spin_briefly_unless_the_user_sets_it(variable: str, valu
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
     if "GOMP_SPINCOUNT" not in done.stderr:
-        pytest.skip("this torch uses another OpenMP")
+        pytest.skip("this torch doesn't use GNU's OpenMP")
     assert set(re.findall(r"GOMP_SPINCOUNT = '(\d+)'", done.stderr)) == {spins}
 
 
@@ -76,9 +76,7 @@ make_settings = functools.partial(
 )
 
 
-def test_an_8_bit_optimizer_trains_and_is_saved_in_8_bits(
-    untied_base: Path, conversations: Path, tmp_path: Path
-) -> None:
+def test_an_8_bit_optimizer_is_saved_in_8_bits(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
     train(make_settings(untied_base, conversations, tmp_path / "run", optim="adamw_bnb_8bit"))
     state = torch.load(tmp_path / "run" / "checkpoint-2" / "optimizer.pt", weights_only=True)["state"]
     kept = [value for part in state.values() for value in list_tensors(part) if value.numel() >= 4096]
@@ -92,7 +90,7 @@ def list_tensors(value: Any) -> list[Any]:
 
 
 @pytest.mark.slow
-def test_an_adapter_is_loaded_onto_the_device_of_its_model(
+def test_an_adapter_is_loaded_onto_its_model_s_device(
     untied_base: Path, conversations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By default PEFT chooses the first GPU, which `chat --use-cpu` must not use."""
@@ -107,7 +105,7 @@ def test_an_adapter_is_loaded_onto_the_device_of_its_model(
     assert {value.device.type for value in summed.parameters()} == {"cpu"}
 
 
-def test_bf16_is_refused_on_a_gpu_that_only_emulates_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_that_emulates_bf16_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
@@ -204,7 +202,7 @@ def test_gpu_memory_grows_unless_the_user_sets_the_allocator(variables: dict[str
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{expected}\n", "")
 
 
-def test_reserved_memory_is_that_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_a_gpu_has_reserved_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 7 << 20)
     assert get_reserved_memory(CUDA) == {"peak_reserved_bytes": 7 << 20}
     assert get_reserved_memory(torch.device("cpu")) == {}

@@ -38,7 +38,7 @@ def configure(**changes: Any) -> TrainSettings:
 
 
 def make_teacher_checkpoint(kind: str, folder: Path) -> Path:
-    """Make a checkpoint with other weights than those of the student, of another depth if it can have one."""
+    """Make a checkpoint with different weights than the student's and, if possible, a different depth."""
     if kind == "t5gemma":
         base = make_checkpoint(kind, folder)
         model = load_stock(base)
@@ -106,7 +106,7 @@ def test_loss_and_gradients_are_those_of_whole_logits(
         assert all(value.grad is None for value in teacher.parameters())
 
 
-def test_the_teacher_of_itself_leaves_the_cross_entropy() -> None:
+def test_a_student_that_teaches_itself_has_no_divergence() -> None:
     torch.manual_seed(1)
     hidden, weight = torch.randn(9, 16, dtype=torch.float64), torch.randn(40, 16, dtype=torch.float64)
     labels = torch.tensor([1, 2, IGNORED_LABEL, 4, 5, 6, 7, 8, 9])

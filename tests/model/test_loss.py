@@ -90,7 +90,7 @@ def test_autocast_affects_only_the_product_with_the_weight() -> None:
         assert torch.equal(found, expected)
 
 
-def test_the_losses_of_a_head_trained_in_full_by_another_tool_are_those_of_the_trained_copy(untied_base: Path) -> None:
+def test_a_fully_trained_head_determines_the_losses(untied_base: Path) -> None:
     model = load_base(untied_base, torch.float32, torch.device("cpu"))
     model = get_peft_model(model, LoraConfig(target_modules=["q"], modules_to_save=["lm_head"])).eval()
     with torch.no_grad():
@@ -102,7 +102,7 @@ def test_the_losses_of_a_head_trained_in_full_by_another_tool_are_those_of_the_t
             logits = model(**inputs).logits
             losses = model(**inputs, labels=labels, reduction="none")
         torch.testing.assert_close(losses[0], functional.cross_entropy(logits[0], labels[0], reduction="none"))
-        model.base_model.disable_adapter_layers()  # then they are those of the base's head
+        model.base_model.disable_adapter_layers()  # then the base's head gives the losses
 
 
 def test_chunks_of_gpus_are_whole_tiles_of_matrix_products() -> None:
@@ -116,10 +116,8 @@ def test_chunks_of_gpus_are_whole_tiles_of_matrix_products() -> None:
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("model_type", ["t5", "mt5", "umt5"])
-def test_the_loss_is_that_of_stock_logits_whether_or_not_the_head_is_tied(
-    model_type: str, tied: bool, tmp_path: Path
-) -> None:
-    """transformers divides the logits of a tied T5 by √d_model, but not those of an mT5."""
+def test_tied_and_untied_heads_have_the_loss_of_stock_logits(model_type: str, tied: bool, tmp_path: Path) -> None:
+    """transformers divides the logits of a tied T5 by √d_model, but not of an mT5."""
     shape = {"vocab_size": 90, "d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 1, "num_heads": 2}
     config = CONFIG_MAPPING[model_type](**shape, decoder_start_token_id=0, tie_word_embeddings=tied)
     torch.manual_seed(3)

@@ -96,7 +96,7 @@ def checkpoint(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_all_gradients_are_those_of_whole_logits_of_stock_transformers(
+def test_all_gradients_equal_those_from_stock_logits(
     name: str, kind: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In fp64, of full training, so that also the head's gradient is compared: its factors are known only afterward."""
@@ -116,7 +116,7 @@ def test_all_gradients_are_those_of_whole_logits_of_stock_transformers(
 
 @pytest.mark.parametrize("reentrant", [None, False, True])
 @pytest.mark.parametrize("quantizes", [False, True])
-def test_adapters_and_token_rows_get_the_gradients_of_whole_logits(
+def test_adapters_and_token_rows_get_whole_logits_gradients(
     reentrant: bool | None, quantizes: bool, base: Path
 ) -> None:
     """With gradient checkpointing, a quantized base, rows of added tokens, and a norm that is trained in full."""
@@ -164,7 +164,7 @@ def test_the_source_is_encoded_once_for_both_answers(is_packed: bool, untied_bas
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_a_filler_adds_nothing(name: str, untied_base: Path) -> None:
+def test_dummy_pairs_add_nothing(name: str, untied_base: Path) -> None:
     model = load_base(untied_base, torch.float64, CPU)
     model.requires_grad_(True)
     use_packing(model)

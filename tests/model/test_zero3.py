@@ -64,7 +64,7 @@ def save_adapter(folder: Path, base: Path, **ways: Any) -> Path:
 
 
 @pytest.mark.long
-def test_each_rank_gets_its_partition_of_what_rank_0_reads_and_needs_memory_for_one_tensor_more(tmp_path: Path) -> None:
+def test_ranks_load_their_partition_and_one_tensor_more(tmp_path: Path) -> None:
     tied, untied = make_base(tmp_path / "tied", tied=True), make_base(tmp_path / "untied", tied=False)
     large = make_large_base(tmp_path / "large")
     ways: dict[str, dict[str, Any]] = {"lora": {}, "dora": {"use_dora": True, "modules_to_save": ["final_layer_norm"]}}
@@ -85,7 +85,7 @@ def test_every_rank_raises_an_error_that_only_rank_0_finds(tmp_path: Path) -> No
         assert "model.safetensors: file ends before byte" in ends
 
 
-def test_steps_have_the_same_bits_although_no_gathered_weights_are_saved(tmp_path: Path) -> None:
+def test_releasing_gathered_weights_keeps_the_bits_of_steps(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", tied=False)
     assert list(run_on_two_ranks(f"describe_steps({base!r})", tmp_path)) == [[], []]
 
@@ -101,7 +101,7 @@ def test_a_step_needs_memory_for_two_blocks_and_the_embedding(way: str, tmp_path
         assert found["increase"] < found["blocks"] / 2 or way == "nf4"
 
 
-def test_weights_are_found_where_another_gather_has_put_them() -> None:
+def test_weights_are_found_after_a_second_gather() -> None:
     """With stage3_use_all_reduce_for_fetch_params, weights that are gathered together are parts of one buffer."""
     layer, values = torch.nn.Linear(3, 2, bias=False), torch.randn(2, 3)
     layer.weight.ds_id, layer.weight.ds_status = 0, SimpleNamespace(name="AVAILABLE")

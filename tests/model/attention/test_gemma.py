@@ -63,7 +63,7 @@ def test_the_loaded_model_has_the_logits_of_stock_transformers(kind: str, bases:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_logits_of_a_packed_row_are_those_of_its_examples(kind: str, bases: dict[str, Path]) -> None:
+def test_a_packed_row_has_the_logits_of_its_examples(kind: str, bases: dict[str, Path]) -> None:
     model = load(bases[kind]).eval()
     packed, *singles = (
         {name: value for name, value in batch.items() if name != "labels"}
@@ -76,7 +76,7 @@ def test_the_logits_of_a_packed_row_are_those_of_its_examples(kind: str, bases: 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_summed_loss_is_that_of_stock_logits_with_their_cap(kind: str, bases: dict[str, Path]) -> None:
+def test_the_summed_loss_equals_that_from_stock_capped_logits(kind: str, bases: dict[str, Path]) -> None:
     stock = AutoModelForSeq2SeqLM.from_pretrained(bases[kind], attn_implementation="eager").double().eval()
     ours = load(bases[kind])
     for inputs in (make_padded([example]) for example in EXAMPLES):
@@ -116,7 +116,7 @@ def test_packed_rows_equal_a_padded_batch_and_single_examples(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_packed_rows_equal_padded_ones_within_rounding_under_bf16_autocast(kind: str, bases: dict[str, Path]) -> None:
+def test_packed_and_padded_losses_agree_under_bf16_autocast(kind: str, bases: dict[str, Path]) -> None:
     model = load(bases[kind], torch.float32)
     exact = list_losses(load(bases[kind]), make_padded(EXAMPLES))
     for make_batch in (make_padded, make_packed):
@@ -141,7 +141,7 @@ def test_generation_with_padding_equals_stock_generation(kind: str, bases: dict[
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("cap", [None, 2.0])
-def test_rows_that_are_masked_as_a_whole_give_no_nan(dtype: torch.dtype, cap: float | None) -> None:
+def test_fully_masked_rows_give_no_nan(dtype: torch.dtype, cap: float | None) -> None:
     torch.manual_seed(0)
     query, key, value = (torch.randn(2, heads, 9, 16).to(dtype).requires_grad_() for heads in (6, 2, 2))
     mask = torch.ones(2, 1, 9, 9, dtype=torch.bool).tril()
@@ -160,7 +160,7 @@ def test_rows_that_are_masked_as_a_whole_give_no_nan(dtype: torch.dtype, cap: fl
     assert (output.double() - expected)[:, rows].abs().max() < bound
 
 
-def test_the_embedding_of_the_end_of_an_image_is_that_of_transformers(bases: dict[str, Path]) -> None:
+def test_the_end_of_an_image_is_embedded_as_in_transformers(bases: dict[str, Path]) -> None:
     stock = AutoModelForSeq2SeqLM.from_pretrained(bases["t5gemma2"]).model.decoder.embed_tokens
     ours = copy.deepcopy(stock)
     use_fused_layers(ours)

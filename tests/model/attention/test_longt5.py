@@ -86,9 +86,7 @@ def compute_logits(model: Any, batch: dict[str, Any]) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("published", [False, True])
-def test_a_file_without_a_head_is_tied_and_its_logits_are_not_scaled(
-    kind: str, published: bool, tmp_path: Path
-) -> None:
+def test_a_file_without_a_head_has_unscaled_tied_logits(kind: str, published: bool, tmp_path: Path) -> None:
     base = save_longt5(tmp_path, kind)
     assert "lm_head.weight" not in load_file(base / "model.safetensors")
     if published:
@@ -105,7 +103,7 @@ def test_a_file_without_a_head_is_tied_and_its_logits_are_not_scaled(
         assert model(**batch, reduction="sum").item() == pytest.approx(loss.item(), rel=1e-5)
 
 
-def test_a_file_with_a_head_of_its_own_is_untied(tmp_path: Path) -> None:
+def test_a_file_with_a_head_is_untied(tmp_path: Path) -> None:
     base = save_longt5(tmp_path)
     head = add_own_head(base)
     model = load_base(base, torch.float32, CPU)
@@ -149,7 +147,7 @@ def test_packed_padded_and_single_examples_have_the_same_gradients(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_segments_without_any_sum_have_the_gradients_of_the_padded_batch(kind: str, tmp_path: Path) -> None:
+def test_segments_without_sums_have_the_padded_gradients(kind: str, tmp_path: Path) -> None:
     """All sources are shorter than 16 tokens. Weights that only sums use get zeros."""
     model = load_base(save_longt5(tmp_path, kind), torch.float64, CPU).requires_grad_(True).train()
     examples = make_examples([(5, 3), (15, 2), (1, 4)])
@@ -165,7 +163,7 @@ def test_segments_without_any_sum_have_the_gradients_of_the_padded_batch(kind: s
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_with_reentrant_checkpointing_a_frozen_position_bias_needs_no_gradient(kind: str, tmp_path: Path) -> None:
+def test_reentrant_checkpointing_gives_a_frozen_bias_no_gradient(kind: str, tmp_path: Path) -> None:
     """Reentrant checkpointing marks all outputs of a block as requiring one."""
     model = load_base(save_longt5(tmp_path, kind), torch.float32, CPU).train()
     for name, parameter in model.named_parameters():
@@ -196,7 +194,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_source_of_3000_tokens_is_exact_and_needs_no_square(kind: str, tmp_path: Path) -> None:
+def test_a_source_of_3000_tokens_needs_no_square(kind: str, tmp_path: Path) -> None:
     shape = {"num_layers": 2, "num_heads": 2, "local_radius": 127, "num_decoder_layers": 1}
     base = save_longt5(tmp_path, kind, **shape)
     stock = AutoModelForSeq2SeqLM.from_pretrained(base).double().eval()
@@ -209,11 +207,11 @@ def test_a_source_of_3000_tokens_is_exact_and_needs_no_square(kind: str, tmp_pat
         with LargestTensor() as largest:
             losses = model(**PackedCollator(0, 0)(examples), reduction="none")
     assert losses.mean().item() == pytest.approx(expected.item(), rel=1e-6)
-    num_tokens, num_seen = 25 * 128, 3 * 128 + 3000 // 16 + 10  # of a block's tokens: what they are compared with
+    num_tokens, num_seen = 25 * 128, 3 * 128 + 3000 // 16 + 10  # keys and sums for a block's tokens
     assert largest.size <= 2 * num_tokens * num_seen < 2 * 3000**2
 
 
-def test_sums_of_many_segments_are_not_compared_with_each_other(tmp_path: Path) -> None:
+def test_sums_of_different_segments_are_not_compared(tmp_path: Path) -> None:
     model = load_base(save_longt5(tmp_path, local_radius=31), torch.float32, CPU)
     use_packing(model)
     with torch.no_grad(), LargestTensor() as largest:
@@ -222,7 +220,7 @@ def test_sums_of_many_segments_are_not_compared_with_each_other(tmp_path: Path) 
     assert largest.size <= 3 * 6400 * (3 * 32 + 2 * 20)
 
 
-def test_a_merged_checkpoint_with_a_separate_head_has_the_same_logits(conversations: Path, tmp_path: Path) -> None:
+def test_a_merged_model_with_a_head_keeps_its_logits(conversations: Path, tmp_path: Path) -> None:
     """tests/end_to_end/test_families.py merges a published one, whose head is tied."""
     base = save_longt5(tmp_path / "base", "local")
     copy_pocket_tokenizer(base)

@@ -115,7 +115,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_adapters_and_token_rows_get_the_same_gradients_packed_as_padded(variant: str, base: Path) -> None:
+def test_packed_adapters_and_token_rows_get_the_padded_gradients(variant: str, base: Path) -> None:
     """In fp32, with rows of added tokens and the chunked loss, on a tied and an untied base."""
     options = dict(VARIANTS[variant])
     quantization = QuantizationSettings(q_lora=options.pop("q_lora", False))
@@ -147,7 +147,7 @@ def test_adapters_and_token_rows_get_the_same_gradients_packed_as_padded(variant
 
 
 @pytest.mark.parametrize("is_on", [True, False])
-def test_attention_dropout_can_be_switched_off_and_the_rest_stays(
+def test_attention_dropout_can_be_switched_off_alone(
     is_on: bool, untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
     settings = make_settings(untied_base, conversations, tmp_path, attention_dropout=is_on, lora_dropout=0.2)
@@ -162,7 +162,7 @@ def test_attention_dropout_can_be_switched_off_and_the_rest_stays(
     assert others == {0.1, 0.2}
 
 
-def test_with_reentrant_checkpointing_the_bias_of_the_loop_needs_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reentrant_checkpointing_gives_the_bias_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a bias that does, torch wouldn't choose its fused kernels."""
     model = make_random_model("t5", torch.float32).requires_grad_(False)
     model.enable_input_require_grads()
@@ -177,11 +177,11 @@ def test_with_reentrant_checkpointing_the_bias_of_the_loop_needs_no_gradient(mon
 
     monkeypatch.setattr(t5_attention, "segment_attention", note_bias)
     compute_packed_loss(model, make_examples())[0].backward()
-    assert needs == [False] * 12  # those of self-attention in six blocks, forward and recomputed
+    assert needs == [False] * 12  # self-attention in six blocks, forward and recomputed
 
 
 def test_attention_dropout_has_the_same_statistics_in_every_segment() -> None:
-    """If all values are 1, an output is the mean of kept / (1 - p): its mean is 1, its variance that of dropout."""
+    """With values of 1, outputs average kept / (1 - p): their mean is 1, their variance p / (1 - p) / length."""
     torch.manual_seed(0)
     lengths = [64, 128, 8]
     query, key = torch.zeros(1, 512, 200, 4), torch.zeros(1, 512, 200, 4)

@@ -32,7 +32,7 @@ LORA_LAYERS = 12  # the queries and values of two layers in the encoder and, wit
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
-    """What each case did. They run in a process of their own, which can't use torch for anything else."""
+    """Results of each case, from a separate process, which can't use torch for anything else."""
     command = [sys.executable, "-m", "tests.support.fake_cuda", *([] if LONG else CHOSEN)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -58,7 +58,7 @@ def test_no_tensor_is_left_on_the_cpu(found: dict[str, Any], name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [*TRAINING, *LARGE])
-def test_a_step_waits_for_the_gpu_only_to_read_the_gradient_norm(found: dict[str, Any], name: str) -> None:
+def test_a_step_waits_only_for_the_gradient_norm(found: dict[str, Any], name: str) -> None:
     assert without_lines(found[name]["waits"]) == {"t5tune/training/non_finite.py item": 1}
 
 
@@ -88,7 +88,7 @@ def test_only_transformers_waits_for_the_gpu_during_generation(found: dict[str, 
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_measuring_losses_is_in_the_dtype_of_the_run_without_dropout(found: dict[str, Any], name: str) -> None:
+def test_losses_are_measured_in_the_run_s_dtype_without_dropout(found: dict[str, Any], name: str) -> None:
     products, launches = dict(found[name]["products"]), found[name]["launches"]
     assert products.pop("float32") == 1  # the logits of the trained rows
     assert set(products) == {"bfloat16"}

@@ -134,7 +134,7 @@ def assert_equal_within(found: dict[str, torch.Tensor], expected: dict[str, torc
 @pytest.mark.variants(
     "t5-encoder-torch.float64", "t5-decoder-torch.float32", "t5-cross-torch.float64", "umt5-encoder-torch.float64"
 )
-def test_one_kernel_computes_what_the_loop_does(model_type: str, kind: str, dtype: torch.dtype) -> None:
+def test_kernel_and_loop_attend_alike(model_type: str, kind: str, dtype: torch.dtype) -> None:
     layer, states = make_attention(model_type, kind, dtype), make_states(kind, dtype)
     queries, keys = map(list, LENGTHS[kind])
     rows = divide_rows(SOURCES, TARGETS)
@@ -161,7 +161,7 @@ def hash_in_numpy(seed_H: np.ndarray, length: int, width: int) -> np.ndarray:
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("kind", LENGTHS)
 @pytest.mark.variants("encoder-torch.float32")
-def test_dropout_is_that_of_the_probabilities(kind: str, dtype: torch.dtype) -> None:
+def test_dropout_applies_to_the_probabilities(kind: str, dtype: torch.dtype) -> None:
     """Segments of a single token are among them: with dropout, some of their queries see no key."""
     dropout = 0.3
     layer, states = make_attention("t5", kind, dtype), make_states(kind, dtype)
@@ -195,7 +195,7 @@ def test_dropout_is_that_of_the_probabilities(kind: str, dtype: torch.dtype) -> 
     assert (expected["output"] == 0).all(-1).any()  # a query that sees no key
 
 
-def test_the_hash_keeps_the_share_that_it_should_and_is_another_one_for_each_seed() -> None:
+def test_the_hash_keeps_the_expected_share_and_depends_on_the_seed() -> None:
     query, key = torch.arange(600)[:, None], torch.arange(700)
     seeds = torch.randint(-(2**31), 2**31 - 1, (8,), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
     kept = torch.stack([flex_attention.compute_hash(seed, query, key) < round(0.9 * 2**24) for seed in seeds]).double()
@@ -249,7 +249,7 @@ def test_blocks_are_those_of_create_block_mask(pairs: list[tuple[int, int]]) -> 
 @pytest.mark.parametrize("has_pairs", [False, True])
 @pytest.mark.parametrize("kind", ["t5", "flan-t5", "mt5", "umt5"])
 @pytest.mark.variants("flan-t5-True")
-def test_a_model_has_the_losses_and_gradients_of_the_loop(kind: str, has_pairs: bool) -> None:
+def test_kernel_and_loop_give_the_same_gradients(kind: str, has_pairs: bool) -> None:
     model = make_random_model(kind, torch.float64)
     model.get_encoder().block[0].layer[0].SelfAttention.relative_attention_bias.weight.requires_grad_(False)
     for name, parameter in model.named_parameters():
@@ -285,7 +285,7 @@ def test_checkpointing_recomputes_the_same_dropout(reentrant: bool) -> None:
     assert_same_gradients(found[1], found[0], 1e-10)
 
 
-def test_a_batch_is_filled_up_with_padding_that_counts_for_nothing() -> None:
+def test_padding_to_whole_blocks_counts_for_nothing() -> None:
     examples = make_examples()
     packed, filled = PackedCollator(9, 0)(examples), PackedCollator(9, 7, divides_rows=True)(examples)
     for name, padding in (("input_ids", 7), ("decoder_input_ids", 7), ("labels", -100)):

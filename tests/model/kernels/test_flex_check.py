@@ -1,4 +1,4 @@
-"""Attention over packed rows: one kernel, if it computes what the loop does, and else the loop."""
+"""Attention over packed rows: one kernel, if its results equal the loop's, and else the loop."""
 
 import json
 import re
@@ -49,14 +49,14 @@ def choose(
 
 @pytest.mark.long
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_the_kernel_computes_what_the_loop_does(dropout: float) -> None:
+def test_the_check_finds_kernel_and_loop_equal(dropout: float) -> None:
     state = torch.get_rng_state()
     assert check_kernel([SHAPE._replace(dropout=dropout)], CPU, torch.float32) == KernelCheck(None, None)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.long
-def test_training_compiles_again_only_for_layers_whose_keys_need_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_compiles_again_only_for_keys_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = record_compilations(monkeypatch)
     model = make_random_model("flan-t5", torch.float32, dropout=0.1)
     for name, parameter in model.named_parameters():
@@ -141,7 +141,7 @@ def test_the_kernel_of_a_teacher_is_compared_too(monkeypatch: pytest.MonkeyPatch
     assert not any(with_gradients)
 
 
-def test_a_kernel_that_needs_too_much_shared_memory_is_tried_with_fewer_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_shared_memory_reduces_the_stages(monkeypatch: pytest.MonkeyPatch) -> None:
     needed, available = 131584, 101376
     tried: list[int | None] = []
 
@@ -178,13 +178,13 @@ def test_the_number_of_stages_reaches_the_kernel(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.usefixtures("gpu")
-def test_the_stages_that_a_kernel_needs_are_those_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_run_uses_the_checked_number_of_stages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_choice, "check_kernel", lambda *_: KernelCheck(None, 2))
     assert choose_packed_attention("auto", [SHAPE], GPU, torch.bfloat16, False, None, lambda _: None) == ("flex", 2)
 
 
 @pytest.mark.usefixtures("gpu")
-def test_a_teacher_that_the_kernel_cannot_compute_makes_the_run_loop() -> None:
+def test_an_unsupported_teacher_makes_the_run_loop() -> None:
     choice, notes = choose(shapes=(SHAPE, None))
     assert choice == "loop"
     assert notes[0].text.endswith("slower on a GPU: the kernel computes only T5's attention")
@@ -199,7 +199,7 @@ def test_the_shape_is_read_from_the_config() -> None:
     assert read_attention_shape(model, has_dropout=False) == (3, 24, 99, 0.0, True)
 
 
-def test_on_a_cpu_the_loop_is_used_without_a_word() -> None:
+def test_a_cpu_uses_the_loop_silently() -> None:
     assert choose(device=CPU) == ("loop", [])
     with pytest.raises(
         SettingsError, match="^packed_attention: flex: the kernel needs an NVIDIA GPU; set it to auto or loop$"
@@ -209,7 +209,7 @@ def test_on_a_cpu_the_loop_is_used_without_a_word() -> None:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU of which torch knows only what is asked before anything is computed."""
+    """A GPU that answers questions, but computes nothing."""
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA GeForce RTX 3060")
     monkeypatch.setattr(attention_check, "find_missing_compiler", lambda on_gpu: None)
@@ -267,7 +267,7 @@ def test_each_unmet_requirement_is_named(
 
 
 @pytest.mark.usefixtures("gpu")
-def test_all_ranks_use_the_loop_if_one_has_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_ranks_loop_if_one_lacks_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_choice, "all_gather", lambda reason: [reason, "the output differs by 30%"])
     choice, notes = choose(previous="flex")
     assert choice == "loop"
@@ -332,7 +332,7 @@ def make_tiny_run(data: Any, folder: Path, base: Path, **changes: Any) -> TrainS
     )  # fmt: skip
 
 
-def test_a_teacher_uses_the_kernel_only_after_it_was_compared_with_its_own_heads(
+def test_a_teacher_uses_the_kernel_after_comparison_with_its_heads(
     monkeypatch: pytest.MonkeyPatch, untied_base: Path, tmp_path: Path
 ) -> None:
     calls = _Calls(monkeypatch)
@@ -358,9 +358,7 @@ def test_a_teacher_uses_the_kernel_only_after_it_was_compared_with_its_own_heads
 
 
 @pytest.mark.long
-def test_a_reference_adapter_is_measured_with_the_attention_of_the_policy(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_reference_adapter_and_policy_use_the_same_attention(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     calls = _Calls(monkeypatch)
     base = make_base(tmp_path / "base", tied=False, d_kv=16)
     pairs = [{"prompt": f"{i} plus {i}?", "chosen": f"{i + i}.", "rejected": f"I think {i}"} for i in range(8)]
@@ -379,9 +377,7 @@ def test_a_reference_adapter_is_measured_with_the_attention_of_the_policy(
 
 
 @pytest.mark.long
-def test_a_run_with_one_kernel_has_the_losses_of_one_with_the_loop(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_runs_with_kernel_and_loop_have_the_same_losses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """From data to adapter, on the CPU: with evaluations, gradient accumulation and a row of padding."""
     monkeypatch.setattr(attention_choice, "find_unmet_requirement", lambda *_: None)
     pairs = [{"source": "word " * (i % 7 + 1), "target": "answer " * (i % 3 + 1)} for i in range(24)]

@@ -41,9 +41,7 @@ def test_all_kinds_of_attention_compile(capability: int) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize(("capability", "width", "available"), [(89, 128, 101_376), (100, 64, 232_448)])
-def test_two_stages_fit_into_shared_memory_where_the_default_does_not(
-    capability: int, width: int, available: int
-) -> None:
+def test_two_stages_fit_into_less_shared_memory(capability: int, width: int, available: int) -> None:
     """Heads of 128 on RTX 40, and of 64 on B200."""
 
     def measure(*stages: int) -> int:

@@ -1,4 +1,4 @@
-"""The norms and activations with less memory traffic, compared with those of transformers."""
+"""The norms and activations with less memory traffic, compared with transformers."""
 
 import copy
 import os
@@ -54,9 +54,7 @@ def find_module(model: nn.Module, ending: str) -> nn.Module:
         (torch.bfloat16, torch.float32),
     ],
 )
-def test_norms_have_the_bits_of_transformers_and_nearly_its_gradients(
-    kind: str, values: torch.dtype, weights: torch.dtype
-) -> None:
+def test_norms_have_the_bits_of_transformers(kind: str, values: torch.dtype, weights: torch.dtype) -> None:
     if kind.startswith("t5gemma") and values == torch.float64:
         pytest.skip("transformers computes Gemma's norms in fp32")
     stock = find_module(make_model(kind), "Norm").to(weights)
@@ -111,7 +109,7 @@ def test_a_whole_model_has_the_same_logits_and_gradients(
         assert (found[name] - value).norm() < 1e-5 * value.norm().clamp_min(1e-6), name
 
 
-def test_gelu_and_its_closed_form_gradient_nearly_equal_those_of_torch() -> None:
+def test_gelu_and_its_gradient_nearly_equal_torch() -> None:
     x, grad = torch.linspace(-20, 20, 100_001), torch.randn(100_001)
     gelu, gradient = fused._gelu_and_gradient(x, grad)
     wide, wide_grad = x.double(), grad.double()
@@ -150,7 +148,7 @@ def test_only_inputs_are_saved_for_the_backward_pass() -> None:
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 2**-8)])
-def test_the_norm_of_gpus_and_its_gradients_are_those_of_the_formula(dtype: torch.dtype, bound: float) -> None:
+def test_the_gpu_norm_and_its_gradients_follow_the_formula(dtype: torch.dtype, bound: float) -> None:
     """Under autocast, too, which would return fp32. Here it runs as torch's operators for CPUs."""
     torch.manual_seed(5)
     x, grad = (10 * torch.randn(3, 7, 48, dtype=torch.float64)).to(dtype), torch.randn(3, 7, 48).to(dtype)
@@ -169,7 +167,7 @@ def test_the_norm_of_gpus_and_its_gradients_are_those_of_the_formula(dtype: torc
         assert torch.equal(output, exact.to(dtype))
 
 
-def test_a_gate_kernel_that_does_not_compile_is_reported_once_and_replaced() -> None:
+def test_a_gate_kernel_that_fails_is_reported_and_replaced() -> None:
     stock = make_model("flan")
     ours, events = copy.deepcopy(stock), list[Event]()
     if torch.cuda.is_available():
@@ -187,7 +185,7 @@ def test_a_gate_kernel_that_does_not_compile_is_reported_once_and_replaced() -> 
 
 
 @pytest.mark.parametrize(("weights", "is_used"), [(torch.bfloat16, True), (torch.float32, False)])
-def test_the_norm_of_gpus_is_used_where_the_weight_has_the_dtype_of_the_values(
+def test_the_gpu_norm_needs_weights_and_values_of_one_dtype(
     weights: torch.dtype, is_used: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stock = find_module(make_model("flan"), "T5LayerNorm").to(weights)
@@ -199,7 +197,7 @@ def test_the_norm_of_gpus_is_used_where_the_weight_has_the_dtype_of_the_values(
 
 
 @pytest.mark.parametrize(("dtype", "is_used"), [(torch.bfloat16, True), (torch.float32, True), (torch.float64, False)])
-def test_the_kernel_of_gated_activations_is_used_in_its_dtypes(
+def test_the_gate_kernel_is_used_in_its_dtypes(
     dtype: torch.dtype, is_used: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stock = find_module(make_model("flan"), "GatedActDense").to(dtype)

@@ -86,9 +86,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         ({"lora_bias": True}, False),
     ],
 )
-def test_plain_lora_is_computed_here_and_the_rest_by_peft(
-    options: dict[str, Any], is_fused: bool, calls: list[Any]
-) -> None:
+def test_only_plain_lora_is_fused(options: dict[str, Any], is_fused: bool, calls: list[Any]) -> None:
     """As in an evaluation, so without dropout."""
     model = make_peft_model(**options).eval()
     x = torch.randn(3, 5, WIDTH)

@@ -33,7 +33,7 @@ print(json.dumps(errors))
 
 
 def test_outputs_and_gradients_are_those_of_the_formula() -> None:
-    """In a process of its own: Triton reads the variable when it is imported."""
+    """In a separate process, since Triton reads the variable when it is imported."""
     pytest.importorskip("triton", reason="Triton isn't installed, as always without CUDA")
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(
@@ -46,7 +46,7 @@ def test_outputs_and_gradients_are_those_of_the_formula() -> None:
     assert max(errors) < 1e-6
 
 
-def test_a_kernel_that_does_not_work_is_explained_in_one_line() -> None:
+def test_a_failing_kernel_is_explained_in_one_line() -> None:
     if torch.cuda.is_available():
         pytest.skip("the kernel works on this machine")
     problem = find_kernel_problem(torch.device("cuda"))
