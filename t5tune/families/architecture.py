@@ -168,11 +168,7 @@ class Architecture(ABC):
         """
 
     def read_size(self, config: Mapping[str, Any], key: str, limit: int = 1 << 32) -> int:
-        """Read a size from (a part of) config.json.
-
-        Raises:
-            CheckpointError: it is missing, or no positive integer below the limit.
-        """
+        """Read a size from (a part of) config.json, or raise a CheckpointError."""
         value = config.get(key)
         if type(value) is not int or not 0 < value < limit:
             raise CheckpointError(
@@ -181,11 +177,7 @@ class Architecture(ABC):
         return value
 
     def read_id(self, config: Mapping[str, Any], key: str, default: int | None = None) -> int:
-        """Read the id of a token from (a part of) config.json.
-
-        Raises:
-            CheckpointError: it is missing and has no default, or is no id.
-        """
+        """Read the id of a token from (a part of) config.json, or raise a CheckpointError."""
         value = default if config.get(key) is None else config[key]
         if type(value) is not int or value < 0:
             raise CheckpointError(f"the base's config.json: {key}: {shorten(str(value))}: expected the id of a token")

@@ -205,13 +205,6 @@ def register_soft_capped_attention() -> None:
 
 
 def _attend_in_transformers(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    softcap: float | None = None,
-    **_: Any,
+    module: Any, query: Any, key: Any, value: Any, mask: Any, dropout: float = 0.0, softcap: Any = None, **_: Any
 ) -> tuple[Tensor, None]:
-    return attend(query, key, value, attention_mask, module.scaling, softcap, dropout), None
+    return attend(query, key, value, mask, module.scaling, softcap, dropout), None

@@ -100,7 +100,7 @@ def _forward_norm(module: Any, _original_forward: Callable[..., Any], hidden: Te
     is_half = weight_D.dtype in HALF_DTYPES
     dtype = weight_D.dtype if is_half else torch.promote_types(_widen(hidden.dtype), weight_D.dtype)
     dtypes = torch.float32, dtype, dtype
-    return _RootMeanSquareNorm.apply(hidden, weight_D, module.variance_epsilon, *dtypes)  # type: ignore[no-untyped-call]
+    return _RootMeanSquareNorm.apply(hidden, weight_D, module.variance_epsilon, dtypes)  # type: ignore[no-untyped-call]
 
 
 def _forward_scaled_embedding(module: Any, _original_forward: Callable[..., Any], ids: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ def _forward_gemma_norm(module: Any, _original_forward: Callable[..., Any], hidd
     """
     wide = _widen(hidden.dtype)
     dtypes = wide, wide, hidden.dtype
-    return _RootMeanSquareNorm.apply(hidden, 1 + module.weight.to(wide), module.eps, *dtypes)  # type: ignore[no-untyped-call]
+    return _RootMeanSquareNorm.apply(hidden, 1 + module.weight.to(wide), module.eps, dtypes)  # type: ignore[no-untyped-call]
 
 
 def _widen(dtype: torch.dtype) -> torch.dtype:
@@ -164,20 +164,15 @@ def _compute_gated_gelu(has_kernel: bool, gate: Tensor, linear: Tensor) -> Any:
 class _RootMeanSquareNorm(torch.autograd.Function):
     """RMSNorm: weight · x / sqrt(mean(x²) + epsilon) (Zhang and Sennrich 2019).
 
-    The mean has mean_dtype, x / sqrt(…) has factor_dtype, and the output has dtype.
+    `dtypes` are those of the mean, of x / sqrt(…) and of the output.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight_D: Tensor,
-        epsilon: float,
-        mean_dtype: torch.dtype,
-        factor_dtype: torch.dtype,
-        dtype: torch.dtype,
+        ctx: Any, hidden: Tensor, weight_D: Tensor, epsilon: float, dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]
     ) -> Tensor:
         hidden_ND = hidden.reshape(-1, hidden.shape[-1])
+        mean_dtype, factor_dtype, dtype = dtypes
         scale_N1 = hidden.new_empty(len(hidden_ND), 1, dtype=mean_dtype)
         output = torch.empty_like(hidden, dtype=dtype, memory_format=torch.contiguous_format)
         output_ND = output.view_as(hidden_ND)
@@ -204,7 +199,7 @@ class _RootMeanSquareNorm(torch.autograd.Function):
             hidden_grad_ND[part] = scaled_CD.addcmul_(normal_CD, along_C1, value=-1).mul_(scale_N1[part])
             if wants_weight:
                 weight_grad_D += (grad_ND[part] * normal_CD).sum(0)
-        return hidden_grad, weight_grad_D.to(weight_D.dtype) if wants_weight else None, None, None, None, None
+        return hidden_grad, weight_grad_D.to(weight_D.dtype) if wants_weight else None, None, None
 
 
 class _GatedGelu(torch.autograd.Function):

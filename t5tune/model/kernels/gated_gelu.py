@@ -39,26 +39,14 @@ def gated_gelu_backward(grad: Tensor, gate: Tensor, linear: Tensor) -> tuple[Ten
     return run_backward(grad, gate, linear, SLOPE, CUBE)
 
 
-@gated_gelu.register_fake
-def _make_output(gate: Tensor, linear: Tensor) -> Tensor:
-    return torch.empty_like(gate)
-
-
-@gated_gelu_backward.register_fake
-def _make_gradients(grad: Tensor, gate: Tensor, linear: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(gate), torch.empty_like(linear)
-
-
-def _save_inputs(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
 def _run_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
     gradients: tuple[Tensor, Tensor] = gated_gelu_backward(grad.contiguous(), *ctx.saved_tensors)
     return gradients
 
 
-gated_gelu.register_autograd(_run_backward, setup_context=_save_inputs)
+gated_gelu.register_fake(lambda gate, linear: torch.empty_like(gate))
+gated_gelu_backward.register_fake(lambda grad, gate, linear: (torch.empty_like(gate), torch.empty_like(linear)))
+gated_gelu.register_autograd(_run_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
 
 
 def find_kernel_problem(device: torch.device) -> str | None:
