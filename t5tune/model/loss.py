@@ -18,10 +18,11 @@ Shapes: B examples of a micro-batch, T tokens of the longest target, N = B·T to
 D width, K trained rows of the head.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache, wraps
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import torch
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
@@ -35,19 +36,13 @@ LOGITS_PER_CHUNK = 2**23  # 32 MiB in fp32: 261 target tokens with T5's vocabula
 GPU_LOGITS_PER_CHUNK, GPU_MIN_CHUNK, GPU_TILE = 2**25, 256, 128
 
 Reduction = Literal["sum", "none", "hidden"]
+# (part of the target tokens, their logits, whether gradients are wanted) -> (their losses, the gradient of each loss
+# with respect to its logits, which may use the memory of the logits)
+Criterion = Callable[[slice, Tensor, bool], tuple[Tensor, Tensor | None]]
 
 
-class Criterion(Protocol):
-    """Computes losses of target tokens from their logits."""
-
-    def __call__(self, part: slice, logits_CV: Tensor, wants_gradient: bool) -> tuple[Tensor, Tensor | None]:
-        """Compute the losses of the tokens in `part`, and their gradient with respect to the logits if it is wanted.
-
-        The memory of the logits may be used for the gradient.
-        """
-
-
-class CrossEntropy(NamedTuple):
+@dataclass(frozen=True)
+class CrossEntropy:
     """Cross-entropy; 0 where the label is IGNORED_LABEL.
 
     Args:
@@ -105,7 +100,8 @@ def make_loss_class(model_class: Any) -> Any:
                 return Seq2SeqLMOutput(logits=logits_BTV)
             if reduction == "hidden":
                 return hidden_BTD
-            criterion = criterion or CrossEntropy(labels_BT.flatten(), label_smoothing)
+            if criterion is None:
+                criterion = CrossEntropy(labels_BT.flatten(), label_smoothing)
             return self.target_loss(hidden_BTD, labels_BT.shape, head, reduction, criterion, logit_cap)
 
     ModelWithLoss.__name__ = ModelWithLoss.__qualname__ = model_class.__name__
@@ -137,7 +133,7 @@ class TargetLoss(nn.Module):
             for part in _slice_into_chunks(len(hidden_ND), head.out_features, hidden_ND.device):
                 logits_CV = head(hidden_ND[part]).float()
                 _cap_in_place(logits_CV, logit_cap)
-                losses.append(criterion(part, logits_CV, wants_gradient=False)[0])
+                losses.append(criterion(part, logits_CV, False)[0])
             return torch.cat(losses).view(shape)
         if reduction == "sum":
             return compute_summed_loss(hidden_ND, criterion, weights, logit_cap)
