@@ -102,10 +102,12 @@ def forward_merged(
         (source, target): functional.pad(_make_mask(see, target, hidden_BQ.device), (0, source), value=True)
         for source, target in set(lengths)
     }
-    queries, *own = _split(packing.targets, *states)
-    sources = map(packing.repeat_for_targets, _split(packing.sources, *memory))
-    keys, values = ([torch.cat(pair, 2) for pair in zip(*each, strict=True)] for each in zip(own, sources, strict=True))
-    segments = zip(queries, keys, values, [masks[each] for each in lengths], strict=True)
+    targets = zip(*_split(packing.targets, *states), strict=True)
+    sources = zip(*map(packing.repeat_for_targets, _split(packing.sources, *memory)), strict=True)
+    segments = (  # a generator, so that without gradients only one segment's joined keys and values are in memory
+        (query, torch.cat([key, source_key], 2), torch.cat([value, source_value], 2), masks[each])
+        for (query, key, value), (source_key, source_value), each in zip(targets, sources, lengths, strict=True)
+    )
     return _attend_to_segments(kind, module, segments), None, None
 
 
