@@ -46,7 +46,7 @@ def add_lora(
         base: folder that the model was loaded from; None: it has no weights.
         token_ids: rows of the embedding and the head to train.
         adapter_dtype: dtype of the trained tensors.
-        partitioner: partitioned the base. The adapters stay whole.
+        partitioner: partitioned the base; it partitions the adapters later.
 
     Returns:
         The PEFT model, and the initial LoRA matrices that were subtracted from the base weights (PiSSA, OLoRA), in fp32
