@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Match, Route
 from starlette.types import Message, Receive, Scope, Send
 
@@ -31,7 +31,6 @@ from t5tune.serving.protocol import (
     ChatRequest,
     CompletionRequest,
     GenerationRequest,
-    encode_json,
     parse_body,
 )
 from t5tune.serving.replies import Order, Record, Replies
@@ -40,10 +39,10 @@ PAGE_FILE = Path(__file__).with_name("page.html")
 MAX_BODY_BYTES = 4 << 20
 SECONDS_FOR_BODY = 30.0
 SECONDS_TO_RESTART = "5"
-CLIENT_GONE = 499  # nginx's status for it, which no one receives
-OPEN_PATHS = {"/", "/health"}  # no key is needed for these
+CLIENT_GONE = 499  # nginx's status, only for metrics and the log
+OPEN_PATHS = {"/", "/health"}  # need no API key
 JSON = "application/json"
-# the page loads nothing from elsewhere, and no other page may frame it
+# the page loads nothing from other sites, and no other page may frame it
 PAGE_HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
     "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -53,15 +52,12 @@ PAGE_HEADERS = {
 
 
 class Service:
-    """Answers requests with the models. All methods run in the event loop's thread, except where they say otherwise.
+    """The ASGI application. All methods run in the event loop's thread.
 
     Args:
-        max_replies: to one request.
-        api_key: the key that clients must send; None: none.
-        is_local: whether only this machine reaches the server.
-
-    Attributes:
-        num_cut_off: replies that weren't complete when the server had to stop.
+        max_replies: limit per request.
+        api_key: the key that clients must send; None: no key needed.
+        is_local: whether the server listens only on this machine's loopback address.
     """
 
     def __init__(
@@ -74,12 +70,12 @@ class Service:
         is_local: bool,
         report: Report,
     ) -> None:
-        self.num_cut_off = 0
+        self.num_cut_off = 0  # replies that were incomplete when the server had to stop
         self._is_stopping = False
         self._num_accepted = 0  # requests that are being answered
         self._all_answered = asyncio.Event()
-        # One thread parses all bodies and encodes all prompts. So the event loop answers other requests meanwhile, and
-        # shares Python's interpreter lock with one thread only, however many requests arrive.
+        # One thread parses all bodies and encodes all prompts. The event loop can answer other requests meanwhile, and
+        # competes with only one thread for Python's interpreter lock, however many requests arrive.
         self._reader = ThreadPoolExecutor(1, "prompts")
         self._models = models
         self._batcher = batcher
@@ -94,26 +90,22 @@ class Service:
             Route("/metrics", self._show_metrics),
             Route("/v1/models", self._list_models),
             Route("/v1/models/{name:path}", self._show_model),
-            Route("/v1/chat/completions", self._complete_chat, methods=["POST"]),
-            Route("/v1/completions", self._complete_text, methods=["POST"]),
+            Route("/v1/chat/completions", partial(self._complete, kind=ChatRequest), methods=["POST"]),
+            Route("/v1/completions", partial(self._complete, kind=CompletionRequest), methods=["POST"]),
         ]
         handlers: dict[Any, Callable[..., Any]] = {
             HTTPException: _refuse_route,
             ApiError: _refuse,
-            ClientDisconnect: _note_disconnect,
-            Exception: _explain_failure,
+            ClientDisconnect: _end_silently,
+            Exception: _report_failure,
         }
         self._router = Starlette(routes=self._routes, exception_handlers=handlers)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request as an ASGI application: check it, pass it to its route, count and report it."""
-        if scope["type"] != "http":
-            await self._router(scope, receive, send)
-            return
-        started, record, status = time.monotonic(), Record(), CLIENT_GONE
-        request_id = uuid.uuid4().hex
+        """Check a request, route it, then count and report the answer."""
+        started, record, request_id = time.monotonic(), Record(), uuid.uuid4().hex
+        status, is_complete = CLIENT_GONE, False
         scope["t5tune"] = record
-        is_complete = False
 
         async def send_and_note(message: Message) -> None:
             nonlocal status, is_complete
@@ -126,18 +118,17 @@ class Service:
 
         try:
             await self._answer_checked(scope, receive, send_and_note)
-        except Exception as error:  # a fault of ours: the client has got status 500, or its connection is closed
+        except Exception as error:  # a bug: the client got status 500, or uvicorn closes its connection
             record.error = record.error or _describe_failure(error)
             if not is_complete:
                 raise
-        except asyncio.CancelledError:  # the time for stopping is over
+        except asyncio.CancelledError:  # the shutdown timeout is over
             self.num_cut_off += sum(generation.ended is None for generation in record.generations)
             if status != CLIENT_GONE:
                 raise
-            cut_off = ApiError(503, "the server has stopped before the reply was complete")
+            cut_off = ApiError(503, "the server stopped before the reply was complete")
             await (await _refuse(Request(scope, receive), cut_off))(scope, receive, send_and_note)
         finally:
-            # those that no one waits for any more
             self._batcher.cancel([generation for generation in record.generations if generation.ended is None])
             self._note_answer(scope, record, request_id, status if is_complete else CLIENT_GONE, started)
 
@@ -157,22 +148,17 @@ class Service:
                 self._all_answered.set()
 
     async def finish(self) -> None:
-        """Refuse new requests, and wait until the others are answered."""
+        """Refuse new requests, and wait until all accepted requests are answered."""
         self._is_stopping = True
         if self._num_accepted:
             await self._all_answered.wait()
 
     def _check(self, request: Request) -> None:
-        """Check the address that a request was sent to, and its key.
-
-        Raises:
-            ApiError: the request is refused.
-        """
         if self._is_stopping:
             headers = {"retry-after": SECONDS_TO_RESTART, "connection": "close"}
             raise ApiError(503, "the server is stopping", headers=headers)
         if self._api_key is None:
-            # a page on the web may give a name of its own to this machine's address, and send requests from a browser
+            # DNS rebinding: a website may point its host name at this machine, and send requests from a browser here
             host = request.headers.get("host", "")
             if self._is_local and not is_loopback(_get_host_name(host)):
                 problem = f"host: {host or 'missing'}: not a name of this machine; without an API key, the server"
@@ -186,8 +172,8 @@ class Service:
     def _note_answer(self, scope: Scope, record: Record, request_id: str, status: int, started: float) -> None:
         # older releases of Starlette don't say which route answered
         paths = [route.path for route in self._routes if route.matches(scope)[0] is not Match.NONE]
-        begun = [generation.started_at for generation in record.generations if generation.started_at is not None]
-        first = [item.first_token_at for item in record.generations if item.first_token_at is not None]
+        begun = [reply.started_at for reply in record.generations if reply.started_at is not None]
+        first = [reply.first_token_at for reply in record.generations if reply.first_token_at is not None]
         answered = Answered(
             id=request_id,
             client=scope["client"][0] if scope.get("client") else "",
@@ -212,17 +198,16 @@ class Service:
     async def _show_health(self, request: Request) -> Response:
         if failure := self._batcher.failure:
             raise ApiError(503, failure)
-        return Response(encode_json({"status": "ok"}), media_type=JSON)
+        return JSONResponse({"status": "ok"})
 
     async def _show_metrics(self, request: Request) -> Response:
         return Response(self._metrics.render(), media_type=self._metrics.content_type)
 
     async def _list_models(self, request: Request) -> Response:
-        models = [_describe_model(model) for model in self._models.values()]
-        return Response(encode_json({"object": "list", "data": models}), media_type=JSON)
+        return JSONResponse({"object": "list", "data": [model.to_body() for model in self._models.values()]})
 
     async def _show_model(self, request: Request) -> Response:
-        return Response(encode_json(_describe_model(self._find_model(request.path_params["name"]))), media_type=JSON)
+        return JSONResponse(self._find_model(request.path_params["name"]).to_body())
 
     def _find_model(self, name: str) -> ServedModel:
         if name not in self._models:
@@ -230,23 +215,15 @@ class Service:
             raise ApiError(404, f"model: {name}: not served here; this server has {known}", "model", "model_not_found")
         return self._models[name]
 
-    async def _complete_chat(self, request: Request) -> Response:
-        return await self._complete(request, ChatRequest)
-
-    async def _complete_text(self, request: Request) -> Response:
-        return await self._complete(request, CompletionRequest)
-
     async def _complete(self, request: Request, kind: type[Body]) -> Response:
         record: Record = request.scope["t5tune"]
         order = await self._read_order(await _read_body(request), kind, record)
         replies = Replies(order, self._batcher, record)
         headers = {"x-t5tune-dropped-messages": str(record.dropped_messages)} if record.dropped_messages else {}
+        replies.submit()  # before an answer begins, so that a full queue still decides its status
         if order.request.stream:
-            replies.submit()  # a full queue is an error of its own status
-            events = replies.stream(is_chat=kind is ChatRequest)
-            return StreamingResponse(events, media_type="text/event-stream", headers=headers)
-        whole = await _unless_gone(request, replies.collect(is_chat=kind is ChatRequest))
-        return Response(encode_json(whole), media_type=JSON, headers=headers)
+            return StreamingResponse(replies.stream(), media_type="text/event-stream", headers=headers)
+        return JSONResponse(await _unless_gone(request, replies.collect()), headers=headers)
 
     async def _read_order(self, body: bytes, kind: type[Body], record: Record) -> Order:
         run = partial(asyncio.get_running_loop().run_in_executor, self._reader)
@@ -257,7 +234,7 @@ class Service:
         options = model.read_options(request)
         prompts: list[Prompt] = []
         unread = model.read_prompts(request)
-        while prompt := await run(next, unread, None):  # the prompts of other requests get in between
+        while prompt := await run(next, unread, None):  # one by one, so that prompts of other requests get their turn
             prompts.append(prompt)
         record.prompt_tokens = sum(prompt.num_tokens for prompt in prompts)
         record.dropped_messages = sum(prompt.dropped_turns for prompt in prompts)
@@ -274,13 +251,8 @@ class Service:
 
 
 async def _read_body(request: Request) -> bytes:
-    """Read the body of a request.
-
-    Raises:
-        ApiError: it isn't JSON by its header, too large, or doesn't arrive.
-    """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != JSON:  # also: a browser sends JSON to another site only if that allows it, which this one doesn't
+    if kind != JSON:  # also keeps other websites out: browsers send JSON across sites only with CORS, missing here
         raise ApiError(415, f"content-type: {kind or 'missing'}: expected the header Content-Type: {JSON}")
     too_large = ApiError(413, f"the body is larger than {MAX_BODY_BYTES:,} bytes")
     length = request.headers.get("content-length", "")
@@ -294,17 +266,12 @@ async def _read_body(request: Request) -> bytes:
                 if len(body) > MAX_BODY_BYTES:
                     raise too_large
     except TimeoutError:
-        problem = f"the body didn't arrive within {SECONDS_FOR_BODY:g} seconds"
-        raise ApiError(408, problem) from None
+        raise ApiError(408, f"the body didn't arrive within {SECONDS_FOR_BODY:g} seconds") from None
     return bytes(body)
 
 
 async def _unless_gone(request: Request, work: Awaitable[dict[str, Any]]) -> dict[str, Any]:
-    """Do the work, unless the client goes away.
-
-    Raises:
-        ClientDisconnect: it has.
-    """
+    """Do the work, or raise ClientDisconnect as soon as the client is gone."""
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_wait_until_gone(request))
     try:
@@ -324,28 +291,23 @@ async def _wait_until_gone(request: Request) -> None:
 
 
 def _get_host_name(header: str) -> str:
-    """Get the name without the port from a Host header; "" if it has none."""
+    """Get the name without the port from a Host header; "" if it is empty or malformed."""
     try:
         return urlsplit(f"//{header}").hostname or ""
     except ValueError:  # brackets without an address
         return ""
 
 
-def _describe_model(model: ServedModel) -> dict[str, Any]:
-    return {"id": model.name, "object": "model", "created": model.created, "owned_by": "t5tune"}
-
-
 async def _refuse(request: Request, error: ApiError) -> Response:
     request.scope["t5tune"].error = error.summary
-    return Response(encode_json(error.to_body()), error.status, error.headers, JSON)
+    return JSONResponse(error.to_body(), error.status, error.headers)
 
 
-async def _note_disconnect(request: Request, error: Exception) -> Response:
+async def _end_silently(request: Request, error: Exception) -> Response:
     return Response(status_code=CLIENT_GONE)
 
 
 async def _refuse_route(request: Request, error: HTTPException) -> Response:
-    """Answer a request to a path that doesn't exist, or with a method that it doesn't have."""
     path = request.url.path
     if error.status_code == 404:
         known = "/v1/chat/completions, /v1/completions, /v1/models, /health, /metrics and /"
@@ -355,7 +317,7 @@ async def _refuse_route(request: Request, error: HTTPException) -> Response:
     return await _refuse(request, ApiError(error.status_code, problem, headers=error.headers))
 
 
-async def _explain_failure(request: Request, error: Exception) -> Response:
+async def _report_failure(request: Request, error: Exception) -> Response:
     return await _refuse(request, ApiError(500, _describe_failure(error)))
 
 

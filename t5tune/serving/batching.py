@@ -1,4 +1,4 @@
-"""Which replies are generated next, and together: requests take turns.
+"""Decide which replies are generated next, and which together: requests take turns.
 
     schedule = Schedule(max_batch_tokens=16384, max_waiting=256)
     schedule.add([generation, …])                   # the replies of one request
@@ -6,16 +6,16 @@
     inner = schedule.take_smaller(batch)            # between two turns of the batch; None if no smaller request waits
     schedule.end(batch)
 
-The many replies of one request don't hold up the other requests:
+A request for many replies doesn't hold up small requests:
 
-1. The next batch has one reply of each request that waits, then a second one of each, while they fit. A request that
-   got a place goes to the end of the queue, so the first one in the queue is always the one that has waited longest.
-2. A batch runs to its end, because no engine can add a reply to it. But after each turn of SECONDS_PER_TURN, it is
-   interrupted if there is a smaller request: one that asks for fewer tokens than a request of the batch may still get.
-   Smaller requests are generated in a batch inside the interrupted one, which then gets a turn at least as long as the
+1. The next batch takes one reply from each waiting request, then a second from each, and so on while they fit. Then
+   these requests go to the end of the queue, so the request that waited longest is always first.
+2. A batch runs to its end, because no engine can add a reply to a batch. But after each turn of SECONDS_PER_TURN, a
+   smaller request can interrupt it: a request for fewer tokens than some request of the batch may still get. Smaller
+   requests are generated in a batch inside the interrupted batch, which then gets a turn at least as long as the
    interruption. So a large request takes at most twice as long.
 
-All replies of a batch have the same engine, and prefer neighbors of similar length: the longest determines the time.
+All replies of a batch have the same engine, and similar lengths where possible: the longest determines the time.
 """
 
 import time
@@ -28,20 +28,16 @@ from t5tune.errors import T5TuneError
 from t5tune.serving.generation import Engine, Generation
 
 SECONDS_PER_TURN = 0.1
-MAX_LEVEL = 2  # a batch may be interrupted, and the batch inside it, too
+MAX_LEVEL = 2  # a batch can be interrupted, and so can the batch inside it
 
 
 class QueueFull(T5TuneError):
-    """More replies wait than may."""
+    """The queue has no room for the replies of a request."""
 
 
 @dataclass(eq=False)
 class Request:
-    """The replies that a client asked for at once.
-
-    Args:
-        waiting: the replies that are in no batch yet.
-    """
+    """All replies of one HTTP request. `waiting`: the replies that are in no batch yet."""
 
     replies: Sequence[Generation]
     waiting: list[Generation]
@@ -52,7 +48,7 @@ class Request:
 
     @property
     def rest(self) -> int:
-        """Tokens that its replies may still get."""
+        """Tokens still to generate, at most."""
         return sum(reply.rest for reply in self.replies)
 
 
@@ -61,9 +57,9 @@ class Batch:
     """Replies that are generated together, in turns.
 
     Args:
-        requests: whose replies they are.
-        outer: the batch that this one interrupts.
-        leaves_room: whether it may be interrupted; not if a reply didn't fit into memory next to it.
+        requests: the owners of the replies.
+        outer: the batch that this batch interrupts.
+        leaves_room: False after a reply didn't fit into memory next to this batch; then nothing interrupts it.
     """
 
     replies: list[Generation]
@@ -82,11 +78,6 @@ class Batch:
         return 0 if self.outer is None else self.outer.level + 1
 
     @property
-    def is_in_same_engine(self) -> bool:
-        """Whether it interrupts a batch of its engine, which computes it instead."""
-        return self.outer is not None and self.outer.engine is self.engine
-
-    @property
     def is_turn_over(self) -> bool:
         return time.monotonic() >= self._turn_ends
 
@@ -95,20 +86,20 @@ class Batch:
 
 
 class Schedule:
-    """The requests that wait, and the batches that are computed. Callers hold a lock.
+    """The waiting requests and the running batches. Callers hold a lock.
 
     Args:
-        max_batch_tokens: number of replies times the largest size among them; a larger reply is alone. A batch inside
-            another one is at most half as large.
-        max_waiting: how many replies may wait.
+        max_batch_tokens: limit on the number of replies times their largest size; a larger reply gets its own batch.
+            Each level of interruption halves the limit.
+        max_waiting: limit on the replies in the queue.
     """
 
     def __init__(self, max_batch_tokens: int, max_waiting: int) -> None:
         self._max_batch_tokens = max_batch_tokens
-        self._limits: dict[int, int] = {}  # id of an engine -> max_batch_tokens, where a batch didn't fit into memory
+        self._limits: dict[int, int] = {}  # id of an engine -> a lower limit, after a batch didn't fit into memory
         self._max_waiting = max_waiting
         self._waiting: list[Request] = []  # in the order of their turns
-        self._running: list[Batch] = []  # with the interrupted ones
+        self._running: list[Batch] = []  # including interrupted batches
 
     @property
     def num_waiting(self) -> int:
@@ -123,11 +114,7 @@ class Schedule:
         return waiting + [reply for batch in self._running for reply in batch.replies if reply.ended is None]
 
     def add(self, replies: Sequence[Generation]) -> None:
-        """Queue the replies of a request: all of them, or none.
-
-        Raises:
-            QueueFull: they would be more than may wait.
-        """
+        """Queue all replies of a request, or raise QueueFull."""
         if self.num_waiting + len(replies) > self._max_waiting:
             raise QueueFull(f"{self.num_waiting} replies are waiting already")
         self._waiting.append(Request(replies, list(replies)))
@@ -138,16 +125,16 @@ class Schedule:
         self._waiting = [request for request in self._waiting if request.waiting]
 
     def choose_next(self) -> list[Generation]:
-        """Choose the replies of the next batch; none if no request waits whose engine can compute another batch."""
+        """Choose the replies of the next batch; empty if all engines with waiting requests are busy."""
         ready = self._list_ready()
         return choose_batch([request.waiting for request in ready], self._get_limit(ready[0].engine)) if ready else []
 
     def is_full(self, replies: Sequence[Generation]) -> bool:
-        """Whether no other reply of a similar size would fit into a batch."""
+        """Whether one more reply of this size would exceed the limit of a batch."""
         return compute_cost(replies, num_more=1) > self._get_limit(replies[0].engine)
 
     def take_smaller(self, outer: Batch) -> Batch | None:
-        """Begin a batch of requests that are smaller than the largest one in a batch; None if no such request waits."""
+        """Begin a batch of requests smaller than the largest request in `outer`; None if no such request waits."""
         if outer.level == MAX_LEVEL or not outer.leaves_room:
             return None
         rest = max(request.rest for request in outer.requests)
@@ -158,7 +145,7 @@ class Schedule:
         return self.begin(choose_batch([request.waiting for request in smaller], limit), outer)
 
     def begin(self, replies: list[Generation], outer: Batch | None = None) -> Batch:
-        """Take replies out of the queue. Their requests had their turn, and go to its end with the rest of theirs."""
+        """Take replies out of the queue. The rest of their requests moves to its end."""
         taken = set(replies)
         served = [request for request in self._waiting if not taken.isdisjoint(request.waiting)]
         for request in served:
@@ -173,14 +160,14 @@ class Schedule:
         self._running.remove(batch)
 
     def reduce_limit(self, batch: Batch, replies: Sequence[Generation]) -> None:
-        """Let the batches of an engine be smaller, since these replies of a batch didn't fit into memory."""
+        """Make later batches of an engine smaller, because these replies of a batch didn't fit into memory."""
         cost, outer = compute_cost(replies), batch.outer
-        while outer is not None:  # its memory isn't free
+        while outer is not None:  # interrupted batches keep their memory
             cost, outer = cost + compute_cost(outer.replies), outer.outer
         self._limits[id(batch.engine)] = min(self._get_limit(batch.engine), cost // 2)
 
     def postpone(self, batch: Batch, reply: Generation) -> None:
-        """Put a reply back to the head of the queue until the batches that its batch interrupts have ended."""
+        """Put a reply back at the head of the queue until the interrupted batches end and free their memory."""
         request = next(request for request in batch.requests if reply in request.replies)
         request.waiting.insert(0, reply)
         self._waiting = [request, *(other for other in self._waiting if other is not request)]
@@ -189,8 +176,11 @@ class Schedule:
             outer.leaves_room, outer = False, outer.outer
 
     def _list_ready(self, outer: Batch | None = None) -> list[Request]:
-        """List the requests whose engine can compute a batch now, or in the place of the interrupted one."""
-        busy = Counter(id(batch.engine) for batch in self._running if not batch.is_in_same_engine)
+        """List the requests whose engine can compute a batch now, or is the engine of the interrupted batch."""
+        # an engine computes an interrupting batch in the place of its interrupted batch
+        busy = Counter(
+            id(batch.engine) for batch in self._running if batch.outer is None or batch.outer.engine is not batch.engine
+        )
         return [
             request
             for request in self._waiting
@@ -203,7 +193,7 @@ class Schedule:
 
 
 def choose_batch(requests: Sequence[Sequence[Generation]], max_tokens: int) -> list[Generation]:
-    """Choose the first request's first reply, and then one of each request, a second one of each, … while they fit.
+    """Choose the first request's first reply, then one reply of each request, then a second of each, … while they fit.
 
     Args:
         requests: the waiting replies of each request, in the order of their turns.
@@ -222,11 +212,7 @@ def choose_batch(requests: Sequence[Sequence[Generation]], max_tokens: int) -> l
 
 
 def compute_cost(replies: Sequence[Generation], num_more: int = 0) -> int:
-    """Compute the size of a batch in tokens: shorter prompts are padded, and their replies wait for the longest.
-
-    Args:
-        num_more: replies in addition that aren't larger.
-    """
+    """Compute a batch's size in tokens, padding included; `num_more` counts further replies that aren't larger."""
     return (len(replies) + num_more) * max(reply.size for reply in replies)
 
 

@@ -1,8 +1,8 @@
-"""The threads that generate replies in batches, as `batching.py` schedules them.
+"""Threads that generate replies in batches, as `batching.py` schedules them.
 
 batcher = Batcher(Schedule(max_batch_tokens=16384, max_waiting=256), max_delay=0.005)
 batcher.submit([generation, …])    # the replies of one request
-batcher.close()                    # ends when all replies have
+batcher.close()                    # returns when all replies are complete
 """
 
 import threading
@@ -17,15 +17,15 @@ from t5tune.serving.generation import Generation
 
 
 class DeviceLost(T5TuneError):
-    """The GPU has failed, and computes nothing more for this process."""
+    """The GPU failed, and can't compute anything more in this process."""
 
 
 class Batcher:
-    """Generates replies in threads of its own.
+    """Generates replies in background threads.
 
     Args:
-        max_delay: how long the first reply of a batch waits for others, in seconds.
-        num_threads: how many batches are computed at the same time, if their engines can do that.
+        max_delay: how long the first reply of a batch waits for more replies, in seconds.
+        num_threads: limit on the batches that are computed at the same time.
         on_batch: called with the replies of each batch before it is computed.
     """
 
@@ -39,7 +39,7 @@ class Batcher:
         self._schedule = schedule
         self._max_delay = max_delay
         self._on_batch = on_batch
-        self._changed = threading.Condition()  # holds the lock of the schedule
+        self._changed = threading.Condition()  # its lock protects the schedule
         self._is_closed = False
         self._failure: DeviceLost | None = None
         self._threads = [threading.Thread(target=self._run, name="batches", daemon=True) for _ in range(num_threads)]
@@ -56,7 +56,7 @@ class Batcher:
 
     @property
     def failure(self) -> str | None:
-        """Why no reply can be generated any more; None if that is possible."""
+        """Why no reply can be generated any more; None if all is well."""
         if self._failure is not None:
             return str(self._failure)
         if not all(thread.is_alive() for thread in self._threads):
@@ -64,12 +64,7 @@ class Batcher:
         return None
 
     def submit(self, generations: Sequence[Generation]) -> None:
-        """Queue the replies of a request: all of them, or none.
-
-        Raises:
-            QueueFull: they would be more than may wait.
-            DeviceLost: the GPU has failed.
-        """
+        """Queue all replies of a request, or raise QueueFull, or DeviceLost if the GPU failed."""
         with self._changed:
             if self._failure is not None:
                 raise self._failure
@@ -77,7 +72,7 @@ class Batcher:
             self._changed.notify_all()
 
     def cancel(self, generations: Sequence[Generation]) -> None:
-        """Give up on replies: those that wait leave the queue, those that are computed end with their next token."""
+        """Cancel replies: waiting replies leave the queue, running replies end with their next token."""
         with self._changed:
             for generation in generations:
                 generation.is_canceled = True
@@ -85,11 +80,7 @@ class Batcher:
             self._changed.notify_all()
 
     def close(self, timeout: float | None = None) -> None:
-        """Generate what waits, and end the threads.
-
-        Args:
-            timeout: seconds after which the replies that haven't ended are cut off.
-        """
+        """Generate the waiting replies, cancel the unfinished ones after `timeout` seconds, and end the threads."""
         until = None if timeout is None else time.monotonic() + timeout
         with self._changed:
             self._is_closed = True
@@ -106,7 +97,7 @@ class Batcher:
             self._compute(batch)
 
     def _wait_for_batch(self) -> Batch | None:
-        """Wait for the next batch; None when the batcher is closed and nothing waits."""
+        """Wait for the next batch; None when the batcher is closed and the queue is empty."""
         with self._changed:
             while True:
                 if replies := self._schedule.choose_next():
@@ -127,7 +118,7 @@ class Batcher:
             self._changed.notify_all()
 
     def _generate(self, batch: Batch, replies: Sequence[Generation]) -> None:
-        """Generate replies, and if that fails, their halves, so that only what can't be computed ends with an error."""
+        """Generate replies; if that fails, generate each half, so that only the faulty replies end with an error."""
 
         def add(row: int, token: int) -> bool:
             if batch.is_turn_over:
@@ -138,8 +129,8 @@ class Batcher:
             reply.start()
         try:
             batch.engine.generate(replies, add)
-            # of replies that haven't ended nevertheless
-            failure: T5TuneError | None = T5TuneError("the reply couldn't be computed: the engine gave none")
+            # for replies that still haven't ended
+            failure: T5TuneError | None = T5TuneError("the reply couldn't be computed: the engine returned no end")
         except Exception as error:
             if is_device_lost(error):
                 failure = self._give_up(error)
@@ -147,10 +138,10 @@ class Batcher:
                 failure = _explain(error, replies[0])
             else:
                 failure = None
-                if is_out_of_memory(error):  # later batches aren't larger than what doesn't fit
+                if is_out_of_memory(error):
                     with self._changed:
                         self._schedule.reduce_limit(batch, replies)
-        # after the `except` block: the error refers to the frames that hold the memory
+        # Only after the `except` block: until then, the error's frames keep the memory of the failed batch.
         unfinished = [reply for reply in replies if reply.ended is None and not reply.is_canceled]
         if failure is not None:
             for reply in unfinished:
@@ -160,7 +151,7 @@ class Batcher:
             if reply.follows and reply.ids and not reply.is_repeatable:
                 reply.end(T5TuneError("the reply couldn't be computed: its batch failed"))
         rest = [reply for reply in unfinished if reply.ended is None]
-        if rest and len(replies) == 1:  # it may fit when the interrupted batches don't take memory any more
+        if rest and len(replies) == 1:  # it may fit once the interrupted batches have freed their memory
             with self._changed:
                 self._schedule.postpone(batch, rest[0])
             return
@@ -170,7 +161,7 @@ class Batcher:
                 self._generate(batch, half)
 
     def _let_smaller_go_first(self, batch: Batch) -> None:
-        """Between two turns of a batch, generate smaller requests: in its thread, while its engine waits in `add`."""
+        """Between two turns of a batch, generate smaller requests in its thread, while its engine waits in `add`."""
         started = time.monotonic()
         with self._changed:
             smaller = self._schedule.take_smaller(batch)
@@ -179,7 +170,7 @@ class Batcher:
         batch.start_turn(seconds_interrupted=time.monotonic() - started)
 
     def _give_up(self, error: Exception) -> DeviceLost:
-        """End all replies, since every later call to the GPU would fail, too."""
+        """End all replies, since every later call to the GPU would fail too."""
         failure = DeviceLost(f"the GPU has failed: {describe_error(error)}", hint="restart the server")
         with self._changed:
             self._failure = failure

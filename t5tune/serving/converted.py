@@ -1,8 +1,8 @@
-"""The folder of models that were converted to CTranslate2: each is converted once, and used by later servers.
+"""The folder of models converted to CTranslate2: each is converted once, and later servers use it again.
 
     folder = find_converted(Path("~/.cache/t5tune/converted"), "run", base, adapter, "nf4", "int8", convert, report)
 
-A conversion's name has a hash of all that it was made of, so that one of other weights is never taken.
+The name of a conversion contains a hash of all its inputs, so a server never takes a conversion of different weights.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from t5tune.formatting import format_size
 from t5tune.io.atomic import hash_file, hash_json, lock_file
 from t5tune.progress import Note, Report
 
-CONVERSION_FORMAT = 2  # to be raised when conversions by older versions of t5tune mustn't be used any more
+CONVERSION_FORMAT = 2  # raise it when conversions by older versions of t5tune must not be used any more
 HASHES_FOLDER = "hashes"
 SECONDS_TO_WAIT = 3600.0  # for another process that converts the same model
 
@@ -45,12 +45,8 @@ def find_converted(
 
     Args:
         folder: of all conversions.
-        name: of the model.
         onto: the weights that the adapter is merged into: base, nf4, ….
         convert: writes the conversion to a path, as a whole or not at all.
-
-    Raises:
-        SettingsError: the folder can't be written to.
     """
     hashes = folder / HASHES_FOLDER
     try:
@@ -58,13 +54,13 @@ def find_converted(
         identity = _hash_inputs(hashes, base, adapter, onto, quantization)
     except (OSError, WriteError) as error:
         reason = error.strerror if isinstance(error, OSError) else error.message
-        raise SettingsError(f"converted_dir: {folder}: {reason}", hint="name another folder") from None
+        raise SettingsError(f"converted_dir: {folder}: {reason}", hint="choose another folder") from None
     ending = f"-{quantization or 'exact'}-{identity[:16]}"
     slug = re.sub(r"[^A-Za-z0-9.-]+", "-", name)[:40].strip("-.")
     with nullcontext() if _find_any(folder, ending) else lock_file(hashes / f"{identity}.lock", SECONDS_TO_WAIT):
-        # another process may just have made it, of another name
+        # another process may have made it while this process waited for the lock
         if found := _find_any(folder, ending):
-            report(Note(f"converted to CTranslate2 before: {found}"))
+            report(Note(f"already converted to CTranslate2: {found}"))
             return found
         made = folder / f"{slug or 'model'}{ending}"
         convert(made)
@@ -74,28 +70,29 @@ def find_converted(
 
 
 def _find_any(folder: Path, ending: str) -> Path | None:
-    """Find a complete conversion; models of the same weights may have different names."""
+    """Find a complete conversion of the same inputs, whatever the model was called then."""
     return next(filter(is_converted, folder.glob(f"[!.]*{ending}")), None)
 
 
 def _hash_inputs(hashes: Path, base: Path, adapter: Path | None, onto: str, quantization: str | None) -> str:
-    """Hash all that a conversion depends on. The hash of a base's weights is kept while its files are the same."""
+    """Hash the inputs of a conversion. The hash of a base's weights is cached while its files are unchanged."""
     import ctranslate2
 
-    kept = hashes / f"{hashlib.sha256(os.fsencode(base.resolve())).hexdigest()[:16]}.json"
+    cached = hashes / f"{hashlib.sha256(os.fsencode(base.resolve())).hexdigest()[:16]}.json"
     stats = read_file_stats(base)
-    weights = load_hash(kept, stats) or compute_full_hash(open_base(base))
-    store_hash(kept, stats, weights)
-    parts = {
-        "format": CONVERSION_FORMAT,
-        "ctranslate2": ctranslate2.__version__,
-        "onto": onto,
-        "quantization": quantization,
-        "weights": weights,
-        "base": _hash_files(base, with_weights=False),
-        "adapter": None if adapter is None else _hash_files(adapter, with_weights=True),
-    }
-    return hash_json(parts)
+    weights = load_hash(cached, stats) or compute_full_hash(open_base(base))
+    store_hash(cached, stats, weights)
+    return hash_json(
+        {
+            "format": CONVERSION_FORMAT,
+            "ctranslate2": ctranslate2.__version__,
+            "onto": onto,
+            "quantization": quantization,
+            "weights": weights,
+            "base": _hash_files(base, with_weights=False),
+            "adapter": None if adapter is None else _hash_files(adapter, with_weights=True),
+        }
+    )
 
 
 def _hash_files(folder: Path, with_weights: bool) -> dict[str, str]:

@@ -1,9 +1,9 @@
-"""What computes replies: transformers, or CTranslate2. Each generates the replies of one batch at a time.
+"""Engines that generate replies: transformers and CTranslate2.
 
-    engine.generate([generation, …], on_token)    # returns when all have ended
+    engine.generate([generation, …], on_token)    # returns when all replies of the batch have ended
 
-Both call `on_token` for each token, so that a reply can be sent while it is generated, ends as soon as it is complete,
-and no longer takes time if its client is gone. Meanwhile `on_token` may generate other batches with the same engine.
+Both call `on_token` for each token. So a reply can be sent while it is generated, ends as soon as it is complete, and
+takes no more time once its client is gone. `on_token` may itself generate other batches with the same engine.
 """
 
 import json
@@ -25,7 +25,7 @@ from t5tune.serving.generation import DecodingOptions, Generation, OnToken
 
 
 class TransformersEngine:
-    """A model that transformers runs, from our own loader."""
+    """A model that transformers runs."""
 
     name = "transformers"
     max_batches = 1
@@ -40,7 +40,7 @@ class TransformersEngine:
         return True
 
     def get_group(self, options: DecodingOptions) -> Hashable:
-        return None  # each reply of a batch is sampled by itself
+        return None  # replies with any options share a batch: each is sampled by itself
 
     def generate(self, generations: Sequence[Generation], on_token: OnToken) -> None:
         longest = max(generation.options.max_new_tokens for generation in generations)
@@ -64,9 +64,8 @@ class TranslatorEngine:
     """A model that CTranslate2 runs.
 
     Args:
-        folder: of the converted model.
-        compute_type: CTranslate2's; `default` is that of the folder's weights, if the device has it.
-        max_batches: how many are computed at the same time. On a CPU they divide its cores.
+        compute_type: CTranslate2's; `default` is the type of the folder's weights, if the device supports it.
+        max_batches: how many batches are computed at the same time. On a CPU they divide its cores.
     """
 
     name = "ctranslate2"
@@ -84,7 +83,7 @@ class TranslatorEngine:
                 device=device.type,
                 device_index=device.index or 0,
                 compute_type=compute_type,
-                # a batch inside another one needs a thread of its own; they share the weights
+                # each level of interruption needs a thread; threads share the weights
                 inter_threads=max_batches * (1 + MAX_LEVEL),
                 intra_threads=max(1, count_cores() // max_batches),
             )
@@ -95,11 +94,7 @@ class TranslatorEngine:
         self.max_batches = max_batches
 
     def try_one_token(self) -> None:
-        """Generate a token. On a GPU, CTranslate2 loads the libraries that it needs only now.
-
-        Raises:
-            RuntimeError: it can't.
-        """
+        """Generate a token, or raise RuntimeError: on a GPU, CTranslate2 loads its libraries only now."""
         source = next(token for token in self._tokens if token not in self._marks)
         self._translator.translate_batch([[source]], beam_size=1, max_decoding_length=1)
 

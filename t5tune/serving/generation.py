@@ -1,4 +1,4 @@
-"""One reply that is being generated. A request makes it, and an engine fills it in a thread of its own."""
+"""One reply that is being generated. A request makes it, and an engine fills it in a background thread."""
 
 import time
 from collections.abc import Callable, Hashable, Sequence
@@ -10,16 +10,12 @@ from t5tune.errors import T5TuneError
 FinishReason = Literal["stop", "length"]
 
 OnToken = Callable[[int, int], bool]
-"""(index of the reply in its batch, id of its next token) -> whether the reply ends with it, or is to end."""
+"""(index of the reply in its batch, id of its next token) -> whether the reply ends here."""
 
 
 @dataclass(frozen=True)
 class DecodingOptions:
-    """How the tokens of a reply are chosen: greedily if the temperature is 0, else by nucleus sampling.
-
-    Args:
-        seed: of a random generator of its own; None: any, which the request chooses.
-    """
+    """Decoding of a reply: greedy if the temperature is 0, else nucleus sampling, by default with a random seed."""
 
     max_new_tokens: int
     temperature: float = 0.0
@@ -31,9 +27,9 @@ class Engine(Protocol):
     """Generates replies of one model.
 
     Attributes:
-        name: as `--engine` calls it.
+        name: a value of `--engine`.
         stop_ids: tokens that end a reply.
-        max_batches: how many it can compute at the same time.
+        max_batches: how many batches it can compute at the same time.
         has_seeds: whether a seed makes a sampled reply repeatable.
     """
 
@@ -46,10 +42,10 @@ class Engine(Protocol):
         """Whether it can reply to a source."""
 
     def get_group(self, options: DecodingOptions) -> Hashable:
-        """Return what the replies of one batch must have in common."""
+        """Return a key; only replies with equal keys may share a batch."""
 
     def generate(self, generations: Sequence["Generation"], on_token: OnToken) -> None:
-        """Generate the replies of one batch. What can't be computed is raised, and may be tried in smaller batches.
+        """Generate the replies of one batch. After an error, the caller may try smaller batches.
 
         Args:
             on_token: called with each token, in any thread. It may generate other batches before it returns.
@@ -58,15 +54,14 @@ class Engine(Protocol):
 
 @dataclass(eq=False)
 class Generation:
-    """A reply, from the request to its last token. Times are those of `time.monotonic`.
+    """A reply, from the request to its last token. Times are from `time.monotonic`.
 
     Args:
         source: ids of the prompt, with special tokens.
-        notify: called in the engine's thread when there is something new.
-        follows: whether to call it for each token, not only at the end.
-        ids: of the reply so far, without the token that ended it.
-        ended: why the reply has ended; None: it hasn't. An error ends it, too.
-        is_canceled: set if no one waits for the reply any more.
+        notify: called in the engine's thread at the end, and if `follows` after each token.
+        ids: the reply so far, without the token that ended it.
+        ended: why the reply has ended, which may be an error; None: still running.
+        is_canceled: True once its client is gone.
     """
 
     engine: Engine
@@ -84,32 +79,32 @@ class Generation:
 
     @property
     def size(self) -> int:
-        """Tokens of the prompt and of the longest reply."""
+        """Tokens of the prompt and of the longest possible reply."""
         return len(self.source) + self.options.max_new_tokens
 
     @property
     def rest(self) -> int:
-        """Tokens that it may still get."""
+        """Tokens still to generate, at most."""
         return 0 if self.is_canceled or self.ended is not None else self.options.max_new_tokens - len(self.ids)
 
     @property
     def is_repeatable(self) -> bool:
-        """Whether another run has the same tokens."""
+        """Whether generating it again gives the same tokens."""
         return self.options.temperature == 0 or self.engine.has_seeds
 
     def start(self) -> None:
-        """Begin, or begin again after the batch has failed: then the tokens that may have been sent come once more."""
+        """Start, or start over after the batch failed: then the engine repeats tokens that may already be sent."""
         self.started_at = self.started_at or time.monotonic()
         self._position = 0
         if not self.follows:
             self.ids.clear()
 
     def add(self, token: int) -> bool:
-        """Add the next token. Return whether the reply ends with it, or is to end."""
+        """Add the next token. Return True if the reply ends here."""
         if self.is_canceled or self.ended is not None:
             return True
-        if self._position < len(self.ids):  # of the batch that has failed
-            # in bf16, a smaller batch may have other tokens, which can't continue the ones that were sent
+        if self._position < len(self.ids):  # repeated after a failed batch
+            # in bf16, a smaller batch may give different tokens, which can't continue the tokens already sent
             if token != self.ids[self._position]:
                 self.end(T5TuneError("the reply couldn't be computed: its batch failed, and a smaller one differs"))
                 return True

@@ -26,12 +26,12 @@ class Metrics:
         self._first_token_seconds = self._make_histogram("first_token_seconds", "Time until a request's first token.")
         self._prompt_tokens = self._make_counter("prompt_tokens", "Tokens of prompts.")
         self._completion_tokens = self._make_counter("completion_tokens", "Tokens of replies.")
-        self._dropped = self._make_counter("dropped_messages", "Oldest messages that models haven't seen.")
+        self._dropped = self._make_counter("dropped_messages", "Oldest messages that were left out of prompts.")
         self._batches = Histogram(
             "t5tune_batch_replies", "Replies that began in a batch.", buckets=BATCH_SIZES, registry=registry
         )
-        self._waiting = Gauge("t5tune_replies_waiting", "Replies that wait.", registry=registry)
-        self._running = Gauge("t5tune_replies_running", "Replies that are computed.", registry=registry)
+        self._waiting = Gauge("t5tune_replies_waiting", "Replies in the queue.", registry=registry)
+        self._running = Gauge("t5tune_replies_running", "Replies that are being generated.", registry=registry)
 
     def _make_histogram(self, name: str, text: str) -> Histogram:
         return Histogram(f"t5tune_{name}", text, ["model"], buckets=SECONDS, registry=self._registry)
@@ -47,19 +47,14 @@ class Metrics:
         self._batches.observe(len(batch))
 
     def count_answer(self, answered: Answered, path: str) -> None:
-        """Count a request.
-
-        Args:
-            path: of the route, or `other`, so that clients can't make up any number of series.
-        """
+        """Count a request. `path`: a route or `other`, never the client's text, which would make endless series."""
         self._requests.labels(path, str(answered.status)).inc()
-        model = answered.model
-        if model is None:
+        if (model := answered.model) is None:
             return
         self._prompt_tokens.labels(model).inc(answered.prompt_tokens)
         self._completion_tokens.labels(model).inc(answered.completion_tokens)
         self._dropped.labels(model).inc(answered.dropped_messages)
-        if answered.status == OK:  # one that was refused took no time
+        if answered.status == OK:  # refused requests take no time and would lower the average
             self._seconds.labels(model).observe(answered.seconds)
         if answered.queue_seconds is not None:
             self._queue_seconds.labels(model).observe(answered.queue_seconds)

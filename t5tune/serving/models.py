@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from t5tune.data.reading.formats import Turn
 from t5tune.errors import SettingsError
@@ -17,11 +18,11 @@ MAX_BYTES_PER_TOKEN = 32
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model that is loaded.
+    """A loaded model.
 
     Args:
-        defaults: what a request that says nothing gets.
-        longest: the most tokens of a reply that a request may ask for.
+        defaults: decoding options for fields that a request leaves out.
+        longest: limit on the tokens of a reply.
     """
 
     name: str
@@ -31,12 +32,12 @@ class ServedModel:
     longest: int
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def read_prompts(self, request: GenerationRequest) -> Iterator[Prompt]:
-        """Encode the prompts of a request, one after the other.
+    def to_body(self) -> dict[str, Any]:
+        """Describe the model as OpenAI's API does."""
+        return {"id": self.name, "object": "model", "created": self.created, "owned_by": "t5tune"}
 
-        Raises:
-            ApiError: a prompt can't be replied to, or is too long.
-        """
+    def read_prompts(self, request: GenerationRequest) -> Iterator[Prompt]:
+        """Encode the prompts of a request, one at a time. Raises ApiError for a prompt that can't get a reply."""
         place = "messages"
         try:
             if isinstance(request, ChatRequest):
@@ -50,15 +51,10 @@ class ServedModel:
             raise ApiError(400, str(error), place) from error
 
     def read_options(self, request: GenerationRequest) -> DecodingOptions:
-        """Complete what a request says about decoding.
-
-        Raises:
-            ApiError: it asks for more than is allowed, or for what the engine can't do.
-        """
+        """Fill in the decoding options of a request. Raises ApiError if it exceeds a limit, or the engine can't."""
         name, limit = request.reply_limit
         if limit is not None and limit > self.longest:
-            problem = f"{name}: {limit}: this server allows at most {self.longest:,} tokens"
-            raise ApiError(400, problem, name)
+            raise ApiError(400, f"{name}: {limit}: this server allows at most {self.longest:,} tokens", name)
         temperature = self.defaults.temperature if request.temperature is None else request.temperature
         if request.seed is not None and temperature > 0 and not self.engine.has_seeds:
             problem = f"seed: {request.seed}: {self.engine.name} can't repeat a sampled reply"
@@ -79,10 +75,10 @@ class ServedModel:
         return replace(prompt, dropped_turns=prompt.dropped_turns + len(turns) - len(recent))
 
     def _drop_oldest(self, turns: list[Turn]) -> list[Turn]:
-        """Drop the oldest turns that can't fit. Those that are left begin with the user's."""
+        """Drop the oldest turns that can't fit. The remaining turns begin with the user's."""
         room, count = self._max_bytes, 0
         for turn in reversed(turns):
-            room -= max(_count_bytes(turn.text), MAX_BYTES_PER_TOKEN)  # each turn has a token at least
+            room -= max(_count_bytes(turn.text), MAX_BYTES_PER_TOKEN)  # each turn takes at least one token
             if room < 0:
                 break
             count += 1

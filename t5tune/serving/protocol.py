@@ -3,8 +3,8 @@
     request = parse_body(body, ChatRequest)
     request.messages, request.temperature, …
 
-What can't be honored is refused, rather than ignored: a field that isn't known, tools, log-probabilities, penalties. A
-field whose value is null or the one that changes nothing is accepted, since clients send those.
+Unknown and unsupported fields, such as tools, log-probabilities or penalties, are refused, not ignored. Clients often
+send fields that ask for nothing: null, or a value without effect. These are accepted.
 """
 
 import json
@@ -26,21 +26,12 @@ from t5tune.settings.messages import MAX_SHOWN_VALUE, describe_value_error, form
 
 MAX_STOPS = 16  # OpenAI allows 4, but some tools send more
 MAX_CHOICES = 128
-# what has no effect on a reply, and is of use to clients and to OpenAI's own server only
-IGNORED_FIELDS = frozenset(
-    {
-        "user",
-        "metadata",
-        "store",
-        "service_tier",
-        "safety_identifier",
-        "prompt_cache_key",
-        "prompt_cache_retention",
-        "prompt_cache_options",
-        "cache_control",
-    }
-)
-# known fields that this server can't honor -> the values that ask for nothing
+# accepted in any object: these fields don't affect a reply
+IGNORED_FIELDS = {
+    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+    "prompt_cache_options", "cache_control",
+}  # fmt: skip
+# unsupported fields -> their values that ask for nothing
 NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
@@ -63,12 +54,12 @@ NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = {
     "echo": (False,),
     "best_of": (1,),
     "stop": ("",),
-    # of other servers
+    # extensions of vLLM and llama.cpp
     "top_k": (-1, 0),
     "min_p": (0,),
     "repetition_penalty": (1,),
 }
-# the same of a message; clients send those of our replies back
+# the same for the fields of a message; clients send our replies back with all their fields
 NEUTRAL_IN_MESSAGES: Mapping[str, tuple[Any, ...]] = {
     "type": ("text", "message"),
     "name": (),
@@ -90,10 +81,10 @@ class ApiError(Exception):
     """An error to be sent to the client.
 
     Args:
-        status: HTTP's.
+        status: the HTTP status.
         param: the field of the request that is wrong.
-        code: a name by which programs recognize the error.
-        summary: the message without what the client has sent, for the log; None: there is nothing of it.
+        code: identifies the error for programs.
+        summary: the message for the log, if `message` quotes the client's text.
     """
 
     def __init__(
@@ -130,7 +121,7 @@ def _read_content(value: Any) -> Any:
 
 
 def _read_prompts(value: Any) -> Any:
-    """Read a text, a list of texts, ids, or a list of lists of ids as a list of texts and lists of ids."""
+    """Read any form of the field as a list whose items are texts or lists of ids."""
     prompts = [value] if isinstance(value, str) or (isinstance(value, list) and _are_ids(value)) else value
     if not isinstance(prompts, list) or not prompts:
         raise ValueError("expected a text or a list of ids, or several of these")
@@ -150,7 +141,7 @@ class StreamOptions(_Body):
 
 
 class GenerationRequest(_Body):
-    """What both kinds of requests have. Fields that aren't set take the server's values."""
+    """Fields of chats and completions. None: the server's default."""
 
     model: Annotated[str, Field(min_length=1)]
     max_tokens: Annotated[int | None, Field(gt=0)] = None
@@ -164,7 +155,7 @@ class GenerationRequest(_Body):
 
     @property
     def reply_limit(self) -> tuple[str, int | None]:
-        """The name of the field with the most tokens of a reply, and its value."""
+        """The name and value of the field that limits the tokens of a reply."""
         return "max_tokens", self.max_tokens
 
     @field_validator("stop")
@@ -200,24 +191,20 @@ class ChatRequest(GenerationRequest):
         return super().reply_limit
 
     def split_messages(self) -> tuple[str | None, list[Turn]]:
-        """Return the system message and the turns of the conversation.
-
-        Raises:
-            ApiError: they aren't in the order in which models are trained.
-        """
-        is_system = [message.role in SYSTEM_ROLES for message in self.messages]
-        system = self.messages[0].text if is_system[0] else None
-        messages = self.messages[is_system[0] :]
+        """Return the system message and the turns. Raises ApiError unless user and assistant take turns."""
+        has_system = self.messages[0].role in SYSTEM_ROLES
+        system = self.messages[0].text if has_system else None
+        messages = self.messages[has_system:]
         if not messages:
-            raise ApiError(400, "messages: there is no message of the user", "messages")
-        for number, message in enumerate(messages, start=int(is_system[0])):
-            expected = "assistant" if (number - is_system[0]) % 2 else "user"
+            raise ApiError(400, "messages: there is no user message", "messages")
+        for number, message in enumerate(messages):
+            expected = "assistant" if number % 2 else "user"
             if message.role != expected:
-                place = f"messages[{number}].role"
+                place = f"messages[{number + has_system}].role"
                 order = "a system message may come first; then user and assistant take turns, the user first and last"
                 raise ApiError(400, f"{place}: {message.role}, but expected {expected}: {order}", place)
         if messages[-1].role != "user":
-            raise ApiError(400, "messages: the last one isn't the user's: there is nothing to reply to", "messages")
+            raise ApiError(400, "messages: the last message isn't the user's; there is nothing to reply to", "messages")
         return system, [Turn(ROLES[message.role], message.text) for message in messages]
 
 
@@ -226,11 +213,7 @@ class CompletionRequest(GenerationRequest):
 
 
 def parse_body(body: bytes, kind: type[Body]) -> Body:
-    """Parse the body of a request.
-
-    Raises:
-        ApiError: it isn't JSON, or a field is missing, wrong, or can't be honored.
-    """
+    """Parse the body of a request. Raises ApiError with the first problem."""
     try:
         values = pydantic_core.from_json(body, allow_inf_nan=False)
     except ValueError as error:
@@ -252,7 +235,6 @@ def parse_body(body: bytes, kind: type[Body]) -> Body:
 
 
 def _read_message(message: dict[str, Any], place: str) -> dict[str, Any]:
-    """Drop what asks for nothing from a message and its parts."""
     message = _drop_neutral(message, Message, NEUTRAL_IN_MESSAGES, f"{place}.")
     if isinstance(message.get("content"), list):
         message["content"] = [
@@ -265,26 +247,18 @@ def _read_message(message: dict[str, Any], place: str) -> dict[str, Any]:
 def _drop_neutral(
     values: dict[str, Any], kind: type[BaseModel], neutral: Mapping[str, tuple[Any, ...]], place: str = ""
 ) -> dict[str, Any]:
-    """Drop fields without a value, and those that ask for nothing.
-
-    Raises:
-        ApiError: a field asks for something that this server can't do.
-    """
+    """Drop fields that ask for nothing, and refuse unsupported fields that ask for something."""
     kept = {name: value for name, value in values.items() if value is not None and name not in IGNORED_FIELDS}
     for name in kept.keys() & neutral.keys():
         value = kept[name]
-        if any(_is_same(value, other) for other in neutral[name]):
+        # in JSON, 0 is the same as 0.0 but not as false
+        if any(isinstance(value, bool) == isinstance(other, bool) and value == other for other in neutral[name]):
             del kept[name]
         elif name not in kind.model_fields:
             problem = f"{place}{name}: not supported; leave it out"
             shown = f"{place}{name}: {_show(value)}: not supported; leave it out"
             raise ApiError(400, shown, place + name, "unsupported", summary=problem)
     return kept
-
-
-def _is_same(value: Any, other: Any) -> bool:
-    """Whether JSON values are the same: 0 and 0.0, but not 0 and false."""
-    return isinstance(value, bool) == isinstance(other, bool) and bool(value == other)
 
 
 def _explain(error: ErrorDetails, kind: type[BaseModel]) -> ApiError:
@@ -301,23 +275,15 @@ def _explain(error: ErrorDetails, kind: type[BaseModel]) -> ApiError:
 
 
 def _show(value: Any) -> str:
-    """Write a value of the body for a message."""
     return shorten(json.dumps(value, ensure_ascii=False), MAX_SHOWN_VALUE)
 
 
-@dataclass(frozen=True)
-class Usage:
-    """Tokens of prompts, without the special ones, and of replies."""
-
-    prompt_tokens: int
-    completion_tokens: int
-
-    def to_body(self) -> dict[str, int]:
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.completion_tokens,
-            "total_tokens": self.prompt_tokens + self.completion_tokens,
-        }
+def make_usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }
 
 
 @dataclass(frozen=True)
@@ -325,8 +291,7 @@ class Answer:
     """The bodies of the answer to one request.
 
     Args:
-        is_chat: whether it is a chat completion.
-        has_usage: whether its last event has the usage; the other events then say that it is null.
+        has_usage: whether the last event of a stream has the usage; it is null in the events before.
     """
 
     model: str
@@ -335,13 +300,13 @@ class Answer:
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def make_whole(self, replies: Sequence[tuple[str, str]], usage: Usage) -> dict[str, Any]:
+    def make_whole(self, replies: Sequence[tuple[str, str]], usage: dict[str, int]) -> dict[str, Any]:
         """Make the body of a whole answer from the text and the finish reason of each reply."""
         choices = [
             self._make_choice(index, "message", {"role": "assistant", "content": text, "refusal": None}, text, reason)
             for index, (text, reason) in enumerate(replies)
         ]
-        return {**self._make_head(is_part=False), "choices": choices, "usage": usage.to_body()}
+        return {**self._make_head(is_part=False), "choices": choices, "usage": usage}
 
     def make_part(self, index: int, text: str, reason: str | None = None, is_first: bool = False) -> dict[str, Any]:
         """Make the body of an event with a part of a reply."""
@@ -349,9 +314,9 @@ class Answer:
         body = {**self._make_head(is_part=True), "choices": [self._make_choice(index, "delta", delta, text, reason)]}
         return {**body, "usage": None} if self.has_usage else body
 
-    def make_usage(self, usage: Usage) -> dict[str, Any]:
-        """Make the body of the event that follows the last part, for clients that asked for it."""
-        return {**self._make_head(is_part=True), "choices": [], "usage": usage.to_body()}
+    def make_last(self, usage: dict[str, int]) -> dict[str, Any]:
+        """Make the body of the event after the last part, for clients that ask for the usage."""
+        return {**self._make_head(is_part=True), "choices": [], "usage": usage}
 
     def _make_head(self, is_part: bool) -> dict[str, Any]:
         kind = ("chat.completion.chunk" if is_part else "chat.completion") if self.is_chat else "text_completion"
@@ -365,13 +330,9 @@ class Answer:
         return {"index": index, **contents, "logprobs": None, "finish_reason": reason}
 
 
-def encode_json(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
-
-
 def encode_event(value: Any) -> bytes:
     """Encode a server-sent event (https://html.spec.whatwg.org/multipage/server-sent-events.html)."""
-    return b"data: " + encode_json(value) + b"\n\n"
+    return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
 
 LAST_EVENT = b"data: [DONE]\n\n"

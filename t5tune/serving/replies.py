@@ -1,4 +1,4 @@
-"""The replies of one request: how they are queued, followed while they are generated, and made into answers."""
+"""The replies to one request: they are queued, followed while they are generated, and turned into answers."""
 
 import asyncio
 import random
@@ -13,14 +13,22 @@ from t5tune.serving.batching import QueueFull
 from t5tune.serving.computing import Batcher, DeviceLost
 from t5tune.serving.generation import DecodingOptions, FinishReason, Generation
 from t5tune.serving.models import ServedModel
-from t5tune.serving.protocol import LAST_EVENT, Answer, ApiError, GenerationRequest, Usage, encode_event
+from t5tune.serving.protocol import (
+    LAST_EVENT,
+    Answer,
+    ApiError,
+    ChatRequest,
+    GenerationRequest,
+    encode_event,
+    make_usage,
+)
 
 SECONDS_TO_RETRY = "1"
 
 
 @dataclass
 class Record:
-    """What becomes known of a request while it is answered."""
+    """Facts about a request for the log and the metrics, collected while it is answered."""
 
     model: str | None = None
     prompt_tokens: int = 0
@@ -31,7 +39,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Order:
-    """A request that was read: what to generate with which model."""
+    """A parsed request, ready to be generated."""
 
     request: GenerationRequest
     model: ServedModel
@@ -40,10 +48,11 @@ class Order:
 
 
 class Replies:
-    """The replies of one request, while they are generated."""
+    """The replies to one request while they are generated."""
 
     def __init__(self, order: Order, batcher: Batcher, record: Record) -> None:
         self._order = order
+        self._is_chat = isinstance(order.request, ChatRequest)
         self._batcher = batcher
         self._record = record
         self._loop = asyncio.get_running_loop()
@@ -61,15 +70,11 @@ class Replies:
             for prompt in order.prompts
             for number in range(request.n)
         ]
-        self._num_ids = [0] * len(self._generations)  # of each reply, up to a text at which it ends
+        self._num_ids = [0] * len(self._generations)  # tokens of each reply, up to a stop text
         record.generations = self._generations
 
     def submit(self) -> None:
-        """Queue the replies.
-
-        Raises:
-            ApiError: too many wait already.
-        """
+        """Queue the replies. Raises ApiError if the queue is full, or the GPU has failed."""
         try:
             self._batcher.submit(self._generations)
         except QueueFull as error:
@@ -78,23 +83,22 @@ class Replies:
         except DeviceLost as error:
             raise _explain(error) from error
 
-    async def collect(self, is_chat: bool) -> dict[str, Any]:
-        """Generate the replies, and return the body of the whole answer."""
-        self.submit()
+    async def collect(self) -> dict[str, Any]:
+        """Wait for all replies, and return the body of the whole answer."""
         texts = [""] * len(self._generations)
         reasons = [""] * len(self._generations)
         async for index, piece, reason in self._follow():
             texts[index] += piece
             reasons[index] = reason or ""
-        answer = Answer(self._order.model.name, is_chat)
+        answer = Answer(self._order.model.name, self._is_chat)
         return answer.make_whole(list(zip(texts, reasons, strict=True)), self._count_usage())
 
-    async def stream(self, is_chat: bool) -> AsyncIterator[bytes]:
+    async def stream(self) -> AsyncIterator[bytes]:
         """Yield the events of the answer."""
         has_usage = self._order.request.stream_options.include_usage
-        answer = Answer(self._order.model.name, is_chat, has_usage=has_usage)
+        answer = Answer(self._order.model.name, self._is_chat, has_usage=has_usage)
         try:
-            for index in range(len(self._generations)) if is_chat else ():
+            for index in range(len(self._generations)) if self._is_chat else ():
                 yield encode_event(answer.make_part(index, "", is_first=True))
             async for index, piece, reason in self._follow():
                 if piece or reason is None:
@@ -106,15 +110,11 @@ class Replies:
             yield encode_event(error.to_body())
             return
         if has_usage:
-            yield encode_event(answer.make_usage(self._count_usage()))
+            yield encode_event(answer.make_last(self._count_usage()))
         yield LAST_EVENT
 
     async def _follow(self) -> AsyncIterator[tuple[int, str, FinishReason | None]]:
-        """Yield each new piece of text, (index of the reply, text, finish reason with its last piece).
-
-        Raises:
-            ApiError: a reply couldn't be computed.
-        """
+        """Yield (index of the reply, new text, finish reason with its last text)."""
         order = self._order
         gaps = [prompt.has_gaps for prompt in order.prompts for _ in range(order.request.n)]
         pieces: list[list[str]] = [[] for _ in self._generations]
@@ -135,8 +135,8 @@ class Replies:
                     pieces[index].clear()
 
     def _update(self, index: int, generation: Generation, text: ReplyText) -> FinishReason | None:
-        """Show new text of a reply. Return why it has ended; None if it hasn't."""
-        ended = generation.ended  # read before the ids: once it is set, they are complete
+        """Show new text of a reply. Return its finish reason; None while it is being generated."""
+        ended = generation.ended  # read before the ids: once it is set, the ids are complete
         if isinstance(ended, T5TuneError):
             raise _explain(ended)
         if ended is None and not generation.follows:
@@ -151,12 +151,11 @@ class Replies:
             text.finish(ids)
         return ended
 
-    def _count_usage(self) -> Usage:
-        prompt_tokens = sum(prompt.num_tokens for prompt in self._order.prompts)
-        return Usage(prompt_tokens, sum(self._num_ids))
+    def _count_usage(self) -> dict[str, int]:
+        return make_usage(self._record.prompt_tokens, sum(self._num_ids))
 
     def _notify(self) -> None:
-        """Wake up the request, from any thread: once for all news since it was awake."""
+        """Wake up the event loop from any thread, once until it has run."""
         if not self._is_woken:
             self._is_woken = True
             with suppress(RuntimeError):  # the event loop has ended
@@ -172,5 +171,4 @@ def _explain(error: T5TuneError) -> ApiError:
 
 
 def _choose_seed(seed: int | None, number: int) -> int:
-    """Choose the seed of one of several replies to a prompt: random if none is asked for."""
-    return random.getrandbits(63) if seed is None else seed + number
+    return random.getrandbits(63) if seed is None else seed + number  # several replies to a prompt must differ

@@ -1,4 +1,4 @@
-"""A server that runs in a thread of its own: uvicorn's, so that this process keeps its signal handlers.
+"""uvicorn's server in a background thread, so that this process keeps its signal handlers.
 
 server = HttpServer(service, bind("127.0.0.1", 8000), batcher)
 server.wait()
@@ -21,21 +21,18 @@ from t5tune.serving.app import MAX_BODY_BYTES, Service
 from t5tune.serving.computing import Batcher
 
 BACKLOG = 2048
-SECONDS_FOR_HEADERS = 30.0  # of a request, from the connection or the last answer on
+SECONDS_FOR_HEADERS = 30.0  # of a request, counted from the connection or from the last answer
 SECONDS_AFTER_EARLY_ANSWER = 2.0  # for a client that still sends the body to notice the answer
-MILLISECONDS_TO_READ = 60_000  # a client that doesn't take what was sent to it for so long is disconnected
+MILLISECONDS_TO_READ = 60_000  # a client that reads nothing for this long is disconnected
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Reserve an address, on which nothing is accepted yet.
-
-    Raises:
-        SettingsError: the address can't be used.
-    """
+    """Reserve an address, without accepting connections yet."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError as error:
-        raise SettingsError(f"host: {host}: no such address: {error.strerror}") from None
+        problem = f"host: {host}: no such address: {error.strerror}"
+        raise SettingsError(problem, hint="use an address of this machine, such as 127.0.0.1 or 0.0.0.0") from None
     found = socket.socket(family, kind, protocol)
     found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     if sys.platform == "linux":  # connections inherit it
@@ -45,7 +42,8 @@ def bind(host: str, port: int) -> socket.socket:
     except OSError as error:
         found.close()
         setting = f"port: {port}" if error.errno in (errno.EADDRINUSE, errno.EACCES) else f"host: {host}"
-        raise SettingsError(f"{setting}: {error.strerror}", hint="choose another, or --port 0 for any") from None
+        hint = "choose another port or host; --port 0 takes any free port"
+        raise SettingsError(f"{setting}: {error.strerror}", hint=hint) from None
     return found
 
 
@@ -54,16 +52,10 @@ def format_url(listener: socket.socket, host: str) -> str:
     return f"http://{shown}:{listener.getsockname()[1]}"
 
 
-class HttpServer:
-    """Accepts requests from its creation on.
-
-    Raises:
-        T5TuneError: it couldn't start.
-    """
+class HttpServer(uvicorn.Server):
+    """Accepts requests from its creation on."""
 
     def __init__(self, service: Service, listener: socket.socket, batcher: Batcher) -> None:
-        self._service = service
-        self._batcher = batcher
         config = uvicorn.Config(
             _EarlyAnswers(service),
             log_config=None,
@@ -76,38 +68,64 @@ class HttpServer:
             backlog=BACKLOG,
             timeout_keep_alive=int(SECONDS_FOR_HEADERS),
         )
-        self._server = _Server(config, service)
-        threading.Thread(target=self._server.run, args=([listener],), name="http", daemon=True).start()
-        self._server.has_started.wait()
-        if not self._server.started:
+        super().__init__(config)
+        self._service = service
+        self._batcher = batcher
+        self._seconds_to_stop = 0.0
+        self._has_started = threading.Event()
+        self._has_ended = threading.Event()
+        threading.Thread(target=self.run, args=([listener],), name="http", daemon=True).start()
+        self._has_started.wait()
+        if not self.started:
             raise T5TuneError("the server couldn't start")
 
     def wait(self) -> None:
         """Wait until the server has ended, or a signal raises KeyboardInterrupt."""
         # not Thread.join: in Python 3.11, a signal in it marks the thread as ended (python/cpython#90882)
-        self._server.has_ended.wait()
+        self._has_ended.wait()
 
     def stop(self, timeout: float) -> int:
-        """Answer new requests with status 503 until the others are answered, and end.
-
-        Args:
-            timeout: seconds after which those that aren't complete are cut off.
+        """Refuse new requests with status 503, finish accepted ones within `timeout` seconds, and end.
 
         Returns:
             How many replies were cut off.
         """
-        self._server.seconds_to_stop = timeout
-        self._server.should_exit = True
+        self._seconds_to_stop = timeout
+        self.should_exit = True
         self.wait()
         self._batcher.close(0)
         return self._service.num_cut_off
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Accept connections, to refuse their requests, until all accepted requests are answered."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + self._seconds_to_stop
+        with suppress(TimeoutError):
+            async with asyncio.timeout_at(until):
+                await self._service.finish()
+        self.config.timeout_graceful_shutdown = max(0, until - loop.time())  # type: ignore[assignment]
+        await super().shutdown(sockets)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        try:
+            await super().startup(sockets)
+        finally:
+            self._has_started.set()
+
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        try:
+            with suppress(SystemExit):  # uvicorn couldn't start
+                super().run(sockets)
+        finally:
+            self._has_started.set()
+            self._has_ended.set()
+
 
 class _Connection(H11Protocol):
-    """uvicorn's connection, which is closed if no request arrives in time: its first one, or the next one.
+    """uvicorn's connection, which is closed if its first or next request doesn't arrive in time.
 
-    h11, unlike httptools, limits the size of headers, and reads the body of a request that asks for HTTP/2, as that of
-    Java's client does.
+    Unlike httptools, h11 limits the size of headers, and reads the body of a request that offers to upgrade to HTTP/2,
+    as Java's client does.
     """
 
     _deadline: asyncio.TimerHandle | None = None
@@ -125,7 +143,7 @@ class _Connection(H11Protocol):
         self._set_deadline()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._clear_deadline()  # which would keep this object, and what it has read
+        self._clear_deadline()  # the timer would keep this object and its buffers in memory
         super().connection_lost(exc)
 
     def _set_deadline(self) -> None:
@@ -141,10 +159,10 @@ class _Connection(H11Protocol):
 
 
 class _EarlyAnswers:
-    """Closes the connection of a request that is answered before its body has been read.
+    """Closes the connection of a request that is answered before its body was read.
 
-    Otherwise uvicorn would read the rest of the body, for as long as the client sends it. For a moment this does so,
-    too: if a connection is closed while its client sends, the client may not see the answer.
+    Otherwise uvicorn would read the rest of the body for as long as the client sends it. This reads on only for a
+    moment: if a connection is closed while its client sends, the client may not see the answer.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -183,42 +201,3 @@ class _EarlyAnswers:
                 while has_unread and room > 0:
                     room -= len((await receive_and_note()).get("body", b""))
         await send({"type": "http.response.body"})  # uvicorn closes the connection
-
-
-class _Server(uvicorn.Server):
-    """uvicorn's server, which says when it has started or failed to, and when it has ended.
-
-    Attributes:
-        seconds_to_stop: after which answers that aren't complete are cut off.
-    """
-
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
-        super().__init__(config)
-        self._service = service
-        self.seconds_to_stop = 0.0
-        self.has_started = threading.Event()
-        self.has_ended = threading.Event()
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Stop accepting connections only when all requests are answered; uvicorn itself begins with that."""
-        loop = asyncio.get_running_loop()
-        until = loop.time() + self.seconds_to_stop
-        with suppress(TimeoutError):
-            async with asyncio.timeout_at(until):
-                await self._service.finish()
-        self.config.timeout_graceful_shutdown = max(0, until - loop.time())  # type: ignore[assignment]
-        await super().shutdown(sockets)
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        try:
-            await super().startup(sockets)
-        finally:
-            self.has_started.set()
-
-    def run(self, sockets: list[socket.socket] | None = None) -> None:
-        try:
-            with suppress(SystemExit):  # it couldn't start
-                super().run(sockets)
-        finally:
-            self.has_started.set()
-            self.has_ended.set()

@@ -1,4 +1,4 @@
-"""The signals that ask a server to stop, read from a pipe."""
+"""Read the signals that ask a server to stop from a pipe."""
 
 import os
 import signal
@@ -13,17 +13,13 @@ ENDED = 0  # no signal: the server has ended
 
 
 class StopRequests:
-    """The numbers of the signals that ask to stop, as `pipe_signals` receives them.
-
-    Args:
-        pipe: its reading and its writing end.
-    """
+    """Numbers of the received signals. `pipe`: its read end and its write end."""
 
     def __init__(self, pipe: tuple[int, int]) -> None:
         self._reader, self._writer = pipe
 
     def end_after(self, work: Callable[[], None]) -> None:
-        """Do some work in another thread; after it, `wait` returns ENDED."""
+        """Do some work in a background thread; when it is done, `wait` returns ENDED."""
         writer = os.dup(self._writer)  # the thread may outlive this object
 
         def end() -> None:
@@ -42,8 +38,8 @@ class StopRequests:
 
 @contextmanager
 def read_signals() -> Iterator[StopRequests]:
-    """Read signals from a pipe, since an exception from a handler may arrive in the midst of handling another one."""
-    # in a script's background job SIGINT is ignored, and SIGHUP under nohup
+    """Read signals from a pipe: an exception raised by a handler could arrive while an earlier one is handled."""
+    # a shell script's background jobs ignore SIGINT, and nohup ignores SIGHUP
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     handled = [number for number, handler in before.items() if handler is not signal.SIG_IGN]
     with pipe_signals() as pipe:

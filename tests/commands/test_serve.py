@@ -193,7 +193,7 @@ def test_a_conversion_that_is_broken_is_named_and_a_folder_that_can_not_be_writt
     assert caught.value.hint == "delete the folder, so that it is converted again"
     assert torch.get_num_threads() == num_threads
     (tmp_path / "file").write_text("")
-    with pytest.raises(SettingsError, match="converted_dir: .*file/made: Not a directory; name another folder"):
+    with pytest.raises(SettingsError, match="converted_dir: .*file/made: Not a directory; choose another folder"):
         serve(ServeSettings(**values, converted_dir=tmp_path / "file" / "made"))
 
 
@@ -298,7 +298,7 @@ def test_a_model_is_converted_once_and_again_after_it_was_trained_again(
     both, notes = ask_served("tuned", "other")
     assert both == first * 2
     assert [note.partition(": /")[0] for note in notes] == [
-        f"{name}: converted to CTranslate2 before" for name in ("tuned", "other")
+        f"{name}: already converted to CTranslate2" for name in ("tuned", "other")
     ]
     train_run(5e-2)
     again, notes = ask_served("tuned")
@@ -353,7 +353,7 @@ def test_a_port_in_use_is_an_error_before_a_model_is_loaded(tmp_path: Path) -> N
     assert done.code == 2
     assert (
         done.errors == [f"error: port: {other.getsockname()[1] if other.fileno() >= 0 else 0}: Address already in use"]
-        or "Address already in use; choose another, or --port 0 for any" in done.errors[0]
+        or "Address already in use; choose another port or host; --port 0 takes any free port" in done.errors[0]
     )
 
 

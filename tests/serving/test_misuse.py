@@ -73,7 +73,7 @@ LONG_CHAT = [{"role": "user" if number % 2 == 0 else "assistant", "content": "x"
         (make_chat(max_tokens=161), 400, "max_tokens: 161: this server allows at most 160 tokens"),
         (make_chat("word " * 100), 400, "messages: too long"),
         (make_chat("word " * 800_000), 400, "messages: too long: 4,000,000 bytes in the system and the last message"),
-        (json.dumps({"model": "base", "messages": LONG_CHAT[:-1]}).encode(), 400, "messages: the last one isn't"),
+        (json.dumps({"model": "base", "messages": LONG_CHAT[:-1]}).encode(), 400, "messages: the last message isn't"),
     ],
 )
 def test_a_request_that_can_not_be_answered_gets_a_status_and_one_line(

@@ -161,8 +161,8 @@ def test_the_messages_become_a_system_message_and_turns() -> None:
         ([("assistant", "a"), ("user", "b")], "messages[0].role: assistant, but expected user"),
         ([("user", "a"), ("user", "b")], "messages[1].role: user, but expected assistant"),
         ([("system", "s"), ("user", "a"), ("system", "t")], "messages[2].role: system, but expected assistant"),
-        ([("system", "s")], "messages: there is no message of the user"),
-        ([("user", "a"), ("assistant", "b")], "messages: the last one isn't the user's"),
+        ([("system", "s")], "messages: there is no user message"),
+        ([("user", "a"), ("assistant", "b")], "messages: the last message isn't the user's; there is nothing"),
     ):
         with pytest.raises(ApiError) as caught:
             split(*messages)
