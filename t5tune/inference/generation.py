@@ -23,7 +23,7 @@ OnToken = Callable[[int, int], bool | None]
 
 @dataclass(frozen=True)
 class Decoding:
-    """How tokens are chosen: greedily or by beam search, unless a reply has a `Sampling`."""
+    """Greedy decoding or beam search, for replies without a `Sampling`."""
 
     eos_token_id: int
     pad_token_id: int
@@ -35,8 +35,7 @@ class Decoding:
 class Sampling:
     """Nucleus sampling (Holtzman et al. 2020) of one reply.
 
-    Args:
-        generator: on the model's device; each token continues it. So a reply doesn't depend on others in its batch.
+    Each reply has its own random generator, so it doesn't depend on the other replies of its batch.
     """
 
     temperature: float
@@ -45,7 +44,6 @@ class Sampling:
 
 
 def make_random_generator(seed: int, device: torch.device) -> torch.Generator:
-    """Make a generator of its own, so that torch's global ones stay as they are."""
     return torch.Generator(device).manual_seed(seed)
 
 
@@ -60,11 +58,11 @@ def generate(
     """Generate a reply to each source of one batch; the ids are returned without the token that ended it.
 
     Args:
-        sources: ids of different lengths, each with its special tokens.
+        sources: ids, with special tokens.
         synced_gpus: continue until every rank is done. ZeRO-3 needs this, because each forward gathers weights from
             all ranks.
-        on_token: called with each new id, including the one that ends a reply; only without beams.
-        samplings: of each source, or of none; None: greedily.
+        on_token: called with each new id, including the id that ends a reply; only without beams.
+        samplings: for each source, a sampling or None (greedy); empty: all greedy.
     """
     device = next(model.parameters()).device
     width = max(map(len, sources))
@@ -83,10 +81,10 @@ def generate(
             synced_gpus=synced_gpus,
             logits_processor=[_RowSampler(samplings)] if any(samplings) else None,
             stopping_criteria=[follower] if follower else None,
-            # one reply to each source, as ids, whatever generation_config.json asks for
+            # override generation_config.json: one reply to each source, as ids
             num_return_sequences=1,
             return_dict_in_generate=False,
-            # a reply that isn't greedy is sampled by _RowSampler
+            # _RowSampler samples
             do_sample=False,
             temperature=None,
             top_p=None,
@@ -97,10 +95,10 @@ def generate(
 
 
 class _RowSampler(LogitsProcessor):  # type: ignore[misc]
-    """Draws the next token of each row that is sampled, and leaves it as the only one with a probability.
+    """Samples the next token of each row, by setting the scores of all other tokens to -inf.
 
-    The probabilities are those of transformers' own sampling, and so is what a seed draws for a single source. But
-    transformers samples all rows of a batch with one temperature and one generator.
+    transformers samples all rows of a batch with one temperature and one generator. This uses its computations, so a
+    single source with the same seed gets the same reply.
     """
 
     def __init__(self, samplings: Sequence[Sampling | None]) -> None:
@@ -110,7 +108,7 @@ class _RowSampler(LogitsProcessor):  # type: ignore[misc]
         scores_BV = scores_BV.clone()
         for row, sampling in enumerate(self._samplings):
             if sampling is None or sampling.temperature < MIN_TEMPERATURE:
-                continue  # greedily
+                continue  # greedy
             scores_1V = TemperatureLogitsWarper(sampling.temperature)(input_ids, scores_BV[row : row + 1])
             if sampling.top_p < 1:
                 scores_1V = TopPLogitsWarper(sampling.top_p)(input_ids, scores_1V)
@@ -121,7 +119,7 @@ class _RowSampler(LogitsProcessor):  # type: ignore[misc]
 
 
 class _Follower(StoppingCriteria):  # type: ignore[misc]
-    """Passes on each new token, and ends a row where that is asked for. What follows in this row is padding."""
+    """Passes each new token to `on_token`, which may end its row. Later tokens of this row are padding."""
 
     def __init__(self, on_token: OnToken, stop_ids: list[int], num_rows: int) -> None:
         self.replies: list[list[int]] = [[] for _ in range(num_rows)]
@@ -133,30 +131,21 @@ class _Follower(StoppingCriteria):  # type: ignore[misc]
         for row, token in enumerate(input_ids_BT[:, -1].tolist()):
             if not self._is_done[row]:
                 self.replies[row].append(token)
-                is_asked_for = self._on_token(row, token)
-                self._is_done[row] = bool(is_asked_for) or token in self._stop_ids
+                self._is_done[row] = bool(self._on_token(row, token)) or token in self._stop_ids
         return torch.tensor(self._is_done, device=input_ids_BT.device)
 
 
 @contextmanager
 def _explain_config_errors() -> Iterator[None]:
-    """Turn what `generate` says about settings that it can't follow into an error that names their file.
-
-    Raises:
-        ModelError: transformers refuses a setting.
-    """
     try:
         yield
-    except (ValueError, TypeError, NotImplementedError) as error:
+    except (ValueError, TypeError, NotImplementedError) as error:  # transformers refuses a setting of the file
         problem = f"the model's {GENERATION_CONFIG_FILE}: transformers can't generate with it: {describe_error(error)}"
         raise ModelError(problem, hint="correct it, or remove it") from error
 
 
 def find_stop_ids(model: Any, eos_token_id: int) -> list[int]:
-    """Find the tokens that end a reply: the EOS token, and those that generation_config.json lists.
-
-    Instruction-tuned models list the end of a turn there.
-    """
+    """Find the tokens that end a reply: EOS, and more in generation_config.json, such as the end of a turn."""
     listed = model.generation_config.eos_token_id
     others = listed if isinstance(listed, list) else [] if listed is None else [listed]
     return list(dict.fromkeys([eos_token_id, *others]))

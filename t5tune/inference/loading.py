@@ -37,13 +37,12 @@ InferenceKind = TypeVar("InferenceKind", bound=InferenceSettings)
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """What was saved with a model, in addition to its weights.
+    """The files of a model, except its weights.
 
     Args:
-        base, adapter: folders of the weights.
         tokenizer_folder: the adapter's folder if it contains a tokenizer, else the base's.
-        training_data: how its training examples were made; None if unknown.
-        template_files: possible paths of its conversation template, the preferred one first.
+        training_data: how its training examples were made; None: unknown.
+        template_files: possible paths of its conversation template, in order of preference.
     """
 
     base: Path
@@ -54,12 +53,12 @@ class ModelFiles:
     template_files: list[Path]
 
     def find_dataset(self, name: str) -> DatasetTraining | None:
-        """Find how the examples of a dataset that the model was trained on were made; None if it wasn't."""
+        """Find how the examples of a training dataset were made; None: not trained on it."""
         datasets = self.training_data.datasets if self.training_data is not None else []
         return next((dataset for dataset in datasets if dataset.name == name), None)
 
     def find_template(self, name_or_path: str | None) -> Template | None:
-        """Find the conversation template: the given one, which may be that of a dataset, or the model's own."""
+        """Find a conversation template by its name, path or training dataset; None: the model's template."""
         if name_or_path is not None and (dataset := self.find_dataset(name_or_path)) is not None:
             return Template(**dataset.conversation_template)
         return find_template(name_or_path, self.template_files)
@@ -67,12 +66,11 @@ class ModelFiles:
 
 @dataclass(frozen=True)
 class LoadedModel(ModelFiles):
-    """A model in evaluation mode, and what was saved with it.
+    """A model in evaluation mode, with its files.
 
     Args:
         num_rows: rows of the embedding.
-        precision: how the base was loaded.
-        engine: DeepSpeed's, which gathers the weights of a partitioned model as long as it exists.
+        engine: DeepSpeed's; keep it as long as a partitioned model is used, since it gathers the weights.
     """
 
     model: Any
@@ -82,11 +80,6 @@ class LoadedModel(ModelFiles):
 
 
 def read_model_files(base: Path, adapter: Path | None) -> ModelFiles:
-    """Read what was saved with a base and perhaps an adapter.
-
-    Raises:
-        ModelError, CheckpointError: a file can't be used.
-    """
     folders = [base] if adapter is None else [adapter, base]
     tokenizer_folder = next((folder for folder in folders if (folder / TOKENIZER_CONFIG_FILE).is_file()), base)
     return ModelFiles(
@@ -107,16 +100,13 @@ def load_for_inference(
     load_base: Callable[..., Any] = load_base,
     precision: Precision | None = None,
 ) -> LoadedModel:
-    """Load the model that the settings name. If that is an adapter or a run folder, its base is loaded too.
+    """Load the model of the settings. For an adapter or a run folder, load its base too.
 
     Args:
-        device: where to; None: as the settings say.
+        device: None: as in the settings.
         zero3: a DeepSpeed config with ZeRO-3, to partition the model among the ranks; None: each rank has all of it.
-        load_base: loads the base; that of SharedBases lets several models have the same weights.
-        precision: of the base; None: as in training, unless the settings say otherwise.
-
-    Raises:
-        ModelError, CheckpointError: the base or the adapter can't be used.
+        load_base: `SharedBases.load` lets several models share the weights of a base.
+        precision: of the base; None: as in the settings, else as in training.
     """
     base, adapter = find_base_and_adapter(settings, report)
     family: str | None = settings.family
@@ -125,9 +115,9 @@ def load_for_inference(
         metadata = read_base_metadata(adapter)
         family = family or metadata.get("family")
         if not is_trained_base(metadata, open_base(base, family)):
-            trained = f"trained on another base ({metadata.get('base')}) than {base}"
-            report(Note(f"{adapter}: {trained}, so its predictions may be wrong", warning=True))
-        # PEFT only warns about tensors that have no place in the model, and ignores them
+            trained = f"trained on {metadata.get('base')}, but loaded onto {base}"
+            report(Note(f"{adapter}: {trained}; predictions may be wrong", warning=True))
+        # PEFT only warns about tensors that don't fit into the model, and ignores them
         check_adapter_shapes(state, config, find_architecture(read_config(base), base, family), adapter)
     device = device or choose_device(settings.use_cpu, name=settings.device)
     if precision is None:
@@ -142,7 +132,7 @@ def load_for_inference(
     if adapter is not None:
         with nullcontext() if partitioner is None else partitioner.prepare_peft():
             model = load_adapter(model, adapter)
-        replace_trainable_token_layers(model)  # PEFT would copy the whole embedding and head in each forward
+        replace_trainable_token_layers(model)  # PEFT's would copy the whole embedding and head in each forward
     if partitioner is not None:
         partitioner.partition_model(model)
     files = read_model_files(base, adapter)
@@ -163,12 +153,12 @@ def _check_partitioning(quantization: QuantizationSettings | None, uses_dora: bo
         raise SettingsError(problem, hint="use nf4 or fp4, or leave out --deepspeed")
     # PEFT 0.21 replaces quantized weights on CPUs whenever it reads them for DoRA, and DeepSpeed loses track of them
     if uses_dora and device.type == "cpu":
-        problem = "q_lora: with ZeRO-3 and an adapter with DoRA, it works only on GPUs"
+        problem = "q_lora: works only on GPUs with both ZeRO-3 and DoRA"
         raise SettingsError(problem, hint="use --no-q-lora, or leave out --deepspeed")
 
 
 def find_base_and_adapter(settings: InferenceSettings, report: Report = silent) -> tuple[Path, Path | None]:
-    """Find the folders of the base, which is downloaded if need be, and of the adapter if there is one."""
+    """Find the folders of the base and the adapter, and download what isn't on this machine."""
     name = settings.model_name_or_path
     if settings.adapter is not None:
         return find_base(settings, report=report), find_adapter(settings.adapter, settings.cache_dir, report=report)
@@ -181,12 +171,7 @@ def find_base_and_adapter(settings: InferenceSettings, report: Report = silent) 
 
 
 def pin_to_commits(settings: InferenceKind, base: Path, adapter: Path | None) -> InferenceKind:
-    """Return the settings with the commits that were found for names on the Hub: a branch may get another one.
-
-    Args:
-        base: as `find_base_and_adapter` has found it.
-        adapter: the same.
-    """
+    """Return the settings with the commits of the folders that `find_base_and_adapter` returned: branches move."""
     named = adapter if adapter is not None and settings.adapter is None else base
     _, commit = split_revision(name_snapshot(named))
     changes: dict[str, Any] = {}
@@ -198,39 +183,27 @@ def pin_to_commits(settings: InferenceKind, base: Path, adapter: Path | None) ->
 
 
 def select_base(settings: InferenceKind, loaded: LoadedModel) -> InferenceKind:
-    """Return the settings that load only the base of a loaded adapter, as it was loaded there."""
+    """Return the settings that load only the base of a loaded model, in the same way."""
     family = choose_family(settings, loaded.adapter)
     base = {"model_name_or_path": str(loaded.base), "adapter": None, "revision": None, "family": family}
     return settings.model_copy(update=base)
 
 
 def choose_family(settings: BaseModelSettings, adapter: Path | None) -> str | None:
-    """Choose the model type of a base: the given one, else that of the adapter's training; None: that of its config."""
+    """Choose the model type of a base: as in the settings, else as in training; None: as in its config.json."""
     return settings.family or (read_base_metadata(adapter).get("family") if adapter is not None else None)
 
 
 def load_adapter(model: Any, folder: Path) -> Any:
-    """Add a saved adapter to a base, for inference.
-
-    Raises:
-        ModelError: the adapter doesn't fit this base.
-    """
+    """Add a saved adapter to a base, for inference."""
     with _explain_misfit(folder):
-        return PeftModel.from_pretrained(
-            model, str(folder), autocast_adapter_dtype=False, torch_device=_get_device(model)
-        ).eval()
+        return PeftModel.from_pretrained(model, str(folder), **_get_peft_options(model)).eval()
 
 
 def load_weighted_sum(model: Any, folders: list[Path], weights: list[float]) -> Any:
-    """Add the weighted sum of several saved adapters to a base, for inference.
-
-    PEFT concatenates their matrices (combination type `cat`).
-
-    Raises:
-        ModelError: an adapter doesn't fit this base.
-    """
+    """Add the weighted sum of several saved adapters to a base, with PEFT's combination type `cat`."""
     names = [f"part{number}" for number in range(len(folders))]
-    options = {"autocast_adapter_dtype": False, "torch_device": _get_device(model)}
+    options = _get_peft_options(model)
     with _explain_misfit(*folders):
         peft_model = PeftModel.from_pretrained(model, str(folders[0]), names[0], **options)
         for name, folder in zip(names[1:], folders[1:], strict=True):
@@ -239,13 +212,12 @@ def load_weighted_sum(model: Any, folders: list[Path], weights: list[float]) -> 
     peft_model.set_adapter("sum")
     for module in peft_model.modules():
         if isinstance(module, LoraLayer):
-            module.scaling["sum"] = 1.0  # not rsLoRA's: each adapter's own scale is already in its matrices
+            module.scaling["sum"] = 1.0  # not rsLoRA's: the concatenated matrices contain each adapter's scale
     return peft_model.eval()
 
 
 @contextmanager
 def _explain_misfit(*folders: Path) -> Iterator[None]:
-    """Turn PEFT's errors about adapters that don't fit the base into one line."""
     try:
         yield
     except (RuntimeError, ValueError, KeyError, OSError) as error:
@@ -253,6 +225,6 @@ def _explain_misfit(*folders: Path) -> Iterator[None]:
         raise ModelError(problem, hint="give the base that it was trained on") from error
 
 
-def _get_device(model: Any) -> str:
-    """Return the device of a model's weights. By default PEFT loads an adapter onto the first GPU instead."""
-    return str(next(model.parameters()).device)
+def _get_peft_options(model: Any) -> dict[str, Any]:
+    # by default, PEFT loads adapters onto the first GPU, and converts 16-bit weights to fp32
+    return {"autocast_adapter_dtype": False, "torch_device": str(next(model.parameters()).device)}

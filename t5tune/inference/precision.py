@@ -1,9 +1,9 @@
-"""The dtype and the quantization in which a model is used: as in training, unless the user says otherwise.
+"""Choose the dtype and the quantization of a model: as in training, unless the settings say otherwise.
 
     trained = read_trained_precision(base, adapter)
     precision = resolve_precision(select_precision(settings), trained, device, report)
 
-evaluate, chat, serve and merge all ask `resolve_precision`, so that an adapter answers alike in each of them.
+evaluate, chat, serve and merge all call `resolve_precision`, so an adapter gives the same replies in each of them.
 """
 
 from collections.abc import Mapping
@@ -25,12 +25,7 @@ PRECISION_FIELDS = ("bf16", *QuantizationSettings.model_fields)
 
 @dataclass(frozen=True)
 class Precision:
-    """How a base is loaded.
-
-    Args:
-        bf16: whether it computes in bfloat16; else in fp32.
-        quantization: how the linear layers of its blocks are quantized; None: they aren't.
-    """
+    """How a base is loaded: it computes in bf16 or fp32, and the linear layers of its blocks may be quantized."""
 
     bf16: bool
     quantization: QuantizationSettings | None
@@ -44,13 +39,13 @@ class Precision:
         return "bf16" if self.bf16 else "fp32"
 
     def to_settings(self) -> dict[str, Any]:
-        """Return the settings that choose this precision."""
+        """Return the settings that give this precision."""
         quantization = {"q_lora": False} if self.quantization is None else self.quantization.model_dump()
         return {"bf16": self.bf16} | quantization
 
 
 def describe_quantization(quantization: QuantizationSettings, noun: str = "") -> str:
-    """Such as `nf4`, or with a noun `nf4 base`, with what differs from the defaults."""
+    """Describe a quantization: `nf4`, or with a noun `nf4 base`, followed by settings that aren't the defaults."""
     words = f"{quantization.quant_type} {noun}".rstrip()
     if not quantization.double_quant and quantization.quant_type != "int8":
         words += " without double quantization"
@@ -58,21 +53,21 @@ def describe_quantization(quantization: QuantizationSettings, noun: str = "") ->
 
 
 def select_precision(settings: Settings) -> dict[str, Any]:
-    """Return those of PRECISION_FIELDS that the user has set; null is the default."""
+    """Return the values of PRECISION_FIELDS that the user has set; null means the default."""
     given = {name: getattr(settings, name) for name in PRECISION_FIELDS if name in settings.model_fields_set}
     return {name: value for name, value in given.items() if value is not None}
 
 
 def read_trained_precision(base: Path, adapter: Path | None) -> dict[str, Any]:
-    """Read those of PRECISION_FIELDS with which a model was trained; empty if t5tune didn't train it.
+    """Read the values of PRECISION_FIELDS used in training; empty if t5tune didn't train the model.
 
-    Those of an adapter are in its file, those of full training in the settings of its run.
+    They are in the adapter's file, or after full training in the run's settings.
     """
     if adapter is not None:
         return read_training_precision(adapter)
     run = base.parent if base.name.startswith("checkpoint-") else base
     saved = read_yaml(run / SETTINGS_FILE, MAX_SETTINGS_BYTES) if has_file(run, SETTINGS_FILE) else {}
-    # other commands save theirs in a file of the same name, but without a learning rate
+    # other commands save their settings in a file of the same name, but without a learning rate
     is_run = "learning_rate" in saved and isinstance(saved.get("bf16"), bool)
     return {"bf16": saved["bf16"]} if is_run else {}
 
@@ -80,17 +75,14 @@ def read_trained_precision(base: Path, adapter: Path | None) -> dict[str, Any]:
 def resolve_precision(
     given: Mapping[str, Any], trained: Mapping[str, Any], device: Any, report: Report = silent
 ) -> Precision:
-    """Take what the user gave, else what training used, else bf16 on a GPU that can, else fp32.
+    """Choose the user's precision, else the training precision, else bf16 on a GPU that supports it, else fp32.
 
-    What training used and this device can't compute is replaced: bf16 with fp32, a quantized base with the unquantized
-    one. A note says so.
+    If this device can't compute in the training precision, a note says so, and fp32 replaces bf16, or the unquantized
+    base the quantized base. The user's choice is never replaced, but refused.
 
     Args:
         given, trained: values of PRECISION_FIELDS.
-        device: where the model computes; None: nowhere, so that training alone decides.
-
-    Raises:
-        SettingsError: the user gave bf16, which this device can't compute.
+        device: None: no model is loaded, so any precision is possible.
     """
     chosen = {**trained, **given}
     default = device is not None and has_bf16(device)
@@ -121,7 +113,7 @@ def resolve_precision(
 
 
 def find_quantization_problem(device: Any = None) -> str | None:
-    """Say why no base can be quantized, on this device if one is given; None if it can."""
+    """Explain why bitsandbytes can't quantize a base, on this device if given; None: it can."""
     try:
         import bitsandbytes
     except ImportError as error:

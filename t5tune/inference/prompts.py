@@ -1,4 +1,4 @@
-"""Turn a conversation into the ids that the model was trained to reply to, and its reply's ids back into text.
+"""Turn a conversation into the model's input, encoded as in training, and the ids of its reply back into text.
 
 prompts = make_prompts(loaded, conversation_template=None, source_prefix=None, max_length=2048)
 prompt = prompts.encode([Turn("human", "Hello")])
@@ -34,16 +34,15 @@ from t5tune.settings.messages import shorten_value
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the model reads.
+    """The model's input.
 
     Args:
-        ids: with the special tokens.
-        num_tokens: of these, without the special ones.
-        dropped_turns: how many of the oldest turns were left out: by `max_length`, or because the model was trained
-            on single exchanges.
-        cut_tokens: how many tokens of the system message and of the last message were cut off, too; of a text or ids,
-            how many are too many.
-        has_gaps: whether it has sentinels, so that those of the reply say which gap a text is for.
+        ids: with special tokens; `num_tokens` counts them without.
+        dropped_turns: number of oldest turns left out: by `max_length`, or because the model was trained on single
+            exchanges.
+        cut_tokens: number of truncated tokens of the system message and of the last message; a text or ids aren't
+            truncated, and this is the number of tokens beyond `max_length`.
+        has_gaps: whether it contains sentinels; then the reply's sentinels say which masked span each text fills.
     """
 
     ids: list[int]
@@ -55,12 +54,12 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Prompts:
-    """How a model reads and writes text. Immutable: `dataclasses.replace` makes another one.
+    """How a model's input and output are encoded.
 
     Args:
-        keeps_history: whether the model sees the whole conversation or only its last message.
-        source_prefix: text added before each message that doesn't begin with it already.
         max_length: of a source, in tokens.
+        keeps_history: whether the model sees the whole conversation or only its last message.
+        source_prefix: text added before each message that doesn't begin with it.
     """
 
     tokenizer: Tokenizer
@@ -74,20 +73,14 @@ class Prompts:
         object.__setattr__(self, "encoder", make_encoder(self.tokenizer))
 
     def encode(self, turns: list[Turn], system: str | None = None) -> Prompt:
-        """Encode a conversation that ends with the user's message, or that message alone if history isn't kept.
-
-        Raises:
-            SettingsError: the conversation isn't one, or the message or the system message isn't valid UTF-8, or
-                contains a word that is too long.
-        """
+        """Encode a conversation that ends with the user's message, or only this message without history."""
         _check_turns(turns)
         _check_encodable(turns[-1].text, "message")
         _check_encodable(system or "", "system message")
         seen = [self._prepare_turn(turn) for turn in self.select_turns(turns)]
-        system = normalize_text(system or "", Counter()) or None  # the template's own if empty, as in training
+        system = normalize_text(system or "", Counter()) or None  # None: the template's default, as in training
         conversation = Conversation(RecordLocation("chat", 1, 0, 0), system, tuple(seen))
-        if rejection := find_long_word(conversation, self.encoder):
-            raise SettingsError(f"message: {rejection.message}")
+        self._check_words(conversation, "message")
         pieces = render_conversation(conversation, self.template) + render_answer_prefix(self.template, len(seen))
         encoded = encode_prompt(pieces, self.encoder, self.max_length)
         return Prompt(
@@ -98,21 +91,15 @@ class Prompts:
         )
 
     def encode_text(self, text: str) -> Prompt:
-        """Encode a text without template and prefix. A special token that it spells out, such as a sentinel, is one.
-
-        Raises:
-            SettingsError: the text isn't valid UTF-8, or contains a word that is too long.
-        """
+        """Encode a text without template and prefix. Special tokens that it spells out, such as sentinels, are read."""
         _check_encodable(text, "prompt")
         text = normalize_text(text, Counter())
-        whole = Conversation(RecordLocation("prompt", 1, 0, 0), None, (Turn("human", text),))
-        if rejection := find_long_word(whole, self.encoder):
-            raise SettingsError(f"prompt: {rejection.message}")
+        self._check_words(Conversation(RecordLocation("prompt", 1, 0, 0), None, (Turn("human", text),)), "prompt")
         ((ids,),) = encode_pieces([[Piece(text, "text", 0)]], self.encoder)
         return self.make_prompt(ids.tolist())
 
     def make_prompt(self, ids: list[int]) -> Prompt:
-        """Make the prompt of ids, with or without the special tokens around a source. It isn't shortened."""
+        """Make a prompt from ids, given with or without the special tokens around a source. It isn't truncated."""
         ids = self.encoder.special_ids.strip_if_present(ids)
         whole = self.encoder.special_ids.surround_source(ids)
         has_gaps = has_sentinels(self.tokenizer, ids)
@@ -120,19 +107,19 @@ class Prompts:
         return Prompt(whole, len(ids), dropped_turns=0, cut_tokens=excess, has_gaps=has_gaps)
 
     def select_turns(self, turns: list[Turn]) -> list[Turn]:
-        """Return the turns that the model sees: without history, only the last one."""
+        """Return the turns that the model sees: without history, only the last turn."""
         return turns if self.keeps_history else turns[-1:]
 
     def decode(self, ids: list[int], fills_gaps: bool = False) -> str:
-        """Decode the ids of a reply, without the text that the template puts after an answer.
-
-        Args:
-            fills_gaps: whether the prompt has gaps; then the reply's sentinels are kept.
-        """
+        """Decode a reply, without the template's text after an answer. `fills_gaps`: keep the sentinels."""
         return decode_prediction(self.tokenizer, ids, self.template.answer_suffix, fills_gaps)
 
+    def _check_words(self, conversation: Conversation, what: str) -> None:
+        if rejection := find_long_word(conversation, self.encoder):
+            raise SettingsError(f"{what}: {rejection.message}")
+
     def _prepare_turn(self, turn: Turn) -> Turn:
-        """Add the prefix to a message that doesn't begin with it, and normalize the text as `prepare` does."""
+        """Add the prefix to a user's message, and normalize the text as `prepare` does."""
         text = turn.text
         if turn.role == "human" and not text.startswith(self.source_prefix):
             text = self.source_prefix + text
@@ -146,14 +133,10 @@ def make_prompts(
     max_length: int,
     report: Report = silent,
 ) -> Prompts:
-    """Find how a model reads text, as it was trained unless the arguments say otherwise.
-
-    Raises:
-        SettingsError: there is no such template.
-    """
+    """Find how a model's input is encoded: as in training, unless the arguments say otherwise."""
     template = files.find_template(conversation_template)
     if template is None:
-        report(Note(f"the model has no conversation template of its own; using {DEFAULT_TEMPLATE}"))
+        report(Note(f"the model has no conversation template; using {DEFAULT_TEMPLATE}"))
         template = load_template(DEFAULT_TEMPLATE)
     trained_on = files.find_dataset(conversation_template or "") or files.training_data
     if source_prefix is None:
@@ -167,18 +150,18 @@ def make_prompts(
 
 
 def _report_datasets(trained_on: TrainingData | None, report: Report) -> None:
-    """Say as in which dataset messages are sent, if the model was trained on several that differ in it."""
+    """Report which training dataset prompts follow, if the training datasets have different prompts."""
     datasets = trained_on.datasets if trained_on is not None else []
-    ways = [(dataset.conversation_template, dataset.source_prefix, dataset.has_earlier_turns) for dataset in datasets]
-    if any(way != ways[0] for way in ways):
+    styles = [(dataset.conversation_template, dataset.source_prefix, dataset.has_earlier_turns) for dataset in datasets]
+    if any(style != styles[0] for style in styles):
         main = next((dataset for dataset in datasets if dataset.objective != "span-corruption"), datasets[0])
-        others = ", ".join(dataset.name for dataset in datasets if dataset is not main)
-        choice = "--conversation-template NAME chooses another"
-        report(Note(f"messages are as in the dataset {main.name} of training ({others}: {choice})"))
+        others = " or ".join(dataset.name for dataset in datasets if dataset is not main)
+        choice = f"for {others}, use --conversation-template NAME"
+        report(Note(f"prompts follow the training dataset {main.name}; {choice}"))
 
 
 def _check_turns(turns: object) -> None:
-    hint = 'expected a text, or a list such as [Turn("human", "…"), Turn("assistant", "…"), Turn("human", "…")]'
+    hint = 'give a text, or a list such as [Turn("human", "…"), Turn("assistant", "…"), Turn("human", "…")]'
     if not isinstance(turns, list) or not turns:
         raise SettingsError(f"message: {shorten_value(turns)}", hint=hint)
     for number, turn in enumerate(turns):
@@ -199,13 +182,13 @@ def _check_encodable(text: str, what: str) -> None:
 class ReplyText:
     """The text of a reply whose ids arrive one by one, or several at a time.
 
-    A character may consist of several tokens, and the template's text after an answer isn't part of the reply. Text
-    that may still become either, or the beginning of one of `stops`, is held back until more tokens decide. So are
-    byte tokens until another token follows: one that isn't valid makes U+FFFD of each byte of their row.
+    Some text is held back until more tokens decide: an incomplete character, text that may be the beginning of the
+    template's text after an answer (not part of the reply) or of a stop text, and byte tokens at the end, since one
+    invalid byte turns all bytes next to it into U+FFFD.
 
     Args:
-        stops: texts before which the reply ends.
         show: called with each piece as soon as it is final; joined, the pieces are the reply.
+        stops: texts before which the reply ends.
         fills_gaps: see `Prompts.decode`.
     """
 
@@ -226,14 +209,15 @@ class ReplyText:
         self._num_searched = 0
 
     def update(self, ids: list[int]) -> int | None:
-        """Show what is final of the text of all ids so far.
+        """Show the final part of the text of all ids so far.
 
         Returns:
-            After how many of the ids one of `stops` is complete; None if none is. The text before it is all shown.
+            The number of ids up to the end of the first stop text; then all text before it is shown. None: no stop.
         """
         text = self._decode(ids)
         if self._stops and ("\ufffd" in text or any(stop in text for stop in self._stops)):
-            # as if the ids had come one by one; a later byte token may have made U+FFFD of a stop
+            # As if the ids had come one by one, so that their number at a time makes no difference. A later byte token
+            # may have turned a stop text into U+FFFD.
             for count in range(self._num_searched + 1, len(ids) + 1):
                 text = self._decode(ids[:count])
                 if places := [place for stop in self._stops if (place := text.find(stop)) >= 0]:
@@ -248,7 +232,7 @@ class ReplyText:
         return None
 
     def finish(self, ids: list[int]) -> str:
-        """Show the rest of a reply that has ended by itself. Return the whole text."""
+        """Show the rest of a complete reply, and return the whole text."""
         text = self._prompts.decode(ids, self._fills_gaps)
         self._show_up_to(text)
         return text
@@ -265,6 +249,6 @@ class ReplyText:
 
 
 def _count_common_end(text: str, beginning: str) -> int:
-    """Count the characters at the end of the text that are the beginning of the other: ("ab", "bc") -> 1."""
+    """Count the characters at the end of `text` that are also a beginning of `beginning`: ("ab", "bc") -> 1."""
     longest = min(len(text), len(beginning))
     return next(length for length in range(longest, -1, -1) if text.endswith(beginning[:length]))

@@ -1,10 +1,10 @@
-"""Several models on the weights of one base, which are in memory only once.
+"""Load several models with the same base, whose weights are in memory only once.
 
     bases = SharedBases()
-    first = load_for_inference(settings, load_base=bases.load)      # a base with one adapter
-    second = load_for_inference(others, load_base=bases.load)       # the same base with another one
+    first = load_for_inference(settings, load_base=bases.load)      # a base with an adapter
+    second = load_for_inference(settings_2, load_base=bases.load)   # the same base with a different adapter
 
-Each model has modules of its own, so adapters don't see each other, but the base's parameters are the same objects.
+The models share the base's parameters but not its modules, so adapters don't affect each other.
 """
 
 import copy
@@ -35,13 +35,10 @@ class SharedBases:
         report: Report = silent,
         partitioner: Zero3Partitioner | None = None,
     ) -> Any:
-        """Load a base as `load_base` does, on the weights of an earlier call with the same arguments.
-
-        The weights must not be changed.
-        """
+        """Load a base as `load_base` does, with the weights of an earlier equal call. Don't change the weights."""
         assert partitioner is None, "partitioned weights can't be shared"
-        ways = [getattr(quantization, name, None) for name in QuantizationSettings.model_fields]
-        key = (folder.resolve(), dtype, device, *ways, family)
+        kind = [getattr(quantization, name, None) for name in QuantizationSettings.model_fields]
+        key = (folder.resolve(), dtype, device, *kind, family)
         if key not in self._loaded:
             self._loaded[key] = load_base(folder, dtype, device, quantization, family, report)
         return _copy_modules(self._loaded[key])
@@ -51,6 +48,6 @@ def _copy_modules(model: Any) -> Any:
     """Copy a model's modules, but not its weights."""
     shared = [*model.parameters(), *model.buffers(), model.architecture]
     for module in model.modules():
-        # of bitsandbytes: the scales of 4-bit weights, and the int8 weights, which a first forward pass moves there
+        # bitsandbytes: the scales of 4-bit weights, and int8 weights, which the first forward moves into `state`
         shared += [getattr(module, name) for name in ("quant_state", "state") if hasattr(module, name)]
     return copy.deepcopy(model, {id(item): item for item in shared})

@@ -437,7 +437,7 @@ def test_the_folder_of_merge_has_the_ends_of_replies_and_the_penalties_of_its_ba
 
 @pytest.mark.parametrize(
     ("reason", "warning"),
-    [("not the base that", "trained on another base"), ("the base's layer has no bias to add it to", None)],
+    [("not the base that", "but loaded onto"), ("the base's layer has no bias to add it to", None)],
 )
 @pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed", "ignore:Adapter 'default'")  # of PEFT
 def test_an_adapter_that_merge_refuses_is_served_with_the_reply_of_chat(

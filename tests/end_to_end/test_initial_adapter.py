@@ -62,8 +62,8 @@ def test_a_base_other_than_that_of_the_adapter_is_named(
         assert [text for text in notes if "another base" in text] == [f"adapter: {first_adapter}: {said}"] * count
         notes.clear()
         chat(ChatSettings(model_name_or_path=str(base), adapter=first_adapter, prompt="Hi", max_new_tokens=1), report)
-        said += f" than {base}, so its predictions may be wrong"
-        assert [text for text in notes if "another base" in text] == [f"{first_adapter}: {said}"] * count
+        said = f"{first_adapter}: trained on {untied_base}, but loaded onto {base}; predictions may be wrong"
+        assert [text for text in notes if "trained on" in text] == [said] * count
 
 
 @pytest.mark.distributed

@@ -112,9 +112,9 @@ def test_a_text_is_a_conversation_of_one_message(made: dict[str, Path]) -> None:
 @pytest.mark.parametrize(
     ("message", "said"),
     [
-        ([], r"^message: \[\]; expected a text, or a list such as \[Turn\("),
-        (None, "^message: None; expected"),
-        (["Hello"], r"^message\[0\]: 'Hello'; expected"),
+        ([], r"^message: \[\]; give a text, or a list such as \[Turn\("),
+        (None, "^message: None; give a text"),
+        (["Hello"], r"^message\[0\]: 'Hello'; give a text"),
         ([Turn("human", "a"), Turn("gpt", "b"), Turn("human", "c")], r"^message\[1\]: Turn\(role='gpt', text='b'"),  # type: ignore[arg-type]
         ([Turn("human", 5)], r"^message\[0\]: Turn\(role='human', text=5"),  # type: ignore[arg-type]
         ([Turn("human", "a"), Turn("assistant", "b")], "^message: the last turn is the assistant's"),

@@ -269,7 +269,7 @@ def test_the_adapter_records_how_each_dataset_was_read_and_chat_uses_the_first(
     for dataset, keeps_history in ((None, False), ("sums", False), ("chats", True)):
         assert make_prompts(files, dataset, None, 2048).keeps_history == keeps_history
     for flags, note in (
-        ((), "messages are as in the dataset sums of training (notes, chats: --conversation-template NAME chooses"),
+        ((), "prompts follow the training dataset sums; for notes or chats, use --conversation-template NAME"),
         (("--conversation-template", "notes"), "each message is prefixed with 'summarize: ', as in training"),
     ):
         done = t5tune_in_fork("chat", result.run, "--prompt", "the value is 3", "--max-new-tokens", 3, *flags)
