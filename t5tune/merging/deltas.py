@@ -1,4 +1,4 @@
-"""Collect what the adapters of a merge change in each tensor of the base."""
+"""Collect the changes that the adapters of a merge make to each tensor of the base."""
 
 import math
 from collections import defaultdict
@@ -25,8 +25,7 @@ from t5tune.families.architecture import Architecture
 from t5tune.file_names import ADAPTER_CONFIG_FILE
 from t5tune.merging.fold import OTHER_BASE_HINT, LowRankUpdate, TrainedRows, WeightDelta
 
-# Values of PEFT's init_lora_weights: these were subtracted from W, and can be computed again from W alone (see
-# merging/pissa.py).
+# PEFT subtracts these initializations from W; they can be computed again from W alone (see merging/pissa.py)
 REPRODUCIBLE_INITIALIZATIONS = {"pissa", "olora"}
 
 
@@ -51,11 +50,7 @@ class Adapter:
 
 
 def read_adapters(folders: list[Path], weights: list[float]) -> list[Adapter]:
-    """Read the adapters and check each of them.
-
-    Raises:
-        CheckpointError: an adapter can't be merged, or can't be part of a weighted sum.
-    """
+    """Read the adapters, and check that each can be merged, and added up if there are several."""
     adapters = [Adapter(folder, *read_adapter(folder), weight) for folder, weight in zip(folders, weights, strict=True)]
     for adapter in adapters:
         check_adapter(adapter.state, adapter.config, adapter.folder, must_be_trained=False)
@@ -78,7 +73,6 @@ def _check_initialization(adapter: Adapter) -> None:
 
 
 def _check_addable(adapter: Adapter) -> None:
-    """Check that the adapter can be part of a weighted sum."""
     if adapter.config.get("use_dora"):
         key, reason = "use_dora", "norms don't add up"
     elif adapter.initialization:
@@ -93,11 +87,7 @@ def _check_addable(adapter: Adapter) -> None:
 
 
 def collect_deltas(adapters: list[Adapter], base: Checkpoint, tied: bool) -> dict[str, WeightDelta]:
-    """Collect the changes of all adapters, by the name of the base's tensor.
-
-    Raises:
-        CheckpointError: an adapter changes a tensor that the base doesn't have.
-    """
+    """Collect the changes of all adapters, by the name of the base's tensor."""
     deltas: defaultdict[str, WeightDelta] = defaultdict(WeightDelta)
     for adapter in adapters:
         _add_deltas(deltas, adapter, base, tied)
@@ -127,7 +117,7 @@ def _add_deltas(deltas: defaultdict[str, WeightDelta], adapter: Adapter, base: C
             elif state[name].to_float32().any():
                 raise CheckpointError(
                     f"{adapter.folder}: {name}: the base's layer has no bias to add it to",
-                    hint="PEFT can't merge it either: use the adapter unmerged, or train one without lora_bias",
+                    hint="use the adapter unmerged, or train without lora_bias; PEFT can't merge it either",
                 )
 
 
@@ -148,11 +138,7 @@ def _collect_low_rank_updates(config: Mapping[str, Any], state: Mapping[str, Ten
 def _collect_token_rows(
     config: Mapping[str, Any], state: Mapping[str, Tensor], architecture: Architecture, tied: bool
 ) -> dict[str, TrainedRows]:
-    """Map the names of the embedding and of the head to their trained rows.
-
-    Raises:
-        CheckpointError: rows are missing, or would be lost, or can't be merged at all.
-    """
+    """Map the names of the embedding and of the head to their trained rows."""
     indices = config.get("trainable_token_indices") or {}
     if indices and not architecture.token_row_modules:
         problem = (
@@ -171,38 +157,30 @@ def _collect_token_rows(
         names = [f"{PEFT_PREFIX}{module}{TOKEN_ROWS_SUFFIX}" for module in modules]
         found = next((state[name] for name in names if name in state), None)
         if found is None:
-            problem = f"the adapter's config lists trained rows of {weight}, but the adapter contains none"
-            raise CheckpointError(problem, hint="t5tune can't merge trained rows of another embedding")
+            problem = f"the adapter's config lists trained rows of {weight}, but the adapter doesn't contain them"
+            raise CheckpointError(problem, hint="use the adapter unmerged; its rows may belong to other weights")
         rows.setdefault(weight, TrainedRows({row: index for index, row in enumerate(ids)}, found))
     _check_other_rows(rows, state, architecture.list_shared(tied))
     return rows
 
 
 def _check_other_rows(rows: Mapping[str, TrainedRows], state: Mapping[str, Tensor], shared: Mapping[str, str]) -> None:
-    """Check that the adapter has no other trained rows: those of parameters that share a weight must be equal.
-
-    Args:
-        rows: those to merge, by the name of the weight.
-        shared: parameters that share another one: name -> that one's name.
-
-    Raises:
-        CheckpointError: rows would be lost.
-    """
+    """Check that merging `rows` loses no trained rows. `shared`: name of a parameter -> weight that it shares."""
     for name, other in state.items():
         if not name.endswith(TOKEN_ROWS_SUFFIX) or any(other is each.trained_KD for each in rows.values()):
             continue
         module = name.removeprefix(PEFT_PREFIX).removesuffix(TOKEN_ROWS_SUFFIX)
         weight = shared.get(f"{module}.weight", f"{module}.weight")
         if weight not in rows:
-            problem = f"{module}: t5tune can't merge its trained rows, only those of {' and '.join(rows)}"
+            problem = f"{module}: t5tune can merge trained rows only of {' and '.join(rows)}"
             raise CheckpointError(problem, hint="use the adapter unmerged")
         if not are_equal(rows[weight].trained_KD, other):
-            problem = f"{module}: its trained rows differ from those of another module, but both share {weight}"
+            problem = f"{module}: several modules share {weight}, but their trained rows differ"
             raise CheckpointError(problem, hint="use the adapter unmerged")
 
 
 def _check_all_used(adapter: Adapter) -> None:
-    """Refuse tensors that merge would ignore: LoRA of an embedding, token rows that the config doesn't list."""
+    """Refuse tensors that merge would ignore, such as LoRA of an embedding, or token rows missing in the config."""
     config, state = adapter.config, adapter.state
     modules_to_save = collect_modules_to_save(config, state)
     for name in state:
@@ -213,4 +191,5 @@ def _check_all_used(adapter: Adapter) -> None:
             or (config.get("trainable_token_indices") and name.endswith(TOKEN_ROWS_SUFFIX))
             or name.removeprefix(PEFT_PREFIX) in modules_to_save
         ):
-            raise CheckpointError(f"{adapter.folder}: {name}: merge doesn't support this tensor")
+            problem = f"{adapter.folder}: {name}: merge doesn't support this tensor"
+            raise CheckpointError(problem, hint="use the adapter unmerged")

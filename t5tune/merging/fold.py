@@ -1,7 +1,7 @@
 """Merge adapters into one tensor of the base, one block of rows at a time.
 
-The result has the bits of PEFT's `merge_and_unload` on a CPU: the adapters are converted to fp32, W + scale · B·A is
-computed in fp32 and rounded once to W's dtype. torch_arithmetic.py explains why numpy computes it.
+The result is bit-identical to PEFT's `merge_and_unload` on a CPU: the adapters are converted to fp32, and
+W + scale · B·A is computed in fp32 and rounded once to W's dtype. torch_arithmetic.py explains why numpy computes it.
 
 In shapes, O is out, I in, R rank, K trained rows, D width.
 """
@@ -16,6 +16,7 @@ from t5tune.errors import CheckpointError
 from t5tune.merging.torch_arithmetic import Floats, compute_low_rank_product, row_norms
 
 OTHER_BASE_HINT = "give the base that the adapter was trained on"
+RANGE_HINT = "use a dtype with a larger range: --dtype bfloat16 or float32"
 UPDATABLE = {"F32", "F16", "BF16"}
 
 
@@ -39,35 +40,22 @@ class TrainedRows:
 
 @dataclass
 class WeightDelta:
-    """What the adapters change in one tensor of the base, each with its weight in the merge.
+    """The changes of one tensor of the base: (change, weight of its adapter in the merge)."""
 
-    Args:
-        base_transform: computes the weight that the adapters were trained on, if it isn't the base's own.
-        replacements: whole modules (modules_to_save).
-        updates: low-rank updates B·A.
-        biases: biases of lora_B, with their scale.
-        rows: token rows.
-    """
-
-    base_transform: Callable[[Tensor], Tensor] | None = None
-    replacements: list[tuple[Tensor, float]] = field(default_factory=list)
+    base_transform: Callable[[Tensor], Tensor] | None = None  # computes the trained-on weight from the base's weight
+    replacements: list[tuple[Tensor, float]] = field(default_factory=list)  # whole modules (modules_to_save)
     updates: list[tuple[LowRankUpdate, float]] = field(default_factory=list)
-    biases: list[tuple[Tensor, float]] = field(default_factory=list)
+    biases: list[tuple[Tensor, float]] = field(default_factory=list)  # of lora_B; the weight includes LoRA's scale
     rows: list[tuple[TrainedRows, float]] = field(default_factory=list)
 
 
 def fold_tensor(name: str, tensor: Tensor, delta: WeightDelta, dtype: str) -> Iterator[Tensor]:
-    """Apply the change to a tensor; yields its blocks of rows in `dtype`.
-
-    Raises:
-        CheckpointError: the shapes don't fit, or a sum exceeds the range of the dtype.
-    """
+    """Apply the change to a tensor; yields its blocks of rows in `dtype`."""
     if tensor.dtype not in UPDATABLE:
-        raise CheckpointError(f"{name}: a tensor of dtype {tensor.dtype} can't be updated")
+        raise CheckpointError(f"{name}: a tensor of dtype {tensor.dtype} can't be updated", hint=OTHER_BASE_HINT)
     if misfit := _find_misfit(tensor, delta):
-        raise CheckpointError(
-            f"{name}: shape {list(tensor.shape)} in the base, but in the adapter {misfit}", hint=OTHER_BASE_HINT
-        )
+        problem = f"{name}: shape {list(tensor.shape)} in the base, but in the adapter {misfit}"
+        raise CheckpointError(problem, hint=OTHER_BASE_HINT)
     if delta.base_transform is not None:
         tensor = delta.base_transform(tensor)
     low_rank = _combine_factors(delta.updates) if delta.updates else None
@@ -85,29 +73,25 @@ def fold_tensor(name: str, tensor: Tensor, delta: WeightDelta, dtype: str) -> It
         _set_rows(values, delta.rows, begin)
         result = from_float32(values, dtype)
         if not _is_finite(result):
-            raise CheckpointError(f"{name}: W + scale · B·A exceeds the range of {dtype}")
+            raise CheckpointError(f"{name}: W + scale · B·A exceeds the range of {dtype}", hint=RANGE_HINT)
         yield result
 
 
 def convert_dtype(name: str, tensor: Tensor, dtype: str) -> Iterator[Tensor]:
-    """Convert a tensor to a dtype; yields its blocks of rows, unchanged if it already has this dtype.
-
-    Raises:
-        CheckpointError: a value exceeds the range of the dtype.
-    """
+    """Convert a tensor to a dtype; yields its blocks of rows, unchanged if it already has this dtype."""
     for _, block in tensor.iter_blocks():
         if block.dtype == dtype:
             yield block
             continue
         result = from_float32(block.to_float32(), dtype)
         if not _is_finite(result) and _is_finite(block):
-            raise CheckpointError(f"{name}: values exceed the range of {dtype}", hint="use bfloat16 or float32")
+            raise CheckpointError(f"{name}: values exceed the range of {dtype}", hint=RANGE_HINT)
         yield result
 
 
 @dataclass(frozen=True)
 class _Factors:
-    """Factors of scale · B·A, and DoRA's norms."""
+    """The factors of scale · B·A, and DoRA's norms."""
 
     b_OR: Floats
     a_RI: Floats
@@ -116,7 +100,7 @@ class _Factors:
 
 
 def _combine_factors(updates: list[tuple[LowRankUpdate, float]]) -> _Factors:
-    """Return one adapter's B, A and scale; those of several are concatenated, with the scales in A (PEFT's `cat`)."""
+    """Return one adapter's B, A and scale, or several adapters' B and A concatenated, scales in A (PEFT's `cat`)."""
     (first, weight), *others = updates
     if not others and weight == 1:
         magnitude = first.magnitude_O.to_float32().reshape(-1) if first.magnitude_O is not None else None
@@ -132,14 +116,14 @@ def _add_low_rank(values_OI: Floats, factors: _Factors, begin: int) -> Floats:
     product_OI *= factors.scale
     values_OI += product_OI
     if factors.magnitude_O is not None:
-        # DoRA (Liu et al. 2024, equation 5): W + scale · B·A is the direction, each row's norm is trained
+        # DoRA (Liu et al. 2024, equation 5): W + scale · B·A gives each row's direction, its norm is trained
         with np.errstate(divide="ignore", invalid="ignore"):
             values_OI *= (factors.magnitude_O[begin : begin + len(values_OI)] / row_norms(values_OI))[:, None]
     return values_OI
 
 
 def _add_weighted(values: Floats, targets: list[tuple[Floats, float]]) -> Floats:
-    """Return W + Σ weight · (trained - W). A single replacement of weight 1 is returned as it is, to keep its bits."""
+    """Return W + Σ weight · (trained - W). A single replacement of weight 1 is returned unchanged, to keep its bits."""
     (first, weight), *others = targets
     if not others and weight == 1:
         return first
@@ -166,14 +150,14 @@ def _is_finite(tensor: Tensor) -> bool:
     if tensor.dtype == "F32":
         flat = tensor.array.reshape(-1)
         with np.errstate(over="ignore", invalid="ignore"):
-            # takes a third of the time of the check below, but may overflow although all values are finite
+            # three times as fast as the check below, but may overflow although all values are finite
             if np.isfinite(flat @ flat):
                 return True
     return bool(np.isfinite(tensor.array).all())
 
 
 def _find_misfit(tensor: Tensor, delta: WeightDelta) -> str | None:
-    """Describe the first change that doesn't fit the tensor; None if all do."""
+    """Describe the first change that doesn't fit the tensor; None: all fit."""
     for update, _ in delta.updates:
         rows, (rank, columns) = update.b_OR.shape[0], update.a_RI.shape
         if (rows, columns) != tensor.shape or update.b_OR.shape[1] != rank:

@@ -1,7 +1,8 @@
 """Subtract the PiSSA or OLoRA initialization from a base weight, as PEFT does when it loads such an adapter.
 
-An adapter that PEFT saved without path_initial_model_for_weight_conversion must be added to W minus the adapter's
-initialization. That depends only on W, so the same decomposition reproduces it (Meng et al. 2024; Büyükakyüz 2024).
+PEFT trains such an adapter on W minus the adapter's initialization, unless it was saved with
+path_initial_model_for_weight_conversion. The initialization depends only on W, so the same decomposition reproduces it
+(Meng et al. 2024; Büyükakyüz 2024).
 """
 
 import torch
@@ -17,8 +18,8 @@ def subtract_initialization(weight_OI: Tensor, kind: str, rank: int, scale: floa
         kind: pissa or olora.
         stays_fp32: whether transformers loads the weight of an fp16 base in fp32.
     """
-    # The decomposition's last bits depend on the number of threads, and a new thread only uses torch's number after
-    # this call.
+    # The decomposition's last bits depend on the number of threads. A new thread uses torch's setting only after this
+    # call.
     torch.get_num_threads()
     stored = to_torch(weight_OI, TORCH_DTYPES[weight_OI.dtype])
     values_OI = stored.float()
@@ -30,7 +31,6 @@ def subtract_initialization(weight_OI: Tensor, kind: str, rank: int, scale: floa
 def _compute_initialization(
     values_OI: torch.Tensor, kind: str, rank: int, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute B₀ and A₀ from the largest singular vectors (PiSSA), or a QR decomposition (OLoRA)."""
     if kind == "pissa":
         u_OR, s_R, v_RI = torch.linalg.svd(values_OI, full_matrices=False)
         root = torch.diag(torch.sqrt(s_R[:rank] / scale))

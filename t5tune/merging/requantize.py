@@ -1,7 +1,7 @@
 """Round base weights to the values that a quantized base computes with.
 
-A QLoRA adapter (Dettmers et al. 2023) is trained on top of these values. Merged into them, it gives the same weights as
-in training.
+A QLoRA adapter (Dettmers et al. 2023) is trained on top of these values. So merging into them gives the weights of
+training.
 """
 
 import bitsandbytes

@@ -1,4 +1,4 @@
-"""Write the files of a merged checkpoint tensor by tensor, with the base's shards or with new ones.
+"""Write the files of a merged checkpoint tensor by tensor, split like the base's files or into new shards.
 
 Unchanged tensors are copied from the base's files within the kernel (copy_file_range).
 """
@@ -24,11 +24,11 @@ from t5tune.io.atomic import write_json
 from t5tune.io.processes import count_cores
 from t5tune.merging.fold import WeightDelta, convert_dtype, fold_tensor
 
-NUM_THREADS = 2  # one copies while the other computes
+NUM_THREADS = 2  # so that one thread can copy while the other computes
 COPY_CHUNK_BYTES = 32 << 20
-# of CTranslate2's quantization types; int8_float16 and the like have int8 weights
+# by CTranslate2's quantization type; types such as int8_float16 have int8 weights
 BYTES_PER_WEIGHT = {"int8": 1, "int16": 2, "float16": 2, "bfloat16": 2, "float32": 4}
-CONVERTED_HEADER_BYTES = 256  # more than the name, the shape and the dtype of a weight and of its scale take
+CONVERTED_HEADER_BYTES = 256  # upper limit for the names, shapes and dtypes of a weight and its scale
 Job = Callable[[], int]
 Entries = dict[str, tuple[str, tuple[int, ...]]]  # name of a tensor -> its dtype and shape in the merged checkpoint
 
@@ -47,9 +47,8 @@ def plan_shards(base: Checkpoint, dtype: str | None, max_size: int | None) -> li
     """Plan the files to write.
 
     Args:
-        dtype: dtype of every floating-point tensor; None keeps the base's.
-        max_size: limit on the tensors of one file, in bytes, unless a single tensor is larger; None keeps the base's
-            shards.
+        dtype: dtype of every floating-point tensor; None: unchanged.
+        max_size: limit on the bytes of tensors in one file, unless a single tensor is larger; None: the base's shards.
     """
     parts = [_get_entries(base, names, dtype) for _, names in base.shards]
     if dtype is None and max_size is None and base.files:
@@ -95,7 +94,7 @@ def write_shards(
 ) -> Iterator[int]:
     """Write the files, and an index if there are several; yields the number of bytes of each write.
 
-    The deltas are folded into their tensors; of the other tensors, those of another dtype are converted. A few threads
+    Deltas are folded into their tensors; the other tensors are copied, or converted to the shard's dtype. A few threads
     share the work, since both the kernel's copying and numpy's sums release Python's global lock.
     """
     for shard in shards:
@@ -118,7 +117,7 @@ def write_shards(
 
 
 def _run_jobs(jobs: Iterable[Job]) -> Iterator[int]:
-    """Run the jobs in a few threads; yields each result when it is done, and raises the error of the first to fail."""
+    """Run the jobs in a few threads; yields each result as soon as it is done, and raises the first error."""
     with ThreadPoolExecutor(min(NUM_THREADS, count_cores())) as pool:
         futures = [pool.submit(job) for job in jobs]
         try:
@@ -129,7 +128,7 @@ def _run_jobs(jobs: Iterable[Job]) -> Iterator[int]:
 
 
 def _make_jobs(base: Checkpoint, shard: Shard, deltas: Mapping[str, WeightDelta], target: Path) -> Iterator[Job]:
-    """Make the jobs that write a shard's tensors; each writes to its own range of the file."""
+    """Make the jobs that write a shard's tensors, each to its range of the file."""
     position = len(shard.header)
     run: _CopyRange | None = None  # adjacent unchanged tensors are copied together
     for name, (dtype, shape) in shard.entries.items():
@@ -168,15 +167,14 @@ def _make_copy_jobs(run: _CopyRange | None, target: Path) -> Iterator[Job]:
 
 
 def _copy_range(run: _CopyRange, target: Path) -> int:
-    """Copy within the kernel where the system supports it."""
-    # files are open for one job only, since there may be more of them than a process may have open
+    # each job opens its files, since a process may not have all of them open at the same time
     with open(run.source.path, "rb", buffering=0) as file, open(target, "r+b", buffering=0) as output:
         done = 0
         while done < run.length:
             begin, left, to = run.source.begin + done, run.length - done, run.position + done
             try:
                 copied = os.copy_file_range(file.fileno(), output.fileno(), left, begin, to)
-            except (AttributeError, OSError):  # not Linux, or not supported by the file system
+            except (AttributeError, OSError):  # not on Linux, or not supported by the file system
                 copied = os.pwrite(output.fileno(), os.pread(file.fileno(), min(left, 1 << 20), begin), to)
             if copied == 0:
                 raise CheckpointError(f"{run.source.path}: ended unexpectedly at byte {begin}")
@@ -205,13 +203,12 @@ def estimate_converted_size(weights: Entries, quantization: str | None, architec
     """Estimate the bytes of a model in CTranslate2's format, rather too many than too few.
 
     Args:
-        weights: dtype and shape of each tensor of the checkpoint.
         quantization: one of CTranslate2's quantization types; None keeps the weights' dtype.
     """
     dtypes = {dtype for dtype, _ in weights.values()}
     if quantization is not None:
         width = BYTES_PER_WEIGHT[quantization.partition("_")[0]]
-    else:  # weights of several dtypes are converted in fp32
+    else:  # the converter loads weights of mixed dtypes in fp32
         width = NUMPY_DTYPES[dtypes.pop()].itemsize if len(dtypes) == 1 else 4
     size = 0
     for name, (_, shape) in weights.items():

@@ -1,8 +1,8 @@
-"""Matrix products and norms in numpy that have the same bits as torch's on a CPU.
+"""Matrix products and norms in numpy, bit-identical to torch's on a CPU.
 
 `merge` must write the bits of PEFT's `merge_and_unload` on a CPU, so its sums need the order and rounding of torch's
-kernels. They are imitated in numpy, because importing torch takes longer and more memory than the sums themselves:
-without torch, `merge` streams a base of any size in about 100 MB.
+kernels. numpy imitates them, because importing torch takes more time and memory than the sums themselves: without
+torch, `merge` streams a base of any size in about 100 MB.
 
 In shapes, O is out, I in, R rank, L lanes.
 """
@@ -19,11 +19,9 @@ LANES = 8  # torch's kernel for norms accumulates this many partial sums per row
 def compute_low_rank_product(b_OR: Floats, a_RI: Floats) -> Floats:
     """Multiply B·A, accumulating over the rank with fused multiply-adds as torch's BLAS does.
 
-    The bits are the same on every machine. With fewer than 4 rows or 15 columns, torch's own order depends on the
-    processor; no weight of a T5 is that small.
-
-    numpy's BLAS chooses kernels by processor and shape. It is used where a trial with the same shape shows that it
-    computes the same bits.
+    The bits are the same on every machine. With fewer than 4 rows or 15 columns, torch's order depends on the
+    processor; no weight of a T5 is that small. numpy's BLAS chooses kernels by processor and shape, so it is used only
+    for shapes where a trial gives the same bits.
     """
     if _blas_sums_in_order(b_OR.shape[0], *a_RI.shape):
         return b_OR @ a_RI
@@ -39,10 +37,7 @@ def _blas_sums_in_order(rows: int, rank: int, columns: int) -> bool:
 
 
 def _multiply_in_order(b_OR: Floats, a_RI: Floats) -> Floats:
-    """Accumulate over the rank with fused multiply-adds.
-
-    A product of two fp32 numbers is exact in fp64, so adding it there and rounding to fp32 is a fused multiply-add.
-    """
+    # A product of two fp32 numbers is exact in fp64, so adding it there and rounding to fp32 is a fused multiply-add.
     product_OI = np.zeros((b_OR.shape[0], a_RI.shape[1]), np.float32)
     for rank in range(a_RI.shape[0]):
         terms = b_OR[:, rank, None].astype(np.float64) * a_RI[None, rank].astype(np.float64)

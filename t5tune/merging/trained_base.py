@@ -1,4 +1,4 @@
-"""The base that an adapter was trained on, as the metadata of the adapter's file identifies and describes it."""
+"""Find out from an adapter's metadata which base it was trained on, and how that base was loaded."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +20,8 @@ class TrainedBase:
     """How the base was loaded in training.
 
     Args:
-        quantization: the settings that quantize it again; None if it wasn't quantized.
         compute: the compute dtype of quantized layers, by torch's name.
-        family: a key of the table of families, if config.json doesn't say the model type.
+        family: a key of the table of families, if config.json doesn't name the model type.
     """
 
     quantization: QuantizationSettings | None
@@ -31,11 +30,7 @@ class TrainedBase:
 
 
 def choose_onto(given: str | None, adapters: list[Adapter], report: Report) -> str:
-    """Choose the weights to merge into, as a value of --onto: the given ones, else those of training.
-
-    Raises:
-        SettingsError: the adapters were trained on different weights, and none are given.
-    """
+    """Choose the weights to merge into, as a value of --onto: as given, else as in training."""
     first = _find_first_known(adapters)
     known = [adapter.folder for adapter in adapters if read_base_metadata(adapter.folder)]
     trained = {folder: _resolve_precision(folder, None) for folder in known}
@@ -45,7 +40,8 @@ def choose_onto(given: str | None, adapters: list[Adapter], report: Report) -> s
         bases = [f"{folder} on {_describe(trained[folder].quantization)}" for folder in (first, others[0])]
         kinds = dict.fromkeys(_get_onto(trained[folder].quantization) for folder in (first, others[0]))
         flags = " or ".join(f"--onto {kind}" for kind in kinds)
-        raise SettingsError(f"adapter: trained differently: {' and '.join(bases)}", hint=f"choose for all with {flags}")
+        problem = f"adapter: trained differently: {' and '.join(bases)}"
+        raise SettingsError(problem, hint=f"merge all adapters with {flags}")
     for folder in others:
         text = f"{folder}: trained on {_describe(trained[folder].quantization)}, but merging into {_describe(target)}"
         if (kind := _get_onto(trained[folder].quantization)) not in (UNQUANTIZED, given):
@@ -56,13 +52,11 @@ def choose_onto(given: str | None, adapters: list[Adapter], report: Report) -> s
         where = " and ".join(f"{folder} in {name}" for name, folder in dtypes.items())
         report(Note(f"adapter: trained in different dtypes: {where}", warning=True))
     if given is None and target is not None:
-        kind = _describe(target)
-        report(Note(f"merging into {kind}, as in training; --onto base takes the unquantized one"))
+        report(Note(f"merging into {_describe(target)}, as in training; --onto base merges into the unquantized base"))
     return _get_onto(target)
 
 
 def list_quantized_weights(base: Checkpoint, quantization: QuantizationSettings) -> list[str]:
-    """List the weights that q_lora quantizes."""
     linear = (name for name in base.list_names() if len(base.get_dtype_and_shape(name)[1]) == 2)
     return [name for name in linear if base.architecture.is_quantizable(name, quantization.quantize_wo)]
 
@@ -76,51 +70,49 @@ def match_trained_base(
     reads_all: bool = False,
     allows_other: bool = False,
 ) -> TrainedBase:
-    """Compare the base with the one that the adapters were trained on, and return how it was loaded there.
+    """Check that the adapters were trained on this base, and return how it was loaded in training.
 
     Args:
-        onto: the weights to merge into; see `choose_onto`.
-        family: a key of the table of families, if the user gave one.
-        reads_all: compare the hashes of all weights; otherwise their fingerprints.
-        allows_other: another base is no error.
-
-    Raises:
-        CheckpointError: an adapter was trained on another base.
+        onto: see `choose_onto`.
+        family: the model type that the user gave.
+        reads_all: compare hashes of all weights instead of fingerprints.
+        allows_other: report a different base instead of refusing it.
     """
     key = "sha256" if reads_all else "fingerprint"
     found: str | None = None
     for adapter in adapters:
         metadata = read_base_metadata(adapter.folder)
         if not metadata.get(key):
-            unknown = f"records no {key}, so merge can't verify that this is the base it was trained on"
+            unknown = f"no {key} recorded, so merge can't verify that it was trained on this base"
             report(Note(f"{adapter.folder}: {unknown}", warning=bool(metadata)))
             continue
         if found is None:
             found = compute_full_hash(base) if reads_all else compute_fingerprint(base)
-        if metadata[key] != found and not allows_other:
-            raise CheckpointError(
-                f"{base.folder}: not the base that {adapter.folder} was trained on, which was {metadata.get('base')} "
-                f"({key} {str(metadata[key])[:12]}…, here {found[:12]}…)",
-                hint="give that base, or use --allow-other-base to merge anyway",
-            )
         if metadata[key] != found:
-            report(Note(f"{base.folder}: not the base that {adapter.folder} was trained on", warning=True))
+            problem = f"{base.folder}: not the base that {adapter.folder} was trained on"
+            if not allows_other:
+                hashes = f"{key} {str(metadata[key])[:12]}…, here {found[:12]}…"
+                raise CheckpointError(
+                    f"{problem}, which was {metadata.get('base')} ({hashes})",
+                    hint="give that base, or use --allow-other-base to merge anyway",
+                )
+            report(Note(problem, warning=True))
     first = _find_first_known(adapters)
     metadata = read_base_metadata(first)
-    # a merge into the unquantized base is compared with training, too
+    # even a merge into the unquantized base is compared with the quantized base of training
     quantization = _resolve_precision(first, None if onto == UNQUANTIZED else onto).quantization
     compute = "float32" if metadata.get("compute") == "float32" else "bfloat16"
     return TrainedBase(quantization, compute, family or metadata.get("family"))
 
 
 def _find_first_known(adapters: list[Adapter]) -> Path:
-    """Find the first adapter whose file describes its base; adapters of other tools don't. Else the first of all."""
+    """Find the first adapter whose file describes its base, as files of other tools don't; else the first adapter."""
     folders = [adapter.folder for adapter in adapters]
     return next(filter(read_base_metadata, folders), folders[0])
 
 
 def _resolve_precision(adapter: Path, onto: str | None) -> Precision:
-    """Return how the base was loaded in training, or how `onto` would load it."""
+    """Return the precision of the base in training, or the precision that `onto` asks for."""
     given = {} if onto is None else {"q_lora": onto != UNQUANTIZED, "quant_type": onto}
     return resolve_precision(given, read_training_precision(adapter), device=None)
 

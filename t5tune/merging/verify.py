@@ -1,4 +1,4 @@
-"""Verify a merged checkpoint: compare its logits with those of base + adapters on a few examples, in fp32."""
+"""Verify a merged checkpoint: compare its logits on a few examples with the logits of base + adapters, in fp32."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from t5tune.progress import Note, Report
 from t5tune.settings.groups.base import QuantizationSettings
 
 NUM_EXAMPLES = 4
-ROUNDING_TOLERANCE = 0.05  # rounding weights to 8 (bf16) or 11 (fp16) bits changes logits by about this share of them
+ROUNDING_TOLERANCE = 0.05  # share of the logits; about the effect of rounding weights to 8 (bf16) or 11 (fp16) bits
 FALLBACK_TEXTS = ["Summarize: the meeting was moved\nto Friday.", "Hello, how are you?", '{"a": 1}', "1 + 1 = 2"]
 
 
@@ -32,11 +32,9 @@ class LogitsDifference:
     """Comparison of two models' logits on some examples.
 
     Args:
-        examples: number of examples.
         error: largest absolute difference.
         largest: largest absolute logit.
-        from_training: largest difference from the quantized training model's logits, by the kind of base weights that
-            the adapter is merged into.
+        from_training: value of `onto` -> largest difference from the logits of the quantized training model.
     """
 
     examples: int
@@ -54,17 +52,14 @@ def verify_merge(
     tolerance: float,
     report: Report,
 ) -> LogitsDifference:
-    """Compare the logits of base + adapters with those of the merged checkpoint.
+    """Compare the logits of base + adapters and the merged checkpoint, or raise TrainingError if they differ.
 
     Args:
-        onto: the weights that the adapters are merged into; see `choose_onto`.
-        tolerance: allowed difference, relative to the largest logit.
-
-    Raises:
-        TrainingError: the difference exceeds the tolerance for the dtype of the merged weights.
+        onto: see `choose_onto`.
+        tolerance: allowed difference, relative to the largest logit; rounded weights get at least ROUNDING_TOLERANCE.
     """
     problem = find_quantization_problem() if trained.quantization is not None else None
-    if problem is not None:  # then it is merged into the unquantized base
+    if problem is not None:  # then `onto` is the unquantized base
         report(Note(f"not compared with the model as trained: {problem}"))
         trained = replace(trained, quantization=None)
     found = _compare_logits(base.folder, adapters, merged, trained, onto, report)
@@ -74,7 +69,7 @@ def verify_merge(
     allowed = max(tolerance, 0.0 if is_exact else ROUNDING_TOLERANCE) * max(found.largest, 1.0)
     if not found.error <= allowed:
         raise TrainingError(
-            f"the merged model's logits differ by {found.error:.3g} from those of base + adapter "
+            f"the logits of the merged model and of base + adapter differ by {found.error:.3g} "
             f"(allowed {allowed:.3g}); nothing was written",
             hint="check that this is the base that the adapter was trained on",
         )
@@ -93,12 +88,7 @@ def verify_merge(
 def _compare_logits(
     base: Path, adapters: list[Adapter], merged: Path, trained: TrainedBase, onto: str, report: Report
 ) -> LogitsDifference:
-    """Run the models one after the other on the same examples (see `read_example_ids`), and compare their logits.
-
-    Args:
-        onto: what the adapters were merged into: base, or a kind of quantized base. The merged model is compared with
-            the adapters on this base.
-    """
+    # one model at a time, to save memory
     start = open_base(merged).architecture.start_token_id
     inputs = [
         {"input_ids": torch.tensor([source]), "decoder_input_ids": torch.tensor([[start, *target[:-1]]])}
@@ -116,7 +106,7 @@ def _compare_logits(
         in_training = compute_with_adapters(getattr(torch, trained.compute), quantization)
         models[quantization.quant_type] = in_training
         from_training[UNQUANTIZED] = find_max_difference(models[UNQUANTIZED], in_training)
-        # a merge into the quantized weights that wasn't written is computed in fp32
+        # if onto is the base, a merge into the quantized weights is computed for comparison
         dequantized = logits if onto != UNQUANTIZED else compute_with_adapters(torch.float32, quantization)
         from_training[quantization.quant_type] = find_max_difference(dequantized, in_training)
     expected = models[onto]
@@ -135,7 +125,7 @@ def _add_adapters(model: Any, adapters: list[Adapter]) -> Any:
 
 
 def find_max_difference(first: list[torch.Tensor], second: list[torch.Tensor]) -> float:
-    """Find the largest absolute difference; NaN if any is NaN, which Python's max would drop unless it comes first."""
+    """Find the largest absolute difference; NaN if any is NaN (Python's max may drop NaN)."""
     return float(torch.stack([(a - b).abs().max() for a, b in zip(first, second, strict=True)]).max())
 
 
@@ -145,7 +135,7 @@ def _compute_logits(model: Any, inputs: list[dict[str, torch.Tensor]]) -> list[t
 
 
 def read_example_ids(merged: Path, adapter: Path) -> list[tuple[list[int], list[int]]]:
-    """Read (source, target) ids of examples in the run's token cache if it still exists, else of a few fixed texts."""
+    """Read the (source, target) ids of a few examples of the run's token cache, or of fixed texts without a cache."""
     if has_examples(adapter / RUN_CACHE_FOLDER):
         trained_on = open_examples(adapter / RUN_CACHE_FOLDER)
         examples = (trained_on[number] for number in range(min(NUM_EXAMPLES, len(trained_on))))

@@ -127,4 +127,4 @@ def test_a_stock_adapter_without_base_facts_is_accepted_with_a_note(
 ) -> None:
     notes: list[Any] = []
     run_merge(untied_base, untied_adapter, tmp_path / "merged", notes.append, verify=False)
-    assert any(isinstance(note, Note) and "records no fingerprint" in note.text for note in notes)
+    assert any(isinstance(note, Note) and "no fingerprint recorded" in note.text for note in notes)

@@ -61,7 +61,7 @@ def test_adapters_of_different_quantizations_are_not_summed_unless_one_is_chosen
         merge_two(untied_base, trained_differently, names, tmp_path / "merged")
     first, second = (f"{trained_differently[name]} on {base}" for name, base in zip(names, bases, strict=True))
     assert caught.value.message == f"adapter: trained differently: {first} and {second}"
-    assert caught.value.hint == f"choose for all with {flags}"
+    assert caught.value.hint == f"merge all adapters with {flags}"
     assert not (tmp_path / "merged").exists()
 
 
@@ -105,7 +105,7 @@ def test_merge_takes_the_weights_of_training_bit_by_bit(kind: str | None, untied
     found = run_merge(untied_base, adapter, tmp_path / "merged", notes.append, verify=False)
     given = run_merge(untied_base, adapter, tmp_path / "given", onto=kind or "base", verify=False)
     assert found.onto == given.onto == (kind or "base")
-    said = f"merging into an {kind} base, as in training; --onto base takes the unquantized one"
+    said = f"merging into an {kind} base, as in training; --onto base merges into the unquantized base"
     assert (said in [note.text for note in notes if isinstance(note, Note)]) is (kind is not None)
     merged = load_file(tmp_path / "merged" / "model.safetensors")
     assert (tmp_path / "merged" / "model.safetensors").read_bytes() == (
