@@ -1,1 +1,1 @@
-"""Convert a checkpoint for another tool."""
+"""Convert a checkpoint for other tools."""

@@ -3,8 +3,8 @@
     convert_and_check(checkpoint, adapter, folder, "int8", report).same
 
 CTranslate2's converter loads the model with `from_pretrained`, and scales the logits if `tie_word_embeddings` is true.
-transformers 5 sets that for every T5, so Flan-T5's logits would be divided by √d_model. Therefore the converter gets
-the model from our own loader, with the flag set to what that model computes.
+transformers 5 sets this flag for every T5, so Flan-T5's logits would be divided by √d_model. Therefore our loader gives
+the converter the model, with the flag set as the model computes.
 """
 
 import json
@@ -41,14 +41,10 @@ from t5tune.progress import Note, Report
 
 MAX_REPLY_TOKENS = 32
 LOG_PROBABILITY_TOLERANCE = 1e-3  # both models compute in fp32, but sum in a different order
-# what is copied next to the converted weights; not settings.yaml, since a run's may have a secret in a URL
+# files copied next to the converted weights; not settings.yaml, where the URLs of a run's data may contain secrets
 DESCRIBING_FILES = (
-    *TOKENIZER_FILE_PREFIXES,
-    TEMPLATE_FILE,
-    TRAINING_DATA_FILE,
-    GENERATION_CONFIG_FILE,
-    MODEL_CARD_FILE,
-)
+    *TOKENIZER_FILE_PREFIXES, TEMPLATE_FILE, TRAINING_DATA_FILE, GENERATION_CONFIG_FILE, MODEL_CARD_FILE,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -56,8 +52,7 @@ class Agreement:
     """Agreement of greedy replies to a few prompts.
 
     Args:
-        replies: number of replies.
-        same: number of identical replies.
+        replies: number of replies; `same`: of identical replies.
         error: largest difference between the log-probabilities of our replies' tokens.
     """
 
@@ -75,7 +70,7 @@ class _Converter(TransformersConverter):  # type: ignore[misc]
 
     def load_model(self, model_class: Any, model_name_or_path: str, **options: Any) -> Any:
         model = load_base(self.checkpoint, _find_common_dtype(self.checkpoint), choose_device(use_cpu=True))
-        # the converter uses this flag only to decide whether to scale the logits; mT5's are never scaled
+        # the converter uses this flag only to decide whether to scale the logits, as mT5 never does
         model.config.tie_word_embeddings = getattr(model.config, "scale_decoder_outputs", False)
         return model
 
@@ -87,8 +82,7 @@ class _Converter(TransformersConverter):  # type: ignore[misc]
         base = open_base(self.checkpoint)
         (rows, _) = base.get_dtype_and_shape(base.architecture.tied_to)[1]
         tokens = tokenizer.get_vocab()
-        # the converter would name unused rows <extra_id_0> and so on, although these names are taken, and CTranslate2
-        # identifies tokens by name
+        # CTranslate2 identifies tokens by name, and its converter would give unused rows the names of the sentinels
         unused = sorted(set(range(rows)) - set(tokens.values()))
         tokens = tokens | {f"<unused_{index}>": index for index in unused}
         tokenizer.get_vocab = lambda: tokens
@@ -98,14 +92,11 @@ class _Converter(TransformersConverter):  # type: ignore[misc]
 def convert_and_check(
     checkpoint: Path, adapter: Path, folder: Path, quantization: str | None, report: Report
 ) -> Agreement:
-    """Convert a checkpoint, copy its tokenizer and what describes it, and compare replies.
+    """Convert a checkpoint, copy its tokenizer and description, and compare replies.
 
     Args:
-        adapter: the folder of the adapter or run that it came from, whose data the replies may be of.
-        folder: where to write it; it must exist.
-
-    Raises:
-        DependencyError, TrainingError: see `convert` and `check_replies`.
+        adapter: the folder of the merged adapter or run; its token cache has the prompts to compare.
+        folder: the output folder, which must exist.
     """
     convert(checkpoint, folder, quantization)
     for file in sorted(checkpoint.iterdir()):
@@ -119,13 +110,10 @@ def convert(checkpoint: Path, folder: Path, quantization: str | None) -> None:
 
     Args:
         quantization: one of CTranslate2's quantization types; None keeps the weights' dtype.
-
-    Raises:
-        DependencyError: the installed converter fails.
     """
     try:
         _Converter(checkpoint).convert(str(folder), quantization=quantization, force=True)
-    except Exception as error:  # a converter for other releases may raise anything
+    except Exception as error:  # with an incompatible release of transformers, anything can happen
         if isinstance(error, OSError) and error.errno is not None:  # a full disk, for example
             raise
         reason = shorten(join_lines(f"{type(error).__name__}: {error}"), 300)
@@ -139,11 +127,7 @@ def convert(checkpoint: Path, folder: Path, quantization: str | None) -> None:
 def check_replies(
     checkpoint: Path, converted: Path, adapter: Path, quantization: str | None, report: Report
 ) -> Agreement:
-    """Compare the replies of the converted model with those of the checkpoint, and report how many are the same.
-
-    Raises:
-        TrainingError: the replies differ although the weights aren't quantized.
-    """
+    """Compare the replies of checkpoint and converted model. Unquantized weights must give the same replies."""
     is_exact = quantization in (None, "float32")
     sources = [source for source, _ in read_example_ids(checkpoint, adapter)]
     found = _compare_replies(checkpoint, converted, sources, is_exact)
@@ -153,19 +137,17 @@ def check_replies(
     )
     if is_exact and (found.same < found.replies or not found.error <= LOG_PROBABILITY_TOLERANCE):
         raise TrainingError(
-            f"the replies of the converted model differ from those of the merged one: {summary}; nothing was written",
-            hint="try another release of CTranslate2, and report its version in an issue",
+            f"the merged and the converted model give different replies: {summary}; nothing was written",
+            hint="try a different release of CTranslate2, and report its version in an issue",
         )
     report(Note(summary))
     return found
 
 
 def _compare_replies(checkpoint: Path, converted: Path, sources: list[list[int]], exact: bool) -> Agreement:
-    """Decode replies to the sources greedily with both models, and let CTranslate2 score our replies.
+    """Generate greedy replies with both models, and let CTranslate2 score our replies.
 
-    Args:
-        sources: ids of each source with its EOS token.
-        exact: whether to compute in fp32 whatever the weights' dtype, instead of CTranslate2's default on this machine.
+    `exact`: compute in fp32 whatever the weights' dtype, not in CTranslate2's default type on this machine.
     """
     ours = _generate_replies(checkpoint, sources)
     tokens = json.loads((converted / CTRANSLATE2_VOCABULARY_FILE).read_text(encoding="utf-8"))
@@ -177,7 +159,7 @@ def _compare_replies(checkpoint: Path, converted: Path, sources: list[list[int]]
     scores = translator.score_batch(source_tokens, our_tokens, max_input_length=0)
     return Agreement(
         replies=len(sources),
-        same=sum(reply.hypotheses[0] == own for reply, own in zip(replies, our_tokens, strict=True)),
+        same=sum(reply.hypotheses[0] == ours for reply, ours in zip(replies, our_tokens, strict=True)),
         error=find_max_difference(
             [torch.tensor(score.log_probs, dtype=torch.float64) for score in scores],
             [torch.tensor(log_probs, dtype=torch.float64) for _, log_probs in ours],
@@ -186,11 +168,11 @@ def _compare_replies(checkpoint: Path, converted: Path, sources: list[list[int]]
 
 
 def _generate_replies(checkpoint: Path, sources: list[list[int]]) -> list[tuple[list[int], list[float]]]:
-    """Generate a reply to each source: (its ids, the log-probabilities of these and of the EOS token)."""
+    """Generate a reply to each source: (its ids, the log-probabilities of these ids and of the EOS token)."""
     tokenizer = load_tokenizer(checkpoint)
     model = load_base(checkpoint, torch.float32, choose_device(use_cpu=True))
     start, end = model.architecture.start_token_id, tokenizer.eos_token_id
-    # generation_config.json may set penalties, which the converted model doesn't apply
+    # without generation_config.json, whose penalties the converted model doesn't apply
     model.generation_config = transformers.GenerationConfig(decoder_start_token_id=start)
     result = []
     for source in sources:
@@ -203,7 +185,7 @@ def _generate_replies(checkpoint: Path, sources: list[list[int]]) -> list[tuple[
 
 
 def _find_common_dtype(checkpoint: Path) -> torch.dtype:
-    """Return the dtype of the weights, or fp32 if they have several."""
+    """Return the dtype of the weights, or fp32 for weights of mixed dtypes."""
     files = open_base(checkpoint)
     dtypes = {files.get_dtype_and_shape(name)[0] for name in files.list_names()}
     return TORCH_DTYPES[dtypes.pop()] if len(dtypes) == 1 else torch.float32

@@ -1,4 +1,4 @@
-"""Read generation_config.json: how the author of a model wants its replies to be generated."""
+"""Read generation_config.json: the author's settings for generating replies."""
 
 from pathlib import Path
 from typing import Any
@@ -6,8 +6,8 @@ from typing import Any
 from t5tune.file_names import GENERATION_CONFIG_FILE
 from t5tune.io.untrusted import has_file, read_json_object
 
-# what it may set without an effect on replies with our settings: ids that the model has anyway, limits and kinds of
-# decoding, for which requests and ours have values, and what `generate` returns
+# settings without an effect on our replies: ids that the model has anyway, limits and decoding methods that requests
+# or our settings override, and the output format of `generate`
 WITHOUT_EFFECT = {
     "decoder_start_token_id", "bos_token_id", "eos_token_id", "pad_token_id", "max_length", "max_new_tokens",
     "num_beams", "num_beam_groups", "num_return_sequences", "do_sample", "temperature", "top_k", "top_p",
@@ -17,12 +17,12 @@ WITHOUT_EFFECT = {
 
 
 def read_generation_config(folder: Path) -> dict[str, Any]:
-    """Read a model's generation_config.json; empty if it has none."""
+    """Read a model's generation_config.json; {} without this file."""
     return read_json_object(folder, GENERATION_CONFIG_FILE) if has_file(folder, GENERATION_CONFIG_FILE) else {}
 
 
 def describe_lost_settings(folder: Path) -> str | None:
-    """Say what a model's generation_config.json sets and a converted model would ignore; None if there is nothing."""
+    """List the settings in generation_config.json that a converted model would ignore; None: no such setting."""
     given = read_generation_config(folder)
     others = [name for name, value in given.items() if value is not None and not name.startswith("_")]
     lost = ", ".join(name for name in others if name not in WITHOUT_EFFECT)
