@@ -14,18 +14,18 @@ from t5tune.reports.page import draw_length_charts, write_page
 
 MAX_EXAMPLE_CHARACTERS = 10_000_000  # of HTML; browsers need seconds for more
 LEGEND = {
-    "source": ("source", "what the model reads"),
-    "target": ("target", "what the model learns to write"),
-    "rejected": ("rejected", "of a preference pair, the worse answer; its target is the better one"),
+    "source": ("source", "the model's input"),
+    "target": ("target", "the text that the model learns to write"),
+    "rejected": ("rejected", "the worse answer of a preference pair; the target is the better answer"),
     "cut": ("cut off", "text beyond model_max_length, which the model never sees"),
     "added": ("{ ↵", "tokens added to the vocabulary; ↵ is a line break"),
     "unknown": ("<unk>", "a character that isn't in the vocabulary"),
-    "special": ("</s>", "the special tokens around a text, such as the one that ends it"),
+    "special": ("</s>", "special tokens, such as the token at the end of a text"),
 }
 
 
 def write_cache_page(path: Path, examples: CacheView, statistics: LengthStatistics | None) -> int:
-    """Write the page. Return how many of the examples it shows: as many as a browser can display."""
+    """Write the page. Return the number of examples in it, which is limited by what a browser can display."""
     shown = _render_examples(examples)
     heading = _render_heading(len(shown), examples.cache)
     write_page(path, str(examples.cache.folder), chain(_render_summary(examples, statistics), [heading], shown))

@@ -1,4 +1,4 @@
-"""What the HTML pages share: one style sheet, the frame of a page, and the charts of the examples' lengths."""
+"""The common parts of the HTML pages: style sheet, frame, and histograms of the examples' lengths."""
 
 import html
 from collections.abc import Iterable

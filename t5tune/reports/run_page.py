@@ -2,7 +2,7 @@
 
     write_run_report(run_folder, plan, result, examples, has_held_out=True)
 
-It is made from metrics.jsonl and samples.json in the run folder, and the token cache that the run was trained on.
+Its data comes from metrics.jsonl and samples.json in the run folder, and from the run's token cache.
 """
 
 import html
@@ -27,16 +27,16 @@ from t5tune.runs.plan import RunPlan
 from t5tune.settings.field_types import Settings
 from t5tune.settings.flags import list_flags, list_without_flags
 
-# evaluation metrics that are shown at the top, in addition to the table
+# evaluation metrics at the top of the page, if there are any; the table shows all
 TILE_METRICS = ("loss", "perplexity", "rewards/accuracies", "rewards/margins", "exact_match", "rougeL", "field_f1")
 TEXT_SCORES = {"exact_match", "rougeL", "bleu", "chrf"}
-# what preference training and distillation also log: name -> title of the chart
+# more metrics of preference training and distillation: name -> title of the chart
 OBJECTIVE_CHARTS = {
     "rewards/accuracies": "Accuracy of the rewards",
     "rewards/margins": "Margin of the rewards",
     "kl": "Divergence from the teacher, per token",
 }
-# settings for a single start of a run, which aren't part of the command that made it
+# settings for a single start of a run, which aren't needed to repeat it
 NOT_REPEATED = {"fresh", "allow_change", "dry_run"}
 
 
@@ -47,8 +47,8 @@ def write_run_report(
 
     Args:
         result: the fields of the result of `train`.
-        examples: the examples that were trained on.
-        has_held_out: whether there are held-out examples, of which the samples then are; some runs don't evaluate them.
+        examples: the training examples.
+        has_held_out: whether the samples are from held-out examples, which some runs have but don't evaluate.
     """
     settings = hide_data_queries(plan.given)
     lines = read_metrics(run_folder)
@@ -77,26 +77,23 @@ def write_run_report(
 def _render_subtitle(plan: RunPlan, result: dict[str, Any]) -> str:
     adapter, objective = plan.model.adapter, plan.data.objective
     quantization = plan.model.precision.quantization
-    way = "full fine-tuning" if adapter is None else f"LoRA with rank {adapter.lora_r}"
-    way += f", objective {objective}" if objective != "sft" else ""
-    way += f", teacher {plan.teacher.teacher_model_name_or_path}" if plan.teacher is not None else ""
+    method = "full fine-tuning" if adapter is None else f"LoRA with rank {adapter.lora_r}"
+    method += f", objective {objective}" if objective != "sft" else ""
+    method += f", teacher {plan.teacher.teacher_model_name_or_path}" if plan.teacher is not None else ""
     base = f" on a base quantized to {quantization.quant_type}" if quantization is not None else ""
     share = result["trainable_parameters"] / max(result["total_parameters"], 1)
     stop = f"; stopped early {result['stopped_early']}" if result.get("stopped_early") else ""
     processes = f"; {result['world_size']} processes" if result["world_size"] > 1 else ""
     examples = format_count(result["examples"], "training example")
     return html.escape(
-        f"{plan.model.base.model_name_or_path}: {way}{base}; trainable parameters: "
+        f"{plan.model.base.model_name_or_path}: {method}{base}; trainable parameters: "
         f"{result['trainable_parameters']:,} of {result['total_parameters']:,} ({share:.2%}); {examples}{processes}"
         f"{stop}"
     )
 
 
 def format_command(settings: Settings) -> str:
-    """Format the command of a run, with a flag for each setting that differs from its default, one per line.
-
-    Those that have no flag follow as comments.
-    """
+    """Format the command of a run: one changed setting per line; settings without a flag follow as comments."""
     names = [name for name in type(settings).model_fields if name not in NOT_REPEATED]
     words = (shlex.join(group) for group in list_flags(settings, names))
     command = " \\\n  ".join(["t5tune train", *words])
@@ -147,13 +144,11 @@ def _draw_training_charts(lines: list[dict[str, Any]], datasets: Iterable[str]) 
 
 
 def _draw_losses(of: Callable[[str], list[tuple[float, float]]]) -> list[str]:
-    """Draw the loss of training and of evaluations. With a teacher, training minimizes another one."""
-    total, held_out = (
-        Series("training", of("loss"), is_smoothed=True),
-        Series("held out", of("eval_loss"), is_marked=True),
-    )
+    total = Series("training", of("loss"), is_smoothed=True)
+    held_out = Series("held out", of("eval_loss"), is_marked=True)
     if not of("kl"):
         return [draw_line_chart("Loss", [total, held_out], allow_log=True)]
+    # with a teacher, the training loss contains more than the cross-entropy that evaluations measure
     targets = [Series("training", of("nll"), is_smoothed=True), held_out]
     return [
         draw_line_chart("Loss", [total], allow_log=True),
@@ -164,7 +159,7 @@ def _draw_losses(of: Callable[[str], list[tuple[float, float]]]) -> list[str]:
 def _render_evaluation(
     lines: list[dict[str, Any]], datasets: dict[str, dict[str, float | None]], best_step: int | None
 ) -> list[str]:
-    """Render the metrics of all evaluations, the best one marked, and those of each dataset that the result has."""
+    """Render the metrics of all evaluations with the best step marked, and the result's metrics by dataset."""
     found = []
     for line in (line for line in lines if "eval_loss" in line):
         metrics = {name.removeprefix("eval_"): value for name, value in line.items() if name.startswith("eval_")}
@@ -204,15 +199,14 @@ def _format_optional(value: float | None) -> str:
 
 
 def _render_samples(samples: list[dict[str, Any]], kind: str) -> list[str]:
-    """Render predictions for some of the examples that are `held-out`, or `training` examples if none are."""
     if not samples:
         return []
     worst = [sample for sample in samples if sample.get("worst_of")]
     others = [sample for sample in samples if sample not in worst]
     parts = [
         "<h2>Sample predictions before and after training</h2>",
-        f'<p class="soft">Greedy predictions for {kind} examples before the first step and after the last one; long '
-        "ones are cut off. Loss: the mean over the target's tokens, after training.</p>",
+        f'<p class="soft">Greedy predictions for {kind} examples before and after training; long texts are cut off. '
+        "Loss: the mean over the target's tokens, after training.</p>",
         f"<h3>Evenly spaced examples</h3>{_render_sample_table(others)}",
     ]
     if worst:
@@ -222,28 +216,20 @@ def _render_samples(samples: list[dict[str, Any]], kind: str) -> list[str]:
 
 
 def _render_sample_table(samples: list[dict[str, Any]]) -> str:
-    columns = {
-        "source": "source",
-        "before": "before training",
-        "after": "after training",
-        "target": "target (true answer)",
-    }
-    header = "".join(f"<th>{title}</th>" for title in columns.values())
+    titles = {"source": "source", "before": "before training", "after": "after training", "target": "target"}
+    header = "".join(f"<th>{title}</th>" for title in titles.values())
     lines = [f'<tr>{header}<th class="loss">loss</th></tr>']
     for sample in samples:
-        texts = {title: _format_prediction(sample.get(key)) for key, title in columns.items()}
+        found = {title: sample.get(key) for key, title in titles.items()}
+        texts = {title: "–" if text is None else text or "(empty)" for title, text in found.items()}
         texts["loss"] = _format_optional(sample.get("loss"))
         cells = (f'<td data-name="{title}">{html.escape(text)}</td>' for title, text in texts.items())
         lines.append(f"<tr>{''.join(cells)}</tr>")
     return f'<table class="samples">{"".join(lines)}</table>'
 
 
-def _format_prediction(text: str | None) -> str:
-    return "–" if text is None else text or "(empty)"
-
-
 def _render_datasets(examples: Examples) -> list[str]:
-    """Render what an epoch has of each dataset, if there are several."""
+    """Render the share of each dataset in an epoch, if there are several."""
     if not examples.are_several:
         return []
     rows = (
@@ -256,7 +242,6 @@ def _render_datasets(examples: Examples) -> list[str]:
 
 
 def _render_left_out(by_reason: dict[str, int]) -> list[str]:
-    """Report the records that are not used for training, if there are any."""
     rejected = {reason: count for reason, count in by_reason.items() if reason != LABELED_BAD}
     parts = []
     if bad := by_reason.get(LABELED_BAD, 0):
@@ -270,21 +255,18 @@ def _render_left_out(by_reason: dict[str, int]) -> list[str]:
 def _render_settings(settings: Settings) -> list[str]:
     values = settings.model_dump(mode="json")
     defaults = {name: field.get_default() for name, field in type(settings).model_fields.items()}
-    changed = {name: value for name, value in values.items() if value != defaults[name]}
-    rest = {name: value for name, value in values.items() if name not in changed}
-
-    def table(part: dict[str, Any]) -> str:
-        return _render_table(((name, _format_value(value)) for name, value in part.items()), kind="settings")
-
+    rows: dict[bool, list[tuple[str, str]]] = {True: [], False: []}
+    for name, value in values.items():
+        rows[value == defaults[name]].append((name, _format_value(value)))
+    changed, rest = (_render_table(rows[is_default], kind="settings") for is_default in (False, True))
     return [
         "<h2>Settings</h2>",
-        table(changed),
-        f"<details><summary>Settings with their default values</summary>{table(rest)}</details>",
+        changed,
+        f"<details><summary>Settings with their default values</summary>{rest}</details>",
     ]
 
 
 def _render_table(rows: Iterable[Sequence[str]], header: Sequence[str] = (), kind: str = "") -> str:
-    """Make a table; `kind` is its class in the style sheet."""
     lines = [
         f"<tr>{''.join(f'<{tag}>{html.escape(cell)}</{tag}>' for cell in cells)}</tr>"
         for tag, cells in [("th", header), *(("td", row) for row in rows)]

@@ -1,4 +1,4 @@
-"""Line charts and histograms as inline SVG, drawn in the colors of the surrounding page.
+"""Line charts and histograms as inline SVG, in the colors of the surrounding page.
 
     draw_line_chart("Loss", [Series("training", [(1, 2.5), (2, 1.9)])])
 
@@ -19,42 +19,35 @@ LEFT, RIGHT, TOP, BOTTOM = 62, 12, 10, 34  # margins for the labels
 MAX_POINTS = 300
 NUM_TICKS = 4
 NUM_COLORS = 6  # of lines, in the page's style sheet
-LOGARITHMIC_FROM = 100  # ratio of the largest to the smallest value; a linear axis shows smaller ratios well
-DOTS_UP_TO = 40  # a series with at most this many points gets a dot for each
-SMOOTH_FROM = 20  # points; fewer are drawn as they are
-MIN_SMOOTHING_WINDOW = 5  # points; longer series have a window of 5% of their points
+LOGARITHMIC_FROM = 100  # ratio of the largest to the smallest value; smaller ratios need no logarithmic axis
+DOTS_UP_TO = 40  # points of a series; in longer series, points get no dots
+SMOOTH_FROM = 20  # points; shorter series are not smoothed
+MIN_SMOOTHING_WINDOW = 5  # points; a longer series has a window of 5% of its points
 
 Points = list[tuple[float, float]]
 
 
 @dataclass(frozen=True)
 class Series:
-    """A line.
-
-    Args:
-        name: for the legend.
-        points: (x, y) in the order of x.
-        is_marked: whether each point gets a dot, however many there are.
-        is_smoothed: whether the line is the running median of the points, with the points as a faint line.
-    """
+    """A line through the points (x, y), which are in the order of x."""
 
     name: str
     points: Points
-    is_marked: bool = False
-    is_smoothed: bool = False
+    is_marked: bool = False  # each point gets a dot, also in a long series
+    is_smoothed: bool = False  # the line is a running median, with the points as a faint line
 
 
 def draw_line_chart(title: str, series: Sequence[Series], allow_log: bool = False) -> str:
-    """Draw the finite values of the series over the steps, in one chart; return an empty string if there are none.
+    """Draw the finite values of the series over the steps, in one chart; "" without finite values.
 
     Args:
         allow_log: use a logarithmic y axis if the values span a factor of LOGARITHMIC_FROM or more.
     """
-    lines = [replace(one, points=[point for point in one.points if math.isfinite(point[1])]) for one in series]
-    lines = [one for one in lines if one.points]
+    lines = [replace(line, points=[point for point in line.points if math.isfinite(point[1])]) for line in series]
+    lines = [line for line in lines if line.points]
     if not lines:
         return ""
-    points = [point for one in lines for point in _thin_out(one.points)]
+    points = [point for line in lines for point in _thin_out(line.points)]
     low, high = min(y for _, y in points), max(y for _, y in points)
     is_logarithmic = allow_log and low > 0 and high / low >= LOGARITHMIC_FROM
     ticks = _list_powers_of_ten(low, high) if is_logarithmic else _choose_ticks(low, high)
@@ -62,24 +55,24 @@ def draw_line_chart(title: str, series: Sequence[Series], allow_log: bool = Fals
     frame = _Frame(low_x, high_x if high_x > low_x else low_x + 1, ticks[0], ticks[-1], is_logarithmic)
     parts = [frame.grid(ticks), frame.x_labels(format_short(low_x), "step", format_short(high_x))]
     notes = []
-    for number, one in zip(cycle(range(NUM_COLORS)), lines, strict=False):
-        if one.is_smoothed and len(one.points) >= SMOOTH_FROM:
-            window = max(MIN_SMOOTHING_WINDOW, len(one.points) // 20) | 1
-            notes.append(f"{one.name}: running median of {window} values; faint: each logged value")
-            parts.append(frame.line(_thin_out(one.points), f"raw line-{number}"))
-            parts.append(frame.line(_thin_out(_compute_running_median(one.points, window)), f"line-{number}"))
+    for number, line in zip(cycle(range(NUM_COLORS)), lines, strict=False):
+        shown = _thin_out(line.points)
+        if line.is_smoothed and len(line.points) >= SMOOTH_FROM:
+            window = max(MIN_SMOOTHING_WINDOW, len(line.points) // 20) | 1
+            notes.append(f"{line.name}: running median of {window} values; faint: each logged value")
+            parts.append(frame.line(shown, f"raw line-{number}"))
+            parts.append(frame.line(_thin_out(_compute_running_median(line.points, window)), f"line-{number}"))
             continue
-        shown = _thin_out(one.points)
         parts.append(frame.line(shown, f"line-{number}"))
-        if one.is_marked or len(shown) <= DOTS_UP_TO:
-            parts += [frame.dot(point, one.name, number) for point in shown]
-    names = (f'<span class="key-{i % NUM_COLORS}">{html.escape(one.name)}</span>' for i, one in enumerate(lines))
+        if line.is_marked or len(shown) <= DOTS_UP_TO:
+            parts += [frame.dot(point, line.name, number) for point in shown]
+    names = (f'<span class="key-{i % NUM_COLORS}">{html.escape(line.name)}</span>' for i, line in enumerate(lines))
     legend = f'<span class="legend">{"".join(names)}</span>' if len(lines) > 1 else ""
     return _draw_figure(f"{title} (log scale)" if is_logarithmic else title, legend, parts, "; ".join(notes))
 
 
 def draw_histogram(title: str, bars: Histogram, color: int) -> str:
-    """Draw a bar for each count; a long tail gets one as wide as the others."""
+    """Draw a bar for each count; the bar of a long tail is as wide as the other bars."""
     edges, labels = bars.edges, bars.label_bars()
     end = edges[-2] + edges[1] - edges[0]
     ticks = _choose_ticks(0, max(bars.counts))
@@ -138,13 +131,11 @@ class _Frame:
         return f'<polyline class="{css_class}" points="{places}"/>'
 
     def dot(self, point: tuple[float, float], name: str, number: int) -> str:
-        """Draw a dot whose tooltip says what it is."""
         words = html.escape(f"{name}: {format_short(point[1])} at step {format_short(point[0])}")
         place = f'cx="{self.x(point[0]):.1f}" cy="{self.y(point[1]):.1f}"'
         return f'<circle class="dot-{number}" {place} r="3"><title>{words}</title></circle>'
 
     def x_labels(self, low: str, name: str, high: str) -> str:
-        """Label the x axis: its ends, and its name between them."""
         labels = (
             (LEFT, "start", low),
             ((LEFT + WIDTH - RIGHT) / 2, "middle", name),
