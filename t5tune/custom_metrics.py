@@ -1,4 +1,4 @@
-"""Metrics of one's own: functions (predictions, references) -> {name: number}, named as `module:function`.
+"""The user's metrics: functions (predictions, references) -> {name: number}, given as `module:function`.
 
     # my_metric.py
     def length_ratio(predictions: list[str], references: list[str]) -> dict[str, float]:
@@ -6,8 +6,8 @@
 
     compute_custom_metrics(["my_metric:length_ratio"], ["ab"], ["abcd"])  # {"length_ratio": 0.5}
 
-A module is looked for among the installed ones and in the current folder; `path/to/my_metric.py:length_ratio` names a
-file. Whatever goes wrong in this code of others becomes a SettingsError of one line.
+A module may be installed or in the current folder; `path/to/my_metric.py:length_ratio` names a file. Any error in the
+user's code becomes a SettingsError of one line.
 """
 
 import importlib
@@ -30,7 +30,7 @@ from t5tune.io.reasons import join_first, join_lines
 from t5tune.metrics import METRICS
 
 Metric = Callable[[list[str], list[str]], dict[str, float]]
-# what the results of train and evaluate call something else
+# names of other fields in the results of train and evaluate
 RESERVED_NAMES = {
     *METRICS, "loss", "perplexity", "examples", "seconds", "base", "runtime", "samples_per_second", "steps_per_second",
 }  # fmt: skip
@@ -41,11 +41,7 @@ EXPECTED = "return a dict of names and finite numbers, such as {'my_score': 0.5}
 def compute_custom_metrics(
     functions: Sequence[str], predictions: Sequence[str], references: Sequence[str], allow_non_finite: bool = False
 ) -> dict[str, float]:
-    """Compute the metrics of all functions.
-
-    Raises:
-        SettingsError: a function can't be loaded, raises an exception, or returns something else.
-    """
+    """Compute the metrics of all functions."""
     scores = _call_all(functions, predictions, references)
     for function, name, value in scores:
         if not (allow_non_finite or math.isfinite(value)):
@@ -56,27 +52,20 @@ def compute_custom_metrics(
 def try_custom_metrics(functions: Sequence[str], references: Sequence[str]) -> list[str]:
     """Call each function with the first two references, also as predictions. Return the names of all metrics.
 
-    A value that isn't finite is no error yet: a correlation of two equal examples, say, is NaN.
-
-    Raises:
-        SettingsError: as for `compute_custom_metrics`.
+    Values may be NaN: a correlation of only two examples often is.
     """
     return [name for _, name, _ in _call_all(functions, references[:2], references[:2])]
 
 
 def names_function(text: str) -> bool:
-    """Whether it has the form of `module:function` or `path/to/file.py:function`."""
+    """Whether the text has the form `module:function` or `path/to/file.py:function`."""
     place, _, name = text.rpartition(":")
     return name.isidentifier() and (place.endswith(".py") or all(map(str.isidentifier, place.split("."))))
 
 
 @cache  # a file's module isn't executed again for each evaluation
 def load_custom_metric(function: str) -> Metric:
-    """Import the function that `module:function` or `path/to/file.py:function` names.
-
-    Raises:
-        SettingsError: there is no such module, file or function, or importing it fails.
-    """
+    """Import the function that `module:function` or `path/to/file.py:function` names."""
     if not names_function(function):
         raise SettingsError(f"metric: {function}: names no function", hint=FORMS)
     place, _, name = function.rpartition(":")
@@ -86,8 +75,8 @@ def load_custom_metric(function: str) -> Metric:
     if not callable(found):
         origin = _shorten_path(getattr(module, "__file__", None) or place)  # a built-in module has no file
         problem = "not a function" if hasattr(module, name) else f"no such function in {origin}"
-        own = {key: getattr(value, "__module__", None) for key, value in vars(module).items() if callable(value)}
-        known = [key for key, home in own.items() if home == module.__name__]
+        functions = {key: value for key, value in vars(module).items() if callable(value)}
+        known = [key for key, value in functions.items() if getattr(value, "__module__", None) == module.__name__]
         advice = suggest_name(name, known) or f"; it has {join_first(known) or 'no functions'}"
         raise SettingsError(f"metric: {function}: {problem}{advice}")
     return found  # type: ignore[no-any-return]
@@ -101,7 +90,6 @@ def _import_module(function: str, module: str) -> ModuleType:
 
 
 def _import_found(function: str, name: str, module: str) -> ModuleType:
-    """Import `name`, which is the module or a package that contains it."""
     spec = None
     with suppress(ModuleNotFoundError, ValueError):  # its parent is no package; it is `__main__`
         spec = importlib.util.find_spec(name)
@@ -128,16 +116,15 @@ def _import_file(function: str, path: Path) -> ModuleType:
 
 
 def _add_to_path(folder: Path) -> None:
-    """Let modules in the folder be imported. At the end, so that they don't replace a library's."""
     if str(folder) not in sys.path:
-        sys.path.append(str(folder))
+        sys.path.append(str(folder))  # at the end, so that its modules don't replace a library
     importlib.invalidate_caches()
 
 
 def _call_all(
     functions: Sequence[str], predictions: Sequence[str], references: Sequence[str]
 ) -> list[tuple[str, str, float]]:
-    """Call the functions; return (function, name, value) of each metric, all names different."""
+    """Call the functions; return (function, name, value) of each metric."""
     found: list[tuple[str, str, float]] = []
     for function in functions:
         metric = load_custom_metric(function)
@@ -150,7 +137,7 @@ def _call_all(
 
 
 def _check_result(function: str, result: object, taken: dict[str, str]) -> None:
-    """Check that the result is a dict of numbers. `taken`: the names of other functions' metrics -> the function."""
+    """Check that the result is a dict of numbers. `taken`: name of a metric -> the earlier function with it."""
     if not isinstance(result, dict) or not result:
         shown = "an empty dict" if result == {} else shorten(join_lines(repr(result)))
         raise SettingsError(f"metric: {function}: returned {shown}", hint=EXPECTED)
@@ -180,7 +167,7 @@ def _overflows(value: Real) -> bool:
 
 @contextmanager
 def _explain_exception(function: str, file: str | None, what: str) -> Iterator[None]:
-    """Turn an exception of the user's code into one line with its last line in `file`."""
+    """Turn an exception in the user's code into one line that names the last position in `file`."""
     try:
         yield
     except (Exception, SystemExit) as error:  # a script may call sys.exit when it is imported
@@ -200,5 +187,4 @@ def _locate(error: BaseException, file: str | None) -> str:
 
 
 def _shorten_path(path: str) -> str:
-    """Make a path in the current folder relative to it."""
     return os.path.relpath(path) if Path(path).is_relative_to(Path.cwd()) else path

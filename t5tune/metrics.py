@@ -3,15 +3,14 @@
     score(["Hello."], ["Hello."])["rougeL"]                              # 100.0
     score(['{"a": 1, "b": 2}'], ['{"a": 1, "b": 3}'])["field_f1"]        # 50.0
 
-ROUGE is computed by rouge-score (Lin 2004), BLEU and chrF by sacrebleu (Post 2018) with its defaults. For a function of
-one's own, see custom_metrics.py.
+rouge-score computes ROUGE (Lin 2004), and sacrebleu BLEU and chrF with its defaults (Post 2018). custom_metrics.py has
+the user's metrics.
 """
 
 import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from math import fsum
 from typing import Any
 
@@ -26,9 +25,9 @@ PREFERENCE_METRICS = (
     "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected",
     "nll_loss", "log_odds_ratio", "log_odds_chosen",
 )  # fmt: skip
-"""What is measured of held-out preference pairs, by TRL's names."""
+"""Metrics of held-out preference pairs, by TRL's names."""
 NOT_BEST = ("rewards/rejected", "logps/rejected")
-"""Those of which neither a high nor a low value is better."""
+"""Metrics where neither a high nor a low value is better."""
 UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]")
 """A character of Thai, Lao, Burmese or Khmer."""
 EMOJI_STYLE = "\ufe0f"  # also a combining mark; without it, the digit of a keycap emoji is the digit in other text
@@ -42,7 +41,7 @@ def score(predictions: Sequence[str], references: Sequence[str], names: Iterable
     its leaves, as a multiset, so that each field matches at most one. List items have the same path whatever their
     order. Unlike Donut, values have a type ("1" is not 1) and are compared exactly, and an empty object or list is a
     leaf too. A prediction that isn't JSON has no fields. Both are computed over the examples whose reference is a JSON
-    object or array; if there are none, they are left out.
+    object or array, and left out without such examples.
     """
     import sacrebleu
 
@@ -83,16 +82,18 @@ def prefix_metric(dataset: str, name: str) -> str:
 def split_by_dataset(
     metrics: Mapping[str, float], datasets: Iterable[str]
 ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-    """Split metrics into those of all examples, and those of each dataset, which `prefix_metric` has named.
+    """Split metrics into metrics of all examples, and metrics of each dataset, named by `prefix_metric`.
 
-    Each metric of a dataset is also one of all examples: of the dataset valid there is no `json` in valid_json.
+    A dataset has only metrics that all examples have, too: with a dataset called `valid`, valid_json isn't its `json`.
     """
-    by_length = sorted(datasets, key=len, reverse=True)  # of a and a_b, the latter has a_b_loss
+    by_length = sorted(datasets, key=len, reverse=True)  # with datasets a and a_b, a_b_loss belongs to a_b
     overall: dict[str, float] = {}
     found: dict[str, dict[str, float]] = {}
     for name, value in metrics.items():
-        own = ((each, name.removeprefix(prefix_metric(each, ""))) for each in by_length)
-        dataset, metric = next(((each, rest) for each, rest in own if rest != name and rest in metrics), (None, name))
+        splits = ((each, name.removeprefix(prefix_metric(each, ""))) for each in by_length)
+        dataset, metric = next(
+            ((each, rest) for each, rest in splits if rest != name and rest in metrics), (None, name)
+        )
         if dataset is None:
             overall[name] = value
         else:
@@ -101,28 +102,23 @@ def split_by_dataset(
 
 
 def choose_metrics(names: Sequence[str] | None, references: Sequence[str]) -> tuple[str, ...]:
-    """Return the metrics to compute for these references: the named ones, or all that fit.
-
-    Raises:
-        SettingsError: one is for JSON, but no reference is JSON.
-    """
-    needs_json = [name for name in METRICS if name in JSON_METRICS and (names is None or name in names)]
-    if needs_json and not any(_is_json(_parse(reference)) for reference in references):
-        if names is not None:
-            raise SettingsError(
-                f"metrics: {needs_json[0]}: none of the {len(references):,} targets is a JSON object or array",
-                hint="remove it from metrics",
-            )
-        return tuple(name for name in METRICS if name not in JSON_METRICS)
-    return tuple(name for name in METRICS if names is None or name in names)
+    """Return the metrics to compute for these references: the named metrics, or all that fit."""
+    chosen = tuple(name for name in METRICS if names is None or name in names)
+    for_json = [name for name in chosen if name in JSON_METRICS]
+    if not for_json or any(_is_json(_parse(reference)) for reference in references):
+        return chosen
+    if names is not None:
+        problem = f"metrics: {for_json[0]}: none of the {len(references):,} targets is a JSON object or array"
+        raise SettingsError(problem, hint="remove it from metrics")
+    return tuple(name for name in chosen if name not in JSON_METRICS)
 
 
 class _UnicodeTokenizer:
-    """Word tokenizer for rouge-score that supports every script; its default one drops all non-ASCII characters.
+    """Word tokenizer for rouge-score that supports every script; the default tokenizer drops all non-ASCII characters.
 
     A word consists of letters, digits and the combining marks after them, such as the vowel signs of Hindi. In scripts
-    that put no spaces between words and write vowels as marks (see `UNSPACED`), each letter with its marks counts as a
-    word: otherwise a phrase would be one word, which is either all right or all wrong.
+    without spaces between words that write vowels as marks (see `UNSPACED`), each letter with its marks counts as a
+    word: otherwise a phrase would be one word, and all right or all wrong.
     """
 
     def tokenize(self, text: str) -> list[str]:
@@ -140,54 +136,39 @@ class _UnicodeTokenizer:
         return [word for word in words if word]
 
 
-@dataclass(frozen=True)
-class _JsonComparison:
-    """How a prediction compares with a reference that is JSON. `total`: the number of fields of both together."""
-
-    is_valid: bool
-    matched: int
-    total: int
-
-
 def _score_json(pairs: Iterable[tuple[str, str]], names: set[str]) -> dict[str, float]:
-    """Score the pairs (prediction, reference) whose reference is JSON; nothing if there are none."""
+    """Score the pairs (prediction, reference) whose reference is JSON; {} without such pairs."""
     if not names & set(JSON_METRICS):
         return {}
-    compared = [found for pair in pairs if (found := _compare_json(*pair)) is not None]
-    if not compared:
+    num_pairs = num_valid = num_matched = num_fields = 0
+    for prediction, reference in pairs:
+        wanted, found = _parse(reference), _parse(prediction)
+        if _is_json(wanted):
+            wanted_fields, found_fields = _count_fields(wanted), _count_fields(found) if _is_json(found) else Counter()
+            num_pairs += 1
+            num_valid += _is_json(found)
+            num_matched += (wanted_fields & found_fields).total()
+            num_fields += wanted_fields.total() + found_fields.total()
+    if num_pairs == 0:
         return {}
-    scores = {
-        "valid_json": 100.0 * sum(each.is_valid for each in compared) / len(compared),
-        "field_f1": 200.0 * sum(each.matched for each in compared) / sum(each.total for each in compared),
-    }
+    scores = {"valid_json": 100.0 * num_valid / num_pairs, "field_f1": 200.0 * num_matched / num_fields}
     return {name: value for name, value in scores.items() if name in names}
 
 
-def _compare_json(prediction: str, reference: str) -> _JsonComparison | None:
-    """Compare the fields; None if the reference isn't JSON."""
-    wanted, found = _parse(reference), _parse(prediction)
-    if not _is_json(wanted):
-        return None
-    wanted_fields, found_fields = _count_fields(wanted), _count_fields(found) if _is_json(found) else Counter()
-    matched = (wanted_fields & found_fields).total()
-    return _JsonComparison(_is_json(found), matched, wanted_fields.total() + found_fields.total())
-
-
 def _parse(text: str) -> Any:
-    """Parse strictly: duplicate keys, NaN and text around the JSON are errors. None if it can't be parsed."""
+    """Parse strictly: duplicate keys, NaN and text around the JSON are errors. None: can't be parsed."""
     try:
         return parse_json(text.encode())
-    except ValueError:  # also of a lone surrogate, and of an integer with more digits than Python converts
+    except ValueError:  # also for a lone surrogate, or an integer with more digits than Python converts
         return None
 
 
 def _is_json(value: Any) -> bool:
-    """Whether it is an object or an array: a bare number or word is more likely plain text."""
-    return isinstance(value, dict | list)
+    return isinstance(value, dict | list)  # a bare number or word is more likely plain text
 
 
 def _count_fields(value: Any) -> Counter[tuple[Any, ...]]:
-    """Count the leaves by path and value. Not recursive, because a prediction may be nested as deeply as it likes."""
+    """Count the leaves by path and value. Not recursive, because predictions can be nested very deeply."""
     fields: Counter[tuple[Any, ...]] = Counter()
     pending: list[tuple[tuple[str | None, ...], Any]] = [((), value)]
     while pending:

@@ -1,4 +1,4 @@
-"""Checks that load no library: Python, package versions, compiler, folders, disk and memory."""
+"""Checks that don't import torch: Python, package versions, compiler, folders, disk and memory."""
 
 import importlib.metadata
 import os
@@ -17,7 +17,7 @@ from t5tune.model.kernels.build_tools import find_missing_compiler
 
 
 def inspect_machine() -> list[Finding]:
-    """Run all checks; one that raises an error results in a warning."""
+    """Run all checks; an error in a check becomes a warning."""
     checks: dict[str, Callable[[], CheckResult]] = {
         "python": _check_python,
         "compiler": _check_compiler,
@@ -36,7 +36,7 @@ def inspect_machine() -> list[Finding]:
 
 
 def compare_versions() -> list[Finding]:
-    """Compare package versions: one finding for all that are recent enough, and one for each other package."""
+    """Compare package versions: one finding for all recent enough packages, and one for each other package."""
     findings, recent = [], []
     for package, oldest in read_oldest_releases().items():
         try:
@@ -59,7 +59,7 @@ def _check_python() -> CheckResult:
 
 
 def _check_compiler() -> CheckResult:
-    """Check for compilers: Triton compiles at first use on a GPU, and DeepSpeed its CPU Adam for offloading."""
+    # Triton compiles kernels at first use on a GPU, and DeepSpeed its CPU Adam for offloading
     if read_nvidia_driver() and (missing := find_missing_compiler(on_gpu=True)):
         return "warning", missing.what, f"{missing.fix}; needed for --torch-compile and for fused kernels"
     compiler = shutil.which(os.environ.get("CXX") or "c++") or shutil.which("g++") or shutil.which("clang++")
@@ -90,7 +90,7 @@ def _check_disk() -> CheckResult:
     if not _can_write(folder):
         return "warning", f"{folder} can't be written", "cd to a writable folder, or set --output-dir to one"
     if free < 5 * GIB:
-        return "warning", found, "the checkpoints of an XL model take several GiB; set --output-dir to another disk"
+        return "warning", found, "set --output-dir to a larger disk; the checkpoints of an XL model take several GiB"
     return "good", found, ""
 
 

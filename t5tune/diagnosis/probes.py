@@ -1,9 +1,8 @@
-"""Checks that load the libraries. Each runs in its own process, so that a crash doesn't affect the others.
+"""Checks that load the libraries. Each runs in a separate process, so that a crash doesn't end `doctor`.
 
     python -m t5tune.diagnosis.probes torch     prints a Finding as JSON, such as {"check": "torch", "state": "good", …}
 
-A probe returns (state, result, how to fix a problem). It raises an error if a library doesn't work. What only training
-can show is tried by training the built-in model for one step.
+A probe raises an error if a library doesn't work. Several probes train the built-in model for one step.
 """
 
 import json
@@ -69,7 +68,6 @@ def probe_bf16() -> CheckResult:
 
 
 def _time_product(dtype: torch.dtype) -> float:
-    """Return the shortest time of a few matrix products, in seconds."""
     a = torch.randn(512, 512).to(dtype)
     return min(timeit.repeat(lambda: torch.mm(a, a), number=1))
 
@@ -124,9 +122,9 @@ def probe_training() -> CheckResult:
 
 
 def _train_one_step(*flags: str) -> float:
-    """Train the built-in model with LoRA for one step, in a temporary folder. Return the seconds it took."""
+    """Train the built-in model with LoRA for one step, and return the seconds it took."""
     started = time.monotonic()
-    # the user's own settings say nothing about the machine
+    # without the user's settings, which could fail for reasons that have nothing to do with the machine
     environment = {name: value for name, value in os.environ.items() if not name.startswith(VARIABLE_PREFIX)}
     with tempfile.TemporaryDirectory(prefix="t5tune-doctor-") as folder:
         command = make_module_command("t5tune", *TRAIN_ONE_STEP.split(), str(Path(folder, "run")), *flags)
