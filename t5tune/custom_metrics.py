@@ -83,21 +83,17 @@ def load_custom_metric(function: str) -> Metric:
 
 
 def _import_module(function: str, module: str) -> ModuleType:
-    *packages, _ = accumulate(module.split("."), "{}.{}".format)
-    for package in packages:  # find_spec would import them, outside of _explain_exception
-        _import_found(function, package, module)
-    return _import_found(function, module, module)
-
-
-def _import_found(function: str, name: str, module: str) -> ModuleType:
-    spec = None
-    with suppress(ModuleNotFoundError, ValueError):  # its parent is no package; it is `__main__`
-        spec = importlib.util.find_spec(name)
-    if spec is None:
-        place = f"in {Path.cwd()} or among the installed packages"
-        raise SettingsError(f"metric: {function}: no module {module} {place}", hint=FORMS)
-    with _explain_exception(function, spec.origin, "importing it failed"):
-        return importlib.import_module(name)
+    # the packages first: find_spec would import them, and their exceptions wouldn't be explained
+    for name in accumulate(module.split("."), "{}.{}".format):
+        spec = None
+        with suppress(ModuleNotFoundError, ValueError):  # the parent isn't a package; the name is `__main__`
+            spec = importlib.util.find_spec(name)
+        if spec is None:
+            place = f"in {Path.cwd()} or among the installed packages"
+            raise SettingsError(f"metric: {function}: no module {module} {place}", hint=FORMS)
+        with _explain_exception(function, spec.origin, "importing it failed"):
+            found = importlib.import_module(name)
+    return found
 
 
 def _import_file(function: str, path: Path) -> ModuleType:

@@ -136,13 +136,14 @@ def serve(settings: ServeSettings, report: Report = silent) -> Server:
             found = {name: loader.find(name, model) for name, model in settings.named_models.items()}
             models = {name: loader.load(name, files) for name, files in found.items()}
         metrics = Metrics()
+        schedule = Schedule(settings.max_batch_tokens, settings.max_queue)
+        metrics.watch(schedule)
         batcher = Batcher(
-            Schedule(settings.max_batch_tokens, settings.max_queue),
+            schedule,
             max_delay=settings.max_batch_delay / 1000,
             num_threads=max(model.engine.max_batches for model in models.values()),
             on_batch=metrics.count_batch,
         )
-        metrics.watch(batcher)
         max_replies = min(settings.max_replies, settings.max_queue)
         service = Service(models, batcher, metrics, max_replies, settings.api_key, settings.is_local, report)
         url = format_url(listener, settings.host)

@@ -94,6 +94,8 @@ def convert_and_check(
 ) -> Agreement:
     """Convert a checkpoint, copy its tokenizer and description, and compare replies.
 
+    Without quantization, both models must give the same replies.
+
     Args:
         adapter: the folder of the merged adapter or run; its token cache has the prompts to compare.
         folder: the output folder, which must exist.
@@ -102,7 +104,18 @@ def convert_and_check(
     for file in sorted(checkpoint.iterdir()):
         if file.name.startswith(DESCRIBING_FILES):
             shutil.copyfile(file, folder / file.name)
-    return check_replies(checkpoint, folder, adapter, quantization, report)
+    is_exact = quantization in (None, "float32")
+    sources = [source for source, _ in read_example_ids(checkpoint, adapter)]
+    found = _compare_replies(checkpoint, folder, sources, is_exact)
+    same = f"CTranslate2 gives the same reply for {found.same} of {found.replies} prompts"
+    summary = f"{same}; log-probabilities differ by {found.error:.2g}"
+    if is_exact and (found.same < found.replies or not found.error <= LOG_PROBABILITY_TOLERANCE):
+        raise TrainingError(
+            f"the merged and the converted model give different replies: {summary}; nothing was written",
+            hint="try a different release of CTranslate2, and report its version in an issue",
+        )
+    report(Note(summary))
+    return found
 
 
 def convert(checkpoint: Path, folder: Path, quantization: str | None) -> None:
@@ -122,26 +135,6 @@ def convert(checkpoint: Path, folder: Path, quantization: str | None) -> None:
             f"to: {releases} {transformers.__version__}: {reason}",
             hint="try other releases of these two, or write a checkpoint with --to checkpoint and convert it elsewhere",
         ) from error
-
-
-def check_replies(
-    checkpoint: Path, converted: Path, adapter: Path, quantization: str | None, report: Report
-) -> Agreement:
-    """Compare the replies of checkpoint and converted model. Unquantized weights must give the same replies."""
-    is_exact = quantization in (None, "float32")
-    sources = [source for source, _ in read_example_ids(checkpoint, adapter)]
-    found = _compare_replies(checkpoint, converted, sources, is_exact)
-    summary = (
-        f"CTranslate2 gives the same reply for {found.same} of {found.replies} prompts; "
-        f"log-probabilities differ by {found.error:.2g}"
-    )
-    if is_exact and (found.same < found.replies or not found.error <= LOG_PROBABILITY_TOLERANCE):
-        raise TrainingError(
-            f"the merged and the converted model give different replies: {summary}; nothing was written",
-            hint="try a different release of CTranslate2, and report its version in an issue",
-        )
-    report(Note(summary))
-    return found
 
 
 def _compare_replies(checkpoint: Path, converted: Path, sources: list[list[int]], exact: bool) -> Agreement:

@@ -179,34 +179,24 @@ def _check_encodable(text: str, what: str) -> None:
         raise SettingsError(problem, hint="type UTF-8, in a UTF-8 locale such as LC_ALL=C.UTF-8") from error
 
 
+@dataclass
 class ReplyText:
     """The text of a reply whose ids arrive one by one, or several at a time.
 
     Some text is held back until more tokens decide: an incomplete character, text that may be the beginning of the
     template's text after an answer (not part of the reply) or of a stop text, and byte tokens at the end, since one
     invalid byte turns all bytes next to it into U+FFFD.
-
-    Args:
-        show: called with each piece as soon as it is final; joined, the pieces are the reply.
-        stops: texts before which the reply ends.
-        fills_gaps: see `Prompts.decode`.
     """
 
-    def __init__(
-        self,
-        prompts: Prompts,
-        show: Callable[[str], None] | None = None,
-        stops: Sequence[str] = (),
-        fills_gaps: bool = False,
-    ) -> None:
-        self._prompts = prompts
-        self._fills_gaps = fills_gaps
-        self._show = show
-        self._stops = stops
-        self._suffix = prompts.tokenizer.remove_special_tokens(prompts.template.answer_suffix)
-        self._ends = [self._suffix, *stops, *(self._suffix + stop for stop in stops)]
-        self._num_shown = 0
-        self._num_searched = 0
+    prompts: Prompts
+    show: Callable[[str], None] | None = None  # gets each piece as soon as it is final; joined, they are the reply
+    stops: Sequence[str] = ()  # texts before which the reply ends
+    fills_gaps: bool = False  # see Prompts.decode
+
+    def __post_init__(self) -> None:
+        self._suffix = self.prompts.tokenizer.remove_special_tokens(self.prompts.template.answer_suffix)
+        self._ends = [self._suffix, *self.stops, *(self._suffix + stop for stop in self.stops)]
+        self._num_shown = self._num_searched = 0
 
     def update(self, ids: list[int]) -> int | None:
         """Show the final part of the text of all ids so far.
@@ -215,16 +205,16 @@ class ReplyText:
             The number of ids up to the end of the first stop text; then all text before it is shown. None: no stop.
         """
         text = self._decode(ids)
-        if self._stops and ("\ufffd" in text or any(stop in text for stop in self._stops)):
+        if self.stops and ("\ufffd" in text or any(stop in text for stop in self.stops)):
             # As if the ids had come one by one, so that their number at a time makes no difference. A later byte token
             # may have turned a stop text into U+FFFD.
             for count in range(self._num_searched + 1, len(ids) + 1):
                 text = self._decode(ids[:count])
-                if places := [place for stop in self._stops if (place := text.find(stop)) >= 0]:
+                if places := [place for stop in self.stops if (place := text.find(stop)) >= 0]:
                     self._show_up_to(text[: min(places)].removesuffix(self._suffix))
                     return count
         self._num_searched = len(ids)
-        if (num_settled := self._prompts.tokenizer.count_settled(ids)) < len(ids):
+        if (num_settled := self.prompts.tokenizer.count_settled(ids)) < len(ids):
             text = self._decode(ids[:num_settled])
         certain = text.rstrip("\ufffd")
         held = max((_count_common_end(certain, end) for end in self._ends), default=0)
@@ -233,18 +223,18 @@ class ReplyText:
 
     def finish(self, ids: list[int]) -> str:
         """Show the rest of a complete reply, and return the whole text."""
-        text = self._prompts.decode(ids, self._fills_gaps)
+        text = self.prompts.decode(ids, self.fills_gaps)
         self._show_up_to(text)
         return text
 
     def _decode(self, ids: list[int]) -> str:
-        if self._fills_gaps:
-            return decode_with_sentinels(self._prompts.tokenizer, ids, is_complete=False)
-        return self._prompts.tokenizer.decode(ids, skip_special_tokens=True)
+        if self.fills_gaps:
+            return decode_with_sentinels(self.prompts.tokenizer, ids, is_complete=False)
+        return self.prompts.tokenizer.decode(ids, skip_special_tokens=True)
 
     def _show_up_to(self, text: str) -> None:
-        if self._show is not None and len(text) > self._num_shown:
-            self._show(text[self._num_shown :])
+        if self.show is not None and len(text) > self._num_shown:
+            self.show(text[self._num_shown :])
             self._num_shown = len(text)
 
 

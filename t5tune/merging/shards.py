@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import starmap, zip_longest
 from pathlib import Path
@@ -16,7 +16,7 @@ import numpy as np
 
 from t5tune.checkpoints.base_tensors import Checkpoint
 from t5tune.checkpoints.tensor_files.safetensors import build_header
-from t5tune.checkpoints.tensor_files.tensors import FLOAT_DTYPES, NUMPY_DTYPES, FileRange, count_tensor_bytes
+from t5tune.checkpoints.tensor_files.tensors import FLOAT_DTYPES, NUMPY_DTYPES, count_tensor_bytes
 from t5tune.errors import CheckpointError
 from t5tune.families.architecture import Architecture
 from t5tune.file_names import INDEX_SUFFIX, MODEL_FILE
@@ -130,54 +130,30 @@ def _run_jobs(jobs: Iterable[Job]) -> Iterator[int]:
 def _make_jobs(base: Checkpoint, shard: Shard, deltas: Mapping[str, WeightDelta], target: Path) -> Iterator[Job]:
     """Make the jobs that write a shard's tensors, each to its range of the file."""
     position = len(shard.header)
-    run: _CopyRange | None = None  # adjacent unchanged tensors are copied together
     for name, (dtype, shape) in shard.entries.items():
         size = count_tensor_bytes(dtype, shape)
         source = base.get_file_range(name)
         if source is None or name in deltas or dtype != base.get_dtype_and_shape(name)[0]:
             yield partial(_write_blocks, base, name, deltas.get(name), dtype, target, position)
-        elif run is not None and run.is_continued_by(source, position):
-            run = replace(run, length=run.length + size)
         else:
-            yield from _make_copy_jobs(run, target)
-            run = _CopyRange(source, size, position)
+            for begin in range(0, size, COPY_CHUNK_BYTES):
+                length = min(COPY_CHUNK_BYTES, size - begin)
+                yield partial(_copy_range, source.path, source.begin + begin, length, target, position + begin)
         position += size
-    yield from _make_copy_jobs(run, target)
 
 
-@dataclass(frozen=True)
-class _CopyRange:
-    """Bytes to copy: their range in the source file, their number, and their position in the target file."""
-
-    source: FileRange
-    length: int
-    position: int
-
-    def is_continued_by(self, source: FileRange, position: int) -> bool:
-        follows = FileRange(self.source.path, self.source.begin + self.length)
-        return source == follows and position == self.position + self.length
-
-
-def _make_copy_jobs(run: _CopyRange | None, target: Path) -> Iterator[Job]:
-    if run is not None:
-        for begin in range(0, run.length, COPY_CHUNK_BYTES):
-            length = min(COPY_CHUNK_BYTES, run.length - begin)
-            source = FileRange(run.source.path, run.source.begin + begin)
-            yield partial(_copy_range, _CopyRange(source, length, run.position + begin), target)
-
-
-def _copy_range(run: _CopyRange, target: Path) -> int:
+def _copy_range(source: Path, begin: int, length: int, target: Path, position: int) -> int:
     # each job opens its files, since a process may not have all of them open at the same time
-    with open(run.source.path, "rb", buffering=0) as file, open(target, "r+b", buffering=0) as output:
+    with open(source, "rb", buffering=0) as file, open(target, "r+b", buffering=0) as output:
         done = 0
-        while done < run.length:
-            begin, left, to = run.source.begin + done, run.length - done, run.position + done
+        while done < length:
+            left, at, to = length - done, begin + done, position + done
             try:
-                copied = os.copy_file_range(file.fileno(), output.fileno(), left, begin, to)
+                copied = os.copy_file_range(file.fileno(), output.fileno(), left, at, to)
             except (AttributeError, OSError):  # not on Linux, or not supported by the file system
-                copied = os.pwrite(output.fileno(), os.pread(file.fileno(), min(left, 1 << 20), begin), to)
+                copied = os.pwrite(output.fileno(), os.pread(file.fileno(), min(left, 1 << 20), at), to)
             if copied == 0:
-                raise CheckpointError(f"{run.source.path}: ended unexpectedly at byte {begin}")
+                raise CheckpointError(f"{source}: ended unexpectedly at byte {at}")
             done += copied
     return done
 

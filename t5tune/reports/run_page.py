@@ -8,7 +8,7 @@ Its data comes from metrics.jsonl and samples.json in the run folder, and from t
 import html
 import json
 import shlex
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,35 +124,25 @@ def _draw_training_charts(lines: list[dict[str, Any]], datasets: Iterable[str]) 
     def of(name: str, scale: float = 1.0) -> list[tuple[float, float]]:
         return [(line["step"], line[name] * scale) for line in lines if isinstance(line.get(name), int | float)]
 
-    def list_both(name: str) -> list[Series]:
-        return [Series("training", of(name), is_smoothed=True), Series("held out", of(f"eval_{name}"), is_marked=True)]
+    def draw_both(title: str, name: str, held_out: str, allow_log: bool = False) -> str:
+        lines = [Series("training", of(name), is_smoothed=True), Series("held out", of(held_out), is_marked=True)]
+        return draw_line_chart(title, lines, allow_log)
 
-    by_dataset = [
-        Series(name, points, is_marked=True)
-        for name in datasets
-        if (points := of(f"eval_{prefix_metric(name, 'loss')}"))
-    ]
+    losses = [draw_both("Loss", "loss", "eval_loss", allow_log=True)]
+    if of("kl"):  # with a teacher, the training loss contains more than the cross-entropy that evaluations measure
+        losses = [
+            draw_line_chart("Loss", [Series("training", of("loss"), is_smoothed=True)], allow_log=True),
+            draw_both("Cross-entropy of the targets", "nll", "eval_loss", allow_log=True),
+        ]
+    by_dataset = [Series(name, of(f"eval_{prefix_metric(name, 'loss')}"), is_marked=True) for name in datasets]
     return [
-        *_draw_losses(of),
-        *([draw_line_chart("Held-out loss by dataset", by_dataset, allow_log=True)] if by_dataset else []),
-        *(draw_line_chart(title, list_both(name)) for name, title in OBJECTIVE_CHARTS.items() if of(name)),
+        *losses,
+        draw_line_chart("Held-out loss by dataset", by_dataset, allow_log=True),
+        *(draw_both(title, name, f"eval_{name}") for name, title in OBJECTIVE_CHARTS.items() if of(name)),
         draw_line_chart("Learning rate", [Series("learning rate", of("learning_rate"))]),
         draw_line_chart("Gradient norm", [Series("gradient norm", of("grad_norm"))], allow_log=True),
         draw_line_chart("Tokens per second", [Series("tokens/s", of("tokens_per_second"))]),
         draw_line_chart("Peak memory (GiB)", [Series("peak memory", of("peak_memory_bytes", 1 / GIB))]),
-    ]
-
-
-def _draw_losses(of: Callable[[str], list[tuple[float, float]]]) -> list[str]:
-    total = Series("training", of("loss"), is_smoothed=True)
-    held_out = Series("held out", of("eval_loss"), is_marked=True)
-    if not of("kl"):
-        return [draw_line_chart("Loss", [total, held_out], allow_log=True)]
-    # with a teacher, the training loss contains more than the cross-entropy that evaluations measure
-    targets = [Series("training", of("nll"), is_smoothed=True), held_out]
-    return [
-        draw_line_chart("Loss", [total], allow_log=True),
-        draw_line_chart("Cross-entropy of the targets", targets, allow_log=True),
     ]
 
 

@@ -117,14 +117,11 @@ class _Frame:
         return HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
 
     def grid(self, ticks: Sequence[float]) -> str:
-        lines = []
-        for tick in ticks:
-            y = self.y(tick)
-            lines.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-            lines.append(
-                f'<text class="axis" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{format_short(tick)}</text>'
-            )
-        return "".join(lines)
+        return "".join(
+            f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+            f'<text class="axis" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{format_short(tick)}</text>'
+            for tick, y in ((tick, self.y(tick)) for tick in ticks)
+        )
 
     def line(self, points: Points, css_class: str) -> str:
         places = " ".join(f"{self.x(x):.1f},{self.y(y):.1f}" for x, y in points)

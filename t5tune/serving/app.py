@@ -6,6 +6,7 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from t5tune.serving.protocol import (
     GenerationRequest,
     parse_body,
 )
-from t5tune.serving.replies import Order, Record, Replies
+from t5tune.serving.replies import Record, Replies
 
 PAGE_FILE = Path(__file__).with_name("page.html")
 MAX_BODY_BYTES = 4 << 20
@@ -51,39 +52,26 @@ PAGE_HEADERS = {
 }
 
 
+@dataclass(eq=False)
 class Service:
-    """The ASGI application. All methods run in the event loop's thread.
+    """The ASGI application. All methods run in the event loop's thread."""
 
-    Args:
-        max_replies: limit per request.
-        api_key: the key that clients must send; None: no key needed.
-        is_local: whether the server listens only on this machine's loopback address.
-    """
+    models: Mapping[str, ServedModel]
+    batcher: Batcher
+    metrics: Metrics
+    max_replies: int  # to one request
+    api_key: str | None  # that clients must send; None: no key needed
+    is_local: bool  # whether the server listens only on this machine's loopback address
+    report: Report
+    num_cut_off: int = 0  # replies that were incomplete when the server had to stop
 
-    def __init__(
-        self,
-        models: Mapping[str, ServedModel],
-        batcher: Batcher,
-        metrics: Metrics,
-        max_replies: int,
-        api_key: str | None,
-        is_local: bool,
-        report: Report,
-    ) -> None:
-        self.num_cut_off = 0  # replies that were incomplete when the server had to stop
+    def __post_init__(self) -> None:
         self._is_stopping = False
         self._num_accepted = 0  # requests that are being answered
         self._all_answered = asyncio.Event()
         # One thread parses all bodies and encodes all prompts. The event loop can answer other requests meanwhile, and
         # competes with only one thread for Python's interpreter lock, however many requests arrive.
         self._reader = ThreadPoolExecutor(1, "prompts")
-        self._models = models
-        self._batcher = batcher
-        self._metrics = metrics
-        self._max_replies = max_replies
-        self._api_key = api_key
-        self._is_local = is_local
-        self._report = report
         self._routes = [
             Route("/", self._show_page),
             Route("/health", self._show_health),
@@ -129,7 +117,7 @@ class Service:
             cut_off = ApiError(503, "the server stopped before the reply was complete")
             await (await _refuse(Request(scope, receive), cut_off))(scope, receive, send_and_note)
         finally:
-            self._batcher.cancel([generation for generation in record.generations if generation.ended is None])
+            self.batcher.cancel([generation for generation in record.generations if generation.ended is None])
             self._note_answer(scope, record, request_id, status if is_complete else CLIENT_GONE, started)
 
     async def _answer_checked(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -157,15 +145,15 @@ class Service:
         if self._is_stopping:
             headers = {"retry-after": SECONDS_TO_RESTART, "connection": "close"}
             raise ApiError(503, "the server is stopping", headers=headers)
-        if self._api_key is None:
+        if self.api_key is None:
             # DNS rebinding: a website may point its host name at this machine, and send requests from a browser here
             host = request.headers.get("host", "")
-            if self._is_local and not is_loopback(_get_host_name(host)):
+            if self.is_local and not is_loopback(_get_host_name(host)):
                 problem = f"host: {host or 'missing'}: not a name of this machine; without an API key, the server"
                 raise ApiError(403, f"{problem} answers only requests to localhost and 127.0.0.1", code="wrong_host")
         elif request.url.path not in OPEN_PATHS:
             kind, _, key = request.headers.get("authorization", "").partition(" ")
-            if kind.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), self._api_key.encode()):
+            if kind.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), self.api_key.encode()):
                 problem = "wrong API key" if key else "no API key; send it in the header Authorization: Bearer KEY"
                 raise ApiError(401, problem, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
 
@@ -189,43 +177,42 @@ class Service:
             dropped_messages=record.dropped_messages,
             error=record.error,
         )
-        self._metrics.count_answer(answered, paths[0] if paths else "other")
-        self._report(answered)
+        self.metrics.count_answer(answered, paths[0] if paths else "other")
+        self.report(answered)
 
     async def _show_page(self, request: Request) -> Response:
         return Response(PAGE_FILE.read_bytes(), media_type="text/html", headers=PAGE_HEADERS)
 
     async def _show_health(self, request: Request) -> Response:
-        if failure := self._batcher.failure:
+        if failure := self.batcher.failure:
             raise ApiError(503, failure)
         return JSONResponse({"status": "ok"})
 
     async def _show_metrics(self, request: Request) -> Response:
-        return Response(self._metrics.render(), media_type=self._metrics.content_type)
+        return Response(self.metrics.render(), media_type=self.metrics.content_type)
 
     async def _list_models(self, request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [model.to_body() for model in self._models.values()]})
+        return JSONResponse({"object": "list", "data": [model.to_body() for model in self.models.values()]})
 
     async def _show_model(self, request: Request) -> Response:
         return JSONResponse(self._find_model(request.path_params["name"]).to_body())
 
     def _find_model(self, name: str) -> ServedModel:
-        if name not in self._models:
-            known = ", ".join(self._models)
+        if name not in self.models:
+            known = ", ".join(self.models)
             raise ApiError(404, f"model: {name}: not served here; this server has {known}", "model", "model_not_found")
-        return self._models[name]
+        return self.models[name]
 
     async def _complete(self, request: Request, kind: type[Body]) -> Response:
         record: Record = request.scope["t5tune"]
-        order = await self._read_order(await _read_body(request), kind, record)
-        replies = Replies(order, self._batcher, record)
+        replies = await self._read_replies(await _read_body(request), kind, record)
         headers = {"x-t5tune-dropped-messages": str(record.dropped_messages)} if record.dropped_messages else {}
         replies.submit()  # before an answer begins, so that a full queue still decides its status
-        if order.request.stream:
+        if replies.request.stream:
             return StreamingResponse(replies.stream(), media_type="text/event-stream", headers=headers)
         return JSONResponse(await _unless_gone(request, replies.collect()), headers=headers)
 
-    async def _read_order(self, body: bytes, kind: type[Body], record: Record) -> Order:
+    async def _read_replies(self, body: bytes, kind: type[Body], record: Record) -> Replies:
         run = partial(asyncio.get_running_loop().run_in_executor, self._reader)
         request = await run(parse_body, body, kind)
         model = self._find_model(request.model)
@@ -238,12 +225,12 @@ class Service:
             prompts.append(prompt)
         record.prompt_tokens = sum(prompt.num_tokens for prompt in prompts)
         record.dropped_messages = sum(prompt.dropped_turns for prompt in prompts)
-        return Order(request, model, prompts, options)
+        return Replies(request, model, prompts, options, self.batcher, record)
 
     def _check_number(self, request: GenerationRequest) -> None:
         num_prompts = len(request.prompt) if isinstance(request, CompletionRequest) else 1
-        if num_prompts * request.n > self._max_replies:
-            limit = f"this server gives at most {self._max_replies:,} replies to one request"
+        if num_prompts * request.n > self.max_replies:
+            limit = f"this server gives at most {self.max_replies:,} replies to one request"
             if num_prompts == 1:
                 raise ApiError(400, f"n: {request.n}: {limit}", "n")
             each = "" if request.n == 1 else f", with n {request.n} for each"

@@ -8,6 +8,7 @@ batcher.close()                    # returns when all replies are complete
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from t5tune.errors import OutOfMemory, T5TuneError
 from t5tune.io.reasons import describe_error
@@ -20,6 +21,7 @@ class DeviceLost(T5TuneError):
     """The GPU failed, and can't compute anything more in this process."""
 
 
+@dataclass(eq=False)
 class Batcher:
     """Generates replies in background threads.
 
@@ -29,30 +31,19 @@ class Batcher:
         on_batch: called with the replies of each batch before it is computed.
     """
 
-    def __init__(
-        self,
-        schedule: Schedule,
-        max_delay: float,
-        num_threads: int = 1,
-        on_batch: Callable[[Sequence[Generation]], None] = lambda batch: None,
-    ) -> None:
-        self._schedule = schedule
-        self._max_delay = max_delay
-        self._on_batch = on_batch
+    schedule: Schedule
+    max_delay: float
+    num_threads: int = 1
+    on_batch: Callable[[Sequence[Generation]], None] = lambda batch: None
+
+    def __post_init__(self) -> None:
         self._changed = threading.Condition()  # its lock protects the schedule
         self._is_closed = False
         self._failure: DeviceLost | None = None
-        self._threads = [threading.Thread(target=self._run, name="batches", daemon=True) for _ in range(num_threads)]
+        threads = range(self.num_threads)
+        self._threads = [threading.Thread(target=self._run, name="batches", daemon=True) for _ in threads]
         for thread in self._threads:
             thread.start()
-
-    @property
-    def num_waiting(self) -> int:
-        return self._schedule.num_waiting
-
-    @property
-    def num_running(self) -> int:
-        return self._schedule.num_running
 
     @property
     def failure(self) -> str | None:
@@ -68,7 +59,7 @@ class Batcher:
         with self._changed:
             if self._failure is not None:
                 raise self._failure
-            self._schedule.add(generations)
+            self.schedule.add(generations)
             self._changed.notify_all()
 
     def cancel(self, generations: Sequence[Generation]) -> None:
@@ -76,7 +67,7 @@ class Batcher:
         with self._changed:
             for generation in generations:
                 generation.is_canceled = True
-            self._schedule.remove_canceled()
+            self.schedule.remove_canceled()
             self._changed.notify_all()
 
     def close(self, timeout: float | None = None) -> None:
@@ -88,7 +79,7 @@ class Batcher:
         for thread in self._threads:
             thread.join(None if until is None else max(0.0, until - time.monotonic()))
         with self._changed:
-            self.cancel(self._schedule.list_unfinished())
+            self.cancel(self.schedule.list_unfinished())
         for thread in self._threads:
             thread.join()
 
@@ -100,21 +91,21 @@ class Batcher:
         """Wait for the next batch; None when the batcher is closed and the queue is empty."""
         with self._changed:
             while True:
-                if replies := self._schedule.choose_next():
-                    wait = replies[0].submitted_at + self._max_delay - time.monotonic()
-                    if wait <= 0 or self._is_closed or self._schedule.is_full(replies):
-                        return self._schedule.begin(replies)
+                if replies := self.schedule.choose_next():
+                    wait = replies[0].submitted_at + self.max_delay - time.monotonic()
+                    if wait <= 0 or self._is_closed or self.schedule.is_full(replies):
+                        return self.schedule.begin(replies)
                     self._changed.wait(wait)
-                elif self._is_closed and self._schedule.num_waiting == 0:
+                elif self._is_closed and self.schedule.num_waiting == 0:
                     return None
                 else:
                     self._changed.wait()
 
     def _compute(self, batch: Batch) -> None:
-        self._on_batch(batch.replies)
+        self.on_batch(batch.replies)
         self._generate(batch, batch.replies)
         with self._changed:
-            self._schedule.end(batch)
+            self.schedule.end(batch)
             self._changed.notify_all()
 
     def _generate(self, batch: Batch, replies: Sequence[Generation]) -> None:
@@ -140,7 +131,7 @@ class Batcher:
                 failure = None
                 if is_out_of_memory(error):
                     with self._changed:
-                        self._schedule.reduce_limit(batch, replies)
+                        self.schedule.reduce_limit(batch, replies)
         # Only after the `except` block: until then, the error's frames keep the memory of the failed batch.
         unfinished = [reply for reply in replies if reply.ended is None and not reply.is_canceled]
         if failure is not None:
@@ -153,7 +144,7 @@ class Batcher:
         rest = [reply for reply in unfinished if reply.ended is None]
         if rest and len(replies) == 1:  # it may fit once the interrupted batches have freed their memory
             with self._changed:
-                self._schedule.postpone(batch, rest[0])
+                self.schedule.postpone(batch, rest[0])
             return
         middle = (len(rest) + 1) // 2
         for half in (rest[:middle], rest[middle:]):
@@ -164,7 +155,7 @@ class Batcher:
         """Between two turns of a batch, generate smaller requests in its thread, while its engine waits in `add`."""
         started = time.monotonic()
         with self._changed:
-            smaller = self._schedule.take_smaller(batch)
+            smaller = self.schedule.take_smaller(batch)
         if smaller is not None:
             self._compute(smaller)
         batch.start_turn(seconds_interrupted=time.monotonic() - started)
@@ -174,7 +165,7 @@ class Batcher:
         failure = DeviceLost(f"the GPU has failed: {describe_error(error)}", hint="restart the server")
         with self._changed:
             self._failure = failure
-            unfinished = self._schedule.list_unfinished()
+            unfinished = self.schedule.list_unfinished()
             for reply in unfinished:
                 reply.end(failure)
             self.cancel(unfinished)

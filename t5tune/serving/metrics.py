@@ -1,11 +1,12 @@
 """The server's metrics in Prometheus's format, for `GET /metrics`."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from t5tune.progress import Answered
-from t5tune.serving.computing import Batcher
+from t5tune.serving.batching import Schedule
 from t5tune.serving.generation import Generation
 
 OK = 200
@@ -19,29 +20,24 @@ class Metrics:
     content_type = CONTENT_TYPE_LATEST
 
     def __init__(self) -> None:
-        self._registry = registry = CollectorRegistry()
-        self._requests = Counter("t5tune_requests", "Answered requests.", ["path", "status"], registry=registry)
-        self._seconds = self._make_histogram("request_seconds", "Time until an answer was complete.")
-        self._queue_seconds = self._make_histogram("queue_seconds", "Time until the first reply of a request began.")
-        self._first_token_seconds = self._make_histogram("first_token_seconds", "Time until a request's first token.")
-        self._prompt_tokens = self._make_counter("prompt_tokens", "Tokens of prompts.")
-        self._completion_tokens = self._make_counter("completion_tokens", "Tokens of replies.")
-        self._dropped = self._make_counter("dropped_messages", "Oldest messages that were left out of prompts.")
-        self._batches = Histogram(
-            "t5tune_batch_replies", "Replies that began in a batch.", buckets=BATCH_SIZES, registry=registry
-        )
-        self._waiting = Gauge("t5tune_replies_waiting", "Replies in the queue.", registry=registry)
-        self._running = Gauge("t5tune_replies_running", "Replies that are being generated.", registry=registry)
+        self._registry = CollectorRegistry()
+        options: dict[str, Any] = {"namespace": "t5tune", "registry": self._registry}
+        by_model: dict[str, Any] = {**options, "labelnames": ["model"]}
+        times: dict[str, Any] = {**by_model, "buckets": SECONDS}
+        self._requests = Counter("requests", "Answered requests.", ["path", "status"], **options)
+        self._seconds = Histogram("request_seconds", "Time until an answer was complete.", **times)
+        self._queue_seconds = Histogram("queue_seconds", "Time until the first reply of a request began.", **times)
+        self._first_token_seconds = Histogram("first_token_seconds", "Time until a request's first token.", **times)
+        self._prompt_tokens = Counter("prompt_tokens", "Tokens of prompts.", **by_model)
+        self._completion_tokens = Counter("completion_tokens", "Tokens of replies.", **by_model)
+        self._dropped = Counter("dropped_messages", "Oldest messages that were left out of prompts.", **by_model)
+        self._batches = Histogram("batch_replies", "Replies that began in a batch.", buckets=BATCH_SIZES, **options)
+        self._waiting = Gauge("replies_waiting", "Replies in the queue.", **options)
+        self._running = Gauge("replies_running", "Replies that are being generated.", **options)
 
-    def _make_histogram(self, name: str, text: str) -> Histogram:
-        return Histogram(f"t5tune_{name}", text, ["model"], buckets=SECONDS, registry=self._registry)
-
-    def _make_counter(self, name: str, text: str) -> Counter:
-        return Counter(f"t5tune_{name}", text, ["model"], registry=self._registry)
-
-    def watch(self, batcher: Batcher) -> None:
-        self._waiting.set_function(lambda: batcher.num_waiting)
-        self._running.set_function(lambda: batcher.num_running)
+    def watch(self, schedule: Schedule) -> None:
+        self._waiting.set_function(lambda: schedule.num_waiting)
+        self._running.set_function(lambda: schedule.num_running)
 
     def count_batch(self, batch: Sequence[Generation]) -> None:
         self._batches.observe(len(batch))

@@ -37,46 +37,41 @@ class Record:
     generations: list[Generation] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class Order:
-    """A parsed request, ready to be generated."""
+@dataclass(eq=False)
+class Replies:
+    """The replies to one request while they are generated."""
 
     request: GenerationRequest
     model: ServedModel
     prompts: list[Prompt]
     options: DecodingOptions
+    batcher: Batcher
+    record: Record
 
-
-class Replies:
-    """The replies to one request while they are generated."""
-
-    def __init__(self, order: Order, batcher: Batcher, record: Record) -> None:
-        self._order = order
-        self._is_chat = isinstance(order.request, ChatRequest)
-        self._batcher = batcher
-        self._record = record
+    def __post_init__(self) -> None:
+        request, is_chat = self.request, isinstance(self.request, ChatRequest)
+        self._answer = Answer(self.model.name, is_chat, request.stream_options.include_usage)
         self._loop = asyncio.get_running_loop()
         self._news = asyncio.Event()
         self._is_woken = False
-        request = order.request
         self._generations = [
             Generation(
-                engine=order.model.engine,
+                engine=self.model.engine,
                 source=prompt.ids,
-                options=replace(order.options, seed=_choose_seed(order.options.seed, number)),
+                options=replace(self.options, seed=_choose_seed(self.options.seed, number)),
                 notify=self._notify,
                 follows=request.stream or bool(request.stop),
             )
-            for prompt in order.prompts
+            for prompt in self.prompts
             for number in range(request.n)
         ]
         self._num_ids = [0] * len(self._generations)  # tokens of each reply, up to a stop text
-        record.generations = self._generations
+        self.record.generations = self._generations
 
     def submit(self) -> None:
         """Queue the replies. Raises ApiError if the queue is full, or the GPU has failed."""
         try:
-            self._batcher.submit(self._generations)
+            self.batcher.submit(self._generations)
         except QueueFull as error:
             headers = {"retry-after": SECONDS_TO_RETRY}
             raise ApiError(429, f"too many requests: {error.message}", code="queue_full", headers=headers) from error
@@ -90,15 +85,13 @@ class Replies:
         async for index, piece, reason in self._follow():
             texts[index] += piece
             reasons[index] = reason or ""
-        answer = Answer(self._order.model.name, self._is_chat)
-        return answer.make_whole(list(zip(texts, reasons, strict=True)), self._count_usage())
+        return self._answer.make_whole(list(zip(texts, reasons, strict=True)), self._count_usage())
 
     async def stream(self) -> AsyncIterator[bytes]:
         """Yield the events of the answer."""
-        has_usage = self._order.request.stream_options.include_usage
-        answer = Answer(self._order.model.name, self._is_chat, has_usage=has_usage)
+        answer = self._answer
         try:
-            for index in range(len(self._generations)) if self._is_chat else ():
+            for index in range(len(self._generations)) if answer.is_chat else ():
                 yield encode_event(answer.make_part(index, "", is_first=True))
             async for index, piece, reason in self._follow():
                 if piece or reason is None:
@@ -106,20 +99,19 @@ class Replies:
                 if reason is not None:
                     yield encode_event(answer.make_part(index, "", reason))
         except ApiError as error:
-            self._record.error = error.summary
+            self.record.error = error.summary
             yield encode_event(error.to_body())
             return
-        if has_usage:
+        if answer.has_usage:
             yield encode_event(answer.make_last(self._count_usage()))
         yield LAST_EVENT
 
     async def _follow(self) -> AsyncIterator[tuple[int, str, FinishReason | None]]:
         """Yield (index of the reply, new text, finish reason with its last text)."""
-        order = self._order
-        gaps = [prompt.has_gaps for prompt in order.prompts for _ in range(order.request.n)]
+        gaps = [prompt.has_gaps for prompt in self.prompts for _ in range(self.request.n)]
         pieces: list[list[str]] = [[] for _ in self._generations]
         texts = [
-            ReplyText(order.model.prompts, show.append, order.request.stop, fills_gaps)
+            ReplyText(self.model.prompts, show.append, self.request.stop, fills_gaps)
             for show, fills_gaps in zip(pieces, gaps, strict=True)
         ]
         unfinished = dict(enumerate(self._generations))
@@ -152,7 +144,7 @@ class Replies:
         return ended
 
     def _count_usage(self) -> dict[str, int]:
-        return make_usage(self._record.prompt_tokens, sum(self._num_ids))
+        return make_usage(self.record.prompt_tokens, sum(self._num_ids))
 
     def _notify(self) -> None:
         """Wake up the event loop from any thread, once until it has run."""

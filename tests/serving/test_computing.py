@@ -41,7 +41,7 @@ def test_what_waits_while_a_batch_is_computed_is_the_next_batch(make: Callable[.
     assert engine.entered.acquire(timeout=LONG_WAIT)
     for one in asked[1:]:
         submit(batcher, one)
-    assert (batcher.num_running, batcher.num_waiting) == (1, 4)
+    assert (batcher.schedule.num_running, batcher.schedule.num_waiting) == (1, 4)
     engine.gate.set()
     assert [one.wait() for one in asked] == [[10 * n + step for step in range(4)] for n in range(1, 6)]
     assert engine.batches == [[10], [20, 30, 40, 50]]
@@ -117,7 +117,7 @@ def test_a_reply_that_does_not_fit_next_to_an_interrupted_batch_waits_for_its_en
     tries = iter(range(2))
 
     def use_memory() -> None:
-        if engine.batches == [[10]] and batcher.num_waiting == 0:
+        if engine.batches == [[10]] and batcher.schedule.num_waiting == 0:
             submit(batcher, *small)
         elif engine.batches != [[10]] and next(tries, None) is not None:  # both replies, and the first of them
             raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
@@ -141,7 +141,7 @@ def test_a_large_request_gets_half_of_the_time_while_small_ones_keep_coming(
     def pass_time(by: FakeEngine) -> None:
         now[0] += 0.03
         num_tokens[by] += 1
-        if batcher.num_waiting == 0 and num_tokens[engine] < 400:
+        if batcher.schedule.num_waiting == 0 and num_tokens[engine] < 400:
             submit(batcher, Asked(other, 20, length=50))
 
     engine.on_step, other.on_step = lambda: pass_time(engine), lambda: pass_time(other)
@@ -191,7 +191,7 @@ def test_a_canceled_reply_leaves_the_queue_or_the_batch(make: Callable[..., Batc
     assert engine.entered.acquire(timeout=LONG_WAIT)
     submit(batcher, waiting)
     batcher.cancel([running.generation, waiting.generation])
-    assert batcher.num_waiting == 0
+    assert batcher.schedule.num_waiting == 0
     engine.gate.set()
     assert neighbor.wait() == [20, 21, 22, 23]
     batcher.close()
