@@ -6,7 +6,7 @@ Unchanged tensors are copied from the base's files within the kernel (copy_file_
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import starmap, zip_longest
@@ -117,11 +117,11 @@ def write_shards(
 
 
 def _run_jobs(jobs: Iterable[Job]) -> Iterator[int]:
-    """Run the jobs in a few threads; yields each result as soon as it is done, and raises the first error."""
+    """Run the jobs in a few threads; yields the results in order, so that the first faulty job decides the error."""
     with ThreadPoolExecutor(min(NUM_THREADS, count_cores())) as pool:
         futures = [pool.submit(job) for job in jobs]
         try:
-            for future in as_completed(futures):
+            for future in futures:
                 yield future.result()
         finally:
             pool.shutdown(cancel_futures=True)
