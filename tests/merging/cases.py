@@ -9,18 +9,22 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from t5tune.commands.merge import MergeResult, merge
+from t5tune.progress import Report, silent
 from t5tune.settings import MergeSettings
 
 PREFIX = "base_model.model."
 
 
-def run_merge(base: Path, adapter: Path, output: Path, report: Any = None, **changes: Any) -> MergeResult:
-    settings = MergeSettings(model_name_or_path=str(base), adapter=adapter, output_dir=output, **changes)
-    return merge(settings, report) if report else merge(settings)
+def run_merge(base: Path, adapter: Any, output: Path, report: Report = silent, **changes: Any) -> MergeResult:
+    return merge(MergeSettings(model_name_or_path=str(base), adapter=adapter, output_dir=output, **changes), report)
 
 
 def list_folder(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
+
+
+def read_weights(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
 
 
 def change_config(**changes: Any) -> Callable[[Path], None]:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import AutoModelForSeq2SeqLM
 from t5tune.commands.merge import merge
 from t5tune.errors import CheckpointError
 from t5tune.settings import MergeSettings
+from tests.merging.cases import change_config, change_tensors
 from tests.support.bases import make_base
 
 SIZES = {"d_model": 48, "d_kv": 8, "d_ff": 100, "num_layers": 1, "num_heads": 4, "vocab_size": 1536}
@@ -31,7 +33,7 @@ def load_stock_base(folder: Path, dtype: torch.dtype, tied: bool) -> Any:
     return model
 
 
-def make_adapter(base: Path, folder: Path, tied: bool, dtype: torch.dtype = torch.float32, **options: Any) -> Path:
+def make_adapter(base: Path, folder: Path, tied: bool, stored_as: torch.dtype = torch.float32, **options: Any) -> Path:
     """Make an adapter with stock PEFT, with random values in every trained tensor."""
     defaults: dict[str, Any] = {"r": 4, "lora_alpha": 12, "target_modules": LINEAR, "lora_dropout": 0.0}
     model = load_stock_base(base, torch.float32, tied)
@@ -40,7 +42,7 @@ def make_adapter(base: Path, folder: Path, tied: bool, dtype: torch.dtype = torc
     for name, parameter in peft_model.named_parameters():
         if parameter.requires_grad:
             size = 1 + torch.rand_like(parameter) if "magnitude" in name else 0.2 * torch.randn_like(parameter)
-            parameter.data = (parameter + size if "lora_" in name else size).to(dtype)
+            parameter.data = (parameter + size if "lora_" in name else size).to(stored_as)
     peft_model.save_pretrained(folder)
     return folder
 
@@ -68,6 +70,13 @@ def assert_same_bits(ours: dict[str, torch.Tensor], oracle: dict[str, torch.Tens
     assert sum(not torch.equal(before[name].to(value.dtype), value) for name, value in ours.items()) >= moved
 
 
+def check_merge(base: Path, folder: Path, dtype: str, tied: bool, moved: int = 10, **options: Any) -> None:
+    """Check that merging an adapter with these options gives the bits of PEFT."""
+    adapter = make_adapter(base, folder / "adapter", tied, **options)
+    oracle = merge_with_peft(base, adapter, DTYPES[dtype], tied)
+    assert_same_bits(merge_adapters(base, adapter, folder / "out"), oracle, base, moved)
+
+
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {},
     "rslora": {"use_rslora": True},
@@ -80,7 +89,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "dora rslora": {"use_dora": True, "use_rslora": True, "rank_pattern": {"q": 3}},
     "olora": {"init_lora_weights": "olora"},
     "pissa": {"init_lora_weights": "pissa"},
-    "whole norms": {"modules_to_save": ["final_layer_norm"]},
+    # PEFT's rule: each module whose path ends with the name, with its submodules
+    "whole modules": {"modules_to_save": ["DenseReluDense", "layer_norm"], "target_modules": ["q", "v"]},
 }
 
 
@@ -95,40 +105,39 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, bool], Pat
     return find
 
 
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several blocks of rows per tensor."""
+    monkeypatch.setattr("t5tune.checkpoints.tensor_files.tensors.BLOCK_ELEMENTS", 1000)
+
+
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied")
+@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_merged_weights_equal_those_of_peft_bit_for_bit(
-    bases: Callable[[str, bool], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, dtype: str
+def test_merged_weights_equal_pefts_bit_for_bit(
+    bases: Callable[[str, bool], Path], tmp_path: Path, kind: str, dtype: str
 ) -> None:
-    monkeypatch.setattr(
-        "t5tune.checkpoints.tensor_files.tensors.BLOCK_ELEMENTS", 1000
-    )  # several blocks of rows per tensor
     tied = len(kind) % 2 == 0
-    base = bases(dtype, tied)
-    adapter = make_adapter(base, tmp_path / "adapter", tied, **KINDS[kind])
-    assert_same_bits(
-        merge_adapters(base, adapter, tmp_path / "out"), merge_with_peft(base, adapter, DTYPES[dtype], tied), base, 10
-    )
+    check_merge(bases(dtype, tied), tmp_path, dtype, tied, **KINDS[kind])
 
 
 @pytest.mark.parametrize("kind", ["pissa", "olora"])
-def test_initializations_are_computed_with_as_many_threads_as_in_peft(
+def test_initializations_use_as_many_threads_as_peft(
     bases: Callable[[str, bool], Path], tmp_path: Path, kind: str
 ) -> None:
     """The last bits depend on the number of threads, and merge computes in its own threads."""
-    base, before = bases("fp32", False), torch.get_num_threads()
+    before = torch.get_num_threads()
     torch.set_num_threads(2 if int(os.environ["OMP_NUM_THREADS"]) == 1 else 1)
     try:
-        adapter = make_adapter(base, tmp_path / "adapter", False, **KINDS[kind])
-        oracle = merge_with_peft(base, adapter, torch.float32, False)
-        assert_same_bits(merge_adapters(base, adapter, tmp_path / "out"), oracle, base, 10)
+        check_merge(bases("fp32", False), tmp_path, "fp32", False, **KINDS[kind])
     finally:
         torch.set_num_threads(before)
 
 
 def add_biases(model: Any) -> None:
-    """Add biases to the q layers, which T5 itself doesn't have."""
+    """Add biases to the q layers; T5 has no biases."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and name.endswith("SelfAttention.q"):
             module.bias = nn.Parameter(torch.linspace(-1, 1, module.out_features).to(module.weight.dtype))
@@ -142,45 +151,32 @@ def test_a_lora_b_bias_is_added_to_the_bias_of_the_layer(
 ) -> None:
     base = shutil.copytree(bases(dtype, False), tmp_path / "base")
 
-    def with_biases(folder: Path, dtype: torch.dtype, tied: bool) -> Any:
-        model = AutoModelForSeq2SeqLM.from_pretrained(
-            bases("bf16" if dtype == torch.bfloat16 else "fp32", False)
-        ).eval()
-        model.config.tie_word_embeddings = tied
-        model.to(dtype)
+    load_plain_base = load_stock_base
+
+    def load_with_biases(folder: Path, dtype: torch.dtype, tied: bool) -> Any:
+        model = load_plain_base(bases("bf16" if dtype == torch.bfloat16 else "fp32", False), dtype, tied)
         add_biases(model)
         return model
 
-    tensors = load_file(base / "model.safetensors")
-    model = with_biases(base, DTYPES[dtype], False)
-    save_file(
-        tensors | {n: p.detach() for n, p in model.named_parameters() if n.endswith("bias")}, base / "model.safetensors"
-    )
-    monkeypatch.setattr("tests.merging.test_fold.load_stock_base", with_biases)
-    adapter = make_adapter(base, tmp_path / "adapter", False, target_modules=r".*SelfAttention\.q", lora_bias=True)
-    assert any(name.endswith("lora_B.bias") for name in load_file(adapter / "adapter_model.safetensors"))
-    assert_same_bits(
-        merge_adapters(base, adapter, tmp_path / "out"), merge_with_peft(base, adapter, DTYPES[dtype], False), base, 4
-    )
+    model = load_with_biases(base, DTYPES[dtype], False)
+    biases = {name: value.detach() for name, value in model.named_parameters() if name.endswith("bias")}
+    save_file(load_file(base / "model.safetensors") | biases, base / "model.safetensors")
+    monkeypatch.setattr("tests.merging.test_fold.load_stock_base", load_with_biases)
+    check_merge(base, tmp_path, dtype, False, 4, target_modules=r".*SelfAttention\.q", lora_bias=True)
+    trained = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert any(name.endswith("lora_B.bias") for name in trained)
 
 
 def test_a_lora_b_bias_of_a_layer_without_bias_is_refused(bases: Callable[[str, bool], Path], tmp_path: Path) -> None:
     base = bases("fp32", False)
     adapter = make_adapter(base, tmp_path / "adapter", False)
-    state = load_file(adapter / "adapter_model.safetensors")
-    a_layer = next(name for name in state if name.endswith("lora_B.weight"))
-    bias = a_layer.replace("weight", "bias")
-    change_config(adapter, lora_bias=True)
-    save_file(state | {bias: torch.zeros(state[a_layer].shape[0])}, adapter / "adapter_model.safetensors")
+    change_config(lora_bias=True)(adapter)
+    layer = "base_model.model.encoder.block.0.layer.0.SelfAttention.q.lora_B"
+    change_tensors(lambda s: s.update({f"{layer}.bias": torch.zeros(len(s[f"{layer}.weight"]))}))(adapter)
     merge_adapters(base, adapter, tmp_path / "out")
-    save_file(state | {bias: torch.ones(state[a_layer].shape[0])}, adapter / "adapter_model.safetensors")
+    change_tensors(lambda s: s[f"{layer}.bias"].add_(1))(adapter)
     with pytest.raises(CheckpointError, match="has no bias to add it to"):
         merge_adapters(base, adapter, tmp_path / "out")
-
-
-def change_config(adapter: Path, **changes: Any) -> None:
-    path = adapter / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 @pytest.mark.filterwarnings("ignore:(PiSSA|OLoRA) changes the base weights:UserWarning")
@@ -206,19 +202,17 @@ def test_an_adapter_that_peft_converted_to_plain_lora_merges_as_in_peft(
     assert_same_bits(ours, merge_with_peft(base, tmp_path / "adapter", torch.float32, True), base, 10)
 
 
+@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_merged_token_rows_equal_those_of_peft(
-    bases: Callable[[str, bool], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tied: bool, dtype: str
+def test_merged_token_rows_equal_pefts(
+    bases: Callable[[str, bool], Path], tmp_path: Path, tied: bool, dtype: str
 ) -> None:
-    monkeypatch.setattr("t5tune.checkpoints.tensor_files.tensors.BLOCK_ELEMENTS", 1000)
     base = bases(dtype, tied)
     ids = [290, 7, 299]
     rows: Any = ids if tied else {"shared": ids, "lm_head": ids}
-    adapter = make_adapter(base, tmp_path / "adapter", tied, trainable_token_indices=rows)
-    ours, oracle = merge_adapters(base, adapter, tmp_path / "out"), merge_with_peft(base, adapter, DTYPES[dtype], tied)
-    assert_same_bits(ours, oracle, base, 11)
-    before = load_file(base / "model.safetensors")
+    check_merge(base, tmp_path, dtype, tied, 11, trainable_token_indices=rows)
+    before, ours = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "out"))
     for name in before.keys() & {"shared.weight", "lm_head.weight"}:
         assert (before[name] != ours[name]).any(1).nonzero().flatten().tolist() == sorted(ids)
 
@@ -227,12 +221,9 @@ def test_merged_token_rows_equal_those_of_peft(
 def test_a_half_precision_adapter_merges_as_in_peft(
     bases: Callable[[str, bool], Path], tmp_path: Path, dtype: str
 ) -> None:
-    base = bases("bf16", False)
-    adapter = make_adapter(base, tmp_path / "adapter", False, dtype=DTYPES[dtype])
-    assert {value.dtype for value in load_file(adapter / "adapter_model.safetensors").values()} == {DTYPES[dtype]}
-    assert_same_bits(
-        merge_adapters(base, adapter, tmp_path / "out"), merge_with_peft(base, adapter, torch.bfloat16, False), base, 10
-    )
+    check_merge(bases("bf16", False), tmp_path, "bf16", False, stored_as=DTYPES[dtype])
+    trained = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert {value.dtype for value in trained.values()} == {DTYPES[dtype]}
 
 
 @pytest.mark.parametrize(("stored", "wanted"), [("bf16", "fp32"), ("fp32", "bf16"), ("fp32", "fp16"), ("fp16", "bf16")])
@@ -267,15 +258,11 @@ def test_shards_are_limited_to_max_shard_size(bases: Callable[[str, bool], Path]
     assert back.keys() == whole.keys()
 
 
-# several adapters
-
-
-def test_a_weighted_sum_of_adapters_equals_that_of_peft(bases: Callable[[str, bool], Path], tmp_path: Path) -> None:
+def test_a_weighted_sum_of_adapters_equals_pefts(bases: Callable[[str, bool], Path], tmp_path: Path) -> None:
     base = bases("fp32", False)
     first = make_adapter(base, tmp_path / "a", False)
     second = make_adapter(base, tmp_path / "b", False, r=6, lora_alpha=5, target_modules=["q", "wo"])
-    change = {name: 1.5 * value for name, value in load_file(second / "adapter_model.safetensors").items()}
-    save_file(change, second / "adapter_model.safetensors")
+    change_tensors(lambda s: [value.mul_(1.5) for value in s.values()])(second)
     model = PeftModel.from_pretrained(load_stock_base(base, torch.float32, False), first, "a")
     model.load_adapter(second, "b")
     model.add_weighted_adapter(["a", "b"], [0.7, -0.3], "sum", combination_type="cat")
@@ -289,9 +276,7 @@ def test_a_sum_of_rslora_adapters_equals_the_sum_of_their_merges(
     bases: Callable[[str, bool], Path], tmp_path: Path
 ) -> None:
     base = bases("fp32", True)
-    adapters = [
-        make_adapter(base, tmp_path / name, True, use_rslora=True, r=rank) for name, rank in (("a", 4), ("b", 2))
-    ]
+    adapters = [make_adapter(base, tmp_path / str(rank), True, use_rslora=True, r=rank) for rank in (4, 2)]
     before = load_file(base / "model.safetensors")
     ours = merge_adapters(base, adapters, tmp_path / "out", weights=[0.25, 2.0], verify=True)
     parts = [merge_adapters(base, adapter, tmp_path / "part") for adapter in adapters]
@@ -304,14 +289,11 @@ def test_token_rows_and_whole_modules_change_by_weighted_differences(
     bases: Callable[[str, bool], Path], tmp_path: Path
 ) -> None:
     base = bases("fp32", False)
-    adapters = []
-    for name, ids in (("a", [290, 7]), ("b", [7, 31])):
-        rows = {"shared": ids, "lm_head": ids}
-        adapters.append(
-            make_adapter(
-                base, tmp_path / name, False, trainable_token_indices=rows, modules_to_save=["final_layer_norm"]
-            )
-        )
+    make = partial(make_adapter, base, tied=False, modules_to_save=["final_layer_norm"])
+    adapters = [
+        make(tmp_path / name, trainable_token_indices={"shared": ids, "lm_head": ids})
+        for name, ids in (("a", [290, 7]), ("b", [7, 31]))
+    ]
     before = load_file(base / "model.safetensors")
     ours = merge_adapters(base, adapters, tmp_path / "out", weights=[0.5, 0.25])
     parts = [merge_adapters(base, adapter, tmp_path / "part") for adapter in adapters]

@@ -13,20 +13,19 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from t5tune.checkpoints.base_tensors import Checkpoint
 from t5tune.checkpoints.training_data import TrainingData, read_training_data, write_training_data
 from t5tune.commands.chat import Chatter
-from t5tune.commands.merge import MergeResult, merge
+from t5tune.commands.merge import MergeResult
 from t5tune.data.tokens.chat_template import build_chat_template, write_chat_template
 from t5tune.data.tokens.templates import load_template
 from t5tune.data.tokens.tokenizer import load_tokenizer, save_tokenizer
 from t5tune.errors import CheckpointError, TrainingError
 from t5tune.model.load import load_base
-from t5tune.progress import Note
-from t5tune.settings import ChatSettings, MergeSettings
-from tests.merging.cases import PREFIX, change_tensors, list_folder, run_merge
+from t5tune.settings import ChatSettings
+from tests.merging.cases import PREFIX, change_tensors, list_folder, read_weights, run_merge
 from tests.support.adapters import (
     TEMPLATES,
     TOKEN_IDS,
@@ -36,6 +35,7 @@ from tests.support.adapters import (
     make_stock_adapter,
 )
 from tests.support.bases import make_base
+from tests.support.notes import Notes
 
 SCALE = 16 / 4
 
@@ -141,14 +141,11 @@ def test_stock_transformers_has_the_logits_of_stock_peft(case: Case) -> None:
     merged = compute_logits(load_stock_base(case.output))
     plain = compute_logits(load_stock_base(case.base))
     assert (expected - plain).abs().max() > 0.1
+    ours = compute_logits(load_base(case.output, torch.float32, torch.device("cpu")))
+    torch.testing.assert_close(ours, merged, rtol=0, atol=1e-5)
     # a bf16 checkpoint has only 8 bits of precision
     tolerance = 1e-4 if case.dtype == torch.float32 else 0.03 * float(expected.abs().max())
     assert (merged - expected).abs().max() < tolerance
-
-
-def test_load_base_has_the_logits_of_stock_transformers(case: Case) -> None:
-    ours = compute_logits(load_base(case.output, torch.float32, torch.device("cpu")))
-    torch.testing.assert_close(ours, compute_logits(load_stock_base(case.output)), rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -170,7 +167,7 @@ def test_config_states_whether_the_head_is_tied(case: Case) -> None:
     assert {k: v for k, v in config.items() if k not in ours} == {k: v for k, v in before.items() if k not in ours}
 
 
-def test_config_is_corrected_if_that_of_the_base_is_wrong(tmp_path: Path) -> None:
+def test_a_wrong_config_of_the_base_is_corrected(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", tied=False)
     config = read_config(base) | {"tie_word_embeddings": True, "scale_decoder_outputs": False}  # transformers 5's
     (base / "config.json").write_text(json.dumps(config))
@@ -190,11 +187,10 @@ def test_the_result_counts_what_changed(case: Case) -> None:
 
 
 def test_tokenizer_and_generation_config_are_copied(case: Case) -> None:
-    source = case.base  # write_adapter copied the base's own
     for name in ("tokenizer.json", "generation_config.json"):
-        assert (case.output / name).read_bytes() == (source / name).read_bytes()
-    config = json.loads((source / "tokenizer_config.json").read_text())
-    config["additional_special_tokens"] = config.pop("extra_special_tokens")  # which transformers 4 reads, too
+        assert (case.output / name).read_bytes() == (case.base / name).read_bytes()
+    config = json.loads((case.base / "tokenizer_config.json").read_text())
+    config["additional_special_tokens"] = config.pop("extra_special_tokens")  # the name that transformers 4 reads
     assert json.loads((case.output / "tokenizer_config.json").read_text()) == config
     if case.training_logits is not None:
         assert (case.output / "template.yaml").read_text() == (TEMPLATES / "plain.yaml").read_text()
@@ -202,32 +198,20 @@ def test_tokenizer_and_generation_config_are_copied(case: Case) -> None:
 
 def test_the_files_of_the_base_that_belong_to_the_model_are_copied(untied_adapter: Path, tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", tied=False)
-    names = ("chat_template.jinja", "preprocessor_config.json", "processor_config.json", "LICENSE", "NOTICE.txt")
-    for name in (*names, "onnx.json", ".hidden"):
-        (base / name).write_text(name)
     (base / "additional_chat_templates").mkdir()
-    (base / "additional_chat_templates" / "tools.jinja").write_text("tools")
+    copied = ["chat_template.jinja", "preprocessor_config.json", "processor_config.json", "LICENSE", "NOTICE.txt"]
+    copied.append("additional_chat_templates/tools.jinja")
+    for name in (*copied, "onnx.json", ".hidden"):
+        (base / name).write_text(name)
+    shutil.copy(TEMPLATES / "turns.yaml", base / "template.yaml")  # the fallback, since the adapter has no template
     run_merge(base, untied_adapter, tmp_path / "merged", verify=False)
-    for name in names:
-        assert (tmp_path / "merged" / name).read_text() == name
-    assert (tmp_path / "merged" / "additional_chat_templates" / "tools.jinja").read_text() == "tools"
+    for name in (*copied, "template.yaml"):
+        assert (tmp_path / "merged" / name).read_text() == (base / name).read_text()
     assert not [name for name in ("onnx.json", ".hidden") if (tmp_path / "merged" / name).exists()]
     from transformers import AutoTokenizer
 
     stock = AutoTokenizer.from_pretrained(tmp_path / "merged")
     assert stock.chat_template == AutoTokenizer.from_pretrained(base).chat_template
-
-
-@pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied")
-def test_modules_to_save_may_contain_other_modules(untied_base: Path, tmp_path: Path) -> None:
-    """PEFT's rule: each module whose path ends with the name, with all that is in it."""
-    adapter = make_stock_adapter(untied_base, tmp_path / "adapter", modules_to_save=["DenseReluDense", "layer_norm"])
-    run_merge(untied_base, adapter, tmp_path / "merged")
-    expected = load_stock_with_adapter(untied_base, adapter).merge_and_unload().state_dict()
-    merged = load_file(tmp_path / "merged" / "model.safetensors")
-    before = load_file(untied_base / "model.safetensors")
-    assert [name for name, value in merged.items() if not expected[name].equal(value)] == []
-    assert any("DenseReluDense" in name for name in merged if not before[name].equal(merged[name]))
 
 
 @pytest.mark.parametrize(
@@ -240,25 +224,17 @@ def test_modules_to_save_may_contain_other_modules(untied_base: Path, tmp_path: 
 )
 def test_trained_rows_that_would_be_lost_are_refused(module: str, said: str, untied_base: Path, tmp_path: Path) -> None:
     adapter, _ = make_rows_adapter(untied_base, tmp_path / "adapter")
-    state = load_file(adapter / "adapter_model.safetensors")
     name = "base_model.model.{}.token_adapter.trainable_tokens_delta"
-    state[name.format(module)] = state[name.format("encoder.embed_tokens")] + 1
-    save_file(state, adapter / "adapter_model.safetensors")
+    rows = name.format("encoder.embed_tokens")
+    change_tensors(lambda state: state.update({name.format(module): state[rows] + 1}))(adapter)
     with pytest.raises(CheckpointError, match=f"{module}: {said}"):
         run_merge(untied_base, adapter, tmp_path / "merged", verify=False)
 
 
-def test_the_conversation_template_of_the_base_is_the_fallback(untied_adapter: Path, tmp_path: Path) -> None:
-    base = make_base(tmp_path / "base", tied=False)
-    shutil.copy(TEMPLATES / "turns.yaml", base / "template.yaml")
-    run_merge(base, untied_adapter, tmp_path / "merged", verify=False)
-    assert (tmp_path / "merged" / "template.yaml").read_text() == (TEMPLATES / "turns.yaml").read_text()
-
-
-def test_a_sum_keeps_what_its_adapters_were_trained_with_in_common(
+def test_a_sum_keeps_the_common_training_settings_of_its_adapters(
     untied_base: Path, untied_adapter: Path, tmp_path: Path
 ) -> None:
-    """With other source prefixes it has neither a prefix nor a chat template."""
+    """With different source prefixes it has no prefix and no chat template."""
     tokenizer = load_tokenizer(untied_base)
     made = {
         "a": TrainingData(False, "auto", "text", "short", "sum: ", "sft", ["t5"]),
@@ -276,15 +252,9 @@ def test_a_sum_keeps_what_its_adapters_were_trained_with_in_common(
 
     def add_up(names: str) -> tuple[TrainingData | None, bool, list[str]]:
         """Return the sum's training data, whether it has a chat template, and the notes about both."""
-        settings = MergeSettings(
-            model_name_or_path=str(untied_base),
-            adapter=[tmp_path / name for name in names],
-            weights=[0.5, 0.5],
-            output_dir=tmp_path / names,
-            verify=False,
-        )
-        notes: list[str] = []
-        merge(settings, lambda event: notes.append(event.text) if isinstance(event, Note) else None)
+        notes = Notes()
+        folders = [tmp_path / name for name in names]
+        run_merge(untied_base, folders, tmp_path / names, notes, weights=[0.5, 0.5], verify=False)
         has_template = "chat_template" in json.loads((tmp_path / names / "tokenizer_config.json").read_text())
         about = [note for note in notes if "training_data" in note or "chat template" in note]
         return read_training_data(tmp_path / names), has_template, about
@@ -301,25 +271,19 @@ def test_a_sum_keeps_what_its_adapters_were_trained_with_in_common(
     assert (prompts.source_prefix, prompts.keeps_history) == ("sum: ", True)
 
 
-def test_adapters_whose_tokens_have_other_ids_are_not_added_up(
+def test_adapters_that_number_tokens_differently_are_not_added_up(
     untied_base: Path, untied_adapter: Path, tmp_path: Path
 ) -> None:
-    tokenizer = load_tokenizer(untied_base)
-    number = len(tokenizer.get_vocab())
-    added = {"one": ["中"], "other": ["ж"], "both": ["中", "ж"]}
-    for name, tokens in added.items():
+    number = len(load_tokenizer(untied_base).get_vocab())
+    for name, tokens in {"one": ["中"], "other": ["ж"], "both": ["中", "ж"]}.items():
         adapter = shutil.copytree(untied_adapter, tmp_path / name)
         tokenizer = load_tokenizer(untied_base)
         tokenizer.backend.add_tokens(tokens)
         save_tokenizer(tokenizer, adapter)
 
     def add_up(*names: str) -> Path:
-        output = tmp_path / "-".join(names)
-        folders = [tmp_path / name for name in names]
-        weights = [0.5] * len(names)
-        base = str(untied_base)
-        merge(MergeSettings(model_name_or_path=base, adapter=folders, weights=weights, output_dir=output, verify=False))
-        return output
+        folders, weights = [tmp_path / name for name in names], [0.5] * len(names)
+        return run_merge(untied_base, folders, tmp_path / "-".join(names), weights=weights, verify=False).checkpoint
 
     for names, token, index in (
         (("one", "other"), "ж", number),
@@ -404,45 +368,15 @@ def test_a_bin_base_becomes_safetensors_with_the_same_values(tmp_path: Path, tie
     assert torch.equal(logits, compute_logits(load_stock_base(tmp_path / "expected")))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "changes",
-    [
-        pytest.param({"use_rslora": True}, id="rslora"),
-        pytest.param({"alpha_pattern": {"EncDecAttention.q": 40, "block.0.layer.0.SelfAttention.v": 2}}, id="alpha"),
-        pytest.param({"rank_pattern": {"decoder.*.v": 2}, "alpha_pattern": {"q": 6}}, id="rank and alpha"),
-        pytest.param({"target_modules": ["q", "k", "v", "o", "wi_0", "wi_1", "wo"]}, id="every linear layer"),
-    ],
-)
-def test_lora_scales_equal_those_of_peft(untied_base: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
-    adapter = make_stock_adapter(untied_base, tmp_path / "adapter", **changes)
-    run_merge(untied_base, adapter, tmp_path / "merged")
-    base = load_file(untied_base / "model.safetensors")
-    merged = load_file(tmp_path / "merged" / "model.safetensors")
-    stock = load_stock_with_adapter(untied_base, adapter).base_model.model
-    adapted = {f"{name}.weight": layer for name, layer in stock.named_modules() if hasattr(layer, "get_delta_weight")}
-    assert len(adapted) >= 12
-    for name, value in merged.items():
-        delta = adapted[name].get_delta_weight("default").detach() if name in adapted else 0
-        torch.testing.assert_close(value, base[name] + delta, rtol=1e-6, atol=1e-6)
-
-
 def test_a_bin_adapter_merges_like_a_safetensors_adapter(
     untied_base: Path, untied_adapter: Path, tmp_path: Path
 ) -> None:
     old = shutil.copytree(untied_adapter, tmp_path / "old")
     torch.save(load_file(old / "adapter_model.safetensors"), old / "adapter_model.bin")
     (old / "adapter_model.safetensors").unlink()
-    run_merge(untied_base, untied_adapter, tmp_path / "a")
+    run_merge(untied_base, untied_adapter, tmp_path / "a", verify=False)
     run_merge(untied_base, old, tmp_path / "b")
-    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
-
-
-def test_merging_twice_writes_the_same_bytes(untied_base: Path, untied_adapter: Path, tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        run_merge(untied_base, untied_adapter, tmp_path / name)
-    for name in ("model.safetensors", "config.json", "README.md"):
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert read_weights(tmp_path / "a") == read_weights(tmp_path / "b")
 
 
 def test_an_untrained_adapter_is_accepted_with_a_warning(
@@ -450,48 +384,43 @@ def test_an_untrained_adapter_is_accepted_with_a_warning(
 ) -> None:
     adapter = shutil.copytree(untied_adapter, tmp_path / "adapter")
     change_tensors(lambda s: [value.zero_() for name, value in s.items() if "lora_B" in name])(adapter)
-    notes: list[Note] = []
-    run_merge(
-        untied_base,
-        adapter,
-        tmp_path / "merged",
-        lambda event: notes.append(event) if isinstance(event, Note) else None,
-    )
-    assert [note.text for note in notes if note.warning and "lora_B is zero" in note.text]
-    merged = (tmp_path / "merged" / "model.safetensors").read_bytes()
-    assert merged == (untied_base / "model.safetensors").read_bytes()
+    notes = Notes()
+    run_merge(untied_base, adapter, tmp_path / "merged", notes)
+    assert any("lora_B is zero" in text for text in notes.warnings)
+    assert read_weights(tmp_path / "merged") == read_weights(untied_base)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_verify_detects_a_merge_that_adds_nothing_and_leaves_no_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+@pytest.mark.parametrize(
+    ("dtype", "broken", "result"),
+    [
+        (torch.float32, "compute_low_rank_product", lambda b, a: np.zeros((b.shape[0], a.shape[1]), np.float32)),
+        (torch.bfloat16, "compute_low_rank_product", lambda b, a: np.zeros((b.shape[0], a.shape[1]), np.float32)),
+        (torch.float32, "_set_rows", lambda values, changes, begin: None),
+    ],
+)
+def test_verify_detects_missing_changes_and_leaves_no_folder(
+    dtype: torch.dtype, broken: str, result: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = make_base(tmp_path / "base", tied=False, dtype=dtype)
-    adapter = make_stock_adapter(base, tmp_path / "adapter")
-    monkeypatch.setattr(
-        "t5tune.merging.fold.compute_low_rank_product", lambda b, a: np.zeros((b.shape[0], a.shape[1]), np.float32)
-    )
-    with pytest.raises(TrainingError, match="logits differ"):
-        run_merge(base, adapter, tmp_path / "merged")
-    assert list_folder(tmp_path) == ["adapter", "base"]
-
-
-def test_verify_detects_missing_token_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = make_base(tmp_path / "base", tied=False)
-    adapter, _ = make_rows_adapter(base, tmp_path / "adapter")
+    if broken == "_set_rows":
+        make_rows_adapter(base, tmp_path / "adapter")
+    else:
+        make_stock_adapter(base, tmp_path / "adapter")
     before = list_folder(tmp_path)
-    monkeypatch.setattr("t5tune.merging.fold._set_rows", lambda values, changes, begin: None)
-    with pytest.raises(TrainingError, match="logits differ"):
-        run_merge(base, adapter, tmp_path / "merged")
+    monkeypatch.setattr(f"t5tune.merging.fold.{broken}", result)
+    with pytest.raises(TrainingError, match="the logits of the merged model and of base"):
+        run_merge(base, tmp_path / "adapter", tmp_path / "merged")
     assert list_folder(tmp_path) == before
 
 
-def test_the_same_bytes_are_written_without_verify(untied_base: Path, untied_adapter: Path, tmp_path: Path) -> None:
+def test_the_same_bytes_are_written_with_and_without_verify(
+    untied_base: Path, untied_adapter: Path, tmp_path: Path
+) -> None:
     result = run_merge(untied_base, untied_adapter, tmp_path / "a", verify=False)
     assert not result.verified
     assert result.max_error is None
-    notes: list[Any] = []
-    checked = run_merge(untied_base, untied_adapter, tmp_path / "b", notes.append)
-    assert any(re.search(r"verified on \d+ examples: .* is allowed\)", getattr(note, "text", "")) for note in notes)
-    assert checked.verified
-    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
+    notes = Notes()
+    assert run_merge(untied_base, untied_adapter, tmp_path / "b", notes).verified
+    assert any(re.search(r"verified on \d+ examples: .* is allowed\)", text) for text in notes)
+    for name in ("model.safetensors", "config.json", "README.md"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
