@@ -17,7 +17,7 @@ from t5tune.commands.merge import merge
 from t5tune.commands.prepare import prepare
 from t5tune.errors import CheckpointError, SettingsError
 from t5tune.settings import EvaluateSettings, ExportSettings, MergeSettings, PrepareSettings
-from tests.merging.cases import PREFIX, change_config, change_tensors, list_folder, run_merge
+from tests.merging.cases import PREFIX, change_config, change_tensors, list_folder, read_weights, run_merge
 from tests.support.adapters import make_rows_adapter, make_stock_adapter
 from tests.support.bases import make_base
 
@@ -157,8 +157,7 @@ def test_a_result_isnt_lost_if_another_process_has_filled_the_folder_meanwhile(
     assert str(tmp_path / "merged.1") in str(caught.value.hint)
     assert list_folder(output) == ["theirs.txt"]
     run_merge(untied_base, untied_adapter, tmp_path / "expected", verify=False)
-    weights = [tmp_path / name / "model.safetensors" for name in ("merged.1", "expected")]
-    assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert read_weights(tmp_path / "merged.1") == read_weights(tmp_path / "expected")
 
 
 def test_a_base_is_only_merged_in_place_with_overwrite(untied_adapter: Path, tmp_path: Path) -> None:
@@ -167,8 +166,7 @@ def test_a_base_is_only_merged_in_place_with_overwrite(untied_adapter: Path, tmp
     with pytest.raises(SettingsError):
         run_merge(base, untied_adapter, base)
     run_merge(base, untied_adapter, base, overwrite=True)
-    expected = (tmp_path / "expected" / "model.safetensors").read_bytes()
-    assert (base / "model.safetensors").read_bytes() == expected
+    assert read_weights(base) == read_weights(tmp_path / "expected")
 
 
 Q = f"{PREFIX}encoder.block.0.layer.0.SelfAttention.q"
@@ -177,24 +175,19 @@ Q = f"{PREFIX}encoder.block.0.layer.0.SelfAttention.q"
 @pytest.mark.parametrize(
     ("damage", "named"),
     [
-        pytest.param(change_tensors(lambda s: s.pop(f"{Q}.lora_B.weight")), r"SelfAttention\.q.*lora_B", id="no B"),
-        pytest.param(change_tensors(lambda s: s.pop(f"{Q}.lora_A.weight")), r"SelfAttention\.q.*lora_A", id="no A"),
-        pytest.param(
-            change_tensors(lambda s: s[f"{Q}.lora_B.weight"].fill_(float("nan"))), r"SelfAttention\.q", id="NaN"
-        ),
-        pytest.param(
-            change_tensors(lambda s: s.update({f"{PREFIX}shared.lora_embedding_A": torch.ones(4, 1536)})),
-            "lora_embedding_A",
-            id="an unsupported tensor",
-        ),
-        pytest.param(change_tensors(lambda s: s.clear()), "contains no LoRA", id="empty"),
+        (lambda s: s.pop(f"{Q}.lora_B.weight"), r"SelfAttention\.q.*lora_B"),
+        (lambda s: s.pop(f"{Q}.lora_A.weight"), r"SelfAttention\.q.*lora_A"),
+        (lambda s: s[f"{Q}.lora_B.weight"].fill_(float("nan")), r"SelfAttention\.q"),
+        (lambda s: s.update({f"{PREFIX}shared.lora_embedding_A": torch.ones(4, 1536)}), "lora_embedding_A"),
+        (lambda s: s.clear(), "contains no LoRA"),
     ],
+    ids=["no B", "no A", "NaN", "an unsupported tensor", "empty"],
 )
 def test_an_incomplete_lora_adapter_is_refused_with_the_reason(
-    untied_base: Path, untied_adapter: Path, tmp_path: Path, damage: Callable[[Path], Any], named: str
+    untied_base: Path, untied_adapter: Path, tmp_path: Path, damage: Callable[[Any], Any], named: str
 ) -> None:
     adapter = shutil.copytree(untied_adapter, tmp_path / "adapter")
-    damage(adapter)
+    change_tensors(damage)(adapter)
     with pytest.raises(CheckpointError, match=named):
         run_merge(untied_base, adapter, tmp_path / "merged", verify=False)
     assert list_folder(tmp_path) == ["adapter"]

@@ -8,14 +8,12 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from t5tune.commands.merge import merge
 from t5tune.errors import SettingsError
-from t5tune.progress import Note
-from t5tune.settings import MergeSettings
-from tests.merging.cases import PREFIX, run_merge
+from tests.merging.cases import PREFIX, read_weights, run_merge
 from tests.merging.test_merge import SCALE
 from tests.support.adapters import add_base_metadata, load_stock_base, make_stock_adapter
 from tests.support.bases import make_base
+from tests.support.notes import Notes
 
 
 @pytest.fixture(scope="module")
@@ -35,12 +33,8 @@ def trained_differently(untied_base: Path, tmp_path_factory: pytest.TempPathFact
 
 
 def merge_two(base: Path, adapters: dict[str, Path], names: tuple[str, ...], output: Path, **changes: Any) -> list[str]:
-    notes: list[str] = []
-    settings = MergeSettings(
-        model_name_or_path=str(base), adapter=[adapters[name] for name in names], weights=[0.5, 0.5],
-        output_dir=output, verify=False, **changes,
-    )  # fmt: skip
-    merge(settings, lambda event: notes.append(event.text) if isinstance(event, Note) else None)
+    notes, folders = Notes(), [adapters[name] for name in names]
+    run_merge(base, folders, output, notes, weights=[0.5, 0.5], verify=False, **changes)
     return notes
 
 
@@ -101,16 +95,14 @@ def test_merge_takes_the_weights_of_training_bit_by_bit(kind: str | None, untied
     """As with the flag, and as PEFT merges into what bitsandbytes dequantizes."""
     adapter = make_stock_adapter(untied_base, tmp_path / "adapter")
     add_base_metadata(untied_base, adapter, bf16=False, compute="float32", **({} if kind is None else {"onto": kind}))
-    notes: list[Any] = []
-    found = run_merge(untied_base, adapter, tmp_path / "merged", notes.append, verify=False)
+    notes = Notes()
+    found = run_merge(untied_base, adapter, tmp_path / "merged", notes, verify=False)
     given = run_merge(untied_base, adapter, tmp_path / "given", onto=kind or "base", verify=False)
     assert found.onto == given.onto == (kind or "base")
     said = f"merging into an {kind} base, as in training; --onto base merges into the unquantized base"
-    assert (said in [note.text for note in notes if isinstance(note, Note)]) is (kind is not None)
+    assert (said in notes) is (kind is not None)
     merged = load_file(tmp_path / "merged" / "model.safetensors")
-    assert (tmp_path / "merged" / "model.safetensors").read_bytes() == (
-        tmp_path / "given" / "model.safetensors"
-    ).read_bytes()
+    assert read_weights(tmp_path / "merged") == read_weights(tmp_path / "given")
     model = load_stock_base(untied_base)
     if kind is not None:
         dequantize(model, kind)
@@ -141,13 +133,12 @@ def dequantize(model: Any, kind: str) -> None:
 def test_merging_onto_quantized_weights_is_closer_to_the_training_model(tmp_path: Path, kind: str) -> None:
     base = make_base(tmp_path / "base", tied=False, d_model=64, d_kv=16, d_ff=128)
     adapter = add_base_metadata(base, make_stock_adapter(base, tmp_path / "adapter"), onto=kind, compute="float32")
-    notes: list[Any] = []
-    onto = run_merge(base, adapter, tmp_path / "onto", notes.append, onto=kind)
+    notes = Notes()
+    onto = run_merge(base, adapter, tmp_path / "onto", notes, onto=kind)
     assert onto.from_training[kind] < 0.2 * onto.from_training["base"]
-    assert any(isinstance(note, Note) and f"merged into {kind}" in note.text for note in notes)
-    plain_notes: list[Any] = []
-    plain = run_merge(base, adapter, tmp_path / "plain", plain_notes.append, onto="base")
-    assert any(isinstance(note, Note) and note.warning and f"--onto {kind}" in note.text for note in plain_notes)
+    assert any(f"merged into {kind}" in text for text in notes)
+    plain = run_merge(base, adapter, tmp_path / "plain", notes, onto="base")
+    assert any(f"--onto {kind}" in text for text in notes.warnings)
     assert plain.from_training == pytest.approx(onto.from_training, rel=0.2, abs=2e-3)
     weights, merged = load_file(base / "model.safetensors"), load_file(tmp_path / "onto" / "model.safetensors")
     untouched = "encoder.block.0.layer.1.DenseReluDense.wo.weight"  # not adapted, but quantized in training
