@@ -1,6 +1,7 @@
-"""What `generate` makes of a model's files, and what ends a reply."""
+"""The replies of `generate`, with the settings of a model's files."""
 
 import json
+import re
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,18 @@ import torch
 
 from t5tune.inference.generation import Decoding, Sampling, generate, make_random_generator
 from t5tune.model.load import load_base
-from t5tune.progress import Note
 from tests.support.bases import make_base
 from tests.support.model_types import load_stock
+from tests.support.notes import Notes
+
+
+def load(folder: Path, **options: Any) -> Any:
+    return load_base(folder, torch.float32, torch.device("cpu"), **options)
 
 
 def test_every_token_that_generation_config_lists_ends_a_reply(tmp_path: Path) -> None:
     """Gemma's instruction-tuned models list the end of a turn next to the EOS token."""
-    model = load_base(make_base(tmp_path, tied=False), torch.float32, torch.device("cpu"))
+    model = load(make_base(tmp_path, tied=False))
     decoding, sources = Decoding(1, 0, 12), [[40, 50, 60, 1], [70, 1]]
     whole = generate(model, sources, decoding)
     assert len(whole[0]) == 12
@@ -32,7 +37,7 @@ def test_every_token_that_generation_config_lists_ends_a_reply(tmp_path: Path) -
 
 
 def test_each_reply_of_a_batch_can_be_followed_and_ended_by_itself(tmp_path: Path) -> None:
-    model = load_base(make_base(tmp_path, tied=False), torch.float32, torch.device("cpu"))
+    model = load(make_base(tmp_path, tied=False))
     decoding, sources = Decoding(1, 0, 12), [[40, 50, 60, 1], [70, 1], [80, 90, 1]]
     whole = generate(model, sources, decoding)
     limits = [3, 12, 5]
@@ -46,14 +51,13 @@ def test_each_reply_of_a_batch_can_be_followed_and_ended_by_itself(tmp_path: Pat
     assert replies == shown == [reply[:limit] for reply, limit in zip(whole, limits, strict=True)]
 
 
-def test_a_sampled_reply_is_that_of_transformers_with_the_seed_and_the_same_in_any_batch(tmp_path: Path) -> None:
+def test_a_sampled_reply_equals_transformers_reply_in_any_batch(tmp_path: Path) -> None:
     folder = make_base(tmp_path, tied=False)
-    device = torch.device("cpu")
-    model, stock = load_base(folder, torch.float32, device), load_stock(folder)
+    model, stock = load(folder), load_stock(folder)
     sources, decoding = [[40, 50, 60, 1], [70, 1]], Decoding(1, 0, 12)
 
     def draw(seed: int, temperature: float = 1.5, top_p: float = 0.9) -> Sampling:
-        return Sampling(temperature, top_p, make_random_generator(seed, device))
+        return Sampling(temperature, top_p, make_random_generator(seed, torch.device("cpu")))
 
     torch.manual_seed(3)
     expected = stock.generate(
@@ -70,14 +74,13 @@ def test_a_sampled_reply_is_that_of_transformers_with_the_seed_and_the_same_in_a
 
 @pytest.mark.parametrize("num_beams", [1, 2])
 @pytest.mark.parametrize(("encoder", "decoder"), [(1, 3), (3, 1)])
-def test_encoders_and_decoders_of_different_depth_generate_what_a_model_without_a_cache_does(
+def test_encoders_and_decoders_of_different_depth_generate_with_a_cache(
     encoder: int, decoder: int, num_beams: int, tmp_path: Path
 ) -> None:
     """transformers makes a cache with as many layers as the encoder has, which fails if the decoder has more."""
     folder = make_base(tmp_path, tied=False, num_layers=encoder, num_decoder_layers=decoder)
-    model = load_base(folder, torch.float32, torch.device("cpu"))
+    model, stock = load(folder), load_stock(folder)
     sources = [[40, 50, 60, 1], [70, 1]]
-    stock = load_stock(folder)
     expected = [
         stock.generate(torch.tensor([source]), max_new_tokens=8, num_beams=num_beams, use_cache=False)[0].tolist()[1:]
         for source in sources
@@ -87,31 +90,25 @@ def test_encoders_and_decoders_of_different_depth_generate_what_a_model_without_
     assert model.config.num_layers == encoder
 
 
-def test_a_start_token_that_differs_from_that_of_training_is_said(tmp_path: Path) -> None:
+def test_a_different_start_token_than_in_training_is_reported(tmp_path: Path) -> None:
     folder = make_base(tmp_path, tied=False)
     (folder / "generation_config.json").write_text('{"decoder_start_token_id": 7}')
-    notes: list[Any] = []
-    model = load_base(folder, torch.float32, torch.device("cpu"), report=notes.append)
+    notes = Notes()
+    model = load(folder, report=notes)
     assert model.generation_config.decoder_start_token_id == 0
-    (note,) = (note for note in notes if isinstance(note, Note))
-    assert "decoder_start_token_id is 7 here and 0 in config.json; using 0, as in training" in note.text
+    (note,) = notes
+    assert "decoder_start_token_id is 7 here and 0 in config.json; using 0, as in training" in note
 
 
 @pytest.mark.parametrize("num_beams", [1, 2])
 @pytest.mark.parametrize(
     "config",
-    [
-        {"return_dict_in_generate": True},
-        {"output_scores": True},
-        {"num_beams": 2, "num_return_sequences": 2},
-    ],
+    [{"return_dict_in_generate": True}, {"output_scores": True}, {"num_beams": 2, "num_return_sequences": 2}],
     ids=repr,
 )
-def test_settings_that_only_change_the_form_of_the_output_change_nothing(
-    config: dict[str, int], num_beams: int, tmp_path: Path
-) -> None:
+def test_settings_of_the_output_format_change_nothing(config: dict[str, int], num_beams: int, tmp_path: Path) -> None:
     folder = make_base(tmp_path, tied=False)
     sources, decoding = [[40, 1], [50, 41, 1]], Decoding(1, 0, 4, num_beams)
-    expected = generate(load_base(folder, torch.float32, torch.device("cpu")), sources, decoding)
+    expected = generate(load(folder), sources, decoding)
     (folder / "generation_config.json").write_text(json.dumps(config))
-    assert generate(load_base(folder, torch.float32, torch.device("cpu")), sources, decoding) == expected
+    assert generate(load(folder), sources, decoding) == expected

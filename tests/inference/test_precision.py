@@ -18,20 +18,18 @@ from t5tune.errors import DependencyError, SettingsError
 from t5tune.inference import precision
 from t5tune.inference.loading import load_for_inference
 from t5tune.inference.precision import resolve_precision
-from t5tune.progress import Event, Note
-from t5tune.settings import ChatSettings, EvaluateSettings, MergeSettings, ServeSettings, TrainSettings
+from t5tune.settings import ChatSettings, EvaluateSettings, MergeSettings, ServeSettings
 from t5tune.settings.groups.base import InferenceSettings
-from tests.serving.raw_http import make_chat, send
+from tests.serving import raw_http
+from tests.serving.raw_http import make_chat
 from tests.support.adapters import compute_logits
 from tests.support.bases import make_base
+from tests.support.notes import Notes
+from tests.support.train_runs import make_settings
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 PROMPTS = ["two teas and a muffin", "Ruth: no eggs", "what is the capital of Peru?", "1 + 1", "I'd like three toasts"]
 FP4 = {"q_lora": True, "quant_type": "fp4", "double_quant": False, "bf16": False}
-
-
-def list_notes(events: list[Event]) -> list[str]:
-    return [event.text for event in events if isinstance(event, Note)]
 
 
 @pytest.mark.parametrize(
@@ -59,20 +57,17 @@ def test_what_is_given_wins_over_training_which_wins_over_the_device(
     monkeypatch.setattr(precision, "has_bf16", lambda device: device.type == "cuda")
     monkeypatch.setattr(precision, "can_compute_bf16", lambda device: True)
     monkeypatch.setattr(precision, "check_bf16", lambda device: None)
-    events: list[Event] = []
-    found = resolve_precision(given, trained, GPU if on_gpu else CPU, events.append)
-    assert str(found) == expected
-    assert list_notes(events) == notes
+    found_notes = Notes()
+    found = resolve_precision(given, trained, GPU if on_gpu else CPU, found_notes)
+    assert (str(found), found_notes) == (expected, notes)
 
 
 def test_a_gpu_without_bf16_computes_in_fp32_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
-    events: list[Event] = []
-    found = resolve_precision({}, {"bf16": True, "q_lora": False}, GPU, events.append)
-    assert (found.bf16, events) == (
-        False, [Note("trained in bf16, which Tesla T4 can't compute; computing in fp32", warning=True)]
-    )  # fmt: skip
+    notes = Notes()
+    assert not resolve_precision({}, {"bf16": True, "q_lora": False}, GPU, notes).bf16
+    assert notes.warnings == ["trained in bf16, which Tesla T4 can't compute; computing in fp32"]
     with pytest.raises(SettingsError, match="bf16: Tesla T4 has no bf16 arithmetic"):
         resolve_precision({"bf16": True}, {}, GPU)
 
@@ -80,10 +75,10 @@ def test_a_gpu_without_bf16_computes_in_fp32_and_says_so(monkeypatch: pytest.Mon
 def test_a_device_that_bitsandbytes_cannot_use_gets_the_unquantized_base(monkeypatch: pytest.MonkeyPatch) -> None:
     device: Any = SimpleNamespace(type="xla", __str__=lambda: "xla")
     monkeypatch.setattr(precision, "describe_device", lambda _: "the device xla:0")
-    events: list[Event] = []
-    assert resolve_precision({}, FP4, device, events.append).quantization is None
+    notes = Notes()
+    assert resolve_precision({}, FP4, device, notes).quantization is None
     problem = "bitsandbytes can't compute on the device xla:0; using the unquantized base"
-    assert list_notes(events) == [f"trained on an fp4 base without double quantization, but {problem}"]
+    assert notes == [f"trained on an fp4 base without double quantization, but {problem}"]
 
 
 # one adapter in all commands
@@ -103,23 +98,20 @@ def conversation_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(base: Path, conversation_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_run(base, conversation_file, tmp_path_factory.mktemp("runs") / "quantized", **FP4)
+    folder = tmp_path_factory.mktemp("runs") / "quantized"
+    return train(make_settings(base, conversation_file, folder, learning_rate=3e-2, **FP4)).run
 
 
 @pytest.fixture(scope="module")
 def plain_run(base: Path, conversation_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_run(base, conversation_file, tmp_path_factory.mktemp("runs") / "plain")
-
-
-def make_run(base: Path, data: Path, folder: Path, **changes: Any) -> Path:
-    values = {"model_name_or_path": str(base), "data_path": str(data), "output_dir": folder, "max_steps": 6}
-    return train(TrainSettings(**values, learning_rate=3e-2, use_cpu=True, report_samples=0, **changes)).run
+    folder = tmp_path_factory.mktemp("runs") / "plain"
+    return train(make_settings(base, conversation_file, folder, learning_rate=3e-2)).run
 
 
 def load_chatter(model: Path, **changes: Any) -> tuple[Chatter, list[str]]:
-    events: list[Event] = []
+    notes = Notes()
     settings = ChatSettings(model_name_or_path=str(model), use_cpu=True, max_new_tokens=12, **changes)
-    return Chatter.load(settings, events.append), list_notes(events)
+    return Chatter.load(settings, notes), notes
 
 
 def ask_chat(model: Path, **changes: Any) -> list[str]:
@@ -128,16 +120,14 @@ def ask_chat(model: Path, **changes: Any) -> list[str]:
 
 
 def ask_server(models: dict[str, Path], folder: Path, **changes: Any) -> tuple[dict[str, list[str]], list[str]]:
-    events: list[Event] = []
+    notes = Notes()
     named = {name: str(model) for name, model in models.items()}
     settings = ServeSettings(models=named, port=0, use_cpu=True, converted_dir=folder, **changes)
-    with serve(settings, events.append) as server:
-        bodies = {
-            name: [make_chat(text, model=name, max_tokens=12, temperature=0) for text in PROMPTS] for name in models
-        }
-        answers = {name: [send(server.url, body=body)[1] for body in each] for name, each in bodies.items()}
-    replies = {name: [each["choices"][0]["message"]["content"] for each in answers[name]] for name in models}
-    return replies, list_notes(events)
+    options = {"max_tokens": 12, "temperature": 0}
+    with serve(settings, notes) as server:
+        bodies = {name: [make_chat(text, model=name, **options) for text in PROMPTS] for name in models}
+        replies = {name: [raw_http.ask(server.url, body) for body in each] for name, each in bodies.items()}
+    return replies, notes
 
 
 @pytest.mark.slow
@@ -223,7 +213,7 @@ def test_without_bitsandbytes_the_unquantized_base_is_used_but_not_merged_into(
     assert caught.value.hint is not None
     assert "--onto base" in caught.value.hint
     assert not (tmp_path / "merged").exists()
-    events: list[Event] = []
-    merge(MergeSettings(adapter=run, output_dir=tmp_path / "merged", onto="base", verify=True), events.append)
-    assert any(text.startswith("not compared with the model as trained") for text in list_notes(events))
+    notes = Notes()
+    merge(MergeSettings(adapter=run, output_dir=tmp_path / "merged", onto="base", verify=True), notes)
+    assert any(text.startswith("not compared with the model as trained") for text in notes)
     assert ask_chat(tmp_path / "merged") == expected

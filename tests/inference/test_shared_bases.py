@@ -9,73 +9,57 @@ import torch
 from t5tune.commands.train import train
 from t5tune.inference.loading import load_for_inference
 from t5tune.inference.shared_bases import SharedBases
-from t5tune.settings import TrainSettings
 from t5tune.settings.groups.base import InferenceSettings
-from tests.support.adapters import load_stock_base, make_rows_adapter, make_stock_adapter
+from tests.support.adapters import compute_logits, load_stock_base, make_rows_adapter, make_stock_adapter
+from tests.support.train_runs import make_settings
 
 pytestmark = pytest.mark.slow
 
-IDS = torch.tensor([[40, 50, 60, 1], [70, 80, 1, 0]])
-MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
-WAYS: list[dict[str, Any]] = [{}, {"q_lora": True}, {"q_lora": True, "quant_type": "int8"}, {"bf16": True}]
+PRECISIONS: list[dict[str, Any]] = [{}, {"q_lora": True}, {"q_lora": True, "quant_type": "int8"}, {"bf16": True}]
 
 
 @pytest.fixture(scope="module")
 def adapters(untied_base: Path, conversations: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """PEFT's own, one with token rows, and one with DoRA, whole modules and rows that t5tune trained."""
+    """An adapter of PEFT, an adapter with token rows, and a run with DoRA, whole modules and token rows."""
     folder = tmp_path_factory.mktemp("adapters")
-    run = train(
-        TrainSettings(
-            model_name_or_path=str(untied_base), data_path=str(conversations), output_dir=folder / "run", max_steps=4,
-            learning_rate=2e-2, use_cpu=True, report_samples=0, use_dora=True, modules_to_save=["layer_norm"],
-        )
-    ).run  # fmt: skip
+    changes = {"use_dora": True, "modules_to_save": ["layer_norm"], "max_steps": 4}
     return [
         make_stock_adapter(untied_base, folder / "stock"),
         make_rows_adapter(untied_base, folder / "rows")[0],
-        run,
+        train(make_settings(untied_base, conversations, folder / "run", **changes)).run,
     ]
 
 
-def compute_logits(model: Any) -> torch.Tensor:
-    with torch.inference_mode():
-        found = model(input_ids=IDS, attention_mask=MASK, decoder_input_ids=torch.tensor([[0, 9], [0, 30]]))
-    return found.logits  # type: ignore[no-any-return]
+def list_settings(base: Path, adapters: list[Path], **precision: Any) -> list[InferenceSettings]:
+    """List the settings of the base alone, and with each adapter."""
+    values = {"model_name_or_path": str(base), "use_cpu": True, **precision}
+    return [InferenceSettings(**values, adapter=adapter) for adapter in (None, *adapters)]
 
 
-@pytest.mark.parametrize("way", WAYS, ids=["fp32", "nf4", "int8", "bf16"])
-def test_each_model_computes_the_bits_that_it_does_alone(
-    way: dict[str, Any], adapters: list[Path], untied_base: Path
+@pytest.mark.parametrize("precision", PRECISIONS, ids=["fp32", "nf4", "int8", "bf16"])
+def test_a_shared_base_changes_no_bit_of_a_model(
+    precision: dict[str, Any], adapters: list[Path], untied_base: Path
 ) -> None:
-    settings = [
-        InferenceSettings(model_name_or_path=str(untied_base), adapter=adapter, use_cpu=True, **way)
-        for adapter in (None, *adapters)
-    ]
+    settings = list_settings(untied_base, adapters, **precision)
     alone = [compute_logits(load_for_inference(each).model) for each in settings]
     assert not any(alone[0].equal(other) for other in alone[1:])
     bases = SharedBases()
     models = [load_for_inference(each, load_base=bases.load).model for each in settings]
-    for _ in range(2):  # also after the others have computed
+    for _ in range(2):  # also after the other models have computed
         for model, expected in zip(models, alone, strict=True):
             assert compute_logits(model).equal(expected)
     for model, expected in reversed(list(zip(models, alone, strict=True))):
         assert compute_logits(model).equal(expected)
 
 
-def test_the_weights_of_the_base_are_in_memory_once_and_stay_those_of_its_file(
-    adapters: list[Path], untied_base: Path
-) -> None:
+def test_the_weights_of_the_base_are_in_memory_once_and_unchanged(adapters: list[Path], untied_base: Path) -> None:
     bases = SharedBases()
-    models = []
-    for adapter in (None, *adapters):
-        settings = InferenceSettings(model_name_or_path=str(untied_base), adapter=adapter, use_cpu=True)
-        models.append(load_for_inference(settings, load_base=bases.load).model)
-    storages = [{parameter.data_ptr(): parameter for parameter in model.parameters()} for model in models]
-    own = storages[0]
-    for other in storages[1:]:
-        assert own.keys() <= other.keys()
-        size = sum(parameter.numel() for place, parameter in other.items() if place not in own)
-        assert size < 60_000  # of the adapter; the base has 140,000
+    models = [load_for_inference(each, load_base=bases.load).model for each in list_settings(untied_base, adapters)]
+    first, *others = [{parameter.data_ptr(): parameter for parameter in model.parameters()} for model in models]
+    for other in others:
+        assert first.keys() <= other.keys()
+        size = sum(parameter.numel() for address, parameter in other.items() if address not in first)
+        assert size < 60_000  # parameters of the adapter; the base has 140,000
     stock = load_stock_base(untied_base)
     for name, parameter in stock.named_parameters():
         assert models[0].get_parameter(name).equal(parameter), name

@@ -1,4 +1,4 @@
-"""An engine that replies with numbers, and replies that are asked of it."""
+"""An engine that replies with numbers, and requests for its replies."""
 
 import threading
 from collections.abc import Callable, Hashable, Sequence
@@ -38,7 +38,7 @@ class FakeEngine:
         self.fits = 1000
         self.fail_after: int | None = None
         self.failure: Exception = ValueError("broken")
-        self.halves_differ = False  # whether a batch that fits has other tokens than one that doesn't
+        self.halves_differ = False  # whether a batch that fits gives different tokens than a batch that doesn't
 
     def get_group(self, options: DecodingOptions) -> Hashable:
         return options.temperature
@@ -63,7 +63,7 @@ class FakeEngine:
 
 
 class Asked:
-    """A reply that was asked for, and an event that is set when it has ended."""
+    """A requested reply, and an event that is set at its end."""
 
     def __init__(
         self, engine: FakeEngine, first: int, length: int = 4, size: int = 3, follows: bool = True, **options: float

@@ -1,6 +1,7 @@
 """A raw HTTP client, for requests that no library would send."""
 
 import json
+import re
 import socket
 import time
 from typing import Any
@@ -46,21 +47,37 @@ def _receive(connection: socket.socket) -> bytes:
     return found
 
 
-def send(url: str, path: str = CHAT, body: bytes = b"", method: str = "POST", **headers: str) -> Any:
-    """Send one request. Return its status and the JSON of its answer."""
+def exchange(
+    url: str, path: str = CHAT, body: bytes = b"", method: str = "POST", **headers: str
+) -> tuple[int, dict[str, str], bytes]:
+    """Send one request. Return the status, the headers and the body of its answer."""
     with connect(url) as connection:
         connection.sendall(make_request(path, body, method, **headers))
-        status, _, answer = read_answer(connection)
+        return read_answer(connection)
+
+
+def send(url: str, path: str = CHAT, body: bytes = b"", method: str = "POST", **headers: str) -> Any:
+    """Send one request. Return its status and the JSON of its answer."""
+    status, _, answer = exchange(url, path, body, method, **headers)
     return status, json.loads(answer)
 
 
-def wait_until_running(url: str) -> None:
+def ask(url: str, body: bytes) -> str:
+    """Send one chat, and return its reply."""
+    status, answer = send(url, body=body)
+    assert status == 200, answer
+    return str(answer["choices"][0]["message"]["content"])
+
+
+def read_metrics(url: str, **headers: str) -> str:
+    return exchange(url, "/metrics", method="GET", **headers)[2].decode()
+
+
+def wait_for_metric(url: str, pattern: str) -> None:
     until = time.monotonic() + PATIENCE
-    while time.monotonic() < until:
-        with connect(url) as connection:
-            connection.sendall(make_request("/metrics", method="GET"))
-            metrics = read_answer(connection)[2].decode()
-        (line,) = (line for line in metrics.splitlines() if line.startswith("t5tune_replies_running "))
-        if float(line.split()[1]) > 0:
-            return
-    raise AssertionError("no reply is computed")
+    while not re.search(f"^t5tune_{pattern}$", read_metrics(url), re.MULTILINE):
+        assert time.monotonic() < until, pattern
+
+
+def wait_until_running(url: str) -> None:
+    wait_for_metric(url, r"replies_running [1-9]\S*")

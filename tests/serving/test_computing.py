@@ -1,4 +1,4 @@
-"""What is computed and when, and what one reply does to the others."""
+"""When replies are computed, and how a reply affects the other replies."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -12,9 +12,11 @@ from t5tune.serving.batching import QueueFull, Schedule
 from t5tune.serving.computing import Batcher, DeviceLost
 from tests.serving.fake_engine import END, LONG_WAIT, Asked, FakeEngine
 
+Make = Callable[..., Batcher]
+
 
 @pytest.fixture
-def make() -> Iterator[Callable[..., Batcher]]:
+def make() -> Iterator[Make]:
     batchers: list[Batcher] = []
 
     def make_batcher(
@@ -33,12 +35,17 @@ def submit(batcher: Batcher, *asked: Asked) -> None:
     batcher.submit([one.generation for one in asked])
 
 
-def test_what_waits_while_a_batch_is_computed_is_the_next_batch(make: Callable[..., Batcher]) -> None:
-    engine, batcher = FakeEngine(), make()
+def submit_and_hold(batcher: Batcher, engine: FakeEngine, *asked: Asked) -> None:
+    """Submit one request, and hold its batch before the first token until `engine.gate` is set."""
     engine.gate.clear()
-    asked = [Asked(engine, 10 * number) for number in range(1, 6)]
-    submit(batcher, asked[0])
+    submit(batcher, *asked)
     assert engine.entered.acquire(timeout=LONG_WAIT)
+
+
+def test_replies_that_wait_for_a_batch_are_the_next_batch(make: Make) -> None:
+    engine, batcher = FakeEngine(), make()
+    asked = [Asked(engine, 10 * number) for number in range(1, 6)]
+    submit_and_hold(batcher, engine, asked[0])
     for one in asked[1:]:
         submit(batcher, one)
     assert (batcher.schedule.num_running, batcher.schedule.num_waiting) == (1, 4)
@@ -49,14 +56,12 @@ def test_what_waits_while_a_batch_is_computed_is_the_next_batch(make: Callable[.
     assert [one.generation.ended for one in asked] == ["length"] * 5
 
 
-def test_requests_take_turns_and_do_not_wait_for_all_replies_of_a_neighbor(make: Callable[..., Batcher]) -> None:
+def test_requests_take_turns(make: Make) -> None:
     engine, batcher = FakeEngine(), make(max_batch_tokens=14)  # two replies of size 7
-    engine.gate.clear()
     many = [Asked(engine, 10 + number) for number in range(6)]
     several = [Asked(engine, 20 + number) for number in range(2)]
     single = Asked(engine, 30)
-    submit(batcher, *many)
-    assert engine.entered.acquire(timeout=LONG_WAIT)
+    submit_and_hold(batcher, engine, *many)
     submit(batcher, *several)
     submit(batcher, single)
     engine.gate.set()
@@ -72,13 +77,11 @@ def short_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("short_turns")
-def test_a_batch_is_interrupted_by_smaller_requests_only(make: Callable[..., Batcher]) -> None:
+def test_a_batch_is_interrupted_by_smaller_requests_only(make: Make) -> None:
     engine, other, batcher = FakeEngine(), FakeEngine(), make()
-    engine.gate.clear()
     large = [Asked(engine, 10 + number, length=40) for number in range(2)]
     small, same, equal = Asked(engine, 20, length=30), Asked(other, 30, length=30), Asked(engine, 40, length=80)
-    submit(batcher, *large)
-    assert engine.entered.acquire(timeout=LONG_WAIT)
+    submit_and_hold(batcher, engine, *large)
     for one in (small, same, equal):
         submit(batcher, one)
     engine.gate.set()
@@ -93,7 +96,7 @@ def test_a_batch_is_interrupted_by_smaller_requests_only(make: Callable[..., Bat
 
 
 @pytest.mark.usefixtures("short_turns")
-def test_three_batches_at_most_have_begun_and_each_is_half_as_large(make: Callable[..., Batcher]) -> None:
+def test_each_of_three_nested_batches_is_half_as_large(make: Make) -> None:
     engine, batcher = FakeEngine(), make(max_batch_tokens=80)
     requests = [
         [Asked(engine, first + number, length=length) for number in range(count)]
@@ -111,7 +114,7 @@ def test_three_batches_at_most_have_begun_and_each_is_half_as_large(make: Callab
 
 
 @pytest.mark.usefixtures("short_turns")
-def test_a_reply_that_does_not_fit_next_to_an_interrupted_batch_waits_for_its_end(make: Callable[..., Batcher]) -> None:
+def test_a_reply_without_memory_waits_for_the_interrupted_batch(make: Make) -> None:
     engine, batcher = FakeEngine(), make()
     large, small = Asked(engine, 10, length=40), [Asked(engine, 20 + number) for number in range(2)]
     tries = iter(range(2))
@@ -129,8 +132,8 @@ def test_a_reply_that_does_not_fit_next_to_an_interrupted_batch_waits_for_its_en
     assert engine.ended == [[21], [10], [20]]
 
 
-def test_a_large_request_gets_half_of_the_time_while_small_ones_keep_coming(
-    make: Callable[..., Batcher], monkeypatch: pytest.MonkeyPatch
+def test_a_large_request_gets_half_of_the_time_among_small_requests(
+    make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [1000.0]
     for module in (batching, computing):
@@ -151,7 +154,7 @@ def test_a_large_request_gets_half_of_the_time_while_small_ones_keep_coming(
     assert 300 <= num_tokens[other] <= 500
 
 
-def test_an_idle_engine_waits_for_others_but_not_if_the_batch_is_full(make: Callable[..., Batcher]) -> None:
+def test_an_idle_engine_waits_until_the_batch_is_full(make: Make) -> None:
     engine = FakeEngine()
     batcher = make(max_delay=LONG_WAIT * 10, max_batch_tokens=14)
     first, second = Asked(engine, 10), Asked(engine, 20)
@@ -163,19 +166,17 @@ def test_an_idle_engine_waits_for_others_but_not_if_the_batch_is_full(make: Call
     assert engine.batches == [[10, 20]]
 
 
-def test_a_short_reply_ends_before_a_longer_one_of_its_batch(make: Callable[..., Batcher]) -> None:
+def test_a_short_reply_ends_before_its_batch(make: Make) -> None:
     engine, batcher = FakeEngine(), make(max_batch_tokens=10**9)
-    engine.gate.clear()
     short, long = Asked(engine, 10, length=2), Asked(engine, 20, length=100_000)
-    submit(batcher, short, long)
-    assert engine.entered.acquire(timeout=LONG_WAIT)
+    submit_and_hold(batcher, engine, short, long)
     engine.gate.set()
     assert short.wait() == [10, 11]
     assert long.generation.ended is None
     batcher.cancel([long.generation])
 
 
-def test_a_stop_token_ends_a_reply_and_is_not_part_of_it(make: Callable[..., Batcher]) -> None:
+def test_a_stop_token_ends_a_reply_and_is_not_part_of_it(make: Make) -> None:
     engine, batcher = FakeEngine(), make()
     asked = Asked(engine, END - 2, length=8)
     submit(batcher, asked)
@@ -183,12 +184,10 @@ def test_a_stop_token_ends_a_reply_and_is_not_part_of_it(make: Callable[..., Bat
     assert asked.generation.ended == "stop"
 
 
-def test_a_canceled_reply_leaves_the_queue_or_the_batch(make: Callable[..., Batcher]) -> None:
+def test_a_canceled_reply_leaves_the_queue_or_the_batch(make: Make) -> None:
     engine, batcher = FakeEngine(), make()
-    engine.gate.clear()
     running, neighbor, waiting = Asked(engine, 10), Asked(engine, 20), Asked(engine, 30)
-    submit(batcher, running, neighbor)
-    assert engine.entered.acquire(timeout=LONG_WAIT)
+    submit_and_hold(batcher, engine, running, neighbor)
     submit(batcher, waiting)
     batcher.cancel([running.generation, waiting.generation])
     assert batcher.schedule.num_waiting == 0
@@ -199,12 +198,10 @@ def test_a_canceled_reply_leaves_the_queue_or_the_batch(make: Callable[..., Batc
     assert running.generation.ids == waiting.generation.ids == []
 
 
-def test_a_full_queue_refuses_all_replies_of_a_request(make: Callable[..., Batcher]) -> None:
+def test_a_full_queue_refuses_all_replies_of_a_request(make: Make) -> None:
     engine, batcher = FakeEngine(), make(max_waiting=3)
-    engine.gate.clear()
     first, *others = (Asked(engine, 10 * number) for number in range(1, 7))
-    submit(batcher, first)
-    assert engine.entered.acquire(timeout=LONG_WAIT)
+    submit_and_hold(batcher, engine, first)
     submit(batcher, *others[:2])
     with pytest.raises(QueueFull):
         submit(batcher, *others[2:4])
@@ -214,9 +211,7 @@ def test_a_full_queue_refuses_all_replies_of_a_request(make: Callable[..., Batch
         assert len(one.wait()) == 4
 
 
-def test_a_batch_that_does_not_fit_into_memory_is_halved_and_no_token_is_lost_or_sent_twice(
-    make: Callable[..., Batcher],
-) -> None:
+def test_a_batch_without_memory_is_halved_and_loses_no_token(make: Make) -> None:
     engine, batcher = FakeEngine(), make()
     engine.fits = 2
     asked = [Asked(engine, 10 * number) for number in range(1, 6)]
@@ -230,7 +225,7 @@ def test_a_batch_that_does_not_fit_into_memory_is_halved_and_no_token_is_lost_or
     assert max(map(len, engine.batches)) <= 2  # what didn't fit isn't tried again
 
 
-def test_what_goes_wrong_ends_the_replies_of_its_batch_alone(make: Callable[..., Batcher]) -> None:
+def test_an_error_ends_only_the_replies_of_its_batch(make: Make) -> None:
     engine, other, batcher = FakeEngine(), FakeEngine(), make()
     engine.fail_after, engine.fits = 1, 0
     broken, whole = Asked(engine, 10), Asked(other, 20)
@@ -248,13 +243,11 @@ def test_what_goes_wrong_ends_the_replies_of_its_batch_alone(make: Callable[...,
     assert "3 prompt and 4 reply tokens" in large.generation.ended.message
 
 
-def test_a_gpu_that_has_failed_is_not_tried_again(make: Callable[..., Batcher]) -> None:
+def test_a_gpu_that_has_failed_is_not_tried_again(make: Make) -> None:
     engine, batcher = FakeEngine(), make(max_batch_tokens=7 * 8)
     engine.fail_after, engine.failure = 2, RuntimeError("CUDA error: an illegal memory access was encountered")
-    engine.gate.clear()
     asked = [Asked(engine, 10 * number) for number in range(1, 10)]
-    submit(batcher, *asked)
-    assert engine.entered.acquire(timeout=LONG_WAIT)
+    submit_and_hold(batcher, engine, *asked)
     engine.gate.set()
     for one in asked:
         one.wait()
@@ -267,7 +260,7 @@ def test_a_gpu_that_has_failed_is_not_tried_again(make: Callable[..., Batcher]) 
         submit(batcher, Asked(engine, 10))
 
 
-def test_a_sampled_reply_that_was_begun_is_not_continued_by_another_run(make: Callable[..., Batcher]) -> None:
+def test_a_sampled_reply_without_a_seed_is_not_started_over(make: Make) -> None:
     engine, batcher = FakeEngine(), make()
     engine.fits = 1
     asked = [Asked(engine, 10 * number, temperature=1.0) for number in (1, 2)]
@@ -281,8 +274,8 @@ def test_a_sampled_reply_that_was_begun_is_not_continued_by_another_run(make: Ca
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_reply_is_never_spliced_from_batches_that_differ(temperature: float, make: Callable[..., Batcher]) -> None:
-    """What isn't sent token by token is computed again from its beginning; what was sent can only end."""
+def test_a_reply_is_never_spliced_from_batches_that_differ(temperature: float, make: Make) -> None:
+    """A reply that isn't sent token by token is computed again; a reply that was partly sent ends with an error."""
     engine, batcher = FakeEngine(), make()
     engine.fits, engine.halves_differ = 1, True
     whole = Asked(engine, 10, follows=False, temperature=temperature)
@@ -295,7 +288,7 @@ def test_a_reply_is_never_spliced_from_batches_that_differ(temperature: float, m
     assert "the reply couldn't be computed: its batch failed" in sent.generation.ended.message
 
 
-def test_engines_compute_as_many_batches_at_the_same_time_as_they_can(make: Callable[..., Batcher]) -> None:
+def test_an_engine_computes_at_most_max_batches_at_once(make: Make) -> None:
     single, double = FakeEngine(), FakeEngine(max_batches=2)
     batcher = make(num_threads=2, max_batch_tokens=7)
     single.gate.clear()
@@ -316,7 +309,7 @@ def test_engines_compute_as_many_batches_at_the_same_time_as_they_can(make: Call
     assert single.batches == [[10], [20]]
 
 
-def test_closing_finishes_what_waits_and_cuts_off_what_takes_too_long(make: Callable[..., Batcher]) -> None:
+def test_closing_finishes_waiting_replies_until_the_timeout(make: Make) -> None:
     engine, batcher = FakeEngine(), make()
     asked = [Asked(engine, 10 * number) for number in range(1, 4)]
     submit(batcher, *asked)

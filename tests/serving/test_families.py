@@ -10,7 +10,7 @@ from t5tune.commands.chat import Chatter
 from t5tune.families import CTRANSLATE2, FAMILIES
 from t5tune.settings import ChatSettings
 from tests.serving.conftest import StartServer
-from tests.serving.raw_http import make_chat, send
+from tests.serving.raw_http import ask, make_chat
 from tests.support.model_types import make_checkpoint
 
 pytestmark = pytest.mark.slow
@@ -34,13 +34,7 @@ def test_each_family_is_served_with_the_replies_of_chat(key: str, start: StartSe
             start({"base": str(base)}, engine=engine, max_new_tokens=LENGTH, max_batch_delay=100) as server,
             ThreadPoolExecutor(len(MESSAGES)) as pool,
         ):
-            answers = list(pool.map(partial(ask, server.url), MESSAGES))
+            answers = list(pool.map(partial(ask, server.url), map(make_chat, MESSAGES)))
         assert answers == expected, engine
     with start({"base": str(base)}) as server:
         assert server.address.models == {"base": engines[-1]}
-
-
-def ask(url: str, message: str) -> str:
-    status, answer = send(url, body=make_chat(message))
-    assert status == 200, answer
-    return str(answer["choices"][0]["message"]["content"])
