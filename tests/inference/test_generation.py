@@ -36,7 +36,7 @@ def test_every_token_that_generation_config_lists_ends_a_reply(tmp_path: Path) -
     assert shown == whole[0][: whole[0].index(ending) + 1]
 
 
-def test_each_reply_of_a_batch_can_be_followed_and_ended_by_itself(tmp_path: Path) -> None:
+def test_each_reply_of_a_batch_can_be_ended_separately(tmp_path: Path) -> None:
     model = load(make_base(tmp_path, tied=False))
     decoding, sources = Decoding(1, 0, 12), [[40, 50, 60, 1], [70, 1], [80, 90, 1]]
     whole = generate(model, sources, decoding)

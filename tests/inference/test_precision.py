@@ -50,7 +50,7 @@ FP4 = {"q_lora": True, "quant_type": "fp4", "double_quant": False, "bf16": False
         ({"q_lora": True}, {"bf16": True, "q_lora": False}, True, "nf4, bf16", []),
     ],
 )  # fmt: skip
-def test_what_is_given_wins_over_training_which_wins_over_the_device(
+def test_settings_win_over_training_and_training_over_the_device(
     given: dict[str, Any], trained: dict[str, Any], on_gpu: bool, expected: str, notes: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -131,9 +131,7 @@ def ask_server(models: dict[str, Path], folder: Path, **changes: Any) -> tuple[d
 
 
 @pytest.mark.slow
-def test_the_adapter_of_a_qlora_run_answers_alike_in_all_commands(
-    run: Path, conversation_file: Path, tmp_path: Path
-) -> None:
+def test_a_qlora_adapter_gives_the_same_replies_everywhere(run: Path, conversation_file: Path, tmp_path: Path) -> None:
     pytest.importorskip("starlette", reason="the extra `serve` isn't installed")
     replies = ask_chat(run)
     assert replies != ask_chat(run, q_lora=False)
@@ -158,7 +156,7 @@ def test_the_adapter_of_a_qlora_run_answers_alike_in_all_commands(
 
 
 @pytest.mark.slow
-def test_ctranslate2_serves_the_merge_into_the_weights_of_training(run: Path, tmp_path: Path) -> None:
+def test_ctranslate2_serves_a_merge_into_the_trained_weights(run: Path, tmp_path: Path) -> None:
     pytest.importorskip("ctranslate2")
     pytest.importorskip("starlette", reason="the extra `serve` isn't installed")
     for _ in range(2):  # the second time, it is converted already
@@ -174,7 +172,7 @@ def test_ctranslate2_serves_the_merge_into_the_weights_of_training(run: Path, tm
 
 
 @pytest.mark.slow
-def test_adapters_that_were_trained_differently_do_not_share_a_base(run: Path, plain_run: Path, tmp_path: Path) -> None:
+def test_adapters_trained_differently_do_not_share_a_base(run: Path, plain_run: Path, tmp_path: Path) -> None:
     pytest.importorskip("starlette", reason="the extra `serve` isn't installed")
     served, notes = ask_server({"run": run, "plain": plain_run}, tmp_path, engine="transformers")
     assert served == {"run": ask_chat(run), "plain": ask_chat(plain_run)}
@@ -183,7 +181,7 @@ def test_adapters_that_were_trained_differently_do_not_share_a_base(run: Path, p
 
 
 @pytest.mark.slow
-def test_a_chat_uses_each_adapter_as_it_was_trained_and_the_base_as_under_it(run: Path, plain_run: Path) -> None:
+def test_a_chat_uses_each_adapter_in_its_training_precision(run: Path, plain_run: Path) -> None:
     chatter, notes = load_chatter(run)
     assert "as in training: fp4 without double quantization, fp32" in notes
     assert str(chatter.precision) == "fp4 without double quantization, fp32"
@@ -196,7 +194,7 @@ def test_a_chat_uses_each_adapter_as_it_was_trained_and_the_base_as_under_it(run
 
 
 @pytest.mark.slow
-def test_without_bitsandbytes_the_unquantized_base_is_used_but_not_merged_into(
+def test_without_bitsandbytes_the_unquantized_base_is_used(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = ask_chat(run, q_lora=False)

@@ -52,7 +52,7 @@ def test_a_shared_base_changes_no_bit_of_a_model(
         assert compute_logits(model).equal(expected)
 
 
-def test_the_weights_of_the_base_are_in_memory_once_and_unchanged(adapters: list[Path], untied_base: Path) -> None:
+def test_the_base_is_in_memory_once_and_unchanged(adapters: list[Path], untied_base: Path) -> None:
     bases = SharedBases()
     models = [load_for_inference(each, load_base=bases.load).model for each in list_settings(untied_base, adapters)]
     first, *others = [{parameter.data_ptr(): parameter for parameter in model.parameters()} for model in models]

@@ -146,7 +146,7 @@ def add_biases(model: Any) -> None:
 # PEFT mistakes the bias for a matrix that lost its shape
 @pytest.mark.filterwarnings("ignore::peft.utils.warning.PeftWarning")
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_a_lora_b_bias_is_added_to_the_bias_of_the_layer(
+def test_a_lora_b_bias_is_added_to_the_layers_bias(
     bases: Callable[[str, bool], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
 ) -> None:
     base = shutil.copytree(bases(dtype, False), tmp_path / "base")
@@ -167,7 +167,7 @@ def test_a_lora_b_bias_is_added_to_the_bias_of_the_layer(
     assert any(name.endswith("lora_B.bias") for name in trained)
 
 
-def test_a_lora_b_bias_of_a_layer_without_bias_is_refused(bases: Callable[[str, bool], Path], tmp_path: Path) -> None:
+def test_a_lora_b_bias_without_a_layer_bias_is_refused(bases: Callable[[str, bool], Path], tmp_path: Path) -> None:
     base = bases("fp32", False)
     adapter = make_adapter(base, tmp_path / "adapter", False)
     change_config(lora_bias=True)(adapter)
@@ -181,7 +181,7 @@ def test_a_lora_b_bias_of_a_layer_without_bias_is_refused(bases: Callable[[str, 
 
 @pytest.mark.filterwarnings("ignore:(PiSSA|OLoRA) changes the base weights:UserWarning")
 @pytest.mark.parametrize("initialization", ["pissa", "olora"])
-def test_an_adapter_that_peft_converted_to_plain_lora_merges_as_in_peft(
+def test_an_adapter_converted_to_plain_lora_merges_as_in_peft(
     bases: Callable[[str, bool], Path], tmp_path: Path, initialization: str
 ) -> None:
     base = bases("fp32", True)
@@ -272,9 +272,7 @@ def test_a_weighted_sum_of_adapters_equals_pefts(bases: Callable[[str, bool], Pa
     assert_same_bits(ours, oracle, base, 10)
 
 
-def test_a_sum_of_rslora_adapters_equals_the_sum_of_their_merges(
-    bases: Callable[[str, bool], Path], tmp_path: Path
-) -> None:
+def test_a_sum_of_rslora_adapters_equals_summed_merges(bases: Callable[[str, bool], Path], tmp_path: Path) -> None:
     base = bases("fp32", True)
     adapters = [make_adapter(base, tmp_path / str(rank), True, use_rslora=True, r=rank) for rank in (4, 2)]
     before = load_file(base / "model.safetensors")
@@ -285,7 +283,7 @@ def test_a_sum_of_rslora_adapters_equals_the_sum_of_their_merges(
         torch.testing.assert_close(ours[name], expected, rtol=0, atol=1e-5)
 
 
-def test_token_rows_and_whole_modules_change_by_weighted_differences(
+def test_token_rows_and_modules_change_by_weighted_differences(
     bases: Callable[[str, bool], Path], tmp_path: Path
 ) -> None:
     base = bases("fp32", False)

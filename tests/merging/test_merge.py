@@ -104,7 +104,7 @@ def compute_expected_tensors(base: Path, adapter: Path, tied: bool, scale: float
 
 
 @pytest.mark.slow
-def test_adapted_tensors_are_w_plus_scaled_ba_and_others_keep_their_bytes(case: Case) -> None:
+def test_adapted_tensors_are_w_plus_scaled_ba(case: Case) -> None:
     weights = load_file(case.base / "model.safetensors")
     merged = load_file(case.output / "model.safetensors")
     expected = compute_expected_tensors(case.base, case.adapter, case.tied)
@@ -150,7 +150,7 @@ def test_stock_transformers_has_the_logits_of_stock_peft(case: Case) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [name for name in CASES if name.endswith("rows")], indirect=True)
-def test_stock_peft_has_the_logits_of_the_training_model_without_extra_code(case: Case) -> None:
+def test_stock_peft_has_the_logits_of_the_training_model(case: Case) -> None:
     # Training multiplies the head's trained rows separately, stock PEFT as part of the whole matrix. A BLAS may sum
     # these in another order, so the last bits may differ, but by far less than with a wrong row.
     assert case.training_logits is not None
@@ -196,7 +196,7 @@ def test_tokenizer_and_generation_config_are_copied(case: Case) -> None:
         assert (case.output / "template.yaml").read_text() == (TEMPLATES / "plain.yaml").read_text()
 
 
-def test_the_files_of_the_base_that_belong_to_the_model_are_copied(untied_adapter: Path, tmp_path: Path) -> None:
+def test_the_model_files_of_the_base_are_copied(untied_adapter: Path, tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", tied=False)
     (base / "additional_chat_templates").mkdir()
     copied = ["chat_template.jinja", "preprocessor_config.json", "processor_config.json", "LICENSE", "NOTICE.txt"]

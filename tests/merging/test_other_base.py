@@ -19,9 +19,7 @@ from tests.support.adapters import add_base_metadata, load_stock_base, make_stoc
 from tests.support.notes import Notes
 
 
-def test_without_a_base_the_one_that_the_adapter_names_is_used_and_reported(
-    untied_base: Path, untied_adapter: Path, tmp_path: Path
-) -> None:
+def test_merge_uses_the_base_that_the_adapter_names(untied_base: Path, untied_adapter: Path, tmp_path: Path) -> None:
     notes = Notes()
     merge(MergeSettings(adapter=untied_adapter, output_dir=tmp_path / "named", verify=False), notes)
     assert f"{untied_adapter} is an adapter; its base is {untied_base}" in notes
@@ -113,7 +111,7 @@ def test_a_base_is_recognized_in_other_file_formats(untied_base: Path, adapter: 
         run_merge(base, adapter, tmp_path / "merged", verify=False, check="full", overwrite=True)
 
 
-def test_a_stock_adapter_without_base_facts_is_accepted_with_a_note(
+def test_an_adapter_without_base_metadata_is_merged_with_a_note(
     untied_base: Path, untied_adapter: Path, tmp_path: Path
 ) -> None:
     notes = Notes()

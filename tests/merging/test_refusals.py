@@ -33,7 +33,7 @@ from tests.support.bases import make_base
         ({"to": "ctranslate2", "quantization": "float16"}, 4 + 2),
     ],
 )
-def test_a_disk_too_small_for_the_checkpoint_and_its_conversion_is_refused(
+def test_a_disk_without_room_for_the_conversion_is_refused(
     untied_base: Path,
     untied_adapter: Path,
     tmp_path: Path,
@@ -77,7 +77,7 @@ def test_an_output_folder_with_files_is_only_replaced_with_overwrite(
     assert list_folder(tmp_path) == ["merged"]
 
 
-def test_overwrite_never_replaces_an_input_a_run_or_the_current_folder(
+def test_overwrite_never_replaces_inputs_runs_or_the_current_folder(
     untied_base: Path, untied_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
@@ -108,7 +108,7 @@ def test_overwrite_never_replaces_an_input_a_run_or_the_current_folder(
     assert (run / "checkpoint-7").is_dir()
 
 
-def test_overwrite_never_replaces_the_base_that_only_an_adapter_names_or_a_cache_of_a_mixture(
+def test_overwrite_never_replaces_a_base_or_cache_named_by_files(
     untied_base: Path, untied_adapter: Path, tmp_path: Path
 ) -> None:
     models, elsewhere = tmp_path / "models", tmp_path / "elsewhere"
@@ -143,7 +143,7 @@ def test_overwrite_never_replaces_the_base_that_only_an_adapter_names_or_a_cache
     assert sorted(models.rglob("*")) == before
 
 
-def test_a_result_isnt_lost_if_another_process_has_filled_the_folder_meanwhile(
+def test_a_result_is_kept_if_another_process_filled_the_folder(
     untied_base: Path, untied_adapter: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "merged"
@@ -193,7 +193,7 @@ def test_an_incomplete_lora_adapter_is_refused_with_the_reason(
     assert list_folder(tmp_path) == ["adapter"]
 
 
-def test_a_sum_beyond_the_range_of_fp16_is_refused_with_the_name_of_the_tensor(tmp_path: Path) -> None:
+def test_a_sum_beyond_the_range_of_fp16_is_refused(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", tied=False, dtype=torch.float16)
     adapter = make_stock_adapter(base, tmp_path / "adapter")
     change_tensors(lambda s: s[f"{Q}.lora_B.weight"].mul_(1e7))(adapter)

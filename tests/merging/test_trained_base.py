@@ -47,7 +47,7 @@ def merge_two(base: Path, adapters: dict[str, Path], names: tuple[str, ...], out
         (("fp4", "nf4"), ("an fp4 base", "an nf4 base"), "--onto fp4 or --onto nf4"),
     ],
 )
-def test_adapters_of_different_quantizations_are_not_summed_unless_one_is_chosen(
+def test_adapters_of_different_quantizations_need_onto(
     names: tuple[str, str], bases: tuple[str, str], flags: str, untied_base: Path,
     trained_differently: dict[str, Path], tmp_path: Path,
 ) -> None:  # fmt: skip
@@ -59,7 +59,7 @@ def test_adapters_of_different_quantizations_are_not_summed_unless_one_is_chosen
     assert not (tmp_path / "merged").exists()
 
 
-def test_each_adapter_that_was_trained_on_other_weights_than_chosen_is_named(
+def test_merge_names_adapters_trained_on_different_weights(
     untied_base: Path, trained_differently: dict[str, Path], tmp_path: Path
 ) -> None:
     def list_misfits(*names: str, **changes: Any) -> list[str]:
@@ -146,7 +146,7 @@ def test_merging_onto_quantized_weights_is_closer_to_the_training_model(tmp_path
     assert torch.equal(weights["shared.weight"], merged["shared.weight"])
 
 
-def test_merging_onto_quantized_weights_keeps_wo_if_training_did_not_quantize_it(tmp_path: Path) -> None:
+def test_merging_keeps_wo_if_training_did_not_quantize_it(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", tied=False, d_model=64, d_kv=16, d_ff=128)
     adapter = make_stock_adapter(base, tmp_path / "adapter")
     add_base_metadata(base, adapter, onto="nf4", compute="float32", quantize_wo=False)

@@ -7,7 +7,7 @@ import torch
 from t5tune.merging.verify import find_max_difference
 
 
-def test_a_difference_that_is_not_a_number_is_never_the_smaller_one() -> None:
+def test_a_nan_difference_is_never_dropped() -> None:
     good, bad = torch.zeros(3), torch.tensor([0.0, math.nan, 0.0])
     for logits in ([good, bad], [bad, good]):
         assert math.isnan(find_max_difference([good, good], logits))

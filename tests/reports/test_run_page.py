@@ -101,7 +101,7 @@ def run(untied_base: Path, conversations: Path, tmp_path_factory: pytest.TempPat
     return folder
 
 
-def test_the_page_shows_the_data_of_the_metrics_log_and_the_cache(run: Path) -> None:
+def test_the_page_shows_metrics_settings_and_lengths(run: Path) -> None:
     page = Page(run)
     assert list(page.charts) == CHARTS
     assert [len(line) for line in page.charts["Loss"]] == [6, 2]
@@ -124,7 +124,7 @@ def test_the_page_is_one_file_without_scripts_links_or_secrets(run: Path) -> Non
     assert [part for part in ("://", "@import", "url(", CANARY) if part in page.text] == []
 
 
-def test_sample_predictions_are_those_of_the_base_and_of_the_trained_model(run: Path, untied_base: Path) -> None:
+def test_sample_predictions_equal_stock_predictions(run: Path, untied_base: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
@@ -150,9 +150,7 @@ def test_sample_predictions_are_those_of_the_base_and_of_the_trained_model(run: 
             assert sample[name] in cells
 
 
-def test_the_result_has_the_best_step_and_the_table_marks_it(
-    untied_base: Path, conversations: Path, tmp_path: Path
-) -> None:
+def test_the_result_and_the_table_have_the_best_step(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
     chosen = {"eval_fraction": 0.3, "eval_steps": 1, "max_steps": 4, "learning_rate": 1.0}
     settings = make_settings(untied_base, conversations, tmp_path / "run", **chosen, lora_r=4, seed=7, split_seed=8)
     result = train(settings)
@@ -220,7 +218,7 @@ def test_a_browser_renders_the_page(scheme: str, run: Path, tmp_path: Path) -> N
     assert (back > words) is (scheme == "light")
 
 
-def test_the_metrics_log_has_heartbeats_and_can_be_read_after_resumes_and_truncation(tmp_path: Path) -> None:
+def test_the_metrics_log_survives_resumes_and_truncation(tmp_path: Path) -> None:
     journal = MetricsLog(tmp_path, seconds_between_heartbeats=0)
     journal.write(1, {"loss": 3.0})
     journal.write_heartbeat(1)
@@ -278,7 +276,7 @@ def test_a_missing_tracker_is_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
-def test_charts_omit_values_that_are_not_finite_and_thin_out_long_series() -> None:
+def test_charts_omit_infinite_values_and_thin_out_long_series() -> None:
     long = [(float(step), 2.0) for step in range(10_000)]
     assert len(re.findall(r"[\d.]+,[\d.]+", draw_line_chart("A", [Series("a", long)]))) <= 301
     assert draw_line_chart("A", [Series("a", [(1, float("nan"))])]) == ""
@@ -301,7 +299,7 @@ def test_a_loss_that_falls_a_thousandfold_is_drawn_on_a_log_scale() -> None:
     assert heights(1000, 0, 0)[1] == heights(1000, 0, 0)[2]  # zero has no logarithm, so the axis is linear
 
 
-def test_a_long_noisy_line_is_smoothed_and_drawn_in_front_of_its_values() -> None:
+def test_a_noisy_line_is_smoothed_in_front_of_its_values() -> None:
     # falls from 2 to 1, with an outlier
     losses = [(step, 2 - step / 100 + (50 if step == 40 else 0.1 * (step % 2))) for step in range(100)]
     series = [
@@ -354,7 +352,7 @@ def test_the_command_gives_the_settings_of_the_run(run: Path) -> None:
     assert html.escape(format_command(settings)) in Page(run).text
 
 
-def test_the_evaluations_have_a_column_for_each_metric_of_any_step(run: Path, tmp_path: Path) -> None:
+def test_the_table_has_a_column_for_each_metric(run: Path, tmp_path: Path) -> None:
     lines = [
         {"step": step, "eval_loss": 1.0, "eval_runtime": 77.7, "eval_samples_per_second": 7.7, **more}
         for step, more in ((3, {"eval_first_score": 31.0}), (6, {"eval_words_per_second": 41.0}))
@@ -371,7 +369,7 @@ def test_the_evaluations_have_a_column_for_each_metric_of_any_step(run: Path, tm
 @pytest.mark.parametrize(
     ("change", "evaluated"), [("eval_data_path", [3, 4, 5, 6]), ("metric_for_best_model", [1, 2, 3, 4, 5, 6])]
 )
-def test_evaluations_on_other_held_out_examples_are_not_in_one_curve(
+def test_evaluations_on_different_examples_have_separate_curves(
     change: str, evaluated: list[int], untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
     """A different metric for the best model is measured on the same examples."""
@@ -404,7 +402,7 @@ def test_markup_in_the_data_is_shown_as_text(run: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [1e-300, 1e-30, 3e-12, 1.0, 5e20])
-def test_a_chart_of_one_value_has_an_axis_however_small_it_is(value: float) -> None:
+def test_a_chart_of_one_tiny_value_has_an_axis(value: float) -> None:
     figure = draw_line_chart("Learning rate", [Series("rate", [(1, value), (2, value)])])
     heights = [float(y) for y in re.findall(r'<line class="grid"[^>]* y1="([\d.]+)"', figure)]
     assert len(heights) >= 3

@@ -9,7 +9,7 @@ def list_chosen(requests: list[list[Asked]], max_tokens: int) -> list[int]:
     return [chosen.source[0] for chosen in choose_batch(replies, max_tokens)]
 
 
-def test_a_batch_has_the_first_reply_and_the_replies_nearest_to_it_in_size() -> None:
+def test_a_batch_has_the_first_reply_and_replies_of_similar_size() -> None:
     engine = FakeEngine()
     waiting = [
         [Asked(engine, 10, size=6)],
@@ -24,7 +24,7 @@ def test_a_batch_has_the_first_reply_and_the_replies_nearest_to_it_in_size() -> 
     assert list_chosen(waiting, 5) == [10]  # larger than the limit, and alone
 
 
-def test_a_batch_has_one_reply_of_each_request_before_the_second_of_any() -> None:
+def test_a_batch_takes_one_reply_of_each_request_first() -> None:
     engine = FakeEngine()
     many = [Asked(engine, 10 + number) for number in range(5)]
     few = [Asked(engine, 20, size=30), Asked(engine, 21, size=30)]
@@ -35,7 +35,7 @@ def test_a_batch_has_one_reply_of_each_request_before_the_second_of_any() -> Non
     assert list_chosen(waiting, 2 * 34 - 1) == [10, 30, 11, 12, 13, 14]
 
 
-def test_a_batch_is_of_one_engine_and_of_one_way_to_decode() -> None:
+def test_a_batch_has_one_engine_and_one_decoding() -> None:
     engine, other = FakeEngine(), FakeEngine()
     waiting = [[Asked(engine, 10)], [Asked(other, 20)], [Asked(engine, 30, temperature=1.0)], [Asked(engine, 40)]]
     assert list_chosen(waiting, 1000) == [10, 40]

@@ -132,9 +132,7 @@ def test_a_reply_without_memory_waits_for_the_interrupted_batch(make: Make) -> N
     assert engine.ended == [[21], [10], [20]]
 
 
-def test_a_large_request_gets_half_of_the_time_among_small_requests(
-    make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_large_request_gets_half_of_the_time(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [1000.0]
     for module in (batching, computing):
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))
@@ -176,7 +174,7 @@ def test_a_short_reply_ends_before_its_batch(make: Make) -> None:
     batcher.cancel([long.generation])
 
 
-def test_a_stop_token_ends_a_reply_and_is_not_part_of_it(make: Make) -> None:
+def test_a_stop_token_ends_a_reply(make: Make) -> None:
     engine, batcher = FakeEngine(), make()
     asked = Asked(engine, END - 2, length=8)
     submit(batcher, asked)

@@ -78,7 +78,7 @@ def test_the_settings_and_flags_of_the_page_exist(tmp_path: Path) -> None:
     assert cache == f"/var/cache/{made}"
 
 
-def test_the_lists_of_the_page_are_those_of_the_server() -> None:
+def test_the_page_lists_fields_and_metrics_of_the_server() -> None:
     (ignored,) = re.findall(r"^(`user`, .*?) are accepted and ignored", TEXT, re.MULTILINE | re.DOTALL)
     assert set(re.findall(r"`(\w+)`", ignored)) == IGNORED_FIELDS
     rendered = Metrics().render().decode()

@@ -35,7 +35,7 @@ def start_pocket(start: StartServer, engine: str) -> Server:
 
 @pytest.mark.parametrize("engine", ["ctranslate2", "transformers"])
 @pytest.mark.variants("ctranslate2")
-def test_sixty_four_clients_get_each_their_own_replies(engine: str, start: StartServer) -> None:
+def test_sixty_four_clients_get_their_replies(engine: str, start: StartServer) -> None:
     server = start_pocket(start, engine)
     chatter = Chatter.load(ChatSettings(model_name_or_path="pocket", max_new_tokens=LENGTH, use_cpu=True))
     expected = [chatter.reply(message).reply for message in MESSAGES]
@@ -65,7 +65,7 @@ def test_sixty_four_clients_get_each_their_own_replies(engine: str, start: Start
 
 @pytest.mark.parametrize("engine", ["ctranslate2", "transformers"])
 @pytest.mark.variants("ctranslate2")
-def test_a_large_request_does_not_hold_up_small_ones_and_no_reply_changes(
+def test_a_large_request_neither_delays_nor_changes_small_requests(
     engine: str, chats: dict[str, Path], start: StartServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Base and adapter share modules, and each batch of the large request is interrupted again and again."""

@@ -86,9 +86,7 @@ LONG_CHAT = [{"role": "user" if number % 2 == 0 else "assistant", "content": "x"
         (json.dumps({"model": "base", "messages": LONG_CHAT[:-1]}).encode(), 400, "messages: the last message isn't"),
     ],
 )
-def test_a_request_that_can_not_be_answered_gets_a_status_and_one_line(
-    body: bytes, status: int, message: str, server: Server
-) -> None:
+def test_a_wrong_request_gets_a_status_and_one_line(body: bytes, status: int, message: str, server: Server) -> None:
     found, answer = send(server.url, body=body)
     assert found == status
     assert answer["error"]["message"].startswith(message)
@@ -97,7 +95,7 @@ def test_a_request_that_can_not_be_answered_gets_a_status_and_one_line(
     assert ask(server.url, make_chat())
 
 
-def test_ten_thousand_messages_get_a_reply_and_their_number_is_in_the_answer(server: Server) -> None:
+def test_ten_thousand_messages_get_a_reply(server: Server) -> None:
     body = json.dumps({"model": "base", "messages": LONG_CHAT}).encode()
     status, headers, body = exchange(server.url, body=body)
     assert status == 200, body
@@ -171,7 +169,7 @@ def test_an_answer_before_the_body_closes_the_connection(
             endless.sendall(chunk * 1000)
 
 
-def test_a_client_that_sends_a_large_body_first_gets_its_answer(keyed: Server) -> None:
+def test_a_client_that_sends_a_large_body_gets_its_answer(keyed: Server) -> None:
     """The server reads some of it before it closes the connection, which would lose the answer."""
     with connect(keyed.url) as connection:
         connection.sendall(make_request(CHAT, bytes(3 << 20), authorization="Bearer wrong"))
@@ -238,7 +236,7 @@ def test_a_full_queue_says_when_to_come_back(start_base: StartServer) -> None:
         (1, 101, "n: 101: "),
     ],
 )
-def test_more_replies_to_one_request_than_the_server_gives_are_refused(
+def test_too_many_replies_to_one_request_are_refused(
     num_prompts: int, n: int, problem: str, start_base: StartServer
 ) -> None:
     server = start_base(max_replies=100)
@@ -276,7 +274,7 @@ def test_health_is_answered_while_a_prompt_is_encoded(server: Server, monkeypatc
         assert found.result()[0] == 200
 
 
-def test_a_server_that_stops_answers_503_until_the_running_requests_are_done(
+def test_a_stopping_server_finishes_requests_and_refuses_new_requests(
     start_base: StartServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = start_base()
@@ -341,7 +339,7 @@ def test_a_faulty_request_does_not_fail_the_rest_of_its_batch(
     assert found[5][1]["error"]["message"] == "the reply couldn't be computed: ValueError: too long for me"
 
 
-def test_nothing_is_replied_to_nothing_with_ctranslate2(start: StartServer) -> None:
+def test_ctranslate2_refuses_an_empty_prompt(start: StartServer) -> None:
     pytest.importorskip("ctranslate2")
     server = start({"base": "pocket"}, engine="ctranslate2")
     prompts: list[tuple[Any, str]] = [("", "prompt"), ("  ", "prompt"), ([0], "prompt"), ([[5, 6], [1]], "prompt[1]")]
@@ -376,7 +374,7 @@ def test_a_request_that_asks_for_http_2_gets_its_reply(server: Server) -> None:
     assert send(server.url, body=make_chat(), **headers)[0] == 200
 
 
-def test_a_key_is_needed_except_for_the_page_and_the_health(start_base: StartServer) -> None:
+def test_all_but_page_and_health_need_the_key(start_base: StartServer) -> None:
     log = Log()
     server = start_base(log, api_key="s3cret")
     for headers, message in (

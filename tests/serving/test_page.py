@@ -45,7 +45,7 @@ def list_problems(browser: Browser) -> list[Any]:
     return found + [entry for entry in entries if entry["level"] in ("warning", "error")]
 
 
-def test_two_models_reply_next_to_each_other_and_keep_their_own_history(
+def test_two_models_reply_side_by_side_with_separate_histories(
     chats: dict[str, Path], start: StartServer, browser: Browser
 ) -> None:
     server = start({"base": str(chats["base"]), "tuned": str(chats["run"])}, engine="transformers")

@@ -96,7 +96,7 @@ def client(server: Server) -> Iterator[openai.OpenAI]:
 
 
 @pytest.mark.variants("ctranslate2")
-def test_replies_to_many_clients_at_once_equal_the_replies_of_chat(
+def test_many_clients_at_once_get_the_replies_of_chat(
     client: openai.OpenAI, server: Server, chats: dict[str, Path]
 ) -> None:
     expected = {
@@ -124,7 +124,7 @@ def test_replies_to_many_clients_at_once_equal_the_replies_of_chat(
     assert float(sizes["1.0"]) < float(sizes["+Inf"])  # some batches have several replies
 
 
-def test_a_conversation_has_the_reply_of_chat_and_dropped_messages_are_counted(
+def test_a_conversation_gets_the_reply_of_chat(
     client: openai.OpenAI, chats: dict[str, Path], pairs: dict[str, Path]
 ) -> None:
     turns = [Turn("human", "Hello"), Turn("assistant", "Hi there"), Turn("human", MESSAGES[0])]
@@ -158,7 +158,7 @@ def test_a_reply_ends_before_a_stop_text(client: openai.OpenAI, chats: dict[str,
     assert reply(client, "run", MESSAGES[0], stop="never in it") == whole
 
 
-def test_the_text_before_a_stop_does_not_depend_on_the_number_of_tokens_at_once(chats: dict[str, Path]) -> None:
+def test_the_text_before_a_stop_is_independent_of_timing(chats: dict[str, Path]) -> None:
     """If two stops overlap, the first complete stop counts."""
     prompts = load_chatter(chats["run"]).prompts
     ids = prompts.tokenizer.encode("one two three four five six seven")
@@ -195,9 +195,7 @@ def test_the_narrowest_nucleus_is_greedy(client: openai.OpenAI) -> None:
     assert reply(client, "pocket", MESSAGES[0], temperature=2, top_p=1e-300) == greedy
 
 
-def test_completions_take_the_text_or_the_ids_that_the_encoder_reads(
-    client: openai.OpenAI, chats: dict[str, Path]
-) -> None:
+def test_completions_take_text_or_ids(client: openai.OpenAI, chats: dict[str, Path]) -> None:
     loaded = load_for_inference(InferenceSettings(model_name_or_path=str(chats["base"]), use_cpu=True))
     sentinel = loaded.tokenizer.convert_tokens_to_ids(["<extra_id_0>"])[0]
     texts = ["Two red hats", "Two <extra_id_0> hats"]
@@ -249,9 +247,7 @@ def test_completions_have_sentinels_if_the_prompt_has_masked_spans(
             assert (found.finish_reason == "stop") == (sentinel in text)
 
 
-def test_a_prompt_from_the_chat_template_has_the_reply_of_the_chat(
-    client: openai.OpenAI, chats: dict[str, Path]
-) -> None:
+def test_a_prompt_from_the_chat_template_gets_the_same_reply(client: openai.OpenAI, chats: dict[str, Path]) -> None:
     """It has the EOS token already, which isn't added again."""
     from transformers import AutoTokenizer
 
@@ -305,7 +301,7 @@ def test_sampling_follows_the_seed_also_in_a_batch(client: openai.OpenAI, engine
     assert len({reply(client, "run", MESSAGES[0], **sampled) for _ in range(5)}) > 1
 
 
-def test_adapters_that_differ_only_in_an_adapter_model_bin_are_converted_separately(
+def test_adapters_that_differ_in_a_bin_file_are_converted_separately(
     chats: dict[str, Path], start: StartServer, tmp_path: Path
 ) -> None:
     pytest.importorskip("ctranslate2")
