@@ -31,7 +31,7 @@ IGNORED_FIELDS = {
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
     "prompt_cache_options", "cache_control",
 }  # fmt: skip
-# unsupported fields -> their values that ask for nothing
+# unsupported fields -> their values that ask for nothing, as null always does
 NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
@@ -45,11 +45,7 @@ NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = {
     "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
-    "audio": (),
-    "prediction": (),
-    "reasoning_effort": (),
-    "verbosity": (),
-    "web_search_options": (),
+    **dict.fromkeys(("audio", "prediction", "reasoning_effort", "verbosity", "web_search_options"), ()),
     "suffix": ("",),
     "echo": (False,),
     "best_of": (1,),
@@ -62,14 +58,9 @@ NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = {
 # the same for the fields of a message; clients send our replies back with all their fields
 NEUTRAL_IN_MESSAGES: Mapping[str, tuple[Any, ...]] = {
     "type": ("text", "message"),
-    "name": (),
-    "refusal": (),
-    "audio": (),
-    "function_call": (),
     "tool_calls": ([],),
-    "tool_call_id": (),
     "annotations": ([],),
-    "reasoning_content": (),
+    **dict.fromkeys(("name", "refusal", "audio", "function_call", "tool_call_id", "reasoning_content"), ()),
 }
 ROLES: Mapping[str, Role] = {"user": "human", "assistant": "assistant"}
 SYSTEM_ROLES = ("system", "developer")
