@@ -26,6 +26,7 @@ from t5tune.runs.folder import RunFolder
 from t5tune.runs.metrics_log import MetricsLog, read_metrics
 from t5tune.runs.result import read_result
 from t5tune.settings import TrainSettings, load_settings
+from tests.support.browser import Browser
 from tests.support.command_line import parse_words, t5tune_in_fork
 from tests.support.runs import stop_at
 from tests.support.train_runs import make_settings, read_losses, read_metrics_lines
@@ -35,16 +36,6 @@ CHARTS = [
     "Loss", "Learning rate", "Gradient norm", "Tokens per second", "Peak memory (GiB)", "Source length",
     "Target length",
 ]  # fmt: skip
-PROBE = """<script>
-const charts = [...document.querySelectorAll('svg')].map(svg => svg.getBoundingClientRect());
-document.body.innerHTML = '<pre id=found>' + JSON.stringify({
-  heights: charts.map(box => box.height),
-  overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth,
-  back: getComputedStyle(document.body).backgroundColor,
-  text: getComputedStyle(document.body).color,
-  loaded: performance.getEntriesByType('resource').length,
-}) + '</pre>';
-</script>"""
 
 
 class Page(HTMLParser):
@@ -193,29 +184,16 @@ def test_sample_predictions_do_not_change_training(
     assert all(a[name].equal(b[name]) for name in a)
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_browser_renders_the_page(scheme: str, run: Path, tmp_path: Path) -> None:
-    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if browser is None:
-        pytest.skip("no chromium is installed")
-    page = tmp_path / "page.html"
-    page.write_text(Page(run).text + PROBE)
-    # preferredColorScheme replaces the system's color scheme: 0 is dark, 1 is light
-    command = [
-        browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
-        "--window-size=480,900", f"--blink-settings=preferredColorScheme={int(scheme == 'light')}", "--dump-dom",
-        page.as_uri(),
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    match = re.search(r"<pre id=\"found\">(.*?)</pre>", done.stdout, re.DOTALL)
-    assert match, done.stderr[-2000:]
-    found = json.loads(match[1])
-    assert len(found["heights"]) == len(CHARTS)
-    assert min(found["heights"]) > 100
-    assert found["overflow"] <= 0
-    assert found["loaded"] == 0
-    back, words = (sum(map(int, re.findall(r"\d+", found[name])[:3])) for name in ("back", "text"))
-    assert (back > words) is (scheme == "light")
+@pytest.mark.parametrize("dark", [False, True])
+def test_a_browser_renders_the_page(dark: bool, run: Path) -> None:
+    with Browser.start() as browser:
+        page = browser.open((run / "report.html").as_uri(), width=480, dark=dark)
+        heights = page.evaluate("[...document.querySelectorAll('svg')].map(svg => svg.getBoundingClientRect().height)")
+        assert len(heights) == len(CHARTS)
+        assert min(heights) > 100
+        assert page.evaluate("document.documentElement.scrollWidth") <= 480
+        assert page.evaluate("performance.getEntriesByType('resource').length") == 0
+        assert page.is_dark() is dark
 
 
 def test_the_metrics_log_survives_resumes_and_truncation(tmp_path: Path) -> None:

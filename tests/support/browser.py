@@ -127,6 +127,14 @@ class Page:
             assert time.monotonic() < until, f"{condition} isn't true after {PATIENCE} seconds"
             time.sleep(0.02)
 
+    def is_dark(self) -> bool:
+        """Whether the text is brighter than the background."""
+        back, text = (
+            sum(map(int, self.evaluate(f"getComputedStyle(document.body).{name}.match(/\\d+/g)")[:3]))
+            for name in ("backgroundColor", "color")
+        )
+        return text > back
+
     def type(self, selector: str, text: str) -> None:
         """Type a text into an element, and press Enter."""
         self.evaluate(f"document.querySelector({json.dumps(selector)}).focus()")
