@@ -142,7 +142,7 @@ def _check_result(function: str, result: object, taken: dict[str, str]) -> None:
         if not isinstance(name, str) or not name.isidentifier():
             problem = f"{shorten(join_lines(repr(name)))} can't be a metric's name: use letters, digits and _"
         elif name in RESERVED_NAMES or name.startswith("eval_"):
-            problem = f"{name!r} is a name that t5tune uses; choose another"
+            problem = f"{name!r} is a name that t5tune uses; rename the metric"
         elif name in taken:
             problem = f"{name!r} is also a metric of {taken[name]}; rename one of them"
         elif not isinstance(value, Real):

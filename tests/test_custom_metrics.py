@@ -131,8 +131,8 @@ def test_a_trial_uses_two_references_and_returns_the_names() -> None:
         ("__main__:no_such_function", "metric: __main__:no_such_function: no"),
         ("sys:no_such_function", "metric: sys:no_such_function: no such function in sys"),
         ("my_metric:spaced", "'my score' can't be a metric's name: use letters, digits and _"),
-        ("my_metric:built_in", "'bleu' is a name that t5tune uses; choose another"),
-        ("my_metric:prefixed", "'eval_x' is a name that t5tune uses; choose another"),
+        ("my_metric:built_in", "'bleu' is a name that t5tune uses; rename the metric"),
+        ("my_metric:prefixed", "'eval_x' is a name that t5tune uses; rename the metric"),
         ("my_metric:good my_metric:same", "metric: my_metric:same: 'ratio' is also a metric of my_metric:good; rename"),
     ],
 )

@@ -35,7 +35,7 @@ class Decoding:
 class Sampling:
     """Nucleus sampling (Holtzman et al. 2020) of one reply.
 
-    Each reply has its own random generator, so it doesn't depend on the other replies of its batch.
+    Each reply has its own random generator, so it doesn't depend on its batch.
     """
 
     temperature: float

@@ -1,8 +1,8 @@
-"""Subtract the PiSSA or OLoRA initialization from a base weight, as PEFT does when it loads such an adapter.
+"""Subtract the PiSSA or OLoRA initialization from a base weight, as PEFT does when it loads the adapter.
 
-PEFT trains such an adapter on W minus the adapter's initialization, unless it was saved with
-path_initial_model_for_weight_conversion. The initialization depends only on W, so the same decomposition reproduces it
-(Meng et al. 2024; Büyükakyüz 2024).
+PEFT trains these adapters on W minus their initialization. Unless an adapter was saved with PEFT's
+path_initial_model_for_weight_conversion, it must be merged into the same difference. The initialization depends only on
+W, so the same decomposition reproduces it (Meng et al. 2024; Büyükakyüz 2024).
 """
 
 import torch

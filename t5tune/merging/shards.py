@@ -24,7 +24,7 @@ from t5tune.io.atomic import write_json
 from t5tune.io.processes import count_cores
 from t5tune.merging.fold import WeightDelta, convert_dtype, fold_tensor
 
-NUM_THREADS = 2  # so that one thread can copy while the other computes
+NUM_THREADS = 2  # to copy and compute at the same time
 COPY_CHUNK_BYTES = 32 << 20
 # by CTranslate2's quantization type; types such as int8_float16 have int8 weights
 BYTES_PER_WEIGHT = {"int8": 1, "int16": 2, "float16": 2, "bfloat16": 2, "float32": 4}
@@ -94,8 +94,8 @@ def write_shards(
 ) -> Iterator[int]:
     """Write the files, and an index if there are several; yields the number of bytes of each write.
 
-    Deltas are folded into their tensors; the other tensors are copied, or converted to the shard's dtype. A few threads
-    share the work, since both the kernel's copying and numpy's sums release Python's global lock.
+    Deltas are folded into their tensors; all remaining tensors are copied, or converted to the shard's dtype. A few
+    threads share the work, since both the kernel's copying and numpy's sums release Python's global lock.
     """
     for shard in shards:
         with open(folder / shard.name, "xb") as file:

@@ -25,7 +25,7 @@ LEGEND = {
 
 
 def write_cache_page(path: Path, examples: CacheView, statistics: LengthStatistics | None) -> int:
-    """Write the page. Return the number of examples in it, which is limited by what a browser can display."""
+    """Write the page, with as many examples as a browser displays quickly. Return their number."""
     shown = _render_examples(examples)
     heading = _render_heading(len(shown), examples.cache)
     write_page(path, str(examples.cache.folder), chain(_render_summary(examples, statistics), [heading], shown))

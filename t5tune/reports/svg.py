@@ -72,7 +72,7 @@ def draw_line_chart(title: str, series: Sequence[Series], allow_log: bool = Fals
 
 
 def draw_histogram(title: str, bars: Histogram, color: int) -> str:
-    """Draw a bar for each count; the bar of a long tail is as wide as the other bars."""
+    """Draw a bar for each count; all bars have the same width, even the bar of a long tail."""
     edges, labels = bars.edges, bars.label_bars()
     end = edges[-2] + edges[1] - edges[0]
     ticks = _choose_ticks(0, max(bars.counts))
