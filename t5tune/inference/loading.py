@@ -153,7 +153,7 @@ def _check_partitioning(quantization: QuantizationSettings | None, uses_dora: bo
         raise SettingsError(problem, hint="use nf4 or fp4, or leave out --deepspeed")
     # PEFT 0.21 replaces quantized weights on CPUs whenever it reads them for DoRA, and DeepSpeed loses track of them
     if uses_dora and device.type == "cpu":
-        problem = "q_lora: works only on GPUs with both ZeRO-3 and DoRA"
+        problem = "q_lora: with ZeRO-3 and DoRA it works only on GPUs"
         raise SettingsError(problem, hint="use --no-q-lora, or leave out --deepspeed")
 
 

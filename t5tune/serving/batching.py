@@ -116,7 +116,7 @@ class Schedule:
     def add(self, replies: Sequence[Generation]) -> None:
         """Queue all replies of a request, or raise QueueFull."""
         if self.num_waiting + len(replies) > self._max_waiting:
-            raise QueueFull(f"{self.num_waiting} replies are waiting already")
+            raise QueueFull(f"{self.num_waiting} replies are already waiting")
         self._waiting.append(Request(replies, list(replies)))
 
     def remove_canceled(self) -> None:

@@ -121,7 +121,7 @@ class Batcher:
         try:
             batch.engine.generate(replies, add)
             # for replies that still haven't ended
-            failure: T5TuneError | None = T5TuneError("the reply couldn't be computed: the engine returned no end")
+            failure: T5TuneError | None = T5TuneError("the reply couldn't be computed: the engine stopped early")
         except Exception as error:
             if is_device_lost(error):
                 failure = self._give_up(error)

@@ -106,7 +106,7 @@ class Generation:
         if self._position < len(self.ids):  # repeated after a failed batch
             # in bf16, a smaller batch may give different tokens, which can't continue the tokens already sent
             if token != self.ids[self._position]:
-                self.end(T5TuneError("the reply couldn't be computed: its batch failed, and a smaller one differs"))
+                self.end(T5TuneError("the reply couldn't be computed: its batch failed, and a smaller batch differs"))
                 return True
             self._position += 1
             return False
