@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -135,9 +135,8 @@ def load_for_inference(
         replace_trainable_token_layers(model)  # PEFT's would copy the whole embedding and head in each forward
     if partitioner is not None:
         partitioner.partition_model(model)
-    files = read_model_files(base, adapter)
     return LoadedModel(
-        **{item.name: getattr(files, item.name) for item in fields(files)},
+        **vars(read_model_files(base, adapter)),
         model=model,
         num_rows=model.architecture.dimensions.num_rows,
         precision=precision,
