@@ -55,17 +55,23 @@ def find_close_name(name: str, known: Iterable[str]) -> str | None:
 class T5TuneError(Exception):
     """Base class of all errors. `hint` is the next step, shown after the message.
 
-    Attributes:
-        is_of_rank_0: raised here because rank 0 has raised it, which shows it.
+    Args:
+        setting: the setting that the message begins with; `naming_settings` may replace it.
     """
 
     exit_code = 1
     is_of_rank_0 = False
+    """Whether rank 0 raised the error, which it also shows."""
 
-    def __init__(self, message: str, hint: str | None = None) -> None:
-        self.message = make_printable(message)
+    def __init__(self, message: str, hint: str | None = None, setting: str | None = None) -> None:
+        super().__init__(make_printable(message))
         self.hint = make_printable(hint) if hint else None
-        super().__init__(self.message)
+        self.setting = setting
+
+    @property
+    def message(self) -> str:
+        """The message without the hint."""
+        return f"{self.setting}: {self.args[0]}" if self.setting else str(self.args[0])
 
     def __str__(self) -> str:
         return f"{self.message}; {self.hint}" if self.hint else self.message
@@ -97,26 +103,20 @@ class SettingsError(T5TuneError):
         self.heading = heading and make_printable(heading)
         self.choices = tuple(map(make_printable, choices))
         super().__init__("", hint or "; ".join(self.choices))
-        self.message = "\n".join([*([self.heading] if self.heading else []), *self.problems])
-        self.args = (self.message,)
+        self.args = self.problems  # unpickling calls the class with them
+
+    @property
+    def message(self) -> str:
+        return "\n".join(filter(None, [self.heading, *self.problems]))
 
 
 @contextmanager
 def naming_settings(**names: str) -> Iterator[None]:
-    """Name other settings in the errors of this block: `adapter="teacher_adapter"`, for what a shared function checks.
-
-    Raises:
-        T5TuneError: the same error, whose message begins with the other setting.
-    """
+    """Replace the `setting` of errors in this block: `adapter="teacher_adapter"` when a teacher is loaded."""
     try:
         yield
     except T5TuneError as error:
-        setting, colon, rest = error.message.partition(":")
-        if colon and setting in names:
-            error.message = f"{names[setting]}:{rest}"
-            error.args = (error.message,)
-            if isinstance(error, SettingsError):
-                error.problems = (error.message, *error.problems[1:])
+        error.setting = names.get(error.setting or "", error.setting)
         raise
 
 

@@ -238,8 +238,9 @@ def read_adapter_tensors(folder: Path) -> dict[str, Tensor]:
     if has_file(folder, ADAPTER_BIN_FILE):
         return read_state_dict(folder / ADAPTER_BIN_FILE)
     raise CheckpointError(
-        f"adapter: {folder}: no {ADAPTER_WEIGHTS_FILE} in this folder",
+        f"{folder}: no {ADAPTER_WEIGHTS_FILE} in this folder",
         hint="a run folder contains it once the run has finished",
+        setting="adapter",
     )
 
 

@@ -80,17 +80,18 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     """
     if not folder.is_dir():
         hint = ADAPTER_KIND_HINTS.get(str(folder), ADAPTER_FOLDER_HINT)
-        raise CheckpointError(f"adapter: {folder}: no such folder", hint=hint)
+        raise CheckpointError(f"{folder}: no such folder", hint, setting="adapter")
     try:
         config = read_json_object(folder, ADAPTER_CONFIG_FILE)
     except FileNotFoundError:
         kind = describe_folder(folder)
         if (folder / CONFIG_FILE).is_file():
             whole = f"{kind} already: it was trained in full, merged, or never adapted"
-            problem = f"adapter: {folder}: {whole}, so there is no adapter in it to merge or load"
-            raise CheckpointError(problem, hint=f"use it as it is: t5tune chat {shlex.quote(str(folder))}") from None
+            problem = f"{folder}: {whole}, so there is no adapter in it to merge or load"
+            hint = f"use it as it is: t5tune chat {shlex.quote(str(folder))}"
+            raise CheckpointError(problem, hint, setting="adapter") from None
         problem = f"{kind}, not an adapter" if kind else f"no {ADAPTER_CONFIG_FILE} in this folder"
-        raise CheckpointError(f"adapter: {folder}: {problem}", hint=ADAPTER_FOLDER_HINT) from None
+        raise CheckpointError(f"{folder}: {problem}", ADAPTER_FOLDER_HINT, setting="adapter") from None
     path = folder / ADAPTER_CONFIG_FILE
     if config.get("peft_type") != "LORA":
         raise CheckpointError(f"{path}: peft_type {config.get('peft_type')!r}; only LORA is supported")

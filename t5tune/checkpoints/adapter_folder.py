@@ -66,9 +66,9 @@ def check_downloaded_adapter(folder: Path, repository: Repository, given: str) -
     """
     if (folder / ADAPTER_WEIGHTS_FILE).is_file():
         return
-    lack = f"{repository.setting}: {given}: the Hub has no {ADAPTER_WEIGHTS_FILE} of it"
+    lack = f"{given}: the Hub has no {ADAPTER_WEIGHTS_FILE} of it"
     if ADAPTER_BIN_FILE not in repository.list_files(folder.name):
-        raise CheckpointError(lack, hint="its owner must upload it")
+        raise CheckpointError(lack, "its owner must upload it", repository.setting)
     problem = f"{lack}, only {ADAPTER_BIN_FILE}, and pickled files aren't downloaded"
     get = f"hf download {repository.name} --local-dir {repository.name.rpartition('/')[2]}"
-    raise CheckpointError(problem, hint=f"if you trust its owner, run `{get}`, and give that folder")
+    raise CheckpointError(problem, f"if you trust its owner, run `{get}`, and give that folder", repository.setting)

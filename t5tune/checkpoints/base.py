@@ -74,8 +74,9 @@ def check_base(folder: Path, name: str) -> Path:
     if not (folder / CONFIG_FILE).is_file():
         kind = describe_folder(folder)
         raise ModelError(
-            f"model_name_or_path: {name}: {f'{kind}, not a model' if kind else f'contains no {CONFIG_FILE}'}",
+            f"{name}: {f'{kind}, not a model' if kind else f'contains no {CONFIG_FILE}'}",
             hint="give a folder that save_pretrained or t5tune merge wrote",
+            setting="model_name_or_path",
         )
     read_config(folder)
     return folder
@@ -169,9 +170,9 @@ def _find_code_key(value: Any) -> str | None:
 def _download(settings: BaseModelSettings, with_weights: bool, report: Report) -> Path:
     name = settings.model_name_or_path
     if Path(name).is_file():
-        raise ModelError(f"model_name_or_path: {name}: a file, not the folder of a model", hint="name the folder")
+        raise ModelError(f"{name}: a file, not the folder of a model", "name the folder", "model_name_or_path")
     if not is_hub_name(name) or Path(name).exists():
-        raise ModelError(f"model_name_or_path: {name}: no such folder", hint="check the path's spelling")
+        raise ModelError(f"{name}: no such folder", "check the path's spelling", "model_name_or_path")
     repository = _make_repository(settings)
     if not with_weights:
         return repository.download([CONFIG_FILE], report=report)

@@ -295,8 +295,8 @@ class Repository:
                 continue
             for path in (link, file):
                 path.unlink(missing_ok=True)
-            problem = f"{self.setting}: {self.name}: {link.name}: damaged on the way: its hash isn't the Hub's"
-            raise ERROR_CLASSES[self.kind](problem, hint="run the same command again, which downloads it again")
+            problem = f"{self.name}: {link.name}: damaged on the way: its hash isn't the Hub's"
+            raise ERROR_CLASSES[self.kind](problem, "run the same command again to download it again", self.setting)
 
     def list_files(self, commit: str | None = None) -> list[str]:
         """List the names of the repository's files, of which a download has kept the list.
@@ -343,7 +343,7 @@ class Repository:
         noun = "dataset" if self.kind == "dataset" else "model"
         missing = "no such file or folder" if self.kind == "dataset" else "no such folder"
         instead = "give a file or a folder" if self.kind == "dataset" else "give a folder"
-        asked = f"{self.setting}: {self.name}"
+        setting, asked = self.setting, self.name
         status, outage = _find_status(error), describe_outage(error)
         is_offline = isinstance(error, errors.OfflineModeIsEnabled)
         is_offline |= isinstance(error.__cause__, errors.OfflineModeIsEnabled)
@@ -352,7 +352,7 @@ class Repository:
                 reason = f"access to this {noun} is restricted (gated)"
                 hint = f"request access on the Hub page of {self.name}, then run `hf auth login`"
             case errors.RevisionNotFoundError():
-                asked = f"revision: {self.revision}"
+                setting, asked = "revision", str(self.revision)
                 reason, hint = f"{self.name} has no such branch, tag or commit", "check the spelling"
             case _ if isinstance(error, errors.RepositoryNotFoundError) or status == 404:
                 reason = f"{missing} on this machine, and no such {noun} on the Hub, or a private one"
@@ -385,7 +385,7 @@ class Repository:
             case _:
                 reason = f"the download from the Hub failed: {describe(error)}"
                 hint = f"try again later, or {instead}"
-        return ERROR_CLASSES[self.kind](f"{asked}: {reason}", hint=hint)
+        return ERROR_CLASSES[self.kind](f"{asked}: {reason}", hint, setting)
 
 
 def _read(file: Path) -> str:

@@ -220,8 +220,8 @@ def _explain_misfit(*folders: Path) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError, KeyError, OSError) as error:
-        problem = f"adapter: {', '.join(map(str, folders))}: doesn't fit this base: {shorten(join_lines(error), 300)}"
-        raise ModelError(problem, hint="give the base that it was trained on") from error
+        problem = f"{', '.join(map(str, folders))}: doesn't fit this base: {shorten(join_lines(error), 300)}"
+        raise ModelError(problem, hint="give the base that it was trained on", setting="adapter") from error
 
 
 def _get_peft_options(model: Any) -> dict[str, Any]:
