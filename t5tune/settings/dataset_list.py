@@ -23,7 +23,15 @@ from t5tune.file_names import (
     TEXT_SUFFIXES,
     TRAINING_DATA_FILE,
 )
-from t5tune.settings.field_types import DataList, NoneIfUnset, OptionalCount, exists, parse_unset, read_data
+from t5tune.settings.field_types import (
+    DataList,
+    NoneIfUnset,
+    OptionalCount,
+    OptionalText,
+    exists,
+    parse_unset,
+    read_data,
+)
 from t5tune.settings.groups.record_format import ConversationSettings, ReadingSettings, SelectionSettings
 
 PATHS_OF_DATASETS = {"data": "data_path", "eval_data": "eval_data_path"}
@@ -59,8 +67,8 @@ class DatasetSettings(ReadingSettings, ConversationSettings, SelectionSettings):
     path: DataList = Field(min_length=1)
     name: Annotated[DatasetName | None, NoneIfUnset] = None
     weight: Weight = 1.0
-    data_subset: Annotated[str | None, NoneIfUnset] = None
-    data_split: Annotated[str | None, NoneIfUnset] = None
+    data_subset: OptionalText = None
+    data_split: OptionalText = None
     num_data: OptionalCount = None
 
     @classmethod
@@ -125,8 +133,7 @@ def _list_items(value: Any) -> list[Any]:
 
 
 DatasetList = Annotated[
-    list[DatasetSettings],
-    BeforeValidator(_list_items, json_schema_input_type=list[DatasetSettings] | DatasetSettings),
+    list[DatasetSettings], BeforeValidator(_list_items, json_schema_input_type=list[DatasetSettings] | DatasetSettings)
 ]
 """A list of datasets; a single one needs no list. What is in it is read by `combine_datasets`."""
 

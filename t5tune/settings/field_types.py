@@ -338,8 +338,11 @@ def _check_gpu_memory(value: Any) -> Any:
 NoneIfUnset = _UnsetReader(parse_unset)
 """Reads `none`, `null`, an empty string and -1, which FastChat and Hugging Face use for "not set", as None."""
 
+OptionalPath = Annotated[Path | None, NoneIfUnset]
+OptionalText = Annotated[str | None, NoneIfUnset]
+
 PathAsText = BeforeValidator(read_path)
-"""Reads a path as the text of it, where a setting is a path or a name."""
+"""Reads a path object as text, where a setting is a path or a name."""
 
 OptionalCount = Annotated[int | None, Field(gt=0, lt=1 << 63), NoneIfUnset]
 """A positive whole number, or None if it isn't set."""

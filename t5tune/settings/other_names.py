@@ -170,10 +170,7 @@ def _write_key(setting: str, value: str | None) -> str:
 
 
 def suggest_setting(
-    name: str,
-    own: Collection[str],
-    others: Collection[str] = (),
-    write: Callable[[str, str | None], str] = _write_key,
+    name: str, own: Collection[str], others: Collection[str] = (), write: Callable[[str, str | None], str] = _write_key
 ) -> str:
     """Return `; did you mean lora_r?`, or `; ` and what to do instead, or an empty string.
 

@@ -74,10 +74,9 @@ def test_the_comparison_does_not_repeat_a_precision_that_is_unset(tmp_path: Path
 
 def test_data_from_standard_input_is_not_repeated() -> None:
     settings = EvaluateSettings(model_name_or_path="base", adapter=Path("tuned"), data_path=["-"])
-    assert (
-        "",
-        "t5tune evaluate base --adapter tuned --data-path HELD_OUT.jsonl --compare-base",
-    ) in list_next_steps(settings, None)
+    assert ("", "t5tune evaluate base --adapter tuned --data-path HELD_OUT.jsonl --compare-base") in list_next_steps(
+        settings, None
+    )
 
 
 def test_a_quantized_run_is_followed_by_plain_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,13 +7,7 @@ from typing import Any
 
 import pytest
 
-from t5tune.settings import (
-    PlanSettings,
-    PrepareSettings,
-    TrainSettings,
-    dump_settings,
-    load_settings,
-)
+from t5tune.settings import PlanSettings, PrepareSettings, TrainSettings, dump_settings, load_settings
 from tests.settings.values import NEEDED, NEEDED_FLAGS
 
 FASTCHAT = """
@@ -154,10 +148,7 @@ def changed(settings: TrainSettings) -> dict[str, Any]:
 def test_fastchats_qlora_command_line_gives_its_settings(run_command_line: Callable[..., tuple[Any, str]]) -> None:
     more = "--q_lora True --deepspeed playground/deepspeed_config_s2.json"
     settings, stderr = run_command_line("train", *shlex.split(FASTCHAT), *shlex.split(more))
-    assert changed(settings) == FASTCHAT_SETTINGS | {
-        "q_lora": True,
-        "deepspeed": "playground/deepspeed_config_s2.json",
-    }
+    assert changed(settings) == FASTCHAT_SETTINGS | {"q_lora": True, "deepspeed": "playground/deepspeed_config_s2.json"}
     assert "--evaluation-strategy: read as eval_strategy no" in stderr
     assert "--warmup-ratio: read as warmup_steps 0.03" in stderr
 

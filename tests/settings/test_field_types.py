@@ -102,10 +102,7 @@ def test_replace_validates_and_leaves_the_rest_as_it_was_given() -> None:
     assert other.output_dir == Path("other")
     with pytest.raises(SettingsError) as caught:
         settings.replace(learning_rate="fast", lora_r=0)
-    assert caught.value.problems == (
-        "lora_r: 0: must be greater than 0",
-        "learning_rate: 'fast': expected a number",
-    )
+    assert caught.value.problems == ("lora_r: 0: must be greater than 0", "learning_rate: 'fast': expected a number")
 
 
 def test_replace_decides_again_what_another_setting_implies() -> None:

@@ -63,9 +63,7 @@ def test_a_packaged_run_config_is_found_by_its_name() -> None:
     assert settings.model_name_or_path == "pocket"
 
 
-def test_problems_of_all_sources_are_raised_together_with_key_value_and_place(
-    yaml_file: Callable[[str], str],
-) -> None:
+def test_problems_of_all_sources_are_raised_together_with_key_value_and_place(yaml_file: Callable[[str], str]) -> None:
     file = yaml_file("lora_dropout: 1.5\nsave_strategy: sometimes\n")
     found = problems_of(
         TrainSettings, file, {"T5TUNE_SAVE_STEPS": "0"}, lora_r="abc", model_name_or_path="m", data_path="d"
@@ -159,9 +157,7 @@ def test_keys_of_another_command_are_ignored_with_a_note(yaml_file: Callable[[st
     assert re.fullmatch(r"\d\d settings of other commands that merge doesn't need are ignored", note)
 
 
-def test_plan_reads_the_config_of_a_run_without_notes_on_what_only_train_uses(
-    yaml_file: Callable[[str], str],
-) -> None:
+def test_plan_reads_the_config_of_a_run_without_notes_on_what_only_train_uses(yaml_file: Callable[[str], str]) -> None:
     file = yaml_file(dump_settings(load_settings(TrainSettings, None, {}, NEEDED)[0]))
     assert load_settings(PlanSettings, file, {})[1] == []
     planned, notes = load_settings(

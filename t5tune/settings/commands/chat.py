@@ -1,15 +1,12 @@
 """The settings of `chat`."""
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 from pydantic import Field, field_validator, model_validator
 
-from t5tune.settings.field_types import NoneIfUnset
-from t5tune.settings.groups.base import (
-    InferenceSettings,
-)
+from t5tune.settings.field_types import OptionalPath
+from t5tune.settings.groups.base import InferenceSettings
 from t5tune.settings.groups.record_format import ConversationSettings
 
 SAMPLING_TEMPERATURE = 1.0  # for two replies that differ
@@ -49,7 +46,7 @@ class ChatSettings(ConversationSettings, InferenceSettings):
         description="Nucleus sampling (top-p): sample from the smallest set of tokens with this total probability.",
     )
     seed: int = Field(default=42, ge=0, lt=1 << 63, description="Random seed for sampling.")
-    save_preferences: Annotated[Path | None, NoneIfUnset] = Field(
+    save_preferences: OptionalPath = Field(
         default=None,
         description="Sample two replies to each message, ask which one is better, and append the pair to this JSON "
         "Lines file, from which objective dpo and orpo learn.",

@@ -1,18 +1,12 @@
 """The settings of `evaluate`."""
 
-from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 from pydantic import Field, model_validator
 
-from t5tune.settings.field_types import NoneIfUnset, OptionalCount
-from t5tune.settings.groups.base import (
-    InferenceSettings,
-    MetricSettings,
-)
-from t5tune.settings.groups.data import (
-    DataSettings,
-)
+from t5tune.settings.field_types import OptionalCount, OptionalPath
+from t5tune.settings.groups.base import InferenceSettings, MetricSettings
+from t5tune.settings.groups.data import DataSettings
 from t5tune.settings.groups.processes import PartitionSettings
 
 
@@ -25,7 +19,7 @@ class EvaluateSettings(MetricSettings, DataSettings, PartitionSettings, Inferenc
     )  # fmt: skip
     panel: ClassVar[str] = "Evaluation"
 
-    output_dir: Annotated[Path | None, NoneIfUnset] = Field(
+    output_dir: OptionalPath = Field(
         default=None,
         description="Folder for scores.json and predictions.jsonl; default: a new one (evaluation, evaluation.1, …).",
     )

@@ -5,10 +5,8 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from t5tune.settings.field_types import NoneIfUnset, OptionalCount, PathAsText, WordList
-from t5tune.settings.groups.base import (
-    ReplaceableOutputSettings,
-)
+from t5tune.settings.field_types import NoneIfUnset, OptionalCount, OptionalPath, OptionalText, PathAsText, WordList
+from t5tune.settings.groups.base import ReplaceableOutputSettings
 from t5tune.settings.groups.hub import HubSettings
 
 
@@ -22,15 +20,15 @@ class ExportSettings(ReplaceableOutputSettings, HubSettings):
         "FastChat output folder, or an adapter on the Hugging Face Hub (owner/name, owner/name@revision).",
         json_schema_extra={"positional": True},
     )
-    model_name_or_path: Annotated[str | None, NoneIfUnset, PathAsText] = Field(
+    model_name_or_path: Annotated[OptionalText, PathAsText] = Field(
         default=None,
         description="Base checkpoint: its config.json is used to check tensor shapes, and --non-lora-state full copies "
         "its weights; default: the base that adapter_config.json names.",
     )
-    revision: Annotated[str | None, NoneIfUnset] = Field(
+    revision: OptionalText = Field(
         default=None, description="Branch, tag or commit of the base on the Hugging Face Hub; default: its main branch."
     )
-    cache_dir: Annotated[Path | None, NoneIfUnset] = Field(
+    cache_dir: OptionalPath = Field(
         default=None, description="Folder for Hugging Face Hub downloads; default: the Hub's own cache."
     )
     non_lora_state: Literal["trained", "full", "none"] = Field(

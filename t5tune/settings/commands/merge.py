@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from t5tune.formatting import format_count
-from t5tune.settings.field_types import ByteSize, FolderList, NoneIfUnset, NumberList, PathAsText
+from t5tune.settings.field_types import ByteSize, FolderList, NoneIfUnset, NumberList, OptionalText, PathAsText
 from t5tune.settings.groups.base import BaseModelSettings, ReplaceableOutputSettings
 from t5tune.settings.groups.hub import HubSettings
 
@@ -22,7 +22,7 @@ class MergeSettings(ReplaceableOutputSettings, HubSettings, BaseModelSettings):
     )  # fmt: skip
     panel: ClassVar[str] = "Merge"
 
-    model_name_or_path: Annotated[str | None, NoneIfUnset, PathAsText] = Field(  # type: ignore[assignment]
+    model_name_or_path: Annotated[OptionalText, PathAsText] = Field(  # type: ignore[assignment]
         default=None,
         description="Base model: a folder, owner/name[@revision] on the Hugging Face Hub, or `pocket` (built in); "
         "default: the one that the adapter names, if it is on this machine.",

@@ -6,26 +6,15 @@ from pydantic import Field
 
 from t5tune.settings.commands.train import TrainSettings
 from t5tune.settings.field_types import GpuMemory, NoneIfUnset, OptionalCount, PathList
-from t5tune.settings.groups.base import (
-    BaseModelSettings,
-)
-from t5tune.settings.groups.data import (
-    EvaluationDataSettings,
-    MixingSettings,
-    SplitSettings,
-)
+from t5tune.settings.groups.base import BaseModelSettings
+from t5tune.settings.groups.data import EvaluationDataSettings, MixingSettings, SplitSettings
 from t5tune.settings.groups.distillation import TEACHER
 from t5tune.settings.groups.memory import MemorySettings
 from t5tune.settings.groups.processes import ProcessSettings
 
 
 class PlanSettings(
-    ProcessSettings,
-    MemorySettings,
-    EvaluationDataSettings,
-    MixingSettings,
-    SplitSettings,
-    BaseModelSettings,
+    ProcessSettings, MemorySettings, EvaluationDataSettings, MixingSettings, SplitSettings, BaseModelSettings
 ):
     command: ClassVar[str] = "plan"
     also_positional: ClassVar[str | None] = "config"

@@ -2,14 +2,8 @@
 
 from typing import ClassVar
 
-from t5tune.settings.groups.base import (
-    BaseModelSettings,
-    OutputSettings,
-)
-from t5tune.settings.groups.data import (
-    MixingSettings,
-    SplitSettings,
-)
+from t5tune.settings.groups.base import BaseModelSettings, OutputSettings
+from t5tune.settings.groups.data import MixingSettings, SplitSettings
 from t5tune.settings.groups.record_format import SelectionSettings
 from t5tune.settings.groups.shard import ShardSettings
 

@@ -3,14 +3,22 @@
 import os
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from t5tune.io.hosts import is_loopback
 from t5tune.settings.commands.merge import Quantization
-from t5tune.settings.field_types import NoneIfUnset, OptionalCount, PathAsText, exists, read_path, read_paths
+from t5tune.settings.field_types import (
+    NoneIfUnset,
+    OptionalCount,
+    OptionalPath,
+    OptionalText,
+    PathAsText,
+    exists,
+    read_path,
+    read_paths,
+)
 from t5tune.settings.groups.base import BaseModelSettings, DeviceSettings, TrainedQuantizationSettings
 from t5tune.settings.groups.record_format import ConversationSettings
 
@@ -36,7 +44,7 @@ class ServeSettings(ConversationSettings, DeviceSettings, TrainedQuantizationSet
         "NAME=MODEL names one for clients; default: the folder's name, or the name on the Hub.",
         json_schema_extra={"positional": True, "argument": "[NAME=]MODEL…"},
     )
-    model_name_or_path: Annotated[str | None, NoneIfUnset, PathAsText] = Field(  # type: ignore[assignment]
+    model_name_or_path: Annotated[OptionalText, PathAsText] = Field(  # type: ignore[assignment]
         default=None,
         description="Base of the adapters among the models: a folder, owner/name[@revision] on the Hub, or `pocket`; "
         "default: the one that each adapter names.",
@@ -47,7 +55,7 @@ class ServeSettings(ConversationSettings, DeviceSettings, TrainedQuantizationSet
         description="Address to listen on; 0.0.0.0 is all addresses of this machine, which others reach.",
     )
     port: int = Field(default=8000, ge=0, le=MAX_PORT, description="Port to listen on; 0 takes any that is free.")
-    api_key: Annotated[str | None, NoneIfUnset] = Field(
+    api_key: OptionalText = Field(
         default=None,
         repr=False,
         description="Key that clients must send; better in T5TUNE_API_KEY, since others see a process's arguments. "
@@ -66,7 +74,7 @@ class ServeSettings(ConversationSettings, DeviceSettings, TrainedQuantizationSet
         description="Weight type with CTranslate2, such as int8, with which some replies change; default: none, and "
         "the replies are those of transformers.",
     )
-    converted_dir: Annotated[Path | None, NoneIfUnset] = Field(
+    converted_dir: OptionalPath = Field(
         default=None,
         description="Folder for models that were converted to CTranslate2, which is done once for each; default: "
         "t5tune/converted in the user's cache folder.",
@@ -78,9 +86,7 @@ class ServeSettings(ConversationSettings, DeviceSettings, TrainedQuantizationSet
         "model_max_length.",
     )
     temperature: float = Field(
-        default=0.0,
-        ge=0,
-        description="Sampling temperature of requests that give none; 0 decodes greedily.",
+        default=0.0, ge=0, description="Sampling temperature of requests that give none; 0 decodes greedily."
     )
     top_p: float = Field(default=1.0, gt=0, le=1, description="Nucleus sampling (top-p) of requests that give none.")
     source_prefix: str | None = Field(
@@ -95,9 +101,7 @@ class ServeSettings(ConversationSettings, DeviceSettings, TrainedQuantizationSet
         "(tokens). A larger reply is alone.",
     )
     max_batch_delay: float = Field(
-        default=5.0,
-        ge=0,
-        description="How long a request waits for others to join its batch (milliseconds).",
+        default=5.0, ge=0, description="How long a request waits for others to join its batch (milliseconds)."
     )
     parallel_batches: OptionalCount = Field(
         default=None,

@@ -1,11 +1,11 @@
 """The settings of commands that have few."""
 
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from t5tune.settings.field_types import NoneIfUnset, Settings
+from t5tune.settings.field_types import OptionalPath, OptionalText, Settings
 
 
 class InspectSettings(Settings):
@@ -27,7 +27,7 @@ class InspectSettings(Settings):
     stats: bool = Field(
         default=False, description="Show length histograms, the share of padding, and the longest examples."
     )
-    html: Annotated[Path | None, NoneIfUnset] = Field(
+    html: OptionalPath = Field(
         default=None,
         description="Write the length histograms and the chosen examples (default: 50 from all parts of the cache) to "
         "this HTML file.",
@@ -74,7 +74,7 @@ class TemplatesSettings(Settings):
         description="List all templates, print one, or copy one.",
         json_schema_extra={"positional": True},
     )
-    name: Annotated[str | None, NoneIfUnset] = Field(
+    name: OptionalText = Field(
         default=None,
         description="Name of the template to show or copy, such as pocket, zero3 or conversations/plain.",
         json_schema_extra={"positional": True},

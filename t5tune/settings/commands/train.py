@@ -7,13 +7,8 @@ from pydantic import model_validator
 
 from t5tune.errors import suggest_name
 from t5tune.metrics import METRICS, NOT_BEST, PREFERENCE_METRICS
-from t5tune.settings.groups.base import (
-    BaseModelSettings,
-    TrainingPrecisionSettings,
-)
-from t5tune.settings.groups.data import (
-    TrainingDataSettings,
-)
+from t5tune.settings.groups.base import BaseModelSettings, TrainingPrecisionSettings
+from t5tune.settings.groups.data import TrainingDataSettings
 from t5tune.settings.groups.distillation import DistillationSettings, TargetSettings
 from t5tune.settings.groups.evaluation import EvaluationSettings
 from t5tune.settings.groups.hub import HubStrategySettings

@@ -10,7 +10,16 @@ from t5tune.errors import suggest_name
 from t5tune.hub.names import split_revision
 from t5tune.metrics import METRICS
 from t5tune.settings.affects import Affects
-from t5tune.settings.field_types import NoneIfUnset, PathAsText, PathList, Settings, WordList, exists
+from t5tune.settings.field_types import (
+    NoneIfUnset,
+    OptionalPath,
+    OptionalText,
+    PathAsText,
+    PathList,
+    Settings,
+    WordList,
+    exists,
+)
 
 # the keys of the table in t5tune/families
 FamilyName = Literal[
@@ -35,10 +44,10 @@ class BaseModelSettings(Settings):
         min_length=1,
         description="Base model: a folder, owner/name[@revision] on the Hugging Face Hub, or `pocket` (built in).",
     )
-    revision: Annotated[str | None, NoneIfUnset, Affects.FINAL_WEIGHTS] = Field(
+    revision: Annotated[OptionalText, Affects.FINAL_WEIGHTS] = Field(
         default=None, description="Branch, tag or commit of a model on the Hugging Face Hub; default: its main branch."
     )
-    cache_dir: Annotated[Path | None, NoneIfUnset, Affects.NOTHING] = Field(
+    cache_dir: Annotated[OptionalPath, Affects.NOTHING] = Field(
         default=None, description="Folder for Hugging Face Hub downloads; default: the Hub's own cache."
     )
     family: Annotated[FamilyName | None, NoneIfUnset, Affects.WEIGHTS] = Field(
@@ -128,11 +137,10 @@ class DeviceSettings(Settings):
     panel: ClassVar[str] = "Base model"
 
     bf16: bool | None = Field(
-        default=None,
-        description="Compute in bfloat16; default: as in training, else on GPUs that can.",
+        default=None, description="Compute in bfloat16; default: as in training, else on GPUs that can."
     )
     use_cpu: bool = Field(default=False, description="Run on the CPU even if there is a GPU.")
-    device: Annotated[str | None, NoneIfUnset, DeviceAsText] = Field(
+    device: Annotated[OptionalText, DeviceAsText] = Field(
         default=None, description="Device to run on: cpu, cuda, cuda:1, mps, …; default: a GPU if there is one."
     )
 
@@ -152,7 +160,7 @@ class InferenceSettings(DeviceSettings, TrainedQuantizationSettings, BaseModelSe
         min_length=1,
         description="A run, an adapter or a base model: a folder, owner/name[@revision] on the Hub, or `pocket`.",
     )
-    adapter: Annotated[Path | None, NoneIfUnset] = Field(
+    adapter: OptionalPath = Field(
         default=None,
         description="Adapter to apply to the base: a folder, a run, or owner/name[@revision] on the Hub; not needed if "
         "model_name_or_path is an adapter or a run.",

@@ -1,7 +1,6 @@
 """Which data a command reads: one dataset, or several and how they are mixed."""
 
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -17,7 +16,15 @@ from t5tune.settings.dataset_list import (
     name_datasets,
 )
 from t5tune.settings.dataset_spec import check_objective, complete_dataset, list_shared
-from t5tune.settings.field_types import DataList, NoneIfUnset, OptionalCount, Settings, TokenList
+from t5tune.settings.field_types import (
+    DataList,
+    NoneIfUnset,
+    OptionalCount,
+    OptionalPath,
+    OptionalText,
+    Settings,
+    TokenList,
+)
 from t5tune.settings.groups.record_format import ConversationSettings, ReadingSettings, SelectionSettings
 
 
@@ -37,11 +44,11 @@ class DataSettings(ReadingSettings, ConversationSettings):
         "place of data_path.",
         json_schema_extra={"yaml_only": True},
     )
-    data_subset: Annotated[str | None, NoneIfUnset, Affects.FINAL_WEIGHTS] = Field(
+    data_subset: Annotated[OptionalText, Affects.FINAL_WEIGHTS] = Field(
         default=None,
         description="Subset (configuration) of a dataset on the Hugging Face Hub; default: its default one.",
     )
-    data_split: Annotated[str | None, NoneIfUnset, Affects.FINAL_WEIGHTS] = Field(
+    data_split: Annotated[OptionalText, Affects.FINAL_WEIGHTS] = Field(
         default=None,
         description="Split of a dataset on the Hugging Face Hub; default: train; for evaluate validation, otherwise "
         "test.",
@@ -219,11 +226,10 @@ class EvaluationDataSettings(Settings):
 
 
 class TrainingDataSettings(EvaluationDataSettings, MixingSettings, SplitSettings, SelectionSettings, DataSettings):
-    preprocessed_path: Annotated[Path | None, NoneIfUnset, Affects.NOTHING] = Field(
-        default=None,
-        description="Folder for the token cache that train writes; default: `data` in the run folder.",
+    preprocessed_path: Annotated[OptionalPath, Affects.NOTHING] = Field(
+        default=None, description="Folder for the token cache that train writes; default: `data` in the run folder."
     )
-    eval_data_split: Annotated[str | None, NoneIfUnset, Affects.FINAL_WEIGHTS] = Field(
+    eval_data_split: Annotated[OptionalText, Affects.FINAL_WEIGHTS] = Field(
         default=None,
         description="Split of a dataset on the Hugging Face Hub that eval_data_path names; default: validation, "
         "otherwise test.",

@@ -1,12 +1,11 @@
 """Learning the targets, and from the probabilities that a teacher gives to each token (Hinton et al. 2015)."""
 
-from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from t5tune.settings.affects import Affects
-from t5tune.settings.field_types import NoneIfUnset, PathAsText, Settings
+from t5tune.settings.field_types import OptionalPath, OptionalText, PathAsText, Settings
 
 TEACHER = "teacher_model_name_or_path"
 
@@ -15,24 +14,21 @@ class TargetSettings(Settings):
     panel: ClassVar[str] = "Training"
 
     label_smoothing_factor: Annotated[float, Affects.WEIGHTS] = Field(
-        default=0.0,
-        ge=0,
-        lt=1,
-        description="Label smoothing: probability mass spread uniformly over the vocabulary.",
+        default=0.0, ge=0, lt=1, description="Label smoothing: probability mass spread uniformly over the vocabulary."
     )
 
 
 class DistillationSettings(Settings):
     panel: ClassVar[str] = "Distillation"
 
-    teacher_model_name_or_path: Annotated[
-        str | None, NoneIfUnset, PathAsText, Affects.FINAL_WEIGHTS | Affects.INPUT_FILES
-    ] = Field(
-        default=None,
-        description="Teacher: a base, a merged checkpoint, a run or an adapter, as for chat; its tokenizer must be the "
-        "same. The model then also learns the teacher's probabilities of each token; default: none.",
+    teacher_model_name_or_path: Annotated[OptionalText, PathAsText, Affects.FINAL_WEIGHTS | Affects.INPUT_FILES] = (
+        Field(
+            default=None,
+            description="Teacher: a base, a merged checkpoint, a run or an adapter, as for chat; its tokenizer must be the "
+            "same. The model then also learns the teacher's probabilities of each token; default: none.",
+        )
     )
-    teacher_adapter: Annotated[Path | None, NoneIfUnset, Affects.FINAL_WEIGHTS | Affects.INPUT_FILES] = Field(
+    teacher_adapter: Annotated[OptionalPath, Affects.FINAL_WEIGHTS | Affects.INPUT_FILES] = Field(
         default=None, description="Adapter to apply to the teacher, if teacher_model_name_or_path is a base."
     )
     teacher_q_lora: Annotated[bool, Affects.WEIGHTS] = Field(

@@ -19,8 +19,7 @@ class EvaluationSettings(MetricSettings):
     panel: ClassVar[str] = "Evaluation and checkpoints"
 
     eval_strategy: Annotated[Literal["no", "steps", "epoch"] | None, Affects.EVALUATION] = Field(
-        default=None,
-        description="When to evaluate; default: every epoch if there is held-out data, otherwise never.",
+        default=None, description="When to evaluate; default: every epoch if there is held-out data, otherwise never."
     )
     eval_steps: Annotated[OptionalCount, Affects.EVALUATION | Affects.TRAINER] = Field(
         default=None, description="Evaluate every N steps; sets eval_strategy to steps."
@@ -31,10 +30,7 @@ class EvaluationSettings(MetricSettings):
         "metrics and metric).",
     )
     metric_for_best_model: Annotated[
-        str | None,
-        BeforeValidator(_strip_eval_prefix),
-        NoneIfUnset,
-        Affects.FINAL_WEIGHTS | Affects.EVALUATION,
+        str | None, BeforeValidator(_strip_eval_prefix), NoneIfUnset, Affects.FINAL_WEIGHTS | Affects.EVALUATION
     ] = Field(
         default=None,
         description="Keep the checkpoint that is best by this held-out metric, and use its weights as the final ones: "
@@ -47,10 +43,9 @@ class EvaluationSettings(MetricSettings):
         description="Early stopping: stop after this many evaluations without a better metric_for_best_model "
         "(default: loss).",
     )
-    early_stopping_threshold: Annotated[
-        float | None, Field(ge=0), NoneIfUnset, Affects.FINAL_WEIGHTS | Affects.EVALUATION
-    ] = Field(
+    early_stopping_threshold: Annotated[float | None, NoneIfUnset, Affects.FINAL_WEIGHTS | Affects.EVALUATION] = Field(
         default=None,
+        ge=0,
         description="Early stopping: count an evaluation as better only if the metric improves by more than this; "
         "default: by any amount.",
     )

@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from t5tune.settings.affects import Affects
-from t5tune.settings.field_types import NoneIfUnset, Settings
+from t5tune.settings.field_types import OptionalText, Settings
 
 
 class HubSettings(Settings):
@@ -14,7 +14,7 @@ class HubSettings(Settings):
     push_to_hub: Annotated[bool, Affects.NOTHING] = Field(
         default=False, description="Upload the result to the Hugging Face Hub."
     )
-    hub_model_id: Annotated[str | None, NoneIfUnset, Affects.NOTHING] = Field(
+    hub_model_id: Annotated[OptionalText, Affects.NOTHING] = Field(
         default=None,
         description="Repository to upload to, owner/name; default: the name of the output folder, in your account.",
     )

@@ -1,14 +1,13 @@
 """The low-rank adapter (LoRA, Hu et al. 2021), its variants, and what else is trained."""
 
 import re
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
 from t5tune.families import EMBEDDINGS_AND_HEADS
 from t5tune.settings.affects import Affects
-from t5tune.settings.field_types import NoneIfUnset, Settings, WordList
+from t5tune.settings.field_types import NoneIfUnset, OptionalPath, Settings, WordList
 
 INITIALIZATIONS = ("default", "gaussian", "orthogonal", "olora", "pissa", "pissa_niter_N", "loftq")
 BASE_CHANGING_INITIALIZATIONS = ("pissa", "olora")  # they subtract each adapter's initial B·A from the base weight
@@ -107,7 +106,7 @@ class LoraSettings(Settings):
 class InitialAdapterSettings(LoraSettings):
     """LoRA settings with the adapter that training starts from."""
 
-    adapter: Annotated[Path | None, NoneIfUnset, Affects.FINAL_WEIGHTS | Affects.INPUT_FILES] = Field(
+    adapter: Annotated[OptionalPath, Affects.FINAL_WEIGHTS | Affects.INPUT_FILES] = Field(
         default=None,
         description="Adapter to initialize from, with its added tokens and conversation template: a folder, a run "
         "folder, or owner/name[@revision] on the Hub; shapes must match. The optimizer and the learning-rate schedule "

@@ -1,12 +1,11 @@
 """Learning from preference pairs: direct preference optimization (DPO), and odds ratios (ORPO)."""
 
-from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from t5tune.settings.affects import Affects
-from t5tune.settings.field_types import NoneIfUnset, Settings
+from t5tune.settings.field_types import OptionalPath, Settings
 
 DPO_SETTINGS = ("dpo_loss", "dpo_beta", "dpo_label_smoothing", "reference_adapter")
 ORPO_SETTINGS = ("orpo_lambda",)
@@ -30,7 +29,7 @@ class PreferenceSettings(Settings):
         lt=0.5,
         description="Probability that the preference of a pair is the wrong way round (conservative DPO).",
     )
-    reference_adapter: Annotated[Path | None, NoneIfUnset, Affects.FINAL_WEIGHTS | Affects.INPUT_FILES] = Field(
+    reference_adapter: Annotated[OptionalPath, Affects.FINAL_WEIGHTS | Affects.INPUT_FILES] = Field(
         default=None,
         description="Adapter whose model is the reference of objective dpo: a folder, a run, or owner/name[@revision] "
         "on the Hub; default: the model as training begins.",

@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Self
 from pydantic import Field, model_validator
 
 from t5tune.settings.affects import Affects
-from t5tune.settings.field_types import NoneIfUnset, OptionalCount, PathAsText, Settings
+from t5tune.settings.field_types import OptionalCount, OptionalText, PathAsText, Settings
 
 
 class RankSettings(Settings):
@@ -41,7 +41,7 @@ class RankSettings(Settings):
 
 
 class PartitionSettings(RankSettings):
-    deepspeed: Annotated[str | None, NoneIfUnset, PathAsText] = Field(
+    deepspeed: Annotated[OptionalText, PathAsText] = Field(
         default=None,
         description="DeepSpeed config with ZeRO-3, if the base doesn't fit on one GPU: zero3, zero3-offload, or a JSON "
         "file.",
@@ -52,7 +52,7 @@ class ProcessSettings(RankSettings):
     use_cpu: Annotated[bool, Affects.ALL_RANKS] = Field(
         default=False, description="Train on the CPU even if there is a GPU."
     )
-    deepspeed: Annotated[str | None, NoneIfUnset, PathAsText, Affects.NOTHING] = Field(
+    deepspeed: Annotated[OptionalText, PathAsText, Affects.NOTHING] = Field(
         default=None,
         description="DeepSpeed config: zero0, zero1, zero2, zero3, zero2-offload, zero3-offload, or a JSON file.",
     )

@@ -13,7 +13,7 @@ from t5tune.errors import find_close_name
 from t5tune.formatting import shorten
 from t5tune.settings.affects import Affects
 from t5tune.settings.denoisers import find_denoisers
-from t5tune.settings.field_types import NoneIfUnset, OptionalCount, PathAsText, Settings, WordList
+from t5tune.settings.field_types import NoneIfUnset, OptionalCount, OptionalText, PathAsText, Settings, WordList
 
 Objective = Literal["sft", "dpo", "orpo", "span-corruption"]
 PREFERENCE_OBJECTIVES = ("dpo", "orpo")
@@ -52,7 +52,7 @@ class ConversationSettings(Settings):
 
     panel: ClassVar[str] = "Conversations"
 
-    conversation_template: Annotated[str | None, NoneIfUnset, PathAsText, Affects.FINAL_WEIGHTS] = Field(
+    conversation_template: Annotated[OptionalText, PathAsText, Affects.FINAL_WEIGHTS] = Field(
         default=None,
         description="Conversation template: a name under conversations/ in `t5tune templates`, a YAML file, or (chat, "
         "serve, evaluate) a dataset of training; default: the model's own, else plain for pairs, else fastchat-t5.",
@@ -81,7 +81,7 @@ class ReadingSettings(Settings):
         description="Which share of a text span-corruption masks, and the mean length of the spans (tokens): t5 "
         "(0.15:3), ul2, ul2-r, ul2-s, ul2-x, or one's own, such as 0.2:5; of several, each example gets one.",
     )
-    encoding: Annotated[str | None, NoneIfUnset, Affects.EXAMPLES] = Field(
+    encoding: Annotated[OptionalText, Affects.EXAMPLES] = Field(
         default=None,
         description="Encoding of text files without a byte order mark, such as cp1252 or utf-8; default: UTF-8, or "
         "detected where most of a file isn't UTF-8.",
@@ -94,13 +94,13 @@ class ReadingSettings(Settings):
         description="The first line of a CSV or TSV file has the names of its columns; without it, the first column is "
         "the input, and the second the output.",
     )
-    source_column: Annotated[str | None, NoneIfUnset, Affects.EXAMPLES | Affects.INFERENCE] = Field(
+    source_column: Annotated[OptionalText, Affects.EXAMPLES | Affects.INFERENCE] = Field(
         default=None, description="Column or key with the input; default: detected."
     )
-    target_column: Annotated[str | None, NoneIfUnset, Affects.EXAMPLES | Affects.INFERENCE] = Field(
+    target_column: Annotated[OptionalText, Affects.EXAMPLES | Affects.INFERENCE] = Field(
         default=None, description="Column or key with the output; default: detected."
     )
-    rejected_column: Annotated[str | None, NoneIfUnset, Affects.EXAMPLES] = Field(
+    rejected_column: Annotated[OptionalText, Affects.EXAMPLES] = Field(
         default=None,
         description="Column or key with the worse answer of a preference pair (objective dpo, orpo); the better one is "
         "in target_column; default: rejected, and chosen.",

@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, field_validator
 
 from t5tune.settings.affects import Affects
-from t5tune.settings.field_types import NoneIfUnset, OptionalCount, Settings, WordList
+from t5tune.settings.field_types import OptionalCount, OptionalText, Settings, WordList
 from t5tune.settings.groups.base import OutputSettings
 
 CHANGEABLE = ("num_train_epochs", "max_steps")
@@ -32,7 +32,7 @@ class SavingSettings(Settings):
     report_to: Annotated[WordList, Affects.NOTHING] = Field(
         default=["none"], description="Experiment trackers: tensorboard, wandb, mlflow, trackio, … or none."
     )
-    run_name: Annotated[str | None, NoneIfUnset, Affects.NOTHING] = Field(
+    run_name: Annotated[OptionalText, Affects.NOTHING] = Field(
         default=None, description="Name of the run in experiment trackers; default: the name of the run folder."
     )
     report_samples: Annotated[int, Affects.ALL_RANKS] = Field(
