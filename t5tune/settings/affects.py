@@ -1,4 +1,4 @@
-"""What another value of a setting affects: each option of prepare and train declares it next to its type.
+"""What a change of a setting affects: each option of prepare and train declares it next to its type.
 
 lora_r: Annotated[int, Affects.WEIGHTS | Affects.ADAPTER_SCALE] = Field(default=8, …)
 
@@ -11,25 +11,21 @@ from t5tune.settings.field_types import Settings
 
 
 class Affects(Flag):
-    """What another value of a setting affects, and so which code compares, copies or saves the setting.
-
-    Most options affect EXAMPLES, WEIGHTS or NOTHING. Members are combined with `|`.
-    """
+    """Code that compares, copies or saves settings selects them by these marks, which are combined with `|`."""
 
     NOTHING = 0
-    """Nothing below. (The batch, the ranks and the DeepSpeed config are compared as computed by
-    runs/resume_guard.py.)"""
+    """Nothing below. (runs/resume_guard.py computes and compares the batch, the ranks and the DeepSpeed config.)"""
 
     CACHE = auto()
-    """The token cache: prepare makes another one (commands/prepare.py). train takes the value from an existing cache
-    (runs/folder.py), unless the setting affects STEPS too: then train applies its own value to the cache."""
+    """The token cache: prepare makes it again (commands/prepare.py). train takes the value from an existing cache
+    (runs/folder.py), unless the setting affects STEPS too: then train applies its value to the cache."""
 
     STEPS = auto()
-    """The training steps: another value is refused when a run is resumed (runs/resume_guard.py)."""
+    """The training steps: a different value is refused when a run is resumed (runs/resume_guard.py)."""
 
     FINAL_WEIGHTS = auto()
-    """The weights of a finished run: another value is refused for it (runs/resume_guard.py). For resuming, STEPS
-    and the hashes of data, base and adapter are compared."""
+    """The weights of a finished run, which refuses a different value (runs/resume_guard.py). For resuming, STEPS and
+    the hashes of data, base and adapter are compared."""
 
     EXAMPLES = CACHE | FINAL_WEIGHTS
     """The training examples: what most options for reading data affect."""
@@ -40,18 +36,19 @@ class Affects(Flag):
     INPUT_FILES = auto()
     """The files that are read: two spellings of the same path are the same value (runs/resume_guard.py)."""
 
+    INPUT = FINAL_WEIGHTS | INPUT_FILES
+
     ADAPTER_SCALE = auto()
     """The adapter's scale or variant: an initial `adapter` must have been trained with the same (model/lora.py)."""
 
     EVALUATION = auto()
-    """The evaluation during training, for which there must be held-out examples (runs/checks.py)."""
+    """The evaluation during training, which needs held-out examples (runs/checks.py)."""
 
     TRAINER = auto()
     """The argument of the same name of Hugging Face's Trainer (training/arguments.py)."""
 
     ALL_RANKS = auto()
-    """What each rank does, in addition to STEPS and EVALUATION: another value on another rank is refused
-    (runs/same_ranks.py)."""
+    """The ranks' work: like those that affect STEPS or EVALUATION, it must be the same on all (runs/same_ranks.py)."""
 
     INFERENCE = auto()
     """How the model is used: the value is stored in training_data.json, and evaluate and chat take it from there
@@ -62,7 +59,7 @@ class Affects(Flag):
 
 
 def select_settings(model: type[Settings], affects: Affects) -> list[str]:
-    """Select the settings of a command that affect all of `affects`, in the order in which they are declared."""
+    """Select the settings of a command that affect all of `affects`, in their declared order."""
     return [
         name
         for name, field in model.model_fields.items()

@@ -1,4 +1,4 @@
-"""Groups of settings that several commands share: the base, its quantization, where it runs, and the output folder."""
+"""Settings of several commands: the base, its quantization, the device, metrics and the output folder."""
 
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -34,13 +34,13 @@ def _read_device(value: Any) -> Any:
 
 
 DeviceAsText = BeforeValidator(_read_device)
-"""Reads a torch.device as the name of it."""
+"""Reads a torch.device as its name."""
 
 
 class BaseModelSettings(Settings):
     panel: ClassVar[str] = "Base model"
 
-    model_name_or_path: Annotated[str, PathAsText, Affects.FINAL_WEIGHTS | Affects.INPUT_FILES] = Field(
+    model_name_or_path: Annotated[str, PathAsText, Affects.INPUT] = Field(
         min_length=1,
         description="Base model: a folder, owner/name[@revision] on the Hugging Face Hub, or `pocket` (built in).",
     )
@@ -48,11 +48,10 @@ class BaseModelSettings(Settings):
         default=None, description="Branch, tag or commit of a model on the Hugging Face Hub; default: its main branch."
     )
     cache_dir: Annotated[OptionalPath, Affects.NOTHING] = Field(
-        default=None, description="Folder for Hugging Face Hub downloads; default: the Hub's own cache."
+        default=None, description="Folder for Hugging Face Hub downloads; default: the Hub's cache."
     )
     family: Annotated[FamilyName | None, NoneIfUnset, Affects.WEIGHTS] = Field(
-        default=None,
-        description="Treat a base whose model_type t5tune doesn't know as this model type (docs/families.md).",
+        default=None, description="Model type of a base whose model_type t5tune doesn't know (docs/families.md)."
     )
 
     @model_validator(mode="before")
@@ -75,16 +74,15 @@ class QuantizationSettings(Settings):
 
     q_lora: Annotated[bool, Affects.WEIGHTS] = Field(
         default=False,
-        description="QLoRA: quantize the frozen base to 4 bits. Training then uses bf16, unless --no-bf16 is given.",
+        description="QLoRA: quantize the frozen base to 4 bits, and train in bf16 unless --no-bf16 is given.",
     )
     quant_type: Annotated[Literal["nf4", "fp4", "int8"], Affects.WEIGHTS] = Field(
         default="nf4",
-        description="Quantized type of the base with q_lora: 4-bit NormalFloat, 4-bit float, or LLM.int8().",
+        description="Quantized type with q_lora: 4-bit NormalFloat, 4-bit float, or LLM.int8().",
     )
     quantize_wo: Annotated[bool, Affects.WEIGHTS] = Field(
         default=True,
-        description="Also quantize the feed-forward output projection (T5's `wo`, T5Gemma's `down_proj`), which is a "
-        "third as large as the rest.",
+        description="Also quantize the feed-forward output projection (T5's `wo`, T5Gemma's `down_proj`).",
     )
     double_quant: Annotated[bool, Affects.WEIGHTS] = Field(
         default=True, description="Double quantization: also quantize the scales of the 4-bit blocks."
@@ -92,8 +90,6 @@ class QuantizationSettings(Settings):
 
 
 class TrainingPrecisionSettings(QuantizationSettings):
-    """In which precision a model is trained."""
-
     panel: ClassVar[str] = "Training"
 
     bf16: Annotated[bool, Affects.WEIGHTS | Affects.TRAINER] = Field(
@@ -101,12 +97,11 @@ class TrainingPrecisionSettings(QuantizationSettings):
     )
     fp16: Annotated[bool, Affects.NOTHING] = Field(
         default=False,
-        description="Not supported: T5's feed-forward layers overflow in fp16; use bf16.",
+        description="Not supported, since T5's feed-forward layers overflow in fp16; use bf16.",
         json_schema_extra={"hidden": True},
     )
     tf32: Annotated[bool | None, Affects.WEIGHTS] = Field(
-        default=None,
-        description="Use TensorFloat-32 for fp32 matrix products on GPUs; default: if the GPU supports it.",
+        default=None, description="Use TensorFloat-32 for fp32 matrix products; default: if the GPU supports it."
     )
 
     @model_validator(mode="after")
@@ -124,20 +119,20 @@ class TrainingPrecisionSettings(QuantizationSettings):
 
 
 class TrainedQuantizationSettings(QuantizationSettings):
-    """Quantization of the base of a model that was trained."""
+    """Quantization for inference, which follows training by default."""
 
     q_lora: bool = Field(
-        default=False, description="Quantize the base to 4 bits or int8; default: as in training, like its options."
+        default=False,
+        description="Quantize the base to 4 bits or int8; this and the quantization options default to "
+        "their values in training.",
     )
 
 
 class DeviceSettings(Settings):
-    """Where and in which precision a model is used."""
-
     panel: ClassVar[str] = "Base model"
 
     bf16: bool | None = Field(
-        default=None, description="Compute in bfloat16; default: as in training, else on GPUs that can."
+        default=None, description="Compute in bfloat16; default: as in training, otherwise if the GPU supports it."
     )
     use_cpu: bool = Field(default=False, description="Run on the CPU even if there is a GPU.")
     device: Annotated[OptionalText, DeviceAsText] = Field(
@@ -152,13 +147,13 @@ class DeviceSettings(Settings):
 
 
 class InferenceSettings(DeviceSettings, TrainedQuantizationSettings, BaseModelSettings):
-    """Which model generates predictions, and on which device."""
+    """The model that generates predictions, and its device."""
 
     panel: ClassVar[str] = "Base model"
 
     model_name_or_path: Annotated[str, PathAsText] = Field(
         min_length=1,
-        description="A run, an adapter or a base model: a folder, owner/name[@revision] on the Hub, or `pocket`.",
+        description="Run, adapter or base model: a folder, owner/name[@revision] on the Hub, or `pocket` (built in).",
     )
     adapter: OptionalPath = Field(
         default=None,
@@ -168,8 +163,6 @@ class InferenceSettings(DeviceSettings, TrainedQuantizationSettings, BaseModelSe
 
 
 class MetricSettings(Settings):
-    """Which metrics are computed for generated predictions."""
-
     panel: ClassVar[str] = "Metrics"
 
     metrics: Annotated[WordList | None, NoneIfUnset, Affects.EVALUATION] = Field(
@@ -179,8 +172,8 @@ class MetricSettings(Settings):
     )
     metric: Annotated[PathList | None, NoneIfUnset, Affects.EVALUATION] = Field(
         default=None,
-        description="Metrics of your own, in addition: functions (predictions, references) -> dict of numbers, as "
-        "module:function or path/to/file.py:function.",
+        description="Custom metrics: functions (predictions, references) -> dict of numbers, as module:function or "
+        "path/to/file.py:function.",
         json_schema_extra={"metavar": "FUNCTION…"},
     )
 

@@ -1,4 +1,4 @@
-"""Which data a command reads: one dataset, or several and how they are mixed."""
+"""The data that a command reads: one dataset, or several and how they are mixed."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -31,7 +31,7 @@ from t5tune.settings.groups.record_format import ConversationSettings, ReadingSe
 class DataSettings(ReadingSettings, ConversationSettings):
     panel: ClassVar[str] = "Data"
 
-    data_path: Annotated[DataList, Affects.FINAL_WEIGHTS | Affects.INPUT_FILES] = Field(
+    data_path: Annotated[DataList, Affects.INPUT] = Field(
         min_length=1,
         description="Data: JSON, JSONL, CSV or Parquet files (also .gz, .zst), folders, patterns, `-` (stdin), Hub "
         "datasets (owner/name), URLs, `pocket`; for train and evaluate also token caches; `a.csv:2 b.csv:1` mixes two.",
@@ -40,31 +40,29 @@ class DataSettings(ReadingSettings, ConversationSettings):
     data: Annotated[DatasetList | None, NoneIfUnset, Affects.FINAL_WEIGHTS] = Field(
         default=None,
         min_length=1,
-        description="Several datasets, each with its path, weight, name, columns, prefix and template; YAML only, in "
-        "place of data_path.",
+        description="Several datasets, each with its path, weight, name, columns, prefix and template; YAML only, "
+        "instead of data_path.",
         json_schema_extra={"yaml_only": True},
     )
     data_subset: Annotated[OptionalText, Affects.FINAL_WEIGHTS] = Field(
-        default=None,
-        description="Subset (configuration) of a dataset on the Hugging Face Hub; default: its default one.",
+        default=None, description="Subset (configuration) of a dataset on the Hugging Face Hub; default: its default."
     )
     data_split: Annotated[OptionalText, Affects.FINAL_WEIGHTS] = Field(
         default=None,
-        description="Split of a dataset on the Hugging Face Hub; default: train; for evaluate validation, otherwise "
-        "test.",
+        description="Split of a dataset on the Hugging Face Hub; default: train, or validation or test for evaluate.",
     )
     add_tokens: Annotated[TokenList, Affects.EXAMPLES] = Field(
         default=["auto"],
         description="Tokens to add for text that the vocabulary can't represent: auto (newline, tab, braces, "
-        "indentation, and characters of the targets), none, fastchat (the ten tokens of FastChat), or exactly the "
-        "ones listed.",
+        "indentation, and characters of the targets), none, fastchat (the ten tokens of FastChat), or a list of "
+        "tokens.",
     )
     num_data: Annotated[OptionalCount, Affects.CACHE | Affects.WEIGHTS] = Field(
         default=None, description="Use only the first N examples; default: all."
     )
 
     def list_datasets(self) -> list[DatasetSettings]:
-        """List the datasets; one dataset is a list of one. Those of `data` have names."""
+        """List the datasets, with names if there are several settings for them (`data`)."""
         if self.data is not None:
             return _name_each(self.data, {*type(self).model_fields, "weight"})
         return [_make_dataset(self.data_path, self.data_subset, self.data_split)]
@@ -73,7 +71,7 @@ class DataSettings(ReadingSettings, ConversationSettings):
         values = {name: getattr(self, name) for name in self.model_fields_set} | changes
         for data, paths in PATHS_OF_DATASETS.items():
             if changes.get(data) is not None and paths not in changes:
-                values.pop(paths, None)  # they are those of the datasets before
+                values.pop(paths, None)  # the paths of the old datasets
             elif paths in changes and data not in changes:
                 values.pop(data, None)
         return type(self)(**values)
@@ -81,7 +79,6 @@ class DataSettings(ReadingSettings, ConversationSettings):
     @model_validator(mode="before")
     @classmethod
     def _read_datasets(cls, values: Any) -> Any:
-        """Read `data`, and `data_path` with weights, as both settings: the datasets, and all of their paths."""
         return combine_datasets(values, "data", "data_path") if isinstance(values, Mapping) else values
 
     @model_validator(mode="after")
@@ -96,7 +93,7 @@ class DataSettings(ReadingSettings, ConversationSettings):
                 raise ValueError(f"{name}: standard input (`-`) can't be one of several datasets; write it to a file")
         for name in ("data_subset", "data_split"):
             if self.data is not None and getattr(self, name) is not None:
-                raise ValueError(f"{name}: {getattr(self, name)}: give it in the dataset that it is for")
+                raise ValueError(f"{name}: {getattr(self, name)}: set it in the dataset that it is for")
         for dataset in self.list_datasets() if self.data is not None else ():
             try:
                 check_objective(complete_dataset(str(dataset.name), dataset, list_shared(self)), self.objective)
@@ -114,7 +111,7 @@ class DataSettings(ReadingSettings, ConversationSettings):
 
 
 def _name_each(datasets: Sequence[DatasetSettings], kept: Collection[str]) -> list[DatasetSettings]:
-    """Give each dataset its name, and leave out what the command doesn't use: all but `kept`."""
+    """Give each dataset its name, and only the settings in `kept`, which the command uses."""
     found = []
     for name, dataset in zip(name_datasets(datasets), datasets, strict=True):
         values = {key: getattr(dataset, key) for key in dataset.model_fields_set & {*kept}}
@@ -132,22 +129,19 @@ Temperature = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class SplitSettings(Settings):
-    """Which data is held out from training."""
-
     panel: ClassVar[str] = "Data"
 
     eval_fraction: Annotated[float, Affects.CACHE | Affects.WEIGHTS] = Field(
         default=0.0,
         ge=0.0,
         lt=1.0,
-        description="Fraction of the data to hold out for evaluation, if there is no eval_data_path.",
+        description="Fraction of the data to hold out for evaluation, unless eval_data_path is set.",
     )
     split_seed: Annotated[int, Affects.CACHE | Affects.WEIGHTS] = Field(
         default=42,
         ge=0,
         lt=1 << 32,
-        description="Random seed for the held-out split. With the same split_seed, the same conversations are held out "
-        "whatever seed is.",
+        description="Random seed that chooses the held-out conversations; seed doesn't affect them.",
     )
     seed: Annotated[int, Affects.CACHE | Affects.WEIGHTS | Affects.TRAINER] = Field(
         default=42,
@@ -158,25 +152,21 @@ class SplitSettings(Settings):
 
 
 class MixingSettings(Settings):
-    """How many examples of each dataset an epoch has."""
-
     panel: ClassVar[str] = "Data"
 
     mixing: Annotated[MixingKind | None, NoneIfUnset, Affects.WEIGHTS] = Field(
         default=None,
-        description="How several datasets are mixed: by their weights; proportional to their sizes, with "
-        "mixing_temperature and mixing_cap, as for T5; or all examples of all of them in each epoch (concatenate); "
-        "default: by weights if any is given, otherwise concatenate.",
+        description="How several datasets are mixed: by their weights; proportional to their sizes, as for T5, with "
+        "mixing_temperature and mixing_cap; or concatenated, so that an epoch has all examples; default: weights if "
+        "any is given, otherwise concatenate.",
     )
     mixing_temperature: Annotated[Temperature | None, NoneIfUnset, Affects.WEIGHTS] = Field(
         default=None,
-        description="Temperature of proportional mixing: shares are sizes to the power of 1/temperature; the larger, "
-        "the more equal; default: 1.",
+        description="Temperature T of proportional mixing: a dataset's share is its size to the power of 1/T; default: 1.",
     )
     mixing_cap: Annotated[OptionalCount, Affects.WEIGHTS] = Field(
         default=None,
-        description="Cap of proportional mixing: a dataset with more examples counts as if it had this many; default: "
-        "none.",
+        description="Cap of proportional mixing: a larger dataset counts as this many examples; default: no cap.",
     )
 
     @model_validator(mode="after")
@@ -201,21 +191,19 @@ class MixingSettings(Settings):
 
 
 class EvaluationDataSettings(Settings):
-    """Which other data than the training data is evaluated on."""
-
     panel: ClassVar[str] = "Data"
 
-    eval_data_path: Annotated[DataList | None, NoneIfUnset, Affects.FINAL_WEIGHTS | Affects.INPUT_FILES] = Field(
+    eval_data_path: Annotated[DataList | None, NoneIfUnset, Affects.INPUT] = Field(
         default=None,
-        description="Conversations or a token cache to evaluate on, all of it whatever num_data is; they are encoded "
-        "with the added tokens and the conversation template of data_path.",
+        description="Conversations or a token cache to evaluate on, encoded like data_path, with its added tokens and "
+        "conversation template; num_data doesn't limit it.",
         json_schema_extra={"metavar": "PATH…"},
     )
     eval_data: Annotated[DatasetList | None, NoneIfUnset, Affects.FINAL_WEIGHTS] = Field(
         default=None,
         min_length=1,
-        description="Several datasets to evaluate on, as in data; one with the name of a dataset of data is read like "
-        "it; YAML only, in place of eval_data_path.",
+        description="Several datasets to evaluate on, as in data; if a dataset in data has the same name, both are "
+        "read alike; YAML only, instead of eval_data_path.",
         json_schema_extra={"yaml_only": True},
     )
 
@@ -231,12 +219,11 @@ class TrainingDataSettings(EvaluationDataSettings, MixingSettings, SplitSettings
     )
     eval_data_split: Annotated[OptionalText, Affects.FINAL_WEIGHTS] = Field(
         default=None,
-        description="Split of a dataset on the Hugging Face Hub that eval_data_path names; default: validation, "
-        "otherwise test.",
+        description="Split of a Hugging Face Hub dataset in eval_data_path; default: validation, otherwise test.",
     )
 
     def list_evaluation_datasets(self) -> list[DatasetSettings]:
-        """List the datasets to evaluate on; none if there are no others than those of the training data."""
+        """List the datasets to evaluate on, apart from held-out training data."""
         if self.eval_data is not None:
             return _name_each(self.eval_data, {*type(self).model_fields})
         if self.eval_data_path is None:
@@ -246,5 +233,5 @@ class TrainingDataSettings(EvaluationDataSettings, MixingSettings, SplitSettings
     @model_validator(mode="after")
     def _check_evaluation_split(self) -> Self:
         if self.eval_data is not None and self.eval_data_split is not None:
-            raise ValueError(f"eval_data_split: {self.eval_data_split}: give it as data_split in the dataset it is for")
+            raise ValueError(f"eval_data_split: {self.eval_data_split}: set data_split in the dataset that it is for")
         return self

@@ -1,4 +1,4 @@
-"""Learning the targets, and from the probabilities that a teacher gives to each token (Hinton et al. 2015)."""
+"""Learning from the targets, and from a teacher's token probabilities (Hinton et al. 2015)."""
 
 from typing import Annotated, ClassVar, Literal, Self
 
@@ -21,15 +21,13 @@ class TargetSettings(Settings):
 class DistillationSettings(Settings):
     panel: ClassVar[str] = "Distillation"
 
-    teacher_model_name_or_path: Annotated[OptionalText, PathAsText, Affects.FINAL_WEIGHTS | Affects.INPUT_FILES] = (
-        Field(
-            default=None,
-            description="Teacher: a base, a merged checkpoint, a run or an adapter, as for chat; its tokenizer must be the "
-            "same. The model then also learns the teacher's probabilities of each token; default: none.",
-        )
+    teacher_model_name_or_path: Annotated[OptionalText, PathAsText, Affects.INPUT] = Field(
+        default=None,
+        description="Teacher, whose token probabilities the model also learns: a base, a merged checkpoint, a run or "
+        "an adapter with the same tokenizer; default: no teacher.",
     )
-    teacher_adapter: Annotated[OptionalPath, Affects.FINAL_WEIGHTS | Affects.INPUT_FILES] = Field(
-        default=None, description="Adapter to apply to the teacher, if teacher_model_name_or_path is a base."
+    teacher_adapter: Annotated[OptionalPath, Affects.INPUT] = Field(
+        default=None, description="Adapter to apply to the teacher if teacher_model_name_or_path is a base."
     )
     teacher_q_lora: Annotated[bool, Affects.WEIGHTS] = Field(
         default=False, description="Quantize the teacher to 4 bits (NF4)."
@@ -38,18 +36,18 @@ class DistillationSettings(Settings):
         default=0.5,
         gt=0,
         le=1,
-        description="Share of the teacher in the loss; the rest is the cross-entropy of the targets.",
+        description="Weight of the teacher in the loss; the cross-entropy of the targets has the rest.",
     )
     distillation_temperature: Annotated[float, Affects.WEIGHTS] = Field(
         default=2.0,
         gt=0,
-        description="Temperature T of both models' probabilities. The divergence is multiplied by T², so that its "
-        "gradient doesn't depend on T (Hinton et al. 2015).",
+        description="Temperature T of both models' probabilities; the divergence is multiplied by T² to keep the size "
+        "of its gradient.",
     )
     distillation_kl: Annotated[Literal["forward", "reverse"], Affects.WEIGHTS] = Field(
         default="forward",
-        description="Kullback–Leibler divergence to minimize: of the model from the teacher (forward), or of the "
-        "teacher from the model (reverse, as in MiniLLM, Gu et al. 2024).",
+        description="Kullback–Leibler divergence to minimize: of the model from the teacher (forward), or reverse, as "
+        "in MiniLLM (Gu et al. 2024).",
     )
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""When a run evaluates its model, by which metrics, and what follows from them."""
+"""When a run evaluates its model, by which metrics, and how it uses them."""
 
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -26,37 +26,33 @@ class EvaluationSettings(MetricSettings):
     )
     eval_generate: Annotated[OptionalCount, Affects.EVALUATION] = Field(
         default=None,
-        description="Generate predictions for this many held-out examples at each evaluation, and score them (see "
-        "metrics and metric).",
+        description="Generate and score predictions for this many held-out examples at each evaluation.",
     )
     metric_for_best_model: Annotated[
         str | None, BeforeValidator(_strip_eval_prefix), NoneIfUnset, Affects.FINAL_WEIGHTS | Affects.EVALUATION
     ] = Field(
         default=None,
-        description="Keep the checkpoint that is best by this held-out metric, and use its weights as the final ones: "
-        "loss, perplexity, with eval_generate one of metrics or metric, or for objective dpo and orpo one such as "
-        "rewards/accuracies; default: use the last checkpoint.",
+        description="Keep the checkpoint with the best value of this held-out metric as the result: loss, perplexity, "
+        "a metric of generated predictions (eval_generate), or with dpo and orpo rewards/accuracies, …; default: "
+        "use the last checkpoint.",
         json_schema_extra={"metavar": "NAME"},
     )
     early_stopping_patience: Annotated[OptionalCount, Affects.FINAL_WEIGHTS | Affects.EVALUATION] = Field(
         default=None,
-        description="Early stopping: stop after this many evaluations without a better metric_for_best_model "
-        "(default: loss).",
+        description="Stop early after this many evaluations without a better metric_for_best_model (default: loss).",
     )
     early_stopping_threshold: Annotated[float | None, NoneIfUnset, Affects.FINAL_WEIGHTS | Affects.EVALUATION] = Field(
         default=None,
         ge=0,
-        description="Early stopping: count an evaluation as better only if the metric improves by more than this; "
-        "default: by any amount.",
+        description="Minimum improvement that early stopping counts; default: any.",
     )
     per_device_eval_batch_size: Annotated[OptionalCount, Affects.ALL_RANKS] = Field(
         default=None,
-        description="Maximum batch size of evaluations per process (examples); default: as many as fit a budget of "
-        "tokens.",
+        description="Maximum batch size of evaluations per process (examples); default: limited by a token budget.",
     )
 
     def list_needing_evaluation(self, schedule: str) -> dict[str, Any]:
-        """Return the given settings that can't be followed without evaluations, and the schedule if it can't."""
+        """Return the settings, and the schedule, that have no effect without evaluations."""
         values = {name: getattr(self, name) for name in select_settings(EvaluationSettings, Affects.EVALUATION)}
         if schedule in SCHEDULES_BY_METRIC:
             values["lr_scheduler_type"] = schedule

@@ -1,4 +1,4 @@
-"""Whether and where a result is uploaded to the Hugging Face Hub, with the names of transformers' own settings."""
+"""Uploading a result to the Hugging Face Hub, with the names of transformers' settings."""
 
 from typing import Annotated, ClassVar, Literal, Self
 
@@ -16,10 +16,10 @@ class HubSettings(Settings):
     )
     hub_model_id: Annotated[OptionalText, Affects.NOTHING] = Field(
         default=None,
-        description="Repository to upload to, owner/name; default: the name of the output folder, in your account.",
+        description="Repository to upload to, owner/name; default: the output folder's name, in your account.",
     )
     hub_private_repo: Annotated[bool, Affects.NOTHING] = Field(
-        default=False, description="Create a private repository. If it exists already, it must be private."
+        default=False, description="Create a private repository; an existing one must be private."
     )
 
     @model_validator(mode="after")
@@ -35,6 +35,5 @@ class HubSettings(Settings):
 
 class HubStrategySettings(HubSettings):
     hub_strategy: Annotated[Literal["end", "every_save"], Affects.NOTHING] = Field(
-        default="end",
-        description="When to upload: the final weights, or also those of every checkpoint, while training goes on.",
+        default="end", description="Upload the final weights only, or every checkpoint during training."
     )

@@ -33,41 +33,36 @@ class LayerSettings(Settings):
 
     packing: Annotated[Packing, Affects.WEIGHTS] = Field(
         default="auto",
-        description="Pack the examples of a batch into one row without padding, without changing the results; auto "
-        "packs if the model supports it.",
+        description="Pack the examples of a batch into one row without padding, with the same results; auto: if the "
+        "model supports it.",
     )
     packed_attention: Annotated[Literal["auto", "flex", "loop"], Affects.ALL_RANKS] = Field(
         default="auto",
-        description="How attention over packed rows is computed: in one compiled kernel per layer (flex), or in a loop "
-        "over the examples; auto: flex on NVIDIA GPUs in bf16, once it has been compared with the loop.",
+        description="Attention over packed rows: one compiled kernel per layer (flex), or a loop over the examples; "
+        "auto: flex on NVIDIA GPUs in bf16, if its results match the loop's.",
     )
     dropout: Annotated[bool | None, BeforeValidator(_refuse_rate), Affects.WEIGHTS] = Field(
         default=None,
-        description="Apply dropout, with the base's own rate and lora_dropout; default: yes, but not for objective dpo "
-        "and orpo.",
+        description="Apply dropout, with the base's rate and lora_dropout; default: except for objective dpo and orpo.",
     )
     attention_dropout: Annotated[bool, Affects.WEIGHTS] = Field(
         default=True,
-        description="Apply dropout to attention's probabilities, as in T5's training; --no-attention-dropout is "
-        "faster, and keeps the dropout of hidden states.",
+        description="Apply dropout to attention's probabilities, as in T5's training; it is faster without.",
     )
     gradient_checkpointing: Annotated[bool, Affects.ALL_RANKS] = Field(
         default=False,
-        description="Recompute activations in the backward pass instead of storing them: less memory, about a third "
-        "slower.",
+        description="Recompute activations in the backward pass: less memory, about a third slower.",
     )
     torch_compile: Annotated[bool, Affects.WEIGHTS] = Field(
         default=False,
         description="Compile layer norms and feed-forward layers with torch.compile. The first steps take seconds to "
-        "minutes longer; later ones are often faster. On a GPU, try without it first.",
+        "minutes longer; later steps are often faster. On a GPU, try without it first.",
     )
 
     @property
     def has_dropout(self) -> bool:
-        """Whether dropout is applied."""
         return self.dropout is not False
 
     @property
     def has_attention_dropout(self) -> bool:
-        """Whether dropout is applied to attention's probabilities."""
         return self.has_dropout and self.attention_dropout

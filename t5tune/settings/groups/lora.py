@@ -1,4 +1,4 @@
-"""The low-rank adapter (LoRA, Hu et al. 2021), its variants, and what else is trained."""
+"""The low-rank adapter (LoRA, Hu et al. 2021), its variants, and other trained weights."""
 
 import re
 from typing import Annotated, Any, ClassVar, Literal
@@ -25,8 +25,7 @@ class LoraSettings(Settings):
     lora_alpha: Annotated[float, Affects.WEIGHTS | Affects.ADAPTER_SCALE] = Field(
         default=16,
         gt=0,
-        description="LoRA alpha: the strength of the adapter, whose update is multiplied by lora_alpha / lora_r "
-        "(use_rslora: lora_alpha / √lora_r).",
+        description="LoRA alpha: the adapter's update is multiplied by lora_alpha / lora_r.",
     )
     lora_dropout: Annotated[float, Affects.WEIGHTS] = Field(
         default=0.05, ge=0, lt=1, description="Dropout probability on the input of the LoRA matrices."
@@ -38,16 +37,15 @@ class LoraSettings(Settings):
         "or all-linear (both).",
     )
     lora_bias: Annotated[Literal["none", "all", "lora_only"], Affects.WEIGHTS] = Field(
-        default="none", description="Which bias vectors to train as well (T5 has none)."
+        default="none", description="Bias vectors to train as well (T5 has no biases)."
     )
     use_dora: Annotated[bool, Affects.WEIGHTS | Affects.ADAPTER_SCALE] = Field(
         default=False,
-        description="DoRA (Liu et al. 2024): train the norm of each row of an adapted weight separately from its "
-        "direction.",
+        description="DoRA (Liu et al. 2024): train norm and direction of each row of an adapted weight separately.",
     )
     use_rslora: Annotated[bool, Affects.WEIGHTS | Affects.ADAPTER_SCALE] = Field(
         default=False,
-        description="rsLoRA (Kalajdzievski 2023): scale by lora_alpha / √lora_r, which suits large ranks.",
+        description="rsLoRA (Kalajdzievski 2023): multiply by lora_alpha / √lora_r, which suits large ranks.",
     )
     init_lora_weights: Annotated[str, Affects.WEIGHTS] = Field(
         default="default",
@@ -57,12 +55,11 @@ class LoraSettings(Settings):
     loraplus_lr_ratio: Annotated[float | None, NoneIfUnset, Affects.WEIGHTS] = Field(
         default=None,
         gt=0,
-        description="LoRA+ (Hayou et al. 2024): learning-rate ratio of B to A, often 16; default: the same learning "
-        "rate for both.",
+        description="LoRA+ (Hayou et al. 2024): learning-rate ratio of B to A, often 16; default: 1.",
     )
     modules_to_save: Annotated[WordList | None, NoneIfUnset, Affects.WEIGHTS] = Field(
         default=None,
-        description="Modules of the base to train in full in addition to the adapter, such as final_layer_norm.",
+        description="Modules of the base to train in full, next to the adapter, such as final_layer_norm.",
     )
     train_token_rows: Annotated[bool, Affects.WEIGHTS] = Field(
         default=True, description="Train the added tokens' rows of the embedding and the language-model head."
@@ -78,12 +75,12 @@ class LoraSettings(Settings):
     @field_validator("lora_target_modules")
     @classmethod
     def _read_all(cls, value: list[str]) -> list[str]:
-        return ["all-linear" if name == "all" else name for name in value]  # all, as LLaMA-Factory writes it
+        return ["all-linear" if name == "all" else name for name in value]  # as in LLaMA-Factory
 
     @field_validator("init_lora_weights")
     @classmethod
     def _check_initialization(cls, value: str) -> str:
-        if value.lower() == "true":  # PEFT's own name for its default
+        if value.lower() == "true":  # PEFT's name for its default
             return "default"
         if value in {"eva", "corda", "lora_ga"}:
             raise ValueError(f"{value} needs gradients or activations on training data, which isn't supported")
@@ -104,11 +101,8 @@ class LoraSettings(Settings):
 
 
 class InitialAdapterSettings(LoraSettings):
-    """LoRA settings with the adapter that training starts from."""
-
-    adapter: Annotated[OptionalPath, Affects.FINAL_WEIGHTS | Affects.INPUT_FILES] = Field(
+    adapter: Annotated[OptionalPath, Affects.INPUT] = Field(
         default=None,
-        description="Adapter to initialize from, with its added tokens and conversation template: a folder, a run "
-        "folder, or owner/name[@revision] on the Hub; shapes must match. The optimizer and the learning-rate schedule "
-        "start over.",
+        description="Adapter to initialize from, with its added tokens and conversation template: a folder, a run, or "
+        "owner/name[@revision] on the Hub. The optimizer and the learning-rate schedule start over.",
     )

@@ -1,4 +1,4 @@
-"""What the memory of a training step depends on, besides the lengths of its examples."""
+"""The settings that determine the memory of a training step, besides the lengths of its examples."""
 
 from t5tune.settings.groups.base import TrainingPrecisionSettings
 from t5tune.settings.groups.distillation import TargetSettings

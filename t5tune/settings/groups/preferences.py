@@ -16,26 +16,26 @@ class PreferenceSettings(Settings):
 
     dpo_loss: Annotated[Literal["sigmoid", "ipo"], Affects.WEIGHTS] = Field(
         default="sigmoid",
-        description="Loss of objective dpo: as in DPO (Rafailov et al. 2023), or IPO (Azar et al. 2023).",
+        description="Loss of objective dpo: DPO's sigmoid (Rafailov et al. 2023), or IPO (Azar et al. 2023).",
     )
     dpo_beta: Annotated[float, Affects.WEIGHTS] = Field(
         default=0.1,
         gt=0,
-        description="Strength with which objective dpo keeps the model near the reference: β of DPO, τ of IPO.",
+        description="How strongly objective dpo keeps the model near the reference: β of DPO, τ of IPO.",
     )
     dpo_label_smoothing: Annotated[float, Affects.WEIGHTS] = Field(
         default=0.0,
         ge=0,
         lt=0.5,
-        description="Probability that the preference of a pair is the wrong way round (conservative DPO).",
+        description="Conservative DPO: probability that a pair's answers are swapped.",
     )
-    reference_adapter: Annotated[OptionalPath, Affects.FINAL_WEIGHTS | Affects.INPUT_FILES] = Field(
+    reference_adapter: Annotated[OptionalPath, Affects.INPUT] = Field(
         default=None,
-        description="Adapter whose model is the reference of objective dpo: a folder, a run, or owner/name[@revision] "
-        "on the Hub; default: the model as training begins.",
+        description="Adapter of objective dpo's reference model: a folder, a run, or owner/name[@revision] on the Hub; "
+        "default: the model before training.",
     )
     orpo_lambda: Annotated[float, Affects.WEIGHTS] = Field(
         default=0.1,
         gt=0,
-        description="Weight of the odds ratio in objective orpo; that of the chosen answer is 1 (Hong et al. 2024).",
+        description="Weight of the odds ratio next to the chosen answer's loss in objective orpo (Hong et al. 2024).",
     )

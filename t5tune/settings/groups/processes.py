@@ -1,4 +1,4 @@
-"""How many processes a command starts, where they compute, and how they share a model."""
+"""The number of processes, their devices, and how they share a model."""
 
 from typing import Annotated, ClassVar, Self
 
@@ -9,8 +9,6 @@ from t5tune.settings.field_types import OptionalCount, OptionalText, PathAsText,
 
 
 class RankSettings(Settings):
-    """How many processes to start, and how long they wait for each other."""
-
     panel: ClassVar[str] = "Processes"
 
     num_gpus: Annotated[OptionalCount, Affects.NOTHING] = Field(
@@ -20,9 +18,7 @@ class RankSettings(Settings):
         default=None, description="Start this many processes on this machine, on the CPU."
     )
     process_group_timeout: Annotated[int, Affects.NOTHING] = Field(
-        default=1800,
-        gt=0,
-        description="Process-group timeout: stop if another rank doesn't respond within this time (seconds).",
+        default=1800, gt=0, description="Stop if another rank doesn't respond within this time (seconds)."
     )
 
     @model_validator(mode="after")
@@ -36,15 +32,13 @@ class RankSettings(Settings):
 
     @property
     def process_count(self) -> int:
-        """The number of processes that the command line starts."""
         return self.num_gpus or self.num_processes or 1
 
 
 class PartitionSettings(RankSettings):
     deepspeed: Annotated[OptionalText, PathAsText] = Field(
         default=None,
-        description="DeepSpeed config with ZeRO-3, if the base doesn't fit on one GPU: zero3, zero3-offload, or a JSON "
-        "file.",
+        description="ZeRO-3 config for a base that doesn't fit on one GPU: zero3, zero3-offload, or a JSON file.",
     )
 
 
@@ -59,6 +53,5 @@ class ProcessSettings(RankSettings):
     max_restarts: Annotated[int, Affects.NOTHING] = Field(
         default=0,
         ge=0,
-        description="If a process is lost, restart all processes of num_gpus or num_processes from the last "
-        "checkpoint, up to this many times.",
+        description="How often to restart the processes of num_gpus or num_processes after one is lost.",
     )

@@ -1,4 +1,4 @@
-"""What a run writes, and when: checkpoints, logs and reports."""
+"""A run's output: checkpoints, logs and reports."""
 
 from typing import Annotated, ClassVar, Literal
 
@@ -9,7 +9,7 @@ from t5tune.settings.field_types import OptionalCount, OptionalText, Settings, W
 from t5tune.settings.groups.base import OutputSettings
 
 CHANGEABLE = ("num_train_epochs", "max_steps")
-"""Settings that affect the weights, and of which a resumed run may have another value."""
+"""Settings that affect the weights, but may change when a run resumes."""
 
 
 class SavingSettings(Settings):
@@ -23,8 +23,7 @@ class SavingSettings(Settings):
     )
     save_total_limit: Annotated[OptionalCount, Affects.NOTHING] = Field(
         default=None,
-        description="Keep only the newest N checkpoints, and the best one if metric_for_best_model is set; default: "
-        "all.",
+        description="Keep only the newest N checkpoints, and the best if metric_for_best_model is set; default: all.",
     )
     logging_steps: Annotated[int, Affects.TRAINER | Affects.ALL_RANKS] = Field(
         default=10, gt=0, description="Log metrics to metrics.jsonl every N steps."
@@ -33,13 +32,13 @@ class SavingSettings(Settings):
         default=["none"], description="Experiment trackers: tensorboard, wandb, mlflow, trackio, … or none."
     )
     run_name: Annotated[OptionalText, Affects.NOTHING] = Field(
-        default=None, description="Name of the run in experiment trackers; default: the name of the run folder."
+        default=None, description="Name of the run in experiment trackers; default: the run folder's name."
     )
     report_samples: Annotated[int, Affects.ALL_RANKS] = Field(
         default=10,
         ge=0,
-        description="Number of examples for which report.html shows predictions from before and after training (up to "
-        "64 tokens each); half of them are the worst of twice as many. 0: none.",
+        description="Number of examples in report.html with predictions from before and after training (at most 64 "
+        "tokens each); half of them are the worst of a sample. 0: none.",
     )
 
 
@@ -47,13 +46,11 @@ class RunOutputSettings(OutputSettings, SavingSettings):
     panel: ClassVar[str] = "Output"
 
     fresh: Annotated[bool, Affects.THIS_CALL | Affects.ALL_RANKS] = Field(
-        default=False,
-        description="Start over; an existing run in output_dir is renamed to output_dir.1, output_dir.2, …",
+        default=False, description="Start over; an existing run in output_dir is renamed to output_dir.1, …"
     )
     allow_change: Annotated[WordList, Affects.THIS_CALL] = Field(
         default=[],
-        description="Resume with another length: num_train_epochs, max_steps, or both. A run keeps all else that "
-        "affects its weights.",
+        description="Settings that may change when a run resumes: num_train_epochs, max_steps, or both.",
     )
     dry_run: Annotated[bool, Affects.THIS_CALL] = Field(
         default=False,
@@ -65,7 +62,7 @@ class RunOutputSettings(OutputSettings, SavingSettings):
     def _check_changes(cls, value: list[str]) -> list[str]:
         if refused := [name for name in value if name not in CHANGEABLE]:
             raise ValueError(
-                f"{refused[0]}: only {' and '.join(CHANGEABLE)} can be allowed; to go on with another value, start a "
-                "new run with --adapter RUN/checkpoint-N (after full training, with it as the base)"
+                f"{refused[0]}: only {' and '.join(CHANGEABLE)} can change; for other changes, start a new run with "
+                "--adapter RUN/checkpoint-N, or after full training with the checkpoint as the base"
             )
         return value

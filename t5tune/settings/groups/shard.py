@@ -1,4 +1,4 @@
-"""Which part of the data a process prepares, if several do: `--shard 0/3` is the first of three parts."""
+"""The part of the data that a process prepares: `--shard 0/3` is the first of three parts."""
 
 import re
 from dataclasses import dataclass
@@ -26,11 +26,7 @@ class Shard:
 
 
 def parse_shard(text: str) -> Shard:
-    """Parse `I/N`.
-
-    Raises:
-        ValueError: it is something else, or I isn't less than N.
-    """
+    """Parse `I/N`, where I is less than N; anything else raises a ValueError."""
     match = _PATTERN.fullmatch(text)
     shard = Shard(int(match[1]), int(match[2])) if match else Shard(0, 0)
     if shard.index >= shard.count:
@@ -48,18 +44,16 @@ ShardText = Annotated[str, AfterValidator(_check_shard)]
 
 
 class ShardSettings(DataSettings):
-    """Which part of the data this process prepares."""
-
     panel: ClassVar[str] = "Many nodes"
 
     shard: Annotated[ShardText | None, NoneIfUnset, Affects.NOTHING] = Field(
         default=None,
-        description="Prepare part I of N of the data, I from 0; default: all of it. The process that completes the "
-        "last part joins them. `auto` takes I and N from torchrun, srun or a SLURM job array.",
+        description="Prepare part I (from 0) of N; default: all data. The process that completes the last part joins "
+        "them. `auto` takes I and N from torchrun, srun or a SLURM job array.",
         json_schema_extra={"metavar": "I/N"},
     )
     join: Annotated[bool, Affects.NOTHING] = Field(
-        default=False, description="Only join the parts that `--shard` prepared, such as after the joining was killed."
+        default=False, description="Only join the parts that `--shard` prepared, such as after joining was interrupted."
     )
 
     @model_validator(mode="after")

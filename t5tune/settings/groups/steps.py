@@ -1,4 +1,4 @@
-"""Which steps a run takes: their number, their batches, and how the optimizer uses the gradients.
+"""The steps of a run: their number, their batches, and the optimizer.
 
 Names and defaults follow Hugging Face's.
 """
@@ -27,15 +27,15 @@ class StepSettings(Settings):
     )
     tokens_per_batch: Annotated[OptionalCount, Affects.ALL_RANKS] = Field(
         default=None,
-        description="Fill each micro-batch up to this many tokens (source + target, including padding) instead of "
-        "using per_device_train_batch_size.",
+        description="Maximum size of a micro-batch in tokens (source + target, including padding), instead of "
+        "per_device_train_batch_size.",
     )
     gradient_accumulation_steps: Annotated[int, Affects.TRAINER | Affects.ALL_RANKS] = Field(
         default=1, gt=0, description="Micro-batches to accumulate per optimizer step."
     )
     group_by_length: Annotated[bool, Affects.WEIGHTS] = Field(
         default=True,
-        description="Batch examples of similar length to reduce padding, by sorting within random windows of 64 steps; "
+        description="Batch examples of similar length, sorted within random windows of 64 steps, to reduce padding; "
         "no effect with tokens_per_batch.",
     )
     learning_rate: Annotated[float, Affects.WEIGHTS | Affects.TRAINER] = Field(
@@ -55,18 +55,16 @@ class StepSettings(Settings):
     )
     optim: Annotated[str, Affects.WEIGHTS | Affects.TRAINER] = Field(
         default="adamw_torch",
-        description="Optimizer, by its transformers name. The state of a paged one isn't paged after resuming.",
+        description="Optimizer, by its transformers name; a paged optimizer's state isn't paged after resuming.",
     )
     on_non_finite: Annotated[Literal["stop", "skip"], Affects.WEIGHTS] = Field(
         default="stop",
-        description="What to do if the loss or a gradient is NaN or infinite: stop training, or skip the step. No "
-        "update is made in either case.",
+        description="What to do if the loss or a gradient is NaN or infinite: stop training, or skip the step.",
     )
     max_skipped_steps: Annotated[int, Affects.WEIGHTS] = Field(
         default=10,
         ge=0,
-        description="Maximum number of steps to skip in a run (on_non_finite: skip); the next non-finite step stops "
-        "training.",
+        description="Steps that on_non_finite: skip may skip in a run before training stops.",
     )
     dataloader_num_workers: Annotated[int, Affects.TRAINER] = Field(
         default=0, ge=0, description="Data-loading processes per rank."
