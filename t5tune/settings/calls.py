@@ -1,4 +1,4 @@
-"""Check the arguments of a call from Python, which have no parser that has done it already."""
+"""Check the arguments of a call from Python, which no parser has checked."""
 
 import inspect
 from typing import Any
@@ -10,7 +10,7 @@ from t5tune.settings.messages import shorten_value
 
 
 def check_call(name: str, settings: Any, model: type[Settings], report: Any) -> Report:
-    """Return the report to use in a call of the function; a report of None is a silent one.
+    """Return the report of a call to the function `name`, or `silent` in place of None.
 
     Raises:
         SettingsError: the settings aren't the function's, or the report isn't a function that takes an event.
@@ -31,6 +31,6 @@ def _takes_event(report: Any) -> bool:
         inspect.signature(report).bind(None)
     except TypeError:
         return False
-    except ValueError:  # some that are written in C don't say what they take
+    except ValueError:  # some functions written in C have no signature
         return True
     return True

@@ -1,4 +1,4 @@
-"""Several datasets in one run, each with its own path, weight, columns, prefix and conversation template.
+"""Several datasets in one run, each with its path, weight, columns, prefix and conversation template.
 
     data: [{path: a.jsonl, weight: 2}, {path: b.csv, weight: 1, source_prefix: "summarize: "}]
 
@@ -48,7 +48,7 @@ _NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{MAX_NAME_LENGTH - 1}}}")
 
 def _check_name(name: str) -> str:
     if is_reserved(name):
-        raise ValueError("a file in the folder of the datasets has this name; choose another")
+        raise ValueError("is the name of a file next to the datasets; choose a different name")
     if not _NAME.fullmatch(name):
         raise ValueError(f"expected letters, digits, `.`, `_` and `-`, at most {MAX_NAME_LENGTH} of them")
     return name
@@ -59,7 +59,7 @@ Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class DatasetSettings(ReadingSettings, ConversationSettings, SelectionSettings):
-    """A dataset of a mixture. What isn't given here is as the settings of the whole command say."""
+    """A dataset of a mixture. Settings that aren't given are those of the command."""
 
     panel: ClassVar[str] = "Data"
     is_complete: ClassVar[bool] = False
@@ -73,32 +73,28 @@ class DatasetSettings(ReadingSettings, ConversationSettings, SelectionSettings):
 
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        """Allow a path alone, which `combine_datasets` reads."""
+        """Allow a path in place of a dataset, which `combine_datasets` reads."""
         return {"anyOf": [{"type": "string"}, {**handler.resolve_ref_schema(handler(schema))}]}
 
     @model_serializer(mode="wrap")
     def _leave_out_unset(self, serialize: Any) -> dict[str, Any]:
-        """Write only what was given: the rest isn't the default, but what the whole command says."""
+        """Write only given settings: the command's settings, not the defaults, fill the rest."""
         return {name: value for name, value in serialize(self).items() if name in self.model_fields_set}
 
     def list_given(self, fields: Collection[str] | None = None) -> dict[str, Any]:
-        """Return the given settings that differ for this dataset, without its path, name and weight.
-
-        Args:
-            fields: which settings to return; None: all.
-        """
+        """Return the settings given for this dataset, or those in `fields`, without its path, name and weight."""
         names = self.model_fields_set - {"path", "name", "weight"}
         names = names if fields is None else names & set(fields)
         return {name: getattr(self, name) for name in DatasetSettings.model_fields if name in names}
 
 
 def is_reserved(name: str) -> bool:
-    """Whether a file or a folder of another kind has this name in the folder of a mixture."""
+    """Whether t5tune uses this name for its files in the folder of a mixture."""
     return name.casefold() in RESERVED_NAMES or name.casefold().endswith(".parts")
 
 
 def split_weight(path: str) -> tuple[str, str | None]:
-    """Split `a.jsonl:2` into the path and the weight; a path that exists with its colon has none."""
+    """Split `a.jsonl:2` into path and weight; if a file has the whole name, the weight is None."""
     match = _WEIGHT.fullmatch(path)
     if match is None or _PORT.fullmatch(match[1]) or exists(path):
         return path, None
@@ -106,11 +102,8 @@ def split_weight(path: str) -> tuple[str, str | None]:
 
 
 def combine_datasets(values: Mapping[str, Any], data: str, data_path: str) -> Mapping[str, Any]:
-    """Complete settings that aren't validated yet: the setting `data` gets the weights in `data_path`, and `data_path`
-    all paths of `data`. Without weights, `data_path` is a single dataset, and the settings stay as they are.
-
-    Raises:
-        ValueError: both are given, and have different paths.
+    """Complete settings before validation: put datasets with weights in `data_path` into `data`, and all paths of
+    `data` into `data_path`. A `data_path` without weights is a single dataset, and stays as it is.
     """
     given, paths = parse_unset(values.get(data)), values.get(data_path)
     if given is None:
@@ -124,7 +117,7 @@ def combine_datasets(values: Mapping[str, Any], data: str, data_path: str) -> Ma
     flat = [path for dataset in datasets for path in _list_paths(dataset)]
     if paths is not None and list(map(str, _list_items(paths))) != list(map(str, flat)):
         raise ValueError(f"{data}: conflicts with {data_path}; give only one of them")
-    # what isn't a dataset at all is refused when `data` is validated
+    # validation of `data` refuses items that are no datasets
     return {**values, data: datasets, data_path: flat or ["?"]}
 
 
@@ -135,11 +128,11 @@ def _list_items(value: Any) -> list[Any]:
 DatasetList = Annotated[
     list[DatasetSettings], BeforeValidator(_list_items, json_schema_input_type=list[DatasetSettings] | DatasetSettings)
 ]
-"""A list of datasets; a single one needs no list. What is in it is read by `combine_datasets`."""
+"""A list of datasets, or a single dataset; `combine_datasets` reads its items."""
 
 
 def _read_dataset(item: Any) -> Any:
-    """Read a text as the path of a dataset, and store records that are in memory in a file."""
+    """Read a text as the path of a dataset, and store records in memory in a file."""
     if isinstance(item, str | os.PathLike):
         path, weight = split_weight(os.fspath(item))
         return {"path": path} if weight is None else {"path": path, "weight": weight}
@@ -163,13 +156,10 @@ def _list_paths(dataset: Any) -> list[Any]:
 
 
 def name_datasets(datasets: Sequence[DatasetSettings]) -> list[str]:
-    """Name datasets: as they say, otherwise after their first path; no two alike.
+    """Return the given names of datasets, or different names made from their first paths.
 
     name_datasets([DatasetSettings(path="chats.jsonl.gz"), DatasetSettings(path="hf://datasets/owner/chats")])
     # ["chats", "chats-2"]
-
-    Raises:
-        ValueError: two have the same name.
     """
     given = [dataset.name for dataset in datasets if dataset.name is not None]
     check_names_differ(given)
@@ -186,28 +176,20 @@ def name_datasets(datasets: Sequence[DatasetSettings]) -> list[str]:
 
 
 def check_names_differ(names: Sequence[str]) -> None:
-    """Check that no two datasets have the same name.
-
-    Raises:
-        ValueError: two have.
-    """
-    folded = [name.casefold() for name in names]  # folders have these names, on some disks without regard to case
+    """Raise a ValueError if two datasets have the same name."""
+    folded = [name.casefold() for name in names]  # folders get these names, and some disks ignore case
     if twice := [name for name in names if folded.count(name.casefold()) > 1]:
         raise ValueError(f"name: {twice[0]}: two datasets have this name; rename one of them")
 
 
 def check_weights(weights: Sequence[float]) -> None:
-    """Check that a dataset has a weight.
-
-    Raises:
-        ValueError: every weight is 0.
-    """
+    """Raise a ValueError if every weight is 0."""
     if not any(weights):
         raise ValueError("every weight is 0, so there is nothing to train on")
 
 
 def _find_stem(path: str) -> str:
-    if "://" in path:  # without what may be secret: the query and the password
+    if "://" in path:  # leave out the query and the password, which may be secret
         path = _USER.sub("://", re.split("[?#]", path)[0])
     parts = [part for part in path.partition("@")[0].split("/") if part and "*" not in part]
     last = parts[-1] if parts else ""

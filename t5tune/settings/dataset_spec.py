@@ -1,4 +1,4 @@
-"""How one dataset is read: every value is decided, from its own ones and those of the whole command.
+"""How one dataset is read: its resolved settings, from the dataset's and the command's settings.
 
 spec = complete_dataset("chats", DatasetSettings(path="chats.csv", source_column="q"), {"model_max_length": 512})
 spec.source_column, spec.model_max_length, spec.train_on    # "q", 512, "all"
@@ -22,7 +22,7 @@ COLUMNS = {"source_column", "target_column", "rejected_column"}
 SHARED = DatasetSettings.model_fields.keys() - {"path", "name", "weight", "data_subset", "data_split"}
 """Settings of a command that apply to each of its datasets."""
 RULES: tuple[tuple[Callable[[Mapping[str, Any], str], bool], set[str]], ...] = (
-    # (is one of the dataset's own values such that others of the command have no meaning?, which ones)
+    # (do the dataset's values make settings of the command meaningless?, these settings)
     (
         lambda own, _: own.get("objective") == "span-corruption",
         {"source_prefix", "target_column", "rejected_column", "data_format", *NOT_OF_RAW_TEXT},
@@ -34,16 +34,16 @@ RULES: tuple[tuple[Callable[[Mapping[str, Any], str], bool], set[str]], ...] = (
     (lambda own, _: bool(COLUMNS & own.keys()), {"data_format", *COLUMNS}),
     (lambda own, data_format: bool(own.get("source_prefix")) and data_format not in PAIR_FORMATS, {"data_format"}),
 )
-"""The second argument is the data_format of the command. `encoding` and `header` have no rule: they say how files of
-text and tables are read, and no other file has either."""
+"""The second argument is the command's data_format. `encoding` and `header` have no rule: they apply to files of text
+and to tables, and do no harm elsewhere."""
 
 
 class DatasetSpec(DatasetSettings):
-    """A dataset of which every value is decided. `model_fields_set` has those that aren't the defaults of t5tune.
+    """A dataset's resolved settings. `model_fields_set` has those that aren't t5tune's defaults.
 
     Args:
-        path: the data to read; with a cache, the folder that was given.
-        cache: the folder of its token cache if it is prepared already.
+        path: the data to read; with a cache, the given folder.
+        cache: the folder of its token cache if it is already prepared.
     """
 
     is_complete: ClassVar[bool] = True
@@ -53,41 +53,35 @@ class DatasetSpec(DatasetSettings):
 
 
 def list_shared(settings: Settings) -> dict[str, Any]:
-    """List what the settings of a command give for all of its datasets."""
+    """List the given settings of a command that apply to all of its datasets."""
     names = SHARED & settings.model_fields_set
     return {name: getattr(settings, name) for name in type(settings).model_fields if name in names}
 
 
 def complete_dataset(name: str, dataset: DatasetSettings, *below: Mapping[str, Any]) -> DatasetSpec:
-    """Decide how a dataset is read: by its own values, otherwise by those below, otherwise by the defaults.
-
-    Args:
-        below: settings by name; earlier ones come first.
+    """Resolve a dataset's settings: its values win over those in `below`, the first of which win over the next.
 
     Raises:
-        SettingsError: what is given conflicts.
+        SettingsError: settings conflict.
     """
     values = dataset.list_given()
-    for others in below:
-        values = put_over(values, others)
+    for defaults in below:
+        values = put_over(values, defaults)
     return DatasetSpec(name=name, path=dataset.path, weight=dataset.weight, **values)
 
 
 def check_objective(dataset: DatasetSpec, objective: str) -> None:
-    """Check that a dataset can be mixed with others.
-
-    Args:
-        objective: of the whole command.
+    """Check that a dataset fits the command's objective.
 
     Raises:
-        SettingsError: one of them is preference pairs, and the other isn't.
+        SettingsError: only one of the objectives learns from preference pairs.
     """
     if dataset.objective != objective and {dataset.objective, objective} & {*PREFERENCE_OBJECTIVES}:
-        problem = f"objective {dataset.objective}, but that of the command is {objective}"
+        problem = f"objective is {dataset.objective} here and {objective} for the run"
         raise SettingsError(f"{problem}; preference pairs can't be mixed with other data")
 
 
 def put_over(own: Mapping[str, Any], below: Mapping[str, Any]) -> dict[str, Any]:
-    """Put a dataset's own values over others, and leave out those that have no meaning with its own."""
+    """Put a dataset's values over other values, leaving out those that its values make meaningless."""
     dropped = set().union(*(names for has_other, names in RULES if has_other(own, below.get("data_format", "auto"))))
     return {**{name: value for name, value in below.items() if name not in dropped}, **own}

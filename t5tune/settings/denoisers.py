@@ -1,4 +1,4 @@
-"""The denoisers of span corruption, by name: which share of a text is masked, in spans of which length."""
+"""The denoisers of span corruption, by name: the share of a text that is masked, and the length of the spans."""
 
 import re
 from collections.abc import Iterable
@@ -12,8 +12,8 @@ class Denoiser:
     """How a text is masked.
 
     Args:
-        density: the share of its tokens that are masked.
-        mean_length: of the masked spans, in tokens; None: its end is masked, of up to twice the density.
+        density: the share of masked tokens.
+        mean_length: of the masked spans, in tokens; None: the end of the text is masked, up to twice the density.
     """
 
     density: float
@@ -35,10 +35,10 @@ _OWN = re.compile(r"(\d*\.?\d+):(\d+\.?\d*)")
 
 
 def find_denoisers(names: Iterable[str]) -> tuple[Denoiser, ...]:
-    """Find the denoisers of several names, or of one's own: `0.2:5` masks a fifth of the text in spans of about 5.
+    """Find denoisers by name, or by numbers: `0.2:5` masks a fifth of the text in spans of about 5 tokens.
 
     Raises:
-        ValueError: there is no such name, or its numbers are impossible.
+        ValueError: a name is unknown, or its numbers are impossible.
     """
     found: list[Denoiser] = []
     for name in names:

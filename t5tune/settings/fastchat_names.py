@@ -1,4 +1,4 @@
-"""Option names of FastChat and of older transformers releases, and what they are called in t5tune."""
+"""Option names of FastChat and of older transformers releases, and today's names."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -13,10 +13,10 @@ class LegacyName:
     """A legacy name.
 
     Attributes:
-        new: today's name; None where there is nothing to set any more.
+        new: today's name; None if nothing needs to be set any more.
         why: the reason, shown in a note.
-        convert: turns the value of the old name into one of the new name; None if there is none.
-        noted: the value, in lower case, whose loss is noted; None: any but false and those that mean "not set".
+        convert: turns the old value into the new value; None if no new value does the same.
+        noted: the lowercase value that needs a note when it is ignored; None: any value but false and "not set".
     """
 
     new: str | None
@@ -25,13 +25,13 @@ class LegacyName:
     noted: str | None = None
 
     def is_noted(self, value: Any) -> bool:
-        """Whether a value without a new one asks for something that isn't done."""
+        """Whether the user must know that this value is ignored."""
         text = str(value).lower()
         return text not in {"", "[]", "-1", "none", "false"} if self.noted is None else text == self.noted
 
 
 def _convert_fsdp(value: Any) -> Any:
-    """Convert FSDP's options, a text or a list, to the DeepSpeed config that shards the same; None if there is none."""
+    """Convert FSDP's options, a text or a list, to the DeepSpeed config that shards the same, if one does."""
     options = re.findall(r"\w+", str(value).lower())
     shards = {"full_shard": "zero3", "true": "zero3", "shard_grad_op": "zero2"}
     config = next((shards[option] for option in options if option in shards), None)
@@ -54,12 +54,12 @@ LEGACY_NAMES: Mapping[str, LegacyName] = {
     "logging_dir": LegacyName(None, "logs are written to metrics.jsonl in the run folder"),
     "save_safetensors": LegacyName(None, "weights are always written as safetensors", noted="false"),
     "local_rank": LegacyName(None, "it is read from the launcher's environment variables"),
-    "remove_unused_columns": LegacyName(None, "examples contain only what the model reads"),
+    "remove_unused_columns": LegacyName(None, "examples contain only the model's inputs"),
 }
 
 
 def select_legacy_names(model: type[Settings]) -> dict[str, LegacyName]:
-    """Select the legacy names that a command reads: those of its settings, and for train those without a new name."""
+    """Select the legacy names of a command's settings, and for train also the names without a new one."""
     return {
         name: change
         for name, change in LEGACY_NAMES.items()

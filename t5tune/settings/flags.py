@@ -1,8 +1,6 @@
 """Write settings as the words of a command line, which read back as the same settings.
 
 list_flags(settings, ["bf16", "q_lora", "lora_r"])    # [["--no-bf16"], ["--q-lora"], ["--lora-r", "16"]]
-
-Some have no flag, and are only for YAML: `list_without_flags` lists these.
 """
 
 from collections.abc import Collection, Iterable, Iterator
@@ -13,13 +11,7 @@ from t5tune.settings.field_types import Settings
 
 
 def list_flags(settings: Settings, names: Iterable[str], given: Collection[str] = ()) -> Iterator[list[str]]:
-    """List the words of each of these settings that differs from its default, without those that have no flag.
-
-    bf16 that is off is listed with q_lora, too, which would turn it on.
-
-    Args:
-        given: settings to list even if they have their defaults; not booleans that are None, which no flag can say.
-    """
+    """List the words of each of these settings that differs from its default or is `given`, if flags can write it."""
     values, fields = settings.model_dump(mode="json"), type(settings).model_fields
     without = list_without_flags(settings)
     for data, paths in PATHS_OF_DATASETS.items():
@@ -36,7 +28,7 @@ def list_flags(settings: Settings, names: Iterable[str], given: Collection[str] 
         if value == fields[name].get_default() and name not in given and not is_off:
             continue
         if value is None and bool in get_args(fields[name].annotation):
-            continue  # a flag such as --bf16 takes no value
+            continue  # no flag says that a boolean isn't set
         if isinstance(value, bool):
             yield [flag if value else f"--no-{flag.removeprefix('--')}"]
             continue

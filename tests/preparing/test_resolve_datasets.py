@@ -68,7 +68,7 @@ def test_a_dataset_to_evaluate_on_is_read_like_the_one_of_its_name(cache: Path) 
     assert (found_alone.source_column, found_alone.source_prefix, found_alone.num_data) == ("q", "all: ", None)
     (of_cache,) = resolve_datasets([dataset("b.jsonl")], command, trained=resolve_datasets([dataset(cache)], command))
     assert (of_cache.source_prefix, of_cache.model_max_length) == ("x: ", 2048)
-    with pytest.raises(SettingsError, match="^eval_data: a: objective sft, but that of the command is dpo; preference"):
+    with pytest.raises(SettingsError, match="^eval_data: a: objective is sft here and dpo for the run; preference"):
         resolve_datasets([dataset(objective="sft")], {"objective": "dpo"}, setting="eval_data")
 
 

@@ -9,7 +9,7 @@ from t5tune.settings.field_types import OptionalPath
 from t5tune.settings.groups.base import InferenceSettings
 from t5tune.settings.groups.record_format import ConversationSettings
 
-SAMPLING_TEMPERATURE = 1.0  # for two replies that differ
+SAMPLING_TEMPERATURE = 1.0  # for two different replies
 
 
 class ChatSettings(ConversationSettings, InferenceSettings):
@@ -25,31 +25,27 @@ class ChatSettings(ConversationSettings, InferenceSettings):
     }
 
     prompt: str | None = Field(
-        default=None, description="Reply to this one message and exit; default: start an interactive chat."
+        default=None, description="Reply to this message and exit; default: start an interactive chat."
     )
-    system: str | None = Field(default=None, description="System message; default: the conversation template's own.")
+    system: str | None = Field(default=None, description="System message; default: the conversation template's.")
     source_prefix: str | None = Field(
-        default=None,
-        description="Text to put before each message, unless it already starts with it; default: the source_prefix "
-        "used in training.",
+        default=None, description="Text to prepend to each message that lacks it; default: the prefix used in training."
     )
     max_new_tokens: int = Field(default=512, gt=0, description="Maximum length of a reply (tokens).")
     temperature: float = Field(
-        default=0.0,
-        ge=0,
-        description="Sampling temperature; 0 decodes greedily, higher values give more varied replies.",
+        default=0.0, ge=0, description="Sampling temperature; 0 decodes greedily, higher values vary replies more."
     )
     top_p: float = Field(
         default=1.0,
         gt=0,
         le=1,
-        description="Nucleus sampling (top-p): sample from the smallest set of tokens with this total probability.",
+        description="Nucleus sampling (top-p): keep the smallest set of tokens with this total probability.",
     )
     seed: int = Field(default=42, ge=0, lt=1 << 63, description="Random seed for sampling.")
     save_preferences: OptionalPath = Field(
         default=None,
-        description="Sample two replies to each message, ask which one is better, and append the pair to this JSON "
-        "Lines file, from which objective dpo and orpo learn.",
+        description="Sample two replies to each message, ask which is better, and append the pair to this JSON Lines "
+        "file, for objective dpo or orpo.",
     )
 
     @field_validator("prompt")
@@ -64,7 +60,9 @@ class ChatSettings(ConversationSettings, InferenceSettings):
         if self.save_preferences is None:
             return self
         if self.prompt is not None:
-            raise ValueError("save_preferences: asks which reply is better, in an interactive chat; leave out prompt")
+            raise ValueError(
+                "save_preferences: needs an interactive chat to ask which reply is better; leave out prompt"
+            )
         self._imply(temperature=SAMPLING_TEMPERATURE)
         if self.temperature == 0:
             raise ValueError("save_preferences: temperature 0 gives the same reply twice; set it to 1, for example")

@@ -21,36 +21,32 @@ class EvaluateSettings(MetricSettings, DataSettings, PartitionSettings, Inferenc
 
     output_dir: OptionalPath = Field(
         default=None,
-        description="Folder for scores.json and predictions.jsonl; default: a new one (evaluation, evaluation.1, …).",
+        description="Folder for scores.json and predictions.jsonl; default: evaluation, evaluation.1, …",
     )
     overwrite: bool = Field(
         default=False, description="Replace the output folder (default: evaluation) even if it contains other files."
     )
-    compare_base: bool = Field(default=False, description="Also score the base alone, on the same texts.")
+    compare_base: bool = Field(default=False, description="Also score the base without the adapter.")
     num_beams: int = Field(default=1, gt=0, description="Number of beams for beam search; 1 decodes greedily.")
     max_new_tokens: OptionalCount = Field(
         default=None, description="Maximum length of a prediction (tokens); default: the length of the longest target."
     )
     per_device_eval_batch_size: OptionalCount = Field(
         default=None,
-        description="Maximum batch size for the loss and for generation (examples); default: as many as fit a budget "
-        "of tokens.",
+        description="Maximum batch size (examples); default: limited by a token budget.",
     )
 
     @model_validator(mode="after")
     def _check_objective_of_evaluation(self) -> "EvaluateSettings":
         if self.reads_preferences:
-            raise ValueError(
-                f"objective: {self.objective}: evaluate compares predictions with the chosen answers; leave it out"
-            )
+            problem = "evaluate compares predictions with the chosen answers; leave it out"
+            raise ValueError(f"objective: {self.objective}: {problem}")
         return self
 
     @model_validator(mode="after")
     def _check_device_of_ranks(self) -> "EvaluateSettings":
         for name in ("num_gpus", "num_processes"):
             fits = self.device is None or (self.device == "cpu" and name == "num_processes")
-            if getattr(self, name) not in (None, 1) and not fits:
-                raise ValueError(
-                    f"device: {self.device} conflicts with {name}: {getattr(self, name)}; leave out device"
-                )
+            if (count := getattr(self, name)) not in (None, 1) and not fits:
+                raise ValueError(f"device: {self.device} conflicts with {name}: {count}; leave out device")
         return self

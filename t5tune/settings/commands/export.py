@@ -22,41 +22,38 @@ class ExportSettings(ReplaceableOutputSettings, HubSettings):
     )
     model_name_or_path: Annotated[OptionalText, PathAsText] = Field(
         default=None,
-        description="Base checkpoint: its config.json is used to check tensor shapes, and --non-lora-state full copies "
-        "its weights; default: the base that adapter_config.json names.",
+        description="Base checkpoint, to check tensor shapes and for --non-lora-state full; default: the base that "
+        "adapter_config.json names.",
     )
     revision: OptionalText = Field(
         default=None, description="Branch, tag or commit of the base on the Hugging Face Hub; default: its main branch."
     )
     cache_dir: OptionalPath = Field(
-        default=None, description="Folder for Hugging Face Hub downloads; default: the Hub's own cache."
+        default=None, description="Folder for Hugging Face Hub downloads; default: the Hub's cache."
     )
     non_lora_state: Literal["trained", "full", "none"] = Field(
         default="trained",
-        description="Which tensors to write in addition to the LoRA matrices: those that were trained, the full base "
-        "as well, or none.",
+        description="Tensors to write besides the LoRA matrices: other trained weights, the full base, or none.",
     )
     format: Literal["safetensors", "bin"] = Field(
         default="safetensors",
-        description="Format of the adapter weights; bin also writes adapter_model.bin, as FastChat does.",
+        description="Format of the adapter weights; bin also writes adapter_model.bin, like FastChat.",
     )
     dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, NoneIfUnset] = Field(
         default=None,
-        description="Round the trained tensors to this dtype (to nearest, ties to even); default: the dtype in the "
-        "checkpoint, which is float32 for DeepSpeed shards.",
+        description="Round the trained tensors to this dtype (to nearest, ties to even); default: the checkpoint's "
+        "dtype, which is float32 for DeepSpeed shards.",
     )
     lora_r: OptionalCount = Field(
         default=None,
-        description="LoRA rank, for an adapter without adapter_config.json; default: the rank of its matrices.",
+        description="LoRA rank of an adapter without adapter_config.json; default: the rank of its matrices.",
     )
     lora_alpha: Annotated[float | None, NoneIfUnset] = Field(
         default=None,
         gt=0,
-        description="LoRA alpha (scaling numerator), for an adapter without adapter_config.json; default: 16, as in "
-        "FastChat.",
+        description="LoRA alpha of an adapter without adapter_config.json; default: 16, as in FastChat.",
     )
     lora_target_modules: Annotated[WordList | None, NoneIfUnset] = Field(
         default=None,
-        description="Modules with LoRA matrices, for an adapter without adapter_config.json; default: those that the "
-        "checkpoint contains.",
+        description="Adapted modules, for an adapter without adapter_config.json; default: found in the checkpoint.",
     )

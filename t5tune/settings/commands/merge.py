@@ -1,4 +1,4 @@
-"""Which adapters to merge into which base, and what to write."""
+"""The settings of `merge`."""
 
 from typing import Annotated, ClassVar, Literal
 
@@ -25,7 +25,7 @@ class MergeSettings(ReplaceableOutputSettings, HubSettings, BaseModelSettings):
     model_name_or_path: Annotated[OptionalText, PathAsText] = Field(  # type: ignore[assignment]
         default=None,
         description="Base model: a folder, owner/name[@revision] on the Hugging Face Hub, or `pocket` (built in); "
-        "default: the one that the adapter names, if it is on this machine.",
+        "default: the adapter's base, if it is on this machine.",
     )
     adapter: FolderList = Field(
         min_length=1,
@@ -38,8 +38,8 @@ class MergeSettings(ReplaceableOutputSettings, HubSettings, BaseModelSettings):
     )
     to: Literal["checkpoint", "ctranslate2"] = Field(
         default="checkpoint",
-        description="Output format: a Hugging Face checkpoint, or a CTranslate2 model, checked against the merged "
-        "checkpoint's replies to a few prompts; without quantization they must match.",
+        description="Output format: a Hugging Face checkpoint, or a CTranslate2 model, whose replies to a few prompts "
+        "are compared; they must match if it isn't quantized.",
     )
     quantization: Annotated[Quantization | None, NoneIfUnset] = Field(
         default=None,
@@ -51,31 +51,27 @@ class MergeSettings(ReplaceableOutputSettings, HubSettings, BaseModelSettings):
     max_shard_size: Annotated[ByteSize | None, NoneIfUnset] = Field(
         default=None,
         gt=0,
-        description="Maximum size of each weight file (bytes, or with a unit: 5GB, 500MB); default: shards like the "
-        "base's.",
+        description="Maximum size of each weight file (bytes, or with a unit: 5GB, 500MB); default: the base's shards.",
         json_schema_extra={"metavar": "SIZE"},
     )
     onto: Annotated[Literal["base", "nf4", "fp4", "int8"] | None, NoneIfUnset] = Field(
         default=None,
-        description="Weights to merge into: the base's own, or the base quantized and dequantized as q_lora did; "
-        "default: those that the adapter was trained on.",
+        description="Weights to merge into: the base, or the base as q_lora quantized and dequantized it; default: as "
+        "in training.",
     )
     check: Literal["fingerprint", "full"] = Field(
         default="fingerprint",
-        description="How to verify that the base is the one used in training: sample 4 KiB per tensor, or hash "
-        "everything.",
+        description="How to verify the base that was used in training: sample 4 KiB per tensor, or hash everything.",
     )
-    allow_other_base: bool = Field(default=False, description="Merge even if the base isn't the one used in training.")
+    allow_other_base: bool = Field(default=False, description="Merge even into a different base than in training.")
     verify: Annotated[bool | None, NoneIfUnset] = Field(
         default=None,
-        description="Load base + adapter and the merged checkpoint, and compare their logits on a few examples; "
-        "default: if memory allows.",
+        description="Compare the logits of base + adapter and of the merged checkpoint; default: if memory allows.",
     )
     verify_tolerance: float = Field(
         default=1e-4,
         gt=0,
-        description="Maximum difference between logits, relative to the largest logit; at least 0.05 applies if the "
-        "merged weights are rounded.",
+        description="Maximum difference between logits, relative to the largest; at least 0.05 for rounded weights.",
     )
 
     @model_validator(mode="after")
@@ -90,7 +86,6 @@ class MergeSettings(ReplaceableOutputSettings, HubSettings, BaseModelSettings):
     @model_validator(mode="after")
     def _check_quantization_is_for_ctranslate2(self) -> "MergeSettings":
         if self.quantization is not None and self.to == "checkpoint":
-            raise ValueError(
-                f"quantization: {self.quantization}: only with --to ctranslate2; use --dtype to round a checkpoint"
-            )
+            problem = "only with --to ctranslate2; use --dtype to round a checkpoint"
+            raise ValueError(f"quantization: {self.quantization}: {problem}")
         return self

@@ -28,19 +28,17 @@ class PlanSettings(
 
     data_path: Annotated[PathList | None, NoneIfUnset] = Field(
         default=None,
-        description="Token cache or mixture to take example lengths from; default: assume source_length and "
-        "target_length for every example.",
+        description="Token cache or mixture that has the example lengths; default: source_length and target_length.",
         json_schema_extra={"metavar": "PATH…"},
     )
     num_data: OptionalCount = Field(
         default=None,
-        description="Plan for the first N examples of the cache, of a mixture for those of each dataset; default: all.",
+        description="Plan for the first N examples of each dataset; default: all.",
     )
     source_length: int = Field(default=512, gt=0, description="Length of each source if no cache is given (tokens).")
     target_length: int = Field(default=128, gt=0, description="Length of each target if no cache is given (tokens).")
     gpu_memory: Annotated[GpuMemory | None, NoneIfUnset] = Field(
         default=None,
-        description="Memory of each GPU, such as 24GiB (a number without a unit is in GiB); default: that of this "
-        "machine's GPUs.",
+        description="Memory of each GPU, such as 24GiB (without a unit: GiB); default: this machine's GPU memory.",
         json_schema_extra={"metavar": "SIZE"},
     )

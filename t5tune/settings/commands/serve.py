@@ -1,4 +1,4 @@
-"""Which models are served, where, and with which limits."""
+"""The settings of `serve`."""
 
 import os
 import re
@@ -46,80 +46,72 @@ class ServeSettings(ConversationSettings, DeviceSettings, TrainedQuantizationSet
     )
     model_name_or_path: Annotated[OptionalText, PathAsText] = Field(  # type: ignore[assignment]
         default=None,
-        description="Base of the adapters among the models: a folder, owner/name[@revision] on the Hub, or `pocket`; "
-        "default: the one that each adapter names.",
+        description="Base of the adapters: a folder, owner/name[@revision] on the Hub, or `pocket`; default: the base "
+        "that each adapter names.",
     )
     host: str = Field(
         default="127.0.0.1",
         min_length=1,
-        description="Address to listen on; 0.0.0.0 is all addresses of this machine, which others reach.",
+        description="Address to listen on; other machines can reach 0.0.0.0, which is all addresses.",
     )
-    port: int = Field(default=8000, ge=0, le=MAX_PORT, description="Port to listen on; 0 takes any that is free.")
+    port: int = Field(default=8000, ge=0, le=MAX_PORT, description="Port to listen on; 0 takes any free port.")
     api_key: OptionalText = Field(
         default=None,
         repr=False,
-        description="Key that clients must send; better in T5TUNE_API_KEY, since others see a process's arguments. "
-        "Default: none is needed.",
+        description="Key that clients must send; set it in T5TUNE_API_KEY, since all users of a machine see a "
+        "process's arguments; default: no key.",
     )
     allow_without_key: bool = Field(
         default=False,
-        description="Listen on an address that other machines reach, without api_key: anyone there can use the models.",
+        description="Let other machines use the models without api_key.",
     )
     engine: Literal["auto", "ctranslate2", "transformers"] = Field(
         default="auto",
-        description="What computes the replies; auto takes CTranslate2 where it is installed and can run the model.",
+        description="Inference engine; auto takes CTranslate2 if it is installed and can run the model.",
     )
     quantization: Annotated[Quantization | None, NoneIfUnset] = Field(
         default=None,
-        description="Weight type with CTranslate2, such as int8, with which some replies change; default: none, and "
-        "the replies are those of transformers.",
+        description="Weight type with CTranslate2, such as int8, which changes some replies; default: not quantized, "
+        "with the same replies as transformers.",
     )
     converted_dir: OptionalPath = Field(
         default=None,
-        description="Folder for models that were converted to CTranslate2, which is done once for each; default: "
-        "t5tune/converted in the user's cache folder.",
+        description="Folder for converted CTranslate2 models; default: t5tune/converted in the user's cache folder.",
     )
     max_new_tokens: int = Field(
         default=512,
         gt=0,
-        description="Maximum length of the reply to a request that sets none (tokens); one may ask for up to "
-        "model_max_length.",
+        description="Maximum length of a reply if the request sets none (tokens).",
     )
     temperature: float = Field(
-        default=0.0, ge=0, description="Sampling temperature of requests that give none; 0 decodes greedily."
+        default=0.0, ge=0, description="Sampling temperature if the request sets none; 0 decodes greedily."
     )
-    top_p: float = Field(default=1.0, gt=0, le=1, description="Nucleus sampling (top-p) of requests that give none.")
+    top_p: float = Field(default=1.0, gt=0, le=1, description="Nucleus sampling (top-p) if the request sets none.")
     source_prefix: str | None = Field(
-        default=None,
-        description="Text to put before each message, unless it already starts with it; default: the source_prefix "
-        "used in training.",
+        default=None, description="Text to prepend to each message that lacks it; default: the prefix used in training."
     )
     max_batch_tokens: int = Field(
         default=16384,
         gt=0,
-        description="Maximum size of a batch of replies: their number times the longest prompt and max_tokens "
-        "(tokens). A larger reply is alone.",
+        description="Maximum size of a batch: its replies times its longest prompt and max_tokens (tokens).",
     )
     max_batch_delay: float = Field(
-        default=5.0, ge=0, description="How long a request waits for others to join its batch (milliseconds)."
+        default=5.0, ge=0, description="How long a request waits for more requests in its batch (milliseconds)."
     )
     parallel_batches: OptionalCount = Field(
         default=None,
-        description="Batches that CTranslate2 computes at the same time, on a CPU with a share of the cores each; "
-        "default: one for each 4 cores, and one on a GPU.",
+        description="Batches that CTranslate2 computes in parallel; default: one per 4 CPU cores, or one on a GPU.",
     )
     max_replies: int = Field(
         default=128,
         gt=0,
-        description="Maximum number of replies to one request: its prompts times n; more are refused with status 400.",
+        description="Maximum number of replies to a request: its prompts times n; more are refused with status 400.",
     )
     max_queue: int = Field(
-        default=256, gt=0, description="Maximum number of replies that wait; more are refused with status 429."
+        default=256, gt=0, description="Maximum number of waiting replies; more are refused with status 429."
     )
     shutdown_timeout: float = Field(
-        default=30.0,
-        ge=0,
-        description="How long a server that was asked to stop finishes replies (seconds); then it cuts them off.",
+        default=30.0, ge=0, description="How long a stopping server finishes replies before it cuts them off (seconds)."
     )
 
     @field_validator("models")
@@ -142,36 +134,22 @@ class ServeSettings(ConversationSettings, DeviceSettings, TrainedQuantizationSet
         return value
 
     @model_validator(mode="after")
-    def _check_engine(self) -> "ServeSettings":
+    def _check_conflicts(self) -> "ServeSettings":
         if self.quantization is not None and self.engine == "transformers":
-            raise ValueError(
-                f"quantization: {self.quantization}: only with CTranslate2; use q_lora to quantize with transformers"
-            )
+            problem = "only with CTranslate2; use q_lora to quantize with transformers"
+            raise ValueError(f"quantization: {self.quantization}: {problem}")
         if self.q_lora and (self.engine == "ctranslate2" or self.quantization is not None):
             raise ValueError("q_lora: only with transformers; use quantization with CTranslate2")
-        return self
-
-    @model_validator(mode="after")
-    def _check_base(self) -> "ServeSettings":
         if self.revision is not None and self.model_name_or_path is None:
-            raise ValueError(
-                f"revision: {self.revision}: has no effect without model_name_or_path; write "
-                f"owner/name@{self.revision} for a model"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _check_address(self) -> "ServeSettings":
+            write = f"write owner/name@{self.revision} for a model"
+            raise ValueError(f"revision: {self.revision}: has no effect without model_name_or_path; {write}")
         if not self.is_local and self.api_key is None and not self.allow_without_key:
-            raise ValueError(
-                f"host: {self.host}: other machines may reach it, so api_key is needed; set T5TUNE_API_KEY, or "
-                "allow_without_key"
-            )
+            problem = "other machines may reach it, so api_key is needed; set T5TUNE_API_KEY, or allow_without_key"
+            raise ValueError(f"host: {self.host}: {problem}")
         return self
 
     @property
     def is_local(self) -> bool:
-        """Whether only this machine reaches the address."""
         return is_loopback(self.host)
 
     @property
@@ -181,7 +159,7 @@ class ServeSettings(ConversationSettings, DeviceSettings, TrainedQuantizationSet
 
 
 def split_model_name(text: str) -> tuple[str, str]:
-    """Split NAME=MODEL; a model without a name gets that of its folder, or on the Hub its whole name."""
+    """Split NAME=MODEL; a model without NAME gets its folder's name, or its whole name on the Hub."""
     name, equals, model = text.partition("=")
     if equals and not exists(text):
         return name, read_path(model)

@@ -14,14 +14,12 @@ class InspectSettings(Settings):
     panel: ClassVar[str] = "Inspection"
 
     cache: Path = Field(
-        description="Token cache to inspect (a folder), or a run folder, whose token cache it is.",
+        description="Token cache to inspect: its folder, or a run folder that contains it.",
         json_schema_extra={"positional": True},
     )
     # not NoneIfUnset: a user who writes -1 may mean the last example, so it is rejected rather than read as None
     example: int | None = Field(default=None, ge=0, description="Show the example with this index, counted from 0.")
-    worst_cut: bool = Field(
-        default=False, description="Show the example from which model_max_length cut the most tokens."
-    )
+    worst_cut: bool = Field(default=False, description="Show the example that model_max_length truncates most.")
     unknown: bool = Field(default=False, description="Show the example with the most unknown tokens.")
     all: bool = Field(default=False, description="Show all examples.")
     stats: bool = Field(
@@ -29,11 +27,10 @@ class InspectSettings(Settings):
     )
     html: OptionalPath = Field(
         default=None,
-        description="Write the length histograms and the chosen examples (default: 50 from all parts of the cache) to "
-        "this HTML file.",
+        description="HTML file to write length histograms and examples to (default: 50 from all parts of the cache).",
     )
     per_device_train_batch_size: int = Field(
-        default=8, gt=0, description="Batch size for which the share of padding is computed (examples)."
+        default=8, gt=0, description="Batch size for the share of padding (examples)."
     )
 
 
@@ -43,7 +40,7 @@ class PushSettings(Settings):
     panel: ClassVar[str] = "Push"
 
     folder: Path = Field(
-        description="Folder to upload: a run folder, one of its checkpoint-N folders, or what export or merge wrote.",
+        description="Folder to upload: a run, one of its checkpoint-N folders, or the output of export or merge.",
         json_schema_extra={"positional": True},
     )
     hub_model_id: str = Field(
@@ -52,7 +49,7 @@ class PushSettings(Settings):
         json_schema_extra={"positional": True},
     )
     hub_private_repo: bool = Field(
-        default=False, description="Create a private repository. If it exists already, it must be private."
+        default=False, description="Create a private repository; an existing one must be private."
     )
 
 

@@ -1,4 +1,4 @@
-"""The settings of `train`, and what must fit together in them."""
+"""The settings of `train`, and how they must fit together."""
 
 from collections.abc import Mapping
 from typing import ClassVar
@@ -13,7 +13,7 @@ from t5tune.settings.groups.distillation import DistillationSettings, TargetSett
 from t5tune.settings.groups.evaluation import EvaluationSettings
 from t5tune.settings.groups.hub import HubStrategySettings
 from t5tune.settings.groups.layers import LayerSettings
-from t5tune.settings.groups.lora import InitialAdapterSettings
+from t5tune.settings.groups.lora import BASE_CHANGING_INITIALIZATIONS, InitialAdapterSettings
 from t5tune.settings.groups.preferences import PreferenceSettings
 from t5tune.settings.groups.processes import ProcessSettings
 from t5tune.settings.groups.run_output import RunOutputSettings
@@ -51,9 +51,8 @@ class TrainSettings(
             if self.eval_strategy == "no":
                 raise ValueError(f"{name}: {value}, but eval_strategy is no; set it to steps or epoch")
         if self.eval_steps is not None and self.eval_strategy == "epoch":
-            raise ValueError(
-                f"eval_steps: {self.eval_steps}, but eval_strategy is epoch; set it to steps, or leave out eval_steps"
-            )
+            advice = "set it to steps, or leave out eval_steps"
+            raise ValueError(f"eval_steps: {self.eval_steps}, but eval_strategy is epoch; {advice}")
         return self
 
     @model_validator(mode="after")
@@ -61,11 +60,13 @@ class TrainSettings(
         of_pairs = [name for name in PREFERENCE_METRICS if name not in NOT_BEST]
         best, losses = self.metric_for_best_model, ("loss", "perplexity", *of_pairs)
         if best is not None and best.endswith(NOT_BEST):
-            raise ValueError(f"metric_for_best_model: {best}: neither a high nor a low value is better; choose another")
+            raise ValueError(
+                f"metric_for_best_model: {best}: neither a high nor a low value is better; choose a different metric"
+            )
         if best in METRICS and self.metrics is not None and best not in self.metrics:
             raise ValueError(f"metric_for_best_model: {best} isn't among metrics: {', '.join(self.metrics)}; add it")
         known = (*losses, *METRICS)
-        # the metric of one of several datasets, `chats_loss`, whose name is checked once they are known
+        # `chats_loss` is the metric of a dataset; its name is checked once the datasets are known
         best = next((name for name in known if best is not None and best.endswith(f"_{name}")), best)
         if best is not None and best not in known and not self.metric:  # else checked when the functions are tried
             choices = f"; choose from {', '.join(known)}, or give the function that computes it with metric"
@@ -75,15 +76,11 @@ class TrainSettings(
         generated["metric_for_best_model"] = [str(self.metric_for_best_model)] if is_generated else None
         for name, value in generated.items():
             if value and self.eval_generate is None:
-                raise ValueError(
-                    f"{name}: {' '.join(value)} needs generated predictions; set eval_generate to the number of "
-                    "examples to generate for"
-                )
+                advice = "set eval_generate to the number of examples to generate for"
+                raise ValueError(f"{name}: {' '.join(value)} needs generated predictions; {advice}")
         if self.early_stopping_threshold is not None and self.early_stopping_patience is None:
-            raise ValueError(
-                f"early_stopping_threshold: {self.early_stopping_threshold:g} has no effect without "
-                "early_stopping_patience; set it to a number of evaluations"
-            )
+            problem = "has no effect without early_stopping_patience; set it to a number of evaluations"
+            raise ValueError(f"early_stopping_threshold: {self.early_stopping_threshold:g} {problem}")
         return self
 
     @model_validator(mode="after")
@@ -95,31 +92,22 @@ class TrainSettings(
             if self.init_lora_weights != "default":
                 raise ValueError("init_lora_weights: full training has no adapters; remove it")
             if self.adapter is not None:
-                raise ValueError(
-                    "adapter: full training starts from a model, not an adapter; merge the adapter into its base first"
-                )
-        if self.adapter is not None and self.init_lora_weights != "default":
-            raise ValueError(
-                f"init_lora_weights: {self.init_lora_weights} conflicts with adapter, which also sets the initial "
-                "adapter weights; give only one of them"
-            )
+                raise ValueError("adapter: full training starts from a model; merge the adapter into its base first")
+        if reason := self._find_unusable_initialization():
+            raise ValueError(f"init_lora_weights: {self.init_lora_weights} {reason}")
         if self.init_lora_weights == "orthogonal" and self.lora_r % 2:
-            raise ValueError(
-                f"lora_r: {self.lora_r}: init_lora_weights orthogonal needs an even rank, half of it for each matrix; "
-                f"use {self.lora_r + 1}"
-            )
-        if self.init_lora_weights == "loftq" and not (self.q_lora and self.quant_type != "int8"):
-            raise ValueError(
-                "init_lora_weights: loftq corrects the error of 4-bit quantization; it needs q_lora with quant_type "
-                "nf4 or fp4"
-            )
-        if self.init_lora_weights.startswith(("pissa", "olora")) and self.q_lora:
-            raise ValueError(
-                f"init_lora_weights: {self.init_lora_weights} subtracts its initialization from the base weights, "
-                "which q_lora quantizes; use loftq with q_lora"
-            )
-        if self.init_lora_weights.startswith(("pissa", "olora", "loftq")) and self.use_dora:
-            raise ValueError(
-                f"init_lora_weights: {self.init_lora_weights} can't be combined with use_dora; choose one of them"
-            )
+            advice = f"orthogonal needs an even rank, half of it for each matrix; use {self.lora_r + 1}"
+            raise ValueError(f"lora_r: {self.lora_r}: init_lora_weights {advice}")
         return self
+
+    def _find_unusable_initialization(self) -> str | None:
+        name = self.init_lora_weights
+        if self.adapter is not None and name != "default":
+            return "conflicts with adapter, which also sets the initial adapter weights; give only one of them"
+        if name == "loftq" and not (self.q_lora and self.quant_type != "int8"):
+            return "corrects the error of 4-bit quantization; it needs q_lora with quant_type nf4 or fp4"
+        if name.startswith(BASE_CHANGING_INITIALIZATIONS) and self.q_lora:
+            return "changes the base weights, which q_lora quantizes; use loftq with q_lora"
+        if name.startswith((*BASE_CHANGING_INITIALIZATIONS, "loftq")) and self.use_dora:
+            return "can't be combined with use_dora; choose one of them"
+        return None

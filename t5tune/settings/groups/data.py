@@ -162,7 +162,7 @@ class MixingSettings(Settings):
     )
     mixing_temperature: Annotated[Temperature | None, NoneIfUnset, Affects.WEIGHTS] = Field(
         default=None,
-        description="Temperature T of proportional mixing: a dataset's share is its size to the power of 1/T; default: 1.",
+        description="Temperature T of proportional mixing: shares are sizes to the power of 1/T; default: 1.",
     )
     mixing_cap: Annotated[OptionalCount, Affects.WEIGHTS] = Field(
         default=None,

@@ -16,7 +16,7 @@ class HubSettings(Settings):
     )
     hub_model_id: Annotated[OptionalText, Affects.NOTHING] = Field(
         default=None,
-        description="Repository to upload to, owner/name; default: the output folder's name, in your account.",
+        description="Repository to upload to, owner/name; default: the output folder's name.",
     )
     hub_private_repo: Annotated[bool, Affects.NOTHING] = Field(
         default=False, description="Create a private repository; an existing one must be private."

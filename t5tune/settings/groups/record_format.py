@@ -1,9 +1,10 @@
-"""How the records of a dataset are read, and how they become training examples."""
+"""How the records of a dataset are read and become training examples."""
 
 import codecs
 import encodings
 import pkgutil
 import re
+from collections.abc import Iterable
 from encodings.aliases import aliases
 from typing import Annotated, ClassVar, Literal, Self
 
@@ -18,28 +19,28 @@ from t5tune.settings.field_types import NoneIfUnset, OptionalCount, OptionalText
 Objective = Literal["sft", "dpo", "orpo", "span-corruption"]
 PREFERENCE_OBJECTIVES = ("dpo", "orpo")
 NOT_OF_PREFERENCES = {"train_on", "split_long"}
-"""Settings that choose or divide answers, of which a preference pair has two for one source."""
+"""Settings that choose or divide answers; a preference pair has two for one source."""
 NOT_OF_RAW_TEXT = {"train_on", "min_target_tokens", "split_long", "drop_truncated_targets"}
-"""Settings that choose or cut answers, of which raw text has none."""
-# text encodings of Python in which no file is saved
+"""Settings that choose or truncate answers, which raw text doesn't have."""
+# text encodings of Python that no file is saved in
 NOT_OF_FILES = {"idna", "punycode", "undefined", "unicode-escape", "raw-unicode-escape", "charmap"}
 SOME_ENCODINGS = "utf-8, cp1252, utf-16, shift_jis"
+TEXT_SETTINGS = {"source_column", "target_column", "rejected_column", "source_prefix"}
 DataFormat = Literal["auto", "sharegpt", "openai", "alpaca", "prompt-completion", "source-target"]
 PAIR_FORMATS = ("auto", "source-target")
-"""Values of data_format with which data can have named columns and a source_prefix."""
+"""Values of data_format that allow named columns and a source_prefix."""
 
 
 def _suggest_encoding(name: str) -> str:
-    """Ask whether the closest name with the same digits is meant, or list some names."""
+    """Suggest the closest name with the same digits, or list some names."""
     plain, digits = (re.sub(pattern, "", name.lower()) for pattern in (r"[\W_]", r"\D"))
     modules = {module.name: module.name for module in pkgutil.iter_modules(encodings.__path__)}
     names = {re.sub("_", "", alias): known for alias, known in (modules | aliases).items() if _is_of_files(known)}
     close = find_close_name(plain, [other for other in names if re.sub(r"\D", "", other) == digits])
-    return f"did you mean {codecs.lookup(names[close]).name}?" if close else f"use another, such as {SOME_ENCODINGS}"
+    return f"did you mean {codecs.lookup(names[close]).name}?" if close else f"use one such as {SOME_ENCODINGS}"
 
 
 def _is_of_files(name: str) -> bool:
-    """Whether text files are saved in an encoding; False if there is none of this name."""
     try:
         found = codecs.lookup(name)
     except LookupError:
@@ -48,14 +49,14 @@ def _is_of_files(name: str) -> bool:
 
 
 class ConversationSettings(Settings):
-    """How a conversation becomes text and where it is cut, for all commands that turn conversations into token ids."""
+    """How a conversation becomes text, and where it is truncated."""
 
     panel: ClassVar[str] = "Conversations"
 
     conversation_template: Annotated[OptionalText, PathAsText, Affects.FINAL_WEIGHTS] = Field(
         default=None,
         description="Conversation template: a name under conversations/ in `t5tune templates`, a YAML file, or (chat, "
-        "serve, evaluate) a dataset of training; default: the model's own, else plain for pairs, else fastchat-t5.",
+        "serve, evaluate) a training dataset; default: the model's, else plain for pairs, else fastchat-t5.",
     )
     model_max_length: Annotated[int, Affects.EXAMPLES] = Field(
         default=2048,
@@ -65,34 +66,32 @@ class ConversationSettings(Settings):
 
 
 class ReadingSettings(Settings):
-    """How data records are read."""
-
     panel: ClassVar[str] = "Reading"
     is_complete: ClassVar[bool] = True
-    """Whether settings that conflict are refused: not of a dataset, for which others may be those of the command."""
+    """Whether conflicts are refused. A dataset's settings are incomplete: the command may set the rest."""
 
     objective: Annotated[Objective, Affects.EXAMPLES | Affects.WEIGHTS] = Field(
         default="sft",
-        description="What is learned: the targets of examples (sft), which of two answers is better (dpo, orpo: "
-        "records with `chosen` and `rejected`), or masked spans of raw text, as in pretraining (span-corruption).",
+        description="Training objective: predict targets (sft), prefer the better of two answers (dpo, orpo: records "
+        "with `chosen` and `rejected`), or fill masked spans of raw text, as in pretraining (span-corruption).",
     )
     denoisers: Annotated[WordList, Affects.EXAMPLES] = Field(
         default=["t5"],
-        description="Which share of a text span-corruption masks, and the mean length of the spans (tokens): t5 "
-        "(0.15:3), ul2, ul2-r, ul2-s, ul2-x, or one's own, such as 0.2:5; of several, each example gets one.",
+        description="Share of the text that span-corruption masks, and mean span length (tokens): t5 (0.15:3), ul2, "
+        "ul2-r, ul2-s, ul2-x, or custom, such as 0.2:5; with several, each example gets one.",
     )
     encoding: Annotated[OptionalText, Affects.EXAMPLES] = Field(
         default=None,
-        description="Encoding of text files without a byte order mark, such as cp1252 or utf-8; default: UTF-8, or "
-        "detected where most of a file isn't UTF-8.",
+        description="Encoding of text files without a byte order mark, such as cp1252; default: UTF-8, or detected if "
+        "most of a file isn't UTF-8.",
     )
     data_format: Annotated[DataFormat, Affects.EXAMPLES | Affects.INFERENCE] = Field(
         default="auto", description="Format of the records; auto detects it from the keys of each record."
     )
     header: Annotated[bool, Affects.EXAMPLES] = Field(
         default=True,
-        description="The first line of a CSV or TSV file has the names of its columns; without it, the first column is "
-        "the input, and the second the output.",
+        description="CSV and TSV files begin with a line of column names; if not, the first column is the input and "
+        "the second the output.",
     )
     source_column: Annotated[OptionalText, Affects.EXAMPLES | Affects.INFERENCE] = Field(
         default=None, description="Column or key with the input; default: detected."
@@ -102,20 +101,19 @@ class ReadingSettings(Settings):
     )
     rejected_column: Annotated[OptionalText, Affects.EXAMPLES] = Field(
         default=None,
-        description="Column or key with the worse answer of a preference pair (objective dpo, orpo); the better one is "
-        "in target_column; default: rejected, and chosen.",
+        description="Column or key with the rejected answer of a preference pair (objective dpo, orpo), whose chosen "
+        "answer is in target_column; default: rejected, and chosen.",
     )
     source_prefix: Annotated[str, Affects.EXAMPLES | Affects.INFERENCE] = Field(
         default="",
-        description="Text to prepend to each source of source-target or two-column data, such as `summarize: `.",
+        description="Text to prepend to each source of two-column data, such as `summarize: `.",
     )
     merge_same_role: Annotated[bool, Affects.EXAMPLES] = Field(
         default=False, description="Join consecutive turns of the same role instead of rejecting the record."
     )
     clean: Annotated[bool, Affects.EXAMPLES] = Field(
         default=False,
-        description="Convert the HTML of old ShareGPT dumps to Markdown, decode HTML entities, and remove unnecessary "
-        "backslashes.",
+        description="Convert HTML of old ShareGPT dumps to Markdown, decode entities, remove needless backslashes.",
     )
     max_record_bytes: Annotated[int, Affects.CACHE] = Field(
         default=4 << 20, gt=0, description="Reject records longer than this (bytes)."
@@ -131,7 +129,7 @@ class ReadingSettings(Settings):
         except LookupError:
             raise ValueError(f"no encoding has this name; {_suggest_encoding(value)}") from None
         if not _is_of_files(name):
-            raise ValueError(f"not an encoding of text files; use another, such as {SOME_ENCODINGS}")
+            raise ValueError(f"not an encoding of text files; use one such as {SOME_ENCODINGS}")
         return name
 
     @field_validator("denoisers")
@@ -143,69 +141,49 @@ class ReadingSettings(Settings):
 
     @property
     def is_raw_text(self) -> bool:
-        """Whether spans of raw text are masked."""
         return self.objective == "span-corruption"
 
     @property
     def reads_preferences(self) -> bool:
-        """Whether each record has two answers, a chosen and a rejected one."""
         return self.objective in PREFERENCE_OBJECTIVES
 
     @model_validator(mode="after")
     def _check_objective(self) -> Self:
         if not self.is_complete:
             return self
-        if not self.is_raw_text and "denoisers" in self.model_fields_set and self.denoisers != ["t5"]:
+        if not self.is_raw_text and self.denoisers != ["t5"]:
             raise ValueError(f"denoisers: {' '.join(self.denoisers)}: only for objective span-corruption; leave it out")
         if not self.reads_preferences and self.rejected_column is not None:
-            raise ValueError(
-                f"rejected_column: {shorten(repr(self.rejected_column), 80)}: "
-                "only for objective dpo and orpo; leave it out"
-            )
-        for name in NOT_OF_PREFERENCES & self.model_fields_set if self.reads_preferences else ():
-            if (value := getattr(self, name)) != type(self).model_fields[name].default:
-                problem = f"objective {self.objective} learns the last answers of each record; leave it out"
-                raise ValueError(f"{name}: {str(value).lower()}, but {problem}")
-        if not self.is_raw_text:
-            return self
-        for name in ("target_column", "source_prefix"):
-            if value := getattr(self, name):
-                problem = f"objective {self.objective} doesn't use it; leave it out"
-                raise ValueError(f"{name}: {shorten(repr(value), 80)}, but {problem}")
-        if self.data_format != "auto":
-            raise ValueError(
-                f"data_format: {self.data_format}, but objective {self.objective} reads raw text; leave it out"
-            )
-        for name in NOT_OF_RAW_TEXT & self.model_fields_set:
-            if (value := getattr(self, name)) != type(self).model_fields[name].default:
-                problem = f"objective {self.objective} has no answers to choose; leave it out"
-                raise ValueError(f"{name}: {str(value).lower()}, but {problem}")
+            shown = shorten(repr(self.rejected_column), 80)
+            raise ValueError(f"rejected_column: {shown}: only for objective dpo and orpo; leave it out")
+        if self.reads_preferences:
+            self._refuse_given(NOT_OF_PREFERENCES, f"objective {self.objective} learns the last answers of each record")
+        if self.is_raw_text:
+            self._refuse_given(("target_column", "source_prefix"), f"objective {self.objective} doesn't use it")
+            self._refuse_given(("data_format",), f"objective {self.objective} reads raw text")
+            self._refuse_given(NOT_OF_RAW_TEXT, f"objective {self.objective} has no answers to choose")
+        if self.data_format not in PAIR_FORMATS:
+            self._refuse_given(TEXT_SETTINGS, f"data_format {self.data_format} doesn't use it")
         return self
 
-    @model_validator(mode="after")
-    def _check_columns_match_format(self) -> Self:
-        if not self.is_complete:
-            return self
-        for name in ("source_column", "target_column", "rejected_column", "source_prefix"):
-            if (value := getattr(self, name)) and self.data_format not in PAIR_FORMATS:
-                problem = f"data_format {self.data_format} doesn't use it; leave it out"
-                raise ValueError(f"{name}: {shorten(repr(value), 80)}, but {problem}")
-        return self
+    def _refuse_given(self, names: Iterable[str], reason: str) -> None:
+        for name in self.model_fields_set & {*names}:
+            if (value := getattr(self, name)) != type(self).model_fields[name].default:
+                shown = shorten(repr(value), 80) if name in TEXT_SETTINGS else str(value).lower()
+                raise ValueError(f"{name}: {shown}, but {reason}; leave it out")
 
 
 class SelectionSettings(Settings):
-    """Which records and assistant turns become examples."""
-
     panel: ClassVar[str] = "Selection"
 
     train_on: Annotated[Literal["all", "last"], Affects.EXAMPLES] = Field(
-        default="all", description="Train on all assistant turns of a conversation, or only on its last one."
+        default="all", description="Train on all assistant turns of a conversation, or on the last only."
     )
     min_target_tokens: Annotated[OptionalCount, Affects.EXAMPLES] = Field(
         default=None, description="Skip targets shorter than this (tokens); default: keep all."
     )
     dedupe: Annotated[Literal["none", "exact"], Affects.EXAMPLES] = Field(
-        default="none", description="Deduplication: exact rejects a conversation identical to an earlier one."
+        default="none", description="Deduplication: exact rejects exact copies of earlier conversations."
     )
     split_long: Annotated[bool, Affects.EXAMPLES] = Field(
         default=False, description="Split conversations longer than model_max_length at turn boundaries."
@@ -217,8 +195,8 @@ class SelectionSettings(Settings):
         default=0.1,
         ge=0,
         le=1,
-        description="Fail if more than this fraction of the records is rejected, not counting duplicates and records "
-        "that are left out on purpose (labeled bad, weight 0).",
+        description="Fail if a larger fraction of the records is rejected, not counting duplicates and records with a "
+        "bad label or weight 0.",
     )
     num_workers: Annotated[OptionalCount, Affects.NOTHING] = Field(
         default=None, description="Number of tokenization processes; default: one per CPU core, fewer for small data."

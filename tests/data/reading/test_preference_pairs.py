@@ -197,7 +197,7 @@ def test_pairs_are_mixed_with_pairs_only(tmp_path: Path) -> None:
     prepare(PrepareSettings(**values, data=two, num_workers=1))
     assert open_examples(tmp_path / "m").has_preferences
     two[1]["objective"] = "sft"
-    with pytest.raises(SettingsError, match="data: b: objective sft, but that of the command is orpo"):
+    with pytest.raises(SettingsError, match="data: b: objective is sft here and orpo for the run"):
         PrepareSettings(**values, data=two)
     plain = tmp_path / "plain"
     prepare(PrepareSettings(**{**values, "objective": "sft"}, data_path=str(data)).replace(output_dir=plain))
