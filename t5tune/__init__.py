@@ -5,8 +5,8 @@
     run = train(TrainSettings(model_name_or_path="pocket", data_path="pocket", output_dir="run"), progress_bar())
     run.metrics(), run.load()
 
-What is imported from here loads its libraries when it is first used, and keeps them quiet. See docs/python.md.
-What type checkers see is in __init__.pyi.
+Imports from here load their libraries at first use, and keep them quiet. See docs/python.md. Type checkers read
+__init__.pyi.
 """
 
 from functools import wraps

@@ -107,59 +107,54 @@ class PrepareSettings(_settings.PrepareSettings):
             output_dir: Output folder.
             source_column: Column or key with the input; default: detected.
             target_column: Column or key with the output; default: detected.
-            source_prefix: Text to prepend to each source of source-target or two-column data, such as `summarize: `.
+            source_prefix: Text to prepend to each source of two-column data, such as `summarize: `.
             conversation_template: Conversation template: a name under conversations/ in `t5tune templates`, a YAML
-                file, or (chat, serve, evaluate) a dataset of training; default: the model's own, else plain for pairs,
-                else fastchat-t5.
+                file, or (chat, serve, evaluate) a training dataset; default: the model's, else plain for pairs, else
+                fastchat-t5.
             model_max_length: Maximum length of a source and of a target, each including its EOS token (tokens).
             num_data: Use only the first N examples; default: all.
-            eval_fraction: Fraction of the data to hold out for evaluation, if there is no eval_data_path.
+            eval_fraction: Fraction of the data to hold out for evaluation, unless eval_data_path is set.
             revision: Branch, tag or commit of a model on the Hugging Face Hub; default: its main branch.
-            cache_dir: Folder for Hugging Face Hub downloads; default: the Hub's own cache.
-            family: Treat a base whose model_type t5tune doesn't know as this model type (docs/families.md).
-            objective: What is learned: the targets of examples (sft), which of two answers is better (dpo, orpo:
-                records with `chosen` and `rejected`), or masked spans of raw text, as in pretraining (span-corruption).
-            denoisers: Which share of a text span-corruption masks, and the mean length of the spans (tokens): t5
-                (0.15:3), ul2, ul2-r, ul2-s, ul2-x, or one's own, such as 0.2:5; of several, each example gets one.
-            encoding: Encoding of text files without a byte order mark, such as cp1252 or utf-8; default: UTF-8, or
-                detected where most of a file isn't UTF-8.
+            cache_dir: Folder for Hugging Face Hub downloads; default: the Hub's cache.
+            family: Model type of a base whose model_type t5tune doesn't know (docs/families.md).
+            objective: Training objective: predict targets (sft), prefer the better of two answers (dpo, orpo: records
+                with `chosen` and `rejected`), or fill masked spans of raw text, as in pretraining (span-corruption).
+            denoisers: Share of the text that span-corruption masks, and mean span length (tokens): t5 (0.15:3), ul2,
+                ul2-r, ul2-s, ul2-x, or custom, such as 0.2:5; with several, each example gets one.
+            encoding: Encoding of text files without a byte order mark, such as cp1252; default: UTF-8, or detected if
+                most of a file isn't UTF-8.
             data_format: Format of the records; auto detects it from the keys of each record.
-            header: The first line of a CSV or TSV file has the names of its columns; without it, the first column is
-                the input, and the second the output.
-            rejected_column: Column or key with the worse answer of a preference pair (objective dpo, orpo); the better
-                one is in target_column; default: rejected, and chosen.
+            header: CSV and TSV files begin with a line of column names; if not, the first column is the input and the
+                second the output.
+            rejected_column: Column or key with the rejected answer of a preference pair (objective dpo, orpo), whose
+                chosen answer is in target_column; default: rejected, and chosen.
             merge_same_role: Join consecutive turns of the same role instead of rejecting the record.
-            clean: Convert the HTML of old ShareGPT dumps to Markdown, decode HTML entities, and remove unnecessary
-                backslashes.
+            clean: Convert HTML of old ShareGPT dumps to Markdown, decode entities, remove needless backslashes.
             max_record_bytes: Reject records longer than this (bytes).
-            data: Several datasets, each with its path, weight, name, columns, prefix and template; YAML only, in place
+            data: Several datasets, each with its path, weight, name, columns, prefix and template; YAML only, instead
                 of data_path.
-            data_subset: Subset (configuration) of a dataset on the Hugging Face Hub; default: its default one.
-            data_split: Split of a dataset on the Hugging Face Hub; default: train; for evaluate validation, otherwise
-                test.
+            data_subset: Subset (configuration) of a dataset on the Hugging Face Hub; default: its default.
+            data_split: Split of a dataset on the Hugging Face Hub; default: train, or validation or test for evaluate.
             add_tokens: Tokens to add for text that the vocabulary can't represent: auto (newline, tab, braces,
-                indentation, and characters of the targets), none, fastchat (the ten tokens of FastChat), or exactly the
-                ones listed.
-            shard: Prepare part I of N of the data, I from 0; default: all of it. The process that completes the last
-                part joins them. `auto` takes I and N from torchrun, srun or a SLURM job array.
-            join: Only join the parts that `--shard` prepared, such as after the joining was killed.
-            train_on: Train on all assistant turns of a conversation, or only on its last one.
+                indentation, and characters of the targets), none, fastchat (the ten tokens of FastChat), or a list of
+                tokens.
+            shard: Prepare part I (from 0) of N; default: all data. The process that completes the last part joins them.
+                `auto` takes I and N from torchrun, srun or a SLURM job array.
+            join: Only join the parts that `--shard` prepared, such as after joining was interrupted.
+            train_on: Train on all assistant turns of a conversation, or on the last only.
             min_target_tokens: Skip targets shorter than this (tokens); default: keep all.
-            dedupe: Deduplication: exact rejects a conversation identical to an earlier one.
+            dedupe: Deduplication: exact rejects exact copies of earlier conversations.
             split_long: Split conversations longer than model_max_length at turn boundaries.
             drop_truncated_targets: Skip targets longer than model_max_length instead of truncating them.
-            max_rejected_fraction: Fail if more than this fraction of the records is rejected, not counting duplicates
-                and records that are left out on purpose (labeled bad, weight 0).
+            max_rejected_fraction: Fail if a larger fraction of the records is rejected, not counting duplicates and
+                records with a bad label or weight 0.
             num_workers: Number of tokenization processes; default: one per CPU core, fewer for small data.
-            mixing: How several datasets are mixed: by their weights; proportional to their sizes, with
-                mixing_temperature and mixing_cap, as for T5; or all examples of all of them in each epoch
-                (concatenate); default: by weights if any is given, otherwise concatenate.
-            mixing_temperature: Temperature of proportional mixing: shares are sizes to the power of 1/temperature; the
-                larger, the more equal; default: 1.
-            mixing_cap: Cap of proportional mixing: a dataset with more examples counts as if it had this many; default:
-                none.
-            split_seed: Random seed for the held-out split. With the same split_seed, the same conversations are held
-                out whatever seed is.
+            mixing: How several datasets are mixed: by their weights; proportional to their sizes, as for T5, with
+                mixing_temperature and mixing_cap; or concatenated, so that an epoch has all examples; default: weights
+                if any is given, otherwise concatenate.
+            mixing_temperature: Temperature T of proportional mixing: shares are sizes to the power of 1/T; default: 1.
+            mixing_cap: Cap of proportional mixing: a larger dataset counts as this many examples; default: no cap.
+            split_seed: Random seed that chooses the held-out conversations; seed doesn't affect them.
             seed: Random seed for adapter initialization, dropout, data order and the masked spans of raw text.
         """
 
@@ -327,182 +322,160 @@ class TrainSettings(_settings.TrainSettings):
             output_dir: Output folder.
             source_column: Column or key with the input; default: detected.
             target_column: Column or key with the output; default: detected.
-            eval_fraction: Fraction of the data to hold out for evaluation, if there is no eval_data_path.
+            eval_fraction: Fraction of the data to hold out for evaluation, unless eval_data_path is set.
             train_mode: Train an adapter, or all weights.
             lora_r: LoRA rank: the size of the adapter.
-            q_lora: QLoRA: quantize the frozen base to 4 bits. Training then uses bf16, unless --no-bf16 is given.
+            q_lora: QLoRA: quantize the frozen base to 4 bits, and train in bf16 unless --no-bf16 is given.
             num_train_epochs: Training epochs (passes over the data).
             per_device_train_batch_size: Batch size per GPU or process (examples).
             learning_rate: Peak learning rate.
             bf16: Compute in bfloat16, and keep the base in bfloat16.
             dry_run: Show all settings including defaults, the memory plan and the launch command; write nothing.
             revision: Branch, tag or commit of a model on the Hugging Face Hub; default: its main branch.
-            cache_dir: Folder for Hugging Face Hub downloads; default: the Hub's own cache.
-            family: Treat a base whose model_type t5tune doesn't know as this model type (docs/families.md).
+            cache_dir: Folder for Hugging Face Hub downloads; default: the Hub's cache.
+            family: Model type of a base whose model_type t5tune doesn't know (docs/families.md).
             conversation_template: Conversation template: a name under conversations/ in `t5tune templates`, a YAML
-                file, or (chat, serve, evaluate) a dataset of training; default: the model's own, else plain for pairs,
-                else fastchat-t5.
+                file, or (chat, serve, evaluate) a training dataset; default: the model's, else plain for pairs, else
+                fastchat-t5.
             model_max_length: Maximum length of a source and of a target, each including its EOS token (tokens).
-            objective: What is learned: the targets of examples (sft), which of two answers is better (dpo, orpo:
-                records with `chosen` and `rejected`), or masked spans of raw text, as in pretraining (span-corruption).
-            denoisers: Which share of a text span-corruption masks, and the mean length of the spans (tokens): t5
-                (0.15:3), ul2, ul2-r, ul2-s, ul2-x, or one's own, such as 0.2:5; of several, each example gets one.
-            encoding: Encoding of text files without a byte order mark, such as cp1252 or utf-8; default: UTF-8, or
-                detected where most of a file isn't UTF-8.
+            objective: Training objective: predict targets (sft), prefer the better of two answers (dpo, orpo: records
+                with `chosen` and `rejected`), or fill masked spans of raw text, as in pretraining (span-corruption).
+            denoisers: Share of the text that span-corruption masks, and mean span length (tokens): t5 (0.15:3), ul2,
+                ul2-r, ul2-s, ul2-x, or custom, such as 0.2:5; with several, each example gets one.
+            encoding: Encoding of text files without a byte order mark, such as cp1252; default: UTF-8, or detected if
+                most of a file isn't UTF-8.
             data_format: Format of the records; auto detects it from the keys of each record.
-            header: The first line of a CSV or TSV file has the names of its columns; without it, the first column is
-                the input, and the second the output.
-            rejected_column: Column or key with the worse answer of a preference pair (objective dpo, orpo); the better
-                one is in target_column; default: rejected, and chosen.
-            source_prefix: Text to prepend to each source of source-target or two-column data, such as `summarize: `.
+            header: CSV and TSV files begin with a line of column names; if not, the first column is the input and the
+                second the output.
+            rejected_column: Column or key with the rejected answer of a preference pair (objective dpo, orpo), whose
+                chosen answer is in target_column; default: rejected, and chosen.
+            source_prefix: Text to prepend to each source of two-column data, such as `summarize: `.
             merge_same_role: Join consecutive turns of the same role instead of rejecting the record.
-            clean: Convert the HTML of old ShareGPT dumps to Markdown, decode HTML entities, and remove unnecessary
-                backslashes.
+            clean: Convert HTML of old ShareGPT dumps to Markdown, decode entities, remove needless backslashes.
             max_record_bytes: Reject records longer than this (bytes).
-            data: Several datasets, each with its path, weight, name, columns, prefix and template; YAML only, in place
+            data: Several datasets, each with its path, weight, name, columns, prefix and template; YAML only, instead
                 of data_path.
-            data_subset: Subset (configuration) of a dataset on the Hugging Face Hub; default: its default one.
-            data_split: Split of a dataset on the Hugging Face Hub; default: train; for evaluate validation, otherwise
-                test.
+            data_subset: Subset (configuration) of a dataset on the Hugging Face Hub; default: its default.
+            data_split: Split of a dataset on the Hugging Face Hub; default: train, or validation or test for evaluate.
             add_tokens: Tokens to add for text that the vocabulary can't represent: auto (newline, tab, braces,
-                indentation, and characters of the targets), none, fastchat (the ten tokens of FastChat), or exactly the
-                ones listed.
+                indentation, and characters of the targets), none, fastchat (the ten tokens of FastChat), or a list of
+                tokens.
             num_data: Use only the first N examples; default: all.
-            train_on: Train on all assistant turns of a conversation, or only on its last one.
+            train_on: Train on all assistant turns of a conversation, or on the last only.
             min_target_tokens: Skip targets shorter than this (tokens); default: keep all.
-            dedupe: Deduplication: exact rejects a conversation identical to an earlier one.
+            dedupe: Deduplication: exact rejects exact copies of earlier conversations.
             split_long: Split conversations longer than model_max_length at turn boundaries.
             drop_truncated_targets: Skip targets longer than model_max_length instead of truncating them.
-            max_rejected_fraction: Fail if more than this fraction of the records is rejected, not counting duplicates
-                and records that are left out on purpose (labeled bad, weight 0).
+            max_rejected_fraction: Fail if a larger fraction of the records is rejected, not counting duplicates and
+                records with a bad label or weight 0.
             num_workers: Number of tokenization processes; default: one per CPU core, fewer for small data.
-            split_seed: Random seed for the held-out split. With the same split_seed, the same conversations are held
-                out whatever seed is.
+            split_seed: Random seed that chooses the held-out conversations; seed doesn't affect them.
             seed: Random seed for adapter initialization, dropout, data order and the masked spans of raw text.
-            mixing: How several datasets are mixed: by their weights; proportional to their sizes, with
-                mixing_temperature and mixing_cap, as for T5; or all examples of all of them in each epoch
-                (concatenate); default: by weights if any is given, otherwise concatenate.
-            mixing_temperature: Temperature of proportional mixing: shares are sizes to the power of 1/temperature; the
-                larger, the more equal; default: 1.
-            mixing_cap: Cap of proportional mixing: a dataset with more examples counts as if it had this many; default:
-                none.
-            eval_data_path: Conversations or a token cache to evaluate on, all of it whatever num_data is; they are
-                encoded with the added tokens and the conversation template of data_path.
-            eval_data: Several datasets to evaluate on, as in data; one with the name of a dataset of data is read like
-                it; YAML only, in place of eval_data_path.
+            mixing: How several datasets are mixed: by their weights; proportional to their sizes, as for T5, with
+                mixing_temperature and mixing_cap; or concatenated, so that an epoch has all examples; default: weights
+                if any is given, otherwise concatenate.
+            mixing_temperature: Temperature T of proportional mixing: shares are sizes to the power of 1/T; default: 1.
+            mixing_cap: Cap of proportional mixing: a larger dataset counts as this many examples; default: no cap.
+            eval_data_path: Conversations or a token cache to evaluate on, encoded like data_path, with its added tokens
+                and conversation template; num_data doesn't limit it.
+            eval_data: Several datasets to evaluate on, as in data; if a dataset in data has the same name, both are
+                read alike; YAML only, instead of eval_data_path.
             preprocessed_path: Folder for the token cache that train writes; default: `data` in the run folder.
-            eval_data_split: Split of a dataset on the Hugging Face Hub that eval_data_path names; default: validation,
-                otherwise test.
-            lora_alpha: LoRA alpha: the strength of the adapter, whose update is multiplied by lora_alpha / lora_r
-                (use_rslora: lora_alpha / √lora_r).
+            eval_data_split: Split of a Hugging Face Hub dataset in eval_data_path; default: validation, otherwise test.
+            lora_alpha: LoRA alpha: the adapter's update is multiplied by lora_alpha / lora_r.
             lora_dropout: Dropout probability on the input of the LoRA matrices.
             lora_target_modules: Linear layers to adapt: their names, or a group: attention (in T5: q k v o),
                 feed-forward (wi wo) or all-linear (both).
-            lora_bias: Which bias vectors to train as well (T5 has none).
-            use_dora: DoRA (Liu et al. 2024): train the norm of each row of an adapted weight separately from its
-                direction.
-            use_rslora: rsLoRA (Kalajdzievski 2023): scale by lora_alpha / √lora_r, which suits large ranks.
+            lora_bias: Bias vectors to train as well (T5 has no biases).
+            use_dora: DoRA (Liu et al. 2024): train norm and direction of each row of an adapted weight separately.
+            use_rslora: rsLoRA (Kalajdzievski 2023): multiply by lora_alpha / √lora_r, which suits large ranks.
             init_lora_weights: Adapter initialization: default (B = 0), gaussian, orthogonal, olora, pissa,
                 pissa_niter_N (fast SVD with N iterations), or loftq (corrects the quantization error of q_lora).
-            loraplus_lr_ratio: LoRA+ (Hayou et al. 2024): learning-rate ratio of B to A, often 16; default: the same
-                learning rate for both.
-            modules_to_save: Modules of the base to train in full in addition to the adapter, such as final_layer_norm.
+            loraplus_lr_ratio: LoRA+ (Hayou et al. 2024): learning-rate ratio of B to A, often 16; default: 1.
+            modules_to_save: Modules of the base to train in full, next to the adapter, such as final_layer_norm.
             train_token_rows: Train the added tokens' rows of the embedding and the language-model head.
-            adapter: Adapter to initialize from, with its added tokens and conversation template: a folder, a run
-                folder, or owner/name[@revision] on the Hub; shapes must match. The optimizer and the learning-rate
-                schedule start over.
-            teacher_model_name_or_path: Teacher: a base, a merged checkpoint, a run or an adapter, as for chat; its
-                tokenizer must be the same. The model then also learns the teacher's probabilities of each token;
-                default: none.
-            teacher_adapter: Adapter to apply to the teacher, if teacher_model_name_or_path is a base.
+            adapter: Adapter to initialize from, with its added tokens and conversation template: a folder, a run, or
+                owner/name[@revision] on the Hub. The optimizer and the learning-rate schedule start over.
+            teacher_model_name_or_path: Teacher, whose token probabilities the model also learns: a base, a merged
+                checkpoint, a run or an adapter with the same tokenizer; default: no teacher.
+            teacher_adapter: Adapter to apply to the teacher if teacher_model_name_or_path is a base.
             teacher_q_lora: Quantize the teacher to 4 bits (NF4).
-            distillation_alpha: Share of the teacher in the loss; the rest is the cross-entropy of the targets.
-            distillation_temperature: Temperature T of both models' probabilities. The divergence is multiplied by T²,
-                so that its gradient doesn't depend on T (Hinton et al. 2015).
-            distillation_kl: Kullback–Leibler divergence to minimize: of the model from the teacher (forward), or of the
-                teacher from the model (reverse, as in MiniLLM, Gu et al. 2024).
-            dpo_loss: Loss of objective dpo: as in DPO (Rafailov et al. 2023), or IPO (Azar et al. 2023).
-            dpo_beta: Strength with which objective dpo keeps the model near the reference: β of DPO, τ of IPO.
-            dpo_label_smoothing: Probability that the preference of a pair is the wrong way round (conservative DPO).
-            reference_adapter: Adapter whose model is the reference of objective dpo: a folder, a run, or
-                owner/name[@revision] on the Hub; default: the model as training begins.
-            orpo_lambda: Weight of the odds ratio in objective orpo; that of the chosen answer is 1 (Hong et al. 2024).
+            distillation_alpha: Weight of the teacher in the loss; the cross-entropy of the targets has the rest.
+            distillation_temperature: Temperature T of both models' probabilities; the divergence is multiplied by T² to
+                keep the size of its gradient.
+            distillation_kl: Kullback–Leibler divergence to minimize: of the model from the teacher (forward), or
+                reverse, as in MiniLLM (Gu et al. 2024).
+            dpo_loss: Loss of objective dpo: DPO's sigmoid (Rafailov et al. 2023), or IPO (Azar et al. 2023).
+            dpo_beta: How strongly objective dpo keeps the model near the reference: β of DPO, τ of IPO.
+            dpo_label_smoothing: Conservative DPO: probability that a pair's answers are swapped.
+            reference_adapter: Adapter of objective dpo's reference model: a folder, a run, or owner/name[@revision] on
+                the Hub; default: the model before training.
+            orpo_lambda: Weight of the odds ratio next to the chosen answer's loss in objective orpo (Hong et al. 2024).
             max_steps: Total optimizer steps, overriding num_train_epochs; default: from num_train_epochs.
-            tokens_per_batch: Fill each micro-batch up to this many tokens (source + target, including padding) instead
-                of using per_device_train_batch_size.
+            tokens_per_batch: Maximum size of a micro-batch in tokens (source + target, including padding), instead of
+                per_device_train_batch_size.
             gradient_accumulation_steps: Micro-batches to accumulate per optimizer step.
-            group_by_length: Batch examples of similar length to reduce padding, by sorting within random windows of 64
-                steps; no effect with tokens_per_batch.
+            group_by_length: Batch examples of similar length, sorted within random windows of 64 steps, to reduce
+                padding; no effect with tokens_per_batch.
             lr_scheduler_type: Learning-rate schedule, by its transformers name (linear, cosine, …).
             warmup_steps: Warmup steps; a value below 1 is a fraction of all steps.
             weight_decay: Decoupled weight decay (as in AdamW).
             max_grad_norm: Gradient clipping: maximum norm of the gradient; 0 turns clipping off.
-            optim: Optimizer, by its transformers name. The state of a paged one isn't paged after resuming.
-            on_non_finite: What to do if the loss or a gradient is NaN or infinite: stop training, or skip the step. No
-                update is made in either case.
-            max_skipped_steps: Maximum number of steps to skip in a run (on_non_finite: skip); the next non-finite step
-                stops training.
+            optim: Optimizer, by its transformers name; a paged optimizer's state isn't paged after resuming.
+            on_non_finite: What to do if the loss or a gradient is NaN or infinite: stop training, or skip the step.
+            max_skipped_steps: Steps that on_non_finite: skip may skip in a run before training stops.
             dataloader_num_workers: Data-loading processes per rank.
             training_args: Additional fields of transformers' TrainingArguments; YAML only.
-            quant_type: Quantized type of the base with q_lora: 4-bit NormalFloat, 4-bit float, or LLM.int8().
-            quantize_wo: Also quantize the feed-forward output projection (T5's `wo`, T5Gemma's `down_proj`), which is a
-                third as large as the rest.
+            quant_type: Quantized type with q_lora: 4-bit NormalFloat, 4-bit float, or LLM.int8().
+            quantize_wo: Also quantize the feed-forward output projection (T5's `wo`, T5Gemma's `down_proj`).
             double_quant: Double quantization: also quantize the scales of the 4-bit blocks.
-            tf32: Use TensorFloat-32 for fp32 matrix products on GPUs; default: if the GPU supports it.
-            packing: Pack the examples of a batch into one row without padding, without changing the results; auto packs
-                if the model supports it.
-            packed_attention: How attention over packed rows is computed: in one compiled kernel per layer (flex), or in
-                a loop over the examples; auto: flex on NVIDIA GPUs in bf16, once it has been compared with the loop.
-            dropout: Apply dropout, with the base's own rate and lora_dropout; default: yes, but not for objective dpo
-                and orpo.
-            attention_dropout: Apply dropout to attention's probabilities, as in T5's training; --no-attention-dropout
-                is faster, and keeps the dropout of hidden states.
-            gradient_checkpointing: Recompute activations in the backward pass instead of storing them: less memory,
-                about a third slower.
+            tf32: Use TensorFloat-32 for fp32 matrix products; default: if the GPU supports it.
+            packing: Pack the examples of a batch into one row without padding, with the same results; auto: if the
+                model supports it.
+            packed_attention: Attention over packed rows: one compiled kernel per layer (flex), or a loop over the
+                examples; auto: flex on NVIDIA GPUs in bf16, if its results match the loop's.
+            dropout: Apply dropout, with the base's rate and lora_dropout; default: except for objective dpo and orpo.
+            attention_dropout: Apply dropout to attention's probabilities, as in T5's training; it is faster without.
+            gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third slower.
             torch_compile: Compile layer norms and feed-forward layers with torch.compile. The first steps take seconds
-                to minutes longer; later ones are often faster. On a GPU, try without it first.
+                to minutes longer; later steps are often faster. On a GPU, try without it first.
             label_smoothing_factor: Label smoothing: probability mass spread uniformly over the vocabulary.
             metrics: Metrics to compute: exact_match, rouge1, rouge2, rougeL, bleu, chrf, valid_json, field_f1; default:
                 all that fit the targets.
-            metric: Metrics of your own, in addition: functions (predictions, references) -> dict of numbers, as
-                module:function or path/to/file.py:function.
+            metric: Custom metrics: functions (predictions, references) -> dict of numbers, as module:function or
+                path/to/file.py:function.
             eval_strategy: When to evaluate; default: every epoch if there is held-out data, otherwise never.
             eval_steps: Evaluate every N steps; sets eval_strategy to steps.
-            eval_generate: Generate predictions for this many held-out examples at each evaluation, and score them (see
-                metrics and metric).
-            metric_for_best_model: Keep the checkpoint that is best by this held-out metric, and use its weights as the
-                final ones: loss, perplexity, with eval_generate one of metrics or metric, or for objective dpo and orpo
-                one such as rewards/accuracies; default: use the last checkpoint.
-            early_stopping_patience: Early stopping: stop after this many evaluations without a better
-                metric_for_best_model (default: loss).
-            early_stopping_threshold: Early stopping: count an evaluation as better only if the metric improves by more
-                than this; default: by any amount.
-            per_device_eval_batch_size: Maximum batch size of evaluations per process (examples); default: as many as
-                fit a budget of tokens.
+            eval_generate: Generate and score predictions for this many held-out examples at each evaluation.
+            metric_for_best_model: Keep the checkpoint with the best value of this held-out metric as the result: loss,
+                perplexity, a metric of generated predictions (eval_generate), or with dpo and orpo rewards/accuracies,
+                …; default: use the last checkpoint.
+            early_stopping_patience: Stop early after this many evaluations without a better metric_for_best_model
+                (default: loss).
+            early_stopping_threshold: Minimum improvement that early stopping counts; default: any.
+            per_device_eval_batch_size: Maximum batch size of evaluations per process (examples); default: limited by a
+                token budget.
             num_gpus: Start this many processes on this machine, one per GPU.
             num_processes: Start this many processes on this machine, on the CPU.
-            process_group_timeout: Process-group timeout: stop if another rank doesn't respond within this time
-                (seconds).
+            process_group_timeout: Stop if another rank doesn't respond within this time (seconds).
             use_cpu: Train on the CPU even if there is a GPU.
             deepspeed: DeepSpeed config: zero0, zero1, zero2, zero3, zero2-offload, zero3-offload, or a JSON file.
-            max_restarts: If a process is lost, restart all processes of num_gpus or num_processes from the last
-                checkpoint, up to this many times.
+            max_restarts: How often to restart the processes of num_gpus or num_processes after one is lost.
             push_to_hub: Upload the result to the Hugging Face Hub.
-            hub_model_id: Repository to upload to, owner/name; default: the name of the output folder, in your account.
-            hub_private_repo: Create a private repository. If it exists already, it must be private.
-            hub_strategy: When to upload: the final weights, or also those of every checkpoint, while training goes on.
+            hub_model_id: Repository to upload to, owner/name; default: the output folder's name.
+            hub_private_repo: Create a private repository; an existing one must be private.
+            hub_strategy: Upload the final weights only, or every checkpoint during training.
             save_strategy: When to save a checkpoint; the last step always saves one.
             save_steps: Save a checkpoint every N steps.
-            save_total_limit: Keep only the newest N checkpoints, and the best one if metric_for_best_model is set;
-                default: all.
+            save_total_limit: Keep only the newest N checkpoints, and the best if metric_for_best_model is set; default:
+                all.
             logging_steps: Log metrics to metrics.jsonl every N steps.
             report_to: Experiment trackers: tensorboard, wandb, mlflow, trackio, … or none.
-            run_name: Name of the run in experiment trackers; default: the name of the run folder.
-            report_samples: Number of examples for which report.html shows predictions from before and after training
-                (up to 64 tokens each); half of them are the worst of twice as many. 0: none.
-            fresh: Start over; an existing run in output_dir is renamed to output_dir.1, output_dir.2, …
-            allow_change: Resume with another length: num_train_epochs, max_steps, or both. A run keeps all else that
-                affects its weights.
+            run_name: Name of the run in experiment trackers; default: the run folder's name.
+            report_samples: Number of examples in report.html with predictions from before and after training (at most
+                64 tokens each); half of them are the worst of a sample. 0: none.
+            fresh: Start over; an existing run in output_dir is renamed to output_dir.1, …
+            allow_change: Settings that may change when a run resumes: num_train_epochs, max_steps, or both.
         """
 
 class ExportSettings(_settings.ExportSettings):
@@ -531,24 +504,22 @@ class ExportSettings(_settings.ExportSettings):
             output_dir: Output folder.
             checkpoint: Checkpoint to export: a run folder, one of its checkpoint-N folders, a DeepSpeed checkpoint, a
                 FastChat output folder, or an adapter on the Hugging Face Hub (owner/name, owner/name@revision).
-            model_name_or_path: Base checkpoint: its config.json is used to check tensor shapes, and --non-lora-state
-                full copies its weights; default: the base that adapter_config.json names.
-            non_lora_state: Which tensors to write in addition to the LoRA matrices: those that were trained, the full
-                base as well, or none.
-            format: Format of the adapter weights; bin also writes adapter_model.bin, as FastChat does.
-            dtype: Round the trained tensors to this dtype (to nearest, ties to even); default: the dtype in the
-                checkpoint, which is float32 for DeepSpeed shards.
+            model_name_or_path: Base checkpoint, to check tensor shapes and for --non-lora-state full; default: the base
+                that adapter_config.json names.
+            non_lora_state: Tensors to write besides the LoRA matrices: other trained weights, the full base, or none.
+            format: Format of the adapter weights; bin also writes adapter_model.bin, like FastChat.
+            dtype: Round the trained tensors to this dtype (to nearest, ties to even); default: the checkpoint's dtype,
+                which is float32 for DeepSpeed shards.
             overwrite: Replace the output folder even if it contains other files.
             push_to_hub: Upload the result to the Hugging Face Hub.
-            hub_model_id: Repository to upload to, owner/name; default: the name of the output folder, in your account.
-            hub_private_repo: Create a private repository. If it exists already, it must be private.
+            hub_model_id: Repository to upload to, owner/name; default: the output folder's name.
+            hub_private_repo: Create a private repository; an existing one must be private.
             revision: Branch, tag or commit of the base on the Hugging Face Hub; default: its main branch.
-            cache_dir: Folder for Hugging Face Hub downloads; default: the Hub's own cache.
-            lora_r: LoRA rank, for an adapter without adapter_config.json; default: the rank of its matrices.
-            lora_alpha: LoRA alpha (scaling numerator), for an adapter without adapter_config.json; default: 16, as in
-                FastChat.
-            lora_target_modules: Modules with LoRA matrices, for an adapter without adapter_config.json; default: those
-                that the checkpoint contains.
+            cache_dir: Folder for Hugging Face Hub downloads; default: the Hub's cache.
+            lora_r: LoRA rank of an adapter without adapter_config.json; default: the rank of its matrices.
+            lora_alpha: LoRA alpha of an adapter without adapter_config.json; default: 16, as in FastChat.
+            lora_target_modules: Adapted modules, for an adapter without adapter_config.json; default: found in the
+                checkpoint.
         """
 
 class MergeSettings(_settings.MergeSettings):
@@ -600,29 +571,28 @@ class MergeSettings(_settings.MergeSettings):
             adapter: Adapter to merge: a folder, a run folder, or owner/name[@revision] on the Hub; several are summed,
                 each multiplied by its weight.
             model_name_or_path: Base model: a folder, owner/name[@revision] on the Hugging Face Hub, or `pocket` (built
-                in); default: the one that the adapter names, if it is on this machine.
+                in); default: the adapter's base, if it is on this machine.
             weights: Weight of each adapter; default: 1 for a single adapter.
-            to: Output format: a Hugging Face checkpoint, or a CTranslate2 model, checked against the merged
-                checkpoint's replies to a few prompts; without quantization they must match.
+            to: Output format: a Hugging Face checkpoint, or a CTranslate2 model, whose replies to a few prompts are
+                compared; they must match if it isn't quantized.
             quantization: Weight type of the CTranslate2 model (--to ctranslate2); default: the merged weights' dtype.
             dtype: Round the merged weights to this dtype; default: each tensor keeps the base's dtype.
             overwrite: Replace the output folder even if it contains other files.
             revision: Branch, tag or commit of a model on the Hugging Face Hub; default: its main branch.
-            cache_dir: Folder for Hugging Face Hub downloads; default: the Hub's own cache.
-            family: Treat a base whose model_type t5tune doesn't know as this model type (docs/families.md).
+            cache_dir: Folder for Hugging Face Hub downloads; default: the Hub's cache.
+            family: Model type of a base whose model_type t5tune doesn't know (docs/families.md).
             push_to_hub: Upload the result to the Hugging Face Hub.
-            hub_model_id: Repository to upload to, owner/name; default: the name of the output folder, in your account.
-            hub_private_repo: Create a private repository. If it exists already, it must be private.
-            max_shard_size: Maximum size of each weight file (bytes, or with a unit: 5GB, 500MB); default: shards like
-                the base's.
-            onto: Weights to merge into: the base's own, or the base quantized and dequantized as q_lora did; default:
-                those that the adapter was trained on.
-            check: How to verify that the base is the one used in training: sample 4 KiB per tensor, or hash everything.
-            allow_other_base: Merge even if the base isn't the one used in training.
-            verify: Load base + adapter and the merged checkpoint, and compare their logits on a few examples; default:
-                if memory allows.
-            verify_tolerance: Maximum difference between logits, relative to the largest logit; at least 0.05 applies if
-                the merged weights are rounded.
+            hub_model_id: Repository to upload to, owner/name; default: the output folder's name.
+            hub_private_repo: Create a private repository; an existing one must be private.
+            max_shard_size: Maximum size of each weight file (bytes, or with a unit: 5GB, 500MB); default: the base's
+                shards.
+            onto: Weights to merge into: the base, or the base as q_lora quantized and dequantized it; default: as in
+                training.
+            check: How to verify the base that was used in training: sample 4 KiB per tensor, or hash everything.
+            allow_other_base: Merge even into a different base than in training.
+            verify: Compare the logits of base + adapter and of the merged checkpoint; default: if memory allows.
+            verify_tolerance: Maximum difference between logits, relative to the largest; at least 0.05 for rounded
+                weights.
         """
 
 class ChatSettings(_settings.ChatSettings):
@@ -669,35 +639,34 @@ class ChatSettings(_settings.ChatSettings):
         """Settings of chat: Chat with a base model, an adapter or a training run.
 
         Args:
-            model_name_or_path: A run, an adapter or a base model: a folder, owner/name[@revision] on the Hub, or
-                `pocket`.
-            prompt: Reply to this one message and exit; default: start an interactive chat.
+            model_name_or_path: Run, adapter or base model: a folder, owner/name[@revision] on the Hub, or `pocket`
+                (built in).
+            prompt: Reply to this message and exit; default: start an interactive chat.
             adapter: Adapter to apply to the base: a folder, a run, or owner/name[@revision] on the Hub; not needed if
                 model_name_or_path is an adapter or a run.
-            system: System message; default: the conversation template's own.
+            system: System message; default: the conversation template's.
             conversation_template: Conversation template: a name under conversations/ in `t5tune templates`, a YAML
-                file, or (chat, serve, evaluate) a dataset of training; default: the model's own, else plain for pairs,
-                else fastchat-t5.
+                file, or (chat, serve, evaluate) a training dataset; default: the model's, else plain for pairs, else
+                fastchat-t5.
             max_new_tokens: Maximum length of a reply (tokens).
-            temperature: Sampling temperature; 0 decodes greedily, higher values give more varied replies.
-            q_lora: Quantize the base to 4 bits or int8; default: as in training, like its options.
-            bf16: Compute in bfloat16; default: as in training, else on GPUs that can.
+            temperature: Sampling temperature; 0 decodes greedily, higher values vary replies more.
+            q_lora: Quantize the base to 4 bits or int8; this and the quantization options default to their values in
+                training.
+            bf16: Compute in bfloat16; default: as in training, otherwise if the GPU supports it.
             device: Device to run on: cpu, cuda, cuda:1, mps, …; default: a GPU if there is one.
             revision: Branch, tag or commit of a model on the Hugging Face Hub; default: its main branch.
-            cache_dir: Folder for Hugging Face Hub downloads; default: the Hub's own cache.
-            family: Treat a base whose model_type t5tune doesn't know as this model type (docs/families.md).
-            quant_type: Quantized type of the base with q_lora: 4-bit NormalFloat, 4-bit float, or LLM.int8().
-            quantize_wo: Also quantize the feed-forward output projection (T5's `wo`, T5Gemma's `down_proj`), which is a
-                third as large as the rest.
+            cache_dir: Folder for Hugging Face Hub downloads; default: the Hub's cache.
+            family: Model type of a base whose model_type t5tune doesn't know (docs/families.md).
+            quant_type: Quantized type with q_lora: 4-bit NormalFloat, 4-bit float, or LLM.int8().
+            quantize_wo: Also quantize the feed-forward output projection (T5's `wo`, T5Gemma's `down_proj`).
             double_quant: Double quantization: also quantize the scales of the 4-bit blocks.
             use_cpu: Run on the CPU even if there is a GPU.
             model_max_length: Maximum length of a source and of a target, each including its EOS token (tokens).
-            source_prefix: Text to put before each message, unless it already starts with it; default: the source_prefix
-                used in training.
-            top_p: Nucleus sampling (top-p): sample from the smallest set of tokens with this total probability.
+            source_prefix: Text to prepend to each message that lacks it; default: the prefix used in training.
+            top_p: Nucleus sampling (top-p): keep the smallest set of tokens with this total probability.
             seed: Random seed for sampling.
-            save_preferences: Sample two replies to each message, ask which one is better, and append the pair to this
-                JSON Lines file, from which objective dpo and orpo learn.
+            save_preferences: Sample two replies to each message, ask which is better, and append the pair to this JSON
+                Lines file, for objective dpo or orpo.
         """
 
 class ServeSettings(_settings.ServeSettings):
@@ -758,50 +727,44 @@ class ServeSettings(_settings.ServeSettings):
         Args:
             models: Models to serve: runs, adapters, bases, and folders that merge wrote, also with --to ctranslate2.
                 NAME=MODEL names one for clients; default: the folder's name, or the name on the Hub.
-            host: Address to listen on; 0.0.0.0 is all addresses of this machine, which others reach.
-            port: Port to listen on; 0 takes any that is free.
-            api_key: Key that clients must send; better in T5TUNE_API_KEY, since others see a process's arguments.
-                Default: none is needed.
-            engine: What computes the replies; auto takes CTranslate2 where it is installed and can run the model.
-            quantization: Weight type with CTranslate2, such as int8, with which some replies change; default: none, and
-                the replies are those of transformers.
-            max_new_tokens: Maximum length of the reply to a request that sets none (tokens); one may ask for up to
-                model_max_length.
-            model_name_or_path: Base of the adapters among the models: a folder, owner/name[@revision] on the Hub, or
-                `pocket`; default: the one that each adapter names.
+            host: Address to listen on; other machines can reach 0.0.0.0, which is all addresses.
+            port: Port to listen on; 0 takes any free port.
+            api_key: Key that clients must send; set it in T5TUNE_API_KEY, since all users of a machine see a process's
+                arguments; default: no key.
+            engine: Inference engine; auto takes CTranslate2 if it is installed and can run the model.
+            quantization: Weight type with CTranslate2, such as int8, which changes some replies; default: not
+                quantized, with the same replies as transformers.
+            max_new_tokens: Maximum length of a reply if the request sets none (tokens).
+            model_name_or_path: Base of the adapters: a folder, owner/name[@revision] on the Hub, or `pocket`; default:
+                the base that each adapter names.
             revision: Branch, tag or commit of a model on the Hugging Face Hub; default: its main branch.
-            cache_dir: Folder for Hugging Face Hub downloads; default: the Hub's own cache.
-            family: Treat a base whose model_type t5tune doesn't know as this model type (docs/families.md).
-            q_lora: Quantize the base to 4 bits or int8; default: as in training, like its options.
-            quant_type: Quantized type of the base with q_lora: 4-bit NormalFloat, 4-bit float, or LLM.int8().
-            quantize_wo: Also quantize the feed-forward output projection (T5's `wo`, T5Gemma's `down_proj`), which is a
-                third as large as the rest.
+            cache_dir: Folder for Hugging Face Hub downloads; default: the Hub's cache.
+            family: Model type of a base whose model_type t5tune doesn't know (docs/families.md).
+            q_lora: Quantize the base to 4 bits or int8; this and the quantization options default to their values in
+                training.
+            quant_type: Quantized type with q_lora: 4-bit NormalFloat, 4-bit float, or LLM.int8().
+            quantize_wo: Also quantize the feed-forward output projection (T5's `wo`, T5Gemma's `down_proj`).
             double_quant: Double quantization: also quantize the scales of the 4-bit blocks.
-            bf16: Compute in bfloat16; default: as in training, else on GPUs that can.
+            bf16: Compute in bfloat16; default: as in training, otherwise if the GPU supports it.
             use_cpu: Run on the CPU even if there is a GPU.
             device: Device to run on: cpu, cuda, cuda:1, mps, …; default: a GPU if there is one.
             conversation_template: Conversation template: a name under conversations/ in `t5tune templates`, a YAML
-                file, or (chat, serve, evaluate) a dataset of training; default: the model's own, else plain for pairs,
-                else fastchat-t5.
+                file, or (chat, serve, evaluate) a training dataset; default: the model's, else plain for pairs, else
+                fastchat-t5.
             model_max_length: Maximum length of a source and of a target, each including its EOS token (tokens).
-            allow_without_key: Listen on an address that other machines reach, without api_key: anyone there can use the
-                models.
-            converted_dir: Folder for models that were converted to CTranslate2, which is done once for each; default:
-                t5tune/converted in the user's cache folder.
-            temperature: Sampling temperature of requests that give none; 0 decodes greedily.
-            top_p: Nucleus sampling (top-p) of requests that give none.
-            source_prefix: Text to put before each message, unless it already starts with it; default: the source_prefix
-                used in training.
-            max_batch_tokens: Maximum size of a batch of replies: their number times the longest prompt and max_tokens
-                (tokens). A larger reply is alone.
-            max_batch_delay: How long a request waits for others to join its batch (milliseconds).
-            parallel_batches: Batches that CTranslate2 computes at the same time, on a CPU with a share of the cores
-                each; default: one for each 4 cores, and one on a GPU.
-            max_replies: Maximum number of replies to one request: its prompts times n; more are refused with status
-                400.
-            max_queue: Maximum number of replies that wait; more are refused with status 429.
-            shutdown_timeout: How long a server that was asked to stop finishes replies (seconds); then it cuts them
-                off.
+            allow_without_key: Let other machines use the models without api_key.
+            converted_dir: Folder for converted CTranslate2 models; default: t5tune/converted in the user's cache
+                folder.
+            temperature: Sampling temperature if the request sets none; 0 decodes greedily.
+            top_p: Nucleus sampling (top-p) if the request sets none.
+            source_prefix: Text to prepend to each message that lacks it; default: the prefix used in training.
+            max_batch_tokens: Maximum size of a batch: its replies times its longest prompt and max_tokens (tokens).
+            max_batch_delay: How long a request waits for more requests in its batch (milliseconds).
+            parallel_batches: Batches that CTranslate2 computes in parallel; default: one per 4 CPU cores, or one on a
+                GPU.
+            max_replies: Maximum number of replies to a request: its prompts times n; more are refused with status 400.
+            max_queue: Maximum number of waiting replies; more are refused with status 429.
+            shutdown_timeout: How long a stopping server finishes replies before it cuts them off (seconds).
         """
 
 class EvaluateSettings(_settings.EvaluateSettings):
@@ -875,72 +838,67 @@ class EvaluateSettings(_settings.EvaluateSettings):
         """Settings of evaluate: Score a model's predictions against a dataset's targets.
 
         Args:
-            model_name_or_path: A run, an adapter or a base model: a folder, owner/name[@revision] on the Hub, or
-                `pocket`.
+            model_name_or_path: Run, adapter or base model: a folder, owner/name[@revision] on the Hub, or `pocket`
+                (built in).
             data_path: Data: JSON, JSONL, CSV or Parquet files (also .gz, .zst), folders, patterns, `-` (stdin), Hub
                 datasets (owner/name), URLs, `pocket`; for train and evaluate also token caches; `a.csv:2 b.csv:1` mixes
                 two.
             adapter: Adapter to apply to the base: a folder, a run, or owner/name[@revision] on the Hub; not needed if
                 model_name_or_path is an adapter or a run.
-            output_dir: Folder for scores.json and predictions.jsonl; default: a new one (evaluation, evaluation.1, …).
+            output_dir: Folder for scores.json and predictions.jsonl; default: evaluation, evaluation.1, …
             source_column: Column or key with the input; default: detected.
             target_column: Column or key with the output; default: detected.
             num_data: Use only the first N examples; default: all.
             metrics: Metrics to compute: exact_match, rouge1, rouge2, rougeL, bleu, chrf, valid_json, field_f1; default:
                 all that fit the targets.
-            compare_base: Also score the base alone, on the same texts.
-            bf16: Compute in bfloat16; default: as in training, else on GPUs that can.
+            compare_base: Also score the base without the adapter.
+            bf16: Compute in bfloat16; default: as in training, otherwise if the GPU supports it.
             num_gpus: Start this many processes on this machine, one per GPU.
             revision: Branch, tag or commit of a model on the Hugging Face Hub; default: its main branch.
-            cache_dir: Folder for Hugging Face Hub downloads; default: the Hub's own cache.
-            family: Treat a base whose model_type t5tune doesn't know as this model type (docs/families.md).
-            q_lora: Quantize the base to 4 bits or int8; default: as in training, like its options.
-            quant_type: Quantized type of the base with q_lora: 4-bit NormalFloat, 4-bit float, or LLM.int8().
-            quantize_wo: Also quantize the feed-forward output projection (T5's `wo`, T5Gemma's `down_proj`), which is a
-                third as large as the rest.
+            cache_dir: Folder for Hugging Face Hub downloads; default: the Hub's cache.
+            family: Model type of a base whose model_type t5tune doesn't know (docs/families.md).
+            q_lora: Quantize the base to 4 bits or int8; this and the quantization options default to their values in
+                training.
+            quant_type: Quantized type with q_lora: 4-bit NormalFloat, 4-bit float, or LLM.int8().
+            quantize_wo: Also quantize the feed-forward output projection (T5's `wo`, T5Gemma's `down_proj`).
             double_quant: Double quantization: also quantize the scales of the 4-bit blocks.
             use_cpu: Run on the CPU even if there is a GPU.
             device: Device to run on: cpu, cuda, cuda:1, mps, …; default: a GPU if there is one.
             num_processes: Start this many processes on this machine, on the CPU.
-            process_group_timeout: Process-group timeout: stop if another rank doesn't respond within this time
-                (seconds).
-            deepspeed: DeepSpeed config with ZeRO-3, if the base doesn't fit on one GPU: zero3, zero3-offload, or a JSON
-                file.
+            process_group_timeout: Stop if another rank doesn't respond within this time (seconds).
+            deepspeed: ZeRO-3 config for a base that doesn't fit on one GPU: zero3, zero3-offload, or a JSON file.
             conversation_template: Conversation template: a name under conversations/ in `t5tune templates`, a YAML
-                file, or (chat, serve, evaluate) a dataset of training; default: the model's own, else plain for pairs,
-                else fastchat-t5.
+                file, or (chat, serve, evaluate) a training dataset; default: the model's, else plain for pairs, else
+                fastchat-t5.
             model_max_length: Maximum length of a source and of a target, each including its EOS token (tokens).
-            objective: What is learned: the targets of examples (sft), which of two answers is better (dpo, orpo:
-                records with `chosen` and `rejected`), or masked spans of raw text, as in pretraining (span-corruption).
-            denoisers: Which share of a text span-corruption masks, and the mean length of the spans (tokens): t5
-                (0.15:3), ul2, ul2-r, ul2-s, ul2-x, or one's own, such as 0.2:5; of several, each example gets one.
-            encoding: Encoding of text files without a byte order mark, such as cp1252 or utf-8; default: UTF-8, or
-                detected where most of a file isn't UTF-8.
+            objective: Training objective: predict targets (sft), prefer the better of two answers (dpo, orpo: records
+                with `chosen` and `rejected`), or fill masked spans of raw text, as in pretraining (span-corruption).
+            denoisers: Share of the text that span-corruption masks, and mean span length (tokens): t5 (0.15:3), ul2,
+                ul2-r, ul2-s, ul2-x, or custom, such as 0.2:5; with several, each example gets one.
+            encoding: Encoding of text files without a byte order mark, such as cp1252; default: UTF-8, or detected if
+                most of a file isn't UTF-8.
             data_format: Format of the records; auto detects it from the keys of each record.
-            header: The first line of a CSV or TSV file has the names of its columns; without it, the first column is
-                the input, and the second the output.
-            rejected_column: Column or key with the worse answer of a preference pair (objective dpo, orpo); the better
-                one is in target_column; default: rejected, and chosen.
-            source_prefix: Text to prepend to each source of source-target or two-column data, such as `summarize: `.
+            header: CSV and TSV files begin with a line of column names; if not, the first column is the input and the
+                second the output.
+            rejected_column: Column or key with the rejected answer of a preference pair (objective dpo, orpo), whose
+                chosen answer is in target_column; default: rejected, and chosen.
+            source_prefix: Text to prepend to each source of two-column data, such as `summarize: `.
             merge_same_role: Join consecutive turns of the same role instead of rejecting the record.
-            clean: Convert the HTML of old ShareGPT dumps to Markdown, decode HTML entities, and remove unnecessary
-                backslashes.
+            clean: Convert HTML of old ShareGPT dumps to Markdown, decode entities, remove needless backslashes.
             max_record_bytes: Reject records longer than this (bytes).
-            data: Several datasets, each with its path, weight, name, columns, prefix and template; YAML only, in place
+            data: Several datasets, each with its path, weight, name, columns, prefix and template; YAML only, instead
                 of data_path.
-            data_subset: Subset (configuration) of a dataset on the Hugging Face Hub; default: its default one.
-            data_split: Split of a dataset on the Hugging Face Hub; default: train; for evaluate validation, otherwise
-                test.
+            data_subset: Subset (configuration) of a dataset on the Hugging Face Hub; default: its default.
+            data_split: Split of a dataset on the Hugging Face Hub; default: train, or validation or test for evaluate.
             add_tokens: Tokens to add for text that the vocabulary can't represent: auto (newline, tab, braces,
-                indentation, and characters of the targets), none, fastchat (the ten tokens of FastChat), or exactly the
-                ones listed.
-            metric: Metrics of your own, in addition: functions (predictions, references) -> dict of numbers, as
-                module:function or path/to/file.py:function.
+                indentation, and characters of the targets), none, fastchat (the ten tokens of FastChat), or a list of
+                tokens.
+            metric: Custom metrics: functions (predictions, references) -> dict of numbers, as module:function or
+                path/to/file.py:function.
             overwrite: Replace the output folder (default: evaluation) even if it contains other files.
             num_beams: Number of beams for beam search; 1 decodes greedily.
             max_new_tokens: Maximum length of a prediction (tokens); default: the length of the longest target.
-            per_device_eval_batch_size: Maximum batch size for the loss and for generation (examples); default: as many
-                as fit a budget of tokens.
+            per_device_eval_batch_size: Maximum batch size (examples); default: limited by a token budget.
         """
 
 class InspectSettings(_settings.InspectSettings):
@@ -959,15 +917,14 @@ class InspectSettings(_settings.InspectSettings):
         """Settings of inspect: Show prepared data as the model sees it.
 
         Args:
-            cache: Token cache to inspect (a folder), or a run folder, whose token cache it is.
+            cache: Token cache to inspect: its folder, or a run folder that contains it.
             example: Show the example with this index, counted from 0.
-            worst_cut: Show the example from which model_max_length cut the most tokens.
+            worst_cut: Show the example that model_max_length truncates most.
             unknown: Show the example with the most unknown tokens.
             all: Show all examples.
             stats: Show length histograms, the share of padding, and the longest examples.
-            html: Write the length histograms and the chosen examples (default: 50 from all parts of the cache) to this
-                HTML file.
-            per_device_train_batch_size: Batch size for which the share of padding is computed (examples).
+            html: HTML file to write length histograms and examples to (default: 50 from all parts of the cache).
+            per_device_train_batch_size: Batch size for the share of padding (examples).
         """
 
 class PlanSettings(_settings.PlanSettings):
@@ -1065,94 +1022,78 @@ class PlanSettings(_settings.PlanSettings):
                 in).
             train_mode: Train an adapter, or all weights.
             lora_r: LoRA rank: the size of the adapter.
-            q_lora: QLoRA: quantize the frozen base to 4 bits. Training then uses bf16, unless --no-bf16 is given.
+            q_lora: QLoRA: quantize the frozen base to 4 bits, and train in bf16 unless --no-bf16 is given.
             bf16: Compute in bfloat16, and keep the base in bfloat16.
-            data_path: Token cache or mixture to take example lengths from; default: assume source_length and
-                target_length for every example.
+            data_path: Token cache or mixture that has the example lengths; default: source_length and target_length.
             source_length: Length of each source if no cache is given (tokens).
             target_length: Length of each target if no cache is given (tokens).
             per_device_train_batch_size: Batch size per GPU or process (examples).
             num_gpus: Start this many processes on this machine, one per GPU.
-            gpu_memory: Memory of each GPU, such as 24GiB (a number without a unit is in GiB); default: that of this
-                machine's GPUs.
+            gpu_memory: Memory of each GPU, such as 24GiB (without a unit: GiB); default: this machine's GPU memory.
             revision: Branch, tag or commit of a model on the Hugging Face Hub; default: its main branch.
-            cache_dir: Folder for Hugging Face Hub downloads; default: the Hub's own cache.
-            family: Treat a base whose model_type t5tune doesn't know as this model type (docs/families.md).
-            eval_fraction: Fraction of the data to hold out for evaluation, if there is no eval_data_path.
-            split_seed: Random seed for the held-out split. With the same split_seed, the same conversations are held
-                out whatever seed is.
+            cache_dir: Folder for Hugging Face Hub downloads; default: the Hub's cache.
+            family: Model type of a base whose model_type t5tune doesn't know (docs/families.md).
+            eval_fraction: Fraction of the data to hold out for evaluation, unless eval_data_path is set.
+            split_seed: Random seed that chooses the held-out conversations; seed doesn't affect them.
             seed: Random seed for adapter initialization, dropout, data order and the masked spans of raw text.
-            mixing: How several datasets are mixed: by their weights; proportional to their sizes, with
-                mixing_temperature and mixing_cap, as for T5; or all examples of all of them in each epoch
-                (concatenate); default: by weights if any is given, otherwise concatenate.
-            mixing_temperature: Temperature of proportional mixing: shares are sizes to the power of 1/temperature; the
-                larger, the more equal; default: 1.
-            mixing_cap: Cap of proportional mixing: a dataset with more examples counts as if it had this many; default:
-                none.
-            eval_data_path: Conversations or a token cache to evaluate on, all of it whatever num_data is; they are
-                encoded with the added tokens and the conversation template of data_path.
-            eval_data: Several datasets to evaluate on, as in data; one with the name of a dataset of data is read like
-                it; YAML only, in place of eval_data_path.
-            lora_alpha: LoRA alpha: the strength of the adapter, whose update is multiplied by lora_alpha / lora_r
-                (use_rslora: lora_alpha / √lora_r).
+            mixing: How several datasets are mixed: by their weights; proportional to their sizes, as for T5, with
+                mixing_temperature and mixing_cap; or concatenated, so that an epoch has all examples; default: weights
+                if any is given, otherwise concatenate.
+            mixing_temperature: Temperature T of proportional mixing: shares are sizes to the power of 1/T; default: 1.
+            mixing_cap: Cap of proportional mixing: a larger dataset counts as this many examples; default: no cap.
+            eval_data_path: Conversations or a token cache to evaluate on, encoded like data_path, with its added tokens
+                and conversation template; num_data doesn't limit it.
+            eval_data: Several datasets to evaluate on, as in data; if a dataset in data has the same name, both are
+                read alike; YAML only, instead of eval_data_path.
+            lora_alpha: LoRA alpha: the adapter's update is multiplied by lora_alpha / lora_r.
             lora_dropout: Dropout probability on the input of the LoRA matrices.
             lora_target_modules: Linear layers to adapt: their names, or a group: attention (in T5: q k v o),
                 feed-forward (wi wo) or all-linear (both).
-            lora_bias: Which bias vectors to train as well (T5 has none).
-            use_dora: DoRA (Liu et al. 2024): train the norm of each row of an adapted weight separately from its
-                direction.
-            use_rslora: rsLoRA (Kalajdzievski 2023): scale by lora_alpha / √lora_r, which suits large ranks.
+            lora_bias: Bias vectors to train as well (T5 has no biases).
+            use_dora: DoRA (Liu et al. 2024): train norm and direction of each row of an adapted weight separately.
+            use_rslora: rsLoRA (Kalajdzievski 2023): multiply by lora_alpha / √lora_r, which suits large ranks.
             init_lora_weights: Adapter initialization: default (B = 0), gaussian, orthogonal, olora, pissa,
                 pissa_niter_N (fast SVD with N iterations), or loftq (corrects the quantization error of q_lora).
-            loraplus_lr_ratio: LoRA+ (Hayou et al. 2024): learning-rate ratio of B to A, often 16; default: the same
-                learning rate for both.
-            modules_to_save: Modules of the base to train in full in addition to the adapter, such as final_layer_norm.
+            loraplus_lr_ratio: LoRA+ (Hayou et al. 2024): learning-rate ratio of B to A, often 16; default: 1.
+            modules_to_save: Modules of the base to train in full, next to the adapter, such as final_layer_norm.
             train_token_rows: Train the added tokens' rows of the embedding and the language-model head.
             num_train_epochs: Training epochs (passes over the data).
             max_steps: Total optimizer steps, overriding num_train_epochs; default: from num_train_epochs.
-            tokens_per_batch: Fill each micro-batch up to this many tokens (source + target, including padding) instead
-                of using per_device_train_batch_size.
+            tokens_per_batch: Maximum size of a micro-batch in tokens (source + target, including padding), instead of
+                per_device_train_batch_size.
             gradient_accumulation_steps: Micro-batches to accumulate per optimizer step.
-            group_by_length: Batch examples of similar length to reduce padding, by sorting within random windows of 64
-                steps; no effect with tokens_per_batch.
+            group_by_length: Batch examples of similar length, sorted within random windows of 64 steps, to reduce
+                padding; no effect with tokens_per_batch.
             learning_rate: Peak learning rate.
             lr_scheduler_type: Learning-rate schedule, by its transformers name (linear, cosine, …).
             warmup_steps: Warmup steps; a value below 1 is a fraction of all steps.
             weight_decay: Decoupled weight decay (as in AdamW).
             max_grad_norm: Gradient clipping: maximum norm of the gradient; 0 turns clipping off.
-            optim: Optimizer, by its transformers name. The state of a paged one isn't paged after resuming.
-            on_non_finite: What to do if the loss or a gradient is NaN or infinite: stop training, or skip the step. No
-                update is made in either case.
-            max_skipped_steps: Maximum number of steps to skip in a run (on_non_finite: skip); the next non-finite step
-                stops training.
+            optim: Optimizer, by its transformers name; a paged optimizer's state isn't paged after resuming.
+            on_non_finite: What to do if the loss or a gradient is NaN or infinite: stop training, or skip the step.
+            max_skipped_steps: Steps that on_non_finite: skip may skip in a run before training stops.
             dataloader_num_workers: Data-loading processes per rank.
             training_args: Additional fields of transformers' TrainingArguments; YAML only.
-            quant_type: Quantized type of the base with q_lora: 4-bit NormalFloat, 4-bit float, or LLM.int8().
-            quantize_wo: Also quantize the feed-forward output projection (T5's `wo`, T5Gemma's `down_proj`), which is a
-                third as large as the rest.
+            quant_type: Quantized type with q_lora: 4-bit NormalFloat, 4-bit float, or LLM.int8().
+            quantize_wo: Also quantize the feed-forward output projection (T5's `wo`, T5Gemma's `down_proj`).
             double_quant: Double quantization: also quantize the scales of the 4-bit blocks.
-            tf32: Use TensorFloat-32 for fp32 matrix products on GPUs; default: if the GPU supports it.
-            packing: Pack the examples of a batch into one row without padding, without changing the results; auto packs
-                if the model supports it.
-            packed_attention: How attention over packed rows is computed: in one compiled kernel per layer (flex), or in
-                a loop over the examples; auto: flex on NVIDIA GPUs in bf16, once it has been compared with the loop.
-            dropout: Apply dropout, with the base's own rate and lora_dropout; default: yes, but not for objective dpo
-                and orpo.
-            attention_dropout: Apply dropout to attention's probabilities, as in T5's training; --no-attention-dropout
-                is faster, and keeps the dropout of hidden states.
-            gradient_checkpointing: Recompute activations in the backward pass instead of storing them: less memory,
-                about a third slower.
+            tf32: Use TensorFloat-32 for fp32 matrix products; default: if the GPU supports it.
+            packing: Pack the examples of a batch into one row without padding, with the same results; auto: if the
+                model supports it.
+            packed_attention: Attention over packed rows: one compiled kernel per layer (flex), or a loop over the
+                examples; auto: flex on NVIDIA GPUs in bf16, if its results match the loop's.
+            dropout: Apply dropout, with the base's rate and lora_dropout; default: except for objective dpo and orpo.
+            attention_dropout: Apply dropout to attention's probabilities, as in T5's training; it is faster without.
+            gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third slower.
             torch_compile: Compile layer norms and feed-forward layers with torch.compile. The first steps take seconds
-                to minutes longer; later ones are often faster. On a GPU, try without it first.
+                to minutes longer; later steps are often faster. On a GPU, try without it first.
             label_smoothing_factor: Label smoothing: probability mass spread uniformly over the vocabulary.
             num_processes: Start this many processes on this machine, on the CPU.
-            process_group_timeout: Process-group timeout: stop if another rank doesn't respond within this time
-                (seconds).
+            process_group_timeout: Stop if another rank doesn't respond within this time (seconds).
             use_cpu: Train on the CPU even if there is a GPU.
             deepspeed: DeepSpeed config: zero0, zero1, zero2, zero3, zero2-offload, zero3-offload, or a JSON file.
-            max_restarts: If a process is lost, restart all processes of num_gpus or num_processes from the last
-                checkpoint, up to this many times.
-            num_data: Plan for the first N examples of the cache, of a mixture for those of each dataset; default: all.
+            max_restarts: How often to restart the processes of num_gpus or num_processes after one is lost.
+            num_data: Plan for the first N examples of each dataset; default: all.
         """
 
 class PushSettings(_settings.PushSettings):
@@ -1166,9 +1107,9 @@ class PushSettings(_settings.PushSettings):
         """Settings of push: Upload an adapter or a merged model to the Hugging Face Hub.
 
         Args:
-            folder: Folder to upload: a run folder, one of its checkpoint-N folders, or what export or merge wrote.
+            folder: Folder to upload: a run, one of its checkpoint-N folders, or the output of export or merge.
             hub_model_id: Repository to upload to: owner/name, or a name in your account.
-            hub_private_repo: Create a private repository. If it exists already, it must be private.
+            hub_private_repo: Create a private repository; an existing one must be private.
         """
 
 class DoctorSettings(_settings.DoctorSettings):

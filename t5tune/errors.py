@@ -1,4 +1,4 @@
-"""The exceptions that t5tune raises on purpose, and what any other exception becomes.
+"""The exceptions that t5tune raises on purpose, and the explanation of all other exceptions.
 
     T5TuneError               exit 1   the command failed
     ├── SettingsError         exit 2   a flag, a YAML key or an environment variable is wrong
@@ -10,7 +10,7 @@
     ├── WriteError            exit 1   a disk is full or broken
     ├── OutOfMemory           exit 1   the GPU or the machine doesn't have enough memory
     ├── TrainingError         exit 1   training can't continue
-    │   └── RankLost          exit 1   another rank died or hangs
+    │   └── RankLost          exit 1   a rank died or hangs
     ├── Stopped               exit 143 stopped by a signal; progress is saved
     └── Unexpected            exit 1   any other exception, on the command line
 
@@ -30,7 +30,7 @@ _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 def make_printable(text: str) -> str:
-    """Make a text printable on one line: escape control characters, and cut out the middle of a long text."""
+    """Make a text printable on one line: escape control characters, and shorten a long text in its middle."""
     if len(text) > MAX_MESSAGE_LENGTH:
         text = f"{text[: MAX_MESSAGE_LENGTH * 2 // 3]} … {text[-MAX_MESSAGE_LENGTH // 3 :]}"
     return _UNPRINTABLE.sub(lambda found: repr(found[0])[1:-1], text)
@@ -45,7 +45,7 @@ def suggest_name(name: str, known: Iterable[str]) -> str:
 def find_close_name(name: str, known: Iterable[str]) -> str | None:
     """Find the known name that a mistyped one most likely means."""
     known = list(known)
-    # a name that continues with another word is close: `--model` suggests `--model-name-or-path`
+    # a name with more words is close: `--model` suggests `--model-name-or-path`
     longer = [other for other in known if other.startswith((f"{name}-", f"{name}_"))]
     # below 0.7, `serve` would suggest `merge`
     close = longer or difflib.get_close_matches(name, known, n=1, cutoff=0.7)
@@ -77,7 +77,7 @@ class T5TuneError(Exception):
         return f"{self.message}; {self.hint}" if self.hint else self.message
 
     def _render_traceback_(self) -> list[str]:
-        """Be shown by IPython as one line, as on the command line: the message says what to change."""
+        """Show one line in IPython, as on the command line: the message says what to change."""
         return [f"{self.kind}: {self}"]
 
     @property
@@ -90,7 +90,7 @@ class SettingsError(T5TuneError):
     """One or more settings are wrong; `problems` has one line for each.
 
     Args:
-        heading: what the problems have in common, if they are to be shown as a list below it.
+        heading: a line to show above the list of problems.
         choices: the next steps to choose from, instead of a single hint.
     """
 
@@ -159,7 +159,7 @@ class TrainingError(T5TuneError):
 
 
 class RankLost(TrainingError):
-    """Another rank died or doesn't respond. Run the same command again; training resumes from the last checkpoint."""
+    """A rank died or doesn't respond. Run the same command again; training resumes from the last checkpoint."""
 
 
 class Stopped(T5TuneError):
@@ -169,11 +169,11 @@ class Stopped(T5TuneError):
 
 
 class Unexpected(T5TuneError):
-    """An error that t5tune doesn't raise on purpose, which is a bug of it: run again with `--debug`."""
+    """A bug in t5tune: run again with `--debug`."""
 
 
 def to_t5tune_error(error: BaseException) -> T5TuneError:
-    """Return the error itself if it is a T5TuneError, otherwise one that explains it."""
+    """Return a T5TuneError unchanged, and explain all other errors by one."""
     match error:
         case T5TuneError():
             return error
@@ -191,7 +191,7 @@ def to_t5tune_error(error: BaseException) -> T5TuneError:
 
 
 def _explain_import_error(error: ImportError) -> DependencyError | None:
-    """Name the missing or broken library and say how to fix it; None if the module is one of t5tune."""
+    """Name the missing or broken library and its fix; None for a module of t5tune."""
     # transformers wraps every failed import in a generic message; the cause has the library's name
     while isinstance(error.__cause__, ImportError):
         error = error.__cause__

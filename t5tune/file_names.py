@@ -38,7 +38,7 @@ REJECTED_SUFFIX = f".{REJECTED_FILE}"  # of the file next to a cache that isn't 
 CACHE_MANIFEST_FILE = "manifest.json"
 PART_MANIFEST_FILE = "part.json"
 
-# the token caches of one or more datasets: what they contain together
+# the folder with the token caches of all datasets
 MIXTURE_FILE = "mixture.json"
 
 # data; all but Parquet may also be compressed

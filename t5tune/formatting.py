@@ -24,12 +24,12 @@ def format_number(value: float) -> str:
 
 
 def format_count(count: int, noun: str, plural: str | None = None) -> str:
-    """Format a count with its noun: `1 record`, `2,000 records`; `plural` if that isn't `noun` with an s."""
+    """Format a count with its noun: `1 record`, `2,000 records`."""
     return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"
 
 
 def format_size(num_bytes: int) -> str:
-    """Write a size in the largest unit of which it is at least a tenth: 0.59 GiB, 12.30 MiB, 0.24 KiB."""
+    """Write a size in the largest unit that gives at least 0.1: 0.59 GiB, 12.30 MiB, 0.24 KiB."""
     unit, size = next((pair for pair in SIZE_UNITS.items() if num_bytes >= pair[1] // 10), ("KiB", 1 << 10))
     return f"{num_bytes / size:.2f} {unit}"
 
@@ -42,12 +42,12 @@ def format_duration(seconds: float) -> str:
 
 
 def shorten(text: str, limit: int = 60) -> str:
-    """Cut a text to at most `limit` characters, the last of which is then an ellipsis."""
+    """Cut a text to at most `limit` characters, including an ellipsis."""
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
 def abbreviate_value(value: Any) -> str:
-    """Write a value as JSON; a long one in part, with a hash of all of it."""
+    """Write a value as JSON, shortened if it is long, and then with its hash."""
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 80 else f"{text[:60]}… ({hashlib.sha256(text.encode()).hexdigest()[:8]})"
 
@@ -65,11 +65,11 @@ def format_metric_name(name: str) -> str:
 
 
 def format_metrics(metrics: Mapping[str, float], datasets: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """Write the metrics of an evaluation during training: all of them, but of each dataset only the loss."""
+    """Write the metrics of an evaluation during training: all overall metrics, and each dataset's loss."""
     overall = [f"{format_held_out_metric(name)} {format_number(value)}" for name, value in metrics.items()]
     return overall + [f"dataset {name}: loss {format_number(values['loss'])}" for name, values in datasets.items()]
 
 
 def format_held_out_metric(name: str) -> str:
-    """Write the name of an evaluation's metric where its loss could be taken for that of training."""
+    """Write the name of an evaluation's metric, so that its loss isn't taken for the training loss."""
     return "held-out loss" if name == "loss" else format_metric_name(name)

@@ -15,7 +15,7 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Started:
-    """A task has started. `total` is None if it isn't known."""
+    """A task started; a `total` of None is unknown."""
 
     task: str
     total: int | None = None
@@ -24,7 +24,7 @@ class Started:
 
 @dataclass(frozen=True)
 class Advanced:
-    """`done` units of the task are done so far."""
+    """`done` units of the task are complete so far."""
 
     task: str
     done: int
@@ -32,7 +32,7 @@ class Advanced:
 
 @dataclass(frozen=True)
 class Finished:
-    """The task has ended, complete or not."""
+    """The task ended, complete or not."""
 
     task: str
 
@@ -64,7 +64,7 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class Note:
-    """A message for the user. `warning` marks what may be a mistake on their side."""
+    """A message for the user. `warning` marks a possible mistake of theirs."""
 
     text: str
     warning: bool = False
@@ -72,17 +72,17 @@ class Note:
 
 @dataclass(frozen=True)
 class Answered:
-    """The server has answered a request, or its client has gone.
+    """The server answered a request, or its client disconnected.
 
     Args:
-        id: of the request, which its answer has in the header x-request-id.
+        id: the header x-request-id of the answer.
         client: address.
-        status: HTTP's; 499 if the client was gone before the answer was complete.
+        status: of HTTP; 499 if the client disconnected before the answer was complete.
         seconds: until the answer was complete.
-        model: its name, if the request named one that is served.
+        model: the name of the served model, if the request named one.
         prompt_tokens, completion_tokens: of all prompts and replies of the request.
-        queue_seconds, first_token_seconds: until the first reply began, and had a token.
-        dropped_messages: the oldest messages, which the model hasn't seen.
+        queue_seconds, first_token_seconds: until the first reply began, and until its first token.
+        dropped_messages: number of the oldest messages that the model didn't get.
         error: why the request was refused or failed.
     """
 
@@ -106,18 +106,18 @@ Report = Callable[[Event], None]
 
 
 def silent(event: Event) -> None:
-    """Ignore all events: the `Report` for callers that want none."""
+    """Ignore all events."""
 
 
 def without_notes(report: Report) -> Report:
-    """Return a report of warnings and all other events, for work that is done again with its notes."""
+    """Return a report without notes that aren't warnings, for work that is repeated with its notes."""
     return lambda event: None if isinstance(event, Note) and not event.warning else report(event)
 
 
 def track(
     items: Iterable[Item], task: str, report: Report, total: int | None = None, unit: str = "items"
 ) -> Iterator[Item]:
-    """Yield the items, reporting each one as done when the consumer asks for the next."""
+    """Yield the items, reporting an item as done when the consumer asks for the next."""
     with count_done(task, report, total, unit) as advance:
         for item in items:
             yield item
@@ -128,7 +128,7 @@ def track(
 def count_done(
     task: str, report: Report, total: int | None = None, unit: str = "items"
 ) -> Iterator[Callable[[int], None]]:
-    """Report a task's start and end; yield a function to call with each amount that is done."""
+    """Report a task's start and end; yield a function to call with each completed amount."""
     done = 0
 
     def advance(amount: int) -> None:

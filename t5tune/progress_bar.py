@@ -28,7 +28,7 @@ class _Bars:
     def __call__(self, event: Event) -> None:
         match event:
             case Started(task, total, unit):
-                # what is part of a longer task vanishes when it is done
+                # a bar inside a longer task vanishes when it is done
                 options = {"leave": not self._bars, "file": self._stream, "dynamic_ncols": True}
                 self._bars[task] = self._tqdm(desc=task, total=total, unit=unit, **options)
             case Advanced(task, done):
@@ -50,6 +50,6 @@ class _Bars:
 
 
 def _is_in_kernel() -> bool:
-    """Return whether Jupyter runs this code: its shell has a kernel, and that of a terminal has none."""
+    """Return whether Jupyter runs this code, since only its shell has a kernel."""
     ipython = sys.modules.get("IPython")
     return ipython is not None and getattr(ipython.get_ipython(), "kernel", None) is not None

@@ -1,7 +1,7 @@
 """The command line as an app of Typer, which parses it, calls the command, explains it and completes it in a shell.
 
-Only the command in use is built, since its options are made from its settings, and those of all commands are slow to
-import. `t5tune --help` and a mistyped command import neither pydantic nor the settings.
+Only the command in use is built, since its options need its settings, which are slow to import. `t5tune --help` and a
+mistyped command import neither pydantic nor the settings.
 """
 
 import inspect
@@ -16,7 +16,7 @@ from t5tune.cli.summaries import SUMMARIES, fit_help, format_first_steps
 from t5tune.errors import SettingsError, suggest_name
 from t5tune.version import __version__
 
-# what other tools call our commands
+# names of our commands in other tools
 COMMANDS_IN_OTHER_TOOLS = {
     "prepare": "preprocess tokenize",
     "train": "finetune fine-tune fine_tune sft fit",
@@ -27,8 +27,6 @@ COMMANDS_IN_OTHER_TOOLS = {
 
 
 class Commands(TyperGroup):
-    """The commands."""
-
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Read `help train` and `-h train`, and refuse an unknown command, before Typer parses the words."""
         if ctx.resilient_parsing:  # a shell completes the words
@@ -41,7 +39,7 @@ class Commands(TyperGroup):
         return list(SUMMARIES)
 
     def get_command(self, ctx: Any, cmd_name: str) -> TyperCommand | None:
-        """Return what a list of commands shows of one."""
+        """Return a command that is only listed."""
         return TyperCommand(cmd_name, help=escape(SUMMARIES[cmd_name])) if cmd_name in SUMMARIES else None
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:

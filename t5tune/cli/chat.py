@@ -25,9 +25,9 @@ Type a message. A line that begins with / is a command; begin with // to send a 
   /reset             clear the conversation
   /undo              remove the last message and its reply
   /history on|off    reply to the whole conversation, or to each message by itself
-  /system TEXT       set the system message; without TEXT, use the template's own
-  /template NAME     use another conversation template
-  /adapter FOLDER    use another adapter on the same base; `none` for the base alone
+  /system TEXT       set the system message; without TEXT, use the template's
+  /template NAME     change the conversation template
+  /adapter FOLDER    change the adapter; `none` for the base alone
   /save FILE         append the conversation to FILE, in a format that prepare reads
   /help              show this text
   /quit, Ctrl-D      quit; Ctrl-C stops a reply, or clears the line"""
@@ -42,7 +42,6 @@ def run(settings: ChatSettings, output: Output) -> None:
 
 
 def _run_session(settings: ChatSettings, output: Output) -> None:
-    """Read messages and reply to each until the user quits; if input is piped, until it ends."""
     if sys.stdin is None:
         raise SettingsError("standard input is closed", hint="use --prompt to pass a message")
     is_terminal = sys.stdin.isatty()
@@ -109,7 +108,7 @@ class _ChatSession:
             import readline  # noqa: F401 (importing it adds line editing to `input`)
         if self.console.color_system and not self.console.no_color:  # NO_COLOR leaves the system as it is
             name = prompt.rstrip()
-            prompt = f"\001\033[1;32m\002{name}\001\033[0m\002 "  # readline: \001…\002 encloses what has no width
+            prompt = f"\001\033[1;32m\002{name}\001\033[0m\002 "  # readline: \001…\002 encloses text without width
         while True:
             try:
                 return input(prompt)
@@ -139,7 +138,6 @@ class _ChatSession:
         self.turns = [*turns, Turn("assistant", reply)]
 
     def _reply(self, turns: list[Turn], *names: str) -> list[str]:
-        """Print a reply under each name, and return the replies."""
         results = [self._print_reply(turns, name) for name in names]
         self.chatter.report_cuts(results[0], self.output.report)  # the same for all: the model saw one prompt
         return [result.reply for result in results]
@@ -159,14 +157,14 @@ class _ChatSession:
         return result
 
     def _compare_replies(self, turns: list[Turn], file: Path) -> str:
-        """Print two replies, ask which one is better, and save the pair. Return the reply to go on with."""
+        """Print two replies, ask which is better, and save the pair. Return the reply to keep in the conversation."""
         replies = self._reply(turns, "reply 1", "reply 2")
         if replies[0] == replies[1]:
             self.say("both replies are the same: nothing to save")
-            if not self.interactive and self._read_choice():  # a pipe has a line for it after each message
+            if not self.interactive and self._read_choice():  # a pipe has a choice after each message
                 self.num_unsaved += 1
             return replies[0]
-        self.say("which one is better? 1 or 2; Enter if you can't tell")
+        self.say("which reply is better? 1 or 2; Enter if you can't tell")
         choice = self._read_choice()
         self.is_over = choice in QUIT
         if choice not in ("1", "2"):
@@ -182,13 +180,12 @@ class _ChatSession:
         choices = ("1", "2", "", *QUIT) if self.interactive else ("1", "2", "")
         while (choice := (self.read_line("better: ") or "").strip()) not in choices:
             if not self.interactive:
-                hint = "after each message, write a line with 1 or 2, or an empty one"
+                hint = "after each message, write a line with 1 or 2, or an empty line"
                 raise SettingsError(f"better: {shorten_value(choice)}: expected 1, 2 or nothing", hint=hint)
             self.say(f"{choice}: expected 1, 2 or nothing")
         return choice
 
     def run_command(self, name: str = "", value: str = "") -> None:
-        """Run a slash command, and say what it did."""
         match name:
             case "help":
                 self.console.print(Text(HELP, "dim"))
@@ -247,7 +244,7 @@ class _ChatSession:
         self.say(f"appended to {file}")
 
     def say(self, text: str) -> None:
-        """Print a line of t5tune's own to stderr, on a terminal only."""
+        """Print a line to stderr, on a terminal only."""
         if self.interactive:
             self.console.print(Text(text, "dim"))
 

@@ -19,16 +19,16 @@ from t5tune.model.device import let_gpu_memory_grow, limit_openmp_spinning
 from t5tune.progress import Note
 from t5tune.settings import EvaluateSettings, PrepareSettings, Settings, TrainSettings, load_settings
 
-# Each of these has a module in this package with a function `run(settings, output)`. For the others, the function in
-# t5tune/commands is called and its result shown.
+# Each of these has a module in this package with a function `run(settings, output)`. For other commands, the function
+# in t5tune/commands is called and its result shown.
 COMMANDS_WITH_MODULE = {"train", "chat", "serve", "evaluate", "inspect"}
 
 
 def run_command(model: type[Settings], line: CommandLine) -> int:
-    """Run a command, and show its result or its error. Return the exit code."""
+    """Run a command, show its result or its error, and return the exit code."""
     _configure_libraries(model.command, line.debug)
     world = World()
-    with suppress(SettingsError):  # of invalid variables, which train and evaluate report, and the others don't need
+    with suppress(SettingsError):  # of invalid variables, which train and evaluate report
         world = World.from_environment()
     with quiet_libraries(), reserve_stdout() as stream:
         # the process that started the ranks of train shows their run folder
@@ -36,12 +36,12 @@ def run_command(model: type[Settings], line: CommandLine) -> int:
         output = Output(stream, line.json, line.quiet or world.rank > 0, line.debug, shows_paths)
         try:
             settings, notes = load_settings(model, line.config, os.environ, line.values, line.problems, line.meant)
-            if not world.is_run_set_up:  # the process that started this one has shown them
+            if not world.is_run_set_up:  # otherwise the launching process has shown them
                 for note in notes:
                     output.report(Note(note))
             if isinstance(settings, PrepareSettings) and settings.shard is not None:
-                output = Output(stream, line.json, line.quiet, line.debug)  # each rank has a part of its own
-            # before the command is imported: that takes seconds, in which a signal may arrive
+                output = Output(stream, line.json, line.quiet, line.debug)  # each rank shows its part
+            # a signal may arrive while the command is imported, which takes seconds
             with _handle_signals(settings, output, world):
                 if isinstance(settings, TrainSettings) and line.config and "output_dir" not in line.values:
                     _warn_of_copied_run(Path(line.config), settings.output_dir, output)
@@ -72,7 +72,7 @@ def _configure_libraries(command: str, debug: bool) -> None:
 
 
 def _handle_signals(settings: Settings, output: Output, world: World) -> AbstractContextManager[object]:
-    """Handle signals in a block: `train`, and every rank of `evaluate`, stop as distributed/signals.py says."""
+    """`train`, and every rank of `evaluate`, stop as distributed/signals.py says."""
     trains = isinstance(settings, TrainSettings) and not settings.dry_run
     if trains or (isinstance(settings, EvaluateSettings) and world.launched):
         return handle_signals(output.report, saves_checkpoints=trains)
@@ -98,17 +98,17 @@ def _import_command(command: str) -> Callable[[Any, Output], int | None]:
 
 
 def _fail(error: Exception, world: World, output: Output) -> int:
-    """Show an error, unless rank 0 does: what went wrong there, and that a signal has stopped all ranks."""
+    """Show an error, unless rank 0 shows it: its own error, or that a signal stopped all ranks."""
     if isinstance(error, T5TuneError) and (error.is_of_rank_0 or (isinstance(error, Stopped) and world.rank > 0)):
         return error.exit_code
     return output.fail(error)
 
 
 def _report_to_launcher(error: Exception, debug: bool) -> int:
-    """Pass the error of a worker that `--num-processes` started to the launching process, which shows it."""
+    """Pass a worker's error to the launching process of `--num-processes`, which shows it."""
     from t5tune.distributed.launcher import write_error
 
-    if debug:  # the launching process can't show where in this one it was
+    if debug:  # the launching process has no traceback of this process
         traceback.print_exception(error)
     known = to_t5tune_error(error)
     write_error(error if isinstance(known, Unexpected) else known)

@@ -1,4 +1,4 @@
-"""`t5tune evaluate` on the terminal: evaluate in this process, or start workers, of which rank 0 shows the result."""
+"""`t5tune evaluate` on the terminal: evaluate in this process, or in workers, whose rank 0 shows the result."""
 
 from t5tune.cli.output import Output
 from t5tune.cli.workers import follow_launcher, run_in_workers
@@ -10,7 +10,6 @@ from t5tune.settings.packaged_templates import read_zero3_config
 
 
 def run(settings: EvaluateSettings, output: Output) -> None:
-    """Evaluate, and show the result."""
     world = World.from_environment()
     if follow_launcher(world) or settings.process_count == 1:
         _evaluate(settings, output)

@@ -61,7 +61,7 @@ def _render_example(example: ExampleView, cache: Cache, tokenizer: Tokenizer, cu
 
 
 def _show_whitespace(run: TextRun) -> str:
-    """Return the run's text, with added whitespace tokens made visible: ↵ before a newline, → before a tab."""
+    """Make added whitespace tokens visible: ↵ before a newline, → before a tab."""
     if run.kind != "added":
         return run.text
     return run.text.replace("\n", "↵\n").replace("\t", "→\t")

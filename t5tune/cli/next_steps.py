@@ -1,4 +1,4 @@
-"""What to do after a command: where a run's report is, and the commands to type next."""
+"""Next steps after a command: the path of a run's report, and the commands to type next."""
 
 import shlex
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ MODEL_FLAGS = (*BASE_FLAGS[1:], "adapter", *QuantizationSettings.model_fields, "
 
 
 def list_next_steps(settings: Settings, result: Any) -> list[tuple[str, str]]:
-    """List the lines to show after a command, (label, text)."""
+    """List (label, line) pairs to show after a command."""
     match settings:
         case PrepareSettings():
             commands = _follow_prepare(settings, result.cache)
@@ -95,23 +95,23 @@ def _follow_evaluate(settings: EvaluateSettings) -> Iterator[list[str]]:
 
 
 def _repeat_held_out(settings: TrainSettings, has_evaluated: bool) -> list[str] | None:
-    """Return the flags by which `evaluate` reads the held-out data of a run as training did; None if there are none.
+    """Return the flags with which `evaluate` reads a run's held-out data as training did; None if no flags can.
 
     evaluate takes the columns, the format and the prefix from the run.
     """
     paths = settings.eval_data_path
     if paths is None and has_evaluated and len(settings.data_path) == 1 and has_examples(Path(settings.data_path[0])):
-        paths = settings.data_path  # evaluate takes the examples that prepare has held out
+        paths = settings.data_path  # evaluate takes the held-out examples
     if paths is None or "-" in paths:
         return ["--data-path", *_name_data(paths)]
-    # train reads the subset of the training data from each dataset; a flag can't say that of several
+    # train reads data_subset from each dataset; a flag can't say that
     if "eval_data" in list_without_flags(settings) or (settings.eval_data and settings.data_subset is not None):
         return None
     names = tuple(name for name in READING_FLAGS if name != "objective" or settings.is_raw_text)
-    if all(has_examples(Path(path)) for path in paths):  # tokenized data stays as it is, however it would be read
+    if all(has_examples(Path(path)) for path in paths):  # tokenized data is read without these
         names = ()
     elif not any(map(is_dataset_name, paths)):
-        names = tuple(name for name in names if name != "data_subset")  # which is only for the training data
+        names = tuple(name for name in names if name != "data_subset")  # which then is only for the training data
     read = EvaluateSettings(
         model_name_or_path=settings.model_name_or_path,
         data_path=paths,
@@ -123,22 +123,22 @@ def _repeat_held_out(settings: TrainSettings, has_evaluated: bool) -> list[str] 
 
 
 def _repeat(settings: Settings, names: tuple[str, ...]) -> Iterator[str]:
-    """Yield the flags of those settings that differ from their defaults."""
+    """Yield the flags of settings that differ from their defaults."""
     return chain.from_iterable(list_flags(settings, names))
 
 
 def _repeat_given(settings: Settings, names: tuple[str, ...]) -> Iterator[str]:
-    """Yield the flags of those settings that were given, even a default, which may differ from that of training."""
+    """Yield the flags of given settings, even of defaults, which may differ from the values in training."""
     return chain.from_iterable(list_flags(settings, names, settings.model_fields_set))
 
 
 def _name_data(paths: list[str] | None) -> list[str]:
-    """Return the data to evaluate on; what came from standard input can't be read a second time."""
+    """Return the data to evaluate on, or a placeholder for standard input, which can't be read again."""
     return paths if paths and "-" not in paths else ["HELD_OUT.jsonl"]
 
 
 def _contains_adapter(folder: Path) -> bool:
-    """Whether a folder is an adapter, or a run that trained one; a run that was stopped has it in its checkpoints."""
+    """Whether a folder is an adapter or a run with one, which a stopped run has only in its checkpoints."""
     return any((place / ADAPTER_CONFIG_FILE).is_file() for place in (folder, *list_checkpoints(folder)))
 
 

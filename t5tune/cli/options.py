@@ -2,7 +2,7 @@
 
 lora_r: int = Field(default=8, description="Rank.")   ->   --lora-r INT  Rank. Default: 8.
 
-An option's value stays text, because only pydantic reads values: those of flags, files and the environment alike.
+An option's value stays text, because pydantic reads all values, from flags, files and the environment.
 """
 
 import textwrap
@@ -42,7 +42,7 @@ def make_parameters(model: type[Settings]) -> Iterator[Parameter]:
     fields = {name: field for name, field in model.model_fields.items() if not has_extra(field, "yaml_only")}
     for name, field in fields.items():
         yield _make_parameter(name, *_declare(name, field, model))
-    # a config may serve several commands; command lines with these names are those of training
+    # a config may serve several commands, but command lines with these names are for training
     for name in [name for name in LEGACY_NAMES if model.command == "train" and name not in fields]:
         yield _make_parameter(name, str, typer.Option(format_flag(name), hidden=True, parser=str))
     config = typer.Option(metavar="FILE_OR_NAME", help=CONFIG_DESCRIPTION, parser=str, rich_help_panel=COMMON)
@@ -59,11 +59,11 @@ def _make_parameter(name: str, kind: Any, declared: Any) -> Parameter:
 
 
 def _declare(name: str, field: FieldInfo, model: type[Settings]) -> tuple[Any, Any]:
-    """Return the type of a setting's parameter, and how Typer declares the parameter."""
+    """Return the type of a setting's parameter, and its declaration for Typer."""
     flag, plain = model.format_option(name), unwrap_type(field)
     kind = list[str] if typing.get_origin(plain) is list else str
     choices = ["true", "false"] if plain is bool else _list_choices(field)
-    complete = (lambda incomplete: choices) if choices else None  # Typer drops those with another beginning
+    complete = (lambda incomplete: choices) if choices else None  # Typer filters them by what is typed
     text = escape(_describe(field))
     if has_extra(field, "positional"):
         return kind, typer.Argument(metavar=flag, help=text, parser=str, autocompletion=complete)
@@ -106,7 +106,7 @@ def list_rows(params: Iterable[Any], model: type[Settings], everything: bool, wi
 
 
 def list_essential(params: Iterable[Any], model: type[Settings]) -> list[Any]:
-    """List the options of the short help: what is required, then what most people use; if that is all, all options."""
+    """List the options of the short help: required, then most used; or all, if only the common ones would be left."""
     shown = {param.name: param for param in params if not param.hidden}
     names = dict.fromkeys((*model.list_required(), *model.essential, "config"))
     is_all = all(name in names or param.rich_help_panel == COMMON for name, param in shown.items())
@@ -131,7 +131,7 @@ def list_arguments(model: type[Settings]) -> list[str]:
 
 
 def name_argument(name: str, model: type[Settings]) -> str:
-    """Return what the usage calls a setting that a word without a flag fills: `CACHE`, `MODEL`."""
+    """Return the name in the usage of a setting that a word without a flag fills: `CACHE`, `MODEL`."""
     flag = model.format_option(name)
     return name.removesuffix("_name_or_path").upper() if flag.startswith("--") else flag
 
@@ -143,7 +143,7 @@ def format_flag(name: str, value: str | None = None) -> str:
 
 
 def _make_metavar(field: FieldInfo) -> str:
-    """Return the type of a value: INT, NUMBER, PATH, TEXT, NAME, the choices if they are short, or its metavar."""
+    """Return the metavar of a value: INT, NUMBER, PATH, TEXT, NAME, short choices, or the field's metavar."""
     extra, plain = field.json_schema_extra, unwrap_type(field)
     if isinstance(extra, dict) and "metavar" in extra:
         return str(extra["metavar"])
@@ -161,7 +161,7 @@ def _list_choices(field: FieldInfo) -> list[str]:
 
 
 def _describe(field: FieldInfo) -> str:
-    """Return the description, followed by the choices that the type doesn't show and the default, if there are any."""
+    """Return the description, the choices unless the metavar shows them, and the default."""
     text, default = field.description or "", field.default
     if (choices := _list_choices(field)) and (has_extra(field, "positional") or _make_metavar(field) == "NAME"):
         text += f" One of {', '.join(choices)}."

@@ -17,7 +17,7 @@ from t5tune.errors import SettingsError, Stopped, T5TuneError, WriteError, to_t5
 from t5tune.formatting import format_count, format_duration, format_metric_name, format_number, format_size
 from t5tune.progress import Report, silent
 
-# names of a result's values that aren't their names with spaces
+# labels of a result's values, if they aren't the names with spaces
 LABELS = {
     "train_loss": "mean training loss",
     "eval": "held-out",
@@ -40,14 +40,10 @@ NOT_SHOWN = {"best_eval", "seed", "split_seed", "lora"}
 
 @dataclasses.dataclass
 class Output:
-    """The output of a command. Each command shows its result through it.
+    """The output of a command: results on `stream`, as JSON objects with `json`; errors with tracebacks with `debug`.
 
     Args:
-        stream: where results are printed.
-        json: print the result as a JSON object, and an error too.
-        quiet: print only errors and the result.
-        debug: print the traceback of an error.
-        shows_paths: False if another process shows where the output is.
+        shows_paths: False if the launching process shows the path of the output.
     """
 
     stream: TextIO
@@ -64,9 +60,8 @@ class Output:
     def show(self, result: Any, text: RenderableType | None = None, next_steps: Sequence[tuple[str, str]] = ()) -> None:
         """Show a command's result, a dataclass or a dictionary: as JSON with --json, else as `text`.
 
-        Without `text`, its first field, which is the path of the output, is printed to stdout, and the others as a
-        table to stderr. Such a result is only shown if `shows_paths`. The next steps, (label, line), come last, on
-        stderr.
+        Without `text`, the first field, the path of the output, goes to stdout, and a table of the rest to stderr;
+        nothing is shown unless `shows_paths`. The next steps, (label, line), come last, on stderr.
         """
         if text is None and not self.shows_paths:
             return
@@ -92,11 +87,6 @@ class Output:
         self.print(json.dumps(value, ensure_ascii=False, allow_nan=False, default=_to_json))
 
     def print(self, what: RenderableType, end: str = "\n") -> None:
-        """Print to stdout.
-
-        Raises:
-            WriteError: stdout can't be written to.
-        """
         self.close_screen()
         if not isinstance(what, str):
             with self.console.capture() as captured:
@@ -111,7 +101,7 @@ class Output:
         """Show an error, and return its exit code: one line per problem on stderr, with --json also a JSON object."""
         self.close_screen()
         with suppress(OSError):
-            StderrConsole().show_cursor()  # which a worker that was killed has left hidden
+            StderrConsole().show_cursor()  # which a killed worker may have hidden
         known = to_t5tune_error(error)
         if isinstance(known.__cause__, BrokenPipeError):  # the reader of the result is gone
             return known.exit_code
@@ -124,16 +114,15 @@ class Output:
         return known.exit_code
 
     def close_screen(self) -> None:
-        """Stop drawing progress bars."""
         if self._screen is not None:
             self._screen.close()
 
 
 def print_error(error: T5TuneError, is_stop: bool = False) -> None:
-    """Print an error to stderr: a line per problem, the last one with the hint; or a heading and lists.
+    """Print an error to stderr: a line per problem and the hint, or a heading and lists.
 
     Args:
-        is_stop: the user has stopped the command, so it isn't called an error.
+        is_stop: the user stopped the command, which isn't called an error.
     """
     console = StderrConsole()
     for line in _list_stop_lines(error) if is_stop else _list_error_lines(error):
@@ -165,10 +154,7 @@ def _to_json(value: Any) -> Any:
 
 
 def _format_table(values: dict[str, Any], path: str) -> Text:
-    """Write a result as lines of a name and a value, without those that are empty or repeat the path.
-
-    Not a table of Rich: that would break a long value in the middle of a word.
-    """
+    """Write a result as lines of name and value, unlike a Rich table, which breaks long values inside words."""
     shown = {name: value for name, value in values.items() if name not in NOT_SHOWN}
     rows = [(label, text) for label, text in _list_rows(_add_base_columns(shown)) if text != path]
     width = max((len(label) for label, _ in rows), default=0)
@@ -176,7 +162,7 @@ def _format_table(values: dict[str, Any], path: str) -> Text:
 
 
 def _add_base_columns(values: dict[str, Any]) -> dict[str, Any]:
-    """Put the base's metrics next to those of the tuned model, if evaluate has computed them."""
+    """Put the base's metrics next to the tuned model's, if evaluate computed both."""
     base = values.pop("base", None)
     if base is None:
         return values
@@ -202,7 +188,7 @@ def _list_rows(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
         if name == "datasets" and value:
             for dataset, items in value.items():
                 yield f"dataset {dataset}", _format_dataset(items)
-        elif isinstance(value, dict):  # of metrics; some names may be the user's own, and mean nothing to us
+        elif isinstance(value, dict):  # of metrics, perhaps custom ones
             metrics = {key: item for key, item in value.items() if not is_timing(key)}
             for key, item in metrics.items():
                 text = item if isinstance(item, str) else _format_optional(item)
@@ -212,7 +198,7 @@ def _list_rows(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _format_dataset(items: Any) -> str:
-    """Format the examples and the metrics of one of several datasets; prepare gives only the number of examples."""
+    """Format a dataset's examples and metrics, or the number of examples that prepare gives."""
     if not isinstance(items, dict):
         return format_count(items, "example")
     return ", ".join(f"{format_metric_name(name)} {_format_share(name, value)}" for name, value in items.items())

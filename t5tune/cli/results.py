@@ -1,4 +1,4 @@
-"""How results are shown on the terminal, for the commands whose result is more than the path of an output."""
+"""How results are shown on the terminal, if they are more than the path of an output."""
 
 import json
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ STYLES = {"good": "green", "warning": "yellow", "broken": "bold red"}
 
 
 def render_result(command: str, result: Any) -> RenderableType | None:
-    """Make the text of a command's result; None for one that begins with the path of an output."""
+    """Make the text of a command's result; None: it begins with the path of an output."""
     match command:
         case "plan":
             return Group(*_render_plan(result))
@@ -105,12 +105,11 @@ def _render_diagnosis(diagnosis: "Diagnosis") -> Iterator[Text]:
         yield Text.assemble(state, f"{finding.check:<{width}}  ", finding.found)
         if finding.mend:
             yield Text.assemble(" " * (width + 10), ("fix: ", "bold"), finding.mend)
-    verdict = "training can run here" if diagnosis.ok else "training can't run here: fix what is broken"
+    verdict = "training can run here" if diagnosis.ok else "training can't run here: fix the problems above"
     yield Text(verdict, "green" if diagnosis.ok else "bold red")
 
 
 def _render_templates(result: "Templates") -> str:
-    """Return the names of the templates, the text of the one to show, or the paths of the copies."""
     if result.copied:
         return "\n".join(map(str, result.copied))
     if result.shown is not None:

@@ -89,10 +89,10 @@ class Screen:
             time.sleep(SECONDS_BETWEEN_DRAWINGS)
 
     def redraw(self, progress: Progress) -> bool:
-        """Draw the bars with the time that has passed. Return False if they aren't shown any more.
+        """Draw the bars with the elapsed time. Return False if they aren't shown any more.
 
-        Rich's own thread would draw while another one prints, and a bar that has ended meanwhile would make that one
-        erase the line above the bars (Rich's issue 1530).
+        Rich's thread would draw while a different thread prints; if a bar ended meanwhile, the line above the bars
+        would be erased (Rich's issue 1530).
         """
         with self._lock:
             if self._progress is not progress:
@@ -104,7 +104,7 @@ class Screen:
             return True
 
     def _update_bar(self, task: str, **changes: Any) -> bool:
-        """Change the bar of a task. Return False if it has none."""
+        """Change a task's bar. Return False if there is no bar."""
         if self._progress is None or task not in self._bars:
             return False
         self._progress.update(self._bars[task], **changes)
@@ -127,7 +127,6 @@ class Screen:
             print_message(self.console, Text(line))
 
     def close(self) -> None:
-        """Stop drawing progress bars."""
         with self._lock:
             if self._progress is not None:
                 for bar in self._bars.values():
@@ -139,11 +138,7 @@ class Screen:
 
 
 def print_message(console: Console, message: Text, unbroken: str = WORD) -> None:
-    """Print a message on one line; on a terminal, break a longer one between words.
-
-    Args:
-        unbroken: pattern of what is kept on a line if it isn't words.
-    """
+    """Print a message on one line; on a terminal, break a longer one between matches of the pattern `unbroken`."""
     console.print(_wrap(message, console.width, unbroken) if console.is_terminal else message, soft_wrap=True)
 
 
@@ -162,11 +157,7 @@ def _wrap(message: Text, width: int, unbroken: str) -> Text:
 
 @dataclass
 class _Lines:
-    """The lines of a task in a log: one every SECONDS_BETWEEN_LINES, and a last one, unless it has only that one.
-
-    Args:
-        unprinted: the newest line, if it isn't printed yet.
-    """
+    """A task's lines in a log, every SECONDS_BETWEEN_LINES; if there were any, the end prints the `unprinted` line."""
 
     started: Started
     printed_at: float = field(default_factory=time.monotonic)
@@ -174,7 +165,6 @@ class _Lines:
     unprinted: str | None = None
 
     def advance(self, done: int) -> str | None:
-        """Return the line to print now, if any."""
         total = f" of {self.started.total}" if self.started.total else ""
         line = f"{self.started.task}: {done}{total} {self.started.unit}"
         now = time.monotonic()
@@ -222,7 +212,7 @@ class _Spinner(SpinnerColumn):
 
 
 class _CountColumn(ProgressColumn):
-    """How much is done: 69/2,694 steps; 255 records if the total is unknown."""
+    """69/2,694 steps; 255 records if the total is unknown."""
 
     def render(self, task: Task) -> Text:
         is_bytes = task.fields["unit"] == "bytes"
@@ -257,7 +247,7 @@ class _MetricsColumn(ProgressColumn):
 
 @dataclass
 class _Metrics:
-    """As many of the first metrics as fit in the width, none of them cut."""
+    """The first metrics that fit in the width, without cutting any."""
 
     metrics: list[str]
 
@@ -267,7 +257,7 @@ class _Metrics:
         yield Text(next((line for line in lines if len(line) <= options.max_width), ""), "cyan", no_wrap=True)
 
     def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
-        # a minimum of 0, so that Rich shrinks this column before the others
+        # a minimum of 0 makes Rich shrink this column first
         return Measurement(0, len("  ".join(self.metrics)))
 
 

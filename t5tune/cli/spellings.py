@@ -3,7 +3,7 @@
     t5tune train run.yaml --lora_r 8 --bf16 --lora-target-modules q v seed=1
     -> --config=run.yaml --lora-r=8 --bf16=true --lora-target-modules=q --lora-target-modules=v --seed=1
 
-What is wrong is collected rather than raised, so that it is reported together with wrong values.
+Problems are collected rather than raised, so that they are reported together with wrong values.
 """
 
 import re
@@ -32,8 +32,6 @@ PAIR_PATTERN = re.compile(r"([A-Za-z][\w.-]*)=(.*)", re.DOTALL)  # lora_r=16, as
 
 @dataclass(frozen=True)
 class CommandLine:
-    """What a command line says."""
-
     values: dict[str, Any]  # the name of a setting, or a legacy name -> its text, or list of texts
     problems: list[str]
     meant: set[str]  # settings that aren't in `values`, but that a problem suggests, so that they aren't missing too
@@ -61,7 +59,7 @@ class SettingsCommand(TyperCommand):
         return rest
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
-        """Put the words without a flag first: after a list such as that of `--data-path`, they would be part of it."""
+        """Put words without a flag first: after a list such as `--data-path a b`, they would be part of it."""
         return [*list_arguments(self.model), "[OPTIONS]"]
 
     def show_help(self, ctx: Any, everything: bool) -> None:
@@ -75,7 +73,7 @@ class SettingsCommand(TyperCommand):
 
 
 class _Rewriter:
-    """The words that are still to be rewritten, and what the others have given."""
+    """The words that are still to be rewritten, and the values of the rewritten words."""
 
     def __init__(self, model: type[Settings], params: list[Any], words: list[str]) -> None:
         self.problems: list[str] = []
@@ -93,11 +91,9 @@ class _Rewriter:
         self._flag_before: tuple[str, str] | None = None  # the flag right before the next word, and its only value
 
     def rewrite(self) -> tuple[list[str], dict[str, str]]:
-        """Rewrite the words.
+        """Return the words as Typer's parser reads them: `--name=value` for each value, then words without a flag.
 
-        Returns:
-            The words as Typer's parser reads them, `--name=value` for each value, then the words without a flag; and
-            the values of arguments that have no place, as in `templates name=pocket`, which has no action.
+        Also return the values of arguments that have no place, as in `templates name=pocket`, which has no action.
         """
         while self._words:
             word = self._words.popleft()
@@ -126,7 +122,6 @@ class _Rewriter:
         return words, {name: word for name, (word, *_) in places.items() if name not in in_place}
 
     def _add_word(self, word: str) -> None:
-        """Add a word that has no flag before it."""
         fills = self._unfilled[0] if self._unfilled else None
         if "data_path" in self._options and _is_data(word, fills):
             self.problems.append(f"{word}: unexpected argument; did you mean --data-path {word}?")
@@ -216,13 +211,13 @@ class _Rewriter:
         return values
 
     def _is_bool_next(self) -> bool:
-        """Whether the next word is the value of a flag such as `--bf16`, perhaps mistyped, not a word of its own."""
+        """Whether the next word is the value of a flag such as `--bf16`, perhaps mistyped."""
         word = self._words[0] if self._words else ""
         is_mistyped = find_close_name(word.lower(), ("true", "false")) is not None or _is_number(word)
         return word.lower() in BOOLEAN_WORDS or (is_mistyped and not Path(word).exists())
 
     def _is_pair(self, word: str) -> bool:
-        """Whether the word is a known setting with its value, not a path or a token that contains `=`."""
+        """Whether the word is a setting with its value, not a path or a token that contains `=`."""
         pair = PAIR_PATTERN.fullmatch(word)
         return pair is not None and pair[1].replace("-", "_") in self._options
 
@@ -240,7 +235,7 @@ def _is_number(word: str) -> bool:
 
 
 def _is_data(word: str, fills: str | None) -> bool:
-    """Whether a word without a flag is a file with data, which isn't what such a word fills."""
+    """Whether a word without a flag is a data file, although no setting for data takes such a word."""
     if (fills == "config" and word.endswith(".json")) or Path(word).is_dir():
         return False  # a .json file may be a config
     return any(word.lower().endswith((end, f"{end}.gz", f"{end}.zst")) for end in JSON_SUFFIXES | TABLE_SUFFIXES)

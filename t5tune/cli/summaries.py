@@ -1,4 +1,4 @@
-"""What the help says of each command, apart from its options. `t5tune --help` needs no settings."""
+"""The help of each command without its options. `t5tune --help` needs no settings."""
 
 from rich.console import Console
 from rich.markup import escape
@@ -25,10 +25,10 @@ SUMMARIES = {
     "doctor": "Check what works on this machine, and how to fix what doesn't.",
     "templates": "List, show or copy the templates that come with t5tune.",
     "schema": "Print the JSON schema of a command's YAML, for editors.",
-    "docs": "Print all that a coding assistant needs to use t5tune.",
+    "docs": "Print the documentation for coding assistants.",
 }
 
-# purpose: command; all of them work as typed, the last one once the file exists
+# purpose: command; all work as typed, the last once the file exists
 FIRST_STEPS = {
     "Train the built-in model (1 to 3 minutes; nothing to download):": "t5tune train --config pocket --output-dir run",
     "Chat with it:": "t5tune chat run",
@@ -36,7 +36,7 @@ FIRST_STEPS = {
     "google/flan-t5-base --data-path chats.jsonl --learning-rate 3e-4 --output-dir tuned",
 }
 
-# two for each command; those with pocket, run and cache work in this order, in an empty folder
+# two for each command; commands with pocket, run and cache work in this order, in an empty folder
 _EXAMPLES = """
 t5tune prepare --model-name-or-path pocket --data-path pocket --output-dir cache
 t5tune prepare --model-name-or-path google/flan-t5-base --data-path chats.jsonl --output-dir cache
@@ -71,7 +71,7 @@ EXAMPLES = {name: [line for line in _EXAMPLES.splitlines() if line.split()[1:2] 
 
 
 def fit_help(width: int | None = None, padding: int = 1) -> int:
-    """Set the width of Typer's texts, or that of the terminal, and the padding of columns. Return it without margin."""
+    """Set the width of Typer's texts (default: the terminal's) and the padding. Return the width without margins."""
     from typer import rich_utils
 
     rich_utils.MAX_WIDTH = width or min(max(Console().width, MIN_WIDTH), MAX_WIDTH)
@@ -80,7 +80,7 @@ def fit_help(width: int | None = None, padding: int = 1) -> int:
 
 
 def format_epilog(command: str, everything: bool, num_hidden: int, width: int) -> str:
-    """Format what follows the options of a command: its examples, and how to see the other options."""
+    """Format the text after a command's options: its examples, and how to see more options."""
     text = "\n".join(["[bold]Examples:[/]", *(format_command_line(line, width) for line in EXAMPLES[command])])
     if everything:
         return f"{text}\n\n{escape(NOTES)}"
@@ -88,7 +88,6 @@ def format_epilog(command: str, everything: bool, num_hidden: int, width: int) -
 
 
 def format_first_steps(width: int) -> str:
-    """Format the commands to start with."""
     lines = ["[bold]Start here:[/]"]
     for number, (purpose, line) in enumerate(FIRST_STEPS.items(), 1):
         lines += [f"{number}. {purpose}", format_command_line(line, width, indent=3)]

@@ -22,7 +22,6 @@ from t5tune.settings import TrainSettings
 
 
 def run(settings: TrainSettings, output: Output) -> None:
-    """Train, or show what a run would do."""
     if settings.dry_run:
         _show_dry_run(settings, output)
         return
@@ -31,7 +30,7 @@ def run(settings: TrainSettings, output: Output) -> None:
         result = train(settings, output.report)
     else:
         result = _train_in_workers(settings, output)
-    # the settings of token caches: other held-out data was read with them, too
+    # separate held-out data was also read with the settings of token caches
     output.show(result, next_steps=list_next_steps(apply_cache_settings(settings), result))
 
 

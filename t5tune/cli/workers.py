@@ -1,4 +1,4 @@
-"""Ranks on the command line: those that this process starts, and this process as one that a launcher has started."""
+"""Ranks on the command line: starting workers, and running as a launcher's worker."""
 
 import tempfile
 from pathlib import Path
@@ -25,10 +25,10 @@ def run_in_workers(
     flags = [f"--{name}" for name in ("quiet", "debug") if getattr(output, name)]
     if rank_0_shows_result and output.json:
         flags.append("--json")
-    # while a command runs, what is printed to this process's stdout goes to stderr
+    # while a command runs, this process's sys.stdout goes to stderr
     stdout = output.stream if rank_0_shows_result else None
     with tempfile.TemporaryDirectory(prefix="t5tune-settings-") as folder:
-        # what isn't given, the commands take from the model or the token cache
+        # the workers take unset settings from the model or the token cache
         path = write_settings(Path(folder), settings, only_given=True)
         arguments = [settings.command, "--config", str(path), *flags]
         launch(arguments, settings.process_count, max_restarts, output.report, stdout)

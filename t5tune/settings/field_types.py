@@ -45,29 +45,24 @@ Group = TypeVar("Group", bound="Settings")
 
 
 class _Signature:
-    """The settings with the types that they take and defaults, as a notebook shows them: first those that people use.
+    """The settings with their input types and defaults, as a notebook shows them: first the most used.
 
-    pydantic's own is missing as long as the model isn't built, and is full of validators afterwards.
+    pydantic's signature is missing until the model is built, and is full of validators afterwards.
     """
 
     def __get__(self, instance: object, model: "type[Settings]") -> inspect.Signature:
         names = dict.fromkeys([*model.list_required(), *model.essential, *model.list_suggestions()])
-        fields = {name: model.model_fields[name] for name in names if name in model.model_fields}
-        return inspect.Signature(
-            [
-                inspect.Parameter(
-                    name,
-                    inspect.Parameter.KEYWORD_ONLY,
-                    default=inspect.Parameter.empty if field.is_required() else field.default,
-                    annotation=_find_input_type(field.annotation, field.metadata),
-                )
-                for name, field in fields.items()
-            ]
-        )
+        parameters = []
+        for name in names:
+            field = model.model_fields[name]
+            default = inspect.Parameter.empty if field.is_required() else field.default
+            kind = _find_input_type(field.annotation, field.metadata)
+            parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind))
+        return inspect.Signature(parameters)
 
 
 def _find_input_type(kind: Any, metadata: Iterable[Any] = ()) -> Any:
-    """Find what a setting takes: the type that its validator reads, or its own, without `Annotated`."""
+    """Find the type that a setting's validator reads, or the setting's type without `Annotated`."""
     if typing.get_origin(kind) is Annotated:
         kind, *metadata = typing.get_args(kind)
         return _find_input_type(kind, metadata)
@@ -95,24 +90,19 @@ class Settings(BaseModel):
     panel: ClassVar[str] = "Options"
     command: ClassVar[str] = ""
     essential: ClassVar[tuple[str, ...]] = ()
-    """The settings that most people use, besides the required ones: `--help` lists these, `--help-all` all of them."""
+    """The settings that most people use, besides required settings: `--help` lists these, `--help-all` all."""
     also_positional: ClassVar[str | None] = None
-    """The setting, or `config`, that a word without a flag fills: `t5tune chat run`. Its flag does the same."""
+    """The setting, or `config`, that a word without a flag fills: `t5tune chat run`. It also has a flag."""
     unused_quietly: ClassVar[frozenset[str]] = frozenset()
-    """Settings of another command whose config files this one reads too. That it doesn't use them isn't noted."""
+    """Settings of a different command whose config files this command reads too: ignored without a note."""
     notes_on_implied: ClassVar[Mapping[str, str]] = {}
-    """Setting -> note for the user, for settings that validation turns on because of others."""
+    """Setting -> note for the user, for settings that other settings turn on."""
 
     __signature__: ClassVar[Any] = _Signature()
 
     if not TYPE_CHECKING:  # type checkers derive the parameters from the fields
 
         def __init__(self, **values: Any) -> None:
-            """Validate the settings.
-
-            Raises:
-                SettingsError: with one line for each problem.
-            """
             self._refuse_unknown_names(values, required=self.list_required())  # before records are written to a file
             try:
                 super().__init__(**values)
@@ -121,40 +111,31 @@ class Settings(BaseModel):
             except ValidationError as error:
                 raise SettingsError(*describe_python_errors(error, self.list_secrets())) from None
 
-        # validation that isn't a call, such as that of load_settings, raises pydantic's error
+        # model_validate, which load_settings calls, raises pydantic's error
         __init__.__pydantic_base_init__ = True
 
         def __setattr__(self, name: str, value: Any) -> None:
             self._refuse_unknown_names([name])
-            raise SettingsError(
-                f"{name}: settings can't be changed; use settings.replace({name}={shorten_value(value)})"
-            )
+            shown = shorten_value(value)
+            raise SettingsError(f"{name}: settings can't be changed; use settings.replace({name}={shown})")
 
     def _imply(self, **values: Any) -> None:
-        """Give settings that aren't set a value that follows from others; they still aren't set."""
+        """Give unset settings a value that follows from other settings; they remain unset."""
         for name, value in values.items():
             if name not in self.model_fields_set:
-                object.__setattr__(self, name, value)  # pydantic's would be refused, and would set it
+                object.__setattr__(self, name, value)  # pydantic's setattr is refused, and would set it
 
     def replace(self, **changes: Any) -> Self:
-        """Return validated settings with other values. What wasn't set before still isn't.
-
-        Raises:
-            SettingsError: with one line for each problem.
-        """
+        """Return validated settings with different values; unset settings remain unset."""
         return type(self)(**{name: getattr(self, name) for name in self.model_fields_set} | changes)
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """Return a copy with other values, which aren't validated: `replace` does that.
-
-        Raises:
-            SettingsError: there is no such setting.
-        """
+        """Return a copy with different values, which only `replace` validates."""
         self._refuse_unknown_names(update or {})
         return super().model_copy(update=update, deep=deep)
 
     def select_part(self, group: type[Group]) -> Group:
-        """Return those of these settings that a group declares which this command joins."""
+        """Return the settings of one of this command's groups."""
         values = {name: getattr(self, name) for name in group.model_fields}
         return group.model_construct(self.model_fields_set & group.model_fields.keys(), **values)
 
@@ -165,9 +146,9 @@ class Settings(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _check_value(cls, value: Any, field: ValidationInfo) -> Any:
-        """Reject what pydantic would accept in another sense: "" as the current folder, and `lora_r: true` as 1.
+        """Reject values that pydantic would misread: "" as the current folder, and `lora_r: true` as 1.
 
-        Otherwise return the value, with the home folder in place of a path's `~`.
+        Otherwise return the value, with a path's `~` expanded.
         """
         kind = cls.model_fields[field.field_name or ""].annotation
         if isinstance(value, bool) and kind in NUMBER_TYPES:
@@ -183,7 +164,7 @@ class Settings(BaseModel):
 
     @classmethod
     def _refuse_unknown_names(cls, given: Iterable[str], required: Collection[str] = ()) -> None:
-        """Refuse unknown settings, and then name missing ones too, unless an unknown one is meant to be it."""
+        """Refuse unknown settings, and then also name missing settings that no unknown name means."""
         given = list(given)
         unknown = [name for name in given if name not in cls.model_fields]
         if not unknown:
@@ -201,7 +182,7 @@ class Settings(BaseModel):
 
     @classmethod
     def list_secrets(cls) -> list[str]:
-        """List the settings whose values are shown nowhere, which are those without a repr."""
+        """List the settings whose values are never shown: those without a repr."""
         return [name for name, field in cls.model_fields.items() if not field.repr]
 
     @classmethod
@@ -220,7 +201,7 @@ class Settings(BaseModel):
 
     @classmethod
     def find_panel(cls, name: str) -> str:
-        """Find the title of the group that a field belongs to: the panel of the mixin that declares it."""
+        """Return the panel of the mixin that declares a field."""
         for base in reversed(cls.__mro__):
             if issubclass(base, Settings) and name in base.__annotations__:
                 return base.panel
@@ -236,7 +217,7 @@ def _list_commands(model: type[Settings] = Settings) -> Iterator[type[Settings]]
 
 
 class _UnsetReader(BeforeValidator):
-    """Also adds to the JSON schema, which would otherwise allow only the type and null, what reads as None."""
+    """Also allows in the JSON schema the values that read as None."""
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         described = handler(schema)
@@ -277,7 +258,7 @@ def read_path(value: Any) -> Any:
 
 
 def read_paths(value: Any) -> Any:
-    """Read paths as a list of texts; a single one needs no list."""
+    """Read a path, or a list of paths, as a list of texts."""
     if is_in_memory(value):
         raise ValueError("expected text or a path, or a list of them")
     if value in ("", [""]):  # `--metric=`
@@ -300,11 +281,7 @@ def exists(path: str) -> bool:
 
 
 def parse_gpu_memory(text: str) -> int:
-    """Parse a GPU's memory to bytes; a number without a unit is in GiB.
-
-    Raises:
-        ValueError: the text isn't such a size, or it is less than 1 MiB.
-    """
+    """Parse a GPU's memory to bytes; a number without a unit is in GiB."""
     size = _parse_size(text, default_unit="GIB", example="24GiB")
     if size < MIN_GPU_MEMORY:
         raise ValueError("too small for a GPU's memory; expected a size such as 24GiB")
@@ -345,16 +322,16 @@ PathAsText = BeforeValidator(read_path)
 """Reads a path object as text, where a setting is a path or a name."""
 
 OptionalCount = Annotated[int | None, Field(gt=0, lt=1 << 63), NoneIfUnset]
-"""A positive whole number, or None if it isn't set."""
+"""A positive whole number, or None: not set."""
 
 WordList = Annotated[list[str], BeforeValidator(_split_items, json_schema_input_type=list[str] | str)]
 """A list that can be written as `q v`, `q,v` or a YAML list."""
 
 TokenList = Annotated[list[str], BeforeValidator(_split_tokens, json_schema_input_type=list[str] | str)]
-"""A list of words, in which an item of white space or commas alone is a word, too."""
+"""A list of words; an item of only white space or commas is a word, too."""
 
 NumberList = Annotated[list[float], BeforeValidator(_split_numbers, json_schema_input_type=list[float] | float | str)]
-"""A list of numbers that can be written as `0.7 0.3`, `0.7,0.3` or a YAML list; a single one needs no list."""
+"""A list of numbers that can be written as `0.7`, `0.7 0.3`, `0.7,0.3` or a YAML list."""
 
 ByteSize = Annotated[int, BeforeValidator(_read_byte_size, json_schema_input_type=int | str)]
 """A number of bytes that can be written with a unit: `5GB`, `500MiB`."""
@@ -363,10 +340,10 @@ GpuMemory = Annotated[str, BeforeValidator(_check_gpu_memory, json_schema_input_
 """The memory of a GPU as text (see `parse_gpu_memory`): `24GiB`, `24GB`, or `24`, which is in GiB."""
 
 FolderList = Annotated[list[Path], BeforeValidator(read_paths, json_schema_input_type=list[str] | str)]
-"""A list of folders; a single one needs no list."""
+"""A folder, or a list of folders."""
 
 PathList = Annotated[list[str], BeforeValidator(read_paths, json_schema_input_type=list[str] | str)]
-"""A list of paths; a single one needs no list. Paths may contain commas and spaces, so they aren't split."""
+"""A path, or a list of paths, which aren't split, since they may contain commas and spaces."""
 
 DataList = Annotated[list[str], BeforeValidator(read_data, json_schema_input_type=list[str] | str)]
-"""A list of paths; a single one needs no list. settings/records_in_memory.py stores records in memory in a file."""
+"""A path, a list of paths, or records in memory, which settings/records_in_memory.py stores in a file."""

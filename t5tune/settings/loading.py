@@ -19,17 +19,14 @@ from t5tune.settings.messages import HIDDEN_VALUE, describe_value_error, format_
 from t5tune.settings.other_names import find_meant_setting, find_nested_setting, mention_help, suggest_setting
 
 VARIABLE_PREFIX = "T5TUNE_"
-SETTINGS_HEADER = "# to run this again: t5tune "  # by which a folder is recognized as an output of t5tune
-MAX_UNUSED_NAMES = 8  # of settings that a command doesn't use, in a note
+SETTINGS_HEADER = "# to run this again: t5tune "  # which marks a folder as an output of t5tune
+MAX_UNUSED_NAMES = 8  # in a note about settings that a command doesn't use
 Model = TypeVar("Model", bound=Settings)
 
 
 @dataclass(frozen=True)
 class _Value:
-    """A value and the place where the user wrote it, such as `--lora-r` or `run.yaml: lora_r`.
-
-    The note is for the user, unless another source overrides the value.
-    """
+    """A value, its location, such as `--lora-r` or `run.yaml: lora_r`, and a note to show if the value is used."""
 
     value: Any
     place: str
@@ -50,7 +47,7 @@ def load_settings(
         file: a YAML file, or the name of a run config under templates/runs.
         environment: environment variables; only those that begin with T5TUNE_ are read.
         flags: setting name -> value as typed.
-        problems: problems that the caller has found already; they are raised together with the others.
+        problems: problems that the caller found, to raise together with the problems found here.
         meant: settings that these problems suggest, so that they aren't reported as missing too.
 
     Returns:
@@ -87,23 +84,23 @@ def load_settings(
 
 
 def dump_settings(settings: Settings, only_given: bool = False, leave_out: Collection[str] = ()) -> str:
-    """Write the settings as YAML; `--config` reads it back to an equal model.
+    """Write the settings as YAML that `--config` reads back to an equal model.
 
     Args:
-        only_given: leave out those that weren't set, which the command may then choose.
-        leave_out: names of others to leave out.
+        only_given: leave out unset settings, so that the command may choose their values.
+        leave_out: names of more settings to leave out.
     """
     from t5tune.io.yaml_file import to_yaml
 
     start_over = next((f" --{name}" for name in ("fresh", "overwrite") if name in type(settings).model_fields), "")
     header = f"{SETTINGS_HEADER}{settings.command} --config THIS_FILE{start_over}\n"
-    # what validation may turn on because of others isn't written as if it were given: bf16, which q_lora turns on
+    # an implied value isn't written as if it were given: bf16, which q_lora turns on
     unset = settings.notes_on_implied.keys() - settings.model_fields_set
     fields = type(settings).model_fields
     implied = {name for name in unset if getattr(settings, name) == fields[name].default}
     values = settings.model_dump(mode="json", exclude_unset=only_given, exclude={*leave_out, *implied})
     for data, paths in PATHS_OF_DATASETS.items():
-        if values.get(data) is not None:  # the paths are those of the datasets
+        if values.get(data) is not None:  # the datasets have the paths
             del values[paths]
     return header + to_yaml(values)
 
@@ -131,9 +128,9 @@ def _read_environment(environment: Mapping[str, str]) -> dict[str, _Value]:
 def _resolve_names(
     model: type[Settings], source: dict[str, _Value], problems: list[str], notes: list[str], meant: set[str]
 ) -> dict[str, _Value]:
-    """Map legacy names to current names, skip settings of other commands with a note, and report unknown ones.
+    """Map legacy names to current names, skip settings of other commands with a note, and report unknown names.
 
-    Adds to `problems` and `notes`, and to `meant` what the unknown ones mean.
+    Adds to `problems` and `notes`, and adds the settings that unknown names mean to `meant`.
     """
     of_any_command = {*LEGACY_NAMES, *(name for other in COMMANDS for name in other.model_fields)}
     legacy = select_legacy_names(model)
@@ -153,7 +150,7 @@ def _resolve_names(
             elif new is None and change.is_noted(value.value):
                 instead = f"; set {change.new} instead" if change.new else ""
                 notes.append(f"{value.place}: ignored ({change.why}{instead})")
-        # one file or environment may serve several commands, but a flag of another command is a mistake
+        # one file or environment may serve several commands, but a different command's flag is a mistake
         elif name in of_any_command and not value.place.startswith("--"):
             today = LEGACY_NAMES[name].new if name in LEGACY_NAMES else name
             if value.value is not None and today not in model.unused_quietly:

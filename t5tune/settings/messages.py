@@ -59,16 +59,12 @@ def describe_value_error(error: ErrorDetails) -> str:
 
 
 def get_reason(error: ErrorDetails) -> str:
-    """Return the message of a validator's ValueError, or pydantic's own message."""
+    """Return the message of a validator's ValueError, or pydantic's message."""
     return str(error["ctx"]["error"]) if error["type"] == "value_error" else error["msg"]
 
 
 def describe_python_errors(error: ValidationError, secrets: Collection[str] = ()) -> list[str]:
-    """Describe what is wrong with the values of settings in Python, a line for each setting.
-
-    Args:
-        secrets: settings whose values aren't shown.
-    """
+    """Describe wrong values of settings in Python, a line for each setting; values of `secrets` aren't shown."""
     problems: dict[str, str] = {}
     for detail in error.errors():
         name, reason = str(next(iter(detail["loc"]), "")), describe_value_error(detail)
@@ -81,19 +77,17 @@ def describe_python_errors(error: ValidationError, secrets: Collection[str] = ()
 def describe_unknown_names(
     names: Iterable[str], own: Collection[str], commands: Mapping[str, Collection[str]]
 ) -> list[str]:
-    """Describe settings in Python that don't exist, a line for each.
+    """Describe unknown settings in Python, a line for each, with a suggestion from `own` or the command that has it.
 
     Args:
-        own: settings that may be suggested.
-        commands: command -> its settings, to say where one belongs that isn't among `own`.
+        commands: command -> its settings.
     """
     problems = []
     others = {other for settings in commands.values() for other in settings}
     for name in names:
-        # a setting of this very name is meant rather than one of a similar name
-        advice = (
-            "" if name in others and not is_name_elsewhere(name) else suggest_setting(name, own, write=_write_argument)
-        )
+        # a command's setting of this very name is a better guess than a similar name
+        is_exact = name in others and not is_name_elsewhere(name)
+        advice = "" if is_exact else suggest_setting(name, own, write=_write_argument)
         if not advice:
             meant = name if name in others else find_meant_setting(name, (), others)
             users = sorted(command for command, settings in commands.items() if meant in settings)
@@ -108,7 +102,6 @@ def format_place(place: tuple[int | str, ...]) -> str:
 
 
 def shorten_value(value: object) -> str:
-    """Write a value for a message."""
     try:
         shown = repr(value)
     except RecursionError:

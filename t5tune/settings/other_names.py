@@ -1,9 +1,8 @@
-"""What axolotl, LLaMA-Factory, TRL, torchtune and transformers' scripts call our settings, to suggest the right name.
+"""Names of our settings in axolotl, LLaMA-Factory, TRL, torchtune and transformers' scripts, to suggest the right name.
 
 suggest_setting("lora_rank", TrainSettings.list_suggestions())    # "; did you mean lora_r?"
 
-None of these names is accepted: a setting of another tool may differ in unit or default. For those that are, see
-fastchat_names.py.
+None of these names is accepted, since units and defaults differ between tools; fastchat_names.py has accepted names.
 """
 
 import re
@@ -92,13 +91,13 @@ NAMES_IN_OTHER_TOOLS: Mapping[str, str] = {
     "overwrite": "overwrite_output_dir force",
     "fresh": "overwrite_output_dir overwrite force",  # for train, which has no `overwrite`
 }
-"""Setting -> its names in other tools. A name may belong to several settings: the first that the command has is it."""
+"""Setting -> its names in other tools. If a name fits several settings, the command's first match wins."""
 
 ADVICE: Mapping[str, str] = {
     "resume_from_checkpoint auto_resume_from_checkpoints resume": "give the same command again: it resumes from the "
     "newest checkpoint; {fresh} starts over",
     "load_best_model_at_end": "{metric_for_best_model} does it: the best checkpoint becomes the result",
-    "greater_is_better": "leave it out: {metric_for_best_model} implies it; a metric of your own is better if larger",
+    "greater_is_better": "leave it out: {metric_for_best_model} implies it; a custom metric is better if larger",
     "hub_token push_to_hub_token use_auth_token hf_use_auth_token": "leave it out, since settings are saved; run "
     "`hf auth login`, or set HF_TOKEN",
     "wandb_project use_wandb": "use {report_to=wandb}, and the variable WANDB_PROJECT",
@@ -140,21 +139,21 @@ ADVICE: Mapping[str, str] = {
     "relora_steps galore_rank use_galore": "leave it out: ReLoRA and GaLore aren't supported",
     "fsdp_config": "use {deepspeed=zero3}",
     "tokenizer_name tokenizer_name_or_path tokenizer_config tokenizer_type use_fast_tokenizer": "leave it out: the "
-    "tokenizer is that of the model, and {add_tokens} extends it",
-    "special_tokens": "leave it out: the tokenizer's own are used",
+    "model has its tokenizer, and {add_tokens} extends it",
+    "special_tokens": "leave it out: the tokenizer's special tokens are used",
     "safe_serialization": "leave it out: weights are always written as safetensors",
     "overwrite_cache": "leave it out: the token cache is written again whenever its inputs change",
-    "save_only_model": "leave it out: a checkpoint has all that resuming needs; {save_total_limit} keeps fewer",
-    "eval_table_size": "use {report_samples}: report.html shows so many predictions",
+    "save_only_model": "leave it out: resuming needs complete checkpoints; {save_total_limit} keeps fewer",
+    "eval_table_size": "use {report_samples}, the number of predictions in report.html",
     "trust_remote_code": "leave it out: code from a model's repository is never run",
     "plot_loss": "leave it out: report.html in the run folder shows the curves",
     "adam_beta1 adam_beta2 adam_epsilon optim_args lr_scheduler_kwargs": "set it under training_args in a YAML file",
     "training_args": "set it in a --config file",
     "neftune_noise_alpha": "leave it out: NEFTune isn't supported",
 }
-"""Names in other tools -> what to do instead of a setting of the same meaning.
+"""Names in other tools without a setting of the same meaning -> the advice, with our settings in braces.
 
-Our settings are in braces, some with a value. A name of a setting, too, is that setting in a command that has it.
+A name that is also in NAMES_IN_OTHER_TOOLS means that setting in the commands that have it.
 """
 
 _SETTINGS_BY_NAME = {
@@ -172,12 +171,12 @@ def _write_key(setting: str, value: str | None) -> str:
 def suggest_setting(
     name: str, own: Collection[str], others: Collection[str] = (), write: Callable[[str, str | None], str] = _write_key
 ) -> str:
-    """Return `; did you mean lora_r?`, or `; ` and what to do instead, or an empty string.
+    """Return `; did you mean lora_r?`, or `; ` and advice, or an empty string.
 
     Args:
-        own: settings of the command, which may be suggested.
-        others: settings of other commands, which another tool's name may also mean.
-        write: how to write a setting, or one with a value, such as `--lora-r` or `--report-to wandb`.
+        own: settings of the command.
+        others: settings of other commands, which the name may also mean if it is one of a different tool.
+        write: writes a setting, perhaps with a value, such as `--lora-r` or `--report-to wandb`.
     """
     if advice := _find_advice(name, own, others):
         return "; " + _SETTING_PATTERN.sub(lambda setting: write(*setting.groups()), advice)
@@ -186,12 +185,12 @@ def suggest_setting(
 
 
 def mention_help(command: str) -> str:
-    """Return what to do about an unknown name for which there is no suggestion."""
+    """Return the advice for an unknown name without a suggestion."""
     return f"; t5tune {command} --help-all lists every option"
 
 
 def find_meant_setting(name: str, own: Collection[str], others: Collection[str] = ()) -> str | None:
-    """Find the setting that an unknown name most likely means: another tool's name of it, or a mistyped one."""
+    """Find the setting that an unknown name most likely means: by its names in other tools, or by spelling."""
     if _find_advice(name, own, others):
         return None
     meant = _SETTINGS_BY_NAME.get(_normalize(name), [])
@@ -200,7 +199,7 @@ def find_meant_setting(name: str, own: Collection[str], others: Collection[str] 
 
 
 def find_nested_setting(outer: str, inner: str, own: Collection[str]) -> str | None:
-    """Find the setting that a key under another one means, as in `lora: {r: 8}`: lora_r."""
+    """Find the setting that a nested key means: lora_r for `lora: {r: 8}`."""
     joined = f"{outer}_{inner}"
     for name in (joined, inner):
         if name in own:
@@ -210,12 +209,12 @@ def find_nested_setting(outer: str, inner: str, own: Collection[str]) -> str | N
 
 
 def is_name_elsewhere(name: str) -> bool:
-    """Whether a name is one that other tools use."""
+    """Whether other tools use a name."""
     return _normalize(name) in _SETTINGS_BY_NAME or _normalize(name) in _ADVICE_BY_NAME
 
 
 def _find_advice(name: str, own: Collection[str], others: Collection[str]) -> str | None:
-    """Find what to do instead of a setting, unless the command has one that another tool calls by this name."""
+    """Find the advice for a name, unless it means a setting of the command."""
     name = _normalize(name)
     advice = _ADVICE_BY_NAME.get(name)
     if advice is None or not {*own}.isdisjoint(_SETTINGS_BY_NAME.get(name, [])):

@@ -27,7 +27,7 @@ KEYS_FROM_SETTINGS = (
 )  # fmt: skip
 """Keys of a DeepSpeed config that transformers sets from the settings if their value is "auto"."""
 REPLACED_SECTIONS = ("optimizer", "scheduler")
-"""Sections of a DeepSpeed config in place of which the settings are used; runs/deepspeed_values.py compares them."""
+"""Sections of a DeepSpeed config that the settings replace; runs/deepspeed_values.py compares both."""
 
 
 def find_templates_folder() -> Path:
@@ -43,7 +43,7 @@ def list_names(kind: str) -> list[str]:
 
 
 def describe_templates(kind: str) -> dict[str, str]:
-    """Map the names in templates/<kind> to what each is for, in a sentence: of YAML, the first comment."""
+    """Map the names in templates/<kind> to a sentence that describes each: in YAML, the first comment."""
     if kind == "deepspeed":
         return {name: DEEPSPEED_CONFIGS[name] for name in list_names(kind)}
     lines = {name: (find_templates_folder() / kind / f"{name}.yaml").read_text("utf-8") for name in list_names(kind)}
@@ -68,10 +68,8 @@ def find_conversation_template(name_or_path: str) -> Path:
 
 
 def read_deepspeed_config(name_or_path: str) -> dict[str, Any]:
-    """Read the DeepSpeed config of `--deepspeed`, as training uses it.
-
-    What it leaves out of KEYS_FROM_SETTINGS is "auto". The optimizer and the schedule are those of the settings, so its
-    own sections are left out: see `read_deepspeed_file`.
+    """Read the DeepSpeed config of `--deepspeed` as training uses it: missing KEYS_FROM_SETTINGS are "auto", and
+    REPLACED_SECTIONS are removed.
     """
     config = read_deepspeed_file(name_or_path)
     own = {key: value for key, value in config.items() if key not in REPLACED_SECTIONS}
@@ -93,11 +91,7 @@ def read_deepspeed_file(name_or_path: str) -> dict[str, Any]:
 
 
 def read_zero3_config(deepspeed: str) -> dict[str, Any]:
-    """Read a DeepSpeed config that partitions weights.
-
-    Raises:
-        SettingsError: it isn't one, or can't be read.
-    """
+    """Read a DeepSpeed config that partitions weights; refuse other configs."""
     config = read_deepspeed_config(deepspeed)
     if (stage := get_zero_stage(config)) != 3:
         raise SettingsError(
@@ -114,7 +108,7 @@ def get_zero_stage(deepspeed: dict[str, Any] | None) -> int:
 
 def _find_template(setting: str, kind: str, name_or_path: str, suffix: str) -> Path:
     path = Path(read_path(name_or_path))
-    # a run config is read once, so it may be a pipe; the other files are read more than once
+    # a run config may be a pipe, since it is read only once
     if path.is_file() or (setting == "config" and path.exists() and not path.is_dir()):
         return path
     packaged = find_templates_folder() / kind / (name_or_path + suffix)
@@ -122,7 +116,7 @@ def _find_template(setting: str, kind: str, name_or_path: str, suffix: str) -> P
         return packaged
     known = list_names(kind)
     if path.exists():
-        saved = path / SETTINGS_FILE  # of a run folder, for example
+        saved = path / SETTINGS_FILE  # such as in a run folder
         hint = f"give {saved}" if setting == "config" and saved.is_file() else None
         raise SettingsError(f"{setting}: {name_or_path}: expected a {suffix} file", hint=hint)
     advice = suggest_name(name_or_path, known) or f"; the templates are {', '.join(known)}"

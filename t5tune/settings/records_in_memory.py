@@ -2,11 +2,11 @@
 
     store_records([{"source": "2 + 2", "target": "4"}])   # Path("/tmp/t5tune-records-…/records-8a2c51b0d3f4.jsonl")
 
-All code reads data from files, which messages can name with a line. So the records are written to one, whose name is
-the hash of its content: the same records are the same file, by which a run that is resumed recognizes its data.
+All code reads data from files, so that messages can name a line. The file's name has the hash of its content: the same
+records give the same file, so a resumed run recognizes its data.
 
-An Arrow table gives each object the keys of all others, with null for what it doesn't have. Where tool calls have such
-arguments, the file is called records-….table.jsonl, so that its reader can leave these nulls out, and count them.
+An Arrow table gives all objects the same keys, with null for missing values. If it has arguments of tool calls, its
+file is called records-….table.jsonl, so that its reader can leave these nulls out and count them.
 """
 
 import atexit
@@ -40,10 +40,7 @@ _STORED_TABLE = re.compile(rf"records-[0-9a-f]{{{HASH_CHARACTERS}}}\{TABLE_MARK}
 
 
 class CallerError(Exception):
-    """Reading the records raised the error that is its cause, such as one of the caller's own generator.
-
-    pydantic would take a ValueError of that generator for one of the setting.
-    """
+    """The caller's generator raised an error, the cause. pydantic would blame the setting for its ValueError."""
 
 
 def is_in_memory(data: object) -> bool:
@@ -78,19 +75,19 @@ def store_records(data: Any) -> Path:
 
 
 def is_stored(path: Path) -> bool:
-    """Whether `store_records` wrote this file, in this process or in another one; it need not exist anymore."""
+    """Whether `store_records` wrote this file, in any process; it may not exist any more."""
     return _STORED.fullmatch("/".join(path.parts[-2:])) is not None
 
 
 def is_stored_table(path: Path) -> bool:
-    """Whether `store_records` wrote this file, or the one that it is kept as, and tool calls have filled-in nulls."""
+    """Whether `store_records` wrote this file, or its copy in a run, with filled-in nulls in tool calls."""
     return _STORED_TABLE.fullmatch(path.name) is not None
 
 
 def find_kept_path(path: str, folder: Path) -> Path | None:
-    """Return where in `folder` records that `store_records` wrote to `path` are kept; None for other files.
+    """Return the path in `folder` of the records that `store_records` wrote to `path`; None for other files.
 
-    So are those of a run that was moved: `path` is where they were kept before.
+    If the run was moved, `path` may also be their old path in it.
     """
     given = Path(path)
     kept = folder / given.name
@@ -100,25 +97,25 @@ def find_kept_path(path: str, folder: Path) -> Path | None:
 
 
 def is_records_name(file: str) -> bool:
-    """Whether a file has a name that `store_records` gives, in which a hash says what is in it."""
+    """Whether `store_records` gave a file its name, which has a hash of the content."""
     return _RECORDS.fullmatch(file) is not None
 
 
 def _find_folder() -> Path:
-    while not (folder := _make_folder()).is_dir():  # something that cleans temporary files has removed it
+    while not (folder := _make_folder()).is_dir():  # a cleaner of temporary files has removed it
         _make_folder.cache_clear()
     return folder
 
 
 @cache
 def _make_folder() -> Path:
-    """Make a temporary folder for this process, and remove those of processes that were killed."""
+    """Make a temporary folder for this process, and remove the folders of killed processes."""
     for old in Path(tempfile.gettempdir()).glob(f"{FOLDER_PREFIX}*"):
         with lock_folder(old) as is_abandoned:
             if is_abandoned:
                 shutil.rmtree(old, ignore_errors=True)
     folder, process = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX)), os.getpid()
-    with suppress(OSError):  # another process has taken it for abandoned, or a file system without locks
+    with suppress(OSError):  # another process is removing it as abandoned, or the file system has no locks
         fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_SH)  # until this process and its forks have ended
 
     def remove() -> None:
@@ -135,7 +132,7 @@ def _iterate_records(data: Any, rows: Iterator[Any]) -> Iterator[Mapping[str, An
         record = dataclasses.asdict(item) if dataclasses.is_dataclass(item) and not isinstance(item, type) else item
         record = record.model_dump() if hasattr(record, "model_dump") else record  # pydantic
         if not isinstance(record, Mapping):
-            paths = "; paths need a list of their own, such as list(…)" if isinstance(item, str | os.PathLike) else ""
+            paths = "; put paths into a list, such as list(…)" if isinstance(item, str | os.PathLike) else ""
             raise ValueError(f"item {number} is of type {type(item).__name__}; {EXPECTED}{paths}")
         yield record
     if number < 0:
@@ -152,16 +149,12 @@ def _suggest_records(data: Mapping[Any, Any]) -> str:
 def _pass_errors(rows: Iterator[Any]) -> Iterator[Any]:
     try:
         yield from rows
-    except (ValueError, AssertionError) as error:  # those that pydantic catches
+    except (ValueError, AssertionError) as error:  # which pydantic catches
         raise CallerError from error
 
 
 def _open_rows(data: Any) -> tuple[Iterator[Any], bool]:
-    """Return the rows, and whether they are of an Arrow table that has the arguments of tool calls as objects.
-
-    Raises:
-        ValueError: the data isn't records.
-    """
+    """Return the rows, and whether an Arrow table has filled up the arguments of tool calls in them."""
     if isinstance(data, Mapping):
         raise ValueError(f"a {type(data).__name__}; {EXPECTED}; {_suggest_records(data)}")
     if not isinstance(data, Iterable) and not hasattr(data, "__arrow_c_stream__"):

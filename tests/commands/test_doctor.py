@@ -76,7 +76,7 @@ def test_a_broken_machine_gets_plain_lines_and_exit_code_1(locale: str, tmp_path
     done = t5tune("doctor", env=env)
     assert done.code == 1, done.stderr
     lines = done.stdout.splitlines()
-    assert lines[-1] == "training can't run here: fix what is broken"
+    assert lines[-1] == "training can't run here: fix the problems above"
     for name in PROBE_HINTS:
         (line,) = [line for line in lines if line.startswith(f"broken  {name} ")]
         assert "ImportError: broken on purpose" in line

@@ -136,7 +136,7 @@ def test_a_name_of_another_tool_suggests_ours(name: str, meant: str) -> None:
         ("neftune_noise_alpha", "NEFTune isn't supported"),
         ("predict_with_generate", "use eval_generate: 32, the number of held-out examples"),
         ("model_type", "the model's config.json says it"),
-        ("tokenizer_type", "the tokenizer is that of the model"),
+        ("tokenizer_type", "the model has its tokenizer"),
         ("ds_type", "the ending of a file's name says"),
         ("pad_to_sequence_len", "packing fills the batches without padding"),
         ("pad_to_max_length", "packing fills the batches without padding"),
@@ -146,7 +146,7 @@ def test_a_name_of_another_tool_suggests_ours(name: str, meant: str) -> None:
         ("source_lang", "use source_prefix"),
         ("max_predict_samples", "num_data"),
         ("preprocessing_batch_size", "num_workers makes prepare faster"),
-        ("use_fast_tokenizer", "the tokenizer is that of the model"),
+        ("use_fast_tokenizer", "the model has its tokenizer"),
         ("streaming", "records are always streamed"),
     ],
 )

@@ -309,7 +309,7 @@ class TestPreferences:
     def test_a_piped_line_that_is_no_choice_is_refused(self, line: str, made: dict[str, Path], tmp_path: Path) -> None:
         done = self.run(made, tmp_path / "pairs.jsonl", [PROMPT, line, "1"])
         assert done.code == 2
-        hint = "after each message, write a line with 1 or 2, or an empty one"
+        hint = "after each message, write a line with 1 or 2, or an empty line"
         assert done.errors == [f"error: better: {line!r}: expected 1, 2 or nothing; {hint}"]
 
     def test_what_was_cut_off_is_reported_once_for_both_replies(self, made: dict[str, Path], tmp_path: Path) -> None:
