@@ -16,7 +16,7 @@ from t5tune.file_names import ADAPTER_CONFIG_FILE, CONFIG_FILE
 from t5tune.formatting import shorten
 from t5tune.io.folder_kinds import describe_folder
 from t5tune.io.untrusted import read_json_object
-from t5tune.settings.messages import describe_value_error
+from t5tune.settings.messages import describe_value_error, shorten_file_value
 
 ADAPTER_FOLDER_HINT = "give a run folder, a checkpoint in it, or a folder that t5tune export wrote"
 # what axolotl's `adapter` means
@@ -100,7 +100,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     except ValidationError as error:
         details = error.errors()[0]
         key = str(details["loc"][0])
-        found = f"{shorten(repr(config[key]))}, " if key in config else ""
+        found = f"{shorten_file_value(config[key])}: " if key in config else ""
         raise CheckpointError(f"{path}: {key}: {found}{describe_value_error(details)}") from None
     for name in ("rank_pattern", "alpha_pattern"):
         _check_patterns(config.get(name) or {}, f"{path}: {name}")

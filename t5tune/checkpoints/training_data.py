@@ -20,6 +20,7 @@ from t5tune.formatting import shorten
 from t5tune.io.atomic import encode_json, write_file
 from t5tune.io.untrusted import has_file, read_json_object
 from t5tune.settings.groups.record_format import DataFormat, Objective, ReadingSettings
+from t5tune.settings.messages import shorten_file_value
 
 TRAINING_DATA_FORMAT = 1
 # settings that describe a dataset only together
@@ -137,5 +138,5 @@ def read_training_data(folder: Path) -> TrainingData | None:
         return TypeAdapter(TrainingData).validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
         key = str(error.errors()[0]["loc"][0])
-        found = f"invalid value {shorten(repr(values[key]), 80)}" if key in values else "missing"
+        found = f"invalid value {shorten_file_value(values[key])}" if key in values else "missing"
         raise CheckpointError(f"{path}: {key}: {found}", hint="copy the file from the run folder again") from None

@@ -156,9 +156,8 @@ class Settings(BaseModel):
         texts = value if isinstance(value, list | tuple) else [value]
         if any("\0" in text for text in texts if isinstance(text, str)):
             raise ValueError("contains a NUL character, which no path or name can contain")
-        if (kind is Path and value == "") or (
-            kind == list[Path] and "" in (value if isinstance(value, list) else [value])
-        ):
+        is_required = kind in (Path, list[Path]) or field.field_name == "output_dir"
+        if is_required and "" in texts:
             raise ValueError("the path is empty; use `.` for the current folder")
         return read_path(value) if kind in PATH_TYPES else value
 

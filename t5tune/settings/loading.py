@@ -15,7 +15,7 @@ from t5tune.settings.commands import COMMANDS
 from t5tune.settings.dataset_list import PATHS_OF_DATASETS, DatasetSettings
 from t5tune.settings.fastchat_names import LEGACY_NAMES, select_legacy_names
 from t5tune.settings.field_types import Settings
-from t5tune.settings.messages import HIDDEN_VALUE, describe_value_error, format_place, get_reason, shorten_value
+from t5tune.settings.messages import HIDDEN_VALUE, describe_value_error, format_place, get_reason, shorten_file_value
 from t5tune.settings.other_names import find_meant_setting, find_nested_setting, mention_help, suggest_setting
 
 VARIABLE_PREFIX = "T5TUNE_"
@@ -145,7 +145,8 @@ def _resolve_names(
             if new is not None and change.new in source:  # today's name wins, whichever comes first
                 notes.append(f"{value.place}: ignored ({change.new} is given too)")
             elif change.new is not None and new is not None:
-                note = f"{value.place}: read as {change.new} {new} ({change.why})"
+                shown = new if isinstance(new, str) else shorten_file_value(new)
+                note = f"{value.place}: read as {change.new} {shown} ({change.why})"
                 known[change.new] = _Value(new, value.place, note)
             elif new is None and change.is_noted(value.value):
                 instead = f"; set {change.new} instead" if change.new else ""
@@ -197,5 +198,5 @@ def _format_problem(error: ErrorDetails, values: dict[str, _Value], model: type[
         return f"{name}: missing; give {give} or set it in a --config file"
     elif given:
         found = given.value
-    shown = HIDDEN_VALUE if name in model.list_secrets() else shorten_value(found)
+    shown = HIDDEN_VALUE if name in model.list_secrets() else shorten_file_value(found)
     return f"{name}: {shown}{place}: {describe_value_error(error)}"

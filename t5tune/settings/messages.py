@@ -109,6 +109,12 @@ def shorten_value(value: object) -> str:
     return shorten(shown, MAX_SHOWN_VALUE)
 
 
+def shorten_file_value(value: object) -> str:
+    """Write a value from a YAML or JSON file for a message: null, not None."""
+    words = {None: "null", True: "true", False: "false"}
+    return words[value] if value is None or isinstance(value, bool) else shorten_value(value)
+
+
 def _write_argument(setting: str, value: str | None) -> str:
     if value is None:
         return setting

@@ -86,7 +86,7 @@ def test_legacy_names_in_a_file_are_read_by_every_command_that_has_their_setting
     planned, notes = load_settings(PlanSettings, file)
     assert (planned.q_lora, planned.bf16, planned.per_device_train_batch_size) == (True, True, 1)
     assert notes == [
-        f"{file}: load_in_4bit: read as q_lora True (NF4 with double quantization)",
+        f"{file}: load_in_4bit: read as q_lora true (NF4 with double quantization)",
         f"{file}: per_gpu_train_batch_size: read as per_device_train_batch_size 1 (renamed by transformers)",
     ]
     prepared, notes = load_settings(PrepareSettings, file, {}, NEEDED)

@@ -187,7 +187,7 @@ def test_a_setting_that_a_problem_suggests_is_not_reported_as_missing_too(yaml_f
         ("optimizer: {_component_: torch.optim.AdamW, lr: 1e-3}", "its keys at the top level, as learning_rate"),
         ("zzz: {yyy: 1}", "its keys at the top level"),
         # whose keys aren't settings
-        ("special_tokens: {pad_token: <pad>}", "leave it out: the tokenizer's own are used"),
+        ("special_tokens: {pad_token: <pad>}", "leave it out: the tokenizer's special tokens are used"),
         ("datasets: {path: a.jsonl}", "did you mean data_path?"),
         ("lora: {}", "did you mean lora_r?"),
     ],
@@ -328,8 +328,8 @@ def test_settings_are_immutable() -> None:
 
 def test_a_boolean_for_a_number_and_a_nul_in_a_path_are_refused() -> None:
     for values, message in (
-        ({"lora_r": True}, "lora_r: True (--lora-r): expected a number, not true or false"),
-        ({"learning_rate": False}, "learning_rate: False (--learning-rate): expected a number, not true or false"),
+        ({"lora_r": True}, "lora_r: true (--lora-r): expected a number, not true or false"),
+        ({"learning_rate": False}, "learning_rate: false (--learning-rate): expected a number, not true or false"),
         (
             {"output_dir": "a\0b"},
             "output_dir: 'a\\x00b' (--output-dir): contains a NUL character, which no path or name can contain",

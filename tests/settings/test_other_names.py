@@ -127,7 +127,7 @@ def test_a_name_of_another_tool_suggests_ours(name: str, meant: str) -> None:
         ("use_flash_attn", "leave it out"),
         ("evals_per_epoch", "use eval_steps"),
         ("generation_max_length", "t5tune evaluate has this option"),
-        ("special_tokens", "the tokenizer's own are used"),
+        ("special_tokens", "the tokenizer's special tokens are used"),
         ("safe_serialization", "always written as safetensors"),
         ("overwrite_cache", "whenever its inputs change"),
         ("save_only_model", "save_total_limit keeps fewer"),

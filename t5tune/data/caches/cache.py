@@ -39,7 +39,7 @@ from t5tune.file_names import (
     TOKENS_FILE,
     TRAINING_DATA_FILE,
 )
-from t5tune.formatting import format_count, shorten
+from t5tune.formatting import format_count
 from t5tune.io.atomic import hash_file
 from t5tune.io.folder_kinds import describe_folder
 from t5tune.io.reasons import describe_error
@@ -47,7 +47,7 @@ from t5tune.io.untrusted import parse_json_object
 from t5tune.io.yaml_file import read_yaml
 from t5tune.settings.denoisers import find_denoisers
 from t5tune.settings.groups.record_format import PREFERENCE_OBJECTIVES
-from t5tune.settings.messages import describe_value_error
+from t5tune.settings.messages import describe_value_error, shorten_file_value
 
 CACHE_FORMAT = 3
 # the index of the first id in tokens.bin, and a hash that conversations with the same texts share
@@ -347,7 +347,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             TypeAdapter(kind).validate_python(manifest.get(name), strict=True)
         except ValidationError as error:
             reason = describe_value_error(error.errors()[0])
-            found = f"{shorten(repr(manifest[name]), 80)}: {reason}" if name in manifest else "missing"
+            found = f"{shorten_file_value(manifest[name])}: {reason}" if name in manifest else "missing"
             raise DataError(f"{path}: {name}: {found}", hint="run t5tune prepare again") from None
     return manifest
 

@@ -23,7 +23,7 @@ from t5tune.io.reasons import describe_error
 from t5tune.io.untrusted import parse_json_object
 from t5tune.settings.dataset_list import DatasetName, Weight, check_names_differ, check_weights
 from t5tune.settings.field_types import OptionalCount
-from t5tune.settings.messages import describe_value_error, format_place
+from t5tune.settings.messages import describe_value_error, format_place, shorten_file_value
 
 PREPARE_AGAIN = "run t5tune prepare again"
 CORRECT_IT = f"correct it, or {PREPARE_AGAIN}"
@@ -86,7 +86,7 @@ def _read_mixture(folder: Path) -> tuple[dict[str, Any], _SavedMixture]:
             raise ValueError(f"weight: has no effect with mixing {saved.mixing.kind}; set mixing.kind to weights")
     except ValidationError as error:
         detail = error.errors()[0]
-        found = "" if detail["type"] == "missing" else f"{shorten(repr(detail['input']), 80)}: "
+        found = "" if detail["type"] == "missing" else f"{shorten_file_value(detail['input'])}: "
         problem = f"{path}: {format_place(detail['loc'])}: {found}{describe_value_error(detail)}"
         raise DataError(problem, hint=CORRECT_IT) from None
     except ValueError as error:
