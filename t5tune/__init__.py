@@ -15,58 +15,27 @@ from typing import Any
 
 from t5tune.version import __version__
 
-__all__ = [
-    "ChatSettings",
-    "Chatter",
-    "DatasetSettings",
-    "DoctorSettings",
-    "EvaluateSettings",
-    "ExportSettings",
-    "InspectSettings",
-    "MergeSettings",
-    "PlanSettings",
-    "PrepareSettings",
-    "PushSettings",
-    "ServeSettings",
-    "SettingsError",
-    "Stopped",
-    "T5TuneError",
-    "TrainSettings",
-    "Turn",
-    "__version__",
-    "chat",
-    "doctor",
-    "evaluate",
-    "export",
-    "inspect",
+_SETTINGS = (
+    "ChatSettings", "DatasetSettings", "DoctorSettings", "EvaluateSettings", "ExportSettings", "InspectSettings",
+    "MergeSettings", "PlanSettings", "PrepareSettings", "PushSettings", "ServeSettings", "TrainSettings",
     "load_settings",
-    "merge",
-    "plan",
-    "prepare",
-    "progress_bar",
-    "push",
-    "read_metrics",
-    "read_result",
-    "serve",
-    "train",
-]
-
+)  # fmt: skip
 _COMMANDS = ("chat", "doctor", "evaluate", "export", "inspect", "merge", "plan", "prepare", "push", "serve", "train")
 _HOMES = {
+    **dict.fromkeys(_SETTINGS, "settings"),
     **{name: f"commands.{name}" for name in _COMMANDS},
     "Chatter": "commands.chat",
     "Turn": "data.reading.formats",
-    "SettingsError": "errors",
-    "Stopped": "errors",
-    "T5TuneError": "errors",
+    **dict.fromkeys(("SettingsError", "Stopped", "T5TuneError"), "errors"),
     "progress_bar": "progress_bar",
     "read_metrics": "runs.metrics_log",
     "read_result": "runs.result",
-}  # anything else is in `settings`
+}
+__all__ = ["__version__", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name not in _HOMES:
         raise AttributeError(f"module 't5tune' has no attribute {name!r}")
     from t5tune.compat.quiet import quiet_libraries
     from t5tune.model.device import let_gpu_memory_grow, limit_openmp_spinning
@@ -74,7 +43,7 @@ def __getattr__(name: str) -> Any:
     limit_openmp_spinning()
     let_gpu_memory_grow()
     with quiet_libraries():
-        found = getattr(import_module(f"t5tune.{_HOMES.get(name, 'settings')}"), name)
+        found = getattr(import_module(f"t5tune.{_HOMES[name]}"), name)
     value = _make_callable(found) if name in _COMMANDS else found
     globals()[name] = value
     return value

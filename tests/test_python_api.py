@@ -159,19 +159,11 @@ def test_a_type_checker_accepts_the_documentation_and_flags_mistakes(
     ("changes", "message"),
     [
         ({"lora_rank": 4}, "lora_rank: unknown setting; did you mean lora_r?"),
-        ({"learning_rat": 4}, "learning_rat: unknown setting; did you mean learning_rate?"),
         ({"load_in_8bit": True}, "load_in_8bit: unknown setting; use q_lora=True and quant_type='int8'"),
-        ({"lora_r": "many"}, "lora_r: 'many': expected a whole number"),
         ({"lora_r": True}, "lora_r: True: expected a number, not true or false"),
         ({"lora_r": 0, "seed": -1}, "seed: -1: must be at least 0\nlora_r: 0: must be greater than 0"),
         ({"data_path": 5}, "data_path: 5: of type int; expected a path, or records: a list of dicts, a DataFrame or"),
-        ({"data_path": []}, "data_path: []: must not be empty"),
         ({"output_dir": ""}, "output_dir: '': the path is empty; use `.` for the current folder"),
-        ({"lora_target_modules": "q\0"}, "contains a NUL character"),
-        (
-            {"num_gpus": 2, "num_processes": 2},
-            "num_gpus: 2 conflicts with num_processes: 2; leave one of them out, or give it as none",
-        ),
     ],
 )
 def test_a_mistake_is_explained_as_on_the_command_line(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -414,14 +406,6 @@ def test_an_error_of_the_caller_s_generator_passes_unchanged(tmp_path: Path) -> 
     with pytest.raises(ValueError, match="^broken pair$") as caught:
         make_settings(tmp_path, data_path=read_pairs())
     assert caught.value is error
-
-
-def test_records_that_are_nested_too_deeply_are_refused(tmp_path: Path) -> None:
-    nested: Any = "a"
-    for _ in range(sys.getrecursionlimit()):
-        nested = [nested]
-    with pytest.raises(SettingsError, match="^data_path: .*: item 0 contains itself, or is nested too deeply$"):
-        make_settings(tmp_path, data_path=[{"source": nested}])
 
 
 @pytest.mark.slow

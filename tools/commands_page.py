@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from pydantic.fields import FieldInfo
 
-from t5tune.cli.options import has_extra, unwrap_type
+from t5tune.cli.options import unwrap_type
 from t5tune.cli.summaries import EXAMPLES, SUMMARIES
 from t5tune.settings import COMMANDS, Settings
+from t5tune.settings.field_types import get_extra
 
 
 def build_page() -> str:
@@ -76,7 +77,7 @@ def build_command_section(model: type[Settings], rows: list[SettingRow]) -> list
     lines = ["", f"## t5tune {model.command}", "", SUMMARIES[model.command]]
     if model.also_positional:
         lines += [f"The first word after `{model.command}` may be the `{model.also_positional}`, without its flag."]
-    if places := [f"`{name}`" for name, field in model.model_fields.items() if has_extra(field, "positional")]:
+    if places := [f"`{name}`" for name, field in model.model_fields.items() if get_extra(field, "positional")]:
         lines += [f"Given by their place, without a flag: {', '.join(places)}."]
     lines += ["", "```sh", *map(break_command, EXAMPLES[model.command]), "```"]
     own = {row.name: row for row in rows if model.command in row.commands}

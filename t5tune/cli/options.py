@@ -21,6 +21,7 @@ from typer.core import TyperArgument, TyperOption
 
 from t5tune.settings import Settings
 from t5tune.settings.fastchat_names import LEGACY_NAMES
+from t5tune.settings.field_types import get_extra
 
 MAX_CHOICES = 24  # characters; longer choices are in the description
 MAX_LABEL = 30  # characters of a line
@@ -39,7 +40,7 @@ CONFIG_DESCRIPTION = "YAML file of settings, or the name of a run config that co
 
 def make_parameters(model: type[Settings]) -> Iterator[Parameter]:
     """Yield the parameters of a command: its settings, their legacy names, and the options that all commands have."""
-    fields = {name: field for name, field in model.model_fields.items() if not has_extra(field, "yaml_only")}
+    fields = {name: field for name, field in model.model_fields.items() if not get_extra(field, "yaml_only")}
     for name, field in fields.items():
         yield _make_parameter(name, *_declare(name, field, model))
     # a config may serve several commands, but command lines with these names are for training
@@ -65,13 +66,13 @@ def _declare(name: str, field: FieldInfo, model: type[Settings]) -> tuple[Any, A
     choices = ["true", "false"] if plain is bool else _list_choices(field)
     complete = (lambda incomplete: choices) if choices else None  # Typer filters them by what is typed
     text = escape(_describe(field))
-    if has_extra(field, "positional"):
+    if get_extra(field, "positional"):
         return kind, typer.Argument(metavar=flag, help=text, parser=str, autocompletion=complete)
     return kind, typer.Option(
         f"{flag}/--no-{flag.removeprefix('--')}" if plain is bool else flag,
         metavar="" if plain is bool else _make_metavar(field),
         help=text,
-        hidden=has_extra(field, "hidden"),
+        hidden=bool(get_extra(field, "hidden")),
         parser=str,
         autocompletion=complete,
         rich_help_panel=REQUIRED if field.is_required() else model.find_panel(name),
@@ -124,7 +125,7 @@ def format_label(param: Any, model: type[Settings]) -> str:
 
 def list_arguments(model: type[Settings]) -> list[str]:
     """List the settings that words without a flag fill, as the usage shows them: `MODEL`, `[CONFIG]`."""
-    positional = [name for name, field in model.model_fields.items() if has_extra(field, "positional")]
+    positional = [name for name, field in model.model_fields.items() if get_extra(field, "positional")]
     names = {name: name_argument(name, model) for name in positional or filter(None, [model.also_positional])}
     required = model.list_required()
     return [word if name in required else f"[{word}]" for name, word in names.items()]
@@ -144,9 +145,9 @@ def format_flag(name: str, value: str | None = None) -> str:
 
 def _make_metavar(field: FieldInfo) -> str:
     """Return the metavar of a value: INT, NUMBER, PATH, TEXT, NAME, short choices, or the field's metavar."""
-    extra, plain = field.json_schema_extra, unwrap_type(field)
-    if isinstance(extra, dict) and "metavar" in extra:
-        return str(extra["metavar"])
+    plain = unwrap_type(field)
+    if metavar := get_extra(field, "metavar"):
+        return str(metavar)
     if typing.get_origin(plain) is list:
         return f"{LIST_TYPE_NAMES[typing.get_args(plain)[0]]}…"
     if choices := _list_choices(field):
@@ -163,7 +164,7 @@ def _list_choices(field: FieldInfo) -> list[str]:
 def _describe(field: FieldInfo) -> str:
     """Return the description, the choices unless the metavar shows them, and the default."""
     text, default = field.description or "", field.default
-    if (choices := _list_choices(field)) and (has_extra(field, "positional") or _make_metavar(field) == "NAME"):
+    if (choices := _list_choices(field)) and (get_extra(field, "positional") or _make_metavar(field) == "NAME"):
         text += f" One of {', '.join(choices)}."
     if unwrap_type(field) is bool:
         return f"{text} On by default." if default is True else text
@@ -176,11 +177,6 @@ def _describe(field: FieldInfo) -> str:
     elif default == Path():
         default = "the current folder"
     return f"{text} Default: {default}."
-
-
-def has_extra(field: FieldInfo, key: str) -> bool:
-    """Whether the field is declared with this metadata, such as `positional`."""
-    return isinstance(field.json_schema_extra, dict) and bool(field.json_schema_extra.get(key))
 
 
 def unwrap_type(field: FieldInfo) -> Any:

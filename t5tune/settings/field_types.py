@@ -27,6 +27,7 @@ from pydantic import (
     ValidationInfo,
     field_validator,
 )
+from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, PydanticUndefined
 
 from t5tune.errors import SettingsError
@@ -72,6 +73,11 @@ def _find_input_type(kind: Any, metadata: Iterable[Any] = ()) -> Any:
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         return reduce(or_, map(_find_input_type, typing.get_args(kind)))
     return str | Path if kind is Path else kind
+
+
+def get_extra(field: FieldInfo, key: str) -> Any:
+    """Return a value of a field's `json_schema_extra`, such as `metavar`, or None."""
+    return field.json_schema_extra.get(key) if isinstance(field.json_schema_extra, dict) else None
 
 
 class Settings(BaseModel):
@@ -187,15 +193,14 @@ class Settings(BaseModel):
     @classmethod
     def list_suggestions(cls) -> list[str]:
         """List the settings without the hidden ones."""
-        extras = {name: field.json_schema_extra for name, field in cls.model_fields.items()}
-        return [name for name, extra in extras.items() if not (isinstance(extra, dict) and extra.get("hidden"))]
+        return [name for name, field in cls.model_fields.items() if not get_extra(field, "hidden")]
 
     @classmethod
     def format_option(cls, name: str) -> str:
         """Return how a field is written on the command line: `--lora-r`, or `CACHE` for a positional argument."""
-        extra = cls.model_fields[name].json_schema_extra if name in cls.model_fields else None
-        if isinstance(extra, dict) and extra.get("positional"):
-            return str(extra.get("argument", name.upper()))
+        field = cls.model_fields.get(name)
+        if field is not None and get_extra(field, "positional"):
+            return str(get_extra(field, "argument") or name.upper())
         return f"--{name.replace('_', '-')}"
 
     @classmethod

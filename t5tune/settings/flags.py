@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Iterator
 from typing import Any, get_args
 
 from t5tune.settings.dataset_list import PATHS_OF_DATASETS, DatasetSettings
-from t5tune.settings.field_types import Settings
+from t5tune.settings.field_types import Settings, get_extra
 
 
 def list_flags(settings: Settings, names: Iterable[str], given: Collection[str] = ()) -> Iterator[list[str]]:
@@ -19,9 +19,8 @@ def list_flags(settings: Settings, names: Iterable[str], given: Collection[str] 
             values[paths] = [f"{dataset['path'][0]}:{_format_weight(dataset['weight'])}" for dataset in values[data]]
     for name in names:
         value, flag = values[name], settings.format_option(name)
-        extra = fields[name].json_schema_extra
         is_in_datasets = any(data in without for data, paths in PATHS_OF_DATASETS.items() if paths == name)
-        if is_in_datasets or (isinstance(extra, dict) and extra.get("yaml_only")):
+        if is_in_datasets or get_extra(fields[name], "yaml_only"):
             continue
         # q_lora turns bf16 on where it isn't set
         is_off = name == "bf16" and value is False and values.get("q_lora", False)
@@ -42,8 +41,8 @@ def list_without_flags(settings: Settings) -> dict[str, Any]:
     """List the settings that differ from their defaults and can't be written as flags: name -> JSON value."""
     found: dict[str, Any] = {}
     for name, field in type(settings).model_fields.items():
-        extra, value = field.json_schema_extra, getattr(settings, name)
-        if isinstance(extra, dict) and extra.get("yaml_only") and value != field.get_default():
+        value = getattr(settings, name)
+        if get_extra(field, "yaml_only") and value != field.get_default():
             # datasets that differ only in their paths and weights can: a.jsonl:2 b.jsonl:1
             are_plain = name in PATHS_OF_DATASETS and all(map(_is_plain, value))
             found |= {} if are_plain else {name: settings.model_dump(mode="json", include={name})[name]}

@@ -62,7 +62,7 @@ def load_settings(
     from_flags = {name: _Value(value, model.format_option(name)) for name, value in (flags or {}).items()}
     # in increasing order of precedence
     for source in (_read_file(file) if file is not None else {}, _read_environment(environment or {}), from_flags):
-        given = _resolve_names(model, source, problems, notes, meant)
+        given = _resolve_names(model, source, source is from_flags, problems, notes, meant)
         for data, paths in PATHS_OF_DATASETS.items():  # either takes the place of both in a source of less precedence
             if not given.keys().isdisjoint({data, paths}):
                 values.pop(data, None)
@@ -126,7 +126,12 @@ def _read_environment(environment: Mapping[str, str]) -> dict[str, _Value]:
 
 
 def _resolve_names(
-    model: type[Settings], source: dict[str, _Value], problems: list[str], notes: list[str], meant: set[str]
+    model: type[Settings],
+    source: dict[str, _Value],
+    are_flags: bool,
+    problems: list[str],
+    notes: list[str],
+    meant: set[str],
 ) -> dict[str, _Value]:
     """Map legacy names to current names, skip settings of other commands with a note, and report unknown names.
 
@@ -152,7 +157,7 @@ def _resolve_names(
                 instead = f"; set {change.new} instead" if change.new else ""
                 notes.append(f"{value.place}: ignored ({change.why}{instead})")
         # one file or environment may serve several commands, but a different command's flag is a mistake
-        elif name in of_any_command and not value.place.startswith("--"):
+        elif name in of_any_command and not are_flags:
             today = LEGACY_NAMES[name].new if name in LEGACY_NAMES else name
             if value.value is not None and today not in model.unused_quietly:
                 unused.append(name)

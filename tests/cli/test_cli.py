@@ -7,23 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from t5tune.cli import run
 from t5tune.cli.summaries import SUMMARIES
 from t5tune.settings import COMMANDS
-from tests.support.command_line import get_command, t5tune, t5tune_in_fork
+from tests.support.command_line import t5tune, t5tune_in_fork
 
 PREPARE_RESULT_KEYS = [
     "cache", "conversations", "rejected", "examples", "source_tokens", "target_tokens", "truncated_sources",
     "truncated_targets", "unknown_tokens", "added_tokens", "up_to_date", "seconds", "shard", "joined", "datasets",
 ]  # fmt: skip
-
-
-def test_every_setting_has_a_flag_or_is_yaml_only() -> None:
-    for model in COMMANDS:
-        missing = set(model.model_fields) - {param.name for param in get_command(model.command).params}
-        extras = {name: field.json_schema_extra for name, field in model.model_fields.items()}
-        assert missing == {name for name, extra in extras.items() if isinstance(extra, dict) and extra.get("yaml_only")}
-        assert missing <= {"training_args", "data", "eval_data"}
 
 
 def test_without_arguments_the_commands_are_listed_without_an_error() -> None:
@@ -63,39 +54,21 @@ def test_a_path_that_isnt_utf_8_reaches_the_command(tmp_path: Path) -> None:
     assert (done.returncode, "caf\\udce9: no such folder" in done.stderr) == (2, True), done.stderr
 
 
-def test_help_is_a_command_too(capsys: pytest.CaptureFixture[str]) -> None:
-    for words, same in [(["help"], ["--help"]), (["help", "train"], ["train", "--help"])]:
-        assert run(words) == run(same) == 0
-        shown = capsys.readouterr().out
-        assert shown[: len(shown) // 2] == shown[len(shown) // 2 :]
-    assert run(["help", "trian"]) == 2
-
-
-def test_with_json_a_wrong_setting_is_an_object_on_stdout() -> None:
-    done = t5tune_in_fork("export", "--json", "--format", "zip")
+@pytest.mark.parametrize(
+    ("words", "kind", "message"),
+    [
+        (["export", "--format", "zip"], "SettingsError", "format: 'zip' (--format)"),
+        (["export", ".", "--output-dir", "out"], "CheckpointError", ".: "),
+        (["trian"], "SettingsError", "trian: no such command"),
+    ],
+)
+def test_with_json_an_error_is_an_object_on_stdout(words: list[str], kind: str, message: str, tmp_path: Path) -> None:
+    done = t5tune_in_fork(*words, "--json", cwd=tmp_path)
     assert done.code == 2
     assert set(done.json) == {"error"}
     assert set(done.json["error"]) == {"kind", "message", "hint"}
-    assert done.json["error"]["kind"] == "SettingsError"
-    assert "format: 'zip' (--format)" in done.json["error"]["message"]
-    assert len(done.errors) == 3  # the format, and the missing checkpoint and output_dir
-
-
-def test_with_json_an_error_of_a_command_is_an_object_on_stdout(tmp_path: Path) -> None:
-    done = t5tune_in_fork("export", tmp_path, "--output-dir", tmp_path / "out", "--json")
-    assert done.code == 2
-    error = done.json["error"]
-    assert set(error) == {"kind", "message", "hint"}
-    assert error["kind"] == "CheckpointError"
-    assert str(tmp_path) in error["message"]
-    assert error["hint"]
-
-
-def test_with_json_a_parser_error_is_an_object_on_stdout() -> None:
-    done = t5tune_in_fork("trian", "--json")
-    assert done.code == 2
-    assert done.json["error"]["kind"] == "SettingsError"
-    assert "trian" in done.json["error"]["message"]
+    assert done.json["error"]["kind"] == kind
+    assert message in done.json["error"]["message"]
 
 
 def test_with_json_an_error_stays_the_same_if_it_cannot_be_written_to_stdout() -> None:
@@ -142,10 +115,3 @@ def test_prepare_prints_one_object_and_on_the_next_run_reports_that_it_is_up_to_
     assert again.json | {"seconds": 0, "up_to_date": False} == done.json | {"seconds": 0}
     assert again.json["up_to_date"] is True
     assert isinstance(again.json["seconds"], float)
-
-
-def test_prepare_prints_the_path_of_the_cache(tmp_path: Path, conversations: Path) -> None:
-    arguments = ["--model-name-or-path", "pocket", "--data-path", conversations, "--output-dir", tmp_path / "cache"]
-    done = t5tune_in_fork("prepare", *arguments)
-    assert done.code == 0, done.stderr
-    assert done.stdout == f"{tmp_path / 'cache'}\n"

@@ -87,6 +87,8 @@ def test_the_usage_shows_what_needs_no_flag(command: str, usage: str, show) -> N
     [
         ("", "--help"),
         ("-h", "--help"),
+        ("help", "--help"),
+        ("help train", "train --help"),
         ("--help-all", "--help"),
         ("train -h", "train --help"),
         ("-h train", "train --help"),

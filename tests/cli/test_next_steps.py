@@ -72,13 +72,6 @@ def test_the_comparison_does_not_repeat_a_precision_that_is_unset(tmp_path: Path
     assert ("", words) in list_next_steps(settings, None)
 
 
-def test_data_from_standard_input_is_not_repeated() -> None:
-    settings = EvaluateSettings(model_name_or_path="base", adapter=Path("tuned"), data_path=["-"])
-    assert ("", "t5tune evaluate base --adapter tuned --data-path HELD_OUT.jsonl --compare-base") in list_next_steps(
-        settings, None
-    )
-
-
 def test_a_quantized_run_is_followed_by_plain_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     settings = TrainSettings(
@@ -161,11 +154,6 @@ def test_an_exported_adapter_is_followed_by_plain_commands(tmp_path: Path, monke
     monkeypatch.chdir(tmp_path)
     exported = list_next_steps(ExportSettings(checkpoint="run", output_dir="exported"), SimpleNamespace(adapter=Path()))
     assert [line for _, line in exported] == ["t5tune chat .", "t5tune merge . --output-dir merged"]
-
-
-def test_a_precision_that_was_given_to_evaluate_is_repeated() -> None:
-    settings = EvaluateSettings(model_name_or_path="base", data_path=["dev.csv"], q_lora=False, bf16=False)
-    assert list_next_steps(settings, None)[0] == ("next", "t5tune chat base --no-q-lora --no-bf16")
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""TODO"""
+"""The command line up to the command itself, and files of settings."""
 
 import os
 from collections.abc import Callable

@@ -42,13 +42,6 @@ FASTCHAT_SETTINGS = {
 }
 
 
-def test_the_new_name_wins_over_the_legacy_name_on_a_command_line(
-    run_command_line: Callable[..., tuple[Any, str]],
-) -> None:
-    settings, _ = run_command_line("train", *NEEDED_FLAGS, "--warmup_steps", "5", "--warmup_ratio", "0.1")
-    assert settings.warmup_steps == 5
-
-
 @pytest.mark.parametrize("steps", [5, 0])
 @pytest.mark.parametrize("text", ["warmup_steps: {}\nwarmup_ratio: 0.1", "warmup_ratio: 0.1\nwarmup_steps: {}"])
 def test_the_new_name_wins_over_the_legacy_name_in_a_file(
@@ -67,15 +60,6 @@ def test_a_legacy_name_that_a_flag_overrides_is_not_noted(yaml_file: Callable[[s
         assert (settings.warmup_steps, notes) == (5, [])
     _, notes = load_settings(TrainSettings, file, {}, {**NEEDED, "warmup_ratio": "0.2"})
     assert notes == ["--warmup-ratio: read as warmup_steps 0.2 (a value below 1 is a fraction of all steps)"]
-
-
-def test_legacy_names_in_a_file_are_read_with_a_note(yaml_file: Callable[[str], str]) -> None:
-    file = yaml_file("evaluation_strategy: no\nwarmup_ratio: 0.1\nlocal_rank: 0\n")
-    settings, notes = load_settings(TrainSettings, file, {}, NEEDED)
-    assert (settings.eval_strategy, settings.warmup_steps) == ("no", 0.1)
-    assert [note for note in notes if "evaluation_strategy: read as eval_strategy no" in note]
-    assert [note for note in notes if "warmup_ratio: read as warmup_steps 0.1" in note]
-    assert [note for note in notes if "local_rank: ignored" in note]
 
 
 def test_legacy_names_in_a_file_are_read_by_every_command_that_has_their_setting(
@@ -105,12 +89,6 @@ def test_q_lora_in_any_spelling_turns_bf16_on_with_a_note(word: Any) -> None:
     assert notes == ["q_lora turns bf16 on: the quantized base computes in bfloat16"]
 
 
-def test_no_bf16_wins_over_q_lora(run_command_line: Callable[..., tuple[Any, str]]) -> None:
-    settings, _ = run_command_line("train", *NEEDED_FLAGS, "--q-lora", "--no-bf16")
-    assert settings.q_lora
-    assert not settings.bf16
-
-
 @pytest.mark.parametrize(("given", "bf16"), [({}, True), ({"bf16": True}, True), ({"bf16": False}, False)])
 def test_q_lora_turns_bf16_on_in_the_saved_settings_of_a_run_in_which_it_was_not_given(
     run_command_line: Callable[..., tuple[Any, str]], yaml_file: Callable[[str], str], given: Any, bf16: bool
@@ -120,19 +98,6 @@ def test_q_lora_turns_bf16_on_in_the_saved_settings_of_a_run_in_which_it_was_not
     assert settings.bf16 is bf16
     assert ("q_lora turns bf16 on" in stderr) == (not given)
     assert run_command_line("train", "--config", file)[0].bf16 is given.get("bf16", False)
-
-
-def test_without_q_lora_bf16_stays_off(run_command_line: Callable[..., tuple[Any, str]]) -> None:
-    assert not run_command_line("train", *NEEDED_FLAGS)[0].bf16
-    assert not run_command_line("train", *NEEDED_FLAGS, "--q-lora", "False")[0].bf16
-
-
-def test_fp16_is_refused_with_bf16_as_the_alternative(run_command_line: Callable[..., tuple[Any, str]]) -> None:
-    settings, stderr = run_command_line("train", *NEEDED_FLAGS, "--fp16", "True")
-    assert settings is None
-    assert "fp16" in stderr
-    assert "use bf16" in stderr
-    assert run_command_line("train", *NEEDED_FLAGS, "--fp16", "False")[0].fp16 is False
 
 
 def changed(settings: TrainSettings) -> dict[str, Any]:
@@ -161,12 +126,6 @@ def test_fastchats_fsdp_command_line_is_read_as_zero3_with_a_note(
     assert changed(settings) == FASTCHAT_SETTINGS | {"deepspeed": "zero3", "tf32": True}
     assert "--fsdp: read as deepspeed zero3" in stderr
     assert "--fsdp-transformer-layer-cls-to-wrap: ignored" in stderr
-
-
-def test_fastchats_ddp_command_line_gives_its_settings(run_command_line: Callable[..., tuple[Any, str]]) -> None:
-    settings, stderr = run_command_line("train", *shlex.split(FASTCHAT))
-    assert changed(settings) == FASTCHAT_SETTINGS
-    assert "deepspeed" not in stderr
 
 
 @pytest.mark.parametrize(("value", "is_noted"), [("False", True), ("True", False)])

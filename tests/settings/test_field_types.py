@@ -134,17 +134,12 @@ def test_an_unknown_name_is_reported_before_records_are_read() -> None:
     ("model", "name", "advice"),
     [
         (ChatSettings, "data", "data is a setting of evaluate, prepare, train"),
-        (ChatSettings, "data_path", "data_path is a setting of evaluate, plan, prepare, train"),
         (PrepareSettings, "lora_rank", "lora_r is a setting of export, plan, train"),
         (TrainSettings, "temperature", "temperature is a setting of chat, serve"),
         (TrainSettings, "overwrite_output_dir", "did you mean fresh?"),
-        (TrainSettings, "overwrite", "did you mean fresh?"),
-        (TrainSettings, "warmup_ratio", "did you mean warmup_steps?"),
         (MergeSettings, "overwrite_output_dir", "did you mean overwrite?"),
         # of FastChat's apply_lora
         (MergeSettings, "base_model_path", "did you mean model_name_or_path?"),
-        (MergeSettings, "target_model_path", "did you mean output_dir?"),
-        (MergeSettings, "lora_path", "did you mean adapter?"),
     ],
 )
 def test_a_name_of_another_command_says_where_it_belongs(model: type[Settings], name: str, advice: str) -> None:
