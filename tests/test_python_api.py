@@ -65,7 +65,7 @@ def test_importing_t5tune_imports_no_library() -> None:
     assert run_python(code, Path.cwd()).stdout == "\n"
 
 
-def test_every_name_can_be_imported_and_type_checkers_see_the_same() -> None:
+def test_type_checkers_see_every_importable_name() -> None:
     body = ast.parse(Path(t5tune.__file__).with_suffix(".pyi").read_text(encoding="utf-8")).body
     homes = {
         alias.asname: node.module
@@ -93,7 +93,7 @@ def first_signatures() -> dict[str, str]:
 
 
 @pytest.mark.parametrize("model", COMMANDS, ids=lambda model: model.command)
-def test_the_signature_shows_the_settings_before_and_after_the_first_use(
+def test_signatures_are_the_same_before_and_after_first_use(
     model: type[t5tune.PrepareSettings], first_signatures: dict[str, str]
 ) -> None:
     with pytest.raises(SettingsError):
@@ -186,7 +186,7 @@ def test_a_mistyped_required_setting_is_not_missing_too() -> None:
         ({"dry_run": True}, "dry_run: a call of train trains; call plan(PlanSettings(…)) instead"),
     ],
 )
-def test_train_refuses_what_only_the_command_line_does(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_train_refuses_options_of_the_command_line(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(SettingsError) as caught:
         train(make_settings(tmp_path, **changes))
     assert message in str(caught.value)
@@ -225,7 +225,7 @@ def test_the_functions_can_be_pickled_for_another_process() -> None:
         assert pickle.loads(pickle.dumps(function)) is function
 
 
-def test_an_error_includes_the_next_step_and_is_one_line_in_ipython() -> None:
+def test_errors_are_one_line_in_ipython() -> None:
     error = DataError("a.jsonl: broken", hint="copy it again")
     assert str(error) == "a.jsonl: broken; copy it again"
     assert error._render_traceback_() == ["DataError: a.jsonl: broken; copy it again"]
@@ -301,7 +301,7 @@ def test_a_run_that_was_moved_is_read_where_it_is(run: Any, tmp_path: Path) -> N
         read_metrics(tmp_path / "elsewhere")
 
 
-def test_records_are_kept_so_that_the_command_line_can_repeat_the_run(run: Any, folder: Path) -> None:
+def test_the_command_line_repeats_a_run_on_kept_records(run: Any, folder: Path) -> None:
     (kept,) = (run.run / "records").iterdir()
     assert [json.loads(line) for line in kept.read_text().splitlines()] == PAIRS
     settings, _ = load_settings(TrainSettings, str(run.run / "settings.yaml"))
@@ -428,9 +428,7 @@ def test_nothing_is_printed_and_no_file_is_left(tmp_path: Path) -> None:
     assert not list((tmp_path / "temporary").glob("t5tune-*"))
 
 
-def test_a_run_ignores_the_variables_of_accelerate_and_leaves_them_to_the_script(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_ignores_variables_of_accelerate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train(make_settings(tmp_path / "without"))
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     events: list[Event] = []

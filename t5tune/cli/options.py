@@ -133,8 +133,9 @@ def list_arguments(model: type[Settings]) -> list[str]:
 
 def name_argument(name: str, model: type[Settings]) -> str:
     """Return the name in the usage of a setting that a word without a flag fills: `CACHE`, `MODEL`."""
-    flag = model.format_option(name)
-    return name.removesuffix("_name_or_path").upper() if flag.startswith("--") else flag
+    field = model.model_fields.get(name)  # None: `config`
+    is_positional = field is not None and get_extra(field, "positional")
+    return model.format_option(name) if is_positional else name.removesuffix("_name_or_path").upper()
 
 
 def format_flag(name: str, value: str | None = None) -> str:

@@ -14,7 +14,7 @@ from t5tune.settings import packaged_templates
 from t5tune.settings.commands import COMMANDS
 from t5tune.settings.dataset_list import PATHS_OF_DATASETS, DatasetSettings
 from t5tune.settings.fastchat_names import LEGACY_NAMES, select_legacy_names
-from t5tune.settings.field_types import Settings
+from t5tune.settings.field_types import Settings, get_extra
 from t5tune.settings.messages import HIDDEN_VALUE, describe_value_error, format_place, get_reason, shorten_file_value
 from t5tune.settings.other_names import find_meant_setting, find_nested_setting, mention_help, suggest_setting
 
@@ -115,7 +115,7 @@ def write_settings(folder: Path, settings: Settings, only_given: bool = False, l
 def _read_file(file: str) -> dict[str, _Value]:
     from t5tune.io.yaml_file import MAX_SETTINGS_BYTES, read_yaml
 
-    path = packaged_templates.find_run_config(file)
+    path = packaged_templates.find_template_file("config", file)
     values = read_yaml(path, MAX_SETTINGS_BYTES)
     return {name: _Value(value, f"{path}: {name}") for name, value in values.items()}
 
@@ -197,7 +197,8 @@ def _format_problem(error: ErrorDetails, values: dict[str, _Value], model: type[
             return f"{name}{place}: missing; each dataset needs it"
     elif error["type"] == "missing":
         typed = model.format_option(name)
-        give = typed if typed.startswith("--") else f"t5tune {model.command} {typed}"
+        is_positional = get_extra(model.model_fields[name], "positional")
+        give = f"t5tune {model.command} {typed}" if is_positional else typed
         if name == model.also_positional:
             give = f"it right after t5tune {model.command}, as {typed},"
         return f"{name}: missing; give {give} or set it in a --config file"

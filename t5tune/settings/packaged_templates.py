@@ -10,6 +10,11 @@ from t5tune.io.reasons import describe_error
 from t5tune.io.untrusted import parse_json_object
 from t5tune.settings.field_types import read_path
 
+KINDS = {  # setting -> folder in templates/ and suffix of its files
+    "config": ("runs", ".yaml"),
+    "conversation_template": ("conversations", ".yaml"),
+    "deepspeed": ("deepspeed", ".json"),
+}
 DESCRIPTION = re.compile(r"^# (?!yaml-language-server)(.*)", re.MULTILINE)
 DEEPSPEED_CONFIGS = {  # JSON has no comments
     "zero0": "Each GPU has all of the model, as without DeepSpeed.",
@@ -57,16 +62,6 @@ def is_run_config(word: str) -> bool:
     return is_file or word in known or find_close_name(word, known) is not None
 
 
-def find_run_config(name_or_path: str) -> Path:
-    """Find the run config of `--config`: the path of a YAML file, or a name under templates/runs."""
-    return _find_template("config", "runs", name_or_path, ".yaml")
-
-
-def find_conversation_template(name_or_path: str) -> Path:
-    """Find the template of `--conversation-template`: a YAML file's path, or a name under templates/conversations."""
-    return _find_template("conversation_template", "conversations", name_or_path, ".yaml")
-
-
 def read_deepspeed_config(name_or_path: str) -> dict[str, Any]:
     """Read the DeepSpeed config of `--deepspeed` as training uses it: missing KEYS_FROM_SETTINGS are "auto", and
     REPLACED_SECTIONS are removed.
@@ -78,7 +73,7 @@ def read_deepspeed_config(name_or_path: str) -> dict[str, Any]:
 
 def read_deepspeed_file(name_or_path: str) -> dict[str, Any]:
     """Read a DeepSpeed config as it is written: the path of a JSON file, or a name under templates/deepspeed."""
-    path = _find_template("deepspeed", "deepspeed", name_or_path, ".json")
+    path = find_template_file("deepspeed", name_or_path)
     try:
         config = parse_json_object(path.read_bytes())
     except (OSError, ValueError) as error:
@@ -106,7 +101,9 @@ def get_zero_stage(deepspeed: dict[str, Any] | None) -> int:
     return int((deepspeed or {}).get("zero_optimization", {}).get("stage", 0))
 
 
-def _find_template(setting: str, kind: str, name_or_path: str, suffix: str) -> Path:
+def find_template_file(setting: str, name_or_path: str) -> Path:
+    """Find the file of `config`, `conversation_template` or `deepspeed`: a path, or a name under templates/."""
+    kind, suffix = KINDS[setting]
     path = Path(read_path(name_or_path))
     # a run config may be a pipe, since it is read only once
     if path.is_file() or (setting == "config" and path.exists() and not path.is_dir()):

@@ -71,7 +71,7 @@ def test_with_json_an_error_is_an_object_on_stdout(words: list[str], kind: str, 
     assert message in done.json["error"]["message"]
 
 
-def test_with_json_an_error_stays_the_same_if_it_cannot_be_written_to_stdout() -> None:
+def test_json_errors_keep_their_exit_code_if_stdout_is_closed() -> None:
     reader, writer = os.pipe()
     os.close(reader)
     env = {**os.environ, "PYTHONUNBUFFERED": ""}  # what is buffered would be written again at the end
@@ -88,7 +88,7 @@ def test_with_json_an_error_stays_the_same_if_it_cannot_be_written_to_stdout() -
 @pytest.mark.slow
 @pytest.mark.parametrize("before", [True, False])
 @pytest.mark.parametrize("flag", ["--local_rank=0", "--local-rank=0"])
-def test_the_launchers_local_rank_is_accepted_on_either_side_of_the_verb(before: bool, flag: str) -> None:
+def test_local_rank_may_precede_or_follow_the_command(before: bool, flag: str) -> None:
     done = t5tune_in_fork(*([flag, "train"] if before else ["train", flag]), "--fp16")
     # the only problems are the missing settings and fp16
     assert done.code == 2
@@ -98,9 +98,7 @@ def test_the_launchers_local_rank_is_accepted_on_either_side_of_the_verb(before:
 
 
 @pytest.mark.slow
-def test_prepare_prints_one_object_and_on_the_next_run_reports_that_it_is_up_to_date(
-    tmp_path: Path, conversations: Path
-) -> None:
+def test_prepare_reports_that_a_cache_is_up_to_date(tmp_path: Path, conversations: Path) -> None:
     arguments = ["--model-name-or-path", "pocket", "--data-path", conversations, "--output-dir", tmp_path / "cache"]
     done = t5tune_in_fork("prepare", *arguments, "--json")
     assert done.code == 0, done.stderr

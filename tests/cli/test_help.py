@@ -40,7 +40,7 @@ def test_the_help_of_a_command_fits_on_a_screen(command: str, show) -> None:
 
 
 @pytest.mark.parametrize("model", COMMANDS, ids=lambda model: model.command)
-def test_help_all_lists_every_flag_except_those_that_can_only_be_refused(model: type[Settings], show) -> None:
+def test_help_all_lists_every_flag_that_is_accepted(model: type[Settings], show) -> None:
     hidden = {"fp16", "training_args", "data", "eval_data"}
     for text in show(model.command, "--help-all"), show(model.command, "--help-all", width=200):
         words = {*text.split()}
@@ -101,7 +101,7 @@ def test_help_is_shown_wherever_it_is_asked_for(words: str, same: str, show) -> 
     assert show(*words.split()) == show(*same.split())
 
 
-def test_t5tune_alone_shows_the_commands_and_three_to_start_with(show) -> None:
+def test_t5tune_alone_lists_commands_and_first_steps(show) -> None:
     text = show()
     assert len(text.splitlines()) <= 45
     assert text.index("─ Commands ─") < text.index("│ prepare ") < text.index("Start here:")
@@ -169,7 +169,7 @@ NEXT_STEPS = {
 
 @pytest.mark.long
 @pytest.mark.slow
-def test_the_commands_in_the_help_work_one_after_the_other_and_suggest_each_other(tmp_path: Path) -> None:
+def test_examples_in_the_help_work_in_order(tmp_path: Path) -> None:
     """All but doctor's, serve's and those that need the Hub, in an empty folder; variables keep the training short."""
     (tmp_path / "dev.csv").write_text("question,answer\nHello?,Hi.\n", encoding="utf-8")
     short = {"MAX_STEPS": "2", "MAX_NEW_TOKENS": "4", "REPORT_SAMPLES": "0", "VERIFY": "no"}

@@ -52,7 +52,7 @@ def test_the_comparison_repeats_every_setting_that_changes_the_scores(tmp_path: 
         "--add-tokens auto",
     ],
 )  # fmt: skip
-def test_the_comparison_repeats_a_default_that_was_given_to_override_training(words: str) -> None:
+def test_the_comparison_repeats_a_given_default(words: str) -> None:
     arguments = ["run", "--adapter", "tuned", "--data-path", "dev.csv", *shlex.split(words)]
     settings, _ = load_settings(EvaluateSettings, flags=parse_words(arguments, EvaluateSettings).values)
     [line] = [line for _, line in list_next_steps(settings, None) if "--compare-base" in line]
@@ -101,7 +101,7 @@ def test_a_quantized_run_is_followed_by_plain_commands(tmp_path: Path, monkeypat
         ("--data-subset en --clean", "--data-path HELD_OUT.jsonl"),
     ],
 )
-def test_the_held_out_data_is_evaluated_as_it_was_read_in_training(words: str, expected: str | None) -> None:
+def test_evaluate_reads_held_out_data_like_training(words: str, expected: str | None) -> None:
     arguments = ["--model-name-or-path", "base", "--data-path", "owner/name", "--output-dir", "run", *words.split()]
     settings, _ = load_settings(TrainSettings, flags=parse_words(arguments, TrainSettings).values)
     steps = [line for _, line in list_next_steps(settings, SimpleNamespace(run=Path("run"), eval={"loss": 1.0}))]
@@ -110,7 +110,7 @@ def test_the_held_out_data_is_evaluated_as_it_was_read_in_training(words: str, e
 
 
 @pytest.mark.parametrize(("names", "flags"), [("dev", ""), ("dev:1 other:1", ""), ("dev:1 a.jsonl:1", " --clean")])
-def test_held_out_data_that_is_tokenized_is_evaluated_as_it_is(
+def test_tokenized_held_out_data_needs_no_flags(
     names: str, flags: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -125,7 +125,7 @@ def test_held_out_data_that_is_tokenized_is_evaluated_as_it_is(
 
 
 @pytest.mark.slow
-def test_held_out_data_is_evaluated_with_the_settings_of_the_cache_that_was_trained_on(tmp_path: Path) -> None:
+def test_evaluate_repeats_settings_of_the_training_cache(tmp_path: Path) -> None:
     (tmp_path / "pairs.csv").write_text("source,target\n" + "".join(f"Two teas {i},Yes\n" for i in range(8)))
     (tmp_path / "dev.csv").write_text("source,target\nTwo teas,Yes\n")
     base = ("--model-name-or-path", "pocket", "--data-path")
@@ -141,7 +141,7 @@ def test_held_out_data_is_evaluated_with_the_settings_of_the_cache_that_was_trai
     assert "        t5tune evaluate run --data-path dev.csv --model-max-length 64\n" in trained.stderr
 
 
-def test_held_out_datasets_with_options_of_their_own_are_not_evaluated_without_them() -> None:
+def test_no_evaluation_is_suggested_if_flags_cannot_read_its_datasets() -> None:
     settings = TrainSettings(
         model_name_or_path="base", data_path=["a.csv"], output_dir=Path("run"),
         eval_data=[{"path": "b.csv", "source_prefix": "fix: "}],
@@ -157,7 +157,7 @@ def test_an_exported_adapter_is_followed_by_plain_commands(tmp_path: Path, monke
 
 
 @pytest.mark.slow
-def test_of_several_datasets_the_first_one_is_shown(tmp_path: Path) -> None:
+def test_inspect_shows_the_first_dataset(tmp_path: Path) -> None:
     single = PrepareSettings(model_name_or_path="pocket", data_path=["pocket"], output_dir=tmp_path / "single")
     assert list_next_steps(single, prepare(single))[0] == ("next", f"t5tune inspect {tmp_path}/single")
     datasets = [{"path": str(tmp_path / "single"), "name": "b"}, {"path": str(tmp_path / "single"), "name": "a"}]

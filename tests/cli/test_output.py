@@ -87,7 +87,7 @@ class Comparison:
     base: dict[str, float] | None
 
 
-def test_a_metric_of_only_one_of_two_compared_models_has_a_dash(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_metric_of_only_one_model_has_a_dash(capsys: pytest.CaptureFixture[str]) -> None:
     custom = {"length": 1368.0, "reply_bytes": 5.0, "only_tuned": 1.0}
     base = {"loss": 2.5, "length": 2735.0, "reply_bytes": 3000.0, "only_base": 0.0}
     Output(io.StringIO()).show(Comparison(Path("predictions.jsonl"), 2.25, None, custom, base))
@@ -120,7 +120,7 @@ def test_json_keeps_every_key_and_number() -> None:
     assert found["peak_memory_bytes"] == 635_000_000
 
 
-def test_differences_are_a_list_below_one_heading_and_each_way_out_has_a_line(
+def test_a_refused_resume_lists_differences_and_choices(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     stream = io.StringIO()

@@ -10,7 +10,7 @@ from tests.support.command_line import CommandResult
 pytestmark = pytest.mark.slow
 
 
-def test_an_incomplete_cache_has_no_path_and_the_missing_parts_are_named(
+def test_an_incomplete_cache_lists_missing_parts(
     on_ranks: Callable[..., CommandResult], conversations: Path, tmp_path: Path
 ) -> None:
     flags = ["--model-name-or-path=pocket", f"--data-path={conversations}", f"--output-dir={tmp_path / 'cache'}"]
@@ -28,7 +28,7 @@ def test_an_incomplete_cache_has_no_path_and_the_missing_parts_are_named(
 
 
 @pytest.mark.distributed
-def test_ranks_that_prepare_at_the_same_time_show_the_path_where_they_join(
+def test_ranks_that_join_parts_print_the_cache_path(
     on_ranks: Callable[..., CommandResult], conversations: Path, tmp_path: Path
 ) -> None:
     flags = ["--model-name-or-path=pocket", f"--data-path={conversations}", f"--output-dir={tmp_path / 'cache'}"]

@@ -48,7 +48,7 @@ class Display:
         return [BAR.sub("━", re.sub("^[⠀-⣿] ", "  ", line)) for line in lines]
 
 
-def test_a_bar_says_how_much_time_has_passed_and_how_much_is_left() -> None:
+def test_a_bar_shows_elapsed_and_remaining_time() -> None:
     display = Display()
     display.report(Started("train", 2694, "steps"))
     display.seconds = 10.0
@@ -62,7 +62,7 @@ def test_a_bar_says_how_much_time_has_passed_and_how_much_is_left() -> None:
     assert display.read() == ["  train ━ 657/2,694 steps [2:00 elapsed, 5:39:30 left]"]
 
 
-def test_without_a_total_a_bar_says_only_what_is_done() -> None:
+def test_a_bar_without_a_total_shows_the_count() -> None:
     display = Display()
     display.report(Started("prepare", None, "records"))
     display.seconds = 3.0
@@ -87,7 +87,7 @@ def test_bytes_are_shown_in_larger_units() -> None:
         (200, "loss 0.2849  grad norm 1.419  lr 0.019  tokens/s 4,348"),
     ],
 )
-def test_a_narrow_terminal_shows_fewer_metrics_but_the_whole_count_and_times(width: int, metrics: str) -> None:
+def test_a_narrow_terminal_shows_fewer_metrics(width: int, metrics: str) -> None:
     display = Display(width)
     display.report(Started("train", 12_000, "steps"))
     display.report(Measured("train", 10, METRICS))
@@ -112,7 +112,7 @@ class InterruptedConsole(Console):
         return super().render(renderable, options)
 
 
-def test_a_bar_that_ends_while_another_line_is_printed_erases_no_line() -> None:
+def test_a_bar_that_ends_during_printing_erases_no_line() -> None:
     display = Display()
     screen, console = display.screen, InterruptedConsole(file=display.drawn, force_terminal=True, width=80)
     screen.console = console
@@ -158,7 +158,7 @@ def test_a_run_that_was_stopped_is_not_shown_as_done(seconds: float, time: str) 
     assert display.read_end() == [f"  train ━ 646/2,694 steps [{time} elapsed]", "after"]
 
 
-def test_bars_of_parts_that_have_ended_do_not_disturb_the_others() -> None:
+def test_ended_bars_leave_the_remaining_bars_unchanged() -> None:
     display = Display()
     display.report(Started("train", 2, "steps"))
     for step in (1, 2):
@@ -173,7 +173,7 @@ def test_bars_of_parts_that_have_ended_do_not_disturb_the_others() -> None:
     assert display.read_end() == ["  load ━ 0/1 tensors [0:00 elapsed]"]
 
 
-def test_an_evaluation_has_a_bar_below_that_of_training_and_leaves_a_line_above_it() -> None:
+def test_an_evaluation_has_its_bar_and_leaves_a_line() -> None:
     display = Display()
     display.report(Started("train", 2694, "steps"))
     display.report(Advanced("train", 1898))
@@ -240,9 +240,7 @@ LONG_PATH = Path("/data", *["somewhere"] * 9, "conversations.jsonl")
         (f"{'a' * 80} b", ["a" * 80, "b"]),
     ],
 )
-def test_a_message_is_broken_between_words_on_a_terminal_and_not_at_all_in_a_log(
-    message: str, lines: list[str]
-) -> None:
+def test_messages_are_wrapped_only_on_a_terminal(message: str, lines: list[str]) -> None:
     on_terminal, in_log = (Display(is_terminal=is_terminal) for is_terminal in (True, False))
     for display in (on_terminal, in_log):
         print_message(display.screen.console, Text(message))

@@ -76,7 +76,7 @@ def test_a_schema_allows_what_is_read_as_datasets(name: str, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("name", packaged_templates.list_names("runs"))
 def test_every_run_config_and_its_copy_name_a_schema_next_to_them(name: str, tmp_path: Path) -> None:
-    packaged = packaged_templates.find_run_config(name)
+    packaged = packaged_templates.find_template_file("config", name)
     first = packaged.read_text().splitlines()[0]
     named = (packaged.parent / first.partition("$schema=")[2]).resolve()
     assert named == packaged.parents[1] / "schemas" / "train.json"

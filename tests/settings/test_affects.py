@@ -78,7 +78,7 @@ def test_a_run_is_made_of_these_fields_in_this_order(cache: Path, batch: str) ->
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # the other values are of another type
-def test_a_finished_run_is_refused_with_another_value_of_these_settings(tmp_path: Path) -> None:
+def test_a_finished_run_refuses_changes_of_these_settings(tmp_path: Path) -> None:
     settings = TrainSettings(**NEEDED, data_path="pocket")
     others = [DatasetSettings(path="other")]
     changed = settings.model_copy(
@@ -89,7 +89,7 @@ def test_a_finished_run_is_refused_with_another_value_of_these_settings(tmp_path
     assert [problem.partition(":")[0] for problem in refused.value.problems] == FINISHED
 
 
-def test_another_spelling_of_the_same_paths_is_no_change(tmp_path: Path) -> None:
+def test_a_different_spelling_of_a_path_is_no_change(tmp_path: Path) -> None:
     given = {"model_name_or_path": "base", "data_path": ["a", "b"], "eval_data_path": "c", "adapter": "d"}
     other = {"model_name_or_path": "./base", "data_path": ["x/../a", "./b"], "eval_data_path": "./c", "adapter": "./d"}
     then, now = (TrainSettings(**NEEDED | paths) for paths in (given, other))
@@ -170,7 +170,7 @@ def test_settings_are_selected_only_if_they_affect_all_of_it() -> None:
     assert select_settings(Example, Affects.STEPS) == []
 
 
-def test_saved_settings_have_the_defaults_of_what_applies_to_one_call_only(cache: Path, tmp_path: Path) -> None:
+def test_saved_settings_leave_out_options_of_a_single_call(cache: Path, tmp_path: Path) -> None:
     values = NEEDED | {"data_path": [str(cache)], "output_dir": tmp_path}
     given = TrainSettings(**values, fresh=True, allow_change=["max_steps"], dry_run=True, lora_r=4)
     RunFolder(tmp_path).save_settings(make_run_plan(given))

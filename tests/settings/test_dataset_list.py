@@ -83,7 +83,7 @@ def test_records_in_memory_can_be_one_of_several_datasets() -> None:
     assert settings.data_path == [path, "b.jsonl"]
 
 
-def test_data_of_a_flag_takes_the_place_of_that_of_a_file(tmp_path: Path) -> None:
+def test_data_from_a_flag_replaces_data_from_a_file(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("model_name_or_path: pocket\noutput_dir: run\ndata: [a:2, b]\neval_data: [c]\n")
     settings, _ = load_settings(TrainSettings, str(file), flags={"data_path": ["d.jsonl"]})
@@ -91,13 +91,13 @@ def test_data_of_a_flag_takes_the_place_of_that_of_a_file(tmp_path: Path) -> Non
     assert settings.eval_data_path == ["c"]
 
 
-def test_a_weight_in_the_path_of_a_dataset_is_its_weight() -> None:
+def test_a_dataset_path_may_have_a_weight() -> None:
     settings = TrainSettings(**NEEDED, data=[{"path": "a.jsonl:3", "source_prefix": "x: "}, "b"])
     assert settings.data is not None
     assert (settings.data[0].path, settings.data[0].weight) == (["a.jsonl"], 3)
 
 
-def test_the_flags_of_datasets_without_weights_are_not_those_of_weights() -> None:
+def test_datasets_without_weights_give_flags_without_weights() -> None:
     settings = TrainSettings(**NEEDED, data=["a", "b"])
     assert list(list_without_flags(settings)) == ["data"]
     exact = TrainSettings(**NEEDED, data_path=["a:0.123456789", "b:1e-7"])

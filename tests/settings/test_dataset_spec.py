@@ -29,7 +29,7 @@ CASES: list[tuple[dict[str, Any], dict[str, Any], set[str]]] = [
 
 
 @pytest.mark.parametrize("number", range(len(RULES)))
-def test_a_rule_leaves_out_what_the_own_values_of_a_dataset_make_meaningless(
+def test_each_rule_drops_settings_that_a_dataset_makes_meaningless(
     number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own, command, left_out = CASES[number]
@@ -38,7 +38,7 @@ def test_a_rule_leaves_out_what_the_own_values_of_a_dataset_make_meaningless(
     assert left_out & put_over(own, command).keys()  # no other rule leaves all of them out
 
 
-def test_a_value_of_a_dataset_is_its_own_then_the_one_of_the_command_then_the_default() -> None:
+def test_a_dataset_overrides_the_command_which_overrides_defaults() -> None:
     settings = TrainSettings(
         **NEEDED, source_prefix="x: ", source_column="q", objective="sft", data_format="auto",
         data=[

@@ -44,9 +44,7 @@ FASTCHAT_SETTINGS = {
 
 @pytest.mark.parametrize("steps", [5, 0])
 @pytest.mark.parametrize("text", ["warmup_steps: {}\nwarmup_ratio: 0.1", "warmup_ratio: 0.1\nwarmup_steps: {}"])
-def test_the_new_name_wins_over_the_legacy_name_in_a_file(
-    yaml_file: Callable[[str], str], text: str, steps: int
-) -> None:
+def test_a_new_name_overrides_its_legacy_name(yaml_file: Callable[[str], str], text: str, steps: int) -> None:
     file = yaml_file(text.format(steps))
     settings, notes = load_settings(TrainSettings, file, {}, NEEDED)
     assert settings.warmup_steps == steps
@@ -62,7 +60,7 @@ def test_a_legacy_name_that_a_flag_overrides_is_not_noted(yaml_file: Callable[[s
     assert notes == ["--warmup-ratio: read as warmup_steps 0.2 (a value below 1 is a fraction of all steps)"]
 
 
-def test_legacy_names_in_a_file_are_read_by_every_command_that_has_their_setting(
+def test_every_command_reads_legacy_names_of_its_settings(
     yaml_file: Callable[[str], str],
 ) -> None:
     text = "load_in_4bit: true\nper_gpu_train_batch_size: 1\nmax_seq_length: 512\nevaluation_strategy: epoch\n"
@@ -82,7 +80,7 @@ def test_legacy_names_in_a_file_are_read_by_every_command_that_has_their_setting
 
 
 @pytest.mark.parametrize("word", ["true", "True", "1", "yes", "y", "t", "on", True])
-def test_q_lora_in_any_spelling_turns_bf16_on_with_a_note(word: Any) -> None:
+def test_q_lora_turns_bf16_on_with_a_note(word: Any) -> None:
     settings, notes = load_settings(TrainSettings, None, {}, {**NEEDED, "q_lora": word})
     assert settings.q_lora
     assert settings.bf16
@@ -90,7 +88,7 @@ def test_q_lora_in_any_spelling_turns_bf16_on_with_a_note(word: Any) -> None:
 
 
 @pytest.mark.parametrize(("given", "bf16"), [({}, True), ({"bf16": True}, True), ({"bf16": False}, False)])
-def test_q_lora_turns_bf16_on_in_the_saved_settings_of_a_run_in_which_it_was_not_given(
+def test_q_lora_turns_on_bf16_that_saved_settings_leave_unset(
     run_command_line: Callable[..., tuple[Any, str]], yaml_file: Callable[[str], str], given: Any, bf16: bool
 ) -> None:
     file = yaml_file(dump_settings(TrainSettings(**NEEDED, **given)))
@@ -118,7 +116,7 @@ def test_fastchats_qlora_command_line_gives_its_settings(run_command_line: Calla
     assert "--warmup-ratio: read as warmup_steps 0.03" in stderr
 
 
-def test_fastchats_fsdp_command_line_is_read_as_zero3_with_a_note(
+def test_fastchats_fsdp_command_line_becomes_zero3_with_a_note(
     run_command_line: Callable[..., tuple[Any, str]],
 ) -> None:
     more = '--fsdp "full_shard auto_wrap" --fsdp_transformer_layer_cls_to_wrap T5Block --tf32 True'
@@ -148,7 +146,7 @@ def test_only_a_request_for_pickled_weights_is_noted(
         ("no_shard", None),
     ],
 )
-def test_what_fsdp_asks_for_is_done_or_noted(value: str, config: str | None, yaml_file: Callable[[str], str]) -> None:
+def test_fsdp_becomes_deepspeed_or_a_note(value: str, config: str | None, yaml_file: Callable[[str], str]) -> None:
     settings, notes = load_settings(TrainSettings, yaml_file(f"fsdp: {value}\n"), {}, NEEDED)
     assert settings.deepspeed == config
     said = f"read as deepspeed {config} (" if config else "ignored (t5tune shards with DeepSpeed ZeRO; set deepspeed"

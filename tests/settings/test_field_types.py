@@ -52,7 +52,7 @@ def load_shard_size(value: Any) -> int | None:
         ("25769803776B", 24 * GIB),
     ],
 )
-def test_a_gpu_s_memory_is_a_size_with_a_unit_or_a_number_of_gib(value: Any, size: int) -> None:
+def test_gpu_memory_without_a_unit_is_in_gib(value: Any, size: int) -> None:
     text = load_gpu_memory(value)
     assert text == str(value)
     assert parse_gpu_memory(text) == size
@@ -62,7 +62,7 @@ def test_a_gpu_s_memory_is_a_size_with_a_unit_or_a_number_of_gib(value: Any, siz
     ("value", "size"),
     [("5GB", 5 * 10**9), ("1.5kb", 1500), ("500MiB", 500 << 20), ("5G", 5 * GIB), ("24B", 24), ("1000", 1000), (7, 7)],
 )
-def test_a_shard_s_size_is_a_size_with_a_unit_or_a_number_of_bytes(value: Any, size: int) -> None:
+def test_a_shard_size_without_a_unit_is_in_bytes(value: Any, size: int) -> None:
     assert load_shard_size(value) == size
 
 
@@ -85,7 +85,7 @@ def test_a_boolean_is_no_list_of_numbers() -> None:
         MergeSettings(adapter="adapter", output_dir="merged", weights=True)
 
 
-def test_a_gpu_s_memory_is_read_back_from_the_written_settings(tmp_path: Path) -> None:
+def test_saved_gpu_memory_is_read_back(tmp_path: Path) -> None:
     settings = PlanSettings(model_name_or_path="base", gpu_memory="24")
     (tmp_path / "settings.yaml").write_text(dump_settings(settings))
     assert load_settings(PlanSettings, str(tmp_path / "settings.yaml"))[0] == settings
@@ -142,7 +142,7 @@ def test_an_unknown_name_is_reported_before_records_are_read() -> None:
         (MergeSettings, "base_model_path", "did you mean model_name_or_path?"),
     ],
 )
-def test_a_name_of_another_command_says_where_it_belongs(model: type[Settings], name: str, advice: str) -> None:
+def test_settings_of_other_commands_name_their_command(model: type[Settings], name: str, advice: str) -> None:
     needed: dict[str, Any] = dict.fromkeys(model.list_required(), "x")
     with pytest.raises(SettingsError) as caught:
         model(**needed, **{name: True})
@@ -157,7 +157,7 @@ def test_a_seed_that_is_too_large_is_refused(seed: int) -> None:
         ChatSettings(model_name_or_path="pocket", seed=seed)
 
 
-def test_a_list_of_records_where_only_paths_are_read_is_a_single_problem() -> None:
+def test_records_in_place_of_paths_are_one_problem() -> None:
     for data in ([{"source": "a"}] * 3, pd.DataFrame({"source": ["a"]})):
         with pytest.raises(SettingsError) as caught:
             PlanSettings(model_name_or_path="pocket", data_path=data)

@@ -34,7 +34,7 @@ def problems_of(
     return list(caught.value.problems)
 
 
-def test_a_flag_beats_the_environment_which_beats_the_file_which_beats_the_default(
+def test_flags_override_the_environment_which_overrides_the_file(
     yaml_file: Callable[[str], str],
 ) -> None:
     file = yaml_file("lora_r: 2\nseed: 2\nsave_steps: 2\n")
@@ -58,7 +58,7 @@ def test_variables_without_the_prefix_are_not_read() -> None:
     assert settings.seed == 42
 
 
-def test_problems_of_all_sources_are_raised_together_with_key_value_and_place(yaml_file: Callable[[str], str]) -> None:
+def test_problems_of_all_sources_are_raised_together(yaml_file: Callable[[str], str]) -> None:
     file = yaml_file("lora_dropout: 1.5\nsave_strategy: sometimes\n")
     found = problems_of(
         TrainSettings, file, {"T5TUNE_SAVE_STEPS": "0"}, lora_r="abc", model_name_or_path="m", data_path="d"
@@ -74,7 +74,7 @@ def test_problems_of_all_sources_are_raised_together_with_key_value_and_place(ya
     assert [problem for problem in found if problem.startswith("output_dir: missing; give --output-dir")]
 
 
-def test_unknown_names_in_any_source_are_refused_with_the_closest_known_name(
+def test_unknown_names_suggest_the_closest_known_name(
     yaml_file: Callable[[str], str], run_command_line: Callable[..., tuple[Any, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = yaml_file("lora_rr: 8\n")
@@ -147,7 +147,7 @@ def test_keys_of_another_command_are_ignored_with_a_note(yaml_file: Callable[[st
     assert re.fullmatch(r"\d\d settings of other commands that merge doesn't need are ignored", note)
 
 
-def test_plan_reads_the_config_of_a_run_without_notes_on_what_only_train_uses(yaml_file: Callable[[str], str]) -> None:
+def test_plan_ignores_settings_of_train_without_a_note(yaml_file: Callable[[str], str]) -> None:
     file = yaml_file(dump_settings(load_settings(TrainSettings, None, {}, NEEDED)[0]))
     assert load_settings(PlanSettings, file, {})[1] == []
     planned, notes = load_settings(
@@ -161,7 +161,7 @@ def test_plan_reads_the_config_of_a_run_without_notes_on_what_only_train_uses(ya
     ]
 
 
-def test_a_setting_that_a_problem_suggests_is_not_reported_as_missing_too(yaml_file: Callable[[str], str]) -> None:
+def test_a_suggested_setting_is_not_also_missing(yaml_file: Callable[[str], str]) -> None:
     found = problems_of(TrainSettings, yaml_file("base_model: pocket\ndatasets: a.jsonl\n"), {})
     assert [problem.split("; ")[1] for problem in found] == [
         "did you mean model_name_or_path?", "did you mean data_path?", "give --output-dir or set it in a --config file"
@@ -182,7 +182,7 @@ def test_a_setting_that_a_problem_suggests_is_not_reported_as_missing_too(yaml_f
         ("lora: {}", "did you mean lora_r?"),
     ],
 )
-def test_nested_settings_are_named_as_they_are_at_the_top_level(
+def test_nested_settings_suggest_names_at_the_top_level(
     text: str, advice: str, yaml_file: Callable[[str], str]
 ) -> None:
     (problem,) = problems_of(file=yaml_file(text), **NEEDED)
@@ -196,7 +196,7 @@ def test_a_nested_setting_is_not_reported_as_missing_too(yaml_file: Callable[[st
     assert problem.startswith(f"{file}: model: unknown setting; settings aren't nested")
 
 
-def test_words_of_other_tools_for_a_value_are_read_or_explained() -> None:
+def test_values_of_other_tools_are_read_or_explained() -> None:
     for value, read in [(True, "on"), ("true", "on"), ("False", "off"), ("auto", "auto")]:
         assert load_settings(TrainSettings, None, {}, {**NEEDED, "packing": value})[0].packing == read
     settings, _ = load_settings(TrainSettings, None, {}, {**NEEDED, "lora_target_modules": "all"})
@@ -271,7 +271,7 @@ def test_settings_are_immutable() -> None:
     assert settings.lora_r == 8
 
 
-def test_a_boolean_for_a_number_and_a_nul_in_a_path_are_refused() -> None:
+def test_booleans_for_numbers_and_nul_in_paths_are_refused() -> None:
     for values, message in (
         ({"lora_r": True}, "lora_r: true (--lora-r): expected a number, not true or false"),
         ({"learning_rate": False}, "learning_rate: false (--learning-rate): expected a number, not true or false"),

@@ -25,14 +25,14 @@ from tests.support.command_line import parse_words
 ALL_SETTINGS = {name for model in COMMANDS for name in model.list_suggestions()}
 
 
-def test_every_suggested_name_is_a_setting_that_is_neither_hidden_nor_a_legacy_name() -> None:
+def test_every_suggested_name_is_a_visible_setting() -> None:
     mentioned = {name for text in ADVICE.values() for name in re.findall(r"\{(\w+)\}", text)}
     assert not mentioned - ALL_SETTINGS
     assert not set(NAMES_IN_OTHER_TOOLS) - ALL_SETTINGS
     assert not ALL_SETTINGS & ({*LEGACY_NAMES, "fp16"})
 
 
-def test_no_name_of_another_tool_is_a_flag_of_the_command_that_would_suggest_another() -> None:
+def test_no_flag_suggests_a_different_flag() -> None:
     def list_flags(model: type[Settings]) -> set[str]:
         return {name for name, field in model.model_fields.items() if not get_extra(field, "yaml_only")}
 
@@ -70,7 +70,7 @@ def test_no_name_of_another_tool_is_a_flag_of_the_command_that_would_suggest_ano
         ("limit", "num_data"),
     ],
 )
-def test_a_name_of_another_tool_suggests_ours(name: str, meant: str) -> None:
+def test_names_of_other_tools_suggest_our_settings(name: str, meant: str) -> None:
     flag, meant_flag = (f"--{word.replace('_', '-')}" for word in (name, meant))
     assert parse_words([flag, "1"], TrainSettings).problems == [f"{flag}: unknown flag; did you mean {meant_flag}?"]
     assert parse_words([f"{name}=1"], TrainSettings).problems == [f"{name}: unknown setting; did you mean {meant}?"]
@@ -98,7 +98,7 @@ def test_a_name_of_another_tool_suggests_ours(name: str, meant: str) -> None:
         ("val_max_target_length", "as long as the longest target"),
     ],
 )
-def test_a_name_without_an_equivalent_gets_the_sentence_that_helps(name: str, advice: str, tmp_path: Path) -> None:
+def test_names_without_an_equivalent_give_advice(name: str, advice: str, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(f"{name}: 1\n")
     with pytest.raises(SettingsError) as caught:
         load_settings(TrainSettings, str(tmp_path / "run.yaml"))
@@ -110,7 +110,7 @@ def test_a_name_without_an_equivalent_gets_the_sentence_that_helps(name: str, ad
     assert all(f"--{word.replace('_', '-')}" in problem for word in flags)
 
 
-def test_a_flag_of_another_command_isnt_suggested_but_a_key_of_a_shared_file_is() -> None:
+def test_flags_suggest_only_flags_of_the_same_command() -> None:
     assert parse_words(["--lora-rank=8"], PrepareSettings).problems == [
         "--lora-rank: unknown flag; t5tune prepare --help-all lists every option"
     ]
@@ -143,9 +143,7 @@ def test_a_flag_of_another_command_isnt_suggested_but_a_key_of_a_shared_file_is(
         (InspectSettings, "--limit=3", "--example shows one example, by its index, and --all all of them"),
     ],
 )
-def test_the_advice_is_that_for_the_command_and_has_flags_as_they_are_typed(
-    model: type[Settings], words: str, advice: str
-) -> None:
+def test_advice_fits_the_command_and_shows_flags(model: type[Settings], words: str, advice: str) -> None:
     (problem,) = parse_words(words.split(), model).problems
     assert problem.startswith(f"{words.partition('=')[0]}: unknown flag; ")
     assert advice in problem

@@ -69,7 +69,7 @@ def test_each_kind_of_records_is_the_same_file(kind: str) -> None:
     assert [path.name] == [other.name for other in path.parent.glob(path.name[:12] + "*")]
 
 
-def test_other_records_are_another_file() -> None:
+def test_different_records_are_different_files() -> None:
     assert store_records(RECORDS) != store_records(RECORDS[:1])
 
 
@@ -85,7 +85,7 @@ def test_nested_values_survive() -> None:
         assert read_lines(store_records(data)) == [{"conversations": turns}]
 
 
-def test_a_table_with_the_arguments_of_tool_calls_is_recognized_by_the_name_of_its_file(tmp_path: Path) -> None:
+def test_the_file_name_marks_tables_with_tool_calls(tmp_path: Path) -> None:
     calls = [{"call": [{"arguments": {"a": 1}, "name": "f"}]}]  # pyarrow 17 sorts the names
     plain, stored = store_records(calls), store_records(pyarrow.Table.from_pylist(calls))
     assert plain.read_bytes() == stored.read_bytes()

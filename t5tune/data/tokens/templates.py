@@ -18,7 +18,7 @@ from t5tune.data.reading.formats import Conversation
 from t5tune.errors import SettingsError, suggest_name
 from t5tune.io.atomic import hash_json
 from t5tune.io.yaml_file import read_yaml
-from t5tune.settings.packaged_templates import find_conversation_template
+from t5tune.settings.packaged_templates import find_template_file
 
 DEFAULT_TEMPLATE = "fastchat-t5"
 PAIR_TEMPLATE = "plain"  # the default for pairs of a source and a target
@@ -90,7 +90,7 @@ def load_template(name_or_path: str) -> Template:
     Raises:
         SettingsError: there is no such template, a field is missing or unknown, or a pattern has no {text}.
     """
-    path = find_conversation_template(name_or_path)
+    path = find_template_file("conversation_template", name_or_path)
     return parse_template(read_yaml(path), path)
 
 
