@@ -4,6 +4,7 @@ import os
 import shlex
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,25 @@ from t5tune.data.caches.prepared import list_caches
 from t5tune.settings import EvaluateSettings, ExportSettings, PrepareSettings, TrainSettings, load_settings
 from tests.support.command_line import parse_words, t5tune_in_fork
 
+TRAIN = "--model-name-or-path base --output-dir run --data-path"
 PREPARE = ["prepare", "--model-name-or-path", "pocket", "--data-path", "pocket", "--output-dir", "cache"]
+
+
+def follow_train(settings: TrainSettings) -> list[str]:
+    result = SimpleNamespace(run=Path("run"), eval={"loss": 1.0})
+    return [line for _, line in list_next_steps(settings, result)]
+
+
+def load_words(words: str, model: Any) -> Any:
+    parsed = parse_words(shlex.split(words), model)
+    assert parsed.problems == []
+    return load_settings(model, flags=parsed.values)[0]
+
+
+def find_comparison(settings: EvaluateSettings) -> str:
+    """Return the words after `t5tune evaluate` of the suggested comparison with the base."""
+    [line] = [line for _, line in list_next_steps(settings, None) if "--compare-base" in line]
+    return line.removeprefix("t5tune evaluate ")
 
 
 def test_commands_repeat_the_settings_that_find_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,14 +54,10 @@ def test_the_comparison_repeats_every_setting_that_changes_the_scores(tmp_path: 
         "--source-prefix 'fix: ' --conversation-template plain --metrics bleu chrf --metric my.py:good --num-beams 4 "
         "--max-new-tokens 9 --num-data 5 --source-column a --no-double-quant --adapter tuned"
     )
-    parsed = parse_words(["base", *shlex.split(words), "--data-path", "dev.csv", "b.csv"], EvaluateSettings)
-    settings, _ = load_settings(EvaluateSettings, flags={**parsed.values, "output_dir": "out", "overwrite": "true"})
-    [line] = [line for _, line in list_next_steps(settings, None) if "--compare-base" in line]
+    settings = load_words(f"base {words} --data-path dev.csv b.csv --output-dir out --overwrite", EvaluateSettings)
     assert list_next_steps(settings, None)[0][1].endswith(" --no-double-quant")  # chat
-    again = parse_words(shlex.split(line)[2:], EvaluateSettings)
-    assert again.problems == []
     expected = settings.model_copy(update={"output_dir": None, "overwrite": False, "compare_base": True})
-    assert load_settings(EvaluateSettings, flags=again.values)[0] == expected
+    assert load_words(find_comparison(settings), EvaluateSettings) == expected
 
 
 @pytest.mark.parametrize(
@@ -53,14 +68,10 @@ def test_the_comparison_repeats_every_setting_that_changes_the_scores(tmp_path: 
     ],
 )  # fmt: skip
 def test_the_comparison_repeats_a_given_default(words: str) -> None:
-    arguments = ["run", "--adapter", "tuned", "--data-path", "dev.csv", *shlex.split(words)]
-    settings, _ = load_settings(EvaluateSettings, flags=parse_words(arguments, EvaluateSettings).values)
-    [line] = [line for _, line in list_next_steps(settings, None) if "--compare-base" in line]
+    settings = load_words(f"run --adapter tuned --data-path dev.csv {words}", EvaluateSettings)
+    line = find_comparison(settings)
     assert f" {words} " in line
-    again = parse_words(shlex.split(line)[2:], EvaluateSettings)
-    assert again.problems == []
-    repeated, _ = load_settings(EvaluateSettings, flags=again.values)
-    assert repeated.model_fields_set == settings.model_fields_set | {"compare_base"}
+    assert load_words(line, EvaluateSettings).model_fields_set == settings.model_fields_set | {"compare_base"}
 
 
 def test_the_comparison_does_not_repeat_a_precision_that_is_unset(tmp_path: Path) -> None:
@@ -74,11 +85,8 @@ def test_the_comparison_does_not_repeat_a_precision_that_is_unset(tmp_path: Path
 
 def test_a_quantized_run_is_followed_by_plain_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    settings = TrainSettings(
-        model_name_or_path="base", data_path=["a.csv"], eval_data_path=["b.csv"], output_dir=Path("run"),
-        q_lora=True, quant_type="fp4", double_quant=False,
-    )  # fmt: skip
-    assert [line for _, line in list_next_steps(settings, SimpleNamespace(run=Path("run"), eval={}))] == [
+    words = f"{TRAIN} a.csv --eval-data-path b.csv --q-lora --quant-type fp4 --no-double-quant"
+    assert follow_train(load_words(words, TrainSettings)) == [
         "t5tune chat run",
         "t5tune evaluate run --data-path b.csv",
         "t5tune merge run --output-dir merged",
@@ -102,9 +110,7 @@ def test_a_quantized_run_is_followed_by_plain_commands(tmp_path: Path, monkeypat
     ],
 )
 def test_evaluate_reads_held_out_data_like_training(words: str, expected: str | None) -> None:
-    arguments = ["--model-name-or-path", "base", "--data-path", "owner/name", "--output-dir", "run", *words.split()]
-    settings, _ = load_settings(TrainSettings, flags=parse_words(arguments, TrainSettings).values)
-    steps = [line for _, line in list_next_steps(settings, SimpleNamespace(run=Path("run"), eval={"loss": 1.0}))]
+    steps = follow_train(load_words(f"{TRAIN} owner/name {words}", TrainSettings))
     found = [line.removeprefix("t5tune evaluate run ") for line in steps if line.startswith("t5tune evaluate")]
     assert found == ([] if expected is None else [expected])
 
@@ -118,9 +124,7 @@ def test_tokenized_held_out_data_needs_no_flags(
         Path(name).mkdir()
         Path(name, "manifest.json").write_text("{}")
         Path(name, "tokens.bin").touch()
-    arguments = f"--model-name-or-path base --data-path a.csv --output-dir run --clean --eval-data-path {names}".split()
-    settings, _ = load_settings(TrainSettings, flags=parse_words(arguments, TrainSettings).values)
-    steps = [line for _, line in list_next_steps(settings, SimpleNamespace(run=Path("run"), eval={"loss": 1.0}))]
+    steps = follow_train(load_words(f"{TRAIN} a.csv --clean --eval-data-path {names}", TrainSettings))
     assert f"t5tune evaluate run --data-path {names}{flags}" in steps
 
 
@@ -146,8 +150,7 @@ def test_no_evaluation_is_suggested_if_flags_cannot_read_its_datasets() -> None:
         model_name_or_path="base", data_path=["a.csv"], output_dir=Path("run"),
         eval_data=[{"path": "b.csv", "source_prefix": "fix: "}],
     )  # fmt: skip
-    steps = [line for _, line in list_next_steps(settings, SimpleNamespace(run=Path("run"), eval={"loss": 1.0}))]
-    assert [line.split()[1] for line in steps] == ["chat", "merge"]
+    assert [line.split()[1] for line in follow_train(settings)] == ["chat", "merge"]
 
 
 def test_an_exported_adapter_is_followed_by_plain_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

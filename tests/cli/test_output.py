@@ -2,7 +2,7 @@
 
 import io
 import json
-from dataclasses import dataclass
+from dataclasses import make_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,50 +12,33 @@ from t5tune.cli.output import Output
 from t5tune.errors import Stopped
 from t5tune.preparing.cache_reuse import make_resume_error
 
-
-@dataclass(frozen=True)
-class Result:
-    """A result with one value of each kind."""
-
-    run: Path
-    adapter: Path
-    train_loss: float
-    eval: dict[str, float]
-    custom_metrics: dict[str, float]
-    from_training: dict[str, float]
-    tokens_per_second: float
-    peak_memory_bytes: int
-    bytes: int
-    world_size: int
-    verified: bool
-    up_to_date: bool
-    resumed_from: Path | None
-    seconds: float
+# one value of each kind
+VALUES: dict[str, Any] = {
+    "run": Path("run"),
+    "adapter": Path("run"),
+    "train_loss": 0.19399,
+    "eval": {"loss": 0.0011, "exact_match": 98.0, "rougeL": 99.5, "runtime": 5.9, "samples_per_second": 5.8},
+    "custom_metrics": {"length": 12.0, "reply_bytes": 2048, "words_per_second": 3.5, "bytes": 7.0},
+    "from_training": {"nf4": 0.01},
+    "tokens_per_second": 2118.4,
+    "peak_memory_bytes": 635_000_000,
+    "bytes": 1234,
+    "world_size": 1,
+    "verified": True,
+    "up_to_date": False,
+    "resumed_from": None,
+    "seconds": 247.7,
+}
 
 
-def make_result(folder: Path, **changes: Any) -> Result:
-    values: dict[str, Any] = {
-        "run": folder,
-        "adapter": folder,
-        "train_loss": 0.19399,
-        "eval": {"loss": 0.0011, "exact_match": 98.0, "rougeL": 99.5, "runtime": 5.9, "samples_per_second": 5.8},
-        "custom_metrics": {"length": 12.0, "reply_bytes": 2048, "words_per_second": 3.5, "bytes": 7.0},
-        "from_training": {"nf4": 0.01},
-        "tokens_per_second": 2118.4,
-        "peak_memory_bytes": 635_000_000,
-        "bytes": 1234,
-        "world_size": 1,
-        "verified": True,
-        "up_to_date": False,
-        "resumed_from": None,
-        "seconds": 247.7,
-    }
-    return Result(**{**values, **changes})
+def make_result(**values: Any) -> Any:
+    """Make a dataclass with these values, as commands return it."""
+    return make_dataclass("Result", [*values])(**values)
 
 
 def test_the_table_has_names_sizes_and_times_for_a_reader(capsys: pytest.CaptureFixture[str]) -> None:
     stdout = io.StringIO()
-    Output(stdout).show(make_result(Path("run")))
+    Output(stdout).show(make_result(**VALUES))
     assert stdout.getvalue() == "run\n"
     rows = dict(line.split("  ", 1) for line in capsys.readouterr().err.splitlines())
     assert {name: value.strip() for name, value in rows.items()} == {
@@ -76,21 +59,11 @@ def test_the_table_has_names_sizes_and_times_for_a_reader(capsys: pytest.Capture
     }
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """As in the result of evaluate."""
-
-    predictions: Path
-    loss: float
-    bleu: float | None
-    custom_metrics: dict[str, float]
-    base: dict[str, float] | None
-
-
 def test_a_metric_of_only_one_model_has_a_dash(capsys: pytest.CaptureFixture[str]) -> None:
     custom = {"length": 1368.0, "reply_bytes": 5.0, "only_tuned": 1.0}
     base = {"loss": 2.5, "length": 2735.0, "reply_bytes": 3000.0, "only_base": 0.0}
-    Output(io.StringIO()).show(Comparison(Path("predictions.jsonl"), 2.25, None, custom, base))
+    values = {"predictions": Path("predictions.jsonl"), "loss": 2.25, "bleu": None}
+    Output(io.StringIO()).show(make_result(**values, custom_metrics=custom, base=base))
     assert [line.split() for line in capsys.readouterr().err.splitlines()] == [
         ["tuned", "base", "difference"],
         ["loss", "2.25", "2.5", "-0.25"],
@@ -104,7 +77,7 @@ def test_a_metric_of_only_one_model_has_a_dash(capsys: pytest.CaptureFixture[str
 def test_a_long_value_stays_on_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "40")
     long = Path("/a folder/" + "with-a-long-name/" * 5)
-    Output(io.StringIO()).show(make_result(Path("run"), adapter=long, world_size=4))
+    Output(io.StringIO()).show(make_result(**VALUES | {"adapter": long, "world_size": 4}))
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].endswith(str(long))
     assert any(line.split() == ["processes", "4"] for line in lines)
@@ -112,11 +85,10 @@ def test_a_long_value_stays_on_one_line(capsys: pytest.CaptureFixture[str], monk
 
 def test_json_keeps_every_key_and_number() -> None:
     stdout = io.StringIO()
-    result = make_result(Path("run"))
-    Output(stdout, json=True).show(result)
+    Output(stdout, json=True).show(make_result(**VALUES))
     found = json.loads(stdout.getvalue())
-    assert set(found) == set(vars(result))
-    assert found["eval"] == result.eval
+    assert set(found) == set(VALUES)
+    assert found["eval"] == VALUES["eval"]
     assert found["peak_memory_bytes"] == 635_000_000
 
 
