@@ -59,7 +59,7 @@ Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class DatasetSettings(ReadingSettings, ConversationSettings, SelectionSettings):
-    """A dataset of a mixture. Settings that aren't given are those of the command."""
+    """A dataset of a mixture. The command's settings apply unless the dataset sets them."""
 
     panel: ClassVar[str] = "Data"
     is_complete: ClassVar[bool] = False

@@ -59,7 +59,7 @@ def list_shared(settings: Settings) -> dict[str, Any]:
 
 
 def complete_dataset(name: str, dataset: DatasetSettings, *below: Mapping[str, Any]) -> DatasetSpec:
-    """Resolve a dataset's settings: its values win over those in `below`, the first of which win over the next.
+    """Resolve a dataset's settings: its values win, then the mappings in `below`, in this order.
 
     Raises:
         SettingsError: settings conflict.
