@@ -1,7 +1,6 @@
 """The replies of `generate`, with the settings of a model's files."""
 
 import json
-import re
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
