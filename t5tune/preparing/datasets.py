@@ -15,9 +15,9 @@ from typing import Any
 
 from t5tune.checkpoints.base import find_base, pin_base
 from t5tune.checkpoints.training_data import DatasetTraining, TrainingData, read_training_data, write_training_data
-from t5tune.data.caches.cache import Cache, open_cache, read_manifest
-from t5tune.data.caches.examples import SUMMED, Dataset, Examples, describe_shares
-from t5tune.data.caches.prepared import check_datasets, is_prepared, list_caches, read_mixture_manifest
+from t5tune.data.caches.cache import COUNTS, Cache, open_cache, read_manifest
+from t5tune.data.caches.examples import Dataset, Examples, describe_shares
+from t5tune.data.caches.prepared import check_datasets, is_prepared, list_caches, read_examples_manifest
 from t5tune.data.reading.files import STDIN, find_encodings
 from t5tune.data.reading.remote_files import hide_query
 from t5tune.data.tokens.vocabulary import ExtendedTokenizer
@@ -168,7 +168,7 @@ class _Job:
         if reusable.keys() | self.given.keys() != self.datasets.keys() or not is_prepared(self.folder):
             return None
         try:
-            before, examples = read_mixture_manifest(self.folder), self._open_examples(self.folder, reusable)
+            before, examples = read_examples_manifest(self.folder), self._open_examples(self.folder, reusable)
         except DataError:  # mixture.json or a cache is broken
             return None
         return examples if examples.manifest == before else None
@@ -189,7 +189,7 @@ class _Job:
             for name, dataset in self.datasets.items()
         ]
         check_datasets(datasets, self.plan.origin.setting)
-        return Examples(folder, datasets, self.plan.mixing).apply_num_data()
+        return Examples(folder, datasets, self.plan.mixing).limit_training()
 
     def write(
         self,
@@ -249,7 +249,7 @@ class _Job:
                 how = "the process that completes the last one joins them"
                 shards = join_first(list(map(str, missing)))
                 self.report(Note(f"part {shard} is complete in {parts.folder}; still missing: {shards}; {how}"))
-                return {**written[0], **{name: sum(each[name] for each in written) for name in SUMMED}}
+                return {**written[0], **{name: sum(each[name] for each in written) for name in COUNTS}}
         except (T5TuneError, OSError):
             if (joined := self.find_joined(sources)) is None:
                 raise

@@ -148,7 +148,7 @@ def test_raw_text_of_which_nothing_can_be_held_out_is_called_a_text(data: Path, 
     (data / "book.txt").write_text("word " * 500)
     datasets = [{"path": str(data / "book.txt"), "objective": "span-corruption"}, {"path": str(data / "a.jsonl")}]
     settings = make_settings(data, tmp_path / "cache").replace(data=datasets, eval_fraction=0.1)
-    with pytest.raises(DataError, match="eval_fraction: 0.1 of 1 text leaves none to train on; give more texts, or"):
+    with pytest.raises(DataError, match="eval_fraction: 0.1 of 1 text leaves no text to train on; give more texts, or"):
         prepare(settings)
 
 

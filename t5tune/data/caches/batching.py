@@ -21,10 +21,9 @@ Integers = npt.NDArray[np.int64]
 def epoch_order(lengths: Integers, step_size: int, seed: int, epoch: int) -> Integers:
     """Shuffle the examples, sort them by length within windows of STEPS_PER_WINDOW steps, then shuffle the steps.
 
-    The examples of a step are of similar length, so every rank computes on little padding.
+    The examples of a step have similar lengths, so every rank computes on little padding.
 
     Args:
-        lengths: tokens of each example.
         step_size: examples per optimizer step, over all accumulation steps and ranks.
     """
     rng = np.random.default_rng([seed, epoch])
@@ -41,12 +40,11 @@ def epoch_order(lengths: Integers, step_size: int, seed: int, epoch: int) -> Int
 def make_count_batches(lengths: Integers, batch_size: int, step_size: int, seed: int, epoch: int) -> list[Integers]:
     """Cut `epoch_order` into an epoch's micro-batches of all ranks, step by step and rank by rank.
 
-    The last step has the remaining examples, divided among as many micro-batches as in every other step, so that a
-    step's examples don't depend on how it is divided. A micro-batch for which no examples remain is empty.
+    The last step has the remaining examples, divided into as many micro-batches as every other step, so that a step's
+    examples don't depend on how it is divided. If examples run short, its last micro-batches are empty.
 
     Args:
         lengths: tokens of each example; zeros don't group examples by length.
-        batch_size: examples per micro-batch.
         step_size: micro-batches per optimizer step, over all accumulation steps and ranks.
     """
     examples = batch_size * step_size
@@ -87,19 +85,19 @@ class TokenBudget:
     def make_batches(self, sources: Integers, targets: Integers, count: int, epoch: int) -> list[Integers]:
         """Make an epoch's micro-batches, with every example once.
 
-        Packed examples are drawn at random. Padded ones are first sorted by source and target length within shuffled
-        windows. The micro-batches of a step cost about the same, and the steps are shuffled. With the same `tokens`
-        and `step_size`, a step has the same examples on any number of ranks.
+        Packed examples are shuffled. Padded ones are first sorted by source and target length within shuffled windows.
+        The micro-batches of a step cost about the same, and the steps are shuffled. With the same `tokens` and
+        `step_size`, a step has the same examples on any number of ranks.
 
         Args:
             count: the result of `count_batches`; at most the number of examples.
         """
-        for draw in range(MAX_DRAWS):
+        for draw in range(MAX_DRAWS):  # other orders may need more batches than `count`
             rng = np.random.default_rng([self.seed, epoch, draw])
             batches = _fill_batches(sources, targets, self.tokens, self.packed, rng)
             if len(batches) <= count:
                 break
-        else:  # the order from which `count` was computed always fits
+        else:  # `count` was computed from this order, so it always fits
             batches = _fill_batches(sources, targets, self.tokens, self.packed, np.random.default_rng(self.seed))
         batches = _split_largest(batches, count)
         costs = [estimate_cost(sources[batch], targets[batch], self.packed) for batch in batches]
@@ -108,12 +106,7 @@ class TokenBudget:
 
 
 def estimate_cost(sources: Integers, targets: Integers, packed: bool) -> float:
-    """Estimate the compute of a batch, in units of one token's cost without attention.
-
-    Args:
-        sources, targets: tokens of each example in the batch.
-        packed: whether the batch has no padding.
-    """
+    """Estimate the compute of a batch, in units of one token's cost without attention."""
     if not packed:
         sources, targets = np.full_like(sources, sources.max()), np.full_like(targets, targets.max())
     attention = sources * sources + targets * (targets + sources)
@@ -123,7 +116,6 @@ def estimate_cost(sources: Integers, targets: Integers, packed: bool) -> float:
 def _fill_batches(
     sources: Integers, targets: Integers, tokens: int, packed: bool, rng: np.random.Generator
 ) -> list[Integers]:
-    """Fill each batch until the next example would not fit."""
     order = rng.permutation(len(sources))
     if packed:
         starts = _find_packed_starts((sources + targets)[order], tokens)
@@ -136,7 +128,6 @@ def _fill_batches(
 
 
 def _find_packed_starts(lengths: Integers, tokens: int) -> list[int]:
-    """Find the positions where batches without padding begin; the last one is the number of examples."""
     ends = np.cumsum(lengths)
     starts = [0]
     while starts[-1] < len(lengths):
@@ -146,7 +137,6 @@ def _find_packed_starts(lengths: Integers, tokens: int) -> list[int]:
 
 
 def _find_padded_starts(sources: Integers, targets: Integers, tokens: int) -> list[int]:
-    """Find the positions where padded batches begin; the last one is the number of examples."""
     starts, longest_source, longest_target = [0], 0, 0
     for position, (source, target) in enumerate(zip(sources.tolist(), targets.tolist(), strict=True)):
         longest_source, longest_target = max(longest_source, source), max(longest_target, target)
@@ -169,7 +159,6 @@ def _sort_by_length(window: Integers, sources: Integers, targets: Integers, toke
 
 
 def _split_largest(batches: list[Integers], count: int) -> list[Integers]:
-    """Halve the batches with the most examples until there are `count` batches."""
     heap = [(-len(batch), position, batch) for position, batch in enumerate(batches)]
     heapq.heapify(heap)
     for position in range(len(batches), count):

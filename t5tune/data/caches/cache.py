@@ -23,8 +23,9 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, ValidationError, create_model
 
+from t5tune.data.caches.batching import Integers
 from t5tune.data.tokens.encoding import Example, Span, extract_example, surround
 from t5tune.data.tokens.span_corruption import SpanCorruption, mix_bits
 from t5tune.data.tokens.templates import Template, parse_template
@@ -47,9 +48,10 @@ from t5tune.io.untrusted import parse_json_object
 from t5tune.io.yaml_file import read_yaml
 from t5tune.settings.denoisers import find_denoisers
 from t5tune.settings.groups.record_format import PREFERENCE_OBJECTIVES
-from t5tune.settings.messages import describe_value_error, shorten_file_value
+from t5tune.settings.messages import describe_value_error, format_place, shorten_file_value
 
 CACHE_FORMAT = 3
+PREPARE_AGAIN = "run t5tune prepare again"
 # the index of the first id in tokens.bin, and a hash that conversations with the same texts share
 CONVERSATION_DTYPE = np.dtype([("start", "<u8"), ("key", "<u8")])
 # the number of the conversation, and a Span, whose positions count tokens from the start of that conversation
@@ -60,10 +62,11 @@ EXAMPLE_DTYPE = np.dtype([
     ("rejected_is_whole", "?"),
 ])  # fmt: skip
 TABLES = (TOKENS_FILE, CONVERSATIONS_FILE, EXAMPLES_FILE)
-CACHE_CONTENTS = {
-    *TABLES, "tokenizer", TEMPLATE_FILE, TRAINING_DATA_FILE,
-    REJECTED_FILE, CACHE_MANIFEST_FILE,
-}  # fmt: skip
+CACHE_CONTENTS = {*TABLES, "tokenizer", TEMPLATE_FILE, TRAINING_DATA_FILE, REJECTED_FILE, CACHE_MANIFEST_FILE}
+COUNTS = (
+    "conversations", "rejected", "examples", "source_tokens", "target_tokens", "truncated_sources",
+    "truncated_targets", "unknown_tokens", "pairs", "conversations_with_prefix", "examples_with_earlier_turns",
+)  # fmt: skip
 # the manifest keys that reading a cache needs, with the type of each value
 MANIFEST_TYPES: dict[str, Any] = {
     "made_by": str,
@@ -80,24 +83,15 @@ MANIFEST_TYPES: dict[str, Any] = {
     "files": dict[str, str],
     "inputs": dict[str, Any],
     "rejected_by_reason": dict[str, int],
-    **dict.fromkeys(
-        ("conversations", "rejected", "examples", "source_tokens", "target_tokens", "truncated_sources",
-         "truncated_targets", "unknown_tokens", "pairs", "conversations_with_prefix",
-         "examples_with_earlier_turns"), int,
-    ),
-}  # fmt: skip
+    **dict.fromkeys(COUNTS, int),
+}
 PERCENTILES = (50, 90, 99, 100)
 
 
 class Cache(Sequence[Example]):
     """The examples of a cache, or those at `indices`, read from disk on access."""
 
-    def __init__(
-        self,
-        folder: Path,
-        manifest: dict[str, Any],
-        indices: npt.NDArray[np.int64] | None = None,
-    ) -> None:
+    def __init__(self, folder: Path, manifest: dict[str, Any], indices: Integers | None = None) -> None:
         self.folder = folder
         self.manifest = manifest
         self.corruption = _read_corruption(folder, manifest)
@@ -105,7 +99,6 @@ class Cache(Sequence[Example]):
         self.special_ids = SpecialIds(start, end, manifest["eos_token_id"])
         self._tokens = _map_file(folder / TOKENS_FILE, np.dtype(manifest["dtype"]))
         self._conversations = _map_file(folder / CONVERSATIONS_FILE, CONVERSATION_DTYPE)
-        self._starts = self._conversations["start"]
         self._examples = _map_file(folder / EXAMPLES_FILE, EXAMPLE_DTYPE)
         self._indices = np.arange(len(self._examples)) if indices is None else indices
 
@@ -116,11 +109,11 @@ class Cache(Sequence[Example]):
         return self.read(index, repeat=0)
 
     def read(self, index: int, repeat: int) -> Example:
-        """Return an example as it is when it was drawn `repeat` times before: of raw text, other spans are masked."""
+        """Return an example that was sampled `repeat` times before; in raw text, each time masks different spans."""
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         conversation, span = self._read_row(index)
-        ids = self._tokens[int(self._starts[conversation]) :]
+        ids = self._tokens[int(self._conversations["start"][conversation]) :]
         if self.corruption is None:
             return extract_example(ids, span, self.special_ids)
         masked, spans = (int(counts[index]) for counts in self._masked)
@@ -131,18 +124,17 @@ class Cache(Sequence[Example]):
     def read_untruncated(self, index: int) -> tuple[Example, int, npt.NDArray[Any], Span]:
         """Return (example, conversation number, the conversation's ids up to the untruncated target's end, span)."""
         conversation, span = self._read_row(index)
-        start = int(self._starts[conversation])
+        start = int(self._conversations["start"][conversation])
         end = max(span.answer_end, span.rejected_answer_end)
         return self[index], conversation, self._tokens[start : start + end], span
 
-    def count_cut_tokens(self) -> npt.NDArray[np.int64]:
+    def count_cut_tokens(self) -> Integers:
         """Count the tokens that model_max_length cut from each example's source and target."""
-        if self.corruption is not None:  # nothing of a raw text is cut; source_start is where a window begins in it
-            return np.zeros(len(self), int)
+        none = np.zeros(len(self), int)
+        if self.corruption is not None:  # a raw text isn't truncated; source_start is where a window begins in it
+            return none
         pairs = ("source_start", "system_end"), ("answer_end", "target_end"), ("rejected_answer_end", "rejected_end")
-        return sum(
-            (self._read_column(one) - self._read_column(other) for one, other in pairs), np.zeros(len(self), int)
-        )
+        return sum((self._read_column(whole) - self._read_column(kept) for whole, kept in pairs), none)
 
     @property
     def tokenizer_folder(self) -> Path:
@@ -154,7 +146,7 @@ class Cache(Sequence[Example]):
         """The tokens that were added to the base model's tokenizer, in the order of their ids."""
         return list(self.manifest["added_tokens"])
 
-    def read_lengths(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    def read_lengths(self) -> tuple[Integers, Integers]:
         """Return (source lengths, target lengths) in tokens, special ones included, in the order of the cache.
 
         Targets of a preference pair count together.
@@ -162,12 +154,12 @@ class Cache(Sequence[Example]):
         source, target, rejected = self._compute_lengths()
         return source, target + rejected
 
-    def read_longest_targets(self) -> npt.NDArray[np.int64]:
-        """Return the length of each example's target, of a preference pair's longer one, in tokens."""
+    def read_longest_targets(self) -> Integers:
+        """Return the length of each example's target in tokens; for a preference pair, of the longer answer."""
         _, target, rejected = self._compute_lengths()
         return np.maximum(target, rejected)
 
-    def _compute_lengths(self) -> tuple[npt.NDArray[np.int64], ...]:
+    def _compute_lengths(self) -> tuple[Integers, ...]:
         return compute_lengths(self._read_column, self.special_ids, self.corruption, self._indices)
 
     @property
@@ -176,22 +168,21 @@ class Cache(Sequence[Example]):
         return self.manifest["inputs"].get("objective") in PREFERENCE_OBJECTIVES
 
     @cached_property
-    def _masked(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    def _masked(self) -> tuple[Integers, Integers]:
         """How many tokens and spans of each example are masked."""
         assert self.corruption is not None
-        return self.corruption.count_masked(
-            self._indices, self._read_column("source_end") - self._read_column("source_start")
-        )
+        windows = self._read_column("source_end") - self._read_column("source_start")
+        return self.corruption.count_masked(self._indices, windows)
 
     def _read_row(self, index: int) -> tuple[int, Span]:
         conversation, *span = self._examples.item(self._indices[index])
         return conversation, Span._make(span)
 
-    def _read_column(self, name: str) -> npt.NDArray[np.int64]:
+    def _read_column(self, name: str) -> Integers:
         return np.asarray(self._examples[name][self._indices], np.int64)
 
-    def name_example(self, index: int) -> int | str:
-        """Name an example as `t5tune inspect` does: by its index in the whole cache, of which this may be a part."""
+    def name_example(self, index: int) -> int:
+        """Return an example's index in the whole cache, as `t5tune inspect` counts; this may be a part of it."""
         return int(self._indices[index])
 
     @cached_property
@@ -201,42 +192,40 @@ class Cache(Sequence[Example]):
         return parse_template(read_yaml(path), path)
 
     def identify(self) -> dict[str, Any]:
-        """Return what is equal for the same examples: hashes of the files, and of the indices in the whole cache."""
+        """Return hashes of the files, and of the indices in the whole cache: equal for the same examples."""
         files = {name: self.manifest["files"][name] for name in TABLES}
-        # of raw text, the files have the windows, and the seed determines which spans are masked
+        # the files have the windows of raw text, and the seed determines the masked spans
         seed = {} if self.corruption is None else {"seed": self.manifest["seed"]}
         return {**files, **seed, "examples": hashlib.sha256(self._indices.astype("<i8").tobytes()).hexdigest()}
 
     def take(self, count: int) -> "Cache":
         """Return the first `count` examples."""
-        return self._select(self._indices[:count])
+        return Cache(self.folder, self.manifest, self._indices[:count])
 
-    def limit_others(self, count: int, held_out: npt.NDArray[np.uint64]) -> "Cache":
-        """Return the first `count` examples of other conversations than those with these keys, and all of these."""
+    def limit_training(self, count: int, held_out: npt.NDArray[np.uint64]) -> "Cache":
+        """Return all examples of the conversations with the keys `held_out`, and the first `count` of the rest."""
         is_held_out = np.isin(self.read_keys(), held_out)
-        return self._select(self._indices[is_held_out | (np.cumsum(~is_held_out) <= count)])
+        chosen = is_held_out | (np.cumsum(~is_held_out) <= count)
+        return Cache(self.folder, self.manifest, self._indices[chosen])
 
     @property
     def whole(self) -> "Cache":
         """All examples of the folder."""
         return Cache(self.folder, self.manifest)
 
-    def _select(self, indices: npt.NDArray[np.int64]) -> "Cache":
-        return Cache(self.folder, self.manifest, indices)
-
     @property
     def prepared_split(self) -> tuple[float, int]:
-        """The eval_fraction and the split_seed that prepare held out examples with; a fraction of 0 holds out none."""
+        """The eval_fraction and the split_seed that prepare held out examples with; a fraction of 0: no examples."""
         return float(self.manifest["eval_fraction"]), int(self.manifest["split_seed"])
 
     def split_by_keys(self, held_out: npt.NDArray[np.uint64], split_seed: int) -> tuple["Cache", "Cache"]:
         """Return (training, held out): hold out the conversations with these keys.
 
-        Of raw text, `split_seed` also determines which spans of the held-out examples are masked.
+        `split_seed` also determines the masked spans of held-out raw text.
         """
         is_held_out = np.isin(self.read_keys(), held_out)
-        evaluated = Cache(self.folder, {**self.manifest, "seed": split_seed}, self._indices[is_held_out])
-        return self._select(self._indices[~is_held_out]), evaluated
+        training = Cache(self.folder, self.manifest, self._indices[~is_held_out])
+        return training, Cache(self.folder, {**self.manifest, "seed": split_seed}, self._indices[is_held_out])
 
     def read_keys(self) -> npt.NDArray[np.uint64]:
         """Return the key of each example's conversation."""
@@ -245,11 +234,10 @@ class Cache(Sequence[Example]):
 
 
 def find_held_out_keys(cache: Cache, held_out: float, split_seed: int) -> npt.NDArray[np.uint64]:
-    """Choose the conversations that `Cache.split` holds out: those with the smallest hashes of key and split_seed.
+    """Choose the conversations to hold out: those with the smallest hashes of key and split_seed.
 
-    So more data changes little: at any size of the data, few conversations change sides. Of a cache that prepare split,
-    it chooses among all of its conversations, as prepare did, so that a different number of examples to train on
-    doesn't change which ones are held out.
+    So few conversations change sides if data is added. If prepare split the cache, this chooses among all of its
+    conversations, as prepare did, so that the held-out ones don't depend on how many examples are trained on.
 
     Raises:
         DataError: there are too few conversations to hold one out.
@@ -258,21 +246,18 @@ def find_held_out_keys(cache: Cache, held_out: float, split_seed: int) -> npt.ND
     count = max(1, round(held_out * len(unique)))
     if count >= len(unique):
         kind = "conversation" if cache.corruption is None else "text"
-        problem = f"eval_fraction: {held_out} of {format_count(len(unique), kind)} leaves none to train on"
-        raise DataError(f"{problem}; give more {kind}s, or a separate file as eval_data_path")
+        problem = f"eval_fraction: {held_out} of {format_count(len(unique), kind)} leaves no {kind} to train on"
+        raise DataError(problem, hint=f"give more {kind}s, or a separate file as eval_data_path")
     order = mix_bits(unique ^ mix_bits(np.array(split_seed, np.uint64)))
     return unique[np.argsort(order)[:count]]
 
 
 def compute_lengths(
-    column: Callable[[str], npt.NDArray[np.int64]],
-    special: SpecialIds,
-    corruption: SpanCorruption | None,
-    indices: npt.NDArray[np.int64],
-) -> tuple[npt.NDArray[np.int64], ...]:
+    column: Callable[[str], Integers], special: SpecialIds, corruption: SpanCorruption | None, indices: Integers
+) -> tuple[Integers, ...]:
     """Compute the lengths of examples' sources, targets and rejected targets, special tokens included.
 
-    What isn't a preference pair has a rejected target of length 0.
+    Without a rejected target, its length is 0.
 
     Args:
         column: reads columns of EXAMPLE_DTYPE.
@@ -289,20 +274,14 @@ def compute_lengths(
 
 
 def _read_corruption(folder: Path, manifest: dict[str, Any]) -> SpanCorruption | None:
-    """Return how the examples are masked; None if they aren't raw text.
-
-    Raises:
-        DataError: the manifest's denoisers don't exist.
-    """
     if (saved := manifest.get("span_corruption")) is None:
         return None
     try:
-        return SpanCorruption(
-            find_denoisers(saved["denoisers"]), tuple(map(int, saved["sentinel_ids"])), int(manifest["seed"])
-        )
+        sentinels = tuple(map(int, saved["sentinel_ids"]))
+        return SpanCorruption(find_denoisers(saved["denoisers"]), sentinels, int(manifest["seed"]))
     except (ValueError, KeyError, TypeError) as error:
         problem = f"{folder / CACHE_MANIFEST_FILE}: span_corruption: {describe_error(error)}"
-        raise DataError(problem, hint="run t5tune prepare again") from error
+        raise DataError(problem, hint=PREPARE_AGAIN) from error
 
 
 def _map_file(path: Path, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
@@ -341,15 +320,20 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise DataError(problem, hint="name a folder that t5tune prepare wrote") from error
     if version != CACHE_FORMAT:
         problem = f"{path}: format {version}; this version of t5tune reads format {CACHE_FORMAT}"
-        raise DataError(problem, hint="run t5tune prepare again")
-    for name, kind in MANIFEST_TYPES.items():
-        try:
-            TypeAdapter(kind).validate_python(manifest.get(name), strict=True)
-        except ValidationError as error:
-            reason = describe_value_error(error.errors()[0])
-            found = f"{shorten_file_value(manifest[name])}: {reason}" if name in manifest else "missing"
-            raise DataError(f"{path}: {name}: {found}", hint="run t5tune prepare again") from None
+        raise DataError(problem, hint=PREPARE_AGAIN)
+    fields: dict[str, Any] = {name: (kind, ...) for name, kind in MANIFEST_TYPES.items()}
+    try:
+        create_model("Manifest", **fields).model_validate(manifest, strict=True)
+    except ValidationError as error:
+        raise DataError(describe_manifest_error(path, error), hint=PREPARE_AGAIN) from None
     return manifest
+
+
+def describe_manifest_error(path: Path, error: ValidationError) -> str:
+    """Describe the first wrong value of a manifest in one line."""
+    detail = error.errors()[0]
+    found = "" if detail["type"] == "missing" else f"{shorten_file_value(detail['input'])}: "
+    return f"{path}: {format_place(detail['loc'])}: {found}{describe_value_error(detail)}"
 
 
 def open_cache(folder: Path) -> Cache:
@@ -362,9 +346,9 @@ def open_cache(folder: Path) -> Cache:
     for name, expected in manifest["files"].items():
         path = folder / name
         if not path.is_file():
-            raise DataError(f"{path}: missing from the token cache", hint="run t5tune prepare again")
+            raise DataError(f"{path}: missing from the token cache", hint=PREPARE_AGAIN)
         if hash_file(path) != expected:
-            raise DataError(f"{path}: differs from what prepare wrote", hint="run t5tune prepare again")
+            raise DataError(f"{path}: differs from what prepare wrote", hint=PREPARE_AGAIN)
     return Cache(folder, manifest)
 
 

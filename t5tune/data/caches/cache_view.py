@@ -1,4 +1,4 @@
-"""Decoded examples of a token cache, as the model sees them, with the tokens that were cut; histograms of lengths."""
+"""Decoded examples of a token cache, as the model sees them, with their truncated tokens; histograms of lengths."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -21,7 +21,7 @@ _Part = tuple[list[int], bool]  # ids, and whether they were cut off
 
 @dataclass(frozen=True)
 class TextRun:
-    """The text of consecutive tokens; an added, unknown or special token is a run of its own."""
+    """The text of consecutive tokens; an added, unknown or special token is a separate run."""
 
     text: str
     kind: _RunKind
@@ -34,11 +34,10 @@ class ExampleView:
     Args:
         index: position in the cache; `conversation` and `turn` are its origin.
         source_ids, target_ids: special tokens included.
-        truncated: which of "source", "target" and "rejected" were cut.
+        truncated: the truncated ones of "source", "target" and "rejected".
         source_cut: tokens that were removed from the source, after its first `source_head` tokens.
         target_cut, rejected_cut: tokens that were removed from the end.
-        rejected_ids, rejected_text: the rejected answer of a preference pair, whose target is the chosen one; None if
-            it isn't a pair.
+        rejected_ids, rejected_text: the rejected answer of a preference pair; None: not a pair.
     """
 
     index: int
@@ -68,7 +67,7 @@ class ExampleView:
         return sides
 
     def group_runs_by_side(self, tokenizer: Tokenizer, added: set[int]) -> dict[str, Iterator[tuple[TextRun, bool]]]:
-        """Return source, target and a rejected answer as runs of text, each with whether it was cut off."""
+        """Return source, target and rejected answer as runs of text, each with whether it was cut off."""
         head, source = self.source_head, self.source_ids
         parts = {
             "source": [(source[:head], False), (self.source_cut, True), (source[head:], False)],
@@ -142,7 +141,7 @@ class LengthStatistics:
 
     Args:
         padding_random: share of padding, 0 to 1, in random batches of `batch_size`.
-        padding_by_length: the same for batches of similar lengths, as training makes them.
+        padding_by_length: the share in batches of similar lengths, as training makes them.
         longest: indices of the longest examples, longest first.
     """
 
@@ -171,10 +170,7 @@ class CacheView(Sequence[ExampleView]):
         source, target, around = example.source_S.tolist(), example.target_T.tolist(), self.cache.special_ids
         is_masked = self.cache.corruption is not None
         rejected = example.rejected_R.tolist() if isinstance(example, PreferencePair) else None
-        truncated = {
-            "source": not span.source_is_whole, "target": not span.target_is_whole,
-            "rejected": not span.rejected_is_whole,
-        }  # fmt: skip
+        is_whole = {side: getattr(span, f"{side}_is_whole") for side in ("source", "target", "rejected")}
         return ExampleView(
             index=index,
             conversation=conversation,
@@ -183,7 +179,7 @@ class CacheView(Sequence[ExampleView]):
             target_ids=target,
             source_text=decode(around.strip_source(source)),
             target_text=decode(target[:-1] if is_masked else target[: span.target_end - span.target_start]),
-            truncated=[side for side, is_cut in truncated.items() if is_cut],
+            truncated=[side for side, whole in is_whole.items() if not whole],
             source_head=len(around.source_start) + span.system_end,
             # the rest of a raw text is in other examples
             source_cut=[] if is_masked else ids[span.system_end : span.source_start].tolist(),

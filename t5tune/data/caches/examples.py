@@ -1,11 +1,11 @@
-"""The examples of a token cache: those of one or more datasets that are trained or evaluated on together.
+"""The examples of a token cache: one or more datasets that are trained or evaluated on together.
 
     mixture.json          what the datasets contain together, their weights, and how they are mixed
     template.yaml         the conversation template of the first dataset, for chat and evaluate
     training_data.json    how the examples of all datasets were made
     NAME/                 the cache of a dataset (see cache.py), unless it is elsewhere
 
-All caches have the same tokenizer. The examples are numbered one dataset after the other. One dataset is a list of one.
+All caches have the same tokenizer. The examples are numbered one dataset after the other.
 """
 
 from bisect import bisect_right
@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from t5tune.data.caches.batching import Integers
-from t5tune.data.caches.cache import Cache, find_held_out_keys
+from t5tune.data.caches.cache import COUNTS, Cache, find_held_out_keys
 from t5tune.data.caches.mixing import EpochCounts, Mixing, compute_rates, draw_epoch
 from t5tune.data.tokens.encoding import Example
 from t5tune.data.tokens.templates import Template
@@ -33,10 +33,6 @@ from t5tune.progress import Note
 
 MIXTURE_FORMAT = 3
 PREPARED_CONTENTS = {MIXTURE_FILE, TEMPLATE_FILE, TRAINING_DATA_FILE}
-SUMMED = (
-    "conversations", "rejected", "examples", "source_tokens", "target_tokens", "truncated_sources",
-    "truncated_targets", "unknown_tokens", "pairs", "conversations_with_prefix", "examples_with_earlier_turns",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,8 +40,8 @@ class Dataset:
     """A dataset whose examples are trained or evaluated on.
 
     Args:
-        weight: how many of its examples an epoch has, relative to those of the others, if they are mixed by weights.
-        num_data: only so many examples of its cache are used; None: all.
+        weight: with mixing by weights, how many of its examples an epoch has, relative to the other datasets.
+        num_data: how many examples of its cache are used; None: all.
     """
 
     name: str
@@ -54,14 +50,14 @@ class Dataset:
     num_data: int | None = None
 
     def count(self, held_out: npt.NDArray[np.uint64]) -> dict[str, int]:
-        """Return the counts of the cache, but of the examples only those that are used.
+        """Return the counts of the cache, with the number of examples that are used.
 
         Args:
-            held_out: the keys of the conversations that prepare has held out in any dataset.
+            held_out: the keys of the conversations that prepare held out in any dataset.
         """
-        counts = {name: int(self.cache.manifest[name]) for name in SUMMED}
+        counts = {name: int(self.cache.manifest[name]) for name in COUNTS}
         if self.num_data is not None:
-            counts["examples"] = len(self.cache.whole.limit_others(self.num_data, held_out))
+            counts["examples"] = len(self.cache.whole.limit_training(self.num_data, held_out))
         return counts
 
 
@@ -70,8 +66,8 @@ class Examples(Sequence[Example]):
 
     Args:
         folder: has mixture.json.
-        are_several: whether there are two or more datasets, which texts and metrics then name; None: count them. Of
-            several, only one may have held-out examples.
+        are_several: whether there are two or more datasets, so that texts and metrics name them; None: count them.
+            Held-out examples may be of a single dataset among several.
     """
 
     def __init__(
@@ -94,7 +90,7 @@ class Examples(Sequence[Example]):
         return self.read(index, repeat=0)
 
     def read(self, index: int, repeat: int) -> Example:
-        """Return an example as it is when it was drawn `repeat` times before."""
+        """Return an example that was sampled `repeat` times before."""
         dataset, index_in_it = self._locate(index)
         return dataset.cache.read(index_in_it, repeat)
 
@@ -114,7 +110,7 @@ class Examples(Sequence[Example]):
         return self._locate(index)[0].cache.corruption is not None
 
     def name_example(self, index: int) -> int | str:
-        """Name an example as `t5tune inspect` counts it: by its index in its cache, and its dataset among several."""
+        """Name an example as `t5tune inspect` does: its index in its cache, after its dataset if there are several."""
         dataset, index_in_it = self._locate(index)
         number = dataset.cache.name_example(index_in_it)
         return f"{dataset.name}: {number}" if self.are_several else number
@@ -128,7 +124,7 @@ class Examples(Sequence[Example]):
         return [range(end - size, end) for end, size in zip(self._ends, self._sizes, strict=True)]
 
     def draw_epoch(self, seed: int, epoch: int) -> tuple[Integers, Integers]:
-        """Draw the examples of an epoch: (indices by dataset, how often each was drawn before)."""
+        """Draw the examples of an epoch: (indices by dataset, how often each was sampled before)."""
         starts, ends = self._counts.sum_epochs(epoch), self._counts.sum_epochs(epoch + 1)
         return draw_epoch(self._sizes, starts, ends, seed)
 
@@ -143,7 +139,7 @@ class Examples(Sequence[Example]):
         return np.concatenate(sources), np.concatenate(targets)
 
     def read_longest_targets(self) -> Integers:
-        """Return the length of each example's target, of a preference pair's longer one, in tokens."""
+        """Return the length of each example's target in tokens; for a preference pair, of the longer answer."""
         return np.concatenate([dataset.cache.read_longest_targets() for dataset in self.datasets])
 
     @property
@@ -178,11 +174,45 @@ class Examples(Sequence[Example]):
 
     @cached_property
     def manifest(self) -> dict[str, Any]:
-        """What mixture.json contains; counts are those of whole caches, also if this has only part of them."""
-        return describe_datasets(self)
+        """The contents of mixture.json; its counts are of whole caches, also if this has only a part of them."""
+        manifests = {dataset.name: dataset.cache.manifest for dataset in self.datasets}
+        held_out = self.find_prepared_keys()
+        counts = {dataset.name: dataset.count(held_out) for dataset in self.datasets}
+        first = self.datasets[0].cache.manifest
+        rejected = Counter[str]()
+        for manifest in manifests.values():
+            rejected.update(manifest["rejected_by_reason"])
+        sources = [source for manifest in manifests.values() for source in manifest.get("sources", [])]
+        inputs = {name: manifest["inputs"] for name, manifest in manifests.items()}
+        return {
+            "format": MIXTURE_FORMAT,
+            "made_by": first["made_by"],
+            **{name: sum(each[name] for each in counts.values()) for name in COUNTS},
+            "rejected_by_reason": dict(sorted(rejected.items())),
+            "added_tokens": first["added_tokens"],
+            "added_token_ids": first["added_token_ids"],
+            **{key: _merge(manifests, key) for key in ("eval_fraction", "split_seed", "seed")},
+            "inputs": {key: _merge(inputs, key) for key in dict.fromkeys(chain.from_iterable(inputs.values()))},
+            **({"sources": sources} if sources else {}),
+            "mixing": asdict(self.mixing),
+            "datasets": [
+                {
+                    "name": dataset.name,
+                    "cache": self._write_path(dataset.cache.folder),
+                    "weight": dataset.weight,
+                    **({} if dataset.num_data is None else {"num_data": dataset.num_data}),
+                    **facts,
+                    **counts[dataset.name],
+                }
+                for dataset, facts in zip(self.datasets, self.describe_rates(), strict=True)
+            ],
+        }
+
+    def _write_path(self, cache: Path) -> str:
+        return cache.name if cache.parent == self.folder else str(cache.resolve())
 
     def identify(self) -> dict[str, Any]:
-        """Return what is equal for the same examples in the same order: hashes of each dataset, several by name."""
+        """Return hashes of each dataset, several by name: equal for the same examples in the same order."""
         datasets = [[each.name if self.are_several else None, each.cache.identify()] for each in self.datasets]
         return {"datasets": datasets}
 
@@ -190,21 +220,13 @@ class Examples(Sequence[Example]):
         """Return the first `count` examples of each dataset."""
         return self._replace_caches([dataset.cache.take(count) for dataset in self.datasets])
 
-    def limit_training(self, count: int) -> "Examples":
-        """Return the first `count` of each dataset's examples to train on, and all that prepare has held out."""
-        return self._limit_training([count] * len(self.datasets))
-
-    def apply_num_data(self) -> "Examples":
-        """Return the examples of whole caches that are used according to the datasets' `num_data`."""
-        return self._limit_training([dataset.num_data for dataset in self.datasets])
-
-    def _limit_training(self, counts: Sequence[int | None]) -> "Examples":
-        # a text that one dataset holds out isn't trained on in the others, so it doesn't count there, either
+    def limit_training(self, count: int | None = None) -> "Examples":
+        """Return all held-out examples, and the first `count` of the rest of each dataset; default: its `num_data`."""
+        # a text that one dataset holds out isn't trained on in the other datasets, so it doesn't count there, either
         keys = self.find_prepared_keys()
-        caches = [dataset.cache for dataset in self.datasets]
-        pairs = zip(caches, counts, strict=True)
+        pairs = [(each.cache, each.num_data if count is None else count) for each in self.datasets]
         return self._replace_caches(
-            [cache if count is None else cache.limit_others(count, keys) for cache, count in pairs]
+            [cache if limit is None else cache.limit_training(limit, keys) for cache, limit in pairs]
         )
 
     def split(self, held_out: float, split_seed: int) -> tuple["Examples", "Examples"]:
@@ -218,12 +240,12 @@ class Examples(Sequence[Example]):
         return self._split([(held_out, split_seed)] * len(self.datasets))
 
     def split_as_prepared(self) -> tuple["Examples", "Examples | None"]:
-        """Return (training, held out) according to prepare's eval_fraction; held out is None if that is 0."""
+        """Return (training, held out) according to prepare's eval_fraction; held out is None if it is 0."""
         wanted = [dataset.cache.prepared_split for dataset in self.datasets]
         return self._split(wanted) if any(fraction for fraction, _ in wanted) else (self, None)
 
     def find_prepared_keys(self) -> npt.NDArray[np.uint64]:
-        """Find the keys of the conversations that prepare has held out in any dataset."""
+        """Find the keys of the conversations that prepare held out in any dataset."""
         return self._find_held_out_keys([dataset.cache.prepared_split for dataset in self.datasets])
 
     def _find_held_out_keys(self, wanted: Sequence[tuple[float, int]]) -> npt.NDArray[np.uint64]:
@@ -252,50 +274,13 @@ class Examples(Sequence[Example]):
         return training, Examples(self.folder, held_out, Mixing(), self.are_several)
 
     def mix(self, mixing: Mixing) -> "Examples":
-        """Return the same datasets, mixed in another way."""
+        """Return the same datasets with a different mixing."""
         return Examples(self.folder, self.datasets, mixing, self.are_several)
 
     def _replace_caches(self, caches: Sequence[Cache]) -> "Examples":
         pairs = zip(self.datasets, caches, strict=True)
         datasets = [replace(dataset, cache=cache) for dataset, cache in pairs]
         return Examples(self.folder, datasets, self.mixing, self.are_several)
-
-
-def describe_datasets(examples: Examples) -> dict[str, Any]:
-    """Describe what the caches contain together, for mixture.json."""
-    manifests = {dataset.name: dataset.cache.manifest for dataset in examples.datasets}
-    held_out = examples.find_prepared_keys()
-    counts = {dataset.name: dataset.count(held_out) for dataset in examples.datasets}
-    first = next(iter(manifests.values()))
-    rejected = Counter[str]()
-    for manifest in manifests.values():
-        rejected.update(manifest["rejected_by_reason"])
-    sources = [source for manifest in manifests.values() for source in manifest.get("sources", [])]
-    return {
-        "format": MIXTURE_FORMAT,
-        "made_by": first["made_by"],
-        **{name: sum(each[name] for each in counts.values()) for name in SUMMED},
-        "rejected_by_reason": dict(sorted(rejected.items())),
-        "added_tokens": first["added_tokens"],
-        "added_token_ids": first["added_token_ids"],
-        "eval_fraction": _merge({name: manifest["eval_fraction"] for name, manifest in manifests.items()}),
-        "split_seed": _merge({name: manifest["split_seed"] for name, manifest in manifests.items()}),
-        "seed": _merge({name: manifest["seed"] for name, manifest in manifests.items()}),
-        "inputs": _merge_all({name: manifest["inputs"] for name, manifest in manifests.items()}),
-        **({"sources": sources} if sources else {}),
-        "mixing": asdict(examples.mixing),
-        "datasets": [
-            {
-                "name": dataset.name,
-                "cache": _write_place(dataset.cache.folder, examples.folder),
-                "weight": dataset.weight,
-                **({} if dataset.num_data is None else {"num_data": dataset.num_data}),
-                **facts,
-                **counts[dataset.name],
-            }
-            for dataset, facts in zip(examples.datasets, examples.describe_rates(), strict=True)
-        ],
-    }
 
 
 def describe_shares(examples: Examples) -> list[Note]:
@@ -321,16 +306,8 @@ def _round_rate(rate: Fraction) -> float:
     return int(rounded) if rounded.is_integer() else rounded
 
 
-def _write_place(folder: Path, mixture: Path) -> str:
-    return folder.name if folder.parent == mixture else str(folder.resolve())
-
-
-def _merge(values: Mapping[str, Any]) -> Any:
-    """Return the value that all datasets have, otherwise the value of each."""
-    first, *others = values.values()
-    return first if all(value == first for value in others) else dict(values)
-
-
-def _merge_all(values: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    names = dict.fromkeys(name for value in values.values() for name in value)
-    return {name: _merge({dataset: value.get(name) for dataset, value in values.items()}) for name in names}
+def _merge(values: Mapping[str, Mapping[str, Any]], key: str) -> Any:
+    """Return the value of `key` that all datasets have, otherwise the value of each."""
+    by_dataset = {dataset: value.get(key) for dataset, value in values.items()}
+    first, *others = by_dataset.values()
+    return first if all(value == first for value in others) else by_dataset

@@ -1,7 +1,7 @@
 """How many examples of each dataset an epoch has, and which ones.
 
-An epoch has as many examples as the datasets together. A dataset's share of them is rarely a whole number: what one
-epoch rounds off, later ones make up for. With weights, a small dataset may be used up before the epoch ends: it starts
+An epoch has as many examples as all datasets together. A dataset's share of them is rarely a whole number: later epochs
+make up for what an epoch rounds off. With weights, a small dataset may be used up before the epoch ends. Then it starts
 over, in a different order. So over several epochs all examples of a dataset are used equally often, give or take one.
 Everything is computed from seed and epoch alone, so that a resumed run continues exactly where it stopped.
 """
@@ -30,19 +30,14 @@ class Mixing:
         temperature, cap: T and K; None: no limit.
     """
 
-    __pydantic_config__ = ConfigDict(extra="forbid")  # where it is read from mixture.json
+    __pydantic_config__ = ConfigDict(extra="forbid")  # when it is read from mixture.json
 
     kind: MixingKind = "concatenate"
     temperature: Temperature = 1.0
     cap: OptionalCount = None
 
     def compute_shares(self, sizes: Sequence[int], weights: Sequence[float]) -> list[Fraction]:
-        """Compute each dataset's share of an epoch's examples; they add up to 1.
-
-        Args:
-            sizes: numbers of examples.
-            weights: used by the kind `weights` alone.
-        """
+        """Compute each dataset's share of an epoch; they add up to 1. `weights` are only for the kind `weights`."""
         if self.kind == "weights":
             relative = [Fraction(weight) for weight in weights]
         elif self.kind == "proportional":
@@ -54,7 +49,7 @@ class Mixing:
 
 
 def choose_mixing(settings: MixingSettings) -> Mixing | None:
-    """Choose how the datasets of `settings.data` are mixed; None if the settings don't say it, and name none."""
+    """Choose how the datasets of `settings.data` are mixed; None if the settings have neither mixing nor datasets."""
     datasets: Sequence[DatasetSettings] = getattr(settings, "data", None) or []
     temperature, cap = settings.mixing_temperature, settings.mixing_cap
     if settings.mixing is not None:
@@ -71,7 +66,7 @@ def choose_mixing(settings: MixingSettings) -> Mixing | None:
 def compute_rates(sizes: Sequence[int], shares: Sequence[Fraction]) -> list[Fraction]:
     """Compute how many examples of each dataset an epoch has on average.
 
-    They add up to the number of examples of all datasets with a share, which is how many each epoch has.
+    The sum is the number of examples of all datasets with a share, in every epoch.
     """
     total = sum(size for size, share in zip(sizes, shares, strict=True) if share)
     return [share * total for share in shares]
@@ -80,9 +75,9 @@ def compute_rates(sizes: Sequence[int], shares: Sequence[Fraction]) -> list[Frac
 class EpochCounts:
     """How many examples of each dataset epochs have: whole numbers that follow the rates.
 
-    After any number of epochs, a dataset was drawn fewer than one example more or less than its rate times that
-    number. Each epoch has the whole part of each rate. The examples that are left go, one by one, to the dataset whose
-    next example is due first, if part of that example is due already (the quota method, Balinski and Young 1975).
+    After any number of epochs, a dataset was sampled fewer than one example more or less than its rate times the
+    number of epochs. Each epoch has the whole part of each rate. The remaining examples go, one by one, to the dataset
+    whose next example is due first, if part of it is due already (the quota method, Balinski and Young 1975).
 
         counts = EpochCounts([Fraction("2.5"), Fraction("0.5")])
         counts.sum_epochs(1), counts.sum_epochs(2)      # [3, 0], [5, 1]
@@ -105,7 +100,7 @@ class EpochCounts:
         return [number + rest for number, rest in zip(whole, self._sums[count], strict=True)]
 
     def _add_rests(self, epochs: int, before: Sequence[int]) -> list[int]:
-        """Divide what the whole parts leave of epoch number `epochs`, counted from 1, among the datasets."""
+        """Divide the remaining examples of an epoch, counted from 1, among the datasets."""
         drawn, steps = list(before), self._rests_per_epoch
         for step in range(1, steps + 1):
             elapsed = epochs - 1 + step / steps
@@ -117,13 +112,13 @@ class EpochCounts:
 def draw_epoch(
     sizes: Sequence[int], starts: Sequence[int], ends: Sequence[int], seed: int
 ) -> tuple[Integers, Integers]:
-    """Draw an epoch's examples of datasets whose examples are numbered one dataset after the other.
+    """Draw an epoch's examples. The examples are numbered one dataset after the other.
 
     Args:
-        starts, ends: how many examples of each dataset were drawn before the epoch, and until its end.
+        starts, ends: how many examples of each dataset were sampled before the epoch, and until its end.
 
     Returns:
-        Indices by dataset, and how often each example was drawn before, in this epoch and all earlier ones.
+        Indices by dataset, and how often each example was sampled before, in this epoch and all earlier ones.
     """
     indices, repeats = [], []
     offset = 0

@@ -1,4 +1,4 @@
-"""The folder of a token cache: which caches it has, and the examples in them (see examples.py).
+"""The folder of a token cache: the caches in it, and their examples (see examples.py).
 
 list_caches(Path("cache"))      # {"chats": Path("cache/chats")}
 open_examples(Path("cache"))[0]
@@ -13,32 +13,28 @@ from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from t5tune.data.caches.cache import is_cache, open_cache, read_manifest
+from t5tune.data.caches.cache import PREPARE_AGAIN, describe_manifest_error, is_cache, open_cache, read_manifest
 from t5tune.data.caches.examples import MIXTURE_FORMAT, Dataset, Examples
 from t5tune.data.caches.mixing import Mixing
 from t5tune.errors import DataError
 from t5tune.file_names import MIXTURE_FILE
-from t5tune.formatting import shorten
 from t5tune.io.reasons import describe_error
 from t5tune.io.untrusted import parse_json_object
 from t5tune.settings.dataset_list import DatasetName, Weight, check_names_differ, check_weights
 from t5tune.settings.field_types import OptionalCount
-from t5tune.settings.messages import describe_value_error, format_place, shorten_file_value
+from t5tune.settings.messages import shorten_file_value
 
-PREPARE_AGAIN = "run t5tune prepare again"
 CORRECT_IT = f"correct it, or {PREPARE_AGAIN}"
 
 
 def is_prepared(path: Path) -> bool:
-    """Return whether a folder looks like what prepare writes: the caches of one or more datasets."""
+    """Return whether a folder looks like the output of prepare: the caches of one or more datasets."""
     # os.path, because pathlib raises if the folder can't be searched
     return os.path.isfile(path / MIXTURE_FILE)
 
 
 @dataclass(frozen=True)
 class _SavedDataset:
-    """What is read of a dataset in mixture.json."""
-
     name: DatasetName
     cache: Annotated[str, Field(min_length=1)]
     weight: Weight
@@ -47,22 +43,12 @@ class _SavedDataset:
 
 @dataclass(frozen=True)
 class _SavedMixture:
-    """What is read of mixture.json, which users may edit: it is checked as the settings in YAML are."""
+    """The checked part of mixture.json, which users may edit; its rules are those of the settings in YAML."""
 
     mixing: Mixing
     datasets: Annotated[list[_SavedDataset], Field(min_length=1)]
     inputs: dict[str, Any]
     eval_fraction: float | dict[str, float]
-
-
-def read_mixture_manifest(folder: Path) -> dict[str, Any]:
-    """Read and check mixture.json.
-
-    Raises:
-        DataError: it is broken, or of another format version.
-    """
-    manifest, _ = _read_mixture(folder)
-    return manifest
 
 
 def _read_mixture(folder: Path) -> tuple[dict[str, Any], _SavedMixture]:
@@ -73,11 +59,11 @@ def _read_mixture(folder: Path) -> tuple[dict[str, Any], _SavedMixture]:
         problem = f"{path}: not the manifest of a token cache ({describe_error(error)})"
         raise DataError(problem, hint=PREPARE_AGAIN) from error
     if (version := manifest.get("format")) != MIXTURE_FORMAT:
-        problem = f"{path}: format {shorten(repr(version), 40)}; this version of t5tune reads format {MIXTURE_FORMAT}"
+        problem = f"{path}: format {shorten_file_value(version)}; this version of t5tune reads format {MIXTURE_FORMAT}"
         raise DataError(problem, hint=PREPARE_AGAIN)
     try:
-        # as JSON: in strict mode pydantic doesn't build a dataclass from a dict; it has no lone surrogates, which names
-        # of data files may have
+        # as JSON, because in strict mode pydantic builds no dataclass from a dict; JSON has no lone surrogates, but
+        # names of data files may have them
         checked = json.dumps(manifest, ensure_ascii=False).encode(errors="replace")
         saved: _SavedMixture = TypeAdapter(_SavedMixture).validate_json(checked, strict=True)
         check_names_differ([dataset.name for dataset in saved.datasets])
@@ -85,30 +71,19 @@ def _read_mixture(folder: Path) -> tuple[dict[str, Any], _SavedMixture]:
         if saved.mixing.kind != "weights" and set(weights) != {1.0}:
             raise ValueError(f"weight: has no effect with mixing {saved.mixing.kind}; set mixing.kind to weights")
     except ValidationError as error:
-        detail = error.errors()[0]
-        found = "" if detail["type"] == "missing" else f"{shorten_file_value(detail['input'])}: "
-        problem = f"{path}: {format_place(detail['loc'])}: {found}{describe_value_error(detail)}"
-        raise DataError(problem, hint=CORRECT_IT) from None
+        raise DataError(describe_manifest_error(path, error), hint=CORRECT_IT) from None
     except ValueError as error:
         raise DataError(f"{path}: datasets: {error}", hint=CORRECT_IT) from None
     return manifest, saved
 
 
 def list_caches(folder: Path) -> dict[str, Path]:
-    """List the token caches in a folder that prepare wrote, by the names of the datasets.
-
-    Raises:
-        DataError: mixture.json is broken, or of another format version.
-    """
+    """List the token caches in a folder that prepare wrote, by the names of the datasets."""
     return {each.name: folder / each.cache for each in _read_mixture(folder)[1].datasets}
 
 
 def find_caches(folder: Path) -> list[Path]:
-    """Find the token caches in a folder that prepare wrote, or the one that the folder is.
-
-    Raises:
-        DataError: mixture.json is broken, or of another format version.
-    """
+    """Find the token caches in a folder that prepare wrote; the folder may also be a single cache."""
     return list(list_caches(folder).values()) if is_prepared(folder) else [folder]
 
 
@@ -118,24 +93,10 @@ def find_tokenizer_folder(source: Path) -> Path:
     return cache / "tokenizer" if is_cache(cache) else cache
 
 
-def _open_mixture(folder: Path) -> Examples:
-    """Open the caches that mixture.json lists, and verify their files.
-
-    Raises:
-        DataError: the file is broken or of another format version, or a cache is missing or has changed.
-    """
-    _, saved = _read_mixture(folder)
-    datasets = [
-        Dataset(each.name, open_cache(folder / each.cache), each.weight, each.num_data) for each in saved.datasets
-    ]
-    check_datasets(datasets, str(folder))
-    return Examples(folder, datasets, saved.mixing).apply_num_data()
-
-
 def check_datasets(datasets: Sequence[Dataset], place: str) -> None:
-    """Check that all caches were made with the same tokenizer, and that all or none have preference pairs.
+    """Check that all caches have the same tokenizer, and that all or no datasets have preference pairs.
 
-    With another tokenizer, the same id means different tokens.
+    With different tokenizers, the same id would mean different tokens.
 
     Args:
         place: where the datasets are listed, for messages.
@@ -146,12 +107,12 @@ def check_datasets(datasets: Sequence[Dataset], place: str) -> None:
     first, *others = (dataset.cache for dataset in datasets)
     for other in others:
         if other.manifest["inputs"]["tokenizer"] != first.manifest["inputs"]["tokenizer"]:
-            problem = f"{place}: {other.folder}: its tokenizer isn't that of {first.folder}"
+            problem = f"{place}: {other.folder} and {first.folder} were prepared with different tokenizers"
             hint = "give the data of both in place of the caches, or prepare both with the same --add-tokens"
             raise DataError(problem, hint=hint)
         if other.has_preferences != first.has_preferences:
-            one, without = (first, other) if first.has_preferences else (other, first)
-            problem = f"{place}: {one.folder} has preference pairs, and {without.folder} has none"
+            pairs, answers = (first, other) if first.has_preferences else (other, first)
+            problem = f"{place}: {pairs.folder} has preference pairs, and {answers.folder} has no preference pairs"
             raise DataError(problem, hint="train on them one after the other: objective sft first, then dpo")
 
 
@@ -159,9 +120,9 @@ def read_examples_manifest(folder: Path) -> dict[str, Any]:
     """Read mixture.json, or the manifest of a single cache.
 
     Raises:
-        DataError: it is broken, or of another format version.
+        DataError: it is broken, or of a different format version.
     """
-    return read_mixture_manifest(folder) if is_prepared(folder) else read_manifest(folder)
+    return _read_mixture(folder)[0] if is_prepared(folder) else read_manifest(folder)
 
 
 def open_examples(folder: Path) -> Examples:
@@ -170,11 +131,16 @@ def open_examples(folder: Path) -> Examples:
     Raises:
         DataError: it is neither, or a file is missing or has changed since prepare wrote it.
     """
-    if is_prepared(folder):
-        return _open_mixture(folder)
-    return Examples(folder, [Dataset(folder.name, open_cache(folder))], Mixing())
+    if not is_prepared(folder):
+        return Examples(folder, [Dataset(folder.name, open_cache(folder))], Mixing())
+    _, saved = _read_mixture(folder)
+    datasets = [
+        Dataset(each.name, open_cache(folder / each.cache), each.weight, each.num_data) for each in saved.datasets
+    ]
+    check_datasets(datasets, str(folder))
+    return Examples(folder, datasets, saved.mixing).limit_training()
 
 
 def has_examples(folder: Path) -> bool:
-    """Return whether a folder looks like what prepare writes, or like one of its caches."""
+    """Return whether a folder looks like the output of prepare, or like one of its caches."""
     return is_cache(folder) or is_prepared(folder)

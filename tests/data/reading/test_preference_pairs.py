@@ -202,7 +202,7 @@ def test_pairs_are_mixed_with_pairs_only(tmp_path: Path) -> None:
     plain = tmp_path / "plain"
     prepare(PrepareSettings(**{**values, "objective": "sft"}, data_path=str(data)).replace(output_dir=plain))
     both = [{"path": str(plain), "name": "a"}, {"path": str(tmp_path / "m" / "b"), "name": "b"}]
-    with pytest.raises(DataError, match="has preference pairs, and .* has none"):
+    with pytest.raises(DataError, match="has preference pairs, and .* has no preference pairs"):
         prepare(PrepareSettings(model_name_or_path="pocket", output_dir=tmp_path / "n", data=both))
 
 
