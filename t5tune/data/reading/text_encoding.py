@@ -63,7 +63,8 @@ ALPHABETS = [
     )
 ]  # fmt: skip
 _NOT_ASCII = re.compile(rb"[\x80-\xff]")
-_CUT_OFF = re.compile(rb"[\xc2-\xf4][\x80-\xbf]{0,2}\Z")  # the beginning of a character at the end
+# a character that is cut off at the end, but not a complete one, which may be all there is beyond ASCII
+_CUT_OFF = re.compile(rb"(?:[\xc2-\xdf]|[\xe0-\xef][\x80-\xbf]?|[\xf0-\xf4][\x80-\xbf]{0,2})\Z")
 _AFTER_RECORD = re.compile(rb"(?<=[\r\n}])")
 _AFTER_LINE = re.compile(rb"(?<=[\r\n])")
 _RECORD_END = re.compile(rb"[\r\n}]")  # of a line, or of an object in an array

@@ -179,6 +179,11 @@ def test_utf_8_that_is_cut_within_a_character_is_utf_8(separator: str, num_bytes
     assert find_encoding(iter([b"a,b\nsch\xc3\xb6n,c\ngro\xc3"]), None, "a") == "utf-8"
 
 
+@pytest.mark.parametrize("last", ["é", "€", "😀", "\ufeff"])
+def test_a_last_character_can_show_that_a_file_is_utf_8(last: str) -> None:
+    assert find_encoding(iter([f"My name is Ren{last}".encode()]), None, "a") == "utf-8"
+
+
 @pytest.mark.parametrize("num_bytes", [0, 1])
 @pytest.mark.parametrize(("texts", "encoding"), [(JAPANESE, "euc_jp"), (JAPANESE, "cp932"), (CHINESE, "gb18030")])
 def test_one_long_line_of_a_multi_byte_encoding_is_recognized(texts: list[str], encoding: str, num_bytes: int) -> None:
