@@ -3,9 +3,9 @@
     tokenizer = AutoTokenizer.from_pretrained("merged")
     tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], add_generation_prompt=True)
 
-The text is that of the source in training, between the model's special tokens. So its ids are those of training, for a
-conversation within the length limit in which no message spells out a special token. With tokenizers that aren't
-SentencePiece's, no earlier answer may follow a space or a newline of the template with which it could share a token.
+The text is the source of training, between the model's special tokens. So its ids are the training ids, if the
+conversation fits the length limit and no message spells out a special token. With tokenizers of a kind other than
+SentencePiece, no earlier answer may follow a space or a newline of the template with which it could share a token.
 """
 
 import re
@@ -65,7 +65,6 @@ def build_chat_template(template: Template, tokenizer: Tokenizer, source_prefix:
     """Build the Jinja source of a chat template.
 
     Args:
-        tokenizer: where a space is part of the next word's token, the space after the source belongs to the target.
         source_prefix: text added before each human message that doesn't begin with it already, as `chat` does.
     """
     values: dict[str, Any] = {f"{speaker}_roles": roles for speaker, roles in ROLES.items()}
@@ -81,6 +80,7 @@ def build_chat_template(template: Template, tokenizer: Tokenizer, source_prefix:
         "turn_separator": template.turn_separator,
         "assistant_prefix": template.assistant_prefix,
         "source_prefix": source_prefix,
+        # where a space is part of the next word's token, the space after the source belongs to the target
         "ends_in_space": (template.assistant_prefix or values["after_human"]).endswith(list_joined_spaces(tokenizer)),
     }
     special = tokenizer.special_ids
@@ -92,7 +92,6 @@ def build_chat_template(template: Template, tokenizer: Tokenizer, source_prefix:
 
 
 def _spell_out(tokenizer: Tokenizer, ids: tuple[int, ...]) -> str:
-    """Return a Jinja expression for special tokens."""
     if ids == (tokenizer.eos_token_id,):
         return "eos_token"
     return repr("".join(tokenizer.backend.id_to_token(index) for index in ids))

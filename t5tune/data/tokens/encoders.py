@@ -3,8 +3,8 @@
     encoder = make_encoder(tokenizer)
     encoder.encode([Beginning("Two red"), " hats"])  # the ids of "Two red hats", in two arrays
 
-Text from the data never becomes a special token such as `</s>`. Those that a conversation template spells out are found
-with `encoder.markers.split`.
+Text from the data never becomes a special token such as `</s>`. `encoder.markers.split` finds the special tokens that a
+conversation template spells out.
 """
 
 import functools
@@ -54,10 +54,8 @@ class Markers:
     """Finds the special tokens that a conversation template spells out, as the tokenizer does in any text."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        ids = dict(
-            zip(tokenizer.special_tokens, tokenizer.convert_tokens_to_ids([*tokenizer.special_tokens]), strict=True)
-        )
-        self._ids = {token: index for token, index in ids.items() if index >= 0}
+        ids = zip(tokenizer.special_tokens, tokenizer.convert_tokens_to_ids([*tokenizer.special_tokens]), strict=True)
+        self._ids = {token: index for token, index in ids if index >= 0}
         added = {} if tokenizer.backend is None else tokenizer.backend.get_added_tokens_decoder()
         flags = {token.content: token for token in added.values()}
         patterns = []
@@ -80,7 +78,6 @@ class Markers:
 
 
 def make_encoder(tokenizer: Tokenizer) -> "Encoder":
-    """Make the encoder that suits a tokenizer."""
     if tokenizer.backend is None:
         return ByteEncoder(tokenizer)
     is_by_words = _is_split_at_spaces(tokenizer) and not _has_context_tokens(tokenizer)
@@ -92,14 +89,14 @@ class ByteEncoder:
 
     joined_spaces: tuple[str, ...] = ()
 
-    def adds_token(self, text: str) -> bool:
-        """Whether the space at the beginning of a text is a token that the text without it doesn't have."""
-        return False
-
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.special_ids = tokenizer.special_ids
         self.markers = Markers(tokenizer)
         self.dtype = choose_ids_dtype(len(tokenizer))
+
+    def adds_token(self, text: str) -> bool:
+        """Whether the space at the beginning of a text is an additional token."""
+        return False
 
     def encode(self, texts: list[Text]) -> list[Ids]:
         """Return the ids of each text, without special tokens."""
@@ -107,7 +104,7 @@ class ByteEncoder:
 
 
 class WholeTextEncoder:
-    """Encodes each text with a call of the tokenizer, for tokenizers of which no more is known."""
+    """Encodes each text with a call of the tokenizer, for tokenizers that may not encode words separately."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.special_ids = tokenizer.special_ids
@@ -121,24 +118,19 @@ class WholeTextEncoder:
         """Return the ids of each text, without special tokens."""
         plans = [_split(text, self._tokenizers.split_special_tokens) for text in texts]
         ids = self._tokenizers.encode({part for plan in plans for part in plan})
-        return [np.frombuffer(b"".join([ids[part] for part in plan]), self._tokenizers.dtype) for plan in plans]
+        return [np.frombuffer(b"".join([ids[part] for part in plan]), self.dtype) for plan in plans]
 
 
-class WordEncoder:
+class WordEncoder(WholeTextEncoder):
     """Encodes texts for T5's tokenizers, which split a text at spaces and at added tokens and encode each word alone.
 
     The ids of words are cached, and only new words go to the tokenizer. Text with characters that could join across a
-    space (combining marks, joiners, …) goes there whole. The ids are therefore the tokenizer's own, which
+    space (combining marks, joiners, …) goes there whole. So the ids are the tokenizer's, which
     tests/data/tokens/test_tokenizer.py and tests/commands/test_prepare.py check with unusual Unicode text.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self.special_ids = tokenizer.special_ids
-        self.markers = Markers(tokenizer)
-        self.joined_spaces = list_joined_spaces(tokenizer)
-        self.adds_token = _make_space_check(tokenizer, self.encode)
-        self._tokenizers = _TokenizerPair(tokenizer)
-        self.dtype = self._tokenizers.dtype
+        super().__init__(tokenizer)
         self._known: dict[Text, bytes] = {}  # only of type str, because Python finds those faster
         self._drops_spaces = not is_prepend_scheme_first(tokenizer)
         added = _list_added_tokens(tokenizer)
@@ -170,7 +162,7 @@ class WordEncoder:
         return max(end - start for start, end in pairwise(chain([0], self._find_cuts(text), [len(text)])))
 
     def _cut(self, text: str) -> list[str]:
-        """Cut a text into parts of about PART_LENGTH characters whose ids, concatenated, are those of the text."""
+        """Cut a text into parts of about PART_LENGTH characters, whose concatenated ids are the ids of the text."""
         parts: list[str] = []
         for whole in self._tokenizers.split_special_tokens(text):
             bounds = [0]
@@ -196,7 +188,7 @@ class WordEncoder:
             if len(known) < MAX_CACHED_WORDS:
                 words = (f for f in fresh if isinstance(f, str) and len(f) <= MAX_CACHED_WORD_LENGTH)
                 known.update((word, fresh[word]) for word in words)
-        return [np.frombuffer(b"".join(parts), self._tokenizers.dtype) for parts in found]  # type: ignore[arg-type]
+        return [np.frombuffer(b"".join(parts), self.dtype) for parts in found]  # type: ignore[arg-type]
 
     def _split_into_fragments(self, text: Text) -> list[Text]:
         """Split a text into fragments that can be encoded separately: ` two`, ` hats`, an added token, …"""
@@ -224,11 +216,11 @@ class WordEncoder:
         return words if words[0] else words[1:]
 
 
-Encoder = ByteEncoder | WholeTextEncoder | WordEncoder
+Encoder = ByteEncoder | WholeTextEncoder
 
 
 class _TokenizerPair:
-    """The tokenizer, for texts that begin a sequence and for those that continue one."""
+    """The tokenizer, for texts that begin a sequence and for texts that continue one."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.dtype = choose_ids_dtype(len(tokenizer))
@@ -257,7 +249,7 @@ class _TokenizerPair:
 
 
 def _copy_backend(backend: Any) -> Any:
-    """Copy a tokenizer for encoding: the copy takes special tokens for text, and shares the model, the largest part."""
+    """Copy a tokenizer for encoding: the copy treats special tokens as text, and shares the model, the largest part."""
     copy = Backend(backend.model)
     copy.normalizer, copy.pre_tokenizer = backend.normalizer, backend.pre_tokenizer
     added = backend.get_added_tokens_decoder()
@@ -277,7 +269,7 @@ def _get_text(text: Text) -> str:
 
 
 def _split(text: Text, split: Callable[[str], list[Any]]) -> list[Text]:
-    """Split a text with a function; the first part begins a sequence if the text does."""
+    # the first part begins a sequence if the text does
     if isinstance(text, str):
         return split(text)
     parts = split(text.text)
@@ -285,13 +277,11 @@ def _split(text: Text, split: Callable[[str], list[Any]]) -> list[Text]:
 
 
 def _is_separate(normalize: Callable[[str], str], character: str) -> bool:
-    """Return whether normalization leaves a character unchanged and separate from a space next to it."""
     texts = (f"a {character}", f"{character} a")
     return unicodedata.category(character) in _SEPARATE_CATEGORIES and all(normalize(text) == text for text in texts)
 
 
 def _is_split_at_spaces(tokenizer: Tokenizer) -> bool:
-    """Return whether the tokenizer encodes each word separately, as T5's tokenizers do."""
     parts = read_pre_tokenizer_config(tokenizer)
     kinds = [part.get("type") for part in parts.get("pretokenizers", [parts])]
     splits_at_metaspace = kinds == ["Metaspace"] and is_prepend_scheme_first(tokenizer)
@@ -300,27 +290,22 @@ def _is_split_at_spaces(tokenizer: Tokenizer) -> bool:
 
 
 def _has_context_tokens(tokenizer: Tokenizer) -> bool:
-    """Whether there are added tokens that aren't found by their text alone: in the normalized text, or as whole words.
-
-    `tokenizer.add_tokens(["{"])` of transformers makes such tokens.
-    """
+    # not found by their text alone, but in the normalized text or as whole words, as add_tokens(["{"]) makes them
     added = tokenizer.backend.get_added_tokens_decoder().values()
     return any((token.normalized or token.single_word) and not token.special for token in added)
 
 
 def _list_added_tokens(tokenizer: Tokenizer) -> list[str]:
-    """Return the added tokens at which text is split, longest first, which is the order of the tokenizer."""
+    # longest first, as the tokenizer matches them
     added = tokenizer.backend.get_added_tokens_decoder().values()
     return sorted((token.content for token in added if not token.special), key=len, reverse=True)
 
 
 def _make_space_check(tokenizer: Tokenizer, encode: Callable[[list[Text]], list[Ids]]) -> Callable[[str], bool]:
-    """Make the function `adds_token` of an encoder: it asks the tokenizer, except about plain characters.
-
-    A second space is one of the text, which keeps it.
-    """
+    """Make the function `adds_token` of an encoder: it asks the tokenizer, except about plain characters."""
     if not (is_prepend_scheme_first(tokenizer) and " " in list_joined_spaces(tokenizer)):
         return lambda text: False
+    # a second space is one of the text, which keeps it
     plain = re.compile(f" (?: |(?!{_match_any(_list_added_tokens(tokenizer))})[{_PLAIN_CHARACTERS}])")
 
     @functools.lru_cache(4096)
@@ -336,7 +321,6 @@ def _match_any(tokens: list[str]) -> str:
 
 
 def _compile_special_pattern(tokenizer: Tokenizer) -> re.Pattern[str]:
-    """Compile a pattern for special tokens that a text spells out; the tokenizer would encode them as their ids."""
     patterns = list(map(re.escape, sorted(tokenizer.special_tokens, key=len, reverse=True)))
     if tokenizer.backend.token_to_id("<0x00>") is not None:
         patterns.append("<0x[0-9A-F]{2}>")  # byte-fallback tokens, which SentencePiece never matches in a text

@@ -2,8 +2,8 @@
 
 Each piece is encoded once. The special tokens that its template spells out are found first, and become their ids.
 Pieces meet at whitespace or at an added token, where the tokenizer splits words anyway, so their concatenated ids are
-those of the whole text (tests/commands/test_prepare.py checks this). The one exception is an indentation token, a
-newline with spaces, of which each of two pieces has a part.
+the ids of the whole text (tests/commands/test_prepare.py checks this). The one exception is an indentation token, a
+newline with spaces that belong to two pieces.
 """
 
 from bisect import bisect_left
@@ -27,12 +27,11 @@ class Span(NamedTuple):
     """The positions of one example in the ids of its conversation, in tokens. Ends are exclusive.
 
     The source is ids[:system_end] + ids[source_start:source_end], the target is ids[target_start:target_end]. A space
-    between both that is a token by itself belongs to neither.
-    The special tokens around a source aren't among these, nor is the EOS token that is appended to the target if
-    `target_is_whole`. The untruncated target ends at answer_end.
+    token between them belongs to neither. The special tokens around a source aren't included, and neither is the EOS
+    token that follows the target if `target_is_whole`. The untruncated target ends at answer_end.
 
-    The target of a preference pair is the chosen answer. Its rejected one is ids[rejected_start:rejected_end]; without
-    one, rejected_start is 0.
+    The target of a preference pair is the chosen answer. The rejected answer is ids[rejected_start:rejected_end];
+    rejected_start 0: no rejected answer.
     """
 
     turn: int
@@ -51,12 +50,12 @@ class Span(NamedTuple):
 
     @property
     def has_whole_targets(self) -> bool:
-        """Whether the target, or both of a preference pair, weren't truncated."""
+        """Whether no target was truncated."""
         return self.target_is_whole and self.rejected_is_whole
 
     @property
     def shortest_target(self) -> int:
-        """Tokens of the target, or of the shorter one of a preference pair, without the EOS token."""
+        """Tokens of the target without the EOS token; for a preference pair, of the shorter answer."""
         target, rejected = self.target_end - self.target_start, self.rejected_end - self.rejected_start
         return min(target, rejected) if self.rejected_start else target
 
@@ -71,14 +70,14 @@ class EncodedConversation:
 
 @dataclass(frozen=True)
 class Example:
-    """Source and target ids as the model reads them, special tokens included; int64 of lengths S and T."""
+    """Source and target ids for the model, special tokens included; int64 of lengths S and T."""
 
     source_S: npt.NDArray[np.int64]
     target_T: npt.NDArray[np.int64]
 
     @property
     def targets(self) -> tuple[npt.NDArray[np.int64], ...]:
-        """The target; of a preference pair the chosen and the rejected one."""
+        """The target; the chosen and the rejected one of a preference pair."""
         return (self.target_T,)
 
     @property
@@ -89,10 +88,10 @@ class Example:
 
 @dataclass(frozen=True)
 class PreferencePair(Example):
-    """A source with the ids of the answer that is preferred, target_T, and of the one that isn't; int64 of length R.
+    """A source with the ids of the preferred answer, target_T, and of the rejected one; int64 of length R.
 
     Args:
-        reference: their log-probabilities under the reference model, if that is known.
+        reference: the answers' log-probabilities under the reference model; None: not computed.
     """
 
     rejected_R: npt.NDArray[np.int64]
@@ -104,7 +103,7 @@ class PreferencePair(Example):
 
 
 def extract_example(ids: Any, span: Span, special: SpecialIds) -> Example:
-    """Cut one example out of the ids of its conversation, which are a list or an array."""
+    """Cut an example out of the ids of its conversation, a list or an array."""
     source = [special.source_start, ids[: span.system_end], ids[span.source_start : span.source_end]]
     source_S = _join([*source, special.source_end])
 
@@ -128,7 +127,7 @@ def _join(parts: list[Any]) -> npt.NDArray[np.int64]:
 
 
 def find_long_word(conversation: Conversation, encoder: Encoder) -> Rejection | None:
-    """Return the rejection of a conversation that would take the tokenizer too much memory; None if it is fine."""
+    """Return the rejection of a conversation that would take the tokenizer too much memory; None: it is fine."""
     for text in conversation.texts:
         if isinstance(encoder, WordEncoder) and len(text) > MAX_WORD_LENGTH:
             length = encoder.measure_longest_word(text)
@@ -149,13 +148,12 @@ def encode_batch(conversations: list[list[Piece]], encoder: Encoder, max_length:
 
 
 def join_answers(chosen: EncodedConversation, rejected: EncodedConversation) -> EncodedConversation:
-    """Append the rejected answer to the ids of a preference pair's conversation, which has its source once.
+    """Append the rejected answer to the ids of a preference pair's conversation.
+
+    The result has no span if both answers, as far as they weren't truncated, have the same ids.
 
     Args:
         rejected: the same conversation with the rejected answer.
-
-    Returns:
-        Without a span if both answers have the same ids, as far as they weren't truncated.
     """
     (span,), (other,) = chosen.spans, rejected.spans
     if np.array_equal(_cut_target(chosen), _cut_target(rejected)):
@@ -202,7 +200,6 @@ def encode_pieces(conversations: list[list[Piece]], encoder: Encoder, begins: bo
 
 
 def _split_at_markers(piece: Piece, encoder: Encoder) -> list[str | int]:
-    """Split a piece into plain texts and the ids of its template's special tokens."""
     start, end = piece.message
     before, after = encoder.markers.split(piece.text[:start]), encoder.markers.split(piece.text[end:])
     if all(isinstance(part, str) for part in (*before, *after)):
@@ -221,8 +218,8 @@ class EncodedPrompt(NamedTuple):
 
     Args:
         ids: without special tokens.
-        dropped_turns: how many of the oldest turns were left out.
-        cut_tokens: how many tokens of the system line and of the first turn that is left were cut off.
+        dropped_turns: number of oldest turns that were left out.
+        cut_tokens: tokens that were cut off from the system line and from the first remaining turn.
     """
 
     ids: list[int]
@@ -232,8 +229,8 @@ class EncodedPrompt(NamedTuple):
 
 def encode_prompt(pieces: list[Piece], encoder: Encoder, max_length: int) -> EncodedPrompt:
     """Encode a conversation up to the assistant's prefix as a source, as in training."""
-    # a dummy answer, so that a span (and its truncated source) is computed; its template may have no assistant prefix,
-    # and then the last piece belongs to the human turn
+    # A dummy answer, so that a span and its truncated source are computed. Its template may have no assistant prefix;
+    # then the last piece belongs to the human turn.
     answer_turn = 1 + max(piece.turn for piece in pieces if piece.kind == "human")
     whole = _shift_spaces([*pieces, Piece(" x", "answer", answer_turn, (1, 2))], encoder)
     (ids_by_piece,) = encode_pieces([whole], encoder)
@@ -307,9 +304,6 @@ def _truncate(span: Span, turn_starts: list[int], source_room: int, target_room:
     """Truncate an example: drop the oldest turns first, then tokens from the start of the last turn.
 
     The system line stays; it is cut only if it would fill more than half of a source that is too long.
-
-    Args:
-        source_room, target_room: the maximum number of tokens, without special ones.
     """
     turn, system_end, source_start, source_end, target_start, target_end, *_ = span
     kept_system = system_end if source_end <= source_room else min(system_end, source_room // 2)

@@ -1,14 +1,14 @@
-"""Span corruption, the objective that T5 was pretrained with: spans of a text are masked, and the target has them.
+"""Span corruption, T5's pretraining objective: spans of a text are masked, and the target contains them.
 
     The sun is a <X> in the middle of the <Y>      the source: each masked span is replaced with a sentinel
     <X> star <Y> solar system                      the target: each sentinel, and the span in its place
 
-This is `random_spans_noise_mask` of the released T5 code (Raffel et al. 2020, sections 3.1.4 and 3.3.4), which begins
-with a span that isn't masked and ends with a masked one. So no sentinel follows the last span, as it does in the
-paper's figure. UL2's denoisers mask other shares of the text, in longer spans, or its end (Tay et al. 2022, table 1).
+This is `random_spans_noise_mask` of the released T5 code (Raffel et al. 2020, sections 3.1.4 and 3.3.4): a text begins
+with an unmasked span and ends with a masked one, so no sentinel follows the last span as in the paper's figure. UL2's
+denoisers mask larger shares of the text, longer spans, or its end (Tay et al. 2022, table 1).
 
-Which denoiser an example gets and how many tokens are masked follows from the seed and the example's index, so that
-its lengths are the same in every epoch. Only where they are masked differs from one repetition to the next.
+The seed and the example's index determine its denoiser and the number of masked tokens, so its lengths are the same in
+every epoch. Only the positions of the masked spans differ.
 """
 
 from bisect import bisect_left
@@ -25,10 +25,10 @@ from t5tune.settings.denoisers import Denoiser, find_denoisers
 
 Integers = npt.NDArray[np.int64]
 ROUNDING = 8  # tokens
-MIN_WINDOW = 2  # tokens: one that is masked and one that isn't
+MIN_WINDOW = 2  # tokens: a masked and an unmasked one
 MAX_SENTINELS = 100  # of bytes: ByT5 was pretrained with the last 100 byte ids as sentinels (Xue et al. 2022)
 _GOLDEN, _MIX_1, _MIX_2 = (np.uint64(value) for value in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
-_DENOISER, _SUFFIX = 1, 2  # what a random number is for
+_DENOISER, _SUFFIX = 1, 2  # purposes of random numbers
 
 
 @dataclass(frozen=True)
@@ -45,19 +45,20 @@ class SpanCorruption:
     seed: int = 0
 
     def count_masked(self, indices: Integers, lengths: Integers) -> tuple[Integers, Integers]:
-        """Count the tokens that are masked in windows, and the spans that they form.
+        """Count the masked tokens and the masked spans of windows.
 
         Args:
             indices: of the examples.
-            lengths: of their windows, in tokens.
+            lengths: tokens of their windows.
         """
-        density, mean_length, is_suffix = (column[self._choose(indices)] for column in self._columns)
+        chosen = (self._draw(indices, _DENOISER) * len(self.denoisers)).astype(np.int64)
+        density, mean_length, is_suffix = (column[chosen] for column in self._columns)
         longest_suffix = np.maximum(np.rint(2 * density * lengths), 1)
         suffix = 1 + np.floor(self._draw(indices, _SUFFIX) * longest_suffix)
         wanted = np.where(is_suffix, suffix, np.rint(density * lengths))
         masked = np.clip(wanted.astype(np.int64), 1, lengths - 1)
         spans = np.maximum(np.rint(masked / mean_length).astype(np.int64), 1)
-        # each masked span follows one that isn't masked, and both have at least one token
+        # each masked span follows an unmasked one, and both have at least one token
         spans = np.where(is_suffix, 1, np.minimum.reduce([spans, masked, lengths - masked]))
         return masked, np.minimum(spans, len(self.sentinels))
 
@@ -65,9 +66,9 @@ class SpanCorruption:
         """Return the source and the target of a window, without the special tokens around them.
 
         Args:
-            masked, spans: what `count_masked` gives for it.
+            masked, spans: the result of `count_masked`.
             index: of the example.
-            repeat: how often it was drawn before.
+            repeat: how often it was sampled before.
         """
         ids = np.asarray(ids, np.int64)
         rng = np.random.default_rng([self.seed, index, repeat])
@@ -86,11 +87,7 @@ class SpanCorruption:
         return marked[is_in_source], np.insert(ids[is_hidden], np.cumsum(hidden) - hidden, sentinels)
 
     def find_largest_window(self, source_room: int, target_room: int) -> int:
-        """Find the longest window whose source and target fit with any denoiser.
-
-        Args:
-            source_room, target_room: maximum number of tokens, without the special tokens around them.
-        """
+        """Find the longest window whose source and target fit with any denoiser; limits without special tokens."""
 
         def fits(length: int) -> bool:
             return all(self._fits(denoiser, length, source_room, target_room) for denoiser in self.denoisers)
@@ -114,9 +111,6 @@ class SpanCorruption:
         mean_length = np.array([denoiser.mean_length or 1.0 for denoiser in self.denoisers])
         return density, mean_length, np.array([denoiser.mean_length is None for denoiser in self.denoisers])
 
-    def _choose(self, indices: Integers) -> Integers:
-        return (self._draw(indices, _DENOISER) * len(self.denoisers)).astype(np.int64)
-
     def _draw(self, indices: Integers, purpose: int) -> npt.NDArray[np.float64]:
         """Draw a number from 0 to 1 for each index; SplitMix64 (Steele et al. 2014) of seed, purpose and index."""
         with np.errstate(over="ignore"):
@@ -126,7 +120,7 @@ class SpanCorruption:
 
 
 def mix_bits(state: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """Map each number to a random-looking one, no two to the same: the output function of SplitMix64."""
+    """Map each number to a different, random-looking number: the output function of SplitMix64."""
     with np.errstate(over="ignore"):
         state = (state ^ (state >> np.uint64(30))) * _MIX_1
         state = (state ^ (state >> np.uint64(27))) * _MIX_2
@@ -134,7 +128,7 @@ def mix_bits(state: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 
 
 def _divide(count: int, parts: int, rng: np.random.Generator) -> Integers:
-    """Divide `count` items into so many parts of at least one, all divisions being equally likely."""
+    """Divide `count` items into `parts` parts of at least one item; all divisions are equally likely."""
     cuts = np.sort(rng.choice(count - 1, parts - 1, replace=False)) + 1
     return np.diff(np.concatenate([[0], cuts, [count]]))
 
@@ -142,7 +136,7 @@ def _divide(count: int, parts: int, rng: np.random.Generator) -> Integers:
 def cut_windows(length: int, largest: int) -> list[tuple[int, int]]:
     """Cut a text into as few windows as possible, of about the same length: (start, end) of each.
 
-    A text that is too short to be masked has none.
+    A text that is too short to be masked has no window.
     """
     if length < MIN_WINDOW:
         return []
@@ -152,7 +146,7 @@ def cut_windows(length: int, largest: int) -> list[tuple[int, int]]:
 
 
 def find_sentinels(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Find the ids of a tokenizer's sentinels, in the order in which T5 uses them; empty if it has none."""
+    """Find the ids of a tokenizer's sentinels, in the order in which T5 uses them; empty: no sentinels."""
     if tokenizer.backend is None:
         return tuple(BYTES_OFFSET + 255 - number for number in range(MAX_SENTINELS))
     found: list[int] = []

@@ -1,4 +1,4 @@
-r"""Conversation templates: render a conversation as the pieces of text that the model reads and writes.
+r"""Conversation templates: render a conversation as pieces of text for the model to read and write.
 
 With fastchat-t5, the human turn "Hi" and the assistant turn "Hello." become
 
@@ -7,7 +7,7 @@ With fastchat-t5, the human turn "Hi" and the assistant turn "Hello." become
 where | separates the source from the target. The source of a later target contains all of this text.
 
 A special token that a template spells out, such as `<end_of_turn>`, becomes that token. In the text of a record it
-stays text, so each piece knows which of its characters come from the record.
+stays text, so each piece knows which of its characters are from the record.
 """
 
 from dataclasses import MISSING, asdict, dataclass, fields, replace
@@ -29,11 +29,11 @@ class Template:
     """A conversation template. `{text}` in a pattern is replaced with the text of the turn.
 
     Args:
-        system_message: used if a record has no system message; if empty, there is no system line then.
+        system_message: used if a record has no system message; empty: no system line in that case.
         system, human, assistant: patterns of the system line and of the turns. A leading space in `assistant` separates
             source and target and belongs to neither.
         assistant_prefix: the end of the source; if it ends with a space, the target begins after that space.
-        turn_separator: text before each human turn except the first.
+        turn_separator: text before each human turn but the first.
     """
 
     system_message: str
@@ -60,10 +60,9 @@ class Piece:
 
     Args:
         kind: system, human, prefix (the end of a source), gap (a space between source and target that belongs to
-            neither), answer (a target), context (an assistant turn that is only part of later sources), or text (raw
-            text, of which a part will be masked).
+            neither), answer (a target), context (an assistant turn that isn't learned), or text (raw text).
         turn: index of the turn; -1 for the system line.
-        message: the bounds of the record's text within `text`; the rest is the template's.
+        message: the bounds of the record's text within `text`.
     """
 
     text: str
@@ -72,13 +71,13 @@ class Piece:
     message: tuple[int, int] = (0, 0)
 
     def prepend(self, text: str) -> "Piece":
-        """Return the piece with text of the template before it."""
+        """Return the piece with the template's text before it."""
         start, end = self.message
         return replace(self, text=text + self.text, message=(start + len(text), end + len(text)))
 
 
 def find_template(name_or_path: str | None, saved: list[Path]) -> Template | None:
-    """Find the conversation template: the given one, or the first of the `saved` files that exists; None: neither."""
+    """Load the given conversation template, otherwise the first of the `saved` files that exists; None: none exists."""
     if name_or_path is not None:
         return load_template(name_or_path)
     return next((parse_template(read_yaml(file), file) for file in saved if file.is_file()), None)
@@ -88,7 +87,7 @@ def load_template(name_or_path: str) -> Template:
     """Load a conversation template by name or from a YAML file.
 
     Raises:
-        SettingsError: there is no such template, a field is missing or unknown, or a pattern has no {text}.
+        SettingsError: it doesn't exist or isn't valid.
     """
     path = find_template_file("conversation_template", name_or_path)
     return parse_template(read_yaml(path), path)
@@ -110,10 +109,7 @@ def parse_template(values: dict[str, Any], path: Path) -> Template:
 
 
 def _find_pattern_problems(template: Template) -> list[str]:
-    """Require one {text} in each pattern, and whitespace at each boundary of two pieces.
-
-    Without that whitespace, the tokenizer could make one token across the boundary.
-    """
+    """Require one {text} in each pattern, and whitespace between two pieces: a token must not span both."""
     patterns = {"system": template.system, "human": template.human, "assistant": template.assistant}
     problems = [
         f"{name}: expected exactly one {{text}}, found {pattern!r}"
@@ -135,10 +131,7 @@ def _find_pattern_problems(template: Template) -> list[str]:
 
 
 def render_conversation(conversation: Conversation, template: Template) -> list[Piece]:
-    """Render a conversation as pieces; their concatenated texts are the whole rendered conversation.
-
-    Raw text has no template.
-    """
+    """Render a conversation as pieces, whose concatenated texts are the whole text. Raw text has no template."""
     if conversation.is_raw_text:
         (turn,) = conversation.turns
         return [Piece(turn.text, "text", 0, (0, len(turn.text)))]
@@ -164,7 +157,7 @@ def _fill_in(pattern: str, text: str, kind: str, turn: int) -> Piece:
 
 
 def render_answer_prefix(template: Template, turn: int) -> list[Piece]:
-    """Render what is between a human turn and the assistant's text."""
+    """Render the text between a human turn and the assistant's text."""
     prefix = [Piece(template.assistant_prefix, "prefix", turn)] if template.assistant_prefix else []
     gap = [Piece(" ", "gap", turn)] if template.assistant.startswith(" ") else []
     return prefix + gap

@@ -3,9 +3,8 @@
     tokenizer = load_tokenizer(folder)
     tokenizer.decode(tokenizer.encode("Hello"))
 
-For T5 tokenizer classes, transformers 5 rebuilds the normalizer and the pre-tokenizer and ignores those in
-tokenizer.json. `save_tokenizer` therefore writes a generic tokenizer class, with which AutoTokenizer uses the file
-unchanged. So AutoTokenizer gives the same ids as training.
+For T5 tokenizer classes, transformers 5 rebuilds the normalizer and the pre-tokenizer, and ignores tokenizer.json. So
+`save_tokenizer` writes a generic tokenizer class: AutoTokenizer then uses the file unchanged, with the ids of training.
 """
 
 import codecs
@@ -48,7 +47,7 @@ class SpecialIds:
     """The special tokens around a model's texts.
 
     Args:
-        source_start, source_end: before and after each source. T5 has only the EOS token, after it.
+        source_start, source_end: before and after each source. T5 has only the EOS token, after the source.
         target_end: the EOS token, after each target.
     """
 
@@ -70,7 +69,7 @@ class SpecialIds:
         return ids[len(self.source_start) : len(ids) - len(self.source_end)]
 
     def strip_if_present(self, ids: list[int]) -> list[int]:
-        """Remove the special tokens from ids that a chat template or another tokenizer may have put around a source."""
+        """Remove the special tokens that a chat template or another tokenizer may have put around a source's ids."""
         if tuple(ids[: len(self.source_start)]) == self.source_start:
             ids = ids[len(self.source_start) :]
         if self.source_end and tuple(ids[-len(self.source_end) :]) == self.source_end:
@@ -85,9 +84,8 @@ class Tokenizer:
     Args:
         backend: a tokenizers.Tokenizer; None for ByT5, whose ids are bytes.
         special_tokens: all special tokens, including eos, pad and unk, and the sentinels.
-        other_names: what tokenizer_config.json calls some of the others: bos_token -> its text.
-        folder: the folder it was loaded from.
-        max_length: model_max_length of its files, in tokens, or None.
+        other_names: names of other special tokens in tokenizer_config.json: bos_token -> its text.
+        max_length: model_max_length in its files, in tokens; None: no limit.
     """
 
     backend: Any
@@ -119,19 +117,16 @@ class Tokenizer:
 
     @property
     def special_ids(self) -> SpecialIds:
-        """The special tokens around sources and targets, as the tokenizer's post-processor adds them.
-
-        Without one, as for bytes, a source ends with the EOS token, as T5's do.
-        """
+        """The special tokens around sources and targets, as the tokenizer's post-processor adds them."""
         eos = self.eos_token_id
-        if self.backend is None or self.backend.post_processor is None:
+        if self.backend is None or self.backend.post_processor is None:  # a source ends with the EOS token, as T5's do
             return SpecialIds((), (eos,), eos)
         plain, whole = (list(self.backend.encode("a", add_special_tokens=added).ids) for added in (False, True))
         start = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
         return SpecialIds(tuple(whole[:start]), tuple(whole[start + len(plain) :]), eos)
 
     def get_vocab(self) -> dict[str, int]:
-        """Return {token: id}; ByT5's bytes are not included."""
+        """Return {token: id} without ByT5's bytes."""
         if self.backend is None:
             return {token: index for token in self.special_tokens if (index := self._find_id(token)) >= 0}
         return dict(self.backend.get_vocab())
@@ -155,7 +150,7 @@ class Tokenizer:
     def count_settled(self, ids: Sequence[int]) -> int:
         """Count the ids before the byte tokens at the end, whose text depends on the next token.
 
-        The tokens of a row of bytes are decoded together, even if there is a token without text among them.
+        The decoder joins the byte tokens of a row, even if it contains a token without text.
         """
         count = len(ids)
         while self.backend is not None and count and self._continues_bytes(int(ids[count - 1])):
@@ -206,33 +201,20 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     length = config.get("model_max_length")
     max_length = length if isinstance(length, int) and length < 1 << 30 else None  # 1e30 means no limit
     if file is None:
-        fixed = (names["pad_token"], names["eos_token"], names["unk_token"])
-        sentinels = tuple(f"<extra_id_{number}>" for number in range(BYT5_EXTRA_IDS))
-        pad, eos, unk = fixed
-        return Tokenizer(None, eos, pad, unk, special_tokens=fixed + sentinels, folder=folder, max_length=max_length)
-    backend = _load_backend(file, config, names)
-    try:
+        backend, known = None, {}
+        sentinels = (f"<extra_id_{number}>" for number in range(BYT5_EXTRA_IDS))
+        special = (names["pad_token"], names["eos_token"], names["unk_token"], *sentinels)  # in the order of their ids
+    else:
+        backend = _load_backend(file, config, names)
         _add_listed_tokens(backend, config, folder)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:  # lists or objects of another form
-        problem = f"{folder / TOKENIZER_CONFIG_FILE}: added_tokens_decoder or additional_special_tokens: "
-        raise ModelError(f"{problem}{describe_error(error)}", hint="compare it with the published one") from error
-    for name, token in names.items():
-        if backend.token_to_id(token) is None:
-            raise ModelError(f"{folder}: {name} {token!r} is not in the vocabulary")
-    added = backend.get_added_tokens_decoder()
-    special = {token.content for token in added.values() if token.special} | set(names.values())
-    others = {name: _get_token_text(config.get(name), "") for name in OTHER_SPECIAL_TOKENS}
-    known = {name: token for name, token in others.items() if backend.token_to_id(token) is not None}
-    return Tokenizer(
-        backend,
-        names["eos_token"],
-        names["pad_token"],
-        names["unk_token"],
-        special_tokens=tuple(sorted(special)),
-        folder=folder,
-        max_length=max_length,
-        other_names=known,
-    )
+        for name, token in names.items():
+            if backend.token_to_id(token) is None:
+                raise ModelError(f"{folder}: {name} {token!r} is not in the vocabulary")
+        added = backend.get_added_tokens_decoder()
+        special = tuple(sorted({token.content for token in added.values() if token.special} | set(names.values())))
+        others = {name: _get_token_text(config.get(name), "") for name in OTHER_SPECIAL_TOKENS}
+        known = {name: token for name, token in others.items() if backend.token_to_id(token) is not None}
+    return Tokenizer(backend, **names, special_tokens=special, folder=folder, max_length=max_length, other_names=known)
 
 
 def _load_backend(file: Path, config: dict[str, Any], names: dict[str, str]) -> Any:
@@ -271,9 +253,9 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def find_other_token(tokenizer: Tokenizer, other: Tokenizer) -> tuple[str, int] | None:
-    """Find a token, and its id, that another tokenizer doesn't have by the same id; None if it has all of them.
+    """Find a token, and its id, that another tokenizer lacks or numbers differently; None: no such token.
 
-    Of several, it is the one with the highest id: tokens are added at the end of a vocabulary.
+    If there are several, return the one with the highest id: added tokens are at the end of a vocabulary.
     """
     vocabulary = other.get_vocab()
     others = ((token, index) for token, index in tokenizer.get_vocab().items() if vocabulary.get(token) != index)
@@ -284,7 +266,7 @@ def decode_prediction(tokenizer: Tokenizer, ids: Iterable[int], answer_suffix: s
     """Decode a model's output, without special tokens and without the template's answer suffix.
 
     Args:
-        is_raw_text: whether spans of raw text were masked; then the sentinels, which say where they were, are kept.
+        is_raw_text: whether spans of raw text were masked; then the sentinels, which name the spans, stay.
     """
     if is_raw_text:
         return decode_with_sentinels(tokenizer, ids).removesuffix(answer_suffix)
@@ -302,7 +284,7 @@ def decode_with_sentinels(tokenizer: Tokenizer, ids: Iterable[int], is_complete:
     kept = [int(index) for index in ids if index not in left_out]
     if tokenizer.backend is not None:
         return tokenizer.decode(kept)
-    # ByT5's sentinels are its last bytes, which are found where they aren't UTF-8
+    # ByT5's sentinels are its last bytes: they are sentinels where they aren't UTF-8
     data = bytes(index - BYTES_OFFSET for index in kept if index < BYTES_OFFSET + 256)
     text = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode(data, final=is_complete)
     text = re.sub("[\udc9c-\udcff]", lambda found: f"<extra_id_{0xDCFF - ord(found[0])}>", text)
@@ -335,7 +317,6 @@ def _read_json_object(path: Path) -> dict[str, Any]:
 
 
 def _get_token_text(token: Any, default: str) -> str:
-    """Return a token's text, which tokenizer_config.json contains as a string or as an object with flags."""
     token = token.get("content") if isinstance(token, dict) else token
     return token if isinstance(token, str) else default
 
@@ -348,7 +329,7 @@ def _load_json(file: Path) -> Any:
     if isinstance(backend.decoder, decoders.Metaspace):
         backend.decoder = build_decoder(backend, backend.decoder)
     if getattr(backend.pre_tokenizer, "prepend_scheme", None) == "always":
-        # newer files omit WhitespaceSplit; then a space at the end of a text becomes a token of its own, which T5's
+        # newer files omit WhitespaceSplit; then a space at the end of a text becomes a separate token, which T5's
         # original tokenizer, SentencePiece, never produces
         backend.pre_tokenizer = _build_word_pre_tokenizer()
     return backend
@@ -362,7 +343,7 @@ def build_decoder(backend: Any, *parts: Any) -> Any:
 
 
 def _build_word_pre_tokenizer() -> Any:
-    """Build T5's pre-tokenizer: it splits at whitespace, whose kind and length are lost."""
+    # it splits at whitespace; the kind and the length of the whitespace are lost
     return pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace("▁", "always", split=True)]
     )
@@ -381,9 +362,7 @@ def _load_sentencepiece(file: Path, config: dict[str, Any], names: dict[str, str
     """Convert a spiece.model as transformers 4 does for T5: the sentinels follow its tokens, highest number first."""
     model = _read_sentencepiece(file)
     if model.trainer_spec.model_type != UNIGRAM:
-        raise ValueError(
-            "it isn't a Unigram model, as T5's are; save the tokenizer as tokenizer.json with AutoTokenizer"
-        )
+        raise ValueError("not a Unigram model, as T5's are; save the tokenizer as tokenizer.json with AutoTokenizer")
     pieces = [(piece.piece, piece.score) for piece in model.pieces]
     sentinels = [f"<extra_id_{number}>" for number in range(int(config.get("extra_ids", 100)))]
     pieces += [(token, 0.0) for token in reversed(sentinels)]
@@ -433,14 +412,17 @@ def _list_more_special_tokens(config: dict[str, Any]) -> list[str]:
 
 def _add_listed_tokens(backend: Any, config: dict[str, Any], folder: Path) -> None:
     """Add tokens that only tokenizer_config.json or added_tokens.json (fastchat-t5) lists, at the ids given there."""
-    listed = {int(index): token for index, token in (config.get("added_tokens_decoder") or {}).items()}
-    special = set(_list_more_special_tokens(config))
-    for content, index in _read_json_object(folder / ADDED_TOKENS_FILE).items():
-        if isinstance(index, int):
-            listed.setdefault(index, {"content": content, "special": content in special})
-    for index, token in sorted(listed.items()):
-        if backend.token_to_id(token["content"]) is None and index == backend.get_vocab_size():
-            flags = {
-                name: bool(token.get(name)) for name in ("lstrip", "rstrip", "single_word", "normalized", "special")
-            }
-            backend.add_tokens([AddedToken(token["content"], **flags)])
+    names = ("lstrip", "rstrip", "single_word", "normalized", "special")
+    try:
+        listed = {int(index): token for index, token in (config.get("added_tokens_decoder") or {}).items()}
+        special = set(_list_more_special_tokens(config))
+        for content, index in _read_json_object(folder / ADDED_TOKENS_FILE).items():
+            if isinstance(index, int):
+                listed.setdefault(index, {"content": content, "special": content in special})
+        for index, token in sorted(listed.items()):
+            if backend.token_to_id(token["content"]) is None and index == backend.get_vocab_size():
+                flags = {name: bool(token.get(name)) for name in names}
+                backend.add_tokens([AddedToken(token["content"], **flags)])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # lists or objects of a different form
+        problem = f"{folder / TOKENIZER_CONFIG_FILE}: added_tokens_decoder or additional_special_tokens: "
+        raise ModelError(f"{problem}{describe_error(error)}", hint="compare it with the published file") from error

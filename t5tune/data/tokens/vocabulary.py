@@ -1,4 +1,4 @@
-r"""Find what a tokenizer can't reproduce, and add tokens for it.
+r"""Find characters that a tokenizer can't reproduce, and add tokens for them.
 
 T5's vocabulary has no newline, tab, `<`, `\`, `^`, backquote, braces or `~`, and its tokenizer reduces runs of spaces
 to one space. T5's embedding has more rows (32,128) than its tokenizer has tokens (32,100), so tokens for these
@@ -7,7 +7,7 @@ characters don't change its shape: they take unused embedding rows, and only tho
 A naive `add_tokens` loses whitespace: an added token is normalized first, which turns newline and tab into a space.
 And T5's own pre-tokenizer drops whitespace and writes a metaspace (`▁`) after each added token, so that "\nx" and
 "\n x" become the same ids. So the tokenizer is rebuilt: added tokens are matched before normalization, each remaining
-space is kept as a metaspace, and otherwise only the first word of a text gets one (prepend_scheme "first").
+space is kept as a metaspace, and otherwise only the first word of a text gets a metaspace (prepend_scheme "first").
 """
 
 import json
@@ -43,8 +43,8 @@ class ExtendedTokenizer(NamedTuple):
     """A tokenizer with added tokens.
 
     Args:
-        added: tokens that the base's tokenizer doesn't have, in the order of their ids.
-        left_out: tokens to add for which no unused embedding row was left.
+        added: tokens that the base's tokenizer lacks, in the order of their ids.
+        left_out: tokens that weren't added, because no unused embedding row was left.
     """
 
     tokenizer: Tokenizer
@@ -62,9 +62,6 @@ def extend_tokenizer(
         num_rows: rows of the base's embedding; every id must be smaller.
         sample: conversations; auto adds characters that the tokenizer can't encode and that at least
             MIN_TARGET_SHARE of their targets contain.
-
-    Raises:
-        ModelError: there are fewer unused embedding rows than requested tokens, or the tokenizer can't take any.
     """
     if not _has_metaspace(tokenizer):
         _check_none_requested(tokenizer, add_tokens)
@@ -86,14 +83,18 @@ def extend_tokenizer(
 
 
 def _add_missing_characters(tokenizer: Tokenizer, num_unused: int, sample: Iterable[Conversation]) -> ExtendedTokenizer:
-    """Add tokens for MISSING_CHARACTERS and the sample's; if rows are short, those of the most targets."""
-    # what it can't write even if it keeps whitespace: with byte fallback, this may be nothing
+    """Add tokens for MISSING_CHARACTERS and the sample's characters; if rows are short, for the most targets."""
+    # characters that it can't write even if it keeps whitespace; with byte fallback, there may be none
     rebuilt = _rebuild_with_tokens(tokenizer, [])
     round_trip = make_round_trip(rebuilt)
     missing = [text for text in MISSING_CHARACTERS if round_trip(text) != text]
-    counts, num_targets = _count_lost_characters(tokenizer, sample)
+    check, lost, num_targets = RoundTripCheck(tokenizer), LostCharacterCounts(), 0
+    for conversation in sample:
+        num_targets += len(conversation.targets)
+        lost.add(check.count_lost(conversation))
+    counts = {text: number for text, _, number in lost.iterate_by_targets()}
     frequent = [text for text, number in counts.items() if number >= MIN_TARGET_SHARE * num_targets]
-    round_trip = make_round_trip(tokenizer)
+    round_trip = check.round_trip
     unwritable = [text for text in frequent if round_trip(text) == REPLACEMENT_CHARACTER]
     wanted = missing + [text for text in unwritable if text not in missing]
     by_targets = sorted(wanted, key=lambda text: -counts.get(text, 0))
@@ -105,16 +106,6 @@ def _add_missing_characters(tokenizer: Tokenizer, num_unused: int, sample: Itera
         loses_whitespace = any(round_trip(text) != text for text in MISSING_CHARACTERS)
         return ExtendedTokenizer(rebuilt if loses_whitespace and not left_out else tokenizer, [], left_out)
     return ExtendedTokenizer(_rebuild_with_tokens(tokenizer, added), added, left_out)
-
-
-def _count_lost_characters(tokenizer: Tokenizer, sample: Iterable[Conversation]) -> tuple[dict[str, int], int]:
-    """Count the targets that contain each lost character, the most frequent first, and the targets of the sample."""
-    check, lost = RoundTripCheck(tokenizer), LostCharacterCounts()
-    num_targets = 0
-    for conversation in sample:
-        num_targets += len(conversation.targets)
-        lost.add(check.count_lost(conversation))
-    return {text: number for text, _, number in lost.iterate_by_targets()}, num_targets
 
 
 class LostCharacterCounts:
@@ -130,7 +121,7 @@ class LostCharacterCounts:
             self._counts[:, _SPACE_RUN_INDEX if len(text) > 1 else ord(text)] += counts
 
     def iterate_by_targets(self) -> Iterator[tuple[str, int, int]]:
-        """Yield (text, occurrences, targets that contain it), ordered by the number of targets, largest first."""
+        """Yield (text, occurrences, targets that contain it), the text in the most targets first."""
         indices = np.flatnonzero(self._counts[1])
         for index in indices[np.argsort(-self._counts[1, indices], kind="stable")]:
             count, num_targets = self._counts[:, index].tolist()
@@ -147,7 +138,7 @@ class RoundTripCheck:
         self._keeps_runs = self.round_trip("  ") == "  "
 
     def count_lost(self, conversation: Conversation) -> dict[str, tuple[int, int]]:
-        """Count the characters of the targets that decoding doesn't give back; two spaces represent any run of spaces.
+        """Count the characters of the targets that decoding changes; two spaces represent any run of spaces.
 
         Returns:
             Character -> (occurrences, targets that contain it).
@@ -171,8 +162,8 @@ class RoundTripCheck:
 def make_round_trip(tokenizer: Tokenizer) -> Callable[[str], str]:
     """Return a function that encodes and decodes a character between two letters; REPLACEMENT_CHARACTER: no token.
 
-    A vocabulary that has letters only as words, such as ProtT5's, can't write two in a row. There, characters other
-    than whitespace are put between spaces.
+    A vocabulary that has letters only as words, such as ProtT5's, can't write two in a row. There, spaces surround any
+    character but whitespace.
     """
 
     def encode(text: str) -> list[int] | None:
@@ -200,15 +191,15 @@ def _iterate_letters(tokenizer: Tokenizer) -> Iterator[str]:
 
 
 def is_prepend_scheme_first(tokenizer: Tokenizer) -> bool:
-    """Return whether, without a space before it, only the first word of a sequence gets a metaspace.
+    """Return whether only the first word of a sequence gets a metaspace if no space is before it.
 
-    If so, a text that continues another must be encoded without a metaspace before its first word.
+    If so, a text that continues a sequence must be encoded without a metaspace before its first word.
     """
     return _has_metaspace(tokenizer) and read_pre_tokenizer_config(tokenizer).get("prepend_scheme") == "first"
 
 
 def list_joined_spaces(tokenizer: Tokenizer) -> tuple[str, ...]:
-    """List the whitespace that becomes part of the next word's token (`▁word`): all of it that has no token."""
+    """List the whitespace that becomes part of the next word's token (`▁word`), because it has no token."""
     if not _has_metaspace(tokenizer):
         return ()
     normalizer = tokenizer.backend.normalizer
@@ -217,7 +208,7 @@ def list_joined_spaces(tokenizer: Tokenizer) -> tuple[str, ...]:
 
 
 def read_pre_tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return the pre-tokenizer's configuration as in tokenizer.json: how a text is split into words."""
+    """Return the pre-tokenizer's configuration in tokenizer.json: how a text is split into words."""
     part = tokenizer.backend.pre_tokenizer
     return dict(json.loads(part.__getstate__())) if part is not None else {}
 
@@ -231,7 +222,7 @@ def _has_metaspace(tokenizer: Tokenizer) -> bool:
 
 
 def _check_none_requested(tokenizer: Tokenizer, add_tokens: list[str]) -> None:
-    """Refuse tokens for a tokenizer that can't be rebuilt with them; it has bytes for what has no token."""
+    """Refuse tokens for a tokenizer that can't be rebuilt with them; it has bytes for everything without a token."""
     if add_tokens in (["none"], ["auto"]):
         return
     wanted = FASTCHAT_TOKENS if add_tokens == ["fastchat"] else add_tokens
@@ -262,7 +253,7 @@ def _add_fastchat_tokens(tokenizer: Tokenizer) -> Tokenizer:
     backend = _copy_without_merging_spaces(tokenizer)
     backend.add_special_tokens([AddedToken(FASTCHAT_PAD, normalized=False, special=True)])
     backend.add_tokens([AddedToken(token, normalized=False) for token in FASTCHAT_CHARACTERS])
-    # each space is a token of its own here, so a metaspace decodes to nothing
+    # each space is a separate token here, so a metaspace decodes to nothing
     backend.decoder = build_decoder(backend, decoders.Replace(METASPACE, ""), decoders.Fuse())
     special = (*tokenizer.special_tokens, FASTCHAT_PAD)
     return replace(tokenizer, backend=backend, pad_token=FASTCHAT_PAD, special_tokens=special)
