@@ -40,8 +40,8 @@ def epoch_order(lengths: Integers, step_size: int, seed: int, epoch: int) -> Int
 def make_count_batches(lengths: Integers, batch_size: int, step_size: int, seed: int, epoch: int) -> list[Integers]:
     """Cut `epoch_order` into an epoch's micro-batches of all ranks, step by step and rank by rank.
 
-    The last step has the remaining examples, divided into as many micro-batches as every other step, so that a step's
-    examples don't depend on how it is divided. If examples run short, its last micro-batches are empty.
+    The last step has the remaining examples, divided into the same number of micro-batches as in every step, so that
+    a step's examples don't depend on the division. If examples run short, its last micro-batches are empty.
 
     Args:
         lengths: tokens of each example; zeros don't group examples by length.

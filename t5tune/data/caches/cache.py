@@ -234,7 +234,7 @@ class Cache(Sequence[Example]):
 
 
 def find_held_out_keys(cache: Cache, held_out: float, split_seed: int) -> npt.NDArray[np.uint64]:
-    """Choose the conversations to hold out: those with the smallest hashes of key and split_seed.
+    """Choose the conversations to hold out: the smallest hashes of key and split_seed win.
 
     So few conversations change sides if data is added. If prepare split the cache, this chooses among all of its
     conversations, as prepare did, so that the held-out ones don't depend on how many examples are trained on.
@@ -301,7 +301,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """Read and check the manifest of a cache.
 
     Raises:
-        DataError: the manifest is missing, broken, or of another format version.
+        DataError: the manifest is missing, broken, or of a different format version.
     """
     if not os.path.isdir(folder):
         what = "a file, not a token cache" if os.path.exists(folder) else "no such folder"
@@ -340,7 +340,7 @@ def open_cache(folder: Path) -> Cache:
     """Verify the hashes of a cache's files and memory-map it.
 
     Raises:
-        DataError: a file is missing or has changed since prepare wrote it; the error names the first one.
+        DataError: a file is missing or has changed since prepare wrote it; the error names the first file.
     """
     manifest = read_manifest(folder)
     for name, expected in manifest["files"].items():

@@ -1,11 +1,11 @@
 """The examples of a token cache: one or more datasets that are trained or evaluated on together.
 
-    mixture.json          what the datasets contain together, their weights, and how they are mixed
+    mixture.json          the datasets' common contents, their weights, and how they are mixed
     template.yaml         the conversation template of the first dataset, for chat and evaluate
     training_data.json    how the examples of all datasets were made
     NAME/                 the cache of a dataset (see cache.py), unless it is elsewhere
 
-All caches have the same tokenizer. The examples are numbered one dataset after the other.
+All caches have the same tokenizer. The examples are numbered through all datasets.
 """
 
 from bisect import bisect_right
@@ -40,7 +40,7 @@ class Dataset:
     """A dataset whose examples are trained or evaluated on.
 
     Args:
-        weight: with mixing by weights, how many of its examples an epoch has, relative to the other datasets.
+        weight: with mixing by weights, how many of its examples an epoch has, relative to the rest.
         num_data: how many examples of its cache are used; None: all.
     """
 
@@ -149,7 +149,7 @@ class Examples(Sequence[Example]):
 
     @property
     def main(self) -> Dataset:
-        """The dataset whose template and prefix are used for chat: the first one that isn't raw text."""
+        """The dataset whose template and prefix are used for chat: the first that isn't raw text."""
         return next((each for each in self.datasets if each.cache.corruption is None), self.datasets[0])
 
     def describe_rates(self) -> list[dict[str, float]]:
@@ -222,7 +222,7 @@ class Examples(Sequence[Example]):
 
     def limit_training(self, count: int | None = None) -> "Examples":
         """Return all held-out examples, and the first `count` of the rest of each dataset; default: its `num_data`."""
-        # a text that one dataset holds out isn't trained on in the other datasets, so it doesn't count there, either
+        # a text that one dataset holds out isn't trained on anywhere, so it doesn't count in any dataset
         keys = self.find_prepared_keys()
         pairs = [(each.cache, each.num_data if count is None else count) for each in self.datasets]
         return self._replace_caches(
@@ -240,7 +240,7 @@ class Examples(Sequence[Example]):
         return self._split([(held_out, split_seed)] * len(self.datasets))
 
     def split_as_prepared(self) -> tuple["Examples", "Examples | None"]:
-        """Return (training, held out) according to prepare's eval_fraction; held out is None if it is 0."""
+        """Return (training, held out) according to prepare's eval_fraction; held out is None for a fraction of 0."""
         wanted = [dataset.cache.prepared_split for dataset in self.datasets]
         return self._split(wanted) if any(fraction for fraction, _ in wanted) else (self, None)
 

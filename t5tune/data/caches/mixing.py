@@ -1,8 +1,9 @@
 """How many examples of each dataset an epoch has, and which ones.
 
 An epoch has as many examples as all datasets together. A dataset's share of them is rarely a whole number: later epochs
-make up for what an epoch rounds off. With weights, a small dataset may be used up before the epoch ends. Then it starts
-over, in a different order. So over several epochs all examples of a dataset are used equally often, give or take one.
+make up for the rounding of earlier ones. With weights, a small dataset may be used up before the epoch ends. Then it
+starts over, in a different order. So over several epochs all examples of a dataset are used equally often, give or take
+one.
 Everything is computed from seed and epoch alone, so that a resumed run continues exactly where it stopped.
 """
 
@@ -112,7 +113,7 @@ class EpochCounts:
 def draw_epoch(
     sizes: Sequence[int], starts: Sequence[int], ends: Sequence[int], seed: int
 ) -> tuple[Integers, Integers]:
-    """Draw an epoch's examples. The examples are numbered one dataset after the other.
+    """Draw an epoch's examples. Examples are numbered through all datasets.
 
     Args:
         starts, ends: how many examples of each dataset were sampled before the epoch, and until its end.

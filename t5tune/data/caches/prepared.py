@@ -43,7 +43,7 @@ class _SavedDataset:
 
 @dataclass(frozen=True)
 class _SavedMixture:
-    """The checked part of mixture.json, which users may edit; its rules are those of the settings in YAML."""
+    """The checked part of mixture.json, which users may edit; it is checked like settings in YAML."""
 
     mixing: Mixing
     datasets: Annotated[list[_SavedDataset], Field(min_length=1)]
@@ -113,7 +113,7 @@ def check_datasets(datasets: Sequence[Dataset], place: str) -> None:
         if other.has_preferences != first.has_preferences:
             pairs, answers = (first, other) if first.has_preferences else (other, first)
             problem = f"{place}: {pairs.folder} has preference pairs, and {answers.folder} has no preference pairs"
-            raise DataError(problem, hint="train on them one after the other: objective sft first, then dpo")
+            raise DataError(problem, hint="train on them in two runs: objective sft first, then dpo")
 
 
 def read_examples_manifest(folder: Path) -> dict[str, Any]:
@@ -126,7 +126,7 @@ def read_examples_manifest(folder: Path) -> dict[str, Any]:
 
 
 def open_examples(folder: Path) -> Examples:
-    """Open the token caches in a folder that prepare wrote, or a single one, and verify their files.
+    """Open the token caches in a folder that prepare wrote, or a single cache, and verify their files.
 
     Raises:
         DataError: it is neither, or a file is missing or has changed since prepare wrote it.

@@ -1,9 +1,9 @@
 r"""Repair common defects of conversation texts, and count the repairs by kind.
 
 `normalize_text` runs on every text: it normalizes line ends and removes zero-width characters. `clean` runs with
---clean: it removes the HTML and the backslashes of old ShareGPT dumps. There, a turn is either HTML from its first tag
-on, or Markdown. In Markdown, only entities (`&lt;`) are decoded and needless backslashes (`\_`) removed, except in code
-and math.
+--clean: it removes the HTML and the backslashes of old ShareGPT dumps. Their turns are either Markdown, or HTML from
+the first tag on. In Markdown, it decodes entities (`&lt;`) and removes needless backslashes (`\_`), except in code and
+math.
 """
 
 import html
@@ -15,7 +15,7 @@ _ZERO_WIDTH = re.compile("[\u200b\u2060\ufeff]")  # joiners stay: emoji and seve
 _HTML_START = re.compile(r"\s*<(?:div|p|pre|ol|ul|table|h[1-6]|blockquote)(?:\s[^<>]*)?>", re.IGNORECASE)
 _ENTITY = re.compile(r"&(?:lt|gt|amp|quot|nbsp|#39|#x27);")
 _ESCAPED_MARKDOWN = re.compile(r"(?<!\\)\\([_*#~`>-])")
-# fenced and inline code, $$…$$, $…$, \[…\] and \(…\); no match contains another opening delimiter of its kind, because
+# fenced and inline code, $$…$$, $…$, \[…\] and \(…\); no match contains a second opening delimiter of its kind, because
 # searching for a missing closing delimiter from each opening one would take quadratic time
 _LITERAL = re.compile(
     r"(```.*?(?:```|\Z)|`[^`\n]*`|\$\$[^$]+\$\$|\$[^$\n]+\$"
@@ -43,7 +43,7 @@ def normalize_text(text: str, repairs: Counter[str]) -> str:
 def clean(text: str, repairs: Counter[str]) -> str:
     """Convert HTML to Markdown; in Markdown, decode entities and remove needless backslashes.
 
-    Code and math stay as they are. HTML that can't be converted safely is returned unchanged and counted.
+    Code and math are unchanged. HTML that can't be converted safely is returned unchanged and counted.
     """
     if _HTML_START.match(text):
         converted = _convert_html(text)
@@ -67,13 +67,13 @@ def _clean_markdown(text: str, repairs: Counter[str]) -> str:
 
 
 def _convert_html(text: str) -> str | None:
-    """Convert HTML to Markdown; return None if it can't be parsed, or is so deep or long that it may be an attack."""
+    """Convert HTML to Markdown; None: it can't be parsed, or is so deep or long that it may be an attack."""
     from bs4 import BeautifulSoup, ParserRejectedMarkup
     from markdownify import MarkdownConverter
 
     if text.count("<") * len(text) > MAX_WORK:
         return None
-    # an unclosed comment or declaration: since Python 3.13.5 the parser takes all of the text after it for one
+    # an unclosed comment or declaration: since Python 3.13.5 the parser includes all of the text after it
     if text.rfind("<!--") > text.rfind("-->") or max(text.rfind("<!"), text.rfind("<?")) > text.rfind(">"):
         return None
     try:

@@ -4,8 +4,8 @@
         for chunk in read_chunks(path):
             ...
 
-A broken file is refused with its name and position: a damaged or incomplete archive, a file whose content doesn't
-match its name, and a text whose encoding isn't clear.
+A broken file is refused with its name and position: a damaged or incomplete archive, content that doesn't match the
+file's name, or a text whose encoding isn't clear.
 """
 
 import glob
@@ -55,11 +55,8 @@ def find_files(
     The files of a folder or a pattern are sorted.
 
     Args:
-        setting: the name of the setting in messages.
-        is_text: whether files of raw text are data too.
-
-    Raises:
-        DataError: a path can't be read, doesn't exist, has an unknown suffix, or leads to no data file.
+        setting: the setting's name in messages.
+        is_text: whether files of raw text are data, too.
     """
     files: list[Path] = []
     for name in data_path:
@@ -95,8 +92,7 @@ def _resolve_path(name: str, report: Report, setting: str, is_text: bool) -> lis
     else:
         problem = f"{setting}: {path}: no such file or folder"
         if is_stored(path):
-            hint = "create the settings again: records last as long as the process that they were given in"
-            raise DataError(problem, hint=hint)
+            raise DataError(problem, hint="create the settings again: records in memory end with their process")
         raise DataError(problem, hint=_explain_variables(name, setting) or "check the path's spelling")
     files = _select_data_files(path, found, report, setting, is_text)
     if not files:
@@ -106,7 +102,6 @@ def _resolve_path(name: str, report: Report, setting: str, is_text: bool) -> lis
 
 
 def _explain_variables(name: str, setting: str) -> str | None:
-    """Return what to do instead of a variable in a path that leads to nothing; None if there is none."""
     if "$" not in name:
         return None
     return f"only a shell expands variables, so use --{setting.replace('_', '-')} or T5TUNE_{setting.upper()}"
@@ -123,14 +118,12 @@ def _check_suffix(path: Path, setting: str, is_text: bool) -> None:
 
 
 def _suggest_export(paths: list[Path]) -> str | None:
-    """Return the next step if one of the files is a spreadsheet, or None."""
     spreadsheet = next((path for path in paths if path.suffix.lower() in SPREADSHEET_SUFFIXES), None)
     return f"export {spreadsheet.name} as CSV" if spreadsheet else None
 
 
 def _select_data_files(path: Path, found: list[Path], report: Report, setting: str, is_text: bool) -> list[Path]:
-    """Select the entries of a folder, or of a pattern, that are data, and report the others."""
-    # a token cache inside a data folder contains .json and .jsonl files that are no data: rejected records, a tokenizer
+    # a token cache in a data folder contains .json and .jsonl files that aren't data: rejected records, a tokenizer
     folders = {entry.parent for entry in found}
     caches = {folder for folder in folders if _is_prepared(folder) or is_cache(folder) or is_cache(folder.parent)}
     # metrics, samples and predictions aren't data either, unless the user names such a file
@@ -150,7 +143,7 @@ def _select_data_files(path: Path, found: list[Path], report: Report, setting: s
 
 
 def _is_output(folder: Path) -> bool:
-    """Whether the folder is the output of a command, with the settings that made it, or a checkpoint."""
+    # the output of a command contains the settings that made it; a checkpoint has a manifest
     try:
         header = (folder / SETTINGS_FILE).read_bytes()[: len(SETTINGS_HEADER)]
     except OSError:
@@ -159,12 +152,10 @@ def _is_output(folder: Path) -> bool:
 
 
 def _is_prepared(folder: Path) -> bool:
-    """Whether it contains a token cache, or a part of one."""
     return any((folder / name).is_file() for name in (MIXTURE_FILE, PART_MANIFEST_FILE))
 
 
 def _explain_skipping(path: Path, is_text: bool) -> str | None:
-    """Return why an entry of a folder is not read, or None if it is."""
     if path.name.startswith("."):
         return "hidden"
     if path.is_dir():
@@ -175,7 +166,7 @@ def _explain_skipping(path: Path, is_text: bool) -> str | None:
 
 
 def _expand_pattern(pattern: str) -> Iterator[str]:
-    """Expand a glob pattern. `**` doesn't follow links, which may form cycles."""
+    # `**` doesn't follow links, which may form cycles
     head, *tail = re.split(r"(?:(?<=/)|^)\*\*(?:/|$)", pattern, maxsplit=1)
     if not tail:
         yield from glob.iglob(pattern)
@@ -187,10 +178,10 @@ def _expand_pattern(pattern: str) -> Iterator[str]:
 
 
 def find_data_suffix(path: Path, is_text: bool = False) -> str | None:
-    """Return a file name's data suffix without its compression suffix (`.json`, `.csv`, …), or None if it has none.
+    """Return a file's data suffix without its compression suffix (`.json`, `.csv`, …); None: not a data file.
 
     Args:
-        is_text: whether that of raw text is one.
+        is_text: whether files of raw text are data, too.
     """
     if path == STDIN:
         return ".json"
@@ -215,12 +206,12 @@ class Digest:
 
     @property
     def value(self) -> str | None:
-        """The hash in hexadecimal, or None if the stream wasn't read to its end."""
+        """The hash in hexadecimal; None: the stream wasn't read to its end."""
         return self._hash.hexdigest() if self._is_whole else None
 
 
 class _PeekableStream:
-    """A file whose first bytes are available as `beginning`, even if it is a slow pipe that can't seek."""
+    """A file with its first bytes as `beginning`, even if it is a slow pipe that can't seek."""
 
     def __init__(self, file: BinaryIO, digest: Digest | None) -> None:
         self._file = file
@@ -241,11 +232,8 @@ def read_chunks(path: Path, encoding: str | None = None, digest: Digest | None =
     """Yield the decompressed text of a file as UTF-8, in chunks of about 1 MiB.
 
     Args:
-        encoding: of a file without a byte order mark; None: it is detected. Records from memory are UTF-8.
+        encoding: of a file without a byte order mark; None: it is detected. Records in memory are UTF-8.
         digest: hashes the bytes as stored, and gets the encoding.
-
-    Raises:
-        DataError: the file can't be read, its archive is broken, or its encoding isn't clear.
     """
     facts = Digest() if digest is None else digest
 
@@ -257,23 +245,16 @@ def read_chunks(path: Path, encoding: str | None = None, digest: Digest | None =
 
 
 def find_file_encoding(path: Path, given: str | None) -> str:
-    """Find the encoding of a text file.
-
-    Args:
-        given: that of a file without a byte order mark; None: it is detected.
-
-    Raises:
-        DataError: as of `read_chunks`.
-    """
+    """Find the encoding of a text file; `given` is the encoding of a file without a byte order mark."""
     return UTF8 if is_stored(path) else find_encoding(_read_bytes(path), given, str(path))
 
 
 def find_encodings(files: list[Path], given: str | None, stdin: Digest, report: Report) -> dict[Path, str]:
-    """Find the encoding of each text file that isn't UTF-8, and report those that weren't given.
+    """Find the encoding of each text file that isn't UTF-8, and report detected encodings.
 
     Args:
-        given: that of files without a byte order mark; None: it is detected.
-        stdin: what is known of standard input.
+        given: of files without a byte order mark; None: it is detected.
+        stdin: the digest of standard input.
     """
     texts = [file for file in files if find_data_suffix(file, is_text=True) != ".parquet"]
     found = {file: stdin.encoding if file == STDIN else find_file_encoding(file, given) for file in texts}
@@ -281,13 +262,12 @@ def find_encodings(files: list[Path], given: str | None, stdin: Digest, report: 
     for encoding in dict.fromkeys(others.values()):
         if encoding != given:
             names = join_first([file for file in others if others[file] == encoding])
-            advice = "" if encoding in MARKS.values() else "; --encoding chooses another"
+            advice = "" if encoding in MARKS.values() else "; use --encoding if this is wrong"
             report(Note(f"read as {encoding}: {names}{advice}"))
     return others
 
 
 def _read_bytes(path: Path, digest: Digest | None = None) -> Iterator[bytes]:
-    """Yield the decompressed bytes of a file in chunks of about 1 MiB."""
     try:
         with open(path, "rb") if path != STDIN else sys.stdin.buffer as file:
             stream = _PeekableStream(file, digest)
@@ -306,11 +286,7 @@ def _read_bytes(path: Path, digest: Digest | None = None) -> Iterator[bytes]:
 
 
 def is_compressed(path: Path) -> bool:
-    """Whether a file's content is compressed.
-
-    Raises:
-        DataError: the file can't be read, or isn't what its name says.
-    """
+    """Whether a file's content is compressed."""
     try:
         with open(path, "rb") as file:
             return _detect_compression(path, file.read(4)) is not None
@@ -319,11 +295,7 @@ def is_compressed(path: Path) -> bool:
 
 
 def read_byte_range(path: Path, start: int, end: int | None = None) -> Iterator[bytes]:
-    """Yield the bytes of a file from `start` to `end`, as stored, in chunks of about 1 MiB.
-
-    Raises:
-        DataError: the file can't be read.
-    """
+    """Yield the bytes of a file from `start` to `end`, as stored, in chunks of about 1 MiB."""
     try:
         with open(path, "rb") as file:
             file.seek(start)
@@ -335,7 +307,6 @@ def read_byte_range(path: Path, start: int, end: int | None = None) -> Iterator[
 
 
 def _detect_compression(path: Path, beginning: bytes) -> str | None:
-    """Detect a file's compression by its first bytes: its usual suffix, or None."""
     found = next((suffix for suffix, magic in COMPRESSION_MAGIC.items() if re.match(magic, beginning)), None)
     if path.suffix.lower() in COMPRESSION_MAGIC and found != path.suffix.lower():
         raise DataError(f"{path}: the name ends in {path.suffix}, but the file begins with {beginning!r}")
@@ -343,7 +314,7 @@ def _detect_compression(path: Path, beginning: bytes) -> str | None:
 
 
 def _open_archive(stream: _PeekableStream, compression: str | None) -> tuple[Any, tuple[type[Exception], ...]]:
-    """Return (a file that reads decompressed bytes, the exceptions that it raises on damaged bytes)."""
+    """Return (a file that reads decompressed bytes, its exceptions for damaged bytes)."""
     file = cast(BinaryIO, stream)
     if compression == ".gz":
         return gzip.GzipFile(fileobj=file, mode="rb"), (EOFError, zlib.error, gzip.BadGzipFile)

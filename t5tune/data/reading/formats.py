@@ -5,8 +5,8 @@
 
 A preference pair is a conversation with two last answers. `sft` reads only the chosen one.
 
-A record's format is detected by its keys, unless `data_format` names one. A record that can't be used raises
-RejectionError. What is left out or repaired is counted.
+A record's format is detected by its keys, unless `data_format` names it. A record that can't be used raises
+RejectionError. Repairs and unused fields are counted.
 """
 
 import shlex
@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from t5tune.data.reading.cleaning import clean, normalize_text
-from t5tune.data.reading.record_labels import find_labels
 from t5tune.data.reading.record_turns import (
     EMPTY_VALUES,
     ParsedTurns,
@@ -26,6 +25,7 @@ from t5tune.data.reading.record_turns import (
     RecordTurns,
     Role,
     count_ignored,
+    find_labels,
     has_turns,
     name_ignored,
     name_json_type,
@@ -44,16 +44,11 @@ COMMON_KEYS = {"id", "system"}  # keys that are valid in every format
 
 @dataclass(frozen=True)
 class Turn:
-    """One speaker's turn. An assistant turn of weight 0 is context for later turns, but is not learned itself."""
+    """One speaker's turn. An assistant turn that isn't `learned` (weight 0) is only context for later turns."""
 
     role: Role
     text: str
     learned: bool = True
-
-    @property
-    def is_target(self) -> bool:
-        """Whether this turn is a target that the model learns."""
-        return self.role == "assistant" and self.learned
 
 
 @dataclass(frozen=True)
@@ -61,11 +56,11 @@ class Conversation:
     """A conversation that can be trained on.
 
     Args:
-        repairs: counts of what was repaired or left out, by kind.
+        repairs: counts of repairs and unused fields, by kind.
         has_prefix: whether source_prefix was prepended to the source.
         is_pair: whether the record is a pair of texts, a source and a target, not a list of turns.
-        is_raw_text: whether it is a text of which spans are masked; it is the only turn.
-        rejected: the worse answer of a preference pair, whose better one is the last turn.
+        is_raw_text: whether spans of the only turn are masked.
+        rejected: the worse answer of a preference pair, whose better answer is the last turn.
     """
 
     location: RecordLocation
@@ -84,14 +79,15 @@ class Conversation:
 
     @property
     def targets(self) -> list[str]:
-        """The texts that are learned."""
-        return [*(turn.text for turn in self.turns if turn.is_target), *self._list_rejected()]
+        """The learned texts."""
+        learned = (turn.text for turn in self.turns if turn.role == "assistant" and turn.learned)
+        return [*learned, *self._list_rejected()]
 
     def _list_rejected(self) -> list[str]:
         return [] if self.rejected is None else [self.rejected]
 
     def swap_answers(self) -> "Conversation":
-        """Return the conversation of a preference pair with the rejected answer as its last turn."""
+        """Return a preference pair's conversation with the rejected answer as its last turn."""
         assert self.rejected is not None
         *before, answer = self.turns
         return replace(self, turns=(*before, replace(answer, text=self.rejected)), rejected=None)
@@ -101,7 +97,7 @@ def parse_conversation(value: Any, location: RecordLocation, reading: ReadingSet
     """Detect a record's format, check its turns, and make human and assistant turns alternate.
 
     Raises:
-        RejectionError: the record can't be used, for one of records.REJECTION_REASONS.
+        RejectionError: the record can't be used.
     """
     if not isinstance(value, dict):
         raise RejectionError("not_an_object", f"expected an object, found {name_json_type(value)}")
@@ -140,7 +136,7 @@ def _parse_answers(value: dict[str, Any], location: RecordLocation, reading: Rea
 
 
 def _rename_preferences(value: dict[str, Any]) -> dict[str, Any]:
-    """Give a record of OpenAI's format for preferences the keys of the others."""
+    """Rename the keys of OpenAI's format for preferences."""
     question = value.get("input")
     if not (isinstance(question, dict) and "preferred_output" in value):
         return value
@@ -171,7 +167,6 @@ def _parse_preference(value: dict[str, Any], location: RecordLocation, reading: 
 
 
 def _check_has_both(value: dict[str, Any], names: tuple[str, str]) -> None:
-    """Check that a record has the better and the worse answer, whose keys are `names`."""
     for name in names:
         if value.get(name) in EMPTY_VALUES:
             found = _list_keys(value)
@@ -182,7 +177,6 @@ def _check_has_both(value: dict[str, Any], names: tuple[str, str]) -> None:
 
 
 def _check_pair(pair: list[Conversation], names: tuple[str, str]) -> None:
-    """Check that two conversations differ in their last turns, and in nothing else."""
     for name, answered in zip(names, pair, strict=True):
         last = answered.turns[-1]
         if not last.text.strip():
@@ -204,11 +198,10 @@ def _parse_raw_text(value: dict[str, Any], location: RecordLocation, reading: Re
     repairs: Counter[str] = Counter()
     column = reading.source_column or "text"
     if column not in value and ".txt" in map(str.lower, Path(location.file).suffixes):
-        column = "text"  # in which the whole file is
+        column = "text"  # of the whole file
     if column not in value:
-        found = _list_keys(value)
         key = _suggest_key(column, value.keys())
-        problem = f"no key {column}, which raw text has; its keys are {found}"
+        problem = f"no key {column} for raw text; its keys are {_list_keys(value)}"
         advice = key or "; name the text's key with --source-column"
         raise RejectionError("unknown_format", problem + advice, suggests_key=bool(key))
     text = normalize_text(parse_text(column, value[column]), repairs)
@@ -221,7 +214,7 @@ def _parse_raw_text(value: dict[str, Any], location: RecordLocation, reading: Re
 
 
 def _is_pair(format_name: str, value: dict[str, Any], reading: ReadingSettings) -> bool:
-    """Whether a record of a format is a pair of texts: TRL's standard format, which no chat template is applied to."""
+    # TRL's standard format, which gets no chat template
     if format_name in ("columns", "source-target"):
         return not has_turns(value[reading.source_column or "source"])
     turns = (value.get(key) for key in ("conversations", "messages", "prompt", "completion", "chosen", "history"))
@@ -233,8 +226,7 @@ def _merge_turns(
 ) -> tuple[str | None, list[tuple[Role, list[str], set[bool]]]]:
     """Clean the turns, and make human and assistant turns alternate; the first is human, the last an assistant's.
 
-    Returns:
-        The system message, and (role, texts, whether each text is learned) of each merged turn.
+    Return the system message, and (role, texts, whether each text is learned) of each merged turn.
     """
     system: str | None = None
     system_place: str | None = None
@@ -244,7 +236,7 @@ def _merge_turns(
         text = _repair_text(entry, reading, repairs)
         if speaker == "system":
             if system_place is not None:
-                problem = f"{place}: a second system message, after that of {system_place}"
+                problem = f"{place}: a second system message; the first is {system_place}"
                 raise RejectionError("misplaced_system", problem)
             if turns:
                 raise RejectionError("misplaced_system", f"{place}: a system turn that is not the first turn")
@@ -266,7 +258,7 @@ def _merge_turns(
 
 
 def _repair_text(turn: RecordTurn, reading: ReadingSettings, repairs: Counter[str]) -> str:
-    """Repair a turn's text. Only what was said is cleaned: HTML is recognized by the tag that it begins with."""
+    # only the text itself is cleaned: HTML is recognized by its first tag
     prefix, said, calls = (normalize_text(text, repairs) for text in (turn.prefix, turn.text, turn.calls))
     if reading.clean:
         said = clean(said, repairs)
@@ -293,19 +285,19 @@ def _detect_format(value: dict[str, Any], reading: ReadingSettings) -> tuple[str
     wanted = [" + ".join(sorted(alternatives[0])) for alternatives, _ in formats.values()]
     advice = f"expected {', or '.join(wanted)}"
     if len(texts) == 2:
-        advice = f"add --source-column {texts[0]} --target-column {texts[1]}, or the other way round"
+        advice = f"add --source-column {texts[0]} --target-column {texts[1]}, or swap the names"
     elif len(texts) > 2:
         advice += "; or name two columns with --source-column and --target-column"
     raise RejectionError("unknown_format", f"{f'its keys are {found}' if found else 'it has no keys'}; {advice}")
 
 
 def _list_keys(value: dict[str, Any]) -> str:
-    """List the first keys of a record, for a message; one with a comma, or a space at an end, is quoted."""
+    # a key with a comma, or a space at an end, is quoted
     return join_first([repr(key) if "," in key or key != key.strip() else key for key in value])
 
 
 def _suggest_key(name: str, keys: Iterable[str]) -> str:
-    """Return `; did you mean question?`, quoted as for a shell, or an empty string if no key is close."""
+    # quoted as for a shell
     close = find_close_name(name, keys)
     return f"; did you mean {shlex.quote(close)}?" if close else ""
 
@@ -328,7 +320,7 @@ def _parse_messages(key: str, value: dict[str, Any], reading: ReadingSettings, r
 def _parse_chosen(
     prompt_keys: set[str], question: RecordTurns, value: dict[str, Any], repairs: Counter[str]
 ) -> ParsedTurns:
-    """Parse the preferred answer of a preference pair; it may be a list of turns that contains the question too."""
+    """Parse the preferred answer of a preference pair; it may be a list of turns that includes the question."""
     chosen = value["chosen"]
     if isinstance(chosen, str):
         if not question:
@@ -338,7 +330,7 @@ def _parse_chosen(
     answer = parse_turns("chosen", chosen if isinstance(chosen, list) else [chosen], repairs)
     if not any(entry.speaker == "human" for entry in answer):
         return prompt_keys | {"chosen"}, question + answer
-    # if the list contains the question, the record's own question was used too, not ignored
+    # if the list contains the question, the record's question was used, too
     asked, answered = ({turn._replace(place="") for turn in turns} for turns in (question, answer))
     return {"chosen"} | (prompt_keys if asked <= answered else set()), answer
 
@@ -385,23 +377,22 @@ def _parse_pair(
 ) -> ParsedTurns:
     """Parse the columns `source` and `target`. The source may be a list of turns."""
     if missing := [name for name in (source, target) if name not in value]:
-        found = _list_keys(value)
         key = _suggest_key(missing[0], value.keys() - {source, target})
         advice = suggest_unwrapping(value) or key
         if not advice and missing[0] == source and reading.source_column is None:
-            advice = "; name the source's with --source-column"
-        problem = f"no column {', '.join(missing)}; the record has {found}{advice}"
+            advice = "; name the source column with --source-column"
+        problem = f"no column {', '.join(missing)}; the record has {_list_keys(value)}{advice}"
         raise RejectionError("unknown_format", problem, suggests_key=bool(key))
     answer = parse_text_turn("assistant", target, value[target])
     if has_turns(value[source]):
         if reading.source_prefix:
-            raise RejectionError("not_text", f"{source}: a list of turns, to which source_prefix can't be prepended")
+            raise RejectionError("not_text", f"{source}: a list of turns, but source_prefix needs a text")
         return {source, target}, [*parse_turns(source, value[source], repairs), answer]
     question = parse_text_turn("human", source, value[source])
     return {source, target}, [question._replace(prefix=reading.source_prefix), answer]
 
 
-# alternative sets of keys that a record of the format has, and its parser
+# alternative sets of keys of a record, and its parser
 _FORMATS: dict[str, tuple[list[set[str]], Parser]] = {
     "sharegpt": ([{"conversations"}], partial(_parse_messages, "conversations")),
     "openai": ([{"messages"}], partial(_parse_messages, "messages")),

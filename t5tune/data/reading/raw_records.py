@@ -1,4 +1,4 @@
-"""Records as they were read from a file, and their conversion to conversations.
+"""Records as read from a file, and their conversion to conversations.
 
 record = RawRecord(location, b'{"source": "Hi", "target": "Hello."}', size=36)
 parse_record(record, ReadingSettings())
@@ -29,24 +29,23 @@ from t5tune.data.reading.wrapped_records import suggest_unwrapping_text
 from t5tune.errors import DataError
 from t5tune.settings.groups.record_format import ReadingSettings
 
-KEYED_RECORDS = "records_keyed_by_id"  # counts the records of JSON objects of records, among the repairs
+KEYED_RECORDS = "records_keyed_by_id"  # among the repairs: the number of records in JSON objects of records
 MAX_KEPT_CHARACTERS = 1000  # of a record that is too long
-MAX_KEPT_BYTES = 4 * MAX_KEPT_CHARACTERS  # they contain at least as many characters of UTF-8
+MAX_KEPT_BYTES = 4 * MAX_KEPT_CHARACTERS  # at least MAX_KEPT_CHARACTERS of UTF-8
 
 
 @dataclass(frozen=True)
 class RawRecord:
-    """A record as it was read.
+    """A record as read from a file.
 
     Args:
-        data: the bytes of its JSON, or a row of a table; of a record that is too long only the beginning, as text;
-            empty if `parsed` takes its place.
+        data: the bytes of its JSON, or a row of a table; of a record that is too long, only the beginning, as text.
         size: approximate size in bytes; 0 if the record is too long.
         is_enclosed: whether it is an element of a JSON array, or a value of a JSON object of records.
-        has_filled_keys: whether it is of a table (Parquet, Arrow) that gives each object the keys of all others.
-        repairs: (kind, count) of what the reader repaired.
-        parsed: the record's conversation or its rejection; None if it isn't parsed yet.
-        has_doubtful_header: whether it is of a table whose header looks like data.
+        has_filled_keys: whether its table (Parquet, Arrow) gives each object the keys of all other objects.
+        repairs: (kind, count) of the reader's repairs.
+        parsed: the record's conversation or its rejection; None: not parsed yet.
+        has_doubtful_header: whether the header of its table looks like data.
     """
 
     location: RecordLocation
@@ -60,11 +59,10 @@ class RawRecord:
 
 
 def make_too_long_record(location: RecordLocation, beginning: bytes, size: int, max_bytes: int) -> RawRecord:
-    """Make the record for one that is longer than max_record_bytes.
+    """Make a rejected record for one that is longer than max_record_bytes.
 
     Args:
         beginning: at least its first MAX_KEPT_BYTES bytes; bytes that aren't UTF-8 become lone surrogates.
-        size: its size in bytes.
     """
     text = decode_record(beginning[:MAX_KEPT_BYTES])[:MAX_KEPT_CHARACTERS]
     problem = f"{size:,} bytes, more than max_record_bytes {max_bytes:,}"
@@ -73,10 +71,10 @@ def make_too_long_record(location: RecordLocation, beginning: bytes, size: int, 
 
 
 def parse_record(record: RawRecord, reading: ReadingSettings) -> Conversation | Rejection:
-    """Convert a record to a conversation, or reject it; repairs that were made while reading are counted too.
+    """Convert a record to a conversation, or reject it; the reader's repairs are counted, too.
 
     Raises:
-        DataError: a record of a JSON array or object is not valid JSON, so the start of the next one is unknown.
+        DataError: a record of a JSON array or object is not valid JSON, so the start of the next record is unknown.
     """
     if record.parsed is not None:
         return record.parsed
@@ -107,7 +105,7 @@ def parse_record(record: RawRecord, reading: ReadingSettings) -> Conversation | 
         if record.has_doubtful_header:
             advice = "the first line looks like data: add --no-header to read it as the first row"
             return Rejection(reason, f"{advice}; otherwise, {error}")
-        # a key that is suggested shows that the first line has names
+        # a suggested key shows that the first line has names
         if error.suggests_key or not reading.header:
             return error.rejection
         return Rejection(reason, f"if the first line is data, add --no-header; otherwise, {error}")

@@ -5,12 +5,13 @@
 
 JSON arrays, objects of records (`{"id1": {…}, "id2": {…}}`), JSON lines and multi-line records are recognized by their
 content, not by the file name. An array or an object is split into its records without reading it whole. Each record is
-parsed separately, so that a broken one doesn't affect the others.
+parsed separately, so a broken record affects no other record.
 """
 
 import json
 import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -28,7 +29,7 @@ from t5tune.settings.records_in_memory import is_stored_table
 Form = Literal["array", "object", "lines", "values"]
 
 MAX_KEY_BYTES = 1000  # of a record in an object of records
-MIN_MEMBERS = 2  # to see of an object of records on a line that is longer than a record may be
+MIN_MEMBERS = 2  # of an object of records on a line that is longer than a record may be
 
 
 def read_records(files: list[Path], reading: ReadingSettings, stdin: Digest | None = None) -> Iterator[RawRecord]:
@@ -69,12 +70,12 @@ class JsonReader:
         self.start = 0  # in the buffer, of the data that isn't consumed yet
         self.scan = 0  # in the buffer, of the data that isn't scanned yet
         self.line = 1  # line number at `start`
-        self.mac_line = 1  # the same if lines end in carriage returns, until the line end is known
+        self.mac_line = 1  # line number if lines end in carriage returns, until the line end is known
         self.line_end = b"\n"
         self.index = 0
         self.depth = 0  # at `scan`, within the record
         self.in_string = False
-        self.closing = b""  # the bracket that ends the array or the object of records; empty if there is none
+        self.closing = b""  # the bracket that ends the array or the object of records; empty: neither
         self.repairs: tuple[tuple[str, int], ...] = ()
         self.has_filled_keys = is_stored_table(path)
 
@@ -90,7 +91,7 @@ class JsonReader:
                 yield self._read_record(self._scan_to_value_end)
 
     def iterate_lines(self, line_end: bytes) -> Iterator[RawRecord]:
-        """Yield the records of those lines of a file that begin at `offset`; they are all data of this reader."""
+        """Yield the records of lines that begin at `offset`; they are all data of this reader."""
         self.line_end = line_end
         self._skip_byte_order_mark()
         yield from self._iterate_lines()
@@ -98,11 +99,11 @@ class JsonReader:
     def _iterate_lines(self) -> Iterator[RawRecord]:
         while self._skip_blank():
             if self.line > 1:
-                self.repairs = ()  # a mark belongs to the first line, so that each line can be read by itself
+                self.repairs = ()  # a mark belongs to the first line, so that each line can be read alone
             yield self._read_record(self._scan_to_line_end)
 
     def detect_form(self) -> Form | None:
-        """Skip to the first record, and detect the form of the file; None if it has no record."""
+        """Skip to the first record, and detect the form of the file; None: no record."""
         self._skip_byte_order_mark()
         if not self._skip_blank():
             return None
@@ -121,10 +122,7 @@ class JsonReader:
             self.repairs = (("byte_order_mark", 1),)
 
     def _detect_form(self) -> Form:
-        """Detect the form of the file from its first two lines that aren't blank.
-
-        For an object whose first values are objects, from as much of it as a record may be long.
-        """
+        # from the first two lines that aren't blank; for an object whose first values are objects, from max_bytes of it
         while (lines := self._peek_lines()) is None and len(self.buffer) <= self.max_bytes and self._read_more():
             pass
         first, second = lines or (b"", b"")
@@ -141,8 +139,7 @@ class JsonReader:
     def _is_object_of_records(self, first: bytes, second: bytes) -> bool:
         """Whether all values of the object at `start` are objects in its first max_bytes, and nothing follows it.
 
-        Args:
-            first, second: the file's first two lines; empty if they aren't in the buffer.
+        `first` and `second` are the file's first two lines, empty if they aren't in the buffer.
         """
         while True:
             beginning = self.buffer[self.start : self.start + self.max_bytes]
@@ -153,14 +150,14 @@ class JsonReader:
             if is_closed and _VISIBLE.search(self.buffer, self.start + end) is not None:
                 return False  # it is the first of several lines or values
             if len(beginning) == self.max_bytes or not self._read_more():
-                # A line that is longer than a record may be can be a record itself, which begins with an object.
+                # a line that is longer than a record may be can also be a record itself, which begins with an object
                 is_long_line = len(beginning) == self.max_bytes and not 0 < len(first) < self.max_bytes
                 is_object = num_members >= MIN_MEMBERS if is_long_line else _MEMBER.match(beginning, 1) is not None
-                # a line that was cut off may be followed by complete ones
+                # complete lines may follow a line that was cut off
                 return is_closed or (is_object and not _is_json(second))
 
     def _peek_lines(self) -> tuple[bytes, bytes] | None:
-        """Return the line at `start` and the next one that isn't blank, or None if the buffer doesn't contain them."""
+        """Return the line at `start` and the next one that isn't blank; None: the buffer doesn't contain them."""
         if found := _MAC_LINE.match(self.buffer, self.start):
             self.line_end = b"\r"
             end = found.end()
@@ -174,7 +171,6 @@ class JsonReader:
         return self.buffer[self.start : end], second
 
     def _read_enclosed(self, closing: bytes) -> Iterator[RawRecord]:
-        """Read the records of an array, or of an object, which has a key for each."""
         self.closing = closing
         self.start += 1
         ending = closing if self._skip_blank() and self._peek_byte() == closing else b","
@@ -192,37 +188,29 @@ class JsonReader:
         return "the array" if self.closing == b"]" else "the object"
 
     def _read_key(self) -> str:
-        """Read the key of a record, and skip to its value."""
         while (found := _KEY.match(self.buffer, self.start)) is None and len(self.buffer) - self.start <= MAX_KEY_BYTES:
             if not self._read_more():
                 break
-        if found is None or len(found[1]) > MAX_KEY_BYTES:
-            raise self._make_key_error()
-        try:
-            # bytes that aren't UTF-8 become lone surrogates, for which the record is rejected
-            key = str(json.loads(decode_record(found[1]), strict=False))
-        except json.JSONDecodeError:
-            raise self._make_key_error() from None
+        key = None
+        if found is not None and len(found[1]) <= MAX_KEY_BYTES:
+            with suppress(json.JSONDecodeError):
+                # bytes that aren't UTF-8 become lone surrogates, so the record is rejected
+                key = str(json.loads(decode_record(found[1]), strict=False))
+        if found is None or key is None:
+            problem = f"{self.path}:{self.line}: record {self.index}: expected a key in double quotes, and a colon"
+            hint = "the file is incomplete, not valid JSON, or a key is longer than 1,000 bytes"
+            raise DataError(problem, hint=hint)
         self.line += self.buffer.count(self.line_end, self.start, found.end())
         self.start = found.end()
         self._skip_blank()
         return key
 
-    def _make_key_error(self) -> DataError:
-        return DataError(
-            f"{self.path}:{self.line}: record {self.index}: expected a key in double quotes, and a colon",
-            hint="the file is incomplete, not valid JSON, or a key is longer than 1,000 bytes",
-        )
-
     def _read_record(self, find_end: Callable[[], bool], key: str | None = None) -> RawRecord:
-        """Read the record at `start`; `find_end` scans for its end.
-
-        Of a record longer than max_bytes, only the beginning is kept.
-        """
+        """Read the record at `start`; `find_end` scans for its end. If it is too long, only its beginning is kept."""
         location = RecordLocation(str(self.path), self.line, self.index, self.offset + self.start, key)
         repairs, self.repairs = self.repairs, ()
         self.scan, self.depth, self.in_string = self.start, 0, False
-        beginning, size = b"", 0  # of the part of the record that isn't in the buffer anymore
+        beginning, size = b"", 0  # of the record's part that isn't in the buffer anymore
         while not find_end():
             if size + self.scan - self.start > self.max_bytes:
                 skipped = self._consume()
@@ -246,20 +234,18 @@ class JsonReader:
         return RawRecord(location, data, size, bool(self.closing), self.has_filled_keys, repairs)
 
     def _consume(self) -> bytes:
-        """Return the bytes from `start` to `scan`, and continue after them."""
         data = self.buffer[self.start : self.scan]
         self.line += data.count(self.line_end)
         self.start = self.scan
         return data
 
     def _scan_to_line_end(self) -> bool:
-        """Scan to the end of the line; return False if the buffer doesn't contain it."""
         end = self.buffer.find(self.line_end, self.scan)
         self.scan = end if end >= 0 else len(self.buffer)
         return end >= 0
 
     def _scan_to_value_end(self) -> bool:
-        """Scan past the bracket that closes the object; return False if the buffer doesn't contain it."""
+        # past the bracket that closes the object
         while mark := self._scan_to_punctuation():
             self.depth += DEPTH_STEPS.get(mark, 0)
             if self.depth <= 0:
@@ -267,7 +253,7 @@ class JsonReader:
         return False
 
     def _scan_to_separator(self) -> bool:
-        """Scan to the comma after a record or to the closing bracket; return False if the buffer has neither."""
+        # to the comma after a record, or to the closing bracket
         while mark := self._scan_to_punctuation():
             if self.depth == 0 and mark in b",]}":
                 if mark not in (b",", self.closing):
@@ -280,7 +266,7 @@ class JsonReader:
         return False
 
     def _scan_to_punctuation(self) -> bytes:
-        """Scan past the next bracket or comma outside of strings and return it; return b"" if the buffer has none."""
+        """Scan past the next bracket or comma outside of strings, and return it; b"": the buffer has no such byte."""
         while True:
             if self.in_string:
                 self.scan = _STRING_BODY.match(self.buffer, self.scan).end()  # type: ignore[union-attr]
@@ -301,7 +287,6 @@ class JsonReader:
         return self.buffer[self.start : self.start + 1]
 
     def _skip_blank(self) -> bool:
-        """Skip to the next byte that isn't whitespace; return False at the end of the file."""
         while (found := _VISIBLE.search(self.buffer, self.start)) is None:
             self._count_blank_lines(len(self.buffer))
             self.start = len(self.buffer)
@@ -317,7 +302,6 @@ class JsonReader:
             self.mac_line += self.buffer.count(b"\r", self.start, end)
 
     def _read_more(self) -> bool:
-        """Read another chunk; return False at the end of the file."""
         chunk = next(self.chunks, b"")
         if self.start:
             self.buffer = self.buffer[self.start :]
@@ -333,7 +317,7 @@ _STRUCTURE = re.compile(rb'["\[\]{},]')
 _STRING_BODY = re.compile(rb'(?:[^"\\]++|\\.)*+', re.DOTALL)
 _OUTSIDE_TEXT = re.compile(rb'(?:[^"]++|"(?:[^"\\]++|\\.)*+")*+', re.DOTALL)
 _KEY = re.compile(rb'("(?:[^"\\]++|\\.)*+")[ \t\r\n]*+:', re.DOTALL)
-# a key with an object as its value, and what may be left of it at the end of the data
+# a key with an object as its value, and its rest if it is cut off at the end of the data
 _MEMBER = re.compile(rb'[ \t\r\n]*+"(?:[^"\\]++|\\.)*+"[ \t\r\n]*+:[ \t\r\n]*+\{', re.DOTALL)
 _CUT_MEMBER = re.compile(rb'[ \t\r\n]*+(?:"(?:[^"\\]++|\\.)*+(?:\\|"[ \t\r\n]*+(?::[ \t\r\n]*+)?)?)?\Z', re.DOTALL)
 _MARK = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[\[\]{}]', re.DOTALL)  # a bracket or a string, which may be cut off
@@ -343,11 +327,9 @@ _MAC_LINE = re.compile(rb'(?:[^"\r\n]++|"(?:[^"\\]++|\\.)*+")++(?=\r[^\n])', re.
 
 
 def _scan_objects(data: bytes) -> tuple[bool, int, int] | None:
-    """Scan an object while its values are objects; None if one isn't.
+    """Scan an object while its values are objects; None: a value isn't an object.
 
-    Returns:
-        Whether the object is complete, the end of what was scanned (of the object, or of the data), and the number of
-        complete members.
+    Return whether the object is complete, the end of the scanned part, and the number of complete members.
     """
     position = 1
     num_members = 0

@@ -1,20 +1,26 @@
 """Parse the turns of a record: a list of messages, or a text of a known role.
 
 parse_turns("messages", [{"role": "user", "content": "Hi"}], repairs)    # [RecordTurn("human", "Hi", "turn 0")]
+
+Labels and weights decide whether an answer is learned. Unpaired preference data (KTO) labels each record as a whole:
+`label` in TRL, `kto_tag` in LLaMA-Factory. A single turn may have a weight: `weight` in OpenAI's format, `loss_weight`
+in LLaMA-Factory's.
 """
 
+import re
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
-from t5tune.data.reading.record_labels import find_weight
-from t5tune.data.reading.rejections import RejectionError
+from t5tune.data.reading.rejections import RecordLocation, RejectionError
 from t5tune.data.reading.tool_calls import CALL_PART_TYPES, find_tool_calls, join_tool_calls, read_tool_call_part
 from t5tune.formatting import shorten
+from t5tune.settings.groups.record_format import ReadingSettings
 
 Role = Literal["human", "assistant"]
 Speaker = Literal["system", "human", "assistant"]
 
-CALLING_ROLE = "function_call"  # ShareGPT's, whose text is a tool call
+CALLING_ROLE = "function_call"  # ShareGPT's role for a text that is a tool call
 ROLES: dict[Speaker, tuple[str, ...]] = {
     "system": ("system", "developer"),
     "human": ("human", "user", "tool", "function", "observation"),
@@ -25,14 +31,18 @@ TURN_KEYS = (("from", "value"), ("role", "content"))
 EMPTY_VALUES: tuple[Any, ...] = (None, "", [], {})  # values that mean "no value"
 IGNORED_PART_TYPES = ("reasoning", "tools")  # types of content parts that are left out and counted
 MAX_KEY_LENGTH = 40  # characters of a key's name in the counts; the rest is cut
+LABEL_KEYS = ("label", "kto_tag")
+WEIGHT_KEYS = ("loss_weight", "weight")
+UNTYPED_FILE = re.compile(r"\.[ct]sv(?:\.gz|\.zst)?$", re.IGNORECASE)  # all cells are text, also true and false
+BOOLEAN_CELLS = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
 
 
 class RecordTurn(NamedTuple):
     """A turn as it is in the record, before its text is repaired, and turns are merged and checked.
 
     Args:
-        place: names it in messages: `turn 2`.
-        prefix: what is prepended to the text; it isn't cleaned.
+        place: its name in messages: `turn 2`.
+        prefix: prepended to the text, and not cleaned.
         calls: the tool calls that follow the text, as JSON; they aren't cleaned either.
     """
 
@@ -45,15 +55,27 @@ class RecordTurn(NamedTuple):
 
 
 RecordTurns = list[RecordTurn]
-ParsedTurns = tuple[set[str], RecordTurns]  # the keys of the record that were used, and its turns
+ParsedTurns = tuple[set[str], RecordTurns]  # the used keys of the record, and its turns
+
+
+def find_labels(record: Mapping[str, Any], location: RecordLocation, reading: ReadingSettings) -> dict[str, bool]:
+    """Return the labels of a record by key: True is good, False is bad.
+
+    Only true and false are labels. A number or a word is a class of a classification dataset, and a column that the
+    user names as source or target is text.
+    """
+    labels: dict[str, bool] = {}
+    for key in LABEL_KEYS:
+        value = record.get(key)
+        if isinstance(value, str) and UNTYPED_FILE.search(location.file):
+            value = BOOLEAN_CELLS.get(value)
+        if isinstance(value, bool) and key not in (reading.source_column, reading.target_column):
+            labels[key] = value
+    return labels
 
 
 def parse_turns(key: str, items: Any, repairs: Counter[str]) -> RecordTurns:
-    """Parse a list of turns.
-
-    Raises:
-        RejectionError: it isn't one, or a turn can't be used.
-    """
+    """Parse a list of turns."""
     if not isinstance(items, list):
         raise RejectionError("unknown_format", f"{key}: expected a list of turns, found {name_json_type(items)}")
     # a record may have turns in both prompt and completion or chosen
@@ -78,24 +100,23 @@ def _parse_turn(where: str, item: Any, repairs: Counter[str]) -> RecordTurn:
     if given is not None:
         used.add(given[0])
         calls += given[1]
-    if (weight := find_weight(item)) is not None:
+    if key := next((key for key in WEIGHT_KEYS if isinstance(item.get(key), int | float)), None):
         if role == "assistant":
-            learned = _is_learned(where, *weight, repairs)
-        # the weight of another turn is ignored, and counted unless it is 0: such a turn is never learned anyway
-        if role == "assistant" or weight[1] == 0:
-            used.add(weight[0])
+            learned = _is_learned(where, key, item[key], repairs)
+        # other weights are ignored, and counted unless they are 0: such a turn is never learned anyway
+        if role == "assistant" or item[key] == 0:
+            used.add(key)
     if len(item) > len(names):
         count_ignored("turn_field", item, used, repairs)
     text = "" if calls and said in EMPTY_VALUES else parse_text(where, said)
     if calls:
         repairs["tool_calls_as_text"] += 1
-    elif speaker.strip().lower() == CALLING_ROLE:  # its text is a call in the form that others are converted to
+    elif speaker.strip().lower() == CALLING_ROLE:  # its text is a call already
         text, calls = "", [text]
     return RecordTurn(role, text, where, learned, calls=join_tool_calls(calls) if calls else "")
 
 
 def _is_learned(where: str, key: str, weight: float, repairs: Counter[str]) -> bool:
-    """Return whether an assistant turn of this weight is learned."""
     if weight < 0:
         raise RejectionError("bad_turn", f"{where}: {key} {weight}: expected 0 (not learned) or 1")
     if weight not in (0, 1):
@@ -104,7 +125,7 @@ def _is_learned(where: str, key: str, weight: float, repairs: Counter[str]) -> b
 
 
 def _separate_tool_calls(where: str, content: Any, repairs: Counter[str]) -> tuple[Any, list[str]]:
-    """Separate LLaMA-Factory's content parts into (parts without tool calls, tool calls); count ignored parts."""
+    # LLaMA-Factory's content parts -> parts without tool calls, tool calls
     calls: list[str] = []
     if not _has_parts(content) or all(part.get("type") == "text" for part in content):
         return content, calls
@@ -121,21 +142,19 @@ def _separate_tool_calls(where: str, content: Any, repairs: Counter[str]) -> tup
 
 
 def has_turns(value: Any) -> bool:
-    """Whether a value is a list of turns."""
     return isinstance(value, list) and all(
         isinstance(turn, dict) and any(role in turn for role, _ in TURN_KEYS) for turn in value
     )
 
 
 def count_ignored(kind: str, value: dict[str, Any], used: set[str], repairs: Counter[str]) -> None:
-    """Count the keys with values that aren't used."""
+    """Count the unused keys with values."""
     for key in value.keys() - used:
         if value[key] not in EMPTY_VALUES:
             repairs[name_ignored(kind, key)] += 1
 
 
 def name_ignored(kind: str, key: str) -> str:
-    """Name the count of a key that is ignored."""
     return f"ignored_{kind}_{key if len(key) <= MAX_KEY_LENGTH else key[:MAX_KEY_LENGTH] + '…'}"
 
 
@@ -144,7 +163,6 @@ def _has_parts(content: Any) -> bool:
 
 
 def parse_text_turn(role: Role, place: str, content: Any) -> RecordTurn:
-    """Make a turn of a text, which `parse_text` reads."""
     return RecordTurn(role, parse_text(place, content), place)
 
 

@@ -27,7 +27,7 @@ REJECTION_REASONS = {
     "bad_number": "NaN, Infinity, or a number that does not fit in 64 bits",
     "bad_row": "a row with more or fewer cells than the table's header",
     "not_an_object": "a record that is not a JSON object",
-    "unknown_format": "the keys of no known format, or not those of data_format",
+    "unknown_format": "keys that don't match data_format or any known format",
     "bad_turn": "a turn without a role or a text",
     "unknown_role": "a turn with an unknown role",
     "not_text": "a value that should be text but is not",
@@ -42,10 +42,10 @@ REJECTION_REASONS = {
     "other_question": "a chosen and a rejected answer to different questions",
     LABELED_BAD: "an answer labeled bad (label: false, kto_tag: false), which supervised training doesn't learn",
     "long_word": "more than 100,000 characters that the tokenizer can't divide",
-    "duplicate": "the same texts as an earlier conversation, of which the same turns are learned (dedupe)",
+    "duplicate": "the same texts as an earlier conversation, and the same learned turns (dedupe)",
 }
 UTF8_HINT = "save the file as UTF-8, or name the right encoding with --encoding"
-ESCAPED_UTF8_TEXT = "UTF-8 in a file that is read in another encoding"
+ESCAPED_UTF8_TEXT = "UTF-8 in a file with a different encoding"
 DEPTH_STEPS = {b"[": 1, b"{": 1, b"]": -1, b"}": -1}
 UNPARSED_REASONS = {"not_json", "invalid_utf8", "too_deep", "duplicate_key", "bad_number"}  # reasons of `parse_json`
 
@@ -70,7 +70,7 @@ class RecordLocation:
 
 
 class Rejection(NamedTuple):
-    """Why a record can't be used: `reason` is one of REJECTION_REASONS, `message` says what was found."""
+    """Why a record can't be used: `reason` is one of REJECTION_REASONS, `message` has the details."""
 
     reason: str
     message: str
@@ -93,13 +93,14 @@ def parse_json(data: bytes) -> Any:
     """Parse JSON strictly.
 
     Raises:
-        RejectionError: the data is not valid JSON, or contains something that JSON parsers read differently.
+        RejectionError: it is not valid JSON, or contains something that JSON parsers read differently.
     """
     try:
         text = data.decode()
     except UnicodeDecodeError:
         raise RejectionError("invalid_utf8", f"{_describe_invalid(decode_record(data))}; {UTF8_HINT}") from None
-    if _is_too_deep(data):
+    # nearly all records have few brackets, and need no look at the depth
+    if data.count(b"[") + data.count(b"{") > MAX_JSON_DEPTH and max(iterate_depths(data)) > MAX_JSON_DEPTH:
         raise RejectionError("too_deep", f"more than {MAX_JSON_DEPTH} nested objects or lists")
     try:
         return _DECODER.decode(text)
@@ -140,7 +141,7 @@ def check_characters(value: Any, where: str = "the record") -> None:
 
 
 def can_contain_forbidden(data: bytes) -> bool:
-    """Return whether a record's JSON may contain what `check_characters` rejects; False is certain, True is not."""
+    """Return whether `check_characters` may reject a record's JSON; False is certain, True is not."""
     return bool(data.translate(None, _ALLOWED)) or _ESCAPED.search(data) is not None
 
 
@@ -148,12 +149,6 @@ def iterate_depths(data: bytes) -> Iterator[int]:
     """Yield the nesting depth after each bracket of JSON: `[{}]` -> 1, 2, 1, 0."""
     brackets = _JSON_STRING.sub(b"", data).translate(None, _NO_BRACKETS)
     return accumulate(DEPTH_STEPS[brackets[index : index + 1]] for index in range(len(brackets)))
-
-
-def _is_too_deep(data: bytes) -> bool:
-    if data.count(b"[") + data.count(b"{") <= MAX_JSON_DEPTH:  # as nearly all are
-        return False
-    return any(depth > MAX_JSON_DEPTH for depth in iterate_depths(data))
 
 
 def _parse_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -188,7 +183,7 @@ _ESCAPED = re.compile(rb"\\(?:[bf]|u(?:00[01]|[dD][89a-fA-F]))")
 _ALLOWED = bytes({*b"\t\n\r", *range(32, 256)})
 _JSON_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
-# strict=False: an unescaped tab or line end in a string is harmless; `check_characters` rejects the others
+# strict=False: an unescaped tab or line end in a string is harmless; `check_characters` rejects the rest
 _DECODER = json.JSONDecoder(
     object_pairs_hook=_parse_object,
     parse_constant=_parse_constant,

@@ -1,4 +1,4 @@
-"""Copy files from s3://, gs://, https:// and other places that fsspec knows to a folder on this machine.
+"""Copy files from s3://, gs://, https:// and other file systems of fsspec to a folder on this machine.
 
     fetch_remote("s3://bucket/chats/*.jsonl", "data_path", cache_dir=None)   # [Path("~/.cache/…/chats-1.jsonl"), …]
 
@@ -11,6 +11,8 @@ import os
 import re
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
@@ -29,7 +31,7 @@ from t5tune.settings.field_types import Settings
 AnySettings = TypeVar("AnySettings", bound=Settings)
 
 _URL = re.compile(r"(?!hf:|file:|local:)[a-z][a-z0-9+.-]+://.+", re.DOTALL)
-# what fsspec's file systems say about a file's content
+# keys of fsspec's file systems that describe a file's content
 VERSION_KEYS = (
     "size", "ETag", "etag", "Content-MD5", "md5Hash", "generation", "Last-Modified", "LastModified", "updated", "mtime",
 )  # fmt: skip
@@ -40,12 +42,12 @@ PACKAGES = {"http": "aiohttp", "https": "aiohttp", "s3": "s3fs", "gs": "gcsfs", 
 
 
 def is_url(name: str) -> bool:
-    """Whether a name is a URL of a place that isn't this machine or the Hugging Face Hub."""
+    """Whether a name is a URL that isn't on this machine or the Hugging Face Hub."""
     return bool(_URL.fullmatch(name))
 
 
 def hide_query(name: str) -> str:
-    """Return a URL without its query and password, which may be secrets, such as a signature; other names unchanged."""
+    """Return a URL without its query and password, which may be secrets, such as a signature; unchanged: not a URL."""
     if not is_url(name):
         return name
     try:
@@ -56,7 +58,7 @@ def hide_query(name: str) -> str:
 
 
 def hide_data_queries(settings: AnySettings) -> AnySettings:
-    """Return the settings without the queries of the data's URLs, for what others may see."""
+    """Return the settings without the queries of the data's URLs, for other people to see."""
     hidden: dict[str, list[Any]] = {}
     for data, paths in PATHS_OF_DATASETS.items():
         if names := getattr(settings, paths, None):
@@ -69,16 +71,12 @@ def hide_data_queries(settings: AnySettings) -> AnySettings:
 def fetch_remote(
     url: str, setting: str, cache_dir: Path | None, report: Report = silent, is_text: bool = False
 ) -> list[Path]:
-    """Copy the file that a URL names, the data files of a folder, or those that match a pattern. Return their paths.
+    """Copy the file at a URL, the data files of a folder, or the files that match a pattern. Return their paths.
 
     Args:
         setting: the setting that names it, for messages.
         cache_dir: folder for downloads; None: `t5tune` in Hugging Face's folder.
-        is_text: whether files of raw text are data too.
-
-    Raises:
-        DataError: there is no such file, it can't be read, or it is no data file.
-        DependencyError: the package for this protocol isn't installed.
+        is_text: whether files of raw text are data, too.
     """
     import fsspec
 
@@ -97,7 +95,7 @@ def fetch_remote(
         files = _list_files(system, path)
     except Exception as error:
         if _is_unreachable(error) and (copied := _find_copy(root, url)) is not None:
-            report(Note(f"{asked}: can't be reached; using the copy from before", warning=True))
+            report(Note(f"{asked}: can't be reached; using the earlier copy", warning=True))
             return [copied]
         raise _explain(asked, error) from error
     if not files:
@@ -115,7 +113,7 @@ def fetch_remote(
 
 
 def _choose_options(url: str) -> dict[str, Any]:
-    """Choose fsspec's options: without a limit on the time that a whole file takes, which is five minutes over HTTP."""
+    # no limit on the time for a whole file, which is five minutes over HTTP by default
     if not url.startswith(("http://", "https://")):
         return {}
     import aiohttp
@@ -125,21 +123,18 @@ def _choose_options(url: str) -> dict[str, Any]:
 
 
 def _is_unreachable(error: Exception) -> bool:
-    """Whether an error is about the connection, not about the file. Over HTTP, fsspec raises one class for both."""
+    # over HTTP, fsspec raises the same class for an error of the connection and of the file
     cause = error.__cause__ or error
     return not hasattr(cause, "status") and not isinstance(cause, FileNotFoundError | PermissionError)
 
 
 def _get_name(path: str) -> Path:
-    """Return the name of a file, without the query of a URL."""
+    # without the query of a URL
     return Path(unquote(urlsplit(path).path) if "://" in path else path)
 
 
 def _list_files(system: Any, path: str) -> dict[str, Mapping[str, Any]]:
-    """List the files that a path names: it itself, those in a folder, or those that match a pattern -> what is known.
-
-    The query of a URL may contain `*` and `?`, and pages aren't searched for links.
-    """
+    # the query of a URL may contain `*` and `?`, and pages aren't searched for links
     if "http" in system.protocol or "https" in system.protocol:
         return {path: system.info(path)}
     if re.search(r"[*?\[]", path):
@@ -147,15 +142,10 @@ def _list_files(system: Any, path: str) -> dict[str, Mapping[str, Any]]:
     info = system.info(path)
     if info["type"] != "directory":
         return {path: info}
-    return {each["name"]: each for each in sorted(system.ls(path), key=_get_entry_name) if each["type"] == "file"}
-
-
-def _get_entry_name(entry: Mapping[str, Any]) -> str:
-    return str(entry["name"])
+    return {each["name"]: each for each in sorted(system.ls(path), key=itemgetter("name")) if each["type"] == "file"}
 
 
 def _copy(system: Any, path: str, info: Mapping[str, Any], url: str, root: Path, report: Report) -> Path:
-    """Copy a file, unless this version of it was copied before."""
     version = {key: str(info[key]) for key in VERSION_KEYS if info.get(key) is not None}
     folder = root / _hash(url)
     local = folder / _hash(json.dumps(version, sort_keys=True)) / _get_name(path).name
@@ -188,24 +178,22 @@ def _make_callback(advance: Callable[[int], None]) -> Any:
 
 
 def find_url(file: Path) -> str | None:
-    """Return the URL of a copied file, without its query; None if it isn't one."""
+    """Return the URL of a copied file, without its query; None: not a copied file."""
     if file.parent.parts[-4:-2] != ("t5tune", FILES_FOLDER):
         return None
-    try:
-        url = read_json_object(file.parent.parent, DESCRIPTION_FILE).get("url")
-    except (FileNotFoundError, CheckpointError):
-        return None
+    url = _read_description(file.parent.parent).get("url")
     return hide_query(url) if isinstance(url, str) else None
 
 
 def _find_copy(root: Path, url: str) -> Path | None:
-    """Find the newest copy of a file that can't be reached now."""
-    folder = root / _hash(url)
-    try:
-        copied = folder / str(read_json_object(folder, DESCRIPTION_FILE)["newest"])
-    except (FileNotFoundError, CheckpointError, KeyError):
-        return None
+    copied = root / _hash(url) / str(_read_description(root / _hash(url)).get("newest"))
     return copied if copied.is_file() else None
+
+
+def _read_description(folder: Path) -> dict[str, Any]:
+    with suppress(FileNotFoundError, CheckpointError):
+        return read_json_object(folder, DESCRIPTION_FILE)
+    return {}
 
 
 def _hash(text: str) -> str:
@@ -213,7 +201,7 @@ def _hash(text: str) -> str:
 
 
 def _explain(asked: str, error: Exception) -> DataError:
-    if isinstance(error, OSError) and error.filename is not None:  # only an error of this machine names a file
+    if isinstance(error, OSError) and error.filename is not None:  # only an error on this machine names a file
         problem = f"{asked}: {os.fsdecode(error.filename)}: can't be written: {error.strerror}"
         return DataError(problem, hint="use --cache-dir to download to another folder")
     # over HTTP, a FileNotFoundError may have any cause

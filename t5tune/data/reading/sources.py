@@ -26,16 +26,17 @@ def bring_data(
     """Replace each name of a dataset and each URL by the paths of its files on this machine; paths stay as they are.
 
     Args:
-        choice: which part of a dataset to read.
+        choice: the part of a dataset to read.
         setting: the setting that has the names, for messages.
-        cache_dir: folder for downloads; None: those of the libraries.
-        is_text: whether files of raw text are data too.
-
-    Raises:
-        DataError: something doesn't exist or can't be downloaded, or a part is chosen though there is no dataset.
-        DependencyError: the package for a URL isn't installed.
+        cache_dir: folder for downloads; None: the libraries' folders.
+        is_text: whether files of raw text are data, too.
     """
-    datasets = {name: _parse(name, setting) for name in names if is_dataset_name(name)}
+    datasets: dict[str, DatasetName] = {}
+    for name in filter(is_dataset_name, names):
+        if (dataset := parse_dataset_name(name)) is None:
+            hint = f"expected {PREFIX}owner/name, {PREFIX}owner/name@revision/path/in/it"
+            raise DataError(f"{setting}: {name}: not the name of a dataset", hint=hint)
+        datasets[name] = dataset
     # the subset of the training data also applies to evaluation data that may be elsewhere
     subset = choice.subset if setting == "data_path" else None
     if (part := choice.split or subset) and not any(not dataset.path for dataset in datasets.values()):
@@ -58,22 +59,15 @@ def bring_data(
     return found
 
 
-def _parse(name: str, setting: str) -> DatasetName:
-    if (dataset := parse_dataset_name(name)) is None:
-        problem = f"{setting}: {name}: not the name of a dataset"
-        raise DataError(problem, hint=f"expected {PREFIX}owner/name, {PREFIX}owner/name@revision/path/in/it")
-    return dataset
-
-
 def describe_origin(file: Path) -> str | None:
-    """Say where a file on this machine was brought from: `hf://datasets/owner/name@commit/file` or a URL."""
+    """Return the origin of a file on this machine: `hf://datasets/owner/name@commit/file`, a URL, or None."""
     if (name := name_snapshot(file)) != str(file):
         return f"{PREFIX}{name}"
     return find_url(file)
 
 
 def is_dataset_name(name: str) -> bool:
-    """Whether a name means a dataset on the Hub: hf://…, or owner/name if there is no such file, folder or pattern."""
+    """Whether a name means a dataset on the Hub: hf://…, or owner/name without such a file, folder or pattern here."""
     if name.startswith("hf://"):
         return True
     path = Path(name)

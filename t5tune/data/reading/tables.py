@@ -27,13 +27,13 @@ CSV_REASONS = {  # part of the csv module's message: our message
     "field larger than field limit": "a cell is longer than max_record_bytes",
     "new-line character": "a carriage return in an unquoted cell",
 }
-ROWS_PER_BATCH = 16  # rows of a Parquet file that are read at once, at most
-BYTES_PER_BATCH = 1 << 21  # about the most bytes of such a batch
+ROWS_PER_BATCH = 16  # maximum number of rows that are read from a Parquet file at once
+BYTES_PER_BATCH = 1 << 21  # about the maximum size of a batch
 TEXT_TYPES = {"string", "large_string"}  # of Arrow
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}  # their names in messages
 DETECTED_DELIMITERS = ",;\t"  # without a line that names the delimiter
-SAMPLE_LINES = 100  # to find the delimiter by, at most
-SAMPLE_BYTES = 1 << 20  # about the most bytes of them
+SAMPLE_LINES = 100  # maximum number of lines to detect the delimiter by
+SAMPLE_BYTES = 1 << 20  # about the maximum size of these lines
 MIN_WORDS = 3  # of a text in a header that may be data
 _DELIMITER_LINE = re.compile(r'"?sep=([,;\t|])"?[\r\n]*', re.IGNORECASE)  # Excel's first line
 _CELL_TEXT = re.compile(rb'[^",;\t|\r\n]+')
@@ -42,14 +42,11 @@ _CELL_TEXT = re.compile(rb'[^",;\t|\r\n]+')
 def read_csv(path: Path, delimiter: str | None, reading: ReadingSettings) -> Iterator[RawRecord]:
     """Read a CSV file: a header with the column names, then rows. A first line `sep=;` names the delimiter.
 
-    Without a header, the first columns are named `source` and `target`, or as their objective needs.
+    Without a header, the first columns are named `source` and `target`, or as the objective needs. Rows longer than
+    max_record_bytes are rejected.
 
     Args:
         delimiter: if None, it is detected, unless the file names it.
-        reading: its encoding, header and max_record_bytes; longer rows are rejected.
-
-    Raises:
-        DataError: the file is not valid CSV, its header is too long, or it isn't clear which delimiter it has.
     """
     max_bytes = reading.max_record_bytes
     lines = _LineReader(path, reading)
@@ -108,14 +105,13 @@ def read_csv(path: Path, delimiter: str | None, reading: ReadingSettings) -> Ite
 
 
 def _name_columns(count: int, reading: ReadingSettings) -> list[str]:
-    """Name the columns of a table without a header."""
     names = ["prompt", "chosen", "rejected"] if reading.reads_preferences else ["source", "target"]
     known = ["text"] if reading.is_raw_text else names
     return [*known, *(f"column {number}" for number in range(len(known) + 1, count + 1))][:count]
 
 
 def _looks_like_data(header: list[str], rows: list[list[str]]) -> bool:
-    """Whether the header has a value of its column, or a text that is about as long as the column's other texts."""
+    # a name that is also a value of its column, or a text about as long as the column's other texts
     columns = zip(*(row for row in rows if len(row) == len(header) and row != header), strict=True)
     return any(
         (name.strip() and name in cells)
@@ -125,7 +121,7 @@ def _looks_like_data(header: list[str], rows: list[list[str]]) -> bool:
 
 
 def _read_sample(path: Path, reading: ReadingSettings) -> list[str]:
-    """Read the first lines of a file that aren't blank, from the header on."""
+    # from the header on, without blank lines before it
     lines = _LineReader(path, reading)
     sample: list[str] = []
     for line in dropwhile(str.isspace, lines):
@@ -137,12 +133,9 @@ def _read_sample(path: Path, reading: ReadingSettings) -> list[str]:
 
 
 def _detect_delimiter(path: Path, sample: list[str]) -> str:
-    """Find the delimiter that divides the most of the first rows into as many cells as the header, at least two.
+    """Find the delimiter that divides the most rows into the header's number of cells, at least two.
 
-    If none divides a row so, the one that divides the header into the most cells.
-
-    Raises:
-        DataError: commas and semicolons divide the rows equally well.
+    If no delimiter does, return the delimiter with the most cells in the header.
     """
     num_cells, shares = {}, {}
     for delimiter in DETECTED_DELIMITERS:
@@ -161,11 +154,7 @@ def _detect_delimiter(path: Path, sample: list[str]) -> str:
 
 
 def _divide_rows(lines: list[str], delimiter: str) -> tuple[int, float]:
-    """Divide the first lines of a file at a delimiter.
-
-    Returns:
-        The number of cells in the header, and the share of the rows that have as many; 0 if these are less than two.
-    """
+    """Return the number of cells in the header, and the share of the rows with this number; 0 for a single cell."""
     rows, num_broken = _divide_lines(lines, delimiter)
     if not rows:
         return 0, 0
@@ -177,16 +166,17 @@ def _divide_rows(lines: list[str], delimiter: str) -> tuple[int, float]:
 def _divide_lines(lines: list[str], delimiter: str) -> tuple[list[list[str]], int]:
     """Divide lines into rows of cells. Return those that aren't blank, up to a broken one, and 1 if one is broken."""
     rows: list[list[str]] = []
+    num_broken = 0
     try:
         for row in csv.reader(lines, delimiter=delimiter, strict=True):
             rows.append(row)
     except csv.Error as error:
-        return [*filter(None, rows)], int("unexpected end of data" not in str(error))  # the lines may end inside a row
-    return [*filter(None, rows)], 0
+        num_broken = int("unexpected end of data" not in str(error))  # the lines may end inside a row
+    return [*filter(None, rows)], num_broken
 
 
 def count_rows(path: Path) -> int:
-    """Count the rows of a Parquet file; 0 if it is broken, of which reading it tells."""
+    """Count the rows of a Parquet file; 0 if it is broken, which reading it reports."""
     with suppress(ImportError, OSError, ValueError):
         from pyarrow import parquet
 
@@ -195,15 +185,7 @@ def count_rows(path: Path) -> int:
 
 
 def read_parquet(path: Path, max_bytes: int) -> Iterator[RawRecord]:
-    """Read the rows of a Parquet file.
-
-    Args:
-        max_bytes: longer rows are rejected.
-
-    Raises:
-        DataError: the file is broken.
-        DependencyError: pyarrow can't be imported.
-    """
+    """Read the rows of a Parquet file; rows longer than `max_bytes` are rejected."""
     try:
         from pyarrow import parquet
     except ImportError as error:
@@ -211,7 +193,7 @@ def read_parquet(path: Path, max_bytes: int) -> Iterator[RawRecord]:
         raise DependencyError(problem, hint="pip install pyarrow") from error
     index = 0
     try:
-        # an open file, because pyarrow takes no path that isn't UTF-8
+        # an open file, because pyarrow accepts no path that isn't UTF-8
         with open(path, "rb") as opened, parquet.ParquetFile(opened, pre_buffer=False, buffer_size=1 << 20) as file:
             _check_column_names(file.schema_arrow.names, str(path))
             for row, size in chain.from_iterable(_iterate_rows(batch, max_bytes) for batch in _read_batches(file)):
@@ -232,13 +214,11 @@ def read_parquet(path: Path, max_bytes: int) -> Iterator[RawRecord]:
 
 def _check_column_names(names: list[str], place: str, advice: str = "") -> None:
     if duplicates := [name for name, count in Counter(names).items() if count > 1]:
-        raise DataError(
-            f"{place}: duplicate column name: {join_first(duplicates)}", hint=f"rename all but one of them{advice}"
-        )
+        problem = f"{place}: duplicate column name: {join_first(duplicates)}"
+        raise DataError(problem, hint=f"rename all but one of them{advice}")
 
 
 def _read_batches(file: Any) -> Iterator[Any]:
-    """Yield the rows of a Parquet file in batches of about BYTES_PER_BATCH."""
     for group in range(file.num_row_groups):
         batches = partial(file.iter_batches, row_groups=[group], use_threads=False)
         # the file stores a text that many rows share only once, so its size says little: measure the first row
@@ -250,7 +230,7 @@ def _read_batches(file: Any) -> Iterator[Any]:
 
 def _iterate_rows(batch: Any, max_bytes: int) -> Iterator[tuple[Any, int]]:
     """Yield each row as a dict, with its size in bytes; a row longer than `max_bytes` is a one-row Arrow batch."""
-    # a text that is stored once may be in many rows, so a batch can be much larger than what was read
+    # a text that is stored once may be in many rows, so a batch can be much larger than the bytes that were read
     is_whole = batch.nbytes <= min(BYTES_PER_BATCH, max_bytes)
     counts_itself = "dictionary<" not in str(batch.schema)  # nbytes of a dictionary counts every row's text
     for part in [batch] if is_whole else (batch.slice(number, 1) for number in range(len(batch))):
@@ -263,7 +243,7 @@ def _iterate_rows(batch: Any, max_bytes: int) -> Iterator[tuple[Any, int]]:
 
 
 def _read_beginning(row: Any) -> bytes:
-    """Return a one-row batch as JSON, with only the beginning of each text, to limit memory."""
+    # only the beginning of each text, to limit memory
     cells = {
         name: _convert_cell(column[0], MAX_KEPT_BYTES)
         for name, column in zip(row.schema.names, row.columns, strict=True)
@@ -272,7 +252,7 @@ def _read_beginning(row: Any) -> bytes:
 
 
 def _convert_rows(batch: Any) -> list[dict[str, Any]]:
-    """Convert a batch to Python values; cell by cell only if pyarrow can't convert it at once."""
+    # cell by cell only if pyarrow can't convert all at once
     try:
         return list(batch.to_pylist())
     except Exception:  # a time out of Python's range, a struct with a duplicate field name, …
@@ -283,8 +263,8 @@ def _convert_rows(batch: Any) -> list[dict[str, Any]]:
 def _convert_cell(scalar: Any, max_bytes: int | None = None) -> Any:
     """Convert an Arrow scalar to a Python value; a text is cut after `max_bytes`.
 
-    Bytes that are not UTF-8 become lone surrogates. A value that Python has no type for becomes a list with the name
-    of its Arrow type, which is rejected later as not being text.
+    Bytes that aren't UTF-8 become lone surrogates. A value without a type in Python becomes a list with the name of its
+    Arrow type, which is rejected later as not being text.
     """
     kind = str(scalar.type)
     if kind in TEXT_TYPES and scalar.is_valid:
@@ -299,7 +279,7 @@ def _convert_cell(scalar: Any, max_bytes: int | None = None) -> Any:
 
 
 def _count_bytes(value: Any) -> int:
-    """Count the bytes of text in a cell or a row; anything else counts as 8."""
+    # anything but text counts as 8
     if isinstance(value, str):
         return len(value) if value.isascii() else len(value.encode(errors="surrogatepass"))
     if isinstance(value, bytes):
@@ -320,14 +300,14 @@ class _LineReader:
         self.offset = 0  # of the next line in the file
         self.number = 0  # lines yielded so far
         self.size = 0  # bytes of the current row so far
-        self.beginning = b""  # the first of these bytes
+        self.beginning = b""  # the first bytes of the current row
         self._max_bytes = reading.max_record_bytes
         self._encoding = reading.encoding
         self._path = path
-        self._skeleton = b""  # of the part of the current line that was dropped, if the row is too long
+        self._skeleton = b""  # of the dropped part of the current line, if the row is too long
 
     def begin_row(self) -> None:
-        """Start counting a new row; forget the previous one."""
+        """Start counting a new row; forget the last."""
         self.size, self.beginning = 0, b""
 
     def __iter__(self) -> Iterator[str]:
@@ -360,7 +340,6 @@ class _LineReader:
         self.offset += len(data)
 
     def _reduce(self, data: bytes) -> bytes:
-        """Count the data, and return its skeleton."""
         self._count(data)
         if len(self._skeleton) > self._max_bytes:
             raise DataError(f"{self._path}:{self.number + 1}: a line with more than {self._max_bytes} separators")

@@ -1,13 +1,13 @@
-"""Read text files in any encoding as UTF-8, and find the encoding of files that don't say it.
+"""Read text files in any encoding as UTF-8, and detect the encoding of files without a byte order mark.
 
     encoding = find_encoding(chunks, given=None, place="tickets.csv")   # "cp1252"
     for chunk in read_as_utf8(chunks, given=None, place="tickets.csv"):
         ...
 
-A byte order mark decides, then what is given. Without both, a file is UTF-8 if most of its records with letters beyond
-ASCII are. Others are read in each common encoding. A reading is likely if its words don't mix alphabets, and the
-accented letters of each cell are those of one language. If all likely readings have the same text, it is clear.
-Otherwise, chardet's confidence decides, but only if the readings differ in enough letters.
+A byte order mark decides, then the given encoding. Without both, a file is UTF-8 if most of its records with letters
+beyond ASCII are UTF-8. Other files are decoded in each common encoding. A decoding is likely if its words don't mix
+alphabets, and the accented letters of each cell belong to one language. If all likely decodings have the same text, it
+is clear. Otherwise, chardet's confidence decides, but only if the decodings differ in enough letters.
 """
 
 import codecs
@@ -38,18 +38,18 @@ SINGLE_BYTE_ENCODINGS = COMMON_ENCODINGS[:12]
 ORDERED_ENCODINGS = ("utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be")
 ORDER_BYTES = 1 << 12
 MIN_ASCII_SHARE = 0.01  # of the bytes of UTF-16 without a byte order mark: its spaces and line ends
-MAX_ASCII_BYTES = 16 << 20  # a file that begins with so many bytes of ASCII is taken for UTF-8
+MAX_ASCII_BYTES = 16 << 20  # a file that begins with this many bytes of ASCII is taken for UTF-8
 SAMPLE_BYTES = 1 << 20  # from the first byte beyond ASCII
 MAX_WORD_BYTES = 100  # before it, of its line
 DETECTED_BYTES = 1 << 16  # of the sample's lines beyond ASCII, for the detector
 MIN_CONFIDENCE = 0.03
-# Another likely reading may have this share of the highest confidence: a start, and more for each different letter that
-# occurs about three times. Of encodings that hardly any program writes, only those that are about as likely count.
+# A likely decoding may have this share of the highest confidence without being a rival: a base, and more for each
+# different letter that occurs about three times. Uncommon encodings are rivals only if they are about as likely.
 RIVAL_SHARE, RIVAL_SHARE_PER_LETTER, MAX_RIVAL_SHARE = 0.1, 0.17, 0.9
 UNCOMMON_RIVAL_SHARE = 0.97
 LETTER_COUNT = 3
 MAX_ODD_SHARE = 0.01  # of the characters beyond ASCII
-MAX_MIXED_SHARE = 0.02  # of the cells with accented letters; one is allowed
+MAX_MIXED_SHARE = 0.02  # of the cells with accented letters; a single cell is allowed
 NUM_SHOWN = 3
 ESCAPE_ERRORS = "t5tune-escape"
 # the accented letters of the languages that cp1250, cp1252, cp1254, cp1257 and cp1258 are used for
@@ -63,22 +63,20 @@ ALPHABETS = [
     )
 ]  # fmt: skip
 _NOT_ASCII = re.compile(rb"[\x80-\xff]")
-# a character that is cut off at the end, but not a complete one, which may be all there is beyond ASCII
+# a truncated character at the end, but not a complete one, which may be the file's only letter beyond ASCII
 _CUT_OFF = re.compile(rb"(?:[\xc2-\xdf]|[\xe0-\xef][\x80-\xbf]?|[\xf0-\xf4][\x80-\xbf]{0,2})\Z")
 _AFTER_RECORD = re.compile(rb"(?<=[\r\n}])")
 _AFTER_LINE = re.compile(rb"(?<=[\r\n])")
 _RECORD_END = re.compile(rb"[\r\n}]")  # of a line, or of an object in an array
 _CELL_END = re.compile(r'[\t\r\n"{}\[\];|]+|,(?=\S)')
-_WORD_END = re.compile(r"[\x00-@\[-`{-\x7f]+")  # what is ASCII, but no letter
+_WORD_END = re.compile(r"[\x00-@\[-`{-\x7f]+")  # ASCII, but no letter
 _JSON_ESCAPE = re.compile(r"\\[bfnrt]")
 _ACCENTED = "\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u024f\u0300-\u036f\u1e00-\u1eff"  # Latin letters and marks
 _OTHER = "\u0370-\u0dff"  # letters of other alphabets
-_UNDIVIDED = (
-    "\u0e00-\u0eff\u3005-\u30ff\u3400-\u9fff\uac00-\ud7a3\uff66-\uff9f"  # of scripts with Latin names in a text
-)
+_UNDIVIDED = "\u0e00-\u0eff\u3005-\u30ff\u3400-\u9fff\uac00-\ud7a3\uff66-\uff9f"  # scripts that mix with Latin
 _IN_WORD = re.compile(f"(?<=[A-Za-z{_ACCENTED}{_OTHER}])([^\\x00-\\x7f])(?=[A-Za-z{_ACCENTED}{_OTHER}])")
-# what right readings have, and what wrong ones have: accented letters next to those of ASCII, and no word of them only;
-# words of one alphabet and several ideographs, and no such letter in a Latin word
+# (in right decodings, in wrong decodings): accented letters next to ASCII letters, words of accented letters only; then
+# words of a single alphabet and several ideographs, non-Latin letters in a Latin word
 _LATIN_FORMS = (
     re.compile(f"(?<=[A-Za-z])[{_ACCENTED}]|[{_ACCENTED}](?=[A-Za-z])"),
     re.compile(f"(?<![A-Za-z{_ACCENTED}{_OTHER}])[{_ACCENTED}]{{2,}}(?![A-Za-z{_ACCENTED}{_OTHER}])"),
@@ -90,14 +88,14 @@ _OTHER_FORMS = (
         f"|(?<=[A-Za-z])[{_UNDIVIDED}](?![{_UNDIVIDED}])|(?<![{_UNDIVIDED}])[{_UNDIVIDED}](?=[A-Za-z])"
     ),
 )
-_MARKED_CONSONANT = re.compile("[b-df-hj-np-tv-xz][\u0300-\u036f]")  # which Vietnamese doesn't have
+_MARKED_CONSONANT = re.compile("[b-df-hj-np-tv-xz][\u0300-\u036f]")  # Vietnamese has no such consonants
 _NOT_LATIN = re.compile(f"[{_OTHER}{_UNDIVIDED}]")
 _ACCENTS = re.compile(f"[{_ACCENTED}]")
 _JOINERS = "\u00ad\u00b7\u200c\u200d\u2011\u2013\u2014\u2019\u2026"  # symbols that may be within a word
 
 
 def find_encoding(chunks: Iterator[bytes], given: str | None, place: str) -> str:
-    """Find the encoding of a file, reading only as far as needed. Arguments and errors are those of `read_as_utf8`."""
+    """Find the encoding of a file, reading only as far as needed; arguments as for `read_as_utf8`."""
     found: list[str] = []
     for _ in read_as_utf8(chunks, given, place, found.append):
         if found:
@@ -110,15 +108,12 @@ def read_as_utf8(
 ) -> Iterator[bytes]:
     """Yield a file's text as UTF-8. Bytes that aren't valid in its encoding become lone surrogates.
 
-    So do those of a record that is UTF-8 in a file that was found to be something else.
+    If the encoding is detected as a different one, the bytes of a record that is UTF-8 become lone surrogates, too.
 
     Args:
         given: the encoding of a file without a byte order mark; None: it is detected.
         place: names the file in messages.
         note: called with the encoding once it is found, unless all is ASCII.
-
-    Raises:
-        DataError: the encoding isn't clear, or there is none of this name for text.
     """
     start = b""
     while len(start) < ORDER_BYTES and (chunk := next(chunks, b"")):
@@ -151,7 +146,7 @@ def read_as_utf8(
 
 
 def _check_order(start: bytes, given: str | None, place: str) -> None:
-    """Refuse UTF-16 and UTF-32 without a byte order mark, unless its order is given and shows characters of ASCII."""
+    # without a byte order mark, the order must be given and show ASCII characters
     if b"\x00" not in start:
         if given is not None:
             hint = "without --encoding, it is detected"
@@ -166,7 +161,7 @@ def _check_order(start: bytes, given: str | None, place: str) -> None:
 
 
 def _count_ascii(data: bytes, encoding: str) -> int:
-    """Count the characters of ASCII, minus the zeros that UTF-32 shows when read as UTF-16."""
+    # UTF-32 that is read as UTF-16 shows zeros
     text = codecs.getincrementaldecoder(encoding)("replace").decode(data)
     return sum(map("\x80".__gt__, text)) - 2 * text.count("\x00")
 
@@ -179,7 +174,6 @@ def _decode(chunks: Iterator[bytes], encoding: str) -> Iterator[bytes]:
 
 
 def _decode_records(chunks: Iterator[bytes], encoding: str) -> Iterator[bytes]:
-    """Decode record by record; the bytes of one that is UTF-8 become lone surrogates."""
     # in a multi-byte encoding, a brace may be the second byte of a character, and a short word may be UTF-8 by chance
     end, first = (_AFTER_RECORD, "\x80") if encoding in SINGLE_BYTE_ENCODINGS else (_AFTER_LINE, "\u0800")
     decoder = codecs.getincrementaldecoder(encoding)(ESCAPE_ERRORS)
@@ -199,7 +193,7 @@ def _decode_records(chunks: Iterator[bytes], encoding: str) -> Iterator[bytes]:
 
 
 def decode_record(data: bytes) -> str:
-    """Decode a part of what `read_as_utf8` yields: bytes that aren't valid are lone surrogates in the text."""
+    """Decode a part of the output of `read_as_utf8`: invalid bytes are lone surrogates in the text."""
     try:
         return data.decode(errors="surrogatepass")
     except UnicodeDecodeError:
@@ -207,7 +201,7 @@ def decode_record(data: bytes) -> str:
 
 
 def is_escaped_utf8(text: str) -> bool:
-    """Whether the bytes that became lone surrogates are UTF-8, so that only the file's encoding made them invalid."""
+    """Whether the bytes of lone surrogates are UTF-8, so that only the file's encoding made them invalid."""
     try:
         data = text.encode(errors="surrogateescape")
     except UnicodeEncodeError:  # other surrogates
@@ -216,7 +210,6 @@ def is_escaped_utf8(text: str) -> bool:
 
 
 def _escape_bytes(error: UnicodeError) -> tuple[str, int]:
-    """Replace each invalid byte with a lone surrogate, for which its record is rejected."""
     if not isinstance(error, UnicodeDecodeError):
         raise error
     return "".join(chr(0xDC00 + byte) for byte in error.object[error.start : error.end]), error.end
@@ -225,8 +218,8 @@ def _escape_bytes(error: UnicodeError) -> tuple[str, int]:
 codecs.register_error(ESCAPE_ERRORS, _escape_bytes)
 
 
-class _Reading(NamedTuple):
-    """A likely reading of a sample, and the detector's confidence in it."""
+class _Decoding(NamedTuple):
+    """A likely decoding of a sample, and the detector's confidence in it."""
 
     text: str
     encoding: str
@@ -234,21 +227,17 @@ class _Reading(NamedTuple):
 
 
 def _detect(sample: bytes, place: str) -> str:
-    """Detect the encoding of a sample, which begins before its first byte beyond ASCII.
-
-    Raises:
-        DataError: it isn't clear.
-    """
+    # the sample begins before its first byte beyond ASCII
     records = [record for record in _RECORD_END.split(_CUT_OFF.sub(b"", sample)) if not record.isascii()]
     if 2 * sum(map(_is_utf8, records)) > len(records):
         return UTF8
     lines = [line for line in sample.splitlines(keepends=True) if not _is_utf8(line)]
     sample = b"".join(lines or [sample])[:DETECTED_BYTES]
     sample = sample[: sample.rfind(b"\n") + 1] or sample
-    readings = _list_readings(sample)
-    if readings and _is_clear(*readings):
-        return readings[0].encoding
-    hint = f"{_suggest(sample, readings)}; --encoding {UTF8} rejects the records that aren't UTF-8"
+    decodings = _list_decodings(sample)
+    if decodings and _is_clear(*decodings):
+        return decodings[0].encoding
+    hint = f"{_suggest(sample, decodings)}; --encoding {UTF8} rejects the records that aren't UTF-8"
     raise DataError(f"{place}: not UTF-8, and its encoding isn't clear", hint=hint)
 
 
@@ -260,27 +249,27 @@ def _is_utf8(data: bytes) -> bool:
     return True
 
 
-def _list_readings(sample: bytes) -> list[_Reading]:
-    """List the likely readings of a sample, each text once, those with the highest confidence first."""
+def _list_decodings(sample: bytes) -> list[_Decoding]:
+    """List the likely decodings of a sample, each text once, in descending order of confidence."""
     from chardet import EncodingEra, detect_all
 
     eras = EncodingEra.MODERN_WEB | EncodingEra.LEGACY_ISO | EncodingEra.LEGACY_MAC | EncodingEra.DOS
     found = detect_all(sample, ignore_threshold=True, encoding_era=eras, compat_names=False, max_bytes=len(sample))
     confidences = dict.fromkeys(COMMON_ENCODINGS, 0.0)
     confidences |= {each["encoding"]: each["confidence"] for each in found if each["encoding"] is not None}
-    readings: dict[str, _Reading] = {}
+    decodings: dict[str, _Decoding] = {}
     for encoding, confidence in confidences.items():
         text = _decode_sample(sample, encoding)
-        if text is not None and text in readings:
-            confidence = max(confidence, readings[text].confidence)
-            readings[text] = readings[text]._replace(confidence=confidence)
+        if text is not None and text in decodings:
+            confidence = max(confidence, decodings[text].confidence)
+            decodings[text] = decodings[text]._replace(confidence=confidence)
         elif text is not None and _is_likely(text):
-            readings[text] = _Reading(text, encoding, confidence)
-    return sorted(readings.values(), key=lambda reading: reading.confidence, reverse=True)
+            decodings[text] = _Decoding(text, encoding, confidence)
+    return sorted(decodings.values(), key=lambda each: each.confidence, reverse=True)
 
 
 def _decode_sample(sample: bytes, encoding: str) -> str | None:
-    """Decode a sample, which may be cut off within a character; None if too many of its bytes aren't valid."""
+    # the sample may end within a character
     try:
         text = codecs.getincrementaldecoder(encoding)("replace").decode(sample)
     except LookupError:
@@ -289,7 +278,7 @@ def _decode_sample(sample: bytes, encoding: str) -> str | None:
     return text if text.count("\ufffd") <= MAX_ODD_SHARE * num_others else None
 
 
-def _is_clear(best: _Reading, *others: _Reading) -> bool:
+def _is_clear(best: _Decoding, *others: _Decoding) -> bool:
     return (
         best.encoding in COMMON_ENCODINGS
         and best.confidence >= MIN_CONFIDENCE
@@ -297,12 +286,11 @@ def _is_clear(best: _Reading, *others: _Reading) -> bool:
     )
 
 
-def _is_rival(other: _Reading, best: _Reading) -> bool:
-    """Whether another reading may be right, too."""
+def _is_rival(other: _Decoding, best: _Decoding) -> bool:
     share = other.confidence / best.confidence
     letters = Counter(best.text.lower()) - Counter(other.text.lower())
     is_alike = 2 * letters.total() < sum(map("\x7f".__lt__, best.text))
-    if is_alike and "\ufffd" in other.text:  # the detector has no confidence in invalid bytes, of which a few may be
+    if is_alike and "\ufffd" in other.text:  # the detector has no confidence in invalid bytes; a few are possible
         return True
     if other.encoding not in COMMON_ENCODINGS:
         return share > UNCOMMON_RIVAL_SHARE and not is_alike
@@ -311,7 +299,7 @@ def _is_rival(other: _Reading, best: _Reading) -> bool:
 
 
 def _is_likely(text: str) -> bool:
-    """Whether a text looks like one of words, of which each belongs to one alphabet."""
+    """Whether a text seems to consist of words, each of one alphabet."""
     others = [character for character in text if character > "\x7f"]
     # the currency sign and the pilcrow aren't used; they are in the place of iso8859-15's euro and of Greek letters
     if any(unicodedata.category(each) in ("Cc", "Cn", "Co") or each in "\u00a4\u00b6" for each in set(others)):
@@ -332,19 +320,18 @@ def _is_likely(text: str) -> bool:
     return num_mixed <= max(1, MAX_MIXED_SHARE * len(accents))
 
 
-def _suggest(sample: bytes, readings: list[_Reading]) -> str:
-    """List the flags for the likely encodings, the default one first, and how each would read a word."""
-    shown = sorted(readings, key=lambda reading: reading.encoding != DEFAULT_CODE_PAGE)[:NUM_SHOWN]
+def _suggest(sample: bytes, decodings: list[_Decoding]) -> str:
+    """List the flags for the likely encodings, the default one first, each with a word that it decodes differently."""
+    shown = sorted(decodings, key=lambda each: each.encoding != DEFAULT_CODE_PAGE)[:NUM_SHOWN]
     default = _decode_sample(sample, DEFAULT_CODE_PAGE)
-    if default is not None and default not in [reading.text for reading in shown]:
-        shown = [*shown[: NUM_SHOWN - 1], _Reading(default, DEFAULT_CODE_PAGE, 0)]
-    words = _find_different_words([reading.text for reading in shown])
+    if default is not None and default not in [each.text for each in shown]:
+        shown = [*shown[: NUM_SHOWN - 1], _Decoding(default, DEFAULT_CODE_PAGE, 0)]
+    words = _find_different_words([each.text for each in shown])
     read = [f"--encoding {each.encoding} reads {word[:20]!r}" for each, word in zip(shown, words, strict=True)]
     return ", ".join(read) or f"name it, such as --encoding {DEFAULT_CODE_PAGE}"
 
 
 def _find_different_words(texts: list[str]) -> list[str]:
-    """Return a word of each text by which a reader sees the difference."""
     words = [_WORD_END.split(text) for text in texts]
     places = zip(*words, strict=False)
     found = next((each for each in places if len(set(each)) == len(each) and not each[0].isascii()), None)

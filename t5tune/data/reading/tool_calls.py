@@ -17,21 +17,13 @@ CALL_PART_TYPES = ("tool_call", "tool_calls")  # types of LLaMA-Factory's conten
 
 
 def find_tool_calls(message: dict[str, Any], where: str) -> tuple[str, list[str]] | None:
-    """Return the key and the texts of a message's tool calls, or None if it has none.
-
-    Raises:
-        RejectionError: a call has no function name.
-    """
+    """Return the key and the texts of a message's tool calls; None: no tool calls."""
     key = next((key for key in CALL_KEYS if not _is_empty(message.get(key))), None)
     return (key, _format_calls(message[key], where)) if key is not None else None
 
 
 def read_tool_call_part(part: dict[str, Any], where: str) -> list[str]:
-    """Return the texts of the tool calls that a content part contains as JSON.
-
-    Raises:
-        RejectionError: the value is not JSON, or a call has no function name.
-    """
+    """Return the texts of the tool calls that a content part contains as JSON."""
     given = part.get("value")
     if isinstance(given, str):
         try:
@@ -45,7 +37,7 @@ def read_tool_call_part(part: dict[str, Any], where: str) -> list[str]:
 def drop_null_arguments(value: Any, repairs: Counter[str]) -> Any:
     """Return a record of a table without the null arguments of its tool calls, and count these.
 
-    The table gives a call the arguments of all other calls. A null that the call had itself can't be told from them.
+    The table gives a call the arguments of all other calls, so the call's real nulls can't be told from them.
     """
     if isinstance(value, list):
         return [drop_null_arguments(item, repairs) for item in value]
@@ -77,7 +69,7 @@ def _format_calls(given: Any, where: str) -> list[str]:
 
 
 def _is_empty(given: Any) -> bool:
-    """Return whether there is no call; Parquet stores a missing object as an object of nulls."""
+    # Parquet stores a missing object as an object of nulls
     return not given or (isinstance(given, dict) and all(value is None for value in given.values()))
 
 
@@ -90,7 +82,7 @@ def _format_call(call: Any, where: str) -> str:
 
 
 def _format_arguments(given: Any) -> str:
-    """Return the arguments as JSON; a text that is JSON already is returned unchanged."""
+    # a text that is JSON already stays unchanged
     if isinstance(given, str):
         try:
             parse_json(given.encode())

@@ -2,7 +2,7 @@
 
 Each piece is encoded once. The special tokens that its template spells out are found first, and become their ids.
 Pieces meet at whitespace or at an added token, where the tokenizer splits words anyway, so their concatenated ids are
-the ids of the whole text (tests/commands/test_prepare.py checks this). The one exception is an indentation token, a
+the ids of the whole text (tests/commands/test_prepare.py checks this). The exception is an indentation token, a
 newline with spaces that belong to two pieces.
 """
 
@@ -20,7 +20,7 @@ from t5tune.data.tokens.encoders import Beginning, Encoder, Ids, Text, WordEncod
 from t5tune.data.tokens.templates import Piece
 from t5tune.data.tokens.tokenizer import SpecialIds
 
-MAX_WORD_LENGTH = 100_000  # characters; the tokenizer takes 13 MB for such a word
+MAX_WORD_LENGTH = 100_000  # characters; the tokenizer takes 13 MB for a word of this length
 
 
 class Span(NamedTuple):

@@ -146,7 +146,7 @@ def cut_windows(length: int, largest: int) -> list[tuple[int, int]]:
 
 
 def find_sentinels(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Find the ids of a tokenizer's sentinels, in the order in which T5 uses them; empty: no sentinels."""
+    """Find the ids of a tokenizer's sentinels, in T5's order; empty: no sentinels."""
     if tokenizer.backend is None:
         return tuple(BYTES_OFFSET + 255 - number for number in range(MAX_SENTINELS))
     found: list[int] = []

@@ -255,7 +255,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 def find_other_token(tokenizer: Tokenizer, other: Tokenizer) -> tuple[str, int] | None:
     """Find a token, and its id, that another tokenizer lacks or numbers differently; None: no such token.
 
-    If there are several, return the one with the highest id: added tokens are at the end of a vocabulary.
+    If there are several, return the token with the highest id: added tokens are at the end of a vocabulary.
     """
     vocabulary = other.get_vocab()
     others = ((token, index) for token, index in tokenizer.get_vocab().items() if vocabulary.get(token) != index)

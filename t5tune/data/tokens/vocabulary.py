@@ -84,7 +84,7 @@ def extend_tokenizer(
 
 def _add_missing_characters(tokenizer: Tokenizer, num_unused: int, sample: Iterable[Conversation]) -> ExtendedTokenizer:
     """Add tokens for MISSING_CHARACTERS and the sample's characters; if rows are short, for the most targets."""
-    # characters that it can't write even if it keeps whitespace; with byte fallback, there may be none
+    # characters that it can't write even if it keeps whitespace; with byte fallback, this may be empty
     rebuilt = _rebuild_with_tokens(tokenizer, [])
     round_trip = make_round_trip(rebuilt)
     missing = [text for text in MISSING_CHARACTERS if round_trip(text) != text]
@@ -249,7 +249,7 @@ def _rebuild_with_tokens(tokenizer: Tokenizer, tokens: list[str]) -> Tokenizer:
 
 
 def _add_fastchat_tokens(tokenizer: Tokenizer) -> Tokenizer:
-    """Add FastChat's tokens with FastChat's ids: its pad token, then its nine tokens, one of which is the space."""
+    """Add FastChat's tokens with FastChat's ids: its pad token, then its nine tokens, including the space."""
     backend = _copy_without_merging_spaces(tokenizer)
     backend.add_special_tokens([AddedToken(FASTCHAT_PAD, normalized=False, special=True)])
     backend.add_tokens([AddedToken(token, normalized=False) for token in FASTCHAT_CHARACTERS])

@@ -1,6 +1,5 @@
 """What tests of reading share."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +7,11 @@ import pytest
 
 from t5tune.data.reading.formats import Conversation
 from t5tune.data.reading.rejections import REJECTION_REASONS, Rejection
-from tests.data.reading.records import read
+from tests.data.reading.records import Outcomes, read
 
 
 @pytest.fixture
-def outcomes(tmp_path: Path) -> Callable[..., tuple[list[str], list[str]]]:
+def outcomes(tmp_path: Path) -> Outcomes:
     """Write bytes to a file and read it; return (human turns of accepted records, reasons of rejected records)."""
 
     def run(data: bytes, name: str = "data.jsonl", **reading: Any) -> tuple[list[str], list[str]]:

@@ -1,20 +1,27 @@
 """Records for tests of reading, and how they are read."""
 
 import json
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from t5tune.commands.prepare import prepare as run_prepare
+from t5tune.data.caches.cache import Cache
 from t5tune.data.reading.files import find_files
 from t5tune.data.reading.formats import Conversation
 from t5tune.data.reading.raw_records import RawRecord, parse_record
 from t5tune.data.reading.readers import read_records
 from t5tune.data.reading.rejections import Rejection
+from t5tune.progress import Report, silent
+from t5tune.settings import PrepareSettings
 from t5tune.settings.groups.record_format import ReadingSettings
+from tests.support.caches import open_only
+from tests.support.command_line import CommandResult, t5tune_in_fork
 
 GOOD = '{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes"}]}'
 LIMIT = 10_000
+HI, YES = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}
+Outcomes = Callable[..., tuple[list[str], list[str]]]  # of the fixture `outcomes`
 
 
 def make_record(question: str, answer: str = "Yes", **more: Any) -> str:
@@ -34,11 +41,26 @@ def read(path: Path, **reading: Any) -> list[Conversation | Rejection]:
     return [parse_record(record, chosen) for record in records]
 
 
+def write_lines(path: Path, *records: Any) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def read_one(folder: Path, value: Any, **reading: Any) -> Any:
+    (record,) = read(write_lines(folder / "one.jsonl", value), **reading)
+    return record
+
+
+def prepare_records(folder: Path, *records: Any, report: Report = silent, **values: Any) -> Cache:
+    """Prepare records for the built-in model, and open their cache."""
+    data = write_lines(folder / "data.jsonl", *records)
+    given = {"model_name_or_path": "pocket", "data_path": str(data), "output_dir": folder / "cache"}
+    return open_only(run_prepare(PrepareSettings(**given | values), report).cache)
+
+
 LINES = "".join(f"{make_record(f'question {number}')}\n" for number in range(3000)).encode()
 
 
-def prepare(tmp_path: Path, *arguments: Any, stdin: bytes | None = None) -> subprocess.CompletedProcess[bytes]:
-    command = [sys.executable, "-m", "t5tune", "prepare", "--model-name-or-path", "pocket", "--json"]
-    return subprocess.run(
-        [*command, "--output-dir", tmp_path / "cache", *map(str, arguments)], input=stdin, capture_output=True
-    )
+def prepare(tmp_path: Path, *arguments: Any, stdin: bytes = b"") -> CommandResult:
+    command = ("prepare", "--model-name-or-path", "pocket", "--json", "--output-dir", tmp_path / "cache")
+    return t5tune_in_fork(*command, *arguments, stdin=stdin)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from t5tune.errors import DataError
-from tests.data.reading.records import GOOD, LINES, make_record, read
+from tests.data.reading.records import GOOD, LINES, Outcomes, make_record, read
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -28,7 +28,7 @@ PACK: dict[str, Callable[[bytes], bytes]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("packing", PACK)
-def test_archives_are_decompressed(outcomes: Callable[..., Any], packing: str) -> None:
+def test_archives_are_decompressed(outcomes: Outcomes, packing: str) -> None:
     pack = PACK[packing]
     accepted, rejected = outcomes(pack(LINES), f"data.jsonl.{packing}")
     assert (len(accepted), rejected) == (3000, [])
@@ -49,9 +49,7 @@ def test_a_broken_archive_is_refused_with_its_name_and_position(tmp_path: Path, 
     broken = {
         "cut off": whole[:middle],
         "without its last bytes": whole[:-3],
-        "with a byte flipped": whole[: len(whole) // 2]
-        + bytes([whole[len(whole) // 2] ^ 255])
-        + whole[len(whole) // 2 + 1 :],
+        "with a byte flipped": whole[:middle] + bytes([whole[middle] ^ 255]) + whole[middle + 1 :],
         "followed by something else": whole + b"more",
     }
     if packing == "gz":
@@ -60,12 +58,10 @@ def test_a_broken_archive_is_refused_with_its_name_and_position(tmp_path: Path, 
         path.write_bytes(data)
         with pytest.raises(DataError, match=rf"data\.jsonl\.{packing}: broken .* archive after \d+ decompressed bytes"):
             read(path)
-    path.write_bytes(LINES)
-    with pytest.raises(DataError, match=f"the name ends in \\.{packing}, but the file begins with"):
-        read(path)
-    path.write_bytes(b"")
-    with pytest.raises(DataError, match="the name ends in"):
-        read(path)
+    for data in (LINES, b""):
+        path.write_bytes(data)
+        with pytest.raises(DataError, match=f"the name ends in \\.{packing}, but the file begins with"):
+            read(path)
 
 
 BOMB = """
@@ -94,16 +90,10 @@ def test_large_and_compressed_garbage_needs_little_memory(
     tmp_path: Path, name: str, unit: bytes, times: int, records: int
 ) -> None:
     path = tmp_path / name
-    if name.endswith(".gz"):
-        with gzip.open(path, "wb") as file:
-            for _ in range(times):
-                file.write(unit)
-    elif name.endswith(".zst"):
-        with zstd.open(path, "wb") as file:
-            for _ in range(times):
-                file.write(unit)
-    else:
-        path.write_bytes(unit)
+    opener: Any = {".gz": gzip.open, ".zst": zstd.open}.get(path.suffix, open)
+    with opener(path, "wb") as file:
+        for _ in range(times):
+            file.write(unit)
     done = subprocess.run([sys.executable, "-c", BOMB, path], capture_output=True, text=True)
     if name == "long.json.zst":
         assert "the array has no end" in done.stderr

@@ -16,10 +16,9 @@ from t5tune.data.reading.formats import Conversation, parse_conversation
 from t5tune.data.reading.rejections import RecordLocation, Rejection, RejectionError
 from t5tune.settings.dataset_list import DatasetSettings
 from t5tune.settings.groups.record_format import ReadingSettings
-from tests.data.reading.records import read
+from tests.data.reading.records import HI, YES, read, read_one
 
 SYSTEM = {"role": "system", "content": "Be brief."}
-HI, YES = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}
 BAD = {"role": "narrator", "content": "Hi"}
 
 MESSAGES: dict[str, tuple[dict[str, Any], str]] = {
@@ -29,10 +28,10 @@ MESSAGES: dict[str, tuple[dict[str, Any], str]] = {
         {"system": "Be brief.", "messages": [HI, HI, YES]}, "turn 1: two human turns in a row"),
     "a late system turn": ({"messages": [HI, SYSTEM, YES]}, "turn 1: a system turn that is not the first turn"),
     "two system turns": (
-        {"messages": [SYSTEM, SYSTEM, HI, YES]}, "turn 1: a second system message, after that of turn 0"),
+        {"messages": [SYSTEM, SYSTEM, HI, YES]}, "turn 1: a second system message; the first is turn 0"),
     "a system turn and a system key": (
         {"system": "Be brief.", "messages": [SYSTEM, HI, YES]},
-        "turn 0: a second system message, after that of the key system"),
+        "turn 0: a second system message; the first is the key system"),
     "an unknown role, with a system key": ({"system": "Be brief.", "messages": [HI, BAD]}, "turn 1: unknown role"),
     "two in a row in a completion": (
         {"prompt": [SYSTEM, HI], "completion": [YES, YES]}, "completion: turn 1: two assistant turns in a row"),
@@ -70,9 +69,8 @@ FORMATS: dict[str, Any] = {
 }
 
 
-def read_conversation(path: Path, value: Any, **reading: Any) -> Conversation:
-    path.write_text(json.dumps(value) + "\n")
-    (record,) = read(path, **reading)
+def read_conversation(folder: Path, value: Any, **reading: Any) -> Conversation:
+    record = read_one(folder, value, **reading)
     assert isinstance(record, Conversation), record
     return record
 
@@ -83,7 +81,7 @@ def list_turns(record: Conversation) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("value", FORMATS.values(), ids=FORMATS)
 def test_each_format_is_detected_by_its_keys(tmp_path: Path, value: Any) -> None:
-    record = read_conversation(tmp_path / "data.jsonl", value)
+    record = read_conversation(tmp_path, value)
     assert list_turns(record) == [("human", "Hi"), ("assistant", "Yes")]
     ignored = {"ignored_field_rejected": 1} if "rejected" in value else {}
     assert record.repairs == ignored
@@ -91,34 +89,22 @@ def test_each_format_is_detected_by_its_keys(tmp_path: Path, value: Any) -> None
 
 def test_all_fields_of_alpaca_are_used(tmp_path: Path) -> None:
     value = {"instruction": "Add", "input": "1 1", "output": "2", "system": "Short.", "history": [["a", "b"]]}
-    record = read_conversation(tmp_path / "data.jsonl", value)
+    record = read_conversation(tmp_path, value)
     assert record.system == "Short."
     assert list_turns(record) == [("human", "a"), ("assistant", "b"), ("human", "Add\n1 1"), ("assistant", "2")]
 
 
 def test_tool_calls_are_targets_and_tool_results_are_sources(tmp_path: Path) -> None:
-    speakers = [
-        "system",
-        "human",
-        "function_call",
-        "observation",
-        "gpt",
-        "tool",
-        "bing",
-        "user",
-        "chatgpt",
-        "human",
-        "bard",
-    ]
-    value = {"conversations": [{"from": speaker, "value": str(n)} for n, speaker in enumerate(speakers)]}
-    record = read_conversation(tmp_path / "data.jsonl", value)
+    speakers = "system human function_call observation gpt tool bing user chatgpt human bard"
+    value = {"conversations": [{"from": speaker, "value": str(n)} for n, speaker in enumerate(speakers.split())]}
+    record = read_conversation(tmp_path, value)
     assert record.system == "0"
     assert [turn.role for turn in record.turns] == ["human", "assistant"] * 5
 
 
 def test_openai_tool_calls_become_the_json_of_function_call_turns(tmp_path: Path) -> None:
     def answer(**message: Any) -> str:
-        record = read_conversation(tmp_path / "data.jsonl", {"messages": [HI, {"role": "assistant", **message}]})
+        record = read_conversation(tmp_path, {"messages": [HI, {"role": "assistant", **message}]})
         assert record.repairs == {"tool_calls_as_text": 1}
         return record.turns[1].text
 
@@ -137,23 +123,16 @@ def test_openai_tool_calls_become_the_json_of_function_call_turns(tmp_path: Path
     ]
     assert answer(content=None, function_call={"name": "f"}) == '{"name": "f", "arguments": null}'
     for wrong in ([{"id": 1}], [{"function": "f"}], ["f"], "f"):
-        (rejected,) = read_record(
-            tmp_path, {"messages": [HI, {"role": "assistant", "content": "x", "tool_calls": wrong}]}
-        )
+        rejected = read_one(tmp_path, {"messages": [HI, {"role": "assistant", "content": "x", "tool_calls": wrong}]})
         assert (rejected.reason, "without a function's name" in rejected.message) == ("bad_turn", True)
     for nothing in (None, [], {"name": None, "arguments": None}):
-        (rejected,) = read_record(
-            tmp_path, {"messages": [HI, {"role": "assistant", "content": None, "tool_calls": nothing}]}
-        )
+        rejected = read_one(tmp_path, {"messages": [HI, {"role": "assistant", "content": None, "tool_calls": nothing}]})
         assert rejected.reason == "not_text"
 
 
 CALL_ARGUMENTS: list[Any] = [
-    {"a": 1},
-    {"to": "x", "near": {"city": "Bonn"}},
-    {},
-    {"near": {"zip": 5}, "stops": [{"m": 1}, {"n": 2}]},
-]
+    {"a": 1}, {"to": "x", "near": {"city": "Bonn"}}, {}, {"near": {"zip": 5}, "stops": [{"m": 1}, {"n": 2}]},
+]  # fmt: skip
 
 
 def make_call(arguments: Any) -> dict[str, Any]:
@@ -202,21 +181,21 @@ def test_null_arguments_that_are_not_of_a_table_are_learned(tmp_path: Path) -> N
 
 def test_columns_can_have_other_names_and_a_prefix(tmp_path: Path) -> None:
     named = {"source_column": "dialogue", "target_column": "note", "source_prefix": "summarize: "}
-    record = read_conversation(tmp_path / "data.jsonl", {"dialogue": "Hi", "note": "Yes", "id": 3}, **named)
+    record = read_conversation(tmp_path, {"dialogue": "Hi", "note": "Yes", "id": 3}, **named)
     assert list_turns(record) == [("human", "summarize: Hi"), ("assistant", "Yes")]
-    (rejected,) = read_record(tmp_path, {"dialogue": "Hi"}, **named)
+    rejected = read_one(tmp_path, {"dialogue": "Hi"}, **named)
     assert (rejected.reason, "note" in rejected.message) == ("unknown_format", True)
-    (rejected,) = read_record(tmp_path, {"dialogue": "", "note": "Yes"}, **named)
+    rejected = read_one(tmp_path, {"dialogue": "", "note": "Yes"}, **named)
     assert rejected == Rejection("no_source", "no text to answer (columns)")
 
 
 def test_a_mistyped_column_is_suggested(tmp_path: Path) -> None:
     value = {"disfluent": "a, no, b", "original": "b"}
-    (rejected,) = read_record(tmp_path, value, source_column="disfluent", target_column="orignal")
+    rejected = read_one(tmp_path, value, source_column="disfluent", target_column="orignal")
     message = "no column orignal; the record has disfluent, original; did you mean original?"
     assert rejected.message == message
     value = {" disfluent ": "a, no, b", "its original": "b"}
-    (rejected,) = read_record(tmp_path, value, source_column="disfluent", target_column="its original")
+    rejected = read_one(tmp_path, value, source_column="disfluent", target_column="its original")
     message = "no column disfluent; the record has ' disfluent ', its original; did you mean ' disfluent '?"
     assert rejected.message == message
     (tmp_path / "data.csv").write_text(" disfluent ,its original\na uh b,a b\n")
@@ -230,47 +209,36 @@ def test_two_columns_of_unknown_names_are_filled_in(tmp_path: Path) -> None:
     assert isinstance(rejected, Rejection)
     assert rejected.message == (
         "if the first line is data, add --no-header; otherwise, its keys are id, disfluent, its original; "
-        "add --source-column disfluent --target-column 'its original', or the other way round"
+        "add --source-column disfluent --target-column 'its original', or swap the names"
     )
     expected = (
         "expected conversations, or messages, or instruction + output, or completion + prompt, or source + target"
     )
-    (rejected,) = read_record(tmp_path, {"text": "a", "number": 1})
+    rejected = read_one(tmp_path, {"text": "a", "number": 1})
     assert rejected.message == f"its keys are text, number; {expected}"
-    (rejected,) = read_record(tmp_path, {"c": "a", "b": "b", "a": "c"})
+    rejected = read_one(tmp_path, {"c": "a", "b": "b", "a": "c"})
     named = "or name two columns with --source-column and --target-column"
     assert rejected.message == f"its keys are c, b, a; {expected}; {named}"
-    (rejected,) = read_record(tmp_path, dict.fromkeys(("a, b", *"hgfedcb"), 1))
+    rejected = read_one(tmp_path, dict.fromkeys(("a, b", *"hgfedcb"), 1))
     assert rejected.message == f"its keys are 'a, b', h, g, f, e and 3 more; {expected}"
-
-
-def read_record(folder: Path, value: Any, **reading: Any) -> list[Any]:
-    (folder / "line.jsonl").write_text(json.dumps(value) + "\n")
-    return read(folder / "line.jsonl", **reading)
 
 
 def test_a_named_format_rejects_the_others(tmp_path: Path) -> None:
     both = FORMATS["sharegpt"] | {"source": "a", "target": "b"}
-    assert list_turns(read_conversation(tmp_path / "a.jsonl", both, data_format="source-target"))[0] == ("human", "a")
-    (rejected,) = read_record(tmp_path, FORMATS["openai"], data_format="alpaca")
+    assert list_turns(read_conversation(tmp_path, both, data_format="source-target"))[0] == ("human", "a")
+    rejected = read_one(tmp_path, FORMATS["openai"], data_format="alpaca")
     assert (rejected.reason, "instruction" in rejected.message) == ("unknown_format", True)
 
 
 def test_a_content_part_that_is_not_text_is_rejected(tmp_path: Path) -> None:
     picture = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}
-    (rejected,) = read_record(tmp_path, {"messages": [picture, YES]})
+    rejected = read_one(tmp_path, {"messages": [picture, YES]})
     assert (rejected.reason, "image_url" in rejected.message) == ("not_text", True)
 
 
 def test_repairs_are_counted_by_kind(tmp_path: Path) -> None:
-    turns = [
-        ("gpt", "I go first"),
-        ("human", "a\r\nb\rc"),
-        ("gpt", "\u200bYes\ufeff"),
-        ("human", " "),
-        ("gpt", "x"),
-        ("human", "y"),
-    ]
+    texts = ["I go first", "a\r\nb\rc", "\u200bYes\ufeff", " ", "x", "y"]
+    turns = [(("gpt", "human")[number % 2], text) for number, text in enumerate(texts)]
     value = {"conversations": [{"from": speaker, "value": text} for speaker, text in turns], "tags": ["t"]}
     (tmp_path / "data.jsonl").write_text("\ufeff" + json.dumps(value))
     (record,) = read(tmp_path / "data.jsonl")
@@ -290,7 +258,7 @@ def test_repairs_are_counted_by_kind(tmp_path: Path) -> None:
 def test_merge_same_role_merges_consecutive_turns_of_a_role(tmp_path: Path) -> None:
     turns = [("human", "a"), ("human", "b"), ("gpt", "c"), ("gpt", "d"), ("gpt", "e")]
     value = {"conversations": [{"from": speaker, "value": text} for speaker, text in turns]}
-    record = read_conversation(tmp_path / "data.jsonl", value, merge_same_role=True)
+    record = read_conversation(tmp_path, value, merge_same_role=True)
     assert list_turns(record) == [("human", "a\nb"), ("assistant", "c\nd\ne")]
     assert record.repairs == {"merged_same_role_turns": 3}
 
@@ -302,9 +270,9 @@ def test_clean_removes_html_and_backslashes_but_keeps_code(tmp_path: Path) -> No
         "<ol><li>one</li><li>two</li></ol></div>"
     )
     value = {"conversations": [{"from": "human", "value": "snake\\_case and `a\\_b`"}, {"from": "gpt", "value": html}]}
-    untouched = read_conversation(tmp_path / "data.jsonl", value)
+    untouched = read_conversation(tmp_path, value)
     assert [turn.text for turn in untouched.turns] == [turn["value"] for turn in value["conversations"]]
-    record = read_conversation(tmp_path / "data.jsonl", value, clean=True)
+    record = read_conversation(tmp_path, value, clean=True)
     question, answer = (turn.text for turn in record.turns)
     assert question == "snake_case and `a\\_b`"
     assert "```python\n    def f(x):\n        return x_1 * 2\n```" in answer
@@ -319,7 +287,7 @@ def test_clean_removes_html_and_backslashes_but_keeps_code(tmp_path: Path) -> No
 def test_clean_repairs_a_source_before_the_prefix_is_prepended(tmp_path: Path, prefix: str) -> None:
     html = "<p>Hello <b>big</b> world</p><p>A &amp; B</p>"
     value = {"source": html, "target": html}
-    record = read_conversation(tmp_path / "data.jsonl", value, clean=True, source_prefix=prefix)
+    record = read_conversation(tmp_path, value, clean=True, source_prefix=prefix)
     text = "Hello **big** world\n\nA & B"
     assert list_turns(record) == [("human", prefix + text), ("assistant", text)]
     assert record.repairs == {"html_turns": 2}
@@ -338,11 +306,11 @@ def test_clean_repairs_what_was_said_and_not_the_tool_calls_after_it(tmp_path: P
         ({"from": "function_call", "value": call}, call),
     ]
     for message, target in messages:
-        record = read_conversation(tmp_path / "data.jsonl", {"messages": [HI, message]}, clean=True)
+        record = read_conversation(tmp_path, {"messages": [HI, message]}, clean=True)
         assert record.turns[1].text == target
 
 
 def test_text_with_angle_brackets_is_not_taken_as_html(tmp_path: Path) -> None:
     text = "if a < b and b > c: print(<x>) # std::vector<int> & more"
-    record = read_conversation(tmp_path / "data.jsonl", {"source": text, "target": text}, clean=True)
+    record = read_conversation(tmp_path, {"source": text, "target": text}, clean=True)
     assert [turn.text for turn in record.turns] == [text, text]

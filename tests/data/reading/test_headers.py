@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 
 from t5tune.commands.prepare import prepare
-from t5tune.data.reading.files import find_files
 from t5tune.data.reading.formats import Conversation
 from t5tune.data.reading.raw_records import parse_record
 from t5tune.data.reading.readers import read_records
@@ -14,6 +13,7 @@ from t5tune.data.tokens.tokenizer import load_tokenizer
 from t5tune.progress import Event, Note
 from t5tune.settings import PrepareSettings
 from t5tune.settings.groups.record_format import ReadingSettings
+from tests.data.reading.records import read
 from tests.support.caches import open_only
 
 SENTENCES = [(f"Where is order {number} of mine?", f"Order {number} is on its way.") for number in range(40)]
@@ -76,11 +76,9 @@ def test_further_columns_and_other_objectives_have_names_too(tmp_path: Path) -> 
         ({"objective": "orpo"}, ("a", "b")),
         ({"objective": "span-corruption"}, ("a",)),
     ):
-        settings = ReadingSettings(header=False, **reading)
-        records = [parse_record(record, settings) for record in read_records(find_files([str(path)]), settings)]
-        assert [
-            tuple(turn.text for turn in record.turns) for record in records if isinstance(record, Conversation)
-        ] == [expected] * 2
+        records = read(path, header=False, **reading)
+        texts = [tuple(turn.text for turn in each.turns) for each in records if isinstance(each, Conversation)]
+        assert texts == [expected] * 2
 
 
 def test_rows_without_a_header_have_their_lines_and_offsets(tmp_path: Path) -> None:
@@ -104,7 +102,6 @@ def test_a_first_row_that_is_too_long_is_a_rejected_row(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["data.tsv", "data.csv"])
 def test_no_header_comes_first_for_short_pairs_too(tmp_path: Path, name: str) -> None:
     path = write_rows(tmp_path / name, [("Hallo", "Hello"), ("Danke", "Thanks"), ("Bitte", "Please")])
-    record, _ = read_records([path], ReadingSettings())
-    rejected = parse_record(record, ReadingSettings())
+    rejected, _ = read(path)
     assert not isinstance(rejected, Conversation)
     assert rejected.message.startswith("if the first line is data, add --no-header; otherwise, ")

@@ -3,7 +3,6 @@
 import gzip
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from t5tune.data.reading.readers import read_records
 from t5tune.data.reading.rejections import Rejection
 from t5tune.errors import DataError
 from t5tune.settings.groups.record_format import ReadingSettings
-from tests.data.reading.records import GOOD, LIMIT, make_record, read, read_raw
+from tests.data.reading.records import GOOD, LIMIT, Outcomes, make_record, read, read_raw
 
 RECORDS = {"5a": {"original": "a", "disfluent": "a, no, a"}, "5b": {"original": "b", "disfluent": "b uh b"}}
 COLUMNS = {"source_column": "disfluent", "target_column": "original"}
@@ -43,11 +42,6 @@ def test_an_object_whose_values_are_objects_is_read_as_records(
     assert as_id.turns[0].text == "5a"
 
 
-def test_conversations_keyed_by_id_are_read(outcomes: Callable[..., tuple[list[str], list[str]]]) -> None:
-    records = {str(number): json.loads(make_record(f"q{number}")) for number in range(3)}
-    assert outcomes(json.dumps(records).encode(), "data.json") == (["q0", "q1", "q2"], [])
-
-
 ONE_RECORD = {
     "a conversation": json.loads(GOOD),
     "with an id": {"id": "x", **json.loads(GOOD)},
@@ -58,15 +52,11 @@ ONE_RECORD = {
 
 @pytest.mark.parametrize("indent", [None, 2])
 @pytest.mark.parametrize("value", ONE_RECORD.values(), ids=ONE_RECORD)
-def test_an_object_that_is_itself_a_record_is_one(
-    outcomes: Callable[..., tuple[list[str], list[str]]], value: Any, indent: int | None
-) -> None:
+def test_an_object_that_is_itself_a_record_is_one(outcomes: Outcomes, value: Any, indent: int | None) -> None:
     assert outcomes(json.dumps(value, indent=indent).encode(), "data.json") == (["Hi"], [])
 
 
-def test_lines_that_are_objects_of_objects_are_not_split(
-    outcomes: Callable[..., tuple[list[str], list[str]]],
-) -> None:
+def test_lines_that_are_objects_of_objects_are_not_split(outcomes: Outcomes) -> None:
     line = json.dumps(RECORDS)
     assert outcomes(f"{line}\n{GOOD}\n".encode()) == (["Hi"], ["unknown_format"])
     cut = '{"a": {"b": 1}, "c": {"d":'
@@ -104,7 +94,7 @@ def test_unusable_records_of_an_object_are_named_by_their_keys(tmp_path: Path) -
 @pytest.mark.parametrize("ending", ["", "\n", "\nnot JSON\n", f"\n{GOOD}\n{GOOD}\n"])
 @pytest.mark.parametrize("chunk", [3000, 1 << 20])
 def test_a_line_that_begins_with_an_object_and_is_too_long_is_one_record(
-    outcomes: Callable[..., tuple[list[str], list[str]]], monkeypatch: pytest.MonkeyPatch, ending: str, chunk: int
+    outcomes: Outcomes, monkeypatch: pytest.MonkeyPatch, ending: str, chunk: int
 ) -> None:
     monkeypatch.setattr("t5tune.data.reading.files.READ_CHUNK_BYTES", chunk)
     line = json.dumps({"id": {"number": 1}, "meta": {"text": "x" * LIMIT}, "source": "a", "target": "b"})
@@ -113,9 +103,7 @@ def test_a_line_that_begins_with_an_object_and_is_too_long_is_one_record(
 
 
 @pytest.mark.parametrize("indent", [None, 2])
-def test_an_object_of_records_may_have_records_that_are_too_long(
-    outcomes: Callable[..., tuple[list[str], list[str]]], indent: int | None
-) -> None:
+def test_an_object_of_records_may_have_records_that_are_too_long(outcomes: Outcomes, indent: int | None) -> None:
     good = {"source": "Hi", "target": "a"}
     records = {"a": good, "b": good, "c": {"source": "x" * LIMIT, "target": "a"}, "d": good}
     assert outcomes(json.dumps(records, indent=indent).encode()) == (["Hi"] * 3, ["too_long"])
@@ -125,9 +113,7 @@ def test_an_object_of_records_may_have_records_that_are_too_long(
     assert outcomes(json.dumps(first).encode()) == ([], ["too_long"])
 
 
-def test_a_large_object_may_have_a_value_that_is_no_record(
-    outcomes: Callable[..., tuple[list[str], list[str]]],
-) -> None:
+def test_a_large_object_may_have_a_value_that_is_no_record(outcomes: Outcomes) -> None:
     """Only as much of it is looked at as a record may be long."""
     records: dict[str, Any] = {str(number): {"source": f"q{number}", "target": "a"} for number in range(1000)}
     records["500"] = None
@@ -194,7 +180,7 @@ def test_a_list_of_records_in_an_object_is_refused_with_the_way_to_take_it_out(t
     for reading in ({}, COLUMNS):
         (rejection,) = read(tmp_path / "data.json", **reading)
         assert isinstance(rejection, Rejection)
-        assert "if the list 'data' has the records, give it as a file of its own" in rejection.message
+        assert "if the list 'data' has the records, give it as a separate file" in rejection.message
         assert """jq '.["data"]' IN.json > OUT.json""" in rejection.message
 
 

@@ -1,6 +1,5 @@
 """Preference pairs: the forms of records, what is rejected and why, and how both answers are stored for one source."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ import pytest
 
 from t5tune.commands.inspect import inspect
 from t5tune.commands.prepare import prepare
+from t5tune.data.caches.cache import Cache
 from t5tune.data.caches.prepared import open_examples
 from t5tune.data.reading.formats import parse_conversation
 from t5tune.data.reading.rejections import RecordLocation, RejectionError
@@ -15,11 +15,10 @@ from t5tune.data.tokens.encoding import PreferencePair
 from t5tune.errors import DataError, SettingsError
 from t5tune.settings import InspectSettings, PrepareSettings
 from t5tune.settings.groups.record_format import ReadingSettings
-from tests.support.caches import find_cache, open_only
+from tests.data.reading.records import HI, YES, prepare_records, write_lines
+from tests.support.caches import open_only
 
-HI, YES, NO = (
-    {"role": role, "content": text} for role, text in (("user", "Hi"), ("assistant", "Yes"), ("assistant", "No"))
-)
+NO = {"role": "assistant", "content": "No"}
 AND = {"role": "user", "content": "And?"}
 SYSTEM = {"role": "system", "content": "Be brief."}
 COLUMNS = {"source_column": "q", "target_column": "good", "rejected_column": "bad"}
@@ -91,7 +90,7 @@ def test_a_pair_is_read_from_each_form(value: dict[str, Any], reading: dict[str,
 
 def test_only_the_last_answers_are_learned() -> None:
     pair = parse({"prompt": [SYSTEM, HI, YES, AND], "chosen": "Two", "rejected": "Three"})
-    assert [turn.text for turn in pair.turns if turn.is_target] == ["Two"]
+    assert [turn.text for turn in pair.turns if turn.role == "assistant" and turn.learned] == ["Two"]
     assert pair.system == "Be brief."
 
 
@@ -120,28 +119,21 @@ RECORDS = [
 ]
 
 
-def make_cache(folder: Path, **changes: Any) -> Path:
-    data = folder / "data.jsonl"
-    data.write_text("\n".join(map(json.dumps, RECORDS)))
-    values = {"model_name_or_path": "pocket", "data_path": str(data), "output_dir": folder / "cache", "num_workers": 1}
-    values |= {"max_rejected_fraction": None}
-    prepare(PrepareSettings(**values | {"objective": "dpo"} | changes))
-    return folder / "cache"
+def make_cache(folder: Path, **changes: Any) -> Cache:
+    return prepare_records(
+        folder, *RECORDS, **{"objective": "dpo", "num_workers": 1, "max_rejected_fraction": None} | changes
+    )
 
 
 def test_both_answers_are_the_targets_of_the_two_sft_examples(tmp_path: Path) -> None:
     """Each answer is encoded as prepare encodes a conversation that ends with it, and the source is stored once."""
-    cache = open_only(make_cache(tmp_path))
+    cache = make_cache(tmp_path)
     alone = []
     for name in ("chosen", "rejected"):
         folder = tmp_path / name
         folder.mkdir()
-        path = folder / "one.jsonl"
-        pairs = [record for record in RECORDS if len(record) == 3]
-        path.write_text("\n".join(json.dumps({"prompt": r["prompt"], "completion": r[name]}) for r in pairs))
-        settings = {"model_name_or_path": "pocket", "data_path": str(path), "output_dir": folder / "cache"}
-        prepare(PrepareSettings(**settings, num_workers=1, train_on="last"))
-        alone.append(open_only(folder / "cache"))
+        pairs = [{"prompt": each["prompt"], "completion": each[name]} for each in RECORDS if len(each) == 3]
+        alone.append(prepare_records(folder, *pairs, num_workers=1, train_on="last"))
         assert alone[-1].added_tokens == cache.added_tokens
     assert len(cache) == 4
     for pair, chosen, rejected in zip(cache, *alone, strict=True):
@@ -153,7 +145,7 @@ def test_both_answers_are_the_targets_of_the_two_sft_examples(tmp_path: Path) ->
     assert sources.tolist() == [len(pair.source_S) for pair in cache]
     assert targets.tolist() == [sum(map(len, pair.targets)) for pair in cache]
     assert cache.read_longest_targets().tolist() == [max(map(len, pair.targets)) for pair in cache]
-    stored = (find_cache(tmp_path / "cache") / "tokens.bin").stat().st_size // 2
+    stored = (cache.folder / "tokens.bin").stat().st_size // 2
     special = 3 * len(cache)  # the EOS tokens of a source and its answers aren't stored
     assert stored == int(sources.sum() + targets.sum()) - special
     assert cache.manifest["rejected_by_reason"] == {"no_preference": 1}
@@ -161,36 +153,37 @@ def test_both_answers_are_the_targets_of_the_two_sft_examples(tmp_path: Path) ->
 
 @pytest.mark.parametrize("shards", [1, 3])
 def test_a_pair_is_a_duplicate_only_if_both_answers_are_the_same(shards: int, tmp_path: Path) -> None:
+    values = {"model_name_or_path": "pocket", "data_path": str(write_lines(tmp_path / "data.jsonl", *RECORDS))}
+    values |= {"objective": "dpo", "max_rejected_fraction": None, "dedupe": "exact", "output_dir": tmp_path / "cache"}
     for number in range(shards):
-        make_cache(tmp_path, dedupe="exact", **({"shard": f"{number}/{shards}"} if shards > 1 else {}))
+        prepare(PrepareSettings(**values, shard=f"{number}/{shards}" if shards > 1 else None))
     cache = open_only(tmp_path / "cache")
     assert cache.manifest["rejected_by_reason"] == {"duplicate": 1, "no_preference": 1}
     assert len(cache) == 3
 
 
 def test_long_answers_are_cut_or_left_out(tmp_path: Path) -> None:
-    cut = open_only(make_cache(tmp_path, model_max_length=12))
+    cut = make_cache(tmp_path, model_max_length=12)
     pair = cut[0]
     assert len(pair.rejected_R) == 12
     assert pair.rejected_R[-1] != 1
     assert cut.count_cut_tokens()[0] > 0
     assert cut.manifest["truncated_targets"] == 1
-    whole = open_only(make_cache(tmp_path, model_max_length=12, drop_truncated_targets=True))
+    whole = make_cache(tmp_path, model_max_length=12, drop_truncated_targets=True)
     assert (len(whole), whole.manifest["dropped"]) == (3, {"truncated_targets": 1})
-    long = open_only(make_cache(tmp_path, min_target_tokens=5))
+    long = make_cache(tmp_path, min_target_tokens=5)
     assert (len(long), long.manifest["dropped"]) == (1, {"short_targets": 3})
 
 
 def test_inspect_shows_both_answers(tmp_path: Path) -> None:
-    example = inspect(InspectSettings(cache=make_cache(tmp_path), example=0)).examples[0]
+    example = inspect(InspectSettings(cache=make_cache(tmp_path).folder, example=0)).examples[0]
     assert example.target_text == "Two {braces}"
     assert example.rejected_text == "a much longer answer, which goes on and on"
     assert example.lengths["rejected"] == (len(example.rejected_ids), 0)
 
 
 def test_pairs_are_mixed_with_pairs_only(tmp_path: Path) -> None:
-    data = tmp_path / "data.jsonl"
-    data.write_text("\n".join(map(json.dumps, RECORDS)))
+    data = write_lines(tmp_path / "data.jsonl", *RECORDS)
     values: dict[str, Any] = {"model_name_or_path": "pocket", "output_dir": tmp_path / "m", "objective": "orpo"}
     values |= {"max_rejected_fraction": None}
     two = [{"path": str(data), "name": "a"}, {"path": str(data), "name": "b", "weight": 2}]
@@ -207,17 +200,12 @@ def test_pairs_are_mixed_with_pairs_only(tmp_path: Path) -> None:
 
 
 def test_pairs_with_the_same_question_are_held_out_together(tmp_path: Path) -> None:
-    data = tmp_path / "data.jsonl"
     records = [
         {"prompt": f"Question {number}?", "chosen": f"yes {number}", "rejected": f"no {other}"}
         for number in range(10)
         for other in range(4)
     ]
-    data.write_text("\n".join(map(json.dumps, records)))
-    values = {"model_name_or_path": "pocket", "data_path": str(data), "output_dir": tmp_path / "cache"}
-    prepare(PrepareSettings(**values, objective="dpo", num_workers=1, dedupe="exact"))
-    cache = open_only(tmp_path / "cache")
-    assert len(cache) == 40
+    assert len(prepare_records(tmp_path, *records, objective="dpo", num_workers=1, dedupe="exact")) == 40
     training, held_out = open_examples(tmp_path / "cache").split(0.3, split_seed=1)
     asked = [{bytes(pair.source_S) for pair in part} for part in (training, held_out)]
     assert len(asked[1]) == 3
@@ -226,12 +214,10 @@ def test_pairs_with_the_same_question_are_held_out_together(tmp_path: Path) -> N
 
 def test_answers_with_the_same_tokens_are_left_out_and_counted(tmp_path: Path) -> None:
     words = " ".join(["word"] * 30)
-    data = tmp_path / "data.jsonl"
     pairs = [("a b", "a\u00a0b"), (f"{words} one", f"{words} two"), ("yes", "no")]
-    data.write_text("\n".join(json.dumps({"prompt": "q", "chosen": a, "rejected": b}) for a, b in pairs))
-    values = {"model_name_or_path": "pocket", "data_path": str(data), "output_dir": tmp_path / "cache"}
-    prepare(PrepareSettings(**values, objective="dpo", num_workers=1, model_max_length=20, add_tokens="none"))
-    cache = open_only(tmp_path / "cache")
+    records = [{"prompt": "q", "chosen": chosen, "rejected": rejected} for chosen, rejected in pairs]
+    values = {"objective": "dpo", "num_workers": 1, "model_max_length": 20, "add_tokens": "none"}
+    cache = prepare_records(tmp_path, *records, **values)
     assert len(cache) == 1
     assert cache.manifest["dropped"] == {"same_answers": 2}
 
@@ -241,7 +227,7 @@ def test_the_source_column_may_have_turns(tmp_path: Path) -> None:
     pair = parse(value, **COLUMNS)
     assert [turn.text for turn in pair.turns] == ["Hi", "Yes", "And?", "Yes"]
     assert (pair.system, pair.rejected, pair.is_pair) == ("Be brief.", "No", False)
-    with pytest.raises(RejectionError, match="q: a list of turns, to which source_prefix can't be prepended"):
+    with pytest.raises(RejectionError, match="q: a list of turns, but source_prefix needs a text"):
         parse(value, **COLUMNS, source_prefix="x: ")
-    with pytest.raises(RejectionError, match="no column source; .*; name the source's with --source-column"):
+    with pytest.raises(RejectionError, match="no column source; .*; name the source column with --source-column"):
         parse({"prompt": "Hi", "chosen": "Yes", "bad": "No"}, rejected_column="bad")

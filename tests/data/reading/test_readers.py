@@ -25,7 +25,7 @@ from t5tune.data.reading.rejections import (
 )
 from t5tune.errors import DataError
 from t5tune.settings.groups.record_format import ReadingSettings
-from tests.data.reading.records import GOOD, LIMIT, LINES, make_record, prepare, read_raw
+from tests.data.reading.records import GOOD, LIMIT, LINES, Outcomes, make_record, prepare, read_raw
 from tests.support.caches import find_cache
 
 if sys.version_info >= (3, 14):
@@ -43,10 +43,7 @@ UNUSABLE_RECORDS = {
     "integer below 64 bits": (make_record("Hi", score=-(1 << 63) - 1), "bad_number"),
     "integer of 5,000 digits": (make_record("Hi", score=0).replace(": 0}", ": " + "9" * 5000 + "}"), "bad_number"),
     "duplicate key": (make_record("Hi")[:-1] + ', "conversations": []}', "duplicate_key"),
-    "nested duplicate key": (
-        make_record("Hi").replace('"value": "Yes"', '"value": "Yes", "value": "No"'),
-        "duplicate_key",
-    ),
+    "nested duplicate key": (make_record("Hi").replace('"Yes"', '"Yes", "value": "No"'), "duplicate_key"),
     "control character": (make_record("a\\u0000b"), "control_character"),
     "unescaped control character": (make_record("a\x07b"), "control_character"),
     "escape character": (make_record("a\\u001b[1mb"), "control_character"),
@@ -80,7 +77,7 @@ UNUSABLE_RECORDS = {
 @pytest.mark.parametrize("form", ["lines", "array"])
 @pytest.mark.parametrize(("bad", "reason"), UNUSABLE_RECORDS.values(), ids=UNUSABLE_RECORDS)
 def test_an_unusable_record_is_rejected_without_affecting_others(
-    outcomes: Callable[..., tuple[list[str], list[str]]], bad: str, reason: str, form: str
+    outcomes: Outcomes, bad: str, reason: str, form: str
 ) -> None:
     records = [make_record("first"), bad, make_record("last")]
     text = "\n".join(records) if form == "lines" else f"[{', '.join(records)}]"
@@ -99,18 +96,14 @@ INVALID_LINES = {
 
 
 @pytest.mark.parametrize("bad", INVALID_LINES.values(), ids=INVALID_LINES)
-def test_a_line_that_is_not_json_is_rejected_at_any_position_without_affecting_others(
-    outcomes: Callable[..., tuple[list[str], list[str]]], bad: str
-) -> None:
+def test_a_line_that_is_not_json_is_rejected_at_any_position(outcomes: Outcomes, bad: str) -> None:
     good = [make_record("first"), make_record("last")]
     for place in range(3):
         lines = [*good[:place], bad, *good[place:]]
         assert outcomes("\n".join(lines).encode()) == (["first", "last"], ["not_json"])
 
 
-def test_invalid_utf8_rejects_only_its_own_record(
-    outcomes: Callable[..., tuple[list[str], list[str]]], tmp_path: Path
-) -> None:
+def test_invalid_utf8_rejects_only_its_own_record(outcomes: Outcomes) -> None:
     bad = make_record("caf\u00e9").encode("latin-1")
     good = make_record("café").encode()
     assert outcomes(b"\n".join([good, bad, good])) == (["café", "café"], ["invalid_utf8"])
@@ -134,19 +127,12 @@ EQUAL_FILES = {
 
 @pytest.mark.parametrize("name", ["data.json", "data.jsonl", "data.ndjson"])
 @pytest.mark.parametrize("text", EQUAL_FILES.values(), ids=EQUAL_FILES)
-def test_arrays_and_lines_are_recognized_by_their_content(
-    outcomes: Callable[..., tuple[list[str], list[str]]], text: str, name: str
-) -> None:
+def test_arrays_and_lines_are_recognized_by_their_content(outcomes: Outcomes, text: str, name: str) -> None:
     assert outcomes(text.encode(), name) == (["a", "b"], [])
 
 
-def test_a_multi_line_object_is_one_record(outcomes: Callable[..., tuple[list[str], list[str]]]) -> None:
-    assert outcomes(json.dumps(json.loads(GOOD), indent=2).encode()) == (["Hi"], [])
-    assert outcomes(b"\n" + json.dumps(json.loads(GOOD), indent=2).encode() + b"\n", "one.json") == (["Hi"], [])
-
-
 @pytest.mark.parametrize("text", ["", "\n \n", "\ufeff", "[]", "[ \n ]", "\ufeff[]"])
-def test_an_empty_file_has_no_records(outcomes: Callable[..., tuple[list[str], list[str]]], text: str) -> None:
+def test_an_empty_file_has_no_records(outcomes: Outcomes, text: str) -> None:
     assert outcomes(text.encode()) == ([], [])
 
 
@@ -191,27 +177,9 @@ def test_an_array_is_split_as_json_requires_wherever_chunks_end(
 
 
 PIECES = [
-    "\\",
-    "\\u",
-    "\\u001B",
-    "\\u000c",
-    "\\u0041",
-    "\\ud8",
-    "0",
-    "00",
-    "1",
-    "B",
-    "3d",
-    "b",
-    "f",
-    "n",
-    "é",
-    "\x07",
-    "\t",
-    "\n",
-    "\x1f",
-    "\x7f",
-]
+    "\\", "\\u", "\\u001B", "\\u000c", "\\u0041", "\\ud8", "0", "00", "1", "B", "3d", "b", "f", "n", "é",
+    "\x07", "\t", "\n", "\x1f", "\x7f",
+]  # fmt: skip
 
 
 @settings(deadline=None, max_examples=600, database=None, derandomize=True)
@@ -258,9 +226,6 @@ def test_of_a_long_record_of_broken_characters_the_beginning_is_kept(tmp_path: P
     assert record.data.encode(errors="surrogateescape") == long[:1000]
 
 
-HI, YES = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}
-
-
 def test_files_of_folders_and_patterns_are_found_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("b.jsonl", "a.json", "c.csv.gz", "notes.txt", "deep/d.jsonl", "e.JSONL"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -289,8 +254,8 @@ def test_a_file_name_with_pattern_characters_is_taken_literally(tmp_path: Path) 
 @pytest.mark.variants("compress0")
 def test_standard_input_is_read(tmp_path: Path, pack: Callable[[bytes], bytes]) -> None:
     done = prepare(tmp_path, "--data-path", "-", stdin=pack(LINES))
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["examples"] == 3000
+    assert done.code == 0, done.stderr
+    assert done.json["examples"] == 3000
 
 
 def test_rejected_records_are_written_with_their_locations(tmp_path: Path) -> None:
@@ -302,8 +267,7 @@ def test_rejected_records_are_written_with_their_locations(tmp_path: Path) -> No
     )
     limits = "--max-record-bytes", 400, "--max-rejected-fraction", 1, "--encoding", "utf-8"
     done = prepare(tmp_path, "--data-path", tmp_path / "data.jsonl", *limits)
-    result = json.loads(done.stdout)
-    assert (result["conversations"], result["rejected"]) == (2, 4)
+    assert (done.json["conversations"], done.json["rejected"]) == (2, 4)
     lines = [json.loads(line) for line in (find_cache(tmp_path / "cache") / "rejected.jsonl").read_text().splitlines()]
     assert [line["reason"] for line in lines] == ["lone_surrogate", "not_json", "invalid_utf8", "too_long"]
     assert [line["line"] for line in lines] == [2, 3, 4, 5]
@@ -318,19 +282,13 @@ def test_rejected_records_are_written_with_their_locations(tmp_path: Path) -> No
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "data",
-    [
-        b"[" * 100_000,
-        b'{"a":' * 100_000,
-        b"[" * 100_000 + b"]" * 100_000,
-        bytes(range(256)) * 40,
-    ],
+    "data", [b"[" * 100_000, b'{"a":' * 100_000, b"[" * 100_000 + b"]" * 100_000, bytes(range(256)) * 40]
 )
 def test_garbage_data_gives_a_one_line_error_and_no_cache(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "data.json").write_bytes(data)
     done = prepare(tmp_path, "--data-path", tmp_path / "data.json")
-    assert done.returncode == 2
-    (error,) = done.stderr.decode().splitlines()
+    assert done.code == 2
+    (error,) = done.stderr.splitlines()
     assert error.startswith("error: ")
     assert str(tmp_path / "data.json") in error
     assert {path.name for path in tmp_path.iterdir()} <= {"data.json", "cache.rejected.jsonl"}

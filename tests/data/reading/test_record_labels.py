@@ -5,26 +5,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow
 import pytest
-from pyarrow import parquet
 
-from t5tune.commands.prepare import prepare
-from t5tune.data.reading.files import find_files
 from t5tune.data.reading.formats import Conversation
-from t5tune.data.reading.raw_records import parse_record
-from t5tune.data.reading.readers import read_records
 from t5tune.data.reading.rejections import REJECTION_REASONS, Rejection
 from t5tune.data.tokens.tokenizer import load_tokenizer
 from t5tune.errors import DataError
 from t5tune.progress import Event, Note
-from t5tune.settings import PrepareSettings
-from t5tune.settings.groups.record_format import ReadingSettings
+from tests.data.reading.records import HI, YES, prepare_records, read, read_one, write_lines
 from tests.support.caches import find_cache, open_only
 from tests.support.command_line import t5tune_in_fork
 from tests.support.paths import REPOSITORY
 
-HI, YES = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}
 TURNS = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes"}]
 ALL_FORMATS: dict[str, dict[str, Any]] = {
     "sharegpt": {"conversations": TURNS},
@@ -36,16 +28,6 @@ ALL_FORMATS: dict[str, dict[str, Any]] = {
 }
 GOOD = {"prompt": "Hi", "completion": "Yes", "label": True}
 BAD = {"prompt": "Hi", "completion": "Go away", "label": False}
-
-
-def write_lines(path: Path, *records: Any) -> Path:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    return path
-
-
-def read(path: Path, **reading: Any) -> list[Conversation | Rejection]:
-    settings = ReadingSettings(**reading)
-    return [parse_record(record, settings) for record in read_records(find_files([str(path)]), settings)]
 
 
 def outcomes(path: Path, **reading: Any) -> list[str | dict[str, int]]:
@@ -64,12 +46,8 @@ def prepared(tmp_path: Path, events: list[Event]) -> Callable[..., dict[str, Any
     """Prepare records and return the manifest of the cache; notes are appended to `events`."""
 
     def run(*records: Any, **more: Any) -> dict[str, Any]:
-        data = write_lines(tmp_path / "data.jsonl", *records)
-        values = {"model_name_or_path": "pocket", "data_path": str(data), "output_dir": tmp_path / "cache"}
-        values |= {"max_rejected_fraction": None, **more}
-        made = prepare(PrepareSettings(**values), events.append)
-        manifest: dict[str, Any] = json.loads((find_cache(made.cache) / "manifest.json").read_text())
-        return manifest
+        values = {"max_rejected_fraction": None, **more}
+        return prepare_records(tmp_path, *records, report=events.append, **values).manifest
 
     return run
 
@@ -86,9 +64,7 @@ def test_a_record_labeled_bad_is_left_out_in_every_format(tmp_path: Path, value:
 
 def test_a_number_or_a_word_is_a_class_not_a_label(tmp_path: Path) -> None:
     values = [0, 1, 0.0, "false", "False", "negative", "", [False]]
-    path = write_lines(
-        tmp_path / "data.jsonl", *[{"source": "Hi", "target": "Yes", "label": value} for value in values]
-    )
+    path = write_lines(tmp_path / "data.jsonl", *({"source": "Hi", "target": "Yes", "label": each} for each in values))
     ignored: dict[str, int] = {"ignored_field_label": 1}
     assert outcomes(path) == [{} if value == "" else ignored for value in values]
 
@@ -102,12 +78,6 @@ def test_true_and_false_in_a_csv_file_are_labels(tmp_path: Path) -> None:
     assert outcomes(path) == expected
     (tmp_path / "data.tsv").write_text("prompt\tcompletion\tkto_tag\nHi\tYes\tfalse\n")
     assert outcomes(tmp_path / "data.tsv") == ["labeled_bad"]
-
-
-def test_booleans_of_a_parquet_file_are_labels(tmp_path: Path) -> None:
-    rows = [{"prompt": [HI], "completion": [YES], "label": label} for label in (True, False, None)]
-    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "data.parquet")
-    assert outcomes(tmp_path / "data.parquet") == [{}, "labeled_bad", {}]
 
 
 def test_a_column_that_the_user_names_is_text(tmp_path: Path) -> None:
@@ -132,9 +102,8 @@ def test_records_labeled_bad_are_counted_reported_and_written_in_full(
     assert manifest["rejected_by_reason"] == {"labeled_bad": 2, "unknown_format": 1}
     assert manifest["repaired"] == {}
     lines = [json.loads(line) for line in (find_cache(tmp_path / "cache") / "rejected.jsonl").read_text().splitlines()]
-    assert [(line["line"], line["reason"]) for line in lines] == [
-        *((2, "labeled_bad"), (3, "unknown_format"), (4, "labeled_bad"))
-    ]
+    reasons = [(line["line"], line["reason"]) for line in lines]
+    assert reasons == [(2, "labeled_bad"), (3, "unknown_format"), (4, "labeled_bad")]
     assert lines[0]["record"] == BAD
     assert "kto_tag: false" in lines[2]["message"]
     place = find_cache(tmp_path / "cache") / "rejected.jsonl"
@@ -152,9 +121,8 @@ def test_records_labeled_bad_do_not_count_toward_the_rejected_fraction(
         with pytest.raises(DataError, match=r"1 of 4 records rejected \(unknown format: 1\)") as caught:
             prepared(*records, max_rejected_fraction=0.2)
         assert "2 more are left out on purpose" in caught.value.message
-    monkeypatch.setattr(
-        "t5tune.preparing.record_checks.MIN_RECORDS_TO_STOP", 2
-    )  # checked while records are still being read
+    # checked while records are still being read
+    monkeypatch.setattr("t5tune.preparing.record_checks.MIN_RECORDS_TO_STOP", 2)
     assert prepared(BAD, {"x": 1}, BAD, GOOD, max_rejected_fraction=0.5)["rejected"] == 3
     assert prepared(BAD, GOOD, BAD, max_rejected_fraction=0)["rejected"] == 2
     with pytest.raises(DataError) as caught:
@@ -195,16 +163,8 @@ def make_message(role: str, *texts: str, **more: Any) -> dict[str, Any]:
     return {"role": role, "content": [{"type": "text", "value": text} for text in texts], **more}
 
 
-def read_conversation(tmp_path: Path, *messages: Any, **reading: Any) -> Conversation:
-    (record,) = read(write_lines(tmp_path / "one.jsonl", {"messages": messages}), **reading)
-    assert isinstance(record, Conversation), record
-    return record
-
-
-def read_rejected(tmp_path: Path, *messages: Any, **reading: Any) -> Rejection:
-    (record,) = read(write_lines(tmp_path / "one.jsonl", {"messages": messages}), **reading)
-    assert isinstance(record, Rejection), record
-    return record
+def read_messages(tmp_path: Path, *messages: Any, **reading: Any) -> Any:
+    return read_one(tmp_path, {"messages": messages}, **reading)
 
 
 def list_learned(record: Conversation) -> list[bool]:
@@ -233,23 +193,15 @@ CHAT = [
 
 
 def test_content_parts_with_a_value_are_read(tmp_path: Path) -> None:
-    record = read_conversation(tmp_path, *CHAT)
+    record = read_messages(tmp_path, *CHAT)
     assert record.system == "Be brief."
     assert [turn.text for turn in record.turns] == ["One", "first", "Two", "second", "Three", "third"]
     assert record.repairs == {}
-    assert read_conversation(tmp_path, make_message("user", "a", "b"), YES).turns[0].text == "a\nb"
+    assert read_messages(tmp_path, make_message("user", "a", "b"), YES).turns[0].text == "a\nb"
     openai = {"role": "user", "content": [{"type": "text", "text": "Hi", "value": None}]}
-    assert read_conversation(tmp_path, openai, YES).turns[0].text == "Hi"
+    assert read_messages(tmp_path, openai, YES).turns[0].text == "Hi"
     nothing = {"role": "user", "content": [{"type": "text", "value": None}]}
-    assert read_rejected(tmp_path, nothing, YES).reason == "not_text"
-
-
-def test_content_parts_of_a_parquet_file_are_read(tmp_path: Path) -> None:
-    rows = [{"messages": [{**message, "loss_weight": message.get("loss_weight")} for message in CHAT]}]
-    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "data.parquet")
-    (record,) = read(tmp_path / "data.parquet")
-    assert isinstance(record, Conversation)
-    assert (list_learned(record), record.repairs) == ([True, False, True], {})
+    assert read_messages(tmp_path, nothing, YES).reason == "not_text"
 
 
 def test_tool_calls_in_parts_are_learned_as_text(tmp_path: Path) -> None:
@@ -257,7 +209,7 @@ def test_tool_calls_in_parts_are_learned_as_text(tmp_path: Path) -> None:
         return {"type": kind, "value": value}
 
     def answer(*content: Any) -> str:
-        record = read_conversation(tmp_path, HI, {"role": "assistant", "content": content, "loss_weight": 1.0})
+        record = read_messages(tmp_path, HI, {"role": "assistant", "content": content, "loss_weight": 1.0})
         assert record.repairs == {"tool_calls_as_text": 1}
         return record.turns[1].text
 
@@ -271,22 +223,19 @@ def test_tool_calls_in_parts_are_learned_as_text(tmp_path: Path) -> None:
         ("[1]", "a tool call without a function's name"),
         (None, "a tool call without a function's name"),
     ):
-        record = read_rejected(tmp_path, HI, {"role": "assistant", "content": [call(wrong)]})
+        record = read_messages(tmp_path, HI, {"role": "assistant", "content": [call(wrong)]})
         assert (record.reason, message in record.message) == ("bad_turn", True)
 
 
 def test_reasoning_is_ignored_and_counted_and_images_are_rejected(tmp_path: Path) -> None:
     reasoning, text = {"type": "reasoning", "value": "Hm."}, {"type": "text", "value": "Yes"}
-    record = read_conversation(tmp_path, HI, {"role": "assistant", "content": [reasoning, text]})
+    record = read_messages(tmp_path, HI, {"role": "assistant", "content": [reasoning, text]})
     assert (record.turns[1].text, record.repairs) == ("Yes", {"ignored_part_reasoning": 1})
-    assert read_rejected(tmp_path, HI, {"role": "assistant", "content": [reasoning]}).reason == "no_answer"
+    assert read_messages(tmp_path, HI, {"role": "assistant", "content": [reasoning]}).reason == "no_answer"
     for kind in ("image_url", "audio_url", "video_url"):
         picture = {"role": "user", "content": [text, {"type": kind, "value": "a.jpg"}]}
-        record_without = read_rejected(tmp_path, picture, YES)
-        assert (record_without.reason, f"a content part of type '{kind}'" in record_without.message) == (
-            "not_text",
-            True,
-        )
+        rejected = read_messages(tmp_path, picture, YES)
+        assert (rejected.reason, f"a content part of type '{kind}'" in rejected.message) == ("not_text", True)
 
 
 @pytest.mark.parametrize("key", ["loss_weight", "weight"])
@@ -318,37 +267,28 @@ def test_characters_of_a_turn_of_weight_0_get_no_token(prepared: Callable[..., d
 
 
 def test_other_weights_are_taken_as_1_and_counted(tmp_path: Path) -> None:
-    for weight, repairs in (
-        (1, {}),
-        (True, {}),
-        (None, {}),
-        (0.25, {"weights_taken_as_1": 1}),
-        (2, {"weights_taken_as_1": 1}),
-        ("heavy", {"ignored_turn_field_loss_weight": 1}),
-    ):
-        record = read_conversation(tmp_path, HI, {**YES, "loss_weight": weight})
+    taken, ignored = {"weights_taken_as_1": 1}, {"ignored_turn_field_loss_weight": 1}
+    for weight, repairs in ((1, {}), (True, {}), (None, {}), (0.25, taken), (2, taken), ("heavy", ignored)):
+        record = read_messages(tmp_path, HI, {**YES, "loss_weight": weight})
         assert (list_learned(record), record.repairs) == ([True], repairs)
-    asked = read_conversation(tmp_path, {**HI, "loss_weight": 1.0}, YES)
-    assert asked.repairs == {"ignored_turn_field_loss_weight": 1}
-    record_below = read_rejected(tmp_path, HI, {**YES, "loss_weight": -1})
-    assert (record_below.reason, "turn 1: loss_weight -1" in record_below.message) == ("bad_turn", True)
+    asked = read_messages(tmp_path, {**HI, "loss_weight": 1.0}, YES)
+    assert asked.repairs == ignored
+    rejected = read_messages(tmp_path, HI, {**YES, "loss_weight": -1})
+    assert (rejected.reason, "turn 1: loss_weight -1" in rejected.message) == ("bad_turn", True)
 
 
 def test_a_record_whose_assistant_turns_all_have_weight_0_is_rejected(tmp_path: Path) -> None:
-    (record, blank) = (
-        read_rejected(tmp_path, HI, {**YES, "weight": 0}, HI, {**YES, "weight": 0, "content": "No"}),
-        read_rejected(tmp_path, HI, {**YES, "weight": 0}, HI, {"role": "assistant", "content": " "}),
-    )
-    assert (record.reason, blank.reason) == ("zero_weight", "zero_weight")
-    assert "every assistant turn has weight 0" in record.message
-    assert read_rejected(tmp_path, HI, {"role": "assistant", "content": " ", "weight": 0}).reason == "no_answer"
+    for last in ({**YES, "weight": 0, "content": "No"}, {"role": "assistant", "content": " "}):
+        record = read_messages(tmp_path, HI, {**YES, "weight": 0}, HI, last)
+        assert (record.reason, "every assistant turn has weight 0" in record.message) == ("zero_weight", True)
+    assert read_messages(tmp_path, HI, {"role": "assistant", "content": " ", "weight": 0}).reason == "no_answer"
 
 
 def test_a_merged_turn_with_a_part_of_weight_0_is_not_learned(tmp_path: Path) -> None:
-    both = read_conversation(tmp_path, HI, YES, HI, {**YES, "weight": 0}, YES, merge_same_role=True)
+    both = read_messages(tmp_path, HI, YES, HI, {**YES, "weight": 0}, YES, merge_same_role=True)
     assert list_learned(both) == [True, False]
     assert both.repairs == {"merged_same_role_turns": 1, "merged_turns_not_learned": 1}
-    same = read_conversation(tmp_path, HI, YES, {**HI, "weight": 0}, HI, {**YES, "weight": 0}, merge_same_role=True)
+    same = read_messages(tmp_path, HI, YES, {**HI, "weight": 0}, HI, {**YES, "weight": 0}, merge_same_role=True)
     assert (list_learned(same), same.repairs) == ([True, False], {"merged_same_role_turns": 1})
 
 

@@ -10,13 +10,11 @@ import pytest
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from t5tune.commands.prepare import prepare
 from t5tune.data.tokens.encoders import Beginning, ByteEncoder, WholeTextEncoder, WordEncoder, make_encoder
 from t5tune.data.tokens.encoding import MAX_WORD_LENGTH
 from t5tune.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from t5tune.data.tokens.vocabulary import extend_tokenizer
-from t5tune.settings import PrepareSettings
-from tests.support.caches import find_cache, open_only
+from tests.data.reading.records import prepare_records
 from tests.support.paths import REPOSITORY
 
 POCKET = REPOSITORY / "t5tune" / "pocket"
@@ -83,17 +81,9 @@ def test_a_record_with_a_longer_word_is_rejected_and_kept(tmp_path: Path, add_to
         {"source": "two hats " * MAX_WORD_LENGTH, "target": "No"},
         {"source": "\u0301" * (MAX_WORD_LENGTH + 1), "target": "Yes"},
     ]
-    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, records)))
-    values = {
-        "model_name_or_path": "pocket",
-        "data_path": str(tmp_path / "data.jsonl"),
-        "output_dir": tmp_path / "cache",
-        "max_rejected_fraction": None,
-    }
-    result = prepare(PrepareSettings(**values, add_tokens=add_tokens))
-    assert (result.conversations, result.rejected) == (2, 2)
-    assert open_only(tmp_path / "cache").manifest["rejected_by_reason"] == {"long_word": 2}
-    lines = [json.loads(line) for line in (find_cache(tmp_path / "cache") / "rejected.jsonl").read_text().splitlines()]
+    cache = prepare_records(tmp_path, *records, max_rejected_fraction=None, add_tokens=add_tokens)
+    assert (cache.manifest["conversations"], cache.manifest["rejected_by_reason"]) == (2, {"long_word": 2})
+    lines = [json.loads(line) for line in (cache.folder / "rejected.jsonl").read_text().splitlines()]
     assert [line["record"] for line in lines] == [records[1], records[3]]
     assert lines[1]["message"] == "a word of 100,001 characters, more than 100,000"
 

@@ -1,6 +1,5 @@
 """Targets and sources of examples have the ids that the saved tokenizer gives their texts in transformers."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +7,11 @@ import pytest
 from transformers import AutoTokenizer
 
 from t5tune.commands.evaluate import evaluate
-from t5tune.commands.prepare import prepare
 from t5tune.commands.train import train
 from t5tune.data.caches.cache import Cache
 from t5tune.data.tokens.tokenizer import load_tokenizer
-from t5tune.settings import EvaluateSettings, PrepareSettings, TrainSettings
-from tests.support.caches import open_only
+from t5tune.settings import EvaluateSettings, TrainSettings
+from tests.data.reading.records import prepare_records
 
 TEXTS = ['{"a": 1}', "{ x }", "Yes", "<b>two</b>", "\n- a", "\t{", "3 {x}", "猫 x", "~", "two  hats"]
 # characters that the normalizer drops, or turns into a space or several characters
@@ -24,11 +22,9 @@ UNUSUAL = [
 SUFFIXES = {"plain": "", "fastchat-t5": "\n", "turns": ""}
 
 
-def prepare_records(folder: Path, records: list[Any], template: str, **values: Any) -> tuple[Cache, Any]:
+def load_both(folder: Path, records: list[Any], template: str, **values: Any) -> tuple[Cache, Any]:
     """Prepare records, and return the cache and its tokenizer as transformers loads it."""
-    (folder / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    given = {"model_name_or_path": "pocket", "data_path": str(folder / "data.jsonl"), "output_dir": folder / "cache"}
-    cache = open_only(prepare(PrepareSettings(**given | values, conversation_template=template)).cache)
+    cache = prepare_records(folder, *records, **values, conversation_template=template)
     return cache, AutoTokenizer.from_pretrained(str(cache.tokenizer_folder))
 
 
@@ -36,7 +32,7 @@ def prepare_records(folder: Path, records: list[Any], template: str, **values: A
 @pytest.mark.parametrize("template", SUFFIXES)
 def test_a_target_has_the_ids_of_its_text(tmp_path: Path, template: str, add_tokens: str) -> None:
     pairs = [{"source": "say it", "target": text} for text in TEXTS + UNUSUAL]
-    cache, theirs = prepare_records(tmp_path, pairs, template, add_tokens=add_tokens)
+    cache, theirs = load_both(tmp_path, pairs, template, add_tokens=add_tokens)
     for example, text in zip(cache, TEXTS + UNUSUAL, strict=True):
         assert example.target_T.tolist() == theirs(text + SUFFIXES[template])["input_ids"]
         decoded = theirs.decode(example.target_T, skip_special_tokens=True)
@@ -45,7 +41,7 @@ def test_a_target_has_the_ids_of_its_text(tmp_path: Path, template: str, add_tok
 
 def test_a_source_has_the_ids_of_its_text(tmp_path: Path) -> None:
     texts = [*TEXTS, *UNUSUAL, "13 \t ", "two \\  ", "a "]
-    cache, theirs = prepare_records(tmp_path, [{"source": text, "target": text} for text in texts], "plain")
+    cache, theirs = load_both(tmp_path, [{"source": text, "target": text} for text in texts], "plain")
     for example, text in zip(cache, texts, strict=True):
         assert example.source_S.tolist() == theirs(text)["input_ids"] == example.target_T.tolist()
         messages = [{"role": "user", "content": text}]
@@ -55,7 +51,7 @@ def test_a_source_has_the_ids_of_its_text(tmp_path: Path) -> None:
 
 def test_a_target_keeps_the_spaces_at_its_beginning(tmp_path: Path) -> None:
     texts = [" x", "  x", " {x}", "\n x"]
-    cache, _ = prepare_records(tmp_path, [{"source": "say it", "target": text} for text in texts], "plain")
+    cache, _ = load_both(tmp_path, [{"source": "say it", "target": text} for text in texts], "plain")
     tokenizer = load_tokenizer(cache.tokenizer_folder)
     assert [tokenizer.decode(example.target_T.tolist()[:-1]) for example in cache] == texts
 
@@ -64,7 +60,7 @@ def test_a_target_keeps_the_spaces_at_its_beginning(tmp_path: Path) -> None:
 def test_an_earlier_answer_has_the_ids_of_the_chat_template(tmp_path: Path, template: str) -> None:
     texts = ["q {", "{a}", "{", "~b", "?", "{c}"]
     messages = [{"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(texts)]
-    cache, theirs = prepare_records(tmp_path, [{"messages": messages}], template)
+    cache, theirs = load_both(tmp_path, [{"messages": messages}], template)
     for number, example in enumerate(cache):
         before, answer = messages[: 2 * number + 1], texts[2 * number + 1]
         source = theirs.apply_chat_template(before, add_generation_prompt=True, return_dict=False)
@@ -74,9 +70,7 @@ def test_an_earlier_answer_has_the_ids_of_the_chat_template(tmp_path: Path, temp
 
 def test_both_answers_of_a_pair_have_the_ids_of_their_texts(tmp_path: Path) -> None:
     pair = {"prompt": "say it", "chosen": "{a}", "rejected": "no {"}
-    cache, theirs = prepare_records(
-        tmp_path, [pair, {**pair, "chosen": "No", "rejected": "{"}], "plain", objective="dpo"
-    )
+    cache, theirs = load_both(tmp_path, [pair, {**pair, "chosen": "No", "rejected": "{"}], "plain", objective="dpo")
     for example, answers in zip(cache, (("{a}", "no {"), ("No", "{")), strict=True):
         assert [target.tolist() for target in example.targets] == [theirs(text)["input_ids"] for text in answers]
 
@@ -84,7 +78,7 @@ def test_both_answers_of_a_pair_have_the_ids_of_their_texts(tmp_path: Path) -> N
 @pytest.mark.slow
 def test_evaluate_scores_the_targets_of_training(tmp_path: Path) -> None:
     pairs = [{"source": f"say {text}", "target": text} for text in TEXTS]
-    cache, _ = prepare_records(tmp_path, pairs, "plain")
+    cache, _ = load_both(tmp_path, pairs, "plain")
     values = {"model_name_or_path": "pocket", "data_path": str(cache.folder), "output_dir": tmp_path / "run"}
     run = train(TrainSettings(**values, max_steps=1, learning_rate=1e-3, report_samples=0)).run
     losses = [

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import hypothesis
@@ -19,7 +19,7 @@ from t5tune.data.tokens.encoders import Beginning, Encoder, Markers, make_encode
 from t5tune.data.tokens.encoding import Example, encode_batch, encode_prompt, extract_example
 from t5tune.data.tokens.span_corruption import find_sentinels
 from t5tune.data.tokens.templates import Piece, load_template, render_answer_prefix, render_conversation
-from t5tune.data.tokens.tokenizer import SpecialIds, Tokenizer, decode_prediction, load_tokenizer, save_tokenizer
+from t5tune.data.tokens.tokenizer import SpecialIds, decode_prediction, load_tokenizer, save_tokenizer
 from t5tune.data.tokens.vocabulary import extend_tokenizer
 from t5tune.errors import ModelError
 from t5tune.inference.prompts import Prompts, ReplyText
@@ -31,17 +31,17 @@ from tests.support.tokenizer_kinds import (
     write_config,
 )
 
-KINDS: dict[str, Callable[[Path], int]] = {
-    "gemma": make_gemma_tokenizer,
-    "codet5": make_codet5_tokenizer,
-    "madlad": make_madlad_tokenizer,
-}
+MAKERS: list[Callable[[Path], int]] = [make_gemma_tokenizer, make_codet5_tokenizer, make_madlad_tokenizer]
+KINDS = dict(zip(("gemma", "codet5", "madlad"), MAKERS, strict=True))
 TEXTS = [
     "Two  red\n\n  hats\t<2de> {naïve} 😀 ",
     " <start_of_turn>model\n<end_of_turn><bos></s><s><pad><mask>",
     "<0x41><extra_id_0> ~`^\\",
 ]
 START, END = "<start_of_turn>", "<end_of_turn>"
+
+
+load_cached = cache(load_tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -147,13 +147,6 @@ def test_any_text_decodes_to_itself(kind: str, folders: dict[str, Path], text: s
     assert decode_prediction(tokenizer, ids, "") == text
 
 
-CACHE: dict[Path, Tokenizer] = {}
-
-
-def load_cached(folder: Path) -> Tokenizer:
-    return CACHE.setdefault(folder, load_tokenizer(folder))
-
-
 def test_the_markers_of_a_template_become_special_tokens_and_those_of_a_text_do_not(folders: dict[str, Path]) -> None:
     tokenizer = load_tokenizer(folders["gemma"])
     start, end = tokenizer.convert_tokens_to_ids([START, END])
@@ -166,9 +159,8 @@ def test_the_markers_of_a_template_become_special_tokens_and_those_of_a_text_do_
     assert decode_prediction(tokenizer, target, load_template("gemma").answer_suffix) == texts[1]
     whole = f"{START}user\nBe kind.{END}{END}\n{START}user\n{texts[0]}{END}\n{START}model\n"
     assert tokenizer.decode(source[1:]) == whole
-    assert (
-        tokenizer.decode(examples[1].source_S[1:]) == f"{whole}{texts[1]}{END}\n{START}user\nAgain{END}\n{START}model\n"
-    )
+    later = f"{whole}{texts[1]}{END}\n{START}user\nAgain{END}\n{START}model\n"
+    assert tokenizer.decode(examples[1].source_S[1:]) == later
 
 
 @pytest.mark.parametrize("kind", ["gemma", "codet5", "madlad"])
