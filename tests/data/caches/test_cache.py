@@ -26,7 +26,7 @@ def add_spans(writer: CacheWriter, *spans: Span) -> None:
     writer.add(RECORD, EncodedRecord(parts=[EncodedConversation(ids, list(spans))], key=b"\xff" * 16))
 
 
-def test_a_row_is_the_number_of_the_conversation_and_a_span(tmp_path: Path) -> None:
+def test_a_row_has_a_conversation_s_number_and_a_span(tmp_path: Path) -> None:
     largest = Span(*[MAX_TABLE_VALUE] * 7, False, True)
     with CacheWriter(tmp_path, 1000, rejects_duplicates=False) as writer:
         add_spans(writer, SPAN)
@@ -45,9 +45,7 @@ def test_a_value_that_does_not_fit_is_refused(tmp_path: Path, field: str) -> Non
             add_spans(writer, SPAN._replace(**{field: MAX_TABLE_VALUE + 1}))
 
 
-def test_statistics_are_those_of_all_examples(
-    tmp_path: Path, conversations: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_statistics_cover_all_examples(tmp_path: Path, conversations: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("t5tune.preparing.counts.ROWS_PER_CHUNK", 5)
     values = {"model_name_or_path": "pocket", "data_path": str(conversations), "output_dir": tmp_path / "cache"}
     prepare(PrepareSettings(**values, model_max_length=32))
@@ -63,7 +61,7 @@ def test_statistics_are_those_of_all_examples(
     assert cache.manifest["examples_with_earlier_turns"] == sum(span.turn > 1 for span in spans) > 0
 
 
-def test_a_cache_of_an_earlier_format_is_refused_and_prepared_again(tmp_path: Path, conversations: Path) -> None:
+def test_a_cache_of_an_earlier_format_is_prepared_again(tmp_path: Path, conversations: Path) -> None:
     values = {"model_name_or_path": "pocket", "data_path": str(conversations), "output_dir": tmp_path / "cache"}
     prepare(PrepareSettings(**values))
     path = find_cache(tmp_path / "cache") / "manifest.json"

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from t5tune.commands.prepare import prepare as run_prepare
 from t5tune.data.caches.cache import Cache
 from t5tune.data.reading.files import find_files
@@ -21,6 +23,23 @@ from tests.support.command_line import CommandResult, t5tune_in_fork
 GOOD = '{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes"}]}'
 LIMIT = 10_000
 HI, YES = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}
+FORMATS: dict[str, Any] = {
+    "sharegpt": {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes"}]},
+    "sharegpt, loud": {"conversations": [{"from": " Human ", "value": "Hi"}, {"from": "GPT", "value": "Yes"}]},
+    "openai": {"messages": [HI, YES]},
+    "openai in conversations": {"conversations": [HI, YES]},
+    "openai in parts": {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}, YES]},
+    "alpaca": {"instruction": "Hi", "input": "", "output": "Yes"},
+    "prompt/completion": {"prompt": "Hi", "completion": "Yes"},
+    "prompt/completion of messages": {"prompt": [HI], "completion": [YES]},
+    "source/target": {"source": "Hi", "target": "Yes"},
+    "a pair of answers": {"prompt": "Hi", "chosen": "Yes", "rejected": "No"},
+    "a pair of answers to a conversation": {
+        "conversations": [{"from": "human", "value": "Hi"}],
+        "chosen": {"from": "gpt", "value": "Yes"},
+        "rejected": {"from": "gpt", "value": "No"},
+    },
+}
 Outcomes = Callable[..., tuple[list[str], list[str]]]  # of the fixture `outcomes`
 
 
@@ -33,6 +52,12 @@ def make_record(question: str, answer: str = "Yes", **more: Any) -> str:
 
 def read_raw(path: Path, limit: int = LIMIT) -> list[RawRecord]:
     return list(read_records(find_files([str(path)]), ReadingSettings(max_record_bytes=limit)))
+
+
+def read_in_chunks(path: Path, size: int) -> list[RawRecord]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("t5tune.data.reading.files.READ_CHUNK_BYTES", size)
+        return read_raw(path)
 
 
 def read(path: Path, **reading: Any) -> list[Conversation | Rejection]:

@@ -16,7 +16,7 @@ from t5tune.data.reading.formats import Conversation, parse_conversation
 from t5tune.data.reading.rejections import RecordLocation, Rejection, RejectionError
 from t5tune.settings.dataset_list import DatasetSettings
 from t5tune.settings.groups.record_format import ReadingSettings
-from tests.data.reading.records import HI, YES, read, read_one
+from tests.data.reading.records import FORMATS, HI, YES, read, read_one
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 BAD = {"role": "narrator", "content": "Hi"}
@@ -48,25 +48,6 @@ def test_a_rejected_turn_is_named_as_in_the_record(value: dict[str, Any], messag
     with pytest.raises(RejectionError) as rejected:
         parse_conversation(value, RecordLocation("data.jsonl", 1, 0, 0), ReadingSettings())
     assert str(rejected.value).startswith(message)
-
-
-FORMATS: dict[str, Any] = {
-    "sharegpt": {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes"}]},
-    "sharegpt, loud": {"conversations": [{"from": " Human ", "value": "Hi"}, {"from": "GPT", "value": "Yes"}]},
-    "openai": {"messages": [HI, YES]},
-    "openai in conversations": {"conversations": [HI, YES]},
-    "openai in parts": {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}, YES]},
-    "alpaca": {"instruction": "Hi", "input": "", "output": "Yes"},
-    "prompt/completion": {"prompt": "Hi", "completion": "Yes"},
-    "prompt/completion of messages": {"prompt": [HI], "completion": [YES]},
-    "source/target": {"source": "Hi", "target": "Yes"},
-    "a pair of answers": {"prompt": "Hi", "chosen": "Yes", "rejected": "No"},
-    "a pair of answers to a conversation": {
-        "conversations": [{"from": "human", "value": "Hi"}],
-        "chosen": {"from": "gpt", "value": "Yes"},
-        "rejected": {"from": "gpt", "value": "No"},
-    },
-}
 
 
 def read_conversation(folder: Path, value: Any, **reading: Any) -> Conversation:
@@ -154,7 +135,7 @@ TABLES: dict[str, Callable[[list[Any], Path], Any]] = {
 
 
 @pytest.mark.parametrize("kind", TABLES)
-def test_tool_calls_of_a_table_do_not_get_each_others_arguments(tmp_path: Path, kind: str) -> None:
+def test_a_table_s_tool_calls_keep_only_their_arguments(tmp_path: Path, kind: str) -> None:
     data = TABLES[kind]([make_call(arguments) for arguments in CALL_ARGUMENTS], tmp_path)
     (path,) = DatasetSettings(path=data).path
     records = [record for record in read(Path(path)) if isinstance(record, Conversation)]
@@ -179,7 +160,7 @@ def test_null_arguments_that_are_not_of_a_table_are_learned(tmp_path: Path) -> N
         assert [record.repairs for record in found] == [{"tool_calls_as_text": 1}] * len(found)
 
 
-def test_columns_can_have_other_names_and_a_prefix(tmp_path: Path) -> None:
+def test_columns_can_be_named_and_prefixed(tmp_path: Path) -> None:
     named = {"source_column": "dialogue", "target_column": "note", "source_prefix": "summarize: "}
     record = read_conversation(tmp_path, {"dialogue": "Hi", "note": "Yes", "id": 3}, **named)
     assert list_turns(record) == [("human", "summarize: Hi"), ("assistant", "Yes")]
@@ -223,17 +204,11 @@ def test_two_columns_of_unknown_names_are_filled_in(tmp_path: Path) -> None:
     assert rejected.message == f"its keys are 'a, b', h, g, f, e and 3 more; {expected}"
 
 
-def test_a_named_format_rejects_the_others(tmp_path: Path) -> None:
+def test_a_named_format_rejects_other_formats(tmp_path: Path) -> None:
     both = FORMATS["sharegpt"] | {"source": "a", "target": "b"}
     assert list_turns(read_conversation(tmp_path, both, data_format="source-target"))[0] == ("human", "a")
     rejected = read_one(tmp_path, FORMATS["openai"], data_format="alpaca")
     assert (rejected.reason, "instruction" in rejected.message) == ("unknown_format", True)
-
-
-def test_a_content_part_that_is_not_text_is_rejected(tmp_path: Path) -> None:
-    picture = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}
-    rejected = read_one(tmp_path, {"messages": [picture, YES]})
-    assert (rejected.reason, "image_url" in rejected.message) == ("not_text", True)
 
 
 def test_repairs_are_counted_by_kind(tmp_path: Path) -> None:
@@ -293,7 +268,7 @@ def test_clean_repairs_a_source_before_the_prefix_is_prepended(tmp_path: Path, p
     assert record.repairs == {"html_turns": 2}
 
 
-def test_clean_repairs_what_was_said_and_not_the_tool_calls_after_it(tmp_path: Path) -> None:
+def test_clean_repairs_texts_but_not_tool_calls(tmp_path: Path) -> None:
     arguments = {"body": "say &quot;hi&quot;  there", "x": "a <b>bold</b> \\_ end"}
     call = json.dumps({"name": "send", "arguments": arguments})
     calling = {"tool_calls": [{"function": {"name": "send", "arguments": arguments}}]}

@@ -11,11 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from t5tune.data.reading.formats import Conversation
-from t5tune.data.reading.readers import read_records
 from t5tune.data.reading.rejections import Rejection
 from t5tune.errors import DataError
-from t5tune.settings.groups.record_format import ReadingSettings
-from tests.data.reading.records import GOOD, LIMIT, Outcomes, make_record, read, read_raw
+from tests.data.reading.records import GOOD, LIMIT, Outcomes, make_record, read, read_in_chunks, read_raw
 
 RECORDS = {"5a": {"original": "a", "disfluent": "a, no, a"}, "5b": {"original": "b", "disfluent": "b uh b"}}
 COLUMNS = {"source_column": "disfluent", "target_column": "original"}
@@ -93,7 +91,7 @@ def test_unusable_records_of_an_object_are_named_by_their_keys(tmp_path: Path) -
 
 @pytest.mark.parametrize("ending", ["", "\n", "\nnot JSON\n", f"\n{GOOD}\n{GOOD}\n"])
 @pytest.mark.parametrize("chunk", [3000, 1 << 20])
-def test_a_line_that_begins_with_an_object_and_is_too_long_is_one_record(
+def test_a_long_line_that_begins_with_an_object_is_one_record(
     outcomes: Outcomes, monkeypatch: pytest.MonkeyPatch, ending: str, chunk: int
 ) -> None:
     monkeypatch.setattr("t5tune.data.reading.files.READ_CHUNK_BYTES", chunk)
@@ -103,7 +101,7 @@ def test_a_line_that_begins_with_an_object_and_is_too_long_is_one_record(
 
 
 @pytest.mark.parametrize("indent", [None, 2])
-def test_an_object_of_records_may_have_records_that_are_too_long(outcomes: Outcomes, indent: int | None) -> None:
+def test_an_object_may_have_records_that_are_too_long(outcomes: Outcomes, indent: int | None) -> None:
     good = {"source": "Hi", "target": "a"}
     records = {"a": good, "b": good, "c": {"source": "x" * LIMIT, "target": "a"}, "d": good}
     assert outcomes(json.dumps(records, indent=indent).encode()) == (["Hi"] * 3, ["too_long"])
@@ -113,7 +111,7 @@ def test_an_object_of_records_may_have_records_that_are_too_long(outcomes: Outco
     assert outcomes(json.dumps(first).encode()) == ([], ["too_long"])
 
 
-def test_a_large_object_may_have_a_value_that_is_no_record(outcomes: Outcomes) -> None:
+def test_a_large_object_may_contain_a_value_without_a_record(outcomes: Outcomes) -> None:
     """Only as much of it is looked at as a record may be long."""
     records: dict[str, Any] = {str(number): {"source": f"q{number}", "target": "a"} for number in range(1000)}
     records["500"] = None
@@ -161,9 +159,7 @@ def test_an_object_is_split_as_json_requires_wherever_chunks_end(
 ) -> None:
     path = tmp_path_factory.mktemp("object") / "data.json"
     path.write_text(json.dumps(values, indent=indent, ensure_ascii=False))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("t5tune.data.reading.files.READ_CHUNK_BYTES", size)
-        records = list(read_records([path], ReadingSettings(max_record_bytes=LIMIT)))
+    records = read_in_chunks(path, size)
     read_back = {record.location.key: json.loads(record.data) for record in records}  # type: ignore[arg-type]
     assert read_back == values
 
@@ -175,7 +171,7 @@ WRAPPED = {
 
 
 @pytest.mark.parametrize("value", WRAPPED.values(), ids=WRAPPED)
-def test_a_list_of_records_in_an_object_is_refused_with_the_way_to_take_it_out(tmp_path: Path, value: Any) -> None:
+def test_a_rejected_object_says_how_to_extract_its_list(tmp_path: Path, value: Any) -> None:
     (tmp_path / "data.json").write_text(json.dumps(value))
     for reading in ({}, COLUMNS):
         (rejection,) = read(tmp_path / "data.json", **reading)
@@ -184,7 +180,7 @@ def test_a_list_of_records_in_an_object_is_refused_with_the_way_to_take_it_out(t
         assert """jq '.["data"]' IN.json > OUT.json""" in rejection.message
 
 
-def test_a_conversation_that_is_too_long_is_no_list_of_records(tmp_path: Path) -> None:
+def test_a_long_conversation_isn_t_a_list_of_records(tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").write_text(make_record("x" * LIMIT))
     (rejection,) = read(tmp_path / "data.jsonl")
     assert isinstance(rejection, Rejection)

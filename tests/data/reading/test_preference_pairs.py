@@ -95,7 +95,7 @@ def test_only_the_last_answers_are_learned() -> None:
 
 
 @pytest.mark.parametrize(("value", "reason", "message"), REJECTED.values(), ids=REJECTED)
-def test_what_is_no_pair_is_rejected_by_name(value: dict[str, Any], reason: str, message: str) -> None:
+def test_an_invalid_pair_is_rejected_by_name(value: dict[str, Any], reason: str, message: str) -> None:
     with pytest.raises(RejectionError) as rejected:
         parse(value)
     assert rejected.value.rejection.reason == reason
@@ -152,7 +152,7 @@ def test_both_answers_are_the_targets_of_the_two_sft_examples(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("shards", [1, 3])
-def test_a_pair_is_a_duplicate_only_if_both_answers_are_the_same(shards: int, tmp_path: Path) -> None:
+def test_a_duplicate_pair_has_the_same_two_answers(shards: int, tmp_path: Path) -> None:
     values = {"model_name_or_path": "pocket", "data_path": str(write_lines(tmp_path / "data.jsonl", *RECORDS))}
     values |= {"objective": "dpo", "max_rejected_fraction": None, "dedupe": "exact", "output_dir": tmp_path / "cache"}
     for number in range(shards):

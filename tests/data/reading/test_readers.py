@@ -25,7 +25,7 @@ from t5tune.data.reading.rejections import (
 )
 from t5tune.errors import DataError
 from t5tune.settings.groups.record_format import ReadingSettings
-from tests.data.reading.records import GOOD, LIMIT, LINES, Outcomes, make_record, prepare, read_raw
+from tests.data.reading.records import GOOD, LIMIT, LINES, Outcomes, make_record, prepare, read_in_chunks, read_raw
 from tests.support.caches import find_cache
 
 if sys.version_info >= (3, 14):
@@ -96,7 +96,7 @@ INVALID_LINES = {
 
 
 @pytest.mark.parametrize("bad", INVALID_LINES.values(), ids=INVALID_LINES)
-def test_a_line_that_is_not_json_is_rejected_at_any_position(outcomes: Outcomes, bad: str) -> None:
+def test_an_invalid_line_is_rejected_at_any_position(outcomes: Outcomes, bad: str) -> None:
     good = [make_record("first"), make_record("last")]
     for place in range(3):
         lines = [*good[:place], bad, *good[place:]]
@@ -170,9 +170,7 @@ def test_an_array_is_split_as_json_requires_wherever_chunks_end(
 ) -> None:
     path = tmp_path_factory.mktemp("array") / "data.json"
     path.write_text(json.dumps(values, indent=indent, ensure_ascii=False))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("t5tune.data.reading.files.READ_CHUNK_BYTES", size)
-        records = list(read_records([path], ReadingSettings(max_record_bytes=LIMIT)))
+    records = read_in_chunks(path, size)
     assert [json.loads(record.data) for record in records] == values  # type: ignore[arg-type]
 
 
@@ -196,7 +194,7 @@ def test_characters_are_checked_whenever_one_may_be_forbidden(text: str) -> None
 
 
 @pytest.mark.parametrize("chunk_size", [3, 4000, 1 << 20])
-def test_of_a_long_record_the_size_and_the_beginning_are_kept(
+def test_a_long_record_keeps_its_size_and_beginning(
     tmp_path: Path, chunk_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("t5tune.data.reading.files.READ_CHUNK_BYTES", chunk_size)
@@ -217,7 +215,7 @@ def test_of_a_long_record_the_size_and_the_beginning_are_kept(
         assert text.encode()[after.location.offset :].startswith((GOOD.encode(), b"c,d"))
 
 
-def test_of_a_long_record_of_broken_characters_the_beginning_is_kept(tmp_path: Path) -> None:
+def test_a_long_record_with_broken_characters_keeps_its_beginning(tmp_path: Path) -> None:
     long = b'{"source": "' + b"\xff\xe2\x82" * LIMIT + b'"}'
     (tmp_path / "data.jsonl").write_bytes(long)
     reading = ReadingSettings(max_record_bytes=LIMIT, encoding="utf-8")

@@ -12,20 +12,11 @@ from t5tune.data.reading.rejections import REJECTION_REASONS, Rejection
 from t5tune.data.tokens.tokenizer import load_tokenizer
 from t5tune.errors import DataError
 from t5tune.progress import Event, Note
-from tests.data.reading.records import HI, YES, prepare_records, read, read_one, write_lines
+from tests.data.reading.records import FORMATS, HI, YES, prepare_records, read, read_one, write_lines
 from tests.support.caches import find_cache, open_only
 from tests.support.command_line import t5tune_in_fork
 from tests.support.paths import REPOSITORY
 
-TURNS = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes"}]
-ALL_FORMATS: dict[str, dict[str, Any]] = {
-    "sharegpt": {"conversations": TURNS},
-    "openai": {"messages": [HI, YES]},
-    "alpaca": {"instruction": "Hi", "output": "Yes"},
-    "prompt/completion": {"prompt": "Hi", "completion": "Yes"},
-    "prompt/completion of messages": {"prompt": [HI], "completion": [YES]},
-    "source/target": {"source": "Hi", "target": "Yes"},
-}
 GOOD = {"prompt": "Hi", "completion": "Yes", "label": True}
 BAD = {"prompt": "Hi", "completion": "Go away", "label": False}
 
@@ -56,13 +47,13 @@ def prepared(tmp_path: Path, events: list[Event]) -> Callable[..., dict[str, Any
 
 
 @pytest.mark.parametrize("key", ["label", "kto_tag"])
-@pytest.mark.parametrize("value", ALL_FORMATS.values(), ids=ALL_FORMATS)
+@pytest.mark.parametrize("value", [value for value in FORMATS.values() if "rejected" not in value])
 def test_a_record_labeled_bad_is_left_out_in_every_format(tmp_path: Path, value: dict[str, Any], key: str) -> None:
     path = write_lines(tmp_path / "data.jsonl", {**value, key: True}, {**value, key: False}, {**value, key: None})
     assert outcomes(path) == [{}, "labeled_bad", {}]
 
 
-def test_a_number_or_a_word_is_a_class_not_a_label(tmp_path: Path) -> None:
+def test_numbers_and_words_are_classes_not_labels(tmp_path: Path) -> None:
     values = [0, 1, 0.0, "false", "False", "negative", "", [False]]
     path = write_lines(tmp_path / "data.jsonl", *({"source": "Hi", "target": "Yes", "label": each} for each in values))
     ignored: dict[str, int] = {"ignored_field_label": 1}
@@ -90,7 +81,7 @@ def test_a_column_that_the_user_names_is_text(tmp_path: Path) -> None:
     assert first.turns[1].text == "false"
 
 
-def test_a_labeled_record_of_an_unknown_format_is_rejected_for_its_format(tmp_path: Path) -> None:
+def test_a_labeled_record_is_rejected_for_its_unknown_format(tmp_path: Path) -> None:
     assert outcomes(write_lines(tmp_path / "data.jsonl", {"text": "Hi", "label": False})) == ["unknown_format"]
 
 
@@ -131,7 +122,7 @@ def test_records_labeled_bad_do_not_count_toward_the_rejected_fraction(
 
 
 @pytest.mark.slow
-def test_train_reports_records_labeled_bad_and_evaluate_does_not_score_them(tmp_path: Path) -> None:
+def test_train_reports_and_evaluate_skips_records_labeled_bad(tmp_path: Path) -> None:
     data = write_lines(tmp_path / "data.jsonl", GOOD, BAD, BAD)
     arguments = ["--model-name-or-path", "pocket", "--data-path", data, "--output-dir"]
     done = t5tune_in_fork("train", *arguments, tmp_path / "run", "--max-steps", "1", "--report-samples", "0")
@@ -146,9 +137,7 @@ def test_train_reports_records_labeled_bad_and_evaluate_does_not_score_them(tmp_
     assert "2 records labeled bad (label: false, kto_tag: false) were left out" in done.stderr
 
 
-def test_the_inspect_page_counts_records_labeled_bad_separately_from_rejected_ones(
-    prepared: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_inspect_counts_records_labeled_bad_separately(prepared: Callable[..., Any], tmp_path: Path) -> None:
     prepared(GOOD, BAD, BAD, {"x": 1})
     done = t5tune_in_fork("inspect", tmp_path / "cache", "--html", tmp_path / "page.html")
     assert done.code == 0, done.stderr
@@ -239,9 +228,7 @@ def test_reasoning_is_ignored_and_counted_and_images_are_rejected(tmp_path: Path
 
 
 @pytest.mark.parametrize("key", ["loss_weight", "weight"])
-def test_a_turn_of_weight_0_is_context_but_not_an_example(
-    prepared: Callable[..., dict[str, Any]], tmp_path: Path, key: str
-) -> None:
+def test_a_turn_of_weight_0_is_only_context(prepared: Callable[..., dict[str, Any]], tmp_path: Path, key: str) -> None:
     messages = [{key if name == "loss_weight" else name: value for name, value in message.items()} for message in CHAT]
     manifest = prepared({"messages": messages}, {"messages": [HI, YES]})
     assert (manifest["conversations"], manifest["examples"]) == (2, 3)
@@ -277,14 +264,14 @@ def test_other_weights_are_taken_as_1_and_counted(tmp_path: Path) -> None:
     assert (rejected.reason, "turn 1: loss_weight -1" in rejected.message) == ("bad_turn", True)
 
 
-def test_a_record_whose_assistant_turns_all_have_weight_0_is_rejected(tmp_path: Path) -> None:
+def test_a_record_without_learned_turns_is_rejected(tmp_path: Path) -> None:
     for last in ({**YES, "weight": 0, "content": "No"}, {"role": "assistant", "content": " "}):
         record = read_messages(tmp_path, HI, {**YES, "weight": 0}, HI, last)
         assert (record.reason, "every assistant turn has weight 0" in record.message) == ("zero_weight", True)
     assert read_messages(tmp_path, HI, {"role": "assistant", "content": " ", "weight": 0}).reason == "no_answer"
 
 
-def test_a_merged_turn_with_a_part_of_weight_0_is_not_learned(tmp_path: Path) -> None:
+def test_a_merged_turn_with_weight_0_isn_t_learned(tmp_path: Path) -> None:
     both = read_messages(tmp_path, HI, YES, HI, {**YES, "weight": 0}, YES, merge_same_role=True)
     assert list_learned(both) == [True, False]
     assert both.repairs == {"merged_same_role_turns": 1, "merged_turns_not_learned": 1}

@@ -135,7 +135,7 @@ def test_the_records_of_a_subset_and_a_split_are_read(
         (["train.parquet", "train.jsonl", "train-2.parquet"], (), [0, 2], "skipped, since most files are .parquet"),
     ],
 )
-def test_without_a_list_of_subsets_the_names_of_files_tell_the_splits(
+def test_file_names_determine_the_splits_without_a_list_of_subsets(
     files: list[str], flags: tuple[str, ...], expected: list[int], note: str, hub: Hub, tmp_path: Path
 ) -> None:
     make = {".parquet": to_parquet, ".jsonl": to_jsonl}
@@ -164,7 +164,7 @@ def test_without_a_list_of_subsets_the_names_of_files_tell_the_splits(
         (f"hf://datasets/{NAME}/small", ("--data-subset", "large"), ["data_subset: large", "leave it out"]),
     ],
 )
-def test_what_does_not_exist_is_refused_in_one_line(
+def test_a_missing_dataset_is_refused_in_one_line(
     name: str, flags: tuple[str, ...], expected: list[str], hub: Hub, tmp_path: Path
 ) -> None:
     hub.add("dataset", NAME, FILES)
@@ -181,7 +181,7 @@ def test_what_does_not_exist_is_refused_in_one_line(
     assert not (tmp_path / "cache").exists()
 
 
-def test_the_commit_is_recorded_and_the_cache_has_the_bytes_of_local_files(hub: Hub, tmp_path: Path) -> None:
+def test_a_hub_dataset_gives_the_bytes_of_local_files(hub: Hub, tmp_path: Path) -> None:
     repo = hub.add("dataset", NAME, {"data/train-0.jsonl": to_jsonl(*range(20)), "data/train-1.jsonl": to_jsonl(20)})
     for name, body in repo.files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -200,7 +200,7 @@ def test_the_commit_is_recorded_and_the_cache_has_the_bytes_of_local_files(hub: 
     assert hub.count_downloads("train-0.jsonl") == 1
 
 
-def test_a_dataset_in_the_cache_is_read_offline_and_never_a_part_of_it(hub: Hub, tmp_path: Path) -> None:
+def test_a_cached_dataset_is_read_offline_as_a_whole(hub: Hub, tmp_path: Path) -> None:
     names = [f"train-{number}-of-3.jsonl" for number in range(3)]
     hub.add("dataset", NAME, {name: to_jsonl(number) for number, name in enumerate(names)})
     offline = {"HF_HUB_OFFLINE": "1"}
@@ -219,9 +219,7 @@ def test_a_dataset_in_the_cache_is_read_offline_and_never_a_part_of_it(hub: Hub,
     assert read_sources(tmp_path / "again") == expect(0, 1, 2)
 
 
-def test_what_hugging_face_s_own_command_has_downloaded_is_read_offline(
-    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hugging_face_s_downloads_are_read_offline(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.add("dataset", NAME, {"train.jsonl": to_jsonl(1), "test.jsonl": to_jsonl(2)})
     use_in_this_process(hub, monkeypatch)
     snapshot_download(NAME, repo_type="dataset")
@@ -238,7 +236,7 @@ def test_what_hugging_face_s_own_command_has_downloaded_is_read_offline(
     assert "HF_HUB_OFFLINE disables downloads, and the dataset isn't all in the local cache" in done.errors[0]
 
 
-def test_offline_another_split_is_never_read_in_place_of_the_one_that_is_missing(hub: Hub, tmp_path: Path) -> None:
+def test_a_missing_split_isn_t_replaced_offline(hub: Hub, tmp_path: Path) -> None:
     hub.add("dataset", NAME, {"train.jsonl": to_jsonl(1), "validation.jsonl": to_jsonl(2)})
     assert prepare(hub, NAME, tmp_path / "cache", "--data-split", "validation").code == 0
     done = prepare(hub, NAME, tmp_path / "again", HF_HUB_OFFLINE="1")
@@ -246,7 +244,7 @@ def test_offline_another_split_is_never_read_in_place_of_the_one_that_is_missing
     assert "in the local cache" in done.errors[0]
 
 
-def test_folders_with_splits_of_their_own_are_subsets_to_choose_from(hub: Hub, tmp_path: Path) -> None:
+def test_folders_with_splits_are_subsets(hub: Hub, tmp_path: Path) -> None:
     names = ("en/train/0.jsonl", "en/test/0.jsonl", "de/train/0.jsonl", "de/test/0.jsonl")
     hub.add("dataset", NAME, {name: to_jsonl(number) for number, name in enumerate(names)})
     done = prepare(hub, NAME, tmp_path / "cache")
@@ -257,7 +255,7 @@ def test_folders_with_splits_of_their_own_are_subsets_to_choose_from(hub: Hub, t
     assert read_sources(tmp_path / "cache") == expect(3)
 
 
-def test_a_private_dataset_is_read_with_a_token_that_is_written_nowhere(hub: Hub, tmp_path: Path) -> None:
+def test_a_private_dataset_s_token_is_written_nowhere(hub: Hub, tmp_path: Path) -> None:
     hub.add("dataset", NAME, {"data.jsonl": to_jsonl(1)}, private=True)
     refused = prepare(hub, NAME, tmp_path / "cache")
     assert (refused.code, "or a private one" in refused.errors[0]) == (2, True)
@@ -292,9 +290,7 @@ def test_a_run_trains_on_one_split_and_evaluates_on_another(hub: Hub, untied_bas
         assert evaluated.json["examples"] == count, evaluated.stderr
 
 
-def test_the_subset_that_is_trained_on_is_that_of_several_datasets_to_evaluate_on(
-    hub: Hub, untied_base: Path, tmp_path: Path
-) -> None:
+def test_evaluation_datasets_use_the_training_subset(hub: Hub, untied_base: Path, tmp_path: Path) -> None:
     hub.add("dataset", NAME, FILES)
     (tmp_path / "own.jsonl").write_bytes(to_jsonl(9))
     config = tmp_path / "run.yaml"
@@ -328,7 +324,7 @@ def web(tmp_path: Path) -> Iterator[tuple[str, Path]]:
         yield url, folder
 
 
-def test_a_file_at_a_url_is_read_and_its_secret_is_not_recorded(web: tuple[str, Path], tmp_path: Path) -> None:
+def test_a_url_is_read_and_its_secret_isn_t_recorded(web: tuple[str, Path], tmp_path: Path) -> None:
     url, folder = web
     (folder / "chats.jsonl.gz").write_bytes(gzip.compress(to_jsonl(1, 2)))
     name = f"{url}/chats.jsonl.gz?signature=SeCrEt"
@@ -347,7 +343,7 @@ def test_a_file_at_a_url_is_read_and_its_secret_is_not_recorded(web: tuple[str, 
 
 
 @pytest.mark.parametrize("weight", ["", ":2"])  # with one, the datasets are settings of their own
-def test_the_secret_of_a_url_is_only_in_the_settings_that_continue_the_run(
+def test_only_the_run_s_settings_contain_a_url_s_secret(
     weight: str, web: tuple[str, Path], untied_base: Path, tmp_path: Path
 ) -> None:
     url, folder = web
@@ -372,7 +368,7 @@ def test_the_secret_of_a_url_is_only_in_the_settings_that_continue_the_run(
     assert f"- {url}/chats.jsonl\n" in (out / "settings.yaml").read_text()
 
 
-def test_a_file_that_was_copied_is_read_while_its_server_is_away(tmp_path: Path) -> None:
+def test_a_copied_file_is_read_without_its_server(tmp_path: Path) -> None:
     (tmp_path / "web").mkdir()
     (tmp_path / "web" / "chats.jsonl").write_bytes(to_jsonl(1, 2))
     environment = {"HF_HOME": str(tmp_path / "home")}
@@ -401,7 +397,7 @@ def test_a_file_that_was_copied_is_read_while_its_server_is_away(tmp_path: Path)
         ("s3://bucket/x.jsonl", ["data_path: s3://bucket/x.jsonl", "pip install s3fs"]),
     ],
 )
-def test_a_url_that_cannot_be_read_is_refused_in_one_line(
+def test_an_unreadable_url_is_refused_in_one_line(
     name: str, expected: list[str], web: tuple[str, Path], tmp_path: Path
 ) -> None:
     url, folder = web
@@ -460,9 +456,7 @@ def test_a_broken_readme_counts_as_none(hub: Hub, tmp_path: Path, monkeypatch: p
         assert Path(path).read_bytes() == to_jsonl(number)
 
 
-def test_a_repository_of_another_person_cannot_name_files_of_this_machine(
-    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_untrusted_dataset_can_t_name_local_files(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use_in_this_process(hub, monkeypatch)
     readme = b"---\nconfigs:\n- config_name: x\n  data_files: ../../../../../../etc/*.json\n  data_dir: /etc\n---\n"
     hub.add("dataset", NAME, {"README.md": readme, "train.jsonl": to_jsonl(1)})

@@ -24,7 +24,7 @@ from tests.support.caches import find_cache
     ],
 )
 @pytest.mark.parametrize("name", ["data.csv", "data.tsv"])
-def test_a_message_about_a_table_without_a_header_first_says_how_to_read_it(
+def test_a_message_says_how_to_read_a_headerless_table(
     tmp_path: Path, name: str, columns: dict[str, Any], message: str
 ) -> None:
     text = "what was w 0,it was v 0\nwhat was w 1,it was v 1\n"
@@ -61,15 +61,13 @@ def test_rows_of_a_csv_file_are_records(outcomes: Outcomes) -> None:
         ("\ufeffsep=,\nfrage;de,antwort", "1;5,2;5", ["frage;de", "antwort"]),
     ],
 )
-def test_the_delimiter_of_a_csv_file_is_the_one_that_divides_header_and_rows_alike(
-    tmp_path: Path, header: str, row: str, columns: list[str]
-) -> None:
+def test_the_delimiter_divides_header_and_rows_alike(tmp_path: Path, header: str, row: str, columns: list[str]) -> None:
     (tmp_path / "data.csv").write_text(f"{header}\n{row}\n{row}\n")
     records = [record.data for record in read_raw(tmp_path / "data.csv")]
     assert [[*record] for record in records if isinstance(record, dict)] == [columns, columns]
 
 
-def test_a_line_above_the_header_names_a_delimiter_that_is_not_clear(tmp_path: Path) -> None:
+def test_a_line_above_the_header_names_an_unclear_delimiter(tmp_path: Path) -> None:
     text = "Satz (dt., kurz);Übersetzung\nWort 1, bitte;word 1 please\n"
     (tmp_path / "data.csv").write_text("sep=;\n" + text)
     (record,) = read_raw(tmp_path / "data.csv")

@@ -173,14 +173,14 @@ def test_the_hint_shows_whole_words() -> None:
 
 @pytest.mark.parametrize("num_bytes", [0, 1, 2])
 @pytest.mark.parametrize("separator", ["", "\n"], ids=["one line", "lines"])
-def test_utf_8_that_is_cut_within_a_character_is_utf_8(separator: str, num_bytes: int) -> None:
+def test_truncated_utf_8_is_recognized(separator: str, num_bytes: int) -> None:
     text = "b" * num_bytes + separator.join(CHINESE * 50_000)
     assert find_encoding(iter([text.encode()]), None, "a") == "utf-8"  # the sample ends after 1 MiB
     assert find_encoding(iter([b"a,b\nsch\xc3\xb6n,c\ngro\xc3"]), None, "a") == "utf-8"
 
 
 @pytest.mark.parametrize("last", ["é", "€", "😀", "\ufeff"])
-def test_a_last_character_can_show_that_a_file_is_utf_8(last: str) -> None:
+def test_a_last_character_shows_that_a_file_is_utf_8(last: str) -> None:
     assert find_encoding(iter([f"My name is Ren{last}".encode()]), None, "a") == "utf-8"
 
 
@@ -262,7 +262,7 @@ def test_utf_8_in_a_file_of_another_encoding_is_rejected(tmp_path: Path, suffix:
 
 
 @pytest.mark.parametrize(("texts", "encoding"), [(CHINESE, "gb18030"), (JAPANESE, "cp932"), (KOREAN, "cp949")])
-def test_utf_8_in_a_file_of_a_multi_byte_encoding_is_invalid(texts: list[str], encoding: str) -> None:
+def test_utf_8_is_invalid_in_a_multi_byte_encoding(texts: list[str], encoding: str) -> None:
     lines = [text.encode(encoding) for text in texts * 9]
     added = [text[:length].encode() for text in texts for length in range(4, len(text), 2)]
     decoded = b"".join(read_as_utf8(iter([b"\n".join([*lines, *added])]), None, "a")).split(b"\n")
@@ -283,7 +283,7 @@ def test_the_text_does_not_depend_on_where_chunks_end(encoding: str, size: int) 
     assert codecs.lookup(find_encoding(divide(), None, "a")) in map(codecs.lookup, (encoding, encoding[:5]))
 
 
-def test_letters_after_megabytes_of_ascii_are_found_up_to_a_limit() -> None:
+def test_the_encoding_is_detected_after_megabytes_of_ascii() -> None:
     for num_ascii, expected in ((MAX_ASCII_BYTES - 1, "cp1252"), (MAX_ASCII_BYTES + 1, "utf-8")):
         chunks = iter([b"a" * num_ascii, "\n".join(GERMAN).encode("cp1252")])
         assert find_encoding(chunks, None, "a") == expected
@@ -296,7 +296,7 @@ def prepare_table(path: Path, **values: Any) -> tuple[Any, list[str]]:
     return result, [event.text for event in events if isinstance(event, Note)]
 
 
-def test_the_encoding_is_named_and_part_of_the_cache_s_identity(tmp_path: Path) -> None:
+def test_the_encoding_is_reported_and_identifies_the_cache(tmp_path: Path) -> None:
     path = write_table(tmp_path / "data.csv", make_table(GERMAN), "cp1252")
     result, notes = prepare_table(path)
     assert f"read as cp1252: {path}; use --encoding if this is wrong" in notes

@@ -111,7 +111,7 @@ def apply(stock: Any, messages: Messages) -> list[int]:
 @example(texts=["", " ", "\n"], system=" ")
 @example(texts=["", "0", ""], system=None)
 @example(texts=["a\r\nb\rc\u200bd\u2060e\ufefff"], system="\u200b")
-def test_the_ids_are_those_of_training(
+def test_apply_chat_template_gives_the_ids_of_training_for_any_text(
     name: str, template: str, folder: Path, texts: list[str], system: str | None
 ) -> None:
     tokenizer = make_tokenizer(name, folder)
@@ -141,11 +141,6 @@ def test_the_source_prefix_is_added_as_chat_adds_it(text: str, folder: Path) -> 
     assert apply(stock, make_messages([text, "a", text])) == expected
 
 
-def test_an_empty_system_message_is_replaced_with_that_of_the_template(folder: Path) -> None:
-    stock = load_stock("pocket auto", "fastchat-t5", folder)
-    assert apply(stock, make_messages(["Hi"], "")) == apply(stock, make_messages(["Hi"]))
-
-
 @pytest.mark.parametrize("role", ["human", "tool", "function"])
 def test_roles_are_read_as_in_the_data(role: str, folder: Path) -> None:
     stock = load_stock("pocket auto", "turns", folder)
@@ -168,7 +163,7 @@ def test_roles_are_read_as_in_the_data(role: str, folder: Path) -> None:
         ([{"role": "user", "content": "a"}, {**ANSWER, "tool_calls": [{"id": "1"}]}], "and no tool_calls"),
     ],
 )
-def test_what_the_template_cannot_express_is_refused(messages: Messages, problem: str, folder: Path) -> None:
+def test_messages_beyond_the_template_are_refused(messages: Messages, problem: str, folder: Path) -> None:
     with pytest.raises(TemplateError, match=re.escape(problem)):
         apply(load_stock("pocket auto", "plain", folder), messages)
 
@@ -179,7 +174,7 @@ def test_tools_are_refused(folder: Path) -> None:
         stock.apply_chat_template(make_messages(["Hi"]), tools=[{"name": "add"}])
 
 
-def test_a_special_token_in_a_message_becomes_its_id_only_in_transformers(folder: Path) -> None:
+def test_only_transformers_reads_a_special_token_in_a_message(folder: Path) -> None:
     messages = make_messages(["stop </s> here"])
     tokenizer = make_tokenizer("pocket auto", folder)
     assert apply(load_stock("pocket auto", "plain", folder), messages).count(tokenizer.eos_token_id) == 2

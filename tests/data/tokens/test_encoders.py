@@ -49,7 +49,7 @@ def test_each_kind_of_tokenizer_has_its_encoder(tmp_path: Path) -> None:
     assert tokenizer.eos_token_id not in ids[1]
 
 
-def test_an_added_token_that_begins_with_a_space_is_not_found_where_there_is_none() -> None:
+def test_an_added_token_with_a_space_needs_that_space() -> None:
     tokenizer = extend_tokenizer(load_tokenizer(POCKET), [" two"], 1536)[0]
     encoder = make_encoder(tokenizer)
     for text in ("two hats", " two hats"):
@@ -119,9 +119,7 @@ def test_an_encoder_shares_the_memory_of_a_large_vocabulary() -> None:
 
 
 @pytest.mark.parametrize("token", ["{", "\n", AddedToken("Foo", single_word=True), AddedToken("két", normalized=True)])
-def test_ids_with_tokens_that_transformers_added_are_those_of_transformers(
-    token: str | AddedToken, tmp_path: Path
-) -> None:
+def test_tokens_that_transformers_added_get_its_ids(token: str | AddedToken, tmp_path: Path) -> None:
     """`add_tokens(["{"])` makes a token that is found in the normalized text, in which a newline is a space."""
     from transformers import AutoTokenizer
 

@@ -39,7 +39,7 @@ def test_a_target_has_the_ids_of_its_text(tmp_path: Path, template: str, add_tok
         assert add_tokens == "none" or text in UNUSUAL or decoded == text + SUFFIXES[template]
 
 
-def test_a_source_has_the_ids_of_its_text(tmp_path: Path) -> None:
+def test_a_source_has_its_text_s_ids(tmp_path: Path) -> None:
     texts = [*TEXTS, *UNUSUAL, "13 \t ", "two \\  ", "a "]
     cache, theirs = load_both(tmp_path, [{"source": text, "target": text} for text in texts], "plain")
     for example, text in zip(cache, texts, strict=True):
@@ -57,7 +57,7 @@ def test_a_target_keeps_the_spaces_at_its_beginning(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("template", SUFFIXES)
-def test_an_earlier_answer_has_the_ids_of_the_chat_template(tmp_path: Path, template: str) -> None:
+def test_an_earlier_answer_has_the_chat_template_s_ids(tmp_path: Path, template: str) -> None:
     texts = ["q {", "{a}", "{", "~b", "?", "{c}"]
     messages = [{"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(texts)]
     cache, theirs = load_both(tmp_path, [{"messages": messages}], template)
@@ -68,7 +68,7 @@ def test_an_earlier_answer_has_the_ids_of_the_chat_template(tmp_path: Path, temp
         assert example.target_T.tolist() == theirs(answer + SUFFIXES[template])["input_ids"]
 
 
-def test_both_answers_of_a_pair_have_the_ids_of_their_texts(tmp_path: Path) -> None:
+def test_a_pair_s_answers_have_their_texts_ids(tmp_path: Path) -> None:
     pair = {"prompt": "say it", "chosen": "{a}", "rejected": "no {"}
     cache, theirs = load_both(tmp_path, [pair, {**pair, "chosen": "No", "rejected": "{"}], "plain", objective="dpo")
     for example, answers in zip(cache, (("{a}", "no {"), ("No", "{")), strict=True):

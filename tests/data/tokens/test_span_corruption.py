@@ -67,7 +67,7 @@ def test_windows_have_the_lengths_of_t5s_pretraining(length: int, expected: int)
 
 @pytest.mark.parametrize("length", [2, 3, 5, 10, 57, 300, 568])
 @pytest.mark.parametrize("name", ["t5", "0.3:10", "ul2-r", "ul2-x", "ul2-s", "ul2"])
-def test_a_text_is_masked_as_its_denoiser_says_and_can_be_rebuilt(name: str, length: int) -> None:
+def test_a_masked_text_follows_its_denoiser_and_can_be_rebuilt(name: str, length: int) -> None:
     corruption = SpanCorruption(find_denoisers([name]), SENTINELS, seed=3)
     indices = np.arange(200)
     masked, spans = corruption.count_masked(indices, np.full(200, length))
@@ -126,7 +126,7 @@ def test_the_positions_of_spans_are_evenly_distributed() -> None:
     assert middle.max() - middle.min() < 0.04
 
 
-def test_lengths_follow_from_the_seed_and_the_index_and_positions_from_the_repetition() -> None:
+def test_only_span_positions_depend_on_the_repetition() -> None:
     ids = np.arange(1000, 1300)
     corruptions = [SpanCorruption(DENOISERS["ul2"], SENTINELS, seed) for seed in (1, 1, 2)]
     found = [[corrupt(each, ids, index, repeat) for index in range(30) for repeat in (0, 1)] for each in corruptions]
@@ -254,7 +254,7 @@ def test_a_cache_of_raw_text_has_all_of_it(base: str, denoisers: str, texts: Pat
     assert cache.manifest["inputs"]["objective"] == "span-corruption"
 
 
-def test_a_long_text_file_is_read_in_parts_that_are_cut_between_paragraphs(tmp_path: Path) -> None:
+def test_a_long_text_file_is_divided_between_paragraphs(tmp_path: Path) -> None:
     paragraphs = [f"Paragraph {number}. " + "Some words follow here. " * 20 + "End." for number in range(1000)]
     (tmp_path / "book.txt").write_text("\n\n".join(paragraphs))
     parts = list(read_text(tmp_path / "book.txt"))

@@ -86,7 +86,7 @@ def render_pieces(texts: list[str]) -> Any:
 @pytest.mark.parametrize("add_tokens", ["auto", "none"])
 @settings(deadline=None, max_examples=60, database=None, derandomize=True)
 @given(texts=TEXTS)
-def test_concatenated_turns_have_the_ids_of_the_whole_text_and_no_control_ids(
+def test_turns_have_the_whole_text_s_ids_without_control_ids(
     bases: Path, name: str, add_tokens: str, texts: list[str]
 ) -> None:
     tokenizer, encoder = make_encoder(bases, name, add_tokens)
@@ -107,7 +107,7 @@ def test_concatenated_turns_have_the_ids_of_the_whole_text_and_no_control_ids(
 @pytest.mark.parametrize("add_tokens", ["auto", "none"])
 @settings(deadline=None, max_examples=40, database=None, derandomize=True)
 @given(texts=TEXTS)
-def test_ids_equal_those_of_the_saved_tokenizer(bases: Path, name: str, add_tokens: str, texts: list[str]) -> None:
+def test_the_saved_tokenizer_gives_equal_ids(bases: Path, name: str, add_tokens: str, texts: list[str]) -> None:
     theirs = load_saved(bases, name, add_tokens)
     pieces = render_pieces([text.replace("<", "(") for text in texts])  # transformers would take `</s>` for the token
     (encoded,) = encode_batch([pieces], make_encoder(bases, name, add_tokens)[1], 4096)

@@ -80,7 +80,7 @@ def test_special_tokens_around_texts_come_from_the_post_processor(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_ids_are_those_of_stock_transformers(kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
+def test_stock_transformers_gives_the_same_ids(kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
     tokenizer = load_tokenizer(folders[kind])
     save_tokenizer(tokenizer, tmp_path)
     for folder in (folders[kind], tmp_path):
@@ -147,7 +147,7 @@ def test_any_text_decodes_to_itself(kind: str, folders: dict[str, Path], text: s
     assert decode_prediction(tokenizer, ids, "") == text
 
 
-def test_the_markers_of_a_template_become_special_tokens_and_those_of_a_text_do_not(folders: dict[str, Path]) -> None:
+def test_only_a_template_s_markers_become_special_tokens(folders: dict[str, Path]) -> None:
     tokenizer = load_tokenizer(folders["gemma"])
     start, end = tokenizer.convert_tokens_to_ids([START, END])
     texts = [f"Hi {END}\n{START}", f"No{END}", "Again", "Yes"]
@@ -186,7 +186,7 @@ def test_apply_chat_template_gives_the_ids_of_training(kind: str, folders: dict[
 @hypothesis.given(st.data())
 @hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture], deadline=None)
 @pytest.mark.parametrize("kind", [*KINDS, "byt5"])
-def test_a_reply_is_shown_whole_even_if_its_bytes_are_no_text(
+def test_a_reply_with_invalid_bytes_is_shown_whole(
     kind: str, folders: dict[str, Path], tmp_path: Path, data: st.DataObject
 ) -> None:
     if kind == "byt5":
@@ -225,9 +225,7 @@ def test_a_character_is_shown_as_soon_as_it_is_certain(kind: str, folders: dict[
 
 @pytest.mark.parametrize("kind", ["gemma", "codet5"])
 @pytest.mark.parametrize("stop", ["red", "\nred", "two"])
-def test_the_suffix_of_the_template_before_a_stop_is_not_part_of_the_reply(
-    kind: str, stop: str, folders: dict[str, Path]
-) -> None:
+def test_a_reply_omits_the_template_s_suffix_before_a_stop(kind: str, stop: str, folders: dict[str, Path]) -> None:
     prompts = Prompts(load_cached(folders[kind]), load_template("fastchat-t5"), 2048)
     ids = prompts.encoder.encode([Beginning("hats\n\nred two")])[0].tolist()
     for step in range(1, len(ids) + 1):
@@ -237,12 +235,12 @@ def test_the_suffix_of_the_template_before_a_stop_is_not_part_of_the_reply(
         assert "".join(shown) == {"red": "hats\n", "\nred": "hats", "two": "hats\n\nred "}[stop]
 
 
-def test_a_piece_knows_its_message_after_text_was_put_before_it() -> None:
+def test_a_prefixed_piece_knows_its_message() -> None:
     piece = Piece(f"{START}{END}.", "human", 0, (len(START), len(START + END))).prepend(END)
     assert piece.text[slice(*piece.message)] == END
 
 
-def test_whitespace_around_a_marker_belongs_to_it_if_its_flags_say_so(folders: dict[str, Path]) -> None:
+def test_a_marker_s_flags_include_the_whitespace_around_it(folders: dict[str, Path]) -> None:
     """As with RoBERTa's `<mask>`, which includes the space before it."""
     tokenizer = load_tokenizer(folders["codet5"])
     tokenizer.backend.add_special_tokens([AddedToken("<m>", lstrip=True), AddedToken("<n>", rstrip=True)])
@@ -253,7 +251,7 @@ def test_whitespace_around_a_marker_belongs_to_it_if_its_flags_say_so(folders: d
     assert [token.strip() for token in tokens] == ["a", "<m>", "Ġb", "Ġ", "<n>", "c"]
 
 
-def test_the_sentinels_of_codet5_are_special_though_only_added_tokens_json_lists_them(folders: dict[str, Path]) -> None:
+def test_codet5_s_sentinels_from_added_tokens_json_are_special(folders: dict[str, Path]) -> None:
     tokenizer = load_tokenizer(folders["codet5"])
     assert {"<extra_id_0>", "<extra_id_99>", "<mask>", "<s>"} <= set(tokenizer.special_tokens)
     assert tokenizer.convert_tokens_to_ids(["<extra_id_0>"]) == [len(tokenizer) - 1]
@@ -277,7 +275,7 @@ def test_tokens_that_a_tokenizer_cannot_take_are_refused_by_name(
     assert "leave out --add-tokens" in str(refused.value.hint)
 
 
-def test_a_sentencepiece_vocabulary_with_bytes_gets_none_and_keeps_all_whitespace(folders: dict[str, Path]) -> None:
+def test_a_vocabulary_with_bytes_gets_no_token_and_keeps_whitespace(folders: dict[str, Path]) -> None:
     """MADLAD-400's embedding has no unused row, and its vocabulary has a newline."""
     tokenizer = load_tokenizer(folders["madlad"])
     extended = extend_tokenizer(tokenizer, ["auto"], len(tokenizer))

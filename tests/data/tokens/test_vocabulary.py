@@ -59,7 +59,7 @@ def decode_targets(cache: Cache) -> list[str]:
     return [tokenizer.decode(example.target_T.tolist()[:-1]) for example in cache]
 
 
-def test_letters_of_the_data_come_before_characters_that_it_does_not_have(flan: Path, prepared: Prepared) -> None:
+def test_the_data_s_letters_come_before_unused_characters(flan: Path, prepared: Prepared) -> None:
     events: list[Event] = []
     targets = list_targets(LETTERS)
     result, cache = prepared(flan, targets, events.append)
@@ -75,9 +75,7 @@ def test_letters_of_the_data_come_before_characters_that_it_does_not_have(flan: 
     )
 
 
-def test_characters_of_the_vocabulary_s_gaps_keep_their_rows_if_more_targets_have_them(
-    flan: Path, prepared: Prepared
-) -> None:
+def test_more_frequent_missing_characters_keep_their_rows(flan: Path, prepared: Prepared) -> None:
     _, cache = prepared(flan, [f'{{"a": "{target}"}}' for target in list_targets(LETTERS)])
     assert set(cache.added_tokens) == {"{", "}", *LETTERS[:26]}
 
@@ -108,7 +106,7 @@ def test_datasets_of_a_mixture_agree_on_one_list(flan: Path, tmp_path: Path) -> 
     assert set(added) == {*LETTERS[:28]}
 
 
-def test_without_a_token_for_newline_the_turns_have_the_ids_of_the_whole_text(flan: Path, tmp_path: Path) -> None:
+def test_turns_have_the_text_s_ids_without_a_newline_token(flan: Path, tmp_path: Path) -> None:
     turns = [{"from": ("human", "gpt")[index % 2], "value": text} for index, text in enumerate(("Hi", *ANSWERS))]
     (tmp_path / "chats.jsonl").write_text(json.dumps({"conversations": turns[:4]}))
     values = {"model_name_or_path": str(flan), "data_path": str(tmp_path / "chats.jsonl")}
