@@ -9,7 +9,6 @@ math.
 import html
 import re
 from collections import Counter
-from typing import Any
 
 _ZERO_WIDTH = re.compile("[\u200b\u2060\ufeff]")  # joiners stay: emoji and several scripts need them
 _HTML_START = re.compile(r"\s*<(?:div|p|pre|ol|ul|table|h[1-6]|blockquote)(?:\s[^<>]*)?>", re.IGNORECASE)
@@ -53,10 +52,6 @@ def clean(text: str, repairs: Counter[str]) -> str:
         text = _CODE_LABEL.sub(r"\1\2\n", converted)
         text = _COPY_BUTTON.sub(lambda found: found[1] or "", re.sub(r"\n{3,}", "\n\n", text))
         repairs["html_turns"] += 1
-    return _clean_markdown(text, repairs)
-
-
-def _clean_markdown(text: str, repairs: Counter[str]) -> str:
     parts = _LITERAL.split(text)
     for index in range(0, len(parts), 2):
         part, entities = _ENTITY.subn(lambda entity: html.unescape(entity[0]).replace("\xa0", " "), parts[index])
@@ -80,7 +75,10 @@ def _convert_html(text: str) -> str | None:
         tree = BeautifulSoup(text, "html.parser")
     except ParserRejectedMarkup:
         return None
-    if _has_deep_tags(tree):
+    level = list(tree.children)
+    for _ in range(MAX_TAG_DEPTH):
+        level = [child for tag in level for child in getattr(tag, "children", ())]
+    if level:
         return None
     for block in tree.find_all("pre"):  # the converter drops the first line's indentation inside a div
         for division in block.find_all("div"):
@@ -88,10 +86,3 @@ def _convert_html(text: str) -> str | None:
             division.unwrap()
     converter = MarkdownConverter(heading_style="ATX", escape_asterisks=False, escape_underscores=False)
     return str(converter.convert_soup(tree)).strip()
-
-
-def _has_deep_tags(tree: Any) -> bool:
-    level = list(tree.children)
-    for _ in range(MAX_TAG_DEPTH):
-        level = [child for tag in level for child in getattr(tag, "children", ())]
-    return bool(level)

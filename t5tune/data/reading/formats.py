@@ -148,7 +148,11 @@ def _rename_preferences(value: dict[str, Any]) -> dict[str, Any]:
 def _parse_preference(value: dict[str, Any], location: RecordLocation, reading: ReadingSettings) -> Conversation:
     """Parse a record twice, once with each answer: both must be the last turns of the same conversation."""
     chosen, rejected = names = reading.target_column or "chosen", reading.rejected_column or "rejected"
-    _check_has_both(value, names)
+    for name in names:
+        if value.get(name) in EMPTY_VALUES:
+            columns = "name the keys with --source-column, --target-column (the better answer) and --rejected-column"
+            advice = _suggest_key(name, value.keys() - set(names)) or f"; {columns}"
+            raise RejectionError("no_preference", f"no {name} answer; the record has {_list_keys(value)}{advice}")
     # a record may have the chosen answer a second time, as a completion
     twice = {key for key in ("output", "completion") if chosen == "chosen" and value.get(key) not in EMPTY_VALUES}
     rest = {key: item for key, item in value.items() if key not in twice}
@@ -164,16 +168,6 @@ def _parse_preference(value: dict[str, Any], location: RecordLocation, reading: 
     *context, answer = pair[0].turns
     turns = (*(replace(turn, learned=False) for turn in context), answer)
     return replace(pair[0], turns=turns, repairs=dict(sorted(repairs.items())), rejected=pair[1].turns[-1].text)
-
-
-def _check_has_both(value: dict[str, Any], names: tuple[str, str]) -> None:
-    for name in names:
-        if value.get(name) in EMPTY_VALUES:
-            found = _list_keys(value)
-            advice = _suggest_key(name, value.keys() - set(names))
-            columns = "name the keys with --source-column, --target-column (the better answer) and --rejected-column"
-            problem = f"no {name} answer; the record has {found}{advice or f'; {columns}'}"
-            raise RejectionError("no_preference", problem)
 
 
 def _check_pair(pair: list[Conversation], names: tuple[str, str]) -> None:

@@ -102,7 +102,10 @@ def _parse_turn(where: str, item: Any, repairs: Counter[str]) -> RecordTurn:
         calls += given[1]
     if key := next((key for key in WEIGHT_KEYS if isinstance(item.get(key), int | float)), None):
         if role == "assistant":
-            learned = _is_learned(where, key, item[key], repairs)
+            if item[key] < 0:
+                raise RejectionError("bad_turn", f"{where}: {key} {item[key]}: expected 0 (not learned) or 1")
+            repairs["weights_taken_as_1"] += item[key] not in (0, 1)
+            learned = item[key] != 0
         # other weights are ignored, and counted unless they are 0: such a turn is never learned anyway
         if role == "assistant" or item[key] == 0:
             used.add(key)
@@ -114,14 +117,6 @@ def _parse_turn(where: str, item: Any, repairs: Counter[str]) -> RecordTurn:
     elif speaker.strip().lower() == CALLING_ROLE:  # its text is a call already
         text, calls = "", [text]
     return RecordTurn(role, text, where, learned, calls=join_tool_calls(calls) if calls else "")
-
-
-def _is_learned(where: str, key: str, weight: float, repairs: Counter[str]) -> bool:
-    if weight < 0:
-        raise RejectionError("bad_turn", f"{where}: {key} {weight}: expected 0 (not learned) or 1")
-    if weight not in (0, 1):
-        repairs["weights_taken_as_1"] += 1
-    return weight != 0
 
 
 def _separate_tool_calls(where: str, content: Any, repairs: Counter[str]) -> tuple[Any, list[str]]:

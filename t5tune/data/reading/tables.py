@@ -137,9 +137,13 @@ def _detect_delimiter(path: Path, sample: list[str]) -> str:
 
     If no delimiter does, return the delimiter with the most cells in the header.
     """
-    num_cells, shares = {}, {}
+    num_cells, shares = dict.fromkeys(DETECTED_DELIMITERS, 0), dict.fromkeys(DETECTED_DELIMITERS, 0.0)
     for delimiter in DETECTED_DELIMITERS:
-        num_cells[delimiter], shares[delimiter] = _divide_rows(sample, delimiter)
+        rows, num_broken = _divide_lines(sample, delimiter)
+        num_cells[delimiter] = len(rows[0]) if rows else 0
+        if num_cells[delimiter] > 1:
+            num_equal = sum(len(row) == num_cells[delimiter] for row in rows[1:])
+            shares[delimiter] = num_equal / max(1, len(rows) - 1 + num_broken)
     best = [delimiter for delimiter, share in shares.items() if share == max(shares.values())]
     if shares[best[0]] == 0:
         return max(best, key=lambda delimiter: (num_cells[delimiter], sample[0].count(delimiter)))
@@ -151,16 +155,6 @@ def _detect_delimiter(path: Path, sample: list[str]) -> str:
         choices = " or ".join(f"sep={delimiter}" for delimiter in best)
         raise DataError(problem, hint=f"name the right one in a line above the header: {choices}")
     return best[0]
-
-
-def _divide_rows(lines: list[str], delimiter: str) -> tuple[int, float]:
-    """Return the number of cells in the header, and the share of the rows with this number; 0 for a single cell."""
-    rows, num_broken = _divide_lines(lines, delimiter)
-    if not rows:
-        return 0, 0
-    header, *others = rows
-    num_equal = sum(len(row) == len(header) for row in others)
-    return len(header), num_equal / max(1, len(others) + num_broken) if len(header) > 1 else 0
 
 
 def _divide_lines(lines: list[str], delimiter: str) -> tuple[list[list[str]], int]:

@@ -235,8 +235,10 @@ def _detect(sample: bytes, place: str) -> str:
     sample = b"".join(lines or [sample])[:DETECTED_BYTES]
     sample = sample[: sample.rfind(b"\n") + 1] or sample
     decodings = _list_decodings(sample)
-    if decodings and _is_clear(*decodings):
-        return decodings[0].encoding
+    if decodings and decodings[0].encoding in COMMON_ENCODINGS and decodings[0].confidence >= MIN_CONFIDENCE:
+        best, *others = decodings
+        if not any(_is_rival(other, best) for other in others):
+            return best.encoding
     hint = f"{_suggest(sample, decodings)}; --encoding {UTF8} rejects the records that aren't UTF-8"
     raise DataError(f"{place}: not UTF-8, and its encoding isn't clear", hint=hint)
 
@@ -276,14 +278,6 @@ def _decode_sample(sample: bytes, encoding: str) -> str | None:
         return None
     num_others = sum(map("\x7f".__lt__, text))
     return text if text.count("\ufffd") <= MAX_ODD_SHARE * num_others else None
-
-
-def _is_clear(best: _Decoding, *others: _Decoding) -> bool:
-    return (
-        best.encoding in COMMON_ENCODINGS
-        and best.confidence >= MIN_CONFIDENCE
-        and not any(_is_rival(other, best) for other in others)
-    )
 
 
 def _is_rival(other: _Decoding, best: _Decoding) -> bool:

@@ -349,18 +349,14 @@ def _build_word_pre_tokenizer() -> Any:
     )
 
 
-def _read_sentencepiece(file: Path) -> Any:
+def _load_sentencepiece(file: Path, config: dict[str, Any], names: dict[str, str]) -> Any:
+    """Convert a spiece.model as transformers 4 does for T5: the sentinels follow its tokens, highest number first."""
     try:
         from sentencepiece import sentencepiece_model_pb2
     except Exception as error:  # ImportError without protobuf, VersionError if protobuf is too old for sentencepiece
         problem = f"{file}: reading a SentencePiece model needs protobuf, which failed: {join_lines(error)}"
         raise DependencyError(problem, hint="pip install --upgrade protobuf sentencepiece") from error
-    return sentencepiece_model_pb2.ModelProto.FromString(file.read_bytes())
-
-
-def _load_sentencepiece(file: Path, config: dict[str, Any], names: dict[str, str]) -> Any:
-    """Convert a spiece.model as transformers 4 does for T5: the sentinels follow its tokens, highest number first."""
-    model = _read_sentencepiece(file)
+    model = sentencepiece_model_pb2.ModelProto.FromString(file.read_bytes())
     if model.trainer_spec.model_type != UNIGRAM:
         raise ValueError("not a Unigram model, as T5's are; save the tokenizer as tokenizer.json with AutoTokenizer")
     pieces = [(piece.piece, piece.score) for piece in model.pieces]
