@@ -71,16 +71,28 @@ def make_codet5_tokenizer(folder: Path, vocab_size: int = 700) -> int:
 
 def make_madlad_tokenizer(folder: Path, vocab_size: int = 700) -> int:
     """Write a spiece.model like MADLAD-400's: no pad, and pieces for the newline and for target languages."""
-    corpus = folder.with_name(f"{folder.name}-corpus.txt")
-    corpus.write_text("\n".join(read_corpus()))
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(corpus), model_prefix=str(folder / "spiece"), vocab_size=vocab_size, model_type="unigram",
-        unk_id=0, bos_id=1, eos_id=2, pad_id=-1, user_defined_symbols=["\n", *LANGUAGES], byte_fallback=True,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2, num_threads=1,
+    train_sentencepiece(
+        folder, read_corpus(), vocab_size, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, byte_fallback=True,
+        user_defined_symbols=["\n", *LANGUAGES], normalization_rule_name="identity", remove_extra_whitespaces=False,
     )  # fmt: skip
-    (folder / "spiece.vocab").unlink()
     write_config(folder, tokenizer_class="T5Tokenizer", extra_ids=0, pad_token="<s>", eos_token="</s>")
     return vocab_size
+
+
+def train_sentencepiece(folder: Path, lines: list[str], vocab_size: int, **options: Any) -> None:
+    """Train a SentencePiece model with T5's special ids, and write it as spiece.model."""
+    corpus = folder.with_name(f"{folder.name}-corpus.txt")
+    corpus.write_text("\n".join(lines))
+    given = {"model_type": "unigram", "pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1, **options}
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(corpus),
+        model_prefix=str(folder / "spiece"),
+        vocab_size=vocab_size,
+        minloglevel=2,
+        num_threads=1,
+        **given,
+    )
+    (folder / "spiece.vocab").unlink()
 
 
 def write_config(folder: Path, **values: Any) -> None:

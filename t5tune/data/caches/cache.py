@@ -238,9 +238,6 @@ def find_held_out_keys(cache: Cache, held_out: float, split_seed: int) -> npt.ND
 
     So few conversations change sides if data is added. If prepare split the cache, this chooses among all of its
     conversations, as prepare did, so that the held-out ones don't depend on how many examples are trained on.
-
-    Raises:
-        DataError: there are too few conversations to hold one out.
     """
     unique = np.unique((cache.whole if cache.manifest["eval_fraction"] else cache).read_keys())
     count = max(1, round(held_out * len(unique)))
@@ -298,11 +295,7 @@ def is_cache(path: Path) -> bool:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read and check the manifest of a cache.
-
-    Raises:
-        DataError: the manifest is missing, broken, or of a different format version.
-    """
+    """Read and check the manifest of a cache; DataError: it is missing, broken, or of a different format."""
     if not os.path.isdir(folder):
         what = "a file, not a token cache" if os.path.exists(folder) else "no such folder"
         raise DataError(f"{folder}: {what}", hint="name a folder that t5tune prepare wrote")
@@ -337,11 +330,7 @@ def describe_manifest_error(path: Path, error: ValidationError) -> str:
 
 
 def open_cache(folder: Path) -> Cache:
-    """Verify the hashes of a cache's files and memory-map it.
-
-    Raises:
-        DataError: a file is missing or has changed since prepare wrote it; the error names the first file.
-    """
+    """Verify the hashes of a cache's files and memory-map it; DataError: a file is missing or has changed."""
     manifest = read_manifest(folder)
     for name, expected in manifest["files"].items():
         path = folder / name

@@ -50,11 +50,7 @@ class Dataset:
     num_data: int | None = None
 
     def count(self, held_out: npt.NDArray[np.uint64]) -> dict[str, int]:
-        """Return the counts of the cache, with the number of examples that are used.
-
-        Args:
-            held_out: the keys of the conversations that prepare held out in any dataset.
-        """
+        """Return the counts of the cache, with the number of used examples. `held_out` has keys of conversations."""
         counts = {name: int(self.cache.manifest[name]) for name in COUNTS}
         if self.num_data is not None:
             counts["examples"] = len(self.cache.whole.limit_training(self.num_data, held_out))
@@ -233,9 +229,6 @@ class Examples(Sequence[Example]):
         """Return (training, held out): hold out the fraction `held_out` of each dataset's conversations.
 
         A text that is held out in one dataset is held out in all.
-
-        Raises:
-            DataError: a dataset has too few conversations.
         """
         return self._split([(held_out, split_seed)] * len(self.datasets))
 

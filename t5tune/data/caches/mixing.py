@@ -24,11 +24,8 @@ from t5tune.settings.groups.data import MixingKind, MixingSettings, Temperature
 class Mixing:
     """How datasets are mixed.
 
-    `proportional` is the examples-proportional mixing of T5, with a limit K on the size of a dataset and a temperature
-    T: a dataset of n examples has the weight min(n, K) ** (1 / T) (Raffel et al. 2020, section 3.5.2).
-
-    Args:
-        temperature, cap: T and K; None: no limit.
+    `proportional` is the examples-proportional mixing of T5, with a limit K (`cap`) on the size of a dataset and a
+    temperature T: a dataset of n examples has the weight min(n, K) ** (1 / T) (Raffel et al. 2020, section 3.5.2).
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")  # when it is read from mixture.json

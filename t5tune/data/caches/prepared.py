@@ -96,13 +96,7 @@ def find_tokenizer_folder(source: Path) -> Path:
 def check_datasets(datasets: Sequence[Dataset], place: str) -> None:
     """Check that all caches have the same tokenizer, and that all or no datasets have preference pairs.
 
-    With different tokenizers, the same id would mean different tokens.
-
-    Args:
-        place: where the datasets are listed, for messages.
-
-    Raises:
-        DataError: two differ.
+    With different tokenizers, the same id would mean different tokens. `place` is named in messages.
     """
     first, *others = (dataset.cache for dataset in datasets)
     for other in others:
@@ -117,20 +111,12 @@ def check_datasets(datasets: Sequence[Dataset], place: str) -> None:
 
 
 def read_examples_manifest(folder: Path) -> dict[str, Any]:
-    """Read mixture.json, or the manifest of a single cache.
-
-    Raises:
-        DataError: it is broken, or of a different format version.
-    """
+    """Read mixture.json, or the manifest of a single cache; DataError: it is broken, or of a different format."""
     return _read_mixture(folder)[0] if is_prepared(folder) else read_manifest(folder)
 
 
 def open_examples(folder: Path) -> Examples:
-    """Open the token caches in a folder that prepare wrote, or a single cache, and verify their files.
-
-    Raises:
-        DataError: it is neither, or a file is missing or has changed since prepare wrote it.
-    """
+    """Open the token caches that prepare wrote, or a single cache; DataError: a file is missing or has changed."""
     if not is_prepared(folder):
         return Examples(folder, [Dataset(folder.name, open_cache(folder))], Mixing())
     _, saved = _read_mixture(folder)

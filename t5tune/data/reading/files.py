@@ -52,11 +52,7 @@ def find_files(
 ) -> list[Path]:
     """Find the data files of `data_path`: files, folders, glob patterns, and `-` for standard input.
 
-    The files of a folder or a pattern are sorted.
-
-    Args:
-        setting: the setting's name in messages.
-        is_text: whether files of raw text are data, too.
+    The files of a folder or a pattern are sorted. `setting` is named in messages. `is_text`: raw text is data, too.
     """
     files: list[Path] = []
     for name in data_path:
@@ -178,11 +174,7 @@ def _expand_pattern(pattern: str) -> Iterator[str]:
 
 
 def find_data_suffix(path: Path, is_text: bool = False) -> str | None:
-    """Return a file's data suffix without its compression suffix (`.json`, `.csv`, …); None: not a data file.
-
-    Args:
-        is_text: whether files of raw text are data, too.
-    """
+    """Return a file's data suffix without its compression suffix (`.json`, `.csv`, …); None: not a data file."""
     if path == STDIN:
         return ".json"
     *_, before, last = "", "", *(suffix.lower() for suffix in path.suffixes)
@@ -250,12 +242,7 @@ def find_file_encoding(path: Path, given: str | None) -> str:
 
 
 def find_encodings(files: list[Path], given: str | None, stdin: Digest, report: Report) -> dict[Path, str]:
-    """Find the encoding of each text file that isn't UTF-8, and report detected encodings.
-
-    Args:
-        given: of files without a byte order mark; None: it is detected.
-        stdin: the digest of standard input.
-    """
+    """Find the encoding of each text file that isn't UTF-8, and report it unless it is `given`."""
     texts = [file for file in files if find_data_suffix(file, is_text=True) != ".parquet"]
     found = {file: stdin.encoding if file == STDIN else find_file_encoding(file, given) for file in texts}
     others = {file: encoding for file, encoding in found.items() if encoding != UTF8}

@@ -94,11 +94,7 @@ class Conversation:
 
 
 def parse_conversation(value: Any, location: RecordLocation, reading: ReadingSettings) -> Conversation:
-    """Detect a record's format, check its turns, and make human and assistant turns alternate.
-
-    Raises:
-        RejectionError: the record can't be used.
-    """
+    """Detect a record's format, check its turns, and make their roles alternate; RejectionError: it can't be used."""
     if not isinstance(value, dict):
         raise RejectionError("not_an_object", f"expected an object, found {name_json_type(value)}")
     if reading.is_raw_text:

@@ -59,11 +59,7 @@ class RawRecord:
 
 
 def make_too_long_record(location: RecordLocation, beginning: bytes, size: int, max_bytes: int) -> RawRecord:
-    """Make a rejected record for one that is longer than max_record_bytes.
-
-    Args:
-        beginning: at least its first MAX_KEPT_BYTES bytes; bytes that aren't UTF-8 become lone surrogates.
-    """
+    """Make a rejected record for one that is longer than max_record_bytes, from its first MAX_KEPT_BYTES bytes."""
     text = decode_record(beginning[:MAX_KEPT_BYTES])[:MAX_KEPT_CHARACTERS]
     problem = f"{size:,} bytes, more than max_record_bytes {max_bytes:,}"
     rejection = Rejection("too_long", problem + suggest_unwrapping_text(text))

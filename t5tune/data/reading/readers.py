@@ -33,15 +33,7 @@ MIN_MEMBERS = 2  # of an object of records on a line that is longer than a recor
 
 
 def read_records(files: list[Path], reading: ReadingSettings, stdin: Digest | None = None) -> Iterator[RawRecord]:
-    """Yield every record of the files, in order.
-
-    Args:
-        reading: its encoding, header and max_record_bytes; longer records are rejected without parsing them.
-        stdin: hashes the bytes that are read from standard input.
-
-    Raises:
-        DataError: a file is broken or incomplete, or its content doesn't match its name.
-    """
+    """Yield every record of the files, in order; `stdin` hashes standard input. DataError: a file is broken."""
     for path in files:
         kind = find_data_suffix(path, is_text=True)
         if kind in JSON_SUFFIXES:

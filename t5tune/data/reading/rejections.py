@@ -52,11 +52,7 @@ UNPARSED_REASONS = {"not_json", "invalid_utf8", "too_deep", "duplicate_key", "ba
 
 @dataclass(frozen=True)
 class RecordLocation:
-    """The location of a record: line from 1, index and byte offset (in the decompressed file) from 0.
-
-    Args:
-        key: the record's key if the file is an object of records.
-    """
+    """A record's line, from 1, its index and byte offset (decompressed), from 0, and its key if it has one."""
 
     file: str
     line: int
@@ -77,11 +73,7 @@ class Rejection(NamedTuple):
 
 
 class RejectionError(Exception):
-    """Raised for a record that can't be used, with its `rejection`.
-
-    Args:
-        suggests_key: whether the message suggests one of the record's keys.
-    """
+    """Raised for a record that can't be used. `suggests_key`: the message suggests one of the record's keys."""
 
     def __init__(self, reason: str, message: str, suggests_key: bool = False) -> None:
         self.suggests_key = suggests_key
@@ -90,11 +82,7 @@ class RejectionError(Exception):
 
 
 def parse_json(data: bytes) -> Any:
-    """Parse JSON strictly.
-
-    Raises:
-        RejectionError: it is not valid JSON, or contains something that JSON parsers read differently.
-    """
+    """Parse JSON strictly: RejectionError for data that is not valid, or that JSON parsers read differently."""
     try:
         text = data.decode()
     except UnicodeDecodeError:
@@ -122,11 +110,7 @@ def _describe_invalid(text: str) -> str:
 
 
 def check_characters(value: Any, where: str = "the record") -> None:
-    """Check every text of a record, including keys and unused fields.
-
-    Raises:
-        RejectionError: a text contains a control character, or half of a surrogate pair, which is not a character.
-    """
+    """Reject a control character or half of a surrogate pair in any text of a record, also in keys."""
     if isinstance(value, str):
         if found := _FORBIDDEN.search(value):
             reason = "control_character" if found[0] < " " else "lone_surrogate"

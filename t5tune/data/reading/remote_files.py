@@ -76,7 +76,6 @@ def fetch_remote(
     Args:
         setting: the setting that names it, for messages.
         cache_dir: folder for downloads; None: `t5tune` in Hugging Face's folder.
-        is_text: whether files of raw text are data, too.
     """
     import fsspec
 

@@ -28,8 +28,6 @@ def bring_data(
     Args:
         choice: the part of a dataset to read.
         setting: the setting that has the names, for messages.
-        cache_dir: folder for downloads; None: the libraries' folders.
-        is_text: whether files of raw text are data, too.
     """
     datasets: dict[str, DatasetName] = {}
     for name in filter(is_dataset_name, names):

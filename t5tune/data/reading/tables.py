@@ -43,10 +43,7 @@ def read_csv(path: Path, delimiter: str | None, reading: ReadingSettings) -> Ite
     """Read a CSV file: a header with the column names, then rows. A first line `sep=;` names the delimiter.
 
     Without a header, the first columns are named `source` and `target`, or as the objective needs. Rows longer than
-    max_record_bytes are rejected.
-
-    Args:
-        delimiter: if None, it is detected, unless the file names it.
+    max_record_bytes are rejected. Without `delimiter` or a line that names it, it is detected.
     """
     max_bytes = reading.max_record_bytes
     lines = _LineReader(path, reading)

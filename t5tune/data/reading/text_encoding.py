@@ -109,11 +109,10 @@ def read_as_utf8(
     """Yield a file's text as UTF-8. Bytes that aren't valid in its encoding become lone surrogates.
 
     If the encoding is detected as a different one, the bytes of a record that is UTF-8 become lone surrogates, too.
+    `note` gets the encoding once it is found, unless all is ASCII.
 
     Args:
         given: the encoding of a file without a byte order mark; None: it is detected.
-        place: names the file in messages.
-        note: called with the encoding once it is found, unless all is ASCII.
     """
     start = b""
     while len(start) < ORDER_BYTES and (chunk := next(chunks, b"")):

@@ -62,11 +62,7 @@ _SOURCE = r"""
 
 
 def build_chat_template(template: Template, tokenizer: Tokenizer, source_prefix: str = "") -> str:
-    """Build the Jinja source of a chat template.
-
-    Args:
-        source_prefix: text added before each human message that doesn't begin with it already, as `chat` does.
-    """
+    """Build the Jinja source of a chat template; as `chat`, it adds `source_prefix` to human messages that lack it."""
     values: dict[str, Any] = {f"{speaker}_roles": roles for speaker, roles in ROLES.items()}
     patterns = {
         "system": template.system,

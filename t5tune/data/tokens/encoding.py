@@ -90,8 +90,7 @@ class Example:
 class PreferencePair(Example):
     """A source with the ids of the preferred answer, target_T, and of the rejected one; int64 of length R.
 
-    Args:
-        reference: the answers' log-probabilities under the reference model; None: not computed.
+    `reference` has the answers' log-probabilities under the reference model, once they are computed.
     """
 
     rejected_R: npt.NDArray[np.int64]
@@ -151,9 +150,6 @@ def join_answers(chosen: EncodedConversation, rejected: EncodedConversation) -> 
     """Append the rejected answer to the ids of a preference pair's conversation.
 
     The result has no span if both answers, as far as they weren't truncated, have the same ids.
-
-    Args:
-        rejected: the same conversation with the rejected answer.
     """
     (span,), (other,) = chosen.spans, rejected.spans
     if np.array_equal(_cut_target(chosen), _cut_target(rejected)):
@@ -174,11 +170,7 @@ def _cut_target(encoded: EncodedConversation) -> Ids:
 
 
 def encode_pieces(conversations: list[list[Piece]], encoder: Encoder, begins: bool = True) -> list[list[Ids]]:
-    """Encode the pieces of conversations, each alone.
-
-    Args:
-        begins: whether the first piece of each begins a sequence.
-    """
+    """Encode the pieces of conversations, each alone. `begins`: the first piece of each begins a sequence."""
     plans = [[_split_at_markers(piece, encoder) for piece in pieces] for pieces in conversations]
     texts: list[Text] = []
     for plan in plans:

@@ -45,12 +45,7 @@ class SpanCorruption:
     seed: int = 0
 
     def count_masked(self, indices: Integers, lengths: Integers) -> tuple[Integers, Integers]:
-        """Count the masked tokens and the masked spans of windows.
-
-        Args:
-            indices: of the examples.
-            lengths: tokens of their windows.
-        """
+        """Count the masked tokens and the masked spans of windows of these lengths, in tokens."""
         chosen = (self._draw(indices, _DENOISER) * len(self.denoisers)).astype(np.int64)
         density, mean_length, is_suffix = (column[chosen] for column in self._columns)
         longest_suffix = np.maximum(np.rint(2 * density * lengths), 1)
@@ -65,10 +60,7 @@ class SpanCorruption:
     def corrupt(self, ids: Any, masked: int, spans: int, index: int, repeat: int) -> tuple[Integers, Integers]:
         """Return the source and the target of a window, without the special tokens around them.
 
-        Args:
-            masked, spans: the result of `count_masked`.
-            index: of the example.
-            repeat: how often it was sampled before.
+        `masked` and `spans` are the result of `count_masked`. `repeat` is how often the example was sampled before.
         """
         ids = np.asarray(ids, np.int64)
         rng = np.random.default_rng([self.seed, index, repeat])

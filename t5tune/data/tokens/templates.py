@@ -84,11 +84,7 @@ def find_template(name_or_path: str | None, saved: list[Path]) -> Template | Non
 
 
 def load_template(name_or_path: str) -> Template:
-    """Load a conversation template by name or from a YAML file.
-
-    Raises:
-        SettingsError: it doesn't exist or isn't valid.
-    """
+    """Load a conversation template by name or from a YAML file; SettingsError: it doesn't exist or isn't valid."""
     path = find_template_file("conversation_template", name_or_path)
     return parse_template(read_yaml(path), path)
 

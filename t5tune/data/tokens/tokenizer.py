@@ -185,12 +185,7 @@ class Tokenizer:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """Load the tokenizer of a folder: tokenizer.json, a SentencePiece model, byte-level BPE's files, or ByT5's bytes.
-
-    Raises:
-        ModelError: the folder has no tokenizer, or a broken one.
-        DependencyError: it is a SentencePiece model, and the installed protobuf can't read it.
-    """
+    """Load a folder's tokenizer: tokenizer.json, a SentencePiece model, byte-level BPE's files, or ByT5's bytes."""
     config = _read_json_object(folder / SPECIAL_TOKENS_FILE) | _read_json_object(folder / TOKENIZER_CONFIG_FILE)
     candidates = (TOKENIZER_FILE, *SENTENCEPIECE_FILES, BPE_FILES[0])
     file = next((folder / name for name in candidates if (folder / name).is_file()), None)
@@ -265,8 +260,7 @@ def find_other_token(tokenizer: Tokenizer, other: Tokenizer) -> tuple[str, int] 
 def decode_prediction(tokenizer: Tokenizer, ids: Iterable[int], answer_suffix: str, is_raw_text: bool = False) -> str:
     """Decode a model's output, without special tokens and without the template's answer suffix.
 
-    Args:
-        is_raw_text: whether spans of raw text were masked; then the sentinels, which name the spans, stay.
+    If spans of raw text were masked, the sentinels, which name the spans, stay.
     """
     if is_raw_text:
         return decode_with_sentinels(tokenizer, ids).removesuffix(answer_suffix)

@@ -138,10 +138,9 @@ class RoundTripCheck:
         self._keeps_runs = self.round_trip("  ") == "  "
 
     def count_lost(self, conversation: Conversation) -> dict[str, tuple[int, int]]:
-        """Count the characters of the targets that decoding changes; two spaces represent any run of spaces.
+        """Count characters that decoding changes: character -> (occurrences, targets that contain it).
 
-        Returns:
-            Character -> (occurrences, targets that contain it).
+        Two spaces represent any run of spaces.
         """
         lost: dict[str, tuple[int, int]] = {}
         for target in conversation.targets:

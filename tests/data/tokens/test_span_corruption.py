@@ -17,11 +17,12 @@ from t5tune.data.tokens.span_corruption import SpanCorruption, cut_windows, find
 from t5tune.data.tokens.tokenizer import Tokenizer, decode_reference, load_tokenizer
 from t5tune.errors import ModelError
 from t5tune.settings import PrepareSettings
-from t5tune.settings.denoisers import DENOISERS, Denoiser, find_denoisers
+from t5tune.settings.denoisers import DENOISERS, find_denoisers
 from tests.support.caches import open_only
 from tests.support.model_types import make_checkpoint
 from tests.support.paths import REPOSITORY
 from tests.support.prose import english_text
+from tests.support.tokenizer_kinds import train_sentencepiece, write_config
 
 POCKET = REPOSITORY / "t5tune" / "pocket"
 SENTINELS = tuple(range(32099, 31999, -1))  # T5's
@@ -149,29 +150,14 @@ def test_windows_cover_a_text_and_are_about_as_long(length: int) -> None:
     assert cut_windows(1, 100) == []
 
 
-def test_few_sentinels_make_shorter_windows() -> None:
-    corruption = SpanCorruption((Denoiser(0.15, 3.0),), SENTINELS[:10])
-    window = corruption.find_largest_window(2047, 2047)
-    masked, spans = corruption.count_masked(np.array([0, 0]), np.array([window, window + 50]))
-    assert window > 180
-    assert spans.tolist() == [10, 10]
-    assert masked[0] / spans[0] < 3.2
-
-
 # --- tokenizers ----------------------------------------------------------------------------------------------
 
 
 def load_mt5(folder: Path) -> Tokenizer:
     """Make a tokenizer whose sentinels are words of its SentencePiece model, as mT5's are."""
-    import sentencepiece
-
-    (folder / "corpus.txt").write_text("\n".join(english_text().splitlines()[:200]))
     sentinels = [f"▁<extra_id_{number}>" for number in range(99, -1, -1)]
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(folder / "corpus.txt"), model_prefix=str(folder / "spiece"), vocab_size=600, model_type="unigram",
-        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, user_defined_symbols=sentinels, minloglevel=2, num_threads=1,
-    )  # fmt: skip
-    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer", "extra_ids": 0}')
+    train_sentencepiece(folder, english_text().splitlines()[:200], 600, user_defined_symbols=sentinels)
+    write_config(folder, tokenizer_class="T5Tokenizer", extra_ids=0)
     return load_tokenizer(folder)
 
 

@@ -1,12 +1,10 @@
 """Token ids of the tokenizers of other families, for any text: pocket, one like mT5's (byte fallback), and ByT5."""
 
-import json
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
@@ -21,6 +19,7 @@ from t5tune.data.tokens.tokenizer import Tokenizer, load_tokenizer, save_tokeniz
 from t5tune.data.tokens.vocabulary import extend_tokenizer
 from tests.support.paths import REPOSITORY
 from tests.support.prose import english_text
+from tests.support.tokenizer_kinds import train_sentencepiece, write_config
 
 FAMILIES = ["pocket", "mt5", "byt5"]
 CONTROLS = ["</s>", "<pad>", "<unk>", "<extra_id_7>", "<extra_id_99>", "<0x0A>"]
@@ -43,17 +42,10 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).mkdir()
     lines = english_text().splitlines()[:300]
     lines += ["привет, как дела? 你好，今天天气很好。"] * 30
-    (folder / "corpus.txt").write_text("\n".join(lines))
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(folder / "corpus.txt"), model_prefix=str(folder / "mt5" / "spiece"), vocab_size=700,
-        model_type="unigram", pad_id=0, eos_id=1, unk_id=2, bos_id=-1, byte_fallback=True, character_coverage=0.99,
-        minloglevel=2, num_threads=1,
-    )  # fmt: skip
-    (folder / "mt5" / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer", "extra_ids": 100}')
-    byt5 = {"tokenizer_class": "ByT5Tokenizer", "extra_ids": 125, **{
-        name: token for name, token in (("eos_token", "</s>"), ("pad_token", "<pad>"), ("unk_token", "<unk>"))
-    }}  # fmt: skip
-    (folder / "byt5" / "tokenizer_config.json").write_text(json.dumps(byt5))
+    train_sentencepiece(folder / "mt5", lines, 700, byte_fallback=True, character_coverage=0.99)
+    write_config(folder / "mt5", tokenizer_class="T5Tokenizer", extra_ids=100)
+    names = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    write_config(folder / "byt5", tokenizer_class="ByT5Tokenizer", extra_ids=125, **names)
     return folder
 
 

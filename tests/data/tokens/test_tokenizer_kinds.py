@@ -7,7 +7,6 @@ from pathlib import Path
 
 import hypothesis
 import pytest
-import sentencepiece
 from hypothesis import strategies as st
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
@@ -28,6 +27,7 @@ from tests.support.tokenizer_kinds import (
     make_gemma_tokenizer,
     make_madlad_tokenizer,
     read_corpus,
+    train_sentencepiece,
     write_config,
 )
 
@@ -101,11 +101,7 @@ def test_named_special_tokens_keep_their_names(
 
 def test_a_sentencepiece_model_that_is_not_unigram_is_refused(tmp_path: Path) -> None:
     """Gemma's tokenizer.model is BPE, which can't be read as T5's."""
-    (tmp_path / "corpus.txt").write_text("\n".join(read_corpus()))
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(tmp_path / "corpus.txt"), model_prefix=str(tmp_path / "spiece"), vocab_size=300, model_type="bpe",
-        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2, num_threads=1,
-    )  # fmt: skip
+    train_sentencepiece(tmp_path, read_corpus(), 300, model_type="bpe")
     with pytest.raises(ModelError, match="not a Unigram model, as T5's are; save the tokenizer as tokenizer.json"):
         load_tokenizer(tmp_path)
 
