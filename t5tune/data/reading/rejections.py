@@ -88,7 +88,8 @@ def parse_json(data: bytes) -> Any:
     except UnicodeDecodeError:
         raise RejectionError("invalid_utf8", f"{_describe_invalid(decode_record(data))}; {UTF8_HINT}") from None
     # nearly all records have few brackets, and need no look at the depth
-    if data.count(b"[") + data.count(b"{") > MAX_JSON_DEPTH and max(iterate_depths(data)) > MAX_JSON_DEPTH:
+    has_many_brackets = data.count(b"[") + data.count(b"{") > MAX_JSON_DEPTH
+    if has_many_brackets and any(depth > MAX_JSON_DEPTH for depth in iterate_depths(data)):
         raise RejectionError("too_deep", f"more than {MAX_JSON_DEPTH} nested objects or lists")
     try:
         return _DECODER.decode(text)

@@ -56,6 +56,7 @@ UNUSABLE_RECORDS = {
     "a number": ("3", "not_an_object"),
     "null": ("null", "not_an_object"),
     "a list": ('["a"]', "not_an_object"),
+    "a text of brackets": (json.dumps("[" * 500), "not_an_object"),
     "no known keys": ('{"text": "Hi"}', "unknown_format"),
     "conversations are text": ('{"conversations": "Hi"}', "unknown_format"),
     "a turn is text": ('{"conversations": ["Hi"]}', "bad_turn"),
