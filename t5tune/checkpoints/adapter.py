@@ -1,9 +1,9 @@
 """Read, check and write adapter folders in PEFT's layout.
 
-adapter_config.json, adapter_model.safetensors    what PeftModel.from_pretrained reads
+adapter_config.json, adapter_model.safetensors    read by PeftModel.from_pretrained
 non_lora_state.safetensors                        every trained tensor that isn't a LoRA parameter
-tokenizer files, template.yaml                    what the adapter was trained with
-README.md                                         the model card
+tokenizer files, template.yaml                    tokenizer and conversation template of the training
+README.md                                         model card
 """
 
 import json
@@ -52,7 +52,12 @@ LORA_BIAS_PATTERN = re.compile(r"(.+)\.lora_B\.bias")
 
 @dataclass(frozen=True)
 class AdapterMetadata:
-    """What `write_adapter` writes next to the tensors."""
+    """The contents of an adapter folder besides its tensors.
+
+    Args:
+        files: tokenizer and template, name -> content; see checkpoints.tokenizer_files.
+        training: the model card's lines about data and settings.
+    """
 
     config: Mapping[str, Any]
     files: Mapping[str, bytes]
@@ -72,9 +77,7 @@ def convert_to_plain_lora(state: Mapping[str, Tensor], subtracted: Mapping[str, 
     """Convert a PiSSA or OLoRA adapter to a plain LoRA adapter of twice the rank, for the unmodified base.
 
     PiSSA and OLoRA train W - s·B₀·A₀ + s·B·A, which equals W + s·[B, -B₀]·[A; A₀] (PEFT's subtract_mutated_init).
-
-    Args:
-        subtracted: B₀ and A₀, the initial matrices whose product was subtracted from the base, by PEFT's names.
+    `subtracted` has the initial matrices B₀ and A₀ by PEFT's names.
     """
     result = dict(state)
     for name, initial in subtracted.items():
@@ -93,11 +96,7 @@ def convert_config_to_plain_lora(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def extract_initial_matrices(state: Mapping[str, Tensor], trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Extract the initial matrices that `convert_to_plain_lora` appended to a saved `state`, of twice the trained rank.
-
-    Args:
-        trained: the matrices as they were trained, which give the rank.
-    """
+    """Extract B₀ and A₀ from a `state` of `convert_to_plain_lora`; the shapes in `trained` give the trained rank."""
     found = {}
     for name, values in trained.items():
         match = LORA_MATRIX_PATTERN.fullmatch(name)
@@ -123,16 +122,7 @@ def add_decoder_rows(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> 
 def check_adapter(
     state: Mapping[str, Tensor], config: Mapping[str, Any], source: Path, must_be_trained: bool = True
 ) -> None:
-    """Refuse an adapter that can't be valid.
-
-    Args:
-        must_be_trained: refuse an adapter whose lora_B are all zero, as they are before the first step.
-
-    Raises:
-        CheckpointError: there is no LoRA pair; a pair is incomplete or lacks its DoRA magnitudes; a rank is wrong; a
-            tensor is empty, not finite, or not floating-point; a module of modules_to_save is missing or isn't used
-            by the model; or nothing was trained.
-    """
+    """Refuse an invalid adapter and, with `must_be_trained`, one whose lora_B are all zero."""
     pairs: dict[str, set[str]] = {}
     is_trained = False
     for name, tensor in state.items():
@@ -164,17 +154,12 @@ def check_adapter(
 
 
 def check_finite(name: str, values: npt.NDArray[np.float32], source: Path) -> None:
-    """Refuse a trained tensor with NaN or infinity."""
     if not np.isfinite(values).all():
         raise CheckpointError(f"{source}: {name}: contains NaN or infinity", hint="use an earlier checkpoint")
 
 
 def check_rank(match: re.Match[str], tensor: Tensor, config: Mapping[str, Any], source: Path) -> None:
-    """Refuse a LoRA matrix of another rank than the config says.
-
-    Args:
-        match: of LORA_MATRIX_PATTERN with the tensor's name.
-    """
+    """Refuse a LoRA matrix whose rank isn't the config's; `match` is LORA_MATRIX_PATTERN's for the tensor's name."""
     if len(tensor.shape) != 2:
         raise CheckpointError(f"{source}: {match[0]}: shape {list(tensor.shape)}, expected a matrix")
     rank = tensor.shape[0 if match[2] == "A" else 1]
@@ -214,22 +199,14 @@ def write_adapter(
 
 
 def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read (adapter_config.json, tensors by PEFT's names) of an adapter or run folder.
-
-    Raises:
-        CheckpointError: the folder contains no adapter, or one of a kind that can't be merged.
-    """
+    """Read (adapter_config.json, tensors by PEFT's names) of an adapter or run folder that can be merged."""
     config = read_adapter_config(folder)
     check_foldable(config, folder)
     return config, read_adapter_tensors(folder)
 
 
 def read_adapter_tensors(folder: Path) -> dict[str, Tensor]:
-    """Read the tensors of an adapter's weights file, by the names in the file.
-
-    Raises:
-        CheckpointError: the file is missing or broken.
-    """
+    """Read an adapter's tensors by their names in the file."""
     if has_file(folder, ADAPTER_WEIGHTS_FILE):
         file = SafetensorsFile(folder / ADAPTER_WEIGHTS_FILE)
         if (count := len(file.entries)) > MAX_TENSORS:
@@ -245,11 +222,7 @@ def read_adapter_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def read_base_metadata(folder: Path) -> dict[str, Any]:
-    """Read what an adapter's file says about the base that it was trained on; empty if t5tune didn't write the file.
-
-    Raises:
-        CheckpointError: the file, or what it says about the base, is broken.
-    """
+    """Read the description of the base in an adapter's file; empty if t5tune didn't write the file."""
     path = folder / ADAPTER_WEIGHTS_FILE
     if not has_file(folder, ADAPTER_WEIGHTS_FILE) or (text := SafetensorsFile(path).metadata.get(BASE_KEY)) is None:
         return {}
@@ -264,7 +237,7 @@ def read_base_metadata(folder: Path) -> dict[str, Any]:
 
 
 def read_training_precision(adapter: Path) -> dict[str, Any]:
-    """Read how the base was loaded when an adapter was trained: `bf16`, `q_lora` and what belongs to it, as settings.
+    """Read the base's precision in training, as settings: `bf16`, `q_lora` and its details.
 
     Empty if t5tune didn't train the adapter.
     """
@@ -278,14 +251,14 @@ def read_training_precision(adapter: Path) -> dict[str, Any]:
 
 
 def collect_modules_to_save(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Map base weights' names to the tensors that replace them: the parameters of modules_to_save."""
+    """Map base weights' names to the tensors of modules_to_save that replace them."""
     listed = tuple(config.get("modules_to_save") or ())
     names = {name: name.removeprefix(PEFT_PREFIX) for name in state if not LORA_MATRIX_PATTERN.fullmatch(name)}
     return {base: state[name] for name, base in names.items() if is_inside(base, listed)}
 
 
 def is_inside(parameter: str, module_endings: tuple[str, ...]) -> bool:
-    """Whether a parameter is in a module whose path ends with one of these, or in a module below it.
+    """Whether a parameter is in a module whose path has one of these endings, or in a module below it.
 
     This is PEFT's rule for modules_to_save: `layer_norm` also names each `final_layer_norm`.
     """

@@ -40,7 +40,6 @@ _MODULE_NAME_PATTERN = re.compile(r"\^?(\.\*)?([\w.-]|\\[.-]){1,1000}\$?")
 
 
 def _check_name(name: str) -> str:
-    """Accept a single line without the quotes that would end a string in the model card's code."""
     if not name.isprintable() or set(name) & set('"`'):
         raise ValueError("expected a name on one line, without quotes")
     return name
@@ -52,8 +51,6 @@ _Number = Annotated[float, Field(gt=-1e30, lt=1e30)]
 
 
 class _AdapterConfig(BaseModel, strict=True):
-    """The keys that are used, with the types that PEFT gives them."""
-
     r: _Rank = 8  # PEFT's default
     lora_alpha: _Number  # the scale of B·A is lora_alpha / r
     use_rslora: bool | None = None
@@ -73,11 +70,7 @@ class _AdapterConfig(BaseModel, strict=True):
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """Read adapter_config.json, and check that each key that is used has the type that PEFT gives it.
-
-    Raises:
-        CheckpointError: the file is missing, broken, or describes another kind of adapter.
-    """
+    """Read adapter_config.json, and check the types of all keys that t5tune uses."""
     if not folder.is_dir():
         hint = ADAPTER_KIND_HINTS.get(str(folder), ADAPTER_FOLDER_HINT)
         raise CheckpointError(f"{folder}: no such folder", hint, setting="adapter")
@@ -112,11 +105,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
 
 
 def check_foldable(config: Mapping[str, Any], folder: Path) -> None:
-    """Refuse variants of LoRA whose merged weight isn't the sum of W and scale · B·A.
-
-    Raises:
-        CheckpointError: the config uses such a variant; the message names the key.
-    """
+    """Refuse variants of LoRA whose merged weight isn't the sum of W and scale · B·A."""
     for key in UNSUPPORTED_KEYS:
         if config.get(key):
             raise CheckpointError(
@@ -125,7 +114,7 @@ def check_foldable(config: Mapping[str, Any], folder: Path) -> None:
 
 
 def resolve_pattern(pattern: Any, module: str, default: float) -> float:
-    """Look up a module in a PEFT pattern: each key is a regex for the whole name, or for all of it after some dot."""
+    """Look up a module in a PEFT pattern: each key is a regex for the whole name, or for its end after a dot."""
     for key, value in (pattern or {}).items():
         if _compile_pattern(key).fullmatch(module):
             return float(value)

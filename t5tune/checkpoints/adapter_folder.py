@@ -17,15 +17,8 @@ from t5tune.hub.names import is_hub_name, split_revision
 from t5tune.progress import Report, silent
 
 DOWNLOADED_FILES = (
-    "*.json",
-    "*.safetensors",
-    *SENTENCEPIECE_FILES,
-    *BPE_FILES,
-    TEMPLATE_FILE,
-    "*.jinja",
-    "LICENSE*",
-    "NOTICE*",
-)
+    "*.json", "*.safetensors", *SENTENCEPIECE_FILES, *BPE_FILES, TEMPLATE_FILE, "*.jinja", "LICENSE*", "NOTICE*",
+)  # fmt: skip
 
 
 def is_adapter(folder: Path) -> bool:
@@ -36,12 +29,7 @@ def is_adapter(folder: Path) -> bool:
 def find_adapter(adapter: Path, cache_dir: Path | None, setting: str = "adapter", report: Report = silent) -> Path:
     """Find an adapter's folder: `adapter` itself, or its download if it names a model on the Hub.
 
-    Args:
-        cache_dir: folder for downloads; None: the Hub's own cache.
-        setting: the setting that names it, for messages.
-
-    Raises:
-        CheckpointError: it can't be downloaded, isn't an adapter, or its weights are pickled.
+    Errors name the `setting`. Without `cache_dir`, the download is in the Hub's cache.
     """
     name, revision = split_revision(str(adapter))
     if adapter.exists() or "/" not in name or not is_hub_name(name):
@@ -56,17 +44,10 @@ def find_adapter(adapter: Path, cache_dir: Path | None, setting: str = "adapter"
 
 
 def check_downloaded_adapter(folder: Path, repository: Repository, given: str) -> None:
-    """Check that an adapter's download contains its weights: pickled weights aren't downloaded.
-
-    Args:
-        given: the name as given, for messages.
-
-    Raises:
-        CheckpointError: it doesn't.
-    """
+    """Refuse an adapter without safetensors: pickled weights aren't downloaded. `given` is the user's name for it."""
     if (folder / ADAPTER_WEIGHTS_FILE).is_file():
         return
-    lack = f"{given}: the Hub has no {ADAPTER_WEIGHTS_FILE} of it"
+    lack = f"{given}: has no {ADAPTER_WEIGHTS_FILE} on the Hub"
     if ADAPTER_BIN_FILE not in repository.list_files(folder.name):
         raise CheckpointError(lack, "its owner must upload it", repository.setting)
     problem = f"{lack}, only {ADAPTER_BIN_FILE}, and pickled files aren't downloaded"

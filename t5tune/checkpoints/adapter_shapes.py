@@ -26,14 +26,7 @@ _OTHER_BASE_HINT = "is this the base that the adapter was trained on?"
 def check_adapter_shapes(
     state: Mapping[str, Tensor], config: Mapping[str, Any], base: Architecture | None, source: Path
 ) -> None:
-    """Refuse tensor names and shapes that contradict adapter_config.json or the base's config.json.
-
-    Args:
-        base: the base's architecture and sizes; None if they aren't known.
-
-    Raises:
-        CheckpointError: a tensor doesn't fit; the message names it.
-    """
+    """Refuse tensors that contradict adapter_config.json or, unless `base` is None, the base's config.json."""
     modules = _check_lora_matrices(state, config, source)
     _check_token_rows(state, config, source)
     if base is None:
@@ -77,7 +70,6 @@ def _check_lora_matrices(
 def _check_all_adapted(
     modules: Mapping[str, Any], config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], source: Path
 ) -> None:
-    """Check that each of the base's linear layers that the config names is adapted."""
     restricted = any(config.get(key) is not None for key in ("layers_to_transform", "exclude_modules"))
     if not restricted and isinstance(config.get("target_modules"), list):
         linear = [name.removesuffix(".weight") for name, shape in shapes.items() if len(shape) == 2]
@@ -92,7 +84,7 @@ def _check_all_adapted(
 
 
 def _check_other_shape(name: str, tensor: Tensor, shapes: Mapping[str, tuple[int, ...]], source: Path) -> None:
-    """Check trained token rows, DoRA magnitudes and modules_to_save. Refuse names that don't exist in the base."""
+    """Check trained token rows, DoRA magnitudes and modules_to_save."""
     own = name.removeprefix(PEFT_PREFIX)
     expected: tuple[int, ...] | None
     if ".lora_" in own and not own.endswith(MAGNITUDE_SUFFIX):
@@ -139,5 +131,5 @@ def _is_target(module: str, config: Mapping[str, Any]) -> bool:
 
 
 def _is_trained_in_full(module: str, config: Mapping[str, Any]) -> bool:
-    """Whether PEFT adapts no such module, because modules_to_save contains its name or that of a module around it."""
+    """Whether modules_to_save contains the module or a module around it, so PEFT doesn't adapt it."""
     return any(f".{name}." in f".{module}." for name in config.get("modules_to_save") or ())

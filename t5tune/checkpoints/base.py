@@ -14,7 +14,6 @@ from t5tune.file_names import ADAPTER_CONFIG_FILE, CONFIG_FILE
 from t5tune.hub.download import Repository
 from t5tune.hub.names import is_hub_name, is_published
 from t5tune.io.folder_kinds import describe_folder
-from t5tune.io.reasons import describe_error
 from t5tune.io.untrusted import read_json_object
 from t5tune.progress import Report, silent
 from t5tune.settings.groups.base import BaseModelSettings
@@ -26,23 +25,14 @@ PICKLED_FILES = "pytorch_model*.bin"
 
 
 def find_base(settings: BaseModelSettings, with_weights: bool = True, report: Report = silent) -> Path:
-    """Find the folder with the base's files. A model on the Hub is downloaded first.
-
-    Args:
-        with_weights: whether to download the weights, too, or only config.json.
-
-    Raises:
-        ModelError: there is no such folder or model, or it contains no config.json.
-    """
+    """Find a base's folder, as `find_model`; raise ModelError if it contains no base."""
     return check_base(find_model(settings, with_weights, report), settings.model_name_or_path)
 
 
 def find_model(settings: BaseModelSettings, with_weights: bool = True, report: Report = silent) -> Path:
-    """Find the folder of what model_name_or_path names: a base, or perhaps an adapter. The Hub's is downloaded first.
+    """Find the folder of model_name_or_path, a base or an adapter.
 
-    Raises:
-        ModelError: there is no such folder or model.
-        CheckpointError: it is an adapter on the Hub without safetensors.
+    A model on the Hub is downloaded; without `with_weights`, only its config.json.
     """
     name = settings.model_name_or_path
     if _is_pocket(name):
@@ -52,25 +42,14 @@ def find_model(settings: BaseModelSettings, with_weights: bool = True, report: R
 
 
 def pin_base(settings: Pinned, report: Report) -> Pinned:
-    """Return the settings with the commit of a base on the Hub, which is downloaded; with a local base unchanged.
-
-    Raises:
-        ModelError: as `find_base`.
-    """
+    """Find the base, and return the settings with the commit of a base on the Hub as the revision."""
     folder = find_base(settings, report=report)
     is_local = not is_published(settings.model_name_or_path)
     return settings if is_local else settings.model_copy(update={"revision": folder.name})
 
 
 def check_base(folder: Path, name: str) -> Path:
-    """Check that a folder contains a base, and return it.
-
-    Args:
-        name: what the user called it, for messages.
-
-    Raises:
-        ModelError: it contains no config.json, or one that can't be used.
-    """
+    """Return the folder if it contains a base; `name` is its name for the user."""
     if not (folder / CONFIG_FILE).is_file():
         kind = describe_folder(folder)
         raise ModelError(
@@ -83,11 +62,7 @@ def check_base(folder: Path, name: str) -> Path:
 
 
 def find_local_base(settings: BaseModelSettings, with_weights: bool = False) -> Path | None:
-    """Find the folder of a base that is on this machine, perhaps in the Hub's cache; nothing is downloaded.
-
-    Args:
-        with_weights: whether it must contain weights, too, or only config.json.
-    """
+    """Find a base on this machine, perhaps in the Hub's cache, with config.json and, `with_weights`, the weights."""
     name = settings.model_name_or_path
     with suppress(OSError, ValueError):  # a name that neither a file nor a model on the Hub can have
         folder = pocket_folder() if _is_pocket(name) else Path(name)
@@ -104,11 +79,7 @@ def _has_weights(folder: Path) -> bool:
 
 
 def read_base_of_adapter(adapter: Path, cache_dir: Path | None) -> BaseModelSettings:
-    """Read which base an adapter's config names. Anyone may have written the name.
-
-    Raises:
-        CheckpointError: the folder contains no adapter, or its config names no base.
-    """
+    """Read the base that an adapter's config names. Anyone may have written the name."""
     config = read_adapter_config(adapter)
     if not (name := config.get("base_model_name_or_path")):
         raise CheckpointError(
@@ -119,21 +90,16 @@ def read_base_of_adapter(adapter: Path, cache_dir: Path | None) -> BaseModelSett
 
 
 def _is_pocket(name: str) -> bool:
-    """Whether the name means the built-in model, not a folder of this name."""
     return name == "pocket" and not Path(name, CONFIG_FILE).is_file()
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Read config.json without changes, given its folder or the file itself.
-
-    Raises:
-        ModelError: it can't be read, isn't a JSON object, or requires custom code.
-    """
+    """Read config.json, given its folder or the file itself. Raise ModelError if it requires custom code."""
     path = folder if folder.is_file() else folder / CONFIG_FILE
     try:
         config = read_json_object(path.parent, path.name)
     except FileNotFoundError as error:
-        raise ModelError(f"{path}: can't be read: {describe_error(error)}") from error
+        raise ModelError(f"{path}: can't be read: no such file", hint="copy the model's folder again") from error
     except CheckpointError as error:
         raise ModelError(error.message, error.hint) from error
     if key := _find_code_key(config):
@@ -142,15 +108,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def open_base(folder: Path, family: str | None = None) -> Checkpoint:
-    """Open the weights of a base, by their names in the model.
-
-    Args:
-        family: key of the table of families, for a model_type that isn't in the table.
-
-    Raises:
-        ModelError: config.json can't be read, or it isn't a supported model.
-        CheckpointError: the weights can't be read.
-    """
+    """Open the weights of a base; `family` is its key in the table of families if its model_type isn't there."""
     return Checkpoint(folder, find_architecture(read_config(folder), folder, family))
 
 

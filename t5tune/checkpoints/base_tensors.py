@@ -1,7 +1,7 @@
-"""All tensors of a model's folder, whatever files contain them, by the names that they have in the model.
+"""All tensors of a model's folder by their names in the model.
 
-These are one safetensors file, or several shards with `model.safetensors.index.json`, or the same with torch's .bin
-files.
+The folder has one safetensors file, or several shards with `model.safetensors.index.json`, or the same with torch's
+.bin files.
 """
 
 from collections.abc import Mapping
@@ -24,17 +24,12 @@ UNSUPPORTED_SUFFIXES = {".h5", ".msgpack", ".ckpt", ".gguf", ".onnx", ".pkl", ".
 
 
 class Checkpoint:
-    """All tensors of a model folder by their names in the model, whatever files contain them."""
+    """All tensors of a model folder by their names in the model.
+
+    The default architecture, T5, keeps the names in the files.
+    """
 
     def __init__(self, folder: Path, architecture: Architecture | None = None) -> None:
-        """Open the folder's weight files and check them against the index.
-
-        Args:
-            architecture: that of the model; None: T5's, which keeps the names of the files.
-
-        Raises:
-            CheckpointError: there are no weights, a file can't be trusted, or the index doesn't match the files.
-        """
         self.folder = folder
         self.architecture = architecture or T5({})
         self._file_names: dict[str, str] = {}
@@ -74,17 +69,17 @@ class Checkpoint:
         return list(self._sources)
 
     def get_file_name(self, name: str) -> str:
-        """Return the name of a tensor in its file."""
+        """Return a tensor's name in its file."""
         return self._file_names[name]
 
     def get_dtype_and_shape(self, name: str) -> tuple[str, tuple[int, ...]]:
-        """Return a tensor's dtype and shape without mapping it."""
+        """Return a tensor's dtype and shape without mapping the file."""
         source = self._sources[name]
         entry = source.entries[self._file_names[name]] if isinstance(source, SafetensorsFile) else source
         return entry.dtype, entry.shape
 
     def get_file_range(self, name: str) -> FileRange | None:
-        """Return where the tensor's bytes are, without mapping it; None if they aren't contiguous."""
+        """Return the location of a tensor's bytes without mapping the file; None if they aren't contiguous."""
         source = self._sources[name]
         if isinstance(source, SafetensorsFile):
             return FileRange(source.path, source.entries[self._file_names[name]].begin)
@@ -117,7 +112,7 @@ def are_equal(first: Tensor, second: Tensor) -> bool:
 
 
 def _find_weight_files(folder: Path) -> tuple[Path | None, dict[str, str], list[Path]]:
-    """Find (the index or None, its map of tensor names to files, the files with the weights)."""
+    """Find (index, its map of tensor names to files, weight files); without an index, None and an empty map."""
     for name in WEIGHTS_FILES.values():
         # a single file takes precedence over an index, as in transformers
         if has_file(folder, name):
@@ -129,7 +124,6 @@ def _find_weight_files(folder: Path) -> tuple[Path | None, dict[str, str], list[
 
 
 def _explain_missing_weights(folder: Path) -> CheckpointError:
-    """Return an error that says what the folder contains instead of a model's weights."""
     if (folder / ADAPTER_CONFIG_FILE).is_file():
         try:
             name = read_adapter_config(folder).get("base_model_name_or_path")

@@ -44,15 +44,15 @@ MODEL_FILES = tuple(f"{name}{suffix}" for name in WEIGHTS_FILES.values() for suf
 
 @dataclass(frozen=True)
 class CheckpointContents:
-    """What a training checkpoint contains.
+    """The contents of a training checkpoint.
 
     Args:
         config: adapter_config.json.
         adapter: the adapter's tensors, by PEFT's names.
         extra: tensors that were also trained, but that PEFT's config doesn't cover.
         frozen: the base's weights, by the base's names.
-        stage: the ZeRO stage; None if DeepSpeed didn't write the checkpoint.
-        notes: messages for the user.
+        stage: ZeRO stage; None: DeepSpeed didn't write the checkpoint.
+        notes: for the user.
     """
 
     config: dict[str, Any]
@@ -68,12 +68,7 @@ class CheckpointContents:
 def read_training_checkpoint(folder: Path, flags: LoraFlags, with_frozen: bool = False) -> CheckpointContents:
     """Read a checkpoint. The fp32 weights in DeepSpeed's shards are preferred to Trainer's rounded copies of them.
 
-    Args:
-        flags: what the user says about an adapter that has no adapter_config.json.
-        with_frozen: whether to read the base's weights too.
-
-    Raises:
-        CheckpointError: the checkpoint contains no adapter, or is broken.
+    `flags` describe an adapter without adapter_config.json; `with_frozen` also reads the base's weights.
     """
     check_all_inside(folder)
     shards = find_deepspeed_folder(folder)
@@ -99,13 +94,13 @@ def read_training_checkpoint(folder: Path, flags: LoraFlags, with_frozen: bool =
 
 
 def find_checkpoint_of_shards(folder: Path) -> Path:
-    """Return the checkpoint that contains a folder of shards with an adapter; any other folder as it is."""
+    """Return the checkpoint that contains this folder of shards and an adapter; any other folder as it is."""
     is_inside = folder.name.startswith("global_step") and (folder.parent / ADAPTER_WEIGHTS_FILE).is_file()
     return folder.parent if is_inside else folder
 
 
 def _build_from_files(folder: Path, has_adapter: bool, model_file: str | None, flags: LoraFlags) -> CheckpointContents:
-    """Read the files that Trainer wrote: those of an adapter, or of a whole model with an adapter in it."""
+    """Read Trainer's files: an adapter, or a whole model with an adapter in it."""
     if has_adapter:
         tensors = read_adapter_tensors(folder)
     else:
@@ -162,7 +157,6 @@ def _build_from_zero(folder: Path, zero: ZeroState, flags: LoraFlags) -> Checkpo
 
 
 def _select_adapter_names(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> set[str]:
-    """Select the names that belong in PEFT's file."""
     saved_modules = tuple(config.get("modules_to_save") or ())
     return {
         name
@@ -177,7 +171,6 @@ def _select_adapter_names(state: Mapping[str, Tensor], config: Mapping[str, Any]
 def _read_or_infer_config(
     folder: Path, state: Mapping[str, Tensor], flags: LoraFlags
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Read adapter_config.json from the checkpoint or its run folder, or infer it if there is none."""
     source = next((path for path in (folder, folder.parent) if (path / ADAPTER_CONFIG_FILE).is_file()), None)
     if source is not None:
         config = read_adapter_config(source)
@@ -187,7 +180,7 @@ def _read_or_infer_config(
 
 
 def _rename_to_base(frozen: Mapping[str, PartitionedTensor]) -> dict[str, PartitionedTensor]:
-    """Rename tensors to the base's names. Of a tensor with several names, such as T5's embedding, keep the first."""
+    """Rename tensors to the base's names. A tensor with several names, such as T5's embedding, keeps its first name."""
     result: dict[str, PartitionedTensor] = {}
     seen = set()
     for name, value in frozen.items():
@@ -200,7 +193,7 @@ def _rename_to_base(frozen: Mapping[str, PartitionedTensor]) -> dict[str, Partit
 
 
 def _read_step_and_world_size(folder: Path) -> tuple[int | None, int]:
-    """Read the step and the number of ranks from the checkpoint's manifest or Trainer's state file.
+    """Read the step and the number of ranks from the manifest or Trainer's state file.
 
     Without these files, as in an adapter's folder, or if they are broken, the step isn't known.
     """

@@ -41,7 +41,7 @@ _ADAPTER_NAME_PATTERN = re.compile(r"\.(lora_\w+|modules_to_save|token_adapter\.
 
 @dataclass(frozen=True)
 class LoraFlags:
-    """What the user's flags say about an adapter; None: not given."""
+    """An adapter's settings on the command line; None: not given."""
 
     r: int | None = None
     alpha: float | None = None
@@ -49,11 +49,7 @@ class LoraFlags:
     base: str | None = None
 
     def check_against(self, config: Mapping[str, Any], source: Path) -> None:
-        """Refuse flags that an adapter's config contradicts.
-
-        Raises:
-            SettingsError: a flag differs from the config; the message names it.
-        """
+        """Refuse flags that contradict an adapter's config."""
         targets = config.get("target_modules")
         given = {
             "lora_r": (self.r, config.get("r")),
@@ -86,12 +82,7 @@ def is_adapter_name(name: str) -> bool:
 def infer_adapter_config(
     state: Mapping[str, Tensor], flags: LoraFlags, source: Path
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Infer (adapter_config.json, notes for the user) from the tensors' shapes and the user's flags.
-
-    Raises:
-        CheckpointError: there is a tensor that needs a config to be interpreted.
-        SettingsError: a flag contradicts the tensors.
-    """
+    """Infer (adapter_config.json, notes for the user) from the tensors' shapes and the flags."""
     ranks = _read_ranks(state, source)
     r = Counter(ranks.values()).most_common(1)[0][0]
     targets = sorted({name.rpartition(".")[2] for name in ranks})
@@ -115,11 +106,6 @@ def infer_adapter_config(
 
 
 def _read_ranks(state: Mapping[str, Tensor], source: Path) -> dict[str, int]:
-    """Read the rank of each adapted module from its LoRA matrix A.
-
-    Raises:
-        CheckpointError: there is no LoRA matrix, or a tensor is something else.
-    """
     ranks: dict[str, int] = {}
     for name, tensor in state.items():
         match = LORA_MATRIX_PATTERN.fullmatch(name)
@@ -141,10 +127,7 @@ def _read_ranks(state: Mapping[str, Tensor], source: Path) -> dict[str, int]:
 
 
 def read_added_ids(folder: Path) -> list[int]:
-    """Read the ids of the ten tokens that FastChat added ([PAD], `<`, `{`, newline, …); empty if they aren't there.
-
-    FastChat's tokenizer was saved by transformers 4, which writes added_tokens.json.
-    """
+    """Read the ids of FastChat's ten added tokens ([PAD], `<`, `{`, newline, …); empty if the tokenizer lacks them."""
     try:
         added = read_json_object(folder, ADDED_TOKENS_FILE)
         ids = sorted(added[text] for text in FASTCHAT_TOKENS)
@@ -157,11 +140,8 @@ def read_added_ids(folder: Path) -> list[int]:
 def compute_mean_rows(base: Checkpoint, ids: list[int]) -> dict[str, Tensor]:
     """Compute the embedding and head rows of FastChat's tokens, which it initializes but doesn't save.
 
-    Each is the mean of the rows before FastChat's tokens. They are keyed by PEFT's names, as `t5tune train` saves
+    Each is the mean of the rows before FastChat's tokens. The keys are PEFT's names, as `t5tune train` saves
     trained rows: the shared embedding of a tied base; else the embeddings of encoder and decoder, and the head.
-
-    Raises:
-        CheckpointError: the base has fewer rows than FastChat's.
     """
     tied = base.is_tied()
     rows: dict[str, Tensor] = {}

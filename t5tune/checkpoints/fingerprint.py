@@ -1,4 +1,4 @@
-"""Identify the base of an adapter by hashes, which are stored in the metadata of the adapter's file under `t5tune`.
+"""Identify an adapter's base by two hashes, which the metadata of the adapter's file contains under `t5tune`.
 
 The fingerprint is a SHA-256 of each tensor's name, dtype, shape and 4 KiB of its bytes. It doesn't depend on how the
 tensors are divided into files. The second hash, `sha256`, covers all of their bytes.
@@ -32,7 +32,7 @@ hashed again.
 
 
 def describe_base(base: Checkpoint, name: str, sha256: str | None = None) -> dict[str, str]:
-    """Describe a base for an adapter's file: its name and both hashes; `sha256` is the full one if already known."""
+    """Describe a base for an adapter's file: its name and both hashes; `sha256` is the full hash if already known."""
     return {"base": name, "fingerprint": compute_fingerprint(base), "sha256": sha256 or compute_full_hash(base)}
 
 
@@ -84,8 +84,7 @@ def _describe_tensor(name: str, tensor: Tensor) -> bytes:
 def read_file_stats(folder: Path) -> FileStats | None:
     """Read the identity of a checkpoint's weight files. Call it before hashing them, so that no change is missed.
 
-    Returns:
-        None if a file was changed so recently that another change could keep the same ctime.
+    None: a file was changed so recently that a second change could keep the same ctime.
     """
     found = {path.name: path.stat() for path, _ in Checkpoint(folder).shards}
     if time.time() - max(stat.st_ctime for stat in found.values()) <= SECONDS_TO_SETTLE:
@@ -97,7 +96,7 @@ def read_file_stats(folder: Path) -> FileStats | None:
 
 
 def load_hash(cache_file: Path, stats: FileStats | None) -> str | None:
-    """Load the full hash of files with these stats; None if it isn't stored."""
+    """Load the full hash of files with these stats; None: not stored."""
     try:
         return match_hash(parse_json_object(cache_file.read_bytes()), stats)
     except (OSError, ValueError):
@@ -116,9 +115,9 @@ def describe_hash(stats: FileStats | None, sha256: str) -> dict[str, Any] | None
 
 
 def match_hash(known: Any, stats: FileStats | None) -> str | None:
-    """Return the hash that `describe_hash` described; None if these aren't the stats of its files.
+    """Return the hash that `describe_hash` described; None: its files had different stats.
 
-    A run folder has it, so that resuming doesn't read tens of gigabytes again.
+    A run folder stores it, so that resuming doesn't read tens of gigabytes again.
     """
     is_known = isinstance(known, dict) and known.get("format") == HASH_CACHE_FORMAT and known.get("files") == stats
     return str(known["sha256"]) if is_known else None

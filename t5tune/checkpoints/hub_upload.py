@@ -1,11 +1,11 @@
-"""Upload a result's folder to the Hugging Face Hub: what others need to use the model, and nothing else.
+"""Upload a result's folder to the Hugging Face Hub: the files that users of the model need, and no other files.
 
     open_repository(settings, folder, report)      # before the work: refuses a wrong name or token
-    url = upload_result(settings, folder, report)  # after it; None: nothing is to be uploaded, or it failed
+    url = upload_result(settings, folder, report)  # after it; None: no upload, or it failed
 
-A run folder's data, settings, metrics and report stay here: they may contain private texts and names of folders. So do
-files that t5tune doesn't know. The model card gets only the last part of a path; a base's path in the config and the
-weights of an adapter, without which merge can't find it, is uploaded with a warning.
+A run folder's data, settings, metrics and report stay here, since they may contain private texts and folder names. So
+do files that t5tune doesn't know. The model card gets only the last part of a path. merge needs the base's path in an
+adapter's config and weights, so it is uploaded with a warning.
 """
 
 import shlex
@@ -42,7 +42,7 @@ LOADED_FILES = (TRAINED_FILES - {MODEL_CARD_FILE}).union(TOKENIZER_FILES, PROCES
 
 @dataclass(frozen=True)
 class Uploaded:
-    """Where files were uploaded to; `bytes` counts also those that the Hub had already."""
+    """An upload; `bytes` also counts files that the Hub had already."""
 
     url: str
     files: int
@@ -50,16 +50,11 @@ class Uploaded:
 
 
 def choose_repository(settings: HubSettings, folder: Path) -> str:
-    """Return the repository's name: by default that of the output folder."""
     return settings.hub_model_id or folder.resolve().name
 
 
 def open_repository(settings: HubSettings, folder: Path, report: Report) -> None:
-    """Create the repository, if the settings ask for an upload. If the Hub can't be reached, the work goes on.
-
-    Raises:
-        SettingsError: the Hub refuses the name, or doesn't let this user write there.
-    """
+    """Create the repository if the settings ask for an upload. The work continues if the Hub can't be reached."""
     if settings.push_to_hub:
         try:
             create_repository(choose_repository(settings, folder), settings.hub_private_repo)
@@ -72,12 +67,11 @@ def upload_result(
 ) -> str | None:
     """Upload a result if the settings ask for it, and return the repository's URL.
 
-    The result is complete, so an upload that fails is no error: a note says how to upload it later, also if a signal
-    ends the upload.
+    The result is complete, so a failed upload is no error: a note says how to upload it later, also after a signal.
 
     Args:
         message: of the commit; None: the folder's name.
-        copy: what to upload in place of the folder, which may be deleted meanwhile.
+        copy: the folder to upload instead, if `folder` may be deleted meanwhile.
     """
     if not settings.push_to_hub:
         return None
@@ -96,19 +90,12 @@ def upload_result(
 
 
 def explain_uploading_later(folder: Path, name: str, is_private: bool) -> str:
-    """Say where a result is that wasn't uploaded, and which command uploads it."""
     command = ["t5tune", "push", str(folder), name, *(["--hub-private-repo"] if is_private else [])]
     return f"it is complete in {folder}; to upload it later: {shlex.join(command)}"
 
 
 def upload_folder(folder: Path, name: str, is_private: bool, report: Report, message: str) -> Uploaded:
-    """Upload a folder's model or adapter.
-
-    Raises:
-        CheckpointError: it contains neither, or a link out of it.
-        SettingsError: the Hub refuses the name or the files, or doesn't let this user write there.
-        UploadError: the Hub can't be reached.
-    """
+    """Upload a folder's model or adapter."""
     files = list_uploaded_files(folder)
     if not {ADAPTER_CONFIG_FILE, CONFIG_FILE} & files.keys() or not any(map(is_weight_file, files)):
         hint = "give a run folder, or one that t5tune export or t5tune merge wrote"
@@ -128,15 +115,15 @@ def upload_folder(folder: Path, name: str, is_private: bool, report: Report, mes
 
 
 def is_weight_file(name: str) -> bool:
-    """Whether a file of this name contains weights, or lists the files that do."""
+    """Whether a file of this name contains weights, or is their index."""
     return any(fnmatch(name, pattern) for pattern in WEIGHT_PATTERNS)
 
 
 def is_loaded_file(path: str) -> bool:
-    """Whether t5tune or another program that loads a model reads a repository's file of this path.
+    """Whether t5tune or another program that loads a model reads the repository's file at this path.
 
-    An old one would be used with a new model that has none. The prefixes of uploaded files aren't asked here: a file
-    such as tokenizer_notes.txt may be the user's own.
+    An upload deletes such files if it doesn't replace them. The prefixes of uploaded files don't matter here: a file
+    such as tokenizer_notes.txt may be the user's.
     """
     folder, _, name = path.rpartition("/")
     if folder:
@@ -145,11 +132,7 @@ def is_loaded_file(path: str) -> bool:
 
 
 def list_uploaded_files(folder: Path) -> Mapping[str, Path]:
-    """List the files to upload: path in the repository -> file.
-
-    Raises:
-        CheckpointError: one of them is a link out of the folder.
-    """
+    """List the files to upload: path in the repository -> file."""
     names = sorted(entry.name for entry in folder.iterdir())
     found = {name: resolve_inside(folder, name) for name in names if _is_uploaded(name) and (folder / name).is_file()}
     templates = folder / CHAT_TEMPLATES_FOLDER
@@ -163,11 +146,7 @@ def _is_uploaded(name: str) -> bool:
 
 
 def _list_local_folders(folder: Path) -> list[str]:
-    """List the folders of this machine that a result's card may name: its base, and the adapters merged into it.
-
-    Raises:
-        SettingsError: settings.yaml can't be read.
-    """
+    """List the local paths that a result's card may contain: the base and the merged adapters."""
     path = folder / SETTINGS_FILE
     saved = read_yaml(path, MAX_SETTINGS_BYTES) if path.is_file() else {}
     base = read_adapter_config(folder).get("base_model_name_or_path") if is_adapter(folder) else None
@@ -177,7 +156,6 @@ def _list_local_folders(folder: Path) -> list[str]:
 
 
 def _report_local_base(folder: Path, report: Report) -> None:
-    """Say that others won't find an adapter's base, if it is a folder of this machine."""
     if is_adapter(folder):
         base = read_adapter_config(folder).get("base_model_name_or_path")
         if base and base != "pocket" and not is_published(base):

@@ -1,4 +1,4 @@
-"""Model cards (README.md): what a model was made from, how it was trained, and how to load it."""
+"""Model cards (README.md): a model's base, data and training, and how to load it."""
 
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -22,11 +22,7 @@ LISTED_SETTINGS = ("learning_rate", "per_device_train_batch_size", "model_max_le
 
 
 def build_adapter_card(config: Mapping[str, Any], training: str = "") -> str:
-    """Build the README.md of an adapter folder.
-
-    Args:
-        training: lines about data and settings.
-    """
+    """Build an adapter's README.md; `training` has lines about data and settings."""
     base = config.get("base_model_name_or_path") or "BASE"
     targets = config.get("target_modules") or []
     modules = targets if isinstance(targets, str) else ", ".join(sorted(targets))
@@ -61,7 +57,6 @@ conversation template. To merge the adapter into the base model, run
 
 
 def _format_base_line(base: str) -> str:
-    """Format the base for the metadata; the Hub refuses cards in which it isn't a name there."""
     return f"base_model: {base}\n" if is_published(base) else ""
 
 
@@ -82,7 +77,7 @@ def format_data_line(manifest: Mapping[str, Any]) -> str:
 
 
 def _format_mixture_line(datasets: Any) -> str:
-    """Format the shares in the manifest of a mixture: "Mixture: 75.0% chats (120 examples), …"."""
+    """Format the shares in a mixture's manifest: "Mixture: 75.0% chats (120 examples), …"."""
     parts = []
     for dataset in datasets if isinstance(datasets, list) else []:
         name, share, count = (dataset.get(key) for key in ("name", "share", "examples"))
@@ -92,7 +87,6 @@ def _format_mixture_line(datasets: Any) -> str:
 
 
 def format_settings_line(settings: Mapping[str, Any]) -> str:
-    """Format the most important settings of a training run."""
     names = ["max_steps" if settings.get("max_steps") else "num_train_epochs", *LISTED_SETTINGS]
     if settings["objective"] != "sft":
         names.insert(0, "objective")
@@ -105,12 +99,12 @@ def describe_run_data(folder: Path) -> str:
 
 
 def describe_run_training(folder: Path) -> str:
-    """Describe a run's data, steps and evaluation metrics from the files in its folder; empty if it has none."""
+    """Describe a run's data, steps and evaluation metrics from its folder."""
     return describe_run_data(folder) + format_outcome_lines(_read_optional(folder, RESULT_FILE))
 
 
 def format_outcome_lines(result: Mapping[str, Any]) -> str:
-    """Format the number of steps and the evaluation metrics of a finished run, given its result.json."""
+    """Format the steps and evaluation metrics of a finished run, given its result.json."""
     lines = f"Trained for {format_count(result['steps'], 'step')}.\n" if isinstance(result.get("steps"), int) else ""
     lines += _format_metrics_line("held-out data", result.get("eval"))
     datasets = result.get("datasets")
@@ -130,7 +124,7 @@ def _format_metrics_line(data: str, held_out: Any) -> str:
 
 
 def is_timing(name: str) -> bool:
-    """Whether an evaluation metric is one of the timings that Trainer adds."""
+    """Whether an evaluation metric is a timing that Trainer adds."""
     return name.removeprefix("eval_") in {"runtime", "samples_per_second", "steps_per_second"}
 
 
@@ -180,11 +174,11 @@ print(tokenizer.decode(tokenizer.convert_tokens_to_ids(result.hypotheses[0])))
 def build_merged_card(
     base: str, adapters: Sequence[tuple[str, float]], kind: str, converters: Sequence[str], training: str = ""
 ) -> str:
-    """Build the README.md of a merged checkpoint, or of a model converted from one.
+    """Build the README.md of a merged or converted checkpoint.
 
     Args:
-        adapters: their names and weights.
-        kind: the format, as in merge's --to.
+        adapters: names and weights.
+        kind: as merge's --to.
         converters: other tools that read a checkpoint of this model type.
     """
     others = (
@@ -204,13 +198,10 @@ Created by `t5tune merge` from the adapter{"s" if len(adapters) > 1 else ""} {na
 
 
 def fill_in_card(content: bytes, repository: str, folders: Collection[str]) -> bytes:
-    """Write a repository's name where a card says how to load the model, and only the own names of folders.
+    """Insert the repository's name into the card's code, and shorten local paths to their last part.
 
-    A base that is a folder of this machine, which PEFT writes too, is left out of the metadata, where the Hub refuses
-    it.
-
-    Args:
-        folders: paths on this machine that the card may contain.
+    A base that is a local folder, which PEFT also writes, is left out of the metadata, where the Hub refuses it.
+    `folders` are the local paths that the card may contain.
     """
     try:
         text = content.decode().replace(TRANSLATOR_LINES, DOWNLOADED_TRANSLATOR_LINES).replace(PLACEHOLDER, repository)

@@ -1,4 +1,4 @@
-"""Write a complete checkpoint that loads without PEFT: weights, a corrected config.json and the other files."""
+"""Write a complete checkpoint that loads without PEFT: weights, a corrected config.json, and tokenizer files."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,7 +41,7 @@ TRAINED_FILES = {
 
 
 def is_trained_file(name: str) -> bool:
-    """Whether a file of a checkpoint is needed to use the trained model. The others are needed only to resume."""
+    """Whether a file of a checkpoint belongs to the trained model; all other files serve only to resume."""
     others = (*TOKENIZER_FILE_PREFIXES, *LICENSE_PREFIXES, *PROCESSOR_FILES)
     return name in TRAINED_FILES or name.startswith(others)
 
@@ -59,11 +59,11 @@ def write_model(
     files: Mapping[str, bytes],
     family: str | None,
 ) -> None:
-    """Write the checkpoint of a fully trained model, with the tensors of the base's modules that aren't loaded.
+    """Write the checkpoint of a fully trained model, with copies of the tensors that aren't loaded.
 
     Args:
-        state: the trained tensors in fp32, by their names in the base's files.
-        files: the tokenizer and the template: name -> content.
+        state: trained tensors in fp32, by their names in the base's files.
+        files: tokenizer and template: name -> content.
     """
     skipped = filter(base.architecture.is_skipped, base.list_names())
     copied = {base.get_file_name(name): base.get_tensor(name) for name in skipped}
@@ -76,8 +76,8 @@ def write_config(base: Path, folder: Path, tied: bool, dtype: str | None = None,
     """Write config.json with the actual `tie_word_embeddings`.
 
     Args:
-        dtype: the dtype of the weights, in which from_pretrained loads them; None: they have the base's.
-        family: a key of the table of families, for a model_type that isn't in it; the file gets that model's type.
+        dtype: of the weights, for from_pretrained; None: the base's.
+        family: key in the table of families if the model_type isn't there; the file gets that family's model_type.
     """
     config = read_config(base)
     model_family = find_family(config, base, family)
@@ -92,14 +92,7 @@ def write_config(base: Path, folder: Path, tied: bool, dtype: str | None = None,
 
 
 def copy_supporting_files(base: Path, files: Mapping[str, bytes], folder: Path) -> None:
-    """Copy the base's generation config, processors and license, and write the tokenizer and template of training.
-
-    Args:
-        files: the tokenizer and the template: name -> content.
-
-    Raises:
-        CheckpointError: one of the files can't be trusted; see tokenizer_files.
-    """
+    """Copy the base's generation config, processors and license, and write the training's tokenizer and template."""
     if has_file(base, GENERATION_CONFIG_FILE):
         read_json_object(base, GENERATION_CONFIG_FILE)
         copy_untrusted_file(base, GENERATION_CONFIG_FILE, folder)
@@ -113,7 +106,7 @@ def copy_supporting_files(base: Path, files: Mapping[str, bytes], folder: Path) 
 
 
 def _rename_special_tokens_key(folder: Path) -> None:
-    """Rename a key so that transformers 4 can read a file that 5 saved. Both accept the old name for such a list."""
+    """Rename a key so that transformers 4 can read a file that 5 saved. Both accept the old name for a list."""
     config = read_json_object(folder, TOKENIZER_CONFIG_FILE)
     if isinstance(config.get("extra_special_tokens"), list) and "additional_special_tokens" not in config:
         old = {"extra_special_tokens": "additional_special_tokens"}

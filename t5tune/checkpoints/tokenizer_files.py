@@ -1,9 +1,9 @@
-"""Read and write the files that accompany weights: the tokenizer and the conversation template.
+"""Read and write the files next to the weights: the tokenizer and the conversation template.
 
     files = read_supporting_files(tokenizer_folder, template_file)      # name -> content
     write_supporting_files(folder, files)
 
-The files are untrusted: each must be inside its folder, be a regular file of a plausible size, and require no custom
+The files are untrusted: each must be a regular file inside its folder, have a plausible size, and require no custom
 code.
 """
 
@@ -41,25 +41,11 @@ MAX_SCANNED_BYTES = 4 << 20  # a thousand added tokens need 200 KB
 
 
 def read_supporting_files(tokenizer_folder: Path, template_file: Path) -> dict[str, bytes]:
-    """Read a tokenizer's files, and the conversation template with the training_data.json next to it, if there are any.
-
-    Returns:
-        The content of each file, by its name in the folder that `write_supporting_files` writes.
-
-    Raises:
-        CheckpointError: a file is a link out of its folder, isn't a regular file or is too large; the tokenizer
-            requires custom code; or training_data.json is broken.
-        SettingsError: the file isn't a valid conversation template.
-    """
+    """Read the contents of a tokenizer's files, the conversation template and its training_data.json, by name."""
     return _read_tokenizer(tokenizer_folder) | _read_template(template_file)
 
 
 def write_supporting_files(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write what `read_supporting_files` has read.
-
-    Raises:
-        WriteError: a file can't be written.
-    """
     for name, content in files.items():
         (folder / name).parent.mkdir(exist_ok=True)
         write_file(folder / name, content)
@@ -95,7 +81,7 @@ def _read_template(file: Path) -> dict[str, bytes]:
 
 
 def remove_chat_template(folder: Path) -> None:
-    """Remove the chat templates from the tokenizer's files in a folder, if they have any."""
+    """Remove the chat templates from the tokenizer's files in a folder."""
     (folder / CHAT_TEMPLATE_FILE).unlink(missing_ok=True)
     shutil.rmtree(folder / CHAT_TEMPLATES_FOLDER, ignore_errors=True)
     if has_file(folder, TOKENIZER_CONFIG_FILE):
@@ -110,9 +96,6 @@ def copy_sentencepiece(base: Path, folder: Path) -> None:
     Tools that don't read tokenizer.json need both: llama.cpp's converter and slow tokenizers. An adapter's tokenizer
     has added tokens, but the pieces keep their ids, so the base's model is still valid. added_tokens.json lists the
     tokens after the pieces: {"<extra_id_99>": 32000, …}.
-
-    Raises:
-        CheckpointError: the SentencePiece model or tokenizer.json is broken.
     """
     names = [name for name in SENTENCEPIECE_FILES if has_file(base, name)]
     if not names or any(has_file(folder, name) for name in SENTENCEPIECE_FILES) or not has_file(folder, TOKENIZER_FILE):
@@ -152,11 +135,6 @@ def _is_token(value: Any) -> bool:
 
 
 def copy_untrusted_file(source: Path, name: str, folder: Path) -> None:
-    """Copy one untrusted file.
-
-    Raises:
-        CheckpointError: it is a link out of its folder, isn't a regular file, or is too large.
-    """
     shutil.copyfile(_find_untrusted_file(source, name), folder / name)
 
 

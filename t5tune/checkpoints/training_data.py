@@ -73,20 +73,20 @@ class TrainingData:
     datasets: list[DatasetTraining] = field(default_factory=list)
 
     def list_reading(self) -> dict[str, Any]:
-        """Return the settings by which the records were read."""
+        """Return the settings for reading the records."""
         names = ("data_format", "source_column", "target_column", "source_prefix", "objective", "denoisers")
         return {name: getattr(self, name) for name in names}
 
 
 def list_differences(made: Sequence[TrainingData]) -> list[str]:
-    """List the fields in which the examples of several adapters differ."""
+    """List the fields that differ between several adapters."""
     return [each.name for each in fields(TrainingData) if not _agree(made, each.name)]
 
 
 def join_training_data(made: Sequence[TrainingData]) -> TrainingData:
-    """Describe the examples of several adapters that are added up: by what they agree on, else by the defaults.
+    """Describe the examples of added adapters by their common values, else by the defaults.
 
-    Together they have earlier turns if those of one adapter have: the sum has learned to read them.
+    The sum has learned to read earlier turns if one adapter has.
     """
     defaults = ReadingSettings()
     return TrainingData(
@@ -105,26 +105,16 @@ def _agree(made: Sequence[TrainingData], *names: str) -> bool:
 
 
 def write_training_data(folder: Path, data: TrainingData) -> None:
-    """Write training_data.json into a folder.
-
-    Raises:
-        WriteError: the file can't be written.
-    """
     write_file(folder / TRAINING_DATA_FILE, encode_training_data(data))
 
 
 def encode_training_data(data: TrainingData) -> bytes:
-    """Encode what `write_training_data` writes."""
     values = {name: value for name, value in asdict(data).items() if name != "datasets" or value}
     return encode_json({"format": TRAINING_DATA_FORMAT, **values})
 
 
 def read_training_data(folder: Path) -> TrainingData | None:
-    """Read a folder's training_data.json; None if it doesn't exist, because t5tune didn't train this model.
-
-    Raises:
-        CheckpointError: the file is broken, or of another format version.
-    """
+    """Read a folder's training_data.json; None if t5tune didn't train this model."""
     path = folder / TRAINING_DATA_FILE
     if not has_file(folder, TRAINING_DATA_FILE):
         return None

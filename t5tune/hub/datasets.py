@@ -1,10 +1,9 @@
-"""Find and download the data files of a dataset on the Hugging Face Hub: of one subset and one split.
+"""Find and download the data files of a dataset on the Hugging Face Hub, for one subset and one split.
 
     name = parse_dataset_name("hf://datasets/owner/name")
     files = find_dataset_files(name, DatasetChoice(split="train"), is_data, "data_path", cache_dir=None)
 
-Which files belong to a subset and to a split is written in the dataset's README.md, or follows from their names. No
-script is ever run.
+The dataset's README.md lists the files of each subset and split; otherwise their names show it. No script is ever run.
 """
 
 import glob
@@ -39,11 +38,11 @@ Splits = Mapping[str, Sequence[str]]  # split -> its files
 
 @dataclass(frozen=True)
 class DatasetChoice:
-    """Which part of a dataset to read.
+    """The part of a dataset to read.
 
     Args:
-        subset: None: the default one.
-        split: None: the first of `defaults` that the dataset has, or its only one.
+        subset: None: the default.
+        split: None: the first of `defaults` that the dataset has, or its only split.
         setting: the setting that names the split, for messages.
     """
 
@@ -55,7 +54,7 @@ class DatasetChoice:
 
 @dataclass(frozen=True)
 class DatasetName:
-    """A dataset's name: `owner/name`, its revision, and a file, a folder or a pattern in it; empty for all of it."""
+    """A dataset's name: `owner/name`, its revision, and a file, a folder or a pattern in it; empty for all files."""
 
     name: str
     revision: str | None
@@ -66,7 +65,7 @@ class DatasetName:
 
 
 def parse_dataset_name(text: str) -> DatasetName | None:
-    """Parse `hf://datasets/owner/name@revision/path` or `owner/name@revision`; None if it is neither."""
+    """Parse `hf://datasets/owner/name@revision/path` or `owner/name@revision`; None for other texts."""
     if not text.startswith(PREFIX):
         name, revision = split_revision(text)
         return DatasetName(name, revision, "") if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) else None
@@ -77,7 +76,7 @@ def parse_dataset_name(text: str) -> DatasetName | None:
 
 
 def pin_dataset(name: str, sources: Sequence[str]) -> str:
-    """Name a dataset by the commit that files are from, `hf://datasets/owner/name@commit/file`, if that is only one."""
+    """Name a dataset by its files' commit, `hf://datasets/owner/name@commit/file`, if all have the same commit."""
     dataset, files = parse_dataset_name(name), [file for file in map(parse_dataset_name, sources) if file is not None]
     commits = {file.revision for file in files if dataset is not None and file.name == dataset.name}
     if dataset is None or len(commits) != 1:
@@ -95,12 +94,7 @@ def find_dataset_files(
 ) -> list[Path]:
     """Download the data files of a dataset, in their order, and return their paths in the cache.
 
-    Args:
-        is_data: whether a file of this name can be read.
-        setting: the setting that names the dataset, for messages.
-
-    Raises:
-        DataError: there is no such dataset, subset, split or file, or it can't be downloaded.
+    `is_data` says whether a file of this name can be read. Errors name the `setting`.
     """
     repository = Repository("dataset", dataset.name, setting, dataset.revision, cache_dir)
     return repository.use_newest(partial(_find_files, dataset, choice, is_data, report=report), report)
@@ -156,7 +150,7 @@ def _select_by_path(data: Sequence[str], path: str) -> list[str]:
 
 
 def _read_configs(snapshot: Path) -> list[dict[str, Any]]:
-    """Read the subsets that README.md lists; an empty list if it lists none."""
+    """Read the subsets that README.md lists."""
     if not (snapshot / README).is_file():
         return []
     from huggingface_hub import metadata_load
@@ -202,7 +196,7 @@ def _select_by_split(
 
 
 def _choose_config(configs: list[dict[str, Any]], subset: str | None, asked: str) -> dict[str, Any]:
-    """Choose a subset: the named one, the one that is marked as the default or called so, or the only one."""
+    """Choose a subset: the named subset, the default, or the only subset."""
     by_name = {str(config["config_name"]): config for config in configs}
     if subset is not None:
         if subset in by_name:
@@ -240,7 +234,7 @@ def _iterate_data_files(data_files: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _match(data: Sequence[str], pattern: str) -> list[str]:
-    """Select the names that match a pattern, in which `*` doesn't match a slash, but `**` does."""
+    """Select the names that match a pattern: `*` doesn't match a slash, but `**` does."""
     parts = re.split(r"(\*\*/|\*\*|\*|\?|\[[^\]]+\])", pattern)
     meanings = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
     translated = (
@@ -254,11 +248,7 @@ def _match(data: Sequence[str], pattern: str) -> list[str]:
 
 
 def _guess_splits(data: Sequence[str], folder: str, asked: str) -> Splits:
-    """Tell splits by words in the names of files and folders; files without one are for training.
-
-    Raises:
-        DataError: several folders have splits of their own.
-    """
+    """Find splits by words in the names of files and folders; files without a split's name are for training."""
     splits: dict[str, list[str]] = {}
     places: set[str] = set()  # folders that contain splits
     for name in sorted(data):
@@ -276,9 +266,9 @@ def _guess_splits(data: Sequence[str], folder: str, asked: str) -> Splits:
 
 
 def _find_split(path: str) -> tuple[str, str]:
-    """Return the split that a path names last, and the folder in which it does: ("test", "en") for en/test/0.parquet.
+    """Return the last split that a path names, and its folder: ("test", "en") for en/test/0.parquet.
 
-    The split is empty if the path names none.
+    The split is empty if the path names no split.
     """
     parts = path.split("/")
     for number in reversed(range(len(parts))):

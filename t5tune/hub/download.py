@@ -40,26 +40,26 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def get_cache_root(cache_dir: Path | None) -> Path:
-    """Return t5tune's own folder for what is downloaded: next to the Hub's cache, or in `cache_dir`."""
+    """Return t5tune's folder for downloads: next to the Hub's cache, or in `cache_dir`."""
     from huggingface_hub import constants
 
     return (cache_dir or Path(constants.HF_HOME)) / "t5tune"
 
 
 def get_status(error: BaseException | None) -> int | None:
-    """Return the HTTP status of an error of huggingface_hub; None if it has none."""
+    """Return the HTTP status of an error of huggingface_hub; None: it isn't an HTTP error."""
     from huggingface_hub import errors
 
     return int(error.response.status_code) if isinstance(error, errors.HfHubHTTPError) else None
 
 
 def describe(error: BaseException) -> str:
-    """Describe an error of huggingface_hub in one line, without what may be a secret."""
+    """Describe an error of huggingface_hub in one line, without possible secrets."""
     return shorten(hide_queries(join_lines(error)), 300)
 
 
 def _list_causes(error: BaseException | None) -> list[BaseException]:
-    """List an error and its causes: huggingface_hub wraps some errors in others."""
+    """List an error and its causes: huggingface_hub wraps some errors."""
     return [] if error is None else [error, *_list_causes(error.__cause__)]
 
 
@@ -77,7 +77,7 @@ def _is_worth_retrying(error: Exception) -> bool:
 
 
 def describe_outage(error: BaseException) -> str | None:
-    """Say why the Hub can't be used now; None if the error has a different cause, such as a refusal."""
+    """Describe why the Hub can't be used now; None if the error has a different cause, such as a refusal."""
     status = _find_status(error)
     if status is not None:
         return f"the Hub answers with status {status}" if status in TRANSIENT or status >= 500 else None
@@ -96,11 +96,7 @@ def describe_outage(error: BaseException) -> str | None:
 
 
 def call_with_retries(call: Callable[[], Result]) -> Result:
-    """Call a function, up to three more times if the Hub answers that it is broken or busy.
-
-    Raises:
-        SettingsError: HUB_RETRY_SECONDS isn't a time.
-    """
+    """Call a function, up to three more times if the Hub answers that it is broken or busy."""
     given = os.environ.get(RETRY_VARIABLE, "1")
     if re.fullmatch(r"\d*\.?\d+", given) is None:
         raise SettingsError(f"{RETRY_VARIABLE}: {given!r} isn't a number of seconds")
@@ -116,7 +112,7 @@ def call_with_retries(call: Callable[[], Result]) -> Result:
 
 
 def _count_missing_bytes(find: Any) -> int:
-    """Count the bytes that aren't in the cache yet; 0 if the Hub can't be reached, of which the download tells."""
+    """Count the bytes that aren't in the cache yet; 0 if the Hub is unreachable, as the download itself will report."""
     try:
         files = find(dry_run=True, tqdm_class=_make_bar_class(lambda _: None))
         return sum(file.file_size for file in files if file.will_download)
@@ -125,7 +121,7 @@ def _count_missing_bytes(find: Any) -> int:
 
 
 def _make_bar_class(advance: Callable[[int], None]) -> Any:
-    """Make a class of progress bars that huggingface_hub updates, and that draws nothing but reports the bytes."""
+    """Make a progress bar class for huggingface_hub that reports the bytes and draws nothing."""
     from tqdm.auto import tqdm
 
     lock = Lock()  # several files are downloaded at once
@@ -145,13 +141,12 @@ def _make_bar_class(advance: Callable[[int], None]) -> Any:
 
 @dataclass(frozen=True)
 class Repository:
-    """A repository on the Hub.
+    """A repository on the Hub. Errors name the `setting`, and are of the class for the kind (ERROR_CLASSES).
 
     Args:
         name: `owner/name`.
-        setting: the setting that names it, for messages.
         revision: branch, tag or commit; None: the main branch.
-        cache_dir: folder for downloads; None: the Hub's own cache.
+        cache_dir: folder for downloads; None: the Hub's cache.
         is_local: whether only the cache is used.
     """
 
@@ -164,12 +159,10 @@ class Repository:
 
     @property
     def repo_type(self) -> str:
-        """What the Hub calls the kind; an adapter is a model there."""
         return "dataset" if self.kind == "dataset" else "model"
 
     @property
     def _folder(self) -> Path:
-        """The repository's folder in the Hub's cache."""
         from huggingface_hub import constants
 
         root = Path(self.cache_dir or constants.HF_HUB_CACHE).expanduser()
@@ -184,9 +177,6 @@ class Repository:
 
         If the Hub can't be reached or keeps failing, it is the commit of the cached copy, and a warning says so. The
         Hub isn't asked offline, nor if the revision is a commit, whose files can't change.
-
-        Raises:
-            ModelError, CheckpointError, DataError: the Hub refuses access, or fails and the cache lacks a file.
         """
         from huggingface_hub import constants
 
@@ -211,7 +201,6 @@ class Repository:
         return result
 
     def _ask_for_commit(self) -> "Repository":
-        """Ask the Hub which commit the revision is now, and return the repository at that commit."""
         from huggingface_hub import HfApi
 
         watch_requests_to_the_hub()
@@ -223,7 +212,7 @@ class Repository:
         return newest
 
     def _find_cached(self) -> "Repository | None":
-        """Return the repository at the commit that the revision had when it was downloaded last; None: never."""
+        """Return the repository at the commit that was downloaded last; None if there is no download."""
         commit = self.revision or "main"
         if not _COMMIT.fullmatch(commit):
             commit = _read(self._folder / "refs" / commit)
@@ -231,7 +220,7 @@ class Repository:
         return replace(self, revision=commit) if is_cached else None
 
     def _remember_as(self, revision: str | None) -> None:
-        """Let a branch or a tag mean this commit in the cache, once its files are there."""
+        """Store this commit as the branch or tag in the cache, once its files are there."""
         _write_unless_same(self._folder / "refs" / (revision or "main"), str(self.revision))
 
     def _describe_date(self) -> str:
@@ -243,11 +232,7 @@ class Repository:
     def download(self, patterns: Sequence[str], with_folders: bool = False, report: Report = silent) -> Path:
         """Download the files whose names match, and return the snapshot's folder, whose name is the commit.
 
-        Args:
-            with_folders: whether to look into the repository's folders, too, which contain what a model doesn't need.
-
-        Raises:
-            ModelError, CheckpointError, DataError: there is no such repository, or it can't be downloaded.
+        Files in folders, which models don't need, are downloaded only `with_folders`.
         """
         return self.use_newest(lambda newest: newest._download(patterns, with_folders, report), report)
 
@@ -280,15 +265,10 @@ class Repository:
         return folder
 
     def _list_files(self) -> list[Path]:
-        """List the files of this commit in the cache, which are links."""
         return [path for path in (self._folder / "snapshots" / str(self.revision)).rglob("*") if path.is_symlink()]
 
     def _check_hashes(self, before: Collection[Path]) -> None:
-        """Compare new files with their hashes on the Hub, which are the names of the files that the links point to.
-
-        Raises:
-            ModelError, CheckpointError, DataError: a file differs. It is deleted, so that it is downloaded again.
-        """
+        """Compare new files with the Hub's hashes, which are the names of the links' targets. Delete a damaged file."""
         for link in self._list_files():
             file = link.resolve()
             if link in before or not file.is_file() or _has_hash(file, file.name):
@@ -299,14 +279,7 @@ class Repository:
             raise ERROR_CLASSES[self.kind](problem, "run the same command again to download it again", self.setting)
 
     def list_files(self, commit: str | None = None) -> list[str]:
-        """List the names of the repository's files, of which a download has kept the list.
-
-        Args:
-            commit: at which; None: at the revision.
-
-        Raises:
-            ModelError, CheckpointError, DataError: it can't be reached.
-        """
+        """List the names of the repository's files at a commit, by default the revision. A download stores the list."""
         from huggingface_hub import HfApi, errors, get_cached_repo_tree
 
         watch_requests_to_the_hub()
@@ -328,14 +301,14 @@ class Repository:
         return Path(found) if isinstance(found, str) else None
 
     def _list_local_names(self) -> list[str]:
-        """List what a mistyped name may mean: what is in the folder where a path of this name would be, and pocket."""
+        """List names that the user may have meant: the folder's contents if the name is a path, and pocket."""
         names = ["pocket"] if self.kind == "model" else []
         with suppress(OSError):
             names += [str(path) for path in Path(self.name).parent.iterdir()]
         return names
 
     def explain(self, error: Exception) -> T5TuneError:
-        """Turn an error of huggingface_hub into one that says what to do about it."""
+        """Turn an error of huggingface_hub into an error with the next step."""
         from huggingface_hub import errors, get_token
 
         if isinstance(error, T5TuneError):
@@ -389,7 +362,6 @@ class Repository:
 
 
 def _read(file: Path) -> str:
-    """Read a short text; an empty one if that isn't possible."""
     try:
         return file.read_text(encoding="ascii").strip()
     except (OSError, ValueError):
@@ -404,9 +376,9 @@ def _write_unless_same(file: Path, text: str) -> None:
 
 
 def _has_hash(file: Path, name: str) -> bool:
-    """Whether a file's hash is its name in the Hub's cache: a SHA-256, or a SHA-1 of it or of git's blob.
+    """Whether a file's hash is its name in the Hub's cache: a SHA-256, or a SHA-1 of the file or of its git blob.
 
-    Other names, which a replacement of the Hub may give, say nothing.
+    Names of other forms, which a replacement of the Hub may give, aren't checked.
     """
     if re.fullmatch(r"[0-9a-f]{64}", name):
         return hash_file(file) == name

@@ -3,8 +3,8 @@
     name = create_repository("owner/name", is_private=False)
     url = upload_files(name, {"README.md": folder / "README.md"}, "Upload an adapter", is_loaded_file, report)
 
-What was uploaded before, also in an upload that was interrupted, isn't sent again. The token is that of `hf auth login`
-or of HF_TOKEN; it is written nowhere.
+Files from earlier uploads, also from interrupted uploads, aren't sent again. The token is from `hf auth login` or
+HF_TOKEN, and isn't stored.
 """
 
 import inspect
@@ -26,11 +26,10 @@ def create_repository(name: str, is_private: bool) -> str:
     """Create a repository for a model unless it exists, and return its full name.
 
     Args:
-        name: `owner/name`, or `name` in one's own account.
+        name: `owner/name`, or `name` in the user's account.
 
     Raises:
-        SettingsError: the Hub refuses the name, or doesn't let this user write there; or the repository is public and a
-            private one is asked for.
+        SettingsError: the Hub refuses the name or the access, or the repository is public although it must be private.
         UploadError: the Hub can't be reached.
     """
     from huggingface_hub import HfApi
@@ -76,10 +75,10 @@ def upload_files(
     """Upload files as one commit, and return the repository's URL.
 
     Args:
-        files: path in the repository -> file, or its content.
+        files: path in the repository -> file or content.
         message: of the commit.
-        is_replaced: whether a file of the repository that isn't among these is deleted: one that would be loaded with
-            the new ones, or in place of them.
+        is_replaced: whether to delete a file of the repository that isn't in `files`, since programs would load it with
+            the new files or instead of them.
 
     Raises:
         SettingsError: the Hub doesn't accept the files, or doesn't let this user write there.
@@ -110,7 +109,7 @@ def upload_files(
 
 
 def _explain(asked: str, error: Exception) -> SettingsError | UploadError:
-    """Turn an error of huggingface_hub into one that says what to do about it."""
+    """Turn an error of huggingface_hub into an error with the next step."""
     from huggingface_hub import errors
 
     if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):

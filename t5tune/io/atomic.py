@@ -33,10 +33,7 @@ def check_replaceable(folder: Path, overwrite: bool, inputs: Iterable[Path | str
     """Refuse an output folder that contains files, unless the user has asked to overwrite it.
 
     Args:
-        inputs: paths that the command reads, and patterns of such; names that aren't on this machine don't count.
-
-    Raises:
-        SettingsError: the folder isn't empty, or the path is a file, or `check_overwrite` refuses it.
+        inputs: paths or patterns that the command reads; names that aren't on this machine don't count.
     """
     if folder.exists() and not folder.is_dir():
         raise SettingsError(f"output_dir: {folder}: is a file, not a folder", hint="choose another folder")
@@ -48,21 +45,15 @@ def check_replaceable(folder: Path, overwrite: bool, inputs: Iterable[Path | str
 
 
 def check_overwrite(folder: Path, inputs: Iterable[Path | str]) -> None:
-    """Refuse an output folder that contains what must not be replaced, although the user has asked to overwrite it.
+    """Refuse to overwrite the current folder, or a folder with an input, a run's checkpoint or a run in progress.
 
-    Args:
-        inputs: see `check_replaceable`. A command calls this again when it knows the folders that its inputs mean.
-
-    Raises:
-        SettingsError: the folder contains an input, a checkpoint of a run or a run in progress at any depth, or the
-            current folder; or it is one of these itself.
+    A command calls this again when it knows the folders of its inputs (see `check_replaceable`).
     """
     if (needed := _find_needed(folder, inputs)) is not None:
         raise SettingsError(f"output_dir: {folder}: contains {needed}", hint="choose another folder")
 
 
 def _find_needed(folder: Path, inputs: Iterable[Path | str]) -> str | None:
-    """Describe something in a folder that must not be replaced along with it; None if there is nothing."""
     place = Path(os.path.realpath(folder))
     for path in inputs:
         for found in glob.glob(str(path), recursive=True) or [str(path)]:
@@ -118,14 +109,10 @@ def write_folder_atomically(target: Path, replaces: bool = True, is_shared: bool
     can't be exchanged in one step (only Linux can), a kill between the two renames leaves no folder at `target`.
 
     Args:
-        replaces: whether a folder with files is replaced. Otherwise `target` must be free or empty, and if it no longer
-            is at the end, the new folder gets an unused name, which the error says.
-        is_shared: whether other machines may write the same folder at this moment. NFS shows no locks of folders, so
-            what killed processes have left is kept until a process that writes the folder alone deletes it.
-
-    Raises:
-        SettingsError: no folder can be created there, or another process has filled it meanwhile.
-        WriteError: the disk is full or broken.
+        replaces: whether a folder with files is replaced. Otherwise, if `target` isn't free or empty at the end, the
+            new folder gets an unused name, and the error says which.
+        is_shared: whether other machines may write the same folder now. NFS shows no locks of folders, so killed
+            processes' temporary folders are kept until a process that writes the folder alone deletes them.
     """
     target = Path(os.path.realpath(target))
     if os.path.ismount(target):
@@ -166,10 +153,7 @@ def _replace_folder(staged: Path, target: Path) -> None:
 def make_scratch_folder(target: Path, is_shared: bool = False) -> Iterator[Path]:
     """Yield a new hidden folder next to `target` that is deleted when the block ends.
 
-    Temporary folders that killed processes have left are deleted first, unless `is_shared`.
-
-    Raises:
-        SettingsError: no folder can be created there.
+    Killed processes' temporary folders are deleted first, unless `is_shared`.
     """
     staged = target.with_name(f".{target.name}.new-{uuid.uuid4().hex[:8]}")
     with ExitStack() as cleanup:
@@ -189,11 +173,7 @@ def make_scratch_folder(target: Path, is_shared: bool = False) -> Iterator[Path]
 
 @contextmanager
 def explain_creation_errors(target: Path) -> Iterator[None]:
-    """Turn the errors of a block that creates a folder into a `SettingsError`, except for those of the disk.
-
-    Raises:
-        SettingsError: with the folder and the system's reason.
-    """
+    """Turn the errors of a block that creates a folder into a `SettingsError`, except for disk errors."""
     try:
         yield
     except OSError as error:
@@ -204,7 +184,7 @@ def explain_creation_errors(target: Path) -> Iterator[None]:
 
 
 def remove_abandoned(target: Path) -> None:
-    """Delete the temporary folders that killed processes have left next to `target`."""
+    """Delete the temporary folders of killed processes next to `target`."""
     target = Path(os.path.realpath(target))
     with lock_folder(target.parent, LOCK_TIMEOUT_SECONDS) as is_locked:
         if is_locked:
@@ -222,7 +202,7 @@ def _exchange(one: Path, other: Path) -> bool:
 def lock_folder(folder: Path, patience: float = 0.0) -> Iterator[bool]:
     """Lock a folder until the block or this process ends; yield whether it could be locked in `patience` seconds.
 
-    On NFS, other machines don't see the lock; they see that of `lock_file`.
+    On NFS, other machines don't see the lock; they see `lock_file`'s.
     """
     with _lock(folder, os.O_RDONLY, patience) as is_locked:
         yield is_locked
@@ -310,13 +290,12 @@ def write_file(path: Path, data: bytes | Iterable[bytes]) -> None:
 
 
 def copy_atomically(source: Path, target: Path) -> None:
-    """Copy a file with `write_file`."""
     with open(source, "rb") as file:
         write_file(target, iter(lambda: file.read(CHUNK_BYTES), b""))
 
 
 def append_line(path: Path, text: str) -> None:
-    """Append a line to a text file, on a new line even if a kill has cut off the file's last line.
+    """Append a line to a text file, on a new line even if a kill truncated the file's last line.
 
     Raises:
         WriteError: the disk is full or broken.
@@ -331,11 +310,7 @@ def append_line(path: Path, text: str) -> None:
 
 @contextmanager
 def explain_write_errors(path: Path) -> Iterator[None]:
-    """Turn the disk errors of a block into a `WriteError` that names the file; the system's own error doesn't.
-
-    Raises:
-        WriteError: with the path and the system's reason.
-    """
+    """Turn the disk errors of a block into a `WriteError` that names the file; the system's error doesn't."""
     try:
         yield
     except OSError as error:
@@ -351,17 +326,16 @@ def explain_write_errors(path: Path) -> Iterator[None]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write the value with `write_file`, as indented JSON with a newline at the end."""
+    """Write the value as indented JSON, atomically."""
     write_file(path, encode_json(value))
 
 
 def encode_json(value: Any) -> bytes:
-    """Encode what `write_json` writes. Lone surrogates (from file names that aren't UTF-8) become `\\udcff`."""
+    """Encode a value as `write_json` does. Lone surrogates (from file names that aren't UTF-8) become `\\udcff`."""
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
 
 
 def fsync(path: Path) -> None:
-    """Flush a file or a folder to disk, by its path."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -383,7 +357,6 @@ def hash_json(value: Any) -> str:
 
 
 def hash_file(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes, in hex."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(CHUNK_BYTES):

@@ -1,4 +1,4 @@
-"""Recognize a folder by its files, to say what it is where a folder of another kind is expected."""
+"""Recognize a folder by its files, for messages."""
 
 from pathlib import Path
 
@@ -13,5 +13,5 @@ KINDS = {
 
 
 def describe_folder(folder: Path) -> str | None:
-    """Say what kind of folder it is: `a whole model`, `an adapter`, `a token cache`; None if it is none of these."""
+    """Describe the kind of a folder, such as `an adapter`; None: unknown."""
     return next((kind for name, kind in KINDS.items() if (folder / name).is_file()), None)

@@ -4,7 +4,7 @@ import ipaddress
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host name or an address is this machine's own, which others don't reach."""
+    """Whether a host name or an address means this machine and can't be reached from other machines."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -19,7 +19,7 @@ def make_module_command(name: str, *arguments: str) -> list[str]:
 
 
 def count_cores() -> int:
-    """Count the cores that this process may use: with taskset, or in a job of SLURM, not all of the machine."""
+    """Count the cores that this process may use: fewer than the machine's with taskset, or in a job of SLURM."""
     if hasattr(os, "sched_getaffinity"):  # not on macOS
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""Short, plain texts for messages: why reading a file failed, in place of the text of the library that raised it.
+"""Short, plain texts for messages: the reason why a file can't be read, instead of the library's message.
 
 describe_error(JSONDecodeError("Expecting ',' delimiter", text, 12))
 # "not valid JSON: expected a comma or a closing bracket at line 1, column 13"
@@ -32,12 +32,12 @@ JSON_REASONS = {
 
 
 def describe_json_error(error: json.JSONDecodeError) -> str:
-    """Describe what is wrong with the JSON, without the position."""
+    """Describe an error in JSON without its position."""
     return next((words for begin, words in JSON_REASONS.items() if error.msg.startswith(begin)), error.msg)
 
 
 def describe_error(error: BaseException) -> str:
-    """Describe an error that occurred while reading a file, in one short line."""
+    """Describe an error of reading a file in one short line."""
     match error:
         case json.JSONDecodeError():
             return f"not valid JSON: {describe_json_error(error)} at line {error.lineno}, column {error.colno}"
@@ -53,7 +53,7 @@ def describe_error(error: BaseException) -> str:
 
 
 def join_lines(text: object) -> str:
-    """Join the lines of a text or of an error's message, without the next step of one of t5tune's own."""
+    """Join the lines of a text or of an error's message, without a T5TuneError's hint."""
     return " ".join(str(text.message if isinstance(text, T5TuneError) else text).split())
 
 
@@ -64,6 +64,6 @@ def hide_queries(text: str) -> str:
 
 
 def join_first(names: Sequence[object]) -> str:
-    """Join the first MAX_NAMES names, followed by the number of the others: `a, b, c, d, e and 3 more`."""
+    """Join the first MAX_NAMES names, and count the rest: `a, b, c, d, e and 3 more`."""
     more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
     return ", ".join(map(str, names[:MAX_NAMES])) + more

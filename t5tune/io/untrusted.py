@@ -1,7 +1,4 @@
-"""Read untrusted files: bounded size, no links out of the folder, no code.
-
-Code that opens a model folder uses `resolve_inside` for each file in it, and `read_json_object` for its JSON files.
-"""
+"""Read untrusted files: bounded size, no links out of the folder, no code."""
 
 import json
 from pathlib import Path
@@ -15,10 +12,7 @@ MAX_JSON_BYTES = 32 << 20  # a typical tokenizer.json has 2 MB, an index of shar
 
 
 def resolve_inside(folder: Path, name: str) -> Path:
-    """Return the path of a regular file in the folder, after checking that it is one.
-
-    A link may point to another file of the folder and, from a snapshot in the Hugging Face Hub cache, to the blobs of
-    the same model (`models--o--n/snapshots/<revision>/x -> ../../blobs/<hash>`).
+    """Return the path of a regular file in the folder; a link must lead to a file of the folder (see `check_inside`).
 
     Raises:
         CheckpointError: the name or the link leads out of the folder, or to something other than a regular file.
@@ -38,11 +32,7 @@ def resolve_inside(folder: Path, name: str) -> Path:
 
 
 def has_file(folder: Path, name: str) -> bool:
-    """Whether the folder contains a file of this name.
-
-    Raises:
-        CheckpointError: as for `resolve_inside`.
-    """
+    """Whether the folder contains a file of this name; raises a CheckpointError as `resolve_inside` does."""
     try:
         resolve_inside(folder, name)
     except FileNotFoundError:
@@ -67,11 +57,7 @@ def read_json_object(folder: Path, name: str) -> dict[str, Any]:
 
 
 def parse_json_object(text: bytes) -> dict[str, Any]:
-    """Parse a JSON object as `parse_json` does.
-
-    Raises:
-        ValueError: not valid JSON, ambiguous, or not an object.
-    """
+    """Parse a JSON object; raises ValueError as `parse_json` does."""
     value = parse_json(text)
     if not isinstance(value, dict):
         raise ValueError("expected a JSON object")
@@ -79,7 +65,7 @@ def parse_json_object(text: bytes) -> dict[str, Any]:
 
 
 def parse_json(text: bytes) -> Any:
-    """Parse JSON, rejecting duplicate keys (parsers differ in which value they keep), NaN and infinity.
+    """Parse JSON, rejecting NaN, infinity, and duplicate keys, since parsers differ in the value that they keep.
 
     Raises:
         ValueError: not valid JSON, or ambiguous.
@@ -105,12 +91,9 @@ def _reject_constant(constant: str) -> None:
 
 
 def check_inside(folder: Path, path: Path) -> None:
-    """Check that no link leads a path in a folder out of that folder.
+    """Refuse a path that a link leads out of its folder.
 
     Links in the Hugging Face Hub cache are allowed: models--x/snapshots/REVISION/file -> models--x/blobs/HASH.
-
-    Raises:
-        CheckpointError: names the link.
     """
     try:
         target, home = path.resolve(), folder.resolve()
@@ -124,17 +107,13 @@ def check_inside(folder: Path, path: Path) -> None:
 
 
 def check_all_inside(folder: Path) -> None:
-    """Run `check_inside` on each entry of a folder.
-
-    Raises:
-        CheckpointError: names the link.
-    """
+    """Run `check_inside` on each entry of a folder."""
     for path in sorted(folder.iterdir()):
         if path.is_symlink():
             check_inside(folder, path)
 
 
 def is_file_name(name: str) -> bool:
-    """Whether an untrusted text is a plain file name: an entry of a folder, not a path that leads elsewhere."""
+    """Whether an untrusted text is a plain file name, not a path."""
     has_valid_length = 0 < len(name.encode(errors="replace")) < 256
     return has_valid_length and name.isprintable() and "/" not in name and name not in {".", ".."}

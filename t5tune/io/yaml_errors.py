@@ -1,4 +1,4 @@
-"""Describe what is wrong with a YAML file: the line, the problem and the next step, in place of the parser's message.
+"""Describe a problem in a YAML file by its line and the next step, instead of the parser's message.
 
 describe_yaml_error(error, "learning_rate: [1\nseed: 1\n")
 # InvalidYAML(1, "the [ in column 16 is not closed", "close it with ]")
@@ -22,7 +22,7 @@ _Description = tuple[int, str, str]  # line (counted from 0), what is wrong, hin
 
 
 class InvalidYAML(yaml.YAMLError):
-    """What is wrong, on which line (counted from 1), and what to do about it."""
+    """The problem, its line (counted from 1), and the next step."""
 
     def __init__(self, line: int, what: str, hint: str) -> None:
         super().__init__(what)

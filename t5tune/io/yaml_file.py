@@ -17,7 +17,7 @@ MAX_SHOWN_CHARACTERS = 40  # of a value in a message
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader without aliases, in which only true and false are booleans, 1e-4 is a number, and 010 is 10."""
+    """SafeLoader without aliases. Only true and false are booleans, 1e-4 is a number, and 010 is 10."""
 
     # PyYAML follows YAML 1.1: it reads `no` as false, `1e-4` as text, `010` as 8 and `1:40` as 100. The resolvers added
     # below replace these three.
@@ -41,7 +41,6 @@ class _Loader(yaml.SafeLoader):
 
 
 def _make_value_error(node: yaml.Node) -> InvalidYAML:
-    """Make the error for a value that doesn't match its type: an impossible date, too many digits, `!!int x`."""
     kind = node.tag.rpartition(":")[2]
     shown = (node.value or "an empty value") if isinstance(node, yaml.ScalarNode) else "the value"
     what = "is not a valid date or time" if kind == "timestamp" else f"is not a valid {kind}"
@@ -93,7 +92,7 @@ def read_yaml(path: Path, max_bytes: int = MAX_YAML_BYTES) -> dict[str, Any]:
     """Read a YAML file that contains a mapping of names to values.
 
     Raises:
-        SettingsError: the file can't be read, isn't valid YAML, or isn't such a mapping.
+        SettingsError: the file can't be read, isn't valid YAML, or has other contents.
     """
     try:
         if (size := path.stat().st_size) > max_bytes:

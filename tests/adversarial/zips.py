@@ -220,7 +220,7 @@ def hostile_pickles() -> Corpus:
         "a dict that contains itself": (torch_file(b"\x80\2}q\0X\1\0\0\0wh\0s."), "state dict"),
         "lists that double": (
             torch_file(b"\x80\2]q\0" + b"](h\0h\0eq\0" * 5000 + b"."),
-            "pickle doesn't end|state dict",
+            "doesn't end|state dict",
         ),
         "a memo index of 2^32": (torch_file(b"\x80\2]r\xff\xff\xff\xff."), "state dict"),
         "a million memo entries": (
@@ -233,11 +233,11 @@ def hostile_pickles() -> Corpus:
         "a million dicts": (torch_file(b"\x80\2](" + b"}" * (1 << 21) + b"e."), "opcodes"),
         "a pickle of 20 MiB": (
             torch_file(b"\x80\2X" + struct.pack("<I", 20 << 20) + b"x" * (20 << 20) + b"."),
-            "long, more",
+            "bytes, more",
         ),
-        "a string of 4 GiB": (torch_file(b"\x80\2X\xff\xff\xff\xffx."), "ends too early"),
-        "a number that ends too early": (torch_file(b"\x80\2\x8a\xff\1."), "ends too early"),
-        "no end": (torch_file(b"\x80\2}"), "ends too early"),
+        "a string of 4 GiB": (torch_file(b"\x80\2X\xff\xff\xff\xffx."), "but only 2 remain"),
+        "a number that ends too early": (torch_file(b"\x80\2\x8a\xff\1."), "not enough data"),
+        "no end": (torch_file(b"\x80\2}"), "before seeing STOP"),
         "bytes after the end": (torch_file(state_pickle() + b"x"), "doesn't end"),
         "two values": (torch_file(b"\x80\2}}."), "doesn't end"),
         "an empty stack": (torch_file(b"\x80\2."), "doesn't end|empty stack"),
@@ -248,7 +248,7 @@ def hostile_pickles() -> Corpus:
         "items into a list": (torch_file(b"\x80\2]X\1\0\0\0wNs."), "isn't a dict"),
         "items into a tuple": (torch_file(b"\x80\2)Na."), "isn't a list"),
         "a string that isn't UTF-8": (torch_file(b"\x80\2X\1\0\0\0\xff."), "utf-8|decode"),
-        "an unterminated name": (torch_file(b"\x80\2c" + b"x" * 1000), "unterminated name"),
+        "an unterminated name": (torch_file(b"\x80\2c" + b"x" * 1000), "no newline found"),
         "a name that isn't ASCII": (torch_file(b"\x80\2c\xff\nx\n."), "ascii|decode"),
         "protocol 4": (torch_file(pickle.dumps({"w": 1}, 4)), "protocol 4"),
         "protocol 5": (torch_file(pickle.dumps({"w": 1}, 5)), "protocol 5"),
@@ -344,7 +344,8 @@ def hostile_pickles() -> Corpus:
     for opcode in pickletools.opcodes:
         code = opcode.code.encode("latin-1")
         if code not in known:
-            corpus[f"opcode {opcode.name}"] = (torch_file(b"\x80\2}" + code + b"\0\0\0\0\0\0\0\0\n\n."), "opcode")
+            pickled = b"\x80\2}" + code + b"\0\0\0\0\0\0\0\0\n\n."
+            corpus[f"opcode {opcode.name}"] = (torch_file(pickled), "can't be read")
     return corpus
 
 

@@ -36,7 +36,7 @@ ENTRY_KEYS = ("dtype", "shape", "data_offsets")
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """A tensor's header entry: dtype, shape, and the range of its bytes in the file."""
+    """A tensor's header entry; `begin` and `end` count from the beginning of the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -45,14 +45,10 @@ class TensorEntry:
 
 
 class SafetensorsFile:
-    """A safetensors file whose header has been checked. Its tensors are mapped on access."""
+    """A safetensors file with a checked header: tensors don't overlap, leave no gaps, and fill the file."""
 
     def __init__(self, path: Path) -> None:
-        """Read and check the header.
-
-        Raises:
-            CheckpointError: the header is broken, or tensors overlap, leave gaps or exceed the file.
-        """
+        """Read and check the header."""
         self.path = path
         self._map: weakref.ref[np.memmap[Any, np.dtype[np.uint8]]] | None = None
         try:
@@ -77,7 +73,6 @@ class SafetensorsFile:
         self._check_positions(size)
 
     def _check_positions(self, size: int) -> None:
-        """Check that the tensors fill the file without overlaps and gaps."""
         position = self.data_begin
         for name, entry in self.entries.items():
             if entry.begin != position:
@@ -108,7 +103,6 @@ class SafetensorsFile:
         return Tensor(entry.dtype, array.reshape(entry.shape), FileRange(self.path, entry.begin))
 
     def _map_file(self) -> np.memmap[Any, np.dtype[np.uint8]]:
-        """Map the file once for all live tensors, because each map keeps the file open."""
         mapped = self._map() if self._map is not None else None
         if mapped is None:
             mapped = np.memmap(self.path, np.uint8, "r")
@@ -117,7 +111,6 @@ class SafetensorsFile:
 
 
 def _find_problem(entry: Any, data_size: int) -> str | None:
-    """Say what is wrong with a tensor's header entry; `data_size` is the number of bytes after the header."""
     if not isinstance(entry, dict):
         return f"expected an object with {', '.join(ENTRY_KEYS)}"
     if missing := [key for key in ENTRY_KEYS if key not in entry]:
@@ -142,7 +135,6 @@ def _find_problem(entry: Any, data_size: int) -> str | None:
 
 
 def _is_integers(value: Any) -> bool:
-    """Whether a JSON value is a list of integers from 0, without booleans."""
     return isinstance(value, list) and all(type(number) is int and number >= 0 for number in value)
 
 
@@ -154,8 +146,7 @@ def write_safetensors(
 ) -> None:
     """Write tensors in the order of their names, so that the same tensors always give the same bytes.
 
-    Args:
-        advance: called after each chunk of a tensor, with the chunk's size in bytes.
+    `advance` is called after each chunk, with its size in bytes.
     """
     entries = {name: (tensors[name].dtype, tensors[name].shape) for name in sorted(tensors)}
     with open(path, "wb") as file:

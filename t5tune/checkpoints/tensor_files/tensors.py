@@ -42,7 +42,7 @@ CHUNK_ELEMENTS = 4 << 20
 
 @dataclass(frozen=True)
 class FileRange:
-    """The file and offset at which a tensor's contiguous bytes begin."""
+    """The file and offset of a tensor's contiguous bytes."""
 
     path: Path
     begin: int
@@ -64,9 +64,6 @@ class Tensor:
         """Copy rows [begin, end) into memory, read from the file if its location is known.
 
         Pages of a memory map count as used memory until the map is closed; memory read here is freed with its array.
-
-        Raises:
-            CheckpointError: the file was truncated after it was opened.
         """
         if self.file_range is None:
             return Tensor(self.dtype, self.array[begin:end].copy())
@@ -103,13 +100,13 @@ class Tensor:
         return np.ascontiguousarray(self.array).tobytes()
 
     def iter_chunks(self) -> Iterator[bytes]:
-        """Iterate over the tensor's bytes: a single chunk, since a tensor that is written like this is in memory."""
+        """Iterate over the tensor's bytes, in a single chunk."""
         yield self.tobytes()
 
 
 @dataclass(frozen=True)
 class PartitionedTensor:
-    """A tensor partitioned across the mapped files of several ranks: the concatenation of flat arrays."""
+    """A tensor in the mapped files of several ranks: the concatenation of flat arrays."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -148,7 +145,6 @@ class PartitionedTensor:
 
 
 def _drop_array_pages(array: npt.NDArray[Any]) -> None:
-    """Drop the pages of the mapped file that this array is a view of, if any."""
     owner: Any = array
     while isinstance(owner, np.ndarray):
         owner = owner.base
@@ -159,18 +155,17 @@ def _drop_array_pages(array: npt.NDArray[Any]) -> None:
 
 
 def drop_pages(mapped: mmap.mmap) -> None:
-    """Drop the pages of a mapped file from this process's memory; otherwise all that was read would stay in it."""
+    """Drop the pages of a mapped file from this process's memory, where they would stay until the map is closed."""
     if hasattr(mmap, "MADV_DONTNEED"):
         mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def count_tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
-    """Count the bytes of a tensor."""
     return math.prod(shape) * NUMPY_DTYPES[dtype].itemsize
 
 
 def from_float32(values: npt.NDArray[np.float32], dtype: str) -> Tensor:
-    """Convert fp32 values to another floating-point dtype, rounding once, to nearest even.
+    """Convert fp32 values to a floating-point dtype, rounding once, to nearest even.
 
     Values that are too large become infinite.
     """

@@ -70,21 +70,12 @@ class StoredTensor(Tensor):
     check: Callable[[], None] = field(kw_only=True)
 
 
-@dataclass(frozen=True)
-class _Storage:
-    dtype: str
-    array: npt.NDArray[Any]
-    file_range: FileRange
-    check: Callable[[], None]
+class _Storage(StoredTensor):
+    """The elements that tensors are views of."""
 
 
 def read_torch_file(path: Path) -> Any:
-    """Read the object in a torch file, with each tensor as a Tensor that is a view of the mapped file.
-
-    Raises:
-        CheckpointError: the file isn't in torch's zip format (torch before 1.6 used another), is broken, or uses a name
-            that isn't allowed.
-    """
+    """Read the object in a torch file, with each tensor as a StoredTensor that is a view of the mapped file."""
     archive = StoredZip(path)
     if "byteorder" in archive.members and bytes(archive.view("byteorder")[:16]) != b"little":
         raise CheckpointError(f"{path}: was written on a big-endian machine, which isn't supported")
@@ -93,15 +84,11 @@ def read_torch_file(path: Path) -> Any:
     try:
         return unpickle(bytes(archive.view("data.pkl")), reader.find_global, reader.load_storage)
     except (ValueError, TypeError, OverflowError) as error:
-        raise CheckpointError(f"{path}: {shorten(str(error), 200)}") from error
+        raise CheckpointError(f"{path}: its pickle can't be read: {shorten(str(error), 200)}") from error
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Read the tensors in a torch file, by name.
-
-    Raises:
-        CheckpointError: as for `read_torch_file`, or the file contains something else.
-    """
+    """Read the tensors in a torch file, by name; refuse other contents."""
     state = read_torch_file(path)
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f"{path}: expected a state dict with tensors only")
@@ -109,8 +96,6 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
 
 class _Reader:
-    """Resolves the names and the storages that the pickle of one file refers to."""
-
     def __init__(self, archive: StoredZip) -> None:
         self.archive = archive
 
@@ -124,7 +109,7 @@ class _Reader:
         if (module, name) in INERT_CLASSES:
             return InertClass(name)
         raise CheckpointError(
-            f"{self.archive.path}: its pickle refers to {module}.{name}, which no checkpoint needs",
+            f"{self.archive.path}: its pickle refers to {shorten(f'{module}.{name}')}, which no checkpoint needs",
             hint="don't load this file with torch.load either, unless you trust its author",
         )
 
@@ -133,20 +118,23 @@ class _Reader:
             case ("storage", _StorageType() as kind, str() as key, _, int() as count) if type(count) is int:
                 dtype = NUMPY_DTYPES[kind.dtype]
             case _:
-                raise ValueError("its pickle has a persistent id that isn't a storage")
+                raise ValueError("it has a persistent id that isn't a storage")
         member = self.archive.get_member(f"data/{key}")
         if count * dtype.itemsize != member.size:
             raise ValueError(f"data/{shorten(key)}: {member.size} bytes, expected {count * dtype.itemsize}")
         values = np.frombuffer(self.archive.view(f"data/{key}"), dtype)
         file_range = FileRange(self.archive.path, member.begin)
-        return _Storage(kind.dtype, values, file_range, partial(self.archive.check, f"data/{key}"))
+        return _Storage(kind.dtype, values, file_range, check=partial(self.archive.check, f"data/{key}"))
 
 
 def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Tensor:
     """Replacement for torch._utils._rebuild_tensor_v2: a view of a storage. Offset and strides are in elements."""
     if not isinstance(storage, _Storage) or type(shape) is not tuple or type(strides) is not tuple:
-        raise ValueError("its pickle has a tensor without a storage, a shape or strides")
-    _check_numbers(offset, shape, strides)
+        raise ValueError("it has a tensor without a storage, a shape or strides")
+    if len(shape) != len(strides) or len(shape) > MAX_DIMENSIONS:
+        raise ValueError(f"it has a tensor of {len(shape)} dimensions with {len(strides)} strides")
+    if not all(type(number) is int and 0 <= number < 1 << 48 for number in (offset, *shape, *strides)):
+        raise ValueError("it has a tensor with an invalid shape")
     count, values = math.prod(shape), storage.array
     if count == 0:
         return StoredTensor(storage.dtype, np.zeros(shape, values.dtype), check=storage.check)
@@ -158,31 +146,25 @@ def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any
     itemsize = values.dtype.itemsize
     byte_strides = [stride * itemsize for stride in strides]
     view: npt.NDArray[Any] = np.ndarray(shape, values.dtype, values.data, offset * itemsize, byte_strides)
+    assert storage.file_range is not None
     file_range = FileRange(storage.file_range.path, storage.file_range.begin + offset * itemsize)
     return StoredTensor(storage.dtype, view, file_range if view.flags.c_contiguous else None, check=storage.check)
 
 
-def _check_numbers(offset: Any, shape: tuple[Any, ...], strides: tuple[Any, ...]) -> None:
-    if len(shape) != len(strides) or len(shape) > MAX_DIMENSIONS:
-        raise ValueError(f"its pickle has a tensor of {len(shape)} dimensions with {len(strides)} strides")
-    if not all(type(number) is int and 0 <= number < 1 << 48 for number in (offset, *shape, *strides)):
-        raise ValueError("its pickle has a tensor with an invalid shape")
-
-
 def _rebuild_from_type(rebuild: Any, _type: Any, arguments: Any, _state: Any) -> Tensor:
-    """Replacement for torch._tensor._rebuild_from_type_v2: a tensor with extra attributes, which aren't needed here."""
+    """Replacement for torch._tensor._rebuild_from_type_v2: a tensor with attributes, which are ignored."""
     functions = [_FUNCTIONS["torch._utils", name] for name in ("_rebuild_tensor_v2", "_rebuild_parameter")]
     if rebuild not in functions or type(arguments) is not tuple:
-        raise ValueError("its pickle has an object that isn't a tensor")
+        raise ValueError("it has an object that isn't a tensor")
     return rebuild.call(*arguments)  # type: ignore[no-any-return]
 
 
 def _take_first(kind: type[Any], problem: str) -> Function:
-    """Make the replacement for a function whose first argument, of this type, is all that is needed."""
+    """Make the replacement for a function that may return its first argument, which must have this type."""
 
     def take(value: Any = None, *_: Any) -> Any:
         if not isinstance(value, kind):
-            raise ValueError(f"its pickle has {problem}")
+            raise ValueError(f"it has {problem}")
         return value
 
     return Function(take)

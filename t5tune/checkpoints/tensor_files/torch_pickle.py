@@ -3,17 +3,17 @@
     unpickle(data, find_global, load_reference)
 
 It imports nothing, calls only what `find_global` returns, keeps its memory within a small multiple of the pickle's
-length, and never recurses. The format is described in CPython's Lib/pickletools.py.
+length, and never recurses. `pickletools` splits the pickle into opcodes, and documents them.
 """
 
-import struct
+import pickletools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 MAX_PICKLE_BYTES = 16 << 20
 MAX_OPCODES = 1 << 20
-MAX_NAME_BYTES = 256
 _MARK = object()  # on the stack, before a sequence of items
 _KEY_TYPES = (str, int, float, type(None))
 
@@ -27,7 +27,7 @@ class Function:
 
 @dataclass(frozen=True, slots=True)
 class InertClass:
-    """A class of which only the name is known. Calling it in a pickle gives an Inert."""
+    """The name of a class that isn't loaded. Calling it in a pickle gives an Inert."""
 
     name: str
 
@@ -49,11 +49,11 @@ def unpickle(data: bytes, find_global: Callable[[str, str], Any], load_reference
         load_reference: a persistent id -> the object that it refers to.
 
     Raises:
-        ValueError: an opcode isn't allowed or isn't valid at its place, or there are more than a checkpoint needs.
+        ValueError: the pickle is broken, or has an opcode that isn't allowed, or more opcodes than a checkpoint needs.
             Exceptions of `find_global`, `load_reference` and the functions pass through.
     """
     if len(data) > MAX_PICKLE_BYTES:
-        raise ValueError(f"its pickle is {len(data)} bytes long, more than {MAX_PICKLE_BYTES}")
+        raise ValueError(f"it has {len(data)} bytes, more than {MAX_PICKLE_BYTES}")
     return _Machine(data, find_global, load_reference).run()
 
 
@@ -62,43 +62,20 @@ class _Machine:
     data: bytes
     find_global: Callable[[str, str], Any]
     load_reference: Callable[[Any], Any]
-    position: int = 0
     stack: list[Any] = field(default_factory=list)
     memo: dict[int, Any] = field(default_factory=dict)  # not a list, which a large index would make huge
 
     def run(self) -> Any:
-        for _ in range(MAX_OPCODES):
-            opcode = self.read_bytes(1)
-            if opcode == b".":
-                if len(self.stack) != 1 or self.position != len(self.data):
-                    raise ValueError("its pickle doesn't end at its STOP opcode with one object")
+        for opcode, argument, position in islice(pickletools.genops(self.data), MAX_OPCODES):
+            assert position is not None
+            if opcode.name == "STOP":
+                if len(self.stack) != 1 or position + 1 != len(self.data):
+                    raise ValueError("it doesn't end at its STOP opcode with one object")
                 return self.pop()
-            operation = _OPERATIONS.get(opcode)
-            if operation is None:
-                raise ValueError(
-                    f"its pickle has opcode {opcode!r} at byte {self.position - 1}, which torch never writes"
-                )
-            operation(self)
-        raise ValueError(f"its pickle has more than {MAX_OPCODES} opcodes")
-
-    # reading bytes
-
-    def read_bytes(self, count: int) -> bytes:
-        end = self.position + count
-        if end > len(self.data):
-            raise ValueError("its pickle ends too early")
-        data = self.data[self.position : end]
-        self.position = end
-        return data
-
-    def read_number(self, form: str) -> Any:
-        return struct.unpack(form, self.read_bytes(struct.calcsize(form)))[0]
-
-    def read_line(self) -> str:
-        end = self.data.find(b"\n", self.position, self.position + MAX_NAME_BYTES)
-        if end < 0:
-            raise ValueError("its pickle has an unterminated name")
-        return self.read_bytes(end + 1 - self.position)[:-1].decode("ascii")
+            if opcode.name not in _OPERATIONS:
+                raise ValueError(f"opcode {opcode.name} at byte {position}, which torch never writes")
+            _OPERATIONS[opcode.name](self, argument)
+        raise ValueError(f"it has more than {MAX_OPCODES} opcodes")
 
     # the stack
 
@@ -107,7 +84,7 @@ class _Machine:
 
     def pop(self) -> Any:
         if not self.stack or self.stack[-1] is _MARK:
-            raise ValueError("its pickle pops from an empty stack")
+            raise ValueError("it pops from an empty stack")
         return self.stack.pop()
 
     def pop_several(self, count: int) -> list[Any]:
@@ -118,21 +95,21 @@ class _Machine:
         while index >= 0 and self.stack[index] is not _MARK:
             index -= 1
         if index < 0:
-            raise ValueError("its pickle pops to a mark that doesn't exist")
+            raise ValueError("it pops to a mark that doesn't exist")
         items = self.stack[index + 1 :]
         del self.stack[index:]
         return items
 
     def peek(self, kind: type[Any]) -> Any:
         if not self.stack or type(self.stack[-1]) is not kind:
-            raise ValueError(f"its pickle adds items to something that isn't a {kind.__name__}")
+            raise ValueError(f"it adds items to something that isn't a {kind.__name__}")
         return self.stack[-1]
 
     # opcodes
 
-    def check_protocol(self) -> None:
-        if (version := self.read_number("<B")) != 2:
-            raise ValueError(f"its pickle has protocol {version}, but torch writes protocol 2")
+    def check_protocol(self, version: int) -> None:
+        if version != 2:
+            raise ValueError(f"it has protocol {version}, but torch writes protocol 2")
 
     def append_items(self, items: list[Any]) -> None:
         self.peek(list).extend(items)
@@ -141,72 +118,66 @@ class _Machine:
         target = self.peek(dict)
         # hashing other keys, such as deeply nested tuples, could take forever
         if len(items) % 2 or not all(isinstance(key, _KEY_TYPES) for key in items[::2]):
-            raise ValueError("its pickle has a key that is neither a string nor a number")
+            raise ValueError("it has a key that is neither a string nor a number")
         target.update(zip(items[::2], items[1::2], strict=True))
 
     def put_memo(self, index: int) -> None:
-        value = self.pop()
-        self.memo[index] = value
-        self.push(value)
+        self.memo[index] = self.pop()
+        self.push(self.memo[index])
 
     def get_memo(self, index: int) -> None:
         if index not in self.memo:
-            raise ValueError("its pickle gets a memo entry that it never put")
+            raise ValueError("it gets a memo entry that it never put")
         self.push(self.memo[index])
 
     def construct(self, only_classes: bool) -> None:
         function, arguments = self.pop_several(2)
         if only_classes and not isinstance(function, InertClass):
-            raise ValueError("its pickle instantiates something that isn't a class")
+            raise ValueError("it instantiates something that isn't a class")
         if type(arguments) is not tuple:
-            raise ValueError("its pickle makes a call without an argument tuple")
+            raise ValueError("it makes a call without an argument tuple")
         if isinstance(function, InertClass):
             self.push(Inert(function.name, arguments))
         elif isinstance(function, Function):
             self.push(function.call(*arguments))
         else:
-            raise ValueError("its pickle calls something that isn't a function")
+            raise ValueError("it calls something that isn't a function")
 
     def set_state(self) -> None:
         target, state = self.pop_several(2)
         if isinstance(target, Inert):
             target.state = state
         elif type(target) is not dict:  # a state dict's attribute _metadata isn't needed
-            raise ValueError("its pickle sets attributes of an object without attributes")
+            raise ValueError("it sets attributes of an object without attributes")
         self.push(target)
 
 
-# CPython's pickle.py has the names of these opcodes
-_OPERATIONS: dict[bytes, Callable[[_Machine], None]] = {
-    b"\x80": _Machine.check_protocol,
-    b"(": lambda m: m.push(_MARK),
-    b"}": lambda m: m.push({}),
-    b"]": lambda m: m.push([]),
-    b")": lambda m: m.push(()),
-    b"N": lambda m: m.push(None),
-    b"\x88": lambda m: m.push(True),
-    b"\x89": lambda m: m.push(False),
-    b"K": lambda m: m.push(m.read_number("<B")),
-    b"M": lambda m: m.push(m.read_number("<H")),
-    b"J": lambda m: m.push(m.read_number("<i")),
-    b"G": lambda m: m.push(m.read_number(">d")),
-    b"\x8a": lambda m: m.push(int.from_bytes(m.read_bytes(m.read_number("<B")), "little", signed=True)),
-    b"X": lambda m: m.push(m.read_bytes(m.read_number("<I")).decode("utf-8", "surrogatepass")),
-    b"\x85": lambda m: m.push(tuple(m.pop_several(1))),
-    b"\x86": lambda m: m.push(tuple(m.pop_several(2))),
-    b"\x87": lambda m: m.push(tuple(m.pop_several(3))),
-    b"t": lambda m: m.push(tuple(m.pop_to_mark())),
-    b"a": lambda m: m.append_items(m.pop_several(1)),
-    b"e": lambda m: m.append_items(m.pop_to_mark()),
-    b"s": lambda m: m.set_items(m.pop_several(2)),
-    b"u": lambda m: m.set_items(m.pop_to_mark()),
-    b"q": lambda m: m.put_memo(m.read_number("<B")),
-    b"r": lambda m: m.put_memo(m.read_number("<I")),
-    b"h": lambda m: m.get_memo(m.read_number("<B")),
-    b"j": lambda m: m.get_memo(m.read_number("<I")),
-    b"c": lambda m: m.push(m.find_global(m.read_line(), m.read_line())),
-    b"R": lambda m: m.construct(only_classes=False),
-    b"\x81": lambda m: m.construct(only_classes=True),
-    b"b": _Machine.set_state,
-    b"Q": lambda m: m.push(m.load_reference(m.pop())),
+# the second parameter is the opcode's argument in the pickle, None if it has no argument
+_OPERATIONS: dict[str, Callable[[_Machine, Any], None]] = {
+    "PROTO": _Machine.check_protocol,
+    "MARK": lambda m, _: m.push(_MARK),
+    "EMPTY_DICT": lambda m, _: m.push({}),
+    "EMPTY_LIST": lambda m, _: m.push([]),
+    "EMPTY_TUPLE": lambda m, _: m.push(()),
+    "NONE": _Machine.push,
+    "NEWTRUE": lambda m, _: m.push(True),
+    "NEWFALSE": lambda m, _: m.push(False),
+    **dict.fromkeys(("BININT1", "BININT2", "BININT", "BINFLOAT", "LONG1", "BINUNICODE"), _Machine.push),
+    "TUPLE1": lambda m, _: m.push(tuple(m.pop_several(1))),
+    "TUPLE2": lambda m, _: m.push(tuple(m.pop_several(2))),
+    "TUPLE3": lambda m, _: m.push(tuple(m.pop_several(3))),
+    "TUPLE": lambda m, _: m.push(tuple(m.pop_to_mark())),
+    "APPEND": lambda m, _: m.append_items(m.pop_several(1)),
+    "APPENDS": lambda m, _: m.append_items(m.pop_to_mark()),
+    "SETITEM": lambda m, _: m.set_items(m.pop_several(2)),
+    "SETITEMS": lambda m, _: m.set_items(m.pop_to_mark()),
+    "BINPUT": _Machine.put_memo,
+    "LONG_BINPUT": _Machine.put_memo,
+    "BINGET": _Machine.get_memo,
+    "LONG_BINGET": _Machine.get_memo,
+    "GLOBAL": lambda m, names: m.push(m.find_global(*names.split(" ", 1))),
+    "REDUCE": lambda m, _: m.construct(only_classes=False),
+    "NEWOBJ": lambda m, _: m.construct(only_classes=True),
+    "BUILD": lambda m, _: m.set_state(),
+    "BINPERSID": lambda m, _: m.push(m.load_reference(m.pop())),
 }

@@ -36,11 +36,11 @@ _MAX_DATA_DESCRIPTOR_BYTES = 24
 
 @dataclass(frozen=True)
 class Member:
-    """One file in the archive.
+    """A file in the archive.
 
     Args:
         header: offset of the local header.
-        crc: CRC-32 of the bytes; 0 if the writer didn't compute it.
+        crc: CRC-32 of the bytes; 0: the writer didn't compute it.
         has_descriptor: whether a data descriptor, which repeats the sizes, follows the bytes.
         begin: offset of the bytes.
     """
@@ -57,11 +57,7 @@ class StoredZip:
     """The archive's members by name, without the top-level folder that torch puts them in."""
 
     def __init__(self, path: Path) -> None:
-        """Read and check the central directory.
-
-        Raises:
-            CheckpointError: not a zip archive of this kind, or one whose records contradict each other.
-        """
+        """Read and check the central directory."""
         self.path = path
         try:
             # O_NONBLOCK, because opening a named pipe would block forever
@@ -77,7 +73,7 @@ class StoredZip:
             raise CheckpointError(f"{path}: can't be read: {describe_error(error)}") from error
 
     def view(self, name: str) -> memoryview:
-        """Return the member's bytes as a view of the mapped file; raises as `get_member` does."""
+        """Return the member's bytes as a view of the mapped file."""
         member = self.get_member(name)
         return memoryview(self._map)[member.begin : member.begin + member.size]
 
@@ -88,11 +84,7 @@ class StoredZip:
         return self.members[name]
 
     def check(self, name: str) -> None:
-        """Check a member's CRC-32.
-
-        Raises:
-            CheckpointError: the bytes have changed since they were written.
-        """
+        """Check a member's CRC-32."""
         data, crc, found = self.view(name), self.get_member(name).crc, 0
         for begin in range(0, len(data) if crc else 0, CRC_CHUNK_BYTES):
             found = zlib.crc32(data[begin : begin + CRC_CHUNK_BYTES], found)
@@ -131,7 +123,7 @@ class StoredZip:
         return {name.partition("/")[2]: member for name, member in members.items()}
 
     def _locate_members(self, members: dict[str, Member], end: int) -> dict[str, Member]:
-        """Find where each member's data begins. The members must fill the bytes up to `end`.
+        """Find the offset of each member's data. The members must fill the bytes up to `end`.
 
         They must follow each other without overlap and without a gap, except for a data descriptor.
         """
@@ -189,7 +181,7 @@ class StoredZip:
         return begin, count, end
 
     def _parse_directory_entry(self, directory: bytes, offset: int) -> tuple[Member, int]:
-        """Parse the entry at an offset in the central directory, and return it with the offset of the next one."""
+        """Parse an entry of the central directory, and return it with the offset of the next entry."""
         fields = _DIRECTORY_ENTRY.unpack_from(directory, offset)
         signature, _, _, flags, method, _, _, crc, packed, size, *lengths, disk, _, _, header = fields
         name_length, extra_length, comment_length = lengths
@@ -211,7 +203,7 @@ class StoredZip:
         return Member(name, header, size, crc, bool(flags & _HAS_DATA_DESCRIPTOR)), offset
 
     def _apply_zip64(self, extra: bytes, values: list[int]) -> list[int]:
-        """Replace the values that need more than 32 bits: the extra field 1 (zip64) contains them, in this order."""
+        """Replace the values that need more than 32 bits: extra field 1 (zip64) contains them, in this order."""
         offset = 0
         while offset + 4 <= len(extra):
             kind, length = struct.unpack_from("<2H", extra, offset)

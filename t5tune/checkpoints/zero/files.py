@@ -6,7 +6,7 @@
 
 ZeRO stage 3 divides each parameter into equal partitions, one per rank, the last one padded. Stages 1 and 2 (and
 BF16_Optimizer, whose files begin with bf16_) concatenate all parameters of a group and divide the result. The
-model-states file of rank 0 lists the parameters in this order. See deepspeed/utils/zero_to_fp32.py for the same.
+model-states file of rank 0 lists the parameters in this order, as in deepspeed/utils/zero_to_fp32.py.
 """
 
 import math
@@ -35,12 +35,7 @@ Shapes = list[dict[str, tuple[int, ...]]]
 
 @dataclass(frozen=True)
 class ZeroFiles:
-    """The files of a checkpoint by rank, and what the model states of the first rank say about the run.
-
-    Args:
-        first: the model states of the first rank.
-        shapes: the trained parameters in the order of the flat vectors.
-    """
+    """A checkpoint's files by rank, and the run's description in `first`, the model states of the first rank."""
 
     folder: Path
     model_files: dict[int, Path]
@@ -60,10 +55,9 @@ class OptimizerShards:
     """The optimizer's state of all ranks, as DeepSpeed stores it: views of the mapped files.
 
     Args:
-        shapes: the trained parameters in the order of the flat vectors.
         paddings: number of padding elements after each parameter in stages 1 and 2, by group.
-        states: of each rank, its optimizer's state dict.
-        masters: of each rank, the fp32 weights: one flat tensor per group.
+        states: each rank's state dict of the optimizer.
+        masters: each rank's fp32 weights: one flat tensor per group.
     """
 
     folder: Path
@@ -74,11 +68,7 @@ class OptimizerShards:
     masters: list[list[Tensor]]
 
     def gather(self, ranks: list[list[Tensor]]) -> dict[str, PartitionedTensor]:
-        """Gather values by parameter, from one flat tensor per group of each rank.
-
-        Raises:
-            CheckpointError: the tensors don't have the sizes of the parameters.
-        """
+        """Gather values by parameter, from one flat tensor per group of each rank."""
         dtypes = {tensor.dtype for groups in ranks for tensor in groups}
         if len(dtypes) != 1 or len(set(map(len, ranks))) != 1:
             raise CheckpointError(f"{self.folder}: the shards are from different runs: their dtypes or groups differ")
@@ -90,11 +80,7 @@ class OptimizerShards:
 
 
 def find_zero_files(folder: Path) -> ZeroFiles:
-    """Find the files of a checkpoint, and read the model states of the first rank.
-
-    Raises:
-        CheckpointError: a file is unexpected or broken.
-    """
+    """Find the files of a checkpoint, and read the model states of the first rank."""
     check_all_inside(folder)
     model_files = _find_files_by_rank(folder, "*_model_states.pt", _MODEL_STATES_PATTERN)
     shard_files = _find_files_by_rank(folder, "*_optim_states.pt", _OPTIMIZER_STATES_PATTERN)
@@ -111,11 +97,7 @@ def find_zero_files(folder: Path) -> ZeroFiles:
 
 
 def read_optimizer_shards(files: ZeroFiles) -> OptimizerShards:
-    """Read the optimizer's state of all ranks, without checking the bytes of the tensors.
-
-    Raises:
-        CheckpointError: a shard is missing, unexpected, broken, or doesn't match the others.
-    """
+    """Read the optimizer's state of all ranks, without checking the bytes of the tensors."""
     folder, world_size = files.folder, files.world_size
     if not files.shard_files:
         raise CheckpointError(f"{folder}: no optimizer shards (*_optim_states.pt), which contain the fp32 weights")
@@ -135,11 +117,6 @@ def read_optimizer_shards(files: ZeroFiles) -> OptimizerShards:
 
 
 def check_ranks(folder: Path, files: Mapping[int, Path], world_size: int, what: str) -> None:
-    """Check that each rank has a file.
-
-    Raises:
-        CheckpointError: names the missing rank.
-    """
     missing = next((rank for rank in range(world_size) if rank not in files), None)
     if missing is not None or len(files) != world_size:
         raise CheckpointError(
@@ -203,7 +180,7 @@ def _read_fp32_groups(optimizer: Mapping[Any, Any], stage: int, path: Path) -> l
 def _gather_stage3(
     folder: Path, ranks: list[list[npt.NDArray[Any]]], shapes: Shapes, dtype: str
 ) -> dict[str, PartitionedTensor]:
-    """Gather stage 3: each rank's fp32_flat_groups are one vector, of which each parameter takes ceil(n / ranks)."""
+    """Gather stage 3: a rank's fp32_flat_groups are one vector with ceil(n / ranks) elements of each parameter."""
     trained = {}
     offset = 0
     for name, shape in ((name, shape) for group in shapes for name, shape in group.items()):
@@ -255,7 +232,6 @@ def slice_flat(
 
 
 def expect_dict(value: Any, path: Path) -> dict[Any, Any]:
-    """Check and return a dict that was read from a file."""
     if type(value) is not dict:
         raise CheckpointError(f"{path}: expected a dict, found {type(value).__name__}")
     return value

@@ -1,4 +1,4 @@
-"""Read the optimizer of a ZeRO checkpoint by parameter, whatever number of ranks its shards are for.
+"""Read the optimizer of a ZeRO checkpoint by parameter, for any number of ranks.
 
 saved = read_zero_optimizer(folder)
 saved.masters["…q.lora_A.default.weight"].read(0, 100)              # fp32 weights
@@ -21,12 +21,11 @@ class ZeroOptimizer:
     """An optimizer's state, as views of the mapped files.
 
     Args:
-        stage: the ZeRO stage of the run that saved it.
         masters: the fp32 weights by parameter.
-        moments: what the optimizer keeps for each element, such as Adam's "exp_avg": key -> parameter -> values.
-        numbers: what it keeps once, such as "step": key -> a number, or a Tensor without dimensions.
+        moments: values per element, such as Adam's "exp_avg": key -> parameter -> values.
+        numbers: single values, such as "step": key -> a number, or a Tensor without dimensions.
         groups: the hyperparameters of each parameter group, such as "lr".
-        engine: the model states of the first rank: DeepSpeed's counters, and its own learning-rate schedule if any.
+        engine: the model states of the first rank, with DeepSpeed's counters and learning-rate schedule.
     """
 
     stage: int
@@ -38,11 +37,7 @@ class ZeroOptimizer:
 
 
 def read_zero_optimizer(folder: Path) -> ZeroOptimizer:
-    """Read the optimizer's state from the shards of all ranks.
-
-    Raises:
-        CheckpointError: a shard is missing or broken, or the state depends on how it was divided.
-    """
+    """Read the optimizer's state from the shards of all ranks; refuse states that depend on the number of ranks."""
     files = find_zero_files(folder)
     shards = read_optimizer_shards(files)
     states = [_read_state(shards, rank, files.shard_files[rank]) for rank in range(files.world_size)]
@@ -61,7 +56,7 @@ def _get_base_state(shards: OptimizerShards, rank: int) -> Any:
 
 
 def _read_state(shards: OptimizerShards, rank: int, path: Path) -> list[Mapping[str, Any]]:
-    """Read what a rank's optimizer keeps for each of its flat vectors; nothing before the first step."""
+    """Read the state of each flat vector of a rank; empty before the first step."""
     base = _get_base_state(shards, rank)
     if type(base) is not dict:  # a list, with zero_optimization.elastic_checkpoint
         raise CheckpointError(f"{path}: the optimizer's state isn't that of one optimizer")
@@ -79,7 +74,6 @@ def _read_groups(shards: OptimizerShards) -> list[dict[str, Any]]:
 def _gather_moment(
     shards: OptimizerShards, states: list[list[Mapping[str, Any]]], key: str
 ) -> dict[str, PartitionedTensor]:
-    """Gather what the optimizer keeps for each element of the parameters."""
     values = [[group[key] for group in groups] for groups in states]
     for masters, moments in zip(shards.masters, values, strict=True):
         for master, moment in zip(masters, moments, strict=True):
@@ -91,7 +85,6 @@ def _gather_moment(
 
 
 def _read_number(folder: Path, states: list[list[Mapping[str, Any]]], key: str) -> Any:
-    """Read what all ranks' optimizers keep once for all elements."""
     found = [group[key] for groups in states for group in groups]
     numbers = {value.array.item() if isinstance(value, Tensor) else value for value in found}
     if len(numbers) != 1:

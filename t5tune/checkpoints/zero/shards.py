@@ -42,11 +42,7 @@ class ZeroState:
 
 
 def find_deepspeed_folder(folder: Path) -> Path | None:
-    """Find the folder with the shards: the folder itself, or the one that its `latest` (or `latest_universal`) names.
-
-    Raises:
-        CheckpointError: `latest` names something outside the folder, or a folder without shards.
-    """
+    """Find the folder with the shards: the folder itself, or the folder named in its `latest` or `latest_universal`."""
     if any(folder.glob("*_model_states.pt")):
         return folder
     latest = next((path for name in ("latest", "latest_universal") if (path := folder / name).is_file()), None)
@@ -64,14 +60,7 @@ def find_deepspeed_folder(folder: Path) -> Path | None:
 
 
 def read_zero(folder: Path, with_frozen: bool = True) -> ZeroState:
-    """Gather a checkpoint's weights, as views of the memory-mapped files.
-
-    Args:
-        with_frozen: whether to look for the weights that weren't trained, in the files of all ranks.
-
-    Raises:
-        CheckpointError: a shard is missing, unexpected, broken, or doesn't match the others.
-    """
+    """Gather a checkpoint's weights, as views of the mapped files; `with_frozen` also reads the frozen weights."""
     files = find_zero_files(folder)
     first, shapes, world_size = files.first, files.shapes, files.world_size
     is_universal = (folder / UNIVERSAL_FOLDER).is_dir()
@@ -104,7 +93,7 @@ def read_zero(folder: Path, with_frozen: bool = True) -> ZeroState:
 def _gather_frozen(
     model_files: Mapping[int, Path], first: Mapping[Any, Any], is_sharded: bool
 ) -> dict[str, PartitionedTensor]:
-    """Gather the weights that weren't trained: whole in stages 1 and 2, one fragment per rank in stage 3."""
+    """Gather the frozen weights: whole in stages 1 and 2, one fragment per rank in stage 3."""
     path = model_files[0]
     shapes = read_shapes([first.get("frozen_param_shapes") or {}], path)[0]
     if not shapes:
@@ -151,6 +140,5 @@ def _read_configured_stage(state: Mapping[Any, Any]) -> int:
 
 
 def _select_tensors(value: Any) -> dict[str, Tensor]:
-    """Select the tensors of a state dict, and leave out other values."""
     found = value if type(value) is dict else {}
     return {name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor) and isinstance(name, str)}

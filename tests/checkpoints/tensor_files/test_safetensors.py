@@ -447,7 +447,7 @@ def test_a_storage_shorter_than_its_tensor_is_refused(tmp_path: Path) -> None:
     path = rewritten(
         tmp_path / "whole.pt", tmp_path / "bad.pt", lambda name, data: data[:-4] if name.endswith("data/0") else data
     )
-    with pytest.raises(CheckpointError, match=r"bad\.pt: data/0: 12 bytes, expected 16"):
+    with pytest.raises(CheckpointError, match=r"bad\.pt: .*: data/0: 12 bytes, expected 16"):
         read_torch_file(path)
 
 
