@@ -67,8 +67,7 @@ def find_local_base(settings: BaseModelSettings, with_weights: bool = False) -> 
     with suppress(OSError, ValueError):  # a name that neither a file nor a model on the Hub can have
         folder = pocket_folder() if _is_pocket(name) else Path(name)
         if not folder.is_dir() and is_hub_name(name):
-            cached = _make_repository(settings).find_cached(CONFIG_FILE)
-            folder = folder if cached is None else cached.parent
+            folder = _make_repository(settings).find_cached_folder() or folder
         if (folder / CONFIG_FILE).is_file() and (_has_weights(folder) or not with_weights):
             return folder
     return None

@@ -9,7 +9,7 @@ The dataset's README.md lists the files of each subset and split; otherwise thei
 import glob
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -24,7 +24,7 @@ from t5tune.progress import Note, Report, silent
 
 PREFIX = "hf://datasets/"
 README = "README.md"
-# the words in files' names by which the Hub's viewer and the datasets library tell splits apart
+# the words in files' names that mean a split to the Hub's viewer and the datasets library
 SPLIT_WORDS = {
     "train": "train|training",
     "validation": "validation|valid|val|dev",
@@ -137,9 +137,9 @@ def _is_ignored(name: str) -> bool:
 
 def _explain_no_data(asked: str, dataset: DatasetName, names: Sequence[str]) -> DataError:
     if any(name.endswith(".py") for name in names):
-        problem = f"{asked}: this dataset is made by a script, and t5tune runs none"
-        return DataError(problem, hint=f"try the Hub's own copy: {PREFIX}{dataset.name}@refs/convert/parquet")
-    hint = f"it has {join_first(names)}" if names else "it has no files at all"
+        problem = f"{asked}: this dataset needs its Python script, which t5tune doesn't run"
+        return DataError(problem, hint=f"try the Hub's Parquet copy: {PREFIX}{dataset.name}@refs/convert/parquet")
+    hint = f"it has {join_first(names)}" if names else "it has no files"
     return DataError(f"{asked}: this dataset has no JSON, JSONL, CSV or Parquet file", hint=hint)
 
 
@@ -168,21 +168,16 @@ def _read_configs(snapshot: Path) -> list[dict[str, Any]]:
 def _select_by_split(
     data: Sequence[str], configs: list[dict[str, Any]], choice: DatasetChoice, asked: str, report: Report
 ) -> list[str]:
-    if configs:
-        config = _choose_config(configs, choice.subset, asked)
-        folder = str(config.get("data_dir") or "").strip("./")
-        inside = [name for name in data if not folder or name.startswith(f"{folder}/")]
-        listed = _read_data_files(config["data_files"], folder, inside) if config.get("data_files") else None
-        splits = listed or _guess_splits(inside, folder, asked)
-    else:
-        folder = choice.subset or ""
-        inside = [name for name in data if not folder or name.startswith(f"{folder}/")]
-        if not inside:
-            folders = sorted({name.partition("/")[0] for name in data if "/" in name})
-            hint = f"it has the folders {join_first(folders)}" if folders else "it has no subsets: leave it out"
-            raise DataError(f"data_subset: {folder}: {asked}: no such subset", hint=hint)
-        splits = _guess_splits(inside, folder, asked)
-    splits = {name: files for name, files in splits.items() if files}
+    # without a list in README.md, a subset is a folder
+    config = _choose_config(configs, choice.subset, asked) if configs else {"data_dir": choice.subset}
+    folder = str(config.get("data_dir") or "").strip("./")
+    inside = [name for name in data if not folder or name.startswith(f"{folder}/")]
+    if not inside and not configs:
+        folders = sorted({name.partition("/")[0] for name in data if "/" in name})
+        hint = f"it has the folders {join_first(folders)}" if folders else "it has no subsets: leave it out"
+        raise DataError(f"data_subset: {folder}: {asked}: no such subset", hint=hint)
+    listed = _read_data_files(config.get("data_files"), folder, inside)
+    splits = {name: files for name, files in (listed or _guess_splits(inside, folder, asked)).items() if files}
     wanted = choice.defaults if choice.split is None else (choice.split,)
     for name in wanted:
         if name in splits:
@@ -207,30 +202,21 @@ def _choose_config(configs: list[dict[str, Any]], subset: str | None, asked: str
     if marked or "default" in by_name or len(configs) == 1:
         return (marked or [by_name.get("default", configs[0])])[0]
     hint = f"choose one with --data-subset: {join_first(list(by_name))}"
-    raise DataError(f"{asked}: this dataset has {len(by_name)} subsets, and none of them is the default", hint=hint)
+    raise DataError(f"{asked}: this dataset has {len(by_name)} subsets and no default", hint=hint)
 
 
 def _read_data_files(data_files: Any, folder: str, data: Sequence[str]) -> Splits:
     """Read a subset's list of files: a path, paths, or a path or paths for each split."""
+    if isinstance(data_files, dict):
+        data_files = [{"split": split, "path": paths} for split, paths in data_files.items()]
     splits: dict[str, list[str]] = {}
-    for split, paths in _iterate_data_files(data_files):
+    for entry in data_files if isinstance(data_files, list) else [data_files]:
+        listed = entry if isinstance(entry, dict) else {"path": entry}
+        paths = listed.get("path")
         for path in [paths] if isinstance(paths, str) else paths if isinstance(paths, list) else []:
             pattern = f"{folder}/{path}" if folder else str(path).removeprefix("./")
-            splits.setdefault(split, []).extend(_match(data, pattern))
+            splits.setdefault(str(listed.get("split", "train")), []).extend(_match(data, pattern))
     return {split: list(dict.fromkeys(files)) for split, files in splits.items()}
-
-
-def _iterate_data_files(data_files: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(data_files, str):
-        yield "train", data_files
-    elif isinstance(data_files, dict):
-        yield from ((str(split), paths) for split, paths in data_files.items())
-    elif isinstance(data_files, list):
-        for entry in data_files:
-            if isinstance(entry, dict):
-                yield str(entry.get("split", "train")), entry.get("path")
-            else:
-                yield "train", entry
 
 
 def _match(data: Sequence[str], pattern: str) -> list[str]:
@@ -260,7 +246,7 @@ def _guess_splits(data: Sequence[str], folder: str, asked: str) -> Splits:
     tops = {place.partition("/")[0] for place in places if place}
     if len(places) > 1 and tops:
         hint = f"choose one with --data-subset: {join_first(sorted(tops))}"
-        raise DataError(f"{asked}: several folders of this dataset have splits of their own", hint=hint)
+        raise DataError(f"{asked}: several folders of this dataset have splits", hint=hint)
     rest = splits.pop("", [])
     return {"train": rest, **splits} if rest and "train" not in splits else splits
 

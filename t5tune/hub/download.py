@@ -31,11 +31,11 @@ Result = TypeVar("Result")
 Kind = Literal["model", "adapter", "dataset"]
 ERROR_CLASSES: dict[Kind, type[T5TuneError]] = {"model": ModelError, "adapter": CheckpointError, "dataset": DataError}
 ALL_FOLDERS = "*/*"
-TRANSFER_BAR = "Downloading bytes"  # what huggingface_hub writes at a second bar, which counts the same bytes
+TRANSFER_BAR = "Downloading bytes"  # huggingface_hub's description of a second bar, which counts the same bytes
 COMMITS_FOLDER = "commits"  # in t5tune's folder for downloads: the date of each commit
-TRANSIENT = {408, 429, 500, 502, 503, 504}  # HTTP statuses that another try may not get
+TRANSIENT = {408, 429, 500, 502, 503, 504}  # HTTP statuses for which a retry may succeed
 MAX_RETRIES = 3
-RETRY_VARIABLE = "HUB_RETRY_SECONDS"  # how long to wait before the first one; each later one waits twice as long
+RETRY_VARIABLE = "HUB_RETRY_SECONDS"  # pause before the first retry; it doubles before each later retry
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -91,7 +91,7 @@ def describe_outage(error: BaseException) -> str | None:
         if "TransportError" in kinds:
             return "the connection to the Hub was lost"
         if "JSONDecodeError" in kinds:
-            return "what answers in place of the Hub isn't the Hub"
+            return "the server at the Hub's address isn't the Hub"
     return None
 
 
@@ -169,6 +169,10 @@ class Repository:
         return root / f"{self.repo_type}s--{self.name.replace('/', '--')}"
 
     @property
+    def _snapshot(self) -> Path:
+        return self._folder / "snapshots" / str(self.revision)
+
+    @property
     def _date_file(self) -> Path:
         return get_cache_root(self.cache_dir) / COMMITS_FOLDER / str(self.revision)
 
@@ -216,8 +220,8 @@ class Repository:
         commit = self.revision or "main"
         if not _COMMIT.fullmatch(commit):
             commit = _read(self._folder / "refs" / commit)
-        is_cached = _COMMIT.fullmatch(commit) and (self._folder / "snapshots" / commit).is_dir()
-        return replace(self, revision=commit) if is_cached else None
+        cached = replace(self, revision=commit)
+        return cached if _COMMIT.fullmatch(commit) and cached._snapshot.is_dir() else None
 
     def _remember_as(self, revision: str | None) -> None:
         """Store this commit as the branch or tag in the cache, once its files are there."""
@@ -226,8 +230,7 @@ class Repository:
     def _describe_date(self) -> str:
         if date := _read(self._date_file):
             return f"of {date}"
-        seconds = (self._folder / "snapshots" / str(self.revision)).stat().st_mtime
-        return f"downloaded on {datetime.fromtimestamp(seconds, UTC):%Y-%m-%d}"
+        return f"downloaded on {datetime.fromtimestamp(self._snapshot.stat().st_mtime, UTC):%Y-%m-%d}"
 
     def download(self, patterns: Sequence[str], with_folders: bool = False, report: Report = silent) -> Path:
         """Download the files whose names match, and return the snapshot's folder, whose name is the commit.
@@ -265,7 +268,7 @@ class Repository:
         return folder
 
     def _list_files(self) -> list[Path]:
-        return [path for path in (self._folder / "snapshots" / str(self.revision)).rglob("*") if path.is_symlink()]
+        return [path for path in self._snapshot.rglob("*") if path.is_symlink()]
 
     def _check_hashes(self, before: Collection[Path]) -> None:
         """Compare new files with the Hub's hashes, which are the names of the links' targets. Delete a damaged file."""
@@ -275,8 +278,8 @@ class Repository:
                 continue
             for path in (link, file):
                 path.unlink(missing_ok=True)
-            problem = f"{self.name}: {link.name}: damaged on the way: its hash isn't the Hub's"
-            raise ERROR_CLASSES[self.kind](problem, "run the same command again to download it again", self.setting)
+            problem = f"{self.name}: {link.name}: damaged during the download"
+            raise ERROR_CLASSES[self.kind](problem, "run the same command to download the file again", self.setting)
 
     def list_files(self, commit: str | None = None) -> list[str]:
         """List the names of the repository's files at a commit, by default the revision. A download stores the list."""
@@ -291,14 +294,10 @@ class Repository:
         except Exception as error:
             raise self.explain(error) from error
 
-    def find_cached(self, name: str) -> Path | None:
-        """Find a file in the cache; nothing is downloaded."""
-        from huggingface_hub import try_to_load_from_cache
-
-        found = try_to_load_from_cache(
-            self.name, name, cache_dir=self.cache_dir, revision=self.revision, repo_type=self.repo_type
-        )
-        return Path(found) if isinstance(found, str) else None
+    def find_cached_folder(self) -> Path | None:
+        """Find the folder of the latest download, which may lack files; nothing is downloaded."""
+        cached = self._find_cached()
+        return None if cached is None else cached._snapshot
 
     def _list_local_names(self) -> list[str]:
         """List names that the user may have meant: the folder's contents if the name is a path, and pocket."""

@@ -16,7 +16,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -159,28 +159,21 @@ def make_scratch_folder(target: Path, is_shared: bool = False) -> Iterator[Path]
     with ExitStack() as cleanup:
         # registered before the folder exists, because Ctrl-C can arrive at any line
         cleanup.callback(shutil.rmtree, staged, ignore_errors=True)
-        with explain_creation_errors(target):
+        try:
             target.parent.mkdir(parents=True, exist_ok=True)
             # The parent is locked until the new folder is, so that no other process takes the new folder for an
-            # abandoned one. If another program holds the parent's lock for longer, abandoned folders are left alone.
+            # abandoned folder. If a program holds the parent's lock for longer, abandoned folders are kept.
             with lock_folder(target.parent, LOCK_TIMEOUT_SECONDS) as is_locked:
                 if is_locked and not is_shared:
                     _remove_abandoned_siblings(target)
                 staged.mkdir()
                 cleanup.enter_context(lock_folder(staged))
+        except OSError as error:
+            if error.errno in DISK_ERRNOS:
+                raise
+            problem = f"{target}: can't be created: {error.strerror}"
+            raise SettingsError(problem, hint="choose another folder") from error
         yield staged
-
-
-@contextmanager
-def explain_creation_errors(target: Path) -> Iterator[None]:
-    """Turn the errors of a block that creates a folder into a `SettingsError`, except for disk errors."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in DISK_ERRNOS:
-            raise
-        problem = f"{target}: can't be created: {error.strerror}"
-        raise SettingsError(problem, hint="choose another folder") from error
 
 
 def remove_abandoned(target: Path) -> None:
@@ -198,30 +191,19 @@ def _exchange(one: Path, other: Path) -> bool:
     return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
 
 
-@contextmanager
-def lock_folder(folder: Path, patience: float = 0.0) -> Iterator[bool]:
-    """Lock a folder until the block or this process ends; yield whether it could be locked in `patience` seconds.
-
-    On NFS, other machines don't see the lock; they see `lock_file`'s.
-    """
-    with _lock(folder, os.O_RDONLY, patience) as is_locked:
-        yield is_locked
+def lock_folder(folder: Path, patience: float = 0.0) -> AbstractContextManager[bool]:
+    """Lock a folder, as `lock_file` does. On NFS, other machines don't see this lock."""
+    return lock_file(folder, patience, os.O_RDONLY)
 
 
 @contextmanager
-def lock_file(path: Path, patience: float = 0.0) -> Iterator[bool]:
+def lock_file(path: Path, patience: float = 0.0, flags: int = os.O_RDWR | os.O_CREAT) -> Iterator[bool]:
     """Lock a file until the block or this process ends, and create it if it doesn't exist.
 
     Yield whether it could be locked in `patience` seconds; False too if the file system has no locks.
     """
-    with _lock(path, os.O_RDWR | os.O_CREAT, patience) as is_locked:  # NFS locks only what is open for writing
-        yield is_locked
-
-
-@contextmanager
-def _lock(path: Path, flags: int, patience: float) -> Iterator[bool]:
     try:
-        descriptor = os.open(path, flags, 0o666)
+        descriptor = os.open(path, flags, 0o666)  # NFS locks only files that are open for writing
     except OSError:
         yield False
         return
@@ -238,7 +220,7 @@ def is_locked(path: Path) -> bool:
     except OSError:
         return False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # which others may have at the same time, to find out
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: several processes may look at a time
         return False
     except OSError as error:
         return isinstance(error, BlockingIOError)
@@ -357,8 +339,5 @@ def hash_json(value: Any) -> str:
 
 
 def hash_file(path: Path) -> str:
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

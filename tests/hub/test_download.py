@@ -157,7 +157,7 @@ def test_a_damaged_file_is_refused_and_downloaded_again(
     assert read(kind, tmp_path, events) == b"1"
     add(hub, kind, 2)
     hub.damaged = {FILES[kind]}
-    with pytest.raises(T5TuneError, match=f"{FILES[kind]}: damaged on the way"):
+    with pytest.raises(T5TuneError, match=f"{FILES[kind]}: damaged during the download"):
         read(kind, tmp_path, events)
     hub.damaged = set()
     assert read(kind, tmp_path, events) == b"2"
@@ -241,7 +241,7 @@ def test_chat_with_an_adapter_without_safetensors_names_the_pickled_file(hub: Hu
     done = t5tune_in_fork("chat", "some/pickled", "--prompt", "Hi", "--use-cpu", env=hub.environment)
     assert done.code == 2
     assert done.errors == [
-        "error: model_name_or_path: some/pickled: the Hub has no adapter_model.safetensors of it, only "
+        "error: model_name_or_path: some/pickled: has no adapter_model.safetensors on the Hub, only "
         "adapter_model.bin, and pickled files aren't downloaded; if you trust its owner, run "
         "`hf download some/pickled --local-dir pickled`, and give that folder"
     ]
