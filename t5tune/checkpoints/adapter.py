@@ -41,11 +41,9 @@ from t5tune.io.untrusted import has_file, parse_json_object
 PEFT_PREFIX = "base_model.model."
 MAGNITUDE_SUFFIX = ".lora_magnitude_vector"
 TOKEN_ROWS_SUFFIX = ".token_adapter.trainable_tokens_delta"
-MAX_TENSORS = 1 << 12
-"""The most tensors that an adapter may contain. T5-XXL has 432 linear layers."""
+MAX_TENSORS = 1 << 12  # T5-XXL has 432 linear layers
 QUANTIZATIONS = {"nf4", "fp4", "int8"}
-BASE_KEY = "t5tune"
-"""The key of safetensors' metadata under which the weights file identifies its base; see checkpoints.fingerprint."""
+BASE_KEY = "t5tune"  # in safetensors' metadata: identifies the base; see checkpoints.fingerprint
 LORA_MATRIX_PATTERN = re.compile(r"(.+)\.lora_([AB])\.weight")
 LORA_BIAS_PATTERN = re.compile(r"(.+)\.lora_B\.bias")
 
@@ -142,15 +140,12 @@ def check_adapter(
         if halves != {"A", "B"}:
             raise CheckpointError(f"{source}: {module}: lora_{min({'A', 'B'} - halves)} is missing")
         if config.get("use_dora") and module + MAGNITUDE_SUFFIX not in state:
-            raise CheckpointError(
-                f"{source}: {module}: {MAGNITUDE_SUFFIX[1:]} is missing, but {ADAPTER_CONFIG_FILE} says use_dora"
-            )
+            lack = f"{MAGNITUDE_SUFFIX[1:]} is missing, but {ADAPTER_CONFIG_FILE} says use_dora"
+            raise CheckpointError(f"{source}: {module}: {lack}")
     _check_modules_to_save(state, config, source)
     if must_be_trained and not is_trained:
-        raise CheckpointError(
-            f"{source}: every lora_B is zero, as before the first training step: the adapter changes nothing",
-            hint="train longer, or with a higher learning rate",
-        )
+        problem = f"{source}: every lora_B is zero, as before the first training step: the adapter changes nothing"
+        raise CheckpointError(problem, hint="train longer, or with a higher learning rate")
 
 
 def check_finite(name: str, values: npt.NDArray[np.float32], source: Path) -> None:
@@ -170,17 +165,13 @@ def check_rank(match: re.Match[str], tensor: Tensor, config: Mapping[str, Any], 
 
 
 def _check_modules_to_save(state: Mapping[str, Tensor], config: Mapping[str, Any], source: Path) -> None:
+    key = f"{source / ADAPTER_CONFIG_FILE}: modules_to_save"
     for name in config.get("modules_to_save") or ():
         if name.rpartition(".")[2] in EMBEDDINGS_AND_HEADS:
-            raise CheckpointError(
-                f"{source / ADAPTER_CONFIG_FILE}: modules_to_save: {name}: the model ignores PEFT's copy of it, so it "
-                "wouldn't be trained",
-                hint="train the rows of new tokens with trainable_token_indices",
-            )
+            problem = f"{key}: {name}: the model ignores PEFT's copy of it, so it wouldn't be trained"
+            raise CheckpointError(problem, hint="train the rows of new tokens with trainable_token_indices")
         if not collect_modules_to_save({"modules_to_save": [name]}, state):
-            raise CheckpointError(
-                f"{source / ADAPTER_CONFIG_FILE}: modules_to_save: {name}: no such tensor in {ADAPTER_WEIGHTS_FILE}"
-            )
+            raise CheckpointError(f"{key}: {name}: no such tensor in {ADAPTER_WEIGHTS_FILE}")
 
 
 def write_adapter(
@@ -191,8 +182,8 @@ def write_adapter(
     base = {BASE_KEY: json.dumps(dict(metadata.base), sort_keys=True)} if metadata.base else {}
     write_safetensors(folder / ADAPTER_WEIGHTS_FILE, state, {"format": "pt"} | base)
     if with_non_lora_state:
-        others = {n.removeprefix(PEFT_PREFIX): value for n, value in state.items() if ".lora_" not in n}
-        write_safetensors(folder / NON_LORA_FILE, others, {"format": "pt"})
+        non_lora = {name.removeprefix(PEFT_PREFIX): value for name, value in state.items() if ".lora_" not in name}
+        write_safetensors(folder / NON_LORA_FILE, non_lora, {"format": "pt"})
     write_json(folder / ADAPTER_CONFIG_FILE, dict(metadata.config))
     write_supporting_files(folder, metadata.files)
     (folder / MODEL_CARD_FILE).write_text(build_adapter_card(metadata.config, metadata.training), encoding="utf-8")
@@ -214,11 +205,8 @@ def read_adapter_tensors(folder: Path) -> dict[str, Tensor]:
         return {name: file.get_tensor(name) for name in file.entries}
     if has_file(folder, ADAPTER_BIN_FILE):
         return read_state_dict(folder / ADAPTER_BIN_FILE)
-    raise CheckpointError(
-        f"{folder}: no {ADAPTER_WEIGHTS_FILE} in this folder",
-        hint="a run folder contains it once the run has finished",
-        setting="adapter",
-    )
+    problem = f"{folder}: no {ADAPTER_WEIGHTS_FILE} in this folder"
+    raise CheckpointError(problem, "a run folder contains it once the run has finished", setting="adapter")
 
 
 def read_base_metadata(folder: Path) -> dict[str, Any]:

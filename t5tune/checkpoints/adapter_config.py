@@ -29,7 +29,7 @@ UNSUPPORTED_KEYS = (
     "fan_in_fan_out", "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "monteclora_config",
     "kasa_config", "layer_replication", "target_parameters", "auto_map", "megatron_config",
 )  # fmt: skip
-# Values of PEFT's init_lora_weights with which the trained weight is W + scale · B·A. The others changed W first.
+# PEFT's values of init_lora_weights for a trained weight W + scale · B·A. All other values change W first.
 PLAIN_INITIALIZATIONS = {None, True, False, "true", "gaussian", "orthogonal", "eva"}
 MAX_PATTERN_LENGTH = 200
 MAX_PATTERNS = 4096
@@ -79,8 +79,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         kind = describe_folder(folder)
         if (folder / CONFIG_FILE).is_file():
-            whole = f"{kind} already: it was trained in full, merged, or never adapted"
-            problem = f"{folder}: {whole}, so there is no adapter in it to merge or load"
+            problem = f"{folder}: {kind} without an adapter, so there is nothing to merge or load"
             hint = f"use it as it is: t5tune chat {shlex.quote(str(folder))}"
             raise CheckpointError(problem, hint, setting="adapter") from None
         problem = f"{kind}, not an adapter" if kind else f"no {ADAPTER_CONFIG_FILE} in this folder"
@@ -108,9 +107,8 @@ def check_foldable(config: Mapping[str, Any], folder: Path) -> None:
     """Refuse variants of LoRA whose merged weight isn't the sum of W and scale · B·A."""
     for key in UNSUPPORTED_KEYS:
         if config.get(key):
-            raise CheckpointError(
-                f"{folder / ADAPTER_CONFIG_FILE}: {key}: {shorten(repr(config[key]))} can't be merged"
-            )
+            path = folder / ADAPTER_CONFIG_FILE
+            raise CheckpointError(f"{path}: {key}: {shorten(repr(config[key]))} can't be merged")
 
 
 def resolve_pattern(pattern: Any, module: str, default: float) -> float:
@@ -143,17 +141,13 @@ def _check_patterns(patterns: Collection[str], source: str) -> None:
         choices = simple.count("|") > 4 or simple.count("(") > 2 or re.search(r"\)[*+?{]|\\\d", simple)
         repeats = len(re.findall(r"(?<!\\)[*+]", pattern)) > 3 or re.search(r"(?<!\\)[?{]", pattern)
         if len(pattern) > MAX_PATTERN_LENGTH or choices or repeats or number == MAX_EXPRESSIONS:
-            raise CheckpointError(
-                f"{source}: {shorten(repr(pattern))} is too complex to match safely",
-                hint="list the modules by name",
-            )
+            problem = f"{source}: {shorten(repr(pattern))} is too complex to match safely"
+            raise CheckpointError(problem, hint="list the modules by name")
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error", FutureWarning)  # later releases of Python may read `[[` otherwise
                 re.compile(pattern)
         except (re.error, OverflowError, FutureWarning) as error:
             problem = "is ambiguous" if isinstance(error, FutureWarning) else "isn't a regular expression"
-            raise CheckpointError(
-                f"{source}: {shorten(repr(pattern))} {problem}: {error}",
-                hint="list the modules by name",
-            ) from error
+            problem = f"{source}: {shorten(repr(pattern))} {problem}: {error}"
+            raise CheckpointError(problem, hint="list the modules by name") from error

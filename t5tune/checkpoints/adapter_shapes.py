@@ -60,10 +60,8 @@ def _check_lora_matrices(
             raise CheckpointError(f"{source}: {b_name}: missing, or not a matrix")
         modules[module] = (state[b_name].shape[0], tensor.shape[1])
         if not _is_target(module, config):
-            raise CheckpointError(
-                f"{source}: {name}: module is adapted, "
-                f"but {ADAPTER_CONFIG_FILE} says target_modules {_format_targets(config)}"
-            )
+            targets = f"{ADAPTER_CONFIG_FILE} says target_modules {_format_targets(config)}"
+            raise CheckpointError(f"{source}: {name}: module is adapted, but {targets}")
     return modules
 
 
@@ -76,11 +74,9 @@ def _check_all_adapted(
         wanted = [name for name in linear if _is_target(name, config) and not _is_trained_in_full(name, config)]
         missing = [name for name in wanted if name not in modules]
         if missing:
-            raise CheckpointError(
-                f"{source}: {missing[0]}: has no LoRA matrices, "
-                f"although {ADAPTER_CONFIG_FILE} says target_modules {_format_targets(config)}",
-                hint=f"{format_count(len(modules), 'module')} adapted, {len(modules) + len(missing)} of the base match",
-            )
+            targets = f"{ADAPTER_CONFIG_FILE} says target_modules {_format_targets(config)}"
+            hint = f"{format_count(len(modules), 'module')} adapted, {len(modules) + len(missing)} of the base match"
+            raise CheckpointError(f"{source}: {missing[0]}: has no LoRA matrices, although {targets}", hint=hint)
 
 
 def _check_other_shape(name: str, tensor: Tensor, shapes: Mapping[str, tuple[int, ...]], source: Path) -> None:
@@ -106,14 +102,10 @@ def _check_token_rows(state: Mapping[str, Tensor], config: Mapping[str, Any], so
     numbers = {len(ids) for ids in lists if isinstance(ids, list)}
     for name, tensor in state.items():
         if name.endswith(TOKEN_ROWS_SUFFIX) and (len(tensor.shape) != 2 or tensor.shape[0] not in numbers):
-            raise CheckpointError(
-                f"{source}: {name}: shape {list(tensor.shape)}, "
-                f"but {ADAPTER_CONFIG_FILE} lists {sorted(numbers) or 'no'} trained rows"
-            )
+            listed = f"{ADAPTER_CONFIG_FILE} lists {sorted(numbers) or 'no'} trained rows"
+            raise CheckpointError(f"{source}: {name}: shape {list(tensor.shape)}, but {listed}")
     if numbers and not any(name.endswith(TOKEN_ROWS_SUFFIX) for name in state):
-        raise CheckpointError(
-            f"{source}: {ADAPTER_CONFIG_FILE} lists trained token rows, but the checkpoint contains none"
-        )
+        raise CheckpointError(f"{source}: has no trained token rows, but {ADAPTER_CONFIG_FILE} lists some")
 
 
 def _format_targets(config: Mapping[str, Any]) -> str:

@@ -52,11 +52,9 @@ def check_base(folder: Path, name: str) -> Path:
     """Return the folder if it contains a base; `name` is its name for the user."""
     if not (folder / CONFIG_FILE).is_file():
         kind = describe_folder(folder)
-        raise ModelError(
-            f"{name}: {f'{kind}, not a model' if kind else f'contains no {CONFIG_FILE}'}",
-            hint="give a folder that save_pretrained or t5tune merge wrote",
-            setting="model_name_or_path",
-        )
+        problem = f"{name}: {f'{kind}, not a model' if kind else f'contains no {CONFIG_FILE}'}"
+        hint = "give a folder that save_pretrained or t5tune merge wrote"
+        raise ModelError(problem, hint, setting="model_name_or_path")
     read_config(folder)
     return folder
 
@@ -81,10 +79,8 @@ def read_base_of_adapter(adapter: Path, cache_dir: Path | None) -> BaseModelSett
     """Read the base that an adapter's config names. Anyone may have written the name."""
     config = read_adapter_config(adapter)
     if not (name := config.get("base_model_name_or_path")):
-        raise CheckpointError(
-            f"{adapter / ADAPTER_CONFIG_FILE}: doesn't name the adapter's base",
-            hint=f"give the base with --model-name-or-path, and --adapter {adapter}",
-        )
+        problem = f"{adapter / ADAPTER_CONFIG_FILE}: doesn't name the adapter's base"
+        raise CheckpointError(problem, hint=f"give the base with --model-name-or-path, and --adapter {adapter}")
     return BaseModelSettings(model_name_or_path=name, revision=config.get("revision"), cache_dir=cache_dir)
 
 

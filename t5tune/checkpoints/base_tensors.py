@@ -135,26 +135,19 @@ def _explain_missing_weights(folder: Path) -> CheckpointError:
     names = sorted(path.name for path in folder.glob("*") if path.name != "training_args.bin")
     if misnamed := [name for name in names if Path(name).suffix in WEIGHTS_FILES]:
         expected = WEIGHTS_FILES[Path(misnamed[0]).suffix]
-        return CheckpointError(
-            f"{problem}, or their {INDEX_SUFFIX} and its shards); found {misnamed[0]}",
-            hint=f"if it contains the whole model, rename it to {expected}; shards need {expected}{INDEX_SUFFIX}",
-        )
+        hint = f"if it contains the whole model, rename it to {expected}; shards need {expected}{INDEX_SUFFIX}"
+        return CheckpointError(f"{problem}, or their {INDEX_SUFFIX} and its shards); found {misnamed[0]}", hint)
     if unsupported := [name for name in names if Path(name).suffix in UNSUPPORTED_SUFFIXES]:
-        return CheckpointError(
-            f"{problem}); the format of {unsupported[0]} isn't supported",
-            hint="load the model with transformers and save it as safetensors",
-        )
-    return CheckpointError(
-        f"{problem})", hint="give a folder that save_pretrained wrote, or the name of a model on the Hub"
-    )
+        hint = "load the model with transformers and save it as safetensors"
+        return CheckpointError(f"{problem}); the format of {unsupported[0]} isn't supported", hint)
+    return CheckpointError(f"{problem})", "give a folder that save_pretrained wrote, or the name of a model on the Hub")
 
 
 def _read_weight_map(folder: Path, name: str) -> dict[str, str]:
     weight_map = read_json_object(folder, name).get("weight_map")
     if not (isinstance(weight_map, dict) and weight_map and all(isinstance(file, str) for file in weight_map.values())):
-        raise CheckpointError(
-            f"{folder / name}: not an index of weights: expected a weight_map from tensor names to files"
-        )
+        expected = "expected a weight_map from tensor names to files"
+        raise CheckpointError(f"{folder / name}: not an index of weights: {expected}")
     return weight_map
 
 

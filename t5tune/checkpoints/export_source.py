@@ -78,17 +78,15 @@ def read_training_checkpoint(folder: Path, flags: LoraFlags, with_frozen: bool =
     if zero is not None and (zero.stage > 0 or not has_adapter):
         return _build_from_zero(folder, zero, flags)
     if not has_adapter and model_file is None:
-        raise CheckpointError(
-            f"checkpoint: {folder}: contains no trained weights", hint="give a run folder or a checkpoint-N in it"
-        )
+        problem = f"checkpoint: {folder}: contains no trained weights"
+        raise CheckpointError(problem, hint="give a run folder or a checkpoint-N in it")
     contents = _build_from_files(folder, has_adapter, model_file, flags)
     if zero is None:
         step, world_size = _read_step_and_world_size(folder)
         return replace(contents, step=step, world_size=world_size)
     notes = contents.notes
     if {value.dtype for value in contents.adapter.values()} != {"F32"}:
-        problem = "a ZeRO-0 checkpoint has no fp32 master weights that can be identified"
-        notes += (f"{problem}, so the exported weights are in the training dtype",)
+        notes += ("exporting in the training dtype, since ZeRO-0's fp32 master weights can't be identified",)
     frozen = _rename_to_base(zero.frozen)
     return replace(contents, frozen=frozen, step=zero.step, world_size=zero.world_size, stage=zero.stage, notes=notes)
 
@@ -108,10 +106,9 @@ def _build_from_files(folder: Path, has_adapter: bool, model_file: str | None, f
         tensors = {name: model.get_tensor(name) for name in model.list_names()}
     raw = {strip_wrappers(name): value for name, value in tensors.items()}
     if not any(map(is_adapter_name, raw)):
-        raise CheckpointError(
-            f"checkpoint: {folder}: is from full fine-tuning: it contains the whole model and no adapter",
-            hint=f"use it, or its run folder, as --model-name-or-path: {model_file} is the trained model",
-        )
+        problem = f"checkpoint: {folder}: is from full fine-tuning: it contains the whole model and no adapter"
+        hint = f"use it, or its run folder, as --model-name-or-path: {model_file} is the trained model"
+        raise CheckpointError(problem, hint)
     state = {to_peft_name(name): value for name, value in raw.items()}
     config, notes = _read_or_infer_config(folder, {n: v for n, v in state.items() if is_adapter_name(n)}, flags)
     adapter_names = _select_adapter_names(state, config)
@@ -120,11 +117,11 @@ def _build_from_files(folder: Path, has_adapter: bool, model_file: str | None, f
         if isinstance(value, StoredTensor):
             value.check()
     rest = {name: value for name, value in raw.items() if to_peft_name(name) not in adapter_names}
-    others = _rename_to_base({name: PartitionedTensor.from_tensor(value) for name, value in rest.items()})
-    if others and has_adapter:
-        extra = f"the adapter file also contains {format_count(len(others), 'tensor')} of the base"
-        notes += (f"{extra}, not part of the adapter: {min(others)}, …",)
-    return CheckpointContents(config, adapter, {}, others, notes=notes)
+    frozen = _rename_to_base({name: PartitionedTensor.from_tensor(value) for name, value in rest.items()})
+    if frozen and has_adapter:
+        count = format_count(len(frozen), "tensor")
+        notes += (f"the adapter file also contains {count} of the base: {min(frozen)}, …",)
+    return CheckpointContents(config, adapter, {}, frozen, notes=notes)
 
 
 def _build_from_zero(folder: Path, zero: ZeroState, flags: LoraFlags) -> CheckpointContents:
@@ -138,10 +135,8 @@ def _build_from_zero(folder: Path, zero: ZeroState, flags: LoraFlags) -> Checkpo
         if zero.stage > 0 and value.dtype != "F32":  # DeepSpeed can keep its master weights in bf16
             gathered[name] = Tensor("F32", value.to_float32())
     if not any(map(is_adapter_name, gathered)):
-        raise CheckpointError(
-            f"checkpoint: {folder}: is from full fine-tuning: its shards contain no LoRA matrix",
-            hint="use DeepSpeed's zero_to_fp32.py to gather a whole model",
-        )
+        problem = f"checkpoint: {folder}: is from full fine-tuning: its shards contain no LoRA matrix"
+        raise CheckpointError(problem, hint="use DeepSpeed's zero_to_fp32.py to gather a whole model")
     state = {to_peft_name(name): value for name, value in gathered.items() if name.startswith(PEFT_PREFIX)}
     config, notes = _read_or_infer_config(folder, state, flags)
     adapter_names = _select_adapter_names(state, config)

@@ -25,13 +25,11 @@ from t5tune.families.t5 import T5
 from t5tune.file_names import ADAPTER_CONFIG_FILE, ADDED_TOKENS_FILE
 from t5tune.io.untrusted import read_json_object
 
-DEFAULT_LORA_ALPHA = 16.0
-"""FastChat's default lora_alpha, which its files don't contain."""
+DEFAULT_LORA_ALPHA = 16.0  # FastChat's; its files don't contain the value
 DEFAULT_ALPHA_NOTE = (
     f"lora_alpha {DEFAULT_LORA_ALPHA:g} is FastChat's default; no file contains the value used in training: "
     "give --lora-alpha if it was different"
 )
-
 ROWS_AT_ONCE = 2048
 SUM_LEVELS = 4
 
@@ -110,15 +108,12 @@ def _read_ranks(state: Mapping[str, Tensor], source: Path) -> dict[str, int]:
     for name, tensor in state.items():
         match = LORA_MATRIX_PATTERN.fullmatch(name)
         if match is None:
-            raise CheckpointError(
-                f"{source}: no {ADAPTER_CONFIG_FILE} in this folder, and {name} can't be interpreted without it",
-                hint="give the run folder or the checkpoint that contains it",
-            )
+            problem = f"{source}: no {ADAPTER_CONFIG_FILE} in this folder, and {name} can't be interpreted without it"
+            raise CheckpointError(problem, hint="give the run folder or the checkpoint that contains it")
         if len(tensor.shape) != 2 or not tensor.array.size:
-            raise CheckpointError(
-                f"{source}: {name}: shape {list(tensor.shape)}, expected a matrix",
-                hint="it was saved under ZeRO-3 without gathering; export a checkpoint-N: its shards have the weights",
-            )
+            problem = f"{source}: {name}: shape {list(tensor.shape)}, expected a matrix"
+            hint = "it was saved under ZeRO-3 without gathering; export a checkpoint-N: its shards have the weights"
+            raise CheckpointError(problem, hint)
         if match[2] == "A":
             ranks[match[1].removeprefix(PEFT_PREFIX)] = tensor.shape[0]
     if not ranks:
@@ -149,9 +144,8 @@ def compute_mean_rows(base: Checkpoint, ids: list[int]) -> dict[str, Tensor]:
     for weight in (T5.tied_to,) if tied else (T5.tied_to, head):
         num_rows = base.get_tensor(weight).shape[0]
         if num_rows <= ids[-1]:
-            raise CheckpointError(
-                f"{base.folder}: {weight} has no row {ids[-1]}", hint="give the base that FastChat was trained on"
-            )
+            problem = f"{base.folder}: {weight} has no row {ids[-1]}"
+            raise CheckpointError(problem, hint="give the base that FastChat was trained on")
         rows_KD = np.repeat(_compute_mean_row(base, weight, ids[0])[None], len(ids), 0)
         embeddings = [T5.embedding] if tied else list(T5.token_row_modules)
         modules = [T5.head] if weight == head else embeddings

@@ -18,10 +18,9 @@ from t5tune.io.atomic import write_json
 from t5tune.io.processes import count_cores
 from t5tune.io.untrusted import parse_json_object
 
-FINGERPRINT_BYTES = 2 << 10  # bytes from the beginning of a tensor, and as many from its end
+FINGERPRINT_BYTES = 2 << 10  # from each end of a tensor
 HASH_CACHE_FORMAT = 1
-# two changes within one tick of the file system's clock get the same ctime
-SECONDS_TO_SETTLE = 2.0
+SECONDS_TO_SETTLE = 2.0  # two changes within one tick of the file system's clock get the same ctime
 
 FileStats = dict[str, list[int]]
 """File name -> [device, inode, bytes, mtime, ctime], times in nanoseconds. While they are the same, so is the hash.

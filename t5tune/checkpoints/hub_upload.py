@@ -159,5 +159,5 @@ def _report_local_base(folder: Path, report: Report) -> None:
     if is_adapter(folder):
         base = read_adapter_config(folder).get("base_model_name_or_path")
         if base and base != "pocket" and not is_published(base):
-            words = f"the adapter's files name the base as {base}, a folder that others don't have"
-            report(Note(f"{words}: tell them which model it is", warning=True))
+            words = f"the adapter's files name the base as {base}, a folder on this machine"
+            report(Note(f"{words}: tell the adapter's users the model", warning=True))

@@ -206,7 +206,7 @@ def fill_in_card(content: bytes, repository: str, folders: Collection[str]) -> b
     try:
         text = content.decode().replace(TRANSLATOR_LINES, DOWNLOADED_TRANSLATOR_LINES).replace(PLACEHOLDER, repository)
         _, metadata, rest = text.split(METADATA_MARK, 2) if text.startswith(METADATA_MARK) else ("", "", text)
-    except ValueError:  # not UTF-8, or metadata without an end: another author's card, which the Hub judges
+    except ValueError:  # not UTF-8, or metadata without an end: not our card, so the Hub judges it
         return content
     kept, hidden = "", {*folders}
     for line in metadata.splitlines(keepends=True):
@@ -216,7 +216,7 @@ def fill_in_card(content: bytes, repository: str, folders: Collection[str]) -> b
             hidden.add(base)
         else:
             kept += line
-    for folder in sorted(hidden, key=len, reverse=True):  # first a folder in another one
+    for folder in sorted(hidden, key=len, reverse=True):  # a subfolder before its parent
         if "/" in folder:
             rest = Path(folder).name.join(re.split(rf"(?<![\w./~-]){re.escape(folder)}(?![\w-])", rest))
     return METADATA_MARK.join(["", kept, rest]).encode() if metadata else rest.encode()

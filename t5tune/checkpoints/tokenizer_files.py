@@ -62,10 +62,8 @@ def _read_tokenizer(source: Path) -> dict[str, bytes]:
         for file in sorted((source / CHAT_TEMPLATES_FOLDER).glob("*.jinja")):
             files[f"{CHAT_TEMPLATES_FOLDER}/{file.name}"] = _find_untrusted_file(file.parent, file.name).read_bytes()
     if has_file(source, TOKENIZER_CONFIG_FILE) and read_json_object(source, TOKENIZER_CONFIG_FILE).get("auto_map"):
-        raise CheckpointError(
-            f"{source / TOKENIZER_CONFIG_FILE}: auto_map: requires custom code from the tokenizer's repository, "
-            "which t5tune doesn't run"
-        )
+        code = "requires custom code from the tokenizer's repository, which t5tune doesn't run"
+        raise CheckpointError(f"{source / TOKENIZER_CONFIG_FILE}: auto_map: {code}")
     return files
 
 

@@ -30,20 +30,9 @@ READING_GROUPS = (
 
 
 @dataclass(frozen=True)
-class DatasetTraining:
-    """How the examples of one of several datasets were made.
-
-    Args:
-        share: of the examples of an epoch, from 0 to 1.
-        conversation_template: the fields of the template.
-        has_earlier_turns: whether at least one of its examples' sources includes earlier exchanges.
-        objective, denoisers: as in the settings.
-    """
-
-    name: str
-    share: float
-    conversation_template: dict[str, str]
+class _ExampleSettings:
     has_earlier_turns: bool
+    """Whether at least one example's source includes earlier exchanges of the conversation."""
     data_format: DataFormat
     source_column: str | None
     target_column: str | None
@@ -53,23 +42,18 @@ class DatasetTraining:
 
 
 @dataclass(frozen=True)
-class TrainingData:
-    """How the examples were made.
+class DatasetTraining(_ExampleSettings):
+    """How the examples of one of several datasets were made; `share` is its part of an epoch, from 0 to 1."""
 
-    Args:
-        has_earlier_turns: whether at least one example's source includes earlier exchanges of the conversation.
-        data_format, source_column, target_column, source_prefix: the settings that affect inference.
-        objective, denoisers: as in the settings.
-        datasets: how those of each dataset were made; empty if there is only one. The above is that of the main one.
-    """
+    name: str
+    share: float
+    conversation_template: dict[str, str]
 
-    has_earlier_turns: bool
-    data_format: DataFormat
-    source_column: str | None
-    target_column: str | None
-    source_prefix: str
-    objective: Objective
-    denoisers: list[str]
+
+@dataclass(frozen=True)
+class TrainingData(_ExampleSettings):
+    """How the examples of the main dataset were made and, if there are several, of each dataset."""
+
     datasets: list[DatasetTraining] = field(default_factory=list)
 
     def list_reading(self) -> dict[str, Any]:
@@ -120,9 +104,8 @@ def read_training_data(folder: Path) -> TrainingData | None:
         return None
     values = read_json_object(folder, TRAINING_DATA_FILE)
     if (version := values.pop("format", None)) != TRAINING_DATA_FORMAT:
-        raise CheckpointError(
-            f"{path}: format {shorten(repr(version), 40)}; this version of t5tune reads format {TRAINING_DATA_FORMAT}"
-        )
+        supported = f"this version of t5tune reads format {TRAINING_DATA_FORMAT}"
+        raise CheckpointError(f"{path}: format {shorten(repr(version), 40)}; {supported}")
     try:
         # as JSON text: in strict mode pydantic doesn't build a dataclass from a dict
         return TypeAdapter(TrainingData).validate_json(json.dumps(values), strict=True)

@@ -94,7 +94,7 @@ def upload_files(
         additions = [
             CommitOperationAdd(path, file if isinstance(file, bytes) else str(file)) for path, file in files.items()
         ]
-        # one by one: for several files huggingface_hub starts threads, for which a process that is stopped would wait
+        # one by one: for several files huggingface_hub starts threads, and a stopped process would wait for them
         for addition in additions:
             api.preupload_lfs_files(name, [addition])
         if stale:

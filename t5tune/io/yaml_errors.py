@@ -11,14 +11,14 @@ import yaml
 QUOTE_HINT = "put the value in quotes"
 INDENT_HINT = "use the same indentation for all settings of one level or items of one list"
 CLOSING = {"[": "]", "{": "}"}
-SPECIAL_TAGS = {  # of keys and values that have a meaning in YAML 1.1: (what is wrong, hint)
+SPECIAL_TAGS = {  # keys and values with a meaning in YAML 1.1: (problem, hint)
     "!!merge": ("merge keys (<<) aren't supported", "repeat the settings"),
     "!!value": ("a value can't be a lone =", QUOTE_HINT),
 }
 _NO_SPACE = re.compile(r"\s*([\w-]+):([^\s:/\\].*)")  # `lora_r:8`, but no URL or path
 _SCALAR_ERROR = re.compile(r"while scanning an? (?:double-)?quoted scalar")
 
-_Description = tuple[int, str, str]  # line (counted from 0), what is wrong, hint
+_Description = tuple[int, str, str]  # line (counted from 0), problem, hint
 
 
 class InvalidYAML(yaml.YAMLError):

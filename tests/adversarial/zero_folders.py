@@ -258,7 +258,7 @@ FOLDERS: dict[str, tuple[Spoil, str]] = {
     "alpha is a string": (config(lora_alpha="6"), "lora_alpha: .*, expected a number"),
     "r is a string": (config(r="3"), "rank 3, but|r: .*3"),
     "target_modules that the adapter doesn't adapt": (config(target_modules=["k"]), "target_modules k"),
-    "token rows that the adapter doesn't have": (config(trainable_token_indices=[1]), "lists trained token rows"),
+    "token rows that the adapter doesn't have": (config(trainable_token_indices=[1]), "has no trained token rows"),
     # out of the folder
     "latest: parent folder": (latest(b"../outside"), "not the name of a folder"),
     "latest: absolute": (latest(b"/etc"), "not the name of a folder"),

@@ -371,7 +371,7 @@ def copy_with_config(source: Path, folder: Path, **changes: Any) -> Path:
         ({"target_modules": ["q", "k"]}, r"\.v\.lora_A\.weight: module is adapted, but .* says target_modules q k"),
         ({"target_modules": ["q", "v", "k"]}, r"\.k: has no LoRA matrices"),
         ({"r": 8}, "rank 4, but .* says r 8"),
-        ({"trainable_token_indices": [1, 2]}, "lists trained token rows, but the checkpoint contains none"),
+        ({"trainable_token_indices": [1, 2]}, "has no trained token rows, but adapter_config.json lists some"),
     ],
 )
 def test_an_adapter_that_contradicts_its_config_is_refused(

@@ -370,7 +370,7 @@ def test_a_base_that_others_do_not_have_is_mentioned(hub: Hub, untied_base: Path
     adapter = make_stock_adapter(untied_base, tmp_path / "adapter")
     done = run(hub, "push", adapter, NAME)
     assert done.code == 0, done.stderr
-    assert f"the adapter's files name the base as {untied_base}, a folder that others don't have" in done.stderr
+    assert f"the adapter's files name the base as {untied_base}, a folder on this machine" in done.stderr
 
 
 def test_a_card_has_no_path_of_this_machine(hub: Hub, untied_base: Path, tmp_path: Path) -> None:

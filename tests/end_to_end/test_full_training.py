@@ -84,5 +84,5 @@ def test_export_and_merge_refuse_a_run_of_full_training(untied_base: Path, conve
     with pytest.raises(CheckpointError, match="no adapter"):
         export(ExportSettings(checkpoint=tmp_path / "run", output_dir=tmp_path / "out"))
     values = {"model_name_or_path": str(untied_base), "adapter": tmp_path / "run", "output_dir": tmp_path / "out"}
-    with pytest.raises(CheckpointError, match="a whole model already"):
+    with pytest.raises(CheckpointError, match="a whole model without an adapter"):
         merge(MergeSettings(**values))

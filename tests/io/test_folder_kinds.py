@@ -26,12 +26,7 @@ def open_base(folder: Path) -> Path:
         ("manifest.json", open_base, "a token cache, not a model"),
         ("other", open_base, "contains no config.json"),
         ("manifest.json", read_adapter_config, "a token cache, not an adapter"),
-        (
-            "config.json",
-            read_adapter_config,
-            "a whole model already: it was trained in full, merged, or never adapted, so there is no adapter in it to "
-            "merge or load",
-        ),
+        ("config.json", read_adapter_config, "a whole model without an adapter, so there is nothing to merge or load"),
     ],
 )
 def test_a_folder_of_another_kind_is_named(

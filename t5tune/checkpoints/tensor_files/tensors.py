@@ -34,10 +34,8 @@ TORCH_NAMES = {name: torch_name for name, (torch_name, _) in _DTYPES.items()}
 DTYPES_BY_TORCH_NAME = {torch_name: name for name, torch_name in TORCH_NAMES.items()}
 FLOAT_DTYPES = {"F64", "F32", "F16", "BF16"}
 MAX_DIMENSIONS = 16
-BLOCK_ELEMENTS = 1 << 18
-"""Number of elements that are read and processed at a time: a few arrays of this size fit into a processor's cache."""
-CHUNK_ELEMENTS = 4 << 20
-"""Number of elements in memory at a time while a partitioned tensor is copied."""
+BLOCK_ELEMENTS = 1 << 18  # processed at a time: a few arrays of this size fit into a processor's cache
+CHUNK_ELEMENTS = 4 << 20  # in memory at a time while a partitioned tensor is copied
 
 
 @dataclass(frozen=True)
@@ -71,12 +69,11 @@ class Tensor:
         shape = (end - begin, *self.shape[1:])
         stride = math.prod(self.shape[1:]) * storage.itemsize
         rows = np.empty(shape, storage)
-        with open(self.file_range.path, "rb", buffering=0) as file:
-            file.seek(self.file_range.begin + begin * stride)
+        path, offset = self.file_range.path, self.file_range.begin + begin * stride
+        with open(path, "rb", buffering=0) as file:
+            file.seek(offset)
             if file.readinto(rows.reshape(-1).view(np.uint8).data) != rows.nbytes:
-                raise CheckpointError(
-                    f"{self.file_range.path}: file ends before byte {self.file_range.begin + end * stride}"
-                )
+                raise CheckpointError(f"{path}: file ends before byte {offset + rows.nbytes}")
         return Tensor(self.dtype, rows)
 
     def iter_blocks(self) -> Iterator[tuple[int, "Tensor"]]:

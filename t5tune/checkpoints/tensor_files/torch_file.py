@@ -53,7 +53,7 @@ INERT_CLASSES = {
     ("torch.nn.parameter", "Parameter"),
 }
 MAX_EXPANDED_ELEMENTS = 1 << 20
-"""Number of elements up to which a tensor may repeat the elements of a smaller storage (torch's `expand`)."""
+"""A tensor with at most this many elements may repeat the elements of a smaller storage (torch's `expand`)."""
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,8 @@ def read_torch_file(path: Path) -> Any:
     if "byteorder" in archive.members and bytes(archive.view("byteorder")[:16]) != b"little":
         raise CheckpointError(f"{path}: was written on a big-endian machine, which isn't supported")
     archive.check("data.pkl")
-    reader = _Reader(archive)
     try:
-        return unpickle(bytes(archive.view("data.pkl")), reader.find_global, reader.load_storage)
+        return unpickle(bytes(archive.view("data.pkl")), partial(_find_global, path), partial(_load_storage, archive))
     except (ValueError, TypeError, OverflowError) as error:
         raise CheckpointError(f"{path}: its pickle can't be read: {shorten(str(error), 200)}") from error
 
@@ -95,36 +94,33 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     return {str(name): value for name, value in state.items()}
 
 
-class _Reader:
-    def __init__(self, archive: StoredZip) -> None:
-        self.archive = archive
+def _find_global(path: Path, module: str, name: str) -> Any:
+    if (module, name) in _FUNCTIONS:
+        return _FUNCTIONS[module, name]
+    if module in {"torch", "torch.storage"} and name in STORAGE_DTYPES:
+        return _StorageType(STORAGE_DTYPES[name])
+    if module == "torch" and name in DTYPES_BY_TORCH_NAME:
+        return DTYPES_BY_TORCH_NAME[name]
+    if (module, name) in INERT_CLASSES:
+        return InertClass(name)
+    raise CheckpointError(
+        f"{path}: its pickle refers to {shorten(f'{module}.{name}')}, which no checkpoint needs",
+        hint="don't load this file with torch.load either, unless you trust its author",
+    )
 
-    def find_global(self, module: str, name: str) -> Any:
-        if (module, name) in _FUNCTIONS:
-            return _FUNCTIONS[module, name]
-        if module in {"torch", "torch.storage"} and name in STORAGE_DTYPES:
-            return _StorageType(STORAGE_DTYPES[name])
-        if module == "torch" and name in DTYPES_BY_TORCH_NAME:
-            return DTYPES_BY_TORCH_NAME[name]
-        if (module, name) in INERT_CLASSES:
-            return InertClass(name)
-        raise CheckpointError(
-            f"{self.archive.path}: its pickle refers to {shorten(f'{module}.{name}')}, which no checkpoint needs",
-            hint="don't load this file with torch.load either, unless you trust its author",
-        )
 
-    def load_storage(self, reference: Any) -> _Storage:
-        match reference:
-            case ("storage", _StorageType() as kind, str() as key, _, int() as count) if type(count) is int:
-                dtype = NUMPY_DTYPES[kind.dtype]
-            case _:
-                raise ValueError("it has a persistent id that isn't a storage")
-        member = self.archive.get_member(f"data/{key}")
-        if count * dtype.itemsize != member.size:
-            raise ValueError(f"data/{shorten(key)}: {member.size} bytes, expected {count * dtype.itemsize}")
-        values = np.frombuffer(self.archive.view(f"data/{key}"), dtype)
-        file_range = FileRange(self.archive.path, member.begin)
-        return _Storage(kind.dtype, values, file_range, check=partial(self.archive.check, f"data/{key}"))
+def _load_storage(archive: StoredZip, reference: Any) -> _Storage:
+    match reference:
+        case ("storage", _StorageType() as kind, str() as key, _, int() as count) if type(count) is int:
+            dtype = NUMPY_DTYPES[kind.dtype]
+        case _:
+            raise ValueError("it has a persistent id that isn't a storage")
+    name = f"data/{key}"
+    member = archive.get_member(name)
+    if count * dtype.itemsize != member.size:
+        raise ValueError(f"{shorten(name)}: {member.size} bytes, expected {count * dtype.itemsize}")
+    values = np.frombuffer(archive.view(name), dtype)
+    return _Storage(kind.dtype, values, FileRange(archive.path, member.begin), check=partial(archive.check, name))
 
 
 def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Tensor:

@@ -78,7 +78,7 @@ class StoredZip:
         return memoryview(self._map)[member.begin : member.begin + member.size]
 
     def get_member(self, name: str) -> Member:
-        """Return a member by its name, or raise CheckpointError if there is none."""
+        """Return a member by its name; raise CheckpointError if it doesn't exist."""
         if name not in self.members:
             raise CheckpointError(f"{self.path}: {name}: not in the archive")
         return self.members[name]
@@ -159,22 +159,13 @@ class StoredZip:
             if record_begin != end:
                 raise self._build_error("the zip64 end record isn't at the offset that its locator gives")
             record = _END_RECORD_64.unpack(self._read_bytes(end, _END_RECORD_64.size))
-            signature, length, _, _, disk, first, on_this_disk, count_64, size_64, begin_64 = record
-            if (
-                signature != b"PK\x06\x06"
-                or length != _END_RECORD_64.size - 12
-                or disk
-                or first
-                or on_this_disk != count_64
-            ):
+            signature, length, _, _, *disks, on_this_disk, count_64, size_64, begin_64 = record
+            if signature != b"PK\x06\x06" or length != _END_RECORD_64.size - 12 or any(disks):
                 raise self._build_error("the zip64 end record is invalid")
-            for short, limit, long in (
-                (count, 0xFFFF, count_64),
-                (size, _IN_ZIP64_EXTRA, size_64),
-                (begin, _IN_ZIP64_EXTRA, begin_64),
-            ):
-                if short not in (limit, long):
-                    raise self._build_error("the two end records contradict each other")
+            values = {(count, 0xFFFF): count_64, (size, _IN_ZIP64_EXTRA): size_64, (begin, _IN_ZIP64_EXTRA): begin_64}
+            is_same = all(short in (limit, long) for (short, limit), long in values.items())
+            if not is_same or on_this_disk != count_64:
+                raise self._build_error("the two end records contradict each other")
             count, size, begin = count_64, size_64, begin_64
         if begin + size != end or size > MAX_DIRECTORY_BYTES or count * _DIRECTORY_ENTRY.size > size:
             raise self._build_error("the central directory isn't at the offset that the end record gives")

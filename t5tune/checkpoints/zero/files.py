@@ -4,7 +4,7 @@
     shards = read_optimizer_shards(files)
     shards.gather(shards.masters)        # {"…lora_A.default.weight": PartitionedTensor, …}
 
-ZeRO stage 3 divides each parameter into equal partitions, one per rank, the last one padded. Stages 1 and 2 (and
+ZeRO stage 3 divides each parameter into equal partitions, one per rank, the last padded. Stages 1 and 2 (and
 BF16_Optimizer, whose files begin with bf16_) concatenate all parameters of a group and divide the result. The
 model-states file of rank 0 lists the parameters in this order, as in deepspeed/utils/zero_to_fp32.py.
 """
@@ -74,9 +74,40 @@ class OptimizerShards:
             raise CheckpointError(f"{self.folder}: the shards are from different runs: their dtypes or groups differ")
         (dtype,) = dtypes
         arrays = [[tensor.array.reshape(-1) for tensor in groups] for groups in ranks]
-        if self.stage == 3:
-            return _gather_stage3(self.folder, arrays, self.shapes, dtype)
-        return _gather_stage1_and_2(self.folder, arrays, self.shapes, self.paddings, dtype)
+        return self._gather_stage3(arrays, dtype) if self.stage == 3 else self._gather_stage1_and_2(arrays, dtype)
+
+    def _gather_stage3(self, ranks: list[list[npt.NDArray[Any]]], dtype: str) -> dict[str, PartitionedTensor]:
+        """Gather stage 3: a rank's fp32_flat_groups are one vector with ceil(n / ranks) elements of each parameter."""
+        trained = {}
+        offset = 0
+        for name, shape in ((name, shape) for group in self.shapes for name, shape in group.items()):
+            partition = math.ceil(math.prod(shape) / len(ranks))
+            whole = [array for groups in ranks for array in slice_flat(self.folder, name, groups, offset, partition)]
+            trained[name] = PartitionedTensor(dtype, shape, slice_flat(self.folder, name, whole, 0, math.prod(shape)))
+            offset += partition
+        for rank, groups in enumerate(ranks):
+            if (length := sum(map(len, groups))) != offset:
+                problem = f"rank {rank} has {length} values, but its parameters need {offset}"
+                raise CheckpointError(f"{self.folder}: {problem}")
+        return trained
+
+    def _gather_stage1_and_2(self, ranks: list[list[npt.NDArray[Any]]], dtype: str) -> dict[str, PartitionedTensor]:
+        """Gather stages 1 and 2: each group is a vector in equal partitions, padded after each parameter and last."""
+        if len(ranks[0]) != len(self.shapes):
+            found = format_count(len(ranks[0]), "group")
+            raise CheckpointError(f"{self.folder}: {found} in the shards, but {len(self.shapes)} in the model states")
+        trained = {}
+        for index, group in enumerate(self.shapes):
+            flat = [groups[index] for groups in ranks]
+            offset = 0
+            for (name, shape), padding in zip(group.items(), self.paddings[index], strict=True):
+                count = math.prod(shape)
+                trained[name] = PartitionedTensor(dtype, shape, slice_flat(self.folder, name, flat, offset, count))
+                offset += count + padding
+            # a group is padded to a multiple of 2 × ranks; some versions of DeepSpeed save that padding
+            if not 0 <= (left := sum(map(len, flat)) - offset) < 2 * len(ranks):
+                raise CheckpointError(f"{self.folder}: {left} values of group {index} don't belong to any parameter")
+        return trained
 
 
 def find_zero_files(folder: Path) -> ZeroFiles:
@@ -119,11 +150,9 @@ def read_optimizer_shards(files: ZeroFiles) -> OptimizerShards:
 def check_ranks(folder: Path, files: Mapping[int, Path], world_size: int, what: str) -> None:
     missing = next((rank for rank in range(world_size) if rank not in files), None)
     if missing is not None or len(files) != world_size:
-        raise CheckpointError(
-            f"{folder}: found {what} of ranks {shorten(str(sorted(files)))}, but training used "
-            + format_count(world_size, "rank")
-            + (f"; rank {missing} is missing" if missing is not None else "")
-        )
+        found, ranks = shorten(str(sorted(files))), format_count(world_size, "rank")
+        lack = f"; rank {missing} is missing" if missing is not None else ""
+        raise CheckpointError(f"{folder}: found {what} of ranks {found}, but training used {ranks}{lack}")
 
 
 def _find_files_by_rank(folder: Path, pattern: str, form: re.Pattern[str]) -> dict[int, Path]:
@@ -153,17 +182,15 @@ def _read_stage(optimizer: Mapping[Any, Any], path: Path) -> int:
 
 
 def _check_partitions(optimizer: Mapping[Any, Any], world_size: int, path: Path) -> None:
-    counts = optimizer.get("partition_count")
     groups = optimizer.get("ds_zero_partition_groups") or []
     if type(groups) is not list or not all(type(group) is dict for group in groups):
         raise CheckpointError(f"{path}: ds_zero_partition_groups: expected a list of dicts")
+    counts = optimizer.get("partition_count")
     counts = counts if type(counts) is list else [counts]
     for count in counts + [group.get("partition_count", world_size) for group in groups]:
         if _expect_count(count, path, "partition_count") != world_size:
-            ranks = format_count(world_size, "rank")
-            raise CheckpointError(
-                f"{path}: written in a run of {format_count(count, 'rank')}, but training used {ranks}"
-            )
+            found, ranks = format_count(count, "rank"), format_count(world_size, "rank")
+            raise CheckpointError(f"{path}: written in a run of {found}, but training used {ranks}")
 
 
 def _read_fp32_groups(optimizer: Mapping[Any, Any], stage: int, path: Path) -> list[Tensor]:
@@ -175,44 +202,6 @@ def _read_fp32_groups(optimizer: Mapping[Any, Any], stage: int, path: Path) -> l
         if group.dtype not in FLOAT_DTYPES:
             raise CheckpointError(f"{path}: {key}: dtype {group.dtype}, expected F32")
     return groups
-
-
-def _gather_stage3(
-    folder: Path, ranks: list[list[npt.NDArray[Any]]], shapes: Shapes, dtype: str
-) -> dict[str, PartitionedTensor]:
-    """Gather stage 3: a rank's fp32_flat_groups are one vector with ceil(n / ranks) elements of each parameter."""
-    trained = {}
-    offset = 0
-    for name, shape in ((name, shape) for group in shapes for name, shape in group.items()):
-        partition = math.ceil(math.prod(shape) / len(ranks))
-        whole = [array for groups in ranks for array in slice_flat(folder, name, groups, offset, partition)]
-        trained[name] = PartitionedTensor(dtype, shape, slice_flat(folder, name, whole, 0, math.prod(shape)))
-        offset += partition
-    for rank, groups in enumerate(ranks):
-        if (length := sum(map(len, groups))) != offset:
-            raise CheckpointError(f"{folder}: rank {rank} has {length} values, but its parameters need {offset}")
-    return trained
-
-
-def _gather_stage1_and_2(
-    folder: Path, ranks: list[list[npt.NDArray[Any]]], shapes: Shapes, paddings: list[list[int]], dtype: str
-) -> dict[str, PartitionedTensor]:
-    """Gather stages 1 and 2: each group is a vector in equal partitions, padded after each parameter and at its end."""
-    if len(ranks[0]) != len(shapes):
-        found = format_count(len(ranks[0]), "group")
-        raise CheckpointError(f"{folder}: {found} in the shards, but {len(shapes)} in the model states")
-    trained = {}
-    for index, group in enumerate(shapes):
-        flat = [groups[index] for groups in ranks]
-        offset = 0
-        for (name, shape), padding in zip(group.items(), paddings[index], strict=True):
-            count = math.prod(shape)
-            trained[name] = PartitionedTensor(dtype, shape, slice_flat(folder, name, flat, offset, count))
-            offset += count + padding
-        # a group is padded to a multiple of 2 × ranks; some versions of DeepSpeed save that padding
-        if not 0 <= (left := sum(map(len, flat)) - offset) < 2 * len(ranks):
-            raise CheckpointError(f"{folder}: {left} values of group {index} don't belong to any parameter")
-    return trained
 
 
 def slice_flat(

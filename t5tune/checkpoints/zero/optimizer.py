@@ -59,7 +59,7 @@ def _read_state(shards: OptimizerShards, rank: int, path: Path) -> list[Mapping[
     """Read the state of each flat vector of a rank; empty before the first step."""
     base = _get_base_state(shards, rank)
     if type(base) is not dict:  # a list, with zero_optimization.elastic_checkpoint
-        raise CheckpointError(f"{path}: the optimizer's state isn't that of one optimizer")
+        raise CheckpointError(f"{path}: the state of several optimizers isn't supported")
     state = expect_dict(base.get("state"), path)
     return [expect_dict(state.get(index, {}), path) for index in range(len(shards.masters[rank]))]
 

@@ -105,7 +105,7 @@ def _gather_frozen(
     frozen = {}
     for name, shape in shapes.items():
         if not all(name in ranks for ranks in fragments) or len({ranks[name].dtype for ranks in fragments}) != 1:
-            raise CheckpointError(f"{path.parent}: {name}: a rank's fragment is missing or has another dtype")
+            raise CheckpointError(f"{path.parent}: {name}: a rank's fragment is missing or has a different dtype")
         arrays = [ranks[name].array.reshape(-1) for ranks in fragments]
         parts = slice_flat(path.parent, name, arrays, 0, math.prod(shape))
         frozen[name] = PartitionedTensor(fragments[0][name].dtype, shape, parts)
