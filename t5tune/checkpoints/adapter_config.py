@@ -94,12 +94,10 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         key = str(details["loc"][0])
         found = f"{shorten_file_value(config[key])}: " if key in config else ""
         raise CheckpointError(f"{path}: {key}: {found}{describe_value_error(details)}") from None
-    for name in ("rank_pattern", "alpha_pattern"):
-        _check_patterns(config.get(name) or {}, f"{path}: {name}")
-    # a string is a regular expression, which PEFT matches when --verify and chat load the adapter
-    for name in ("target_modules", "exclude_modules"):
-        if isinstance(config.get(name), str):
-            _check_patterns([config[name]], f"{path}: {name}")
+    for name in ("rank_pattern", "alpha_pattern", "target_modules", "exclude_modules"):
+        patterns = config.get(name)
+        if isinstance(patterns, dict | str):  # PEFT matches a string, too, when --verify and chat load the adapter
+            _check_patterns([patterns] if isinstance(patterns, str) else patterns, f"{path}: {name}")
     return config
 
 

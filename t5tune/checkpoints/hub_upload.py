@@ -76,15 +76,14 @@ def upload_result(
     if not settings.push_to_hub:
         return None
     name = choose_repository(settings, folder if copy is None else folder.parent)
+    later = explain_uploading_later(folder, name, settings.hub_private_repo)
     try:
         message = message or f"Upload {folder.resolve().name}"
         return upload_folder(copy or folder, name, settings.hub_private_repo, report, message).url
     except (SettingsError, UploadError, CheckpointError) as error:
-        later = explain_uploading_later(folder, name, settings.hub_private_repo)
         report(Note(f"{error.message}; {later}", warning=True))
         return None
-    except KeyboardInterrupt:  # also of SIGTERM and SIGHUP, in export and merge; train says it in its own error
-        later = explain_uploading_later(folder, name, settings.hub_private_repo)
+    except KeyboardInterrupt:  # also for SIGTERM and SIGHUP, in export and merge; train's error says it
         report(Note(f"the upload was stopped; {later}", warning=True))
         raise
 
@@ -103,13 +102,15 @@ def upload_folder(folder: Path, name: str, is_private: bool, report: Report, mes
     size = sum(file.stat().st_size for file in files.values())
     # read before the Hub is asked: a copy of a checkpoint may be deleted meanwhile
     card = files[MODEL_CARD_FILE].read_bytes() if MODEL_CARD_FILE in files else None
-    local = _list_local_folders(folder)
+    base, *local = _list_local_folders(folder)
     name = create_repository(name, is_private)
     report(Note(f"uploading {format_count(len(files), 'file')} ({format_size(size)}) to {name}"))
-    _report_local_base(folder, report)
+    if base and base != "pocket":
+        words = f"the adapter's files name the base as {base}, a folder on this machine"
+        report(Note(f"{words}: tell the adapter's users the model", warning=True))
     contents: dict[str, Path | bytes] = {**files}
     if card is not None:
-        contents[MODEL_CARD_FILE] = fill_in_card(card, name, local)
+        contents[MODEL_CARD_FILE] = fill_in_card(card, name, [base, *local])
     url = upload_files(name, contents, message, is_loaded_file, report)
     return Uploaded(url, len(files), size)
 
@@ -146,18 +147,10 @@ def _is_uploaded(name: str) -> bool:
 
 
 def _list_local_folders(folder: Path) -> list[str]:
-    """List the local paths that a result's card may contain: the base and the merged adapters."""
+    """List the local paths in a result's files: an adapter's base (or ""), and the paths in settings.yaml."""
     path = folder / SETTINGS_FILE
     saved = read_yaml(path, MAX_SETTINGS_BYTES) if path.is_file() else {}
     base = read_adapter_config(folder).get("base_model_name_or_path") if is_adapter(folder) else None
     adapters = saved.get("adapter")
     names = [base, saved.get("model_name_or_path"), *(adapters if isinstance(adapters, list) else [adapters])]
-    return [name for name in names if isinstance(name, str) and not is_published(name)]
-
-
-def _report_local_base(folder: Path, report: Report) -> None:
-    if is_adapter(folder):
-        base = read_adapter_config(folder).get("base_model_name_or_path")
-        if base and base != "pocket" and not is_published(base):
-            words = f"the adapter's files name the base as {base}, a folder on this machine"
-            report(Note(f"{words}: tell the adapter's users the model", warning=True))
+    return [name if isinstance(name, str) and not is_published(name) else "" for name in names]

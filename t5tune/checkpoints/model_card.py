@@ -181,9 +181,8 @@ def build_merged_card(
         kind: as merge's --to.
         converters: other tools that read a checkpoint of this model type.
     """
-    others = (
-        f"\nThese tools can also read it: {', '.join(converters)}.\n" if kind == "checkpoint" and converters else ""
-    )
+    tools = ", ".join(converters) if kind == "checkpoint" else ""
+    readers = f"\nThese tools can also read it: {tools}.\n" if tools else ""
     is_plain = [weight for _, weight in adapters] == [1]
     names = ", ".join(f"`{name}`" if is_plain else f"`{name}` (weight {weight:g})" for name, weight in adapters)
     return f"""---
@@ -194,7 +193,7 @@ tags: [t5tune]
 # {base} with a merged LoRA adapter
 
 Created by `t5tune merge` from the adapter{"s" if len(adapters) > 1 else ""} {names}.
-{training}{LOADING_SECTIONS[kind]}{others}"""
+{training}{LOADING_SECTIONS[kind]}{readers}"""
 
 
 def fill_in_card(content: bytes, repository: str, folders: Collection[str]) -> bytes:

@@ -115,13 +115,13 @@ def _find_files(
     if not data:
         raise _explain_no_data(asked, dataset, names)
     if dataset.path:
-        chosen = _select_by_path(data, dataset.path)
+        # a file, the files of a folder, or the matches of a pattern
+        named = {name for name in data if name == dataset.path or name.startswith(f"{dataset.path}/")}
+        chosen = sorted(named | set(_match(data, dataset.path)))
         if not chosen:
-            problem = f"{asked}: no such data file in this dataset"
-            raise DataError(problem, hint=f"it has {join_first(data)}")
+            raise DataError(f"{asked}: no such data file in this dataset", hint=f"it has {join_first(data)}")
     else:
-        configs = _read_configs(snapshot)
-        chosen = _select_by_split(data, configs, choice, asked, report)
+        chosen = _select_by_split(data, _read_configs(snapshot), choice, asked, report)
         chosen = _keep_most_common_kind(chosen, asked, report)
     folder = pinned.download([*map(glob.escape, chosen)], True, report)
     if missing := [name for name in chosen if not (folder / name).is_file()]:
@@ -141,12 +141,6 @@ def _explain_no_data(asked: str, dataset: DatasetName, names: Sequence[str]) -> 
         return DataError(problem, hint=f"try the Hub's Parquet copy: {PREFIX}{dataset.name}@refs/convert/parquet")
     hint = f"it has {join_first(names)}" if names else "it has no files"
     return DataError(f"{asked}: this dataset has no JSON, JSONL, CSV or Parquet file", hint=hint)
-
-
-def _select_by_path(data: Sequence[str], path: str) -> list[str]:
-    """Select a file, the files of a folder, or those that match a pattern, in alphabetical order."""
-    named = {name for name in data if name == path or name.startswith(f"{path}/")}
-    return sorted(named | set(_match(data, path)))
 
 
 def _read_configs(snapshot: Path) -> list[dict[str, Any]]:
@@ -179,13 +173,12 @@ def _select_by_split(
     listed = _read_data_files(config.get("data_files"), folder, inside)
     splits = {name: files for name, files in (listed or _guess_splits(inside, folder, asked)).items() if files}
     wanted = choice.defaults if choice.split is None else (choice.split,)
-    for name in wanted:
-        if name in splits:
-            return list(splits[name])
-    if len(splits) == 1 and choice.split is None:
-        (name,) = splits
-        report(Note(f"{asked}: reading its only split, {name}"))
-        return list(splits[name])
+    found = next((name for name in wanted if name in splits), None)
+    if found is None and len(splits) == 1 and choice.split is None:
+        (found,) = splits
+        report(Note(f"{asked}: reading its only split, {found}"))
+    if found is not None:
+        return list(splits[found])
     hint = f"it has {join_first(list(splits))}" if splits else "its subset has no files"
     raise DataError(f"{choice.setting}: {' or '.join(wanted)}: {asked}: no such split", hint=hint)
 
@@ -266,11 +259,10 @@ def _find_split(path: str) -> tuple[str, str]:
 
 def _keep_most_common_kind(files: Sequence[str], asked: str, report: Report) -> list[str]:
     """Keep the files of the most common suffix: a dataset may contain the same records in several formats."""
-    kinds = Counter(_get_kind(name) for name in files)
-    kept, _ = kinds.most_common(1)[0]
-    if over := [name for name in files if _get_kind(name) != kept]:
-        report(Note(f"{asked}: skipped, since most files are {kept}: {join_first(over)}", warning=True))
-    return [name for name in files if _get_kind(name) == kept]
+    ((kept, _),) = Counter(map(_get_kind, files)).most_common(1)
+    if skipped := [name for name in files if _get_kind(name) != kept]:
+        report(Note(f"{asked}: skipped, since most files are {kept}: {join_first(skipped)}", warning=True))
+    return [name for name in files if name not in skipped]
 
 
 def _get_kind(name: str) -> str:

@@ -41,6 +41,7 @@ def read_zero_optimizer(folder: Path) -> ZeroOptimizer:
     files = find_zero_files(folder)
     shards = read_optimizer_shards(files)
     states = [_read_state(shards, rank, files.shard_files[rank]) for rank in range(files.world_size)]
+    # key -> whether it is a moment
     keys = {key: isinstance(value, Tensor) and value.shape != () for key, value in states[0][0].items()}
     if any(group.keys() != keys.keys() for groups in states for group in groups):
         raise CheckpointError(f"{folder}: the optimizer's state differs between the parameter groups")
