@@ -1,5 +1,6 @@
 """A config.json or tokenizer_config.json that someone has edited: one line that names the file and the key."""
 
+import copy
 import json
 import os
 from contextlib import suppress
@@ -39,16 +40,21 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"t5": make_base(folder / "t5", tied=False), "t5gemma2": make_checkpoint("t5gemma2", folder / "t5gemma2")}
 
 
+def link_without_config(folder: Path, target: Path) -> Any:
+    """Link the files of a checkpoint except config.json, and return its config."""
+    for file in folder.iterdir():
+        if file.name != "config.json":
+            os.link(file, target / file.name)
+    return json.loads((folder / "config.json").read_text())
+
+
 @pytest.mark.parametrize(("kind", "key"), [(kind, key) for kind, keys in KEYS.items() for key in keys])
 def test_a_wrong_value_loads_or_is_refused_in_a_line(
     kind: str, key: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    config = json.loads((folders[kind] / "config.json").read_text())
-    for file in folders[kind].iterdir():
-        os.link(file, tmp_path / file.name)
-    (tmp_path / "config.json").unlink()
+    config = link_without_config(folders[kind], tmp_path)
     for value in WRONG_VALUES:
-        changed = json.loads(json.dumps(config))
+        changed = copy.deepcopy(config)
         *path, last = key.split(".")
         part = changed
         for name in path:
@@ -71,10 +77,7 @@ def test_a_wrong_value_loads_or_is_refused_in_a_line(
 def test_the_config_of_another_architecture_is_refused(
     model_type: Any, folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    config = json.loads((folders["t5gemma2"] / "config.json").read_text())
-    for file in folders["t5gemma2"].iterdir():
-        os.link(file, tmp_path / file.name)
-    (tmp_path / "config.json").unlink()
+    config = link_without_config(folders["t5gemma2"], tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": model_type}))
     with pytest.raises(T5TuneError, match=r"config\.json|no such tensor|missing from the weights"):
         load_base(tmp_path, torch.float32, torch.device("cpu"))

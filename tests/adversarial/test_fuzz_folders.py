@@ -24,7 +24,7 @@ from t5tune.errors import T5TuneError
 from t5tune.file_names import ADAPTER_CONFIG_FILE
 from t5tune.io.yaml_file import read_yaml
 from tests.adversarial.edits import apply_edits, edits, many
-from tests.adversarial.safetensors_files import with_header
+from tests.adversarial.model_folders import with_header
 
 pytestmark = pytest.mark.slow
 
@@ -41,30 +41,12 @@ near_entries = st.fixed_dictionaries(
         "data_offsets": st.lists(st.integers(-4, 40) | json_values, max_size=3),
     }
 )
-file_names = st.text(max_size=12) | st.sampled_from(
-    [
-        "model-1.safetensors",
-        "../model-1.safetensors",
-        "/etc/passwd",
-        "MODEL-1.safetensors",
-        "model-1.safetensors\0",
-        ".",
-    ]
-)
+FILE = "model-1.safetensors"
+file_names = st.text(max_size=12) | st.sampled_from([FILE, f"../{FILE}", "/etc/passwd", FILE.upper(), f"{FILE}\0", "."])
+CONFIG_KEYS = """r lora_alpha rank_pattern alpha_pattern target_modules modules_to_save use_dora auto_map
+    trainable_token_indices base_model_name_or_path bias init_lora_weights lora_bias"""
 near_configs = st.dictionaries(
-    st.sampled_from(
-        [
-            "r",
-            "lora_alpha",
-            "rank_pattern",
-            "alpha_pattern",
-            "target_modules",
-            "modules_to_save",
-            "use_dora",
-            "auto_map",
-        ]
-        + ["trainable_token_indices", "base_model_name_or_path", "bias", "init_lora_weights", "lora_bias"]
-    ),
+    st.sampled_from(CONFIG_KEYS.split()),
     json_values
     | st.lists(st.sampled_from(["q", "v", "lm_head", ""]), max_size=3)
     | st.dictionaries(st.text(st.sampled_from(".*+?|()[]{}^$\\q1a"), max_size=14), st.integers(1, 9), max_size=3),
@@ -113,9 +95,7 @@ def test_any_header_is_read_or_refused(folder: Path, header: object, data: bytes
 @many
 @given(edits)
 def test_a_safetensors_file_with_changed_bytes_is_read_completely_or_refused(
-    folder: Path,
-    bounded: None,
-    changes: Any,
+    folder: Path, bounded: None, changes: Any
 ) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(apply_edits(write_good_shard(path), changes))
@@ -140,11 +120,11 @@ def test_any_index_names_shards_of_its_own_folder_or_is_refused(folder: Path, in
     inner = folder / "base"
     inner.mkdir(exist_ok=True)
     for path in (inner, folder):
-        write_good_shard(path / "model-1.safetensors")
+        write_good_shard(path / FILE)
     (inner / "model.safetensors.index.json").write_text(json.dumps(index))
     checkpoint = read_or_refuse(lambda: Checkpoint(inner), "base")
     if checkpoint is not None:
-        assert [path for path, _ in checkpoint.shards] == [inner / "model-1.safetensors"]
+        assert [path for path, _ in checkpoint.shards] == [inner / FILE]
         assert set(index["weight_map"]) <= set(checkpoint.list_names())
 
 

@@ -164,8 +164,7 @@ def test_invalid_utf8_in_parquet_rejects_only_its_own_row_and_is_kept(tmp_path: 
         bad, good = read(tmp_path / "a.parquet")
         assert isinstance(good, Conversation)
         assert isinstance(bad, Rejection)
-        assert (bad.reason, "the byte 0x" in bad.message) == ("invalid_utf8", True)
-        assert "the byte 0xFF at character 0" in bad.message
+        assert (bad.reason, "the byte 0xFF at character 0" in bad.message) == ("invalid_utf8", True)
         assert "\\udcff\\udcfe" in json.dumps(read_raw(tmp_path / "a.parquet")[0].data)
 
 
@@ -334,9 +333,6 @@ def test_errors_are_one_line_whatever_the_value(tmp_path: Path) -> None:
     (line,) = done.stderr.splitlines()
     assert "a\\nb.jsonl" in line
     assert len(line) < 4000
-    done = prepare(tmp_path, "--data-path", "a" * 5000)
-    assert (done.code, len(done.errors)) == (2, 1)
-    assert "can't be read: File name too long" in done.errors[0]
 
 
 def test_file_names_that_are_not_unicode_are_kept(tmp_path: Path) -> None:
@@ -366,8 +362,6 @@ def test_links_and_folders_with_other_files_are_not_replaced(tmp_path: Path) -> 
     (tmp_path / "real" / "mine.txt").write_text("Dear Mira")
     done = prepare(tmp_path, "--data-path", tmp_path / "a.jsonl", "--seed", "7")
     assert (done.code, "contains mine.txt in addition to a token cache" in done.stderr) == (2, True)
-    done = prepare(tmp_path, "--data-path", tmp_path / "a.jsonl", "--data-format", "alpaca", "--source-column", "x")
-    assert (done.code, "source_column" in done.stderr) == (2, True)
 
 
 @pytest.mark.slow

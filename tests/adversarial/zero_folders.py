@@ -1,7 +1,6 @@
 """Checkpoint folders of two DeepSpeed ranks, good and bad.
 
-`python -m tests.adversarial.zero_folders FOLDER` writes all of them. The good ones are made here according to
-DeepSpeed's documented format, not by DeepSpeed itself; tests/support/deepspeed_saves.py runs DeepSpeed.
+The good folders follow DeepSpeed's documented format; tests/support/deepspeed_saves.py runs DeepSpeed itself.
 """
 
 import hashlib
@@ -9,7 +8,6 @@ import json
 import math
 import os
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -133,6 +131,16 @@ def latest(content: bytes) -> Spoil:
     return lambda folder: (folder / "latest").write_bytes(content)
 
 
+def copied(old: str, new: str) -> Spoil:
+    """Copy rank 1's shard to a name in which `old` is replaced."""
+    return lambda folder: shutil.copy(shard(folder, 1), str(shard(folder, 1)).replace(old, new))
+
+
+def parameter(value: Any) -> Spoil:
+    """Replace a parameter in the universal format."""
+    return lambda folder: torch.save(value, folder / STATES / "zero" / A / "fp32.pt")
+
+
 def linked(name: str) -> Spoil:
     """Move a file or folder out of the checkpoint, and leave a link to it."""
 
@@ -161,26 +169,11 @@ STATES = "global_step4"
 FOLDERS: dict[str, tuple[Spoil, str]] = {
     # ranks
     "a rank is missing": (lambda f: shard(f, 1).unlink(), "rank 1 is missing"),
-    "a rank exists twice": (
-        lambda f: shutil.copy(shard(f, 1), shard(f, 1).with_name(f"bf16_{shard(f, 1).name}")),
-        "two files for rank 1",
-    ),
-    "a rank exists twice, with a leading zero": (
-        lambda f: shutil.copy(shard(f, 1), shard(f, 1).with_name(shard(f, 1).name.replace("rank_1", "rank_01"))),
-        "two files for rank 1",
-    ),
-    "a rank of another run": (
-        lambda f: shutil.copy(shard(f, 1), shard(f, 1).with_name(shard(f, 1).name.replace("rank_1", "rank_7"))),
-        "shards of ranks",
-    ),
-    "a file of tensor parallelism": (
-        lambda f: shutil.copy(shard(f, 1), shard(f, 1).with_name(shard(f, 1).name.replace("rank_00", "rank_01"))),
-        "model parallelism",
-    ),
-    "a file of experts": (
-        lambda f: shutil.copy(model_file(f), model_file(f).with_name("expp_rank_0_mp_rank_00_optim_states.pt")),
-        "experts",
-    ),
+    "a rank exists twice": (copied("zero_pp", "bf16_zero_pp"), "two files for rank 1"),
+    "a rank exists twice, with a leading zero": (copied("rank_1", "rank_01"), "two files for rank 1"),
+    "a rank of another run": (copied("rank_1", "rank_7"), "shards of ranks"),
+    "a file of tensor parallelism": (copied("rank_00", "rank_01"), "model parallelism"),
+    "a file of experts": (copied("zero_pp_rank_1", "expp_rank_0"), "experts"),
     "model states of a rank are missing": (
         lambda f: model_file(f, 1).unlink(),
         "model states of ranks .0.*rank 1 is missing",
@@ -214,10 +207,7 @@ FOLDERS: dict[str, tuple[Spoil, str]] = {
     # states of the wrong types
     "state is a list": (lambda f: torch.save([1], model_file(f)), "expected a dict"),
     "state is a tensor": (lambda f: torch.save(torch.ones(2), shard(f, 1)), "expected a dict"),
-    "optimizer state is a list": (
-        lambda f: torch.save({"optimizer_state_dict": [1]}, shard(f, 1)),
-        "expected a dict",
-    ),
+    "optimizer state is a list": (lambda f: torch.save({"optimizer_state_dict": [1]}, shard(f, 1)), "expected a dict"),
     "no optimizer": (lambda f: torch.save({}, shard(f, 1)), "expected a dict"),
     "no groups": (optimizer(fp32_flat_groups=[]), "contains no fp32_flat_groups"),
     "groups are a dict": (optimizer(fp32_flat_groups={}), "contains no fp32_flat_groups"),
@@ -273,10 +263,7 @@ FOLDERS: dict[str, tuple[Spoil, str]] = {
     "model states are a link": (linked(f"{STATES}/zero_pp_rank_0_mp_rank_00_model_states.pt"), "outside"),
     "shards in a linked folder": (linked(STATES), "outside the folder"),
     "config is a link": (linked("adapter_config.json"), "outside the folder"),
-    "tokenizer is a link": (
-        lambda f: (f / "tokenizer.json").symlink_to("/etc/hostname"),
-        "outside the folder",
-    ),
+    "tokenizer is a link": (lambda f: (f / "tokenizer.json").symlink_to("/etc/hostname"), "outside the folder"),
     "latest is a link": (linked("latest"), "outside the folder"),
     "a link to itself": (lambda f: (f / "tokenizer.json").symlink_to(f / "tokenizer.json"), "link"),
     "a pipe for a shard": (lambda f: [shard(f, 1).unlink(), os.mkfifo(shard(f, 1))], "regular file"),
@@ -314,18 +301,9 @@ def flip_a_bit_of_a_value(folder: Path) -> None:
 UNIVERSALS: dict[str, tuple[Spoil, str]] = {
     "a bit of a value is flipped": (flip_a_bit_of_a_value, r"fp32\.pt: .*differs from what was written"),
     "a parameter is missing": (lambda f: (f / STATES / "zero" / A / "fp32.pt").unlink(), r"fp32\.pt: missing"),
-    "a parameter is too short": (
-        lambda f: torch.save(torch.ones(3), f / STATES / "zero" / A / "fp32.pt"),
-        r"expected a tensor of shape \[3, 7\]",
-    ),
-    "a parameter is a string": (
-        lambda f: torch.save({"param": "x"}, f / STATES / "zero" / A / "fp32.pt"),
-        "expected a tensor",
-    ),
-    "a parameter has integers": (
-        lambda f: torch.save(torch.arange(21), f / STATES / "zero" / A / "fp32.pt"),
-        "expected a tensor",
-    ),
+    "a parameter is too short": (parameter(torch.ones(3)), r"expected a tensor of shape \[3, 7\]"),
+    "a parameter is a string": (parameter({"param": "x"}), "expected a tensor"),
+    "a parameter has integers": (parameter(torch.arange(21)), "expected a tensor"),
     "a name leads to the parent folder": (
         model(param_shapes=[{"../../x": (3, 7), B: (5, 3)}]),
         "not a valid parameter name",
@@ -337,14 +315,3 @@ UNIVERSALS: dict[str, tuple[Spoil, str]] = {
     "a linked folder": (linked(f"{STATES}/zero"), "outside the folder"),
     "no shapes": (model(param_shapes=None), "lists no trained parameter"),
 }
-
-
-def write(folder: Path) -> None:
-    for name, (spoil, _) in FOLDERS.items():
-        spoil(make(folder / "shards" / name / "run"))
-    for name, (spoil, _) in UNIVERSALS.items():
-        spoil(universal(folder / "universal" / name / "run"))
-
-
-if __name__ == "__main__":
-    write(Path(sys.argv[1]))

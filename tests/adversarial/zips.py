@@ -7,11 +7,9 @@ name -> (the file's bytes, a regular expression that the error matches).
 import pickle
 import pickletools
 import struct
-import sys
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 Corpus = dict[str, tuple[bytes, str]]
@@ -205,130 +203,103 @@ def hostile_pickles() -> Corpus:
         return b"\x8a" + bytes([len(encoded)]) + encoded
 
     tensor = state_pickle()[9:-2]
-    corpus: Corpus = {
-        "nested tuples": (torch_file(b"\x80\2)" + b"\x85" * 500_000 + b"."), "state dict"),
-        "nested lists": (torch_file(b"\x80\2" + b"]" * 400_000 + b"a" * 399_999 + b"."), "state dict"),
-        "nested dicts": (torch_file(b"\x80\2" + b"}K\0" * 200_000 + b"N" + b"s" * 200_000 + b"."), "state dict"),
-        "a nested tuple as a key": (torch_file(b"\x80\2})" + b"\x85" * 500_000 + b"Ns."), "has a key"),
+    pickles = {
+        "nested tuples": (b"\x80\2)" + b"\x85" * 500_000 + b".", "state dict"),
+        "nested lists": (b"\x80\2" + b"]" * 400_000 + b"a" * 399_999 + b".", "state dict"),
+        "nested dicts": (b"\x80\2" + b"}K\0" * 200_000 + b"N" + b"s" * 200_000 + b".", "state dict"),
+        "a nested tuple as a key": (b"\x80\2})" + b"\x85" * 500_000 + b"Ns.", "has a key"),
         "nested parameters": (
-            torch_file(
-                b"\x80\2ctorch._utils\n_rebuild_parameter\nq\0" + b"h\0" * 200_000 + b")" + b"R" * 200_000 + b"."
-            ),
+            b"\x80\2ctorch._utils\n_rebuild_parameter\nq\0" + b"h\0" * 200_000 + b")" + b"R" * 200_000 + b".",
             "",
         ),
-        "a list that contains itself": (torch_file(b"\x80\2]q\0h\0a."), "state dict"),
-        "a dict that contains itself": (torch_file(b"\x80\2}q\0X\1\0\0\0wh\0s."), "state dict"),
-        "lists that double": (
-            torch_file(b"\x80\2]q\0" + b"](h\0h\0eq\0" * 5000 + b"."),
-            "doesn't end|state dict",
-        ),
-        "a memo index of 2^32": (torch_file(b"\x80\2]r\xff\xff\xff\xff."), "state dict"),
+        "a list that contains itself": (b"\x80\2]q\0h\0a.", "state dict"),
+        "a dict that contains itself": (b"\x80\2}q\0X\1\0\0\0wh\0s.", "state dict"),
+        "lists that double": (b"\x80\2]q\0" + b"](h\0h\0eq\0" * 5000 + b".", "doesn't end|state dict"),
+        "a memo index of 2^32": (b"\x80\2]r\xff\xff\xff\xff.", "state dict"),
         "a million memo entries": (
-            torch_file(
-                b"\x80\2]" + b"".join(b"r" + struct.pack("<I", i * 4001 % 2**32) for i in range(1 << 20)) + b"."
-            ),
+            b"\x80\2]" + b"".join(b"r" + struct.pack("<I", i * 4001 % 2**32) for i in range(1 << 20)) + b".",
             "opcodes",
         ),
-        "two million numbers": (torch_file(b"\x80\2](" + b"J\0\0\0\1" * (1 << 21) + b"e."), "opcodes"),
-        "a million dicts": (torch_file(b"\x80\2](" + b"}" * (1 << 21) + b"e."), "opcodes"),
-        "a pickle of 20 MiB": (
-            torch_file(b"\x80\2X" + struct.pack("<I", 20 << 20) + b"x" * (20 << 20) + b"."),
-            "bytes, more",
-        ),
-        "a string of 4 GiB": (torch_file(b"\x80\2X\xff\xff\xff\xffx."), "but only 2 remain"),
-        "a number that ends too early": (torch_file(b"\x80\2\x8a\xff\1."), "not enough data"),
-        "no end": (torch_file(b"\x80\2}"), "before seeing STOP"),
-        "bytes after the end": (torch_file(state_pickle() + b"x"), "doesn't end"),
-        "two values": (torch_file(b"\x80\2}}."), "doesn't end"),
-        "an empty stack": (torch_file(b"\x80\2."), "doesn't end|empty stack"),
-        "a mark instead of a value": (torch_file(b"\x80\2(."), "pops from an empty stack"),
-        "no mark": (torch_file(b"\x80\2t."), "a mark that doesn't exist"),
-        "a memo entry that doesn't exist": (torch_file(b"\x80\2h\7."), "memo entry that it never put"),
-        "an odd number of items": (torch_file(b"\x80\2}(X\1\0\0\0wu."), "has a key"),
-        "items into a list": (torch_file(b"\x80\2]X\1\0\0\0wNs."), "isn't a dict"),
-        "items into a tuple": (torch_file(b"\x80\2)Na."), "isn't a list"),
-        "a string that isn't UTF-8": (torch_file(b"\x80\2X\1\0\0\0\xff."), "utf-8|decode"),
-        "an unterminated name": (torch_file(b"\x80\2c" + b"x" * 1000), "no newline found"),
-        "a name that isn't ASCII": (torch_file(b"\x80\2c\xff\nx\n."), "ascii|decode"),
-        "protocol 4": (torch_file(pickle.dumps({"w": 1}, 4)), "protocol 4"),
-        "protocol 5": (torch_file(pickle.dumps({"w": 1}, 5)), "protocol 5"),
-        "protocol 0": (torch_file(pickle.dumps({"w": 1}, 0)), "opcode"),
+        "two million numbers": (b"\x80\2](" + b"J\0\0\0\1" * (1 << 21) + b"e.", "opcodes"),
+        "a million dicts": (b"\x80\2](" + b"}" * (1 << 21) + b"e.", "opcodes"),
+        "a pickle of 20 MiB": (b"\x80\2X" + struct.pack("<I", 20 << 20) + b"x" * (20 << 20) + b".", "bytes, more"),
+        "a string of 4 GiB": (b"\x80\2X\xff\xff\xff\xffx.", "but only 2 remain"),
+        "a number that ends too early": (b"\x80\2\x8a\xff\1.", "not enough data"),
+        "no end": (b"\x80\2}", "before seeing STOP"),
+        "bytes after the end": (state_pickle() + b"x", "doesn't end"),
+        "two values": (b"\x80\2}}.", "doesn't end"),
+        "an empty stack": (b"\x80\2.", "doesn't end|empty stack"),
+        "a mark instead of a value": (b"\x80\2(.", "pops from an empty stack"),
+        "no mark": (b"\x80\2t.", "a mark that doesn't exist"),
+        "a memo entry that doesn't exist": (b"\x80\2h\7.", "memo entry that it never put"),
+        "an odd number of items": (b"\x80\2}(X\1\0\0\0wu.", "has a key"),
+        "items into a list": (b"\x80\2]X\1\0\0\0wNs.", "isn't a dict"),
+        "items into a tuple": (b"\x80\2)Na.", "isn't a list"),
+        "a string that isn't UTF-8": (b"\x80\2X\1\0\0\0\xff.", "utf-8|decode"),
+        "an unterminated name": (b"\x80\2c" + b"x" * 1000, "no newline found"),
+        "a name that isn't ASCII": (b"\x80\2c\xff\nx\n.", "ascii|decode"),
+        "protocol 4": (pickle.dumps({"w": 1}, 4), "protocol 4"),
+        "protocol 5": (pickle.dumps({"w": 1}, 5), "protocol 5"),
+        "protocol 0": (pickle.dumps({"w": 1}, 0), "opcode"),
         # calls
-        "a call of a tensor": (torch_file(calls(tensor)), "isn't a function"),
-        "a call of a dict": (torch_file(calls(b"}")), "isn't a function"),
-        "a call of a string": (torch_file(calls(b"X\4\0\0\0exec")), "isn't a function"),
-        "a call of a storage's type": (torch_file(calls(b"ctorch\nFloatStorage\n")), "isn't a function"),
-        "a call of a dtype": (torch_file(calls(b"ctorch\nfloat32\n")), "isn't a function"),
-        "a call without a tuple": (
-            torch_file(calls(b"ccollections\nOrderedDict\n", b"]")),
-            "without an argument tuple",
-        ),
-        "OrderedDict with arguments": (torch_file(calls(b"ccollections\nOrderedDict\n", b"]\x85")), "argument"),
-        "Size of a number": (torch_file(calls(b"ctorch\nSize\n", b"K\1\x85")), "invalid torch.Size"),
-        "a parameter of None": (torch_file(calls(b"ctorch._utils\n_rebuild_parameter\n", b"N\x85")), "isn't a tensor"),
-        "a tensor of nothing": (torch_file(calls(b"ctorch._utils\n_rebuild_tensor_v2\n")), "argument"),
+        "a call of a tensor": (calls(tensor), "isn't a function"),
+        "a call of a dict": (calls(b"}"), "isn't a function"),
+        "a call of a string": (calls(b"X\4\0\0\0exec"), "isn't a function"),
+        "a call of a storage's type": (calls(b"ctorch\nFloatStorage\n"), "isn't a function"),
+        "a call of a dtype": (calls(b"ctorch\nfloat32\n"), "isn't a function"),
+        "a call without a tuple": (calls(b"ccollections\nOrderedDict\n", b"]"), "without an argument tuple"),
+        "OrderedDict with arguments": (calls(b"ccollections\nOrderedDict\n", b"]\x85"), "argument"),
+        "Size of a number": (calls(b"ctorch\nSize\n", b"K\1\x85"), "invalid torch.Size"),
+        "a parameter of None": (calls(b"ctorch._utils\n_rebuild_parameter\n", b"N\x85"), "isn't a tensor"),
+        "a tensor of nothing": (calls(b"ctorch._utils\n_rebuild_tensor_v2\n"), "argument"),
         "a rebuild of a rebuild": (
-            torch_file(
-                calls(
-                    b"ctorch._tensor\n_rebuild_from_type_v2\n",
-                    b"(ctorch._tensor\n_rebuild_from_type_v2\nN)Nt",
-                )
-            ),
+            calls(b"ctorch._tensor\n_rebuild_from_type_v2\n", b"(ctorch._tensor\n_rebuild_from_type_v2\nN)Nt"),
             "isn't a tensor",
         ),
         "an instance of something that isn't a class": (
-            torch_file(b"\x80\2}X\1\0\0\0wccollections\nOrderedDict\n)\x81s."),
+            b"\x80\2}X\1\0\0\0wccollections\nOrderedDict\n)\x81s.",
             "isn't a class",
         ),
-        "attributes of a tensor": (torch_file(b"\x80\2}X\1\0\0\0w" + tensor + b"}bs."), "sets attributes"),
-        "attributes of a function": (torch_file(calls(b"ccollections\nOrderedDict\n}b")), "sets attributes"),
-        "attributes of a storage's type": (
-            torch_file(b"\x80\2}X\1\0\0\0wctorch\nFloatStorage\n}bs."),
-            "sets attributes",
-        ),
+        "attributes of a tensor": (b"\x80\2}X\1\0\0\0w" + tensor + b"}bs.", "sets attributes"),
+        "attributes of a function": (calls(b"ccollections\nOrderedDict\n}b"), "sets attributes"),
+        "attributes of a storage's type": (b"\x80\2}X\1\0\0\0wctorch\nFloatStorage\n}bs.", "sets attributes"),
         # storages
-        "another kind of reference": (torch_file(refers(kind=b"X\6\0\0\0module")), "isn't a storage"),
-        "a reference that is a number": (torch_file(state_pickle(reference=b"K\1Q")), "isn't a storage"),
-        "a reference with three items": (
-            torch_file(state_pickle(reference=b"X\7\0\0\0storageNN\x87Q")),
-            "isn't a storage",
-        ),
+        "another kind of reference": (refers(kind=b"X\6\0\0\0module"), "isn't a storage"),
+        "a reference that is a number": (state_pickle(reference=b"K\1Q"), "isn't a storage"),
+        "a reference with three items": (state_pickle(reference=b"X\7\0\0\0storageNN\x87Q"), "isn't a storage"),
         "a storage whose type is a string": (
-            torch_file(state_pickle(reference=b"(X\7\0\0\0storageNX\1\0\0\x000NK\6tQ")),
+            state_pickle(reference=b"(X\7\0\0\0storageNX\1\0\0\x000NK\6tQ"),
             "isn't a storage",
         ),
-        "a storage whose name is a number": (torch_file(refers(key=b"K\0")), "isn't a storage"),
-        "a storage elsewhere": (torch_file(refers(key=b"X\x0b\0\0\0../../../..")), "not in the archive"),
-        "a storage of -1 elements": (torch_file(refers(b"J\xff\xff\xff\xff")), "expected -4"),
-        "a storage of 2^400 elements": (torch_file(refers(number(1 << 400))), "bytes, expected"),
-        "a storage of True elements": (torch_file(refers(b"\x88")), "isn't a storage"),
+        "a storage whose name is a number": (refers(key=b"K\0"), "isn't a storage"),
+        "a storage elsewhere": (refers(key=b"X\x0b\0\0\0../../../.."), "not in the archive"),
+        "a storage of -1 elements": (refers(b"J\xff\xff\xff\xff"), "expected -4"),
+        "a storage of 2^400 elements": (refers(number(1 << 400)), "bytes, expected"),
+        "a storage of True elements": (refers(b"\x88"), "isn't a storage"),
         # tensors
-        "an offset beyond": (torch_file(state_pickle(offset=b"K\1")), "exceeds its storage"),
-        "an offset of -1": (torch_file(state_pickle(offset=b"J\xff\xff\xff\xff")), "invalid shape"),
-        "an offset of 2^400": (torch_file(state_pickle(offset=number(1 << 400))), "invalid shape"),
-        "a shape beyond": (torch_file(state_pickle(b"K\3K\3\x86")), "exceeds its storage"),
-        "a shape of -2": (torch_file(state_pickle(b"J\xfe\xff\xff\xffK\3\x86")), "invalid shape"),
-        "a shape with a string": (torch_file(state_pickle(b"X\1\0\0\x002K\3\x86")), "invalid shape"),
-        "a shape with floats": (torch_file(state_pickle(b"G?\xf0\0\0\0\0\0\0K\3\x86")), "invalid shape"),
-        "a shape with True": (torch_file(state_pickle(b"\x88K\3\x86")), "invalid shape"),
+        "an offset beyond": (state_pickle(offset=b"K\1"), "exceeds its storage"),
+        "an offset of -1": (state_pickle(offset=b"J\xff\xff\xff\xff"), "invalid shape"),
+        "an offset of 2^400": (state_pickle(offset=number(1 << 400)), "invalid shape"),
+        "a shape beyond": (state_pickle(b"K\3K\3\x86"), "exceeds its storage"),
+        "a shape of -2": (state_pickle(b"J\xfe\xff\xff\xffK\3\x86"), "invalid shape"),
+        "a shape with a string": (state_pickle(b"X\1\0\0\x002K\3\x86"), "invalid shape"),
+        "a shape with floats": (state_pickle(b"G?\xf0\0\0\0\0\0\0K\3\x86"), "invalid shape"),
+        "a shape with True": (state_pickle(b"\x88K\3\x86"), "invalid shape"),
         "an empty shape of 2^47 x 2^47": (
-            torch_file(state_pickle(b"K\0" + number(1 << 47) + number(1 << 47) + b"\x87", b"K\0K\0K\0\x87")),
+            state_pickle(b"K\0" + number(1 << 47) + number(1 << 47) + b"\x87", b"K\0K\0K\0\x87"),
             "",
         ),
-        "strides beyond": (torch_file(state_pickle(strides=b"K\6K\1\x86")), "exceeds its storage"),
-        "a stride of -3": (torch_file(state_pickle(strides=b"J\xfd\xff\xff\xffK\1\x86")), "invalid shape"),
-        "a stride of 2^62": (torch_file(state_pickle(strides=number(BIG) + b"K\1\x86")), "invalid shape"),
-        "one stride": (torch_file(state_pickle(strides=b"K\1\x85")), "strides"),
-        "a hundred dimensions": (
-            torch_file(state_pickle(b"(" + b"K\1" * 100 + b"t", b"(" + b"K\1" * 100 + b"t")),
-            "dimensions",
-        ),
+        "strides beyond": (state_pickle(strides=b"K\6K\1\x86"), "exceeds its storage"),
+        "a stride of -3": (state_pickle(strides=b"J\xfd\xff\xff\xffK\1\x86"), "invalid shape"),
+        "a stride of 2^62": (state_pickle(strides=number(BIG) + b"K\1\x86"), "invalid shape"),
+        "one stride": (state_pickle(strides=b"K\1\x85"), "strides"),
+        "a hundred dimensions": (state_pickle(b"(" + b"K\1" * 100 + b"t", b"(" + b"K\1" * 100 + b"t"), "dimensions"),
         "six values repeated 2^40 times": (
-            torch_file(state_pickle(number(1 << 20) * 2 + b"\x86", b"K\0K\0\x86")),
+            state_pickle(number(1 << 20) * 2 + b"\x86", b"K\0K\0\x86"),
             "repeats a storage",
         ),
-        "a tensor without a storage": (torch_file(state_pickle(reference=b"N")), "without a storage"),
-        "a list instead of a shape": (torch_file(state_pickle(b"]")), "without a storage, a shape"),
+        "a tensor without a storage": (state_pickle(reference=b"N"), "without a storage"),
+        "a list instead of a shape": (state_pickle(b"]"), "without a storage, a shape"),
     }
     for name in ("os system", "posix system", "builtins eval", "__builtin__ getattr", "builtins __import__",
                  "subprocess Popen", "torch.storage _load_from_bytes", "torch.hub load", "torch load", "pickle loads",
@@ -336,8 +307,8 @@ def hostile_pickles() -> Corpus:
                  "torch._utils _rebuild_tensor", "torch._utils _rebuild_wrapper_subclass", "numpy load", "_io open",
                  "t5tune.errors T5TuneError", "torch.jit.unsupported_tensor_ops execWrapper"):  # fmt: skip
         module, function = name.split()
-        corpus[f"refers to {name}"] = (
-            torch_file(calls(f"c{module}\n{function}\n".encode(), b"X\2\0\0\0id\x85")),
+        pickles[f"refers to {name}"] = (
+            calls(f"c{module}\n{function}\n".encode(), b"X\2\0\0\0id\x85"),
             f"its pickle refers to {module}.{function}, which no checkpoint needs",
         )
     known = b"\x80(})].N\x88\x89KMJG\x8aX\x85\x86\x87taesuqrhjcR\x81bQ"
@@ -345,17 +316,5 @@ def hostile_pickles() -> Corpus:
         code = opcode.code.encode("latin-1")
         if code not in known:
             pickled = b"\x80\2}" + code + b"\0\0\0\0\0\0\0\0\n\n."
-            corpus[f"opcode {opcode.name}"] = (torch_file(pickled), "can't be read")
-    return corpus
-
-
-def write(folder: Path) -> None:
-    for kind, corpus in {"zip": hostile_zips(), "pickle": hostile_pickles()}.items():
-        for name, (data, _) in corpus.items():
-            target = folder / kind / name.replace("/", "-")
-            target.mkdir(parents=True, exist_ok=True)
-            (target / "pytorch_model.bin").write_bytes(data)
-
-
-if __name__ == "__main__":
-    write(Path(sys.argv[1]))
+            pickles[f"opcode {opcode.name}"] = (pickled, "can't be read")
+    return {name: (torch_file(pickled), expected) for name, (pickled, expected) in pickles.items()}

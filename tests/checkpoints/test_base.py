@@ -40,18 +40,16 @@ def test_a_hub_model_is_downloaded_once_and_then_available_offline(hub: dict[str
     assert prepare("some/t5", hub, tmp_path / "online").code == 0
     done = prepare("some/t5", hub | {"HF_HUB_OFFLINE": "1"}, tmp_path / "offline")
     assert done.code == 0, done.stderr
-    assert (find_cache(tmp_path / "offline") / "tokens.bin").read_bytes() == (
-        find_cache(tmp_path / "online") / "tokens.bin"
-    ).read_bytes()
+    online, offline = ((find_cache(tmp_path / name) / "tokens.bin").read_bytes() for name in ("online", "offline"))
+    assert online == offline
 
 
 def test_pickled_weights_are_downloaded_if_there_are_no_others(hub: dict[str, str], untied_base: Path) -> None:
     ask = ("--prompt", "Hi", "--max-new-tokens", "3", "--use-cpu")
     local = t5tune_in_fork("chat", "--model-name-or-path", untied_base, *ask)
     for offline in ("0", "1"):
-        done = t5tune_in_fork(
-            "chat", "--model-name-or-path", "some/pickled-t5", *ask, env=hub | {"HF_HUB_OFFLINE": offline}
-        )
+        environment = hub | {"HF_HUB_OFFLINE": offline}
+        done = t5tune_in_fork("chat", "--model-name-or-path", "some/pickled-t5", *ask, env=environment)
         assert (done.code, done.stdout) == (0, local.stdout), done.stderr
 
 
@@ -72,11 +70,8 @@ def test_a_refusal_of_the_hub_is_reported_in_one_line(
     assert_one_error(prepare(name, hub, tmp_path / "cache", *flags), expected)
 
 
-def test_an_unreachable_hub_is_reported_in_one_line(hub: dict[str, str], tmp_path: Path) -> None:
+def test_without_a_hub_similar_folders_are_suggested(hub: dict[str, str], tmp_path: Path) -> None:
     nowhere = hub | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
-    assert_one_error(
-        prepare("some/other", nowhere, tmp_path / "cache"), ["some/other", "can't be reached", "check the network"]
-    )
     (tmp_path / "answers").mkdir()
     done = t5tune_in_fork("chat", "answer", "--prompt", "Hi", env=nowhere, cwd=tmp_path)
     assert_one_error(done, ["answer: no such folder", "did you mean answers?"])
@@ -100,7 +95,7 @@ def test_planning_with_a_hub_model_downloads_no_weights(hub: dict[str, str], tmp
     assert {path.name for path in tmp_path.rglob("*.*") if path.is_symlink()} == {"config.json"}
 
 
-def test_merge_uses_a_downloaded_base_that_the_adapter_names_and_downloads_none(
+def test_merge_uses_the_adapters_base_only_if_it_is_downloaded(
     hub: dict[str, str], untied_base: Path, tmp_path: Path
 ) -> None:
     adapter = make_stock_adapter(untied_base, tmp_path / "adapter")

@@ -64,11 +64,16 @@ def redirect(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.redirects_to = "login.example"
 
 
+def drop_connections(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.drops = True
+
+
 OUTAGES = [
     pytest.param(fail_with_status(500), "the Hub answers with status 500", id="500"),
     pytest.param(fail_with_status(503), "the Hub answers with status 503", id="503"),
     pytest.param(fail_to_answer, "the Hub can't be reached", id="timeout"),
     pytest.param(redirect, "the Hub's address redirects to login.example", id="redirect"),
+    pytest.param(drop_connections, "the connection to the Hub was lost", id="drops"),
 ]
 
 
@@ -224,15 +229,13 @@ def test_a_start_while_the_hub_fails_warns_once(hub: Hub, untied_base: Path, tmp
     train = ("train", "--model-name-or-path", "some/t5", "--data-path", "some/chats", *TRAIN)
     assert t5tune_in_fork(*train, "--output-dir", tmp_path / "a", env=hub.environment).code == 0
     hub.status = 500
-    done = t5tune_in_fork(*train, "--output-dir", tmp_path / "b", env=hub.environment)
-    assert done.code == 0, done.stderr
-    warnings = [line for line in done.stderr.splitlines() if "the Hub answers with status 500" in line]
-    assert [line.split(":")[1].strip() for line in warnings] == ["some/t5", "some/chats"]
-    evaluate = ("evaluate", "some/t5", "--data-path", "some/chats", "--max-new-tokens", 1, "--use-cpu")
-    done = t5tune_in_fork(*evaluate, "--data-split", "train", "--output-dir", tmp_path / "c", env=hub.environment)
-    assert done.code == 0, done.stderr
-    warnings = [line for line in done.stderr.splitlines() if "the Hub answers with status 500" in line]
-    assert [line.split(":")[1].strip() for line in warnings] == ["some/t5", "some/chats"]
+    data = ("--data-path", "some/chats", "--data-split", "train")
+    evaluate = ("evaluate", "some/t5", *data, "--max-new-tokens", 1, "--use-cpu")
+    for command in (train, evaluate):
+        done = t5tune_in_fork(*command, "--output-dir", tmp_path / command[0], env=hub.environment)
+        assert done.code == 0, done.stderr
+        warnings = [line for line in done.stderr.splitlines() if "the Hub answers with status 500" in line]
+        assert [line.split(":")[1].strip() for line in warnings] == ["some/t5", "some/chats"]
 
 
 @pytest.mark.slow

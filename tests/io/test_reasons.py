@@ -86,7 +86,7 @@ def run_to_error(*arguments: Any) -> str:
 
 @pytest.mark.slow
 def test_broken_files_are_described_on_the_command_line(tmp_path: Path) -> None:
-    deepspeed, base, cache, table = (tmp_path / name for name in ("zero.json", "base", "cache", "data.csv"))
+    deepspeed, base, cache = (tmp_path / name for name in ("zero.json", "base", "cache"))
     deepspeed.write_text("{'a': 1}")
     train = ["train", "--model-name-or-path", "pocket", "--data-path", "pocket", "--output-dir", tmp_path / "run"]
     said = run_to_error(*train, "--deepspeed", deepspeed)
@@ -94,25 +94,8 @@ def test_broken_files_are_described_on_the_command_line(tmp_path: Path) -> None:
     assert said.startswith(f"deepspeed: {deepspeed}: {reason}")
     base.mkdir()
     (base / "config.json").write_text("{'a': 1}")
-    prepare = ["prepare", "--output-dir", tmp_path / "out", "--data-path"]
-    assert run_to_error(*prepare, "pocket", "--model-name-or-path", base) == f"{base / 'config.json'}: {reason}"
+    prepare = ["prepare", "--output-dir", tmp_path / "out", "--data-path", "pocket"]
+    assert run_to_error(*prepare, "--model-name-or-path", base) == f"{base / 'config.json'}: {reason}"
     cache.mkdir()
     (cache / "manifest.json").write_text("[1]")
     assert "manifest.json: not the manifest of a token cache (expected a JSON object)" in run_to_error("inspect", cache)
-    for row, why in (('a,"b', "the file ends inside quotes"), ('a,"b"c', "there is text after a closing quote")):
-        table.write_text(f"source,target\n{row}\n")
-        said = run_to_error(*prepare, table, "--model-name-or-path", "pocket")
-        assert said.startswith(f"{table}:2: not valid CSV: {why}")
-
-
-def test_each_wrong_field_of_a_conversation_template_is_reported(tmp_path: Path) -> None:
-    template = tmp_path / "mine.yaml"
-    template.write_text("system_message: ''\nsystem: '{text} '\nasistant: '{text} '\nassistant_prefix: 'A: '\n")
-    arguments = ["--model-name-or-path", "pocket", "--output-dir", tmp_path / "cache", "--data-path", "pocket"]
-    done = t5tune_in_fork("prepare", *arguments, "--conversation-template", template)
-    place = f"error: conversation_template: {template}"
-    assert done.errors == [
-        f"{place}: asistant: unknown field; did you mean assistant?",
-        f"{place}: human: missing",
-        f"{place}: assistant: missing",
-    ]

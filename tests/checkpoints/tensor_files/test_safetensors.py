@@ -1,11 +1,8 @@
 """Reading and writing weights without torch, compared bit by bit with torch and safetensors."""
 
-import builtins
 import json
-import os
 import pickle
 import struct
-import subprocess
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
@@ -124,6 +121,7 @@ INVALID_ENTRIES: dict[str, tuple[Any, int, str]] = {
     "one offset": ({**F32, "data_offsets": [8]}, 8, "data_offsets isn't a list of two ascending integers from 0"),
     "reversed offsets": (entry("F32", [2], 8, 0), 8, "data_offsets isn't a list of two ascending integers from 0"),
     "negative offset": (entry("F32", [2], -8, 0), 8, "data_offsets isn't a list of two ascending integers from 0"),
+    "offsets are fractions": ({**F32, "data_offsets": [0.0, 8.0]}, 8, "data_offsets isn't a list of two ascending"),
     "entry is null": (None, 0, "expected an object with dtype, shape, data_offsets"),
 }
 
@@ -142,6 +140,7 @@ def test_an_invalid_entry_is_refused_with_the_name_of_the_tensor_and_what_is_wro
     ("header", "data"),
     [
         pytest.param({"w": F32}, b"\0" * 9, id="trailing byte"),
+        pytest.param({"w": F32, "__metadata__": {"a": 1}}, b"\0" * 8, id="metadata of numbers"),
         pytest.param({"v": F32, "w": entry("F32", [2], 4, 12)}, b"\0" * 12, id="overlap"),
         pytest.param({"v": F32, "w": F32}, b"\0" * 8, id="same range"),
         pytest.param({"v": F32, "w": entry("F32", [1], 12, 16)}, b"\0" * 16, id="gap"),
@@ -168,6 +167,9 @@ def test_a_safetensors_file_whose_tensors_do_not_fill_it_is_refused_by_its_name(
         pytest.param(struct.pack("<Q", 2) + b"[]", id="header is a list"),
         pytest.param(struct.pack("<Q", 4) + b"null", id="header is null"),
         pytest.param(struct.pack("<Q", 200_000) + b"[" * 200_000, id="endlessly nested"),
+        pytest.param(struct.pack("<Q", 100_000) + b'{"a": '.ljust(99_999, b"9") + b"}", id="endless number"),
+        pytest.param(struct.pack("<Q", 32 << 20) + b"{".ljust((32 << 20) - 1) + b"}", id="header of 32 MiB"),
+        pytest.param(struct.pack("<Q", 16) + b'{"w": 1, "w": 1}', id="duplicate key"),
     ],
 )
 def test_a_file_that_is_not_safetensors_is_refused_by_its_name(tmp_path: Path, content: bytes) -> None:
@@ -369,7 +371,7 @@ def test_nested_containers_parameters_and_bf16_are_read_as_by_torch_load(tmp_pat
     assert read["dtype"] == "BF16"
 
 
-class _Calls:
+class _Call:
     """Pickles as a function call, which an unsafe reader executes."""
 
     def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
@@ -379,41 +381,17 @@ class _Calls:
         return self.call
 
 
-def malicious_file(path: Path, *calls: Any) -> Path:
+def test_a_pickle_that_calls_code_is_refused_and_does_not_run(tmp_path: Path) -> None:
+    marker, path = tmp_path / "marker", tmp_path / "pytorch_model.bin"
+    pickled = pickle.dumps({"w": _Call(eval, f"open({str(marker)!r}, 'w').close()")}, protocol=2)
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("archive/data.pkl", pickle.dumps(dict(enumerate(calls)), protocol=2))
-        archive.writestr("archive/byteorder", "little")
-        archive.writestr("archive/version", "3\n")
-    return path
-
-
-def attacks(marker: Path) -> dict[str, _Calls]:
-    return {
-        "os.system": _Calls(os.system, f"touch '{marker}'"),
-        "builtins.eval": _Calls(builtins.eval, f"open({str(marker)!r}, 'w').close()"),
-        "builtins.exec": _Calls(builtins.exec, f"open({str(marker)!r}, 'w').close()"),
-        "subprocess.Popen": _Calls(subprocess.Popen, ["touch", str(marker)]),
-        "subprocess.check_call": _Calls(subprocess.check_call, ["touch", str(marker)]),
-        "builtins.getattr": _Calls(getattr, "", "join"),
-    }
-
-
-@pytest.mark.parametrize("name", list(attacks(Path("unused"))))
-def test_a_pickle_that_calls_code_is_refused_and_does_not_run(tmp_path: Path, name: str) -> None:
-    marker = tmp_path / "marker"
-    path = malicious_file(tmp_path / "pytorch_model.bin", attacks(marker)[name])
-    function = name.rpartition(".")[2]
-    with pytest.raises(CheckpointError, match=rf"pytorch_model\.bin: its pickle refers to \S+\.{function}"):
+        archive.writestr("archive/data.pkl", pickled)
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin: its pickle refers to \S+\.eval"):
         read_torch_file(path)
-    with pytest.raises(CheckpointError, match=function):
+    with pytest.raises(CheckpointError, match="eval"):
         Checkpoint(tmp_path)
     assert not marker.exists()
-
-
-def test_the_attack_runs_if_it_is_unpickled(tmp_path: Path) -> None:
-    """Checks the test above: the attack does create the marker, so its absence means something."""
-    marker = tmp_path / "marker"
-    pickle.loads(pickle.dumps(attacks(marker)["builtins.eval"]))
+    pickle.loads(pickled)  # does run it
     assert marker.exists()
 
 
@@ -433,48 +411,6 @@ def test_a_truncated_torch_file_is_refused_at_every_length(tmp_path: Path) -> No
         path.write_bytes(whole[:length])
         with pytest.raises(CheckpointError, match=r"cut\.pt"):
             read_torch_file(path)
-
-
-def rewritten(source: Path, target: Path, change: Callable[[str, bytes], bytes]) -> Path:
-    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
-        for member in old.infolist():
-            new.writestr(member.filename, change(member.filename, old.read(member)))
-    return target
-
-
-def test_a_storage_shorter_than_its_tensor_is_refused(tmp_path: Path) -> None:
-    torch.save({"w": torch.arange(4.0)}, tmp_path / "whole.pt")
-    path = rewritten(
-        tmp_path / "whole.pt", tmp_path / "bad.pt", lambda name, data: data[:-4] if name.endswith("data/0") else data
-    )
-    with pytest.raises(CheckpointError, match=r"bad\.pt: .*: data/0: 12 bytes, expected 16"):
-        read_torch_file(path)
-
-
-def test_a_big_endian_file_is_refused(tmp_path: Path) -> None:
-    torch.save({"w": torch.arange(4.0)}, tmp_path / "whole.pt")
-    path = rewritten(
-        tmp_path / "whole.pt", tmp_path / "bad.pt", lambda name, data: b"big" if name.endswith("byteorder") else data
-    )
-    with pytest.raises(CheckpointError, match=r"bad\.pt: .*big-endian"):
-        read_torch_file(path)
-
-
-def test_a_tensor_that_exceeds_its_storage_is_refused(tmp_path: Path) -> None:
-    torch.save({"w": torch.arange(6.0).reshape(2, 3)}, tmp_path / "whole.pt")
-
-    def widen(name: str, data: bytes) -> bytes:  # shape (2, 3) -> (2, 9), as BININT1 opcodes
-        return data.replace(b"K\x02K\x03\x86", b"K\x02K\x09\x86") if name.endswith("data.pkl") else data
-
-    path = rewritten(tmp_path / "whole.pt", tmp_path / "bad.pt", widen)
-    with pytest.raises(CheckpointError, match=r"bad\.pt: .*exceeds its storage"):
-        read_torch_file(path)
-
-
-def test_a_bin_base_that_is_not_a_state_dict_is_refused(tmp_path: Path) -> None:
-    torch.save({"w": torch.ones(2), "step": 3}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin: expected a state dict"):
-        Checkpoint(tmp_path)
 
 
 def test_all_tensors_of_a_file_share_one_map_and_values_are_read_without_it(tmp_path: Path) -> None:
