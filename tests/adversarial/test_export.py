@@ -73,22 +73,25 @@ def run_export(folder: Path, output: Path, **changes: Any) -> Any:
     return export(ExportSettings(checkpoint=folder, output_dir=output, **changes))
 
 
-@pytest.mark.parametrize("kind", [1, 2, 3, "universal"])
-def test_the_folders_that_the_bad_folders_are_made_from_are_valid(tmp_path: Path, kind: Any) -> None:
-    folder = (
-        zero_folders.make(tmp_path / "run", kind) if kind != "universal" else zero_folders.universal(tmp_path / "run")
-    )
-    result = run_export(folder, tmp_path / "adapter")
-    state = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+def assert_exported(adapter: Path) -> None:
+    """Compare an exported adapter with the tensors in the shards."""
+    state = load_file(adapter / "adapter_model.safetensors")
     assert sorted(state) == sorted(zero_folders.values())
     assert all(torch.equal(state[name], value) for name, value in zero_folders.values().items())
+
+
+@pytest.mark.parametrize("kind", [1, 2, 3, "universal"])
+def test_the_folders_that_the_bad_folders_are_made_from_are_valid(tmp_path: Path, kind: Any) -> None:
+    run = tmp_path / "run"
+    folder = zero_folders.universal(run) if kind == "universal" else zero_folders.make(run, kind)
+    result = run_export(folder, tmp_path / "adapter")
+    assert_exported(tmp_path / "adapter")
     assert (result.step, result.world_size) == (4, 2)
 
 
 def test_the_padding_between_aligned_parameters_is_left_out(tmp_path: Path) -> None:
     run_export(zero_folders.make(tmp_path / "run", stage=2, padding=3), tmp_path / "adapter")
-    state = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-    assert all(torch.equal(state[name], value) for name, value in zero_folders.values().items())
+    assert_exported(tmp_path / "adapter")
 
 
 def assert_export_refused(folder: Path, tmp_path: Path, expected: str) -> None:
@@ -164,9 +167,8 @@ def test_the_command_line_refuses_with_exit_code_2_and_one_line(tmp_path: Path) 
     zero_folders.shard(folder, 1).write_bytes(PICKLES["refers to os system"][0])
     done = t5tune("export", folder, "--output-dir", tmp_path / "adapter")
     assert done.code == 2
-    assert len(done.errors) == 1
-    assert "os.system" in done.errors[0]
-    assert "Traceback" not in done.stderr
+    (error,) = done.stderr.splitlines()
+    assert "os.system" in error
     assert os.listdir(tmp_path) == ["run"]
 
 
@@ -180,5 +182,4 @@ def test_a_link_within_the_hub_cache_is_followed(tmp_path: Path) -> None:
         path.rename(tmp_path / "models--me--adapter" / "blobs" / str(number))
         (snapshot / path.name).symlink_to(f"../../blobs/{number}")
     run_export(snapshot, tmp_path / "again")
-    state = load_file(tmp_path / "again" / "adapter_model.safetensors")
-    assert all(torch.equal(state[name], value) for name, value in zero_folders.values().items())
+    assert_exported(tmp_path / "again")

@@ -175,18 +175,16 @@ def test_parquet_rows_have_a_size_limit(tmp_path: Path) -> None:
     assert [isinstance(record, Rejection) for record in found] == [False, True, False]
     long = read_raw(tmp_path / "a.parquet")[1]
     assert long.data == json.dumps(rows[1])[:1000]
-    numbers = pyarrow.array(
-        [[1] * 2000, [1]], pyarrow.list_(pyarrow.int8())
-    )  # a byte each in Parquet, but eight in a record
+    # a byte each in Parquet, but eight in a record
+    numbers = pyarrow.array([[1] * 2000, [1]], pyarrow.list_(pyarrow.int8()))
     texts = pyarrow.array([f"{number} {'x' * 6000}" for number in range(2)]).dictionary_encode()
     parquet.write_table(pyarrow.table({"source": texts, "target": texts, "n": numbers}), tmp_path / "a.parquet")
     assert [isinstance(record, Rejection) for record in read(tmp_path / "a.parquet")] == [True, True]
     short = pyarrow.array([f"{number} {'x' * 1000}" for number in range(30)]).dictionary_encode()
     parquet.write_table(pyarrow.table({"source": short, "target": short}), tmp_path / "a.parquet")
     assert [isinstance(record, Rejection) for record in read(tmp_path / "a.parquet")] == [False] * 30
-    parquet.write_table(
-        pyarrow.table({"source": ["a", "b"], "target": ["a", "b"], "n": numbers}), tmp_path / "a.parquet"
-    )
+    table = pyarrow.table({"source": ["a", "b"], "target": ["a", "b"], "n": numbers})
+    parquet.write_table(table, tmp_path / "a.parquet")
     assert [isinstance(record, Rejection) for record in read(tmp_path / "a.parquet")] == [True, False]
 
 
@@ -346,7 +344,7 @@ def test_file_names_that_are_not_unicode_are_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_links_and_folders_with_other_files_are_not_replaced(tmp_path: Path) -> None:
+def test_a_cache_in_a_linked_folder_is_written_and_checked(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(f'{GOOD}\n{{"x": 1}}')
     (tmp_path / "real").mkdir()
     (tmp_path / "cache").symlink_to("real")
@@ -359,9 +357,6 @@ def test_links_and_folders_with_other_files_are_not_replaced(tmp_path: Path) -> 
     assert (done.code, "more than max_rejected_fraction" in done.stderr) == (2, True)
     done = prepare(tmp_path, "--data-path", tmp_path / "cache")
     assert (done.code, "is already a token cache" in done.stderr) == (2, True)
-    (tmp_path / "real" / "mine.txt").write_text("Dear Mira")
-    done = prepare(tmp_path, "--data-path", tmp_path / "a.jsonl", "--seed", "7")
-    assert (done.code, "contains mine.txt in addition to a token cache" in done.stderr) == (2, True)
 
 
 @pytest.mark.slow
@@ -433,15 +428,10 @@ def test_prepare_under_nohup_survives_its_terminal(tmp_path: Path) -> None:
     assert (find_cache(tmp_path / "cache") / "manifest.json").is_file()
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
-def test_a_result_that_cannot_be_printed_gives_a_one_line_error(tmp_path: Path) -> None:
+def test_a_closed_standard_output_is_a_one_line_error(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(GOOD)
     command = [sys.executable, "-m", "t5tune", "prepare", "--model-name-or-path", "pocket", "--quiet"]
     command += ["--data-path", str(tmp_path / "a.jsonl"), "--output-dir", str(tmp_path / "cache")]
-    with open("/dev/full", "w") as full:
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
-    assert done.returncode == 1
-    assert done.stderr.splitlines() == ["error: standard output: can't be written: No space left on device"]
     closed = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *command], stderr=subprocess.PIPE, text=True)
     assert closed.returncode == 1
     assert closed.stderr.startswith("error: standard output is closed")

@@ -89,38 +89,21 @@ def model_file(folder: Path, rank: int = 0) -> Path:
     return folder / "global_step4" / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt"
 
 
+def change(path: Path, changes: dict[str, Any], key: str | None = None) -> None:
+    """Change a file's dict, or the dict under a key. A value that is a function is called with the old value."""
+    state = torch.load(path, weights_only=True)
+    found = state if key is None else state[key]
+    for name, value in changes.items():
+        found[name] = value(found.get(name)) if callable(value) else value
+    torch.save(state, path)
+
+
 def optimizer(rank: int = 1, **changes: Any) -> Spoil:
-    """Change a rank's optimizer state. A value that is a function is called with the old value."""
-
-    def spoil(folder: Path) -> None:
-        state = torch.load(shard(folder, rank), weights_only=True)
-        found = state["optimizer_state_dict"]
-        for key, value in changes.items():
-            found[key] = value(found.get(key)) if callable(value) else value
-        torch.save(state, shard(folder, rank))
-
-    return spoil
+    return lambda folder: change(shard(folder, rank), changes, "optimizer_state_dict")
 
 
 def model(**changes: Any) -> Spoil:
-    """Change rank 0's model states."""
-
-    def spoil(folder: Path) -> None:
-        state = torch.load(model_file(folder), weights_only=True)
-        for key, value in changes.items():
-            state[key] = value(state.get(key)) if callable(value) else value
-        torch.save(state, model_file(folder))
-
-    return spoil
-
-
-def without(key: str) -> Spoil:
-    def spoil(folder: Path) -> None:
-        state = torch.load(model_file(folder), weights_only=True)
-        del state[key]
-        torch.save(state, model_file(folder))
-
-    return spoil
+    return lambda folder: change(model_file(folder), changes)
 
 
 def config(**changes: Any) -> Spoil:
@@ -200,7 +183,7 @@ FOLDERS: dict[str, tuple[Spoil, str]] = {
     "world size 2^39": (model(dp_world_size=1 << 39), "but training used"),
     "world size is a string": (model(dp_world_size="2"), "dp_world_size: expected a non-negative integer"),
     "world size is true": (model(dp_world_size=True), "dp_world_size: expected a non-negative integer"),
-    "no world size": (without("dp_world_size"), "dp_world_size: expected a non-negative integer"),
+    "no world size": (model(dp_world_size=None), "dp_world_size: expected a non-negative integer"),
     "model parallelism": (model(mp_world_size=2), "model parallelism"),
     "steps are a string": (model(global_steps="4"), "global_steps: expected a non-negative integer"),
     "steps are -4": (model(global_steps=-4), "global_steps: expected a non-negative integer"),

@@ -54,11 +54,10 @@ def assert_holds(folder: Path, expected: dict[str, torch.Tensor]) -> None:
         assert_same(checkpoint.get_tensor(name), value)
 
 
-def raw_safetensors(path: Path, header: Any, data: bytes) -> Path:
-    """Write a file with this header, valid or not."""
+def raw_safetensors(header: Any, data: bytes) -> bytes:
+    """Build a file with this header, valid or not."""
     encoded = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(encoded)) + encoded + data)
-    return path
+    return struct.pack("<Q", len(encoded)) + encoded + data
 
 
 def entry(dtype: str, shape: list[int], begin: int, end: int) -> dict[str, Any]:
@@ -97,7 +96,8 @@ def test_tensors_at_unaligned_offsets_are_read_correctly(tmp_path: Path) -> None
     floats = np.array([1.5, -2.25], np.float32)
     header = {"a": entry("I8", [3], 0, 3), "b": entry("F32", [2], 3, 11), "c": entry("I64", [1], 11, 19)}
     data = bytes([1, 2, 255]) + floats.tobytes() + struct.pack("<q", -5)
-    file = SafetensorsFile(raw_safetensors(tmp_path / "odd.safetensors", header, data))
+    (tmp_path / "odd.safetensors").write_bytes(raw_safetensors(header, data))
+    file = SafetensorsFile(tmp_path / "odd.safetensors")
     assert file.get_tensor("a").array.tolist() == [1, 2, -1]
     assert file.get_tensor("b").array.tolist() == [1.5, -2.25]
     assert file.get_tensor("c").array.tolist() == [-5]
@@ -127,37 +127,23 @@ INVALID_ENTRIES: dict[str, tuple[Any, int, str]] = {
 
 
 @pytest.mark.parametrize(("value", "size", "message"), INVALID_ENTRIES.values(), ids=INVALID_ENTRIES)
-def test_an_invalid_entry_is_refused_with_the_name_of_the_tensor_and_what_is_wrong(
-    tmp_path: Path, value: Any, size: int, message: str
-) -> None:
-    path = raw_safetensors(tmp_path / "bad.safetensors", {"w": value}, b"\0" * size)
+def test_an_invalid_entry_is_refused_by_its_name(tmp_path: Path, value: Any, size: int, message: str) -> None:
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes(raw_safetensors({"w": value}, b"\0" * size))
     with pytest.raises(CheckpointError) as refused:
         SafetensorsFile(path)
     assert refused.value.message.startswith(f"{path}: w: {message}")
 
 
 @pytest.mark.parametrize(
-    ("header", "data"),
-    [
-        pytest.param({"w": F32}, b"\0" * 9, id="trailing byte"),
-        pytest.param({"w": F32, "__metadata__": {"a": 1}}, b"\0" * 8, id="metadata of numbers"),
-        pytest.param({"v": F32, "w": entry("F32", [2], 4, 12)}, b"\0" * 12, id="overlap"),
-        pytest.param({"v": F32, "w": F32}, b"\0" * 8, id="same range"),
-        pytest.param({"v": F32, "w": entry("F32", [1], 12, 16)}, b"\0" * 16, id="gap"),
-        pytest.param({"w": entry("F32", [2], 4, 12)}, b"\0" * 12, id="gap at the beginning"),
-    ],
-)
-def test_a_safetensors_file_whose_tensors_do_not_fill_it_is_refused_by_its_name(
-    tmp_path: Path, header: dict[str, Any], data: bytes
-) -> None:
-    path = raw_safetensors(tmp_path / "bad.safetensors", header, data)
-    with pytest.raises(CheckpointError, match=r"bad\.safetensors"):
-        SafetensorsFile(path)
-
-
-@pytest.mark.parametrize(
     "content",
     [
+        pytest.param(raw_safetensors({"w": F32}, b"\0" * 9), id="trailing byte"),
+        pytest.param(raw_safetensors({"w": F32, "__metadata__": {"a": 1}}, b"\0" * 8), id="metadata of numbers"),
+        pytest.param(raw_safetensors({"v": F32, "w": entry("F32", [2], 4, 12)}, b"\0" * 12), id="overlap"),
+        pytest.param(raw_safetensors({"v": F32, "w": F32}, b"\0" * 8), id="same range"),
+        pytest.param(raw_safetensors({"v": F32, "w": entry("F32", [1], 12, 16)}, b"\0" * 16), id="gap"),
+        pytest.param(raw_safetensors({"w": entry("F32", [2], 4, 12)}, b"\0" * 12), id="gap at the beginning"),
         pytest.param(b"", id="empty"),
         pytest.param(b"\0\0\0", id="shorter than a length"),
         pytest.param(struct.pack("<Q", 10) + b"{}", id="header longer than the file"),
@@ -238,17 +224,9 @@ def test_a_sharded_bin_base_has_the_tensors_that_torch_load_reads(tmp_path: Path
 
 def test_views_of_a_shared_storage_are_read_as_by_torch_load(tmp_path: Path) -> None:
     whole = torch.randn(6, 8)
-    state = {
-        "whole": whole,
-        "again": whole,
-        "transposed": whole.t(),
-        "rows": whole[2:4],
-        "columns": whole[:, 1::3],
-        "expanded": torch.ones(1, 3).expand(4, 3),
-        "scalar": whole[1, 1],
-        "empty": whole[:0],
-        "empty at the end": whole[6:],
-    }
+    state = {"whole": whole, "again": whole, "transposed": whole.t(), "rows": whole[2:4], "columns": whole[:, 1::3]}
+    state |= {"expanded": torch.ones(1, 3).expand(4, 3), "scalar": whole[1, 1]}
+    state |= {"empty": whole[:0], "empty at the end": whole[6:]}
     torch.save(state, tmp_path / "pytorch_model.bin")
     assert_holds(tmp_path, torch.load(tmp_path / "pytorch_model.bin", weights_only=True))
 
@@ -322,14 +300,6 @@ def test_rounding_of_random_bits_is_the_same_as_in_torch(dtype: torch.dtype) -> 
     assert back.isnan().all()
 
 
-@given(st.integers(0, (1 << 32) - 1))
-def test_a_value_is_rounded_to_bf16_as_in_torch(bits: int) -> None:
-    value = np.array([bits], np.uint32).view(np.float32)
-    rounded = torch.from_numpy(from_float32(value, "BF16").array).view(torch.bfloat16)
-    assert torch.equal(rounded.isnan(), torch.from_numpy(np.isnan(value)))
-    assert rounded.isnan().all() or torch.equal(rounded, torch.from_numpy(value).to(torch.bfloat16))
-
-
 @given(st.integers(0, (1 << 16) - 1))
 def test_bf16_survives_conversion_to_fp32_and_back(bits: int) -> None:
     tensor = Tensor("BF16", np.array([bits], np.uint16))
@@ -355,17 +325,12 @@ def test_nested_containers_parameters_and_bf16_are_read_as_by_torch_load(tmp_pat
     read = read_torch_file(tmp_path / "x.pt")
     expected = torch.load(tmp_path / "x.pt", weights_only=True)
     assert list(read) == list(expected)
-    for path in (
-        lambda x: x["parameter"],
-        lambda x: x["nested"][0]["bf16"],
-        lambda x: x["nested"][1][0],
-        lambda x: x["ordered"]["i64"],
-        lambda x: x["ordered"]["i32"],
-        lambda x: x["f64"],
-        lambda x: x["f16"],
-        lambda x: x[7],
-    ):
-        assert_same(path(read), path(expected))
+    for key in ("parameter", "f64", "f16", 7):
+        assert_same(read[key], expected[key])
+    for key in ("i64", "i32"):
+        assert_same(read["ordered"][key], expected["ordered"][key])
+    assert_same(read["nested"][0]["bf16"], expected["nested"][0]["bf16"])
+    assert_same(read["nested"][1][0], expected["nested"][1][0])
     assert read["nested"][1][1:] == expected["nested"][1][1:]
     assert tuple(read["shape"]) == (2, 3)
     assert read["dtype"] == "BF16"
