@@ -105,7 +105,7 @@ def write_folder_atomically(target: Path, replaces: bool = True, is_shared: bool
     """Yield a new folder next to `target` that replaces it when the block ends without an error.
 
     An existing folder is replaced as a whole; if `target` is a link, the folder that it points to is replaced. If the
-    process is killed at any moment, either the old folder or the new one is there, never a mixture. Where two folders
+    process is killed at any moment, `target` is the old folder or the new folder, never a mixture. Where two folders
     can't be exchanged in one step (only Linux can), a kill between the two renames leaves no folder at `target`.
 
     Args:

@@ -12,7 +12,7 @@ MEMORY = 384 << 20
 
 @pytest.fixture
 def bounded() -> Iterator[None]:
-    """Limit this process's address space to what it uses now plus MEMORY."""
+    """Limit this process's address space to its current size plus MEMORY."""
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     now = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     resource.setrlimit(resource.RLIMIT_AS, (now + MEMORY, hard))

@@ -30,7 +30,7 @@ def assert_refused(folder: Path, data: bytes, expected: str) -> None:
     assert sorted(os.listdir(folder)) == before
 
 
-def test_the_file_that_the_bad_files_are_made_from_is_valid(tmp_path: Path) -> None:
+def test_the_unchanged_torch_file_is_valid(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(torch_file())
     assert Checkpoint(tmp_path).get_tensor("w").array.tolist() == [[0, 1, 2], [3, 4, 5]]
     state = torch.load(tmp_path / "pytorch_model.bin", weights_only=True)
@@ -52,7 +52,7 @@ def test_a_pickle_of_more_than_tensors_is_refused(tmp_path: Path, bounded: None,
 
 
 @pytest.mark.parametrize("kind", ["pipe", "folder", "link to a device"])
-def test_what_is_not_a_regular_file_is_refused_without_waiting(tmp_path: Path, bounded: None, kind: str) -> None:
+def test_other_kinds_of_files_are_refused_without_waiting(tmp_path: Path, bounded: None, kind: str) -> None:
     from t5tune.checkpoints.tensor_files.torch_file import read_torch_file
 
     path = tmp_path / "x.bin"
@@ -81,7 +81,7 @@ def assert_exported(adapter: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [1, 2, 3, "universal"])
-def test_the_folders_that_the_bad_folders_are_made_from_are_valid(tmp_path: Path, kind: Any) -> None:
+def test_the_unchanged_folders_of_shards_are_valid(tmp_path: Path, kind: Any) -> None:
     run = tmp_path / "run"
     folder = zero_folders.universal(run) if kind == "universal" else zero_folders.make(run, kind)
     result = run_export(folder, tmp_path / "adapter")
@@ -104,7 +104,7 @@ def assert_export_refused(folder: Path, tmp_path: Path, expected: str) -> None:
 
 
 @pytest.mark.parametrize("name", zero_folders.FOLDERS)
-def test_a_bad_folder_of_shards_is_refused_and_nothing_is_written(tmp_path: Path, bounded: None, name: str) -> None:
+def test_a_bad_folder_of_shards_is_refused(tmp_path: Path, bounded: None, name: str) -> None:
     spoil, expected = zero_folders.FOLDERS[name]
     folder = zero_folders.make(tmp_path / "run")
     spoil(folder)
@@ -112,7 +112,7 @@ def test_a_bad_folder_of_shards_is_refused_and_nothing_is_written(tmp_path: Path
 
 
 @pytest.mark.parametrize("name", zero_folders.UNIVERSALS)
-def test_a_bad_universal_checkpoint_is_refused_and_nothing_is_written(tmp_path: Path, bounded: None, name: str) -> None:
+def test_a_bad_universal_checkpoint_is_refused(tmp_path: Path, bounded: None, name: str) -> None:
     spoil, expected = zero_folders.UNIVERSALS[name]
     folder = zero_folders.universal(tmp_path / "run")
     spoil(folder)
@@ -126,12 +126,12 @@ def adapter(tmp_path: Path) -> Path:
     return tmp_path / "good"
 
 
-def test_a_pipe_in_place_of_trainer_state_json_is_ignored_without_waiting(adapter: Path, tmp_path: Path) -> None:
+def test_a_pipe_named_trainer_state_is_ignored(adapter: Path, tmp_path: Path) -> None:
     os.mkfifo(adapter / "trainer_state.json")
     assert run_export(adapter, tmp_path / "adapter").step is None
 
 
-def test_a_pipe_in_place_of_a_tokenizer_file_is_refused(adapter: Path, tmp_path: Path) -> None:
+def test_a_pipe_named_like_a_tokenizer_file_is_refused(adapter: Path, tmp_path: Path) -> None:
     os.mkfifo(adapter / "added_tokens.json")
     (adapter / "tokenizer_config.json").write_text("{}")
     assert_export_refused(adapter, tmp_path, "added_tokens.json: not a regular file")
@@ -142,7 +142,7 @@ def test_a_tokenizer_that_requires_custom_code_is_refused(adapter: Path, tmp_pat
     assert_export_refused(adapter, tmp_path, "auto_map: requires custom code")
 
 
-def test_a_checkpoint_whose_manifest_is_a_pipe_is_skipped_without_waiting(adapter: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_with_a_pipe_as_manifest_is_skipped(adapter: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     write_manifest(Path(shutil.copytree(adapter, run / "checkpoint-1")), 1, 1, {})
@@ -151,7 +151,7 @@ def test_a_checkpoint_whose_manifest_is_a_pipe_is_skipped_without_waiting(adapte
     assert run_export(run, tmp_path / "adapter").step == 1
 
 
-def test_a_run_whose_tokenizer_links_out_of_the_folder_is_refused(adapter: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_that_links_outside_is_refused(adapter: Path, tmp_path: Path) -> None:
     """Export copies the run's tokenizer: a linked secret would be published along with the adapter."""
     run = tmp_path / "run"
     run.mkdir()
@@ -162,7 +162,7 @@ def test_a_run_whose_tokenizer_links_out_of_the_folder_is_refused(adapter: Path,
     assert_export_refused(run / "checkpoint-1", tmp_path, "tokenizer.json: a link to")
 
 
-def test_the_command_line_refuses_with_exit_code_2_and_one_line(tmp_path: Path) -> None:
+def test_the_command_line_shows_a_refusal_in_one_line(tmp_path: Path) -> None:
     folder = zero_folders.make(tmp_path / "run")
     zero_folders.shard(folder, 1).write_bytes(PICKLES["refers to os system"][0])
     done = t5tune("export", folder, "--output-dir", tmp_path / "adapter")

@@ -48,7 +48,7 @@ def copy_with_file(folder: Path, name: str, data: bytes, target: Path) -> Path:
 
 @many
 @given(edits, st.sampled_from(["optim", "model"]))
-def test_a_shard_with_changed_bytes_gives_the_same_weights_or_an_error(
+def test_a_changed_shard_gives_the_same_weights_or_an_error(
     good_folder: Path, tmp_path: Path, bounded: None, changes: Any, kind: str
 ) -> None:
     expected = tensor_bytes(read_zero(good_folder))
@@ -63,7 +63,7 @@ def test_a_shard_with_changed_bytes_gives_the_same_weights_or_an_error(
 
 @many
 @given(edits)
-def test_any_pickle_in_a_valid_zip_gives_an_object_or_an_error(tmp_path: Path, bounded: None, changes: Any) -> None:
+def test_any_pickle_is_read_or_refused(tmp_path: Path, bounded: None, changes: Any) -> None:
     path = tmp_path / "x.bin"
     path.write_bytes(torch_file(apply_edits(state_pickle(), changes)))
     try:
@@ -84,7 +84,7 @@ leaves = (
 
 
 def replace_at(value: Any, path: list[int], leaf: Any) -> Any:
-    """Replace what is at a path in nested containers. Each index is taken modulo the number of children."""
+    """Replace the value at a path in nested containers. Each index is taken modulo the number of children."""
     if not path or not isinstance(value, dict | list) or not value:
         return leaf
     keys = list(value) if isinstance(value, dict) else list(range(len(value)))
@@ -95,7 +95,7 @@ def replace_at(value: Any, path: list[int], leaf: Any) -> Any:
 
 @many
 @given(st.lists(st.integers(0, 20), min_size=0, max_size=5), leaves, st.sampled_from(["optim", "model"]))
-def test_a_state_with_any_value_replaced_gives_all_weights_or_an_error(
+def test_a_changed_state_gives_all_weights_or_an_error(
     good_folder: Path, tmp_path: Path, bounded: None, path: list[int], leaf: Any, kind: str
 ) -> None:
     name = f"zero_pp_rank_1_mp_rank_00_{kind}_states.pt"

@@ -19,7 +19,7 @@ def adapter(untied_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", FOLDERS)
-def test_each_hostile_folder_is_refused_with_the_name_of_the_file(
+def test_each_hostile_folder_is_refused_by_its_file(
     untied_base: Path, adapter: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], case: str
 ) -> None:
     breaks, named = FOLDERS[case]

@@ -117,7 +117,7 @@ def test_ignored_fields_of_turns_and_preference_pairs_are_counted(tmp_path: Path
     ]
 
 
-def test_a_preferred_answer_that_is_a_text_needs_a_prompt(tmp_path: Path) -> None:
+def test_a_preferred_text_needs_a_prompt(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps({"chosen": "Human: Hi Assistant: Yes", "rejected": "x"}))
     (record,) = read(tmp_path / "a.jsonl")
     assert isinstance(record, Rejection)
@@ -150,7 +150,7 @@ def test_odd_parquet_cells_are_rejected_only_if_they_are_used(tmp_path: Path) ->
         assert record.reason == "not_text"
 
 
-def test_invalid_utf8_in_parquet_rejects_only_its_own_row_and_is_kept(tmp_path: Path) -> None:
+def test_invalid_utf8_in_parquet_rejects_only_its_row(tmp_path: Path) -> None:
     texts = pyarrow.Array.from_buffers(
         pyarrow.string(), 2, [None, pyarrow.py_buffer(b"\0\0\0\0\2\0\0\0\3\0\0\0"), pyarrow.py_buffer(b"\xff\xfea")]
     )
@@ -260,7 +260,7 @@ LONG = st.text(
 @pytest.mark.slow
 @pytest.mark.parametrize("base", [REPOSITORY / "t5tune" / "pocket", SHARED / "tokenizer" / "flan-t5-base"], ids=str)
 @pytest.mark.parametrize("add", ["auto", "none", "fastchat", "a b"])
-def test_a_long_text_encoded_in_parts_has_the_ids_of_the_whole(base: Path, add: str) -> None:
+def test_encoding_a_long_text_in_parts_changes_no_ids(base: Path, add: str) -> None:
     if not base.exists():
         pytest.skip("the real inputs are not next to this checkout")
     encoder = make_encoder(extend_tokenizer(load_tokenizer(base), [add], 32128 if "flan" in base.name else 1536)[0])
@@ -360,7 +360,7 @@ def test_a_cache_in_a_linked_folder_is_written_and_checked(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_a_path_without_conversations_is_refused_and_such_a_file_in_a_folder_is_reported(tmp_path: Path) -> None:
+def test_a_path_without_conversations_is_refused(tmp_path: Path) -> None:
     for name, text in (("good", GOOD), ("copy", GOOD), ("facts", '{"x": 1}')):
         (tmp_path / name).mkdir()
         (tmp_path / name / f"{name}.jsonl").write_text(text)

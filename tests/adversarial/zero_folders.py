@@ -115,7 +115,7 @@ def latest(content: bytes) -> Spoil:
 
 
 def copied(old: str, new: str) -> Spoil:
-    """Copy rank 1's shard to a name in which `old` is replaced."""
+    """Copy rank 1's shard, and replace `old` in the copy's name."""
     return lambda folder: shutil.copy(shard(folder, 1), str(shard(folder, 1)).replace(old, new))
 
 

@@ -97,7 +97,7 @@ def test_hub_and_local_adapters_give_the_same_results(hub: Hub, adapters: list[P
     assert str(hub.home) not in card + settings
 
 
-def test_training_starts_from_an_adapter_on_the_hub_and_keeps_its_commit(
+def test_training_keeps_the_commit_of_a_hub_adapter(
     hub: Hub, adapters: list[Path], untied_base: Path, tmp_path: Path
 ) -> None:
     common = (*TRAIN, "--model-name-or-path", untied_base, "--max-steps", 2, "--save-steps", 1)
@@ -210,9 +210,7 @@ def test_the_token_for_a_private_adapter_is_written_nowhere(hub: Hub, adapters: 
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
 
 
-def test_a_broken_connection_leaves_no_files_and_the_next_call_succeeds(
-    hub: Hub, untied_base: Path, tmp_path: Path
-) -> None:
+def test_a_broken_connection_leaves_no_files(hub: Hub, untied_base: Path, tmp_path: Path) -> None:
     hub.break_after = {"adapter_model.safetensors": 100}
     arguments = ("--model-name-or-path", untied_base, "--adapter", NAME, "--output-dir", tmp_path / "out")
     done = run(hub, "merge", *arguments, "--no-verify")

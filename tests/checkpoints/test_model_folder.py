@@ -3,7 +3,7 @@
 from t5tune.checkpoints.model_folder import is_trained_file
 
 
-def test_the_files_of_an_adapter_and_of_a_model_are_distinguished_from_those_for_resuming() -> None:
+def test_trained_files_are_told_from_files_for_resuming() -> None:
     adapter = ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "non_lora_state.safetensors"]
     model = ["model.safetensors", "config.json", "generation_config.json"]
     both = [

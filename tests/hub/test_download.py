@@ -1,4 +1,4 @@
-"""A Hub that changes and then fails: what was downloaded before is used only with a warning, or not at all."""
+"""A Hub that changes and then fails: earlier downloads are used only with a warning, or not at all."""
 
 import json
 import shutil
@@ -78,7 +78,7 @@ OUTAGES = [
 
 
 @pytest.mark.parametrize("given", ["fast", "-1", "nan"])
-def test_a_pause_that_is_no_time_is_refused_by_name(
+def test_an_invalid_pause_is_refused_by_name(
     given: str, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     add(hub, "model", 1)
@@ -89,7 +89,7 @@ def test_a_pause_that_is_no_time_is_refused_by_name(
 
 @pytest.mark.parametrize("kind", FILES)
 @pytest.mark.parametrize(("fail", "reason"), OUTAGES)
-def test_the_cached_copy_is_used_with_a_warning_that_names_its_commit_and_date(
+def test_an_outage_uses_the_cached_copy_with_a_warning(
     kind: str,
     fail: Callable[[Hub, pytest.MonkeyPatch], None],
     reason: str,
@@ -114,7 +114,7 @@ def test_the_cached_copy_is_used_with_a_warning_that_names_its_commit_and_date(
 @pytest.mark.parametrize("kind", FILES)
 @pytest.mark.parametrize("code", ["", "GatedRepo", "RepoNotFound"])
 @pytest.mark.parametrize("status", [401, 403, 404])
-def test_a_repository_that_says_no_is_an_error_though_a_copy_is_cached(
+def test_a_refusal_is_an_error_even_with_a_cached_copy(
     kind: str, status: int, code: str, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     add(hub, kind, 1)
@@ -132,9 +132,7 @@ def test_a_repository_that_says_no_is_an_error_though_a_copy_is_cached(
 
 @pytest.mark.parametrize("kind", FILES)
 @pytest.mark.parametrize("status", [500, 503])
-def test_a_file_is_requested_again_after_an_error_of_the_server(
-    kind: str, status: int, hub: Hub, tmp_path: Path
-) -> None:
+def test_a_file_is_requested_again_after_a_server_error(kind: str, status: int, hub: Hub, tmp_path: Path) -> None:
     add(hub, kind, 1)
     events: list[Event] = []
     hub.failing = {FILES[kind]: [status, status]}
@@ -168,7 +166,7 @@ def test_a_damaged_file_is_refused_and_downloaded_again(
     assert read(kind, tmp_path, events) == b"2"
 
 
-def test_a_copy_of_an_unknown_date_is_named_by_when_it_was_downloaded(hub: Hub, tmp_path: Path) -> None:
+def test_a_copy_without_a_date_is_named_by_its_download(hub: Hub, tmp_path: Path) -> None:
     add(hub, "model", 1)
     events: list[Event] = []
     read("model", tmp_path, events)
@@ -188,9 +186,7 @@ def records(count: int) -> bytes:
 @pytest.mark.slow
 @pytest.mark.parametrize("are_several", [True, False])
 @pytest.mark.variants("True")
-def test_a_resumed_run_uses_the_commits_that_it_was_started_with(
-    are_several: bool, hub: Hub, untied_base: Path, tmp_path: Path
-) -> None:
+def test_a_resumed_run_uses_its_first_commits(are_several: bool, hub: Hub, untied_base: Path, tmp_path: Path) -> None:
     hub.add("model", "some/t5", untied_base)
     hub.add("dataset", "some/chats", {"train.jsonl": records(12)})
     (tmp_path / "own.jsonl").write_bytes(records(3))

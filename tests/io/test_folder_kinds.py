@@ -1,4 +1,4 @@
-"""A folder of another kind than expected is named as what it is."""
+"""A folder of a different kind than expected is described."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +29,7 @@ def open_base(folder: Path) -> Path:
         ("config.json", read_adapter_config, "a whole model without an adapter, so there is nothing to merge or load"),
     ],
 )
-def test_a_folder_of_another_kind_is_named(
+def test_a_folder_of_a_different_kind_is_described(
     file: str, opened: Callable[[Path], object], problem: str, tmp_path: Path
 ) -> None:
     (tmp_path / file).write_text("{}")

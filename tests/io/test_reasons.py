@@ -1,4 +1,4 @@
-"""Plain descriptions of library errors: what the command line shows for invalid values and broken files."""
+"""Plain descriptions of library errors, for invalid values and broken files."""
 
 import json
 from pathlib import Path
@@ -32,7 +32,7 @@ VALUES: dict[str, tuple[type[Settings], str, Any, str]] = {
 }
 
 
-def test_the_reason_that_an_error_gives_is_without_its_next_step() -> None:
+def test_the_reason_of_an_error_has_no_hint() -> None:
     assert join_lines(WriteError("a.pt: no space", hint="free up space")) == "a.pt: no space"
     assert join_lines(OSError("two\nlines")) == "two lines"
 
@@ -67,7 +67,7 @@ def test_broken_json_is_described_without_the_parsers_message(text: str, reason:
     assert describe_error(caught.value) == f"not valid JSON: {reason}"
 
 
-def test_a_missing_file_and_invalid_utf_8_are_described_without_error_numbers(tmp_path: Path) -> None:
+def test_file_errors_are_described_without_error_numbers(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No such file") as missing:
         (tmp_path / "nowhere").read_text()
     assert describe_error(missing.value) == "No such file or directory"

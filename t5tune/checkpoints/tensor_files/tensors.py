@@ -16,22 +16,24 @@ import numpy.typing as npt
 
 from t5tune.errors import CheckpointError
 
-# safetensors' name of a dtype -> torch's name, which --dtype and config.json use, and the numpy dtype of an array
+# safetensors' name of a dtype -> torch's name, which --dtype and config.json use, the numpy dtype of an array, and
+# the class of a storage in torch's files
 _DTYPES = {
-    "F64": ("float64", "<f8"),
-    "F32": ("float32", "<f4"),
-    "F16": ("float16", "<f2"),
-    "BF16": ("bfloat16", "<u2"),
-    "I64": ("int64", "<i8"),
-    "I32": ("int32", "<i4"),
-    "I16": ("int16", "<i2"),
-    "I8": ("int8", "i1"),
-    "U8": ("uint8", "u1"),
-    "BOOL": ("bool", "?"),
+    "F64": ("float64", "<f8", "DoubleStorage"),
+    "F32": ("float32", "<f4", "FloatStorage"),
+    "F16": ("float16", "<f2", "HalfStorage"),
+    "BF16": ("bfloat16", "<u2", "BFloat16Storage"),
+    "I64": ("int64", "<i8", "LongStorage"),
+    "I32": ("int32", "<i4", "IntStorage"),
+    "I16": ("int16", "<i2", "ShortStorage"),
+    "I8": ("int8", "i1", "CharStorage"),
+    "U8": ("uint8", "u1", "ByteStorage"),
+    "BOOL": ("bool", "?", "BoolStorage"),
 }
-NUMPY_DTYPES: dict[str, np.dtype[Any]] = {name: np.dtype(stored) for name, (_, stored) in _DTYPES.items()}
-TORCH_NAMES = {name: torch_name for name, (torch_name, _) in _DTYPES.items()}
+NUMPY_DTYPES: dict[str, np.dtype[Any]] = {name: np.dtype(stored) for name, (_, stored, _) in _DTYPES.items()}
+TORCH_NAMES = {name: torch_name for name, (torch_name, _, _) in _DTYPES.items()}
 DTYPES_BY_TORCH_NAME = {torch_name: name for name, torch_name in TORCH_NAMES.items()}
+STORAGE_DTYPES = {storage: name for name, (_, _, storage) in _DTYPES.items()} | {"UntypedStorage": "U8"}
 FLOAT_DTYPES = {"F64", "F32", "F16", "BF16"}
 MAX_DIMENSIONS = 16
 BLOCK_ELEMENTS = 1 << 18  # processed at a time: a few arrays of this size fit into a processor's cache

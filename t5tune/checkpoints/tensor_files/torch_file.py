@@ -19,6 +19,7 @@ from t5tune.checkpoints.tensor_files.tensors import (
     DTYPES_BY_TORCH_NAME,
     MAX_DIMENSIONS,
     NUMPY_DTYPES,
+    STORAGE_DTYPES,
     FileRange,
     Tensor,
 )
@@ -27,19 +28,6 @@ from t5tune.checkpoints.tensor_files.torch_zip import StoredZip
 from t5tune.errors import CheckpointError
 from t5tune.formatting import shorten
 
-STORAGE_DTYPES = {
-    "DoubleStorage": "F64",
-    "FloatStorage": "F32",
-    "HalfStorage": "F16",
-    "BFloat16Storage": "BF16",
-    "LongStorage": "I64",
-    "IntStorage": "I32",
-    "ShortStorage": "I16",
-    "CharStorage": "I8",
-    "ByteStorage": "U8",
-    "BoolStorage": "BOOL",
-    "UntypedStorage": "U8",
-}
 # names in checkpoints of DeepSpeed and bitsandbytes whose objects aren't needed
 INERT_CLASSES = {
     ("_codecs", "encode"),

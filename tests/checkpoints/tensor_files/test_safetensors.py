@@ -158,7 +158,7 @@ def test_an_invalid_entry_is_refused_by_its_name(tmp_path: Path, value: Any, siz
         pytest.param(struct.pack("<Q", 16) + b'{"w": 1, "w": 1}', id="duplicate key"),
     ],
 )
-def test_a_file_that_is_not_safetensors_is_refused_by_its_name(tmp_path: Path, content: bytes) -> None:
+def test_an_invalid_file_is_refused_by_its_name(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "bad.safetensors"
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"bad\.safetensors"):
@@ -175,7 +175,7 @@ def test_a_truncated_safetensors_file_is_refused_at_every_length(tmp_path: Path)
             SafetensorsFile(path)
 
 
-def test_a_written_file_is_read_by_safetensors_and_has_the_same_bytes_each_time(tmp_path: Path) -> None:
+def test_safetensors_reads_a_written_file_with_stable_bytes(tmp_path: Path) -> None:
     tensors = some_tensors()
     save_file(tensors, tmp_path / "source.safetensors")
     source = SafetensorsFile(tmp_path / "source.safetensors")
@@ -222,7 +222,7 @@ def test_a_sharded_bin_base_has_the_tensors_that_torch_load_reads(tmp_path: Path
     assert_holds(tmp_path, parts[0] | parts[1])
 
 
-def test_views_of_a_shared_storage_are_read_as_by_torch_load(tmp_path: Path) -> None:
+def test_views_of_a_shared_storage_equal_torch_load(tmp_path: Path) -> None:
     whole = torch.randn(6, 8)
     state = {"whole": whole, "again": whole, "transposed": whole.t(), "rows": whole[2:4], "columns": whole[:, 1::3]}
     state |= {"expanded": torch.ones(1, 3).expand(4, 3), "scalar": whole[1, 1]}
@@ -231,7 +231,7 @@ def test_views_of_a_shared_storage_are_read_as_by_torch_load(tmp_path: Path) -> 
     assert_holds(tmp_path, torch.load(tmp_path / "pytorch_model.bin", weights_only=True))
 
 
-def test_an_index_that_lists_a_tensor_that_no_shard_contains_is_refused(tmp_path: Path) -> None:
+def test_an_index_with_a_missing_tensor_is_refused(tmp_path: Path) -> None:
     save_file({"w": torch.ones(2)}, tmp_path / "x.safetensors")
     weight_map = {"w": "x.safetensors", "lost": "x.safetensors"}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
@@ -247,9 +247,7 @@ def test_an_index_that_lists_a_tensor_that_no_shard_contains_is_refused(tmp_path
         ({"base_model_name_or_path": 3}, "give the base that the adapter was trained on"),
     ],
 )
-def test_an_adapter_in_place_of_a_base_is_refused_with_the_name_of_its_base(
-    tmp_path: Path, config: dict[str, Any], hint: str
-) -> None:
+def test_an_adapter_given_as_a_base_is_refused(tmp_path: Path, config: dict[str, Any], hint: str) -> None:
     save_file({"w": torch.zeros(2)}, tmp_path / "adapter_model.safetensors")
     values = {"peft_type": "LORA", "lora_alpha": 16, **config}
     (tmp_path / "adapter_config.json").write_text(json.dumps(values))
@@ -259,7 +257,7 @@ def test_an_adapter_in_place_of_a_base_is_refused_with_the_name_of_its_base(
     assert refused.value.hint == hint
 
 
-def test_a_stale_index_next_to_a_single_file_is_ignored_as_in_transformers(tmp_path: Path) -> None:
+def test_an_index_next_to_a_single_file_is_ignored(tmp_path: Path) -> None:
     save_file({"w": torch.zeros(2)}, tmp_path / "model-00001-of-00001.safetensors")
     index = {"weight_map": {"w": "model-00001-of-00001.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -310,7 +308,7 @@ def test_bf16_survives_conversion_to_fp32_and_back(bits: int) -> None:
 # torch files
 
 
-def test_nested_containers_parameters_and_bf16_are_read_as_by_torch_load(tmp_path: Path) -> None:
+def test_nested_containers_are_read_as_by_torch_load(tmp_path: Path) -> None:
     saved = {
         "parameter": torch.nn.Parameter(torch.randn(2, 3)),
         "nested": [{"bf16": torch.randn(5).bfloat16()}, (torch.tensor([True, False]), None, "text", 1.5)],
@@ -346,7 +344,7 @@ class _Call:
         return self.call
 
 
-def test_a_pickle_that_calls_code_is_refused_and_does_not_run(tmp_path: Path) -> None:
+def test_code_in_a_pickle_is_refused_and_not_run(tmp_path: Path) -> None:
     marker, path = tmp_path / "marker", tmp_path / "pytorch_model.bin"
     pickled = pickle.dumps({"w": _Call(eval, f"open({str(marker)!r}, 'w').close()")}, protocol=2)
     with zipfile.ZipFile(path, "w") as archive:
@@ -360,7 +358,7 @@ def test_a_pickle_that_calls_code_is_refused_and_does_not_run(tmp_path: Path) ->
     assert marker.exists()
 
 
-def test_a_file_of_torch_before_1_6_is_refused_with_a_hint(tmp_path: Path) -> None:
+def test_a_legacy_torch_file_is_refused_with_a_hint(tmp_path: Path) -> None:
     path = tmp_path / "pytorch_model.bin"
     torch.save({"w": torch.ones(2)}, path, _use_new_zipfile_serialization=False)
     with pytest.raises(CheckpointError, match=r"pytorch_model\.bin") as caught:
@@ -378,7 +376,7 @@ def test_a_truncated_torch_file_is_refused_at_every_length(tmp_path: Path) -> No
             read_torch_file(path)
 
 
-def test_all_tensors_of_a_file_share_one_map_and_values_are_read_without_it(tmp_path: Path) -> None:
+def test_all_tensors_of_a_file_share_one_map(tmp_path: Path) -> None:
     """A map keeps its file open and its pages count as memory, which adds up for an adapter of many large tensors."""
     path = tmp_path / "x.safetensors"
     values = np.arange(1 << 20, dtype=np.float32).reshape(1024, 1024)
