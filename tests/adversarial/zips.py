@@ -233,7 +233,7 @@ def hostile_pickles() -> Corpus:
         "items into a tuple": (b"\x80\2)Na.", "isn't a list"),
         "a string that isn't UTF-8": (b"\x80\2X\1\0\0\0\xff.", "utf-8|decode"),
         "an unterminated name": (b"\x80\2c" + b"x" * 1000, "no newline found"),
-        "a name that isn't ASCII": (b"\x80\2c\xff\nx\n.", "ascii|decode"),
+        "a name that isn't ASCII": (b"\x80\2c\xff\nx\n.", "ascii|decode|refers to"),
         "protocol 4": (pickle.dumps({"w": 1}, 4), "protocol 4"),
         "protocol 5": (pickle.dumps({"w": 1}, 5), "protocol 5"),
         "protocol 0": (pickle.dumps({"w": 1}, 0), "opcode"),
