@@ -101,11 +101,7 @@ def find_dataset_files(
 
 
 def _find_files(
-    dataset: DatasetName,
-    choice: DatasetChoice,
-    is_data: Callable[[str], bool],
-    repository: Repository,
-    report: Report,
+    dataset: DatasetName, choice: DatasetChoice, is_data: Callable[[str], bool], repository: Repository, report: Report
 ) -> list[Path]:
     snapshot = repository.download([README])
     pinned = replace(repository, revision=snapshot.name)  # offline, the commit is known only now

@@ -333,9 +333,7 @@ class Repository:
             case errors.HFValidationError():
                 reason, hint = f"{missing}, and not a valid name of a {noun} on the Hub", "check the spelling"
             case _ if status == 401:
-                reason = (
-                    "the Hub doesn't accept the token" if get_token() else "the Hub asks for a token, and none is set"
-                )
+                reason = "the Hub doesn't accept the token" if get_token() else "the Hub asks for a token"
                 hint = "run `hf auth login`, or set HF_TOKEN"
             case _ if status == 403:
                 reason = f"the Hub refuses the download: {describe(error.__cause__ or error)}"

@@ -66,11 +66,7 @@ def _allow_missing() -> Iterator[None]:
 
 
 def upload_files(
-    name: str,
-    files: Mapping[str, Path | bytes],
-    message: str,
-    is_replaced: Callable[[str], bool],
-    report: Report,
+    name: str, files: Mapping[str, Path | bytes], message: str, is_replaced: Callable[[str], bool], report: Report
 ) -> str:
     """Upload files as one commit, and return the repository's URL.
 
@@ -131,7 +127,6 @@ def _explain(asked: str, error: Exception) -> SettingsError | UploadError:
         case _ if status is not None and 400 <= status < 500 and status not in (408, 429):
             return SettingsError(f"{asked}: the Hub refuses this: {reason}", hint="see the repository's page")
         case ValueError() if "metadata" in reason.lower():  # the Hub's check of the model card
-            return SettingsError(
-                f"{asked}: the Hub refuses the model card: {reason}", hint=f"correct its {MODEL_CARD_FILE}"
-            )
+            problem = f"{asked}: the Hub refuses the model card: {reason}"
+            return SettingsError(problem, hint=f"correct its {MODEL_CARD_FILE}")
     return UploadError(f"{asked}: the upload failed: {reason}", hint="check the network connection, and try again")

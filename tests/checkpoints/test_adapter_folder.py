@@ -182,7 +182,7 @@ def test_all_ranks_of_an_evaluation_load_one_commit(
         (f"{NAME}@v9", ["revision: v9", f"{NAME} has no such branch, tag or commit"]),
         ("some/base", ["adapter: some/base", "has no adapter_config.json, so it isn't an adapter"]),
         ("some/empty", ["adapter: some/empty", "no adapter_model.safetensors", "its owner must upload it"]),
-        ("some/closed", ["adapter: some/closed", "the Hub asks for a token, and none is set", "set HF_TOKEN"]),
+        ("some/closed", ["adapter: some/closed", "the Hub asks for a token", "set HF_TOKEN"]),
     ],
 )
 def test_an_unusable_adapter_is_refused_in_one_line(
