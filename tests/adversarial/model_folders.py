@@ -16,6 +16,7 @@ CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER = "adapter_model.safetensors"
 TOKENIZER = "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 TEMPLATE = "template.yaml"
 BOMB = "a: &a [x, x]\n" + "".join(
     f"{chr(98 + i)}: &{chr(98 + i)} [*{chr(97 + i)}, *{chr(97 + i)}]\n" for i in range(24)
@@ -168,10 +169,7 @@ FOLDERS: dict[str, tuple[Break, str]] = {
     "a pipe": (replace_file(False, WEIGHTS, os.mkfifo), WEIGHTS),
     "code in the config": (change_json(False, auto_map={"AutoModel": "x--y.Z"}), CONFIG),
     "config key twice": (text_of(False, CONFIG, '{"model_type": "t5", "model_type": "mt5"}'), CONFIG),
-    "code in the tokenizer": (
-        text_of(False, "tokenizer_config.json", '{"auto_map": {"AutoTokenizer": "x.Y"}}'),
-        "tokenizer_config.json",
-    ),
+    "tokenizer's code": (text_of(False, TOKENIZER_CONFIG, '{"auto_map": {"AutoTokenizer": "x.Y"}}'), TOKENIZER_CONFIG),
     "rank is a string": (change_json(True, r="8"), ADAPTER_CONFIG),
     "rank is true": (change_json(True, r=True), ADAPTER_CONFIG),
     "alpha is a list": (change_json(True, lora_alpha=[1]), ADAPTER_CONFIG),
@@ -189,7 +187,7 @@ FOLDERS: dict[str, tuple[Break, str]] = {
     "blob that doesn't exist": (in_hub_cache("../../blobs/none"), WEIGHTS),
     "link to itself": (link_to(False, CONFIG, CONFIG), CONFIG),
     "index linked out": (index_linked_out, INDEX),
-    "tokenizer linked out": (link_to(True, "tokenizer_config.json", "/etc/hostname"), "tokenizer_config.json"),
+    "tokenizer linked out": (link_to(True, TOKENIZER_CONFIG, "/etc/hostname"), TOKENIZER_CONFIG),
     "base's tokenizer linked out": (link_to(False, TOKENIZER, "/etc/hostname"), TOKENIZER),
     "template linked out": (link_to(True, TEMPLATE, "/etc/hostname"), TEMPLATE),
     "base's template linked out": (link_to(False, TEMPLATE, "/etc/hostname"), TEMPLATE),
@@ -230,16 +228,13 @@ FOLDERS: dict[str, tuple[Break, str]] = {
     "expression with a set in a set": (pattern("[[q]"), ADAPTER_CONFIG),
     "ten thousand patterns": (change_json(True, rank_pattern={f"x{i}.*y": 4 for i in range(10_000)}), ADAPTER_CONFIG),
     "module without a name": (change_json(True, modules_to_save=[""]), ADAPTER_CONFIG),
-    "base with a line of code": (
+    "code as base": (
         change_json(True, base_model_name_or_path='x")\nimport os; os.system("true")  #'),
         ADAPTER_CONFIG,
     ),
     "target with a line of code": (change_json(True, target_modules=["q", "v\n```\nrm -rf ~"]), ADAPTER_CONFIG),
     "alpha of 10^400": (text_of(True, ADAPTER_CONFIG, '{"peft_type": "LORA", "r": 4, "lora_alpha": 1e400}'), "alpha"),
-    "code in the adapter's megatron config": (
-        change_json(True, megatron_core="evil", megatron_config={"a": 1}),
-        ADAPTER_CONFIG,
-    ),
+    "code in megatron_config": (change_json(True, megatron_core="evil", megatron_config={"a": 1}), ADAPTER_CONFIG),
     "targets that take forever": (change_json(True, target_modules=".?" * 90 + "x"), ADAPTER_CONFIG),
     "row of a negative token id": (change_json(True, trainable_token_indices=[-1]), ""),
     "fingerprint is a list": (base_metadata(fingerprint=[1]), ADAPTER),
@@ -247,10 +242,7 @@ FOLDERS: dict[str, tuple[Break, str]] = {
     # configs
     "code deep in the config": (change_json(False, decoder={"auto_map": {"AutoModel": "x--y.Z"}}), CONFIG),
     "attention kernel from the Hub": (change_json(False, attn_implementation="evil/kernel"), CONFIG),
-    "attention kernel from the Hub, for the encoder": (
-        change_json(False, encoder={"_attn_implementation": {"": "evil/kernel"}}),
-        CONFIG,
-    ),
+    "kernel of the encoder": (change_json(False, encoder={"_attn_implementation": {"": "evil/kernel"}}), CONFIG),
     "endless config": (text_of(False, CONFIG, '{"a":' * 100_000), CONFIG),
     "generation config is a list": (text_of(False, "generation_config.json", "[1]"), "generation_config.json"),
     # conversation templates

@@ -116,10 +116,7 @@ def hostile_zips() -> Corpus:
         "compressed pickle": (zip_of([replace(pkl, method=8), order, data]), "compressed"),
         "encrypted": (with_data(flags=1), "compressed, encrypted"),
         "another compressed size": (with_data(packed=4), "compressed"),
-        "overlap: a member twice": (
-            zip_of([pkl, order, data, replace(data, name=b"archive/data/1", header=0)]),
-            "overlaps another",
-        ),
+        "a member twice": (zip_of([pkl, order, data, replace(data, name=b"archive/data/1", header=0)]), "overlaps"),
         "overlap: header in a member": (with_data(header=20), "overlaps another|header contradicts"),
         "overlap: size reaches into the next member": (
             zip_of([replace(pkl, size=300, packed=300), order, data]),
@@ -140,40 +137,19 @@ def hostile_zips() -> Corpus:
         "header beyond the file": (with_data(header=1 << 31), "gap|ends before"),
         "bytes before the archive": (zip_of(good, before=b"#!/bin/sh\n"), "follows a gap"),
         "bytes between members": (zip_of([pkl, replace(order, gap=b"x" * 40), data]), "follows a gap"),
-        "bytes before the central directory": (
-            with_data(gap=b"x" * 40),
-            "between the members and the central directory",
-        ),
+        "bytes before the central directory": (with_data(gap=b"x" * 40), "between the members and"),
         "bytes after the archive": (zip_of(good) + b"x", "no end-of-central-directory"),
         "an archive after the archive": (zip_of(good) + zip_of(good), "central directory isn't|gap|ends"),
-        "a comment": (
-            zip_of(good, lambda *a: plain_end(*a, comment=zip_of(good)[-22:])),
-            "no end-of-central|central directory isn't",
-        ),
+        "a comment": (zip_of(good, lambda *a: plain_end(*a, comment=zip_of(good)[-22:])), "end-of-central|isn't at"),
         "another disk": (zip_of(good, lambda *a: plain_end(*a, disk=1)), "split into several files"),
-        "fewer members than in the central directory": (
-            zip_of(good, lambda n, s, b: plain_end(n - 1, s, b)),
-            "longer than its entries",
-        ),
-        "more members than in the central directory": (
-            zip_of(good, lambda n, s, b: plain_end(n + 9, s, b)),
-            "central directory|read",
-        ),
+        "too few members": (zip_of(good, lambda n, s, b: plain_end(n - 1, s, b)), "longer than its entries"),
+        "too many members": (zip_of(good, lambda n, s, b: plain_end(n + 9, s, b)), "central directory|read"),
         "a central directory elsewhere": (zip_of(good, lambda n, s, b: plain_end(n, s, b - 1)), "isn't at the offset"),
         "zip64: sizes that contradict": (zip_of(good, lambda *a: zip64_end(*a, error=1)), "contradict"),
-        "zip64: 2^60 members": (
-            zip_of(good, lambda *a: zip64_end(*a, entries=1 << 60)),
-            "contradict|isn't at the offset",
-        ),
-        "zip64: an end record elsewhere": (
-            zip_of(good, lambda *a: zip64_end(*a, where=0)),
-            "isn't at the offset that its locator gives",
-        ),
+        "zip64: 2^60 members": (zip_of(good, lambda *a: zip64_end(*a, entries=1 << 60)), "contradict|at the offset"),
+        "zip64: an end record elsewhere": (zip_of(good, lambda *a: zip64_end(*a, where=0)), "that its locator gives"),
         "members without a folder": (zip_of([replace(m, name=m.name[8:]) for m in good]), "single top-level folder"),
-        "members of two folders": (
-            zip_of([pkl, order, replace(data, name=b"other/data/0")]),
-            "single top-level folder",
-        ),
+        "two folders": (zip_of([pkl, order, replace(data, name=b"other/data/0")]), "single top-level folder"),
         "a name that isn't UTF-8": (zip_of([*good, Member(b"archive/\xff", b"")]), "isn't UTF-8"),
         "no pickle": (zip_of([order, data]), "data.pkl: not in the archive"),
         "no members": (zip_of([]), "single top-level folder"),
@@ -251,17 +227,14 @@ def hostile_pickles() -> Corpus:
             calls(b"ctorch._tensor\n_rebuild_from_type_v2\n", b"(ctorch._tensor\n_rebuild_from_type_v2\nN)Nt"),
             "isn't a tensor",
         ),
-        "an instance of something that isn't a class": (
-            b"\x80\2}X\1\0\0\0wccollections\nOrderedDict\n)\x81s.",
-            "isn't a class",
-        ),
+        "an instance of a function": (b"\x80\2}X\1\0\0\0wccollections\nOrderedDict\n)\x81s.", "isn't a class"),
         "attributes of a tensor": (b"\x80\2}X\1\0\0\0w" + tensor + b"}bs.", "sets attributes"),
         "attributes of a function": (calls(b"ccollections\nOrderedDict\n}b"), "sets attributes"),
         # storages
         "another kind of reference": (refers(kind=b"X\6\0\0\0module"), "isn't a storage"),
         "a reference that is a number": (state_pickle(reference=b"K\1Q"), "isn't a storage"),
         "a reference with three items": (state_pickle(reference=b"X\7\0\0\0storageNN\x87Q"), "isn't a storage"),
-        "a storage whose type is a string": (
+        "a storage without a type": (
             state_pickle(reference=b"(X\7\0\0\0storageNX\1\0\0\x000NK\6tQ"),
             "isn't a storage",
         ),
@@ -279,19 +252,13 @@ def hostile_pickles() -> Corpus:
         "a shape with a string": (state_pickle(b"X\1\0\0\x002K\3\x86"), "invalid shape"),
         "a shape with floats": (state_pickle(b"G?\xf0\0\0\0\0\0\0K\3\x86"), "invalid shape"),
         "a shape with True": (state_pickle(b"\x88K\3\x86"), "invalid shape"),
-        "an empty shape of 2^47 x 2^47": (
-            state_pickle(b"K\0" + number(1 << 47) + number(1 << 47) + b"\x87", b"K\0K\0K\0\x87"),
-            "",
-        ),
+        "empty and huge": (state_pickle(b"K\0" + number(1 << 47) + number(1 << 47) + b"\x87", b"K\0K\0K\0\x87"), ""),
         "strides beyond": (state_pickle(strides=b"K\6K\1\x86"), "exceeds its storage"),
         "a stride of -3": (state_pickle(strides=b"J\xfd\xff\xff\xffK\1\x86"), "invalid shape"),
         "a stride of 2^62": (state_pickle(strides=number(BIG) + b"K\1\x86"), "invalid shape"),
         "one stride": (state_pickle(strides=b"K\1\x85"), "strides"),
         "a hundred dimensions": (state_pickle(b"(" + b"K\1" * 100 + b"t", b"(" + b"K\1" * 100 + b"t"), "dimensions"),
-        "six values repeated 2^40 times": (
-            state_pickle(number(1 << 20) * 2 + b"\x86", b"K\0K\0\x86"),
-            "repeats a storage",
-        ),
+        "six values 2^40 times": (state_pickle(number(1 << 20) * 2 + b"\x86", b"K\0K\0\x86"), "repeats a storage"),
         "a tensor without a storage": (state_pickle(reference=b"N"), "without a storage"),
         "a list instead of a shape": (state_pickle(b"]"), "without a storage, a shape"),
     }
