@@ -1,6 +1,7 @@
 """Read untrusted files: bounded size, no links out of the folder, no code."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +82,8 @@ def parse_json(text: bytes) -> Any:
 def _reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"duplicate key {next(name for name in names if names.count(name) > 1)!r}")
+        ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"duplicate key {shorten(name)!r}")
     return result
 
 

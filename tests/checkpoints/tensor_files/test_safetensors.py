@@ -104,6 +104,7 @@ def test_tensors_at_unaligned_offsets_are_read_correctly(tmp_path: Path) -> None
 
 
 F32 = entry("F32", [2], 0, 8)
+MANY_KEYS = b"{" + b"".join(b'"%d":1,' % number for number in range(1_000_000)) + b'"999999":1}'
 INVALID_ENTRIES: dict[str, tuple[Any, int, str]] = {
     "truncated": (F32, 7, "data_offsets ends at byte 8, but the file has 7 bytes of data"),
     "shape too large": ({**F32, "shape": [3]}, 8, "data_offsets has 8 bytes, but dtype F32 and shape [3] need 12"),
@@ -156,6 +157,8 @@ def test_an_invalid_entry_is_refused_by_its_name(tmp_path: Path, value: Any, siz
         pytest.param(struct.pack("<Q", 100_000) + b'{"a": '.ljust(99_999, b"9") + b"}", id="endless number"),
         pytest.param(struct.pack("<Q", 32 << 20) + b"{".ljust((32 << 20) - 1) + b"}", id="header of 32 MiB"),
         pytest.param(struct.pack("<Q", 16) + b'{"w": 1, "w": 1}', id="duplicate key"),
+        # must be found in linear time
+        pytest.param(struct.pack("<Q", len(MANY_KEYS)) + MANY_KEYS, id="duplicate key among many"),
     ],
 )
 def test_an_invalid_file_is_refused_by_its_name(tmp_path: Path, content: bytes) -> None:
