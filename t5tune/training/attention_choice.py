@@ -5,12 +5,13 @@ choice.implementation, choice.num_stages
 """
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from t5tune.distributed.collectives import all_gather
 from t5tune.errors import SettingsError
+from t5tune.model.batches import PackedCollator, PaddedCollator, make_collator
 from t5tune.model.kernels.flex_check import (
     AttentionShape,
     KernelCheck,
@@ -22,14 +23,15 @@ from t5tune.progress import Note, Report
 
 
 class ChosenAttention(NamedTuple):
-    """How attention is computed.
-
-    Args:
-        num_stages: of the kernel; see flex_attention.PackedRows.
-    """
+    """How attention is computed; `num_stages` is explained in flex_attention.PackedRows."""
 
     implementation: PackedAttention
     num_stages: int | None = None
+
+    def make_collator(self, model: Any, pad_token_id: int, is_packed: bool) -> PackedCollator | PaddedCollator:
+        """Make the collator of the batches for a model."""
+        start_id = model.architecture.start_token_id
+        return make_collator(start_id, pad_token_id, is_packed, self.implementation == "flex", self.num_stages)
 
 
 LOOP = ChosenAttention("loop")
@@ -47,9 +49,9 @@ def choose_packed_attention(
     """Choose the implementation, the same on all ranks. Every rank calls this.
 
     Args:
-        shapes: those of the attention of each model that reads the batches; None if the kernel can't compute it.
+        shapes: of the attention in each model that reads the batches; None if the kernel can't compute it.
         trains_bias: whether the position bias is trained.
-        previous: the choice that the checkpoint records; None for a new run, or one on a CPU.
+        previous: the choice that the checkpoint records; None for a new run, or a run on a CPU.
 
     Raises:
         SettingsError: `flex` is wanted, but can't be used here.

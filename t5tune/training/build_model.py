@@ -1,14 +1,13 @@
 """Build the model to train (adapters, packing, ZeRO-3 sharding) and the function that saves it.
 
-built = build_model(run_plan.model, base, base_metadata, examples, files, settings, deepspeed, device, report)
-built.weights.write(folder, trained_tensors)    # the files of an adapter, or without one of a checkpoint
+built = build_model(run_plan.model, loaded, settings, device, report)
+built.weights.write(folder, trained_tensors)    # an adapter's files, or a whole checkpoint's
 """
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +25,6 @@ from t5tune.checkpoints.fingerprint import is_trained_base
 from t5tune.checkpoints.model_card import format_data_line, format_settings_line
 from t5tune.checkpoints.model_folder import write_model
 from t5tune.checkpoints.tensor_files.tensors import Tensor
-from t5tune.data.caches.examples import Examples
 from t5tune.errors import SettingsError
 from t5tune.file_names import ADAPTER_WEIGHTS_FILE, MODEL_FILE
 from t5tune.model.attention.packing import can_pack, switch_off_attention_dropout, switch_off_dropout, use_packing
@@ -39,6 +37,7 @@ from t5tune.runs.plan import ModelPlan
 from t5tune.settings.groups.layers import LayerSettings
 from t5tune.settings.groups.lora import LoraSettings
 from t5tune.settings.packaged_templates import get_zero_stage
+from t5tune.training.session import LoadedData
 from t5tune.training.trained_weights import TrainedWeights
 
 
@@ -48,10 +47,8 @@ class BuiltModel:
 
     Args:
         is_packed: whether the model takes packed batches.
-        weights: how its trained tensors are saved.
-        trainable: number of trainable parameters.
-        total: number of all parameters.
-        partitioner: has partitioned the parameters, under ZeRO-3.
+        trainable, total: numbers of parameters.
+        partitioner: under ZeRO-3, partitioned the parameters.
     """
 
     model: Any
@@ -63,28 +60,18 @@ class BuiltModel:
 
 
 def build_model(
-    plan: ModelPlan,
-    base: Path,
-    base_metadata: dict[str, Any],
-    examples: Examples,
-    files: Mapping[str, bytes],
-    settings: Mapping[str, Any],
-    deepspeed: dict[str, Any] | None,
-    device: torch.device,
-    report: Report,
+    plan: ModelPlan, loaded: LoadedData, settings: Mapping[str, Any], device: torch.device, report: Report
 ) -> BuiltModel:
     """Load the base, add the adapters, and under ZeRO-3 partition the parameters among the ranks.
 
     Args:
-        base_metadata: what identifies the base, for the adapter's metadata.
-        files: the tokenizer and the template, to be saved with the weights: name -> content.
         settings: of the run, for the model card.
 
     Raises:
         ModelError: the base is broken, or can't be trained with these settings.
         SettingsError: packing is required, but this model doesn't support it.
     """
-    family, layers = plan.base.family, plan.layers
+    base, family, layers, deepspeed = loaded.base, plan.base.family, plan.layers, loaded.deepspeed
     dtype = torch.bfloat16 if plan.precision.bf16 else torch.float32
     # DeepSpeed keeps fp32 master copies of trained bf16 weights; without it, these weights themselves must be fp32
     trained_dtype = dtype if deepspeed is not None else torch.float32
@@ -95,14 +82,14 @@ def build_model(
     if plan.adapter is None:
         model.requires_grad_(True)
     else:
-        token_ids = list(examples.manifest["added_token_ids"])
+        token_ids = list(loaded.examples.manifest["added_token_ids"])
         model, subtracted = add_lora(model, base, plan.adapter, token_ids, trained_dtype, partitioner)
         if plan.adapter.adapter is not None:
             adapter = find_adapter(plan.adapter.adapter, plan.base.cache_dir)
-            load_initial_adapter(model, adapter, examples.tokenizer_folder)
+            load_initial_adapter(model, adapter, loaded.examples.tokenizer_folder)
             metadata = read_base_metadata(adapter)
             if not is_trained_base(metadata, open_base(base, family)):
-                report(Note(f"adapter: {adapter}: trained on another base ({metadata.get('base')})", warning=True))
+                report(Note(f"adapter: {adapter}: trained on a different base ({metadata.get('base')})", warning=True))
     is_packed = _enable_packing(layers, model, report)
     if not layers.has_dropout:
         switch_off_dropout(model)
@@ -120,23 +107,19 @@ def build_model(
         model.enable_input_require_grads()
     if partitioner is not None:
         partitioner.partition_model(model)
-    weights = _make_trained_weights(plan, base, base_metadata, examples, files, settings, model, subtracted)
+    weights = _make_trained_weights(plan, loaded, settings, model, subtracted)
     return BuiltModel(model, is_packed, weights, trainable, total, partitioner)
 
 
 def will_train_position_bias(model: Any, adapter: LoraSettings | None) -> bool:
-    """Whether training with this adapter trains the position bias of a base, which `model` has, too."""
+    """Whether training with this adapter trains the position bias of a base like `model`."""
     saved = tuple(adapter.modules_to_save or ()) if adapter is not None else ()
     biases = [name for name, _ in model.named_parameters() if "relative_attention_bias" in name]
     return bool(biases) and (adapter is None or any(is_inside(name, saved) for name in biases))
 
 
 def _enable_packing(layers: LayerSettings, model: Any, report: Report) -> bool:
-    """Enable packing if the settings want it and the model supports it. Return whether it is enabled.
-
-    Raises:
-        SettingsError: packing is required, but this model doesn't support it.
-    """
+    """Enable packing if the settings want it and the model supports it. Return whether it is enabled."""
     if layers.packing == "off":
         return False
     if not can_pack(model):
@@ -150,33 +133,25 @@ def _enable_packing(layers: LayerSettings, model: Any, report: Report) -> bool:
 
 
 def _make_trained_weights(
-    plan: ModelPlan,
-    base: Path,
-    base_metadata: dict[str, Any],
-    examples: Examples,
-    files: Mapping[str, bytes],
-    settings: Mapping[str, Any],
-    model: Any,
-    subtracted: dict[str, Tensor],
+    plan: ModelPlan, loaded: LoadedData, settings: Mapping[str, Any], model: Any, subtracted: dict[str, Tensor]
 ) -> TrainedWeights:
-    family = plan.base.family
+    family, files = plan.base.family, loaded.files
     if plan.adapter is None:
+        checkpoint = open_base(loaded.base, family)
+        renamed = ((name, checkpoint.get_file_name(name)) for name in checkpoint.list_names())
+        names = {name: file_name for name, file_name in renamed if file_name != name}
         tied = bool(model.config.tie_word_embeddings)
-        checkpoint = open_base(base, family)
-        names = {
-            name: file_name for name in checkpoint.list_names() if (file_name := checkpoint.get_file_name(name)) != name
-        }
         write = partial(write_model, base=checkpoint, tied=tied, files=files, family=family)
         return TrainedWeights(MODEL_FILE, write, subtracted, names)
     config = _make_adapter_config(model, plan, bool(subtracted))
-    training = format_data_line(examples.manifest) + format_settings_line(settings)
-    metadata = AdapterMetadata(config, files, base_metadata, training)
+    training = format_data_line(loaded.examples.manifest) + format_settings_line(settings)
+    metadata = AdapterMetadata(config, files, loaded.base_metadata, training)
     write = partial(write_adapter, metadata=metadata, with_non_lora_state=True)
     return TrainedWeights(ADAPTER_WEIGHTS_FILE, write, subtracted)
 
 
 def _make_adapter_config(model: Any, plan: ModelPlan, is_converted_to_plain_lora: bool) -> dict[str, Any]:
-    """Make the content of adapter_config.json as PEFT writes it, with sets in a fixed order."""
+    """Make the content of adapter_config.json as PEFT writes it, but with sets in a fixed order."""
     config = model.peft_config["default"].to_dict()
     if is_converted_to_plain_lora:
         config = convert_config_to_plain_lora(config)

@@ -1,7 +1,7 @@
-"""What follows a step: it is logged, saved and then evaluated, and may be the last one.
+"""After each step: log, save, then evaluate, and perhaps stop.
 
 transformers' Trainer evaluates before it saves. Here a step is on disk before its evaluation, which may fail or take
-long. So this callback takes over when to evaluate: once the Trainer has logged and saved, before it gets the batches of
+long. So this callback decides when to evaluate: after the Trainer has logged and saved, before it gets the batches of
 the next step, or at the end of the epoch. In `on_step_begin` it would be too late to stop before that step.
 """
 
@@ -29,9 +29,9 @@ class TrainingFlow(TrainerCallback):  # type: ignore[misc]
         trainer: the T5Trainer, whose `get_batch_samples` and epochs end with `finish_step`.
 
     Attributes:
-        will_evaluate: whether the current step is to be evaluated once it is saved.
-        is_stopped: whether a signal has ended training.
-        early_stop: when and why early stopping has ended training; None if it hasn't.
+        will_evaluate: whether to evaluate the current step once it is saved.
+        is_stopped: whether a signal ended training.
+        early_stop: when and why early stopping ended training; None: it didn't.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -41,6 +41,7 @@ class TrainingFlow(TrainerCallback):  # type: ignore[misc]
         self.is_stopped = False
         self.early_stop: str | None = None
         self.steps_per_epoch = trainer.parts.sampler.steps_per_epoch
+        self.threshold = trainer.parts.evaluation.early_stopping_threshold or 0.0
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         # the Trainer fails to do this when it resumes on several ranks: accelerate then wraps the sampler in more
@@ -63,9 +64,9 @@ class TrainingFlow(TrainerCallback):  # type: ignore[misc]
             self.will_evaluate = self._is_evaluation_due()
 
     def catch_up(self) -> None:
-        """Handle a signal that arrived while loading, or do the evaluation that the previous process didn't get to.
+        """Handle a signal that arrived while loading, or do the evaluation that the previous process didn't reach.
 
-        Called once everything is loaded, even if no step is left.
+        Called after loading, even if no step is left.
         """
         args, state, parts = self.trainer.args, self.trainer.state, self.parts
         step = state.global_step
@@ -93,7 +94,7 @@ class TrainingFlow(TrainerCallback):  # type: ignore[misc]
             self.trainer.control.should_training_stop = True
 
     def finish_step(self) -> None:
-        """Evaluate the step that the Trainer has just logged and saved, if that is due. Call on every rank."""
+        """Evaluate the step that the Trainer has just logged and saved, if it is due. Call on every rank."""
         if self.will_evaluate:
             self.will_evaluate = False
             self._evaluate()
@@ -110,7 +111,7 @@ class TrainingFlow(TrainerCallback):  # type: ignore[misc]
         return {line["step"]: line for line in self.trainer.state.log_history if "eval_loss" in line}
 
     def get_best_value(self) -> float | None:
-        """Return the metric for the best model of the best checkpoint; None if there is no best one."""
+        """Return the best checkpoint's metric for the best model; None: no checkpoint is the best."""
         best = self.list_evaluations().get(self.trainer.state.best_global_step)
         return None if best is None else get_best_metric(best, self.trainer.args)
 
@@ -120,7 +121,6 @@ class TrainingFlow(TrainerCallback):  # type: ignore[misc]
         return self.is_stopped
 
     def _is_evaluation_due(self) -> bool:
-        """Whether an evaluation is due after the current step, and not done yet."""
         args, state = self.trainer.args, self.trainer.state
         step, strategy = state.global_step, args.eval_strategy
         if step == 0 or strategy == "no" or step in self.list_evaluations():
@@ -134,17 +134,15 @@ class TrainingFlow(TrainerCallback):  # type: ignore[misc]
         return bool(step % interval == 0)
 
     def _read_evaluation(self) -> dict[str, Any] | None:
-        """Read the evaluation that an earlier process has saved in the checkpoint, if it has all metrics."""
+        """Read the evaluation that an earlier process saved in the checkpoint, if it has all metrics."""
         found = self.parts.publisher.read_evaluation(self.trainer.state.global_step)
         return found if found and all(f"eval_{name}" in found for name in self.parts.metric_names) else None
 
     def _evaluate(self, known: dict[str, Any] | None = None) -> None:
-        """Evaluate the step. Save it if it is the best one or the last one, or add the evaluation to its checkpoint.
+        """Evaluate the step, or take the known evaluation of an earlier process.
 
-        Checkpoints are rotated only now, because now it is known which one is the best.
-
-        Args:
-            known: the evaluation of an earlier process.
+        Save the step if it is the best or the last one, or add the evaluation to its checkpoint. Checkpoints are
+        rotated only afterwards, when the best one is known.
         """
         trainer, state, publisher = self.trainer, self.trainer.state, self.parts.publisher
         step, was_saved = state.global_step, publisher.last_step == state.global_step
@@ -162,10 +160,9 @@ class TrainingFlow(TrainerCallback):  # type: ignore[misc]
             trainer.save_checkpoint()
 
     def _measure(self) -> dict[str, Any] | None:
-        """Measure the metrics. If a signal interrupts that, save the step, and return None; a resumed run repeats it.
+        """Measure the metrics. If a signal interrupts it, save the step and return None; a resumed run repeats it.
 
-        Raises:
-            SettingsError: a metric can't be computed, on every rank; the step is saved.
+        If a metric can't be computed, all ranks raise a SettingsError after saving the step.
         """
         trainer = self.trainer
         with trainer.totals.exclude_time():
@@ -176,17 +173,17 @@ class TrainingFlow(TrainerCallback):  # type: ignore[misc]
                 failure = None
             except SettingsError as error:
                 failure = error
-        trainer.save_checkpoint()  # the Trainer saves no more before the next step
+        trainer.save_checkpoint()  # the Trainer won't save before the next step
         if failure is None:
             self.is_stopped = trainer.control.should_training_stop = True
             return None
         folder = self.parts.publisher.run_folder / f"checkpoint-{trainer.state.global_step}"
         hint = f"{failure.hint}; " if failure.hint else ""
-        saved = f"the step is saved in {folder}, from which the same command resumes"
+        saved = f"the step is saved in {folder}; the same command resumes from it"
         raise SettingsError(*failure.problems, hint=hint + saved) from failure
 
     def _note_best(self, metrics: dict[str, Any]) -> bool:
-        """Note if this is the best step so far. Return whether it is."""
+        """Record the step as the best one if it is. Return True if so."""
         args, state = self.trainer.args, self.trainer.state
         best = self.list_evaluations().get(state.best_global_step)
         if args.metric_for_best_model is None or not is_better(metrics, best, args):
@@ -195,8 +192,9 @@ class TrainingFlow(TrainerCallback):  # type: ignore[misc]
         return True
 
     def _stop_early(self) -> bool:
-        """Request a stop if there was no improvement for too long. Return whether that is so."""
-        since, patience, state = self._list_steps_without_gain(), self.parts.patience, self.trainer.state
+        """Stop training if the metric has stopped improving. Return True if it has."""
+        since, state = self._list_steps_without_gain(), self.trainer.state
+        patience = self.parts.evaluation.early_stopping_patience
         is_over = patience is not None and len(since) >= patience
         if is_over and state.global_step < state.max_steps:
             self.early_stop = self._describe_early_stop(since)
@@ -204,23 +202,22 @@ class TrainingFlow(TrainerCallback):  # type: ignore[misc]
         return is_over
 
     def _list_steps_without_gain(self) -> list[int]:
-        """List the steps of the latest evaluations that haven't improved the metric by more than the threshold."""
-        # an evaluation without the metric says nothing about it
+        """List the steps of the evaluations since the last gain. Evaluations without the metric don't count."""
         args, evaluations = self.trainer.args, self.list_evaluations()
         lines = {step: line for step, line in evaluations.items() if name_best_metric(args) in line}
-        gains = find_gains(lines.values(), args, self.parts.threshold)
+        gains = find_gains(lines.values(), args, self.threshold)
         last_gain = max((number for number, gain in enumerate(gains, 1) if gain), default=0)
         return list(lines)[last_gain:]
 
     def _describe_early_stop(self, since: list[int]) -> str:
-        threshold, state = self.parts.threshold, self.trainer.state
+        threshold, state = self.threshold, self.trainer.state
         by = f" by more than {threshold:g}" if threshold else ""
         name = format_held_out_metric(name_best_metric(self.trainer.args).removeprefix("eval_"))
         evaluations = format_count(len(since), "evaluation")
         step, value, why = state.best_global_step, self.get_best_value(), ""
         if step in since:
             why = ", within the threshold" if threshold else ", equal but with a lower loss"
-        best = "none" if value is None else f"step {step} ({format_number(value)}{why})"  # none: no value was finite
+        best = "none, no value was finite" if value is None else f"step {step} ({format_number(value)}{why})"
         return f"at step {state.global_step}: {name} no better{by} for {evaluations}; best: {best}"
 
 
@@ -235,9 +232,9 @@ class CatchUp(TrainerCallback):  # type: ignore[misc]
 
 
 def _seed_new_rank(checkpoint: Path, seed: int, step: int) -> None:
-    """Derive this rank's random state from seed, step and rank, if the checkpoint has none for it.
+    """Derive this rank's random state from seed, step and rank, if the checkpoint lacks it.
 
-    The Trainer loads the state, if there is one, right before the first step.
+    The Trainer loads a saved state right before the first step.
     """
     rank, num_ranks = get_rank_and_size()
     if not (checkpoint / (f"rng_state_{rank}.pth" if num_ranks > 1 else "rng_state.pth")).is_file():
@@ -250,10 +247,7 @@ def name_best_metric(args: Any) -> str:
 
 
 def get_best_metric(line: dict[str, float], args: Any) -> float | None:
-    """Return an evaluation's metric for the best model.
-
-    It is None if it or the loss isn't finite, or if it was chosen only after this evaluation.
-    """
+    """Return an evaluation's metric for the best model; None: it or the loss isn't finite, or it wasn't measured."""
     return line.get(name_best_metric(args)) if math.isfinite(line["eval_loss"]) else None
 
 
@@ -267,7 +261,7 @@ def is_better(line: dict[str, float], other: dict[str, float] | None, args: Any)
 
 
 def find_best(evaluations: Sequence[dict[str, float]], args: Any) -> int | None:
-    """Find the index of the best evaluation; None if none has the metric for the best model."""
+    """Find the index of the best evaluation; None: no evaluation has the metric for the best model."""
     best: int | None = None
     for number, line in enumerate(evaluations):
         if is_better(line, None if best is None else evaluations[best], args):
@@ -276,10 +270,10 @@ def find_best(evaluations: Sequence[dict[str, float]], args: Any) -> int | None:
 
 
 def find_gains(evaluations: Iterable[dict[str, float]], args: Any, threshold: float) -> list[bool]:
-    """Say of each evaluation whether it improves on the best one before it by more than the threshold.
+    """List for each evaluation whether it improved on the best earlier one by more than the threshold.
 
-    Only the metric for the best model counts, as in Hugging Face's early stopping: an equal value with a lower loss is
-    no gain, though it makes the better checkpoint.
+    Only the metric for the best model counts, as in Hugging Face's early stopping: an equal value with a lower loss
+    makes the better checkpoint, but is no gain.
     """
     sign = 1 if args.greater_is_better else -1
     gains, best = [], -math.inf

@@ -1,11 +1,11 @@
 """The log-probabilities of preference pairs under DPO's reference, computed once before the first step.
 
-The reference is the model as training begins: the base with its initial adapter, whatever that was initialized from,
-and its token rows. Or it is the base with `reference_adapter`. Without a second copy of the weights, and without
-another forward pass in each step, training needs only two numbers of each pair.
+The reference is the model before the first step (the base, its initial adapter and its added-token embeddings), or the
+base with `reference_adapter`. Training then needs only two numbers per pair: no second copy of the weights, and no
+second forward pass in each step.
 
-They are stored in the run folder, with a hash of what they depend on. After every PAIRS_PER_SAVE pairs, what has been
-computed is saved, so that a run that is stopped meanwhile continues there.
+The run folder stores them with a hash of their inputs, every PAIRS_PER_SAVE pairs, so that a stopped run continues
+there.
 """
 
 import gc
@@ -31,17 +31,16 @@ from t5tune.inference.loading import LoadedModel, load_for_inference
 from t5tune.io.atomic import hash_json, write_file
 from t5tune.io.reasons import describe_error
 from t5tune.model.attention.packing import can_pack, use_packing
-from t5tune.model.batches import make_collator
 from t5tune.model.kernels.fused import use_fused_layers
 from t5tune.model.lora import check_same_tokens
 from t5tune.progress import Note, Report
-from t5tune.runs.plan import ModelPlan
 from t5tune.settings.groups.base import InferenceSettings, QuantizationSettings
 from t5tune.settings.groups.lora import LoraSettings
 from t5tune.settings.packaged_templates import get_zero_stage
 from t5tune.training.attention_choice import LOOP, ChosenAttention
 from t5tune.training.build_model import BuiltModel
 from t5tune.training.objectives import EvaluationOptions, Pairs, measure_pairs
+from t5tune.training.session import LoadedData, Session
 
 REFERENCE_FORMAT = 2
 PAIRS_PER_SAVE = 1 << 10
@@ -51,11 +50,7 @@ INITIAL_FIELDS = (*MODEL_FIELDS, "adapter", "seed", *LoraSettings.model_fields)
 
 @dataclass(frozen=True)
 class PairMeter:
-    """Measures pairs with the reference model, without dropout. Every rank calls it.
-
-    Args:
-        autocast: whether the forward pass uses mixed precision, as it does in training without DeepSpeed.
-    """
+    """Measures pairs with the reference model, without dropout. Every rank calls it."""
 
     model: Any
     options: EvaluationOptions
@@ -72,14 +67,14 @@ class ReferenceFile:
     """A file with the log-probabilities of the first pairs of a set: `logps`, fp64, (pairs, 2).
 
     Args:
-        key: hash of what they depend on; a file with another one is replaced.
+        key: hash of their inputs; a file with a different key is replaced.
     """
 
     path: Path
     key: str
 
     def read(self, report: Report) -> list[tuple[float, float]]:
-        """Read the pairs that are known; none if the file is missing, broken, changed, or made from something else."""
+        """Read the measured pairs; an empty list if the file is missing, damaged, or has different inputs."""
         try:
             with safe_open(self.path, "numpy") as file:
                 metadata, logps = file.metadata(), file.get_tensor("logps")
@@ -100,22 +95,8 @@ class ReferenceFile:
         write_file(self.path, safetensors.numpy.save({"logps": logps}, self._describe(logps)))
 
     def _describe(self, logps: Any) -> dict[str, str]:
-        """Describe what the values depend on, and the values, by hashes."""
         values = hashlib.sha256(logps.tobytes()).hexdigest()
         return {"format": str(REFERENCE_FORMAT), "key": self.key, "sha256": values}
-
-
-def make_reference_file(folder: Path, name: str, run_identity: dict[str, Any], examples: Examples) -> ReferenceFile:
-    """Name the file for some examples of a run.
-
-    Args:
-        run_identity: has what the reference model depends on.
-    """
-    fields = INITIAL_FIELDS if run_identity["reference_adapter"] is None else (*MODEL_FIELDS, "reference_adapter")
-    made_of = {field: run_identity.get(field) for field in fields}
-    made_of |= {"examples": examples.identify(), "tokenizer": examples.manifest["inputs"].get("tokenizer")}
-    key = hash_json(made_of)
-    return ReferenceFile(folder / f"reference-{name}.safetensors", key)
 
 
 def complete_references(
@@ -126,20 +107,20 @@ def complete_references(
     open_meter: Callable[[], AbstractContextManager[PairMeter]],
     report: Report,
 ) -> dict[str, Pairs]:
-    """Read the log-probabilities of sets of pairs, after measuring those that aren't known. Call on every rank.
+    """Read the log-probabilities of sets of pairs, and measure the missing ones. Call on every rank.
 
     Args:
-        folder: of the run.
-        open_meter: opens the reference model, if there is something to measure.
+        open_meter: opens the reference model, if any pair is missing.
 
     Raises:
-        OutOfMemory, EvaluationStopped: see `measure_targets`; what was measured is saved.
+        OutOfMemory, EvaluationStopped: see `measure_targets`; the measured pairs are saved.
     """
     found: dict[str, Pairs] = {}
     with ExitStack() as stack:
         meter = None
         for name, examples in sets.items():
-            file = make_reference_file(folder, name, run_identity, examples)
+            key = _hash_inputs(run_identity, examples)
+            file = ReferenceFile(folder / f"reference-{name}.safetensors", key)
             known = run_on_rank_0(world, partial(file.read, report))[: len(examples)]
             while len(known) < len(examples):
                 if meter is None:
@@ -151,33 +132,27 @@ def complete_references(
     return found
 
 
+def _hash_inputs(run_identity: dict[str, Any], examples: Examples) -> str:
+    fields = INITIAL_FIELDS if run_identity["reference_adapter"] is None else (*MODEL_FIELDS, "reference_adapter")
+    made_of = {field: run_identity.get(field) for field in fields}
+    made_of |= {"examples": examples.identify(), "tokenizer": examples.manifest["inputs"].get("tokenizer")}
+    return hash_json(made_of)
+
+
 @contextmanager
-def open_initial_model(
-    built: BuiltModel,
-    options: EvaluationOptions,
-    autocast: bool,
-) -> Iterator[PairMeter]:
+def open_initial_model(built: BuiltModel, options: EvaluationOptions, autocast: bool) -> Iterator[PairMeter]:
     """Measure with the model that is about to be trained."""
     engine = None if built.partitioner is None else built.partitioner.set_up_inference(built.model)
     try:
         yield PairMeter(built.model, options, autocast)
     finally:
-        if engine is not None:  # the Trainer sets up one of its own
+        if engine is not None:  # the Trainer sets up a new engine
             engine.destroy()
 
 
 @contextmanager
 def open_reference_adapter(
-    adapter: Path,
-    plan: ModelPlan,
-    base: Path,
-    examples: Examples,
-    deepspeed: dict[str, Any] | None,
-    device: torch.device,
-    batch_size: int | None,
-    report: Report,
-    is_stopped: Callable[[], bool],
-    choose_attention: Callable[[Any], ChosenAttention],
+    session: Session, data: LoadedData, choose_attention: Callable[[Any], ChosenAttention]
 ) -> Iterator[PairMeter]:
     """Load the base with the adapter of the reference, and free it afterwards, before the model to train is loaded.
 
@@ -185,31 +160,30 @@ def open_reference_adapter(
         choose_attention: chooses how the run computes attention over packed rows, from a model of its base.
 
     Raises:
-        CheckpointError: the adapter has other tokens than this run, or doesn't fit the base.
+        CheckpointError: the adapter's tokens differ from this run's, or it doesn't fit the base.
     """
+    plan, report = session.plan.model, session.report
     settings = InferenceSettings(
-        model_name_or_path=str(base),
-        adapter=adapter,
+        model_name_or_path=str(data.base),
+        adapter=session.plan.reference_adapter,
         cache_dir=plan.base.cache_dir,
         family=plan.base.family,
         **plan.precision.to_settings(),
     )
-    zero3 = deepspeed if get_zero_stage(deepspeed) == 3 else None
+    zero3 = data.deepspeed if get_zero_stage(data.deepspeed) == 3 else None
     with naming_settings(adapter="reference_adapter"):
-        loaded = load_for_inference(settings, report, device, zero3)
+        loaded = load_for_inference(settings, report, session.device, zero3)
     try:
-        assert loaded.adapter is not None
-        _check_tokens(loaded, examples)
-        use_fused_layers(loaded.model, device)  # the same kernels as in training
+        _check_tokens(loaded, data.examples)
+        use_fused_layers(loaded.model, session.device)  # the same kernels as in training
         is_packed, attention = plan.layers.packing != "off" and can_pack(loaded.model), LOOP
         if is_packed:
             use_packing(loaded.model)
             attention = choose_attention(loaded.model)
-        start_id, pad_id = loaded.model.architecture.start_token_id, loaded.tokenizer.pad_token_id
-        collator = make_collator(start_id, pad_id, is_packed, attention.implementation == "flex", attention.num_stages)
-        # with the adapter in the dtype that it has in training
-        options = EvaluationOptions(collator, batch_size, report, is_stopped)
-        yield PairMeter(loaded.model, options, plan.precision.bf16)
+        collator = attention.make_collator(loaded.model, loaded.tokenizer.pad_token_id, is_packed)
+        batch_size = session.plan.evaluation.per_device_eval_batch_size
+        options = EvaluationOptions(collator, batch_size, report, lambda: session.stop.is_set)
+        yield PairMeter(loaded.model, options, plan.precision.bf16)  # the adapter has its dtype of training
     finally:
         if loaded.engine is not None:
             loaded.engine.destroy()
@@ -219,13 +193,9 @@ def open_reference_adapter(
 
 
 def _check_tokens(loaded: LoadedModel, examples: Examples) -> None:
-    """Check that the reference knows the run's tokens, and the run the reference's, by the same ids.
-
-    Raises:
-        CheckpointError: one doesn't.
-    """
+    """Check that the reference and the run have the same tokens, with the same ids."""
     check_same_tokens(loaded.tokenizer_folder, examples.tokenizer_folder, "reference_adapter")
     vocabulary = loaded.tokenizer.get_vocab()
     if unknown := [token for token in examples.added_tokens if token not in vocabulary]:
-        problem = f"reference_adapter: {loaded.adapter}: it doesn't know {unknown[0]!r}, which is added in this run"
+        problem = f"reference_adapter: {loaded.adapter}: its tokenizer lacks {unknown[0]!r}, which this run adds"
         raise CheckpointError(problem, hint="give an adapter that was trained on this data, or set add_tokens none")

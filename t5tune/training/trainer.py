@@ -3,7 +3,7 @@
     trainer = T5Trainer(model, training_arguments, TrainerParts(...))
     trainer.train(resume_from_checkpoint=None)
 
-flow.py has what follows a step. The rest of transformers' Trainer stays as it is: its loop, optimizers, schedules,
+flow.py decides what follows a step. The rest is transformers' Trainer unchanged: its loop, optimizers, schedules,
 callbacks of trackers, and DeepSpeed.
 """
 
@@ -39,6 +39,7 @@ from t5tune.progress import Note, Report
 from t5tune.runs.metrics_log import SUMMARY, MetricsLog
 from t5tune.runs.publisher import CheckpointPublisher
 from t5tune.runs.reshard import load_resharded
+from t5tune.settings.groups.evaluation import EvaluationSettings
 from t5tune.settings.groups.steps import SCHEDULES_BY_METRIC
 from t5tune.training.callbacks.progress import ReportProgress
 from t5tune.training.flow import CatchUp, TrainingFlow
@@ -51,30 +52,18 @@ from t5tune.training.trained_weights import TrainedWeights, drop_frozen
 
 @dataclass(frozen=True)
 class TrainerParts:
-    """What a run is made of, in addition to its model and the Trainer's arguments.
+    """The parts of a run, in addition to its model and the Trainer's arguments.
 
     Args:
-        examples: the examples to train on.
         held_out: the examples to evaluate on; None: no evaluations.
-        sampler: chooses the examples of each micro-batch.
         collator: makes the batches of training and evaluation; packs them if the model is set up for packing.
-        weights: collects, writes and loads the trained tensors.
-        publisher: saves checkpoints.
-        reshards: whether the checkpoint to resume from has ZeRO's shards for another number of ranks or another stage.
+        reshards: whether the checkpoint to resume from has ZeRO's shards for a different number of ranks or stage.
         forgets_evaluations: whether evaluations before the checkpoint to resume from can't be compared with later ones.
-        has_new_held_out: whether those evaluations were on other examples.
-        non_finite: handles steps with a non-finite loss or gradient.
-        stop: request to stop, set by a signal.
-        watch: watches the other ranks, which need to know how far this one is.
+        has_new_held_out: whether those evaluations were on different examples.
         scorer: generates and scores predictions in evaluations; None: evaluations measure only the loss.
-        objective: what is minimized, and what evaluations measure.
-        reference: of preference pairs, the log-probabilities under the reference model.
+        reference: the log-probabilities of preference pairs under the reference model.
         loraplus_lr_ratio: LoRA+: learning-rate ratio of B to A; None: one learning rate.
         metric_names: the metrics that evaluations are expected to have.
-        patience: number of evaluations without improvement after which training stops; None: never.
-        threshold: the improvement of an evaluation over the best one before it must be larger; 0: any counts.
-        eval_batch_size: maximum number of examples per batch of an evaluation; None: any.
-        report: receives progress, and notes for the user.
     """
 
     examples: Examples
@@ -94,19 +83,12 @@ class TrainerParts:
     reference: Pairs | None
     loraplus_lr_ratio: float | None
     metric_names: Sequence[str]
-    patience: int | None
-    threshold: float
-    eval_batch_size: int | None
+    evaluation: EvaluationSettings
     report: Report
 
 
 class T5Trainer(Trainer):  # type: ignore[misc]
-    """Trains a model on a token cache.
-
-    Attributes:
-        flow: what follows each step: whether and why training has ended, and how good it was.
-        totals: tokens and training time of the run so far.
-    """
+    """Trains a model on a token cache."""
 
     def __init__(self, model: Any, args: Any, parts: TrainerParts) -> None:
         check_overridden_methods(Trainer)
@@ -134,7 +116,6 @@ class T5Trainer(Trainer):  # type: ignore[misc]
         self.accelerator.clip_grad_norm_ = partial(self._clip_and_check, self.accelerator.clip_grad_norm_)
 
     def get_train_dataloader(self) -> Any:
-        """Make the data loader of our sampler's batches."""
         self.accelerator.even_batches = False  # the sampler already yields the same number of batches for every rank
         loader = DataLoader(
             self.train_dataset,
@@ -165,7 +146,7 @@ class T5Trainer(Trainer):  # type: ignore[misc]
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """Get a step's micro-batches, and the number of items in them over all ranks: target tokens, or pairs.
 
-        None if training is over: nothing else keeps the Trainer from a step once it has begun an epoch.
+        No batches if training is over: nothing else keeps the Trainer from a step once it has begun an epoch.
         """
         self.flow.finish_step()
         if self.control.should_training_stop:
@@ -181,10 +162,7 @@ class T5Trainer(Trainer):  # type: ignore[misc]
         return 0
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """Create the optimizer. With LoRA+, the B matrices and DoRA's magnitudes have their own learning rate.
-
-        The magnitudes are in that group in PEFT too.
-        """
+        """Create the optimizer. With LoRA+, B and DoRA's magnitudes have a separate learning rate, as in PEFT."""
         with _name_setting_in_errors("optim", self.args.optim.value):
             if self.parts.loraplus_lr_ratio is None or self.optimizer is not None:
                 super().create_optimizer(model)
@@ -196,7 +174,7 @@ class T5Trainer(Trainer):  # type: ignore[misc]
 
     def _make_loraplus_groups(self, ratio: float) -> list[dict[str, Any]]:
         rates = {False: self.args.learning_rate, True: self.args.learning_rate * ratio}
-        decays = {True: self.args.weight_decay, False: 0.0}  # norms and biases have none
+        decays = {True: self.args.weight_decay, False: 0.0}  # norms and biases aren't decayed
         groups: dict[tuple[bool, bool], dict[str, Any]] = {
             (is_fast, has_decay): {"params": [], "lr": rate, "weight_decay": decay}
             for is_fast, rate in rates.items()
@@ -217,32 +195,33 @@ class T5Trainer(Trainer):  # type: ignore[misc]
     def evaluation_loop(self, *arguments: Any, metric_key_prefix: str = "eval", **options: Any) -> EvalLoopOutput:
         """Measure the objective's metrics of the held-out examples, and the scores of a sample of predictions.
 
-        The Trainer's own loop averages over batches, which depends on how the examples are batched, and it changes
-        the random state, because its data loader draws from it. This loop draws no random numbers.
+        The Trainer's own loop averages over batches, so its result depends on the batches. It also changes the random
+        state, from which its data loader draws. This loop draws no random numbers.
         """
-        examples, batch_size, report = self.eval_dataset.examples, self.parts.eval_batch_size, self.parts.report
-
-        def is_stopped() -> bool:
-            return self.parts.stop.is_set
-
-        how = EvaluationOptions(self.data_collator, batch_size, report, is_stopped)
-        values = self.parts.objective.evaluate(self.model, examples, how)
-        if self.parts.scorer is not None:
-            scores = self.parts.scorer.score(self.model, examples, batch_size, report, is_stopped)
-            if (best := self.args.metric_for_best_model or "loss") not in values | scores:
-                names = ", ".join([*values, *scores])
-                raise SettingsError(f"metric_for_best_model: {best}: not among this evaluation's metrics: {names}")
-            if (schedule := self.args.lr_scheduler_type) in SCHEDULES_BY_METRIC and not math.isfinite(
-                scores.get(best, 0)
-            ):
-                problem = f"{best} is {scores[best]} at step {self.state.global_step:,}"
-                raise SettingsError(f"lr_scheduler_type: {schedule.value} needs metric_for_best_model, but {problem}")
-            for name in (name for name, score in scores.items() if not math.isfinite(score)):
-                skipped = f"the evaluation at step {self.state.global_step:,} leaves {name} out"
-                report(Note(f"metric: {skipped}, which is {scores[name]}", warning=True))
-            values |= {name: score for name, score in scores.items() if math.isfinite(score)}
+        parts, examples = self.parts, self.eval_dataset.examples
+        batch_size, stop = parts.evaluation.per_device_eval_batch_size, parts.stop
+        how = EvaluationOptions(self.data_collator, batch_size, parts.report, lambda: stop.is_set)
+        values = parts.objective.evaluate(self.model, examples, how)
+        if parts.scorer is not None:
+            scores = parts.scorer.score(self.model, examples, batch_size, parts.report, how.is_stopped)
+            values |= self._select_finite(scores, values)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(examples))
+
+    def _select_finite(self, scores: dict[str, float], values: dict[str, float]) -> dict[str, float]:
+        """Select the finite scores, and report the others."""
+        step, schedule = f"step {self.state.global_step:,}", self.args.lr_scheduler_type
+        if (best := self.args.metric_for_best_model or "loss") not in values | scores:
+            names = ", ".join([*values, *scores])
+            raise SettingsError(f"metric_for_best_model: {best}: not among this evaluation's metrics: {names}")
+        if schedule in SCHEDULES_BY_METRIC and not math.isfinite(scores.get(best, 0)):
+            problem = f"{best} is {scores[best]} at {step}"
+            raise SettingsError(f"lr_scheduler_type: {schedule.value} needs metric_for_best_model, but {problem}")
+        finite = {name: score for name, score in scores.items() if math.isfinite(score)}
+        for name in (name for name in scores if name not in finite):
+            text = f"metric: the evaluation at {step} leaves {name} out, which is {scores[name]}"
+            self.parts.report(Note(text, warning=True))
+        return finite
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> list[Any]:
         """Return nothing: `evaluation_loop` makes its own batches."""
@@ -274,15 +253,15 @@ class T5Trainer(Trainer):  # type: ignore[misc]
                 self.parts.weights.write(Path(output_dir or self.args.output_dir), state)
 
     def save_checkpoint(self) -> None:
-        """Save a checkpoint of the current step, unless there is one, and tell the callbacks. Call on every rank."""
+        """Save a checkpoint of the current step, if not saved yet, and tell the callbacks. Call on every rank."""
         if self.parts.publisher.last_step != self.state.global_step:
             self._save_checkpoint(self.model, None)
             self.callback_handler.on_save(self.args, self.state, self.control)
 
     def _clip_and_check(self, clip: Any, _parameters: Any, max_norm: float, norm_type: float = 2) -> Any:
-        """Clip the gradient, and check its norm. In place of accelerate's `clip_grad_norm_`, which is given as `clip`.
+        """Clip the gradient with accelerate's `clip_grad_norm_`, and check its norm.
 
-        The Trainer calls it in each step, also without clipping, and for all parameters, of which most are frozen.
+        The Trainer calls this in each step, also without clipping, and passes all parameters: most are frozen.
         """
         norm, step = clip(self._trained, max_norm, norm_type), self.state.global_step + 1
         return self.parts.non_finite.check(norm, step, self._trained, self._list_examples_of_step)
@@ -294,9 +273,9 @@ class T5Trainer(Trainer):  # type: ignore[misc]
         draws = (draw for batch in batches for draw in batch if not draw.is_filler)
         return [self.parts.examples.name_example(draw.example) for draw in draws]
 
-    # Everything from here on overrides or reads what transformers' Trainer considers private. Known to work with
-    # transformers 5.18 to 5.24, so pyproject.toml has an upper bound; `check_overridden_methods` names a method that
-    # another release has renamed.
+    # From here on, methods override or read private members of transformers' Trainer. Known to work with transformers
+    # 5.18 to 5.24, so pyproject.toml has an upper bound; `check_overridden_methods` names a method that a different
+    # release has renamed.
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Let the Trainer and DeepSpeed write their files, and publish them as a checkpoint."""
@@ -317,7 +296,7 @@ class T5Trainer(Trainer):  # type: ignore[misc]
             publisher.save(step, self.state.best_global_step, write, rotates=not self.flow.will_evaluate)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
-        """Wrap the model, create the optimizer, and load the checkpoint. DeepSpeed can't load one of other shards."""
+        """Wrap the model, create the optimizer, and load the checkpoint. DeepSpeed can't load different shards."""
         prepare, reshards = super()._prepare_for_training, self.parts.reshards
         prepared = prepare(max_steps, train_dataloader, None if reshards else resume_from_checkpoint)
         if resume_from_checkpoint is not None:
@@ -332,7 +311,7 @@ class T5Trainer(Trainer):  # type: ignore[misc]
         return prepared
 
     def _apply_new_length(self) -> None:
-        """Apply the schedule to the state that was loaded, which has the next step's rate for the previous length."""
+        """Set the next step's learning rate: the loaded state has the rate for the run's previous length."""
         schedule = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)  # accelerate wraps it under DeepSpeed
         if not isinstance(schedule, LambdaLR):
             return
@@ -347,7 +326,6 @@ class T5Trainer(Trainer):  # type: ignore[misc]
         self.parts.weights.load(Path(resume_from_checkpoint), self.model)
 
     def _sum_losses(self) -> float:
-        """Add up the losses of the run's steps. Call on every rank."""
         # the Trainer adds _tr_loss, a loss per rank, to _total_loss_scalar only when it logs
         not_logged = self._tr_loss.detach().clone()
         if is_distributed():
@@ -358,11 +336,7 @@ class T5Trainer(Trainer):  # type: ignore[misc]
 
 @contextmanager
 def _name_setting_in_errors(setting: str, value: str) -> Iterator[None]:
-    """Name the setting in an error of this block: transformers misses a package or an argument.
-
-    Raises:
-        SettingsError: there was one.
-    """
+    """Name the setting in an error of this block: transformers lacks a package or an argument."""
     try:
         yield
     except (ImportError, TypeError, ValueError) as error:
@@ -376,7 +350,7 @@ def check_overridden_methods(trainer_class: Any) -> None:
     """Check that transformers' Trainer has the private methods that T5Trainer overrides.
 
     Raises:
-        DependencyError: this release of transformers has renamed one, which would then silently never be called.
+        DependencyError: this release of transformers has renamed one, so ours would never be called.
     """
     for name in OVERRIDDEN_METHODS:
         if not callable(getattr(trainer_class, name, None)):

@@ -58,8 +58,8 @@ def test_a_base_other_than_that_of_the_adapter_is_named(
 
         run = tmp_path / f"from-{base.name}"
         train(make_settings(base, conversations, run, adapter=first_adapter, max_steps=1, eval_data_path=None), report)
-        said = f"trained on another base ({untied_base})"
-        assert [text for text in notes if "another base" in text] == [f"adapter: {first_adapter}: {said}"] * count
+        said = f"adapter: {first_adapter}: trained on a different base ({untied_base})"
+        assert [text for text in notes if "different base" in text] == [said] * count
         notes.clear()
         chat(ChatSettings(model_name_or_path=str(base), adapter=first_adapter, prompt="Hi", max_new_tokens=1), report)
         said = f"{first_adapter}: trained on {untied_base}, but loaded onto {base}; predictions may be wrong"

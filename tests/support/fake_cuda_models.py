@@ -153,9 +153,7 @@ def make_trainer(model: Any, settings: TrainSettings, examples: list[Example], f
         reference=None,
         loraplus_lr_ratio=settings.loraplus_lr_ratio,
         metric_names=["loss"],
-        patience=None,
-        threshold=0.0,
-        eval_batch_size=None,
+        evaluation=settings,
         report=silent,
     )
     return T5Trainer(model, make_training_arguments(make_run_plan(settings), None, (), World(), CUDA), parts)

@@ -386,9 +386,11 @@ def test_a_run_with_a_teacher_resumes_to_the_same_bits_and_refuses_another_one(
 
 def test_a_teacher_with_other_tokens_is_refused(tied_base: Path, data: Path, teacher: Path, tmp_path: Path) -> None:
     base = make_checkpoint("t5", tmp_path / "t5")
-    with pytest.raises(SettingsError, match="teacher_model_name_or_path: .*: another tokenizer: .*token"):
+    with pytest.raises(SettingsError, match="teacher_model_name_or_path: .*: the tokenizers differ: .*token"):
         train(make_student(base, data, tmp_path / "run", teacher))
-    with pytest.raises(SettingsError, match="it lacks .* which has the id"):  # the base lacks the added tokens
+    with pytest.raises(
+        SettingsError, match="has id .*, but the teacher's tokenizer lacks it"
+    ):  # the base lacks the added tokens
         train(make_student(tied_base, data, tmp_path / "two", tied_base))
 
 
@@ -442,7 +444,7 @@ def test_caches_of_pairs_can_be_mixed(untied_base: Path, data: Path, tmp_path: P
 def test_a_reference_without_the_run_s_tokens_is_refused(untied_base: Path, data: Path, tmp_path: Path) -> None:
     plain = make_settings(untied_base, data, tmp_path / "plain", objective="sft", add_tokens="none", max_steps=1)
     train(plain.replace(eval_fraction=0, eval_steps=None))
-    with pytest.raises(CheckpointError, match="reference_adapter: .*: it doesn't know .*, which is added in this run"):
+    with pytest.raises(CheckpointError, match="reference_adapter: .*: its tokenizer lacks .*, which this run adds"):
         train(make_settings(untied_base, data, tmp_path / "run", reference_adapter=tmp_path / "plain"))
 
 

@@ -303,7 +303,7 @@ def test_a_custom_metric_that_fails_during_training_costs_no_step(
     settings = make_short_settings(untied_base, conversations, run, metric=f"{function}:f", **common)
     with pytest.raises(SettingsError, match=message) as caught:
         train(settings)
-    saved = f"the step is saved in {run / 'checkpoint-2'}, from which the same command resumes"
+    saved = f"the step is saved in {run / 'checkpoint-2'}; the same command resumes from it"
     assert str(caught.value.hint).endswith(saved)
     assert verify(run / "checkpoint-2") is None
     fixed = f"{write_function(tmp_path / 'fixed.py', code + '{chr(120): 2}')}:f"
@@ -354,7 +354,7 @@ def test_ranks_agree_on_a_random_metric_and_all_end_if_it_fails(
     failed = on_ranks(2, *common, "--output-dir", tmp_path / "failed", "--metric", f"{function}:fails")
     assert failed.code == 2
     assert "fails: 'x' is 'high'; return a dict of names and finite numbers" in failed.errors[0]
-    assert failed.errors[0].endswith("checkpoint-1, from which the same command resumes")
+    assert failed.errors[0].endswith("checkpoint-1; the same command resumes from it")
     assert verify(tmp_path / "failed" / "checkpoint-1") is None
 
 

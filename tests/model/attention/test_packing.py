@@ -151,11 +151,10 @@ def test_attention_dropout_can_be_switched_off_alone(
     is_on: bool, untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
     settings = make_settings(untied_base, conversations, tmp_path, attention_dropout=is_on, lora_dropout=0.2)
-    cache: Any = SimpleNamespace(manifest={"added_token_ids": [1500]})
-    plan = make_run_plan(settings).model
-    model = build_model(
-        plan, untied_base, {}, cache, {}, settings.model_dump(), None, torch.device("cpu"), silent
-    ).model
+    cache = SimpleNamespace(manifest={"added_token_ids": [1500]})
+    loaded: Any = SimpleNamespace(base=untied_base, base_metadata={}, examples=cache, files={}, deepspeed=None)
+    device, plan = torch.device("cpu"), make_run_plan(settings).model
+    model = build_model(plan, loaded, settings.model_dump(), device, silent).model
     layers = [module for module in model.modules() if type(module).__name__ == "T5Attention"]
     assert [layer.dropout for layer in layers] == [0.1 if is_on else 0.0] * 6
     others = {module.p for name, module in model.named_modules() if isinstance(module, torch.nn.Dropout)}
