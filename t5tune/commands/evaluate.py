@@ -166,7 +166,7 @@ def evaluate(settings: EvaluateSettings, report: Report = silent) -> EvaluateRes
     """Generate a prediction for each example's source, and compare the predictions with the targets.
 
     Raises:
-        DataError: the data can't be used, or the token cache was made with another tokenizer.
+        DataError: the data can't be used, or the token cache was prepared with a different tokenizer.
         ModelError, CheckpointError: the base or the adapter can't be used, or its loss isn't finite.
         SettingsError: a custom metric can't be computed, or there is no base to compare with.
         RankLost: another rank died or doesn't answer.

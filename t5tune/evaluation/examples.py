@@ -26,15 +26,11 @@ from t5tune.data.reading.remote_files import hide_query
 from t5tune.data.reading.sources import bring_data
 from t5tune.data.tokens.encoders import Beginning, make_encoder
 from t5tune.data.tokens.encoding import EncodedConversation, Example, encode_batch, extract_example
-from t5tune.data.tokens.templates import (
-    PAIR_TEMPLATE,
-    Template,
-    load_template,
-    render_conversation,
-)
+from t5tune.data.tokens.templates import PAIR_TEMPLATE, Template, load_template, render_conversation
 from t5tune.data.tokens.tokenizer import Tokenizer, decode_reference, find_other_token, load_tokenizer
 from t5tune.data.tokens.vocabulary import extend_tokenizer
 from t5tune.errors import DataError
+from t5tune.evaluation.scoring import decode_targets
 from t5tune.file_names import TOKENIZER_FILE
 from t5tune.formatting import format_count
 from t5tune.hub.datasets import EVALUATION_SPLITS, DatasetChoice
@@ -54,7 +50,7 @@ from t5tune.settings.groups.data import SplitSettings
 TOKENIZER_BATCH_SIZE = 256  # conversations per call of the tokenizer
 
 Prompt = str | list[dict[str, str]]
-"""What an answer replies to: a text, or messages with `role` and `content`."""
+"""The input that an answer replies to: a text, or messages with `role` and `content`."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +58,10 @@ class EvaluationPlan:
     """What to evaluate on.
 
     Args:
-        base: the model as it was given, of which the family and the folder for downloads are used.
-        add_tokens: what the user adds to the model's tokenizer; None: nothing. A base that wasn't tuned doesn't get the
-            tokens that training would add: their embedding rows aren't trained.
-        compares_base: whether the base alone is evaluated, too.
+        base: the given model; only its family and the folder for downloads are used.
+        add_tokens: the tokens that the user adds to the tokenizer; None: no tokens. A base that wasn't tuned doesn't
+            get the tokens that training would add: their embedding rows aren't trained.
+        compares_base: whether to evaluate the base alone, too.
     """
 
     datasets: Sequence[DatasetSpec]
@@ -81,10 +77,9 @@ class EvaluationSet:
     Args:
         answer_ends: for each example, the text that the conversation template adds after the target.
         datasets: the name and the examples of each dataset, if there are several.
-        prompts: for each example, what its target replies to, without template and prefix; None: not known, as for the
-            examples of a token cache.
+        prompts: for each example, its prompt without template and prefix; None: unknown, as in a token cache.
         raw_texts: the examples with masked spans of raw text.
-        base: the same texts as the base's tokenizer encodes them; None without compare_base.
+        base: the same texts, encoded by the base's tokenizer; None without compare_base.
     """
 
     examples: Sequence[Example]
@@ -97,7 +92,7 @@ class EvaluationSet:
     base: "EvaluationSet | None" = None
 
     def add_base(self, examples: Sequence[Example], tokenizer: Tokenizer) -> "EvaluationSet":
-        """Return the same with the examples of the base."""
+        """Add the base's examples."""
         return replace(self, base=replace(self, examples=examples, tokenizer=tokenizer))
 
 
@@ -115,59 +110,44 @@ def load_evaluation_set(plan: EvaluationPlan, loaded: LoadedModel, report: Repor
 def _join(parts: Mapping[str, EvaluationSet]) -> EvaluationSet:
     """Join the examples of several datasets, one dataset after the other."""
     ends = list(accumulate(len(part.targets) for part in parts.values()))
-    starts = [0, *ends[:-1]]
+    ranges = {name: range(end - len(part.targets), end) for (name, part), end in zip(parts.items(), ends, strict=True)}
     of_base = {name: part.base for name, part in parts.items() if part.base is not None}
     return EvaluationSet(
         [example for part in parts.values() for example in part.examples],
         [target for part in parts.values() for target in part.targets],
         _choose_common_tokenizer(parts),
         [end for part in parts.values() for end in part.answer_ends],
-        [(name, range(start, end)) for name, start, end in zip(parts, starts, ends, strict=True)],
+        list(ranges.items()),
         [prompt for part in parts.values() for prompt in part.prompts or repeat(None, len(part.targets))],
-        frozenset(
-            start + index for start, part in zip(starts, parts.values(), strict=True) for index in part.raw_texts
-        ),
+        frozenset(ranges[name][index] for name, part in parts.items() for index in part.raw_texts),
         _join(of_base) if of_base else None,
     )
 
 
 def _choose_common_tokenizer(parts: Mapping[str, EvaluationSet]) -> Tokenizer:
-    """Choose the tokenizer that has the tokens of all datasets.
-
-    Raises:
-        DataError: none has them: the same id means different tokens.
-    """
+    """Choose the tokenizer that has the tokens of all datasets. Otherwise the same id means different tokens."""
     most = max(parts, key=lambda name: len(parts[name].tokenizer))
     tokenizer = parts[most].tokenizer
     for name, part in parts.items():
         if (other := find_other_token(part.tokenizer, tokenizer)) is not None:
             token, index = other
             raise DataError(
-                f"data_path: {name}: its tokenizer isn't that of {most}: {token!r} has id {index} only in {name}",
+                f"data_path: {name} and {most} have different tokenizers: {token!r} has id {index} only in {name}",
                 hint="give the conversation files of both in place of the token caches",
             )
     return tokenizer
 
 
 class _Answer(NamedTuple):
-    """An answer of a conversation, as an example.
-
-    Args:
-        of_base: the same as the base's tokenizer encodes it; None without compare_base.
-        target: as text.
-        is_pair: whether the conversation is a pair of source and target.
-    """
-
     example: Example
-    of_base: Example | None
+    of_base: Example | None  # encoded by the base's tokenizer; None without compare_base
     target: str
     prompt: Prompt
-    is_pair: bool
+    is_pair: bool  # the conversation is a pair of source and target
     is_truncated: bool
 
 
 def _load_dataset(plan: EvaluationPlan, dataset: DatasetSpec, loaded: LoadedModel, report: Report) -> EvaluationSet:
-    """Load the examples of one dataset."""
     if dataset.cache is not None:
         examples = open_examples(Path(dataset.path[0]))
         return _load_cache_examples(examples, dataset.num_data, plan.compares_base, loaded, report)
@@ -202,7 +182,7 @@ def _load_dataset(plan: EvaluationPlan, dataset: DatasetSpec, loaded: LoadedMode
     if default_template is not None:
         num_pairs = sum(answer.is_pair for answer in answers)
         if num_pairs == 0:
-            report(Note(f"the model has no conversation template of its own; using {default_template}"))
+            report(Note(f"the model has no conversation template; using {default_template}"))
         report_default_template(default_template, num_pairs, format_count(len(answers), "example"), report)
     _report_rejected(rejected, report)
     if num_truncated := sum(answer.is_truncated for answer in answers):
@@ -221,20 +201,14 @@ def _load_dataset(plan: EvaluationPlan, dataset: DatasetSpec, loaded: LoadedMode
     return chosen if base is None else chosen.add_base(of_base, base)
 
 
-def _is_tuned(loaded: LoadedModel) -> bool:
-    return loaded.adapter is not None or loaded.training_data is not None
-
-
 def _load_raw_text(plan: EvaluationPlan, dataset: DatasetSpec, loaded: LoadedModel, report: Report) -> EvaluationSet:
-    """Mask spans of raw text as prepare does, by way of a token cache in a temporary folder."""
+    """Mask spans of raw text as prepare does, with a token cache in a temporary folder."""
     family = choose_family(plan.base, loaded.adapter)
     with tempfile.TemporaryDirectory() as folder:
-        own = dataset.model_copy(update={"conversation_template": None, "max_rejected_fraction": None})
+        base_changes = {"model_name_or_path": str(loaded.base), "revision": None, "family": family}
         prepare_plan = PreparePlan(
-            datasets=[own],
-            base=plan.base.model_copy(
-                update={"model_name_or_path": str(loaded.base), "revision": None, "family": family}
-            ),
+            datasets=[dataset.model_copy(update={"conversation_template": None, "max_rejected_fraction": None})],
+            base=plan.base.model_copy(update=base_changes),
             output_dir=Path(folder, "cache"),
             split=SplitSettings(),
             add_tokens=plan.add_tokens or ["auto"],
@@ -254,12 +228,9 @@ def _encode(
     tokenizer: Tokenizer,
     base: Tokenizer | None,
 ) -> Iterator[tuple[RecordLocation, Rejection | _Answer]]:
-    """Yield a record's rejection, or its answers.
+    """Yield each record's rejection or answers, in order, so that a caller that stops early counts only used records.
 
-    They come in the order of the records, so that a caller that stops early has counted only what it used.
-
-    Args:
-        base: the base's tokenizer, which encodes the same texts; None: it isn't compared.
+    `base` is the base's tokenizer, which encodes the same texts; None: the base isn't compared.
     """
     encoder, encoder_of_base = make_encoder(tokenizer), None if base is None else make_encoder(base)
     while batch := list(islice(records, TOKENIZER_BATCH_SIZE)):
@@ -276,7 +247,9 @@ def _encode(
             encoded, encoded_of_base = next(encodings), next(encodings_of_base, None)
             for number, span in enumerate(encoded.spans):
                 example, of_base = extract_example(encoded.ids, span, encoder.special_ids), None
-                if encoder_of_base is not None and encoded_of_base is not None:  # it has as many spans: one per answer
+                if (
+                    encoder_of_base is not None and encoded_of_base is not None
+                ):  # the same number of spans: one per answer
                     special_ids = encoder_of_base.special_ids
                     of_base = extract_example(encoded_of_base.ids, encoded_of_base.spans[number], special_ids)
                 text = conversation.turns[span.turn].text
@@ -288,7 +261,7 @@ def _encode(
 
 
 def _describe_prompt(conversation: Conversation, turn: int, prefix: str) -> Prompt:
-    """Return what an answer replies to, without template and prefix: a text, or messages if there are several."""
+    """Return the prompt of an answer without template and prefix: a text, or messages if there are several."""
     system = [] if conversation.system is None else [{"role": "system", "content": conversation.system}]
     roles = {"human": "user", "assistant": "assistant"}
     turns = conversation.turns[:turn]
@@ -312,15 +285,17 @@ def _load_cache_examples(
     saved, made = loaded.tokenizer_folder / TOKENIZER_FILE, examples.tokenizer_folder / TOKENIZER_FILE
     tokenizer = load_tokenizer(examples.tokenizer_folder)
     same = saved.is_file() and made.is_file() and hash_file(saved) == hash_file(made)
+    is_tuned = loaded.adapter is not None or loaded.training_data is not None
     if not same and not _is_extension(tokenizer, loaded.tokenizer):
         raise DataError(
-            f"data_path: {examples.folder}: made with another tokenizer than that of {loaded.tokenizer_folder}",
+            f"data_path: {examples.folder}: prepared with a different tokenizer; the model's is in "
+            f"{loaded.tokenizer_folder}",
             hint="pass the conversation files instead of the cache",
         )
-    if not same and _is_tuned(loaded) and (other := find_other_token(tokenizer, loaded.tokenizer)) is not None:
+    if not same and is_tuned and (other := find_other_token(tokenizer, loaded.tokenizer)) is not None:
         number = format_count(len(tokenizer) - len(loaded.tokenizer), "token")
         problem = f"{examples.folder}: has {number} that the model wasn't trained with, such as {other[0]!r}"
-        report(Note(f"{problem}; give the conversation files for its own tokenizer", warning=True))
+        report(Note(f"{problem}; give the conversation files instead of the cache", warning=True))
     _, held_out = examples.split_as_prepared()
     if held_out is not None:
         report(Note(f"{examples.folder}: evaluating on its {format_count(len(held_out), 'held-out example')}"))
@@ -329,23 +304,18 @@ def _load_cache_examples(
         examples = examples.take(num_data)
     ends = [examples.get_template(index).answer_suffix for index in range(len(examples))]
     raw_texts = frozenset(filter(examples.is_raw_text, range(len(examples))))
-    targets = [
-        decode_reference(tokenizer, example.target_T, end, index in raw_texts)
-        for index, (example, end) in enumerate(zip(examples, ends, strict=True))
-    ]
+    targets = decode_targets(tokenizer, examples, range(len(examples)))
     chosen = EvaluationSet(examples, targets, tokenizer, ends, examples.list_datasets(), raw_texts=raw_texts)
     if compares_base:
         base = load_tokenizer(loaded.base)
         return chosen.add_base(_encode_again(examples, tokenizer, base), base)
-    if not _is_tuned(loaded):
-        return replace(
-            chosen, examples=_encode_again(examples, tokenizer, loaded.tokenizer), tokenizer=loaded.tokenizer
-        )
-    return chosen
+    if is_tuned:
+        return chosen
+    return replace(chosen, examples=_encode_again(examples, tokenizer, loaded.tokenizer), tokenizer=loaded.tokenizer)
 
 
 def _encode_again(examples: Sequence[Example], tokenizer: Tokenizer, base: Tokenizer) -> Sequence[Example]:
-    """Encode examples of a tokenizer with added tokens as the base's tokenizer does, which lacks these tokens."""
+    """Encode examples of a tokenizer with added tokens as the base's tokenizer does, which lacks them."""
     known = base.get_vocab()
     added = {index for token, index in tokenizer.get_vocab().items() if known.get(token) != index}
     if not added:
@@ -359,7 +329,7 @@ def _encode_again(examples: Sequence[Example], tokenizer: Tokenizer, base: Token
         parts: list[Any] = []
         begins = True
         for is_special, group in groupby(ids.tolist(), special.__contains__):
-            if is_special:  # the text of a special token isn't one
+            if is_special:  # decoded and encoded again, a special token would become plain text
                 parts.append(list(group))
                 continue
             text = tokenizer.decode(group)

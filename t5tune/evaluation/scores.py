@@ -1,4 +1,4 @@
-"""What is computed of an evaluation's outcome, and written: the scores, and a line for each prediction.
+"""The scores of an evaluation's outcome, and the file with a line for each prediction.
 
 compute_scores(chosen, outcome, predictions, ["exact_match"])    # {"loss": 0.31, …, "exact_match": 62.5}
 """
@@ -75,7 +75,6 @@ def compute_scores(
 
 
 def _compute_losses(losses: Losses, chosen: EvaluationSet, indices: range) -> dict[str, float]:
-    """Return what follows from the losses of these examples."""
     found = {"loss": round(losses.mean, 6), "perplexity": round(math.exp(min(losses.mean, 700.0)), 4)}
     if chosen.raw_texts.isdisjoint(indices):
         characters = sum(len(chosen.targets[index]) for index in indices)
@@ -91,9 +90,9 @@ def score_datasets(
     predictions: Sequence[Sequence[str]],
     report: Report,
 ) -> dict[str, dict[str, float]] | None:
-    """Compute the metrics of each dataset, if there are several: those that fit its targets.
+    """Compute the metrics that fit the targets of each dataset, if there are several datasets.
 
-    Custom metrics that aren't finite are left out: the examples of one dataset may be too few, or too much alike.
+    Custom metrics that aren't finite are left out: a dataset's examples may be too few, or too much alike.
 
     Raises:
         SettingsError: the function of a custom metric fails on a dataset.
@@ -104,15 +103,16 @@ def score_datasets(
         fitting = [each for each in choose_metrics(None, targets) if each in metrics]
         values: dict[str, float] = {"examples": len(targets)}
         for prefix, outcome, texts in zip(("", "base_"), outcomes, predictions, strict=False):
-            own = [texts[index] for index in indices]
-            scores = _compute_losses(outcome.losses.select(indices), chosen, indices) | score(own, targets, fitting)
+            selected = [texts[index] for index in indices]
+            losses = _compute_losses(outcome.losses.select(indices), chosen, indices)
+            scores = losses | score(selected, targets, fitting)
             try:
-                custom = compute_custom_metrics(functions, own, targets, allow_non_finite=True)
+                custom = compute_custom_metrics(functions, selected, targets, allow_non_finite=True)
             except SettingsError as error:
                 raise SettingsError(*(f"dataset {name}: {each}" for each in error.problems), hint=error.hint) from error
             for metric in (metric for metric, value in custom.items() if not math.isfinite(value)):
-                left_out = f"the scores of dataset {name} leave {prefix}{metric} out"
-                report(Note(f"metric: {left_out}, which is {custom[metric]}", warning=True))
+                text = f"metric: the scores of dataset {name} leave {prefix}{metric} out, which is {custom[metric]}"
+                report(Note(text, warning=True))
             scores |= {metric: value for metric, value in custom.items() if math.isfinite(value)}
             values |= {prefix + metric: value for metric, value in scores.items()}
         found[name] = values

@@ -1,13 +1,13 @@
 """Losses and predictions of a model, with the examples divided among the ranks: for `train` and `evaluate`.
 
-Neither takes more memory than a training step. The losses come from the same chunked head as in training. Batches have
-a maximum number of tokens, and in generation also a maximum size of the key-value cache (see batches.py).
+Both take no more memory than a training step. The losses come from the same chunked head as in training. Batches have a
+maximum number of tokens, and in generation also a maximum size of the key-value cache (see batches.py).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain, islice, repeat
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -28,18 +28,13 @@ from t5tune.progress import Report, silent
 
 EVALUATE_TASK = "evaluate"
 LOSSES_TASK = f"{EVALUATE_TASK}: losses"
-MAX_TOKENS_PER_BATCH = 8192  # source and target tokens; a single longer example is a batch of its own
+MAX_TOKENS_PER_BATCH = 8192  # source and target tokens; a longer example gets a separate batch
 MIN_GENERATION_BYTES = 1 << 29  # less than small models take in training; without it, their batches would be small
-
-
-def never_stopped() -> bool:
-    """Return False: the `is_stopped` of callers whose work no signal stops in between."""
-    return False
 
 
 @dataclass(frozen=True)
 class Losses:
-    """For each example the sum of its target tokens' cross-entropies, in nats, and the number of these tokens."""
+    """For each example, the sum of its target tokens' cross-entropies in nats, and the number of these tokens."""
 
     sums: list[float]
     tokens: list[int]
@@ -50,7 +45,7 @@ class Losses:
         return sum(self.sums) / sum(self.tokens)
 
     def select(self, indices: Iterable[int]) -> "Losses":
-        """Return the losses of some of the examples."""
+        """Return the losses of some examples."""
         chosen = list(indices)
         return Losses([self.sums[index] for index in chosen], [self.tokens[index] for index in chosen])
 
@@ -65,7 +60,7 @@ def measure_losses(
     collator: PaddedCollator | PackedCollator,
     batch_size: int | None,
     report: Report = silent,
-    is_stopped: Callable[[], bool] = never_stopped,
+    is_stopped: Callable[[], bool] = lambda: False,
 ) -> Losses:
     """Measure the cross-entropy of every example's target with teacher forcing. Call on every rank.
 
@@ -73,11 +68,10 @@ def measure_losses(
 
     Args:
         batch_size: maximum number of examples per batch; long examples make smaller batches.
-        is_stopped: whether this rank has been asked to stop; asked after each batch.
+        is_stopped: whether a signal asked this rank to stop; called after each batch.
 
     Raises:
-        OutOfMemory: a single example doesn't fit into memory, or under ZeRO-3 a batch.
-        EvaluationStopped: a rank has been asked to stop.
+        OutOfMemory, EvaluationStopped: see `BatchRun.run`.
     """
     sums = measure_targets(model, examples, collator, batch_size, report, is_stopped)
     return Losses([each[0] for each in sums], [len(example.target_T) for example in examples])
@@ -89,7 +83,7 @@ def measure_targets(
     collator: PaddedCollator | PackedCollator,
     batch_size: int | None,
     report: Report = silent,
-    is_stopped: Callable[[], bool] = never_stopped,
+    is_stopped: Callable[[], bool] = lambda: False,
     task: str = LOSSES_TASK,
 ) -> list[tuple[float, ...]]:
     """Measure the summed cross-entropy of each target of every example, as `measure_losses` does."""
@@ -102,7 +96,7 @@ def measure_targets(
         losses_BT = model(**batch, reduction="none", use_cache=False).cpu()
         if isinstance(collator, PackedCollator):
             lengths = [len(target) for example in chosen for target in example.targets]
-            parts = losses_BT[0, : sum(lengths)].split(lengths)  # without the row's padding
+            parts = losses_BT[0, : sum(lengths)].split(lengths)  # the row's padding follows
         else:
             parts = losses_BT.unbind()
         sums = iter(torch.stack([part.double().sum() for part in parts]).tolist())
@@ -124,14 +118,13 @@ def make_loss_batches(lengths: Sequence[Lengths], batch_size: int | None) -> Bat
 
 @dataclass(frozen=True)
 class GenerationScorer:
-    """Generates predictions for some of the held-out examples and scores them: all, and those of each dataset.
+    """Generates predictions for some held-out examples and scores them: all together, and per dataset.
 
     Args:
-        count: number of examples.
         names: the built-in metrics to compute; None: all that fit the targets.
         functions: the custom metrics, as in the setting `metric`. Only rank 0 imports and calls them: some aren't
             deterministic, and all ranks must agree on the best step.
-        autocast: whether the model generates in mixed precision; see `generate_predictions`.
+        autocast: see `generate_predictions`.
     """
 
     tokenizer: Tokenizer
@@ -142,15 +135,15 @@ class GenerationScorer:
     autocast: bool
 
     def list_metrics(self, examples: Examples) -> list[str]:
-        """List the metrics of an evaluation, after trying whether they can be computed. Call on every rank.
+        """List the metrics of an evaluation, after trying to compute them. Call on every rank.
 
         Raises:
-            SettingsError: one can't.
+            SettingsError: a metric can't be computed.
         """
 
         def list_names() -> list[str]:
             parts = self._select_examples(examples)
-            targets = {name: self._decode_targets(examples, indices) for name, indices in parts.items()}
+            targets = {name: decode_targets(self.tokenizer, examples, part) for name, part in parts.items()}
             everything = list(chain.from_iterable(targets.values()))
             found = [*choose_metrics(self.names, everything), *try_custom_metrics(self.functions, everything)]
             for name, own in targets.items() if len(parts) > 1 else ():
@@ -171,17 +164,15 @@ class GenerationScorer:
         """Score greedy predictions for evenly spaced examples. Custom metrics may be NaN or infinite."""
         predictions: dict[str, list[str]] = {}
         parts = self._select_examples(examples)
-        for name, indices in parts.items():  # apart: how long predictions may be depends on a dataset's targets
+        for name, indices in parts.items():  # separately: the longest target of a dataset limits its predictions
             chosen = [examples[index] for index in indices]
             longest = find_max_target_length(chosen)
             decoding = Decoding(self.tokenizer.eos_token_id, self.tokenizer.pad_token_id, longest)
             generated = generate_predictions(model, chosen, decoding, batch_size, report, is_stopped, self.autocast)
-            suffixes = (examples.get_template(index).answer_suffix for index in indices)
-            raw = map(examples.is_raw_text, indices)
-            predictions[name] = list(map(decode_prediction, repeat(self.tokenizer), generated, suffixes, raw))
+            predictions[name] = decode_predictions(self.tokenizer, examples, indices, generated)
 
         def compute() -> dict[str, float]:
-            targets = {name: self._decode_targets(examples, indices) for name, indices in parts.items()}
+            targets = {name: decode_targets(self.tokenizer, examples, part) for name, part in parts.items()}
             everything = [list(chain.from_iterable(texts.values())) for texts in (predictions, targets)]
             scores = self._score(everything[0], everything[1], choose_metrics(self.names, everything[1]))
             for name, own in targets.items() if len(parts) > 1 else ():
@@ -196,25 +187,33 @@ class GenerationScorer:
         return score(predictions, targets, names) | custom
 
     def _select_examples(self, examples: Examples) -> dict[str, list[int]]:
-        """Select evenly spaced examples, as many of each dataset: name -> indices. A single dataset has no name."""
+        """Select evenly spaced examples, equally many of each dataset: name -> indices. A single dataset is ""."""
         datasets = examples.list_datasets() or [("", range(len(examples)))]
         share = -(-self.count // len(datasets))
         return {name: [of[number] for number in select_evenly(len(of), share)] for name, of in datasets}
 
     def _choose_fitting(self, targets: list[str]) -> list[str]:
-        """Choose the metrics of a dataset: those that fit its targets, of those that are computed."""
         return [name for name in choose_metrics(None, targets) if self.names is None or name in self.names]
 
-    def _decode_targets(self, examples: Examples, indices: list[int]) -> list[str]:
-        return [
-            decode_reference(
-                self.tokenizer,
-                examples[index].target_T,
-                examples.get_template(index).answer_suffix,
-                examples.is_raw_text(index),
-            )
-            for index in indices
-        ]
+
+def decode_targets(tokenizer: Tokenizer, examples: Examples, indices: Iterable[int]) -> list[str]:
+    """Decode the targets of some examples, without the template's answer suffix."""
+    return [
+        decode_reference(
+            tokenizer, examples[index].target_T, examples.get_template(index).answer_suffix, examples.is_raw_text(index)
+        )
+        for index in indices
+    ]
+
+
+def decode_predictions(
+    tokenizer: Tokenizer, examples: Examples, indices: Iterable[int], predictions: Sequence[Sequence[int]]
+) -> list[str]:
+    """Decode the predictions for some examples, without the template's answer suffix."""
+    return [
+        decode_prediction(tokenizer, ids, examples.get_template(index).answer_suffix, examples.is_raw_text(index))
+        for index, ids in zip(indices, predictions, strict=True)
+    ]
 
 
 def generate_predictions(
@@ -223,20 +222,19 @@ def generate_predictions(
     decoding: Decoding,
     batch_size: int | None,
     report: Report = silent,
-    is_stopped: Callable[[], bool] = never_stopped,
+    is_stopped: Callable[[], bool] = lambda: False,
     autocast: bool = False,
 ) -> list[list[int]]:
     """Generate a prediction for each example's source; its ids without the EOS token. Call on every rank.
 
     Args:
         batch_size: maximum number of examples per batch; a large key-value cache makes smaller batches.
-        is_stopped: whether this rank has been asked to stop; asked after each batch.
+        is_stopped: whether a signal asked this rank to stop; called after each batch.
         autocast: whether to compute in mixed precision, as training does without DeepSpeed: its fp32 modules in a bf16
-            base need it. Trainer's own autocast includes the model's forward, but not `generate`.
+            base need it. The Trainer's autocast includes the model's forward, but not `generate`.
 
     Raises:
-        OutOfMemory: a single example doesn't fit into memory, or under ZeRO-3 a batch.
-        EvaluationStopped: a rank has been asked to stop.
+        OutOfMemory, EvaluationStopped: see `BatchRun.run`.
     """
     sharded = _is_sharded(model)
     budget = compute_generation_budget(model)
@@ -256,7 +254,7 @@ def generate_predictions(
 
 
 def compute_generation_budget(model: Any) -> int:
-    """Compute how many bytes the batches of `generate_predictions` may take, in addition to the model."""
+    """Compute the bytes that a batch of `generate_predictions` may take, in addition to the model."""
     return max(MIN_GENERATION_BYTES, _compute_key_value_bytes(model, MAX_TOKENS_PER_BATCH))
 
 
@@ -275,13 +273,12 @@ def select_evenly(count: int, wanted: int) -> list[int]:
 
 
 def _compute_key_value_bytes(model: Any, tokens: int) -> int:
-    """Compute the size of the decoder's key-value cache for this many tokens: keys and values in each layer."""
+    """Compute the bytes of the decoder's keys and values for this many tokens."""
     dimensions = model.architecture.dimensions
     return int(2 * dimensions.num_decoder_layers * dimensions.cache_width * tokens * model.dtype.itemsize)
 
 
 def _estimate_generation_bytes(model: Any, source: int, target: int, beams: int) -> int:
-    """Estimate the memory for generating from one source, without the model itself."""
     dimensions = model.architecture.dimensions
     cache = beams * _compute_key_value_bytes(model, source + target)
     scores = 2 * dimensions.num_heads * source**2 * model.dtype.itemsize  # encoder position bias, plain and masked
@@ -291,7 +288,7 @@ def _estimate_generation_bytes(model: Any, source: int, target: int, beams: int)
 
 @contextmanager
 def _switch_to_eval_mode(model: Any) -> Iterator[None]:
-    """Switch dropout off for this block, and restore each module's own mode after it."""
+    """Switch dropout off for this block, and restore each module's mode after it."""
     trained = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -246,7 +246,7 @@ def test_a_cache_of_another_tokenizer_is_refused(
         add_tokens=["fastchat"],
     )
     prepare(other)
-    with pytest.raises(DataError, match="made with another tokenizer"):
+    with pytest.raises(DataError, match="prepared with a different tokenizer"):
         run_evaluate(run, tmp_path / "other", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -293,7 +293,7 @@ def test_caches_with_different_tokens_are_refused_together(untied_base: Path, tm
         caches.append(f"{prepare(PrepareSettings(**values)).cache}:1")
     run = tmp_path / "run"
     train(make_short_settings(untied_base, tmp_path / "first.jsonl", run, add_tokens=["none"], max_steps=1))
-    refused = "data_path: second: its tokenizer isn't that of first: .* has id .* only in second"
+    refused = "data_path: second and first have different tokenizers: .* has id .* only in second"
     with pytest.raises(DataError, match=refused):
         run_evaluate(run, tmp_path, tmp_path / "out", data_path=caches)
     # a bare base reads both with its own tokenizer
