@@ -18,8 +18,8 @@ from t5tune.io.reasons import join_lines
 
 Value = TypeVar("Value")
 ANSWER_SECONDS = 1.0
-MAX_PAUSE = 0.25  # seconds between two looks into the store
-RENDEZVOUS_HINT = "start all ranks with the same MASTER_ADDR and MASTER_PORT, which every rank must be able to reach"
+MAX_PAUSE = 0.25  # seconds between two polls of the store
+RENDEZVOUS_HINT = "start all ranks with the same MASTER_ADDR and MASTER_PORT, and check that every rank can reach it"
 # parts of gloo's messages, whose errors are plain RuntimeErrors
 RANK_LOSS_MESSAGES = (
     "gloo",
@@ -45,13 +45,13 @@ def any_rank(flag: bool) -> bool:
     """Whether the flag is set on any rank. A collective: every rank must call it at the same point."""
     if not is_distributed():
         return flag
-    found = torch.tensor(int(flag))  # on the CPU, also on GPUs: no one waits for a GPU
+    found = torch.tensor(int(flag))  # on the CPU, so that it doesn't wait for a GPU
     dist.all_reduce(found, dist.ReduceOp.MAX)
     return bool(found)
 
 
 def barrier() -> None:
-    """Wait for all ranks, but not for their GPUs, as torch's own barrier does."""
+    """Wait for all ranks, but unlike torch's barrier not for their GPUs."""
     any_rank(False)
 
 
@@ -74,10 +74,10 @@ def broadcast_from_rank_0(value: Value) -> Value:
 
 
 def run_on_rank_0(world: World, act: Callable[[], Value]) -> Value:
-    """Call `act` on rank 0 while the others wait, and return its result on every rank.
+    """Call `act` on rank 0 while the other ranks wait, and return its result on every rank.
 
-    `act` may take longer than a collective may wait: the others look into the rendezvous store until it is done. If
-    rank 0 doesn't answer any more, the rank watch ends them (see watch.py).
+    `act` may take longer than the timeout of a collective: the other ranks poll the rendezvous store until it is done.
+    If rank 0 stops answering, the rank watch ends them (see watch.py).
 
     Raises:
         T5TuneError: `act` raised it; every rank raises it.
@@ -93,7 +93,7 @@ def run_on_rank_0(world: World, act: Callable[[], Value]) -> Value:
             found = act()
         except T5TuneError as error:
             found = error
-        finally:  # after any other error, the others lose their connection in the broadcast
+        finally:  # after an unexpected error, the other ranks lose their connection in the broadcast
             store.set(done, "yes")
     else:
         wait_until(lambda: bool(store.check([done])))
@@ -105,23 +105,14 @@ def run_on_rank_0(world: World, act: Callable[[], Value]) -> Value:
 
 
 def run_only_on_rank_0(world: World, act: Callable[[], Value]) -> Value | None:
-    """Call `act` on rank 0 while the others wait, as `run_on_rank_0` does, but return None on the others.
-
-    Raises:
-        T5TuneError: `act` raised it; every rank raises it.
-    """
-    kept: Value | None = None
-
-    def act_and_keep() -> None:
-        nonlocal kept
-        kept = act()
-
-    run_on_rank_0(world, act_and_keep)
-    return kept
+    """Call `act` on rank 0 like `run_on_rank_0`, but return None on the other ranks."""
+    kept: list[Value] = []
+    run_on_rank_0(world, lambda: kept.append(act()))
+    return kept[0] if kept else None
 
 
 def wait_until(is_over: Callable[[], bool]) -> None:
-    """Wait until the store says what `is_over` asks for. `store.wait` would keep Python from handling signals."""
+    """Poll `is_over`, which reads the store: `store.wait` would keep Python from handling signals."""
     pause = 0.01
     while not is_over():
         time.sleep(pause)
@@ -133,7 +124,7 @@ def report_rendezvous_errors() -> Iterator[None]:
     """Turn errors of the rendezvous into messages that name its address.
 
     Raises:
-        TrainingError: another process listens on the port of rank 0.
+        TrainingError: another process listens on rank 0's port.
         RankLost: a rank can't be reached.
     """
     try:
@@ -145,11 +136,9 @@ def report_rendezvous_errors() -> Iterator[None]:
                 f"MASTER_PORT: {port}: already in use by another process",
                 hint="set another port for all ranks, such as MASTER_PORT=29511",
             ) from error
-        raise RankLost(
-            f"rank {rank}: no answer at {host}:{port}, the rendezvous of the ranks",
-            hint=RENDEZVOUS_HINT,
-        ) from error
-    except RuntimeError as error:  # of NCCL or of gloo, which has no type of its own
+        problem = f"rank {rank}: no answer at {host}:{port}, the rendezvous of the ranks"
+        raise RankLost(problem, hint=RENDEZVOUS_HINT) from error
+    except RuntimeError as error:  # NCCL's, or gloo's, which has no separate type
         if not _is_rank_loss(error):
             raise
         raise RankLost(
@@ -161,14 +150,7 @@ def report_rendezvous_errors() -> Iterator[None]:
 
 @contextmanager
 def report_lost_ranks(world: World, hint: str = RERUN_HINT) -> Iterator[None]:
-    """Turn a collective's network error into a message that says which ranks were lost.
-
-    Args:
-        hint: what to do then.
-
-    Raises:
-        RankLost: names the ranks that don't answer, if the others can still reach the store.
-    """
+    """Turn a collective's network error into a RankLost that names the lost ranks, if the store can be reached."""
     try:
         yield
     except T5TuneError:
@@ -180,7 +162,7 @@ def report_lost_ranks(world: World, hint: str = RERUN_HINT) -> Iterator[None]:
 
 
 def describe_silence(ranks: list[int]) -> str:
-    """Say which ranks don't answer; without any, that the connection to one broke."""
+    """Name the ranks that don't answer; for no ranks, report a broken connection."""
     if len(ranks) == 1:
         return f"rank {ranks[0]} doesn't answer"
     if ranks:
@@ -196,27 +178,26 @@ def _is_rank_loss(error: Exception) -> bool:
 
 
 def _describe_loss(world: World) -> str:
-    """Say which ranks are lost, as far as this rank can know it."""
     silent = _find_silent_ranks(world)
     if silent is None:
         if world.rank == 0:
             return describe_silence([])
-        others = "" if world.size == 2 else ": it is lost, or it has ended because another rank is lost"
-        return f"{describe_silence([0])}{others}"
-    if len(silent) > 1:  # some may wait for another rank, and haven't noticed yet that one is lost
+        reason = "" if world.size == 2 else ": it is lost, or it ended because another rank is lost"
+        return f"{describe_silence([0])}{reason}"
+    if len(silent) > 1:  # some of them may wait for a lost rank without having noticed the loss
         return f"at least one of ranks {', '.join(map(str, silent))} is lost"
     return describe_silence(silent)
 
 
 def _find_silent_ranks(world: World) -> list[int] | None:
-    """Find the ranks that don't set their key in the rendezvous store; None if rank 0's store itself doesn't answer."""
+    """Find the ranks that don't set their key in the rendezvous store; None: rank 0's store doesn't answer."""
     found: list[list[int]] = []
 
     def ask() -> None:
         with suppress(Exception):  # the store raises errors of several types
             found.append(_find_unanswered(world))
 
-    # a suspended rank 0 keeps its connections open, and a call to the store then blocks without a timeout
+    # in a thread: if rank 0 is suspended, its connections stay open, and a call to the store blocks without a timeout
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
     asking.join(2 * ANSWER_SECONDS)

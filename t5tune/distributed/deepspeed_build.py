@@ -14,7 +14,7 @@ SHARED_FILESYSTEMS = ("nfs", "cifs", "smb", "lustre", "gpfs", "beegfs", "ceph", 
 
 
 def find_missing_build_tools() -> str | None:
-    """Say what this machine lacks to compile an op and store it, in words; None if nothing is missing."""
+    """Describe what this machine lacks to compile and store an op; None: it lacks nothing."""
     if shutil.which(os.environ.get("CXX", "c++")) is None or shutil.which("ninja") is None:
         return "a C++ compiler or ninja is missing from the PATH"
     folder = _get_extensions_folder()
@@ -22,25 +22,25 @@ def find_missing_build_tools() -> str | None:
         folder.mkdir(parents=True, exist_ok=True)
     if os.access(folder, os.W_OK):
         return None
-    return f"{folder} isn't a writable folder, and TORCH_EXTENSIONS_DIR doesn't name another one"
+    return f"{folder} isn't a writable folder; TORCH_EXTENSIONS_DIR can name a different folder"
 
 
 def remove_stale_locks() -> list[Path]:
     """Remove the locks of builds whose process no longer runs, and return their paths.
 
-    Torch's FileBaton creates such a file and keeps it open during the build. A process that is killed while it builds
-    leaves the file, and every later build then waits for its removal, silently and without a timeout (torch 2.8 to
-    2.13; later releases lock the file instead). https://github.com/pytorch/pytorch/issues/189245
+    Torch's FileBaton creates such a file and keeps it open during the build. A killed build leaves the file, and every
+    later build waits for its removal, silently and without a timeout (torch 2.8 to 2.13; later releases lock the file
+    instead). https://github.com/pytorch/pytorch/issues/189245
     """
     removed = []
-    # ops have a folder each, by default inside one for the Python and CUDA versions
+    # each op has a folder, by default inside a folder for the Python and CUDA versions
     for lock in _get_extensions_folder().glob("**/lock"):
         aside = lock.with_name(f"lock.{os.getpid()}")
         with suppress(OSError):  # the lock was released meanwhile, or belongs to another user
             if _is_held(lock) or (_is_shared(lock) and time.time() - lock.stat().st_mtime < MAX_COMPILE_SECONDS):
                 continue
             lock.rename(aside)
-            if _is_held(aside):  # between the two checks another rank took over the lock, and builds
+            if _is_held(aside):  # between the two checks another rank took the lock, and builds
                 aside.rename(lock)
             else:
                 aside.unlink()

@@ -1,7 +1,7 @@
 """Start the worker processes of `--num-gpus` and `--num-processes`, and wait for them.
 
-Workers are plain processes that read their rank from environment variables, like those of torchrun. The launching
-process forwards signals, ends all workers when one fails, raises the first error, and can restart the workers.
+Workers are plain processes that read their rank from environment variables, as under torchrun. The launching process
+forwards signals, ends all workers when one fails, raises the first error, and can restart the workers.
 """
 
 import json
@@ -38,8 +38,8 @@ from t5tune.progress import Note, Report, silent
 from t5tune.settings.loading import VARIABLE_PREFIX
 
 POLL_SECONDS = 0.1
-SECONDS_TO_STOP = 60.0  # how long the other ranks may take after the first one has stopped as it was asked to
-SECONDS_TO_REPORT = 2.0  # how long the other ranks have to report their own errors after the first one has failed
+SECONDS_TO_STOP = 60.0  # for the remaining ranks, after the first rank has stopped on request
+SECONDS_TO_REPORT = 2.0  # for the remaining ranks to report their errors, after the first rank has failed
 
 
 def launch(
@@ -48,10 +48,10 @@ def launch(
     """Run `t5tune` with these arguments in `count` processes on this machine, and wait for them.
 
     Args:
-        stdout: what they print results to; None: the same as this process.
+        stdout: where workers print results; None: this process's stdout.
 
     Raises:
-        T5TuneError: the error of the worker that failed first, or how that worker ended.
+        T5TuneError: the error of the worker that failed first, or how it ended.
         Stopped: a signal asked to stop.
     """
     command = make_module_command("t5tune", *arguments)
@@ -61,7 +61,7 @@ def launch(
             failure = _run(command, count, received, saves_checkpoints, stdout)
             if failure is None:
                 return
-            # the subclasses are errors that t5tune itself detected, and would detect again
+            # t5tune would detect the errors of other types again
             if restart == max_restarts or type(failure) not in {RankLost, T5TuneError}:
                 raise failure
             report(Note(f"{failure.message}; restarting all ranks ({restart + 1} of {max_restarts})", warning=True))
@@ -77,32 +77,30 @@ def write_error(error: Exception) -> None:
     if isinstance(error, SettingsError):
         problems = list(error.problems)
         options |= {"heading": error.heading, "choices": error.choices}
-    # renamed into place, since the launching process may read it while a worker is being killed
+    # atomically, since the launching process may read it while it kills this worker
     write_json(path, {"kind": error.kind, "problems": problems, "options": options})
 
 
 def stop_with_deepspeed_launcher() -> None:
-    """Stop this worker when the `deepspeed` command ends, because that command doesn't forward its own signals.
+    """Stop this worker when the `deepspeed` command ends, because the command doesn't forward signals.
 
-    The command runs deepspeed.launcher.launch, the parent of this worker, which doesn't notice that its parent ended.
+    The command runs deepspeed.launcher.launch, the parent of this worker, which doesn't notice the command's end.
     """
-    with suppress(psutil.Error):  # another user's process, or one that has ended
+
+    def stop_without_command(launcher: psutil.Process, command: int) -> None:
+        with suppress(psutil.NoSuchProcess):
+            while launcher.ppid() == command:
+                time.sleep(POLL_SECONDS)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with suppress(psutil.Error):  # another user's process, or it has ended
         launcher = psutil.Process(os.getppid())
         if "deepspeed.launcher.launch" in launcher.cmdline():
-            threading.Thread(target=_stop_without_parent, args=(launcher, launcher.ppid()), daemon=True).start()
-
-
-def _stop_without_parent(launcher: psutil.Process, parent: int) -> None:
-    with suppress(psutil.NoSuchProcess):
-        while launcher.ppid() == parent:
-            time.sleep(POLL_SECONDS)
-    os.kill(os.getpid(), signal.SIGTERM)
+            threading.Thread(target=stop_without_command, args=(launcher, launcher.ppid()), daemon=True).start()
 
 
 @dataclass
 class _ReceivedSignals:
-    """The signals that the launching process has received."""
-
     first: signal.Signals | None = None
     came_at: float = 0.0
     is_second: bool = False
@@ -117,10 +115,7 @@ class _ReceivedSignals:
 
 @contextmanager
 def _record_signals() -> Iterator[_ReceivedSignals]:
-    """Record signals. Workers start with them blocked, until they have installed their own handlers.
-
-    After a signal this process is about to exit with that signal's exit code, so later signals are ignored.
-    """
+    """Record signals in this block. After a signal this process exits with its code, so later signals are ignored."""
     received = _ReceivedSignals()
     before = {number: signal.signal(number, received.receive) for number in choose_signals()}
     try:
@@ -161,9 +156,10 @@ def _start(command: list[str], count: int, folder: str, stdout: IO[str] | None) 
         "MASTER_PORT": str(find_free_port()),
         ERRORS_FOLDER_VARIABLE: folder,
     }
-    # the settings have these variables already, and flags that override them
+    # the saved settings include these variables, and the flags that override them
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(VARIABLE_PREFIX)}
     environment = {"OMP_NUM_THREADS": str(max(1, count_cores() // count)), **inherited, **common}
+    # workers start with the signals blocked, until they have installed their handlers
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, (*STOP_SIGNALS, FORWARDED_SIGNAL))
     try:
         return [
@@ -187,14 +183,14 @@ def find_free_port() -> int:
 
 
 def _watch(workers: list[subprocess.Popen[bytes]], received: _ReceivedSignals) -> None:
-    """Wait until all workers have ended, or for a short time after one has failed. Forward a request to stop."""
+    """Wait until all workers have ended, or for a short time after a failure. Forward a request to stop."""
     is_forwarded = False
     failed_at: float | None = None
     while None in (ended := [worker.poll() for worker in workers]):  # polls every worker: a later one may have failed
         now = time.monotonic()
         if failed_at is None and any(ended):
             failed_at = now
-        # a rank that was asked to stop doesn't fail by that, and rank 0 may have more to do, such as closing trackers
+        # a stop on request is no failure, and rank 0 may have more to do, such as closing trackers
         stopped = () if received.first is None else (Stopped.exit_code, get_exit_code(received.first.name))
         seconds = SECONDS_TO_STOP if all(code in (None, 0, *stopped) for code in ended) else SECONDS_TO_REPORT
         if (failed_at is not None and now - failed_at > seconds) or received.is_second:
@@ -211,13 +207,12 @@ def _find_first_error(
 ) -> T5TuneError:
     """Find the cause of a failure: first an error that a rank detected, then a kill, and only then a lost rank.
 
-    When a rank fails, the others lose the connection to it, and their errors only say so.
+    When a rank fails, the remaining ranks lose the connection to it, and their errors say no more.
     """
     paths = sorted(folder.glob("rank-*.json"), key=lambda path: path.stat().st_mtime_ns)
     written = [_read_error(path) for path in paths]
-    own = [error for error in written if not isinstance(error, RankLost)]
-    if own:
-        return own[0]
+    if causes := [error for error in written if not isinstance(error, RankLost)]:
+        return causes[0]
     if received.first is not None and received.is_second:
         what = f"second {received.first.name}: exited immediately"
         return Stopped(what, hint=KEPT_CHECKPOINT if saves_checkpoints else None)

@@ -4,7 +4,7 @@ import io
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
 from typing import Any
@@ -17,12 +17,7 @@ from torch.distributed.rendezvous import rendezvous
 from t5tune.compat.deepspeed_patches import import_deepspeed
 from t5tune.compat.python_patches import restore_environment
 from t5tune.compat.torch_patches import use_default_timeout
-from t5tune.distributed.collectives import (
-    RENDEZVOUS_HINT,
-    is_distributed,
-    report_rendezvous_errors,
-    wait_until,
-)
+from t5tune.distributed.collectives import RENDEZVOUS_HINT, is_distributed, report_rendezvous_errors, wait_until
 from t5tune.distributed.deepspeed_build import remove_stale_locks
 from t5tune.distributed.launcher import find_free_port
 from t5tune.distributed.signals import StopRequest, write_stderr
@@ -34,40 +29,35 @@ from t5tune.settings.groups.processes import PartitionSettings, ProcessSettings,
 
 SECONDS_FOR_WATCH = 60  # more than the rank watch takes to name a rank, after the timeout
 SECONDS_BEFORE_NOTE = 20.0  # of waiting for the other ranks
-SECONDS_BETWEEN_LOOKS = 0.5  # for a signal, while a thread connects to rank 0, which takes less if rank 0 is there
-SECONDS_FOR_OUTCOME = 5.0  # how long rank 0 waits until the others know whether all have started
-# keys in the store: how many ranks are here, whether they start, and how many of them know that
+SECONDS_BETWEEN_POLLS = 0.5  # for a signal, while a thread connects to rank 0
+SECONDS_FOR_OUTCOME = 5.0  # for all ranks to read the outcome before rank 0, which has the store, may exit
+# keys in the store: the number of ranks that arrived, whether they start, and the number of ranks that know it
 HERE, OUTCOME, TOLD = "t5tune/here", "t5tune/outcome", "t5tune/told"
 STARTED, STOPPED = "started", "stopped"
 
 
 class Waiting:
-    """A rank's waiting for the others. The first signal ends it, since there is nothing to save yet.
+    """A rank's wait for the other ranks. The first signal ends it, since there is nothing to save yet.
 
     Args:
         timeout: in seconds.
-        report: rank 0's; the other ranks write to stderr that they wait, since they may be waiting for rank 0.
-        stop: None: the caller lets signals interrupt it.
+        report: rank 0's. The other ranks write to stderr that they wait, since they may be waiting for rank 0.
+        stop: the caller's request to stop; None: the caller lets signals interrupt the wait.
     """
 
     def __init__(self, world: World, timeout: float, report: Report = silent, stop: StopRequest | None = None) -> None:
         self.world = world
         self.timeout = timeout
         self.report = report
-        self._stop = StopRequest() if stop is None else stop
+        self.stop = stop or StopRequest()
         self._since = time.monotonic()
         self._is_noted = False
 
-    @property
-    def is_stopped(self) -> bool:
-        """Whether a signal has arrived."""
-        return self._stop.is_set
-
     def make_error(self) -> Stopped:
-        return self._stop.make_error("before all ranks had started")
+        return self.stop.make_error("before all ranks had started")
 
-    def look_at_clock(self) -> float:
-        """Say once that this rank waits, if that takes long. Return the seconds since the waiting began."""
+    def measure(self) -> float:
+        """Return the seconds of waiting so far, and report a long wait once."""
         seconds = time.monotonic() - self._since
         if seconds > SECONDS_BEFORE_NOTE and not self._is_noted:
             self._is_noted = True
@@ -91,18 +81,18 @@ def join_process_group(
     """Choose the device, and join a process group for this block if there are several ranks or DeepSpeed.
 
     Args:
-        chosen: the device that the user chose; None: a GPU, if there is one.
-        stop: ends the waiting for the other ranks; None: the caller lets signals interrupt it.
+        chosen: the device that the user chose; None: a GPU, if there is any.
+        stop: see `Waiting`.
 
     Yields:
         The torch device to compute on.
 
     Raises:
-        RankLost: a rank can't be reached, or doesn't come.
+        RankLost: a rank can't be reached, or hasn't started in time.
         Stopped: a signal arrived before all ranks had joined.
     """
     device = _choose_device(world, processes, chosen, report)
-    # NCCL's watchdog aborts a rank that waits for a lost one; the rank watch is to name the lost one before that
+    # the rank watch must name a lost rank before NCCL's watchdog aborts the ranks that wait for it
     extra = SECONDS_FOR_WATCH if device.type == "cuda" else 0
     timeout = timedelta(seconds=processes.process_group_timeout + extra)
     failed = True
@@ -112,18 +102,18 @@ def join_process_group(
             _join(world, device, timeout, processes.deepspeed is not None, waiting)
             yield device
             failed = False
-        except Stopped:  # all ranks agreed to stop or haven't joined, so none is waiting in a collective
+        except Stopped:  # all ranks agreed to stop or haven't joined, so no rank waits in a collective
             failed = False
             raise
         finally:
-            # Without an orderly exit torchrun would restart a job that has finished. But a rank that fails must exit
-            # at once: the others may be waiting in a collective, and destroying the group would wait for them.
+            # Without an orderly exit, torchrun would restart a finished job. But a rank that fails must exit at once:
+            # destroying the group would wait for the other ranks, which may be waiting in a collective.
             if is_distributed() and not (failed and world.size > 1):
                 dist.destroy_process_group()
 
 
 def _choose_device(world: World, processes: RankSettings, chosen: str | None, report: Report) -> torch.device:
-    """Choose the device of this rank, and warn if that is the CPU although there is an NVIDIA driver."""
+    """Choose the device of this rank, and warn if the CPU is used despite an NVIDIA driver."""
     on_cpu = processes.num_processes is not None
     device: torch.device = choose_device(on_cpu, world.local_rank, chosen)
     if device.type == "cpu" and not on_cpu and chosen is None and (driver := read_nvidia_driver()):
@@ -135,8 +125,8 @@ def _choose_device(world: World, processes: RankSettings, chosen: str | None, re
 def choose_backend(device_type: str) -> str:
     """Choose the backends of the process group.
 
-    On GPUs, tensors of the CPU have a backend of their own: objects, barriers and the stop flag then don't wait for the
-    GPU, and a lost rank raises an error there.
+    On GPUs, CPU tensors get gloo: then objects, barriers and the stop flag don't wait for the GPU, and a lost rank
+    raises an error.
     """
     return "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
 
@@ -148,7 +138,7 @@ def _join(world: World, device: Any, timeout: timedelta, deepspeed: bool, waitin
         ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
         os.environ.update({**ranks, "MASTER_ADDR": "localhost", "MASTER_PORT": str(find_free_port())})
     if device.type == "cuda" and "LOCAL_RANK" in os.environ:
-        # accelerate and DeepSpeed take it as the index of the GPU; if each process sees only one GPU, that is 0
+        # accelerate and DeepSpeed use it as the GPU's index, which is 0 if each process sees only one GPU
         os.environ["LOCAL_RANK"] = str(device.index)
     if deepspeed:
         for lock in remove_stale_locks():
@@ -165,7 +155,7 @@ def _join(world: World, device: Any, timeout: timedelta, deepspeed: bool, waitin
 def _init_process_group(world: World, device: Any, timeout: timedelta, waiting: Waiting) -> None:
     store, rank, size = _find_store(timeout, waiting)
     store.set_timeout(timeout)
-    # keys of its own: under torchrun a later run of the same processes gets the same store, with gloo's old addresses
+    # separate keys: under torchrun a later run of the same processes gets the same store, with gloo's old addresses
     store = PrefixStore(f"t5tune/{store.add(f't5tune/joins/{rank}', 1)}", store)
     wait_for_all_ranks(store, size, waiting)
     uses_gpus = device.type == "cuda" and world.size > 1
@@ -182,12 +172,7 @@ def _init_process_group(world: World, device: Any, timeout: timedelta, waiting: 
 
 
 def _find_store(timeout: timedelta, waiting: Waiting) -> tuple[Store, int, int]:
-    """Connect to the rendezvous store, in a thread: C++, which waits for rank 0 there, and on rank 0 for all others,
-    would keep Python from handling signals.
-
-    Returns:
-        The store, this process's rank, and the number of ranks.
-    """
+    """Connect to the rendezvous store. Return (store, rank of this process, number of ranks)."""
     found: list[tuple[Store, int, int] | Exception] = []
 
     def connect() -> None:
@@ -196,39 +181,40 @@ def _find_store(timeout: timedelta, waiting: Waiting) -> tuple[Store, int, int]:
         except Exception as error:
             found.append(error)
 
+    # in a thread: C++ code waits for rank 0, and on rank 0 for all ranks, which would keep Python from handling signals
     connecting = threading.Thread(target=connect, daemon=True)
     connecting.start()
     while True:
-        connecting.join(SECONDS_BETWEEN_LOOKS)
+        connecting.join(SECONDS_BETWEEN_POLLS)
         if not connecting.is_alive():
             break
-        if waiting.is_stopped:
+        if waiting.stop.is_set:
             raise waiting.make_error()
-        waiting.look_at_clock()
+        waiting.measure()
     if isinstance(found[0], Exception):
         raise found[0]
     return found[0]
 
 
 def wait_for_all_ranks(store: Store, size: int, waiting: Waiting) -> None:
-    """Wait until all ranks are here, or one of them has been asked to stop. Every rank calls this.
+    """Wait until all ranks have arrived, or a signal asks a rank to stop. Every rank calls this.
 
-    What a rank does first, to find all of them here or to stop, holds for all. So none of them continues to a
-    collective in which it would wait for one that has stopped.
+    The first rank that finds all ranks here, or a signal, decides for all ranks: otherwise a rank could continue to a
+    collective and wait there for a stopped rank.
 
     Raises:
-        RankLost: some ranks haven't come in time.
-        Stopped: a rank has been asked to stop; every rank that is here raises it.
+        RankLost: some ranks haven't arrived in time.
+        Stopped: a signal asked a rank to stop; every rank that has arrived raises it.
     """
     store.add(HERE, 1)
 
     def is_over() -> bool:
         number = store.add(HERE, 0)
-        if waiting.is_stopped:
+        if waiting.stop.is_set:
             store.compare_set(OUTCOME, "", STOPPED)
         elif number == size:
             store.compare_set(OUTCOME, "", STARTED)
-        elif waiting.look_at_clock() > waiting.timeout:
+        elif waiting.measure() > waiting.timeout:
             problem = f"rank {waiting.world.rank}: only {number} of {size} ranks have started"
             raise RankLost(problem, hint=RENDEZVOUS_HINT)
         return bool(store.check([OUTCOME]))
@@ -237,11 +223,11 @@ def wait_for_all_ranks(store: Store, size: int, waiting: Waiting) -> None:
         wait_until(is_over)
         is_started = store.get(OUTCOME).decode() == STARTED
         store.add(TOLD, 1)
-        if waiting.world.rank == 0:  # the store ends with it, perhaps at once, and the others must learn the outcome
+        if waiting.world.rank == 0:  # the store ends with rank 0, perhaps at once; the other ranks must read it before
             end = time.monotonic() + SECONDS_FOR_OUTCOME
             wait_until(lambda: store.add(TOLD, 0) >= store.add(HERE, 0) or time.monotonic() > end)
     except RuntimeError:  # rank 0 may have stopped already
-        if not waiting.is_stopped:
+        if not waiting.stop.is_set:
             raise
         is_started = False
     if not is_started:
@@ -249,27 +235,16 @@ def wait_for_all_ranks(store: Store, size: int, waiting: Waiting) -> None:
 
 
 def refuse_shared_gpus(store: Store, rank: int, size: int, gpu: str) -> None:
-    """Check that each rank has a GPU of its own: NCCL would fail later, without saying why. Every rank calls this.
+    """Check that no two ranks share a GPU (`gpu` is a UUID): NCCL would fail later, without a reason.
 
-    Args:
-        gpu: the UUID of this rank's GPU.
-
-    Raises:
-        SettingsError: two ranks have the same GPU; every rank raises it.
+    Every rank calls this, and raises the same SettingsError.
     """
     store.set(f"t5tune/gpus/{rank}", gpu)
     gpus = [store.get(f"t5tune/gpus/{other}").decode() for other in range(size)]
-    if (shared := find_shared_gpu(gpus)) is not None:
-        raise SettingsError(
-            f"ranks {shared[0]} and {shared[1]} have the same GPU, {gpus[shared[0]]}",
-            hint="start at most as many processes on a machine as it has GPUs, and show each process all of them "
-            "(CUDA_VISIBLE_DEVICES; srun --gpus-per-node) or one of its own (srun --gpus-per-task=1)",
-        )
-
-
-def find_shared_gpu(gpus: Sequence[str]) -> tuple[int, int] | None:
-    """Find two ranks with the same GPU, from the UUID of each rank's: ["a", "b", "a"] -> (0, 2)."""
-    for rank, gpu in enumerate(gpus):
-        if (first := gpus.index(gpu)) != rank:
-            return first, rank
-    return None
+    for second, used in enumerate(gpus):
+        if (first := gpus.index(used)) != second:
+            raise SettingsError(
+                f"ranks {first} and {second} have the same GPU, {used}",
+                hint="start at most one process per GPU on a machine, and show each process all GPUs "
+                "(CUDA_VISIBLE_DEVICES; srun --gpus-per-node) or a separate GPU (srun --gpus-per-task=1)",
+            )

@@ -4,13 +4,13 @@
         import torch                 # a signal is recorded
         with stop.interruptible():   # a recorded signal raises here: there is nothing to save yet
             model = load()           # a signal interrupts this
-        train(model)                 # signals are recorded again, to be looked at after each step
+        train(model)                 # signals are recorded again, and checked after each step
         if any_rank(stop.is_set):
             ...                      # every rank gets here after the same step
 
 Schedulers send SIGTERM or SIGUSR1 some time before they kill a job. Closing a terminal sends SIGHUP. Ctrl-C sends
-SIGINT, for which the exit code is 130. A second signal exits immediately. If the process isn't ours to end, as in a
-notebook, a second signal raises KeyboardInterrupt instead.
+SIGINT, with exit code 130. A second signal exits immediately. In a notebook or a script, whose process isn't ours to
+end, it raises KeyboardInterrupt instead.
 """
 
 import os
@@ -28,15 +28,13 @@ from t5tune.progress import Note, Report, silent
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 IGNORABLE_SIGNALS = (signal.SIGINT, signal.SIGHUP)
-# `launch` forwards stop requests as this signal, so that a worker that also received the original doesn't treat it as
-# a second request
+# `launch` forwards stop requests as this signal, so that a worker that also received the original counts one request
 FORWARDED_SIGNAL = signal.SIGUSR2
-# signals less than this apart are one request: launchers and schedulers may each deliver a copy of it
+# signals less than this apart are one request: a launcher and a scheduler may each deliver a copy
 SECONDS_BETWEEN_SIGNALS = 1.0
-# exit after this long if the work can't be interrupted: download threads, for example, don't stop before their file is
-# complete
+# exit after this time if the work can't be interrupted: download threads, for example, finish their file
 SECONDS_TO_UNWIND = 20.0
-# how long the main thread has to exit at a second signal before another thread does it
+# how long the main thread has to exit at a second signal before a watching thread does it
 SECONDS_TO_REACT = 0.5
 KEPT_CHECKPOINT = "the last complete checkpoint is kept"
 ERASE_LINE_AND_SHOW_CURSOR = "\r\x1b[K\x1b[?25h"
@@ -61,16 +59,13 @@ class StopRequest:
         report: receives a note when Ctrl-C is pressed.
         exits: whether to end the process at a second signal, or if the work can't be interrupted.
         saves_checkpoints: whether the command saves checkpoints, as `train` does.
-
-    Attributes:
-        signal_name: the name of the first signal; None before any signal.
     """
 
     def __init__(self, report: Report = silent, exits: bool = True, saves_checkpoints: bool = False) -> None:
         self._report = report
         self._exits = exits
         self._kept = f"; {KEPT_CHECKPOINT}" if saves_checkpoints else ""
-        self.signal_name: str | None = None
+        self.signal_name: str | None = None  # of the first signal
         self._came_at = 0.0
         self._interruptible_when: str | None = None
         self._exit_timer: threading.Timer | None = None
@@ -82,24 +77,19 @@ class StopRequest:
         return self.signal_name is not None
 
     def receive(self, number: int, _frame: Any = None) -> None:
-        """Handle a signal.
-
-        Raises:
-            Interrupted: within `interruptible`.
-            InterruptedAgain: at a second signal, unless that ends the process.
-        """
+        """Handle a signal: record it, raise within `interruptible`, and end the work at a second signal."""
         if self.is_set:
             if number != FORWARDED_SIGNAL and time.monotonic() - self._came_at > SECONDS_BETWEEN_SIGNALS:
                 if not self._exits:
                     raise InterruptedAgain(f"stopped at once{self._kept}")
-                self._exit_at_second_signal()
+                self._exit_now(f"second signal: exiting now{self._kept}")
             return
         self.signal_name = signal.Signals(number).name
         self._came_at = time.monotonic()
         if self._interruptible_when is not None:
             self._interrupt()
         if number == signal.SIGINT:
-            # in a thread: the signal may have interrupted a report, which must not be entered a second time
+            # in a thread: the signal may have interrupted a report, which isn't reentrant
             again = "press Ctrl-C again to quit immediately" if self._exits else "interrupt again to stop at once"
             note = Note(f"finishing this step and saving; {again}")
             threading.Thread(target=self._report, args=(note,), daemon=True).start()
@@ -107,7 +97,7 @@ class StopRequest:
     def exit_at_second_signal(self, pipe: int) -> None:
         """Read the numbers of signals from a pipe until a 0, and exit at a second signal if the main thread doesn't.
 
-        Python runs signal handlers in the main thread, but not while that waits in C++ for a GPU or for another rank.
+        Python runs signal handlers in the main thread, but not while it waits in C++ for a GPU or a rank.
         """
         first_came_at: float | None = None
         with open(pipe, "rb", buffering=0) as numbers:
@@ -118,11 +108,11 @@ class StopRequest:
                 first_came_at = first_came_at or now
                 is_second = number != FORWARDED_SIGNAL and now - first_came_at > SECONDS_BETWEEN_SIGNALS
                 if is_second and not self._is_exiting.wait(SECONDS_TO_REACT):
-                    self._exit_at_second_signal()
+                    self._exit_now(f"second signal: exiting now{self._kept}")
 
     @contextmanager
     def interruptible(self, when: str = "before training began") -> Iterator[None]:
-        """Let a signal interrupt the block, for work that has nothing to save, such as that before the first step.
+        """Let a signal interrupt the block, for work with nothing to save, such as the work before the first step.
 
         Args:
             when: completes the message `stopped by SIGTERM …`.
@@ -154,16 +144,13 @@ class StopRequest:
             self._exit_timer.start()
         raise Interrupted
 
-    def _exit_at_second_signal(self) -> NoReturn:
-        self._exit_now(f"second signal: exiting now{self._kept}")
-
     def _exit_now(self, line: str) -> NoReturn:
         self._is_exiting.set()
         write_stderr(line)
         os._exit(get_exit_code(self.signal_name))
 
     def close(self) -> None:
-        """Cancel the forced exit: the block has ended in time."""
+        """Cancel the forced exit, because the block ended in time."""
         if self._exit_timer is not None:
             self._exit_timer.cancel()
 
@@ -174,24 +161,21 @@ class StopRequest:
         return error
 
     def _describe(self) -> str:
-        if self.signal_name in (signal.SIGINT.name, FORWARDED_SIGNAL.name):  # of which the user knows
+        if self.signal_name in (signal.SIGINT.name, FORWARDED_SIGNAL.name):  # the user knows the signal
             return "stopped"
         return f"stopped by {self.signal_name or 'a signal to another rank'}"
 
 
 def write_stderr(line: str) -> None:
-    """Write a line to stderr, also from a signal handler or while another thread draws a progress bar."""
+    """Write a line to stderr, also from a signal handler or while a thread draws a progress bar."""
     # in a signal handler, `print` could re-enter a buffered writer
-    with suppress(OSError):  # Ctrl-C also ends a `tee` that the output is piped to
-        # a terminal has a progress bar in this line, and no cursor
+    with suppress(OSError):  # Ctrl-C also ends a `tee` that reads the output
+        # a terminal shows a progress bar in this line, and no cursor
         os.write(2, f"{ERASE_LINE_AND_SHOW_CURSOR if os.isatty(2) else ''}{line}\n".encode())
 
 
 def choose_signals() -> list[signal.Signals]:
-    """Choose the signals to handle: without SIGINT in a script's background job, and without SIGHUP under nohup.
-
-    A shell and nohup start such processes with those signals ignored.
-    """
+    """Choose the signals to handle: all but those that a shell ignores for background jobs, and nohup for SIGHUP."""
     ignored = [number for number in IGNORABLE_SIGNALS if signal.getsignal(number) is signal.SIG_IGN]
     return [number for number in STOP_SIGNALS if number not in ignored]
 
@@ -208,9 +192,9 @@ _current: StopRequest | None = None  # of the outermost `handle_signals` block
 def handle_signals(
     report: Report = silent, exits: bool = True, saves_checkpoints: bool = False
 ) -> Iterator[StopRequest]:
-    """Handle the signals in this block. A nested block yields the same request, as the outermost has set it up.
+    """Handle the signals in this block. A nested block yields the outermost block's request.
 
-    Python runs signal handlers in the main thread only: in another thread, the request is never set.
+    Python runs signal handlers only in the main thread: in other threads, the request is never set.
     """
     if threading.current_thread() is not threading.main_thread():
         yield StopRequest(report, exits, saves_checkpoints)
@@ -238,8 +222,8 @@ def handle_signals(
 def pipe_signals() -> Iterator[tuple[int, int]]:
     """Open a pipe to which Python's C code writes each handled signal's number at once, and yield its two ends.
 
-    Python's own handlers wait for the main thread, which may be in C++, or may sleep if the kernel gives the signal to
-    another thread. The reading end is for the caller to close.
+    Python's handlers wait for the main thread, which may be in C++, or asleep if the kernel gives the signal to a
+    different thread. The caller must close the reading end.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
@@ -253,7 +237,7 @@ def pipe_signals() -> Iterator[tuple[int, int]]:
 
 @contextmanager
 def _watch_signals(stop: StopRequest) -> Iterator[None]:
-    """Start the thread that exits at a second signal while the main thread can't."""
+    """Start a thread that exits at a second signal while the main thread can't."""
     with pipe_signals() as (reader, writer):
         threading.Thread(target=stop.exit_at_second_signal, args=(reader,), daemon=True).start()
         try:
@@ -263,7 +247,7 @@ def _watch_signals(stop: StopRequest) -> Iterator[None]:
 
 
 def ignore_signals(_worker: int) -> None:
-    """Ignore the signals in a data loader's worker: one sent to the process group is for the rank to handle."""
+    """Ignore the signals in a data loader's worker: the rank handles signals to the process group."""
     for number in (*STOP_SIGNALS, FORWARDED_SIGNAL):
         signal.signal(number, signal.SIG_IGN)
     die_with_parent()
@@ -271,12 +255,12 @@ def ignore_signals(_worker: int) -> None:
 
 @contextmanager
 def interrupt_on_signals() -> Iterator[None]:
-    """Handle SIGTERM and SIGHUP as Ctrl-C is handled, so that temporary files are deleted."""
+    """Handle SIGTERM and SIGHUP like Ctrl-C, so that temporary files are deleted."""
 
     def interrupt(number: int, frame: object) -> NoReturn:
         raise KeyboardInterrupt(number)
 
-    # under nohup SIGHUP is ignored, and stays so
+    # under nohup SIGHUP stays ignored
     numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
     for number in numbers:
         signal.signal(number, interrupt)

@@ -9,8 +9,8 @@ ERRORS_FOLDER_VARIABLE = "_T5TUNE_ERRORS"
 """Environment variable: the folder to which workers that t5tune started write their errors."""
 RESTART_VARIABLES = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 LAUNCH_VARIABLES = ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID")
-"""Environment variables that identify what has started this command. A restart has the same value of the first one
-that there is: a job that is requeued may call torchrun with another id."""
+"""Environment variables that identify a launch; a restart has the same value. The first variable that is set counts: a
+requeued job may call torchrun with a new id."""
 RERUN_HINT = "run the same command again"
 RESUME_HINT = f"{RERUN_HINT}; training resumes from the last checkpoint, if there is one"
 
@@ -32,7 +32,7 @@ class World:
 
     @staticmethod
     def from_environment() -> "World":
-        """Read the variables of torchrun and deepspeed, else those of SLURM; without either, this is the only process.
+        """Read the variables of torchrun and deepspeed, else SLURM's; without them, this is the only process.
 
         Raises:
             SettingsError: a variable isn't a whole number, or the rank isn't less than the world size.
@@ -52,29 +52,26 @@ class World:
         return World(rank, local_rank, size, launched=True, is_run_set_up=ERRORS_FOLDER_VARIABLE in os.environ)
 
     def to_environment(self) -> dict[str, str]:
-        """Return the variables that torch.distributed reads, for a launcher that sets others."""
+        """Return the variables that torch.distributed reads: SLURM sets different ones."""
         found = {"RANK": str(self.rank), "LOCAL_RANK": str(self.local_rank), "WORLD_SIZE": str(self.size)}
         if _is_slurm_task():
             nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST") or "localhost"
-            # all tasks of a job derive the same port, which another job on the node rarely has too
+            # all tasks of a job derive the same port; jobs that share a node rarely derive equal ports
             job = int(os.environ.get("SLURM_JOB_ID", "0"))
             found |= {"MASTER_ADDR": parse_first_host(nodes), "MASTER_PORT": str(20000 + job % 20000)}
         return {name: os.environ.get(name, value) for name, value in found.items()}
 
 
 def has_restarted() -> bool:
-    """Whether torchrun or SLURM says that it has started this command before, in a job that goes on or was requeued.
+    """Whether torchrun or SLURM has started this command before, in a running or requeued job.
 
-    On each node, torchrun counts only those restarts that a rank of this node is the reason for.
-
-    Raises:
-        SettingsError: a variable isn't a whole number.
+    On each node, torchrun counts only the restarts that a rank of this node caused.
     """
     return any(_read_whole_number(name) > 0 for name in RESTART_VARIABLES)
 
 
 def identify_launch() -> str | None:
-    """Identify the job of SLURM, or else the call of torchrun, that this process is part of; None without either."""
+    """Identify this process's SLURM job, or else its call of torchrun; None without both."""
     return next((f"{name}={os.environ[name]}" for name in LAUNCH_VARIABLES if name in os.environ), None)
 
 
@@ -87,7 +84,7 @@ def _read_whole_number(name: str) -> int:
 
 
 def _is_slurm_task() -> bool:
-    """Whether srun started this process. A batch script also has the variables of a task, but not those of a step."""
+    """Whether srun started this process. A batch script has a task's variables, too, but not a step's."""
     return (
         _read_whole_number("SLURM_NTASKS") > 1
         and "SLURM_PROCID" in os.environ

@@ -31,16 +31,16 @@ settings = TrainSettings(
 with join_process_group(world, settings, "cpu", silent), watch_ranks(world, 2), report_lost_ranks(world):
     store = distributed_c10d._get_default_store()
 
-    def count_looks():  # of rank 1 into the store: one each fifth of a second
-        return store.add("t5tune/watch/1/looks/1", 0)
+    def count_polls():  # of the store by rank 1: one each fifth of a second
+        return store.add("t5tune/watch/1/polls/1", 0)
 """
 
 
 def test_a_rank_waits_for_rank_0_longer_than_the_timeout_of_collectives(tmp_path: Path) -> None:
     code = """
     def work():
-        first = count_looks()
-        while count_looks() < first + 30:  # three timeouts
+        first = count_polls()
+        while count_polls() < first + 30:  # three timeouts
             time.sleep(0.05)
         return world.rank, "prepared"
 
@@ -137,7 +137,7 @@ collectives.barrier()  # rank 0 has the store that rank 1 needs for the group
     [
         (0, 3, [2], "rank 2 doesn't answer"),
         (0, 3, [1, 2], "at least one of ranks 1, 2 is lost"),
-        (2, 3, None, "rank 0 doesn't answer: it is lost, or it has ended because another rank is lost"),
+        (2, 3, None, "rank 0 doesn't answer: it is lost, or it ended because another rank is lost"),
         (1, 2, None, "rank 0 doesn't answer"),
         (0, 2, None, "the connection to another rank broke"),
     ],

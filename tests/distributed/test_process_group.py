@@ -20,7 +20,6 @@ from t5tune.distributed.process_group import (
     SECONDS_FOR_WATCH,
     Waiting,
     choose_backend,
-    find_shared_gpu,
     join_process_group,
     refuse_shared_gpus,
     wait_for_all_ranks,
@@ -92,14 +91,6 @@ def test_nccl_knows_the_gpu_of_its_rank_and_waits_longer_than_the_rank_watch(
         assert group["timeout"].total_seconds() == settings.process_group_timeout + SECONDS_FOR_WATCH
 
 
-@pytest.mark.parametrize(
-    ("gpus", "shared"),
-    [(["a"], None), (["a", "b", "c"], None), (["a", "b", "a"], (0, 2)), (["a", "b", "c", "b", "a"], (1, 3))],
-)
-def test_two_ranks_with_the_same_gpu_are_found(gpus: list[str], shared: tuple[int, int] | None) -> None:
-    assert find_shared_gpu(gpus) == shared
-
-
 def join_together(gpus: list[str]) -> list[str | None]:
     """Let ranks check their GPUs together. Returns what each of them raises."""
     store = dist.HashStore()
@@ -118,6 +109,7 @@ def join_together(gpus: list[str]) -> list[str | None]:
 def test_every_rank_refuses_a_gpu_that_two_of_them_have() -> None:
     assert join_together(["GPU-1", "GPU-2", "GPU-3"]) == [None] * 3
     assert join_together(["GPU-1", "GPU-2", "GPU-2"]) == ["ranks 1 and 2 have the same GPU, GPU-2"] * 3
+    assert join_together(list("abcba")) == ["ranks 1 and 3 have the same GPU, b"] * 5
 
 
 @pytest.mark.slow

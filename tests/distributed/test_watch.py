@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from t5tune import train
-from t5tune.distributed.watch import LOOKS, RankWatch
+from t5tune.distributed.watch import POLLS, RankWatch
 from t5tune.distributed.world import RESUME_HINT, World
 from tests.support.runs import send_signal
 from tests.support.train_runs import make_settings
@@ -51,13 +51,13 @@ def test_a_rank_whose_main_thread_hangs_is_named_by_the_one_that_waits_for_it(tm
     )
     with ranks[0], ranks[1]:
         assert ranks[0].wait() == 1
-    error = "error: rank 0: rank 1 hangs: the others wait for it in a batch that it hasn't begun"
+    error = "error: rank 0: rank 1 hangs: the other ranks wait for it in a batch that it hasn't begun"
     assert read_lines(ranks[0]) == ["watching", f"{error}; {RESUME_HINT}"]
 
 
-def compare_often(watch: RankWatch, *ranks: tuple[int, int], times: int = 3 * LOOKS) -> list[str | None]:
-    """Let the watch look this often: each rank's own looks move by its first number, its batches don't."""
-    return [watch.compare([(look * moves, batches) for moves, batches in ranks]) for look in range(1, times + 1)]
+def compare_often(watch: RankWatch, *ranks: tuple[int, int], times: int = 3 * POLLS) -> list[str | None]:
+    """Let the watch poll this often: each rank's own looks move by its first number, its batches don't."""
+    return [watch.compare([(poll * moves, batches) for moves, batches in ranks]) for poll in range(1, times + 1)]
 
 
 def test_ranks_in_the_same_batch_are_not_named_however_long_they_take() -> None:
@@ -66,26 +66,26 @@ def test_ranks_in_the_same_batch_are_not_named_however_long_they_take() -> None:
 
 
 def test_a_rank_is_named_after_the_timeout_and_not_before() -> None:
-    silent = compare_often(RankWatch(World(rank=0, size=2), 60), (1, 7), (0, 7), times=LOOKS)
-    assert silent == [None] * (LOOKS - 1) + ["rank 1 doesn't answer"]
+    silent = compare_often(RankWatch(World(rank=0, size=2), 60), (1, 7), (0, 7), times=POLLS)
+    assert silent == [None] * (POLLS - 1) + ["rank 1 doesn't answer"]
     watch = RankWatch(World(rank=0, size=2), 60)
     assert watch.compare([(0, 7), (0, 6)]) is None  # both have begun new batches
-    behind = compare_often(watch, (1, 7), (1, 6), times=LOOKS)
-    assert behind[:-1] == [None] * (LOOKS - 1)
+    behind = compare_often(watch, (1, 7), (1, 6), times=POLLS)
+    assert behind[:-1] == [None] * (POLLS - 1)
     assert "rank 1 hangs" in str(behind[-1])
 
 
 def test_a_late_rank_that_becomes_silent_does_not_answer_rather_than_hang() -> None:
     watch = RankWatch(World(rank=0, size=2), 60)
     assert watch.compare([(1, 7), (1, 6)]) is None
-    assert watch.compare([(2, 7), (2, 6)]) is None  # the first look at which it is late
-    silent = [watch.compare([(look, 7), (2, 6)]) for look in range(3, 2 + LOOKS)]
-    assert silent == [None] * (LOOKS - 2) + ["rank 1 doesn't answer"]
+    assert watch.compare([(2, 7), (2, 6)]) is None  # the first poll at which it is late
+    silent = [watch.compare([(poll, 7), (2, 6)]) for poll in range(3, 2 + POLLS)]
+    assert silent == [None] * (POLLS - 2) + ["rank 1 doesn't answer"]
 
 
 def test_a_slow_rank_that_begins_batches_is_not_named() -> None:
     watch = RankWatch(World(rank=0, size=2), 60)
-    found = [watch.compare([(look, 100), (look, look // (LOOKS - 1))]) for look in range(1, 5 * LOOKS)]
+    found = [watch.compare([(poll, 100), (poll, poll // (POLLS - 1))]) for poll in range(1, 5 * POLLS)]
     assert set(found) == {None}
 
 
