@@ -23,8 +23,8 @@ from t5tune.settings.packaged_templates import get_zero_stage
 class OneGpuArguments(TrainingArguments):  # type: ignore[misc]
     """Arguments for one GPU per process, however many GPUs are visible.
 
-    TrainingArguments counts all of them, and the Trainer then multiplies batch size, loss and gradient by that
-    count: it expects DataParallel to split the batch, but doesn't even use that if the model is quantized.
+    TrainingArguments counts all visible GPUs, and the Trainer then multiplies batch size, loss and gradient by the
+    count: it expects DataParallel to split the batch, but doesn't use DataParallel if the model is quantized.
     """
 
     @property
@@ -39,10 +39,10 @@ def make_training_arguments(
     world: World,
     device: torch.device,
 ) -> OneGpuArguments:
-    """Make the Trainer's arguments. The settings' own `training_args` override all that `check_plan` lets them set.
+    """Make the Trainer's arguments. The setting `training_args` overrides all that `check_plan` allows.
 
     Args:
-        losses: the metrics of evaluations that are better the lower they are; empty: there are no evaluations.
+        losses: the metrics of evaluations where lower is better; empty: no evaluations.
 
     Raises:
         SettingsError: TrainingArguments rejects a value.
@@ -66,21 +66,21 @@ def make_training_arguments(
         "accelerator_config": {"non_blocking": not on_cpu},  # copy a batch to the GPU without waiting for its work
         "report_to": choose_trackers(output.report_to),
         "run_name": choose_run_name(output),
-        "hub_private_repo": plan.hub.hub_private_repo or None,  # also of trackio's Space
+        "hub_private_repo": plan.hub.hub_private_repo or None,  # trackio's Space, too
     }
     values |= {**_choose_memory_arguments(plan.model.layers, deepspeed), **FIXED_ARGUMENTS, **steps.training_args}
     try:
         arguments = OneGpuArguments(**values)
     except (ValueError, TypeError, ImportError) as error:
         raise SettingsError(f"training settings: {join_lines(error)}") from error
-    if arguments.lr_scheduler_type in SCHEDULES_BY_METRIC:  # they would take a low value for a better one
+    if arguments.lr_scheduler_type in SCHEDULES_BY_METRIC:  # they expect lower values to be better
         mode = "max" if arguments.greater_is_better else "min"
         arguments.lr_scheduler_kwargs = {"mode": mode, **(arguments.lr_scheduler_kwargs or {})}
     return arguments
 
 
 def _choose_memory_arguments(layers: LayerSettings, deepspeed: dict[str, Any] | None) -> dict[str, Any]:
-    """Choose the arguments of DeepSpeed and of gradient checkpointing, which transformers is renaming."""
+    # transformers is renaming these arguments
     fields = {field.name for field in dataclasses.fields(TrainingArguments)}
     checkpointing = next(name for name in ("activation_checkpointing", "gradient_checkpointing") if name in fields)
     return {
@@ -92,10 +92,7 @@ def _choose_memory_arguments(layers: LayerSettings, deepspeed: dict[str, Any] | 
 
 
 def choose_tf32(given: bool | None, device: torch.device, report: Report) -> bool:
-    """Whether to multiply fp32 matrices in TensorFloat-32: by default, if the GPU can.
-
-    TrainingArguments' own `tf32` isn't used: see `use_gpu_kernels`.
-    """
+    """Whether to multiply fp32 matrices in TensorFloat-32; default: if the GPU can. See `use_gpu_kernels`."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
         return given is not False
     if given:
@@ -105,5 +102,5 @@ def choose_tf32(given: bool | None, device: torch.device, report: Report) -> boo
 
 
 def choose_run_name(output: RunOutputSettings) -> str:
-    """Return the name of a run in trackers: by default that of its folder."""
+    """Return the name of a run in trackers; default: its folder's name."""
     return output.run_name or output.output_dir.resolve().name

@@ -1,7 +1,7 @@
 """Steps with a NaN or infinite loss or gradient: no update is made, and the step's examples are logged.
 
-Without DeepSpeed the gradient norm, which is the same on every rank, shows it before the update. DeepSpeed itself
-skips such an update silently, except in stage 0 in fp32, for which the trainer checks the gradients first.
+Without DeepSpeed, the gradient norm (equal on all ranks) shows it before the update. DeepSpeed skips such an update
+silently, except in stage 0 in fp32; there a hook checks the gradients first.
 
 non_finite.jsonl in the run folder has a line for each such step:
 
@@ -26,6 +26,7 @@ from t5tune.errors import DependencyError, TrainingError
 from t5tune.io.atomic import append_line
 from t5tune.progress import Note, Report
 from t5tune.runs.checkpoints import list_checkpoints
+from t5tune.runs.metrics_log import drop_non_finite
 
 NON_FINITE_FILE = "non_finite.jsonl"
 
@@ -34,8 +35,7 @@ class NonFiniteGuard:
     """Finds non-finite steps, logs them, and either skips them or stops training.
 
     Args:
-        skip: continue without an update instead of stopping.
-        max_skipped: the maximum number of steps that a run may skip, resumed or not.
+        max_skipped: the maximum number of steps that a run may skip, also before it resumed.
     """
 
     def __init__(self, run_folder: Path, skip: bool, max_skipped: int, report: Report) -> None:
@@ -72,17 +72,16 @@ class NonFiniteGuard:
     ) -> Any:
         """Check the gradient norm of a step, and return it as a number. Call on every rank.
 
-        Under DeepSpeed the update has already been made or skipped; otherwise this drops non-finite gradients. Reading
-        the norm is the only time in a step that this process waits for its GPU: whether to update depends on it.
+        DeepSpeed has already made or skipped the update; without it, this drops non-finite gradients. A step waits for
+        its GPU only here: the update depends on the norm.
 
         Args:
-            norm: None if DeepSpeed didn't compute it: stage 0 does that only for clipping.
+            norm: None if DeepSpeed didn't compute it: stage 0 computes it only for clipping.
             trained: the parameters that have gradients.
             list_examples: lists the step's examples, over all ranks: their indices in the cache.
 
         Raises:
-            TrainingError: the step isn't finite, and training is to stop; names the step, the file and the last
-                complete checkpoint.
+            TrainingError: the step isn't finite, and training must stop.
         """
         norm = self._plain_optimizer_norm if norm is None else float(norm)
         loss, self._step_loss = self._step_loss, None
@@ -97,27 +96,22 @@ class NonFiniteGuard:
         return norm
 
     def require_check(self) -> None:
-        """Check that the step was checked. Call before its update.
-
-        Raises:
-            DependencyError: this release of transformers doesn't clip the gradient where it is checked.
-        """
+        """Raise an error if this release of transformers skipped `check`. Call before the step's update."""
         if self._step_loss is not None:
             raise DependencyError(
                 f"transformers {transformers_version}: Trainer computes the gradient norm without accelerate",
                 hint=f"install a release that t5tune knows: {make_install_command('transformers')}",
             )
 
-    def _handle(self, step: int, own_loss: float, grad_norm: float, examples: list[int | str]) -> None:
+    def _handle(self, step: int, rank_loss: float, grad_norm: float, examples: list[int | str]) -> None:
         """Log the step, then skip it or raise."""
-        losses = all_gather(own_loss)  # all ranks get here, since the norm is the same on every rank
-        loss = next((value for value in losses if not math.isfinite(value)), own_loss)
+        losses = all_gather(rank_loss)  # all ranks get here, since the norm is the same on every rank
+        loss = next((value for value in losses if not math.isfinite(value)), rank_loss)
         before = self._find_skipped_before(step)
         stops = not self.skip or len(before) >= self.max_skipped
         if get_rank_and_size()[0] == 0:
-            values = {"loss": loss, "grad_norm": grad_norm}
-            finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-            line = {"step": step, **finite, "action": "stop" if stops else "skip", "examples": examples}
+            values = drop_non_finite({"loss": loss, "grad_norm": grad_norm})
+            line = {"step": step, **values, "action": "stop" if stops else "skip", "examples": examples}
             append_line(self.path, json.dumps(line))
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {grad_norm}"
         found = f"step {step}: {what}; no update was made; the batch is in {self.path}"
@@ -145,17 +139,14 @@ class NonFiniteGuard:
                 value.grad = None
 
     def _find_skipped_before(self, step: int) -> set[int]:
-        """Find the earlier steps that were skipped.
-
-        A set, because a resumed run may log a step twice; lines that a kill has truncated are ignored.
-        """
+        # a set, because a resumed run may log a step twice
         try:
             lines = self.path.read_text(encoding="utf-8").splitlines()
         except OSError:
             return set()
         skipped = set()
         for text in lines:
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError):  # a kill truncated the line
                 line = json.loads(text)
                 # earlier steps only: the writer may already have appended this one when another rank reads the file
                 if line["action"] == "skip" and line["step"] < step:

@@ -1,11 +1,11 @@
-"""What a run minimizes, and what it measures: of the tokens of targets, or of preference pairs.
+"""The losses and metrics of a run, for the tokens of targets or for preference pairs.
 
     total = objective.compute_total(model, inputs)      # the sum over the items of a micro-batch
     objective.take_metrics()                            # means since the last call, over all ranks
     objective.evaluate(model, held_out, …)              # metrics of held-out examples
 
 An item is a target token or a pair. The trainer divides the sums by the number of items in the global step, so that a
-step's loss doesn't depend on how it is divided into micro-batches and among ranks.
+step's loss doesn't depend on the division into micro-batches and ranks.
 """
 
 import math
@@ -47,11 +47,11 @@ class EvaluationOptions:
 
 
 class RunObjective(ABC):
-    """What a run minimizes.
+    """The loss and the metrics of a run.
 
     Attributes:
-        losses: the metrics of an evaluation that are better the lower they are.
-        others: the other metrics; those that can choose the best checkpoint are better the higher they are.
+        losses: metrics of an evaluation where lower is better.
+        others: the other metrics; where they can choose the best checkpoint, higher is better.
         counts_pairs: whether an item is a preference pair; otherwise it is a target token.
     """
 
@@ -65,12 +65,7 @@ class RunObjective(ABC):
 
     @abstractmethod
     def compute_total(self, model: Any, architecture: Any, inputs: dict[str, Any]) -> torch.Tensor:
-        """Compute the sum over the items of a micro-batch.
-
-        Args:
-            model: the model as the Trainer has wrapped it.
-            architecture: the model's architecture.
-        """
+        """Compute the sum over the items of a micro-batch; the Trainer has wrapped `model`."""
 
     @abstractmethod
     def evaluate(self, model: Any, examples: Examples, options: EvaluationOptions) -> dict[str, float]:
@@ -81,15 +76,15 @@ class RunObjective(ABC):
         """
 
     def list_losses(self, examples: Examples) -> list[str]:
-        """List the metrics of an evaluation that are better the lower they are, with those of each dataset."""
+        """List the metrics where lower is better, of all examples and of each dataset."""
         return _prefix(self.losses, examples)
 
     def list_metrics(self, examples: Examples) -> list[str]:
-        """List the metrics of an evaluation, with those of each dataset."""
+        """List the metrics of an evaluation, of all examples and of each dataset."""
         return _prefix((*self.losses, *self.others), examples)
 
     def take_metrics(self) -> dict[str, float]:
-        """Return the mean of what the micro-batches since the last call were measured to have. Call on every rank."""
+        """Return the means over the items since the last call. Call on every rank."""
         if not self._sums:
             return {}
         parts = all_gather(({name: float(value) for name, value in self._sums.items()}, int(self._count)))
@@ -99,16 +94,15 @@ class RunObjective(ABC):
         return means
 
     def _record(self, values: dict[str, torch.Tensor], count: torch.Tensor) -> None:
-        """Add the sums of a micro-batch, and the number of items that they are sums of."""
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0) + value.detach()
         self._count = self._count + count
 
 
 def widen_mask(inputs: dict[str, Any], architecture: Any) -> dict[str, Any]:
-    """Return a copy of a batch, with a padding mask of four dimensions if the architecture accepts that.
+    """Return a copy of a batch, with a padding mask of four dimensions if the architecture accepts it.
 
-    transformers would ask whether a mask of two dimensions has padding, and wait for the GPU's answer.
+    transformers would check a mask of two dimensions for padding, and wait for the GPU.
     """
     if "attention_mask" not in inputs or not architecture.accepts_4d_masks:
         return dict(inputs)
@@ -146,17 +140,17 @@ class TargetObjective(RunObjective):
         found = measure_losses(
             model, examples, options.collator, options.batch_size, options.report, options.is_stopped
         )
-        values = {"loss": found.mean, "perplexity": math.exp(min(found.mean, 700.0))}  # exp of over 709 overflows
-        return values | {
-            prefix_metric(name, "loss"): found.select(indices).mean for name, indices in examples.list_datasets()
-        }
+        values = {"loss": found.mean, "perplexity": math.exp(min(found.mean, 700.0))}  # exp(710) overflows
+        for name, indices in examples.list_datasets():
+            values[prefix_metric(name, "loss")] = found.select(indices).mean
+        return values
 
 
 class PreferenceObjective(RunObjective):
-    """Which of two answers is better.
+    """A preference between two answers.
 
     Args:
-        held_out_reference: of DPO, the log-probabilities of the held-out pairs under the reference model.
+        held_out_reference: for DPO, the log-probabilities of the held-out pairs under the reference model.
     """
 
     counts_pairs = True
@@ -169,7 +163,7 @@ class PreferenceObjective(RunObjective):
     def compare(
         self, policy_P2: torch.Tensor, lengths_P2: torch.Tensor, reference_P2: torch.Tensor | None
     ) -> dict[str, torch.Tensor]:
-        """Compute the metrics of each pair, of which `loss` is what is minimized."""
+        """Compute the metrics of each pair; training minimizes `loss`."""
 
     def compute_total(self, model: Any, architecture: Any, inputs: dict[str, Any]) -> torch.Tensor:
         inputs = widen_mask(inputs, architecture)
@@ -205,7 +199,7 @@ class PreferenceObjective(RunObjective):
 class DirectPreferenceObjective(PreferenceObjective):
     """DPO or IPO, with the reference's log-probabilities from before training (Rafailov et al. 2023, Azar et al. 2023).
 
-    Metrics have the names of TRL's.
+    Metrics have TRL's names.
     """
 
     losses = ("loss",)
@@ -234,7 +228,7 @@ class DirectPreferenceObjective(PreferenceObjective):
 class OddsRatioObjective(PreferenceObjective):
     """ORPO: the chosen answer's cross-entropy per token, and the ratio of both answers' odds (Hong et al. 2024).
 
-    Metrics have the names of TRL's. There, too, log-probabilities are means over the tokens of an answer.
+    Metrics have TRL's names. As in TRL, log-probabilities are means over the tokens of an answer.
     """
 
     losses = ("loss", "nll_loss")

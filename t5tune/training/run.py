@@ -31,7 +31,7 @@ from t5tune.training.build_model import BuiltModel
 from t5tune.training.build_trainer import build_trainer
 from t5tune.training.flow import find_best
 from t5tune.training.session import LoadedData, Session, load_data
-from t5tune.training.steps import StepSampler, count_all_steps
+from t5tune.training.steps import count_all_steps
 from t5tune.training.trainer import T5Trainer
 
 BYTES_PER_PARAMETER = 4 + 8  # of a checkpoint: the weights in fp32, and Adam's two moments
@@ -46,14 +46,14 @@ def run_training(session: Session) -> TrainResult:
         Stopped: a signal asked to stop; the progress so far is saved in a checkpoint.
     """
     plan, folder, world, report = session.plan, session.folder, session.world, session.report
-    # a single process may exit at once while it loads; a rank must not leave the others waiting in a collective
+    # a single process may exit at once while it loads, but other ranks would wait for this one in a collective
     with session.stop.interruptible() if world.size == 1 else nullcontext():
         loaded = load_data(session)
         built, trainer, samples = build_trainer(session, loaded)
-        saves = _count_saves(trainer.args, trainer.parts.sampler)
+        saves = _count_saves(trainer)
         run_on_rank_0(world, lambda: _check_disk_space(session, loaded, built.trainable, saves))
     trainer.train(resume_from_checkpoint=str(loaded.resume) if loaded.resume else None)
-    training_seconds = trainer.totals.measure_seconds()
+    training_seconds = trainer.totals.measure_seconds()  # without the sample predictions
     if trainer.flow.is_stopped:
         step = trainer.state.global_step
         saved = f"after step {step:,} of {trainer.state.max_steps:,}; saved in {folder.path / f'checkpoint-{step}'}"
@@ -62,26 +62,21 @@ def run_training(session: Session) -> TrainResult:
         samples.finish(trainer.model, trainer.is_world_process_zero())
     best = _report_choice(plan, trainer, report)
     result = _make_result(session, loaded, built, trainer, training_seconds, best)
-    last = best or result.steps
-    run_on_rank_0(world, lambda: _finish_run(folder, plan, loaded, trainer.state, result, last))
+    run_on_rank_0(world, lambda: _finish_run(folder, plan, loaded, trainer.state, result, best or result.steps))
     barrier()
     return result
 
 
-def _count_saves(args: Any, sampler: StepSampler) -> int:
-    """Count the checkpoints that a run saves."""
-    if args.save_strategy == "no":  # the last step saves one all the same
+def _count_saves(trainer: T5Trainer) -> int:
+    args, sampler = trainer.args, trainer.parts.sampler
+    if args.save_strategy == "no":  # the last step is still saved
         return 1
     steps_per_save = sampler.steps_per_epoch if args.save_strategy == "epoch" else args.save_steps
     return -(-count_all_steps(sampler, args) // steps_per_save)
 
 
 def _check_disk_space(session: Session, loaded: LoadedData, trainable: int, saves: int) -> None:
-    """Compare the free disk space with what the checkpoints of the run need; say how much, if all are kept.
-
-    Raises:
-        TrainingError: there is no room for two checkpoints; a new one is written before the old one is deleted.
-    """
+    # at least two checkpoints must fit: a new one is written before the old one is deleted
     folder, limit = session.folder.path, session.plan.output.save_total_limit
     count = min(saves, limit or saves)
     per_parameter = BYTES_PER_PARAMETER + (EXTRA_BYTES_WITH_DEEPSPEED if loaded.deepspeed is not None else 0)
@@ -103,7 +98,7 @@ def _check_disk_space(session: Session, loaded: LoadedData, trainable: int, save
 
 
 def _report_choice(plan: RunPlan, trainer: T5Trainer, report: Report) -> int | None:
-    """Report why training ended early, and the best step. Return that step; None if the last one is kept."""
+    """Report why training ended early, and the best step. Return the best step; None: the last step is used."""
     if trainer.flow.early_stop is not None:
         report(Note(f"stopped early {trainer.flow.early_stop}"))
     if (metric := plan.best_metric) is None or (best := trainer.state.best_global_step) is None:
@@ -117,11 +112,14 @@ def _report_choice(plan: RunPlan, trainer: T5Trainer, report: Report) -> int | N
 def _make_result(
     session: Session, loaded: LoadedData, built: BuiltModel, trainer: T5Trainer, seconds: float, best: int | None
 ) -> TrainResult:
-    """Make the result of a run that trained for so many seconds. Every rank calls this; it sums over them."""
+    """Make the result. Every rank calls this, because it sums over the ranks; `seconds` is the training time."""
     plan, tokens, evaluations = session.plan, trainer.totals.count_tokens(), trainer.flow.list_evaluations()
     metrics, by_dataset = _get_evaluation_metrics(loaded, evaluations, best)
     index = find_best([*evaluations.values()], trainer.args)
     best_step = None if index is None else [*evaluations][index]
+    lora = None
+    if (adapter := plan.model.adapter) is not None:
+        lora = {name: getattr(adapter, name) for name in LoraSettings.model_fields if name != "train_mode"}
     return TrainResult(
         run=session.folder.path,
         adapter=session.folder.path,
@@ -145,33 +143,25 @@ def _make_result(
         best_eval=None if best_step is None else _get_evaluation_metrics(loaded, evaluations, best_step)[0],
         seed=plan.data.seed,
         split_seed=plan.data.split_seed,
-        lora=_describe_lora(plan.model.adapter),
+        lora=lora,
     )
-
-
-def _describe_lora(adapter: LoraSettings | None) -> dict[str, Any] | None:
-    if adapter is None:
-        return None
-    return {name: getattr(adapter, name) for name in LoraSettings.model_fields if name != "train_mode"}
 
 
 def _get_evaluation_metrics(
     loaded: LoadedData, evaluations: dict[int, dict[str, Any]], step: int | None
 ) -> tuple[dict[str, float | None], dict[str, dict[str, float | None]]]:
-    """Return the metrics of a step's evaluation (None: the last one): of all examples, and of each dataset.
-
-    Those that aren't finite are None.
-    """
+    """Return the metrics of a step's evaluation (None: the last step's), of all examples and of each dataset."""
     line = evaluations.get(step or max(evaluations, default=0), {})
     metrics = {name.removeprefix("eval_"): value for name, value in line.items() if name.startswith("eval_")}
-    overall, by_dataset = split_by_dataset(metrics, loaded.list_evaluated_datasets())
+    datasets = [] if loaded.held_out is None else [name for name, _ in loaded.held_out.list_datasets()]
+    overall, by_dataset = split_by_dataset(metrics, datasets)
     return drop_non_finite(overall), {name: drop_non_finite(values) for name, values in by_dataset.items()}
 
 
 def _describe_datasets(
     examples: Examples, metrics: dict[str, dict[str, float | None]]
 ) -> dict[str, dict[str, float | None]] | None:
-    """Describe what was trained on of each dataset, and its metrics if it was evaluated, if there are several."""
+    """Describe the examples and the metrics of each dataset, if there are several datasets."""
     if not examples.are_several and not metrics:
         return None
     found: dict[str, dict[str, float | None]] = {}
@@ -186,20 +176,17 @@ def _describe_datasets(
 def _finish_run(
     folder: RunFolder, plan: RunPlan, loaded: LoadedData, state: Any, result: TrainResult, step: int
 ) -> None:
-    """Copy the adapter from the checkpoint of `step` to the run folder, write the report, and finally the result.
+    """Copy the adapter from the checkpoint of `step` to the run folder, and write the report.
 
     The result file marks the run as finished, so it is written last.
-
-    Raises:
-        CheckpointError: the checkpoint is an earlier one, and was damaged or deleted since.
     """
     run = folder.path
     checkpoint = run / f"checkpoint-{step}"
     if step != state.global_step and (damage := verify(checkpoint)):
         raise CheckpointError(
             f"{checkpoint}: the best checkpoint, whose weights would be the result, is damaged: {damage}",
-            hint=f"restore it and repeat the command, or use another one, such as {run}/"
-            f"checkpoint-{state.global_step}, as an adapter or a model",
+            hint="restore it and repeat the command, or use another checkpoint as an adapter or a model, such as "
+            f"{run}/checkpoint-{state.global_step}",
         )
     for file in sorted(checkpoint.iterdir()):
         if is_trained_file(file.name):

@@ -1,4 +1,4 @@
-"""What one rank of a run has: its plan, its place among the ranks, and the data that it loads."""
+"""The inputs of one rank of a run: its plan, its place among the ranks, and the data that it loads."""
 
 import time
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ from t5tune.settings import packaged_templates
 
 @dataclass(frozen=True)
 class Session:
-    """What one rank needs to take part in a run."""
+    """One rank's part in a run."""
 
     plan: RunPlan
     folder: RunFolder
@@ -45,14 +45,13 @@ class Session:
 
 @dataclass(frozen=True)
 class LoadedData:
-    """What a run is made from, and the checkpoint `resume` that it continues from, if there is one.
+    """The data and models of a run, and the checkpoint `resume` that it continues from.
 
     Args:
         files: the tokenizer and the template, for the checkpoints: name -> content.
-        teacher: the files of the teacher, if there is one.
-        base_metadata: what identifies the base.
-        run_identity: the configuration that the run depends on, for its checkpoints.
-        deepspeed: the DeepSpeed config, if there is one.
+        base_metadata: identifies the base, for the adapter's metadata.
+        run_identity: the settings and data that must match to resume, for the checkpoints.
+        deepspeed: the content of the DeepSpeed config.
     """
 
     examples: Examples
@@ -66,17 +65,13 @@ class LoadedData:
     deepspeed: dict[str, Any] | None
     resume: Path | None
 
-    def list_evaluated_datasets(self) -> list[str]:
-        """List the names of the datasets that are evaluated, if there are several."""
-        return [] if self.held_out is None else [name for name, _ in self.held_out.list_datasets()]
-
 
 def load_data(session: Session) -> LoadedData:
     """Load the data and find the other models, and start or resume the run. Call on every rank."""
     plan, folder, world = session.plan, session.folder, session.world
     prepared = run_on_rank_0(world, lambda: folder.read_record().get("prepared"))
     examples, held_out = open_data(plan, locate_data(plan), prepared)
-    # now, because prepare may replace a cache outside of the run folder while the run goes on
+    # now, because prepare may replace a cache outside of the run folder during the run
     files = read_supporting_files(examples.tokenizer_folder, examples.folder / TEMPLATE_FILE)
     tokenizer = load_tokenizer(examples.tokenizer_folder)
     base = find_base(plan.model.base, report=session.report)

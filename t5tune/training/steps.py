@@ -1,4 +1,4 @@
-"""Which examples are in each step: the micro-batches of all ranks, of a fixed size or with a token budget.
+"""The examples of each step: the micro-batches of all ranks, of a fixed size or with a token budget.
 
 sampler = make_sampler(run_plan.steps, seed, examples, is_packed, num_ranks)
 loader = DataLoader(ExampleDataset(examples), batch_sampler=sampler, collate_fn=collator)
@@ -21,17 +21,17 @@ from t5tune.model.loss import IGNORED_LABEL
 from t5tune.settings.groups.steps import StepSettings
 
 NOTHING = np.array([IGNORED_LABEL])
-"""The target of a filler."""
+"""The target of a dummy example."""
 
 
 class Draw(NamedTuple):
-    """An item of a micro-batch: an example that is trained on.
+    """An item of a micro-batch.
 
     Args:
-        example: its index.
-        repeat: how often it was drawn before, which determines what of a text is masked.
-        is_filler: whether it is the only item of a micro-batch that would be empty: a token of the example's source,
-            and nothing to learn.
+        example: the index of an example.
+        repeat: how often the example was drawn before, which determines the masked spans of a text.
+        is_filler: whether this is a dummy: a token of the example's source with nothing to learn, in a micro-batch that
+            would be empty otherwise.
     """
 
     example: int
@@ -43,7 +43,7 @@ class ExampleDataset(Dataset[Example]):
     """The examples of a run as a torch Dataset, whose items are chosen by `Draw`.
 
     Args:
-        reference: of preference pairs, the log-probabilities under the reference model.
+        reference: the log-probabilities of preference pairs under the reference model.
     """
 
     def __init__(self, examples: Examples, reference: Sequence[tuple[float, float]] | None = None) -> None:
@@ -55,27 +55,25 @@ class ExampleDataset(Dataset[Example]):
 
     def __getitem__(self, draw: Draw) -> Example:
         example = self.examples.read(draw.example, draw.repeat)
-        if isinstance(example, PreferencePair):
-            reference = None if self.reference is None else self.reference[draw.example]
-            pair = replace(example, reference=reference)
-            return (
-                replace(pair, source_S=pair.source_S[-1:], target_T=NOTHING, rejected_R=NOTHING)
-                if draw.is_filler
-                else pair
-            )
-        return Example(example.source_S[-1:], NOTHING) if draw.is_filler else example
+        if draw.is_filler:
+            example = replace(example, source_S=example.source_S[-1:], target_T=NOTHING)
+        if not isinstance(example, PreferencePair):
+            return example
+        reference = None if self.reference is None else self.reference[draw.example]
+        rejected_R = NOTHING if draw.is_filler else example.rejected_R
+        return replace(example, reference=reference, rejected_R=rejected_R)
 
 
 class StepSampler(Sampler[list[Draw]]):
     """The micro-batches of all ranks, step by step and rank by rank, as a torch batch sampler.
 
-    The order depends only on the seed and the epoch, not on any random state. A micro-batch for which no examples
-    remain gets a filler.
+    The order depends only on the seed and the epoch, not on any random state. If no examples remain for a micro-batch,
+    it gets a dummy example.
 
     Args:
         draw: draws the examples of an epoch, as `Examples.draw_epoch` does: (indices, how often each was drawn before).
-        make_batches: makes the micro-batches of an epoch; they contain positions in what was drawn.
-        count: their number, which is the same in every epoch.
+        make_batches: makes the micro-batches of an epoch; they contain positions among the drawn examples.
+        count: the number of micro-batches, which is the same in every epoch.
         step_size: micro-batches per step: gradient accumulation steps × ranks.
     """
 
@@ -116,13 +114,13 @@ class StepSampler(Sampler[list[Draw]]):
 
 @dataclass(frozen=True)
 class EpochDraws:
-    """What is drawn in each epoch of a run.
+    """The examples that each epoch of a run draws.
 
     Args:
         sources, targets: lengths of all examples, in tokens.
-        longest: the longest example of those that are ever drawn, in tokens; None: of all.
         draw: draws the examples of an epoch, as `Examples.draw_epoch` does; None: every epoch has every example once.
-        num_epochs, max_steps: of the run; max_steps takes precedence.
+        max_steps: takes precedence over num_epochs.
+        longest: the longest example that is ever drawn, in tokens; None: the longest of all examples.
     """
 
     sources: Integers
@@ -134,7 +132,7 @@ class EpochDraws:
     longest: int | None = None
 
     def find_longest(self) -> int:
-        """Find the longest example that is ever drawn, in tokens."""
+        """Find the length of the longest example that is ever drawn, in tokens."""
         return int((self.sources + self.targets).max()) if self.longest is None else self.longest
 
     def draw_epoch(self, epoch: int) -> tuple[Integers, Integers]:
@@ -149,18 +147,14 @@ class EpochDraws:
         return self.sources[indices], self.targets[indices]
 
     def find_largest_count(self, count: Callable[[Integers, Integers], int], step_size: int) -> int:
-        """Find the largest number of micro-batches that an epoch of the run needs.
-
-        Args:
-            count: counts the micro-batches of an epoch, given its lengths.
-        """
+        """Find the largest number of micro-batches in an epoch; `count` counts them, given an epoch's lengths."""
         largest, epoch = count(*self.read_lengths(0)), 1
-        while self.draw is not None and epoch < self._count_epochs(largest // step_size):
+        while self.draw is not None:
+            epochs = self.num_epochs if self.max_steps is None else self.max_steps / (largest // step_size)
+            if epoch >= math.ceil(epochs):
+                break
             largest, epoch = max(largest, count(*self.read_lengths(epoch))), epoch + 1
         return largest
-
-    def _count_epochs(self, steps_per_epoch: int) -> int:
-        return math.ceil(self.num_epochs if self.max_steps is None else self.max_steps / steps_per_epoch)
 
 
 def make_sampler(settings: StepSettings, seed: int, examples: Examples, is_packed: bool, num_ranks: int) -> StepSampler:
@@ -178,7 +172,7 @@ def make_sampler(settings: StepSettings, seed: int, examples: Examples, is_packe
 
 
 def count_steps(num_batches: int, step_size: int, epochs: float) -> int:
-    """Count the steps of a run with so many micro-batches per epoch, as Hugging Face's Trainer does."""
+    """Count the steps of a run with `num_batches` micro-batches per epoch, as Hugging Face's Trainer does."""
     return math.ceil(-(-num_batches // step_size) * epochs)
 
 
@@ -190,7 +184,7 @@ def count_all_steps(sampler: StepSampler, args: Any) -> int:
 
 
 def make_count_sampler(draws: EpochDraws, batch_size: int, step_size: int, group_by_length: bool) -> StepSampler:
-    """Make the sampler of `make_count_batches`: a fixed number of examples per micro-batch."""
+    """Make the sampler of micro-batches with a fixed number of examples."""
 
     def make_batches(epoch: int) -> list[Integers]:
         sources, targets = draws.read_lengths(epoch)
@@ -203,7 +197,7 @@ def make_count_sampler(draws: EpochDraws, batch_size: int, step_size: int, group
 
 
 def make_budget_sampler(draws: EpochDraws, tokens: int, packed: bool, step_size: int) -> StepSampler:
-    """Make the sampler of a `TokenBudget`.
+    """Make the sampler of micro-batches with a token budget.
 
     Raises:
         SettingsError: an example is longer than the budget, or there are fewer examples than micro-batches in a step.

@@ -11,10 +11,10 @@ from t5tune.distributed.collectives import all_gather
 from t5tune.model.loss import IGNORED_LABEL
 
 NUM_TOKENS = "num_tokens"
-"""Key in a micro-batch: its source and target tokens. A filler, which has no targets, has none."""
+"""Key in a micro-batch: its source and target tokens, without dummy examples."""
 
 NUM_PAIRS = "num_pairs"
-"""Key in a micro-batch of preference pairs: their number. A filler is none."""
+"""Key in a micro-batch of preference pairs: their number, without dummy examples."""
 
 TOTALS_KEY = "T5TuneTotals"
 """Key in the stateful_callbacks of a checkpoint's Trainer state: tokens, sum of the steps' losses, training seconds."""
@@ -22,11 +22,7 @@ TOTALS_KEY = "T5TuneTotals"
 
 @dataclass(frozen=True)
 class TokenCountingCollator:
-    """Adds the numbers of tokens and pairs to a micro-batch, where lengths are known. Asking a GPU would wait for it.
-
-    Args:
-        collate: makes the rest of the micro-batch.
-    """
+    """Adds the numbers of tokens and pairs to a micro-batch while it is on the CPU: reading a GPU would wait for it."""
 
     collate: Callable[[Sequence[Example]], dict[str, Any]]
 
@@ -49,7 +45,7 @@ class RunTotals:
         self._last_logged = (0, 0.0)  # tokens and seconds
 
     def resume(self, state: Any) -> None:
-        """Continue from the totals in the Trainer's state, if there are any. Call on every rank."""
+        """Continue from the totals in the Trainer's state, if it has them. Call on every rank."""
         self.before = {**self.before, **state.stateful_callbacks.get(TOTALS_KEY, {})}
         self._last_logged = (self.count_tokens(), self.measure_seconds())
 
@@ -61,7 +57,7 @@ class RunTotals:
 
     @contextmanager
     def exclude_time(self) -> Iterator[None]:
-        """Leave the time of this block out of the training time."""
+        """Exclude the time of this block from the training time."""
         started = time.monotonic()
         try:
             yield

@@ -22,7 +22,7 @@ class TrainedWeights:
         file: name of the file in a checkpoint that contains the tensors.
         write_files: writes the tensors and their accompanying files to a folder.
         subtracted: initial LoRA matrices that were subtracted from the base weights (PiSSA and OLoRA).
-        file_names: names in the file of those tensors that have another name in the model.
+        file_names: name in the model -> name in the file, where they differ.
     """
 
     file: str
@@ -39,13 +39,13 @@ class TrainedWeights:
     def collect(self, model: Any, engine: Any, keeps: bool) -> dict[str, Tensor]:
         """Collect every trained tensor by its saved name, in fp32: under DeepSpeed, the optimizer's master copies.
 
-        Call on every rank, because ZeRO gathers them from all. Those that are in the machine's memory aren't copied,
-        so write them before the next step.
+        Call on every rank, because ZeRO gathers them from all ranks. Tensors in the machine's memory aren't copied, so
+        write them before the next step.
 
         Args:
             engine: DeepSpeed's engine, or without DeepSpeed whatever wraps the model.
-            keeps: whether this rank writes the tensors. Otherwise each is dropped once it is gathered, since the
-                copies of all ranks of a machine may not fit into its memory.
+            keeps: whether this rank writes the tensors. Otherwise it drops each tensor once gathered, since the copies
+                of all ranks may not fit into a machine's memory.
         """
         masters = _map_stage_0_masters(engine)
         state = {}
@@ -60,7 +60,7 @@ class TrainedWeights:
         """Set every trained parameter to its value in a checkpoint.
 
         Raises:
-            CheckpointError: the checkpoint has no such tensor, or one of another shape.
+            CheckpointError: the checkpoint lacks a tensor, or its shape differs.
         """
         file = SafetensorsFile(folder / self.file)
         for name, parameter in model.named_parameters():
@@ -91,9 +91,9 @@ def _gather_fp32_master(parameter: Any) -> torch.Tensor:
 
 
 def _map_stage_0_masters(engine: Any) -> dict[int, torch.Tensor]:
-    """Map the id of each bf16 parameter to its fp32 master copy, for stage 0, where DeepSpeed keeps these in lists.
+    """Map the id of each bf16 parameter to its fp32 master copy in DeepSpeed's stage 0, which keeps lists of them.
 
-    If DeepSpeed's config defines a fused optimizer, the masters of a group are one flat tensor.
+    With a fused optimizer in DeepSpeed's config, the masters of a group are one flat tensor.
     """
     optimizer = getattr(engine, "optimizer", None)
     groups = getattr(optimizer, "fp16_groups", [])

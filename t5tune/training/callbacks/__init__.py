@@ -1,1 +1,1 @@
-"""The callbacks of the Trainer that report, upload and track a run. What follows a step is in flow.py."""
+"""The callbacks of the Trainer that report, upload and track a run. flow.py decides what follows a step."""

@@ -22,7 +22,7 @@ class ReportProgress(TrainerCallback):  # type: ignore[misc]
     """Reports progress events, and writes heartbeats to metrics.jsonl while nothing else is logged.
 
     Args:
-        datasets: the names of the datasets that are evaluated, if there are several.
+        datasets: the names of the evaluated datasets, if there are several.
     """
 
     def __init__(self, report: Report, metrics_log: MetricsLog | None, datasets: Sequence[str] = ()) -> None:

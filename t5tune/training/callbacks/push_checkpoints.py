@@ -1,4 +1,4 @@
-"""Upload the weights of each checkpoint to the Hugging Face Hub, while training goes on."""
+"""Upload the weights of each checkpoint to the Hugging Face Hub during training."""
 
 import os
 import shutil
@@ -24,10 +24,9 @@ from t5tune.settings.groups.hub import HubSettings
 
 
 class PushCheckpoints(TrainerCallback):  # type: ignore[misc]
-    """Uploads in a thread. A checkpoint that is saved while another one is uploaded is left out.
+    """Uploads in a thread. A checkpoint that is saved during an upload is left out.
 
-    The last checkpoint isn't uploaded here, but the result of the run, whose weights it may have; nor one from before
-    the first step.
+    The last checkpoint isn't uploaded here, because the result of the run is uploaded instead.
     """
 
     def __init__(self, hub: HubSettings, folder: Path, report: Report) -> None:
@@ -48,7 +47,7 @@ class PushCheckpoints(TrainerCallback):  # type: ignore[misc]
             return
         checkpoint = self._folder / f"checkpoint-{state.global_step}"
         if self._is_busy:
-            self._report(Note(f"{checkpoint.name} isn't uploaded: an earlier one still is"))
+            self._report(Note(f"{checkpoint.name} isn't uploaded: an earlier upload is still running"))
             return
         self._checkpoint = checkpoint
         self._staged = self._folder / f"{STAGING_PREFIX}push-{uuid.uuid4().hex[:8]}"
@@ -61,13 +60,13 @@ class PushCheckpoints(TrainerCallback):  # type: ignore[misc]
             self._report(Note(f"{checkpoint} isn't uploaded: {describe_error(error)}", warning=True))
             self._clear()
             return
-        # a daemon: it doesn't keep a run that is stopped from ending
+        # a daemon thread, so that a stopped run can end
         self._thread = Thread(target=self._upload, args=(f"Upload step {state.global_step}",), daemon=True)
         self._thread.start()
 
     def finish(self, result: TrainResult) -> None:
         """Wait until the current upload is done: its older weights must not arrive after the result."""
-        # None: if a signal ends the waiting, the result is what can be uploaded later
+        # None, so that `abandon` says nothing if a signal ends the waiting: the result can be uploaded later
         thread, self._thread = self._thread, None
         if thread is not None and thread.is_alive():
             try:
@@ -77,11 +76,11 @@ class PushCheckpoints(TrainerCallback):  # type: ignore[misc]
                 self._leave()
 
     def abandon(self) -> None:
-        """Say what isn't uploaded, since the run ends before its result."""
+        """Report an incomplete upload, because the run ends before its result."""
         if self._is_busy:
             name = choose_repository(self._hub, self._folder)
             later = explain_uploading_later(self._checkpoint, name, self._hub.hub_private_repo)
-            self._report(Note(f"{self._checkpoint.name} wasn't uploaded to the end; {later}", warning=True))
+            self._report(Note(f"{self._checkpoint.name} wasn't uploaded completely; {later}", warning=True))
             self._leave()
 
     @property
@@ -99,8 +98,7 @@ class PushCheckpoints(TrainerCallback):  # type: ignore[misc]
             self._clear()
 
     def _leave(self) -> None:
-        """Leave the upload, which can't be interrupted, without its files; what comes of it isn't reported."""
-        self._is_left = True
+        self._is_left = True  # the upload can't be interrupted, but it ends without its files
         self._clear()
 
     def _clear(self) -> None:

@@ -1,7 +1,7 @@
-"""What a run sends to experiment trackers besides the Trainer's curves: its settings, the report page and the result.
+"""Send a run's settings, report page and result to experiment trackers.
 
-transformers' own callbacks send the curves and the Trainer's arguments; see docs/trackers.md. A tracker never ends a
-run: one that fails is left out from then on, with a note.
+transformers' callbacks send the curves and the Trainer's arguments; see docs/trackers.md. A tracker never ends a run: a
+tracker that fails is left out from then on, with a note.
 """
 
 import os
@@ -9,6 +9,7 @@ import sys
 import uuid
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from t5tune.runs.plan import RunPlan
 from t5tune.runs.result import TrainResult
 from t5tune.training.arguments import choose_run_name
 
-TRACKERS_FILE = "trackers.json"  # in the run folder: the ids by which a resumed run continues its entry
+TRACKERS_FILE = "trackers.json"  # in the run folder: ids of the trackers' entries, for resuming
 MAX_PARAMETER_LENGTH = 250  # of a value, in MLflow's older servers
 CONFIG_KEY = "t5tune"
 
@@ -38,7 +39,7 @@ class TrackRun(TrainerCallback):  # type: ignore[misc]
     """Sends the settings when training begins, and the report page and the result's files after it.
 
     Args:
-        trackers: their names, as in `report_to`. Those that transformers' callbacks alone serve are ignored.
+        trackers: names as in `report_to`. Trackers without code here get only the data of transformers' callbacks.
     """
 
     def __init__(self, plan: RunPlan, trackers: list[str], report: Report) -> None:
@@ -65,7 +66,7 @@ class TrackRun(TrainerCallback):  # type: ignore[misc]
         except FileNotFoundError:  # the run begins
             pass
         except CheckpointError as error:
-            rest = "the run gets a new entry; to continue the old one, stop, and set WANDB_RUN_ID to its id"
+            rest = "the run gets a new entry; to continue the old entry, stop, and set WANDB_RUN_ID to its id"
             self._report(Note(f"report_to: wandb: {error}; {rest}", warning=True))
         if not isinstance(known.get("wandb"), str):
             known["wandb"] = uuid.uuid4().hex[:8]
@@ -76,7 +77,7 @@ class TrackRun(TrainerCallback):  # type: ignore[misc]
                 self._set_variables.append(name)
 
     def add_to(self, trainer: Any) -> None:
-        """Add this callback to the Trainer, and keep those of the trackers from ending the run."""
+        """Add this callback to the Trainer, and keep the trackers' callbacks from ending the run."""
         callbacks = trainer.callback_handler.callbacks
         for name in self._trackers:
             (tracker,) = get_reporting_integration_callbacks([name])
@@ -92,9 +93,9 @@ class TrackRun(TrainerCallback):  # type: ignore[misc]
         self._trackio = {"project": args.project, "space_id": args.trackio_space_id, "private": args.hub_private_repo}
         values = hide_data_queries(self._plan.given).model_dump(mode="json")
         self._for_each({
-            "wandb": lambda: _send_wandb_settings(values),
+            "wandb": lambda: _update_config("wandb", values),
             "mlflow": lambda: self._send_mlflow_settings(values),
-            "trackio": lambda: _send_trackio_settings(values),
+            "trackio": lambda: _update_config("trackio", values),
             "tensorboard": lambda: _send_tensorboard_settings(values, self._plan.folder),
         })  # fmt: skip
 
@@ -102,11 +103,16 @@ class TrackRun(TrainerCallback):  # type: ignore[misc]
         """Send the report page and the result's files, once they are written."""
         if not self._has_begun:  # the run had finished before
             return
-        page, run = result.run / REPORT_FILE, result.run
+        page = result.run / REPORT_FILE
+        pages = [page] if page.is_file() else []
+
+        def list_files() -> list[Path]:
+            return [*list_uploaded_files(result.run).values()]
+
         self._for_each({
-            "wandb": lambda: _send_wandb_files(self._name, page, _list_files(run)),
-            "mlflow": lambda: self._send_mlflow_files(page, _list_files(run)),
-            "trackio": lambda: self._send_trackio_files(page, _list_files(run)),
+            "wandb": lambda: _send_wandb_files(self._name, pages, list_files()),
+            "mlflow": lambda: self._send_mlflow_files(pages, list_files()),
+            "trackio": lambda: self._send_trackio_files(pages, list_files()),
         })  # fmt: skip
         self._has_begun = False
         self._restore_variables()
@@ -114,11 +120,15 @@ class TrackRun(TrainerCallback):  # type: ignore[misc]
     def abandon(self) -> None:
         """End the entries of a run that ends before its result; it may be resumed."""
         if self._has_begun:
-            self._for_each({"wandb": _finish_wandb, "mlflow": _stop_mlflow, "trackio": _finish_trackio})
+            self._for_each({
+                "wandb": lambda: import_module("wandb").finish(),
+                "mlflow": _stop_mlflow,
+                "trackio": lambda: import_module("trackio").finish(),
+            })  # fmt: skip
         self._restore_variables()
 
     def _restore_variables(self) -> None:
-        """Take back what `begin` has set: another run of this process has an entry of its own."""
+        # otherwise the next run of this process would continue this run's entry
         sys.argv = self._arguments
         while self._set_variables:
             os.environ.pop(self._set_variables.pop(), None)
@@ -129,7 +139,7 @@ class TrackRun(TrainerCallback):  # type: ignore[misc]
                 self._try(name, actions[name])
 
     def _try(self, name: str, action: Callable[[], Any]) -> Any:
-        """Do what a tracker does, unless it has failed before."""
+        """Call a tracker, unless it has failed before."""
         if name not in self._trackers:
             return None
         try:
@@ -147,23 +157,22 @@ class TrackRun(TrainerCallback):  # type: ignore[misc]
         self._mlflow_run = None if run is None else run.info.run_id
         mlflow.log_params({f"{CONFIG_KEY}.{name}": str(value)[:MAX_PARAMETER_LENGTH] for name, value in values.items()})
 
-    def _send_mlflow_files(self, page: Path, files: list[Path]) -> None:
+    def _send_mlflow_files(self, pages: list[Path], files: list[Path]) -> None:
         from mlflow import MlflowClient
 
         if self._mlflow_run is None:
             return
         client = MlflowClient()
-        if page.is_file():
-            client.log_artifact(self._mlflow_run, str(page))
-        for file in files:
-            client.log_artifact(self._mlflow_run, str(file), "adapter")
+        for folder, paths in ((None, pages), ("adapter", files)):
+            for path in paths:
+                client.log_artifact(self._mlflow_run, str(path), folder)
 
-    def _send_trackio_files(self, page: Path, files: list[Path]) -> None:
+    def _send_trackio_files(self, pages: list[Path], files: list[Path]) -> None:
         import trackio
 
         # transformers' callback has finished the entry
         trackio.init(**self._trackio, name=self._name, resume="allow")
-        for kind, paths in (("report", [page] if page.is_file() else []), ("model", files)):
+        for kind, paths in (("report", pages), ("model", files)):
             artifact = trackio.Artifact(f"{_to_artifact_name(self._name)}-{kind}", type=kind)
             for path in paths:
                 artifact.add_file(str(path))
@@ -185,33 +194,21 @@ class _Guarded:
         return lambda *args, **values: self._attempt(partial(found, *args, **values))
 
 
-def _list_files(run: Path) -> list[Path]:
-    return [*list_uploaded_files(run).values()]
+def _update_config(tracker: str, values: dict[str, Any]) -> None:
+    import_module(tracker).config.update({CONFIG_KEY: values}, allow_val_change=True)
 
 
-def _send_wandb_settings(values: dict[str, Any]) -> None:
-    import wandb
-
-    wandb.config.update({CONFIG_KEY: values}, allow_val_change=True)
-
-
-def _send_wandb_files(name: str, page: Path, files: list[Path]) -> None:
+def _send_wandb_files(name: str, pages: list[Path], files: list[Path]) -> None:
     import wandb
 
     if wandb.run is None:
         return
-    if page.is_file():
+    for page in pages:
         wandb.log({"report": wandb.Html(page.read_text(encoding="utf-8"))})
     artifact = wandb.Artifact(_to_artifact_name(name), type="model")
     for file in files:
         artifact.add_file(str(file))
     wandb.log_artifact(artifact)
-    wandb.finish()
-
-
-def _finish_wandb() -> None:
-    import wandb
-
     wandb.finish()
 
 
@@ -222,21 +219,9 @@ def _stop_mlflow() -> None:
         mlflow.end_run("KILLED")
 
 
-def _finish_trackio() -> None:
-    import trackio
-
-    trackio.finish()
-
-
 def _to_artifact_name(name: str) -> str:
     """Replace characters that names of artifacts can't have."""
     return "".join(each if each.isalnum() or each in "-_." else "-" for each in name)[:128]
-
-
-def _send_trackio_settings(values: dict[str, Any]) -> None:
-    import trackio
-
-    trackio.config.update({CONFIG_KEY: values}, allow_val_change=True)
 
 
 def _send_tensorboard_settings(values: dict[str, Any], run: Path) -> None:
