@@ -1,7 +1,4 @@
-"""Configs of commonly used checkpoints, from their config.json on the Hugging Face Hub.
-
-With them, `plan` and docs/memory.md need no download for these checkpoints.
-"""
+"""Configs of common checkpoints, from config.json on the Hugging Face Hub, for `plan` and docs/memory.md."""
 
 from typing import Any
 

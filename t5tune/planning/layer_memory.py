@@ -5,8 +5,8 @@
     step = measure_step(model, lengths, settings, on_gpu=True, reentrant=False, autocast=True)
 
 The step runs on fake tensors, which have shapes but no data: the real model, adapters, loss and backward pass, while
-every live storage is counted. So no per-layer formulas have to be kept in sync with the model. An adapter's step runs
-on two and on three blocks of encoder and decoder, and each further block is taken to need as much as the third one.
+every live storage is counted. So no per-layer formulas must be kept in sync with the model. An adapter's step runs on
+two and on three blocks of encoder and decoder, and each further block is assumed to need as much as the third block.
 """
 
 import weakref
@@ -33,11 +33,11 @@ from t5tune.model.loss import use_gpu_chunks
 from t5tune.settings.groups.base import QuantizationSettings
 from t5tune.settings.groups.memory import MemorySettings
 
-# of bitsandbytes' 4-bit formats: weights that share a scale, and scales that share one with double quantization
+# bitsandbytes' 4-bit formats: weights per scale, and with double quantization scales per outer scale
 BLOCK_SIZE, OUTER_BLOCK_SIZE = 64, 256
-# nothing is kept from one to the next; the first one computes the position bias that all of them share
+# blocks keep nothing for the next block; the first block computes the shared position bias
 BLOCKS_WITHOUT_GRADIENTS = 2
-MEASURED_BLOCKS = 2  # with fewer, other tensors than the blocks' may take the most memory
+MEASURED_BLOCKS = 2  # with fewer blocks, tensors outside of the blocks may take the most memory
 MAX_SEGMENTS = 64
 
 
@@ -63,7 +63,7 @@ def build_empty_training_model(
     """Build the model that `train` would train, on the meta device.
 
     Args:
-        num_token_rows: trained embedding rows of added tokens.
+        num_token_rows: number of trained added-token embeddings.
         deepspeed: whether DeepSpeed trains it: its optimizer keeps the fp32 master weights of the adapters.
     """
     dtype = torch.bfloat16 if settings.bf16 else torch.float32
@@ -89,7 +89,7 @@ def build_empty_training_model(
 
 
 def count_weight_bytes(model: Any, quantization: QuantizationSettings) -> dict[str, int]:
-    """Count the bytes of the model's own tensors, by kind, as `load_base` would store them; without adapters."""
+    """Count the bytes of the base's tensors, by kind, as `load_base` would store them."""
     quantizable = find_quantizable_linears(model, quantization) if quantization.q_lora else {}
     sizes = dict.fromkeys(WEIGHT_KINDS, 0)
     for name, parameter in model.named_parameters():
@@ -108,7 +108,7 @@ def count_quantized_bytes(count: int, rows: int, quantization: QuantizationSetti
     if quantization.quant_type == "int8":
         return count + 4 * rows
     blocks = -(-count // BLOCK_SIZE)
-    size = count // 2 + 16 * 4  # the table of the 16 values that 4 bits encode
+    size = count // 2 + 16 * 4  # the table of the 16 values of 4 bits
     if not quantization.double_quant:
         return size + 4 * blocks
     return size + blocks + 4 * -(-blocks // OUTER_BLOCK_SIZE) + 256 * 4 + 4
@@ -124,13 +124,12 @@ def measure_step(
         reentrant: the variant of gradient checkpointing.
         autocast: whether the forward pass uses mixed precision, as it does without DeepSpeed.
     """
-    packs = settings.packing != "off" and can_pack(model)
     inputs = {"reduction": "sum", "label_smoothing": settings.label_smoothing_factor, "use_cache": False}
     with _use_fake_tensors(model, on_gpu):
-        inputs |= _make_packed_inputs(lengths) if packs else _make_padded_inputs(lengths)
+        inputs |= _make_inputs(model, lengths, settings)
         if settings.gradient_checkpointing:
             model.enable_input_require_grads()
-            # the method has another name in newer releases of transformers 5
+            # transformers 5 renamed the method
             new = hasattr(model, "activation_checkpointing_enable")
             name = "activation_checkpointing" if new else "gradient_checkpointing"
             getattr(model, f"{name}_enable")(**{f"{name}_kwargs": {"use_reentrant": reentrant}})
@@ -146,25 +145,24 @@ def measure_step(
 def _extrapolate(measure: Callable[[list[int]], int], counts: list[int]) -> int:
     """Compute `measure(counts)` from its values for few blocks, since it is linear in each count."""
     few = [min(count, MEASURED_BLOCKS) for count in counts]
-    if few == counts:
-        return measure(counts)
-    measured = measure(few)
+    total = measured = measure(few)
     if len(set(counts)) == 1:
-        more = [count + 1 for count in few]
-        return measured + (counts[0] - few[0]) * (measure(more) - measured)
-    total = measured
-    for index, missing in enumerate(count - kept for count, kept in zip(counts, few, strict=True)):
-        if missing:
-            more = [*few[:index], few[index] + 1, *few[index + 1 :]]
-            total += missing * (measure(more) - measured)
+        missing = {tuple(count + 1 for count in few): counts[0] - few[0]}  # both at once: one measurement less
+    else:
+        missing = {
+            (*few[:index], few[index] + 1, *few[index + 1 :]): counts[index] - few[index]
+            for index in range(len(counts))
+        }
+    for more, count in missing.items():
+        if count:
+            total += count * (measure([*more]) - measured)
     return total
 
 
 def _measure_activations(model: Any, inputs: dict[str, Any], autocast: bool, kept: list[int] | None = None) -> int:
-    """Run a step, and return the most bytes that were live at a time in addition to weights and gradients.
+    """Run a step on the first `kept` blocks of encoder and decoder (None: all blocks).
 
-    Args:
-        kept: how many of the encoder's blocks and of the decoder's are run; None: all.
+    Return the peak of live bytes in addition to weights and gradients.
     """
     with _keep_few_blocks(model, kept) if kept else nullcontext():
         with _LiveBytes(model.parameters()) as live:
@@ -184,10 +182,9 @@ def _count_gradients(model: Any) -> int:
 def measure_losses_memory(
     model: Any, lengths: BatchLengths, settings: MemorySettings, on_gpu: bool, autocast: bool
 ) -> int:
-    """Run the forward pass of an evaluation on fake tensors; return the most bytes that are live at a time."""
-    packs = settings.packing != "off" and can_pack(model)
+    """Run the forward pass of an evaluation on fake tensors; return the peak of live bytes."""
     with _use_fake_tensors(model, on_gpu), _keep_few_blocks(model, [BLOCKS_WITHOUT_GRADIENTS] * 2):
-        inputs = _make_packed_inputs(lengths) if packs else _make_padded_inputs(lengths)
+        inputs = _make_inputs(model, lengths, settings)
         model.eval()
         live = _LiveBytes(model.parameters())
         with live, torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast and settings.bf16):
@@ -197,7 +194,7 @@ def measure_losses_memory(
 
 
 def find_blocks(model: Any) -> list[nn.ModuleList]:
-    """Find the blocks of the encoder and those of the decoder."""
+    """Find the blocks of the encoder and of the decoder."""
     names = model.architecture.block_classes
     return [
         module
@@ -208,10 +205,7 @@ def find_blocks(model: Any) -> list[nn.ModuleList]:
 
 @contextmanager
 def _keep_few_blocks(model: Any, kept: list[int]) -> Iterator[None]:
-    """Leave out all but the first blocks of encoder and decoder in this block of code.
-
-    Running all of a large model's blocks, each of which loops over many examples, takes most of a minute.
-    """
+    """Keep only the first blocks of encoder and decoder: all blocks of a large model would take most of a minute."""
     lists = find_blocks(model)
     before = [list(blocks) for blocks in lists]
     for blocks, count in zip(lists, kept, strict=True):
@@ -224,14 +218,14 @@ def _keep_few_blocks(model: Any, kept: list[int]) -> Iterator[None]:
 
 
 def _count_unpacked_bytes(model: Any, settings: QuantizationSettings) -> int:
-    """Count the bytes of the largest weight that a product of quantized layers dequantizes to a temporary tensor."""
+    """Count the bytes of the largest weight that a quantized layer dequantizes to a temporary tensor."""
     layers = find_quantizable_linears(model, settings).values() if settings.q_lora else []
     return max((layer.weight.numel() * layer.weight.element_size() for layer in layers), default=0)
 
 
 @contextmanager
 def _use_fake_tensors(model: Any, on_gpu: bool) -> Iterator[None]:
-    """Make the tensors of a model fake in this block, and its operations those of a GPU or of a CPU."""
+    """Make the tensors of a model fake in this block, with the operations of a GPU or of a CPU."""
     with ExitStack() as stack:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         _move_to_fake_cpu(model)
@@ -243,7 +237,7 @@ def _use_fake_tensors(model: Any, on_gpu: bool) -> Iterator[None]:
 
 
 class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Track the bytes of live storages that operations allocate, excluding those of the tensors in `before`."""
+    """Track the bytes of live storages that operations allocate, excluding the tensors in `before`."""
 
     def __init__(self, before: Iterator[torch.Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -256,7 +250,7 @@ class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if function is torch.ops.prim.device.default:
             return args[0].fake_device  # two thirds of all calls, and slow if torch handles them
         if function is torch.ops.aten._local_scalar_dense.default:
-            return 0  # transformers asks whether a mask is all ones: pretend that it isn't
+            return 0  # transformers asks if a mask is all ones: pretend that it isn't
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
@@ -311,30 +305,25 @@ def _move_to_fake_cpu(model: nn.Module) -> None:
                 tensors[name] = made[id(tensor)]
 
 
-def _make_packed_inputs(lengths: BatchLengths) -> dict[str, Any]:
-    target = torch.ones(1, sum(lengths.targets), dtype=torch.int64)
-    return {
-        "input_ids": torch.ones(1, sum(lengths.sources), dtype=torch.int64),
-        "decoder_input_ids": target,
-        "labels": target,
-        "packing": _join_segments(lengths),
-    }
+def _make_inputs(model: Any, lengths: BatchLengths, settings: MemorySettings) -> dict[str, Any]:
+    sources, targets = lengths.sources, lengths.targets
+    if settings.packing != "off" and can_pack(model):
+        source, target = (torch.ones(1, sum(each), dtype=torch.int64) for each in (sources, targets))
+        more: dict[str, Any] = {"packing": _join_segments(lengths)}
+    else:
+        source, target = (torch.ones(len(each), max(each), dtype=torch.int64) for each in (sources, targets))
+        more = {"attention_mask": source}
+    return {"input_ids": source, "decoder_input_ids": target, "labels": target, **more}
 
 
 def _join_segments(lengths: BatchLengths) -> Segments:
     """Return the segments of a packed row, joined to at most MAX_SEGMENTS: a loop over thousands would take minutes.
 
-    So many are short, and then attention takes little of the memory.
+    Thousands of segments are short, so that attention takes little of the memory.
     """
     size = -(-len(lengths.sources) // MAX_SEGMENTS)
-    # those of similar lengths are joined
+    # join segments of similar lengths
     pairs = sorted(zip(lengths.sources, lengths.targets, strict=True), key=sum)
     groups = [pairs[start : start + size] for start in range(0, len(pairs), size)]
     sources, targets = (tuple(sum(pair[side] for pair in group) for group in groups) for side in (0, 1))
     return Segments(sources, targets)
-
-
-def _make_padded_inputs(lengths: BatchLengths) -> dict[str, Any]:
-    source = torch.ones(len(lengths.sources), max(lengths.sources), dtype=torch.int64)
-    target = torch.ones(len(lengths.targets), max(lengths.targets), dtype=torch.int64)
-    return {"input_ids": source, "attention_mask": source, "decoder_input_ids": target, "labels": target}

@@ -31,21 +31,20 @@ from t5tune.settings.groups.memory import MemorySettings
 MIB = 1 << 20
 GPU_RUNTIME_BYTES = 800 * MIB  # the CUDA context, kernels and cuBLAS workspace, which torch's allocator doesn't count
 USABLE_GPU_SHARE = 0.92  # the rest is lost to fragmentation in the allocator
-# with gradient checkpointing, the heap on a CPU was measured at 1.5 to 2.4 times the size of the step's tensors
+# with gradient checkpointing on a CPU, the heap was 1.5 to 2.4 times the size of the step's tensors
 HEAP_FRAGMENTATION = 1.85
 
 
 @dataclass(frozen=True)
 class StageMemory:
-    """Bytes per device with one DeepSpeed config.
+    """Bytes per device with one DeepSpeed config. Fields with `host` are bytes of the machine, summed over processes.
 
     Args:
         stage: `none` (no partitioning: each process has everything), or the name of a packaged DeepSpeed config.
         runtime: memory of Python's libraries on a CPU, of the CUDA context on a GPU.
-        host: bytes offloaded to the machine's memory, summed over all processes.
-        loading: bytes per device while the base is loaded, at their peak.
-        loading_host: the same of the machine's memory, summed over all processes, with Python's libraries.
-        saving_host: bytes of the machine's memory while rank 0 collects the trained weights for a checkpoint, likewise.
+        host: offloaded from the devices.
+        loading, loading_host: the peak while the base is loaded; on the host with Python's libraries.
+        saving_host: while rank 0 collects the trained weights for a checkpoint, with Python's libraries.
     """
 
     stage: str
@@ -106,9 +105,9 @@ class MemoryEstimator:
         """Estimate the bytes per device during an evaluation between two steps: its losses and its predictions.
 
         Args:
-            lengths: of the largest batch whose losses are measured.
+            lengths: of the evaluation's largest batch.
         """
-        under_deepspeed = self._computes_otherwise(stage != "none")
+        under_deepspeed = self.settings.bf16 and stage != "none"
         key = (under_deepspeed, lengths)
         if key not in self._evaluations:
             model = self._get_empty_model(under_deepspeed)
@@ -118,7 +117,7 @@ class MemoryEstimator:
         return self._partition(stage, 0, self._evaluations[key]).total
 
     def can_fit(self, stage: str) -> bool:
-        """Whether the memory held between steps fits: a quick check before a step is measured, which takes seconds."""
+        """Whether the memory between steps fits: a quick check before measuring a step, which takes seconds."""
         return self._partition(stage, 0, 0).fits is not False
 
     def _partition(self, stage: str, gradients: int, activations: int) -> StageMemory:
@@ -127,7 +126,7 @@ class MemoryEstimator:
         level, count = int(zero.get("stage", 0)), self.machine.count
         under_deepspeed = stage != "none"
         trainable = self.counts[0]
-        # what is trained is in fp32; DeepSpeed keeps it in the compute dtype, with an fp32 copy in the optimizer
+        # trained weights are fp32; DeepSpeed keeps them in the compute dtype, with an fp32 copy in the optimizer
         width, masters = (2, 4 * trainable) if under_deepspeed and self.settings.bf16 else (4, 0)
         frozen = 0 if self.settings.train_mode == "full" else sum(self.weights.values())
         held = whole = frozen + width * trainable
@@ -153,37 +152,22 @@ class MemoryEstimator:
         in_bf16 = self.settings.bf16 and (under_deepspeed or self.settings.train_mode == "lora")
         largest = self.most_elements * (2 if in_bf16 else 4)
         loading, loading_host = self._estimate_loading(largest, level == 3, held, offloaded, runtime)
-        # rank 0 collects all trained weights in fp32; on a CPU, those that no other rank has a part of aren't copied
+        # rank 0 collects all trained weights in fp32; on a CPU without partitioning, they aren't copied
         collected = 4 * trainable if self.machine.on_gpu or level >= 1 else 0
         each = psutil.Process().memory_info().rss if self.machine.on_gpu else held + optimizer + runtime
         saving_host = each * count + host + collected
         needed = max(total, loading) if self.machine.on_gpu else max(total, loading, saving_host // count)
         memory = self.machine.memory
-        usable = None if memory is None else memory * (USABLE_GPU_SHARE if self.machine.on_gpu else 1.0)
-        fits = None if usable is None else needed <= usable
-        return StageMemory(
-            stage,
-            held,
-            gradients,
-            optimizer,
-            activations,
-            runtime,
-            total,
-            host,
-            loading,
-            loading_host,
-            saving_host,
-            fits,
-        )
+        share = USABLE_GPU_SHARE if self.machine.on_gpu else 1.0
+        fits = None if memory is None else needed <= memory * share
+        in_use = (held, gradients, optimizer, activations, runtime, total, host)
+        return StageMemory(stage, *in_use, loading, loading_host, saving_host, fits)
 
     def _count_gathered(self, zero: dict[str, Any], whole: int) -> int:
         """Count the bytes of the weights that ZeRO-3 gathers in addition to a device's partition, at their peak.
 
-        These are two blocks, the embedding or the head, and the weights that DeepSpeed keeps after the forward pass: if
-        the backward pass reads them within `stage3_max_reuse_distance` parameters.
-
-        Args:
-            whole: bytes of all weights.
+        These are two blocks, the embedding or the head, and the weights that DeepSpeed keeps after the forward pass
+        because the backward pass reads them within `stage3_max_reuse_distance` parameters. `whole` is all weights.
         """
         sizes = [sum(each.numel() for each in block.parameters()) for block in self._blocks]
         in_blocks = self.weights["attention"] + self.weights["feed-forward"]
@@ -196,12 +180,8 @@ class MemoryEstimator:
     ) -> tuple[int, int]:
         """Estimate the peak (per device, of the machine) while the base is loaded, tensor by tensor (model/load.py).
 
-        Args:
-            largest: bytes of the largest tensor, before it is quantized.
-            partitions: whether a tensor is whole on each device before it is partitioned.
-            held: bytes of the weights that stay on the device.
-            offloaded: bytes of the weights that go to the machine's memory, summed over all processes.
-            runtime: bytes of each device without any weights.
+        In bytes: the largest unquantized tensor, the weights that stay on the device, the weights offloaded to the
+        machine, and each device without weights.
         """
         q_lora, quant_type = self.settings.q_lora, self.settings.quant_type
         whole = largest if partitions or q_lora else 0  # a tensor that isn't partitioned or quantized yet
@@ -213,10 +193,6 @@ class MemoryEstimator:
         libraries = psutil.Process().memory_info().rss
         return held + whole + runtime, (libraries + buffer) * self.machine.count + offloaded
 
-    def _computes_otherwise(self, deepspeed: bool) -> bool:
-        """Whether DeepSpeed trains the model and computes in other dtypes than PyTorch's mixed precision."""
-        return deepspeed and self.settings.bf16
-
     def _get_empty_model(self, deepspeed: bool) -> Any:
         if deepspeed not in self._models:
             self._models[deepspeed] = build_empty_training_model(
@@ -225,7 +201,7 @@ class MemoryEstimator:
         return self._models[deepspeed]
 
     def _measure_step(self, lengths: BatchLengths, deepspeed: bool, reentrant: bool) -> StepMemory:
-        deepspeed = self._computes_otherwise(deepspeed)
+        deepspeed = deepspeed and self.settings.bf16  # in fp32, DeepSpeed computes like plain PyTorch
         key = (lengths, deepspeed, reentrant and self.settings.gradient_checkpointing)
         if key not in self._steps:
             model = self._get_empty_model(deepspeed)
@@ -245,5 +221,5 @@ def _count_optimizer_bytes(name: str) -> int:
     if "8bit" in name:
         return 2
     if name == "adafactor":
-        return 1  # its state is one row and one column per matrix
+        return 1  # one row and one column per matrix
     return 4 if name == "sgd" else 8
