@@ -158,6 +158,12 @@ def conversations(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def inputs(untied_base: Path, conversations: Path) -> list[Path]:
+    """A base and conversations, the first arguments of the functions that make a run's settings."""
+    return [untied_base, conversations]
+
+
+@pytest.fixture(scope="session")
 def shared() -> Callable[[str], Path]:
     """Find a file of the real inputs, which some machines have next to the repository; skip the test elsewhere."""
 

@@ -36,7 +36,7 @@ with join_process_group(world, settings, "cpu", silent), watch_ranks(world, 2), 
 """
 
 
-def test_a_rank_waits_for_rank_0_longer_than_the_timeout_of_collectives(tmp_path: Path) -> None:
+def test_a_rank_waits_for_rank_0_beyond_the_timeout(tmp_path: Path) -> None:
     code = """
     def work():
         first = count_polls()
@@ -73,7 +73,7 @@ def test_every_rank_raises_the_error_of_rank_0(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
 @pytest.mark.variants("9")
-def test_a_rank_that_waits_for_rank_0_says_that_it_does_not_answer(number: signal.Signals, tmp_path: Path) -> None:
+def test_a_waiting_rank_reports_that_rank_0_does_not_answer(number: signal.Signals, tmp_path: Path) -> None:
     code = """
     def work():
         print("working", flush=True)
@@ -99,7 +99,7 @@ def test_a_rank_that_waits_for_rank_0_says_that_it_does_not_answer(number: signa
     assert read_lines(ranks[1])[-1] == "error: rank 1: rank 0 doesn't answer; run the same command again"
 
 
-def test_objects_and_flags_go_through_the_cpu_in_a_group_that_has_gpus_too(tmp_path: Path) -> None:
+def test_objects_and_flags_use_gloo_in_a_group_with_gpus(tmp_path: Path) -> None:
     """The group's other backend does nothing, and returns at once: a value that went through it would be wrong."""
     code = """
 import torch
@@ -142,7 +142,7 @@ collectives.barrier()  # rank 0 has the store that rank 1 needs for the group
         (0, 2, None, "the connection to another rank broke"),
     ],
 )
-def test_a_rank_that_may_only_wait_for_another_is_not_called_lost(
+def test_a_rank_that_may_only_wait_is_not_called_lost(
     rank: int, size: int, silent: list[int] | None, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def find_unanswered(world: World) -> list[int]:

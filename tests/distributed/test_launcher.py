@@ -37,7 +37,7 @@ def test_the_launching_process_reads_each_problem_of_a_workers_error(
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")  # of Python 3.12 and later, at preexec_fn
-def test_where_nccl_aborts_the_ranks_that_wait_the_one_that_hangs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hanging_rank_is_named_if_nccl_aborts_the_waiting_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launcher, "SECONDS_TO_REPORT", 0.5)
     hang_or_abort = "import os, signal; signal.pause() if os.environ['RANK'] == '1' else os.abort()"
     error = launcher._run([sys.executable, "-c", hang_or_abort], 3, _ReceivedSignals(), saves_checkpoints=False)
@@ -53,7 +53,7 @@ def test_where_nccl_aborts_the_ranks_that_wait_the_one_that_hangs_is_named(monke
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_rank_that_was_asked_to_stop_may_take_longer_than_the_others(
+def test_a_rank_that_stops_on_request_may_take_longer(
     number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A rank that only the launching process has asked ends as after SIGTERM."""
@@ -101,7 +101,7 @@ pathlib.Path({str(ended)!r}).touch()
     assert not psutil.pid_exists(int(ignoring.read_text()))
 
 
-def test_only_a_command_that_saves_checkpoints_says_that_one_is_kept(tmp_path: Path) -> None:
+def test_only_train_says_that_a_checkpoint_is_kept(tmp_path: Path) -> None:
     received = _ReceivedSignals(signal.SIGTERM, is_second=True)
     for saves_checkpoints, hint in ((True, "the last complete checkpoint is kept"), (False, None)):
         error = _find_first_error(tmp_path, [None], received, saves_checkpoints)

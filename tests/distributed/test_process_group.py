@@ -48,7 +48,7 @@ def show_gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[torch.dev
 
 
 @pytest.mark.parametrize(("visible", "local_rank", "index"), [(8, 3, 3), (1, 3, 0), (4, 0, 0), (2, 3, 1)])
-def test_a_rank_takes_the_gpu_of_its_own_whether_it_sees_all_or_only_that_one(
+def test_a_rank_takes_its_gpu_among_visible_gpus(
     visible: int,
     local_rank: int,
     index: int,
@@ -67,12 +67,12 @@ def test_a_rank_takes_the_gpu_of_its_own_whether_it_sees_all_or_only_that_one(
     assert os.environ["LOCAL_RANK"] == str(local_rank)
 
 
-def test_a_group_of_gpus_has_a_backend_for_the_cpu_too() -> None:
+def test_a_group_of_gpus_has_a_cpu_backend() -> None:
     assert choose_backend("cuda") == "cpu:gloo,cuda:nccl"
     assert choose_backend("cpu") == "gloo"
 
 
-def test_nccl_knows_the_gpu_of_its_rank_and_waits_longer_than_the_rank_watch(
+def test_nccl_gets_the_gpu_and_a_longer_timeout(
     show_gpus: Callable[[int], list[torch.device]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Without the GPU, NCCL would guess it from the rank. It aborts a rank that waits, which the watch is to do."""
@@ -113,7 +113,7 @@ def test_every_rank_refuses_a_gpu_that_two_of_them_have() -> None:
 
 
 @pytest.mark.slow
-def test_a_network_interface_that_does_not_exist_is_an_error_that_says_how_to_choose_one(tmp_path: Path) -> None:
+def test_a_missing_network_interface_is_an_error_with_advice(tmp_path: Path) -> None:
     code = """
 import os, sys
 from t5tune.distributed.process_group import join_process_group
@@ -175,7 +175,7 @@ def test_all_ranks_start_or_all_of_them_stop() -> None:
     assert meet(make_stop(signal.SIGTERM), store=store) == ["started"]
 
 
-def test_a_rank_that_does_not_come_is_an_error_after_the_timeout() -> None:
+def test_a_missing_rank_is_an_error_after_the_timeout() -> None:
     assert meet(make_stop(), make_stop(), size=3) == [
         f"rank {rank}: only 2 of 3 ranks have started" for rank in range(2)
     ]
@@ -208,7 +208,7 @@ except Stopped as error:
 @pytest.mark.distributed
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [[0], [1], [1, 0]])
-def test_a_rank_that_waits_for_others_says_so_and_stops_at_the_first_signal(ranks: list[int], tmp_path: Path) -> None:
+def test_a_waiting_rank_says_so_and_stops_at_a_signal(ranks: list[int], tmp_path: Path) -> None:
     """Rank 0 waits for all, rank 1 for rank 0, and if that is there, both of them for rank 2."""
     place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(find_free_port())}
     with ExitStack() as stack:

@@ -35,10 +35,8 @@ def interrupt(times: int = 1) -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_a_second_interrupt_ends_a_call_from_python_and_keeps_the_checkpoint(
-    untied_base: Path, conversations: Path, tmp_path: Path
-) -> None:
-    settings = make_settings(untied_base, conversations, tmp_path / "run", save_steps=2)
+def test_a_second_interrupt_ends_a_call_from_python(inputs: list[Path], tmp_path: Path) -> None:
+    settings = make_settings(*inputs, tmp_path / "run", save_steps=2)
     notes: queue.Queue[str] = queue.Queue()
     handler = signal.getsignal(signal.SIGINT)
 
@@ -59,7 +57,7 @@ def test_a_second_interrupt_ends_a_call_from_python_and_keeps_the_checkpoint(
     assert train(settings).resumed_from == tmp_path / "run" / "checkpoint-2"
 
 
-def test_no_timer_ends_a_process_that_is_not_ours_to_end() -> None:
+def test_no_timer_ends_a_notebook_process() -> None:
     running: list[threading.Thread] = []
 
     def interrupt_stubborn_work() -> None:
@@ -74,6 +72,6 @@ def test_no_timer_ends_a_process_that_is_not_ours_to_end() -> None:
     assert not [thread for thread in running if isinstance(thread, threading.Timer)]
 
 
-def test_the_outermost_block_decides_whether_a_second_signal_ends_the_process() -> None:
+def test_the_outermost_block_decides_if_a_second_signal_exits() -> None:
     with pytest.raises(Exited), handle_signals(), handle_signals(exits=False):
         interrupt(2)

@@ -31,7 +31,7 @@ with watch_ranks(world, 2, RESUME_HINT) as watch:
 @pytest.mark.parametrize("hung", [0, 1])  # rank 0 has the rendezvous store
 @pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
 @pytest.mark.variants("19-0", "9-1")
-def test_a_rank_that_does_not_answer_is_named_while_the_other_waits_for_its_gpu(
+def test_a_silent_rank_is_named_while_another_waits_for_a_gpu(
     hung: int, number: signal.Signals, tmp_path: Path
 ) -> None:
     ranks = start_two_ranks(WATCHING.replace("BATCHES", "pass"), tmp_path)
@@ -45,7 +45,7 @@ def test_a_rank_that_does_not_answer_is_named_while_the_other_waits_for_its_gpu(
 
 
 @pytest.mark.slow
-def test_a_rank_whose_main_thread_hangs_is_named_by_the_one_that_waits_for_it(tmp_path: Path) -> None:
+def test_a_rank_whose_main_thread_hangs_is_named(tmp_path: Path) -> None:
     ranks = start_two_ranks(
         WATCHING.replace("BATCHES", "for _ in range(2 - world.rank): watch.count_batch()"), tmp_path
     )
@@ -60,7 +60,7 @@ def compare_often(watch: RankWatch, *ranks: tuple[int, int], times: int = 3 * PO
     return [watch.compare([(poll * moves, batches) for moves, batches in ranks]) for poll in range(1, times + 1)]
 
 
-def test_ranks_in_the_same_batch_are_not_named_however_long_they_take() -> None:
+def test_ranks_in_the_same_batch_are_never_named() -> None:
     watch = RankWatch(World(rank=0, size=3), 60)
     assert set(compare_often(watch, (1, 7), (1, 7), (1, 7))) == {None}
 
@@ -75,7 +75,7 @@ def test_a_rank_is_named_after_the_timeout_and_not_before() -> None:
     assert "rank 1 hangs" in str(behind[-1])
 
 
-def test_a_late_rank_that_becomes_silent_does_not_answer_rather_than_hang() -> None:
+def test_a_late_rank_that_becomes_silent_does_not_answer() -> None:
     watch = RankWatch(World(rank=0, size=2), 60)
     assert watch.compare([(1, 7), (1, 6)]) is None
     assert watch.compare([(2, 7), (2, 6)]) is None  # the first poll at which it is late
@@ -96,7 +96,7 @@ def test_all_silent_ranks_are_named_but_never_the_own_one() -> None:
 
 
 def test_each_micro_batch_of_a_run_is_counted(
-    untied_base: Path, conversations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    inputs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     watches: set[RankWatch] = set()
     count_batch = RankWatch.count_batch
@@ -106,5 +106,5 @@ def test_each_micro_batch_of_a_run_is_counted(
         count_batch(watch)
 
     monkeypatch.setattr(RankWatch, "count_batch", count)
-    train(make_settings(untied_base, conversations, tmp_path / "run", max_steps=3, gradient_accumulation_steps=2))
+    train(make_settings(*inputs, tmp_path / "run", max_steps=3, gradient_accumulation_steps=2))
     assert [watch.num_batches for watch in watches] == [6]

@@ -6,14 +6,7 @@ from pathlib import Path
 import pytest
 
 from t5tune.errors import OutOfMemory
-from t5tune.evaluation.batches import (
-    SMALL_BATCH,
-    Batches,
-    BatchRun,
-    EvaluationStopped,
-    Lengths,
-    make_batches,
-)
+from t5tune.evaluation.batches import SMALL_BATCH, Batches, BatchRun, EvaluationStopped, Lengths, make_batches
 from t5tune.progress import Advanced, Event, Note
 from tests.distributed.test_collectives import JOINED
 from tests.support.two_ranks import read_lines, start_two_ranks
@@ -28,9 +21,7 @@ def make_lengths(count: int) -> list[Lengths]:
 
 
 @pytest.mark.parametrize(("batch_size", "budget"), [(None, 4000), (7, 4000), (None, 200), (1, 10)])
-def test_each_example_is_in_one_batch_within_the_limits_and_long_targets_come_first(
-    batch_size: int | None, budget: int
-) -> None:
+def test_batches_stay_within_limits_and_long_targets_come_first(batch_size: int | None, budget: int) -> None:
     lengths = make_lengths(300)
     made = make_batches(lengths, batch_size, count_tokens, budget)
     assert sorted(index for batch in made.batches for index in batch) == list(range(300))
@@ -78,7 +69,7 @@ def test_only_batches_that_do_not_fit_into_memory_are_halved() -> None:
     assert [event.done for event in events if isinstance(event, Advanced)] == [4, 8, 12]
 
 
-def test_an_example_that_does_not_fit_into_memory_alone_is_named_and_other_errors_stay_as_they_are() -> None:
+def test_an_example_too_large_for_memory_is_named() -> None:
     batches = make_batches([Lengths(4, 6)] * 4, None, count_tokens, 1000)
 
     def fail(message: str) -> Callable[[list[int]], dict[int, int]]:

@@ -14,7 +14,7 @@ from t5tune.settings.groups.memory import MemorySettings
 pytestmark = pytest.mark.slow
 
 
-def test_a_longer_example_takes_more_memory_than_the_one_that_was_estimated_before() -> None:
+def test_a_longer_example_takes_more_memory() -> None:
     config = {**KNOWN_CONFIGS["google/flan-t5-small"], "num_layers": 1, "num_decoder_layers": 1}
     settings = PlanSettings(model_name_or_path="google/flan-t5-small", packing="off")
     machine = Machine(on_gpu=True, count=1, memory=None, name="GPU", has_bf16=False)

@@ -100,7 +100,7 @@ def test_full_training_is_suggested_with_the_lowest_stage_that_fits(tmp_path: Pa
 @pytest.mark.parametrize(
     ("memory", "expected"), [(80 << 30, "--no-bf16 --per"), (1100 << 20, "--no-bf16 --gradient-checkpointing --q-lora")]
 )
-def test_no_bf16_is_suggested_for_a_gpu_that_only_emulates_it(
+def test_no_bf16_is_suggested_for_a_gpu_without_it(
     memory: int, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     properties = SimpleNamespace(total_memory=memory, name="Tesla T4")

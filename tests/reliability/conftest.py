@@ -10,20 +10,18 @@ from tests.support.runs import make_arguments, make_settings, read_adapter
 
 
 @pytest.fixture(scope="session")
-def uninterrupted(untied_base: Path, conversations: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+def uninterrupted(inputs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """The adapter of an uninterrupted run in one process."""
     run = tmp_path_factory.mktemp("uninterrupted") / "run"
-    train(make_settings(untied_base, conversations, run))
+    train(make_settings(*inputs, run))
     return read_adapter(run)
 
 
 @pytest.fixture(scope="session")
-def zero3_run(
-    fork_server: ForkServer, untied_base: Path, conversations: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def zero3_run(fork_server: ForkServer, inputs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run of two ranks under ZeRO-3."""
     run = tmp_path_factory.mktemp("uninterrupted") / "run"
-    done = fork_server.run(make_arguments(untied_base, conversations, run, "--deepspeed=zero3"), 2)
+    done = fork_server.run(make_arguments(*inputs, run, "--deepspeed=zero3"), 2)
     assert done.codes == [0, 0], done.log[-3000:]
     return run
 

@@ -28,9 +28,9 @@ DAMAGES: dict[str, Callable[[Path], None]] = {"delete": Path.unlink, "truncate":
 
 
 @pytest.fixture(scope="module")
-def one_process_run(untied_base: Path, conversations: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def one_process_run(inputs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("damaged") / "run"
-    train(make_settings(untied_base, conversations, run))
+    train(make_settings(*inputs, run))
     return run
 
 
@@ -61,14 +61,14 @@ def test_each_damaged_file_is_named_and_its_checkpoint_is_skipped(
     assert find_newest(run) == (last, [])
 
 
-def test_a_run_resumes_from_the_previous_checkpoint_and_is_refused_without_one(
-    one_process_run: Path, untied_base: Path, conversations: Path, tmp_path: Path
+def test_a_run_resumes_from_the_last_complete_checkpoint(
+    one_process_run: Path, inputs: list[Path], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(one_process_run, run)
     (run / "result.json").unlink()
     flip(run / f"checkpoint-{STEPS}" / "optimizer.pt")
-    settings = make_settings(untied_base, conversations, run)
+    settings = make_settings(*inputs, run)
     assert train(settings).resumed_from == run / f"checkpoint-{STEPS - 6}"
     assert read_adapter(run) == read_adapter(one_process_run)
     (run / "result.json").unlink()

@@ -23,11 +23,7 @@ KINDS = {
 NO_FAULTS = "injecting faults needs Linux and a C compiler"
 SHORT_RUN = ("--max-steps=4", "--save-steps=2", "--logging-steps=1")
 SAMPLE = {"once": 1, "from then on": 3, "short": 2}  # number of faults for each way in `make test`
-WAYS = {
-    "once": (ONCE, errno.EIO),
-    "from then on": (FROM_THEN_ON, errno.ENOSPC),
-    "short": (SHORT, 0),
-}
+WAYS = {"once": (ONCE, errno.EIO), "from then on": (FROM_THEN_ON, errno.ENOSPC), "short": (SHORT, 0)}
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +90,7 @@ def check_survival(
     assert [path.name for path in run.iterdir() if path.name.startswith(".")] == [], where
 
 
-def test_prepare_leaves_the_old_or_the_new_cache_after_any_failed_file_operation(
+def test_prepare_survives_any_failed_file_operation(
     fork_server: ForkServer, few_conversations: Path, conversations: Path, tmp_path: Path
 ) -> None:
     if not fork_server.can_inject_faults:

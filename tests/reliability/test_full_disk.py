@@ -34,18 +34,18 @@ def mount_small_disk(folder: Path, kibibytes: int) -> Iterator[None]:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_a_full_disk_costs_no_checkpoint(
-    size: int, fork_server: ForkServer, untied_base: Path, conversations: Path, uninterrupted: bytes, tmp_path: Path
+    size: int, fork_server: ForkServer, inputs: list[Path], uninterrupted: bytes, tmp_path: Path
 ) -> None:
     disk = tmp_path / "disk"
     run = disk / "run"
     with mount_small_disk(disk, size):
-        done = fork_server.run(make_arguments(untied_base, conversations, run, "--save-steps=2"))
+        done = fork_server.run(make_arguments(*inputs, run, "--save-steps=2"))
         assert done.codes == [1], done.log
         assert str(run) in done.log
         assert "bytes are free" in done.log
         assert "Traceback" not in done.log
         before = list_complete_steps(run)
         subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
-        result = train(make_settings(untied_base, conversations, run, save_steps=2))
+        result = train(make_settings(*inputs, run, save_steps=2))
         assert (result.resumed_from is not None) == bool(before)
         assert read_adapter(run) == uninterrupted

@@ -30,12 +30,12 @@ def hosts() -> Iterator[Hosts]:
 
 @pytest.mark.long
 @pytest.mark.parametrize("method", METHODS)
-def test_a_cut_cable_ends_both_ranks_in_time_and_the_run_resumes_to_the_same_bits(
-    method: str, hosts: Hosts, fork_server: ForkServer, untied_base: Path, conversations: Path, tmp_path: Path
+def test_a_cut_cable_ends_both_ranks_and_the_run_resumes(
+    method: str, hosts: Hosts, fork_server: ForkServer, inputs: list[Path], tmp_path: Path
 ) -> None:
     run, cut_at = tmp_path / "run", tmp_path / "cut-at"
     flags = (*METHODS[method], f"--process-group-timeout={TIMEOUT}", "--max-steps=6", "--save-steps=2")
-    arguments = make_arguments(untied_base, conversations, run, *flags)
+    arguments = make_arguments(*inputs, run, *flags)
     done = fork_server.run(arguments, 2, [hosts.enter_call, hosts.make_cut_call(4, cut_at)])
     assert time.monotonic() - float(cut_at.read_text()) < TIMEOUT + SECONDS_TO_END
     assert done.codes == [1, 1], done.log
@@ -45,19 +45,19 @@ def test_a_cut_cable_ends_both_ranks_in_time_and_the_run_resumes_to_the_same_bit
     assert list_complete_steps(run) == [2]
     hosts.connect()
     assert fork_server.run(arguments, 2, [hosts.enter_call]).codes == [0, 0]
-    uninterrupted = make_arguments(untied_base, conversations, tmp_path / "uninterrupted", *flags)
+    uninterrupted = make_arguments(*inputs, tmp_path / "uninterrupted", *flags)
     assert fork_server.run(uninterrupted, 2).codes == [0, 0]
     assert read_adapter(run) == read_adapter(tmp_path / "uninterrupted")
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("method", METHODS)
-def test_a_cut_cable_ends_the_ranks_of_torchrun_in_time_and_the_run_resumes_to_the_same_bits(
-    method: str, hosts: Hosts, fork_server: ForkServer, untied_base: Path, conversations: Path, tmp_path: Path
+def test_a_cut_cable_ends_the_ranks_of_torchrun_in_time(
+    method: str, hosts: Hosts, fork_server: ForkServer, inputs: list[Path], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     flags = (*METHODS[method], f"--process-group-timeout={TIMEOUT}", "--max-steps=100", "--save-steps=10")
-    arguments = make_arguments(untied_base, conversations, run, *flags)
+    arguments = make_arguments(*inputs, run, *flags)
 
     def start(rank: int) -> Running:
         torchrun = ["-m", "torch.distributed.run", "--nnodes=2", f"--node-rank={rank}", "--nproc-per-node=1"]
@@ -82,6 +82,6 @@ def test_a_cut_cable_ends_the_ranks_of_torchrun_in_time_and_the_run_resumes_to_t
     nodes = [start(rank) for rank in range(2)]
     with nodes[0], nodes[1]:
         assert [node.wait() for node in nodes] == [0, 0], nodes[0].log.read_text()
-    uninterrupted = make_arguments(untied_base, conversations, tmp_path / "uninterrupted", *flags)
+    uninterrupted = make_arguments(*inputs, tmp_path / "uninterrupted", *flags)
     assert fork_server.run(uninterrupted, 2).codes == [0, 0]
     assert read_adapter(run) == read_adapter(tmp_path / "uninterrupted")

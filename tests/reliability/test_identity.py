@@ -32,7 +32,7 @@ from t5tune.runs.resume_guard import SHARDING_FIELDS, check_run_identity, descri
 from t5tune.settings import PrepareSettings
 from t5tune.settings.packaged_templates import read_deepspeed_config
 from tests.support.caches import find_cache
-from tests.support.command_line import CommandResult
+from tests.support.command_line import OnRanks
 from tests.support.forks import ForkServer
 from tests.support.runs import STEPS, make_arguments, make_settings, read_adapter, stop_at
 
@@ -40,11 +40,11 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def begun_run(untied_base: Path, conversations: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def begun_run(inputs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A stopped run with one checkpoint, of step 7."""
     run = tmp_path_factory.mktemp("begun") / "run"
     with pytest.raises(Stopped):
-        train(make_settings(untied_base, conversations, run, save_steps=1000), stop_at(Advanced("train", 6)))
+        train(make_settings(*inputs, run, save_steps=1000), stop_at(Advanced("train", 6)))
     return run
 
 
@@ -78,13 +78,11 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("what", CHANGES)
-def test_a_changed_setting_is_refused_with_both_values(
-    what: str, begun_run: Path, untied_base: Path, conversations: Path
-) -> None:
+def test_a_changed_setting_is_refused_with_both_values(what: str, begun_run: Path, inputs: list[Path]) -> None:
     changes, message = CHANGES[what]
     before = hash_files(begun_run)
     with pytest.raises((SettingsError, CheckpointError), match=message) as refused:
-        train(make_settings(untied_base, conversations, begun_run, **changes))
+        train(make_settings(*inputs, begun_run, **changes))
     assert refused.value.exit_code == 2
     hint, checkpoint = refused.value.hint or "", begun_run / "checkpoint-7"
     assert f"--adapter {checkpoint} and another output_dir" in hint or f"t5tune export {checkpoint}" in hint
@@ -120,7 +118,7 @@ def test_a_run_resumes_with_the_files_of_its_cache(untied_base: Path, conversati
     assert seeds == [42, 0]
 
 
-def test_a_base_is_hashed_once_and_again_after_one_of_its_files_was_touched(
+def test_a_base_is_hashed_again_only_after_a_change(
     untied_base: Path, conversations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, run, hashed = tmp_path / "base", tmp_path / "run", []
@@ -162,8 +160,8 @@ def test_a_base_is_hashed_once_and_again_after_one_of_its_files_was_touched(
 
 
 @pytest.mark.parametrize("train_mode", ["lora", "full"])
-def test_the_flag_that_a_refused_change_names_starts_a_new_run_from_the_weights(
-    train_mode: str, untied_base: Path, conversations: Path, tmp_path: Path, on_ranks: Callable[..., CommandResult]
+def test_the_suggested_flag_starts_a_new_run_from_the_weights(
+    train_mode: str, untied_base: Path, conversations: Path, tmp_path: Path, on_ranks: OnRanks
 ) -> None:
     run = tmp_path / "run"
     settings = make_settings(untied_base, conversations, run, train_mode=train_mode, save_steps=1000, dropout=False)
@@ -205,16 +203,11 @@ PLATEAU = {"lr_scheduler_type": "reduce_lr_on_plateau", "max_steps": 8, "eval_fr
     ],
     ids=["longer", "shorter", "epochs", "plateau"],
 )
-def test_all_steps_after_resuming_follow_the_schedule_of_an_allowed_length(
-    first: dict[str, Any],
-    new: dict[str, Any],
-    shares: Callable[[int, int], float],
-    untied_base: Path,
-    conversations: Path,
-    tmp_path: Path,
+def test_resumed_steps_follow_the_schedule_of_an_allowed_length(
+    first: dict[str, Any], new: dict[str, Any], shares: Callable[[int, int], float], inputs: list[Path], tmp_path: Path
 ) -> None:
     run, notes = tmp_path / "run", list[Event]()
-    settings = make_settings(untied_base, conversations, run, logging_steps=1, save_steps=1000, **first)
+    settings = make_settings(*inputs, run, logging_steps=1, save_steps=1000, **first)
     with pytest.raises(Stopped):
         train(settings, stop_at(Advanced("train", 2)))
     (name,) = new
@@ -239,7 +232,7 @@ def test_all_steps_after_resuming_follow_the_schedule_of_an_allowed_length(
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
 @pytest.mark.variants("zero3")
 def test_an_allowed_length_is_used_under_deepspeed(
-    stage: str, untied_base: Path, conversations: Path, tmp_path: Path, on_ranks: Callable[..., CommandResult]
+    stage: str, untied_base: Path, conversations: Path, tmp_path: Path, on_ranks: OnRanks
 ) -> None:
     run = tmp_path / "run"
     command = ("train", "--model-name-or-path", untied_base, "--data-path", conversations, "--output-dir", run)
@@ -256,30 +249,28 @@ def test_an_allowed_length_is_used_under_deepspeed(
     assert rates == pytest.approx([1e-2 * share for share in (1, 4 / 5, 2 / 4, 1 / 4)])
 
 
-def test_only_another_length_can_be_allowed(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
+def test_only_another_length_can_be_allowed(inputs: list[Path], tmp_path: Path) -> None:
     for name in ("learning_rate", "data", "learnin_rate"):
         message = rf"^allow_change: .*{name}: only num_train_epochs and max_steps can be "
         with pytest.raises(SettingsError, match=message):
-            make_settings(untied_base, conversations, tmp_path / "run", allow_change=["max_steps", name])
+            make_settings(*inputs, tmp_path / "run", allow_change=["max_steps", name])
 
 
 def test_settings_that_do_not_affect_the_weights_may_change(
-    begun_run: Path, untied_base: Path, conversations: Path, uninterrupted: bytes
+    begun_run: Path, inputs: list[Path], uninterrupted: bytes
 ) -> None:
-    settings = make_settings(
-        untied_base, conversations, begun_run, logging_steps=5, save_steps=3, dataloader_num_workers=1
-    )
+    settings = make_settings(*inputs, begun_run, logging_steps=5, save_steps=3, dataloader_num_workers=1)
     assert train(settings).steps == STEPS
     assert read_adapter(begun_run) == uninterrupted
 
 
 def test_shards_are_refused_without_zero_with_the_command_that_helps(
-    zero3_run: Path, untied_base: Path, conversations: Path, tmp_path: Path
+    zero3_run: Path, inputs: list[Path], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(zero3_run, run)
     (run / "result.json").unlink()
-    settings = make_settings(untied_base, conversations, run, gradient_accumulation_steps=2)
+    settings = make_settings(*inputs, run, gradient_accumulation_steps=2)
     with pytest.raises(CheckpointError, match="2 processes with ZeRO-3; 1 process without DeepSpeed can't") as refused:
         train(settings)
     assert refused.value.exit_code == 2
@@ -289,19 +280,14 @@ def test_shards_are_refused_without_zero_with_the_command_that_helps(
 
 @pytest.mark.distributed
 def test_a_deepspeed_config_that_says_the_same_may_replace_another(
-    fork_server: ForkServer,
-    zero3_run: Path,
-    uninterrupted_zero3: bytes,
-    untied_base: Path,
-    conversations: Path,
-    tmp_path: Path,
+    fork_server: ForkServer, zero3_run: Path, uninterrupted_zero3: bytes, inputs: list[Path], tmp_path: Path
 ) -> None:
     run, config = shutil.copytree(zero3_run, tmp_path / "run"), tmp_path / "config.json"
     (run / "result.json").unlink()
     shutil.rmtree(run / f"checkpoint-{STEPS}")
     optimizer = {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "weight_decay": 0.0}}
     config.write_text(json.dumps({**read_deepspeed_config("zero3"), "optimizer": optimizer, "steps_per_print": 1000}))
-    done = fork_server.run(make_arguments(untied_base, conversations, run, f"--deepspeed={config}"), 2)
+    done = fork_server.run(make_arguments(*inputs, run, f"--deepspeed={config}"), 2)
     assert done.codes == [0, 0], done.log
     assert read_adapter(run) == uninterrupted_zero3
 
@@ -317,7 +303,7 @@ def test_a_deepspeed_config_that_says_the_same_may_replace_another(
         ("RMS", 0.5, "the optimizer's RMS differs between ranks or parameter groups"),  # Adafactor's
     ],
 )
-def test_other_ranks_refuse_an_optimizer_whose_state_depends_on_how_it_was_divided(
+def test_other_ranks_refuse_an_optimizer_state_that_cannot_be_divided(
     key: str, value: Any, reason: str, zero3_run: Path, tmp_path: Path
 ) -> None:
     checkpoint = shutil.copytree(zero3_run / f"checkpoint-{STEPS}", tmp_path / "checkpoint")
@@ -373,7 +359,7 @@ def test_other_ranks_refuse_an_optimizer_whose_state_depends_on_how_it_was_divid
         ),
     ],
 )
-def test_another_batch_is_refused_with_the_setting_that_makes_it_equal(
+def test_a_different_batch_is_refused_with_the_equalizing_setting(
     then: dict[str, Any], now: dict[str, Any], line: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     common = {"deepspeed_stage": None, "training_args": {}}
@@ -384,7 +370,7 @@ def test_another_batch_is_refused_with_the_setting_that_makes_it_equal(
     assert refused.value.problems == (line,)
 
 
-def test_tokens_per_batch_may_not_change_since_a_step_would_get_other_examples(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_changed_tokens_per_batch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     then = {
         "world_size": 2,
         "deepspeed_stage": None,
@@ -418,7 +404,7 @@ def test_a_note_says_what_another_number_of_ranks_means(
 
 
 @pytest.mark.parametrize("weight", ["", ":1"], ids=["one dataset", "a mixture"])
-def test_a_run_resumes_with_its_data_after_another_start_has_replaced_its_cache(
+def test_a_run_resumes_with_its_data_after_its_cache_changed(
     weight: str, untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
     run, cache = tmp_path / "run", tmp_path / "cache"

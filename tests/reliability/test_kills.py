@@ -30,7 +30,7 @@ OFTEN = ("--save-steps=1", "--save-total-limit=2")
 
 @pytest.mark.parametrize("kind", KILLS)
 def test_killed_runs_resume_to_the_same_bits(
-    kind: str, untied_base: Path, conversations: Path, tmp_path: Path, request: pytest.FixtureRequest
+    kind: str, inputs: list[Path], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     expected = request.getfixturevalue("uninterrupted" if kind == "one process" else "uninterrupted_zero3")
     more = (*OFTEN, *(() if kind == "one process" else ZERO3))
@@ -38,7 +38,7 @@ def test_killed_runs_resume_to_the_same_bits(
     inside = 0
     for number in range(KILLS[kind]):
         run = tmp_path / f"run-{number}"
-        with start_run(untied_base, conversations, run, *more) as running:
+        with start_run(*inputs, run, *more) as running:
             step = rng.randint(1, STEPS - 4)
             saving = number % 2 == 0
 
@@ -52,9 +52,9 @@ def test_killed_runs_resume_to_the_same_bits(
             running.wait_until_gone(processes)
         assert list_complete_steps(run), "a checkpoint existed before the kill"
         if kind == "one process":
-            train(make_settings(untied_base, conversations, run, save_steps=1, save_total_limit=2))
+            train(make_settings(*inputs, run, save_steps=1, save_total_limit=2))
         else:
-            with start_run(untied_base, conversations, run, *more) as running:
+            with start_run(*inputs, run, *more) as running:
                 assert running.wait() == 0, running.log.read_text()[-3000:]
         assert read_adapter(run) == expected
         assert not any(run.glob(f"{STAGING_PREFIX}*"))

@@ -32,11 +32,11 @@ FEW_STEPS = ("--save-steps=2", "--max-steps=8", "--report-samples=0")
 @pytest.mark.parametrize(("setup", "action"), CASES)
 @pytest.mark.variants("two ranks-skip", "alone-stop")
 def test_an_overflow_on_one_rank_updates_nothing_and_is_reported(
-    setup: str, action: str, fork_server: ForkServer, untied_base: Path, conversations: Path, tmp_path: Path
+    setup: str, action: str, fork_server: ForkServer, inputs: list[Path], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     ranks, more = SETUPS[setup]
-    command = make_arguments(untied_base, conversations, run, *FEW_STEPS, f"--on-non-finite={action}", *more)
+    command = make_arguments(*inputs, run, *FEW_STEPS, f"--on-non-finite={action}", *more)
     done = fork_server.run(command, ranks, [f"tests.support.overflowing:overflow_at([5], {ranks - 1})"])
     (line,) = map(json.loads, (run / "non_finite.jsonl").read_text().splitlines())
     assert (line["step"], line["action"], line["loss"], len(line["examples"])) == (5, action, None, 2 * ranks)
@@ -57,12 +57,10 @@ def test_an_overflow_on_one_rank_updates_nothing_and_is_reported(
 
 
 def test_the_limit_of_skipped_steps_includes_those_before_resuming(
-    fork_server: ForkServer, untied_base: Path, conversations: Path, tmp_path: Path
+    fork_server: ForkServer, inputs: list[Path], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    command = make_arguments(
-        untied_base, conversations, run, *FEW_STEPS, "--on-non-finite=skip", "--max-skipped-steps=2"
-    )
+    command = make_arguments(*inputs, run, *FEW_STEPS, "--on-non-finite=skip", "--max-skipped-steps=2")
     done = fork_server.run(command, calls=["tests.support.overflowing:overflow_at([3, 4, 7])"])
     assert done.codes == [1], done.log
     assert "step 7: the loss is inf" in done.log

@@ -45,7 +45,7 @@ CASES = [*SAME, *STAGES] if LONG else [("ddp ddp", 2, 1), ("zero2 zero2", 2, 1),
 
 @pytest.mark.parametrize(("methods", "before", "after"), CASES)
 @pytest.mark.variants("zero2 zero2-2-1")
-def test_resuming_on_other_ranks_keeps_the_optimizer_the_examples_and_nearly_the_weights(
+def test_resuming_on_other_ranks_keeps_optimizer_examples_and_weights(
     methods: str,
     before: int,
     after: int,

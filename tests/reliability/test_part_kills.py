@@ -77,7 +77,7 @@ def test_a_part_or_a_join_that_was_killed_is_completed(
 
 @pytest.mark.parametrize("moment", ["the part is written", "the join begins", "the parts are deleted"])
 @pytest.mark.parametrize("call", ["tests.support.nfs:lock_as_on_nfs()", "tests.support.nfs:lock_nothing()"])
-def test_parts_that_are_started_again_together_after_a_kill_leave_one_cache(
+def test_parts_restarted_together_after_a_kill_leave_one_cache(
     moment: str, call: str, tmp_path: Path, expected: dict[str, bytes], fork_server: ForkServer
 ) -> None:
     folder = tmp_path / "place"

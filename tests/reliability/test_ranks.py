@@ -31,11 +31,11 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.long
-def test_killed_ranks_and_launchers_leave_no_process_and_the_run_resumes_to_the_same_bits(
-    fork_server: ForkServer, untied_base: Path, conversations: Path, uninterrupted_zero3: bytes, tmp_path: Path
+def test_killed_ranks_and_launchers_leave_no_process(
+    fork_server: ForkServer, inputs: list[Path], uninterrupted_zero3: bytes, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    with start_run(untied_base, conversations, run, *ZERO3, "--max-restarts=1") as running:
+    with start_run(*inputs, run, *ZERO3, "--max-restarts=1") as running:
         running.wait_until(lambda: 6 in list_complete_steps(run))
         first = running.find_workers()
         send_signal(first[1], signal.SIGKILL)
@@ -50,21 +50,21 @@ def test_killed_ranks_and_launchers_leave_no_process_and_the_run_resumes_to_the_
         line for line in log.splitlines() if "error: rank 0 was killed by SIGKILL" in line
     ]
     assert "Traceback" not in log
-    with start_run(untied_base, conversations, run, *ZERO3) as running:
+    with start_run(*inputs, run, *ZERO3) as running:
         running.wait_until(lambda: 18 in list_complete_steps(run))
         workers = running.find_workers()
         running.process.kill()
         running.wait_until_gone(workers)
-    done = fork_server.run(make_arguments(untied_base, conversations, run, "--deepspeed=zero3"), 2)
+    done = fork_server.run(make_arguments(*inputs, run, "--deepspeed=zero3"), 2)
     assert done.codes == [0, 0], done.log
     assert read_adapter(run) == uninterrupted_zero3
 
 
 @pytest.mark.parametrize("hung", [0, 1] if LONG else [0])  # rank 0 has the rendezvous store
 @pytest.mark.long
-def test_a_hung_rank_is_named(hung: int, untied_base: Path, conversations: Path, tmp_path: Path) -> None:
+def test_a_hung_rank_is_named(hung: int, inputs: list[Path], tmp_path: Path) -> None:
     run = tmp_path / "run"
-    with start_run(untied_base, conversations, run, *ZERO3, "--process-group-timeout=8") as running:
+    with start_run(*inputs, run, *ZERO3, "--process-group-timeout=8") as running:
         running.wait_until(lambda: 6 in list_complete_steps(run))
         workers = running.find_workers()
         send_signal(workers[hung], signal.SIGSTOP)
@@ -75,9 +75,9 @@ def test_a_hung_rank_is_named(hung: int, untied_base: Path, conversations: Path,
 
 @pytest.mark.long
 @pytest.mark.long
-def test_a_second_signal_ends_a_run_with_a_hung_rank(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
+def test_a_second_signal_ends_a_run_with_a_hung_rank(inputs: list[Path], tmp_path: Path) -> None:
     run = tmp_path / "run"
-    with start_run(untied_base, conversations, run, *ZERO3) as running:
+    with start_run(*inputs, run, *ZERO3) as running:
         running.wait_until(lambda: 6 in list_complete_steps(run))
         workers = running.find_workers()
         # so that the other rank can't stop after its step, as the first signal requests
@@ -94,14 +94,12 @@ def test_a_second_signal_ends_a_run_with_a_hung_rank(untied_base: Path, conversa
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 @pytest.mark.long
-def test_the_other_ranks_exit_in_time(
-    rank: int, number: signal.Signals, untied_base: Path, conversations: Path, tmp_path: Path
-) -> None:
+def test_the_other_ranks_exit_in_time(rank: int, number: signal.Signals, inputs: list[Path], tmp_path: Path) -> None:
     timeout = 15
     # of a hung rank: 2 s to ask it, 2 s for its own report, and the exit of the processes
     within = 10 if number == signal.SIGKILL else timeout + 8
     run = tmp_path / "run"
-    with start_run(untied_base, conversations, run, *ZERO3, f"--process-group-timeout={timeout}") as running:
+    with start_run(*inputs, run, *ZERO3, f"--process-group-timeout={timeout}") as running:
         running.wait_until(lambda: 6 in list_complete_steps(run))
         workers = running.find_workers()
         send_signal(workers[rank], number)
@@ -114,12 +112,12 @@ def test_the_other_ranks_exit_in_time(
 
 @pytest.mark.long
 def test_tasks_of_srun_connect_and_stop_together(
-    fork_server: ForkServer, untied_base: Path, conversations: Path, uninterrupted_zero3: bytes, tmp_path: Path
+    fork_server: ForkServer, inputs: list[Path], uninterrupted_zero3: bytes, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     job = {"SLURM_NTASKS": "2", "SLURM_JOB_ID": str(find_free_port() - 20000), "SLURM_STEP_ID": "0"}
     job |= {"SLURM_JOB_NODELIST": "localhost"}
-    arguments = make_arguments(untied_base, conversations, run, "--deepspeed=zero3")
+    arguments = make_arguments(*inputs, run, "--deepspeed=zero3")
     command = [sys.executable, "-m", "t5tune", *arguments]
     tasks = [
         Running(command, tmp_path / f"task-{rank}", **job, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank))
@@ -155,12 +153,12 @@ LAUNCHERS = {
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 @pytest.mark.parametrize("whom", ["launcher", "rank"])
 @pytest.mark.long
-def test_a_signal_under_other_launchers_saves_a_checkpoint_and_the_run_resumes(
-    launcher: str, whom: str, untied_base: Path, conversations: Path, uninterrupted_zero3: bytes, tmp_path: Path
+def test_a_signal_under_other_launchers_saves_a_checkpoint(
+    launcher: str, whom: str, inputs: list[Path], uninterrupted_zero3: bytes, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     command = [
-        sys.executable, *LAUNCHERS[launcher], *make_arguments(untied_base, conversations, run, "--deepspeed=zero3"),
+        sys.executable, *LAUNCHERS[launcher], *make_arguments(*inputs, run, "--deepspeed=zero3"),
     ]  # fmt: skip
     with Running(command, run) as running:
         running.wait_for_step(5)
@@ -177,13 +175,13 @@ def test_a_signal_under_other_launchers_saves_a_checkpoint_and_the_run_resumes(
 
 @pytest.mark.long
 def test_two_launchers_connect_through_a_rendezvous(
-    untied_base: Path, conversations: Path, uninterrupted_zero3: bytes, tmp_path: Path
+    inputs: list[Path], uninterrupted_zero3: bytes, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d",
         f"--rdzv-endpoint=localhost:{find_free_port()}", "--rdzv-id=meet", "-m", "t5tune",
-        *make_arguments(untied_base, conversations, run, "--deepspeed=zero3"),
+        *make_arguments(*inputs, run, "--deepspeed=zero3"),
     ]  # fmt: skip
     nodes = [Running(command, tmp_path / f"node-{number}") for number in range(2)]
     with nodes[0], nodes[1]:

@@ -19,9 +19,9 @@ def find_canary(folder: Path) -> list[Path]:
 
 
 @pytest.mark.long
-def test_secret_tokens_are_in_no_file_and_no_log(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
+def test_secret_tokens_are_in_no_file_and_no_log(inputs: list[Path], tmp_path: Path) -> None:
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "t5tune", *make_arguments(untied_base, conversations, run, "--max-steps=2")]
+    command = [sys.executable, "-m", "t5tune", *make_arguments(*inputs, run, "--max-steps=2")]
     with Running([*command, "--debug"], run, **TOKENS) as running:
         assert running.wait() == 0, running.log.read_text()[-3000:]
     assert len(list(run.rglob("*"))) > 20
@@ -29,7 +29,7 @@ def test_secret_tokens_are_in_no_file_and_no_log(untied_base: Path, conversation
     assert find_canary(tmp_path) == []
     (tmp_path / "secret.yaml").write_text(f"training_args:\n  hub_token: {CANARY}\n")
     other = tmp_path / "other"
-    command = [sys.executable, "-m", "t5tune", *make_arguments(untied_base, conversations, other)]
+    command = [sys.executable, "-m", "t5tune", *make_arguments(*inputs, other)]
     with Running([*command, f"--config={tmp_path / 'secret.yaml'}"], other, **TOKENS) as running:
         assert running.wait() == 2
     assert "training_args.hub_token: secrets don't belong in settings" in running.log.read_text()

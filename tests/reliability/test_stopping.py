@@ -52,10 +52,10 @@ if LONG:
 
 @pytest.mark.parametrize(("step", "number"), MOMENTS)
 @pytest.mark.variants("24-15")
-def test_a_signal_saves_the_step_and_the_run_resumes_to_the_same_bits(
-    step: int, number: signal.Signals, untied_base: Path, conversations: Path, uninterrupted: bytes, tmp_path: Path
+def test_a_signal_saves_the_step_and_resuming_gives_equal_bits(
+    step: int, number: signal.Signals, inputs: list[Path], uninterrupted: bytes, tmp_path: Path
 ) -> None:
-    settings = make_settings(untied_base, conversations, tmp_path / "run", save_steps=1000)
+    settings = make_settings(*inputs, tmp_path / "run", save_steps=1000)
     event = Advanced("train", step - 1) if step else Started("train", STEPS, "steps")
     with pytest.raises(Stopped) as stopped:
         train(settings, stop_at(event, number))
@@ -69,12 +69,10 @@ def test_a_signal_saves_the_step_and_the_run_resumes_to_the_same_bits(
 
 
 @pytest.mark.long
-def test_ctrl_c_saves_a_checkpoint_even_if_it_also_ends_the_reader_of_the_log(
-    untied_base: Path, conversations: Path, tmp_path: Path
-) -> None:
+def test_ctrl_c_saves_a_checkpoint_without_a_reader_of_the_log(inputs: list[Path], tmp_path: Path) -> None:
     run = tmp_path / "run"
     more = ("--save-steps=100000", "--max-steps=100000")
-    command = [sys.executable, "-m", "t5tune", *make_arguments(untied_base, conversations, run, *more)]
+    command = [sys.executable, "-m", "t5tune", *make_arguments(*inputs, run, *more)]
     read, write = os.pipe()
     with open(write, "wb") as pipe, Running(command, run, pipe) as running:
         pipe.close()
@@ -88,11 +86,11 @@ def test_ctrl_c_saves_a_checkpoint_even_if_it_also_ends_the_reader_of_the_log(
 @pytest.mark.parametrize("strategy", ["steps", "epoch"])
 @pytest.mark.variants("steps")
 def test_a_signal_interrupts_an_evaluation_which_is_repeated_after_resuming(
-    strategy: str, untied_base: Path, conversations: Path, tmp_path: Path
+    strategy: str, inputs: list[Path], tmp_path: Path
 ) -> None:
     more = {"eval_fraction": 0.3, "eval_strategy": strategy, "per_device_eval_batch_size": 2, "save_steps": 1000}
     more |= {"metric_for_best_model": "loss", "eval_steps": 8 if strategy == "steps" else None}
-    settings = make_settings(untied_base, conversations, tmp_path / "uninterrupted", **more)
+    settings = make_settings(*inputs, tmp_path / "uninterrupted", **more)
     expected = train(settings).eval["loss"]
     evaluated = read_evaluations(tmp_path / "uninterrupted")
     first = min(evaluated)
@@ -106,11 +104,9 @@ def test_a_signal_interrupts_an_evaluation_which_is_repeated_after_resuming(
     assert read_adapter(tmp_path / "uninterrupted") == read_adapter(tmp_path / "stopped")
 
 
-def test_a_signal_interrupts_the_evaluation_before_the_first_step(
-    untied_base: Path, conversations: Path, tmp_path: Path
-) -> None:
+def test_a_signal_interrupts_the_evaluation_before_the_first_step(inputs: list[Path], tmp_path: Path) -> None:
     more = {"eval_fraction": 0.3, "max_steps": 3, "training_args": {"eval_on_start": True}}
-    settings = make_settings(untied_base, conversations, tmp_path / "run", **more)
+    settings = make_settings(*inputs, tmp_path / "run", **more)
 
     def stop_in_evaluation(event: Event) -> None:
         if isinstance(event, Started) and event.task == LOSSES_TASK:
@@ -129,10 +125,10 @@ def read_evaluations(run: Path) -> dict[int, float]:
     return {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
 
 
-def test_a_signal_while_the_data_is_prepared_leaves_no_partial_files(
-    untied_base: Path, conversations: Path, uninterrupted: bytes, tmp_path: Path
+def test_a_signal_while_preparing_leaves_no_partial_files(
+    inputs: list[Path], uninterrupted: bytes, tmp_path: Path
 ) -> None:
-    settings = make_settings(untied_base, conversations, tmp_path / "run")
+    settings = make_settings(*inputs, tmp_path / "run")
     with pytest.raises(Stopped, match="before training began"):
         train(settings, stop_at(Started("prepare", None, "records")))
     assert not (tmp_path / "run").exists()
@@ -152,11 +148,11 @@ def stop_in_prepare() -> None:
     module.prepare_datasets = interrupted
 
 
-def test_a_signal_while_rank_0_prepares_the_data_stops_all_ranks(
-    fork_server: ForkServer, untied_base: Path, conversations: Path, tmp_path: Path
+def test_a_signal_while_rank_0_prepares_stops_all_ranks(
+    fork_server: ForkServer, inputs: list[Path], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    command = make_arguments(untied_base, conversations, run, "--max-steps=2", "--report-samples=0")
+    command = make_arguments(*inputs, run, "--max-steps=2", "--report-samples=0")
     done = fork_server.run(command, 2, ["tests.reliability.test_stopping:stop_in_prepare()"])
     assert done.codes == [143, 143], done.log
     assert done.log.splitlines().count("stopped by SIGTERM before training began") == 1  # rank 0 says it
@@ -167,9 +163,7 @@ def test_a_signal_while_rank_0_prepares_the_data_stops_all_ranks(
 
 @pytest.mark.distributed
 @pytest.mark.long
-def test_a_signal_to_torchrun_while_rank_0_prepares_the_data_leaves_no_partial_files(
-    untied_base: Path, tmp_path: Path
-) -> None:
+def test_a_signal_to_torchrun_while_preparing_leaves_no_files(untied_base: Path, tmp_path: Path) -> None:
     data, run = tmp_path / "many.jsonl", tmp_path / "run"
     lines = [
         json.dumps({"source": f"how many are {number}?", "target": f"{number} lamps"}) for number in range(200_000)
@@ -190,11 +184,11 @@ def test_a_signal_to_torchrun_while_rank_0_prepares_the_data_leaves_no_partial_f
 
 
 @pytest.mark.long
-def test_a_signal_to_one_rank_stops_all_and_the_run_resumes_to_the_same_bits(
-    fork_server: ForkServer, untied_base: Path, conversations: Path, uninterrupted_zero3: bytes, tmp_path: Path
+def test_a_signal_to_one_rank_stops_all_ranks(
+    fork_server: ForkServer, inputs: list[Path], uninterrupted_zero3: bytes, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    with start_run(untied_base, conversations, run, *ZERO3, "--save-steps=1000") as running:
+    with start_run(*inputs, run, *ZERO3, "--save-steps=1000") as running:
         running.wait_for_step(5)
         send_signal(running.find_workers()[1], signal.SIGUSR1)
         assert running.wait() == 143, running.log.read_text()
@@ -202,19 +196,17 @@ def test_a_signal_to_one_rank_stops_all_and_the_run_resumes_to_the_same_bits(
     assert 5 <= step < STEPS
     assert f"checkpoint-{step}" in running.log.read_text()
     assert "Traceback" not in running.log.read_text()
-    done = fork_server.run(make_arguments(untied_base, conversations, run, "--deepspeed=zero3"), 2)
+    done = fork_server.run(make_arguments(*inputs, run, "--deepspeed=zero3"), 2)
     assert done.codes == [0, 0], done.log
     assert read_adapter(run) == uninterrupted_zero3
 
 
 @pytest.mark.long
 @pytest.mark.distributed
-def test_ctrl_c_saves_a_checkpoint_of_two_ranks_and_is_reported_once(
-    untied_base: Path, conversations: Path, tmp_path: Path
-) -> None:
+def test_ctrl_c_stops_two_ranks_with_one_report(inputs: list[Path], tmp_path: Path) -> None:
     """A terminal sends SIGINT to the launcher and to each rank."""
     run = tmp_path / "run"
-    with start_run(untied_base, conversations, run, "--num-processes=2", "--save-steps=1000") as running:
+    with start_run(*inputs, run, "--num-processes=2", "--save-steps=1000") as running:
         running.wait_for_step(3)
         for pid in (running.process.pid, *running.find_workers()):
             send_signal(pid, signal.SIGINT)
@@ -229,14 +221,12 @@ def test_ctrl_c_saves_a_checkpoint_of_two_ranks_and_is_reported_once(
     assert "Traceback" not in log
 
 
-def test_a_terminal_keeps_the_evaluations_and_says_where_ctrl_c_has_stopped_the_run(
-    untied_base: Path, conversations: Path, tmp_path: Path
-) -> None:
+def test_a_terminal_shows_evaluations_and_where_ctrl_c_stopped(inputs: list[Path], tmp_path: Path) -> None:
     run = tmp_path / "run"
     more = ("--eval-fraction=0.3", "--eval-steps=2", "--save-steps=100000", "--max-steps=100000")
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (40, 80))
-    command = [sys.executable, "-m", "t5tune", *make_arguments(untied_base, conversations, run, *more)]
+    command = [sys.executable, "-m", "t5tune", *make_arguments(*inputs, run, *more)]
     drawn, is_sent = b"", False
     with open(theirs, "wb") as terminal, Running(command, run, terminal, TERM="xterm") as running:
         terminal.close()
@@ -261,7 +251,7 @@ def test_a_terminal_keeps_the_evaluations_and_says_where_ctrl_c_has_stopped_the_
     assert drawn.rfind(b"\x1b[?25h") > drawn.rfind(b"\x1b[?25l")  # the cursor is back
 
 
-def test_ctrl_c_does_not_stop_a_background_job_of_a_script() -> None:
+def test_ctrl_c_does_not_stop_a_background_job() -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with handle_signals() as stop:
@@ -271,7 +261,7 @@ def test_ctrl_c_does_not_stop_a_background_job_of_a_script() -> None:
         signal.signal(signal.SIGINT, before)
 
 
-def test_a_second_signal_exits_at_once_but_two_copies_of_one_do_not(tmp_path: Path) -> None:
+def test_a_second_signal_exits_but_copies_of_one_signal_do_not(tmp_path: Path) -> None:
     waiting = """
 import time
 from t5tune.distributed.signals import handle_signals
@@ -296,7 +286,7 @@ with handle_signals() as stop:
     assert "second signal: exiting now" in running.log.read_text()
 
 
-def test_a_second_signal_exits_while_the_main_thread_waits_outside_of_python(tmp_path: Path) -> None:
+def test_a_second_signal_exits_while_the_main_thread_waits(tmp_path: Path) -> None:
     waiting = """
 from datetime import timedelta
 from torch.distributed import TCPStore
@@ -337,11 +327,11 @@ if LONG:
 @pytest.mark.parametrize(("library", "number"), IMPORTS)
 @pytest.mark.variants("torch-SIGINT")
 def test_a_signal_while_libraries_are_imported_stops_training_afterwards(
-    library: str, number: str, untied_base: Path, conversations: Path, tmp_path: Path
+    library: str, number: str, inputs: list[Path], tmp_path: Path
 ) -> None:
     (tmp_path / "sitecustomize.py").write_text(SIGNAL_WHILE_IMPORTING)
     environment = {"PYTHONPATH": str(tmp_path), "SIGNAL_AT": library, "SIGNAL_NAME": number}
-    with start_run(untied_base, conversations, tmp_path / "run", is_new=True, **environment) as running:
+    with start_run(*inputs, tmp_path / "run", is_new=True, **environment) as running:
         assert running.wait() == (130 if number == "SIGINT" else 143), running.log.read_text()
     lines = [line for line in running.log.read_text().splitlines() if "Ctrl-C" not in line]
     assert lines[-1] == f"stopped{'' if number == 'SIGINT' else f' by {number}'} before training began", lines
@@ -370,7 +360,7 @@ def test_no_library_can_swallow_a_signal(library: Callable[[], None]) -> None:
         library()
 
 
-def test_a_process_that_does_not_react_to_the_interrupt_exits_after_a_timeout(tmp_path: Path) -> None:
+def test_a_process_that_ignores_the_interrupt_exits_after_a_timeout(tmp_path: Path) -> None:
     stubborn = """
 from t5tune.distributed import signals
 signals.SECONDS_TO_UNWIND = 0.2
@@ -403,8 +393,8 @@ def torchrun_forwards_chosen_signals() -> bool:
 @pytest.mark.long
 @pytest.mark.distributed
 @pytest.mark.parametrize(("script", "code"), [("srun", 143), ("torchrun", 1)])
-def test_the_time_limit_of_a_slurm_job_saves_a_checkpoint_and_requeues_it(
-    script: str, code: int, untied_base: Path, conversations: Path, tmp_path: Path
+def test_a_slurm_time_limit_saves_a_checkpoint_and_requeues(
+    script: str, code: int, inputs: list[Path], tmp_path: Path
 ) -> None:
     """Fake SLURM commands run the task on this machine, and record the requests to the controller."""
     if script == "torchrun" and not torchrun_forwards_chosen_signals():
@@ -416,9 +406,7 @@ def test_the_time_limit_of_a_slurm_job_saves_a_checkpoint_and_requeues_it(
     job = str(os.getpid())
     variables = {"SLURM_JOB_ID": job, "SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "here", "RANKS_PER_NODE": "1"}
     variables |= {"PATH": path, "REQUESTS": str(tmp_path / "requests")}
-    _, *flags = make_arguments(
-        untied_base, conversations, tmp_path / "run", "--save-steps=100000", "--max-steps=100000"
-    )
+    _, *flags = make_arguments(*inputs, tmp_path / "run", "--save-steps=100000", "--max-steps=100000")
     command = ["bash", str(REPOSITORY / "examples" / "slurm" / f"{script}.sbatch"), *flags]
     with Running(command, tmp_path / "run", **variables) as running:
         running.wait_for_step(3)
@@ -436,9 +424,7 @@ def test_the_time_limit_of_a_slurm_job_saves_a_checkpoint_and_requeues_it(
 
 @pytest.mark.parametrize(("failure", "code"), [("exit 1", 1), ("kill -TERM $$", 143)])
 @pytest.mark.parametrize("script", ["srun", "torchrun"])
-def test_a_slurm_job_that_fails_before_its_time_limit_is_not_requeued(
-    script: str, failure: str, code: int, tmp_path: Path
-) -> None:
+def test_a_failed_slurm_job_is_not_requeued(script: str, failure: str, code: int, tmp_path: Path) -> None:
     """When a rank fails, srun ends the others with SIGTERM, and exits with the highest code."""
     for name, text in {**SLURM, "srun": failure}.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")

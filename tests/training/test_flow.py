@@ -2,7 +2,6 @@
 
 import math
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +13,7 @@ from transformers.trainer_callback import CallbackHandler
 
 from t5tune.commands.train import train
 from t5tune.training.flow import find_gains, is_better
-from tests.support.command_line import CommandResult
+from tests.support.command_line import OnRanks
 from tests.support.train_runs import make_settings
 
 LARGER = SimpleNamespace(metric_for_best_model="field_f1", greater_is_better=True)
@@ -25,20 +24,20 @@ def make_line(loss: float, field_f1: float | None = None) -> dict[str, Any]:
     return {"eval_loss": loss} | ({} if field_f1 is None else {"eval_field_f1": field_f1})
 
 
-def test_of_equal_values_the_one_with_the_lower_loss_is_better_but_no_gain() -> None:
+def test_a_lower_loss_breaks_a_tie_but_is_no_gain() -> None:
     first, second = make_line(2.0, 100.0), make_line(1.0, 100.0)
     assert is_better(second, first, LARGER)
     assert not is_better(first, second, LARGER)
     assert find_gains([first, second, make_line(9.0, 100.5)], LARGER, 0.0) == [True, False, True]
 
 
-def test_a_gain_is_larger_than_the_threshold_over_the_best_value_before() -> None:
+def test_a_gain_exceeds_the_best_value_by_the_threshold() -> None:
     values = [1.0, 1.5, 1.4, 2.1]
     assert find_gains([make_line(1.0, value) for value in values], LARGER, 0.5) == [True, False, False, True]
     assert find_gains([make_line(value) for value in (2.0, 1.5, 1.6, 1.4)], LOSS, 0.0) == [True, True, False, True]
 
 
-def test_a_value_that_is_missing_or_of_a_loss_that_is_not_finite_is_never_the_best() -> None:
+def test_missing_metrics_and_infinite_losses_are_never_the_best() -> None:
     lines = [make_line(1.0), make_line(math.nan, 90.0), make_line(1.0, 50.0), make_line(0.5), make_line(1.0, 60.0)]
     assert find_gains(lines, LARGER, 0.0) == [False, False, True, False, True]
     assert not is_better(lines[0], None, LARGER)
@@ -84,21 +83,20 @@ LOGGED, SAVED, EVALUATED = ["log of a loss"], ["save"], ["log of metrics", "eval
 def test_a_step_is_logged_then_saved_then_evaluated(
     changes: dict[str, Any],
     expected: dict[int, list[str]],
-    untied_base: Path,
-    conversations: Path,
+    inputs: list[Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     events = record_events(monkeypatch)
-    result = train(make_settings(untied_base, conversations, tmp_path / "run", eval_fraction=0.2, **changes))
+    result = train(make_settings(*inputs, tmp_path / "run", eval_fraction=0.2, **changes))
     of_run = f"{result.steps}: log of metrics"  # the run's own summary
     assert events == [*(f"{step}: {kind}" for step, kinds in expected.items() for kind in kinds), of_run]
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_a_rank_that_the_checkpoint_has_no_random_state_of_derives_one_from_seed_step_and_rank(
-    untied_base: Path, conversations: Path, tmp_path: Path, on_ranks: Callable[..., CommandResult]
+def test_a_new_rank_derives_its_random_state(
+    untied_base: Path, conversations: Path, tmp_path: Path, on_ranks: OnRanks
 ) -> None:
     """Otherwise it would draw again what it has drawn from the run's first step on, and all ranks the same."""
     values: dict[str, Any] = {"seed": 5, "save_steps": 2, "max_steps": 4}

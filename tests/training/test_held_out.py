@@ -77,7 +77,7 @@ def test_the_split_follows_from_the_conversations_and_split_seed(
     assert list_held_out(untied_base, forms["file"], next(folders), split_seed=1) != expected
 
 
-def test_datasets_of_a_mixture_hold_out_the_same_with_any_seed(untied_base: Path, tmp_path: Path) -> None:
+def test_datasets_of_a_mixture_hold_out_equally_with_any_seed(untied_base: Path, tmp_path: Path) -> None:
     files = [write_lines(tmp_path / f"{name}.jsonl", list_pairs(20, name)) for name in ("sums", "words")]
     weighted = [f"{files[0]}:3", f"{files[1]}:1"]
     found = [list_held_out(untied_base, weighted, tmp_path / f"run-{seed}", seed=seed) for seed in (1, 2)]

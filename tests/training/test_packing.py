@@ -2,7 +2,6 @@
 
 import functools
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from t5tune.progress import Event
 from t5tune.training.build_model import _enable_packing
 from tests.support import train_runs
 from tests.support.caches import open_only
-from tests.support.command_line import CommandResult
+from tests.support.command_line import OnRanks
 from tests.support.train_runs import read_steps
 
 NUM_DATA = 10
@@ -78,7 +77,7 @@ def test_a_step_is_the_same_on_two_ranks(
     conversations: Path,
     padded: tuple[Path, int],
     tmp_path: Path,
-    on_ranks: Callable[..., CommandResult],
+    on_ranks: OnRanks,
 ) -> None:
     done = on_ranks(
         2, "train", "--model-name-or-path", base_without_dropout, "--data-path", conversations,
@@ -95,7 +94,7 @@ def test_a_step_is_the_same_on_two_ranks(
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_every_step_of_an_epoch_is_the_same_on_one_rank_and_on_two(
-    base_without_dropout: Path, conversations: Path, tmp_path: Path, on_ranks: Callable[..., CommandResult]
+    base_without_dropout: Path, conversations: Path, tmp_path: Path, on_ranks: OnRanks
 ) -> None:
     """With packing and a token budget: two micro-batches per step, one after the other or on two ranks."""
     common: dict[str, Any] = {"num_data": 24, "max_steps": 6, "packing": "on", "tokens_per_batch": 600}
@@ -137,12 +136,10 @@ def test_label_smoothing_is_in_the_loss_it_trains_on(
 @pytest.mark.slow
 @pytest.mark.parametrize("packing", ["on", "off"])
 @pytest.mark.variants("on")
-def test_budget_batches_resume_in_a_later_epoch_to_the_same_bits(
-    packing: str, untied_base: Path, conversations: Path, tmp_path: Path
-) -> None:
+def test_budget_batches_resume_in_a_later_epoch_to_equal_bits(packing: str, inputs: list[Path], tmp_path: Path) -> None:
     run = tmp_path / "run"
     chosen = make_settings(
-        untied_base, conversations, run, num_data=None, tokens_per_batch=1500, packing=packing, num_train_epochs=2,
+        *inputs, run, num_data=None, tokens_per_batch=1500, packing=packing, num_train_epochs=2,
         max_steps=None, save_strategy="no",
     )  # fmt: skip
     count = train(chosen).steps
@@ -159,8 +156,8 @@ def test_budget_batches_resume_in_a_later_epoch_to_the_same_bits(
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_two_ranks_resume_in_a_later_epoch_to_the_same_bits(
-    untied_base: Path, conversations: Path, tmp_path: Path, on_ranks: Callable[..., CommandResult]
+def test_two_ranks_resume_in_a_later_epoch_to_equal_bits(
+    untied_base: Path, conversations: Path, tmp_path: Path, on_ranks: OnRanks
 ) -> None:
     """With a fixed number of examples, accelerate wraps the sampler so deeply that the Trainer can't set its epoch."""
     run = tmp_path / "run"

@@ -27,7 +27,7 @@ from t5tune.settings import EvaluateSettings, MergeSettings, PrepareSettings, Tr
 from t5tune.training import reference as reference_module
 from t5tune.training.reference import ReferenceFile
 from tests.support.caches import open_only
-from tests.support.command_line import CommandResult
+from tests.support.command_line import OnRanks
 from tests.support.model_types import make_checkpoint
 from tests.support.train_runs import make_settings as make_run_settings
 from tests.support.train_runs import read_losses, read_metrics_lines, read_steps
@@ -83,7 +83,7 @@ def run(untied_base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory)
     return folder
 
 
-def test_the_loss_begins_at_log_2_and_metrics_have_trl_s_names(run: Path) -> None:
+def test_the_loss_begins_at_log_2_with_trl_metric_names(run: Path) -> None:
     steps, evaluations = read_steps(run), read_evaluations(run)
     assert steps[0]["loss"] == pytest.approx(LOG_2, abs=1e-7)
     assert steps[-1]["loss"] < 0.9 * LOG_2
@@ -101,7 +101,7 @@ def test_the_loss_begins_at_log_2_and_metrics_have_trl_s_names(run: Path) -> Non
     assert "rewards/margins" in page
 
 
-def test_the_reference_is_that_of_stock_transformers(run: Path, untied_base: Path, data: Path) -> None:
+def test_the_reference_equals_stock_transformers(run: Path, untied_base: Path, data: Path) -> None:
     stock = compute_log_probabilities(untied_base, run / "data")
     parts = open_examples(run / "data").split(0.25, 42)
     for name, part in zip(("training", "held-out"), parts, strict=True):
@@ -110,7 +110,7 @@ def test_the_reference_is_that_of_stock_transformers(run: Path, untied_base: Pat
         np.testing.assert_allclose(found, stock[indices].numpy(), rtol=0, atol=2e-4)
 
 
-def test_held_out_metrics_are_those_of_the_merged_model(run: Path, untied_base: Path, tmp_path: Path) -> None:
+def test_held_out_metrics_equal_the_merged_model(run: Path, untied_base: Path, tmp_path: Path) -> None:
     merged = tmp_path / "merged"
     merge(MergeSettings(model_name_or_path=str(untied_base), adapter=run, output_dir=merged, verify=False))
     before, after = (compute_log_probabilities(folder, run / "data") for folder in (untied_base, merged))
@@ -133,7 +133,7 @@ def test_held_out_metrics_are_those_of_the_merged_model(run: Path, untied_base: 
 @pytest.mark.variants("zero3-dpo", "padded-orpo")
 def test_each_way_has_the_losses_of_one_process(
     options: list[str], objective: str, untied_base: Path, data: Path, tmp_path: Path,
-    on_ranks: Callable[..., CommandResult],
+    on_ranks: OnRanks,
 ) -> None:  # fmt: skip
     ranks = 2 if "--num-processes=2" in options else 1
     arguments = [
@@ -234,7 +234,7 @@ def test_the_reference_is_the_model_as_training_begins(
     assert differs == (variant in ("adapter", "loftq", "bf16"))
 
 
-def test_another_adapter_can_be_the_reference(run: Path, untied_base: Path, data: Path, tmp_path: Path) -> None:
+def test_an_adapter_can_be_the_reference(run: Path, untied_base: Path, data: Path, tmp_path: Path) -> None:
     train(make_settings(untied_base, data, tmp_path / "same", adapter=run, reference_adapter=run))
     assert read_losses(tmp_path / "same")[0] == pytest.approx(LOG_2, abs=1e-6)
     train(make_settings(untied_base, data, tmp_path / "other", reference_adapter=run))
@@ -353,7 +353,7 @@ def test_a_student_comes_near_its_teacher(untied_base: Path, data: Path, teacher
 @pytest.mark.variants("zero3")
 def test_two_ranks_distill_as_one_process(
     zero: list[str], base_without_dropout: Path, data: Path, teacher: Path, tmp_path: Path,
-    on_ranks: Callable[..., CommandResult],
+    on_ranks: OnRanks,
 ) -> None:  # fmt: skip
     train(make_student(base_without_dropout, data, tmp_path / "one", teacher, lora_dropout=0.0))
     done = on_ranks(
@@ -369,7 +369,7 @@ def test_two_ranks_distill_as_one_process(
     )
 
 
-def test_a_run_with_a_teacher_resumes_to_the_same_bits_and_refuses_another_one(
+def test_a_run_with_a_teacher_resumes_to_equal_bits(
     untied_base: Path, data: Path, teacher: Path, tmp_path: Path
 ) -> None:
     runs = tmp_path / "whole", tmp_path / "stopped"
@@ -394,7 +394,7 @@ def test_a_teacher_with_other_tokens_is_refused(tied_base: Path, data: Path, tea
         train(make_student(tied_base, data, tmp_path / "two", tied_base))
 
 
-def test_predictions_can_be_the_targets_of_another_model(
+def test_predictions_can_be_targets_of_a_student(
     untied_base: Path, data: Path, teacher: Path, conversations: Path, tmp_path: Path
 ) -> None:
     """The prompts in predictions.jsonl become the sources that the teacher has read, with its template."""

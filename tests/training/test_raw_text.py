@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from t5tune.errors import SettingsError
 from t5tune.progress import Note
 from t5tune.settings import EvaluateSettings, PrepareSettings, TrainSettings
 from tests.support.caches import open_only
-from tests.support.command_line import CommandResult
+from tests.support.command_line import OnRanks
 from tests.support.prose import english_text
 from tests.support.recording import read_recorded
 
@@ -47,7 +46,7 @@ def write_config(settings: TrainSettings, file: Path) -> Path:
 
 @pytest.mark.distributed
 def test_each_epoch_masks_other_spans_on_any_number_of_ranks(
-    untied_base: Path, text: Path, tmp_path: Path, on_ranks: Callable[..., CommandResult]
+    untied_base: Path, text: Path, tmp_path: Path, on_ranks: OnRanks
 ) -> None:
     steps = {}
     for ranks in (1, 2):
@@ -74,8 +73,8 @@ def test_each_epoch_masks_other_spans_on_any_number_of_ranks(
 
 @pytest.mark.long
 @pytest.mark.parametrize("batching", [{"tokens_per_batch": 512}, {"packing": "off"}])
-def test_a_run_that_is_stopped_in_a_later_epoch_ends_with_the_same_bits(
-    batching: dict[str, Any], untied_base: Path, text: Path, tmp_path: Path, on_ranks: Callable[..., CommandResult]
+def test_a_run_stopped_in_a_later_epoch_ends_with_equal_bits(
+    batching: dict[str, Any], untied_base: Path, text: Path, tmp_path: Path, on_ranks: OnRanks
 ) -> None:
     settings = make_settings(untied_base, text, tmp_path / "whole", denoisers=["ul2"], **batching)
     whole = train(settings)
@@ -88,7 +87,7 @@ def test_a_run_that_is_stopped_in_a_later_epoch_ends_with_the_same_bits(
     assert weights[0] == weights[1]
 
 
-def test_a_mixture_can_have_raw_text_and_each_part_has_the_loss_of_a_separate_evaluation(
+def test_a_mixture_with_raw_text_has_the_losses_of_separate_evaluations(
     untied_base: Path, text: Path, conversations: Path, tmp_path: Path
 ) -> None:
     parts = {
@@ -112,9 +111,7 @@ def test_a_mixture_can_have_raw_text_and_each_part_has_the_loss_of_a_separate_ev
         assert separate.examples == 20
 
 
-def test_raw_text_is_measured_with_the_masks_of_training_and_without_what_only_pairs_have(
-    untied_base: Path, text: Path, tmp_path: Path
-) -> None:
+def test_raw_text_is_evaluated_with_the_masks_of_training(untied_base: Path, text: Path, tmp_path: Path) -> None:
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text(json.dumps({"dialogue": "Count to two.", "summary": "One, two."}))
     columns = {"source_column": "dialogue", "target_column": "summary", "source_prefix": "summarize: "}
@@ -143,9 +140,7 @@ def test_raw_text_is_measured_with_the_masks_of_training_and_without_what_only_p
     assert measure(run, "e", **changes)[1] == []
 
 
-def test_raw_text_is_measured_on_a_base_of_the_family_of_training(
-    untied_base: Path, text: Path, tmp_path: Path
-) -> None:
+def test_raw_text_is_evaluated_with_the_family_of_training(untied_base: Path, text: Path, tmp_path: Path) -> None:
     base = shutil.copytree(untied_base, tmp_path / "base")
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"model_type": "strange_t5"}))
@@ -157,9 +152,7 @@ def test_raw_text_is_measured_on_a_base_of_the_family_of_training(
     assert evaluate(settings).examples == 2
 
 
-def test_a_cache_with_other_masks_is_refused_when_a_run_is_resumed(
-    untied_base: Path, text: Path, tmp_path: Path
-) -> None:
+def test_a_run_refuses_a_cache_with_different_masks(untied_base: Path, text: Path, tmp_path: Path) -> None:
     values = {"model_name_or_path": str(untied_base), "objective": "span-corruption", "model_max_length": 64}
     prepared = PrepareSettings(**values, data_path=[text], output_dir=tmp_path / "cache", seed=1)
     prepare(prepared)

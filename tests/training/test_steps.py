@@ -70,7 +70,7 @@ def test_seed_and_epoch_determine_the_order() -> None:
     assert len({tuple(order) for order in orders.values()}) == 4
 
 
-def test_a_step_has_examples_of_similar_length_and_steps_are_shuffled() -> None:
+def test_steps_are_shuffled_and_have_examples_of_similar_length() -> None:
     lengths = np.random.default_rng(0).integers(5, 500, 4096)
     order = np.array(
         list_indices(make_count_sampler(make_draws(lengths, seed=3), batch_size=32, step_size=1, group_by_length=True))
@@ -101,9 +101,7 @@ def list_epoch(sampler: StepSampler, epoch: int) -> list[list[int]]:
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(("count", "step_size"), [(40, 1), (40, 16), (1000, 3), (5003, 8)])
-def test_each_epoch_has_every_example_once_in_the_same_number_of_batches_within_the_budget(
-    count: int, step_size: int, packed: bool
-) -> None:
+def test_each_epoch_has_every_example_once_within_the_budget(count: int, step_size: int, packed: bool) -> None:
     sources, targets = sample_lengths(count, 512)
     sampler = make_budget_sampler(EpochDraws(sources, targets, seed=1), 2048, packed, step_size)
     assert len(sampler) % step_size == 0

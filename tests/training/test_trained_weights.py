@@ -38,7 +38,7 @@ def test_a_fused_optimizer_of_deepspeeds_config_saves_its_fp32_masters() -> None
         torch.testing.assert_close(found, before[name] - rate, rtol=0, atol=1e-8)
 
 
-def test_a_rank_that_does_not_save_gathers_every_tensor_and_drops_it_at_once() -> None:
+def test_a_rank_that_does_not_save_drops_gathered_tensors() -> None:
     """All ranks take part in gathering, but the copies of all ranks may not fit into the machine's memory."""
     gathered: list[weakref.ref[np.ndarray]] = []
     numbers_in_memory = []

@@ -19,7 +19,7 @@ from t5tune.commands.train import train
 from t5tune.errors import DependencyError
 from t5tune.settings import packaged_templates
 from t5tune.training.trainer import OVERRIDDEN_METHODS, T5Trainer, check_overridden_methods
-from tests.support.command_line import CommandResult
+from tests.support.command_line import OnRanks
 from tests.support.train_runs import make_settings, read_losses, read_steps
 
 
@@ -31,14 +31,14 @@ def test_every_private_method_that_the_trainer_overrides_is_checked() -> None:
 
 
 @pytest.mark.parametrize("name", OVERRIDDEN_METHODS)
-def test_a_release_of_transformers_that_renames_an_overridden_method_is_refused_by_name(name: str) -> None:
+def test_a_transformers_release_with_a_renamed_method_is_refused(name: str) -> None:
     renamed = type("Trainer", (), {other: getattr(Trainer, other) for other in OVERRIDDEN_METHODS if other != name})
     with pytest.raises(DependencyError, match=f"Trainer has no method {name}"):
         check_overridden_methods(renamed)
 
 
-def test_a_worker_prepares_as_many_batches_ahead_as_it_is_told(
-    untied_base: Path, conversations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_worker_prefetches_the_given_number_of_batches(
+    inputs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaders: list[Any] = []
     get_loader = T5Trainer.get_train_dataloader
@@ -49,17 +49,17 @@ def test_a_worker_prepares_as_many_batches_ahead_as_it_is_told(
 
     monkeypatch.setattr(T5Trainer, "get_train_dataloader", record_loader)
     changes: dict[str, Any] = {"dataloader_num_workers": 1, "training_args": {"dataloader_prefetch_factor": 3}}
-    train(make_settings(untied_base, conversations, tmp_path / "run", max_steps=1, **changes))
+    train(make_settings(*inputs, tmp_path / "run", max_steps=1, **changes))
     assert [loader.prefetch_factor for loader in loaders] == [3]
 
 
-def test_a_release_of_transformers_that_takes_the_gradient_norm_elsewhere_is_refused_before_an_update(
-    untied_base: Path, conversations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_transformers_release_without_the_norm_check_is_refused(
+    inputs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Otherwise a gradient that isn't finite would change the weights."""
     monkeypatch.setattr(Trainer, "_clip_grad_norm", lambda *_: torch.tensor(1.0))
     with pytest.raises(DependencyError, match="Trainer computes the gradient norm without accelerate"):
-        train(make_settings(untied_base, conversations, tmp_path / "run"))
+        train(make_settings(*inputs, tmp_path / "run"))
     assert not list((tmp_path / "run").glob("checkpoint-*"))
 
 
@@ -72,11 +72,7 @@ def test_a_release_of_transformers_that_takes_the_gradient_norm_elsewhere_is_ref
 )
 @pytest.mark.variants("--deepspeed zero3")
 def test_two_ranks_clip_the_gradient_of_all_their_partitions(
-    more: tuple[str, ...],
-    untied_base: Path,
-    conversations: Path,
-    tmp_path: Path,
-    on_ranks: Callable[..., CommandResult],
+    more: tuple[str, ...], untied_base: Path, conversations: Path, tmp_path: Path, on_ranks: OnRanks
 ) -> None:
     """B is zero before the first step, so with SGD its norm is then the learning rate times that of the gradient."""
     given = ("--model-name-or-path", untied_base, "--data-path", conversations, "--add-tokens", "none", "--use-cpu")
@@ -100,7 +96,7 @@ def test_two_ranks_clip_the_gradient_of_all_their_partitions(
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_zero_3_gathers_the_head_for_the_loss_alone(
-    untied_base: Path, conversations: Path, tmp_path: Path, on_ranks: Callable[..., CommandResult]
+    untied_base: Path, conversations: Path, tmp_path: Path, on_ranks: OnRanks
 ) -> None:
     config = packaged_templates.read_deepspeed_config("zero3")
     # otherwise DeepSpeed keeps so small a head gathered, or gathers it ahead of its use
@@ -127,12 +123,8 @@ def test_zero_3_gathers_the_head_for_the_loss_alone(
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("more", [(), ("--gradient-checkpointing", "--use-dora")], ids=["lora", "dora"])
-def test_zero_3_gathers_a_block_at_once_with_the_same_losses(
-    more: tuple[str, ...],
-    untied_base: Path,
-    conversations: Path,
-    tmp_path: Path,
-    on_ranks: Callable[..., CommandResult],
+def test_zero_3_gathers_a_block_at_once_with_equal_losses(
+    more: tuple[str, ...], untied_base: Path, conversations: Path, tmp_path: Path, on_ranks: OnRanks
 ) -> None:
     """A hook for each of the adapters' modules would take longer than a step's computation on a fast GPU."""
     config = packaged_templates.read_deepspeed_config("zero3")
@@ -207,12 +199,12 @@ class HostWork(TorchDispatchMode):
     ids=["packed", "padded", "not clipped"],
 )
 @pytest.mark.variants("packed")
-def test_a_step_reads_two_values_at_most_and_a_micro_step_none(
-    more: dict[str, Any], untied_base: Path, conversations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_step_reads_at_most_two_values(
+    more: dict[str, Any], inputs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a GPU each read waits for all work before it. The optimizer is the one that GPUs use by default."""
     settings = make_settings(
-        untied_base, conversations, tmp_path / "run", optim="adamw_torch_fused", gradient_accumulation_steps=2,
+        *inputs, tmp_path / "run", optim="adamw_torch_fused", gradient_accumulation_steps=2,
         logging_steps=2, save_steps=100, **more,
     )  # fmt: skip
     with HostWork(monkeypatch) as work:
@@ -227,7 +219,7 @@ def test_a_step_reads_two_values_at_most_and_a_micro_step_none(
 
 
 def test_checkpointing_makes_no_gradient_of_padded_attentions_bias(
-    untied_base: Path, conversations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    inputs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A GPU's fused kernels compute none."""
     attend, seen = functional.scaled_dot_product_attention, []
@@ -238,6 +230,6 @@ def test_checkpointing_makes_no_gradient_of_padded_attentions_bias(
 
     monkeypatch.setattr(functional, "scaled_dot_product_attention", note_bias)
     more = {"packing": "off", "gradient_checkpointing": True, "max_steps": 1}
-    train(make_settings(untied_base, conversations, tmp_path / "run", **more))
+    train(make_settings(*inputs, tmp_path / "run", **more))
     assert len(seen) == 2 * 6  # each block's attentions, again in the backward pass
     assert not any(seen)

@@ -17,7 +17,7 @@ from t5tune.training.callbacks.sample_predictions import choose_samples
 from tests.support.train_runs import make_settings
 
 
-def test_half_of_the_samples_are_the_worst_and_the_others_are_spread() -> None:
+def test_half_of_the_samples_are_the_worst() -> None:
     losses = [0.1] * 20
     losses[3], losses[7], losses[12] = 5.0, 9.0, 7.0
     others, worst = choose_samples(losses, 6)
@@ -45,9 +45,7 @@ def test_a_loss_that_is_not_finite_is_the_worst() -> None:
     + [("relative_attention_bias", False), ("wo", False), ("SelfAttention", False)],
 )
 @pytest.mark.variants("final_layer_norm-False", "layer_norm-True")
-def test_predictions_during_training_in_bf16_are_those_of_stock_peft_with_its_modules_to_save(
-    module: str, quantized: bool, tmp_path: Path
-) -> None:
+def test_samples_in_bf16_equal_stock_peft_with_modules_to_save(module: str, quantized: bool, tmp_path: Path) -> None:
     """Without DeepSpeed they are fp32 in a bf16 base, which needs autocast also where Trainer doesn't apply it."""
     names, things = ("Mira", "Otto", "Ruth", "Karl"), ("tea", "coffee", "bread")
     records = [{"source": f"{name} would like some {thing}", "target": thing} for name in names for thing in things]

@@ -113,7 +113,7 @@ def test_wandb_has_name_settings_curves_report_and_adapter(
     assert list(runs[-1].rglob("report_*.html"))
 
 
-def test_a_broken_file_of_ids_gives_a_new_entry_with_a_warning(
+def test_a_broken_trackers_file_gives_a_new_entry(
     untied_base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("WANDB_RUN_ID", raising=False)

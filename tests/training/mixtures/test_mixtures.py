@@ -2,7 +2,6 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from t5tune.runs.data import locate_data, open_data
 from t5tune.runs.result import TrainResult, read_result
 from t5tune.settings import EvaluateSettings, PrepareSettings, TrainSettings, load_settings
 from tests.support.caches import find_cache
-from tests.support.command_line import CommandResult, t5tune_in_fork
+from tests.support.command_line import OnRanks, t5tune_in_fork
 from tests.support.recording import read_recorded
 from tests.support.train_runs import read_metrics_lines
 from tests.training.mixtures.datasets import SIZES, list_datasets, make_prepare_settings, make_settings, read_tree
@@ -45,7 +44,7 @@ def count_by_dataset(steps: dict[int, list[list[int]]], tokenizer_folder: Path) 
 
 
 def run_recorded(
-    on_ranks: Callable[..., CommandResult], ranks: int, settings: TrainSettings, folder: Path, *more: Any
+    on_ranks: OnRanks, ranks: int, settings: TrainSettings, folder: Path, *more: Any
 ) -> dict[int, list[list[int]]]:
     """Run in so many processes, and return the targets of each step's examples."""
     folder.mkdir()
@@ -61,7 +60,7 @@ def run_recorded(
 @pytest.mark.parametrize("batching", [{}, {"tokens_per_batch": 256, "per_device_train_batch_size": 1}])
 @pytest.mark.variants("batching0")
 def test_the_shares_are_the_weights_on_any_number_of_ranks(
-    batching: dict[str, int], untied_base: Path, data: Path, tmp_path: Path, on_ranks: Callable[..., CommandResult]
+    batching: dict[str, int], untied_base: Path, data: Path, tmp_path: Path, on_ranks: OnRanks
 ) -> None:
     steps = {}
     for ranks in (1, 2):
@@ -83,8 +82,8 @@ def test_the_shares_are_the_weights_on_any_number_of_ranks(
     ]  # fmt: skip
 
 
-def test_a_small_dataset_starts_over_and_one_of_weight_0_is_left_out(
-    untied_base: Path, data: Path, tmp_path: Path, on_ranks: Callable[..., CommandResult]
+def test_a_small_dataset_repeats_and_weight_0_is_left_out(
+    untied_base: Path, data: Path, tmp_path: Path, on_ranks: OnRanks
 ) -> None:
     settings = make_settings(untied_base, data, tmp_path / "run", packing="off", num_train_epochs=1)
     settings = settings.replace(data=list_datasets(data, (0, 3, 1)))
@@ -98,8 +97,8 @@ def test_a_small_dataset_starts_over_and_one_of_weight_0_is_left_out(
 
 @pytest.mark.parametrize("batching", [{}, {"tokens_per_batch": 256}])
 @pytest.mark.variants("batching1")
-def test_a_run_that_is_stopped_in_the_middle_of_a_mixture_ends_with_the_same_bits(
-    batching: dict[str, int], untied_base: Path, data: Path, tmp_path: Path, on_ranks: Callable[..., CommandResult]
+def test_a_mixture_stopped_in_a_later_epoch_ends_with_equal_bits(
+    batching: dict[str, int], untied_base: Path, data: Path, tmp_path: Path, on_ranks: OnRanks
 ) -> None:
     whole = make_settings(untied_base, data, tmp_path / "whole", **batching)
     train(whole)
@@ -119,18 +118,15 @@ def test_a_run_that_is_stopped_in_the_middle_of_a_mixture_ends_with_the_same_bit
         train(whole.replace(data=list_datasets(data, (3, 1, 1))))
 
 
-def test_other_weights_are_refused_when_a_run_is_resumed(
-    untied_base: Path, data: Path, tmp_path: Path, on_ranks: Callable[..., CommandResult]
+def test_a_run_refuses_changed_dataset_weights(
+    untied_base: Path, data: Path, tmp_path: Path, on_ranks: OnRanks
 ) -> None:
     settings = make_settings(untied_base, data, tmp_path / "run")
     config = write_config(settings, tmp_path / "run.yaml")
     assert on_ranks(1, "train", "--config", config, calls=["tests.support.stop_in_step:stop_in_step(2)"]).code == 143
     for changes, problem in (
         ({"data": list_datasets(data, (3, 1, 1))}, r'mixing: \{"sums": 34, .* before, \{"sums": 40.8, .* now'),
-        (
-            {"data": list_datasets(data)[:2]},
-            "the datasets were sums, notes, chats before, and are sums, notes now",
-        ),
+        ({"data": list_datasets(data)[:2]}, "the datasets were sums, notes, chats before, and are sums, notes now"),
     ):
         with pytest.raises(SettingsError, match=problem):
             train(settings.replace(**changes))
@@ -165,7 +161,7 @@ def test_each_dataset_has_the_metrics_of_a_separate_evaluation(
 
 
 @pytest.mark.parametrize("is_prepared", [False, True])
-def test_data_with_the_name_of_a_token_cache_is_evaluated_as_that_one_was_read(
+def test_data_named_like_a_token_cache_uses_its_record_format(
     is_prepared: bool, untied_base: Path, data: Path, tmp_path: Path
 ) -> None:
     common = {"model_name_or_path": str(untied_base), "add_tokens": ["none"]}
@@ -188,9 +184,7 @@ def test_data_with_the_name_of_a_token_cache_is_evaluated_as_that_one_was_read(
     assert (other["source_prefix"], other["model_max_length"], other["train_on"]) == ("", 2048, "all")
 
 
-def test_data_with_the_name_of_a_token_cache_may_have_another_layout(
-    untied_base: Path, data: Path, tmp_path: Path
-) -> None:
+def test_data_named_like_a_token_cache_may_override_columns(untied_base: Path, data: Path, tmp_path: Path) -> None:
     common = {"model_name_or_path": str(untied_base), "add_tokens": ["none"]}
     columns = {"source_column": "text", "target_column": "summary", "source_prefix": "sum: ", "model_max_length": 64}
     prepare(PrepareSettings(**common, data_path=str(data / "notes.csv"), **columns, output_dir=tmp_path / "notes"))
@@ -254,7 +248,7 @@ def test_the_result_the_card_and_the_report_name_the_datasets(trained: tuple[Tra
     assert f"an epoch has 68 examples: {expected}" in notes
 
 
-def test_the_adapter_records_how_each_dataset_was_read_and_chat_uses_the_first(
+def test_the_adapter_records_the_record_format_of_each_dataset(
     trained: tuple[TrainResult, list[Event]], untied_base: Path
 ) -> None:
     result, _ = trained
@@ -277,7 +271,7 @@ def test_the_adapter_records_how_each_dataset_was_read_and_chat_uses_the_first(
         assert note in done.stderr
 
 
-def test_the_best_step_can_be_chosen_by_the_metric_of_a_dataset(untied_base: Path, data: Path, tmp_path: Path) -> None:
+def test_a_dataset_metric_can_choose_the_best_step(untied_base: Path, data: Path, tmp_path: Path) -> None:
     settings = make_settings(
         untied_base, data, tmp_path / "run", eval_fraction=0.3, max_steps=4, eval_steps=2, save_steps=2,
         metric_for_best_model="notes_loss",
@@ -290,7 +284,7 @@ def test_the_best_step_can_be_chosen_by_the_metric_of_a_dataset(untied_base: Pat
         train(settings.replace(metric_for_best_model="note_loss", output_dir=tmp_path / "other"))
 
 
-def test_what_token_caches_hold_out_is_evaluated(untied_base: Path, data: Path, tmp_path: Path) -> None:
+def test_held_out_examples_of_token_caches_are_evaluated(untied_base: Path, data: Path, tmp_path: Path) -> None:
     for name, file in (("sums", "sums.jsonl"), ("talk", "talk.json")):
         single = make_prepare_settings(untied_base, data, tmp_path / name, data_path=[data / file], add_tokens="none")
         prepare(single.replace(eval_fraction=0.25 if name == "sums" else 0.0))
@@ -307,9 +301,7 @@ def test_what_token_caches_hold_out_is_evaluated(untied_base: Path, data: Path, 
         train(without)
 
 
-def test_a_text_that_is_held_out_in_one_dataset_is_held_out_in_all(
-    untied_base: Path, data: Path, tmp_path: Path
-) -> None:
+def test_a_held_out_text_is_held_out_in_all_datasets(untied_base: Path, data: Path, tmp_path: Path) -> None:
     lines = (data / "sums.jsonl").read_text().splitlines()
     (tmp_path / "part.jsonl").write_text("\n".join(lines[10:30]))
     datasets = [{"path": str(data / "sums.jsonl")}, {"path": str(tmp_path / "part.jsonl")}]
@@ -322,7 +314,7 @@ def test_a_text_that_is_held_out_in_one_dataset_is_held_out_in_all(
     assert not trained_on & evaluated_on
 
 
-def test_a_text_counts_as_the_same_whatever_prefix_a_dataset_has(untied_base: Path, data: Path, tmp_path: Path) -> None:
+def test_a_text_with_any_prefix_counts_as_the_same(untied_base: Path, data: Path, tmp_path: Path) -> None:
     datasets = [{"path": str(data / "sums.jsonl")}, {"path": str(data / "sums.jsonl"), "source_prefix": "sum: "}]
     prepare(make_prepare_settings(untied_base, data, tmp_path / "mixture", data=datasets, eval_fraction=0.3))
     mixture = open_examples(tmp_path / "mixture")
@@ -387,8 +379,8 @@ def test_another_spelling_of_the_paths_is_the_same_finished_run(
     assert train(settings.replace(data=spelled)) == first
 
 
-def test_an_order_of_a_mixture_that_changed_is_refused_when_a_run_is_resumed(
-    untied_base: Path, data: Path, tmp_path: Path, on_ranks: Callable[..., CommandResult]
+def test_a_run_refuses_a_changed_order_of_datasets(
+    untied_base: Path, data: Path, tmp_path: Path, on_ranks: OnRanks
 ) -> None:
     prepared = make_prepare_settings(untied_base, data, tmp_path / "mixture")
     prepare(prepared)
@@ -414,7 +406,7 @@ def test_records_in_memory_are_kept_and_resumed(untied_base: Path, data: Path, t
 
 @pytest.mark.parametrize("is_prepared", [False, True])
 @pytest.mark.variants("True")
-def test_a_run_on_token_caches_that_differ_is_repeated_with_its_saved_settings(
+def test_saved_settings_repeat_a_run_on_different_token_caches(
     is_prepared: bool, untied_base: Path, data: Path, tmp_path: Path
 ) -> None:
     prepare(make_prepare_settings(untied_base, data, tmp_path / "mixture", model_max_length=64))

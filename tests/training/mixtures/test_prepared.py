@@ -93,7 +93,7 @@ def test_token_caches_of_the_same_tokenizer_can_be_mixed(untied_base: Path, data
         train(other.replace(output_dir=tmp_path / "other"))
 
 
-def test_what_is_given_next_to_a_token_cache_is_refused(untied_base: Path, data: Path, tmp_path: Path) -> None:
+def test_data_and_settings_next_to_a_token_cache_are_refused(untied_base: Path, data: Path, tmp_path: Path) -> None:
     single = make_prepare_settings(untied_base, data, tmp_path / "cache", data_path=[data / "sums.jsonl"])
     prepare(single)
     cache, other = str(tmp_path / "cache"), str(data / "talk.json")
@@ -160,7 +160,7 @@ def test_settings_of_examples_apply_to_token_caches_or_are_refused(
 @pytest.mark.parametrize(
     ("made", "seed"), [({"eval_fraction": 0.25}, "split_seed"), ({"objective": "span-corruption"}, "seed")], ids=str
 )
-def test_a_seed_is_refused_if_it_differs_from_what_a_token_cache_was_split_or_masked_with(
+def test_a_seed_that_differs_from_the_token_cache_is_refused(
     made: dict[str, Any], seed: str, untied_base: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "book.txt").write_text("\n\n".join(f"Day {day}: the ship sails on." for day in range(24)))
