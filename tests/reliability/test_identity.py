@@ -295,12 +295,8 @@ def test_a_deepspeed_config_that_says_the_same_may_replace_another(
 @pytest.mark.parametrize(
     ("key", "value", "reason"),
     [
-        (
-            "absmax",
-            torch.ones(3),
-            "the optimizer's absmax isn't one value for each weight",
-        ),  # of an optimizer in 8 bits
-        ("RMS", 0.5, "the optimizer's RMS differs between ranks or parameter groups"),  # Adafactor's
+        ("absmax", torch.ones(3), "absmax isn't one value for each weight"),  # of an optimizer in 8 bits
+        ("RMS", 0.5, "RMS differs between ranks or parameter groups"),  # Adafactor's
     ],
 )
 def test_other_ranks_refuse_an_optimizer_state_that_cannot_be_divided(
@@ -315,69 +311,39 @@ def test_other_ranks_refuse_an_optimizer_state_that_cannot_be_divided(
     with pytest.raises(CheckpointError) as refused:
         check_run_identity(checkpoint, now, PLAN)
     assert f"; 4 processes with ZeRO-3 can't resume from it ({checkpoint}" in refused.value.message
-    assert reason in refused.value.message
+    assert f"the optimizer's {reason}" in refused.value.message
     assert f"t5tune export {checkpoint}" in (refused.value.hint or "")
 
 
 @pytest.mark.parametrize(
-    ("then", "now", "line"),
-    [
-        (
-            {"world_size": 2, "batch": 8},
-            {"world_size": 4, "batch": 16},  # 2 micro-batches of 2 examples
-            "batch: 8 before, 16 now; gradient_accumulation_steps 1 or per_device_train_batch_size 1 makes it 8",
-        ),
-        (
-            {"world_size": 2, "batch": 8},
-            {"world_size": 1, "batch": 4},
-            "batch: 8 before, 4 now; gradient_accumulation_steps 4 or per_device_train_batch_size 4 makes it 8",
-        ),
-        (
-            {"world_size": 2, "batch": 12},
-            {"world_size": 2, "batch": 32},  # 2 micro-batches of 8 examples
-            "batch: 12 before, 32 now; per_device_train_batch_size 3 makes it 12",
-        ),
-        (
-            {"world_size": 2, "batch": 6},
-            {"world_size": 2, "batch": 32},
-            "batch: 6 before, 32 now; per_device_train_batch_size 1 with gradient_accumulation_steps 3 makes it 6",
-        ),
-        (
-            {"world_size": 2, "batch": 4},
-            {"world_size": 3, "batch": 6},
-            "batch: 4 before, 6 now; with 3 processes no setting makes it 4",
-        ),
-        (
-            {"world_size": 2, "tokens_per_batch": 600, "batch_tokens": 1200},
-            {"world_size": 3, "tokens_per_batch": 600, "batch_tokens": 1800},
-            "batch_tokens: 1200 before, 1800 now; with 3 processes no setting makes it 1200",
-        ),
-        (
-            {"world_size": 2, "tokens_per_batch": 600, "batch_tokens": 2400},
-            {"world_size": 1, "tokens_per_batch": 600, "batch_tokens": 1200},
-            "batch_tokens: 2400 before, 1200 now; gradient_accumulation_steps 4 makes it 2400",
-        ),
+    ("tokens", "then", "now", "advice"),
+    [  # (ranks, batch), now with two micro-batches per rank
+        (None, (2, 8), (4, 16), "gradient_accumulation_steps 1 or per_device_train_batch_size 1 makes it 8"),
+        (None, (2, 8), (1, 4), "gradient_accumulation_steps 4 or per_device_train_batch_size 4 makes it 8"),
+        (None, (2, 12), (2, 32), "per_device_train_batch_size 3 makes it 12"),
+        (None, (2, 6), (2, 32), "per_device_train_batch_size 1 with gradient_accumulation_steps 3 makes it 6"),
+        (None, (2, 4), (3, 6), "with 3 processes no setting makes it 4"),
+        (600, (2, 1200), (3, 1800), "with 3 processes no setting makes it 1200"),
+        (600, (2, 2400), (1, 1200), "gradient_accumulation_steps 4 makes it 2400"),
     ],
 )
 def test_a_different_batch_is_refused_with_the_equalizing_setting(
-    then: dict[str, Any], now: dict[str, Any], line: str, monkeypatch: pytest.MonkeyPatch
+    tokens: int | None, then: tuple[int, int], now: tuple[int, int], advice: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    common = {"deepspeed_stage": None, "training_args": {}}
-    monkeypatch.setattr(resume_guard, "read_run_identity", lambda _: common | then)
+    name = "batch" if tokens is None else "batch_tokens"
+    common = {"deepspeed_stage": None, "training_args": {}, "tokens_per_batch": tokens}
+    before, after = ({**common, "world_size": ranks, name: size} for ranks, size in (then, now))
+    monkeypatch.setattr(resume_guard, "read_run_identity", lambda _: before)
     plan = make_run_plan(make_settings(Path("pocket"), Path("pocket"), Path("run"), gradient_accumulation_steps=2))
     with pytest.raises(SettingsError) as refused:
-        check_run_identity(Path("run/checkpoint-1"), common | now, plan)
-    assert refused.value.problems == (line,)
+        check_run_identity(Path("run/checkpoint-1"), after, plan)
+    assert refused.value.problems == (f"{name}: {then[1]} before, {now[1]} now; {advice}",)
 
 
 def test_a_changed_tokens_per_batch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    then = {
-        "world_size": 2,
-        "deepspeed_stage": None,
-        "training_args": {},
-        "tokens_per_batch": 600,
-        "batch_tokens": 1200,
-    }
+    """A step would get other examples."""
+    then = {"world_size": 2, "deepspeed_stage": None, "training_args": {}}
+    then |= {"tokens_per_batch": 600, "batch_tokens": 1200}
     monkeypatch.setattr(resume_guard, "read_run_identity", lambda _: then)
     with pytest.raises(SettingsError, match="tokens_per_batch: 600 before, 300 now"):
         check_run_identity(Path("run/checkpoint-1"), then | {"tokens_per_batch": 300, "world_size": 4}, PLAN)

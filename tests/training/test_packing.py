@@ -91,32 +91,6 @@ def test_a_step_is_the_same_on_two_ranks(
         assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.distributed
-def test_every_step_of_an_epoch_is_the_same_on_one_rank_and_on_two(
-    base_without_dropout: Path, conversations: Path, tmp_path: Path, on_ranks: OnRanks
-) -> None:
-    """With packing and a token budget: two micro-batches per step, one after the other or on two ranks."""
-    common: dict[str, Any] = {"num_data": 24, "max_steps": 6, "packing": "on", "tokens_per_batch": 600}
-    common |= {"optim": "sgd", "learning_rate": 0.1}  # Adam would amplify rounding differences
-    train(
-        make_settings(base_without_dropout, conversations, tmp_path / "alone", **common, gradient_accumulation_steps=2)
-    )
-    flags = [word for name, value in common.items() for word in (f"--{name}", value)]
-    done = on_ranks(
-        2, "train", "--model-name-or-path", base_without_dropout, "--data-path", conversations, "--output-dir",
-        tmp_path / "ranks", "--lora-dropout", 0, "--logging-steps", 1, "--report-samples", 0, *flags,
-    )  # fmt: skip
-    assert done.code == 0, done.stderr
-    alone, ranks = read_steps(tmp_path / "alone"), read_steps(tmp_path / "ranks")
-    assert len(alone) == 6
-    assert alone[1]["epoch"] < 1 <= alone[-1]["epoch"]
-    for found, expected in zip(ranks, alone, strict=True):
-        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
-        assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
-        assert found["epoch"] == expected["epoch"]
-
-
 def test_label_smoothing_is_in_the_loss_it_trains_on(
     base_without_dropout: Path, conversations: Path, tmp_path: Path
 ) -> None:

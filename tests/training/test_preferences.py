@@ -4,7 +4,6 @@ import json
 import math
 import os
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,14 @@ from t5tune.commands.train import train
 from t5tune.data.caches.prepared import open_examples
 from t5tune.data.tokens.tokenizer import decode_reference, load_tokenizer
 from t5tune.errors import CheckpointError, SettingsError, Stopped
-from t5tune.progress import Event, Measured, Note
+from t5tune.progress import Advanced, Event, Note
 from t5tune.settings import EvaluateSettings, MergeSettings, PrepareSettings, TrainSettings
 from t5tune.training import reference as reference_module
 from t5tune.training.reference import ReferenceFile
 from tests.support.caches import open_only
 from tests.support.command_line import OnRanks
 from tests.support.model_types import make_checkpoint
+from tests.support.runs import read_adapter, stop_at
 from tests.support.train_runs import make_settings as make_run_settings
 from tests.support.train_runs import read_losses, read_metrics_lines, read_steps
 
@@ -170,11 +170,10 @@ def test_a_run_that_is_stopped_ends_with_the_same_bits(
     train(make_settings(untied_base, data, runs[0], **options))
     settings = make_settings(untied_base, data, runs[1], **options)
     with pytest.raises(Stopped):
-        train(settings, stop_after(4))
+        train(settings, stop_at(Advanced("train", 4)))
     before = (runs[1] / "reference-training.safetensors").stat().st_mtime_ns
     train(settings)
-    adapters = [(each / "adapter_model.safetensors").read_bytes() for each in runs]
-    assert adapters[0] == adapters[1]
+    assert read_adapter(runs[0]) == read_adapter(runs[1])
     assert read_losses(runs[1]) == read_losses(runs[0])
     assert (runs[1] / "reference-training.safetensors").stat().st_mtime_ns == before
 
@@ -235,8 +234,10 @@ def test_the_reference_is_the_model_as_training_begins(
 
 
 def test_an_adapter_can_be_the_reference(run: Path, untied_base: Path, data: Path, tmp_path: Path) -> None:
-    train(make_settings(untied_base, data, tmp_path / "same", adapter=run, reference_adapter=run))
-    assert read_losses(tmp_path / "same")[0] == pytest.approx(LOG_2, abs=1e-6)
+    same = make_settings(untied_base, data, tmp_path / "same", adapter=run, reference_adapter=run)
+    for name, changes, tolerance in (("same", {}, 1e-6), ("bf16", {"bf16": True, "eval_steps": None}, 1e-4)):
+        train(same.replace(output_dir=tmp_path / name, max_steps=1, **changes))
+        assert read_losses(tmp_path / name)[0] == pytest.approx(LOG_2, abs=tolerance)
     train(make_settings(untied_base, data, tmp_path / "other", reference_adapter=run))
     steps = read_steps(tmp_path / "other")
     assert steps[0]["rewards/chosen"] < 0 < steps[0]["rewards/rejected"]
@@ -277,7 +278,7 @@ def test_changed_log_probabilities_are_reported_and_measured_again(
     whole, folder = tmp_path / "whole", tmp_path / "run"
     train(make_settings(untied_base, data, whole))
     with pytest.raises(Stopped):
-        train(make_settings(untied_base, data, folder), stop_after(2))
+        train(make_settings(untied_base, data, folder), stop_at(Advanced("train", 2)))
     expected = read_reference(folder, "training")
     for name, change in (("training", lambda logps: logps - 7), ("held-out", lambda logps: logps * np.nan)):
         path = folder / f"reference-{name}.safetensors"
@@ -286,33 +287,32 @@ def test_changed_log_probabilities_are_reported_and_measured_again(
         safetensors.numpy.save_file({"logps": change(read_reference(folder, name))}, path, metadata)
     events: list[Event] = []
     train(make_settings(untied_base, data, folder), events.append)
-    changed = [
-        event.text for event in events if isinstance(event, Note) and "changed since it was written" in event.text
-    ]
-    assert [text.partition(":")[0] for text in changed] == [
-        str(folder / f"reference-{name}.safetensors") for name in ("training", "held-out")
-    ]
+    notes = [event.text.partition(":") for event in events if isinstance(event, Note)]
+    changed = [path for path, _, problem in notes if "changed since it was written" in problem]
+    assert changed == [str(folder / f"reference-{name}.safetensors") for name in ("training", "held-out")]
     np.testing.assert_array_equal(read_reference(folder, "training"), expected)
-    adapters = [(each / "adapter_model.safetensors").read_bytes() for each in (whole, folder)]
-    assert adapters[0] == adapters[1]
+    assert read_adapter(whole) == read_adapter(folder)
 
 
-def test_a_cache_of_pairs_is_for_both_objectives(untied_base: Path, data: Path, tmp_path: Path) -> None:
-    cache = tmp_path / "cache"
-    values: dict[str, Any] = {"model_name_or_path": str(untied_base), "num_workers": 1}
-    prepare(PrepareSettings(**values, data_path=str(data), output_dir=cache, objective="dpo"))
-    given = make_settings(untied_base, cache, tmp_path / "orpo", objective="orpo", max_steps=1)
+def test_caches_of_pairs_are_for_both_objectives(untied_base: Path, data: Path, tmp_path: Path) -> None:
+    """Without an objective, a run has the objective of its caches."""
+    values: dict[str, Any] = {"model_name_or_path": str(untied_base), "num_workers": 1, "data_path": str(data)}
+    for name, objective in (("pairs", "dpo"), ("plain", "sft")):
+        prepare(PrepareSettings(**values, output_dir=tmp_path / name, objective=objective, add_tokens="none"))
+    pairs, plain = tmp_path / "pairs", tmp_path / "plain"
+    changes = {"objective": "orpo", "max_steps": 1, "eval_fraction": 0, "eval_steps": None}
+    given = make_settings(untied_base, pairs, tmp_path / "orpo", **changes)
     train(given)
     assert "nll_loss" in read_steps(tmp_path / "orpo")[0]
-    unset = {name: getattr(given, name) for name in given.model_fields_set - {"objective"}}
-    train(TrainSettings(**unset | {"output_dir": tmp_path / "dpo"}))
-    assert read_losses(tmp_path / "dpo")[0] == pytest.approx(LOG_2, abs=1e-6)
-    with pytest.raises(SettingsError, match=r"objective: 'sft' here, 'dpo' in the cache"):
-        train(given.replace(objective="sft", output_dir=tmp_path / "sft"))
-    plain = tmp_path / "plain"
-    prepare(PrepareSettings(**values, data_path=str(data), output_dir=plain))
-    with pytest.raises(SettingsError, match=r"objective: 'orpo' here, 'sft' in the cache"):
-        train(given.replace(data_path=str(plain), output_dir=tmp_path / "x"))
+    unset = {name: getattr(given, name) for name in given.model_fields_set - {"objective", "data"}}
+    for name, paths in (("one", [pairs]), ("mixture", [f"{pairs}:1"])):
+        train(TrainSettings(**unset | {"output_dir": tmp_path / name, "data_path": paths}))
+        assert read_losses(tmp_path / name)[0] == pytest.approx(LOG_2, abs=1e-6)
+    assert "objective: dpo" in (tmp_path / "mixture" / "settings.yaml").read_text()
+    for objective, path, found in (("sft", pairs, "dpo"), ("orpo", plain, "sft"), ("dpo", f"{plain}:1", "sft")):
+        refused = unset | {"objective": objective, "data_path": [path], "output_dir": tmp_path / "refused"}
+        with pytest.raises(SettingsError, match=f"objective: '{objective}' here, '{found}' in the cache .*; leave it"):
+            train(TrainSettings(**refused))
 
 
 def test_the_best_checkpoint_is_chosen_by_a_reward(untied_base: Path, data: Path, tmp_path: Path) -> None:
@@ -376,12 +376,11 @@ def test_a_run_with_a_teacher_resumes_to_equal_bits(
     train(make_student(untied_base, data, runs[0], teacher, teacher_q_lora=True))
     settings = make_student(untied_base, data, runs[1], teacher, teacher_q_lora=True)
     with pytest.raises(Stopped):
-        train(settings, stop_after(4))
+        train(settings, stop_at(Advanced("train", 4)))
     with pytest.raises(SettingsError, match="teacher: "):
         train(settings.replace(teacher_model_name_or_path=str(untied_base)))
     train(settings)
-    adapters = [(each / "adapter_model.safetensors").read_bytes() for each in runs]
-    assert adapters[0] == adapters[1]
+    assert read_adapter(runs[0]) == read_adapter(runs[1])
 
 
 def test_a_teacher_with_other_tokens_is_refused(tied_base: Path, data: Path, teacher: Path, tmp_path: Path) -> None:
@@ -419,48 +418,8 @@ def test_predictions_can_be_targets_of_a_student(
         assert len(open_only(tmp_path / f"{name}-pairs")) == len(wrong) > 10
 
 
-def test_caches_of_pairs_can_be_mixed(untied_base: Path, data: Path, tmp_path: Path) -> None:
-    """Their objective is that of the run, if none is given, and no other kind of objective is taken."""
-    values: dict[str, Any] = {"model_name_or_path": str(untied_base), "num_workers": 1, "data_path": str(data)}
-    for name, objective in (("pairs", "dpo"), ("plain", "sft")):
-        prepare(PrepareSettings(**values, output_dir=tmp_path / name, objective=objective, add_tokens="none"))
-    given = {"max_steps": 1, "eval_fraction": 0, "eval_steps": None, "data_path": [f"{tmp_path / 'pairs'}:1"]}
-    settings = make_settings(untied_base, data, tmp_path / "dpo", **given)
-    unset = {name: getattr(settings, name) for name in settings.model_fields_set - {"objective", "data"}}
-    train(TrainSettings(**unset | given))
-    assert read_losses(tmp_path / "dpo")[0] == pytest.approx(LOG_2, abs=1e-6)
-    assert "objective: dpo" in (tmp_path / "dpo" / "settings.yaml").read_text()
-    with pytest.raises(SettingsError, match="objective: 'dpo' here, 'sft' in the cache .*plain/pairs; leave it out"):
-        train(
-            TrainSettings(
-                **unset
-                | given
-                | {"data_path": [f"{tmp_path / 'plain'}:1"], "objective": "dpo"}
-                | {"output_dir": tmp_path / "other"}
-            )
-        )
-
-
 def test_a_reference_without_the_run_s_tokens_is_refused(untied_base: Path, data: Path, tmp_path: Path) -> None:
     plain = make_settings(untied_base, data, tmp_path / "plain", objective="sft", add_tokens="none", max_steps=1)
     train(plain.replace(eval_fraction=0, eval_steps=None))
     with pytest.raises(CheckpointError, match="reference_adapter: .*: its tokenizer lacks .*, which this run adds"):
         train(make_settings(untied_base, data, tmp_path / "run", reference_adapter=tmp_path / "plain"))
-
-
-def test_the_same_adapter_as_reference_gives_log_2_in_bf16(
-    run: Path, untied_base: Path, data: Path, tmp_path: Path
-) -> None:
-    options = {"adapter": run, "reference_adapter": run, "bf16": True, "max_steps": 1, "eval_steps": None}
-    train(make_settings(untied_base, data, tmp_path / "run", **options))
-    assert read_losses(tmp_path / "run")[0] == pytest.approx(LOG_2, abs=1e-4)
-
-
-def stop_after(step: int) -> Callable[[Any], None]:
-    """Return a report that sends SIGTERM to this process after a step."""
-
-    def report(event: Any) -> None:
-        if isinstance(event, Measured) and event.step == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    return report

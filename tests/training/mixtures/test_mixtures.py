@@ -301,27 +301,20 @@ def test_held_out_examples_of_token_caches_are_evaluated(untied_base: Path, data
         train(without)
 
 
-def test_a_held_out_text_is_held_out_in_all_datasets(untied_base: Path, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("changes", [{}, {"source_prefix": "sum: "}], ids=["a part", "a prefix"])
+def test_a_held_out_text_is_held_out_in_all_datasets(
+    changes: dict[str, str], untied_base: Path, data: Path, tmp_path: Path
+) -> None:
     lines = (data / "sums.jsonl").read_text().splitlines()
-    (tmp_path / "part.jsonl").write_text("\n".join(lines[10:30]))
-    datasets = [{"path": str(data / "sums.jsonl")}, {"path": str(tmp_path / "part.jsonl")}]
-    folder = tmp_path / "mixture"
-    prepare(make_prepare_settings(untied_base, data, folder, data=datasets, eval_fraction=0.3))
-    training, held_out = open_examples(folder).split_as_prepared()
-    assert held_out is not None
-    trained_on, evaluated_on = ({example.target_T.tobytes() for example in part} for part in (training, held_out))
-    assert len(trained_on | evaluated_on) == 40
-    assert not trained_on & evaluated_on
-
-
-def test_a_text_with_any_prefix_counts_as_the_same(untied_base: Path, data: Path, tmp_path: Path) -> None:
-    datasets = [{"path": str(data / "sums.jsonl")}, {"path": str(data / "sums.jsonl"), "source_prefix": "sum: "}]
+    (tmp_path / "sums.jsonl").write_text("\n".join(lines if changes else lines[10:30]))
+    datasets = [{"path": str(data / "sums.jsonl")}, {"path": str(tmp_path / "sums.jsonl"), **changes}]
     prepare(make_prepare_settings(untied_base, data, tmp_path / "mixture", data=datasets, eval_fraction=0.3))
     mixture = open_examples(tmp_path / "mixture")
     assert [dataset.name for dataset in mixture.datasets] == ["sums", "sums-2"]
     training, held_out = mixture.split_as_prepared()
     assert held_out is not None
     trained_on, evaluated_on = ({example.target_T.tobytes() for example in part} for part in (training, held_out))
+    assert len(trained_on | evaluated_on) == 40
     assert not trained_on & evaluated_on
 
 

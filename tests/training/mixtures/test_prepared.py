@@ -65,12 +65,7 @@ def test_only_what_changed_is_prepared_again(untied_base: Path, data: Path, tmp_
     assert not (tmp_path / "mixture" / "chats").exists()
 
 
-def test_a_folder_with_other_content_is_refused(untied_base: Path, data: Path, tmp_path: Path) -> None:
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("text")
-    with pytest.raises(DataError, match="mine: exists and isn't a token cache; choose another output_dir"):
-        prepare(make_prepare_settings(untied_base, data, tmp_path / "mine"))
-    assert (tmp_path / "mine" / "thesis.txt").read_text() == "text"
+def test_one_dataset_and_a_mixture_replace_each_other(untied_base: Path, data: Path, tmp_path: Path) -> None:
     single = make_prepare_settings(untied_base, data, tmp_path / "one", data_path=[data / "sums.jsonl"])
     prepare(single)
     assert prepare(make_prepare_settings(untied_base, data, tmp_path / "one")).datasets == SIZES  # replaces the cache
@@ -97,17 +92,10 @@ def test_data_and_settings_next_to_a_token_cache_are_refused(untied_base: Path, 
     single = make_prepare_settings(untied_base, data, tmp_path / "cache", data_path=[data / "sums.jsonl"])
     prepare(single)
     cache, other = str(tmp_path / "cache"), str(data / "talk.json")
+    both, prefixed = {"path": [cache, other]}, {"path": cache, "source_prefix": "x: "}
     for dataset, kind, message in (
-        (
-            {"path": [cache, other]},
-            DataError,
-            r"cache: a token cache can't be combined with other data \(.*talk.json\)",
-        ),
-        (
-            {"path": cache, "source_prefix": "x: "},
-            SettingsError,
-            "source_prefix: 'x: ' here, '' in the cache .*leave it",
-        ),
+        (both, DataError, r"cache: a token cache can't be combined with other data \(.*talk.json\)"),
+        (prefixed, SettingsError, "source_prefix: 'x: ' here, '' in the cache .*leave it"),
     ):
         settings = make_settings(untied_base, data, tmp_path / "run", data=[dataset, {"path": other, "name": "b"}])
         with pytest.raises(kind, match=message):
