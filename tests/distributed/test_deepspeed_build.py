@@ -32,7 +32,6 @@ sys.stdin.read()
     with subprocess.Popen(
         [sys.executable, "-c", compiling], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
-        assert process.stdout is not None
         assert process.stdout.readline() == "True\n"
         assert remove_stale_locks() == []
         assert lock.exists()

@@ -37,7 +37,6 @@ def test_the_suggestion_fits_and_is_accepted_by_train(tmp_path: Path) -> None:
         ("980MiB", "--bf16 --gradient-checkpointing --q-lora --per"),
     ):
         result = make_plan(tmp_path, gpu_memory=memory, per_device_train_batch_size=1)
-        assert result.suggestion is not None
         assert expected in result.suggestion.flags
         assert result.suggestion.total < parse_gpu_memory(memory)
         load_train_settings(result.suggestion.flags)
@@ -92,7 +91,6 @@ def test_full_training_is_suggested_with_the_lowest_stage_that_fits(tmp_path: Pa
     write_short_model(tmp_path, **shape)
     for memory, stage in (("2800MiB", "zero2"), ("2400MiB", "zero3-offload")):
         suggestion = make_plan(tmp_path, gpu_memory=memory, **asked).suggestion
-        assert suggestion is not None
         assert load_train_settings(suggestion.flags).deepspeed == stage
 
 
@@ -109,7 +107,6 @@ def test_no_bf16_is_suggested_for_a_gpu_without_it(
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
     write_short_model(tmp_path)
     suggestion = make_plan(tmp_path, bf16=True, per_device_train_batch_size=1).suggestion
-    assert suggestion is not None
     assert suggestion.flags.startswith(expected)
     assert not load_train_settings(suggestion.flags, bf16=True).bf16
 
@@ -138,7 +135,6 @@ def test_suggested_flags_and_the_given_settings_are_accepted_by_train(
     if expected is None:
         assert suggestion is None
         return
-    assert suggestion is not None
     assert suggestion.flags == f"{expected} --per-device-train-batch-size {suggestion.per_device_train_batch_size}"
     loaded = load_train_settings(suggestion.flags, **given)
     assert loaded.q_lora is ("--q-lora" in expected)

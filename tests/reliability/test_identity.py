@@ -22,7 +22,6 @@ from t5tune.commands.run_plan import make_run_plan
 from t5tune.commands.train import train
 from t5tune.data.caches.prepared import read_examples_manifest
 from t5tune.errors import CheckpointError, DataError, SettingsError, Stopped
-from t5tune.io.atomic import hash_file
 from t5tune.progress import Advanced, Event, Note, Started
 from t5tune.runs import resume_guard
 from t5tune.runs.checkpoints import read_run_identity
@@ -34,7 +33,7 @@ from t5tune.settings.packaged_templates import read_deepspeed_config
 from tests.support.caches import find_cache
 from tests.support.command_line import OnRanks
 from tests.support.forks import ForkServer
-from tests.support.runs import STEPS, make_arguments, make_settings, read_adapter, stop_at
+from tests.support.runs import STEPS, hash_files, make_arguments, make_settings, read_adapter, stop_at
 
 pytestmark = pytest.mark.slow
 
@@ -49,10 +48,6 @@ def begun_run(inputs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 PLAN = make_run_plan(make_settings(Path("pocket"), Path("pocket"), Path("run")))
-
-
-def hash_files(run: Path) -> dict[str, str]:
-    return {path.relative_to(run).as_posix(): hash_file(path) for path in run.rglob("*") if path.is_file()}
 
 
 CHANGES: dict[str, tuple[dict[str, Any], str]] = {
@@ -170,7 +165,6 @@ def test_the_suggested_flag_starts_a_new_run_from_the_weights(
     with pytest.raises(SettingsError, match="learning_rate: 0.01 before, 0.0 now") as refused:
         train(settings.replace(learning_rate=0.0))
     suggested = re.search(r"use (--\S+) (\S+) and another output_dir", refused.value.hint or "")
-    assert suggested is not None
     kept = {"--model-name-or-path": untied_base, "--learning-rate": 0, "--output-dir": tmp_path / "new"}
     flags = kept | {"--data-path": conversations, "--train-mode": train_mode, suggested[1]: suggested[2]}
     command = (*chain(*flags.items()), "--max-steps", 1, "--report-samples", 0, "--use-cpu")  # a rate of 0 keeps them

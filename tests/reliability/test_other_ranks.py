@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file
 
-from t5tune.io.atomic import hash_file
 from tests.support.forks import ForkServer, RunOutput
 from tests.support.recording import read_recorded
-from tests.support.runs import LONG, list_complete_steps, make_arguments
+from tests.support.runs import LONG, hash_files, list_complete_steps, make_arguments
 from tests.support.train_runs import read_metrics_lines, read_steps
 from tests.support.universal import read_optimizer
 
@@ -127,7 +126,3 @@ def check_same_optimizer(checkpoint: Path, loaded: Path, folder: Path) -> None:
     assert saved["values"] == found["values"]
     assert saved["steps"] == found["steps"] == {SAVED}
     assert saved["groups"] == found["groups"]
-
-
-def hash_files(folder: Path) -> dict[str, str]:
-    return {path.relative_to(folder).as_posix(): hash_file(path) for path in folder.rglob("*") if path.is_file()}

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
+from t5tune.io.atomic import hash_file
 from t5tune.progress import Event
 from t5tune.runs.checkpoints import list_checkpoints, verify
 from tests.support import train_runs
@@ -164,6 +165,11 @@ def read_adapter(run: Path) -> bytes:
     """Read the adapter of a finished run."""
     assert (run / "result.json").is_file()
     return (run / "adapter_model.safetensors").read_bytes()
+
+
+def hash_files(folder: Path) -> dict[str, str]:
+    """Hash all files of a folder: relative path -> hash."""
+    return {path.relative_to(folder).as_posix(): hash_file(path) for path in folder.rglob("*") if path.is_file()}
 
 
 def stop_at(event: Event, number: int = signal.SIGTERM) -> Any:

@@ -4,7 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from t5tune.settings import TrainSettings
+from tests.support.command_line import OnRanks
+from tests.support.recording import read_recorded
 
 
 def make_settings(base: Path, data: Path, run: Path, **changes: Any) -> TrainSettings:
@@ -35,3 +39,20 @@ def read_steps(run: Path) -> list[dict[str, float]]:
 
 def read_losses(run: Path) -> list[float]:
     return [line["loss"] for line in read_steps(run)]
+
+
+def write_config(settings: TrainSettings, file: Path) -> Path:
+    """Write the given settings to a YAML file for `--config`."""
+    left_out = {"data_path"} if settings.data else set[str]()
+    file.write_text(yaml.safe_dump(settings.model_dump(mode="json", exclude_unset=True, exclude=left_out)))
+    return file
+
+
+def run_recorded(on_ranks: OnRanks, ranks: int, settings: TrainSettings, folder: Path) -> dict[int, list[list[int]]]:
+    """Run in this many processes, and return the targets of each step's examples."""
+    folder.mkdir()
+    config = write_config(settings, folder.with_suffix(".yaml"))
+    record = f"tests.support.recording:record_to({str(folder)!r})"
+    done = on_ranks(ranks, "train", "--config", config, calls=[record])
+    assert done.code == 0, done.stderr[-3000:]
+    return read_recorded(folder)

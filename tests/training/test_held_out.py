@@ -39,7 +39,6 @@ def split_for_training(base: Path, data: Any, run: Path, /, **changes: Any) -> t
         set_up_run_folder(settings, stack)
     plan = make_run_plan(name_kept_records(settings))
     examples, held_out = open_data(plan, locate_data(plan), None)
-    assert held_out is not None
     return examples, held_out
 
 
@@ -97,7 +96,6 @@ def test_prepare_its_parts_and_evaluate_hold_out_what_train_does(
         prepare(PrepareSettings(**values, output_dir=tmp_path / "parts", seed=7, shard=f"{part}/2"))
     for name in ("cache", "parts"):
         _, held_out = open_examples(tmp_path / name).split_as_prepared()
-        assert held_out is not None
         assert list_targets(held_out) == expected
     chosen = {"model_name_or_path": str(untied_base), "data_path": tmp_path / "cache", "use_cpu": True}
     result = evaluate(EvaluateSettings(**chosen, output_dir=tmp_path / "scores"))

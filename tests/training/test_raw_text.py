@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from t5tune.commands.evaluate import evaluate
 from t5tune.commands.prepare import prepare
@@ -17,7 +16,8 @@ from t5tune.settings import EvaluateSettings, PrepareSettings, TrainSettings
 from tests.support.caches import open_only
 from tests.support.command_line import OnRanks
 from tests.support.prose import english_text
-from tests.support.recording import read_recorded
+from tests.support.runs import read_adapter
+from tests.support.train_runs import run_recorded, write_config
 
 pytestmark = pytest.mark.slow
 
@@ -39,27 +39,15 @@ def make_settings(base: Path, text: Path, run: Path, /, **changes: Any) -> Train
     return TrainSettings(**{**values, **changes})
 
 
-def write_config(settings: TrainSettings, file: Path) -> Path:
-    file.write_text(yaml.safe_dump(settings.model_dump(mode="json", exclude_unset=True)))
-    return file
-
-
 @pytest.mark.distributed
 def test_each_epoch_masks_other_spans_on_any_number_of_ranks(
     untied_base: Path, text: Path, tmp_path: Path, on_ranks: OnRanks
 ) -> None:
     steps = {}
     for ranks in (1, 2):
-        settings = make_settings(
-            untied_base, text, tmp_path / f"run-{ranks}", packing="off", gradient_accumulation_steps=2 // ranks, seed=5
-        )
-        config = write_config(settings, tmp_path / f"{ranks}.yaml")
-        folder = tmp_path / f"steps-{ranks}"
-        folder.mkdir()
-        record = f"tests.support.recording:record_to({str(folder)!r})"
-        done = on_ranks(ranks, "train", "--config", config, calls=[record])
-        assert done.code == 0, done.stderr[-3000:]
-        steps[ranks] = read_recorded(folder)
+        size = {"packing": "off", "gradient_accumulation_steps": 2 // ranks}
+        settings = make_settings(untied_base, text, tmp_path / f"run-{ranks}", seed=5, **size)
+        steps[ranks] = run_recorded(on_ranks, ranks, settings, tmp_path / f"steps-{ranks}")
     assert steps[1] == steps[2]
     cache = open_only(tmp_path / "run-1" / "data")
     per_epoch = len(steps[1]) // 3
@@ -83,8 +71,7 @@ def test_a_run_stopped_in_a_later_epoch_ends_with_equal_bits(
     stopped = on_ranks(1, "train", "--config", config, calls=[f"tests.support.stop_in_step:stop_in_step({step})"])
     assert stopped.code == 143, stopped.stderr[-3000:]
     assert on_ranks(1, "train", "--config", config).code == 0
-    weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "run")]
-    assert weights[0] == weights[1]
+    assert read_adapter(tmp_path / "whole") == read_adapter(tmp_path / "run")
 
 
 def test_a_mixture_with_raw_text_has_the_losses_of_separate_evaluations(
@@ -99,7 +86,6 @@ def test_a_mixture_with_raw_text_has_the_losses_of_separate_evaluations(
         eval_data=[{**part, "num_data": 20} for part in parts.values()], num_train_epochs=1,
     )  # fmt: skip
     result = train(settings)
-    assert result.datasets is not None
     for name, data, objective in (("text", text, "span-corruption"), ("chats", conversations, "sft")):
         separate = evaluate(
             EvaluateSettings(

@@ -3,7 +3,6 @@
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -24,16 +23,11 @@ from t5tune.runs.result import TrainResult, read_result
 from t5tune.settings import EvaluateSettings, PrepareSettings, TrainSettings, load_settings
 from tests.support.caches import find_cache
 from tests.support.command_line import OnRanks, t5tune_in_fork
-from tests.support.recording import read_recorded
-from tests.support.train_runs import read_metrics_lines
+from tests.support.runs import read_adapter
+from tests.support.train_runs import read_metrics_lines, run_recorded, write_config
 from tests.training.mixtures.datasets import SIZES, list_datasets, make_prepare_settings, make_settings, read_tree
 
 pytestmark = pytest.mark.slow
-
-
-def write_config(settings: TrainSettings, file: Path) -> Path:
-    file.write_text(yaml.safe_dump(settings.model_dump(mode="json", exclude_unset=True, exclude={"data_path"})))
-    return file
 
 
 def count_by_dataset(steps: dict[int, list[list[int]]], tokenizer_folder: Path) -> Counter[str]:
@@ -41,19 +35,6 @@ def count_by_dataset(steps: dict[int, list[list[int]]], tokenizer_folder: Path) 
     tokenizer = load_tokenizer(tokenizer_folder)
     texts = [tokenizer.decode(row) for rows in steps.values() for row in rows]
     return Counter(text.split()[0] for text in texts)
-
-
-def run_recorded(
-    on_ranks: OnRanks, ranks: int, settings: TrainSettings, folder: Path, *more: Any
-) -> dict[int, list[list[int]]]:
-    """Run in so many processes, and return the targets of each step's examples."""
-    folder.mkdir()
-    config = write_config(settings, folder.with_suffix(".yaml"))
-    done = on_ranks(
-        ranks, "train", "--config", config, *more, calls=[f"tests.support.recording:record_to({str(folder)!r})"]
-    )
-    assert done.code == 0, done.stderr[-3000:]
-    return read_recorded(folder)
 
 
 @pytest.mark.distributed
@@ -109,12 +90,9 @@ def test_a_mixture_stopped_in_a_later_epoch_ends_with_equal_bits(
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
     assert checkpoint.name == f"checkpoint-{step}"
     assert on_ranks(1, "train", "--config", config).code == 0
-    weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "run")]
-    assert weights[0] == weights[1]
-    with pytest.raises(
-        SettingsError,
-        match=r"whole: this run has already finished, with other settings:\s+data\[0\].weight: 2.0 before, 3.0 now",
-    ):
+    assert read_adapter(tmp_path / "whole") == read_adapter(tmp_path / "run")
+    problem = r"this run has already finished, with other settings:\s+data\[0\].weight: 2.0 before, 3.0 now"
+    with pytest.raises(SettingsError, match=problem):
         train(whole.replace(data=list_datasets(data, (3, 1, 1))))
 
 
@@ -139,7 +117,6 @@ def test_each_dataset_has_the_metrics_of_a_separate_evaluation(
     result, events = trained
     (evaluation,) = (event for event in events if isinstance(event, Evaluated))
     assert set(evaluation.datasets) == set(SIZES)
-    assert result.datasets is not None
     for name, file, count, template in (
         ("sums", "sums.jsonl", 9, "plain"), ("notes", "notes.csv", 7, "notes"), ("chats", "talk.json", 5, "chats"),
     ):  # fmt: skip
@@ -214,8 +191,6 @@ def test_evaluate_scores_each_of_several_datasets(
         model_name_or_path=str(result.run), data=datasets, output_dir=tmp_path / "both", use_cpu=True, compare_base=True
     )
     both = evaluate(settings, notes.append)
-    assert result.datasets is not None
-    assert both.datasets is not None
     assert list(both.datasets) == ["chats", "notes"]
     tokens = 0
     for name, found in both.datasets.items():
@@ -253,7 +228,6 @@ def test_the_adapter_records_the_record_format_of_each_dataset(
 ) -> None:
     result, _ = trained
     made = read_training_data(result.adapter)
-    assert made is not None
     assert [(each.name, each.share, each.source_prefix) for each in made.datasets] == [
         ("sums", 0.5, ""), ("notes", 0.25, "summarize: "), ("chats", 0.25, ""),
     ]  # fmt: skip
@@ -294,7 +268,6 @@ def test_held_out_examples_of_token_caches_are_evaluated(untied_base: Path, data
     )
     result = train(settings)
     assert result.examples == SIZES["chats"] + 30
-    assert result.datasets is not None
     assert ["loss" in result.datasets[name] for name in ("talk", "sums")] == [False, True]
     without = settings.replace(data_path=paths[:1], output_dir=tmp_path / "other")
     with pytest.raises(SettingsError, match="eval_steps: 1: there are no held-out examples to evaluate on"):
@@ -312,7 +285,6 @@ def test_a_held_out_text_is_held_out_in_all_datasets(
     mixture = open_examples(tmp_path / "mixture")
     assert [dataset.name for dataset in mixture.datasets] == ["sums", "sums-2"]
     training, held_out = mixture.split_as_prepared()
-    assert held_out is not None
     trained_on, evaluated_on = ({example.target_T.tobytes() for example in part} for part in (training, held_out))
     assert len(trained_on | evaluated_on) == 40
     assert not trained_on & evaluated_on
@@ -322,7 +294,6 @@ def test_each_dataset_has_its_own_number_of_examples(untied_base: Path, data: Pa
     datasets = [{"path": str(data / "sums.jsonl"), "num_data": 30}, {"path": str(data / "talk.json")}]
     settings = make_settings(untied_base, data, tmp_path / "run", data=datasets, num_data=7, max_steps=1)
     result = train(settings)
-    assert result.datasets is not None
     assert {name: facts["examples"] for name, facts in result.datasets.items()} == {"sums": 30, "talk": 7}
 
 
@@ -347,17 +318,14 @@ def test_num_data_counts_what_no_dataset_holds_out(untied_base: Path, data: Path
     for name, num_data in (("whole", None), ("limited", 8)):
         prepare(make_prepare_settings(untied_base, data, tmp_path / name, data_path=caches, num_data=num_data))
     _, expected = open_examples(tmp_path / "whole").split_as_prepared()
-    assert expected is not None
     for run, paths, num_data in (
         ("caches", caches, 8), ("mixture", [tmp_path / "whole"], 8), ("prepared", [tmp_path / "limited"], None),
     ):  # fmt: skip
         settings = make_settings(untied_base, data, tmp_path / run, data_path=paths, num_data=num_data, max_steps=1)
         result = train(settings)
-        assert result.datasets is not None
         assert {name: facts["examples"] for name, facts in result.datasets.items()} == {"sums": 8, "part": 8}
         plan = make_run_plan(settings)
         _, held_out = open_data(plan, locate_data(plan), None)
-        assert held_out is not None
         assert held_out.identify() == expected.identify()
 
 
@@ -367,7 +335,6 @@ def test_another_spelling_of_the_paths_is_the_same_finished_run(
     monkeypatch.chdir(data)
     settings = make_settings(untied_base, data, tmp_path / "run", max_steps=1)
     first = train(settings)
-    assert settings.data is not None
     spelled = [dataset.replace(path=f"./{Path(dataset.path[0]).name}") for dataset in settings.data]
     assert train(settings.replace(data=spelled)) == first
 
@@ -378,8 +345,7 @@ def test_a_run_refuses_a_changed_order_of_datasets(
     prepared = make_prepare_settings(untied_base, data, tmp_path / "mixture")
     prepare(prepared)
     settings = make_settings(untied_base, data, tmp_path / "run", data_path=[tmp_path / "mixture"])
-    config = tmp_path / "run.yaml"
-    config.write_text(yaml.safe_dump(settings.model_dump(mode="json", exclude_unset=True)))
+    config = write_config(settings, tmp_path / "run.yaml")
     assert on_ranks(1, "train", "--config", config, calls=["tests.support.stop_in_step:stop_in_step(2)"]).code == 143
     prepare(prepared.replace(data=list_datasets(data)[::-1]))
     with pytest.raises(SettingsError, match="data: .* before, .* now"):
@@ -391,7 +357,6 @@ def test_records_in_memory_are_kept_and_resumed(untied_base: Path, data: Path, t
     datasets = [{"path": records, "weight": 2}, {"path": str(data / "sums.jsonl"), "weight": 1}]
     settings = make_settings(untied_base, data, tmp_path / "run", data=datasets, max_steps=2)
     result = train(settings)
-    assert result.datasets is not None
     assert list(result.datasets) == ["records", "sums"]
     again, _ = load_settings(TrainSettings, str(tmp_path / "run" / "settings.yaml"))
     assert train(again) == result

@@ -28,12 +28,10 @@ def test_prepare_writes_a_mixture_that_train_reads(untied_base: Path, data: Path
     assert made.datasets == SIZES
     assert made.examples == sum(SIZES.values())
     result = train(make_settings(untied_base, data, tmp_path / "run", data_path=[folder], max_steps=2))
-    assert result.datasets is not None
     assert {name: facts["share"] for name, facts in result.datasets.items()} == dict(sums=0.5, notes=0.25, chats=0.25)
     assert all("loss" in facts for facts in result.datasets.values())
     again = make_settings(untied_base, data, tmp_path / "run-2", data_path=[folder], max_steps=2, mixing="concatenate")
     result = train(again)
-    assert result.datasets is not None
     assert all(facts["examples_per_epoch"] == facts["examples"] for facts in result.datasets.values())
     with pytest.raises(SettingsError, match="mixing: concatenate: there is only one dataset"):
         train(again.replace(data_path=[folder / "sums"], output_dir=tmp_path / "run-3"))
@@ -55,7 +53,6 @@ def test_only_what_changed_is_prepared_again(untied_base: Path, data: Path, tmp_
     assert not prepare(settings).up_to_date
     before = {path: path.stat().st_ino for path in (tmp_path / "mixture").glob("*/tokens.bin")}
     assert prepare(settings).up_to_date
-    assert settings.data is not None
     changed = [settings.data[0], settings.data[1].replace(source_prefix="shorten: ")]
     made = prepare(settings.replace(data=changed))
     assert made.datasets == {"sums": 40, "notes": 12}
@@ -81,7 +78,6 @@ def test_token_caches_of_the_same_tokenizer_can_be_mixed(untied_base: Path, data
     paths = [f"{tmp_path / 'sums'}:1", f"{tmp_path / 'talk'}:3"]
     settings = make_settings(untied_base, data, tmp_path / "run", data_path=paths, max_steps=2)
     result = train(settings)
-    assert result.datasets is not None
     assert {name: facts["examples_per_epoch"] for name, facts in result.datasets.items()} == {"sums": 14, "talk": 42}
     other = settings.replace(data=[f"{tmp_path / 'none'}:1", paths[1]])
     with pytest.raises(DataError, match="talk and .*none.* were prepared with different tokenizers"):
@@ -129,7 +125,6 @@ def test_settings_of_examples_apply_to_token_caches_or_are_refused(
     ):
         settings = make_settings(untied_base, data, tmp_path / "run", data_path=paths, max_steps=1, num_data=num_data)
         result = train(settings.replace(fresh=True))
-        assert result.datasets is not None
         assert [facts["examples"] for facts in result.datasets.values()] == counts
     given = {"model_max_length": 64, "train_on": "last", "conversation_template": "fastchat-t5"}
     run = tmp_path / "a"
@@ -200,7 +195,6 @@ def test_raw_text_first_leaves_the_template_to_the_next_dataset(untied_base: Pat
     book = {"path": str(tmp_path / "book.txt"), "objective": "span-corruption"}
     prepare(make_prepare_settings(untied_base, data, tmp_path / "mixture", data=[book, *list_datasets(data, None)[2:]]))
     made = read_training_data(tmp_path / "mixture")
-    assert made is not None
     assert [dataset.name for dataset in made.datasets] == ["book", "chats"]
     assert "A chat between" in (tmp_path / "mixture" / "template.yaml").read_text()
     assert made.has_earlier_turns
