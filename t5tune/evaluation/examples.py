@@ -222,11 +222,7 @@ def _load_raw_text(plan: EvaluationPlan, dataset: DatasetSpec, loaded: LoadedMod
 
 
 def _encode(
-    records: Iterator[RawRecord],
-    dataset: DatasetSpec,
-    template: Template,
-    tokenizer: Tokenizer,
-    base: Tokenizer | None,
+    records: Iterator[RawRecord], dataset: DatasetSpec, template: Template, tokenizer: Tokenizer, base: Tokenizer | None
 ) -> Iterator[tuple[RecordLocation, Rejection | _Answer]]:
     """Yield each record's rejection or answers, in order, so that a caller that stops early counts only used records.
 

@@ -154,12 +154,7 @@ class GenerationScorer:
         return run_on_rank_0(self.world, list_names)
 
     def score(
-        self,
-        model: Any,
-        examples: Examples,
-        batch_size: int | None,
-        report: Report,
-        is_stopped: Callable[[], bool],
+        self, model: Any, examples: Examples, batch_size: int | None, report: Report, is_stopped: Callable[[], bool]
     ) -> dict[str, float]:
         """Score greedy predictions for evenly spaced examples. Custom metrics may be NaN or infinite."""
         predictions: dict[str, list[str]] = {}

@@ -33,11 +33,7 @@ class OneGpuArguments(TrainingArguments):  # type: ignore[misc]
 
 
 def make_training_arguments(
-    plan: RunPlan,
-    deepspeed: dict[str, Any] | None,
-    losses: Collection[str],
-    world: World,
-    device: torch.device,
+    plan: RunPlan, deepspeed: dict[str, Any] | None, losses: Collection[str], world: World, device: torch.device
 ) -> OneGpuArguments:
     """Make the Trainer's arguments. The setting `training_args` overrides all that `check_plan` allows.
 

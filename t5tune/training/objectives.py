@@ -23,12 +23,7 @@ from t5tune.distributed.collectives import all_gather
 from t5tune.evaluation.scoring import LOSSES_TASK, measure_losses, measure_targets
 from t5tune.metrics import prefix_metric
 from t5tune.model.batches import REFERENCE, PackedCollator, PaddedCollator
-from t5tune.model.preferences import (
-    compute_dpo_losses,
-    compute_ipo_losses,
-    compute_log_odds_ratios,
-    sum_answers,
-)
+from t5tune.model.preferences import compute_dpo_losses, compute_ipo_losses, compute_log_odds_ratios, sum_answers
 from t5tune.progress import Report
 from t5tune.settings.groups.preferences import PreferenceSettings
 

@@ -9,12 +9,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from t5tune.checkpoints.hub_upload import (
-    choose_repository,
-    explain_uploading_later,
-    list_uploaded_files,
-    upload_result,
-)
+from t5tune.checkpoints.hub_upload import choose_repository, explain_uploading_later, list_uploaded_files, upload_result
 from t5tune.errors import CheckpointError
 from t5tune.io.reasons import describe_error
 from t5tune.progress import Event, Note, Report
