@@ -74,10 +74,10 @@ def broadcast_from_rank_0(value: Value) -> Value:
 
 
 def run_on_rank_0(world: World, act: Callable[[], Value]) -> Value:
-    """Call `act` on rank 0 while the other ranks wait, and return its result on every rank.
+    """Call `act` on rank 0 while the rest wait, and return its result on every rank.
 
-    `act` may take longer than the timeout of a collective: the other ranks poll the rendezvous store until it is done.
-    If rank 0 stops answering, the rank watch ends them (see watch.py).
+    `act` may take longer than the timeout of a collective: waiting ranks poll the rendezvous store until it is done. If
+    rank 0 stops answering, the rank watch ends them (see watch.py).
 
     Raises:
         T5TuneError: `act` raised it; every rank raises it.
@@ -93,7 +93,7 @@ def run_on_rank_0(world: World, act: Callable[[], Value]) -> Value:
             found = act()
         except T5TuneError as error:
             found = error
-        finally:  # after an unexpected error, the other ranks lose their connection in the broadcast
+        finally:  # after an unexpected error, waiting ranks lose their connection in the broadcast
             store.set(done, "yes")
     else:
         wait_until(lambda: bool(store.check([done])))
@@ -105,7 +105,7 @@ def run_on_rank_0(world: World, act: Callable[[], Value]) -> Value:
 
 
 def run_only_on_rank_0(world: World, act: Callable[[], Value]) -> Value | None:
-    """Call `act` on rank 0 like `run_on_rank_0`, but return None on the other ranks."""
+    """Call `act` on rank 0 like `run_on_rank_0`, but return its result only there, and None elsewhere."""
     kept: list[Value] = []
     run_on_rank_0(world, lambda: kept.append(act()))
     return kept[0] if kept else None
@@ -121,12 +121,7 @@ def wait_until(is_over: Callable[[], bool]) -> None:
 
 @contextmanager
 def report_rendezvous_errors() -> Iterator[None]:
-    """Turn errors of the rendezvous into messages that name its address.
-
-    Raises:
-        TrainingError: another process listens on rank 0's port.
-        RankLost: a rank can't be reached.
-    """
+    """Turn errors of the rendezvous into messages that name its address: a TrainingError or a RankLost."""
     try:
         yield
     except (dist.DistNetworkError, dist.DistStoreError) as error:

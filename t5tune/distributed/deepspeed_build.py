@@ -9,12 +9,12 @@ from pathlib import Path
 import psutil
 
 MAX_COMPILE_SECONDS = 1800.0  # no op takes longer than this
-# on these, the process that holds a lock may run on another machine
+# network filesystems: the process that holds a lock may run on a different machine
 SHARED_FILESYSTEMS = ("nfs", "cifs", "smb", "lustre", "gpfs", "beegfs", "ceph", "9p", "fuse", "afs", "pvfs", "orangefs")
 
 
 def find_missing_build_tools() -> str | None:
-    """Describe what this machine lacks to compile and store an op; None: it lacks nothing."""
+    """Describe the missing tools or folder to compile an op; None: nothing is missing."""
     if shutil.which(os.environ.get("CXX", "c++")) is None or shutil.which("ninja") is None:
         return "a C++ compiler or ninja is missing from the PATH"
     folder = _get_extensions_folder()
@@ -28,7 +28,7 @@ def find_missing_build_tools() -> str | None:
 def remove_stale_locks() -> list[Path]:
     """Remove the locks of builds whose process no longer runs, and return their paths.
 
-    Torch's FileBaton creates such a file and keeps it open during the build. A killed build leaves the file, and every
+    Torch's FileBaton creates the file and keeps it open during the build. A killed build leaves the file, and every
     later build waits for its removal, silently and without a timeout (torch 2.8 to 2.13; later releases lock the file
     instead). https://github.com/pytorch/pytorch/issues/189245
     """
@@ -40,7 +40,7 @@ def remove_stale_locks() -> list[Path]:
             if _is_held(lock) or (_is_shared(lock) and time.time() - lock.stat().st_mtime < MAX_COMPILE_SECONDS):
                 continue
             lock.rename(aside)
-            if _is_held(aside):  # between the two checks another rank took the lock, and builds
+            if _is_held(aside):  # between the two checks a rank took the lock, and builds
                 aside.rename(lock)
             else:
                 aside.unlink()

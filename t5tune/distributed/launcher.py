@@ -68,7 +68,7 @@ def launch(
 
 
 def write_error(error: Exception) -> None:
-    """Write a worker's error to the file in which `launch` looks for it."""
+    """Write a worker's error to the file that `launch` reads."""
     path = Path(os.environ[ERRORS_FOLDER_VARIABLE], f"rank-{World.from_environment().rank}.json")
     if not isinstance(error, T5TuneError):
         error = T5TuneError(f"{type(error).__name__}: {join_lines(error)}", hint="--debug shows where")

@@ -28,7 +28,7 @@ from t5tune.progress import Note, Report, silent
 from t5tune.settings.groups.processes import PartitionSettings, ProcessSettings, RankSettings
 
 SECONDS_FOR_WATCH = 60  # more than the rank watch takes to name a rank, after the timeout
-SECONDS_BEFORE_NOTE = 20.0  # of waiting for the other ranks
+SECONDS_BEFORE_NOTE = 20.0  # of waiting
 SECONDS_BETWEEN_POLLS = 0.5  # for a signal, while a thread connects to rank 0
 SECONDS_FOR_OUTCOME = 5.0  # for all ranks to read the outcome before rank 0, which has the store, may exit
 # keys in the store: the number of ranks that arrived, whether they start, and the number of ranks that know it
@@ -37,11 +37,11 @@ STARTED, STOPPED = "started", "stopped"
 
 
 class Waiting:
-    """A rank's wait for the other ranks. The first signal ends it, since there is nothing to save yet.
+    """A rank's wait until all ranks have arrived. The first signal ends it, since there is nothing to save yet.
 
     Args:
         timeout: in seconds.
-        report: rank 0's. The other ranks write to stderr that they wait, since they may be waiting for rank 0.
+        report: rank 0's. All ranks but rank 0 report to stderr, since they may be waiting for rank 0.
         stop: the caller's request to stop; None: the caller lets signals interrupt the wait.
     """
 
@@ -107,7 +107,7 @@ def join_process_group(
             raise
         finally:
             # Without an orderly exit, torchrun would restart a finished job. But a rank that fails must exit at once:
-            # destroying the group would wait for the other ranks, which may be waiting in a collective.
+            # destroying the group would wait for ranks that wait in a collective.
             if is_distributed() and not (failed and world.size > 1):
                 dist.destroy_process_group()
 
@@ -223,7 +223,7 @@ def wait_for_all_ranks(store: Store, size: int, waiting: Waiting) -> None:
         wait_until(is_over)
         is_started = store.get(OUTCOME).decode() == STARTED
         store.add(TOLD, 1)
-        if waiting.world.rank == 0:  # the store ends with rank 0, perhaps at once; the other ranks must read it before
+        if waiting.world.rank == 0:  # the store ends with rank 0, perhaps at once: all ranks must have read it
             end = time.monotonic() + SECONDS_FOR_OUTCOME
             wait_until(lambda: store.add(TOLD, 0) >= store.add(HERE, 0) or time.monotonic() > end)
     except RuntimeError:  # rank 0 may have stopped already

@@ -205,7 +205,7 @@ def handle_signals(
         return
     stop = _current = StopRequest(report, exits, saves_checkpoints)
     before = {number: signal.signal(number, stop.receive) for number in (*choose_signals(), FORWARDED_SIGNAL)}
-    # `launch` starts workers with these signals blocked, so that one that arrives earlier is delivered here
+    # `launch` starts workers with these signals blocked, so that an earlier signal is delivered here
     signal.pthread_sigmask(signal.SIG_UNBLOCK, before)
     try:
         with _watch_signals(stop) if exits else nullcontext():
@@ -220,7 +220,7 @@ def handle_signals(
 
 @contextmanager
 def pipe_signals() -> Iterator[tuple[int, int]]:
-    """Open a pipe to which Python's C code writes each handled signal's number at once, and yield its two ends.
+    """Open a pipe, and yield its two ends. Python's C code writes each handled signal's number to it at once.
 
     Python's handlers wait for the main thread, which may be in C++, or asleep if the kernel gives the signal to a
     different thread. The caller must close the reading end.
@@ -237,7 +237,6 @@ def pipe_signals() -> Iterator[tuple[int, int]]:
 
 @contextmanager
 def _watch_signals(stop: StopRequest) -> Iterator[None]:
-    """Start a thread that exits at a second signal while the main thread can't."""
     with pipe_signals() as (reader, writer):
         threading.Thread(target=stop.exit_at_second_signal, args=(reader,), daemon=True).start()
         try:

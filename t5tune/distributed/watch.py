@@ -78,7 +78,7 @@ class RankWatch:
         return [rank for rank, count in enumerate(polls) if count >= self._limit and rank != self._world.rank]
 
     def poll(self, store: Any, stopped: threading.Event) -> None:
-        """Exchange counters with the other ranks at each interval, until `stopped` is set."""
+        """Exchange counters with all ranks at each interval, until `stopped` is set."""
         published = 0
         while not stopped.wait(self.interval):
             try:
@@ -106,7 +106,7 @@ class RankWatch:
                 self._exit(describe_silence([0]))
 
     def _exit(self, problem: str) -> NoReturn:
-        # the main thread waits for the GPU or another rank, outside of Python, so no exception would reach it
+        # the main thread waits for the GPU or a rank, outside of Python, so no exception would reach it
         error = RankLost(f"rank {self._world.rank}: {problem}", hint=self._hint)
         if self._world.is_run_set_up:
             write_error(error)
@@ -117,7 +117,7 @@ class RankWatch:
 
 @contextmanager
 def watch_ranks(world: World, timeout: float, hint: str = RERUN_HINT) -> Iterator[RankWatch]:
-    """Watch the other ranks of the process group in this block; see `RankWatch`."""
+    """Watch the ranks of the process group in this block; see `RankWatch`."""
     watch = RankWatch(world, timeout, hint)
     if world.size == 1:
         yield watch

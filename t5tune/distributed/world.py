@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from t5tune.errors import SettingsError
 
 ERRORS_FOLDER_VARIABLE = "_T5TUNE_ERRORS"
-"""Environment variable: the folder to which workers that t5tune started write their errors."""
+"""Environment variable: the folder for the errors of workers that t5tune started."""
 RESTART_VARIABLES = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 LAUNCH_VARIABLES = ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID")
 """Environment variables that identify a launch; a restart has the same value. The first variable that is set counts: a

@@ -8,7 +8,7 @@ targets come first, because their predictions take the most steps to generate. T
 batches of a turn cost about the same, so that ranks hardly wait for each other. Every rank measures the same number of
 batches, because under ZeRO-3 each forward pass gathers weights from all ranks.
 
-If memory runs out, the rank halves the batch. Under ZeRO-3 it can't, because the other ranks make no further pass.
+If memory runs out, the rank halves the batch. Under ZeRO-3 it can't, because the remaining ranks make no further pass.
 """
 
 import gc
@@ -126,7 +126,7 @@ class BatchRun(Generic[Found]):
                     # if fewer batches than ranks are left, the remaining ranks repeat the last batch
                     found |= self._measure_in_parts(turn[min(rank, len(turn) - 1)], can_halve=not is_sharded)
                 except OutOfMemory as error:
-                    if is_sharded:  # the other ranks wait in their pass for this rank's shards, until it exits
+                    if is_sharded:  # all ranks wait in their pass for this rank's shards, until it exits
                         raise
                     failure = error
                 advance(sum(map(len, turn)))

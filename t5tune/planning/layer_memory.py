@@ -73,7 +73,7 @@ def build_empty_training_model(
         model = build_empty_model(architecture, adapter_dtype if is_full else dtype, architecture.is_tied)
         model.requires_grad_(is_full)
         if not is_full:
-            # the other initializations need the weights' values
+            # non-default initializations need the weights' values
             lora_settings = settings.model_copy(update={"init_lora_weights": "default"})
             last = architecture.dimensions.num_rows - 1
             rows = list(range(last - num_token_rows, last)) if architecture.token_row_modules else []

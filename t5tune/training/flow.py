@@ -87,7 +87,9 @@ class TrainingFlow(TrainerCallback):  # type: ignore[misc]
         elif evaluates_at_start:
             self._measure()
         elif self._is_evaluation_due():
-            self._evaluate(None if parts.forgets_evaluations else self._read_evaluation())
+            found = None if parts.forgets_evaluations else parts.publisher.read_evaluation(step)
+            is_complete = found is not None and all(f"eval_{name}" in found for name in parts.metric_names)
+            self._evaluate(found if is_complete else None)
         else:  # the previous process may have been killed after the evaluation that ended training
             self._stop_early()
         if self.is_stopped or step >= state.max_steps:
@@ -133,16 +135,11 @@ class TrainingFlow(TrainerCallback):  # type: ignore[misc]
         interval = state.eval_steps if in_steps else self.steps_per_epoch
         return bool(step % interval == 0)
 
-    def _read_evaluation(self) -> dict[str, Any] | None:
-        """Read the evaluation that an earlier process saved in the checkpoint, if it has all metrics."""
-        found = self.parts.publisher.read_evaluation(self.trainer.state.global_step)
-        return found if found and all(f"eval_{name}" in found for name in self.parts.metric_names) else None
-
     def _evaluate(self, known: dict[str, Any] | None = None) -> None:
         """Evaluate the step, or take the known evaluation of an earlier process.
 
-        Save the step if it is the best or the last one, or add the evaluation to its checkpoint. Checkpoints are
-        rotated only afterwards, when the best one is known.
+        Save the step if it is the best or the last, or add the evaluation to its checkpoint. Checkpoints are rotated
+        only afterwards, when the best is known.
         """
         trainer, state, publisher = self.trainer, self.trainer.state, self.parts.publisher
         step, was_saved = state.global_step, publisher.last_step == state.global_step
@@ -152,7 +149,10 @@ class TrainingFlow(TrainerCallback):  # type: ignore[misc]
             return
         if isinstance(trainer.lr_scheduler, (ReduceLROnPlateau, GreedyLR)):
             trainer.lr_scheduler.step(metrics[name_best_metric(trainer.args)])
-        is_best = self._note_best(metrics)
+        best = self.list_evaluations().get(state.best_global_step)
+        is_best = trainer.args.metric_for_best_model is not None and is_better(metrics, best, trainer.args)
+        if is_best:
+            state.best_metric, state.best_global_step = get_best_metric(metrics, trainer.args), step
         is_over = self._stop_early()
         if was_saved:
             publisher.save_evaluation(step, state.best_global_step, self.list_evaluations()[step])
@@ -181,15 +181,6 @@ class TrainingFlow(TrainerCallback):  # type: ignore[misc]
         hint = f"{failure.hint}; " if failure.hint else ""
         saved = f"the step is saved in {folder}; the same command resumes from it"
         raise SettingsError(*failure.problems, hint=hint + saved) from failure
-
-    def _note_best(self, metrics: dict[str, Any]) -> bool:
-        """Record the step as the best one if it is. Return True if so."""
-        args, state = self.trainer.args, self.trainer.state
-        best = self.list_evaluations().get(state.best_global_step)
-        if args.metric_for_best_model is None or not is_better(metrics, best, args):
-            return False
-        state.best_metric, state.best_global_step = get_best_metric(metrics, args), state.global_step
-        return True
 
     def _stop_early(self) -> bool:
         """Stop training if the metric has stopped improving. Return True if it has."""
@@ -222,7 +213,7 @@ class TrainingFlow(TrainerCallback):  # type: ignore[misc]
 
 
 class CatchUp(TrainerCallback):  # type: ignore[misc]
-    """Lets the flow catch up. Must come after the other callbacks: they must have begun when it evaluates or saves."""
+    """Lets the flow catch up. Must come last, so that all callbacks have begun when it evaluates or saves."""
 
     def __init__(self, flow: TrainingFlow) -> None:
         self.flow = flow

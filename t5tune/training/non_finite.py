@@ -1,7 +1,7 @@
 """Steps with a NaN or infinite loss or gradient: no update is made, and the step's examples are logged.
 
-Without DeepSpeed, the gradient norm (equal on all ranks) shows it before the update. DeepSpeed skips such an update
-silently, except in stage 0 in fp32; there a hook checks the gradients first.
+Without DeepSpeed, the gradient norm (equal on all ranks) shows it before the update. DeepSpeed silently skips
+the update, except in stage 0 in fp32; there a hook checks the gradients first.
 
 non_finite.jsonl in the run folder has a line for each such step:
 
@@ -148,7 +148,7 @@ class NonFiniteGuard:
         for text in lines:
             with contextlib.suppress(ValueError):  # a kill truncated the line
                 line = json.loads(text)
-                # earlier steps only: the writer may already have appended this one when another rank reads the file
+                # earlier steps only: rank 0 may have appended this step before a later rank reads the file
                 if line["action"] == "skip" and line["step"] < step:
                     skipped.add(line["step"])
         return skipped

@@ -46,7 +46,7 @@ class RunObjective(ABC):
 
     Attributes:
         losses: metrics of an evaluation where lower is better.
-        others: the other metrics; where they can choose the best checkpoint, higher is better.
+        others: the remaining metrics; where they can choose the best checkpoint, higher is better.
         counts_pairs: whether an item is a preference pair; otherwise it is a target token.
     """
 

@@ -48,18 +48,8 @@ MODEL_FIELDS = ("base", "bf16", "family", *QuantizationSettings.model_fields)
 INITIAL_FIELDS = (*MODEL_FIELDS, "adapter", "seed", *LoraSettings.model_fields)
 
 
-@dataclass(frozen=True)
-class PairMeter:
-    """Measures pairs with the reference model, without dropout. Every rank calls it."""
-
-    model: Any
-    options: EvaluationOptions
-    autocast: bool
-
-    def __call__(self, examples: Sequence[Example]) -> list[tuple[float, float]]:
-        device = next(self.model.parameters()).device
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.autocast):
-            return measure_pairs(self.model, examples, self.options, "reference")
+PairMeter = Callable[[Sequence[Example]], Pairs]
+"""Measures pairs with the reference model, without dropout. Call on every rank."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +122,15 @@ def complete_references(
     return found
 
 
+def _make_meter(model: Any, options: EvaluationOptions, autocast: bool) -> PairMeter:
+    def measure(examples: Sequence[Example]) -> Pairs:
+        device = next(model.parameters()).device
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            return measure_pairs(model, examples, options, "reference")
+
+    return measure
+
+
 def _hash_inputs(run_identity: dict[str, Any], examples: Examples) -> str:
     fields = INITIAL_FIELDS if run_identity["reference_adapter"] is None else (*MODEL_FIELDS, "reference_adapter")
     made_of = {field: run_identity.get(field) for field in fields}
@@ -144,7 +143,7 @@ def open_initial_model(built: BuiltModel, options: EvaluationOptions, autocast: 
     """Measure with the model that is about to be trained."""
     engine = None if built.partitioner is None else built.partitioner.set_up_inference(built.model)
     try:
-        yield PairMeter(built.model, options, autocast)
+        yield _make_meter(built.model, options, autocast)
     finally:
         if engine is not None:  # the Trainer sets up a new engine
             engine.destroy()
@@ -183,7 +182,7 @@ def open_reference_adapter(
         collator = attention.make_collator(loaded.model, loaded.tokenizer.pad_token_id, is_packed)
         batch_size = session.plan.evaluation.per_device_eval_batch_size
         options = EvaluationOptions(collator, batch_size, report, lambda: session.stop.is_set)
-        yield PairMeter(loaded.model, options, plan.precision.bf16)  # the adapter has its dtype of training
+        yield _make_meter(loaded.model, options, plan.precision.bf16)  # the adapter has its dtype of training
     finally:
         if loaded.engine is not None:
             loaded.engine.destroy()

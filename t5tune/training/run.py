@@ -46,12 +46,11 @@ def run_training(session: Session) -> TrainResult:
         Stopped: a signal asked to stop; the progress so far is saved in a checkpoint.
     """
     plan, folder, world, report = session.plan, session.folder, session.world, session.report
-    # a single process may exit at once while it loads, but other ranks would wait for this one in a collective
+    # a single process may exit at once while it loads, but with several ranks the rest would wait in a collective
     with session.stop.interruptible() if world.size == 1 else nullcontext():
         loaded = load_data(session)
         built, trainer, samples = build_trainer(session, loaded)
-        saves = _count_saves(trainer)
-        run_on_rank_0(world, lambda: _check_disk_space(session, loaded, built.trainable, saves))
+        run_on_rank_0(world, lambda: _check_disk_space(session, loaded, built.trainable, trainer))
     trainer.train(resume_from_checkpoint=str(loaded.resume) if loaded.resume else None)
     training_seconds = trainer.totals.measure_seconds()  # without the sample predictions
     if trainer.flow.is_stopped:
@@ -67,17 +66,13 @@ def run_training(session: Session) -> TrainResult:
     return result
 
 
-def _count_saves(trainer: T5Trainer) -> int:
-    args, sampler = trainer.args, trainer.parts.sampler
-    if args.save_strategy == "no":  # the last step is still saved
-        return 1
-    steps_per_save = sampler.steps_per_epoch if args.save_strategy == "epoch" else args.save_steps
-    return -(-count_all_steps(sampler, args) // steps_per_save)
-
-
-def _check_disk_space(session: Session, loaded: LoadedData, trainable: int, saves: int) -> None:
-    # at least two checkpoints must fit: a new one is written before the old one is deleted
+def _check_disk_space(session: Session, loaded: LoadedData, trainable: int, trainer: T5Trainer) -> None:
+    # at least two checkpoints must fit: the new checkpoint is written before the old checkpoint is deleted
     folder, limit = session.folder.path, session.plan.output.save_total_limit
+    args, sampler, saves = trainer.args, trainer.parts.sampler, 1  # the last step is always saved
+    if args.save_strategy != "no":
+        steps_per_save = sampler.steps_per_epoch if args.save_strategy == "epoch" else args.save_steps
+        saves = -(-count_all_steps(sampler, args) // steps_per_save)
     count = min(saves, limit or saves)
     per_parameter = BYTES_PER_PARAMETER + (EXTRA_BYTES_WITH_DEEPSPEED if loaded.deepspeed is not None else 0)
     size = trainable * per_parameter + sum(map(len, loaded.files.values())) + OVERHEAD_BYTES

@@ -67,7 +67,7 @@ class LoadedData:
 
 
 def load_data(session: Session) -> LoadedData:
-    """Load the data and find the other models, and start or resume the run. Call on every rank."""
+    """Load the data, find the base and the teacher, and start or resume the run. Call on every rank."""
     plan, folder, world = session.plan, session.folder, session.world
     prepared = run_on_rank_0(world, lambda: folder.read_record().get("prepared"))
     examples, held_out = open_data(plan, locate_data(plan), prepared)

@@ -3,7 +3,7 @@
     trainer = T5Trainer(model, training_arguments, TrainerParts(...))
     trainer.train(resume_from_checkpoint=None)
 
-flow.py decides what follows a step. The rest is transformers' Trainer unchanged: its loop, optimizers, schedules,
+flow.py decides what follows a step. The Trainer's remaining parts are unchanged: its loop, optimizers, schedules,
 callbacks of trackers, and DeepSpeed.
 """
 
@@ -158,7 +158,7 @@ class T5Trainer(Trainer):  # type: ignore[misc]
         return batches, count
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Count no operations: nothing reads `total_flos`, for which the Trainer walks over all modules."""
+        """Count no operations: the Trainer would walk over all modules for `total_flos`, which nothing reads."""
         return 0
 
     def create_optimizer(self, model: Any = None) -> Any:
@@ -196,7 +196,7 @@ class T5Trainer(Trainer):  # type: ignore[misc]
         """Measure the objective's metrics of the held-out examples, and the scores of a sample of predictions.
 
         The Trainer's own loop averages over batches, so its result depends on the batches. It also changes the random
-        state, from which its data loader draws. This loop draws no random numbers.
+        state: its data loader draws random numbers, and this loop doesn't.
         """
         parts, examples = self.parts, self.eval_dataset.examples
         batch_size, stop = parts.evaluation.per_device_eval_batch_size, parts.stop
@@ -209,7 +209,7 @@ class T5Trainer(Trainer):  # type: ignore[misc]
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(examples))
 
     def _select_finite(self, scores: dict[str, float], values: dict[str, float]) -> dict[str, float]:
-        """Select the finite scores, and report the others."""
+        """Select the finite scores, and report those that aren't finite."""
         step, schedule = f"step {self.state.global_step:,}", self.args.lr_scheduler_type
         if (best := self.args.metric_for_best_model or "loss") not in values | scores:
             names = ", ".join([*values, *scores])
@@ -242,7 +242,7 @@ class T5Trainer(Trainer):  # type: ignore[misc]
             self.metrics_log.write(step, logs)
 
     def compute_mean_loss(self) -> float | None:
-        """Return the mean loss over all steps of the run; None before the first one. Call on every rank."""
+        """Return the mean loss over all steps of the run; None before the first step. Call on every rank."""
         return self._sum_losses() / self.state.global_step if self.state.global_step else None
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -1,1 +1,1 @@
-"""The callbacks of the Trainer that report, upload and track a run. flow.py decides what follows a step."""
+"""Callbacks of the Trainer that report, upload and track a run. flow.py has the decisions after a step."""
