@@ -38,10 +38,6 @@ class RankWatch:
     """Watches the other ranks, if there are any.
 
     It counts its polls instead of seconds: if all ranks were suspended together, all continue together.
-
-    Args:
-        timeout: in seconds.
-        hint: the next step for the user when a rank is lost.
     """
 
     def __init__(self, world: World, timeout: float, hint: str = RERUN_HINT) -> None:

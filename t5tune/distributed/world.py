@@ -32,11 +32,7 @@ class World:
 
     @staticmethod
     def from_environment() -> "World":
-        """Read the variables of torchrun and deepspeed, else SLURM's; without them, this is the only process.
-
-        Raises:
-            SettingsError: a variable isn't a whole number, or the rank isn't less than the world size.
-        """
+        """Read the variables of torchrun and deepspeed, else SLURM's; without them, this is the only process."""
         if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
             names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
         elif _is_slurm_task():

@@ -93,9 +93,6 @@ def score_datasets(
     """Compute the metrics that fit the targets of each dataset, if there are several datasets.
 
     Custom metrics that aren't finite are left out: a dataset's examples may be too few, or too much alike.
-
-    Raises:
-        SettingsError: the function of a custom metric fails on a dataset.
     """
     found: dict[str, dict[str, float]] = {}
     for name, indices in chosen.datasets:

@@ -69,9 +69,6 @@ def measure_losses(
     Args:
         batch_size: maximum number of examples per batch; long examples make smaller batches.
         is_stopped: whether a signal asked this rank to stop; called after each batch.
-
-    Raises:
-        OutOfMemory, EvaluationStopped: see `BatchRun.run`.
     """
     sums = measure_targets(model, examples, collator, batch_size, report, is_stopped)
     return Losses([each[0] for each in sums], [len(example.target_T) for example in examples])
@@ -135,11 +132,7 @@ class GenerationScorer:
     autocast: bool
 
     def list_metrics(self, examples: Examples) -> list[str]:
-        """List the metrics of an evaluation, after trying to compute them. Call on every rank.
-
-        Raises:
-            SettingsError: a metric can't be computed.
-        """
+        """List the metrics of an evaluation, after trying to compute them. Call on every rank."""
 
         def list_names() -> list[str]:
             parts = self._select_examples(examples)
@@ -227,9 +220,6 @@ def generate_predictions(
         is_stopped: whether a signal asked this rank to stop; called after each batch.
         autocast: whether to compute in mixed precision, as training does without DeepSpeed: its fp32 modules in a bf16
             base need it. The Trainer's autocast includes the model's forward, but not `generate`.
-
-    Raises:
-        OutOfMemory, EvaluationStopped: see `BatchRun.run`.
     """
     sharded = _is_sharded(model)
     budget = compute_generation_budget(model)

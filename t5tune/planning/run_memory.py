@@ -102,11 +102,7 @@ class MemoryEstimator:
         return self._partition(stage, step.gradients, activations)
 
     def estimate_evaluation(self, stage: str, lengths: BatchLengths) -> int:
-        """Estimate the bytes per device during an evaluation between two steps: its losses and its predictions.
-
-        Args:
-            lengths: of the evaluation's largest batch.
-        """
+        """Estimate the bytes per device during an evaluation whose largest batch has these lengths."""
         under_deepspeed = self.settings.bf16 and stage != "none"
         key = (under_deepspeed, lengths)
         if key not in self._evaluations:

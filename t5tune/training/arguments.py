@@ -37,11 +37,7 @@ def make_training_arguments(
 ) -> OneGpuArguments:
     """Make the Trainer's arguments. The setting `training_args` overrides all that `check_plan` allows.
 
-    Args:
-        losses: the metrics of evaluations where lower is better; empty: no evaluations.
-
-    Raises:
-        SettingsError: TrainingArguments rejects a value.
+    `losses` are the metrics of evaluations where lower is better; empty: no evaluations.
     """
     steps, evaluation, output = plan.steps, plan.evaluation, plan.output
     values = plan.list_affecting(Affects.TRAINER)

@@ -52,9 +52,6 @@ def choose_packed_attention(
         shapes: of the attention in each model that reads the batches; None if the kernel can't compute it.
         trains_bias: whether the position bias is trained.
         previous: the choice that the checkpoint records; None for a new run, or a run on a CPU.
-
-    Raises:
-        SettingsError: `flex` is wanted, but can't be used here.
     """
     if wanted == "auto" and previous == "loop" and device.type == "cuda":
         again = "as when this run began; --packed-attention flex tries one kernel per layer"

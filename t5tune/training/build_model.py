@@ -62,15 +62,7 @@ class BuiltModel:
 def build_model(
     plan: ModelPlan, loaded: LoadedData, settings: Mapping[str, Any], device: torch.device, report: Report
 ) -> BuiltModel:
-    """Load the base, add the adapters, and under ZeRO-3 partition the parameters among the ranks.
-
-    Args:
-        settings: of the run, for the model card.
-
-    Raises:
-        ModelError: the base is broken, or can't be trained with these settings.
-        SettingsError: packing is required, but this model doesn't support it.
-    """
+    """Load the base, add the adapters, and under ZeRO-3 partition the parameters. The card shows `settings`."""
     base, family, layers, deepspeed = loaded.base, plan.base.family, plan.layers, loaded.deepspeed
     dtype = torch.bfloat16 if plan.precision.bf16 else torch.float32
     # DeepSpeed keeps fp32 master copies of trained bf16 weights; without it, these weights themselves must be fp32

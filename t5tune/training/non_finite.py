@@ -79,9 +79,6 @@ class NonFiniteGuard:
             norm: None if DeepSpeed didn't compute it: stage 0 computes it only for clipping.
             trained: the parameters that have gradients.
             list_examples: lists the step's examples, over all ranks: their indices in the cache.
-
-        Raises:
-            TrainingError: the step isn't finite, and training must stop.
         """
         norm = self._plain_optimizer_norm if norm is None else float(norm)
         loss, self._step_loss = self._step_loss, None

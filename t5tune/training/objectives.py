@@ -64,11 +64,7 @@ class RunObjective(ABC):
 
     @abstractmethod
     def evaluate(self, model: Any, examples: Examples, options: EvaluationOptions) -> dict[str, float]:
-        """Measure held-out examples. Call on every rank.
-
-        Raises:
-            OutOfMemory, EvaluationStopped: see `measure_losses`.
-        """
+        """Measure held-out examples. Call on every rank."""
 
     def list_losses(self, examples: Examples) -> list[str]:
         """List the metrics where lower is better, of all examples and of each dataset."""
@@ -109,11 +105,7 @@ def _prefix(names: Sequence[str], examples: Examples) -> list[str]:
 
 
 class TargetObjective(RunObjective):
-    """Cross-entropy of the targets: supervised fine-tuning, and span corruption.
-
-    Args:
-        label_smoothing: probability mass spread uniformly over the vocabulary.
-    """
+    """Cross-entropy of the targets: supervised fine-tuning, and span corruption."""
 
     losses = ("loss", "perplexity")
 
@@ -142,11 +134,7 @@ class TargetObjective(RunObjective):
 
 
 class PreferenceObjective(RunObjective):
-    """A preference between two answers.
-
-    Args:
-        held_out_reference: for DPO, the log-probabilities of the held-out pairs under the reference model.
-    """
+    """A preference between two answers. DPO needs the held-out pairs' values under the reference model."""
 
     counts_pairs = True
 

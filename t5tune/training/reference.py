@@ -97,13 +97,10 @@ def complete_references(
     open_meter: Callable[[], AbstractContextManager[PairMeter]],
     report: Report,
 ) -> dict[str, Pairs]:
-    """Read the log-probabilities of sets of pairs, and measure the missing ones. Call on every rank.
-
-    Args:
-        open_meter: opens the reference model, if any pair is missing.
+    """Read the log-probabilities of sets of pairs, and measure missing pairs. Call on every rank.
 
     Raises:
-        OutOfMemory, EvaluationStopped: see `measure_targets`; the measured pairs are saved.
+        OutOfMemory, EvaluationStopped: see `BatchRun.run`; the measured pairs are saved.
     """
     found: dict[str, Pairs] = {}
     with ExitStack() as stack:
@@ -155,11 +152,7 @@ def open_reference_adapter(
 ) -> Iterator[PairMeter]:
     """Load the base with the adapter of the reference, and free it afterwards, before the model to train is loaded.
 
-    Args:
-        choose_attention: chooses how the run computes attention over packed rows, from a model of its base.
-
-    Raises:
-        CheckpointError: the adapter's tokens differ from this run's, or it doesn't fit the base.
+    `choose_attention` chooses how the run computes attention over packed rows, from a model of its base.
     """
     plan, report = session.plan.model, session.report
     settings = InferenceSettings(

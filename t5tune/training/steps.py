@@ -40,11 +40,7 @@ class Draw(NamedTuple):
 
 
 class ExampleDataset(Dataset[Example]):
-    """The examples of a run as a torch Dataset, whose items are chosen by `Draw`.
-
-    Args:
-        reference: the log-probabilities of preference pairs under the reference model.
-    """
+    """The examples of a run as a torch Dataset, whose items are chosen by `Draw`, with the reference's values."""
 
     def __init__(self, examples: Examples, reference: Sequence[tuple[float, float]] | None = None) -> None:
         self.examples = examples
@@ -197,11 +193,7 @@ def make_count_sampler(draws: EpochDraws, batch_size: int, step_size: int, group
 
 
 def make_budget_sampler(draws: EpochDraws, tokens: int, packed: bool, step_size: int) -> StepSampler:
-    """Make the sampler of micro-batches with a token budget.
-
-    Raises:
-        SettingsError: an example is longer than the budget, or there are fewer examples than micro-batches in a step.
-    """
+    """Make the sampler of micro-batches with a token budget."""
     longest = draws.find_longest()
     if longest > tokens:
         raise SettingsError(

@@ -67,10 +67,6 @@ def load_teacher(session: Session, loaded: LoadedData, start_token_id: int, is_p
     Args:
         start_token_id: the first token of the run's decoder.
         is_packed: whether the run's batches are packed.
-
-    Raises:
-        SettingsError: its tokenizer differs from the run's, or it can't read the run's batches.
-        ModelError, CheckpointError: its files can't be used.
     """
     settings, files, device = session.plan.teacher, loaded.teacher, session.device
     if settings is None or files is None:

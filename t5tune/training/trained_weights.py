@@ -57,11 +57,7 @@ class TrainedWeights:
         return state
 
     def load(self, folder: Path, model: Any) -> None:
-        """Set every trained parameter to its value in a checkpoint.
-
-        Raises:
-            CheckpointError: the checkpoint lacks a tensor, or its shape differs.
-        """
+        """Set every trained parameter to its value in a checkpoint."""
         file = SafetensorsFile(folder / self.file)
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:

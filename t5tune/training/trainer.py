@@ -347,11 +347,7 @@ OVERRIDDEN_METHODS = ("get_batch_samples", "_save_checkpoint", "_load_from_check
 
 
 def check_overridden_methods(trainer_class: Any) -> None:
-    """Check that transformers' Trainer has the private methods that T5Trainer overrides.
-
-    Raises:
-        DependencyError: this release of transformers has renamed one, so ours would never be called.
-    """
+    """Check that Trainer has the methods that T5Trainer overrides: after a renaming, ours would never be called."""
     for name in OVERRIDDEN_METHODS:
         if not callable(getattr(trainer_class, name, None)):
             raise DependencyError(

@@ -19,11 +19,7 @@ REPORTED_METRICS = {
 
 
 class ReportProgress(TrainerCallback):  # type: ignore[misc]
-    """Reports progress events, and writes heartbeats to metrics.jsonl while nothing else is logged.
-
-    Args:
-        datasets: the names of the evaluated datasets, if there are several.
-    """
+    """Reports progress events, and writes heartbeats to metrics.jsonl while nothing else is logged."""
 
     def __init__(self, report: Report, metrics_log: MetricsLog | None, datasets: Sequence[str] = ()) -> None:
         self.report = report

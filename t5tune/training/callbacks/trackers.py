@@ -38,8 +38,7 @@ CONFIG_KEY = "t5tune"
 class TrackRun(TrainerCallback):  # type: ignore[misc]
     """Sends the settings when training begins, and the report page and the result's files after it.
 
-    Args:
-        trackers: names as in `report_to`. Trackers without code here get only the data of transformers' callbacks.
+    Trackers without code here get only the data of transformers' callbacks.
     """
 
     def __init__(self, plan: RunPlan, trackers: list[str], report: Report) -> None:
