@@ -36,7 +36,7 @@ with join_process_group(world, settings, "cpu", silent), watch_ranks(world, 2), 
 """
 
 
-def test_a_rank_waits_for_rank_0_beyond_the_timeout(tmp_path: Path) -> None:
+def test_ranks_wait_for_rank_0_beyond_the_timeout_and_raise_its_error(tmp_path: Path) -> None:
     code = """
     def work():
         first = count_polls()
@@ -44,21 +44,11 @@ def test_a_rank_waits_for_rank_0_beyond_the_timeout(tmp_path: Path) -> None:
             time.sleep(0.05)
         return world.rank, "prepared"
 
-    print(run_on_rank_0(world, work), flush=True)
-    print(run_on_rank_0(world, lambda: (world.rank, "again")), flush=True)
-"""
-    ranks = start_two_ranks(JOINED + code, tmp_path)
-    with ranks[0], ranks[1]:
-        assert [rank.wait() for rank in ranks] == [0, 0], ranks[1].log.read_text()
-    for rank in ranks:
-        assert read_lines(rank) == ["(0, 'prepared')", "(0, 'again')"]
-
-
-def test_every_rank_raises_the_error_of_rank_0(tmp_path: Path) -> None:
-    code = """
     def fail():
         raise DataError("data_path: chats.jsonl: no conversations", hint="see t5tune inspect")
 
+    print(run_on_rank_0(world, work), flush=True)
+    print(run_on_rank_0(world, lambda: (world.rank, "again")), flush=True)
     try:
         run_on_rank_0(world, fail)
     except DataError as error:
@@ -67,8 +57,9 @@ def test_every_rank_raises_the_error_of_rank_0(tmp_path: Path) -> None:
     ranks = start_two_ranks(JOINED + code, tmp_path)
     with ranks[0], ranks[1]:
         assert [rank.wait() for rank in ranks] == [0, 0], ranks[1].log.read_text()
+    error = "data_path: chats.jsonl: no conversations; see t5tune inspect"
     for rank in ranks:
-        assert read_lines(rank) == ["data_path: chats.jsonl: no conversations; see t5tune inspect"]
+        assert read_lines(rank) == ["(0, 'prepared')", "(0, 'again')", error]
 
 
 @pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])

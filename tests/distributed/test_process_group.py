@@ -112,35 +112,6 @@ def test_every_rank_refuses_a_gpu_that_two_of_them_have() -> None:
     assert join_together(list("abcba")) == ["ranks 1 and 3 have the same GPU, b"] * 5
 
 
-@pytest.mark.slow
-def test_a_missing_network_interface_is_an_error_with_advice(tmp_path: Path) -> None:
-    code = """
-import os, sys
-from t5tune.distributed.process_group import join_process_group
-from t5tune.distributed.world import World
-from t5tune.errors import RankLost
-from t5tune.progress import silent
-from t5tune.settings import TrainSettings
-
-os.environ["GLOO_SOCKET_IFNAME"] = "nope"
-settings = TrainSettings(model_name_or_path="pocket", data_path="pocket", output_dir="run", use_cpu=True)
-try:
-    with join_process_group(World.from_environment(), settings, None, silent):
-        pass
-except RankLost as error:
-    print(error.message)
-    print(error.hint)
-"""
-    ranks = start_two_ranks(code, tmp_path)
-    with ranks[0], ranks[1]:
-        assert [rank.wait() for rank in ranks] == [0, 0], ranks[1].log.read_text()
-    for number, rank in enumerate(ranks):
-        message, hint = rank.log.read_text().splitlines()
-        assert message.startswith(f"rank {number}: can't connect to the other ranks: ")
-        assert message.endswith(" nope")
-        assert hint.startswith("GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the network interface")
-
-
 def meet(*stops: StopRequest, store: dist.Store | None = None, size: int | None = None) -> list[str]:
     """Let ranks with these requests to stop wait for each other. Returns how each of them ended."""
     store = store or dist.HashStore()
@@ -181,28 +152,38 @@ def test_a_missing_rank_is_an_error_after_the_timeout() -> None:
     ]
 
 
-LONELY = """
+JOINING = """
 import sys
 from t5tune.distributed import process_group
 from t5tune.distributed.signals import handle_signals, write_stderr
 from t5tune.distributed.world import World
-from t5tune.errors import Stopped
+from t5tune.errors import RankLost, Stopped
 from t5tune.settings import TrainSettings
 
 process_group.SECONDS_BEFORE_NOTE = 0
 settings = TrainSettings(model_name_or_path="pocket", data_path="pocket", output_dir="run", use_cpu=True)
+join, world = process_group.join_process_group, World.from_environment()
 try:
-    with (
-        handle_signals() as stop,
-        process_group.join_process_group(
-            World.from_environment(), settings, "cpu", lambda note: write_stderr(note.text), stop
-        ),
-    ):
+    with handle_signals() as stop, join(world, settings, "cpu", lambda note: write_stderr(note.text), stop):
         pass
-except Stopped as error:
+except (RankLost, Stopped) as error:
     write_stderr(error.message)
+    write_stderr(error.hint or "")
     process_group.os._exit(error.exit_code)  # as the command line exits under a launcher
 """
+
+
+@pytest.mark.slow
+def test_a_missing_network_interface_is_an_error_with_advice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nope")
+    ranks = start_two_ranks(JOINING, tmp_path)
+    with ranks[0], ranks[1]:
+        assert [rank.wait() for rank in ranks] == [1, 1], ranks[1].log.read_text()
+    for number, rank in enumerate(ranks):
+        *_, message, hint = rank.log.read_text().splitlines()
+        assert message.startswith(f"rank {number}: can't connect to the other ranks: ")
+        assert message.endswith(" nope")
+        assert hint.startswith("GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the network interface")
 
 
 @pytest.mark.distributed
@@ -212,19 +193,10 @@ def test_a_waiting_rank_says_so_and_stops_at_a_signal(ranks: list[int], tmp_path
     """Rank 0 waits for all, rank 1 for rank 0, and if that is there, both of them for rank 2."""
     place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(find_free_port())}
     with ExitStack() as stack:
-        started = [
-            stack.enter_context(
-                Running(
-                    [sys.executable, "-c", LONELY],
-                    tmp_path / f"rank-{rank}",
-                    **place,
-                    WORLD_SIZE="3",
-                    RANK=str(rank),
-                    LOCAL_RANK=str(rank),
-                )
-            )
-            for rank in ranks
-        ]
+        command, started = [sys.executable, "-c", JOINING], []
+        for rank in ranks:
+            variables = {**place, "WORLD_SIZE": "3", "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            started.append(stack.enter_context(Running(command, tmp_path / f"rank-{rank}", **variables)))
         notes = [f"rank {rank}: waiting for the other ranks at localhost:{place['MASTER_PORT']}" for rank in ranks]
         for running, note in zip(started, notes, strict=True):
             running.wait_until(lambda running=running, note=note: note in running.log.read_text())
@@ -233,4 +205,4 @@ def test_a_waiting_rank_says_so_and_stops_at_a_signal(ranks: list[int], tmp_path
         for running, note in zip(started, notes, strict=True):
             assert running.wait() == 143, running.log.read_text()
             end = "stopped by SIGTERM before all ranks had started"
-            assert running.log.read_text().splitlines() == [note, end]
+            assert running.log.read_text().splitlines() == [note, end, ""]

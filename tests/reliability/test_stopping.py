@@ -9,8 +9,8 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -261,6 +261,14 @@ def test_ctrl_c_does_not_stop_a_background_job() -> None:
         signal.signal(signal.SIGINT, before)
 
 
+@contextmanager
+def run_script(code: str, folder: Path) -> Iterator[Running]:
+    """Run code in a process, and wait until it prints "ready"."""
+    with Running([sys.executable, "-c", code], folder / "run") as running:
+        running.wait_until(lambda: "ready" in running.log.read_text())
+        yield running
+
+
 def test_a_second_signal_exits_but_copies_of_one_signal_do_not(tmp_path: Path) -> None:
     waiting = """
 import time
@@ -271,8 +279,7 @@ with handle_signals() as stop:
         time.sleep(0.01)
         print(stop.signal_name, flush=True)
 """
-    with Running([sys.executable, "-c", waiting], tmp_path / "run") as running:
-        running.wait_until(lambda: "ready" in running.log.read_text())
+    with run_script(waiting, tmp_path) as running:
         send_signal(running.process.pid, signal.SIGTERM)
         running.wait_until(lambda: "SIGTERM" in running.log.read_text())
         send_signal(running.process.pid, signal.SIGTERM)
@@ -296,8 +303,7 @@ with handle_signals():
     print("ready", flush=True)
     store.wait(["never"], timedelta(hours=1))  # as for a GPU or a rank that hangs: Python handles no signal meanwhile
 """
-    with Running([sys.executable, "-c", waiting], tmp_path / "run") as running:
-        running.wait_until(lambda: "ready" in running.log.read_text())
+    with run_script(waiting, tmp_path) as running:
         end = time.monotonic() + TIMEOUT
         while running.process.poll() is None and time.monotonic() < end:
             send_signal(running.process.pid, signal.SIGTERM)
@@ -373,8 +379,7 @@ with signals.handle_signals() as stop, stop.interruptible():
         while True:
             pass
 """
-    with Running([sys.executable, "-c", stubborn], tmp_path / "run") as running:
-        running.wait_until(lambda: "ready" in running.log.read_text())
+    with run_script(stubborn, tmp_path) as running:
         send_signal(running.process.pid, signal.SIGTERM)
         assert running.wait() == 143
     assert "stopped by SIGTERM before training began" in running.log.read_text()
@@ -386,8 +391,14 @@ SLURM = {
 }
 
 
-def torchrun_forwards_chosen_signals() -> bool:
-    return any("--signals-to-handle" in action.option_strings for action in get_args_parser()._actions)
+def fake_slurm(folder: Path, **commands: str) -> dict[str, str]:
+    """Write fake SLURM commands that run a task on this machine and record requests. Return a job's variables."""
+    for name, text in {**SLURM, **commands}.items():
+        (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+        (folder / name).chmod(0o755)
+    path = f"{folder}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    variables = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "here"}
+    return variables | {"RANKS_PER_NODE": "1", "PATH": path, "REQUESTS": str(folder / "requests")}
 
 
 @pytest.mark.long
@@ -396,19 +407,12 @@ def torchrun_forwards_chosen_signals() -> bool:
 def test_a_slurm_time_limit_saves_a_checkpoint_and_requeues(
     script: str, code: int, inputs: list[Path], tmp_path: Path
 ) -> None:
-    """Fake SLURM commands run the task on this machine, and record the requests to the controller."""
-    if script == "torchrun" and not torchrun_forwards_chosen_signals():
+    options = [option for action in get_args_parser()._actions for option in action.option_strings]
+    if script == "torchrun" and "--signals-to-handle" not in options:
         pytest.skip("this torch has no torchrun --signals-to-handle")
-    for name, text in SLURM.items():
-        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
-        (tmp_path / name).chmod(0o755)
-    path = f"{tmp_path}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    job = str(os.getpid())
-    variables = {"SLURM_JOB_ID": job, "SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "here", "RANKS_PER_NODE": "1"}
-    variables |= {"PATH": path, "REQUESTS": str(tmp_path / "requests")}
     _, *flags = make_arguments(*inputs, tmp_path / "run", "--save-steps=100000", "--max-steps=100000")
     command = ["bash", str(REPOSITORY / "examples" / "slurm" / f"{script}.sbatch"), *flags]
-    with Running(command, tmp_path / "run", **variables) as running:
+    with Running(command, tmp_path / "run", **fake_slurm(tmp_path)) as running:
         running.wait_for_step(3)
         processes = list_descendants(running.process.pid)
         try:
@@ -419,18 +423,14 @@ def test_a_slurm_time_limit_saves_a_checkpoint_and_requeues(
             for process in processes:
                 send_signal(process, signal.SIGKILL)
     assert len(list_complete_steps(tmp_path / "run")) == 1
-    assert (tmp_path / "requests").read_text() == f"requeue {job}\n"
+    assert (tmp_path / "requests").read_text() == f"requeue {os.getpid()}\n"
 
 
 @pytest.mark.parametrize(("failure", "code"), [("exit 1", 1), ("kill -TERM $$", 143)])
 @pytest.mark.parametrize("script", ["srun", "torchrun"])
 def test_a_failed_slurm_job_is_not_requeued(script: str, failure: str, code: int, tmp_path: Path) -> None:
     """When a rank fails, srun ends the others with SIGTERM, and exits with the highest code."""
-    for name, text in {**SLURM, "srun": failure}.items():
-        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
-        (tmp_path / name).chmod(0o755)
-    variables = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "here"}
-    variables |= {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "REQUESTS": str(tmp_path / "requests")}
     command = ["bash", str(REPOSITORY / "examples" / "slurm" / f"{script}.sbatch")]
-    assert subprocess.run(command, env={**os.environ, **variables}, timeout=60).returncode == code
+    environment = {**os.environ, **fake_slurm(tmp_path, srun=failure)}
+    assert subprocess.run(command, env=environment, timeout=60).returncode == code
     assert not (tmp_path / "requests").exists()
