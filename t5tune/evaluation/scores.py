@@ -50,7 +50,8 @@ def write_predictions(
     with open(path, "w", encoding="utf-8") as file:
         for index, (example, target) in enumerate(zip(chosen.examples, chosen.targets, strict=True)):
             prediction, *of_base = (texts[index] for texts in predictions)
-            loss, *loss_of_base = (outcome.losses.get_mean(index) for outcome in outcomes)
+            losses = (outcome.losses for outcome in outcomes)
+            loss, *loss_of_base = (round(each.sums[index] / each.tokens[index], 6) for each in losses)
             line = {
                 **({"dataset": dataset} if (dataset := names.get(index)) is not None else {}),
                 "source": decode_reference(chosen.tokenizer, example.source_S, "", index in chosen.raw_texts),

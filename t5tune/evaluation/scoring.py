@@ -49,10 +49,6 @@ class Losses:
         chosen = list(indices)
         return Losses([self.sums[index] for index in chosen], [self.tokens[index] for index in chosen])
 
-    def get_mean(self, index: int) -> float:
-        """Return an example's mean loss per target token."""
-        return round(self.sums[index] / self.tokens[index], 6)
-
 
 def measure_losses(
     model: Any,

@@ -127,10 +127,6 @@ class EpochDraws:
     max_steps: int | None = None
     longest: int | None = None
 
-    def find_longest(self) -> int:
-        """Find the length of the longest example that is ever drawn, in tokens."""
-        return int((self.sources + self.targets).max()) if self.longest is None else self.longest
-
     def draw_epoch(self, epoch: int) -> tuple[Integers, Integers]:
         """Return (indices, how often each example was drawn before)."""
         if self.draw is not None:
@@ -194,7 +190,7 @@ def make_count_sampler(draws: EpochDraws, batch_size: int, step_size: int, group
 
 def make_budget_sampler(draws: EpochDraws, tokens: int, packed: bool, step_size: int) -> StepSampler:
     """Make the sampler of micro-batches with a token budget."""
-    longest = draws.find_longest()
+    longest = int((draws.sources + draws.targets).max()) if draws.longest is None else draws.longest
     if longest > tokens:
         raise SettingsError(
             f"tokens_per_batch: {tokens}: the longest example has {longest} source and target tokens",
