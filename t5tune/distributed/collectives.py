@@ -19,7 +19,7 @@ from t5tune.io.reasons import join_lines
 Value = TypeVar("Value")
 ANSWER_SECONDS = 1.0
 MAX_PAUSE = 0.25  # seconds between two polls of the store
-RENDEZVOUS_HINT = "start all ranks with the same MASTER_ADDR and MASTER_PORT, and check that every rank can reach it"
+RENDEZVOUS_HINT = "start all ranks with the same MASTER_ADDR and MASTER_PORT; every rank must reach this address"
 # parts of gloo's messages, whose errors are plain RuntimeErrors
 RANK_LOSS_MESSAGES = (
     "gloo",

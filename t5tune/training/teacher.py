@@ -104,10 +104,9 @@ def _check_tokenizer(name: str, teachers: Tokenizer, runs: Tokenizer) -> None:
     hint = "choose a teacher that was trained on this data, or set add_tokens none"
     if wrong:
         token = min(wrong, key=lambda token: ours[token])
-        theirs_is = f"the teacher's id is {theirs[token]}" if token in theirs else "the teacher's tokenizer lacks it"
-        raise SettingsError(
-            f"{name}: the tokenizers differ: {token!r} has id {ours[token]}, but {theirs_is}", hint=hint
-        )
+        found = f"has {theirs[token]} for it" if token in theirs else "lacks it"
+        problem = f"{token!r} has id {ours[token]} here, but the teacher's tokenizer {found}"
+        raise SettingsError(f"{name}: the tokenizers differ: {problem}", hint=hint)
     if teachers.special_ids != runs.special_ids:
         problem = "the teacher's tokenizer puts different special tokens around a text"
         raise SettingsError(f"{name}: {problem}", hint="choose a teacher with this run's tokenizer")

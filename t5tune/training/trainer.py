@@ -3,7 +3,7 @@
     trainer = T5Trainer(model, training_arguments, TrainerParts(...))
     trainer.train(resume_from_checkpoint=None)
 
-flow.py decides what follows a step. The Trainer's remaining parts are unchanged: its loop, optimizers, schedules,
+flow.py makes the decisions after a step. The Trainer's remaining parts are unchanged: its loop, optimizers, schedules,
 callbacks of trackers, and DeepSpeed.
 """
 
