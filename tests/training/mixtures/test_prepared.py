@@ -19,7 +19,7 @@ from t5tune.inference.prompts import make_prompts
 from t5tune.progress import Event, Note
 from t5tune.runs.result import TrainResult
 from t5tune.settings import InspectSettings
-from tests.training.mixtures.datasets import SIZES, list_datasets, make_prepare_settings, make_settings, read_tree
+from tests.training.mixtures.datasets import SIZES, list_datasets, make_prepare_settings, make_settings
 
 
 def test_prepare_writes_a_mixture_that_train_reads(untied_base: Path, data: Path, tmp_path: Path) -> None:
@@ -48,28 +48,6 @@ def test_inspect_names_the_caches_of_a_mixture(
     assert example.source_text == "summarize: the value is 3"
 
 
-def test_only_what_changed_is_prepared_again(untied_base: Path, data: Path, tmp_path: Path) -> None:
-    settings = make_prepare_settings(untied_base, data, tmp_path / "mixture")
-    assert not prepare(settings).up_to_date
-    before = {path: path.stat().st_ino for path in (tmp_path / "mixture").glob("*/tokens.bin")}
-    assert prepare(settings).up_to_date
-    changed = [settings.data[0], settings.data[1].replace(source_prefix="shorten: ")]
-    made = prepare(settings.replace(data=changed))
-    assert made.datasets == {"sums": 40, "notes": 12}
-    now = {path: path.stat().st_ino for path in (tmp_path / "mixture").glob("*/tokens.bin")}
-    same = {path.parent.name for path in now if before[path] == now[path]}
-    assert same == {"sums"}
-    assert not (tmp_path / "mixture" / "chats").exists()
-
-
-def test_one_dataset_and_a_mixture_replace_each_other(untied_base: Path, data: Path, tmp_path: Path) -> None:
-    single = make_prepare_settings(untied_base, data, tmp_path / "one", data_path=[data / "sums.jsonl"])
-    prepare(single)
-    assert prepare(make_prepare_settings(untied_base, data, tmp_path / "one")).datasets == SIZES  # replaces the cache
-    assert prepare(single).datasets is None
-    assert not (tmp_path / "one" / "notes").exists()
-
-
 def test_token_caches_of_the_same_tokenizer_can_be_mixed(untied_base: Path, data: Path, tmp_path: Path) -> None:
     for name, tokens in (("sums", "auto"), ("talk", "auto"), ("none", "none")):
         file = data / ("talk.json" if name == "talk" else "sums.jsonl")
@@ -82,25 +60,6 @@ def test_token_caches_of_the_same_tokenizer_can_be_mixed(untied_base: Path, data
     other = settings.replace(data=[f"{tmp_path / 'none'}:1", paths[1]])
     with pytest.raises(DataError, match="talk and .*none.* were prepared with different tokenizers"):
         train(other.replace(output_dir=tmp_path / "other"))
-
-
-def test_data_and_settings_next_to_a_token_cache_are_refused(untied_base: Path, data: Path, tmp_path: Path) -> None:
-    single = make_prepare_settings(untied_base, data, tmp_path / "cache", data_path=[data / "sums.jsonl"])
-    prepare(single)
-    cache, other = str(tmp_path / "cache"), str(data / "talk.json")
-    both, prefixed = {"path": [cache, other]}, {"path": cache, "source_prefix": "x: "}
-    for dataset, kind, message in (
-        (both, DataError, r"cache: a token cache can't be combined with other data \(.*talk.json\)"),
-        (prefixed, SettingsError, "source_prefix: 'x: ' here, '' in the cache .*leave it"),
-    ):
-        settings = make_settings(untied_base, data, tmp_path / "run", data=[dataset, {"path": other, "name": "b"}])
-        with pytest.raises(kind, match=message):
-            train(settings)
-    assert not (tmp_path / "run").exists()
-    prepare(make_prepare_settings(untied_base, data, tmp_path / "mixture"))
-    nested = make_settings(untied_base, data, tmp_path / "run", data=[str(tmp_path / "mixture"), other])
-    with pytest.raises(DataError, match="mixture: a token cache of several datasets can't be one of several data"):
-        train(nested)
 
 
 def test_settings_of_examples_apply_to_token_caches_or_are_refused(
@@ -180,16 +139,6 @@ def test_nothing_of_the_user_is_removed_with_an_old_dataset(untied_base: Path, d
     assert prepare(other).examples == SIZES["sums"]
 
 
-def test_a_start_that_failed_leaves_no_folder_in_the_way(untied_base: Path, data: Path, tmp_path: Path) -> None:
-    (tmp_path / "broken.jsonl").write_text("{")
-    broken = [*list_datasets(data, None)[:1], {"path": str(tmp_path / "broken.jsonl")}]
-    settings = make_settings(untied_base, data, tmp_path / "run", data=broken, max_steps=1)
-    with pytest.raises(DataError, match="broken.jsonl"):
-        train(settings)
-    single = make_settings(untied_base, data, tmp_path / "run", data_path=[data / "sums.jsonl"], max_steps=1)
-    assert train(single).examples == SIZES["sums"]
-
-
 def test_raw_text_first_leaves_the_template_to_the_next_dataset(untied_base: Path, data: Path, tmp_path: Path) -> None:
     (tmp_path / "book.txt").write_text("Some words of a book. " * 50)
     book = {"path": str(tmp_path / "book.txt"), "objective": "span-corruption"}
@@ -201,13 +150,3 @@ def test_raw_text_first_leaves_the_template_to_the_next_dataset(untied_base: Pat
     notes: list[Event] = []
     make_prompts(replace(read_model_files(untied_base, None), training_data=made), None, None, 2048, notes.append)
     assert any("as in the dataset chats of training (book:" in note.text for note in notes if isinstance(note, Note))
-
-
-def test_a_mixture_is_prepared_in_parts_as_by_one_process(untied_base: Path, data: Path, tmp_path: Path) -> None:
-    whole = make_prepare_settings(untied_base, data, tmp_path / "whole")
-    prepare(whole)
-    parts = whole.replace(output_dir=tmp_path / "parts")
-    first = prepare(parts.replace(shard="0/2"))
-    assert (first.joined, first.shard) == (False, "0/2")
-    assert prepare(parts.replace(shard="1/2")).joined
-    assert read_tree(tmp_path / "parts") == read_tree(tmp_path / "whole")
