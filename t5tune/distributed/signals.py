@@ -175,7 +175,7 @@ def write_stderr(line: str) -> None:
 
 
 def choose_signals() -> list[signal.Signals]:
-    """Choose the signals to handle: all but those that a shell ignores for background jobs, and nohup for SIGHUP."""
+    """Choose the signals to handle, without those that a shell (SIGINT, for a background job) or nohup ignores."""
     ignored = [number for number in IGNORABLE_SIGNALS if signal.getsignal(number) is signal.SIG_IGN]
     return [number for number in STOP_SIGNALS if number not in ignored]
 

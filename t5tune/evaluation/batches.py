@@ -46,7 +46,7 @@ class Lengths(NamedTuple):
 
 @dataclass(frozen=True)
 class Batches:
-    """Lists of indices of examples, the longest targets first. `lengths` are all examples' lengths."""
+    """Lists of indices of examples, the longest targets first. `lengths` has an entry per example."""
 
     batches: list[list[int]]
     lengths: Sequence[Lengths]

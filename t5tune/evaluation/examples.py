@@ -243,9 +243,8 @@ def _encode(
             encoded, encoded_of_base = next(encodings), next(encodings_of_base, None)
             for number, span in enumerate(encoded.spans):
                 example, of_base = extract_example(encoded.ids, span, encoder.special_ids), None
-                if (
-                    encoder_of_base is not None and encoded_of_base is not None
-                ):  # the same number of spans: one per answer
+                # the base's encoding has the same number of spans: one per answer
+                if encoder_of_base is not None and encoded_of_base is not None:
                     special_ids = encoder_of_base.special_ids
                     of_base = extract_example(encoded_of_base.ids, encoded_of_base.spans[number], special_ids)
                 text = conversation.turns[span.turn].text

@@ -152,7 +152,7 @@ def _make_trainer(
 
 
 def _check_deepspeed_values(session: Session, num_steps: int) -> None:
-    """Compare the DeepSpeed config with the settings again: the number of steps wasn't known before."""
+    """Compare the DeepSpeed config with the settings again: the number of steps may be new."""
     if (deepspeed := session.plan.processes.deepspeed) is None:
         return
     configuration = packaged_templates.read_deepspeed_file(deepspeed)

@@ -213,7 +213,7 @@ class TrainingFlow(TrainerCallback):  # type: ignore[misc]
 
 
 class CatchUp(TrainerCallback):  # type: ignore[misc]
-    """Lets the flow catch up. Must come last, so that all callbacks have begun when it evaluates or saves."""
+    """Lets the flow catch up. Must come after the callbacks that must have begun when it evaluates or saves."""
 
     def __init__(self, flow: TrainingFlow) -> None:
         self.flow = flow
