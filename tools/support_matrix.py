@@ -178,8 +178,8 @@ COLUMNS = {
         "Flan-T5.",
         ("tests/serving/test_families.py::test_each_family_is_served_with_the_replies_of_chat[{key}]",),
         more_tests=(
-            "tests/serving/test_replies.py::test_replies_to_many_clients_at_once_are_those_of_chat",
-            "tests/inference/test_shared_bases.py::test_each_model_computes_the_bits_that_it_does_alone",
+            "tests/serving/test_replies.py::test_many_clients_at_once_get_the_replies_of_chat",
+            "tests/inference/test_shared_bases.py::test_a_shared_base_changes_no_bit_of_a_model",
         ),
     ),
 }  # fmt: skip
