@@ -6,11 +6,13 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from t5tune.data.caches.prepared import has_examples, list_caches
+from t5tune.commands.run_plan import make_run_plan
+from t5tune.data.caches.prepared import list_caches
 from t5tune.data.reading.sources import is_dataset_name
 from t5tune.file_names import ADAPTER_CONFIG_FILE, REPORT_FILE
 from t5tune.io.atomic import find_unused_folder
 from t5tune.runs.checkpoints import list_checkpoints
+from t5tune.runs.plan import RunPlan
 from t5tune.settings import (
     EvaluateSettings,
     ExportSettings,
@@ -62,7 +64,7 @@ def _follow_prepare(settings: PrepareSettings, cache: Path) -> Iterator[list[str
 
 def _follow_train(settings: TrainSettings, result: Any) -> Iterator[list[str]]:
     yield ["chat", str(result.run)]
-    if (data := _repeat_held_out(settings, has_evaluated=bool(result.eval))) is not None:
+    if (data := _repeat_held_out(make_run_plan(settings), has_evaluated=bool(result.eval))) is not None:
         yield ["evaluate", str(result.run), *data]
     if settings.train_mode == "lora":
         base = _repeat(settings, ("cache_dir",))
@@ -94,30 +96,31 @@ def _follow_evaluate(settings: EvaluateSettings) -> Iterator[list[str]]:
         yield ["merge", model, *_repeat(settings, ("cache_dir",)), "--output-dir", _name_output("merged")]
 
 
-def _repeat_held_out(settings: TrainSettings, has_evaluated: bool) -> list[str] | None:
+def _repeat_held_out(plan: RunPlan, has_evaluated: bool) -> list[str] | None:
     """Return the flags with which `evaluate` reads a run's held-out data as training did; None if no flags can.
 
     evaluate takes the columns, the format and the prefix from the run.
     """
-    paths = settings.eval_data_path
-    if paths is None and has_evaluated and len(settings.data_path) == 1 and has_examples(Path(settings.data_path[0])):
-        paths = settings.data_path  # evaluate takes the held-out examples
+    data, paths = plan.data, plan.data.eval_data_path
+    is_cached = all(each.cache for each in plan.eval_datasets or plan.datasets)
+    if paths is None and has_evaluated and len(data.data_path) == 1 and is_cached:
+        paths = data.data_path  # evaluate takes the held-out examples
     if paths is None or "-" in paths:
         return ["--data-path", *_name_data(paths)]
     # train reads data_subset from each dataset; a flag can't say that
-    if "eval_data" in list_without_flags(settings) or (settings.eval_data and settings.data_subset is not None):
+    if "eval_data" in list_without_flags(plan.given) or (data.eval_data and data.data_subset is not None):
         return None
-    names = tuple(name for name in READING_FLAGS if name != "objective" or settings.is_raw_text)
-    if all(has_examples(Path(path)) for path in paths):  # tokenized data is read without these
-        names = ()
+    names = [name for name in READING_FLAGS if name != "objective" or data.is_raw_text]
+    if is_cached:  # tokenized data is read without these
+        names = []
     elif not any(map(is_dataset_name, paths)):
-        names = tuple(name for name in names if name != "data_subset")  # which then is only for the training data
+        names.remove("data_subset")  # which then is only for the training data
     read = EvaluateSettings(
-        model_name_or_path=settings.model_name_or_path,
+        model_name_or_path=plan.model.base.model_name_or_path,
         data_path=paths,
-        data=settings.eval_data,
-        data_split=settings.eval_data_split,
-        **{name: getattr(settings, name) for name in names},
+        data=data.eval_data,
+        data_split=data.eval_data_split,
+        **{name: getattr(plan.data, name) for name in names},
     )
     return [*_repeat(read, ("data_path", "data_split", *names))]
 

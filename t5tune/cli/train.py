@@ -9,13 +9,12 @@ from t5tune.cli.output import Output
 from t5tune.cli.results import render_result
 from t5tune.cli.workers import follow_launcher, run_in_workers
 from t5tune.commands.run_plan import make_run_plan
-from t5tune.commands.train import name_kept_records, resume_after_restart, send_result, set_up_run_folder, train
+from t5tune.commands.train import resume_after_restart, send_result, set_up_run_folder, train
 from t5tune.distributed.signals import handle_signals
 from t5tune.distributed.world import World, has_restarted
 from t5tune.file_names import SETTINGS_FILE
 from t5tune.progress import Note
 from t5tune.runs.checks import check_plan, find_missing_gpus, list_notes
-from t5tune.runs.data import apply_cache_settings
 from t5tune.runs.folder import RunFolder, dump_run_settings
 from t5tune.runs.result import TrainResult, read_result
 from t5tune.settings import TrainSettings
@@ -30,8 +29,7 @@ def run(settings: TrainSettings, output: Output) -> None:
         result = train(settings, output.report)
     else:
         result = _train_in_workers(settings, output)
-    # separate held-out data was also read with the settings of token caches
-    output.show(result, next_steps=list_next_steps(apply_cache_settings(settings), result))
+    output.show(result, next_steps=list_next_steps(settings, result))
 
 
 def _train_in_workers(settings: TrainSettings, output: Output) -> TrainResult:
@@ -43,7 +41,7 @@ def _train_in_workers(settings: TrainSettings, output: Output) -> TrainResult:
         if folder.is_finished:
             return send_result(settings, read_result(folder.path), output.report, stop)
         # set_up_run_folder has renamed an existing run already; the workers must not do it again
-        worker_settings = name_kept_records(settings).model_copy(update={"fresh": False})
+        worker_settings = settings.model_copy(update={"fresh": False})
         run_in_workers(worker_settings, output, settings.max_restarts)
         return read_result(folder.path)
 
@@ -61,15 +59,14 @@ def _show_dry_run(settings: TrainSettings, output: Output) -> None:
     if settings.teacher_model_name_or_path is not None:
         teacher = f"teacher_model_name_or_path: {settings.teacher_model_name_or_path}"
         output.report(Note(f"{teacher}: the plan leaves out the teacher's memory", warning=True))
-    settings = apply_cache_settings(settings)
-    planned = plan(to_plan_settings(settings), output.report)
+    planned = plan(to_plan_settings(run_plan), output.report)
     command = _make_launch_command(settings)
     text = io.StringIO()
     Output(text, quiet=True).show(planned, render_result("plan", planned))
     comments = f"{text.getvalue()}launch command, once the settings are written: {shlex.join(command)}"
-    yaml = dump_run_settings(make_run_plan(settings))
+    yaml = dump_run_settings(run_plan)
     output.show(
-        {"settings": settings.model_dump(mode="json"), "plan": planned, "command": command},
+        {"settings": run_plan.given.model_dump(mode="json"), "plan": planned, "command": command},
         "\n".join([yaml, *(f"# {line}".rstrip() for line in comments.splitlines())]),
     )
 

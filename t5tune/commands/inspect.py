@@ -11,17 +11,16 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from t5tune.commands.run_plan import make_run_plan
 from t5tune.data.caches.batching import compute_padding_share, epoch_order
 from t5tune.data.caches.cache import Cache, open_cache
 from t5tune.data.caches.cache_view import CacheView, LengthStatistics, build_histogram
 from t5tune.data.caches.prepared import has_examples, is_prepared, list_caches
 from t5tune.data.tokens.tokenizer import load_tokenizer
 from t5tune.errors import DataError, SettingsError
+from t5tune.file_names import RUN_CACHE_FOLDER
 from t5tune.io.reasons import join_first
 from t5tune.progress import Note, Report, silent
 from t5tune.reports.cache_page import write_cache_page
-from t5tune.runs.data import locate_data
 from t5tune.runs.folder import RunFolder
 from t5tune.settings import InspectSettings, TrainSettings
 
@@ -71,7 +70,7 @@ def _find_cache(folder: Path, report: Report) -> Path:
         DataError: it is of several datasets.
     """
     if not has_examples(folder) and (run_settings := RunFolder(folder).read_settings(TrainSettings)) is not None:
-        cache = locate_data(make_run_plan(run_settings.model_copy(update={"output_dir": folder}))).cache
+        cache = run_settings.preprocessed_path or folder / RUN_CACHE_FOLDER
         report(Note(f"{folder} is a run folder; its token cache is {cache}"))
         folder = cache
     if not is_prepared(folder):

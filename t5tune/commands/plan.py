@@ -19,7 +19,6 @@ import transformers.trainer  # noqa: F401  for its memory: training imports it t
 from pydantic import ValidationError
 
 from t5tune.checkpoints.base import find_base, read_config
-from t5tune.commands.run_plan import make_run_plan
 from t5tune.data.caches.batching import Integers, estimate_cost, make_count_batches
 from t5tune.data.caches.examples import Examples
 from t5tune.data.caches.mixing import choose_mixing
@@ -34,6 +33,7 @@ from t5tune.planning.known_configs import KNOWN_CONFIGS
 from t5tune.planning.layer_memory import BatchLengths
 from t5tune.planning.run_memory import USABLE_GPU_SHARE, Machine, MemoryEstimator, StageMemory
 from t5tune.progress import Note, Report, count_done, silent
+from t5tune.runs.plan import RunPlan
 from t5tune.settings import PlanSettings, TrainSettings
 from t5tune.settings.dataset_list import split_weight
 from t5tune.settings.field_types import parse_gpu_memory
@@ -375,12 +375,12 @@ def _format_flag(name: str, value: Any) -> str:
     return f"--{flag} {'none' if value is None else value}"
 
 
-def to_plan_settings(settings: TrainSettings) -> PlanSettings:
+def to_plan_settings(run_plan: RunPlan) -> PlanSettings:
     """Convert the settings of a training run to those of `t5tune plan` for that run."""
-    values = {name: getattr(settings, name) for name in PlanSettings.model_fields if hasattr(settings, name)}
-    values["dropout"] = make_run_plan(settings).model.layers.dropout
-    if settings.data is not None:
-        values["data_path"] = [f"{path}:{each.weight:g}" for each in settings.data for path in each.path]
-    if settings.reads_preferences:  # two targets for each source
+    values = {name: value for name, value in run_plan.given if name in PlanSettings.model_fields}
+    values["dropout"] = run_plan.model.layers.dropout
+    if run_plan.data.data is not None:
+        values["data_path"] = [f"{path}:{each.weight:g}" for each in run_plan.data.data for path in each.path]
+    if run_plan.data.reads_preferences:  # two targets for each source
         values["target_length"] = 2 * PlanSettings.model_fields["target_length"].default
     return PlanSettings(**values)

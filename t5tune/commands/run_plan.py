@@ -3,9 +3,27 @@
 run_plan = make_run_plan(settings)
 """
 
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from t5tune.data.caches.mixing import Mixing, choose_mixing
+from t5tune.data.caches.prepared import has_examples, read_datasets
 from t5tune.inference.precision import Precision
-from t5tune.runs.plan import DistillationPlan, ModelPlan, ObjectivePlan, PreferencePlan, RunPlan, TargetPlan
-from t5tune.settings import TrainSettings
+from t5tune.preparing.resolve_datasets import resolve_datasets
+from t5tune.runs.folder import RunFolder
+from t5tune.runs.plan import (
+    EXAMPLE_SETTINGS,
+    DistillationPlan,
+    ModelPlan,
+    ObjectivePlan,
+    PreferencePlan,
+    RunPlan,
+    TargetPlan,
+)
+from t5tune.settings import DatasetSettings, TrainSettings
+from t5tune.settings.dataset_list import PATHS_OF_DATASETS
+from t5tune.settings.dataset_spec import DatasetSpec, list_shared
 from t5tune.settings.groups.base import BaseModelSettings, QuantizationSettings
 from t5tune.settings.groups.data import TrainingDataSettings
 from t5tune.settings.groups.distillation import DistillationSettings
@@ -15,12 +33,22 @@ from t5tune.settings.groups.layers import LayerSettings
 from t5tune.settings.groups.lora import InitialAdapterSettings
 from t5tune.settings.groups.preferences import PreferenceSettings
 from t5tune.settings.groups.processes import ProcessSettings
+from t5tune.settings.groups.record_format import PREFERENCE_OBJECTIVES
 from t5tune.settings.groups.run_output import RunOutputSettings
 from t5tune.settings.groups.steps import StepSettings
+from t5tune.settings.records_in_memory import find_kept_path
 
 
 def make_run_plan(settings: TrainSettings) -> RunPlan:
-    """Divide the settings into parts, and fill in the values that follow from others."""
+    """Divide the settings into parts, and fill in the values that follow from others and from given token caches.
+
+    Raises:
+        DataError: a token cache is broken, or given together with other data.
+        SettingsError: a setting differs from the value that a token cache was made with.
+    """
+    settings = _name_kept_records(settings)
+    datasets, mixing = _resolve_datasets(settings)
+    settings = settings.model_copy(update=_list_values_of_caches(settings, datasets))
     quantization = settings.select_part(QuantizationSettings) if settings.q_lora else None
     # without dropout, the policy has the reference's probabilities in the first step of preference training
     has_dropout = not settings.reads_preferences if settings.dropout is None else settings.dropout
@@ -33,6 +61,9 @@ def make_run_plan(settings: TrainSettings) -> RunPlan:
     )
     return RunPlan(
         settings.select_part(TrainingDataSettings),
+        datasets,
+        _resolve_eval_datasets(settings, datasets),
+        mixing,
         model,
         _resolve_objective(settings),
         settings.select_part(StepSettings),
@@ -51,3 +82,86 @@ def _resolve_objective(settings: TrainSettings) -> ObjectivePlan:
     if settings.teacher_model_name_or_path is not None:
         return DistillationPlan(settings.label_smoothing_factor, settings.select_part(DistillationSettings))
     return TargetPlan(settings.label_smoothing_factor)
+
+
+def _name_kept_records(settings: TrainSettings) -> TrainSettings:
+    """Name records that were given in memory by the files that `train` keeps them in, in the run folder."""
+    kept: dict[str, list[str]] = {}
+    records = RunFolder(settings.output_dir).records
+    for name in PATHS_OF_DATASETS.values():
+        paths = getattr(settings, name) or []
+        if any(found := [find_kept_path(path, records) for path in paths]):
+            kept[name] = [str(new or path) for path, new in zip(paths, found, strict=True)]
+    changes: dict[str, Any] = {**kept}
+    for data, name in PATHS_OF_DATASETS.items():
+        if name in kept and (datasets := getattr(settings, data)) is not None:
+            new = dict(zip(getattr(settings, name), kept[name], strict=True))
+            changes[data] = [each.model_copy(update={"path": [new[path] for path in each.path]}) for each in datasets]
+    return settings.model_copy(update=changes)
+
+
+def _resolve_datasets(settings: TrainSettings) -> tuple[tuple[DatasetSpec, ...], Mixing]:
+    """Decide how the datasets to train on are read and mixed; the folder of several token caches says it itself."""
+    mixing = choose_mixing(settings)
+    datasets = settings.list_datasets()
+    if (given := _find_given_folder(settings.data, settings.data_path)) is not None:
+        datasets, saved = read_datasets(given)
+        mixing = mixing or saved
+        weights = {} if mixing.kind == "weights" else {"weight": 1.0}
+        datasets = [
+            each.model_copy(update={**weights, "num_data": _find_smaller(each.num_data, settings.num_data)})
+            for each in datasets
+        ]
+    given_names = settings.model_fields_set & {*EXAMPLE_SETTINGS, "conversation_template"}
+    specs = resolve_datasets(
+        datasets,
+        list_shared(settings),
+        setting="data_path" if settings.data is None else "data",
+        must_match={name: getattr(settings, name) for name in given_names},
+    )
+    return specs, mixing or Mixing()
+
+
+def _find_given_folder(datasets: Sequence[DatasetSettings] | None, paths: list[str]) -> Path | None:
+    """Return the folder of token caches that is all of the data."""
+    return Path(paths[0]) if datasets is None and len(paths) == 1 and has_examples(Path(paths[0])) else None
+
+
+def _find_smaller(first: int | None, second: int | None) -> int | None:
+    return min((each for each in (first, second) if each is not None), default=None)
+
+
+def _list_values_of_caches(settings: TrainSettings, datasets: Sequence[DatasetSpec]) -> dict[str, Any]:
+    """List the settings of examples with which all datasets, which are token caches, were made.
+
+    Caches of preference pairs are for all objectives that read them, so an objective that is given stays.
+    """
+    made_from = [each.made_from for each in datasets]
+    if not all(made_from):
+        return {}
+    first = made_from[0]
+    same = {
+        name: first[name]
+        for name in EXAMPLE_SETTINGS
+        if name in first and all(each.get(name) == first[name] for each in made_from)
+    }
+    objectives = [each.objective for each in datasets]
+    if "objective" in settings.model_fields_set:
+        same.pop("objective", None)
+    elif "objective" not in same and (of_pairs := [each for each in objectives if each in PREFERENCE_OBJECTIVES]):
+        same["objective"] = of_pairs[0]
+    return same
+
+
+def _resolve_eval_datasets(settings: TrainSettings, trained: tuple[DatasetSpec, ...]) -> tuple[DatasetSpec, ...]:
+    """Decide how the datasets to evaluate on are read: as the ones to train on of the same names, if they have any."""
+    command = list_shared(settings)
+    command.pop("num_data", None)  # it is how many are trained on
+    if settings.eval_data is not None:
+        if settings.data_subset is not None:  # the subset of the training data has the other splits, too
+            command["data_subset"] = settings.data_subset
+        return resolve_datasets(settings.list_evaluation_datasets(), command, setting="eval_data", trained=trained)
+    datasets = settings.list_evaluation_datasets()
+    if datasets and (given := _find_given_folder(None, datasets[0].path)) is not None:
+        datasets = [each.model_copy(update={"weight": 1.0}) for each in read_datasets(given)[0]]
+    return resolve_datasets(datasets, command, setting="eval_data_path")

@@ -22,8 +22,8 @@ from t5tune.checkpoints.hub_upload import (
 )
 from t5tune.commands.run_plan import make_run_plan
 from t5tune.compat.python_patches import restore_environment
-from t5tune.data.caches.mixing import Mixing, choose_mixing
-from t5tune.data.caches.prepared import find_tokenizer_folder, is_prepared, list_caches
+from t5tune.data.caches.mixing import Mixing
+from t5tune.data.caches.prepared import find_tokenizer_folder
 from t5tune.data.tokens.tokenizer import load_tokenizer
 from t5tune.distributed.signals import StopRequest, handle_signals
 from t5tune.distributed.world import RESUME_HINT, World, has_restarted
@@ -34,19 +34,15 @@ from t5tune.model.device import check_bf16, explain_out_of_memory, use_gpu_kerne
 from t5tune.preparing.datasets import prepare_datasets
 from t5tune.preparing.plan import Origin, PreparePlan
 from t5tune.preparing.record_checks import name_rejected_file
-from t5tune.preparing.resolve_datasets import resolve_datasets
 from t5tune.progress import Note, Report, silent
 from t5tune.runs.checks import check_machine, check_plan, check_starts_no_processes, choose_trackers, list_notes
 from t5tune.runs.commits import find_commits, pin_commits, read_commits_to_resume
-from t5tune.runs.data import apply_cache_settings, find_given_examples, hash_prepared, is_replaced, locate_data
+from t5tune.runs.data import hash_prepared, is_replaced
 from t5tune.runs.folder import RunFolder, check_inputs_stay
 from t5tune.runs.plan import RunPlan
 from t5tune.runs.result import TrainResult, read_result, save_pushed
-from t5tune.settings import DatasetSettings, TrainSettings
-from t5tune.settings.dataset_list import PATHS_OF_DATASETS
-from t5tune.settings.dataset_spec import DatasetSpec, list_shared
+from t5tune.settings import TrainSettings
 from t5tune.settings.groups.data import SplitSettings, TrainingDataSettings
-from t5tune.settings.records_in_memory import find_kept_path
 
 
 def train(settings: TrainSettings, report: Report = silent) -> TrainResult:
@@ -144,7 +140,7 @@ def _train(
         if folder.is_finished:
             return read_result(folder.path)
         commits = run_on_rank_0(world, folder.read_commits)
-        plan = pin_commits(make_run_plan(apply_cache_settings(name_kept_records(settings))), commits)
+        plan = pin_commits(make_run_plan(settings), commits)
         from transformers.trainer_utils import enable_full_determinism
 
         from t5tune.compat.torch_patches import restore_determinism
@@ -157,7 +153,7 @@ def _train(
             # the Trainer does this too, but only after products on the GPU, at which cuBLAS is set up for good
             enable_full_determinism(plan.data.seed)
         stack.enter_context(use_gpu_kernels(device, choose_tf32(settings.tf32, device, report)))
-        with _explain_out_of_memory(settings):
+        with _explain_out_of_memory(plan):
             return run_training(Session(plan, folder, world, device, stop, watch, report, callbacks))
 
 
@@ -175,17 +171,18 @@ def _check_call(settings: TrainSettings, world: World) -> None:
     check_starts_no_processes(settings, "train", world)
 
 
-def _explain_out_of_memory(settings: TrainSettings) -> AbstractContextManager[None]:
+def _explain_out_of_memory(plan: RunPlan) -> AbstractContextManager[None]:
+    steps = plan.steps
     batch = (
-        f"tokens_per_batch {settings.tokens_per_batch}"
-        if settings.tokens_per_batch
-        else f"per_device_train_batch_size {settings.per_device_train_batch_size}"
+        f"tokens_per_batch {steps.tokens_per_batch}"
+        if steps.tokens_per_batch
+        else f"per_device_train_batch_size {steps.per_device_train_batch_size}"
     )
     smaller = "a smaller batch with more gradient_accumulation_steps keeps the effective batch size"
-    checkpointing = "" if settings.gradient_checkpointing else "; --gradient-checkpointing needs less memory"
+    checkpointing = "" if plan.model.layers.gradient_checkpointing else "; --gradient-checkpointing needs less memory"
     return explain_out_of_memory(
-        f"training with {batch} and model_max_length {settings.model_max_length}",
-        f"{smaller}{checkpointing}; t5tune plan --config {settings.output_dir / SETTINGS_FILE} estimates what fits",
+        f"training with {batch} and model_max_length {plan.data.model_max_length}",
+        f"{smaller}{checkpointing}; t5tune plan --config {plan.folder / SETTINGS_FILE} estimates what fits",
     )
 
 
@@ -213,14 +210,11 @@ def set_up_run_folder(settings: TrainSettings, locks: ExitStack, report: Report 
     if plan.output.fresh:
         check_inputs_stay(plan)
     open_repository(plan.hub, plan.folder, report)
-    kept = name_kept_records(apply_cache_settings(settings))
-    plan = make_run_plan(kept)
     locks.enter_context(folder.lock(report))
-    with folder.begin(plan, report) as state, _keep_records(settings, kept, report):
+    with folder.begin(plan, report) as state, _keep_records(settings, plan.data, report):
         if state.is_finished:
             report(Note(f"{folder.path}: this run has already finished; use --fresh to start over"))
             return folder
-        _check_no_json_cache(plan.data.preprocessed_path)
         for note in list_notes(plan) if state.is_new else []:
             report(Note(note))
         folder.record(commits=commits)
@@ -228,23 +222,8 @@ def set_up_run_folder(settings: TrainSettings, locks: ExitStack, report: Report 
     return folder
 
 
-def name_kept_records(settings: TrainSettings) -> TrainSettings:
-    """Name records that were given in memory by the files that `train` keeps them in, in the run folder."""
-    kept: dict[str, list[Any]] = {}
-    records = RunFolder(settings.output_dir).records
-    for name in ("data_path", "eval_data_path"):
-        paths = getattr(settings, name) or []
-        if any(found := [find_kept_path(path, records) for path in paths]):
-            kept[name] = [str(new or path) for path, new in zip(paths, found, strict=True)]
-    for data, name in PATHS_OF_DATASETS.items():
-        if name in kept and (datasets := getattr(settings, data)) is not None:
-            renamed = dict(zip(getattr(settings, name), kept[name], strict=True))
-            kept[data] = [each.model_copy(update={"path": [renamed[path] for path in each.path]}) for each in datasets]
-    return settings.model_copy(update=kept)
-
-
 @contextmanager
-def _keep_records(given: TrainSettings, kept: TrainSettings, report: Report) -> Iterator[None]:
+def _keep_records(given: TrainSettings, kept: TrainingDataSettings, report: Report) -> Iterator[None]:
     """Copy records that were given in memory to where they are kept, for this block, and after it if it succeeds."""
     paths = [
         (Path(path), Path(copy))
@@ -270,34 +249,23 @@ def _keep_records(given: TrainSettings, kept: TrainSettings, report: Report) -> 
         report(Note(f"the records are also in {copy}, for repeating this run from the command line"))
 
 
-def _check_no_json_cache(path: Path | None) -> None:
-    if path is not None and path.is_file():
-        raise SettingsError(
-            f"preprocessed_path: {path}: is a file; a token cache is a folder",
-            hint="choose a new folder: FastChat's JSON cache isn't read, because many of its labels aren't the targets",
-        )
-
-
 def _prepare_data(plan: RunPlan, folder: RunFolder, checkpoint: Path | None, report: Report) -> None:
-    """Prepare the data to train and to evaluate on, unless the settings name existing token caches.
+    """Prepare the data to train and to evaluate on; of given token caches, only their places are written down.
 
     Once there is a checkpoint, the data to train on stays as it is: other data is refused.
     """
-    data, given = locate_data(plan), plan.data
     # not in the folder, which is removed if the first start fails
     common = Origin(rejected_file=name_rejected_file(folder.path), run=folder.path)
-    is_elsewhere = data.cache == given.preprocessed_path and data.cache.parent != folder.path
-    if is_elsewhere and is_replaced(data.cache, folder.read_record().get("prepared")):
+    if is_replaced(plan.data_folder, folder.read_record().get("prepared")):
         checkpoint = None  # the data there is another run's: this run's is prepared again
-    if data.cache != Path(given.data_path[0]):
-        origin = replace(common, checkpoint=checkpoint, tokenizer_source=_find_adapter_with_tokens(plan))
-        prepare_datasets(_make_prepare_plan(plan, data.cache, origin), report)
-    if given.eval_data_path and data.eval_cache not in (None, Path(given.eval_data_path[0])):
-        origin = replace(common, tokenizer_source=data.cache, setting="eval_data_path", is_evaluation=True)
-        prepare_datasets(_make_prepare_plan(plan, data.eval_cache, origin), report)
-    folder.record(prepared=hash_prepared(data.cache) if is_elsewhere else None)
-    if data.eval_cache is not None:
-        _check_same_tokenizer(data.cache, data.eval_cache)
+    origin = replace(common, checkpoint=checkpoint, tokenizer_source=_find_adapter_with_tokens(plan))
+    prepare_datasets(_make_prepare_plan(plan, origin), report)
+    folder.record(prepared=hash_prepared(plan.data_folder))
+    if plan.eval_datasets:
+        for cache in [each.cache for each in plan.eval_datasets if each.cache is not None]:
+            _check_same_tokenizer(plan.data_folder, cache)
+        origin = replace(common, tokenizer_source=plan.data_folder, setting="eval_data_path", is_evaluation=True)
+        prepare_datasets(_make_prepare_plan(plan, origin), report)
 
 
 def _find_adapter_with_tokens(plan: RunPlan) -> Path | None:
@@ -329,9 +297,9 @@ def _check_same_tokenizer(cache: Path, eval_cache: Path) -> None:
     )
 
 
-def _make_prepare_plan(plan: RunPlan, folder: Path, origin: Origin) -> PreparePlan:
+def _make_prepare_plan(plan: RunPlan, origin: Origin) -> PreparePlan:
     data, is_eval = plan.data, origin.is_evaluation
-    datasets = _resolve_evaluation_datasets(data) if is_eval else _resolve_training_datasets(data)
+    datasets = plan.eval_datasets if is_eval else plan.datasets
     # train holds out examples itself, so that a change of eval_fraction or of a seed needs no new cache; but of raw
     # text, a seed determines how many tokens are masked: for evaluations, the seed that runs to be compared share
     is_masked = data.is_raw_text or any(each.is_raw_text for each in datasets if each.cache is None)
@@ -339,28 +307,9 @@ def _make_prepare_plan(plan: RunPlan, folder: Path, origin: Origin) -> PreparePl
     return PreparePlan(
         datasets=datasets,
         base=plan.model.base,
-        output_dir=folder,
+        output_dir=plan.eval_data_folder if is_eval else plan.data_folder,
         split=SplitSettings(eval_fraction=0.0, split_seed=0, seed=seed if is_masked else 0),
         add_tokens=data.add_tokens,
-        mixing=Mixing() if is_eval else choose_mixing(data) or Mixing(),
+        mixing=Mixing() if is_eval else plan.mixing,
         origin=origin,
     )
-
-
-def _resolve_training_datasets(data: TrainingDataSettings) -> Sequence[DatasetSpec]:
-    datasets = data.list_datasets()
-    if (given := find_given_examples(data.data_path, data.data)) is not None:  # data_subset is for the evaluation data
-        caches = list_caches(given) if is_prepared(given) else {None: given}
-        datasets = [DatasetSettings(path=[str(cache)], name=name) for name, cache in caches.items()]
-    return resolve_datasets(datasets, list_shared(data))
-
-
-def _resolve_evaluation_datasets(data: TrainingDataSettings) -> Sequence[DatasetSpec]:
-    command = list_shared(data)
-    command.pop("num_data", None)  # it is how many are trained on
-    if data.eval_data is None:
-        return resolve_datasets(data.list_evaluation_datasets(), command, setting="eval_data_path")
-    if data.data_subset is not None:  # that of the training data is that of the other splits, too
-        command["data_subset"] = data.data_subset
-    trained = _resolve_training_datasets(data)
-    return resolve_datasets(data.list_evaluation_datasets(), command, setting="eval_data", trained=trained)

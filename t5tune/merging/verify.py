@@ -1,5 +1,6 @@
 """Verify a merged checkpoint: compare its logits on a few examples with the logits of base + adapters, in fp32."""
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,9 @@ import torch
 
 from t5tune.checkpoints.base import open_base
 from t5tune.checkpoints.base_tensors import Checkpoint
-from t5tune.data.caches.prepared import has_examples, open_examples
+from t5tune.data.caches.prepared import open_examples
 from t5tune.data.tokens.tokenizer import load_tokenizer
-from t5tune.errors import TrainingError
+from t5tune.errors import DataError, TrainingError
 from t5tune.file_names import RUN_CACHE_FOLDER
 from t5tune.formatting import format_count
 from t5tune.inference.loading import load_adapter, load_weighted_sum
@@ -136,7 +137,7 @@ def _compute_logits(model: Any, inputs: list[dict[str, torch.Tensor]]) -> list[t
 
 def read_example_ids(merged: Path, adapter: Path) -> list[tuple[list[int], list[int]]]:
     """Read the (source, target) ids of a few examples of the run's token cache, or of fixed texts without a cache."""
-    if has_examples(adapter / RUN_CACHE_FOLDER):
+    with suppress(DataError):  # the run has no data, or its token caches have moved
         trained_on = open_examples(adapter / RUN_CACHE_FOLDER)
         examples = (trained_on[number] for number in range(min(NUM_EXAMPLES, len(trained_on))))
         return [(example.source_S.tolist(), example.target_T.tolist()) for example in examples]

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
@@ -17,7 +18,7 @@ from t5tune.checkpoints.base import find_base, pin_base
 from t5tune.checkpoints.training_data import DatasetTraining, TrainingData, read_training_data, write_training_data
 from t5tune.data.caches.cache import COUNTS, Cache, open_cache, read_manifest
 from t5tune.data.caches.examples import Dataset, Examples, describe_shares
-from t5tune.data.caches.prepared import check_datasets, is_prepared, list_caches, read_examples_manifest
+from t5tune.data.caches.prepared import check_datasets, is_prepared, list_caches, open_examples, read_examples_manifest
 from t5tune.data.reading.files import STDIN, find_encodings
 from t5tune.data.reading.remote_files import hide_query
 from t5tune.data.tokens.vocabulary import ExtendedTokenizer
@@ -27,7 +28,7 @@ from t5tune.io.atomic import remove_abandoned, write_file, write_folder_atomical
 from t5tune.io.reasons import join_first
 from t5tune.io.yaml_file import to_yaml
 from t5tune.preparing.cache_files import CacheSource, encode_cache, write_cache
-from t5tune.preparing.cache_reuse import find_reusable
+from t5tune.preparing.cache_reuse import find_reusable, make_resume_error
 from t5tune.preparing.data_problems import check_rejected, report_problems
 from t5tune.preparing.dataset import (
     OpenedDataset,
@@ -131,13 +132,14 @@ class _Job:
     def describe_sources(self, is_divided: bool) -> dict[str, CacheSource]:
         """Open the datasets that aren't caches, and choose their common vocabulary and each one's template."""
         given = self.given
-        _check_given_caches(self.folder, given)
         opened: dict[str, OpenedDataset] = {}
         for name, dataset in self.datasets.items():
             if name not in given:
                 if len(self.datasets) > 1:
                     self.report(Note(f"dataset {name}: {join_first([*map(hide_query, dataset.path)])}"))
                 opened[name] = open_dataset(self.plan, dataset, self.report)
+        if not opened:
+            return {}
         base = find_base(self.plan.base, report=self.report)
         vocabulary = self._choose_vocabulary(base, given, opened)
         sources = {}
@@ -199,6 +201,7 @@ class _Job:
         is_shared: bool = False,
     ) -> Examples:
         """Write the folder as a whole, with links to the files of caches that are up to date."""
+        _check_given_caches(self.folder, self.given)
         manifests = dict(reusable)
         with write_folder_atomically(self.folder, is_shared=is_shared) as staged:
             for name, source in sources.items():
@@ -209,11 +212,26 @@ class _Job:
                 with keep_rejected(staged / name, source.checks.rejected_file):
                     manifests[name] = write_dataset(name, source, staged / name)
             examples = self._open_examples(staged, manifests)
+            self._check_trained_on(examples)
             training, _ = examples.split_as_prepared()
             write_file(staged / TEMPLATE_FILE, to_yaml(dict(vars(examples.main.cache.template))).encode())
             write_training_data(staged, _join_training_data(training))
             write_json(staged / MIXTURE_FILE, examples.manifest)
         return self._open_examples(self.folder, manifests)
+
+    def _check_trained_on(self, examples: Examples) -> None:
+        """Check that a run that has a checkpoint keeps its examples.
+
+        Raises:
+            SettingsError: token caches with other examples are given in place of those that it was trained on.
+        """
+        if (checkpoint := self.plan.origin.checkpoint) is None or not is_prepared(self.folder):
+            return
+        with suppress(DataError):  # a cache is broken: it is written again
+            before = open_examples(self.folder)
+            then, now = ([each.cache.whole.identify() for each in found.datasets] for found in (before, examples))
+            if then != now:
+                raise make_resume_error(checkpoint, ["data: other examples than the run was trained on"])
 
     def encode(self, name: str, source: CacheSource, staged: Path) -> dict[str, Any]:
         """Write the cache of a dataset."""

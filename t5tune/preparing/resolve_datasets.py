@@ -61,7 +61,7 @@ def resolve_datasets(
         DataError: a token cache is broken, or given together with other data.
         SettingsError: what is given conflicts, or is not what a token cache was made with.
     """
-    names, caches = name_datasets(datasets), [find_given_cache(each, setting, allows_several) for each in datasets]
+    names, caches = name_datasets(datasets), [_find_given_cache(each, setting, allows_several) for each in datasets]
     namesakes = {each.name: each.list_given(INHERITED) for each in trained}
     of_all = (must_match or {}) if all(caches) else {}
     specs, problems = list[DatasetSpec](), dict[str, str]()
@@ -86,7 +86,7 @@ def resolve_datasets(
     return tuple(specs)
 
 
-def find_given_cache(dataset: DatasetSettings, setting: str = "data", allows_several: bool = False) -> Path | None:
+def _find_given_cache(dataset: DatasetSettings, setting: str, allows_several: bool) -> Path | None:
     """Return the token cache that a dataset is; None if it names data.
 
     Raises:
@@ -108,24 +108,6 @@ def find_given_cache(dataset: DatasetSettings, setting: str = "data", allows_sev
     raise DataError(problem, hint=f"give the caches in it: {join_first(list(map(str, caches)))}")
 
 
-def list_given_caches(datasets: Sequence[DatasetSettings]) -> list[Path]:
-    """List the token caches that the datasets are; none if one of them isn't a cache, to which settings still apply.
-
-    Raises:
-        DataError: one is a folder of several token caches, or there is more data than the cache.
-    """
-    caches = [cache for dataset in datasets if (cache := find_given_cache(dataset)) is not None]
-    return caches if len(caches) == len(datasets) else []
-
-
-def find_cache_conflicts(given: Mapping[str, Any], caches: Sequence[Path]) -> list[str]:
-    """Describe which of the given settings differ from those that one of the token caches was made with."""
-    problems: dict[str, str] = {}
-    for cache in caches:
-        problems = _find_conflicts(given, cache, load_template) | problems
-    return list(problems.values())
-
-
 def _describe_cache(name: str, dataset: DatasetSettings, cache: Path, command: Mapping[str, Any]) -> DatasetSpec:
     """Describe how the examples of a token cache were made; `num_data` is how many of them are used."""
     inputs = read_manifest(find_caches(cache)[0])["inputs"]
@@ -134,7 +116,9 @@ def _describe_cache(name: str, dataset: DatasetSettings, cache: Path, command: M
         values["objective"] = command["objective"]
     values["num_data"] = dataset.num_data or command.get("num_data")
     values["conversation_template"] = None  # that of the cache is in its folder
-    return DatasetSpec.model_construct(name=name, path=dataset.path, weight=dataset.weight, cache=cache, **values)
+    return DatasetSpec.model_construct(
+        name=name, path=dataset.path, weight=dataset.weight, cache=cache, made_from=inputs, **values
+    )
 
 
 def _find_conflicts(

@@ -13,7 +13,6 @@ from t5tune.checkpoints.adapter_folder import find_adapter
 from t5tune.checkpoints.base import find_base, read_config
 from t5tune.compat.requirements import check_versions
 from t5tune.custom_metrics import load_custom_metric
-from t5tune.data.caches.prepared import find_caches, read_examples_manifest
 from t5tune.data.tokens.templates import load_template
 from t5tune.distributed.deepspeed_build import find_missing_build_tools
 from t5tune.distributed.world import World
@@ -30,15 +29,12 @@ from t5tune.io.reasons import join_lines
 from t5tune.metrics import PREFERENCE_METRICS
 from t5tune.model.device import DOCTOR_HINT, read_nvidia_driver
 from t5tune.model.kernels.build_tools import find_missing_compiler
-from t5tune.preparing.resolve_datasets import find_cache_conflicts, find_given_cache
 from t5tune.progress import Report, silent
-from t5tune.runs.data import CACHE_SETTINGS, apply_cache_settings, find_given_examples, list_all_caches
 from t5tune.runs.deepspeed_values import describe_replaced_schedule, find_mismatches
 from t5tune.runs.plan import PreferencePlan, RunPlan
 from t5tune.runs.teacher_files import find_teacher
 from t5tune.settings import packaged_templates
 from t5tune.settings.field_types import Settings
-from t5tune.settings.groups.data import TrainingDataSettings
 from t5tune.settings.groups.distillation import TEACHER
 from t5tune.settings.groups.preferences import DPO_SETTINGS, ORPO_SETTINGS
 from t5tune.settings.groups.processes import ProcessSettings, RankSettings
@@ -124,11 +120,11 @@ def check_plan(plan: RunPlan, imports_metrics: bool = True) -> None:
             read_adapter_config(find_adapter(adapter, plan.model.base.cache_dir))
     if plan.data.conversation_template is not None:
         load_template(plan.data.conversation_template)
-    problems = _find_unusable_evaluation(plan) + _find_cache_conflicts(plan.data) + _find_unknown_names(plan.steps)
+    problems = _find_unusable_evaluation(plan) + _find_unknown_names(plan.steps)
     problems += _find_unusable_schedule(plan.steps)
     problems += _find_unusable_arguments(plan.steps.training_args, type(plan.given))
     problems += _find_missing_functions(plan.evaluation.metric or []) if imports_metrics else []
-    problems += _find_useless_mixing(plan.data) + _find_settings_of_other_objectives(plan)
+    problems += _find_useless_mixing(plan) + _find_settings_of_other_objectives(plan)
     if (deepspeed := plan.processes.deepspeed) is not None:
         configuration = packaged_templates.read_deepspeed_file(deepspeed)
         problems += _find_deepspeed_conflicts(plan, configuration)
@@ -136,6 +132,14 @@ def check_plan(plan: RunPlan, imports_metrics: bool = True) -> None:
     on_cpu, layers, optim = _trains_on_cpu(plan.processes), plan.model.layers, plan.steps.optim
     if layers.torch_compile and (missing := find_missing_compiler(on_gpu=not on_cpu)):
         raise DependencyError(f"torch_compile: {missing.what}", hint=f"{missing.fix}; or leave out torch_compile")
+    problems += [
+        f"eval_data_path: {each.path[0]}: objective {each.objective}, but that of the run is {plan.data.objective}"
+        for each in plan.eval_datasets
+        if each.reads_preferences != plan.data.reads_preferences
+    ]
+    if (path := plan.data.preprocessed_path) is not None and path.is_file():
+        problem = "is a file; a token cache is a folder. FastChat's JSON cache isn't read; choose a new folder"
+        problems.append(f"preprocessed_path: {path}: {problem}")
     if layers.packed_attention == "flex" and layers.packing == "off":
         problems.append("packed_attention: flex: needs packing; leave out packing: off")
     if optim.startswith("paged_") and on_cpu:
@@ -309,7 +313,7 @@ def _suggest_learning_rate(plan: RunPlan) -> str | None:
     """Say which learning rate suits LoRA, if the user has left it at the default, which suits full training."""
     if plan.model.adapter is None or "learning_rate" in plan.steps.model_fields_set:
         return None
-    if apply_cache_settings(plan.data).objective == "dpo":  # for which the default suits LoRA
+    if plan.data.objective == "dpo":  # for which the default suits LoRA
         return None
     return (
         f"learning_rate: not set, so it is {plan.steps.learning_rate:g} as in Hugging Face's Trainer, a rate for full "
@@ -317,27 +321,20 @@ def _suggest_learning_rate(plan: RunPlan) -> str | None:
     )
 
 
-def _find_useless_mixing(data: TrainingDataSettings) -> list[str]:
+def _find_useless_mixing(plan: RunPlan) -> list[str]:
     """List the settings of mixing that are set although there is only one dataset."""
-    given = find_given_examples(data.data_path, data.data)
-    if data.data is not None or (given is not None and len(find_caches(given)) > 1):
+    if plan.data.data is not None or len(plan.datasets) > 1:
         return []
     return [
         f"{name}: {value}: there is only one dataset; name several with data, or as data_path with weights"
         for name in ("mixing", "mixing_temperature", "mixing_cap")
-        if (value := getattr(data, name)) is not None
+        if (value := getattr(plan.data, name)) is not None
     ]
-
-
-def _find_cache_conflicts(data: TrainingDataSettings) -> list[str]:
-    """List the given settings of examples that differ from those that the token caches were made with."""
-    names = data.model_fields_set & {*CACHE_SETTINGS, "objective", "conversation_template"}
-    return find_cache_conflicts({name: getattr(data, name) for name in names}, list_all_caches(data))
 
 
 def _find_settings_of_other_objectives(plan: RunPlan) -> list[str]:
     """List the settings that are set although the objective doesn't use them."""
-    objective = apply_cache_settings(plan.data).objective
+    objective = plan.data.objective
     problems = []
     for owner, names in {"dpo": DPO_SETTINGS, "orpo": ORPO_SETTINGS}.items():
         given = _list_changed(plan.given, names) if objective != owner else {}
@@ -410,11 +407,8 @@ def _trains_on_cpu(processes: ProcessSettings) -> bool:
 
 def _find_unusable_evaluation(plan: RunPlan) -> list[str]:
     """List the settings that need evaluations although no examples are held out."""
-    data = plan.data
-    if data.eval_fraction > 0 or data.eval_data_path is not None:
-        return []
-    given = [find_given_cache(each) for each in data.data or []] or [find_given_examples(data.data_path, None)]
-    if any(read_examples_manifest(cache)["eval_fraction"] != 0 for cache in given if cache is not None):
+    has_held_out = plan.data.eval_fraction or any(each.made_from.get("eval_fraction") for each in plan.datasets)
+    if has_held_out or plan.eval_datasets:
         return []
     return [
         f"{name}: {value}: there are no held-out examples to evaluate on; set eval_data_path or eval_fraction"

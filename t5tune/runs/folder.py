@@ -34,8 +34,7 @@ from t5tune.io.untrusted import read_json_object
 from t5tune.io.yaml_file import MAX_SETTINGS_BYTES, read_yaml
 from t5tune.progress import Note, Report
 from t5tune.runs.checkpoints import has_complete_checkpoints, list_checkpoints
-from t5tune.runs.data import divide_cache_settings
-from t5tune.runs.plan import RunPlan
+from t5tune.runs.plan import EXAMPLE_SETTINGS, RunPlan
 from t5tune.runs.resume_guard import check_finished_run
 from t5tune.settings import dump_settings, load_settings
 from t5tune.settings.affects import Affects, select_settings
@@ -359,10 +358,13 @@ def dump_run_settings(plan: RunPlan) -> str:
     """Write the settings of a run as YAML, without those that apply to this call only, such as --fresh."""
     model = type(plan.given)
     defaults = {name: model.model_fields[name].default for name in select_settings(model, Affects.THIS_CALL)}
-    same, different = divide_cache_settings(plan.data)
-    again = plan.given.model_copy(update={**same, **defaults})
-    # with one value for all caches, those in which they differ would be refused, since they are given in a file
-    return dump_settings(again, leave_out=different)
+    first, *others = [each.made_from for each in plan.datasets]
+    # no value of these suits all token caches, so each would be refused
+    different = {name for name in EXAMPLE_SETTINGS if any(each.get(name) != first.get(name) for each in others)}
+    is_of_caches = all(each.cache for each in plan.datasets)
+    if plan.data.reads_preferences:
+        different.discard("objective")
+    return dump_settings(plan.given.model_copy(update=defaults), leave_out=different if is_of_caches else ())
 
 
 def check_inputs_stay(plan: RunPlan) -> None:

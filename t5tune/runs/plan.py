@@ -11,8 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from t5tune.data.caches.mixing import Mixing
+from t5tune.file_names import EVAL_CACHE_FOLDER, RUN_CACHE_FOLDER
 from t5tune.inference.precision import Precision
 from t5tune.settings.affects import Affects, select_settings
+from t5tune.settings.dataset_spec import DatasetSpec
 from t5tune.settings.field_types import Settings
 from t5tune.settings.groups.base import BaseModelSettings
 from t5tune.settings.groups.data import TrainingDataSettings
@@ -25,6 +28,11 @@ from t5tune.settings.groups.preferences import PreferenceSettings
 from t5tune.settings.groups.processes import ProcessSettings
 from t5tune.settings.groups.run_output import RunOutputSettings
 from t5tune.settings.groups.steps import StepSettings
+
+EXAMPLE_SETTINGS = {*select_settings(TrainingDataSettings, Affects.CACHE)} - {
+    *select_settings(TrainingDataSettings, Affects.STEPS)
+}
+"""The settings that determine a token cache's examples, without those that train also applies later, like num_data."""
 
 
 @dataclass(frozen=True)
@@ -82,11 +90,18 @@ class RunPlan:
     Once `pin_commits` has seen it, models on the Hub are named with the commit that the run uses.
 
     Args:
-        given: all settings as the user gave them, to be written down, and to be compared with those of another rank or
-            of an earlier start. Code that uses a value takes it from a part.
+        data: where all datasets are token caches, with the values that these were made with.
+        datasets: to train on.
+        eval_datasets: to evaluate on; none: the held-out examples of `datasets`, if there are any.
+        mixing: of `datasets`.
+        given: all settings, to be written down, and to be compared with those of an earlier start. Code that uses a
+            value takes it from a part.
     """
 
     data: TrainingDataSettings
+    datasets: tuple[DatasetSpec, ...]
+    eval_datasets: tuple[DatasetSpec, ...]
+    mixing: Mixing
     model: ModelPlan
     objective: ObjectivePlan
     steps: StepSettings
@@ -100,6 +115,16 @@ class RunPlan:
     def folder(self) -> Path:
         """The run folder."""
         return self.output.output_dir
+
+    @property
+    def data_folder(self) -> Path:
+        """The folder of the examples to train on."""
+        return self.data.preprocessed_path or self.folder / RUN_CACHE_FOLDER
+
+    @property
+    def eval_data_folder(self) -> Path:
+        """The folder of the examples of `eval_datasets`."""
+        return self.folder / EVAL_CACHE_FOLDER
 
     @property
     def uses_autocast(self) -> bool:

@@ -44,12 +44,14 @@ class DatasetSpec(DatasetSettings):
     Args:
         path: the data to read; with a cache, the given folder.
         cache: the folder of its token cache if it is already prepared.
+        made_from: the inputs of this token cache, as in its manifest.
     """
 
     is_complete: ClassVar[bool] = True
 
     name: DatasetName
     cache: Path | None = None
+    made_from: dict[str, Any] = {}
 
 
 def list_shared(settings: Settings) -> dict[str, Any]:

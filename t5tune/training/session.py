@@ -18,7 +18,7 @@ from t5tune.distributed.watch import RankWatch
 from t5tune.distributed.world import World
 from t5tune.file_names import TEMPLATE_FILE
 from t5tune.progress import Report
-from t5tune.runs.data import locate_data, open_data
+from t5tune.runs.data import open_data
 from t5tune.runs.folder import RunFolder
 from t5tune.runs.plan import RunPlan
 from t5tune.runs.resume import start_or_resume_run
@@ -70,7 +70,7 @@ def load_data(session: Session) -> LoadedData:
     """Load the data, find the base and the teacher, and start or resume the run. Call on every rank."""
     plan, folder, world = session.plan, session.folder, session.world
     prepared = run_on_rank_0(world, lambda: folder.read_record().get("prepared"))
-    examples, held_out = open_data(plan, locate_data(plan), prepared)
+    examples, held_out = open_data(plan, prepared)
     # now, because prepare may replace a cache outside of the run folder during the run
     files = read_supporting_files(examples.tokenizer_folder, examples.folder / TEMPLATE_FILE)
     tokenizer = load_tokenizer(examples.tokenizer_folder)

@@ -115,17 +115,13 @@ def test_evaluate_reads_held_out_data_like_training(words: str, expected: str | 
     assert found == ([] if expected is None else [expected])
 
 
-@pytest.mark.parametrize(("names", "flags"), [("dev", ""), ("dev:1 other:1", ""), ("dev:1 a.jsonl:1", " --clean")])
-def test_tokenized_held_out_data_needs_no_flags(
-    names: str, flags: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tokenized_held_out_data_needs_no_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("dev", "other"):
-        Path(name).mkdir()
-        Path(name, "manifest.json").write_text("{}")
-        Path(name, "tokens.bin").touch()
-    steps = follow_train(load_words(f"{TRAIN} a.csv --clean --eval-data-path {names}", TrainSettings))
-    assert f"t5tune evaluate run --data-path {names}{flags}" in steps
+        prepare(PrepareSettings(model_name_or_path="pocket", data_path="pocket", num_data=1, output_dir=name))
+    for names, flags in (("dev", ""), ("dev:1 other:1", ""), ("dev:1 a.jsonl:1", " --clean")):
+        steps = follow_train(load_words(f"{TRAIN} a.csv --clean --eval-data-path {names}", TrainSettings))
+        assert f"t5tune evaluate run --data-path {names}{flags}" in steps
 
 
 @pytest.mark.slow

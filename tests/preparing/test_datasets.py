@@ -156,7 +156,7 @@ def test_a_token_cache_that_is_a_dataset_is_never_replaced(data: Path, tmp_path:
     cache = tmp_path / "cache"
     prepare(make_settings(data, cache))
     before = bytes_of(cache)
-    for paths in ([cache / "a", data / "b.jsonl"], [data / "a.jsonl", cache / "b"]):
+    for paths in ([cache / "a", data / "c.jsonl"], [data / "c.jsonl", cache / "b"]):
         settings = make_settings(data, cache).replace(data=[{"path": str(path)} for path in paths])
         with pytest.raises(DataError, match=r"data: .*: one of the datasets, but also in the output folder, which is"):
             prepare(settings)

@@ -12,7 +12,6 @@ from t5tune.commands.prepare import prepare
 from t5tune.commands.run_plan import make_run_plan
 from t5tune.data.caches.prepared import open_examples
 from t5tune.errors import SettingsError
-from t5tune.runs.data import apply_cache_settings
 from t5tune.runs.folder import RunFolder
 from t5tune.runs.resume_guard import build_run_identity, check_finished_run
 from t5tune.settings import DatasetSettings, EvaluateSettings, PrepareSettings, Settings, TrainSettings
@@ -99,14 +98,11 @@ def test_a_different_spelling_of_a_path_is_no_change(tmp_path: Path) -> None:
 def test_these_settings_are_taken_from_a_token_cache(cache: Path) -> None:
     inputs = open_only(cache).manifest["inputs"]
     settings = TrainSettings(**NEEDED, data_path=[str(cache)])
-    other = settings.model_copy(
-        update=dict.fromkeys(TrainSettings.model_fields, "other") | {"data_path": [str(cache)], "data": None}
-    )
-    applied = apply_cache_settings(other)
-    taken = [name for name in TrainSettings.model_fields if getattr(applied, name) != getattr(other, name)]
-    # a given objective is kept: a cache of preference pairs is for several
-    assert sorted(taken) == sorted(["model_max_length", "add_tokens", *READING[1:], *SELECTION])
-    assert all(getattr(applied, name) == inputs[name] for name in taken)
+    taken = dict(make_run_plan(settings).given)
+    names = ["model_max_length", "add_tokens", *READING, *SELECTION]
+    assert {name: taken[name] for name in names} == {name: inputs[name] for name in names}
+    others = TrainSettings.model_fields.keys() - {*names}
+    assert {name: taken[name] for name in others} == {name: getattr(settings, name) for name in others}
 
 
 # what is read by its mark alone
@@ -175,4 +171,4 @@ def test_saved_settings_leave_out_options_of_a_single_call(cache: Path, tmp_path
     given = TrainSettings(**values, fresh=True, allow_change=["max_steps"], dry_run=True, lora_r=4)
     RunFolder(tmp_path).save_settings(make_run_plan(given))
     saved = RunFolder(tmp_path).read_settings(TrainSettings)
-    assert saved == apply_cache_settings(TrainSettings(**values, lora_r=4))
+    assert saved == make_run_plan(TrainSettings(**values, lora_r=4)).given

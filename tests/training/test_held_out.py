@@ -10,11 +10,11 @@ import pytest
 from t5tune.commands.evaluate import evaluate
 from t5tune.commands.prepare import prepare
 from t5tune.commands.run_plan import make_run_plan
-from t5tune.commands.train import name_kept_records, set_up_run_folder
+from t5tune.commands.train import set_up_run_folder
 from t5tune.data.caches.examples import Examples
 from t5tune.data.caches.prepared import open_examples
 from t5tune.data.tokens.tokenizer import decode_reference, load_tokenizer
-from t5tune.runs.data import locate_data, open_data
+from t5tune.runs.data import open_data
 from t5tune.settings import EvaluateSettings, PrepareSettings, TrainSettings
 from tests.support.caches import find_cache
 from tests.support.prose import english_text
@@ -37,8 +37,9 @@ def split_for_training(base: Path, data: Any, run: Path, /, **changes: Any) -> t
     settings = TrainSettings(**{**values, **changes})
     with ExitStack() as stack:
         set_up_run_folder(settings, stack)
-    plan = make_run_plan(name_kept_records(settings))
-    examples, held_out = open_data(plan, locate_data(plan), None)
+    plan = make_run_plan(settings)
+    examples, held_out = open_data(plan, None)
+    assert held_out is not None
     return examples, held_out
 
 

@@ -20,7 +20,7 @@ from t5tune.errors import DataError
 from t5tune.file_names import MIXTURE_FILE
 from t5tune.io.reasons import describe_error
 from t5tune.io.untrusted import parse_json_object
-from t5tune.settings.dataset_list import DatasetName, Weight, check_names_differ, check_weights
+from t5tune.settings.dataset_list import DatasetName, DatasetSettings, Weight, check_names_differ, check_weights
 from t5tune.settings.field_types import OptionalCount
 from t5tune.settings.messages import shorten_file_value
 
@@ -80,6 +80,22 @@ def _read_mixture(folder: Path) -> tuple[dict[str, Any], _SavedMixture]:
 def list_caches(folder: Path) -> dict[str, Path]:
     """List the token caches in a folder that prepare wrote, by the names of the datasets."""
     return {each.name: folder / each.cache for each in _read_mixture(folder)[1].datasets}
+
+
+def read_datasets(folder: Path) -> tuple[list[DatasetSettings], Mixing]:
+    """Read which token caches are in a folder that prepare wrote, or the one that the folder is, and how to mix them.
+
+    Raises:
+        DataError: mixture.json is broken, or of another format version.
+    """
+    if not is_prepared(folder):
+        return [DatasetSettings(path=[str(folder)])], Mixing()
+    _, saved = _read_mixture(folder)
+    datasets = [
+        DatasetSettings(path=[str(folder / each.cache)], name=each.name, weight=each.weight, num_data=each.num_data)
+        for each in saved.datasets
+    ]
+    return datasets, saved.mixing
 
 
 def find_caches(folder: Path) -> list[Path]:

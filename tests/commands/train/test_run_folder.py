@@ -108,7 +108,7 @@ def test_fresh_renames_the_folder_that_a_link_points_to_and_keeps_the_link(
             set_up_run_folder(settings, more)
     assert link.is_symlink()
     assert sorted(path.name for path in disk.iterdir()) == ["run", "run.1"]
-    assert sorted(path.name for path in link.iterdir()) == ["data", "settings.yaml"]
+    assert sorted(path.name for path in link.iterdir()) == ["data", "run.json", "settings.yaml"]
     assert (disk / "run.1" / "old").is_file()
 
 
@@ -149,7 +149,7 @@ def test_fresh_refuses_inputs_in_the_folder_that_it_would_rename(
     own = make_settings(untied_base, conversations, Path("run"), fresh=True, preprocessed_path=Path("run/data"))
     with ExitStack() as locks:
         set_up_run_folder(own, locks)
-    assert sorted(path.name for path in run.iterdir()) == ["data", "settings.yaml"]
+    assert sorted(path.name for path in run.iterdir()) == ["data", "run.json", "settings.yaml"]
 
 
 @pytest.mark.slow
@@ -198,7 +198,7 @@ def test_fresh_renames_nothing_but_a_run_that_contains_no_run_in_progress(
     with ExitStack() as locks:
         set_up_run_folder(settings, locks)
     assert (tmp_path / "experiments.1" / "notes.txt").read_text() == "mine"
-    assert sorted(path.name for path in folder.iterdir()) == ["data", "settings.yaml"]
+    assert sorted(path.name for path in folder.iterdir()) == ["data", "run.json", "settings.yaml"]
 
 
 def test_fresh_names_a_folder_that_cant_be_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,7 +279,7 @@ def test_a_start_that_fails_on_its_data_leaves_only_the_rejected_records(
     # a cache that took its time to prepare is kept for the next start, with the settings that make the folder a run
     with pytest.raises(DataError, match="no conversation to evaluate on"):
         train(make_settings(untied_base, conversations, run, eval_data_path=str(data)))
-    assert sorted(path.name for path in run.iterdir()) == ["data", "settings.yaml"]
+    assert sorted(path.name for path in run.iterdir()) == ["data", "run.json", "settings.yaml"]
     # a start with --fresh that fails moves the old run back
     (run / "data" / "old").touch()
     with pytest.raises(DataError, match="no conversation to evaluate on"):
@@ -289,4 +289,4 @@ def test_a_start_that_fails_on_its_data_leaves_only_the_rejected_records(
     # so is what existed before
     with pytest.raises(DataError, match="no conversation to train on"):
         train(make_settings(untied_base, data, run))
-    assert sorted(path.name for path in run.iterdir()) == ["data", "settings.yaml"]
+    assert sorted(path.name for path in run.iterdir()) == ["data", "run.json", "settings.yaml"]

@@ -23,7 +23,7 @@ from t5tune.commands.train import set_up_run_folder, train
 from t5tune.data.caches.prepared import open_examples
 from t5tune.errors import DataError, SettingsError, TrainingError
 from t5tune.progress import Advanced, Evaluated, Event, Finished, Measured, Note, Started
-from t5tune.runs.data import locate_data, open_data
+from t5tune.runs.data import open_data
 from t5tune.runs.folder import RunFolder
 from t5tune.runs.result import read_result
 from t5tune.settings import (
@@ -309,11 +309,11 @@ def test_a_cache_that_another_run_replaces_before_it_is_opened_is_refused(
         for settings in (first, second):
             prepared = set_up_run_folder(settings, stack).read_record()["prepared"]
             plan = make_run_plan(settings)
-            assert open_data(plan, locate_data(plan), prepared)
+            assert open_data(plan, prepared)
     plan = make_run_plan(first)
     prepared = RunFolder(first.output_dir).read_record()["prepared"]
-    with pytest.raises(DataError, match="preprocessed_path: .*cache: another process has replaced it since"):
-        open_data(plan, locate_data(plan), prepared)
+    with pytest.raises(DataError, match="cache: another process has replaced this data since"):
+        open_data(plan, prepared)
     assert train(first).steps == 1  # it is prepared again
 
 

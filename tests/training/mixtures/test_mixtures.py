@@ -18,7 +18,7 @@ from t5tune.errors import SettingsError
 from t5tune.inference.loading import read_model_files
 from t5tune.inference.prompts import make_prompts
 from t5tune.progress import Evaluated, Event, Note
-from t5tune.runs.data import locate_data, open_data
+from t5tune.runs.data import open_data
 from t5tune.runs.result import TrainResult, read_result
 from t5tune.settings import EvaluateSettings, PrepareSettings, TrainSettings, load_settings
 from tests.support.caches import find_cache
@@ -325,7 +325,8 @@ def test_num_data_counts_what_no_dataset_holds_out(untied_base: Path, data: Path
         result = train(settings)
         assert {name: facts["examples"] for name, facts in result.datasets.items()} == {"sums": 8, "part": 8}
         plan = make_run_plan(settings)
-        _, held_out = open_data(plan, locate_data(plan), None)
+        _, held_out = open_data(plan, None)
+        assert held_out is not None
         assert held_out.identify() == expected.identify()
 
 
