@@ -46,12 +46,12 @@ class Reply:
 
 @dataclass(frozen=True)
 class Chatter:
-    """A loaded model and its chat settings. Immutable: each `with_…` method returns a new one.
+    """A loaded model and its chat settings. Immutable: each `with_…` method returns a new session.
 
     Args:
         prompts: how the model reads and writes text.
         random: what sampling draws from, continued by each reply.
-        precision: in which the model was loaded.
+        precision: of the loaded model.
     """
 
     model: Any
@@ -86,11 +86,11 @@ class Chatter:
         return Chatter(loaded.model, prompts, settings, random, loaded.precision)
 
     def with_system(self, message: str | None) -> "Chatter":
-        """Use another system message; None selects the conversation template's default."""
+        """Use a different system message; None selects the conversation template's default."""
         return replace(self, settings=self.settings.model_copy(update={"system": message}))
 
     def with_template(self, name_or_path: str) -> "Chatter":
-        """Use another conversation template.
+        """Use a different conversation template.
 
         Raises:
             SettingsError: there is no such template.
@@ -102,7 +102,7 @@ class Chatter:
         return replace(self, prompts=replace(self.prompts, keeps_history=keeps_history))
 
     def with_adapter(self, adapter: Path | None, report: Report = silent) -> "Chatter":
-        """Load another adapter onto the same base, with that adapter's tokenizer and conversation template.
+        """Load a different adapter onto the same base, with that adapter's tokenizer and conversation template.
 
         None loads the base alone, in the same precision, as a model of the family that the adapter was trained as.
         """
@@ -113,7 +113,7 @@ class Chatter:
         return Chatter._load(settings.model_copy(update={"family": family}), report, self.precision)
 
     def reply(self, message: str | list[Turn], show: Callable[[str], None] | None = None) -> Reply:
-        """Reply to a message, or to a conversation that ends with one (to that one alone if history isn't kept).
+        """Reply to a message, or to a conversation that ends with a message (without history, to the message alone).
 
         Args:
             show: called with each piece of the reply as soon as its text is final; joined, the pieces are the reply.
@@ -137,7 +137,7 @@ class Chatter:
         )
 
     def report_cuts(self, reply: Reply, report: Report) -> None:
-        """Report what the model didn't see because of model_max_length."""
+        """Report the text that the model didn't see because of model_max_length."""
         problem = f"too long for model_max_length {self.prompts.max_length}: the model didn't see"
         if reply.cut_tokens:
             cut = f"{format_count(reply.cut_tokens, 'token')} of it or of the system message"
@@ -181,7 +181,7 @@ def save_preference(path: Path, chatter: Chatter, turns: list[Turn], chosen: str
 
     Args:
         chatter: has made the replies.
-        turns: what it has replied to; without the turns that it hasn't seen, this is the question of the record.
+        turns: the conversation; the turns that the model has seen are the question of the record.
 
     Raises:
         SettingsError: the file can't be written.

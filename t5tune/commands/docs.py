@@ -12,7 +12,7 @@ from t5tune.settings import DocsSettings
 
 PACKAGE = Path(__file__).parents[1]
 PAGE = "for-agents.md"
-MARKER = re.compile(r"^<!--.*-->\n", re.MULTILINE)  # around what is generated
+MARKER = re.compile(r"^<!--.*-->\n", re.MULTILINE)  # around generated text
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@
     [finding.check for finding in result.findings if finding.state == "broken"]
 
 Each check that loads a library runs in its own process (see diagnosis/probes.py), so that a library that is missing,
-fails, crashes or hangs becomes one finding and doesn't stop the others.
+fails, crashes or hangs becomes one finding and doesn't stop the other probes.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ PROBE_HINTS = {
     "training": "fix the problems above first; t5tune train --config pocket --debug shows the traceback",
 }
 NUM_PARALLEL_PROBES = 2
-TIMED_PROBE = "kernels"  # it runs alone, because it measures times on a GPU that others use, too
+TIMED_PROBE = "kernels"  # it runs alone, because it measures times on a GPU that the other probes use, too
 REQUIRED_CHECKS = {"python", "torch", "training"}
 
 
@@ -59,7 +59,7 @@ def doctor(settings: DoctorSettings, report: Report = silent) -> Diagnosis:
 
     with ThreadPoolExecutor(NUM_PARALLEL_PROBES) as pool:
         others = pool.map(run, (name for name in PROBE_HINTS if name != TIMED_PROBE))
-        probed = chain(others, map(run, [TIMED_PROBE]))  # which begins when the others are done
+        probed = chain(others, map(run, [TIMED_PROBE]))  # which begins after the other probes
         found = {each.check: each for each in track(probed, "checking", report, len(PROBE_HINTS), "checks")}
     findings += (found[name] for name in PROBE_HINTS)
     broken = {finding.check for finding in findings if finding.state == "broken"}
@@ -67,7 +67,6 @@ def doctor(settings: DoctorSettings, report: Report = silent) -> Diagnosis:
 
 
 def _run_probe(name: str, timeout: float) -> Finding:
-    """Run one probe in its own process; return the finding that it printed, or a finding about how it failed."""
     try:
         process = subprocess.Popen(
             make_module_command("t5tune.diagnosis.probes", name),

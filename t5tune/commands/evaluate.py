@@ -84,13 +84,13 @@ class EvaluateResult:
     """The metrics: loss in nats per target token, scores from 0 to 100, time in seconds.
 
     Args:
-        bits_per_character: the loss of the whole targets per character of their texts, in bits, with which models of
-            different tokenizers can be compared; None if spans of raw text were masked.
-        exact_match, …, field_f1: None if it isn't among the chosen metrics; those for JSON also if no target is JSON.
-        custom_metrics: the metrics of one's own functions.
+        bits_per_character: the loss of the whole targets per character of their texts, in bits, to compare models of
+            different tokenizers; None if spans of raw text were masked.
+        exact_match, …, field_f1: None: not among the chosen metrics, or no target is JSON.
+        custom_metrics: the results of custom functions.
         base: the same metrics of the base without the adapter, by name; None without compare_base.
-        datasets: the number of examples and the same metrics of each dataset, if there are several; with `base_` before
-            their names those of the base.
+        datasets: the number of examples and the same metrics of each dataset, if there are several; the
+            base's metrics have `base_` before their names.
     """
 
     predictions: Path
@@ -181,7 +181,7 @@ def evaluate(settings: EvaluateSettings, report: Report = silent) -> EvaluateRes
     with ExitStack() as stack:
         if world.launched:  # else Ctrl-C raises KeyboardInterrupt, as in other commands
             stop = stack.enter_context(handle_signals(report))
-            # outside of the process group: a rank that is interrupted must not wait for the others
+            # outside of the process group: a rank that is interrupted must not wait for other ranks
             stack.enter_context(stop.interruptible(WHEN_INTERRUPTED))
         chosen = "cpu" if settings.use_cpu else settings.device
         device = stack.enter_context(join_process_group(world, settings, chosen, report))
@@ -222,7 +222,7 @@ def _prepare(
 
     Returns:
         The output folder; the settings with the model's folder, its precision and its quantization; the same with the
-        commits of what is on the Hub, so that every rank loads the same; how the data is read.
+        commits of models on the Hub, so that every rank loads the same; how the data is read.
     """
     folder = _choose_folder(settings)
     scripts = [function.rpartition(":")[0] for function in settings.metric or []]
@@ -279,7 +279,6 @@ def _load_model(settings: EvaluateSettings, device: Any, report: Report) -> Load
 def _read_task(
     settings: EvaluateSettings, datasets: Sequence[DatasetSpec], folder: Path, loaded: LoadedModel, report: Report
 ) -> _Task:
-    """Read the data, and try whether the metrics can be computed."""
     add_tokens = settings.add_tokens if "add_tokens" in settings.model_fields_set else None
     plan = EvaluationPlan(datasets, settings.select_part(BaseModelSettings), add_tokens, settings.compare_base)
     chosen = load_evaluation_set(plan, loaded, report)
@@ -293,12 +292,11 @@ def _read_task(
 
 
 def _finish(task: _Task | None, tuned: Outcome, base: Outcome | None, started: float, report: Report) -> EvaluateResult:
-    """Write the output folder, and compute the metrics."""
     assert task is not None, "only rank 0 finishes"
     outcomes = [tuned] if base is None else [tuned, base]
     tasks = [task] if base is None else [task, task.select_base()]
     predictions = [outcome.decode(each.chosen) for each, outcome in zip(tasks, outcomes, strict=True)]
-    task = replace(task, folder=_choose_folder(task.settings))  # another evaluation may have taken the first one
+    task = replace(task, folder=_choose_folder(task.settings))  # another evaluation may have taken the folder
     with write_folder_atomically(task.folder, task.settings.overwrite) as staged:
         write_predictions(staged / PREDICTIONS_FILE, task.chosen, task.names, outcomes, predictions)
         write_settings(
@@ -335,7 +333,6 @@ def _finish(task: _Task | None, tuned: Outcome, base: Outcome | None, started: f
 
 
 def _describe_settings(task: _Task) -> dict[str, Any]:
-    """Return the settings that differ from their defaults, and some that always matter."""
     values = hide_data_queries(task.settings).model_dump(mode="json")
     defaults = {name: field.get_default() for name, field in EvaluateSettings.model_fields.items()}
     unused = EXAMPLE_SETTINGS if task.is_prepared else set[str]()
@@ -358,11 +355,6 @@ def _run_model(settings: EvaluateSettings, model: Any, work: _Work, report: Repo
 
 
 def _measure_losses(settings: EvaluateSettings, model: Any, work: _Work, report: Report) -> Losses:
-    """Measure the loss of each target.
-
-    Raises:
-        ModelError: the loss isn't finite.
-    """
     collator = _make_collator(model, next(iter(work.decodings.values())).pad_token_id)
     losses = measure_losses(model, work.examples, collator, settings.per_device_eval_batch_size, report)
     if not math.isfinite(losses.mean):

@@ -179,7 +179,7 @@ def _find_checkpoint(path: Path, report: Report) -> Path:
 
 
 def _find_checkpoint_of_result(run: Path) -> Path | None:
-    """Find the complete checkpoint whose adapter is that of the finished run: its best one, if it chose one."""
+    """Find the complete checkpoint with the finished run's adapter: the best one, if the run chose one."""
     adapter = run / ADAPTER_WEIGHTS_FILE
     for checkpoint in list_checkpoints(run):
         saved = checkpoint / ADAPTER_WEIGHTS_FILE
@@ -240,7 +240,6 @@ def _find_tokenizer_folder(folder: Path) -> Path:
 def _find_base_architecture(
     settings: ExportSettings, trained: CheckpointContents, report: Report
 ) -> Architecture | None:
-    """Find the architecture and the sizes of the base if it is on this machine."""
     name = _get_base_name(settings, trained)
     if name is None:
         report(Note("the base is unknown; give --model-name-or-path to check the adapter's shapes against it"))
@@ -267,7 +266,7 @@ def _find_local_base(settings: ExportSettings, trained: CheckpointContents) -> P
 
 
 def _get_base_name(settings: ExportSettings, trained: CheckpointContents) -> str | None:
-    """Get the base that is given, or that the checkpoint names; None if neither is."""
+    """Get the given base, or the base that the checkpoint names; None if neither does."""
     name = settings.model_name_or_path or trained.config.get("base_model_name_or_path")
     return name if isinstance(name, str) and name else None
 
@@ -299,12 +298,6 @@ def _make_base_settings(settings: ExportSettings, name: str) -> BaseModelSetting
 
 
 def _convert_dtype(trained: CheckpointContents, dtype: str, place: Path) -> CheckpointContents:
-    """Convert all trained tensors to another dtype.
-
-    Raises:
-        CheckpointError: a value overflows in that dtype.
-    """
-
     def convert(name: str, tensor: Tensor) -> Tensor:
         with np.errstate(over="ignore"):
             result = from_float32(tensor.to_float32(), dtype)
@@ -325,22 +318,17 @@ def _is_lora_name(name: str) -> bool:
 def _collect_non_lora_state(
     settings: ExportSettings, trained: CheckpointContents
 ) -> dict[str, PartitionedTensor] | None:
-    """Collect the tensors of non_lora_state.safetensors, by their names in the base; None for no such file."""
     if settings.non_lora_state == "none":
         return None
     adapter = add_decoder_rows(trained.adapter, trained.config)
     others = trained.extra | {name: value for name, value in adapter.items() if not _is_lora_name(name)}
     state = {name.removeprefix(PEFT_PREFIX): PartitionedTensor.from_tensor(value) for name, value in others.items()}
-    # a trained tensor replaces that of the base
+    # a trained tensor replaces the base's
     return _collect_base_weights(settings, trained) | state if settings.non_lora_state == "full" else state
 
 
 def _collect_base_weights(settings: ExportSettings, trained: CheckpointContents) -> dict[str, PartitionedTensor]:
-    """Collect the base's tensors by name, from the training checkpoint if it contains them, else from the base.
-
-    Raises:
-        CheckpointError: neither is available.
-    """
+    """Collect the base's tensors by name, from the training checkpoint if it contains them, else from the base."""
     if trained.frozen and not _is_quantized(trained):
         return dict(trained.frozen)
     base_name = _get_base_name(settings, trained)
@@ -354,7 +342,7 @@ def _collect_base_weights(settings: ExportSettings, trained: CheckpointContents)
 
 
 def _is_quantized(trained: CheckpointContents) -> bool:
-    """Whether the frozen weights are those of a quantized base, which can't be used without their scales."""
+    """Whether the frozen weights are a quantized base's, which can't be used without their scales."""
     for name, value in trained.adapter.items():
         if ".lora_A." in name:
             module = name.removeprefix(PEFT_PREFIX).partition(".lora_A.")[0]
@@ -365,7 +353,6 @@ def _is_quantized(trained: CheckpointContents) -> bool:
 
 
 def _write_bin(path: Path, state: Mapping[str, Tensor]) -> None:
-    """Write adapter_model.bin with torch.save, the format of FastChat's adapters."""
     import torch
 
     tensors = {}

@@ -52,7 +52,7 @@ def inspect(settings: InspectSettings, report: Report = silent) -> InspectResult
     )
     if (page := settings.html) is not None:
         if page.is_symlink() or (page.exists() and not page.is_file()):
-            raise SettingsError(f"html: {page}: isn't a regular file, so it isn't replaced", hint="name another file")
+            raise SettingsError(f"html: {page}: isn't a regular file, so it isn't replaced", hint="choose a new file")
         try:
             num_shown = write_cache_page(page, examples, statistics)
         except OSError as error:
@@ -64,11 +64,6 @@ def inspect(settings: InspectSettings, report: Report = silent) -> InspectResult
 
 
 def _find_cache(folder: Path, report: Report) -> Path:
-    """Return the token cache of a run folder, and any other folder as it is.
-
-    Raises:
-        DataError: it is of several datasets.
-    """
     if not has_examples(folder) and (run_settings := RunFolder(folder).read_settings(TrainSettings)) is not None:
         cache = run_settings.preprocessed_path or folder / RUN_CACHE_FOLDER
         report(Note(f"{folder} is a run folder; its token cache is {cache}"))

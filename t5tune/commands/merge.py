@@ -80,7 +80,7 @@ class MergeResult:
         onto: the weights that were merged into: `base`, `nf4`, …
         from_training: for adapters trained with q_lora, the largest difference from the training model's logits, by
             the weights merged into (`base`, `nf4`, …).
-        replies: how many replies of the converted model were compared with those of the merged checkpoint.
+        replies: how many replies of the converted model were compared with the merged checkpoint's.
         same_replies: how many of them are equal.
         pushed: URL of the repository that it was uploaded to.
     """
@@ -171,14 +171,12 @@ def merge(settings: MergeSettings, report: Report = silent) -> MergeResult:
 
 
 def _is_in_place(settings: MergeSettings) -> bool:
-    """Whether the merged model replaces the base because the user named it for both."""
     base = settings.model_name_or_path
     is_checkpoint = settings.to != "ctranslate2"  # which can't be the base of an adapter any more
     return base is not None and is_checkpoint and os.path.realpath(base) == os.path.realpath(settings.output_dir)
 
 
 def _check_converter(family: Family) -> None:
-    """Refuse a conversion that CTranslate2 can't do, before any weight is read."""
     if CTRANSLATE2 not in family.converters:
         problem = f"to: ctranslate2: {family.name} can't be converted"
         raise SettingsError(problem, hint="write a checkpoint, which transformers loads, with --to checkpoint")
@@ -192,7 +190,7 @@ def _check_converter(family: Family) -> None:
 def _warn_of_lost_settings(base: Path, report: Report) -> None:
     """Warn of penalties and the like in the base's generation_config.json, which a converted model ignores."""
     if lost := describe_lost_settings(base):
-        hint = "serve the adapter or a merged checkpoint, or remove that from the file"
+        hint = "serve the adapter or a merged checkpoint, or remove these settings from the file"
         report(Note(f"to: ctranslate2: {lost}, so `serve` refuses the converted model; {hint}", warning=True))
 
 
@@ -202,10 +200,7 @@ def _find_inputs(settings: MergeSettings, report: Report) -> tuple[MergeSettings
     Anyone may have written the name of the adapter's base, so it isn't downloaded.
 
     Returns:
-        The settings with what was found, and the folder of the base.
-
-    Raises:
-        CheckpointError: a run has no complete checkpoint, or the base of the adapter isn't on this machine.
+        The settings with the inputs' folders, and the folder of the base.
     """
     adapters = [find_adapter(adapter, settings.cache_dir, report=report) for adapter in settings.adapter]
     folders = [find_trained_folder(folder, "adapter", report) for folder in adapters]
@@ -227,7 +222,7 @@ def _find_inputs(settings: MergeSettings, report: Report) -> tuple[MergeSettings
 def _collect_deltas(
     settings: MergeSettings, base: Checkpoint, adapters: list[Adapter], tied: bool, trained: TrainedBase
 ) -> dict[str, WeightDelta]:
-    """Collect the change of each tensor, including that of the base's weights to those of training."""
+    """Collect the change of each tensor, including the difference between the base's weights and the trained ones."""
     deltas = collect_deltas(adapters, base, tied)
     if adapters[0].initialization is not None:
         _subtract_initialization(adapters[0].initialization, deltas, base.architecture)
@@ -237,7 +232,6 @@ def _collect_deltas(
 
 
 def _warn_if_zero(deltas: dict[str, WeightDelta], report: Report) -> None:
-    """Warn if the deltas change nothing except embedding rows of tokens."""
     updates = (update for delta in deltas.values() for update, _ in delta.updates)
     has_others = any(delta.replacements or delta.biases for delta in deltas.values())
     if not has_others and not any(update.b_OR.to_float32().any() for update in updates):
@@ -265,9 +259,6 @@ def _requantize_base(
     """Replace each weight that q_lora quantizes, adapted or not, with its quantized and dequantized values.
 
     These are the values that the adapter was trained on.
-
-    Raises:
-        DependencyError: bitsandbytes, which computes them, can't be imported.
     """
     if (problem := find_quantization_problem()) is not None:
         hint = "merge where it can, or into the unquantized base with --onto base, whose replies may differ"
@@ -283,11 +274,7 @@ def _requantize_base(
 
 
 def _check_disk_space(settings: MergeSettings, base: Checkpoint, shards: list[Shard]) -> None:
-    """Check that the weights fit on the disk: a checkpoint stays there until its conversion is complete.
-
-    Raises:
-        SettingsError: they don't; the message has both sizes.
-    """
+    """Check that the weights fit on the disk: a checkpoint stays there until its conversion is complete."""
     needed = sum(shard.size for shard in shards)
     if settings.to == "ctranslate2":
         weights = {name: entry for shard in shards for name, entry in shard.entries.items()}
@@ -312,11 +299,7 @@ def _write_weights(
 
 
 def _choose_tokenizer(adapters: list[Adapter], base: Checkpoint) -> Path:
-    """Choose the folder of the merged checkpoint's tokenizer: that of the first adapter if it has one, else the base's.
-
-    Raises:
-        CheckpointError: another adapter has a token that this tokenizer lacks or has by another id.
-    """
+    """Choose the folder of the merged checkpoint's tokenizer: the first adapter's if it has one, else the base's."""
     folders = [each.folder if has_file(each.folder, TOKENIZER_CONFIG_FILE) else base.folder for each in adapters]
     for folder in folders[1:]:
         if folder != folders[0] and (found := find_other_token(load_tokenizer(folder), load_tokenizer(folders[0]))):
@@ -324,7 +307,7 @@ def _choose_tokenizer(adapters: list[Adapter], base: Checkpoint) -> Path:
             raise CheckpointError(
                 f"adapter: {folder}: token {index} of its tokenizer is {token!r}, which the tokenizer of the merged "
                 f"checkpoint ({folders[0]}) lacks or has by another id",
-                hint="give the adapter with the most tokens first; if each has tokens of its own, train them with the "
+                hint="give the adapter with the most tokens first; if each has its own tokens, train them with the "
                 "same list of --add-tokens",
             )
     return folders[0]
@@ -339,7 +322,6 @@ def _write_supporting_files(
     staged: Path,
     report: Report,
 ) -> None:
-    """Write the tokenizer, the conversation template, the model card and the settings."""
     adapter = adapters[0].folder
     template_folder = adapter if has_file(adapter, TEMPLATE_FILE) else base.folder
     files = read_supporting_files(tokenizer_folder, template_folder / TEMPLATE_FILE)
@@ -351,7 +333,7 @@ def _write_supporting_files(
         remove_chat_template(staged)
         report(Note("the tokenizer gets no chat template: the adapters were trained with different source prefixes"))
     weighted = [(name_snapshot(each.folder), each.weight) for each in adapters]
-    # a run's metrics are those of its adapter alone, in full strength
+    # a run's metrics are for its adapter alone, in full strength
     training = describe_run_training(adapter) if [each.weight for each in adapters] == [1] else ""
     assert settings.model_name_or_path is not None  # see _find_inputs
     card = build_merged_card(settings.model_name_or_path, weighted, settings.to, family.converters, training)
@@ -361,7 +343,7 @@ def _write_supporting_files(
 
 
 def _write_joined_training_data(made: list[TrainingData | None], staged: Path, report: Report) -> None:
-    """Write what the adapters' training data has in common, if it is known of all of them."""
+    """Write the training data that all adapters have in common, if every adapter has some."""
     known = [data for data in made if data is not None]
     if len(known) < len(made):
         (staged / TRAINING_DATA_FILE).unlink(missing_ok=True)

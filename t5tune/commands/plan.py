@@ -41,10 +41,10 @@ from t5tune.settings.groups.memory import MemorySettings
 from t5tune.settings.messages import get_reason
 from t5tune.training.steps import EpochDraws, count_steps, make_budget_sampler
 
-NUM_ADDED_TOKENS = 19  # about as many as prepare adds to T5's vocabulary, if there are unused rows
+NUM_ADDED_TOKENS = 19  # about the number that prepare adds to T5's vocabulary, if there are unused rows
 MAX_SUGGESTED_BATCH_SIZE = 64
 MAX_NONLINEARITY = 0.1  # of the growth per example from one batch size to the next, relative to it
-GOOD_BATCH_SIZE = 4  # examples per micro-batch from which a GPU is well used
+GOOD_BATCH_SIZE = 4  # examples per micro-batch that use a GPU well
 STAGES = ("none", "zero1", "zero2", "zero3", "zero3-offload")
 
 
@@ -62,7 +62,7 @@ class Plan:
     """What train would need. Lengths are in tokens, memory is in bytes, `padding` is a share from 0 to 1.
 
     Args:
-        evaluation: by stage, what each device needs while held-out examples are evaluated.
+        evaluation: by stage, the memory of each device while held-out examples are evaluated.
     """
 
     model: str
@@ -87,7 +87,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Data:
-    """Example lengths in tokens: those of a token cache (`is_real`), or of one micro-batch of equally long examples."""
+    """Lengths of examples in tokens: a token cache's (`is_real`), or one micro-batch of equally long examples."""
 
     sources: Integers
     targets: Integers
@@ -205,11 +205,7 @@ def _read_lengths(settings: PlanSettings, report: Report) -> _Data:
 
 
 def _choose_examples(settings: PlanSettings, examples: Examples) -> Examples:
-    """Choose the examples of a cache that train would train on: the first ones, without those that it would hold out.
-
-    Raises:
-        DataError: there are too few to hold any out.
-    """
+    """Choose the examples of a cache that train would train on: the first `num_data`, without held-out examples."""
     if examples.are_several and (mixing := choose_mixing(settings)) is not None:
         examples = examples.mix(mixing)
     if settings.num_data is not None:
@@ -220,11 +216,7 @@ def _choose_examples(settings: PlanSettings, examples: Examples) -> Examples:
 
 
 def _make_batches(settings: PlanSettings, count: int, data: _Data) -> list[Integers]:
-    """Make the micro-batches (example indices) of the first epoch, as the trainer does, without empty ones.
-
-    Raises:
-        SettingsError: tokens_per_batch is too small for the examples, or too large for so few of them.
-    """
+    """Make the micro-batches (example indices) of the first epoch, as the trainer does, without empty ones."""
     if not data.is_real:
         return [np.arange(len(data.sources))]
     sources, targets, step_size = data.sources, data.targets, settings.gradient_accumulation_steps * count
@@ -239,16 +231,15 @@ def _make_batches(settings: PlanSettings, count: int, data: _Data) -> list[Integ
 
 
 def _find_largest_batch(batches: list[Integers], data: _Data, packed: bool) -> BatchLengths:
-    """Return the lengths of the micro-batch that costs the most."""
-    # of batches with as many tokens, the one with the longest examples takes the most memory for attention
+    # of batches with equally many tokens, the batch with the longest examples needs the most memory for attention
     largest = max(batches, key=lambda batch: estimate_cost(data.sources[batch], data.targets[batch], packed))
     return BatchLengths(tuple(data.sources[largest].tolist()), tuple(data.targets[largest].tolist()))
 
 
 def _find_largest_loss_batch(data: _Data) -> BatchLengths:
-    """Return the lengths of the largest batch whose losses an evaluation measures, of examples like those of the data.
+    """Return the lengths of the largest batch when an evaluation measures the losses of examples like the data's.
 
-    There are as many of an assumed length as fit.
+    Examples of an assumed length fill the batch.
     """
     lengths = [Lengths(*each) for each in zip(data.targets.tolist(), data.sources.tolist(), strict=True)]
     if not data.is_real:
@@ -318,7 +309,6 @@ def _list_candidates(settings: PlanSettings, machine: Machine) -> list[dict[str,
 
 
 def _find_refusals(settings: PlanSettings) -> list[str]:
-    """List why `train` would refuse the settings, whatever its data and output folder."""
     given = {name: value for name, value in settings if name in TrainSettings.model_fields}
     try:
         TrainSettings.model_validate({**given, "data_path": ["-"], "output_dir": "-"})
@@ -359,7 +349,7 @@ def _find_largest_batch_size(estimator: MemoryEstimator, stage: str, data: _Data
 
 
 def _format_flags(settings: PlanSettings, changes: dict[str, Any], machine: Machine) -> str:
-    """Format the flags that change the settings: what they turn on, and what they turn off if it was on."""
+    """Format the flags that change the settings, including flags that turn something off."""
     if machine.count > 1:
         changes = {**changes, "num_gpus" if machine.on_gpu else "num_processes": machine.count}
     # q_lora turns bf16 on unless --no-bf16 is given
@@ -376,7 +366,7 @@ def _format_flag(name: str, value: Any) -> str:
 
 
 def to_plan_settings(run_plan: RunPlan) -> PlanSettings:
-    """Convert the settings of a training run to those of `t5tune plan` for that run."""
+    """Convert the settings of a training run to settings of `t5tune plan`."""
     values = {name: value for name, value in run_plan.given if name in PlanSettings.model_fields}
     values["dropout"] = run_plan.model.layers.dropout
     if run_plan.data.data is not None:

@@ -29,7 +29,7 @@ class PrepareResult:
     Args:
         up_to_date: the cache existed already and was made from the same inputs, so it wasn't written again.
         shard: the part that was prepared, such as 0/3; None without `--shard`.
-        joined: whether the parts are joined, so that the cache is there; if not, the counts are those of the part. None
+        joined: whether the parts are joined into the cache; if not, the counts are for the part alone. None
             without `--shard` and `--join`.
         datasets: the examples of each dataset, if there are several.
     """
@@ -77,7 +77,7 @@ def prepare(settings: PrepareSettings, report: Report = silent) -> PrepareResult
 
 
 def make_plan(settings: PrepareSettings) -> PreparePlan:
-    """Decide what is written, and how each dataset is read."""
+    """Decide how each dataset is read and written."""
     if settings.data is None:
         refuse_caches(settings.data_path, "data_path")
     names = settings.model_fields_set & {*select_settings(PrepareSettings, Affects.CACHE), "conversation_template"}

@@ -40,7 +40,7 @@ from t5tune.settings.records_in_memory import find_kept_path
 
 
 def make_run_plan(settings: TrainSettings) -> RunPlan:
-    """Divide the settings into parts, and fill in the values that follow from others and from given token caches.
+    """Divide the settings into parts, and fill in values that follow from other settings and from given token caches.
 
     Raises:
         DataError: a token cache is broken, or given together with other data.
@@ -101,7 +101,7 @@ def _name_kept_records(settings: TrainSettings) -> TrainSettings:
 
 
 def _resolve_datasets(settings: TrainSettings) -> tuple[tuple[DatasetSpec, ...], Mixing]:
-    """Decide how the datasets to train on are read and mixed; the folder of several token caches says it itself."""
+    """Decide how the datasets to train on are read and mixed; a folder of several token caches has its own mixing."""
     mixing = choose_mixing(settings)
     datasets = settings.list_datasets()
     if (given := _find_given_folder(settings.data, settings.data_path)) is not None:
@@ -123,7 +123,6 @@ def _resolve_datasets(settings: TrainSettings) -> tuple[tuple[DatasetSpec, ...],
 
 
 def _find_given_folder(datasets: Sequence[DatasetSettings] | None, paths: list[str]) -> Path | None:
-    """Return the folder of token caches that is all of the data."""
     return Path(paths[0]) if datasets is None and len(paths) == 1 and has_examples(Path(paths[0])) else None
 
 
@@ -132,7 +131,7 @@ def _find_smaller(first: int | None, second: int | None) -> int | None:
 
 
 def _list_values_of_caches(settings: TrainSettings, datasets: Sequence[DatasetSpec]) -> dict[str, Any]:
-    """List the settings of examples with which all datasets, which are token caches, were made.
+    """List the settings that all datasets were made with, if all are token caches.
 
     Caches of preference pairs are for all objectives that read them, so an objective that is given stays.
     """
@@ -154,7 +153,7 @@ def _list_values_of_caches(settings: TrainSettings, datasets: Sequence[DatasetSp
 
 
 def _resolve_eval_datasets(settings: TrainSettings, trained: tuple[DatasetSpec, ...]) -> tuple[DatasetSpec, ...]:
-    """Decide how the datasets to evaluate on are read: as the ones to train on of the same names, if they have any."""
+    """Decide how the datasets to evaluate on are read: like training datasets of the same names, if there are any."""
     command = list_shared(settings)
     command.pop("num_data", None)  # it is how many are trained on
     if settings.eval_data is not None:

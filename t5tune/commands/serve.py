@@ -4,8 +4,8 @@
         print(server.url)
         server.wait()
 
-Greedy replies are those of `chat` with the same model, settings and prompt. In bf16 and int8, where the sums of a batch
-are rounded coarsely, those of a batch may differ.
+Greedy replies equal `chat`'s with the same model, settings and prompt. In bf16 and int8, where the sums of a batch are
+rounded coarsely, the replies of a batch may differ.
 """
 
 from collections.abc import Mapping
@@ -178,8 +178,6 @@ class _CTranslate2Fails(ModelError):
 
 
 class _Loader:
-    """Loads models, with transformers on the weights of bases that are loaded once."""
-
     def __init__(self, settings: ServeSettings, report: Report) -> None:
         self._settings = settings
         self._report = report
@@ -227,15 +225,13 @@ class _Loader:
         return self._load_with_transformers(name, found.settings, found.precision, report)
 
     def _name_notes(self, name: str) -> Report:
-        """Return a report that says which model a note is about."""
-
         def report(event: Event) -> None:
             self._report(Note(f"{name}: {event.text}", event.warning) if isinstance(event, Note) else event)
 
         return report
 
     def _check_converted(self, name: str, model: str) -> None:
-        """Refuse what a folder that `merge --to ctranslate2` wrote can't do."""
+        """Refuse settings that don't suit a folder from `merge --to ctranslate2`."""
         hint = "name the adapter or the merged checkpoint instead"
         if self._settings.engine == "transformers" or self._settings.q_lora:
             setting = "q_lora" if self._settings.q_lora else "engine: transformers"
@@ -245,7 +241,7 @@ class _Loader:
             raise SettingsError(f"models: {name}: {lost}", hint=f"{hint}, or remove that from the file")
 
     def _find_base_and_adapter(self, model: str, report: Report) -> InferenceSettings:
-        """Return settings with the folders of a model's base and adapter; of a stopped run, its newest checkpoint's."""
+        """Return settings with the folders of a model's base and adapter; a stopped run has its newest checkpoint's."""
         given = {name: getattr(self._settings, name) for name in self._settings.model_fields_set}
         common = {name: value for name, value in given.items() if name in InferenceSettings.model_fields}
         base, revision = common.pop("model_name_or_path", None), common.pop("revision", None)
@@ -283,11 +279,6 @@ class _Loader:
         return describe_lost_settings(base)
 
     def _check_fallback(self, name: str, reason: str) -> None:
-        """Check that transformers may take the place of CTranslate2.
-
-        Raises:
-            SettingsError: the settings ask for CTranslate2, or for a quantization that only it has.
-        """
         settings = self._settings
         if settings.engine == "ctranslate2":
             also = "" if settings.quantization is None else " and --quantization"
@@ -299,11 +290,7 @@ class _Loader:
             raise SettingsError(problem, hint=hint)
 
     def _choose_compute_type(self, in_bf16: bool) -> str:
-        """Choose CTranslate2's compute type: the quantization, else bf16 where it can, as `chat` does, else fp32.
-
-        Raises:
-            SettingsError: the device can't compute in the type that the settings ask for.
-        """
+        """Choose CTranslate2's compute type: the quantization, else bf16 where it can, as `chat` does, else fp32."""
         import ctranslate2
 
         settings, device = self._settings, self._device

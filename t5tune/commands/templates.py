@@ -71,7 +71,7 @@ def _copy_template(source: Path, target: Path) -> list[Path]:
         The files that were written.
     """
     if target.exists():
-        raise SettingsError(f"to: {target}: exists already", hint="choose another file, or move this one away")
+        raise SettingsError(f"to: {target}: exists already", hint="choose a different file, or move this file away")
     text = source.read_text(encoding="utf-8")
     files = {target: text.replace(f"$schema=../{PACKAGED_SCHEMA}", f"$schema={SCHEMA_FILE}", 1)}
     schema = target.with_name(SCHEMA_FILE)

@@ -92,8 +92,8 @@ def send_result(
 def _make_callbacks(settings: TrainSettings, report: Report) -> list[Any]:
     """Make rank 0's callbacks of the Trainer that go on after training: they finish when the result is written.
 
-    Each has `begin`, called before the Trainer is made, `add_to` it, `finish` with the result, and `abandon` if there
-    is none.
+    Each has `begin`, called before the Trainer is made, `add_to` it, `finish` with the result, and `abandon` without a
+    result.
     """
     callbacks: list[Any] = []
     if settings.hub_strategy == "every_save":
@@ -113,7 +113,7 @@ def _train(
     with ExitStack() as stack:
         stack.enter_context(restore_environment())
         _remove_accelerate_variables(report)
-        # imports torch, which takes seconds, in which a signal may arrive
+        # imports torch, which takes seconds; a signal may arrive meanwhile
         from t5tune.distributed.collectives import any_rank, report_lost_ranks, run_on_rank_0
         from t5tune.distributed.process_group import join_process_group
         from t5tune.distributed.watch import watch_ranks
@@ -150,7 +150,7 @@ def _train(
 
         stack.enter_context(restore_determinism())
         if plan.steps.training_args.get("full_determinism"):
-            # the Trainer does this too, but only after products on the GPU, at which cuBLAS is set up for good
+            # the Trainer does this too, but only after the first product on the GPU, which sets up cuBLAS for good
             enable_full_determinism(plan.data.seed)
         stack.enter_context(use_gpu_kernels(device, choose_tf32(settings.tf32, device, report)))
         with _explain_out_of_memory(plan):
@@ -158,14 +158,13 @@ def _train(
 
 
 def _remove_accelerate_variables(report: Report) -> None:
-    """Remove the variables in which accelerate takes precision and more: the run would differ from its settings."""
+    """Remove accelerate's variables for precision and so on: the run would differ from its settings."""
     for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
         value = os.environ.pop(name)
         report(Note(f"{name}={value} in the environment is ignored: t5tune uses its own settings"))
 
 
 def _check_call(settings: TrainSettings, world: World) -> None:
-    """Refuse what the command line does before it calls `train`."""
     if settings.dry_run:
         raise SettingsError("dry_run: a call of train trains", hint="call plan(PlanSettings(…)) instead")
     check_starts_no_processes(settings, "train", world)
@@ -224,7 +223,7 @@ def set_up_run_folder(settings: TrainSettings, locks: ExitStack, report: Report 
 
 @contextmanager
 def _keep_records(given: TrainSettings, kept: TrainingDataSettings, report: Report) -> Iterator[None]:
-    """Copy records that were given in memory to where they are kept, for this block, and after it if it succeeds."""
+    """Copy records that were given in memory into the run folder; remove the copies if the block fails."""
     paths = [
         (Path(path), Path(copy))
         for name in ("data_path", "eval_data_path")
@@ -277,11 +276,7 @@ def _find_adapter_with_tokens(plan: RunPlan) -> Path | None:
 
 
 def _check_same_tokenizer(cache: Path, eval_cache: Path) -> None:
-    """Check that both caches were made with the same tokenizer: otherwise the same id means different tokens.
-
-    Raises:
-        DataError: the vocabularies differ.
-    """
+    """Check that both caches were made with the same tokenizer: otherwise the same id means different tokens."""
     trained, evaluated = (load_tokenizer(find_tokenizer_folder(folder)).get_vocab() for folder in (cache, eval_cache))
     if trained == evaluated:
         return

@@ -1,4 +1,4 @@
-"""Write the files of a token cache: what it is made from, its records in one process, and what is around them."""
+"""Write the files of a token cache: its tables, its tokenizer and its manifest."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -41,13 +41,13 @@ MADE_BY = f"t5tune {__version__}"
 
 @dataclass(frozen=True)
 class CacheSource:
-    """What a token cache is made from.
+    """The data, the tokenizer and the template of a token cache.
 
     Args:
-        base: what the user called it, for messages.
+        base: the base's name as given, for messages.
         num_cores: that may encode records.
         setting: the setting that `paths` come from, for messages.
-        paths: what the files were found from.
+        paths: as given; they lead to `files`.
         stdin: the hash of standard input, once that has been read.
         num_rows: number of the base's embedding rows.
         default_template: the template's name if it was chosen by the first records; None if it was given or saved.
@@ -73,11 +73,7 @@ class CacheSource:
 
     @cached_property
     def corruption(self) -> SpanCorruption | None:
-        """How spans of raw text are masked; None if it isn't the objective.
-
-        Raises:
-            ModelError: the tokenizer has no sentinels.
-        """
+        """How spans of raw text are masked; None if it isn't the objective."""
         dataset = self.dataset
         if not dataset.is_raw_text:
             return None
@@ -102,9 +98,6 @@ def write_cache(
         write_records: writes the files of the records to `staged`, where the tokenizer is already, and returns the
             counts, and whether all records were read.
         is_part: whether it is of a part of the data, which may contain nothing to train on.
-
-    Raises:
-        DataError: a path leads to no conversation, or eval_fraction leaves nothing to train on.
     """
     dataset, tokenizer = source.dataset, source.vocabulary.tokenizer
     save_tokenizer(tokenizer, staged / "tokenizer")
@@ -139,10 +132,6 @@ def encode_cache(
 
     Returns:
         The counts, and whether all records were read.
-
-    Raises:
-        DataError: too many records are rejected, no example is left, or a conversation follows pairs that were taken
-            for all of the data.
     """
     checks, is_complete = source.checks, True
     pipeline = Pipeline(staged / "tokenizer", source.template, source.dataset)
@@ -166,7 +155,7 @@ def choose_num_workers(source: CacheSource, num_parts: int = 1) -> int:
     """Choose the number of tokenization processes for one of `num_parts` parts of the data."""
     if source.dataset.num_workers is not None:
         return source.dataset.num_workers
-    if STDIN in source.files:  # its size is unknown; encode_records starts a worker only when all others are busy
+    if STDIN in source.files:  # its size is unknown; encode_records starts a worker only when all workers are busy
         return source.num_cores
     size = sum(file.stat().st_size for file in source.files) // num_parts
     return min(source.num_cores, 1 + size // BYTES_PER_WORKER)
@@ -180,7 +169,7 @@ def _describe_corruption(source: CacheSource) -> dict[str, Any]:
 
 
 def _complete_file(file: dict[str, Any], stdin: Digest) -> dict[str, Any]:
-    """Add what is known of standard input once it has been read."""
+    """Add the hash and the encoding of standard input once it has been read."""
     if file["sha256"] is not None:
         return file
     encoding = {} if stdin.encoding == UTF8 else {"encoding": stdin.encoding}
@@ -190,7 +179,6 @@ def _complete_file(file: dict[str, Any], stdin: Digest) -> dict[str, Any]:
 def _describe_cache(
     source: CacheSource, counts: RecordCounts, unused: list[str], described: dict[str, Any]
 ) -> dict[str, Any]:
-    """Make the manifest, except for the hashes of the files."""
     tokenizer, added, left_out = source.vocabulary
     check = RoundTripCheck(tokenizer)
     sources = [origin for file in source.files if (origin := describe_origin(file)) is not None]
@@ -215,7 +203,7 @@ def _describe_cache(
         "conversations_with_prefix": counts.with_prefix,
         "pairs": counts.pairs,
         **described,
-        # what the targets contain and the tokenizer can't encode, the most frequent first
+        # characters of the targets that the tokenizer can't encode, the most frequent first
         "lost_characters": [
             {"text": text, "becomes": check.round_trip(text), "count": count, "answers": num_targets}
             for text, count, num_targets in islice(counts.lost.iterate_by_targets(), MAX_LISTED_CHARACTERS)

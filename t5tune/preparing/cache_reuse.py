@@ -20,26 +20,22 @@ def find_reusable(
     """Find the datasets whose caches in the folder were made from these inputs, and return their manifests.
 
     Args:
-        inputs: what the cache of each dataset that isn't a token cache elsewhere is made from.
+        inputs: of the cache of each dataset that isn't a token cache elsewhere.
         names: all datasets, in their order.
-        checkpoint: of a run that was trained on what is in the folder, so nothing else must replace it.
-
-    Raises:
-        DataError: the folder is something else than a token cache, or a run uses it that an older version has started.
-        SettingsError: a run uses the existing cache, and its inputs differ.
+        checkpoint: of a run that was trained on this folder's data, which must stay.
     """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return {}
     _check_replaceable(folder)
     if checkpoint is not None and not is_prepared(folder):
         problem = f"{folder}: prepared by an older version of t5tune, without {MIXTURE_FILE}"
-        raise DataError(problem, hint="resume the run with that version, or start a new one in another output_dir")
+        raise DataError(problem, hint="resume the run with that version, or start a new run in a different output_dir")
     if checkpoint is not None and (before := [*list_caches(folder)]) != names:
         line = f"data: the datasets were {', '.join(before)} before, and are {', '.join(names)} now"
         raise make_resume_error(checkpoint, [line])
     found = {}
     for name, expected in inputs.items():
-        with suppress(DataError):  # there is none, it is damaged, or of another format version
+        with suppress(DataError):  # it is missing, damaged, or has an older format
             manifest = open_cache(folder / name).manifest
             if manifest["inputs"] == expected:
                 found[name] = manifest
@@ -49,11 +45,7 @@ def find_reusable(
 
 
 def _check_replaceable(folder: Path) -> None:
-    """Check that the folder contains a token cache and nothing else, since it is replaced as a whole.
-
-    Raises:
-        DataError: it is something else.
-    """
+    """Check that the folder contains a token cache and nothing else, since it is replaced as a whole."""
     if not folder.is_dir() or not (is_prepared(folder) or is_cache(folder)):
         raise DataError(f"output_dir: {folder}: exists and isn't a token cache", hint="choose another output_dir")
     caches = {path.name: path for path in folder.iterdir() if is_cache(path)}
@@ -68,11 +60,6 @@ def _check_replaceable(folder: Path) -> None:
 
 
 def _check_inputs(checkpoint: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Check that the inputs are those of the cache that a run was trained on.
-
-    Raises:
-        SettingsError: they differ; one line for each input that does.
-    """
     if lines := describe_differences(before, now):
         raise make_resume_error(checkpoint, lines.values())
 
@@ -89,36 +76,36 @@ def describe_differences(before: dict[str, Any], now: dict[str, Any]) -> dict[st
 
 
 def _describe_files(before: Any, now: Any) -> str:
-    """Describe how lists of data files differ: the content of one with the same name, or which files they are."""
+    """Describe how lists of data files differ: in their names, or in the content of a file."""
     names = [[entry["file"] for entry in files or []] for files in (before, now)]
     if names[0] == names[1]:
         changed = [then["file"] for then, file in zip(before, now, strict=True) if then != file]
-        return f"data: {join_first(changed)}: another content now"
+        return f"data: {join_first(changed)}: the content has changed"
     return f"data: {join_first(names[0])} before, {join_first(names[1])} now"
 
 
 def make_resume_error(checkpoint: Path, lines: Iterable[str], allows: Sequence[str] = ()) -> SettingsError:
-    """Make the error of a run that can't be resumed, since its settings or its data are others now.
+    """Make the error of a run that can't be resumed, since its settings or its data have changed.
 
     Args:
         checkpoint: which the run would resume from.
-        lines: what differs.
-        allows: settings that --allow-change would allow, if they are all that differs.
+        lines: the differences.
+        allows: settings to allow with --allow-change, if nothing else differs.
     """
     allow = [f"to resume all the same, add --allow-change {' '.join(allows)}"] if allows else []
     return SettingsError(
         *lines,
-        heading=f"{checkpoint}: the run can't be resumed with other settings or data:",
+        heading=f"{checkpoint}: the run can't be resumed with different settings or data:",
         choices=[
             "to resume, use the previous settings and data",
             *allow,
-            f"to start a new run from these weights, use {format_weights_flag(checkpoint)} and another output_dir",
-            "to start over, add --fresh; the old run is kept under another name",
+            f"to start a new run from these weights, use {format_weights_flag(checkpoint)} and a new output_dir",
+            "to start over, add --fresh; the old run is kept under a new name",
         ],
     )
 
 
 def format_weights_flag(folder: Path) -> str:
-    """Write the flag by which a new run starts from the weights in a checkpoint or a run folder."""
+    """Write the flag that starts a new run from the weights in a checkpoint or a run folder."""
     is_adapter = (folder / ADAPTER_CONFIG_FILE).is_file()
     return f"{'--adapter' if is_adapter else '--model-name-or-path'} {folder}"

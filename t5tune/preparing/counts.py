@@ -22,7 +22,7 @@ MAX_REPAIR_KINDS = 100  # kinds of repairs that are counted by name; a kind may 
 
 @dataclass
 class RecordCounts:
-    """Counts of records, and of what became of them.
+    """Counts of records: used, repaired, rejected, and so on.
 
     Args:
         with_prefix: conversations whose source has source_prefix.
@@ -63,7 +63,7 @@ class RecordCounts:
     def describe(
         self, dtype: np.dtype[Any], examples: Path, special: SpecialIds, corruption: SpanCorruption | None
     ) -> dict[str, Any]:
-        """Return the counts for the manifest, with those of the file of examples."""
+        """Return the counts for the manifest, including the counts of examples.bin."""
         return {
             "dtype": dtype.str,
             "conversations": self.conversations,
@@ -78,7 +78,6 @@ class RecordCounts:
 
 
 def _measure_examples(path: Path, special: SpecialIds, corruption: SpanCorruption | None) -> dict[str, Any]:
-    """Measure the examples of an examples.bin: token counts, truncated sides and length percentiles."""
     lengths: dict[str, Counter[int]] = {"source": Counter(), "target": Counter()}
     truncated = Counter[str]()
     with_earlier_turns = num_read = 0

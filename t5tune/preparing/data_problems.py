@@ -1,4 +1,4 @@
-"""Problems of the data that a token cache is made from: too many are an error, the others are reported."""
+"""Report problems of the data; too many rejected records are an error."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from t5tune.preparing.counts import OTHER_FIELDS, RecordCounts
 from t5tune.progress import Note, Report
 
 LABELED_BAD_TEXT = "labeled bad (label: false, kto_tag: false)"
-# what the manifest counts as repaired -> (one, several) in words
+# kind of repair in the manifest -> singular, plural
 REPAIRS = {
     KEYED_RECORDS: ("record keyed by id", "records keyed by id"),
     "byte_order_mark": ("byte order mark", "byte order marks"),
@@ -27,7 +27,7 @@ REPAIRS = {
     "blank_turns": ("blank turn", "blank turns"),
     "leading_assistant_turns": ("answer before the first question", "answers before the first question"),
     "trailing_human_turns": ("question without an answer", "questions without an answer"),
-    "merged_same_role_turns": ("turn merged with the one before", "turns merged with the one before"),
+    "merged_same_role_turns": ("turn merged with the turn before", "turns merged with the turn before"),
     "merged_turns_not_learned": ("merged turn that isn't learned", "merged turns that aren't learned"),
     "last_answers_replaced_by_chosen": ("last answer replaced by chosen", "last answers replaced by chosen"),
     "split_conversations": ("conversation split", "conversations split"),
@@ -38,9 +38,9 @@ REPAIRS = {
     "html_turns_left_alone": ("turn of HTML that can't be converted", "turns of HTML that can't be converted"),
     "html_entities": ("HTML entity", "HTML entities"),
     "markdown_escapes": ("backslash of Markdown", "backslashes of Markdown"),
-    OTHER_FIELDS: ("unused field of another name", "unused fields of other names"),
+    OTHER_FIELDS: ("other unused field", "other unused fields"),
 }
-# the beginning of what the manifest counts as unused, by name -> what has it, and what it is
+# prefix of kinds in the manifest -> owner of the unused field, and its kind
 UNUSED = {
     "ignored_field_": ("record", "column"),
     "ignored_turn_field_": ("turn", "key"),
@@ -66,7 +66,7 @@ class RejectedRecordsError(DataError):
 def check_rejected(
     rejected: Counter[str], num_records: int, allowed: float | None, data: str, file: Path, first: str | None = None
 ) -> None:
-    """Check that not more than the fraction `allowed` of the records is rejected.
+    """Check that at most the fraction `allowed` of the records is rejected.
 
     Args:
         data: the setting and its files, for the message.
@@ -98,13 +98,10 @@ def count_left_out(rejected: Mapping[str, int]) -> int:
 
 
 def check_any_used(data: str, files: list[str], counts: RecordCounts, purpose: str) -> None:
-    """Check that at least one of the files, which one path led to, has a conversation; single files may have none.
+    """Check that at least one of the files that a path leads to has a conversation.
 
     Args:
-        purpose: what the data is for: `train on` or `evaluate on`.
-
-    Raises:
-        DataError: none has.
+        purpose: `train on` or `evaluate on`.
     """
     if any(counts.usable[name] for name in files):
         return
@@ -119,11 +116,8 @@ def check_any_example(data: str, counts: RecordCounts, purpose: str, file: Path)
     """Check that there is an example.
 
     Args:
-        purpose: what the data is for: `train on` or `evaluate on`.
+        purpose: `train on` or `evaluate on`.
         file: lists the rejected records.
-
-    Raises:
-        DataError: there is none.
     """
     if counts.num_examples:
         return
@@ -132,7 +126,7 @@ def check_any_example(data: str, counts: RecordCounts, purpose: str, file: Path)
         problem = f"{data}: {_format_all_bad(counts.num_records)}, so there is nothing to {purpose}"
         raise DataError(problem, hint=hint)
     if counts.dropped["short_texts"]:
-        hint = "every text has a single token, of which none can be masked"
+        hint = "every text is a single token, and at least two are needed to mask one"
     elif counts.dropped:
         hint = "every target was dropped by min_target_tokens or drop_truncated_targets"
     elif counts.first_rejected:
@@ -147,7 +141,7 @@ def check_any_example(data: str, counts: RecordCounts, purpose: str, file: Path)
 
 
 def make_mixed_data_error(location: RecordLocation, num_pairs: int) -> DataError:
-    """Make the error for a conversation after many pairs, for which the template of pairs was already chosen."""
+    """Make the error for a conversation after many pairs: the template of pairs was already chosen."""
     return DataError(
         f"{location}: a conversation, after {format_count(num_pairs, 'source/target pair')}",
         hint=f"choose one template for both: --conversation-template {DEFAULT_TEMPLATE} or {PAIR_TEMPLATE}",
@@ -163,11 +157,12 @@ def report_default_template(name: str, num_pairs: int, among: str, report: Repor
     if num_pairs == 0:
         return
     what = "the data is" if name == PAIR_TEMPLATE else f"{num_pairs:,} of {among} are"
-    report(Note(f"conversation template {name}: {what} source/target pairs; --conversation-template chooses another"))
+    text = f"conversation template {name}: {what} source/target pairs"
+    report(Note(f"{text}; --conversation-template chooses a different template"))
 
 
 def report_models_template(template: Template, report: Report) -> None:
-    """Report that source/target pairs are rendered with a template of the model's own, unless it is that of pairs."""
+    """Report that source/target pairs get the model's own template, if it adds anything to them."""
     if template == load_template(PAIR_TEMPLATE):
         return
     advice = f"--conversation-template {PAIR_TEMPLATE} gives it the source alone"
@@ -175,7 +170,7 @@ def report_models_template(template: Template, report: Report) -> None:
 
 
 def report_problems(manifest: dict[str, Any], folder: Path, report: Report) -> None:
-    """Report what was rejected, repaired, left out or truncated, and which characters can't be encoded.
+    """Report rejected, repaired, dropped and truncated records, and characters that can't be encoded.
 
     Args:
         manifest: of the token cache in `folder`.
@@ -207,7 +202,7 @@ def report_problems(manifest: dict[str, Any], folder: Path, report: Report) -> N
 
 
 def _format_left_out(tokens: list[str], num_rows: int) -> str:
-    """Format the tokens that got no embedding row, though the base has `num_rows` unused ones, and what has more."""
+    """Format the tokens without an embedding row, though the base has `num_rows` unused rows, and larger models."""
     more = [f"{each.name} ({each.num_unused_rows})" for each in FAMILIES.values() if each.num_unused_rows > num_rows]
     problem = f"only {format_count(num_rows, 'unused embedding row')}, so there is no token for "
     advice = f"more rows: {', '.join(more)}; " if more else ""
@@ -242,7 +237,7 @@ def _report_repairs(repaired: Mapping[str, int], report: Report) -> None:
 
 
 def _format_unused(counts: Mapping[str, int], owner: str, what: str) -> str:
-    """Format what isn't used, grouped by the number of owners: `160 records: unused columns ID, section_header`."""
+    """Format unused fields, grouped by the number of owners: `160 records: unused columns ID, section_header`."""
     names: dict[int, list[str]] = {}
     for name, count in counts.items():
         names.setdefault(count, []).append(name)

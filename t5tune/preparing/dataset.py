@@ -48,10 +48,10 @@ from t5tune.settings.groups.record_format import ConversationSettings, ReadingSe
 
 @dataclass(frozen=True)
 class OpenedDataset:
-    """The files of a dataset, of which the first records are read.
+    """The files of a dataset, and their first records.
 
     Args:
-        paths: what the files were found from.
+        paths: as given; they lead to `files`.
         encodings: of the text files that aren't UTF-8.
         sample: the first records; `iterate_records` drains it.
     """
@@ -75,11 +75,7 @@ class OpenedDataset:
 
 
 def open_dataset(plan: PreparePlan, dataset: DatasetSpec, report: Report) -> OpenedDataset:
-    """Find the files of a dataset, download what isn't on this machine, and read the first records.
-
-    Raises:
-        DataError: a path leads to no data.
-    """
+    """Find the files of a dataset, download them if needed, and read the first records."""
     paths = _bring_data(plan, dataset, report)
     files = find_files(paths, report, plan.origin.setting, is_text=dataset.is_raw_text)
     stdin = Digest()
@@ -91,13 +87,10 @@ def open_dataset(plan: PreparePlan, dataset: DatasetSpec, report: Report) -> Ope
 
 
 def describe_source(plan: PreparePlan, opened: OpenedDataset, base: Path, vocabulary: ExtendedTokenizer) -> CacheSource:
-    """Choose the conversation template by the first records, and describe all that the cache is made from.
+    """Choose the conversation template by the first records, and describe everything that the cache depends on.
 
     Args:
-        plan: the origin in it is that of this dataset.
-
-    Raises:
-        ModelError: the tokenizer has no sentinels for raw text.
+        plan: with the origin of this dataset.
     """
     origin, dataset, sample = plan.origin, opened.dataset, opened.sample
     # a run is resumed with the template that was the default when it was started
@@ -107,7 +100,7 @@ def describe_source(plan: PreparePlan, opened: OpenedDataset, base: Path, vocabu
     template = find_template(dataset.conversation_template, saved_templates)
     default_template = None
     if template is None and dataset.is_raw_text:
-        template = load_template(PAIR_TEMPLATE)  # raw text has none; this one is for using the model
+        template = load_template(PAIR_TEMPLATE)  # raw text has no template; this one is for using the model
     if template is None:
         default_template = choose_default_template(sample, opened.files, dataset)
         template = load_template(default_template)
@@ -140,11 +133,11 @@ def report_template(source: CacheSource, manifest: dict[str, Any], report: Repor
 
 
 def _bring_data(plan: PreparePlan, dataset: DatasetSpec, report: Report) -> list[str]:
-    """Replace the names of what isn't on this machine by paths; token caches are refused."""
+    """Replace names of data that isn't on this machine by paths; token caches are refused."""
     origin, cache = plan.origin, plan.output_dir / dataset.name
     refuse_caches(dataset.path, origin.setting)
     names = [str(find_conversations_file()) if path == "pocket" else path for path in dataset.path]
-    if origin.checkpoint is not None and is_cache(cache):  # a resumed run reads what it was started with
+    if origin.checkpoint is not None and is_cache(cache):  # a resumed run reads the commit that it was started with
         sources = read_manifest(cache).get("sources") or []
         names = [pin_dataset(name, sources) if is_dataset_name(name) else name for name in names]
     choice = DatasetChoice(dataset.data_subset, dataset.data_split)
@@ -156,11 +149,7 @@ def _bring_data(plan: PreparePlan, dataset: DatasetSpec, report: Report) -> list
 
 
 def refuse_caches(paths: list[str], setting: str) -> None:
-    """Check that no path of data is a token cache.
-
-    Raises:
-        DataError: one is.
-    """
+    """Check that no path of data is a token cache."""
     for path in paths:
         if has_examples(Path(path)):
             problem = f"{setting}: {path}: is already a token cache"
@@ -175,7 +164,7 @@ def count_rows(base: Path, family: str | None) -> int:
 def choose_vocabulary(
     plan: PreparePlan, base: Path, source: Path | None, sample: Iterator[Conversation]
 ) -> ExtendedTokenizer:
-    """Take the tokenizer of `source`, or extend the base's with what the sample of conversations needs."""
+    """Take the tokenizer of `source`, or extend the base's with the tokens that the sample needs."""
     if source is None:
         num_rows = count_rows(base, plan.base.family)
         return extend_tokenizer(load_tokenizer(base), plan.add_tokens, num_rows, sample)

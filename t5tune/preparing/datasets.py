@@ -52,7 +52,7 @@ def prepare_datasets(plan: PreparePlan, report: Report) -> tuple[dict[str, Any],
     The folder is replaced as a whole; caches in it that are up to date are kept.
 
     Returns:
-        The manifest of the token cache, and what the result says about this call.
+        The manifest of the token cache, and facts about this call for the result.
 
     Raises:
         T5TuneError: the disk is full, or a file can't be read or written.
@@ -110,8 +110,6 @@ def _prepare_datasets(plan: PreparePlan, report: Report) -> tuple[dict[str, Any]
 
 @dataclass(frozen=True)
 class _Job:
-    """Writes the caches of named datasets to a folder."""
-
     plan: PreparePlan
     report: Report
     datasets: Mapping[str, DatasetSpec]
@@ -130,7 +128,7 @@ class _Job:
         return {name: open_cache(cache) for name, cache in self.given.items()}
 
     def describe_sources(self, is_divided: bool) -> dict[str, CacheSource]:
-        """Open the datasets that aren't caches, and choose their common vocabulary and each one's template."""
+        """Open the datasets that aren't caches, and choose the common vocabulary and each dataset's template."""
         given = self.given
         opened: dict[str, OpenedDataset] = {}
         for name, dataset in self.datasets.items():
@@ -159,7 +157,7 @@ class _Job:
     def _choose_vocabulary(
         self, base: Path, given: Mapping[str, Path], opened: Mapping[str, OpenedDataset]
     ) -> ExtendedTokenizer:
-        """Take the tokenizer of a token cache among the datasets, or extend the base's with what all of them need."""
+        """Take the tokenizer of a given token cache, or extend the base's with the tokens that all datasets need."""
         source = next(iter(given.values()), self.plan.origin.tokenizer_source)
         return choose_vocabulary(
             self.plan, base, source, chain.from_iterable(each.parse_sample() for each in opened.values())
@@ -220,11 +218,7 @@ class _Job:
         return self._open_examples(self.folder, manifests)
 
     def _check_trained_on(self, examples: Examples) -> None:
-        """Check that a run that has a checkpoint keeps its examples.
-
-        Raises:
-            SettingsError: token caches with other examples are given in place of those that it was trained on.
-        """
+        """Check that a run that has a checkpoint keeps its examples."""
         if (checkpoint := self.plan.origin.checkpoint) is None or not is_prepared(self.folder):
             return
         with suppress(DataError):  # a cache is broken: it is written again
@@ -264,7 +258,7 @@ class _Job:
             elif (joined := self.find_joined(sources)) is not None:  # this part was one of them already
                 examples = joined
             else:
-                how = "the process that completes the last one joins them"
+                how = "the process that completes the last part joins them"
                 shards = join_first(list(map(str, missing)))
                 self.report(Note(f"part {shard} is complete in {parts.folder}; still missing: {shards}; {how}"))
                 return {**written[0], **{name: sum(each[name] for each in written) for name in COUNTS}}
@@ -282,7 +276,7 @@ class _Job:
 
 
 def _keep_name(plan: PreparePlan) -> Mapping[str, DatasetSpec]:
-    """Name the datasets; the only one of a run keeps its name if its files are elsewhere now."""
+    """Name the datasets; a run's only dataset keeps its name if its files have moved."""
     folder, datasets = plan.output_dir, plan.datasets
     has_run = plan.origin.checkpoint is not None
     if has_run and len(datasets) == 1 and is_prepared(folder) and len(before := list_caches(folder)) == 1:
@@ -291,12 +285,11 @@ def _keep_name(plan: PreparePlan) -> Mapping[str, DatasetSpec]:
 
 
 def _count_examples(examples: Examples) -> dict[str, int] | None:
-    """Count the examples of each dataset, if there are several."""
     return {each.name: len(each.cache) for each in examples.datasets} if examples.are_several else None
 
 
 def _link(source: str, target: str) -> None:
-    """Give a file another name; copy it where the file system can't."""
+    """Link a file; copy it where the file system has no links."""
     try:
         os.link(source, target)
     except OSError:
@@ -304,11 +297,7 @@ def _link(source: str, target: str) -> None:
 
 
 def _check_rejected_before(source: CacheSource, manifest: dict[str, Any], cache: Path) -> None:
-    """Check the records that were rejected when a cache was written, of which more may be allowed now, or fewer.
-
-    Raises:
-        DataError: there are too many.
-    """
+    """Check the rejected records of an existing cache, since max_rejected_fraction may be different now."""
     rejected = Counter(manifest["rejected_by_reason"])
     num_records = manifest["conversations"] + rejected.total()
     allowed = source.checks.max_rejected_fraction
@@ -316,12 +305,7 @@ def _check_rejected_before(source: CacheSource, manifest: dict[str, Any], cache:
 
 
 def _find_count(parts: Parts, shard: Shard | None) -> int:
-    """Return the number of parts, after checking those that are there.
-
-    Raises:
-        DataError: parts are to be joined, and one is missing.
-        SettingsError: they were made from other inputs.
-    """
+    """Return the number of parts, after checking the existing ones."""
     if shard is not None:
         parts.check(shard.count)
         return shard.count
@@ -337,11 +321,7 @@ def _find_count(parts: Parts, shard: Shard | None) -> int:
 
 
 def _check_given_caches(folder: Path, given: Mapping[str, Path]) -> None:
-    """Check that what is written doesn't replace a token cache that is one of the datasets.
-
-    Raises:
-        DataError: it would.
-    """
+    """Check that the output folder contains none of the given token caches, which would be deleted."""
     for cache in given.values():
         if cache.resolve().is_relative_to(folder.resolve()):
             problem = f"data: {cache}: one of the datasets, but also in the output folder, which is replaced as a whole"
@@ -349,7 +329,7 @@ def _check_given_caches(folder: Path, given: Mapping[str, Path]) -> None:
 
 
 def _join_training_data(mixture: Examples) -> TrainingData:
-    """Make the description of how the examples of all datasets were made; at its top level is the main dataset."""
+    """Describe how the examples of all datasets were made; the top level describes the main dataset."""
     made = [read_training_data(dataset.cache.folder) for dataset in mixture.datasets]
     datasets = [
         DatasetTraining(

@@ -47,8 +47,8 @@ class EncodedRecord:
 
     Args:
         parts: the conversation's ids and spans; more than one if it was split.
-        key: hash of the conversation's texts, and of what is learned of them.
-        repairs: counts of what was repaired or left out, by kind.
+        key: hash of the conversation's texts, and of the learned turns.
+        repairs: counts of repairs, by kind.
         unknown: number of unknown tokens.
         dropped: counts of examples that were left out, by reason.
         lost: characters of the targets that the tokenizer can't reproduce -> (occurrences, targets that contain it).
@@ -155,7 +155,6 @@ class Pipeline:
         return self._describe(conversation, encoded, selected, dropped)
 
     def _list_windows(self, length: int) -> list[Span]:
-        """List the windows of a raw text, each as the span of a source without a target."""
         return [
             Span(number, 0, start, end, end, end, end, True, True)
             for number, (start, end) in enumerate(cut_windows(length, self._window))
@@ -180,7 +179,7 @@ class Pipeline:
         )
 
     def _select_spans(self, spans: Sequence[Span], dropped: Counter[str]) -> list[Span]:
-        """Select the spans whose targets are long enough and whole, as the settings require; count the others."""
+        """Select the spans whose targets are long and whole enough for the settings; count the dropped ones."""
         dataset, selected = self.dataset, []
         for span in spans:
             if dataset.min_target_tokens and span.shortest_target < dataset.min_target_tokens:
@@ -205,13 +204,13 @@ def read_conversation(record: RawRecord, reading: ReadingSettings, encoder: Enco
 
 
 def hash_conversation(conversation: Conversation, prefix: str = "") -> bytes:
-    """Return 16 bytes that are equal for conversations with the same texts, of which the same turns are learned.
+    """Return 16 bytes that are equal for conversations with the same texts and the same learned turns.
 
-    The first 8 decide whether a conversation is held out. They say nothing about what is learned, so that no text is
-    both trained on and held out. Of preference pairs, they are those of the question for the same reason.
+    The first 8 decide whether a conversation is held out. They depend on the texts alone, so that no text is both
+    trained on and held out; for preference pairs, on the question alone, for the same reason.
 
     Args:
-        prefix: what was prepended to the source, and doesn't count.
+        prefix: was prepended to the source, and doesn't count.
     """
     turns = [
         (str(turn.role), turn.text.removeprefix(prefix) if turn.role == "human" else turn.text)
@@ -235,7 +234,7 @@ def split_conversation(
 ) -> Iterator[list[Piece]]:
     """Split a conversation between exchanges into parts of at most `room` tokens, and yield the pieces of each.
 
-    A longer exchange is a part of its own. Parts begin with the system line and a human turn; turns keep their numbers.
+    A longer exchange is a separate part. Parts begin with the system line and a human turn; turns keep their numbers.
     """
     starts = [index for index, turn in enumerate(conversation.turns) if turn.role == "human"]
     ends = [*starts[1:], len(conversation.turns)]

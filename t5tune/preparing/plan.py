@@ -1,4 +1,4 @@
-"""What prepare writes, and what that takes from elsewhere."""
+"""The plan of a token cache: its datasets, and its tokenizer and template if they come from elsewhere."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,11 +12,11 @@ from t5tune.settings.groups.data import SplitSettings
 
 @dataclass(frozen=True)
 class Origin:
-    """What a token cache takes from elsewhere.
+    """The origin of a token cache's tokenizer and template, and its purpose.
 
     Args:
-        checkpoint: of a run that was trained on the existing cache, so a cache of other inputs must not replace it, and
-            its conversation template is used again, unless the settings name one.
+        checkpoint: of a run that was trained on the existing cache. So a cache of other inputs must not replace it, and
+            its conversation template is used again, unless the settings name a template.
         tokenizer_source: a cache or an adapter whose tokenizer and conversation template replace the base's.
         setting: the setting that the paths come from, for messages.
         is_evaluation: the examples are to evaluate on, so other splits of a dataset on the Hub are the default.
@@ -37,9 +37,9 @@ class PreparePlan:
     """What prepare writes.
 
     Args:
-        add_tokens: as in the settings, unless the vocabulary is that of the origin or of a token cache.
+        add_tokens: as in the settings; unused if the origin or a token cache has the vocabulary.
         shard: the part to prepare, such as 0/3 or auto; None: all.
-        join: whether to join the parts only.
+        join: whether to join existing parts only.
     """
 
     datasets: Sequence[DatasetSpec]

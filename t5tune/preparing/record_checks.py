@@ -31,11 +31,11 @@ _REJECTED = re.compile(rb'{"file": "[^\n]*", "line": \d+, "index": \d+, "offset"
 
 @dataclass(frozen=True)
 class RecordChecks:
-    """What the data must be like.
+    """Limits that the data must keep.
 
     Args:
         data: the setting and its files, for messages.
-        purpose: what the data is for, in messages: `train on` or `evaluate on`.
+        purpose: `train on` or `evaluate on`, for messages.
         rejected_file: where the rejected records are kept if no cache is written.
         takes_only_pairs: whether the default template of pairs was chosen, so that no conversation may follow.
         num_data: number of examples after which no more records are read; None: read all.
@@ -49,29 +49,17 @@ class RecordChecks:
     num_data: int | None
 
     def check_kind(self, record: RawRecord, encoded: EncodedRecord, counts: RecordCounts) -> None:
-        """Check a record that follows those that are counted.
-
-        Raises:
-            DataError: it is a conversation where only pairs are expected.
-        """
+        """Check a record that follows those that are counted."""
         if self.takes_only_pairs and encoded.rejection is None and not encoded.is_pair:
             raise make_mixed_data_error(record.location, counts.conversations)
 
     def check_rejected_so_far(self, counts: RecordCounts) -> None:
-        """Check the fraction of rejected records, once there are enough records.
-
-        Raises:
-            DataError: it is more than max_rejected_fraction.
-        """
+        """Check the fraction of rejected records, once there are enough records."""
         if counts.num_records - count_left_out(counts.rejected) >= MIN_RECORDS_TO_STOP:
             self._check_rejected(counts)
 
     def check_all(self, counts: RecordCounts) -> None:
-        """Check what all records amount to.
-
-        Raises:
-            DataError: too many are rejected, or there is no example.
-        """
+        """Check what all records amount to."""
         check_any_example(self.data, counts, self.purpose, self.rejected_file)
         self._check_rejected(counts)
 

@@ -30,7 +30,7 @@ RAW_TEXT = "span-corruption"
 READING = select_settings(ReadingSettings, Affects.INFERENCE)
 LAYOUT = {*READING} - {"source_prefix"}
 INHERITED = DatasetSettings.model_fields.keys() - {"path", "name", "weight", "num_data", "data_split"}
-"""Settings of a dataset to train on that apply to the one of the same name to evaluate on."""
+"""Settings of a training dataset that apply to the evaluation dataset of the same name."""
 
 
 def resolve_datasets(
@@ -52,14 +52,14 @@ def resolve_datasets(
         setting: the setting that lists the datasets, for messages.
         trained: the datasets that train reads, if these are to evaluate on.
         recorded: how the examples that the model was trained on were made, if these are to evaluate it.
-        must_match: what is given for the whole command, and can't apply to token caches; if all datasets are some, it
-            must be what they were made with.
+        must_match: settings of the whole command that can't apply to token caches. If all datasets are token caches,
+            these must have been made with the same values.
         find_template: finds the conversation template that a value of the setting means.
         allows_several: whether a dataset may be the folder of several token caches.
 
     Raises:
         DataError: a token cache is broken, or given together with other data.
-        SettingsError: what is given conflicts, or is not what a token cache was made with.
+        SettingsError: settings conflict with each other, or with the values of a token cache.
     """
     names, caches = name_datasets(datasets), [_find_given_cache(each, setting, allows_several) for each in datasets]
     namesakes = {each.name: each.list_given(INHERITED) for each in trained}
@@ -87,11 +87,7 @@ def resolve_datasets(
 
 
 def _find_given_cache(dataset: DatasetSettings, setting: str, allows_several: bool) -> Path | None:
-    """Return the token cache that a dataset is; None if it names data.
-
-    Raises:
-        DataError: it is a folder of several token caches, or there is more data than the cache.
-    """
+    """Return the token cache that a dataset names; None if it names data."""
     path, *others = dataset.path
     folder = Path(path)
     if not has_examples(folder):
@@ -109,13 +105,13 @@ def _find_given_cache(dataset: DatasetSettings, setting: str, allows_several: bo
 
 
 def _describe_cache(name: str, dataset: DatasetSettings, cache: Path, command: Mapping[str, Any]) -> DatasetSpec:
-    """Describe how the examples of a token cache were made; `num_data` is how many of them are used."""
+    """Describe how the examples of a token cache were made; `num_data` is the number of them to use."""
     inputs = read_manifest(find_caches(cache)[0])["inputs"]
     values = {key: inputs[key] for key in SHARED & inputs.keys()}
     if {values.get("objective"), command.get("objective")} <= {*PREFERENCE_OBJECTIVES}:  # which read the same
         values["objective"] = command["objective"]
     values["num_data"] = dataset.num_data or command.get("num_data")
-    values["conversation_template"] = None  # that of the cache is in its folder
+    values["conversation_template"] = None  # the cache's template is in its folder
     return DatasetSpec.model_construct(
         name=name, path=dataset.path, weight=dataset.weight, cache=cache, made_from=inputs, **values
     )
@@ -124,7 +120,6 @@ def _describe_cache(name: str, dataset: DatasetSettings, cache: Path, command: M
 def _find_conflicts(
     given: Mapping[str, Any], folder: Path, find_template: Callable[[str], Template | None]
 ) -> dict[str, str]:
-    """Describe which of the given settings differ from those that the token caches in a folder were made with."""
     problems: dict[str, str] = {}
     step = "leave it out, or give the data in place of the cache"
     for cache in find_caches(folder):
@@ -160,7 +155,7 @@ def _add_recorded(
     Raw text is read like raw text only, and other records like other records.
 
     Returns:
-        These, and a note that says which values are those of training, if some are.
+        These, and a note that lists the values from training, if there are any.
     """
     namesake = next((each for each in recorded.datasets if each.name == dataset.name), None)
     first = {"objective": RAW_TEXT} if namesake is not None and namesake.objective == RAW_TEXT else {}

@@ -1,4 +1,4 @@
-"""The first records of the data, by which prepare chooses the tokens to add and the conversation template."""
+"""The first records of the data: prepare chooses the added tokens and the conversation template by them."""
 
 import sys
 from collections.abc import Iterable, Iterator
@@ -24,7 +24,7 @@ SAMPLE_BYTES = 8 << 20
 RECORD_OVERHEAD_BYTES = 512  # memory of a record in addition to its text
 TURN_OVERHEAD_BYTES = 100  # memory of a parsed turn in addition to its text
 MAX_MEMORY_RATIO = 1.5  # of a conversation to its record
-FIRST_RECORDS = 100  # of each file, in which to look for a usable one
+FIRST_RECORDS = 100  # of each file, to find a usable record
 
 
 def take_sample(records: Iterator[RawRecord]) -> list[RawRecord]:
@@ -42,9 +42,6 @@ def parse_sample(sample: list[RawRecord], dataset: DatasetSpec) -> Iterator[Conv
     A conversation replaces its record's data, so that it isn't parsed again for encoding. But the data is kept if the
     conversation takes much more memory (many short turns, characters beyond U+FFFF), or if the record may still be
     rejected, because rejected.jsonl contains it.
-
-    Raises:
-        DataError: an array element is not valid JSON.
     """
     for number, record in enumerate(sample):
         parsed = parse_record(record, dataset)
@@ -74,22 +71,15 @@ def drain(sample: list[RawRecord]) -> Iterator[RawRecord]:
 
 
 def choose_default_template(sample: list[RawRecord], files: list[Path], reading: ReadingSettings) -> str:
-    """Choose the conversation template of data for a model that has none: plain if all records are pairs of texts.
+    """Choose the conversation template for a model without a template: plain if all records are pairs of texts.
 
-    It is chosen by the usable records of the sample and the first one of each file.
-
-    Raises:
-        DataError: an array element is not valid JSON.
+    It is chosen by the usable records of the sample and the first usable record of each file.
     """
     return PAIR_TEMPLATE if _has_only_pairs(sample, files, reading) else DEFAULT_TEMPLATE
 
 
 def _has_only_pairs(sample: list[RawRecord], files: list[Path], reading: ReadingSettings) -> bool:
-    """Whether there are usable records, and none of them is a list of turns.
-
-    Raises:
-        DataError: an array element is not valid JSON.
-    """
+    """Whether there are usable records, and no record is a list of turns."""
     has_pairs = False
     firsts = chain.from_iterable(_parse_first(file, reading) for file in files if file != STDIN)
     for conversation in chain(_parse_usable(sample, reading), firsts):

@@ -65,7 +65,7 @@ def _encode_in_workers(
         while True:
             try:
                 read = next(batches, None)
-            except Exception as error:  # yield what was read before the error first, as with a single process
+            except Exception as error:  # yield the records before the error first, as with a single process
                 read, problem = None, error
             if read is not None:
                 if idle.empty() and len(workers) < num_workers:
@@ -126,7 +126,7 @@ class Worker:
 def _pair(
     batch: list[RawRecord], results: list[EncodedRecord | DataError]
 ) -> Iterator[tuple[RawRecord, EncodedRecord]]:
-    """Yield each record with its result, and raise the error if the last result is one."""
+    """Yield each record with its result; if the last result is an error, raise it."""
     for record, result in zip(batch, results, strict=False):
         if isinstance(result, DataError):
             raise result

@@ -1,1 +1,1 @@
-"""What a run is: its folder, its checkpoints, its checks, and how it resumes."""
+"""A run: its folder, its checkpoints, its checks, and how it resumes."""

@@ -33,9 +33,6 @@ def write_manifest(folder: Path, step: int, world_size: int, run_identity: dict[
 
     Args:
         run_identity: the configuration that the run depends on (see runs/resume_guard.py); its key is `made_of`.
-
-    Raises:
-        CheckpointError: the folder contains a symbolic link, whose target a hash can't vouch for.
     """
     files = {}
     for path in sorted(folder.rglob("*")):
@@ -51,7 +48,7 @@ def write_manifest(folder: Path, step: int, world_size: int, run_identity: dict[
 
 
 def verify(folder: Path) -> str | None:
-    """Compare a checkpoint with its manifest. Return what is wrong, or None."""
+    """Compare a checkpoint with its manifest. Return the first difference, or None."""
     try:
         manifest = _read_manifest(folder)
         files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
@@ -74,11 +71,7 @@ def verify(folder: Path) -> str | None:
 
 
 def read_run_identity(folder: Path) -> dict[str, Any]:
-    """Read the configuration of the run that wrote a checkpoint (see runs/resume_guard.py).
-
-    Raises:
-        CheckpointError: its manifest is missing or broken.
-    """
+    """Read the configuration of the run that wrote a checkpoint (see runs/resume_guard.py)."""
     return dict(_read_manifest(folder)["made_of"])
 
 
@@ -117,7 +110,7 @@ def get_step(checkpoint: Path) -> int:
 
 
 def find_newest(run: Path) -> tuple[Path | None, list[str]]:
-    """Find the newest checkpoint that passes verification. Return it, and what is wrong with each newer one."""
+    """Find the newest checkpoint that passes verification. Return it, and the damage of each newer checkpoint."""
     damaged: list[str] = []
     for path in list_checkpoints(run):
         problem = verify(path)
@@ -137,9 +130,6 @@ def find_complete_checkpoint(run: Path, setting: str, report: Report) -> Path:
 
     Args:
         setting: the setting that names the run, for messages.
-
-    Raises:
-        CheckpointError: none of its checkpoints is complete.
     """
     found, damaged = find_newest(run)
     for problem in damaged:
@@ -151,11 +141,7 @@ def find_complete_checkpoint(run: Path, setting: str, report: Report) -> Path:
 
 
 def find_trained_folder(path: Path, setting: str, report: Report) -> Path:
-    """Return the newest complete checkpoint of a run that was stopped, and any other path as it is.
-
-    Raises:
-        CheckpointError: the run was stopped, and none of its checkpoints is complete.
-    """
+    """Return the newest complete checkpoint of a run that was stopped, and any other path as it is."""
     # a run that was killed while its result was copied, file by file, has only some of these files; result.json is last
     is_unfinished_run = (path / SETTINGS_FILE).is_file() and not (path / RESULT_FILE).is_file()
     has_model = any((path / name).is_file() for name in (ADAPTER_CONFIG_FILE, CONFIG_FILE))

@@ -48,7 +48,7 @@ FILES_OF_A_RUN = (
 )
 SECRET_ARGUMENTS = {"hub_token", "push_to_hub_token"}
 FIXED_ARGUMENTS = {
-    "save_total_limit": None,  # we rotate checkpoints ourselves, once a new one is complete: see checkpoint.py
+    "save_total_limit": None,  # we rotate checkpoints ourselves, once a new checkpoint is complete: see publisher.py
     "ddp_find_unused_parameters": False,
     "disable_tqdm": True,
     "remove_unused_columns": False,
@@ -69,11 +69,11 @@ UNRESUMABLE_ARGUMENTS = {
     "save_only_model", "save_on_each_node", "enable_jit_checkpoint", "ignore_data_skip", "auto_find_batch_size",
     "restore_callback_states_from_checkpoint",
 }  # fmt: skip
-"""Change what a checkpoint contains or who writes it, or which examples and how many of them the next step gets."""
+"""Change the contents or the writer of a checkpoint, or the examples of the next step."""
 ARGUMENTS_WITHOUT_EFFECT = {
     "data_seed": "seed determines the order of the examples; set that",
     # at exit, Python would wait for such workers, which ignore the signal that is to end them
-    "dataloader_persistent_workers": "each epoch has workers of its own; leave it out",
+    "dataloader_persistent_workers": "each epoch starts new workers; leave it out",
     # transformers adds its noise to the output of `shared`, but T5 calls encoder.embed_tokens; T5Gemma's noise would
     # depend on the other examples of a packed row
     "neftune_noise_alpha": "NEFTune isn't supported; leave it out",
@@ -106,9 +106,8 @@ def check_plan(plan: RunPlan, imports_metrics: bool = True) -> None:
 
     Raises:
         CheckpointError: `adapter` isn't the folder of an adapter.
-        SettingsError: an unknown field under training_args, an unsuitable DeepSpeed config, settings of examples that
-            differ from those of the token cache, and the like: all problems at once; before them, that there is no
-            such conversation template.
+        SettingsError: an unknown field under training_args, an unsuitable DeepSpeed config, and so on: all problems at
+            once; but an unknown conversation template alone, before them.
         DependencyError: DeepSpeed or a tracker isn't installed, or a library is older than t5tune needs.
     """
     check_versions("torch", "transformers", "accelerate", "peft")
@@ -152,10 +151,6 @@ def choose_trackers(names: list[str]) -> list[str]:
     """Return the trackers that `--report-to` names: none for ["none"], all installed ones for ["all"].
 
     transformers logs to them.
-
-    Raises:
-        SettingsError: a name is unknown.
-        DependencyError: a tracker isn't installed.
     """
     if names == ["all"]:
         return [name for name in TRACKERS if importlib.util.find_spec(name) is not None]
@@ -172,7 +167,7 @@ def choose_trackers(names: list[str]) -> list[str]:
 
 
 def _find_unusable_arguments(training_args: dict[str, Any], model: type[Settings]) -> list[str]:
-    """List the fields under training_args that can't be set there, among others those that `model` has itself."""
+    """List the fields under training_args that can't be set there, such as t5tune's own settings."""
     if not training_args:
         return []
     from transformers import TrainingArguments
@@ -186,7 +181,6 @@ def _find_unusable_arguments(training_args: dict[str, Any], model: type[Settings
 
 
 def _find_missing_functions(functions: list[str]) -> list[str]:
-    """List what is wrong with the custom metrics that can't be imported."""
     problems = []
     for function in functions:
         try:
@@ -213,7 +207,7 @@ def _find_argument_problem(name: str, fields: set[str], model: type[Settings]) -
 
 
 def _find_deepspeed_conflicts(plan: RunPlan, configuration: dict[str, Any]) -> list[str]:
-    """List what in the DeepSpeed config, or with DeepSpeed at all, doesn't work with these settings."""
+    """List settings that don't work with the DeepSpeed config, or with DeepSpeed at all."""
     problems, name, quantization = [], plan.processes.deepspeed, plan.model.precision.quantization
     if configuration.get("fp16", {}).get("enabled") is True:
         problems.append(f"deepspeed: {name}: fp16: T5's feed-forward layers overflow in fp16; use bf16")
@@ -240,7 +234,7 @@ def _find_deepspeed_conflicts(plan: RunPlan, configuration: dict[str, Any]) -> l
 
 
 def list_notes(plan: RunPlan) -> list[str]:
-    """List what the user should know about settings that were left at their defaults, or that replace others."""
+    """List notes about default values, and about settings that replace values of a DeepSpeed config."""
     notes = [_suggest_learning_rate(plan)]
     if plan.processes.deepspeed is not None:
         configuration = packaged_templates.read_deepspeed_file(plan.processes.deepspeed)
@@ -266,12 +260,7 @@ def _check_deepspeed_installation(name: str, configuration: dict[str, Any]) -> N
 
 
 def check_machine(plan: RunPlan, report: Report = silent) -> None:
-    """Check what the run needs on this machine.
-
-    Raises:
-        SettingsError: there are fewer GPUs than num_gpus.
-        ModelError: the base doesn't exist, or isn't a supported model.
-    """
+    """Check that this machine has the base, the teacher and the GPUs."""
     base = find_base(plan.model.base, report=report)
     find_family(read_config(base), base, plan.model.base.family)
     if plan.teacher is not None:
@@ -281,7 +270,7 @@ def check_machine(plan: RunPlan, report: Report = silent) -> None:
 
 
 def find_missing_gpus(settings: RankSettings) -> str | None:
-    """Say what is wrong with num_gpus on this machine; None if nothing is."""
+    """Describe why num_gpus doesn't fit this machine; None if it fits."""
     if settings.num_gpus is None:
         return None
     import torch
@@ -295,11 +284,7 @@ def find_missing_gpus(settings: RankSettings) -> str | None:
 
 
 def check_starts_no_processes(settings: RankSettings, command: str, world: World) -> None:
-    """Refuse num_gpus and num_processes in a call from Python: only the command line starts processes.
-
-    Raises:
-        SettingsError: one is more than 1, and no launcher started this process.
-    """
+    """Refuse num_gpus and num_processes in a call from Python: only the command line starts processes."""
     for name in ("num_gpus", "num_processes"):
         number = getattr(settings, name)
         if number not in (None, 1) and not world.launched:
@@ -313,7 +298,7 @@ def _suggest_learning_rate(plan: RunPlan) -> str | None:
     """Say which learning rate suits LoRA, if the user has left it at the default, which suits full training."""
     if plan.model.adapter is None or "learning_rate" in plan.steps.model_fields_set:
         return None
-    if plan.data.objective == "dpo":  # for which the default suits LoRA
+    if plan.data.objective == "dpo":  # the default suits LoRA with dpo
         return None
     return (
         f"learning_rate: not set, so it is {plan.steps.learning_rate:g} as in Hugging Face's Trainer, a rate for full "
@@ -322,7 +307,6 @@ def _suggest_learning_rate(plan: RunPlan) -> str | None:
 
 
 def _find_useless_mixing(plan: RunPlan) -> list[str]:
-    """List the settings of mixing that are set although there is only one dataset."""
     if plan.data.data is not None or len(plan.datasets) > 1:
         return []
     return [
@@ -333,7 +317,6 @@ def _find_useless_mixing(plan: RunPlan) -> list[str]:
 
 
 def _find_settings_of_other_objectives(plan: RunPlan) -> list[str]:
-    """List the settings that are set although the objective doesn't use them."""
     objective = plan.data.objective
     problems = []
     for owner, names in {"dpo": DPO_SETTINGS, "orpo": ORPO_SETTINGS}.items():
@@ -356,13 +339,11 @@ def _find_settings_of_other_objectives(plan: RunPlan) -> list[str]:
 
 
 def _list_changed(settings: Settings, names: Iterable[str]) -> dict[str, Any]:
-    """Return the settings that aren't the default."""
     fields = type(settings).model_fields
     return {name: getattr(settings, name) for name in names if getattr(settings, name) != fields[name].default}
 
 
 def _find_unknown_names(steps: StepSettings) -> list[str]:
-    """List the optimizer and the learning-rate schedule if transformers doesn't know them."""
     from transformers import SchedulerType
     from transformers.training_args import OptimizerNames
 
@@ -377,7 +358,7 @@ def _find_unknown_names(steps: StepSettings) -> list[str]:
 
 
 def _find_unusable_schedule(steps: StepSettings) -> list[str]:
-    """List what is wrong with the learning-rate schedule: some need an argument, others have no warmup."""
+    """List problems of the learning-rate schedule: some need an argument, some have no warmup."""
     name, given = steps.lr_scheduler_type, steps.training_args.get("lr_scheduler_kwargs") or {}
     if steps.warmup_steps and name in WITHOUT_WARMUP:
         fix = "use constant_with_warmup, or set warmup_steps to 0" if name == "constant" else "set warmup_steps to 0"
@@ -417,7 +398,7 @@ def _find_unusable_evaluation(plan: RunPlan) -> list[str]:
 
 
 def describe_copied_run(config: Path, output_dir: Path) -> str | None:
-    """Describe a config in a run folder that was moved or copied: its output_dir is then another folder."""
+    """Describe a config in a run folder that was moved or copied, if its output_dir is a different folder."""
     folder = config.parent
     if config.name != SETTINGS_FILE or os.path.realpath(folder) == os.path.realpath(output_dir):
         return None

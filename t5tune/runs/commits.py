@@ -30,11 +30,7 @@ def read_commits_to_resume(folder: RunFolder, plan: RunPlan) -> dict[str, str]:
 
 
 def find_commits(plan: RunPlan, report: Report) -> dict[str, str]:
-    """Download the models that are on the Hub, and return the commit of each.
-
-    Raises:
-        ModelError, CheckpointError: a model doesn't exist or can't be downloaded.
-    """
+    """Download the models that are on the Hub, and return the commit of each."""
     commits: dict[str, str] = {}
     base = plan.model.base
     for name, given in _list_names(plan).items():
@@ -71,7 +67,6 @@ def pin_commits(plan: RunPlan, commits: dict[str, str]) -> RunPlan:
 
 
 def _list_names(plan: RunPlan) -> dict[str, str]:
-    """List the settings that name a model, with what they name; the base with its revision."""
     base, teacher = plan.model.base, plan.teacher
     names = {
         "model_name_or_path": base.model_name_or_path + (f"@{base.revision}" if base.revision is not None else ""),

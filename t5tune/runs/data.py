@@ -50,11 +50,7 @@ def open_data(plan: RunPlan, prepared: str | None) -> tuple[Examples, Examples |
 
 
 def _check_split(data: SplitSettings, examples: Examples) -> None:
-    """Check that no example is trained on that prepare has held out: evaluate would score it as held out.
-
-    Raises:
-        SettingsError: eval_fraction or split_seed would hold out different examples.
-    """
+    """Check that no example is trained on that prepare has held out: evaluate would score it as held out."""
     for cache in (dataset.cache for dataset in examples.datasets):
         fraction, seed = cache.manifest["eval_fraction"], cache.manifest["split_seed"]
         if fraction and (fraction, seed) != (data.eval_fraction, data.split_seed):

@@ -17,24 +17,24 @@ WARMUP = "scheduler.params.warmup_num_steps"
 LATE_PARAMETERS = {"total_num_steps", "warmup_num_steps"}
 """Parameters that can be compared once the number of steps is known."""
 ADAM_TYPES = {"adam", "adamw"}
-"""Optimizers of DeepSpeed that compute what those of transformers do whose names have `adam`."""
+"""Optimizers of DeepSpeed that compute the same as transformers' optimizers with `adam` in their names."""
 SCHEDULES = {"WarmupLR": "constant_with_warmup", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
 """Schedules of DeepSpeed -> lr_scheduler_type with the same curve."""
 KNOWN_PARAMETERS: dict[str, dict[str, tuple[Any, ...]]] = {
     "optimizer": {"torch_adam": (True, False), "adam_w_mode": (True,), "bias_correction": (True,)},
     "scheduler": {"warmup_min_lr": (0,), "warmup_type": ("linear",), "warmup_min_ratio": (0,), "cos_min_ratio": (0,)},
 }
-"""Parameters of a section of a DeepSpeed config that aren't settings -> the values with which nothing changes."""
+"""Parameters of a section of a DeepSpeed config that aren't settings -> values that change nothing."""
 
 
 @dataclass(frozen=True)
 class _Expected:
-    """What a value of a DeepSpeed config must be.
+    """The expected value of a key in a DeepSpeed config.
 
     Args:
         setting: the name of the setting that it must agree with.
         value: the value of this setting.
-        result: what follows from this and from other settings.
+        result: the value that follows from this and from other settings.
     """
 
     setting: str
@@ -43,7 +43,7 @@ class _Expected:
 
 
 def find_mismatches(plan: RunPlan, configuration: dict[str, Any], world_size: int, num_steps: int | None) -> list[str]:
-    """List the values of the DeepSpeed config that are neither "auto" nor those of the settings.
+    """List the values of the DeepSpeed config that are neither "auto" nor equal to the settings.
 
     Args:
         configuration: as it is written.
@@ -79,7 +79,7 @@ def _find_other_schedule(name: str, configuration: dict[str, Any]) -> list[str]:
 
 
 def describe_replaced_schedule(plan: RunPlan, configuration: dict[str, Any]) -> str | None:
-    """Say which schedule is used if the DeepSpeed config has another one; None if it hasn't."""
+    """Name the schedule that is used if the DeepSpeed config has a different one; otherwise None."""
     kind, used = _get_value(configuration, "scheduler.type"), plan.steps.lr_scheduler_type
     if kind is None or (own := SCHEDULES[kind]) == used:
         return None
@@ -88,7 +88,7 @@ def describe_replaced_schedule(plan: RunPlan, configuration: dict[str, Any]) -> 
 
 
 def _list_expected(plan: RunPlan, world_size: int, num_steps: int | None) -> dict[str, _Expected]:
-    """Map keys of a DeepSpeed config to what they must be."""
+    """Map keys of a DeepSpeed config to their required values."""
     steps = plan.steps
     adam = {name: steps.training_args.get(name, default) for name, default in ADAM_DEFAULTS.items()}
     keys = {

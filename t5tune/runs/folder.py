@@ -1,4 +1,4 @@
-"""The folder of a run: what it was started with, its data and its checkpoints.
+"""The folder of a run: its settings, its data and its checkpoints.
 
     folder = RunFolder(run_plan.folder)
     with folder.lock(report), folder.begin(run_plan, report) as state:
@@ -121,18 +121,18 @@ class RunFolder:
 
     @contextmanager
     def begin(self, plan: RunPlan, report: Report) -> Iterator[RunState]:
-        """Begin a run with this plan, or go on with the one in the folder, which is locked.
+        """Begin a run with this plan, or resume the run in the folder, which is locked.
 
-        With `fresh`, the folder of an earlier run is renamed before. If the block fails, what a new run has in the
-        folder is removed, but for a finished cache, and an earlier run gets its name back.
+        With `fresh`, the folder of an earlier run is renamed before. If the block fails, the files of a new run are
+        removed, except for prepared data, and an earlier run gets its name back.
 
         Raises:
-            SettingsError: the folder can't be that of the run, or the run in it has finished with other settings.
+            SettingsError: the folder can't be used, or the run in it has finished with different settings.
         """
         aside = None
         if plan.output.fresh:
-            # it isn't to be taken for that of this launch: a call of torchrun may have the same id as an earlier one,
-            # and a job of SLURM may contain several
+            # torchrun may reuse an id, and a job of SLURM may have several launches: the earlier run must not pass for
+            # the run of this launch
             self.record(launch=None)
             aside = self._move_aside(report)
         try:
@@ -165,7 +165,7 @@ class RunFolder:
             raise
 
     def read_settings(self, model: type[AnySettings]) -> AnySettings | None:
-        """Read the settings that an earlier `train` saved; None if there are none.
+        """Read the settings that an earlier `train` saved; None: no such settings.
 
         Raises:
             SettingsError: the file can't be read as settings of train.
@@ -175,21 +175,13 @@ class RunFolder:
     def _has_settings(self) -> bool:
         """Whether the folder has settings of train: other commands save theirs in a file of the same name, but without
         a learning rate.
-
-        Raises:
-            SettingsError: the file isn't YAML.
         """
         return self.settings.is_file() and "learning_rate" in read_yaml(self.settings, MAX_SETTINGS_BYTES)
 
     def _read_settings_of_run(self, model: type[AnySettings]) -> AnySettings | None:
-        """Read the settings that the run was started with; None if there is no run in the folder.
-
-        Raises:
-            SettingsError: there are checkpoints of a run, but its settings can't be read.
-        """
         hint = (
             f"to resume, write it again: the same command with --dry-run >{self.settings}; to start over, use --fresh, "
-            "which keeps the checkpoints under another name"
+            "which keeps the checkpoints under a new name"
         )
         has_checkpoints = has_complete_checkpoints(self.path)
         try:
@@ -207,7 +199,7 @@ class RunFolder:
         write_file(self.settings, dump_run_settings(plan).encode())
 
     def read_record(self) -> dict[str, Any]:
-        """Read run.json; empty if there is none, or it is damaged: all that it has can be found again."""
+        """Read run.json; empty if it is missing or damaged: its values can be found again."""
         try:
             record = read_json_object(self.path, RUN_FILE)
         except (FileNotFoundError, CheckpointError):
@@ -239,11 +231,6 @@ class RunFolder:
         write_json(self.path / RESULT_FILE, result)
 
     def _create(self, is_run: bool) -> None:
-        """Create the folder, unless it exists: then it must be empty or contain a run.
-
-        Raises:
-            SettingsError: it is something else, or can't be created.
-        """
         folder, hint = self.path, "choose another output_dir"
         if folder.exists() and not folder.is_dir():
             raise SettingsError(f"output_dir: {folder}: is a file", hint=hint)
@@ -256,7 +243,7 @@ class RunFolder:
             raise SettingsError(f"output_dir: {folder}: can't be created: {error.strerror}", hint=hint) from error
 
     def _remove_failed_start(self, is_new_folder: bool) -> None:
-        """Remove what a run whose data couldn't be prepared has written, unless one of its caches exists."""
+        """Remove the files of a run whose data couldn't be prepared, unless it has prepared data already."""
         with suppress(OSError):  # the error that led here must be reported
             begun = {self.settings, self.path / RUN_FILE, self.records}
             if begun.issuperset(self.path.iterdir()):
@@ -267,7 +254,7 @@ class RunFolder:
                     self.path.rmdir()
 
     def _copy_records_back(self, plan: RunPlan, aside: Path) -> None:
-        """Copy records that the run before was given in memory, if the plan names their files, from its new folder."""
+        """Copy records in memory from the earlier run's new folder, if the plan names their files."""
         records = os.path.realpath(self.records)
         for text in [*plan.data.data_path, *(plan.data.eval_data_path or [])]:
             path = Path(text)
@@ -278,16 +265,13 @@ class RunFolder:
     def _move_aside(self, report: Report) -> Path | None:
         """Rename the folder of a run to the first unused name of folder.1, folder.2, …, and return that name.
 
-        A folder that isn't empty and isn't that of a run stays where it is, so that `train` refuses it.
-
-        Raises:
-            SettingsError: it can't be renamed, or a run in it is in progress.
+        A folder with other files than a run's stays where it is, so that `train` refuses it.
         """
         folder = _follow_link(self.path)  # not the link is renamed: the new run belongs on the same disk
         if not folder.is_dir() or not any(folder.iterdir()):
             return None
         hint = "choose another output_dir"
-        if Path.cwd().is_relative_to(folder.resolve()):  # relative paths would then mean what is in the renamed folder
+        if Path.cwd().is_relative_to(folder.resolve()):  # relative paths would then lead into the renamed folder
             raise SettingsError(
                 f"output_dir: {folder}: --fresh can't rename the current folder or one that it is in", hint=hint
             )
@@ -309,7 +293,7 @@ class RunFolder:
         return aside
 
     def _move_back(self, aside: Path, report: Report) -> None:
-        """Move an old run back, in place of what a start that failed has left in the folder."""
+        """Move an old run back, in place of the files of the start that failed."""
         folder = _follow_link(self.path)
         with suppress(OSError):  # the error that led here must be reported
             shutil.rmtree(folder, ignore_errors=True)
@@ -325,12 +309,7 @@ class RunFolder:
 
 
 def _open_locked(path: Path) -> int:
-    """Lock a file, which is created with its parent folders if it doesn't exist.
-
-    Raises:
-        BlockingIOError: another process holds the lock.
-        OSError: the file can't be created or locked.
-    """
+    """Lock a file, which is created if needed; raise BlockingIOError if another process holds the lock."""
     attempts = 0
     while True:
         try:
@@ -370,10 +349,7 @@ def dump_run_settings(plan: RunPlan) -> str:
 def check_inputs_stay(plan: RunPlan) -> None:
     """Refuse inputs in the folder that --fresh is going to rename: the new run wouldn't find them.
 
-    preprocessed_path may be there: what is in it is made again. Records that were given in memory are copied back.
-
-    Raises:
-        SettingsError: names each of them.
+    preprocessed_path may be there: its data is prepared again. Records that were given in memory are copied back.
     """
     folder = plan.folder
     values = plan.list_affecting(Affects.INPUT_FILES)
@@ -395,7 +371,7 @@ def _list_paths(value: Any) -> list[str]:
 
 
 def _is_within(path: str, folder: Path) -> bool:
-    """Whether what exists at a path, or where a pattern begins, is in the folder or found through it."""
+    """Whether the file at a path, or the beginning of a pattern, is in the folder or found through it."""
     if not exists(path) and (begin := re.split(r"[*?\[]", path)[0]) != path:
         path = os.path.dirname(begin)
     places = (os.path.realpath(path), os.path.abspath(path))
@@ -405,5 +381,5 @@ def _is_within(path: str, folder: Path) -> bool:
 
 
 def _follow_link(folder: Path) -> Path:
-    """Return the folder that a symbolic link points to, whether it exists or not; another path unchanged."""
+    """Return the folder that a symbolic link points to, whether it exists or not; other paths unchanged."""
     return folder.resolve() if folder.is_symlink() else folder

@@ -37,7 +37,7 @@ SECONDS_BETWEEN_HEARTBEATS = 60.0
 
 
 class MetricsLog:
-    """Appends to metrics.jsonl. Lines that can't be written are reported and retried with the next one."""
+    """Appends to metrics.jsonl. Lines that can't be written are reported and retried with the next line."""
 
     def __init__(
         self, run_folder: Path, seconds_between_heartbeats: float = SECONDS_BETWEEN_HEARTBEATS, report: Report = silent
@@ -88,9 +88,6 @@ def read_metrics(run_folder: Path | str) -> Metrics:
 
     Left out are steps after the one that a run resumed from, evaluations on other held-out examples than its own, and
     lines that a kill has truncated.
-
-    Raises:
-        SettingsError: there is no such folder.
     """
     if not Path(run_folder).is_dir():
         raise SettingsError(f"{run_folder}: no such folder", hint="name a run folder")
@@ -112,7 +109,7 @@ def read_metrics(run_folder: Path | str) -> Metrics:
 
 
 def _drop_evaluation(metrics: dict[str, Any]) -> dict[str, Any]:
-    """Drop the metrics of an evaluation; nothing is left of a step without others."""
+    """Drop the metrics of an evaluation; a step without other metrics is dropped, too."""
     kept = {name: value for name, value in metrics.items() if not name.startswith("eval_")}
     return kept if kept.keys() - {"step", "time", "epoch"} else {}
 

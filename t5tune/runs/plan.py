@@ -4,7 +4,7 @@
     run_plan.steps.learning_rate
     run_plan.model.adapter                          # None: all weights are trained
 
-A part is a group of settings, with the values that follow from others filled in.
+A part is a group of settings, in which values that follow from other settings are filled in.
 """
 
 from dataclasses import dataclass
@@ -85,7 +85,7 @@ class ModelPlan:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What the settings of a run say, for each part of it.
+    """The settings of a run, in parts.
 
     Once `pin_commits` has seen it, models on the Hub are named with the commit that the run uses.
 
@@ -94,8 +94,8 @@ class RunPlan:
         datasets: to train on.
         eval_datasets: to evaluate on; none: the held-out examples of `datasets`, if there are any.
         mixing: of `datasets`.
-        given: all settings, to be written down, and to be compared with those of an earlier start. Code that uses a
-            value takes it from a part.
+        given: all settings, to be saved, and to be compared with an earlier start's. Code that uses a value takes it
+            from a part.
     """
 
     data: TrainingDataSettings
@@ -147,7 +147,7 @@ class RunPlan:
         return self.objective.teacher if isinstance(self.objective, DistillationPlan) else None
 
     def list_adapters(self) -> dict[str, Path]:
-        """Return the settings that name an adapter, with what they name."""
+        """Return the settings that name an adapter, with their values."""
         found = {
             "adapter": self.model.initial_adapter,
             "reference_adapter": self.reference_adapter,

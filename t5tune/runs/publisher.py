@@ -53,9 +53,6 @@ class CheckpointPublisher:
         Args:
             write: writes this rank's files to a folder in place of the run folder.
             rotates: whether to delete old checkpoints then; False while the step's evaluation may change the best.
-
-        Raises:
-            TrainingError: a rank couldn't write its files; names the rank, the reason and the free disk space.
         """
         if self.last_step == step:
             return
@@ -88,7 +85,7 @@ class CheckpointPublisher:
             return
         folder = self.run_folder / f"checkpoint-{step}"
         try:
-            # the hash ties it to this checkpoint: a later checkpoint of the same step has another manifest
+            # the hash ties it to this checkpoint: a later checkpoint of the same step has a different manifest
             manifest = hash_file(folder / CHECKPOINT_MANIFEST_FILE)
             write_json(folder / EVALUATION_FILE, {"manifest": manifest, "line": line})
         except (WriteError, OSError) as error:
@@ -98,7 +95,7 @@ class CheckpointPublisher:
     def read_evaluation(self, step: int) -> dict[str, Any] | None:
         """Read the evaluation that was added to the checkpoint of a step. Call on every rank.
 
-        It is None if it is missing, broken or belongs to another checkpoint.
+        None: it is missing, broken or belongs to a different checkpoint.
         """
         folder = self.run_folder / f"checkpoint-{step}"
         line = None
@@ -110,11 +107,7 @@ class CheckpointPublisher:
         return broadcast_from_rank_0(line)
 
     def _write_staged(self, staging: Path, step: int, write: Callable[[Path], None]) -> Exception | None:
-        """Write this rank's files. Return the first error in writing a file, or None.
-
-        Raises:
-            TrainingError: saving was aborted; other ranks may be waiting in a collective that this rank won't reach.
-        """
+        """Write this rank's files. Return the first error in writing a file, or None."""
         try:
             with collect_save_errors() as self._failures:
                 staging.mkdir(exist_ok=True)
@@ -124,7 +117,6 @@ class CheckpointPublisher:
         return self._failures[0] if self._failures else None
 
     def _publish_staged(self, staged: Path, step: int, best: int | None, rotates: bool) -> Exception | None:
-        """Write the manifest of a staged checkpoint, and rename the checkpoint into the run folder."""
         final = self.run_folder / staged.name
         try:
             write_manifest(staged, step, self._num_ranks, self.run_identity)
@@ -153,7 +145,7 @@ class CheckpointPublisher:
     def _list_complete(self, step: int) -> list[Path]:
         """List the checkpoints up to the newest complete one, of this step, newest first.
 
-        Those of later steps are damaged: the run resumed from an earlier one.
+        Checkpoints of later steps are damaged: the run resumed from an earlier step.
         """
         return [path for path in list_checkpoints(self.run_folder) if get_step(path) <= step]
 

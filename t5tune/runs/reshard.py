@@ -1,4 +1,4 @@
-"""Resume DeepSpeed's ZeRO from a checkpoint of another number of ranks, or another stage.
+"""Resume DeepSpeed's ZeRO from a checkpoint of a different number of ranks, or a different stage.
 
     load_resharded(engine, checkpoint)
 
@@ -40,11 +40,7 @@ class Fragment(NamedTuple):
 
 
 def load_resharded(engine: Any, checkpoint: Path) -> None:
-    """Set the trained weights, the optimizer's state and the counters of DeepSpeed's engine. Call on every rank.
-
-    Raises:
-        CheckpointError: the checkpoint doesn't fit the engine.
-    """
+    """Set the trained weights, the optimizer's state and the counters of DeepSpeed's engine. Call on every rank."""
     folder = find_deepspeed_folder(checkpoint)
     if folder is None:
         raise CheckpointError(f"{checkpoint}: contains no shards of DeepSpeed")
@@ -78,7 +74,7 @@ def load_resharded(engine: Any, checkpoint: Path) -> None:
 
 
 def _check_contents(folder: Path, saved: ZeroOptimizer, num_groups: int, needs_schedule: bool) -> None:
-    """Check that a checkpoint contains what the engine needs besides the weights.
+    """Check that a checkpoint contains the engine's state besides the weights.
 
     Args:
         num_groups: number of parameter groups of the engine's optimizer.
@@ -95,10 +91,10 @@ def _check_contents(folder: Path, saved: ZeroOptimizer, num_groups: int, needs_s
 def _fill_base_state(
     base: dict[str, Any], saved: ZeroOptimizer, flats: list[torch.Tensor], fragments: list[Fragment]
 ) -> None:
-    """Fill the state dict of the optimizer that DeepSpeed wraps, as it is in a checkpoint of this number of ranks."""
+    """Fill the state dict of the optimizer that DeepSpeed wraps, as in a checkpoint of this number of ranks."""
     for group, hyperparameters in zip(base["param_groups"], saved.groups, strict=True):
         group.update(hyperparameters)
-    if saved.numbers or saved.moments:  # there are none before the first step
+    if saved.numbers or saved.moments:  # empty before the first step
         for index, flat in enumerate(flats):
             numbers = {key: _to_torch(value) for key, value in saved.numbers.items()}
             base["state"][index] = numbers | {key: torch.zeros_like(flat.data) for key in saved.moments}
@@ -108,12 +104,12 @@ def _fill_base_state(
 
 
 def _list_fragments_of_stage3(engine: Any) -> Iterator[Fragment]:
-    """List the fragments of stage 3: of each parameter a partition, one after another in the group's flat vector."""
+    """List the fragments of stage 3: a partition of each parameter, in order, in the group's flat vector."""
     rank, _ = get_rank_and_size()
     for index, group in enumerate(engine.optimizer.fp16_groups):
         offset = 0
         for parameter in group:
-            size = parameter.partition_numel()  # the last partitions may be longer than what is left of the parameter
+            size = parameter.partition_numel()  # the last partitions may be longer than the rest of the parameter
             begin, end = (min(each * size, parameter.ds_numel) for each in (rank, rank + 1))
             yield Fragment(engine.param_names[parameter], begin, end, index, offset)
             offset += size

@@ -35,11 +35,11 @@ class TrainResult:
     Values cover the whole run, including before it was resumed, except `resumed_from`, `seconds` (wall-clock time,
     everything included) and `peak_memory_bytes`, which cover only the process that finished it. `tokens_per_second`
     excludes the time of evaluations and saves. `stopped_early` says when and why early stopping ended the run.
-    `peak_reserved_bytes` is what torch had reserved on a GPU, of which `peak_memory_bytes` was in use; None on a CPU.
+    `peak_reserved_bytes` is torch's reserved memory on a GPU, including `peak_memory_bytes`; None on a CPU.
     `pushed` is the URL of the repository that the result was uploaded to. `datasets` has the examples and the metrics
     of each dataset, if there are several. A metric that isn't finite is None. `best_step` is the step of the best
     evaluation, by `metric_for_best_model` or else the loss, and `best_eval` has its metrics. `eval` has the metrics of
-    the weights: of the best step if the settings choose a metric, otherwise of the last one. `lora` has LoRA's
+    the weights: of the best step if the settings choose a metric, otherwise of the last step. `lora` has LoRA's
     settings; None for full training.
     """
 
@@ -93,7 +93,7 @@ class TrainResult:
         return RunModel(loaded.model, tokenizer, template)
 
     def _repr_html_(self) -> str | None:
-        """Show the run's report page in a notebook, in a frame, because it has a style of its own. None: no page."""
+        """Show the run's report page in a notebook, in a frame, because it has its own style. None: no page."""
         path = self.run / REPORT_FILE
         if not path.is_file():
             return None

@@ -40,7 +40,7 @@ def start_or_resume_run(
     """Prepare a new run, or an existing one for resuming.
 
     Args:
-        evaluations: what they measure, as fields of the run identity.
+        evaluations: their examples and metric, as fields of the run identity.
         teacher_hash: hash of the teacher's weights, if there is a teacher.
 
     Returns:
@@ -75,11 +75,7 @@ def start_or_resume_run(
 
 
 def _check_same_tokens(checkpoint: Path, examples: Examples, run_identity: dict[str, Any]) -> None:
-    """Check that each id means the same token to the examples as to the checkpoint, whose embedding rows are trained.
-
-    Raises:
-        CheckpointError: a token has another id, or only one of the two has it. --allow-change can't allow this.
-    """
+    """Check that each id means the same token in the data and the checkpoint, whose embedding rows are trained."""
     if read_run_identity(checkpoint)["tokenizer"] == run_identity["tokenizer"]:
         return
     then, now = load_tokenizer(checkpoint), load_tokenizer(examples.tokenizer_folder)
@@ -93,7 +89,7 @@ def _check_same_tokens(checkpoint: Path, examples: Examples, run_identity: dict[
 
 
 def _collect_base_metadata(base: Path, model: ModelPlan, sha256: str | None) -> dict[str, Any]:
-    """Collect what an adapter records about its base, by which merge verifies it and loads it as in training."""
+    """Collect an adapter's record of its base, for merge to verify the base and load it as in training."""
     family, bf16, quantization = model.base.family, model.precision.bf16, model.precision.quantization
     base_metadata: dict[str, Any] = dict(describe_base(open_base(base, family), model.base.model_name_or_path, sha256))
     if family is not None:

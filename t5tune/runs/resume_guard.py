@@ -1,12 +1,12 @@
-"""The run identity: the configuration a run depends on. A run resumes only with the one that it was started with.
+"""The run identity: the configuration a run depends on. A run resumes only with the same configuration.
 
     run_identity = build_run_identity(run_plan, examples, base_hash, teacher_hash, world_size)
     run_identity["lora_r"]      # 8
     check_run_identity(checkpoint, run_identity, run_plan)
 
 Each checkpoint stores it in t5tune_manifest.json, under the key `made_of`. `batch` is the number of examples per
-optimizer step, however these are divided among ranks and micro-batches. With tokens_per_batch, which determines what a
-micro-batch contains, it is `batch_tokens`, the number of tokens, however the micro-batches are divided among ranks.
+optimizer step, however these are divided among ranks and micro-batches. With tokens_per_batch, it is
+`batch_tokens`, the number of tokens, however the micro-batches are divided among ranks.
 """
 
 from pathlib import Path
@@ -34,7 +34,7 @@ SHARDING_FIELDS = ("world_size", "deepspeed_stage")
 ZERO_STAGES = {1, 2, 3}  # those that divide the optimizer's state among the ranks
 PACKED_ATTENTION = "packed_attention"  # how a run on a GPU computes attention: no setting, but recorded for resuming
 STEPS_PER_EPOCH = "steps_per_epoch"  # recorded, too: where an epoch begins
-EVALUATION_FIELDS = ("held_out", "best_metric")  # what evaluations measure: a run may resume with another
+EVALUATION_FIELDS = ("held_out", "best_metric")  # of evaluations: may change when a run resumes
 NOT_COMPARED = {*SHARDING_FIELDS, *EVALUATION_FIELDS, PACKED_ATTENTION, STEPS_PER_EPOCH}
 SPLIT_FIELDS = ("eval_fraction", "num_data", "split_seed")  # determine which examples of the data are trained on
 
@@ -77,30 +77,25 @@ def _describe_batch(plan: RunPlan, world_size: int) -> dict[str, int]:
 
 
 def describe_evaluations(held_out: Examples | None, best_metric: str | None) -> dict[str, Any]:
-    """Describe what the evaluations of a run measure, as fields of its identity."""
+    """Describe the examples and the metric of a run's evaluations, as fields of its identity."""
     examples = None if held_out is None else hash_examples(held_out)
     return dict(zip(EVALUATION_FIELDS, (examples, best_metric), strict=True))
 
 
 def has_other_evaluations(checkpoint: Path, now: dict[str, Any]) -> bool:
-    """Whether the evaluations before a checkpoint can't be compared with those of a run with this identity."""
+    """Whether the evaluations before a checkpoint can't be compared with evaluations of this identity."""
     then = read_run_identity(checkpoint)
     had_some = then.get("held_out") is not None
     return had_some and any(then[name] != now[name] for name in EVALUATION_FIELDS)
 
 
 def has_other_held_out(checkpoint: Path, now: dict[str, Any]) -> bool:
-    """Whether the evaluations before a checkpoint were on other examples than those of a run with this identity."""
+    """Whether the evaluations before a checkpoint had different examples than this identity."""
     return read_run_identity(checkpoint).get("held_out") not in (None, now["held_out"])
 
 
 def check_run_identity(checkpoint: Path, now: dict[str, Any], plan: RunPlan) -> list[str]:
-    """Compare the configuration with the one in a checkpoint. Return a line for each difference that is allowed.
-
-    Raises:
-        SettingsError: fields differ that --allow-change doesn't name; names each one with both values.
-        CheckpointError: this number of ranks or this ZeRO stage can't resume from the checkpoint's state.
-    """
+    """Compare the configuration with a checkpoint's. Return a line for each allowed difference."""
     then = read_run_identity(checkpoint)
     _check_shards(checkpoint, then, now)
     different = {
@@ -123,9 +118,6 @@ def check_steps_per_epoch(checkpoint: Path, now: dict[str, Any]) -> None:
     """Check that epochs begin at the same steps, if nothing but the number of epochs or steps was changed.
 
     With tokens_per_batch, all epochs of a mixture have as many steps as the longest of them.
-
-    Raises:
-        SettingsError: they don't, so examples would be repeated or skipped.
     """
     then = read_run_identity(checkpoint)
     before, after = then.get(STEPS_PER_EPOCH), now[STEPS_PER_EPOCH]
@@ -136,7 +128,7 @@ def check_steps_per_epoch(checkpoint: Path, now: dict[str, Any]) -> None:
         raise SettingsError(
             f"{lengths[0]}: {problem}, so the run can't continue where it was stopped",
             hint=f"resume with {lengths[0]} {then[lengths[0]]}, or start a new run from these weights with "
-            f"{format_weights_flag(checkpoint)} and another output_dir",
+            f"{format_weights_flag(checkpoint)} and a new output_dir",
         )
 
 
@@ -148,7 +140,7 @@ def needs_resharding(then: dict[str, Any], now: dict[str, Any]) -> bool:
 
 
 def describe_other_ranks(checkpoint: Path, now: dict[str, Any]) -> str | None:
-    """Describe what another number of ranks or another ZeRO stage means for a resumed run; None if there is none."""
+    """Describe the effect of a different number of ranks or ZeRO stage on a resumed run; None: no difference."""
     then = read_run_identity(checkpoint)
     before, ranks = then["world_size"], now["world_size"]
     if all(then[name] == now[name] for name in SHARDING_FIELDS):
@@ -166,11 +158,7 @@ def describe_other_ranks(checkpoint: Path, now: dict[str, Any]) -> str | None:
 
 
 def check_finished_run(folder: Path, then: Settings, now: Settings) -> None:
-    """Compare the settings of a finished run with the current ones.
-
-    Raises:
-        SettingsError: settings that affect the weights differ; names each one with both values.
-    """
+    """Compare the settings of a finished run with the current ones."""
     before, after = then.model_dump(mode="json"), now.model_dump(mode="json")
     paths = select_settings(type(now), Affects.INPUT_FILES)
     different = []
@@ -186,10 +174,10 @@ def check_finished_run(folder: Path, then: Settings, now: Settings) -> None:
     if different:
         raise SettingsError(
             *different,
-            heading=f"{folder}: this run has already finished, with other settings:",
+            heading=f"{folder}: this run has already finished, with different settings:",
             choices=[
-                "to start over, add --fresh; the old run is kept under another name",
-                f"to continue from its weights, use {format_weights_flag(folder)} and another output_dir",
+                "to start over, add --fresh; the old run is kept under a new name",
+                f"to continue from its weights, use {format_weights_flag(folder)} and a new output_dir",
             ],
         )
 
@@ -208,7 +196,6 @@ def _resolve_paths(value: Any) -> list[str]:
 
 
 def _describe_datasets(name: str, old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[str]:
-    """Describe what differs between two lists of datasets, a line for each value."""
     if len(old) != len(new):
         return [f"{name}: {format_count(len(old), 'dataset')} before, {len(new)} now"]
     return [
@@ -242,7 +229,7 @@ def _check_shards(checkpoint: Path, then: dict[str, Any], now: dict[str, Any]) -
 
 
 def _suggest_equal_batch(then: dict[str, Any], now: dict[str, Any], accumulation_steps: int) -> str:
-    """Say with which number of micro-batches, or of examples in each, a step is as large as before."""
+    """Suggest micro-batches, or numbers of examples in each, that keep the size of a step."""
     ranks = now["world_size"]
     if "batch_tokens" in then:
         divisors = {"gradient_accumulation_steps": ranks * then["tokens_per_batch"]}
@@ -268,7 +255,7 @@ def _describe_sharding(run_identity: dict[str, Any]) -> str:
 
 
 def hash_examples(examples: Examples) -> str:
-    """Hash what is equal for the same examples."""
+    """Hash the examples: equal for the same examples in the same order."""
     return f"sha256:{hash_json(examples.identify())}"
 
 
@@ -279,7 +266,7 @@ def hash_adapter(folder: Path) -> str:
 
 
 def _describe_mixing(examples: Examples) -> dict[str, Any]:
-    """Describe how many examples of each dataset an epoch has, in place of the settings that say it."""
+    """Describe how many examples of each dataset an epoch has, in place of the settings of mixing."""
     names = ("mixing", "mixing_temperature", "mixing_cap")
     if not examples.are_several:
         return dict.fromkeys(names)

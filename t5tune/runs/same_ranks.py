@@ -4,8 +4,8 @@
     check_same_inputs(base, family, examples, held_out, world)
 
 A launcher that is started on each node gives each its own environment and its own copy of a file. Rank 0 alone
-validates the settings and compares them with a checkpoint's, so another rank with other ones would train other weights
-without a word, or wait for the others in a collective that they never call.
+validates the settings and compares them with a checkpoint's, so a rank with different settings would silently train
+other weights, or wait in a collective that the other ranks never call.
 """
 
 import json
@@ -29,13 +29,13 @@ from t5tune.version import __version__
 
 COMPARED_BY_VALUE = (Affects.STEPS, Affects.EVALUATION, Affects.ALL_RANKS)
 COMPARED_IF_GIVEN = ("metric", "eval_data", "deepspeed")
-"""Besides those that affect INPUT_FILES, settings with paths, which may be others on another machine: what is compared
-is whether they are given."""
+"""Settings with paths, besides those that affect INPUT_FILES. Paths may differ between machines, so only their presence
+is compared."""
 COMPARED_PACKAGES = ("torch", "transformers", "peft")
 
 
 def check_same_settings(settings: Settings, deepspeed: str | None, world: World) -> None:
-    """Check that all ranks have the same settings and DeepSpeed config, as far as these affect what each rank does.
+    """Check that all ranks have the same settings and DeepSpeed config, as far as these affect the steps.
 
     Call on every rank, before any other collective that depends on a setting.
 
@@ -44,7 +44,7 @@ def check_same_settings(settings: Settings, deepspeed: str | None, world: World)
         deepspeed: one of them.
 
     Raises:
-        SettingsError: a setting differs, on every rank; names each one with its values.
+        SettingsError: a setting differs, on every rank; lists the settings with their values.
     """
     if world.size > 1:
         hint = "start all ranks with the same command, with the same --config and the same T5TUNE_ variables"
@@ -54,11 +54,7 @@ def check_same_settings(settings: Settings, deepspeed: str | None, world: World)
 def check_same_inputs(
     base: Path, family: str | None, examples: Examples, held_out: Examples | None, world: World
 ) -> None:
-    """Check that all ranks train the same base on the same examples, and evaluate on the same. Call on every rank.
-
-    Raises:
-        SettingsError: an input differs, on every rank.
-    """
+    """Check that all ranks train the same base on the same examples, and evaluate on the same. Call on every rank."""
     if world.size == 1:
         return
     found = {
@@ -87,7 +83,7 @@ def _collect_settings(settings: Settings, deepspeed: str | None) -> dict[str, An
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Name what is in mappings: {"a": {"b": 1}} -> a.b, 1."""
+    """Flatten nested mappings into dotted names: {"a": {"b": 1}} -> a.b, 1."""
     for name, value in values.items():
         if isinstance(value, dict):
             yield from _flatten(value, f"{prefix}{name}.")
@@ -96,11 +92,7 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _refuse_differences(world: World, own: dict[str, Any], hint: str) -> None:
-    """Compare what the ranks have, of which a field that is missing is None.
-
-    Raises:
-        SettingsError: a field differs, on every rank.
-    """
+    """Compare the values of all ranks; a missing field counts as None."""
     gathered = all_gather(own)
 
     def refuse() -> None:

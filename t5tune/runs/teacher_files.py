@@ -27,11 +27,7 @@ class TeacherFiles(NamedTuple):
 
 
 def find_teacher(teacher: DistillationSettings, model: ModelPlan, report: Report = silent) -> TeacherFiles:
-    """Find the teacher's base, which is downloaded if need be, and its adapter if there is one.
-
-    Raises:
-        ModelError, CheckpointError: they don't exist, or can't be used.
-    """
+    """Find the teacher's base, which is downloaded if need be, and its adapter if there is one."""
     from t5tune.inference.loading import find_base_and_adapter  # imports torch
 
     with naming_settings(model_name_or_path=TEACHER, adapter="teacher_adapter"):
@@ -39,7 +35,7 @@ def find_teacher(teacher: DistillationSettings, model: ModelPlan, report: Report
 
 
 def hash_teacher(files: TeacherFiles, folder: RunFolder) -> str:
-    """Hash the weights of the teacher. The base's hash is kept in run.json, as that of the run's own base is."""
+    """Hash the weights of the teacher. The base's hash is kept in run.json, like the hash of the run's base."""
     stats = read_file_stats(files.base)
     base_hash = match_hash(folder.read_record().get("teacher"), stats)
     if base_hash is None:

@@ -100,13 +100,13 @@ def test_a_refused_resume_lists_differences_and_choices(
     error = make_resume_error(Path("run/checkpoint-7"), lines, ["max_steps"])
     assert Output(stream, json=True).fail(error) == 2
     assert capsys.readouterr().err.splitlines() == [
-        "error: run/checkpoint-7: the run can't be resumed with other settings or data:",
+        "error: run/checkpoint-7: the run can't be resumed with different settings or data:",
         "  seed: 1 before, 2 now",
         "  lora_r: 8 before, 4 now",
         "to resume, use the previous settings and data",
         "to resume all the same, add --allow-change max_steps",
-        "to start a new run from these weights, use --model-name-or-path run/checkpoint-7 and another output_dir",
-        "to start over, add --fresh; the old run is kept under another name",
+        "to start a new run from these weights, use --model-name-or-path run/checkpoint-7 and a new output_dir",
+        "to start over, add --fresh; the old run is kept under a new name",
     ]
     shown = json.loads(stream.getvalue())["error"]
     assert shown["kind"] == "SettingsError"

@@ -16,7 +16,7 @@ def test_an_incomplete_cache_lists_missing_parts(
     flags = ["--model-name-or-path=pocket", f"--data-path={conversations}", f"--output-dir={tmp_path / 'cache'}"]
     part = on_ranks(1, "prepare", *flags, "--shard", "1/3")
     assert (part.code, part.stdout) == (0, "")
-    missing = "still missing: 0/3, 2/3; the process that completes the last one joins them"
+    missing = "still missing: 0/3, 2/3; the process that completes the last part joins them"
     assert part.stderr == f"part 1/3 is complete in {tmp_path / 'cache.parts'}; {missing}\n"
     again = on_ranks(1, "prepare", *flags, "--shard", "0/3", "--json")
     assert (again.code, again.json["shard"], again.json["joined"]) == (0, "0/3", False)

@@ -100,7 +100,8 @@ def test_pairs_get_the_plain_template_with_a_note(untied_base: Path, tmp_path: P
     template, notes = prepare_template(untied_base, tmp_path, [PAIRS[name]] * 2, **columns)
     assert template == load_template("plain")
     assert notes == [
-        "conversation template plain: the data is source/target pairs; --conversation-template chooses another"
+        "conversation template plain: the data is source/target pairs; "
+        "--conversation-template chooses a different template"
     ]
 
 
@@ -149,7 +150,7 @@ def test_mixed_data_gets_fastchats_template_in_any_order(
         assert template == load_template("fastchat-t5")
         assert notes == [
             "conversation template fastchat-t5: 2 of 3 records are source/target pairs; --conversation-template "
-            "chooses another"
+            "chooses a different template"
         ]
 
 

@@ -80,7 +80,7 @@ def test_a_changed_setting_is_refused_with_both_values(what: str, begun_run: Pat
         train(make_settings(*inputs, begun_run, **changes))
     assert refused.value.exit_code == 2
     hint, checkpoint = refused.value.hint or "", begun_run / "checkpoint-7"
-    assert f"--adapter {checkpoint} and another output_dir" in hint or f"t5tune export {checkpoint}" in hint
+    assert f"--adapter {checkpoint} and a new output_dir" in hint or f"t5tune export {checkpoint}" in hint
     assert ("add --allow-change max_steps; " in hint) == (what == "its length")
     assert hash_files(begun_run) == before
 
@@ -91,7 +91,7 @@ def test_other_data_and_another_base_are_refused_by_their_hashes(
     lines = conversations.read_text().splitlines()
     (tmp_path / conversations.name).write_text("\n".join(lines[:-1]) + "\n")
     before = hash_files(begun_run)
-    with pytest.raises(SettingsError, match=r"data: conversations\.jsonl: another content now"):
+    with pytest.raises(SettingsError, match=r"data: conversations\.jsonl: the content has changed"):
         train(make_settings(untied_base, tmp_path / conversations.name, begun_run))
     shutil.copytree(untied_base, tmp_path / "base")
     weights = load_file(untied_base / "model.safetensors")
@@ -164,7 +164,8 @@ def test_the_suggested_flag_starts_a_new_run_from_the_weights(
         train(settings, stop_at(Advanced("train", 2)))
     with pytest.raises(SettingsError, match="learning_rate: 0.01 before, 0.0 now") as refused:
         train(settings.replace(learning_rate=0.0))
-    suggested = re.search(r"use (--\S+) (\S+) and another output_dir", refused.value.hint or "")
+    suggested = re.search(r"use (--\S+) (\S+) and a new output_dir", refused.value.hint or "")
+    assert suggested is not None
     kept = {"--model-name-or-path": untied_base, "--learning-rate": 0, "--output-dir": tmp_path / "new"}
     flags = kept | {"--data-path": conversations, "--train-mode": train_mode, suggested[1]: suggested[2]}
     command = (*chain(*flags.items()), "--max-steps", 1, "--report-samples", 0, "--use-cpu")  # a rate of 0 keeps them

@@ -123,7 +123,7 @@ def test_arguments_of_the_trainer_that_would_break_a_run_or_have_no_effect_are_r
         "log_level": "t5tune sets this itself; leave it out",
         "neftune_noise_alpha": "NEFTune isn't supported; leave it out",
         "data_seed": "seed determines the order of the examples; set that",
-        "dataloader_persistent_workers": "each epoch has workers of its own; leave it out",
+        "dataloader_persistent_workers": "each epoch starts new workers; leave it out",
         "train_sampling_strategy": "group_by_length determines the order of the examples; set that",
         "length_column_name": "the lengths are in the token cache; leave it out",
         "bf16_full_eval": "evaluations compute as training does; set bf16",

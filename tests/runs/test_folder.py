@@ -109,8 +109,8 @@ def test_a_length_is_allowed_only_by_its_name_and_nothing_else_is(
         assert caught.value.choices == (
             "to resume, use the previous settings and data",
             *allow,
-            f"to start a new run from these weights, use {flag} {tmp_path} and another output_dir",
-            "to start over, add --fresh; the old run is kept under another name",
+            f"to start a new run from these weights, use {flag} {tmp_path} and a new output_dir",
+            "to start over, add --fresh; the old run is kept under a new name",
         )
 
 

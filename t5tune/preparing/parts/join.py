@@ -2,7 +2,7 @@
 
     counts, is_complete = join_tables([part / "chats" for part in parts], lost, staged, source, report)
 
-A duplicate of an earlier part's record is counted, but not in rejected.jsonl, and what was repaired in it still counts.
+A duplicate of an earlier part's record is counted, but not listed in rejected.jsonl, and its repairs still count.
 """
 
 import json
@@ -30,15 +30,11 @@ CHUNK_BYTES = 4 << 20
 def join_tables(
     parts: Sequence[Path], lost: Sequence[dict[str, Any]], staged: Path, source: CacheSource, report: Report
 ) -> tuple[RecordCounts, bool]:
-    """Write the tables of a dataset's cache from those of its parts; return the counts, and whether all records count.
+    """Write the tables of a dataset's cache from its parts; return the counts, and whether all records count.
 
     Args:
         parts: the cache of each part.
         lost: the characters that each part's tokenizer can't reproduce.
-
-    Raises:
-        DataError: too many records are rejected, no example is left, or a conversation follows pairs that were taken
-            for all of the data.
     """
     join = _Join(staged, source)
     is_complete = True
@@ -98,7 +94,7 @@ class _Join:
         return np.array([self.seen.find_or_add(key, part.parent.name) is None for key in keys], bool)
 
     def _add_rejected(self, part: Path, count: int | None) -> None:
-        """Copy the first lines of a part's rejected.jsonl, all if there is no count."""
+        """Copy the first `count` lines of a part's rejected.jsonl; None: all."""
         for number, line in enumerate(_iterate_lines(part / REJECTED_FILE)):
             if number == count:
                 return
@@ -147,7 +143,7 @@ class _Join:
         rows["start"] = np.cumsum(sizes) - sizes + self._num_tokens
         conversations.write(rows[has_row].tobytes())
         with open(part / TOKENS_FILE, "rb") as file:
-            for begin, end in _find_runs(has_row):  # as many conversations at once as follow each other
+            for begin, end in _find_runs(has_row):  # conversations that follow each other are copied at once
                 _copy(file, tokens, *(int(starts[number]) * self._dtype.itemsize for number in (begin, end)))
         self._num_tokens += int(sizes.sum())
         self._num_conversations += int(has_row.sum())

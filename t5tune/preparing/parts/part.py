@@ -1,8 +1,8 @@
-"""A part of a token cache that `prepare --shard I/N` writes, and from which the cache is joined.
+"""A part of a token cache, which `prepare --shard I/N` writes and `prepare` joins.
 
     NAME/          an ordinary token cache of the part's records of a dataset
     NAME.records   a row per record that is used, of RECORD_DTYPE
-    part.json      format, inputs, and what the caches' manifests don't have; written last
+    part.json      format, inputs, and facts that the caches' manifests lack; written last
 
 A folder with a part.json isn't searched for data.
 """
@@ -24,7 +24,7 @@ from t5tune.preparing.pipeline import EncodedRecord
 
 PART_FORMAT = 3
 RECORD_DTYPE = np.dtype([
-    ("key", "<u8", (2,)),  # hash of the texts, and of what is learned of them
+    ("key", "<u8", (2,)),  # hash of the texts, and of the learned turns
     ("conversations", "<u4"), ("examples", "<u4"), ("unknown", "<u4"),  # how many of each it has
     ("rejected", "<u4"),  # lines of the part's rejected.jsonl before it
     ("line", "<u8"), ("file", "<u4"),  # its place: line, and number of the file
@@ -36,7 +36,7 @@ class PartWriter(CacheWriter):
     """Writes the files of a part's records, and a row for each record that is used.
 
     Args:
-        files: of the data, by whose numbers the rows name them.
+        files: of the data; the rows contain their numbers.
     """
 
     def __init__(self, folder: Path, num_rows: int, rejects_duplicates: bool, files: list[Path]) -> None:
@@ -80,11 +80,7 @@ def write_part_manifest(folder: Path, inputs: dict[str, Any], datasets: dict[str
 
 
 def read_part_manifest(folder: Path) -> dict[str, Any]:
-    """Read part.json.
-
-    Raises:
-        DataError: it is broken, or of another format version.
-    """
+    """Read part.json."""
     path = folder / PART_MANIFEST_FILE
     try:
         manifest = parse_json_object(path.read_bytes())

@@ -44,7 +44,7 @@ class Parts:
 
     Args:
         cache: the folder of the cache.
-        sources: what each dataset is made from, by name; those that are token caches already have no parts.
+        sources: by the names of the datasets; existing token caches have no parts.
     """
 
     def __init__(self, cache: Path, sources: Mapping[str, CacheSource]) -> None:
@@ -67,12 +67,7 @@ class Parts:
         return [shard for index in range(count) if (shard := Shard(index, count)) not in complete]
 
     def check(self, count: int) -> None:
-        """Check that nothing else is in the folder, and that the parts in it are of these inputs and of `count` parts.
-
-        Raises:
-            SettingsError: something else is in the way, or the inputs differ; one line for each that does.
-            DataError: a part's manifest is broken.
-        """
+        """Check that the folder contains only parts, made from these inputs, and that there are `count` of them."""
         if os.path.ismount(self._cache):  # before anything is encoded
             raise SettingsError(f"{self._cache}: a mount point can't be replaced", hint="choose a folder inside it")
         hint = "move it away, or choose another output_dir"
@@ -101,11 +96,7 @@ class Parts:
             )
 
     def write(self, shard: Shard, report: Report) -> list[dict[str, Any]]:
-        """Encode a part, unless it is complete already; return the manifest of each dataset.
-
-        Raises:
-            DataError: the data can't be read.
-        """
+        """Encode a part, unless it is complete already; return the manifest of each dataset."""
         part = self.folder / f"part-{shard.index}-of-{shard.count}"
         if is_part(part) and not _find_damage(part, list(self.sources)):
             report(Note(f"part {shard} was complete already, so it isn't encoded again"))
@@ -116,11 +107,7 @@ class Parts:
         return [manifest for manifest, _ in written.values()]
 
     def join(self, name: str, count: int, staged: Path, report: Report) -> dict[str, Any]:
-        """Write the cache of a dataset from its parts to `staged`, and return its manifest.
-
-        Raises:
-            DataError: a part is damaged, or the data can't be used.
-        """
+        """Write the cache of a dataset from its parts to `staged`, and return its manifest."""
         parts = [self.folder / f"part-{index}-of-{count}" for index in range(count)]
         for index, part in enumerate(parts):
             if damage := _find_damage(part, [name]):
@@ -147,21 +134,21 @@ class Parts:
 
 
 def _list_entries(folder: Path) -> list[Path]:
-    """List a folder; nothing if there is none, or another process deletes it at this moment."""
+    """List a folder; nothing if it doesn't exist, or another process deletes it at this moment."""
     with suppress(FileNotFoundError, NotADirectoryError):
         return list(folder.iterdir())
     return []
 
 
 def _is_own(path: Path) -> bool:
-    """Whether an entry of the folder is a part, one in progress, or one that is deleted."""
+    """Whether an entry of the folder is a part, also an unfinished one or one that is being deleted."""
     if _PART_NAME.fullmatch(path.name):
         return is_part(path) or not path.exists()
     return _TEMPORARY_NAME.fullmatch(path.name) is not None
 
 
 def _flatten(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Describe the inputs of one dataset by their names, of several with the dataset's name before them."""
+    """Name the inputs of a single dataset by their names, and of several as `dataset: name`."""
     datasets = {name: value for name, value in inputs.items() if name != "made_by"}
     flat: dict[str, Any] = {"made_by": inputs.get("made_by")}
     for name, values in datasets.items():
@@ -170,7 +157,6 @@ def _flatten(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _find_damage(part: Path, names: list[str]) -> str | None:
-    """Describe what is missing from a part, or has changed since it was written; None if nothing is."""
     try:
         datasets = read_part_manifest(part)["datasets"]
         for name in names:
@@ -186,7 +172,7 @@ def _find_damage(part: Path, names: list[str]) -> str | None:
 def _write_dataset(
     staged: Path, source: CacheSource, shard: Shard, report: Report
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Write the cache of a part's records of a dataset; return its manifest, and what that doesn't have."""
+    """Write the cache of a part's records of a dataset; return its manifest, and facts that the manifest lacks."""
     staged.mkdir()
     found: list[RecordCounts] = []
 

@@ -1,7 +1,7 @@
 """The records of one part of the data: those that begin in its share of the bytes.
 
-A file of JSON lines in UTF-8 is cut between two lines, and a part reads only its own. Of another file, each part reads
-all records up to its last one; a compressed file belongs to the part in whose share it begins.
+A file of JSON lines in UTF-8 is divided between two lines, and each part reads only its lines. Of any other file, each
+part reads all records up to the end of its range; a compressed file belongs to the part where the file begins.
 """
 
 from collections.abc import Iterator
@@ -48,7 +48,7 @@ def _select_records(path: Path, size: int, first: int, last: int, reading: Readi
     num_rows = count_rows(path) if find_data_suffix(path) == ".parquet" else None
     for record in read_records([path], reading):
         location = record.location
-        # text in another encoding may have more bytes than its file
+        # text in a different encoding may have more bytes than its file
         place = min(location.offset, size - 1) if num_rows is None else location.index * size // num_rows
         if place >= last:
             return
@@ -57,7 +57,7 @@ def _select_records(path: Path, size: int, first: int, last: int, reading: Readi
 
 
 def _read_lines(path: Path, line_end: bytes, first: int, last: int, reading: ReadingSettings) -> Iterator[RawRecord]:
-    """Yield the records of the lines whose first byte is one of these."""
+    """Yield the records of the lines that begin at these bytes."""
     start, end = (find_line_start(path, position, line_end) for position in (first, last))
     if start < end:
         reader = JsonReader(path, read_byte_range(path, start, end), reading.max_record_bytes, start)
@@ -67,7 +67,7 @@ def _read_lines(path: Path, line_end: bytes, first: int, last: int, reading: Rea
 
 
 def _count_lines(path: Path, end: int, line_end: bytes) -> tuple[int, int]:
-    """Count the lines before this byte, and those of them that aren't blank."""
+    """Count the lines before this byte, and how many of them aren't blank."""
     num_lines = num_records = 0
     chunks = read_byte_range(path, 0, end)
     rest = next(chunks, b"").removeprefix(BOM)
@@ -79,7 +79,7 @@ def _count_lines(path: Path, end: int, line_end: bytes) -> tuple[int, int]:
 
 
 def find_line_end(path: Path, reading: ReadingSettings) -> bytes | None:
-    """Return the line end of a file of JSON lines in UTF-8 that isn't compressed; None for another file."""
+    """Return the line end of a file of JSON lines in UTF-8 that isn't compressed; None for other files."""
     try:
         if find_data_suffix(path) not in JSON_SUFFIXES or is_compressed(path):
             return None
@@ -92,7 +92,7 @@ def find_line_end(path: Path, reading: ReadingSettings) -> bytes | None:
 
 
 def find_line_start(path: Path, position: int, line_end: bytes) -> int:
-    """Return the offset of the first line that begins at `position` or later; the file's size if there is none."""
+    """Return the offset of the first line that begins at `position` or later, or the file's size."""
     if position == 0:
         return 0
     offset = position - 1  # a line begins at `position` if the byte before is a line end

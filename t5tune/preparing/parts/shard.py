@@ -13,12 +13,9 @@ KUBERNETES_INDEX = "JOB_COMPLETION_INDEX"
 
 
 def find_shard(shard: str) -> Shard:
-    """Return the part that `shard` names, or for `auto` that of this process's rank, or of its task in a job array.
+    """Return the part that `shard` names; for `auto`, the part of this process's rank or of its task in a job array.
 
     If each task of a job array starts several ranks, each rank of each task has a part.
-
-    Raises:
-        SettingsError: the environment doesn't say how many parts there are, or which one is this.
     """
     if shard != AUTO:
         return parse_shard(shard)
@@ -36,9 +33,9 @@ def count_cores_of(shard: str | None) -> int:
 
 
 def count_rank_cores() -> int:
-    """Count the cores for this rank: if the ranks on its node may use the same ones, its share of them.
+    """Count the cores for this rank: its share of them, if the ranks on its node use the same cores.
 
-    srun gives each task cores of its own if it is told how many, with --cpus-per-task. torchrun and deepspeed don't.
+    With --cpus-per-task, srun gives each task its own cores. torchrun and deepspeed don't.
     """
     cores = count_cores()
     if cores_per_task := _read_count("SLURM_CPUS_PER_TASK"):
@@ -53,7 +50,7 @@ def count_rank_cores() -> int:
 
 
 def _read_count(name: str) -> int:
-    """Read a number of at least 1; 0 if the variable is missing or is something else."""
+    """Read a number of at least 1; 0 if the variable is missing or has a different value."""
     value = os.environ.get(name, "")
     return int(value) if value.isascii() and value.isdigit() else 0
 
@@ -67,11 +64,7 @@ def _read_rank() -> Shard | None:
 
 
 def _read_array_task() -> Shard | None:
-    """Read the place of this task in a SLURM job array, whose ids must be evenly spaced.
-
-    Raises:
-        SettingsError: a variable is missing or isn't a number, or ids are missing between the first and the last.
-    """
+    """Read the place of this task in a SLURM job array, whose ids must be evenly spaced."""
     if ARRAY[0] not in os.environ:
         return None
     numbers = []

@@ -354,7 +354,7 @@ def test_the_template_of_pairs_is_named_and_isnt_used_for_a_conversation(
         notes: list[Event] = []
         evaluate(EvaluateSettings(**values, output_dir=tmp_path / name), notes.append)
         texts = [event.text for event in notes if isinstance(event, Note) and "template" in event.text]
-        advice = "source/target pairs; --conversation-template chooses another"
+        advice = "source/target pairs; --conversation-template chooses a different template"
         assert texts == [f"conversation template {expected} {advice}"]
     path.write_text("".join(json.dumps(record) + "\n" for record in (pair, pair, chat)))
     with pytest.raises(DataError, match=r"data\.jsonl:3: a conversation, after 2 source/target pairs"):

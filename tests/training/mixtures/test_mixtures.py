@@ -91,7 +91,7 @@ def test_a_mixture_stopped_in_a_later_epoch_ends_with_equal_bits(
     assert checkpoint.name == f"checkpoint-{step}"
     assert on_ranks(1, "train", "--config", config).code == 0
     assert read_adapter(tmp_path / "whole") == read_adapter(tmp_path / "run")
-    problem = r"this run has already finished, with other settings:\s+data\[0\].weight: 2.0 before, 3.0 now"
+    problem = r"this run has already finished, with different settings:\s+data\[0\].weight: 2.0 before, 3.0 now"
     with pytest.raises(SettingsError, match=problem):
         train(whole.replace(data=list_datasets(data, (3, 1, 1))))
 
