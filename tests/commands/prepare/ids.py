@@ -2,14 +2,18 @@
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
 
+from t5tune.commands.prepare import PrepareResult
 from t5tune.data.caches.cache import Cache
 from t5tune.data.tokens.encoding import Example
 
+Prepared = Callable[..., tuple[PrepareResult, Cache]]
+"""A function that prepares records or a data file and opens the cache."""
 SYSTEM = (
     "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, "
     "detailed, and polite answers to the human's questions."

@@ -1,19 +1,17 @@
 """Tokens that are added to a vocabulary, and ByT5, which needs none."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer, ByT5Tokenizer
 
-from t5tune.commands.prepare import PrepareResult
-from t5tune.data.caches.cache import Cache
 from t5tune.errors import ModelError
 from t5tune.planning.known_configs import KNOWN_CONFIGS
 from tests.commands.prepare.ids import (
     ANSWERS,
     FASTCHAT_CHARACTERS,
+    Prepared,
     decode,
     encode,
     fastchat_ids,
@@ -23,9 +21,7 @@ from tests.commands.prepare.ids import (
 )
 
 
-def test_fastchats_tokens_give_fastchats_ids(
-    prepared: Callable[..., tuple[PrepareResult, Cache]], untied_base: Path
-) -> None:
+def test_fastchats_tokens_give_fastchats_ids(prepared: Prepared, untied_base: Path) -> None:
     plain = AutoTokenizer.from_pretrained(str(untied_base))
     result, cache = prepared(*[record("Say  it.", answer) for answer in ANSWERS], add_tokens="fastchat")
     assert result.added_tokens == 10
@@ -35,16 +31,14 @@ def test_fastchats_tokens_give_fastchats_ids(
         assert joined == fastchat_ids(plain, fastchat_text(["Say  it.", answer]))
 
 
-def test_fastchats_tokens_decode_to_the_original_text(prepared: Callable[..., tuple[PrepareResult, Cache]]) -> None:
+def test_fastchats_tokens_decode_to_the_original_text(prepared: Prepared) -> None:
     answers = [answer for answer in ANSWERS if "~" not in answer]
     _, cache = prepared(*[record("Say it.", answer) for answer in answers], add_tokens="fastchat")
     tokenizer = load_tokenizer_of(cache)
     assert [decode(tokenizer, example.target_T) for example in cache] == [answer + "\n" for answer in answers]
 
 
-def test_without_added_tokens_the_ids_are_those_of_the_base(
-    prepared: Callable[..., tuple[PrepareResult, Cache]], untied_base: Path
-) -> None:
+def test_without_added_tokens_the_ids_are_those_of_the_base(prepared: Prepared, untied_base: Path) -> None:
     plain = AutoTokenizer.from_pretrained(str(untied_base))
     result, cache = prepared(record("Hi there", "Yes, two eggs"), add_tokens="none")
     assert result.added_tokens == 0
@@ -52,9 +46,7 @@ def test_without_added_tokens_the_ids_are_those_of_the_base(
     assert joined == encode(plain, fastchat_text(["Hi there", "Yes, two eggs"]))
 
 
-def test_the_users_own_tokens_take_the_first_unused_rows(
-    prepared: Callable[..., tuple[PrepareResult, Cache]], untied_base: Path
-) -> None:
+def test_the_users_own_tokens_take_the_first_unused_rows(prepared: Prepared, untied_base: Path) -> None:
     plain = AutoTokenizer.from_pretrained(str(untied_base))
     _, cache = prepared(record("Hi", "a =>b => c\n"), add_tokens=["=>", "<think>"])
     tokenizer = load_tokenizer_of(cache)
@@ -66,9 +58,7 @@ def test_the_users_own_tokens_take_the_first_unused_rows(
     assert decode(load_tokenizer_of(cache), cache[0].target_T) == "a =>b => c\n\n"
 
 
-def test_more_added_tokens_than_unused_rows_are_refused(
-    prepared: Callable[..., tuple[PrepareResult, Cache]], tmp_path: Path
-) -> None:
+def test_more_added_tokens_than_unused_rows_are_refused(prepared: Prepared, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"add_tokens: .* 39 unused rows"):
         prepared(record("Hi", "Yes"), add_tokens=[f"@{number}@" for number in range(40)])
     assert not (tmp_path / "cache").exists()
@@ -82,9 +72,7 @@ def byt5(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_byt5_gets_no_added_tokens_and_decodes_to_the_original_text(
-    prepared: Callable[..., tuple[PrepareResult, Cache]], byt5: Path
-) -> None:
+def test_byt5_gets_no_added_tokens_and_decodes_to_the_original_text(prepared: Prepared, byt5: Path) -> None:
     answers = [*ANSWERS, "ü – 한글 😀 ½", "</s><pad>"]
     result, cache = prepared(*[record("Say it.", answer) for answer in answers], base=byt5)
     assert result.added_tokens == 0
@@ -98,9 +86,7 @@ def test_byt5_gets_no_added_tokens_and_decodes_to_the_original_text(
         assert source == [byte + 3 for byte in (fastchat_text(["Say it."]) + "### Assistant: ").encode()]
 
 
-def test_byt5_with_the_plain_template_decodes_to_the_original_text(
-    prepared: Callable[..., tuple[PrepareResult, Cache]], byt5: Path
-) -> None:
+def test_byt5_with_the_plain_template_decodes_to_the_original_text(prepared: Prepared, byt5: Path) -> None:
     _, cache = prepared(*[record("How many?", answer) for answer in ANSWERS], base=byt5, conversation_template="plain")
     for example, answer in zip(cache, ANSWERS, strict=True):
         assert example.source_S.tolist() == [*(byte + 3 for byte in b"How many?"), 1]

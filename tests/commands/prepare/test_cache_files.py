@@ -1,22 +1,17 @@
 """The files of a token cache: when they are written again, and what is refused."""
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from t5tune.commands.prepare import PrepareResult
-from t5tune.data.caches.cache import Cache
 from t5tune.errors import DataError
-from tests.commands.prepare.ids import decode, load_tokenizer_of, record
+from tests.commands.prepare.ids import Prepared, decode, load_tokenizer_of, record
 from tests.support.caches import find_cache, open_only
 
 
-def test_a_failed_prepare_does_not_change_the_old_cache(
-    prepared: Callable[..., tuple[PrepareResult, Cache]], tmp_path: Path
-) -> None:
+def test_a_failed_prepare_does_not_change_the_old_cache(prepared: Prepared, tmp_path: Path) -> None:
     result, _ = prepared(record("Hi", "Yes"))
     before = bytes_of(result.cache)
     with pytest.raises(DataError):
@@ -29,9 +24,7 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_the_same_inputs_give_the_same_bytes(
-    prepared: Callable[..., tuple[PrepareResult, Cache]], tmp_path: Path, conversations: Path
-) -> None:
+def test_the_same_inputs_give_the_same_bytes(prepared: Prepared, tmp_path: Path, conversations: Path) -> None:
     first, _ = prepared(data=conversations, output_dir=tmp_path / "a")
     second, _ = prepared(data=conversations, output_dir=tmp_path / "b")
     assert not first.up_to_date
@@ -40,9 +33,7 @@ def test_the_same_inputs_give_the_same_bytes(
     assert len(bytes_of(tmp_path / "a")) >= 6
 
 
-def test_an_up_to_date_cache_is_not_rewritten(
-    prepared: Callable[..., tuple[PrepareResult, Cache]], conversations: Path
-) -> None:
+def test_an_up_to_date_cache_is_not_rewritten(prepared: Prepared, conversations: Path) -> None:
     first, _ = prepared(data=conversations)
     times = {path: path.stat().st_mtime_ns for path in first.cache.rglob("*")}
     again, _ = prepared(data=conversations)
@@ -52,7 +43,7 @@ def test_an_up_to_date_cache_is_not_rewritten(
 
 
 def test_a_flipped_byte_is_reported_with_the_file_name_and_repaired_by_prepare(
-    prepared: Callable[..., tuple[PrepareResult, Cache]], conversations: Path
+    prepared: Prepared, conversations: Path
 ) -> None:
     result, _ = prepared(data=conversations)
     good = bytes_of(result.cache)
@@ -68,9 +59,7 @@ def test_a_flipped_byte_is_reported_with_the_file_name_and_repaired_by_prepare(
     assert bytes_of(result.cache) == good
 
 
-def test_a_missing_file_is_reported_with_its_name(
-    prepared: Callable[..., tuple[PrepareResult, Cache]], conversations: Path
-) -> None:
+def test_a_missing_file_is_reported_with_its_name(prepared: Prepared, conversations: Path) -> None:
     result, _ = prepared(data=conversations)
     (find_cache(result.cache) / "examples.bin").unlink()
     with pytest.raises(DataError, match=r"examples\.bin: missing"):
@@ -87,9 +76,7 @@ def test_a_missing_file_is_reported_with_its_name(
     ],
     ids=str,
 )
-def test_other_settings_rebuild_the_cache(
-    prepared: Callable[..., tuple[PrepareResult, Cache]], conversations: Path, change: dict[str, Any]
-) -> None:
+def test_other_settings_rebuild_the_cache(prepared: Prepared, conversations: Path, change: dict[str, Any]) -> None:
     first, _ = prepared(data=conversations)
     before = bytes_of(first.cache)
     again, _ = prepared(data=conversations, **change)
@@ -98,16 +85,14 @@ def test_other_settings_rebuild_the_cache(
     assert prepared(data=conversations, **change)[0].up_to_date
 
 
-def test_other_data_rebuilds_the_cache(prepared: Callable[..., tuple[PrepareResult, Cache]]) -> None:
+def test_other_data_rebuilds_the_cache(prepared: Prepared) -> None:
     prepared(record("Hi", "Yes"))
     result, cache = prepared(record("Hi", "No"))
     assert not result.up_to_date
     assert decode(load_tokenizer_of(cache), cache[0].target_T) == "No\n"
 
 
-def test_a_folder_with_other_content_is_refused_and_not_changed(
-    prepared: Callable[..., tuple[PrepareResult, Cache]], tmp_path: Path
-) -> None:
+def test_a_folder_with_other_content_is_refused_and_not_changed(prepared: Prepared, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("Dear Mira")
     (tmp_path / "file").write_text("Dear Mira")

@@ -1,7 +1,6 @@
 """The ids of the pieces of a text are those of the whole text, for any text."""
 
 import functools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,6 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from t5tune.commands.prepare import PrepareResult
-from t5tune.data.caches.cache import Cache
 from t5tune.data.reading.formats import Conversation, Turn
 from t5tune.data.reading.rejections import RecordLocation
 from t5tune.data.tokens.encoders import make_encoder
@@ -22,6 +19,7 @@ from t5tune.data.tokens.tokenizer import load_tokenizer, save_tokenizer
 from t5tune.data.tokens.vocabulary import extend_tokenizer
 from tests.commands.prepare.ids import (
     ANSWERS,
+    Prepared,
     encode,
     fastchat_ids,
     fastchat_text,
@@ -32,9 +30,7 @@ from tests.commands.prepare.ids import (
 from tests.support.paths import REPOSITORY, SHARED
 
 
-def test_concatenated_source_and_target_have_the_ids_of_the_whole_text(
-    prepared: Callable[..., tuple[PrepareResult, Cache]],
-) -> None:
+def test_concatenated_source_and_target_have_the_ids_of_the_whole_text(prepared: Prepared) -> None:
     _, cache = prepared(*[record("Say it.", answer) for answer in ANSWERS])
     tokenizer = load_tokenizer_of(cache)
     for example, answer in zip(cache, ANSWERS, strict=True):

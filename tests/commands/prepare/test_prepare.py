@@ -1,7 +1,6 @@
 """prepare: the ids of the token cache, truncation, rejected records, added tokens, templates, and reproducibility."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,21 +8,17 @@ import numpy as np
 import pytest
 import yaml
 
-from t5tune.commands.prepare import PrepareResult
-from t5tune.data.caches.cache import Cache
 from t5tune.data.caches.prepared import open_examples
 from t5tune.errors import DataError
 from t5tune.settings import PrepareSettings
-from tests.commands.prepare.ids import ANSWERS, decode, fastchat_text, load_tokenizer_of, record, write_lines
+from tests.commands.prepare.ids import ANSWERS, Prepared, decode, fastchat_text, load_tokenizer_of, record, write_lines
 from tests.support.caches import find_cache, prepare_for_run
 from tests.support.paths import REPOSITORY
 
 SPECIAL_TOKENS = ["</s>", "<pad>", "<unk>", "<extra_id_3>"]
 
 
-def test_each_assistant_turn_is_an_example_whose_source_is_all_the_text_before_it(
-    prepared: Callable[..., tuple[PrepareResult, Cache]],
-) -> None:
+def test_each_assistant_turn_is_an_example_whose_source_is_all_the_text_before_it(prepared: Prepared) -> None:
     texts = ["Hello.", "Hi,\nwho is it?", "Mira.", "{a: 1}"]
     result, cache = prepared(record(*texts))
     assert (result.conversations, result.examples, len(cache)) == (1, 2, 2)
@@ -38,9 +33,7 @@ def test_each_assistant_turn_is_an_example_whose_source_is_all_the_text_before_i
     assert result.target_tokens == sum(len(example.target_T) for example in cache)
 
 
-def test_a_records_system_message_replaces_that_of_the_template(
-    prepared: Callable[..., tuple[PrepareResult, Cache]],
-) -> None:
+def test_a_records_system_message_replaces_that_of_the_template(prepared: Prepared) -> None:
     said_as_turn = record("Hi", "Yes")
     said_as_turn["conversations"].insert(0, {"from": "system", "value": "Be brief."})
     _, cache = prepared(record("Hi", "Yes", system="Be brief."), said_as_turn)
@@ -48,23 +41,16 @@ def test_a_records_system_message_replaces_that_of_the_template(
         assert decode(load_tokenizer_of(cache), example.source_S) == "Be brief.\n\n### Human: Hi\n### Assistant:"
 
 
-def test_targets_decode_to_the_original_assistant_turns(prepared: Callable[..., tuple[PrepareResult, Cache]]) -> None:
-    result, cache = prepared(*[record("Say it.", answer) for answer in ANSWERS])
+def test_sources_and_targets_decode_to_the_original_turns(prepared: Prepared) -> None:
+    result, cache = prepared(*[record(text, text) for text in ANSWERS])
     tokenizer = load_tokenizer_of(cache)
-    assert [decode(tokenizer, example.target_T) for example in cache] == [answer + "\n" for answer in ANSWERS]
+    assert [decode(tokenizer, example.target_T) for example in cache] == [text + "\n" for text in ANSWERS]
+    sources = [fastchat_text([text]) + "### Assistant:" for text in ANSWERS]
+    assert [decode(tokenizer, example.source_S) for example in cache] == sources
     assert result.unknown_tokens == 0
 
 
-def test_sources_decode_to_the_original_human_turns(prepared: Callable[..., tuple[PrepareResult, Cache]]) -> None:
-    _, cache = prepared(*[record(text, "Yes") for text in ANSWERS])
-    tokenizer = load_tokenizer_of(cache)
-    for example, text in zip(cache, ANSWERS, strict=True):
-        assert decode(tokenizer, example.source_S) == fastchat_text([text]) + "### Assistant:"
-
-
-def test_the_plain_template_has_the_human_turn_as_source_and_the_assistant_turn_as_target(
-    prepared: Callable[..., tuple[PrepareResult, Cache]],
-) -> None:
+def test_the_plain_template_has_the_human_turn_as_source_and_the_assistant_turn_as_target(prepared: Prepared) -> None:
     _, cache = prepared(record("How many?", "Two  eggs"), conversation_template="plain")
     tokenizer = load_tokenizer_of(cache)
     assert decode(tokenizer, cache[0].source_S) == "How many?"
@@ -72,9 +58,7 @@ def test_the_plain_template_has_the_human_turn_as_source_and_the_assistant_turn_
 
 
 @pytest.mark.parametrize("add_tokens", ["auto", "none"])
-def test_text_of_the_data_never_becomes_a_special_token_in_the_cache(
-    prepared: Callable[..., tuple[PrepareResult, Cache]], add_tokens: str
-) -> None:
+def test_text_of_the_data_never_becomes_a_special_token_in_the_cache(prepared: Prepared, add_tokens: str) -> None:
     records = [record(f"what is {token}", f"it is {token}") for token in SPECIAL_TOKENS]
     _, cache = prepared(*records, add_tokens=add_tokens)
     tokenizer = load_tokenizer_of(cache)
@@ -84,7 +68,7 @@ def test_text_of_the_data_never_becomes_a_special_token_in_the_cache(
         assert not special_ids & set(example.target_T[:-1].tolist())
 
 
-def test_all_role_names_are_known(prepared: Callable[..., tuple[PrepareResult, Cache]]) -> None:
+def test_all_role_names_are_known(prepared: Prepared) -> None:
     humans, assistants = ["human", "user", "Human ", "tool"], ["gpt", "assistant", "GPT", "chatgpt"]
     records = [
         {"conversations": [{"from": human, "value": "Hi"}, {"from": assistant, "value": "Yes"}]}
@@ -95,9 +79,7 @@ def test_all_role_names_are_known(prepared: Callable[..., tuple[PrepareResult, C
     assert len({tuple(example.source_S) for example in cache}) == 1
 
 
-def test_a_leading_assistant_turn_and_a_trailing_human_turn_are_left_out(
-    prepared: Callable[..., tuple[PrepareResult, Cache]],
-) -> None:
+def test_a_leading_assistant_turn_and_a_trailing_human_turn_are_left_out(prepared: Prepared) -> None:
     leading = {"conversations": [{"from": "gpt", "value": "I begin"}, *record("Hi", "Yes")["conversations"]]}
     result, cache = prepared(leading, record("Hi", "Yes", "And?"))
     assert (result.conversations, result.examples, result.rejected) == (2, 2, 0)
@@ -107,9 +89,7 @@ def test_a_leading_assistant_turn_and_a_trailing_human_turn_are_left_out(
 
 
 @pytest.mark.parametrize("suffix", ["\n", " <end>\n"])
-def test_a_blank_assistant_turn_is_context_but_not_a_target(
-    suffix: str, prepared: Callable[..., tuple[PrepareResult, Cache]], tmp_path: Path
-) -> None:
+def test_a_blank_assistant_turn_is_context_but_not_a_target(suffix: str, prepared: Prepared, tmp_path: Path) -> None:
     template = yaml.safe_load((REPOSITORY / "templates" / "conversations" / "fastchat-t5.yaml").read_text())
     (tmp_path / "own.yaml").write_text(json.dumps(template | {"assistant": "{text}" + suffix}))
     result, cache = prepared(record("Hi", " \n", "Well?", "Yes"), conversation_template=str(tmp_path / "own.yaml"))
@@ -118,7 +98,7 @@ def test_a_blank_assistant_turn_is_context_but_not_a_target(
     assert decode(load_tokenizer_of(cache), cache[0].source_S) == expected
 
 
-def test_carriage_returns_become_newlines(prepared: Callable[..., tuple[PrepareResult, Cache]]) -> None:
+def test_carriage_returns_become_newlines(prepared: Prepared) -> None:
     _, cache = prepared(record("Hi", "a\r\nb\rc"))
     assert decode(load_tokenizer_of(cache), cache[0].target_T) == "a\nb\nc\n"
 
@@ -155,7 +135,7 @@ UNUSABLE = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("bad", "reason"), UNUSABLE)
 def test_an_unusable_record_is_written_in_full_with_its_location_and_reason(
-    prepared: Callable[..., tuple[PrepareResult, Cache]], tmp_path: Path, bad: Any, reason: str
+    prepared: Prepared, tmp_path: Path, bad: Any, reason: str
 ) -> None:
     result, cache = prepared(record("Hi", "Yes"), bad, record("Hi", "No"))
     assert (result.conversations, result.rejected, result.examples) == (2, 1, 2)
@@ -169,9 +149,7 @@ def test_an_unusable_record_is_written_in_full_with_its_location_and_reason(
     assert cache.manifest["rejected_by_reason"] == {reason: 1}
 
 
-def test_a_line_that_is_not_json_is_rejected_and_the_others_are_used(
-    prepared: Callable[..., tuple[PrepareResult, Cache]], tmp_path: Path
-) -> None:
+def test_a_line_that_is_not_json_is_rejected_and_the_others_are_used(prepared: Prepared, tmp_path: Path) -> None:
     good = json.dumps(record("Hi", "Yes"))
     data = tmp_path / "data.jsonl"
     data.write_text(f"{good}\n\n{good[:-5]}\n{good}\n", encoding="utf-8")
@@ -181,9 +159,7 @@ def test_a_line_that_is_not_json_is_rejected_and_the_others_are_used(
     assert (rejected["line"], rejected["reason"], rejected["record"]) == (3, "not_json", good[:-5])
 
 
-def test_an_array_lines_and_a_single_object_give_the_same_examples(
-    prepared: Callable[..., tuple[PrepareResult, Cache]], tmp_path: Path
-) -> None:
+def test_an_array_lines_and_a_single_object_give_the_same_examples(prepared: Prepared, tmp_path: Path) -> None:
     one = record("Hi", "Yes")
     forms = {
         "array.json": json.dumps([one], indent=1),
@@ -202,9 +178,7 @@ def test_an_array_lines_and_a_single_object_give_the_same_examples(
         assert decode(load_tokenizer_of(cache), cache[0].target_T) == "Yes\n"
 
 
-def test_a_folder_means_the_data_files_in_it(
-    prepared: Callable[..., tuple[PrepareResult, Cache]], tmp_path: Path
-) -> None:
+def test_a_folder_means_the_data_files_in_it(prepared: Prepared, tmp_path: Path) -> None:
     write_lines(tmp_path / "many" / "b.jsonl", record("Hi", "second"))
     write_lines(tmp_path / "many" / "a.jsonl", record("Hi", "first"))
     (tmp_path / "many" / "notes.txt").write_text("none of this")
@@ -231,16 +205,7 @@ def test_messages_name_the_setting_that_the_data_comes_from(tmp_path: Path, unti
         prepare_for_run(PrepareSettings(**values, max_rejected_fraction=0.4), **origin)
 
 
-def test_num_data_keeps_the_first_examples(prepared: Callable[..., tuple[PrepareResult, Cache]]) -> None:
-    result, cache = prepared(*[record("Hi", f"a {n}", "And?", f"b {n}") for n in range(4)], num_data=3)
-    assert (result.examples, len(cache)) == (3, 3)
-    assert [decode(load_tokenizer_of(cache), example.target_T) for example in cache] == ["a 0\n", "b 0\n", "a 1\n"]
-    assert prepared(record("Hi", "Yes"), num_data=99)[0].examples == 1
-
-
-def test_a_split_does_not_divide_conversations(
-    prepared: Callable[..., tuple[PrepareResult, Cache]], tmp_path: Path
-) -> None:
+def test_a_split_does_not_divide_conversations(prepared: Prepared, tmp_path: Path) -> None:
     _, cache = prepared(*[record("Hi", f"{n}", "And?", f"{n}", "And?", f"{n}") for n in range(20)])
     tokenizer = load_tokenizer_of(cache)
     examples = open_examples(tmp_path / "cache")
@@ -257,17 +222,13 @@ def test_a_split_does_not_divide_conversations(
     assert len(others) > 1
 
 
-def test_a_split_of_too_few_conversations_is_refused(
-    prepared: Callable[..., tuple[PrepareResult, Cache]], tmp_path: Path
-) -> None:
+def test_a_split_of_too_few_conversations_is_refused(prepared: Prepared, tmp_path: Path) -> None:
     prepared(record("Hi", "Yes", "And?", "No"))
     with pytest.raises(DataError, match="eval_fraction"):
         open_examples(tmp_path / "cache").split(0.5, split_seed=7)
 
 
-def test_lengths_equal_those_of_the_examples(
-    prepared: Callable[..., tuple[PrepareResult, Cache]], conversations: Path
-) -> None:
+def test_lengths_equal_those_of_the_examples(prepared: Prepared, conversations: Path) -> None:
     _, cache = prepared(data=conversations, model_max_length=100)
     sources, targets = cache.read_lengths()
     assert sources.tolist() == [len(example.source_S) for example in cache]
@@ -285,7 +246,7 @@ TEMPLATE = {
 }
 
 
-def test_a_users_own_template_is_used(prepared: Callable[..., tuple[PrepareResult, Cache]], tmp_path: Path) -> None:
+def test_a_users_own_template_is_used(prepared: Prepared, tmp_path: Path) -> None:
     template = tmp_path / "mine.yaml"
     template.write_text(yaml.safe_dump(TEMPLATE))
     _, cache = prepared(record("Hi", "Yes"), conversation_template=str(template))

@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from t5tune.commands.prepare import PrepareResult
-from t5tune.data.caches.cache import Cache
 from tests.commands.prepare.ids import (
     ANSWERS,
+    Prepared,
     decode,
     encode,
     fastchat_ids,
@@ -33,7 +32,7 @@ def flan(shared: Callable[[str], Path], tmp_path: Path) -> Path:
 
 
 def test_fastchats_example_data_gives_a_thousand_correct_examples(
-    prepared: Callable[..., tuple[PrepareResult, Cache]], shared: Callable[[str], Path], flan: Path
+    prepared: Prepared, shared: Callable[[str], Path], flan: Path
 ) -> None:
     data = shared("data/conversations/fastchat_dummy_conversation.json")
     result, cache = prepared(data=data, base=flan)
@@ -55,9 +54,7 @@ def test_fastchats_example_data_gives_a_thousand_correct_examples(
 
 
 @pytest.mark.slow
-def test_the_real_tokenizer_decodes_code_unchanged(
-    prepared: Callable[..., tuple[PrepareResult, Cache]], flan: Path
-) -> None:
+def test_the_real_tokenizer_decodes_code_unchanged(prepared: Prepared, flan: Path) -> None:
     result, cache = prepared(*[record("Say it.", answer) for answer in ANSWERS], base=flan)
     tokenizer = load_tokenizer_of(cache)
     assert [decode(tokenizer, example.target_T) for example in cache] == [answer + "\n" for answer in ANSWERS]
@@ -67,7 +64,7 @@ def test_the_real_tokenizer_decodes_code_unchanged(
 
 
 def test_fastchats_tokens_on_the_real_tokenizer_give_fastchats_ids(
-    prepared: Callable[..., tuple[PrepareResult, Cache]], shared: Callable[[str], Path], flan: Path
+    prepared: Prepared, shared: Callable[[str], Path], flan: Path
 ) -> None:
     plain = AutoTokenizer.from_pretrained(str(flan))
     records = json.loads(shared("data/conversations/fastchat_dummy_conversation.json").read_text())[:100]
@@ -84,7 +81,7 @@ def test_fastchats_tokens_on_the_real_tokenizer_give_fastchats_ids(
 
 @pytest.mark.slow
 def test_every_record_of_hh_helpful_is_either_used_or_rejected(
-    prepared: Callable[..., tuple[PrepareResult, Cache]], shared: Callable[[str], Path], flan: Path
+    prepared: Prepared, shared: Callable[[str], Path], flan: Path
 ) -> None:
     result, cache = prepared(data=shared("data/conversations/hh_helpful.sharegpt.json"), base=flan)
     assert result.conversations + result.rejected == 2354

@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,38 +18,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from t5tune.commands.prepare import PrepareResult, prepare
+from t5tune.commands.prepare import prepare
 from t5tune.data.caches.cache import Cache
 from t5tune.data.caches.prepared import open_examples
 from t5tune.data.tokens.encoders import Beginning, Encoder, make_encoder
 from t5tune.data.tokens.tokenizer import load_tokenizer, save_tokenizer
 from t5tune.data.tokens.vocabulary import extend_tokenizer
 from t5tune.errors import DataError, DependencyError, ModelError
-from t5tune.progress import Event, Note, Report, silent
+from t5tune.progress import Event, Note
 from t5tune.settings import PrepareSettings
+from tests.commands.prepare.ids import Prepared, record
 from tests.support.caches import find_cache, open_only
 from tests.support.forks import ForkServer
 from tests.support.paths import REPOSITORY
 from tests.support.prose import english_text
 
 
-def record(*texts: str, **more: Any) -> dict[str, Any]:
-    turns = [{"from": ("human", "gpt")[index % 2], "value": text} for index, text in enumerate(texts)]
-    return {"conversations": turns, **more}
-
-
 @pytest.fixture
-def prepared(tmp_path: Path) -> Callable[..., tuple[PrepareResult, Cache]]:
-    """Return a function that prepares records with the pocket tokenizer and opens the cache."""
-
-    def run(*records: Any, report: Report = silent, **more: Any) -> tuple[PrepareResult, Cache]:
-        data = tmp_path / "data.jsonl"
-        data.write_text("".join(json.dumps(item) + "\n" for item in records), encoding="utf-8")
-        values = {"model_name_or_path": "pocket", "data_path": str(data), "output_dir": tmp_path / "cache", **more}
-        result = prepare(PrepareSettings(**values), report)
-        return result, open_only(result.cache)
-
-    return run
+def prepared(prepared: Prepared) -> Prepared:
+    return partial(prepared, base=Path("pocket"))
 
 
 def decode_targets(cache: Cache) -> list[str]:
@@ -60,7 +47,7 @@ def decode_targets(cache: Cache) -> list[str]:
 # ---------------------------------------------------------------- selection
 
 
-def test_train_on_last_keeps_only_the_last_target(prepared: Callable[..., tuple[PrepareResult, Cache]]) -> None:
+def test_train_on_last_keeps_only_the_last_target(prepared: Prepared) -> None:
     records = [record("Hi", "a", "And?", "b"), record("Hi", "c")]
     assert decode_targets(prepared(*records)[1]) == ["a", "b", "c"]
     _, cache = prepared(*records, train_on="last")
@@ -68,9 +55,7 @@ def test_train_on_last_keeps_only_the_last_target(prepared: Callable[..., tuple[
     assert "a" in load_tokenizer(cache.tokenizer_folder).decode(cache[0].source_S.tolist())
 
 
-def test_min_target_tokens_leaves_out_short_targets_and_counts_them(
-    prepared: Callable[..., tuple[PrepareResult, Cache]],
-) -> None:
+def test_min_target_tokens_leaves_out_short_targets_and_counts_them(prepared: Prepared) -> None:
     records = [record("Hi", "Yes"), record("Hi", "Yes, the lamp is on the table")]
     assert prepared(*records)[0].examples == 2
     result, cache = prepared(*records, min_target_tokens=6)
@@ -79,9 +64,7 @@ def test_min_target_tokens_leaves_out_short_targets_and_counts_them(
     assert cache.manifest["dropped"] == {"short_targets": 1}
 
 
-def test_drop_truncated_targets_leaves_out_targets_that_are_too_long(
-    prepared: Callable[..., tuple[PrepareResult, Cache]],
-) -> None:
+def test_drop_truncated_targets_leaves_out_targets_that_are_too_long(prepared: Prepared) -> None:
     records = [record("Hi", "lamp " * 60), record("Hi", "Yes")]
     assert prepared(*records, model_max_length=32)[0].truncated_targets == 1
     result, cache = prepared(*records, model_max_length=32, drop_truncated_targets=True)
@@ -89,9 +72,7 @@ def test_drop_truncated_targets_leaves_out_targets_that_are_too_long(
     assert cache.manifest["dropped"] == {"truncated_targets": 1}
 
 
-def test_dedupe_rejects_conversations_with_the_same_texts(
-    prepared: Callable[..., tuple[PrepareResult, Cache]],
-) -> None:
+def test_dedupe_rejects_conversations_with_the_same_texts(prepared: Prepared) -> None:
     records = [record("Hi", "a", id=1), record("Hi", "b"), record("Hi", "a", id=2), record("Hi", "a", "And?", "b")]
     assert prepared(*records)[0].rejected == 0
     result, cache = prepared(*records, dedupe="exact")
@@ -121,17 +102,13 @@ def test_a_conversation_is_no_duplicate_of_one_whose_other_answers_are_learned(t
     assert keys[0] == keys[1] != keys[2]
 
 
-def test_an_answer_that_begins_with_the_prefix_is_no_duplicate_of_the_one_without_it(
-    prepared: Callable[..., tuple[PrepareResult, Cache]],
-) -> None:
+def test_an_answer_that_begins_with_the_prefix_is_no_duplicate_of_the_one_without_it(prepared: Prepared) -> None:
     records = [{"source": "a", "target": target} for target in ("Q: b", "b", "Q: b")]
     result, cache = prepared(*records, dedupe="exact", source_prefix="Q: ")
     assert (decode_targets(cache), result.rejected) == (["Q: b", "b"], 1)
 
 
-def test_split_long_splits_a_conversation_into_parts_that_fit(
-    prepared: Callable[..., tuple[PrepareResult, Cache]],
-) -> None:
+def test_split_long_splits_a_conversation_into_parts_that_fit(prepared: Prepared) -> None:
     texts = [f"{'lamp ' * 10}{number}" for number in range(16)]
     long = record(*texts, system="Be brief.")
     result, cache = prepared(long, record("Hi", "Yes"), model_max_length=100, split_long=True)
@@ -152,17 +129,13 @@ def test_split_long_splits_a_conversation_into_parts_that_fit(
     assert whole.examples == 8
 
 
-def test_positions_are_correct_beyond_65535_tokens(
-    prepared: Callable[..., tuple[PrepareResult, Cache]],
-) -> None:
+def test_positions_are_correct_beyond_65535_tokens(prepared: Prepared) -> None:
     _, cache = prepared(record("Hi", "Yes"), record("Hi", "a", "lamp " * 70_000 + "here", "b", "And?", "c"))
     assert decode_targets(cache) == ["Yes", "a", "b", "c"]
     assert load_tokenizer(cache.tokenizer_folder).decode(cache[2].source_S.tolist()).endswith("here Assistant:</s>")
 
 
-def test_too_many_rejected_records_stop_prepare(
-    prepared: Callable[..., tuple[PrepareResult, Cache]], tmp_path: Path
-) -> None:
+def test_too_many_rejected_records_stop_prepare(prepared: Prepared, tmp_path: Path) -> None:
     records = [record("Hi", "Yes")] * 3 + [{"text": 1}]
     assert prepared(*records, max_rejected_fraction=0.25)[0].rejected == 1
     with pytest.raises(DataError, match=r"1 of 4 records rejected \(unknown format: 1\)") as caught:
@@ -171,15 +144,13 @@ def test_too_many_rejected_records_stop_prepare(
     assert not (tmp_path / "other").exists()
 
 
-def test_num_data_reads_only_as_many_records_as_needed(prepared: Callable[..., tuple[PrepareResult, Cache]]) -> None:
+def test_num_data_reads_only_as_many_records_as_needed(prepared: Prepared) -> None:
     result, cache = prepared(*[record("Hi", f"{n}", "And?", f"{n}") for n in range(50)], {"text": 1}, num_data=5)
     assert (result.examples, result.conversations, result.rejected) == (5, 3, 0)
     assert decode_targets(cache) == ["0", "0", "1", "1", "2"]
 
 
-def test_the_cache_is_split_by_prepares_eval_fraction(
-    prepared: Callable[..., tuple[PrepareResult, Cache]], tmp_path: Path
-) -> None:
+def test_the_cache_is_split_by_prepares_eval_fraction(prepared: Prepared, tmp_path: Path) -> None:
     records = [record("Hi", f"{n % 10}", "And?", f"{n % 10}") for n in range(20)]  # each conversation twice
     _, cache = prepared(*records, eval_fraction=0.3, split_seed=3)
     training, held_out = open_examples(tmp_path / "cache").split_as_prepared()
@@ -199,9 +170,7 @@ def test_the_cache_is_split_by_prepares_eval_fraction(
 # ---------------------------------------------------------------- vocabulary
 
 
-def test_the_manifest_counts_characters_that_cannot_be_encoded(
-    prepared: Callable[..., tuple[PrepareResult, Cache]],
-) -> None:
+def test_the_manifest_counts_characters_that_cannot_be_encoded(prepared: Prepared) -> None:
     records = [record("猫?", "猫 猫 ½"), record("Hi", "a 猫"), record("Hi", "Yes"), record("Hi", "tab\there")]
     _, cache = prepared(*records, add_tokens="none")
     lost = {item["text"]: item for item in cache.manifest["lost_characters"]}
@@ -212,9 +181,7 @@ def test_the_manifest_counts_characters_that_cannot_be_encoded(
     assert "猫" not in {item["text"] for item in cache.manifest["lost_characters"]}
 
 
-def test_auto_adds_the_characters_of_the_targets_and_reports_those_without_a_row(
-    prepared: Callable[..., tuple[PrepareResult, Cache]],
-) -> None:
+def test_auto_adds_the_characters_of_the_targets_and_reports_those_without_a_row(prepared: Prepared) -> None:
     _, cache = prepared(record("Hi", "猫 ≥ 3"), record("Hi", "猫"), *[record("Hi", "Yes")] * 100)
     assert {"猫", "≥", "\n", "{"} <= set(cache.added_tokens)
     assert decode_targets(cache)[0] == "猫 ≥ 3"
@@ -230,7 +197,7 @@ def test_auto_adds_the_characters_of_the_targets_and_reports_those_without_a_row
     assert set(cache.added_tokens) | set(cache.manifest["left_out_tokens"]) == {*many, *"\n\t<\\^`{}~"}
 
 
-def test_characters_of_human_turns_get_no_row(prepared: Callable[..., tuple[PrepareResult, Cache]]) -> None:
+def test_characters_of_human_turns_get_no_row(prepared: Prepared) -> None:
     _, cache = prepared(*[record("猫?", "Yes")] * 3)
     assert "猫" not in cache.added_tokens
 
@@ -363,9 +330,7 @@ def test_a_kill_at_any_moment_leaves_the_old_cache_the_new_cache_or_none(
         assert bytes_of(place / "cache") == after
 
 
-def test_folders_of_killed_processes_are_removed_and_those_in_use_are_kept(
-    prepared: Callable[..., tuple[PrepareResult, Cache]], tmp_path: Path
-) -> None:
+def test_folders_of_killed_processes_are_removed_and_those_in_use_are_kept(prepared: Prepared, tmp_path: Path) -> None:
     abandoned, used = tmp_path / ".cache.new-abandoned", tmp_path / ".cache.new-used"
     for folder in (abandoned, used):
         folder.mkdir()

@@ -1,15 +1,9 @@
 """What is cut off where a conversation is too long."""
 
-from collections.abc import Callable
-
-from t5tune.commands.prepare import PrepareResult
-from t5tune.data.caches.cache import Cache
-from tests.commands.prepare.ids import SYSTEM, decode, encode, fastchat_text, load_tokenizer_of, record
+from tests.commands.prepare.ids import SYSTEM, Prepared, decode, encode, fastchat_text, load_tokenizer_of, record
 
 
-def test_truncation_drops_the_oldest_turns_first_and_keeps_the_system_line(
-    prepared: Callable[..., tuple[PrepareResult, Cache]],
-) -> None:
+def test_truncation_drops_the_oldest_turns_first_and_keeps_the_system_line(prepared: Prepared) -> None:
     texts = [f"{'water ' * (number % 5 + 1)}{number}" for number in range(12)]
     limit = 150
     result, cache = prepared(record(*texts, system="Be brief."), model_max_length=limit)
@@ -34,9 +28,7 @@ def test_truncation_drops_the_oldest_turns_first_and_keeps_the_system_line(
     assert result.truncated_targets == 0
 
 
-def test_a_single_human_turn_that_is_too_long_loses_its_start(
-    prepared: Callable[..., tuple[PrepareResult, Cache]],
-) -> None:
+def test_a_single_human_turn_that_is_too_long_loses_its_start(prepared: Prepared) -> None:
     question = " ".join(str(number) for number in range(200))
     result, cache = prepared(record("Hi", "Yes", question, "No", system="Be brief."), model_max_length=64)
     tokenizer = load_tokenizer_of(cache)
@@ -48,15 +40,13 @@ def test_a_single_human_turn_that_is_too_long_loses_its_start(
     assert result.truncated_sources == 1
 
 
-def test_a_system_line_that_is_too_long_leaves_room_for_the_human_turn(
-    prepared: Callable[..., tuple[PrepareResult, Cache]],
-) -> None:
+def test_a_system_line_that_is_too_long_leaves_room_for_the_human_turn(prepared: Prepared) -> None:
     _, cache = prepared(record("Where is Mira?", "Here"), model_max_length=40)
     assert len(cache[0].source_S) == 40
     assert decode(load_tokenizer_of(cache), cache[0].source_S).endswith("Mira?\n### Assistant:")
 
 
-def test_a_truncated_target_has_no_end_token(prepared: Callable[..., tuple[PrepareResult, Cache]]) -> None:
+def test_a_truncated_target_has_no_end_token(prepared: Prepared) -> None:
     answer = " ".join(str(number) for number in range(200))
     result, cache = prepared(record("Count.", answer, "Thanks", "Yes"), model_max_length=64)
     tokenizer = load_tokenizer_of(cache)
@@ -68,7 +58,7 @@ def test_a_truncated_target_has_no_end_token(prepared: Callable[..., tuple[Prepa
     assert result.truncated_targets == 1
 
 
-def test_a_target_that_just_fits_keeps_its_end_token(prepared: Callable[..., tuple[PrepareResult, Cache]]) -> None:
+def test_a_target_that_just_fits_keeps_its_end_token(prepared: Prepared) -> None:
     # in pocket's vocabulary " 1", then each further digit, and the newline are a token each
     for digits, whole in ((8, True), (32, True), (33, True), (34, False), (40, False)):
         answer = "7" * digits
@@ -79,9 +69,7 @@ def test_a_target_that_just_fits_keeps_its_end_token(prepared: Callable[..., tup
         assert result.truncated_targets == (not whole)
 
 
-def test_a_long_conversation_gives_every_target_with_its_own_source(
-    prepared: Callable[..., tuple[PrepareResult, Cache]],
-) -> None:
+def test_a_long_conversation_gives_every_target_with_its_own_source(prepared: Prepared) -> None:
     texts = [f"{'question' if number % 2 == 0 else 'answer'} {number}\n  {{{number}}}" for number in range(400)]
     result, cache = prepared(record(*texts), model_max_length=256)
     assert result.examples == 200

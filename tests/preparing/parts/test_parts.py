@@ -119,21 +119,6 @@ def test_a_duplicate_of_another_part_is_counted_and_not_listed(tmp_path: Path) -
     assert listed[1][0] in listed[0]
 
 
-@pytest.mark.parametrize("count", [None, 1, 2])
-def test_the_same_texts_are_no_duplicate_if_other_answers_are_learned(tmp_path: Path, count: int | None) -> None:
-    turns = [
-        {"role": role, "content": text}
-        for role, text in (("user", "Hi"), ("assistant", "Yes"), ("user", "And?"), ("assistant", "No"))
-    ]
-    partly = [*turns[:3], {**turns[3], "weight": 0}]
-    data = write_lines(tmp_path / "data.jsonl", [{"messages": turns}, {"messages": partly}, {"messages": turns}])
-    if count is None:
-        result = prepare(make_settings(data, tmp_path / "cache", dedupe="exact"))
-    else:
-        result = prepare_all(data, tmp_path / "cache", count, dedupe="exact")
-    assert (result.conversations, result.rejected, result.examples) == (2, 1, 3)
-
-
 def test_a_duplicate_that_is_split_is_left_out_as_a_whole(tmp_path: Path) -> None:
     """And the conversations that follow keep their ids and their examples."""
     long = {"conversations": [{"from": ("human", "gpt")[i % 2], "value": f"turn {i}"} for i in range(40)]}
@@ -262,7 +247,7 @@ def test_parts_of_other_data_or_of_another_version_are_refused_by_name(
         with pytest.raises(T5TuneError, match=r'made_by: "t5tune [\d.]+.*" before, "t5tune 99" now'):
             prepare(make_settings(data, tmp_path / "cache", shard="1/3"))
     write_lines(data, PAIRS[1:])
-    with pytest.raises(T5TuneError, match=r"data: data\.jsonl: another content now"):
+    with pytest.raises(T5TuneError, match=r"data: data\.jsonl: the content has changed"):
         prepare(make_settings(data, tmp_path / "cache", shard="1/3"))
     part = tmp_path / "cache.parts" / "part-0-of-3" / "part.json"
     part.write_text(json.dumps(json.loads(part.read_text()) | {"format": 0}))
