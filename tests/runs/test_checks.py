@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,16 +14,17 @@ from t5tune.settings import TrainSettings, packaged_templates
 from t5tune.settings.loading import load_settings
 
 
+def make_settings(folder: Path, **values: Any) -> TrainSettings:
+    return TrainSettings(model_name_or_path="pocket", data_path="pocket", output_dir=folder / "run", **values)
+
+
 def check(settings: TrainSettings) -> None:
     check_plan(make_run_plan(settings))
 
 
 @pytest.mark.parametrize("schedule", ["constant", "reduce_lr_on_plateau", "greedy"])
 def test_warmup_is_refused_with_a_schedule_that_has_none(schedule: str, tmp_path: Path) -> None:
-    settings = TrainSettings(
-        model_name_or_path="pocket", data_path="pocket", output_dir=tmp_path / "run", use_cpu=True,
-        lr_scheduler_type=schedule, eval_fraction=0.1,
-    )  # fmt: skip
+    settings = make_settings(tmp_path, use_cpu=True, lr_scheduler_type=schedule, eval_fraction=0.1)
     check(settings)
     with pytest.raises(SettingsError, match=f"0.05: lr_scheduler_type {schedule} has no warmup") as refused:
         check(settings.replace(warmup_steps=0.05))
@@ -33,10 +35,7 @@ def test_warmup_is_refused_with_a_schedule_that_has_none(schedule: str, tmp_path
 def test_an_optimizer_that_is_not_adam_is_not_replaced_by_another(tmp_path: Path) -> None:
     config = tmp_path / "own.json"
     config.write_text(json.dumps({"optimizer": {"type": "Adam"}}))
-    settings = TrainSettings(
-        model_name_or_path="pocket", data_path="pocket", output_dir=tmp_path / "run", use_cpu=True,
-        deepspeed=str(config), optim="adafactor",
-    )  # fmt: skip
+    settings = make_settings(tmp_path, use_cpu=True, deepspeed=str(config), optim="adafactor")
     with pytest.raises(SettingsError, match="optimizer: Adam; remove `optimizer`: optim adafactor, learning_rate and"):
         check(settings)
     check(settings.replace(optim="adamw_torch"))
@@ -51,8 +50,8 @@ def test_a_schedule_of_a_deepspeed_config_that_is_not_the_one_of_the_settings_is
 ) -> None:
     config = tmp_path / "own.json"
     config.write_text(json.dumps({"scheduler": {"type": scheduler}}))
-    settings = TrainSettings(
-        model_name_or_path="pocket", data_path="pocket", output_dir=tmp_path / "run", use_cpu=True,
+    settings = make_settings(
+        tmp_path, use_cpu=True,
         deepspeed=str(config), learning_rate=1e-3, lr_scheduler_type="polynomial",
     )  # fmt: skip
     check(settings)
@@ -69,8 +68,8 @@ def test_the_values_of_a_deepspeed_config_that_follow_from_several_settings_are_
     optimizer = {"lr": 1e-3, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0}
     sections = {"optimizer": {"params": optimizer}, "scheduler": {"params": schedule}, "bf16": {"enabled": True}}
     config.write_text(json.dumps({"train_batch_size": 32, **sections}))
-    settings = TrainSettings(
-        model_name_or_path="pocket", data_path="pocket", output_dir=tmp_path / "run", deepspeed=str(config),
+    settings = make_settings(
+        tmp_path, deepspeed=str(config),
         learning_rate=1e-3, warmup_steps=0.05, max_steps=100, gradient_accumulation_steps=2, num_processes=2, bf16=True,
         training_args={"adam_beta2": 0.95},
     )  # fmt: skip
