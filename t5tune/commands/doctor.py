@@ -36,7 +36,7 @@ PROBE_HINTS = {
     "training": "fix the problems above first; t5tune train --config pocket --debug shows the traceback",
 }
 NUM_PARALLEL_PROBES = 2
-TIMED_PROBE = "kernels"  # it runs alone, because it measures times on a GPU that the other probes use, too
+TIMED_PROBE = "kernels"  # it runs alone, because it measures times on a shared GPU
 REQUIRED_CHECKS = {"python", "torch", "training"}
 
 

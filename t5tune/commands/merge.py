@@ -3,7 +3,7 @@
     result = merge(MergeSettings(adapter="run", output_dir="merged"))
     result.checkpoint
 
-Streams the weights: tensors that no adapter changes are copied unchanged, and of the others only a few rows are in
+Streams the weights: tensors that no adapter changes are copied unchanged, and of changed tensors only a few rows are in
 memory at a time. W + scale · B·A is summed in fp32 and rounded once, which gives the same bits as PEFT's own merge.
 """
 

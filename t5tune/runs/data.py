@@ -34,7 +34,7 @@ def open_data(plan: RunPlan, prepared: str | None) -> tuple[Examples, Examples |
 
     Raises:
         SettingsError: eval_fraction or split_seed differs from prepare's.
-        DataError: another process has replaced the data since.
+        DataError: the data was replaced since.
     """
     data, folder = plan.data, plan.data_folder
     if is_replaced(folder, prepared):

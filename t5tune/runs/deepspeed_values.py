@@ -1,7 +1,7 @@
-"""Compare the values in a DeepSpeed config with those of the settings, which are the ones that are used.
+"""Compare the values in a DeepSpeed config with the settings, which are used instead.
 
-Files written for other tools have an optimizer and a scheduler. They are accepted if they say what the settings say,
-or leave it open ("auto"), and the settings are used in their place.
+Files written for other tools have an optimizer and a scheduler. Their values are accepted if they are "auto" or equal
+to the settings.
 """
 
 import json

@@ -1,8 +1,8 @@
 """The files that a run's report is made from: metrics.jsonl and samples.json.
 
-metrics.jsonl has a line of metrics every few steps, and a heartbeat if nothing was logged for a while. A run that is
-resumed says so, since steps after the one that it resumes from don't count any more; with other held-out examples it
-also says that, since its evaluations can't be compared with those before that line:
+metrics.jsonl has a line of metrics every few steps, and a heartbeat if nothing was logged for a while. A resumed run
+adds a line, since later steps don't count any more; and a second line if the held-out examples have changed, since
+earlier evaluations can't be compared with its own:
 
     {"step": 10, "time": "2026-01-31T12:00:00Z", "loss": 1.25, "learning_rate": 0.0001, ...}
     {"step": 10, "time": "2026-01-31T12:01:00Z", "heartbeat": true}
@@ -11,8 +11,8 @@ also says that, since its evaluations can't be compared with those before that l
 
 NaN and infinity are written as null. The file of a resumed run may contain a step twice: the later line counts.
 samples.json has the model's predictions for a few examples, before and after training. `loss` is the mean over the
-target's tokens after training, and `worst_of` the number of examples of which this one has one of the highest losses,
-null for evenly spaced ones:
+target's tokens after training. `worst_of` is the number of examples from which those with the highest losses were
+chosen; null for evenly spaced examples:
 
     [{"source": "…", "target": "…", "before": "…", "after": "…", "loss": 0.25, "worst_of": null}, …]
 """
@@ -86,8 +86,7 @@ class Metrics(list[dict[str, Any]]):
 def read_metrics(run_folder: Path | str) -> Metrics:
     """Read the metrics of each step, merged from all of its lines, in step order, without heartbeats.
 
-    Left out are steps after the one that a run resumed from, evaluations on other held-out examples than its own, and
-    lines that a kill has truncated.
+    Steps that a resumed run has repeated, evaluations on earlier held-out examples, and truncated lines are left out.
     """
     if not Path(run_folder).is_dir():
         raise SettingsError(f"{run_folder}: no such folder", hint="name a run folder")

@@ -4,7 +4,7 @@
     run_plan.steps.learning_rate
     run_plan.model.adapter                          # None: all weights are trained
 
-A part is a group of settings, in which values that follow from other settings are filled in.
+A part is a group of settings; values that follow from other settings are filled in.
 """
 
 from dataclasses import dataclass

@@ -4,8 +4,8 @@
 
 Each rank copies its own part of the weights and of the optimizer's state from the mapped shards of all ranks, and gives
 it to DeepSpeed in the form of a checkpoint of this number of ranks. Nothing is written. DeepSpeed's own way, a
-"universal" checkpoint, is a second copy of everything on disk, from which ZeRO-3 gives all parameter groups the
-hyperparameters of the first one.
+"universal" checkpoint, is a second copy of everything on disk, and ZeRO-3 gives all its parameter groups the
+hyperparameters of the first group.
 """
 
 from collections.abc import Iterator

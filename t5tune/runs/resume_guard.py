@@ -117,7 +117,7 @@ def check_run_identity(checkpoint: Path, now: dict[str, Any], plan: RunPlan) -> 
 def check_steps_per_epoch(checkpoint: Path, now: dict[str, Any]) -> None:
     """Check that epochs begin at the same steps, if nothing but the number of epochs or steps was changed.
 
-    With tokens_per_batch, all epochs of a mixture have as many steps as the longest of them.
+    With tokens_per_batch, all epochs of a mixture have the steps of the longest epoch.
     """
     then = read_run_identity(checkpoint)
     before, after = then.get(STEPS_PER_EPOCH), now[STEPS_PER_EPOCH]
