@@ -148,7 +148,7 @@ def _find_checkpoint(path: Path, report: Report) -> Path:
         if has_finished and has_file(path, ADAPTER_WEIGHTS_FILE):
             found = _find_checkpoint_of_result(path)
             if found is None:
-                report(Note(f"{path}: exporting its adapter, of which it has no complete checkpoint any more"))
+                report(Note(f"{path}: exporting the run's adapter; its checkpoint no longer exists"))
             elif found != list_checkpoints(path)[0]:
                 report(Note(f"{path}: exporting {found}, the best checkpoint, which is the run's result"))
             return found or path

@@ -305,8 +305,8 @@ def _choose_tokenizer(adapters: list[Adapter], base: Checkpoint) -> Path:
         if folder != folders[0] and (found := find_other_token(load_tokenizer(folder), load_tokenizer(folders[0]))):
             token, index = found
             raise CheckpointError(
-                f"adapter: {folder}: token {index} of its tokenizer is {token!r}, which the tokenizer of the merged "
-                f"checkpoint ({folders[0]}) lacks or has by another id",
+                f"adapter: {folder}: token {index} of its tokenizer is {token!r}, which the merged checkpoint's "
+                f"tokenizer ({folders[0]}) lacks or numbers differently",
                 hint="give the adapter with the most tokens first; if each has its own tokens, train them with the "
                 "same list of --add-tokens",
             )
@@ -347,11 +347,11 @@ def _write_joined_training_data(made: list[TrainingData | None], staged: Path, r
     known = [data for data in made if data is not None]
     if len(known) < len(made):
         (staged / TRAINING_DATA_FILE).unlink(missing_ok=True)
-        report(Note(f"{TRAINING_DATA_FILE} is left out: {len(made) - len(known)} of {len(made)} adapters have none"))
+        report(Note(f"no {TRAINING_DATA_FILE} written: {len(made) - len(known)} of {len(made)} adapters lack it"))
         return
     write_training_data(staged, join_training_data(known))
     differences = ", ".join(list_differences(known))
-    report(Note(f"{TRAINING_DATA_FILE} has what the adapters have in common; they differ in {differences}"))
+    report(Note(f"{TRAINING_DATA_FILE} contains only the common settings; the adapters differ in {differences}"))
 
 
 def _should_verify(settings: MergeSettings, base: Checkpoint, adapters: list[Adapter], report: Report) -> bool:

@@ -238,7 +238,7 @@ class _Loader:
             problem = f"{setting}: {model} was converted to CTranslate2"
             raise SettingsError(problem, hint=hint)
         if lost := describe_lost_settings(Path(model)):
-            raise SettingsError(f"models: {name}: {lost}", hint=f"{hint}, or remove that from the file")
+            raise SettingsError(f"models: {name}: {lost}", hint=f"{hint}, or remove these settings from the file")
 
     def _find_base_and_adapter(self, model: str, report: Report) -> InferenceSettings:
         """Return settings with the folders of a model's base and adapter; a stopped run has its newest checkpoint's."""

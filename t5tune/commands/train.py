@@ -287,7 +287,7 @@ def _check_same_tokenizer(cache: Path, eval_cache: Path) -> None:
         token = min(token for token in trained if trained[token] != evaluated[token])
         difference = f"{token!r} has id {trained[token]} in {cache}, {evaluated[token]} in {eval_cache}"
     raise DataError(
-        f"eval_data_path: {eval_cache}: its tokenizer isn't that of {cache}: {difference}",
+        f"eval_data_path: {eval_cache}: its tokenizer differs from the training data's: {difference}",
         hint="pass the conversation files instead of a cache, or prepare both with the same --add-tokens",
     )
 

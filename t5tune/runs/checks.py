@@ -132,7 +132,7 @@ def check_plan(plan: RunPlan, imports_metrics: bool = True) -> None:
     if layers.torch_compile and (missing := find_missing_compiler(on_gpu=not on_cpu)):
         raise DependencyError(f"torch_compile: {missing.what}", hint=f"{missing.fix}; or leave out torch_compile")
     problems += [
-        f"eval_data_path: {each.path[0]}: objective {each.objective}, but that of the run is {plan.data.objective}"
+        f"eval_data_path: {each.path[0]}: objective is {each.objective} here and {plan.data.objective} for the run"
         for each in plan.eval_datasets
         if each.reads_preferences != plan.data.reads_preferences
     ]
@@ -329,7 +329,8 @@ def _find_settings_of_other_objectives(plan: RunPlan) -> list[str]:
         )
     best, of_pairs = plan.evaluation.metric_for_best_model or "", objective in PREFERENCE_OBJECTIVES
     if (best.endswith(PREFERENCE_METRICS) and not of_pairs) or (best.endswith("perplexity") and of_pairs):
-        problems.append(f"metric_for_best_model: {best}: objective {objective} has no such metric; choose another")
+        problem = f"objective {objective} has no such metric; choose a different metric"
+        problems.append(f"metric_for_best_model: {best}: {problem}")
     if of_pairs:
         given = _list_changed(plan.given, ("label_smoothing_factor", TEACHER))
         problems += [

@@ -84,7 +84,7 @@ def describe_replaced_schedule(plan: RunPlan, configuration: dict[str, Any]) -> 
     if kind is None or (own := SCHEDULES[kind]) == used:
         return None
     replaced = f"deepspeed: {plan.processes.deepspeed}: the scheduler {kind} is replaced by lr_scheduler_type {used}"
-    return f"{replaced}; --lr-scheduler-type {own} is the one that the file names"
+    return f"{replaced}; --lr-scheduler-type {own} uses the file's schedule"
 
 
 def _list_expected(plan: RunPlan, world_size: int, num_steps: int | None) -> dict[str, _Expected]:

@@ -82,8 +82,8 @@ def _check_same_tokens(checkpoint: Path, examples: Examples, run_identity: dict[
     if found := find_other_token(then, now) or find_other_token(now, then):
         token, index = found
         raise CheckpointError(
-            f"{checkpoint}: token {index}, {token!r}, isn't the same in its tokenizer and in that of the data, so "
-            "trained embedding rows would belong to other tokens",
+            f"{checkpoint}: its tokenizer and the data's differ in token {index}, {token!r}, so trained "
+            "embedding rows would belong to other tokens",
             hint="resume with the tokens of the run (the previous add_tokens), or start over with --fresh",
         )
 

@@ -124,7 +124,7 @@ def check_steps_per_epoch(checkpoint: Path, now: dict[str, Any]) -> None:
     lengths = [name for name in ("num_train_epochs", "max_steps") if then[name] != now[name]]
     others = ("data", "mixing", "tokens_per_batch", "batch_tokens", "seed")
     if lengths and before not in (None, after) and all(then.get(name) == now.get(name) for name in others):
-        problem = f"with this value an epoch has {after} steps, with the previous one {before}"
+        problem = f"with this value an epoch has {after} steps, with the previous value {before}"
         raise SettingsError(
             f"{lengths[0]}: {problem}, so the run can't continue where it was stopped",
             hint=f"resume with {lengths[0]} {then[lengths[0]]}, or start a new run from these weights with "

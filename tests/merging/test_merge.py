@@ -260,12 +260,12 @@ def test_a_sum_keeps_the_common_training_settings_of_its_adapters(
         return read_training_data(tmp_path / names), has_template, about
 
     no_template = "the tokenizer gets no chat template: the adapters were trained with different source prefixes"
-    common = "training_data.json has what the adapters have in common; they differ in"
+    common = "training_data.json contains only the common settings; the adapters differ in"
     joined = TrainingData(True, "auto", None, None, "sum: ", "sft", ["t5"])
     assert add_up("ab") == (joined, True, [f"{common} has_earlier_turns, target_column, objective"])
     joined = TrainingData(False, "auto", "text", "short", "", "sft", ["t5"])
     assert add_up("ac") == (joined, False, [f"{common} source_prefix", no_template])
-    left_out = "training_data.json is left out: 1 of 2 adapters have none"
+    left_out = "no training_data.json written: 1 of 2 adapters lack it"
     assert add_up("ad") == (None, False, [left_out, no_template])
     prompts = Chatter.load(ChatSettings(model_name_or_path=str(tmp_path / "ab"), use_cpu=True)).prompts
     assert (prompts.source_prefix, prompts.keeps_history) == ("sum: ", True)
@@ -290,7 +290,7 @@ def test_adapters_that_number_tokens_differently_are_not_added_up(
         (("one", "both"), "ж", number + 1),
         (("both", "one", "other"), "ж", number),
     ):
-        expected = f"adapter: {tmp_path / names[-1]}: token {index} of its tokenizer is {token!r}, which .*lacks or has"
+        expected = f"adapter: {tmp_path / names[-1]}: token {index} of its tokenizer is {token!r}, which .*lacks or n"
         with pytest.raises(CheckpointError, match=expected):
             add_up(*names)
     assert load_tokenizer(add_up("both", "one")).get_vocab() == load_tokenizer(tmp_path / "both").get_vocab()

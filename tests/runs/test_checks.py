@@ -57,7 +57,7 @@ def test_a_schedule_of_a_deepspeed_config_that_is_not_the_one_of_the_settings_is
     check(settings)
     assert list_notes(make_run_plan(settings)) == [
         f"deepspeed: {config}: the scheduler {scheduler} is replaced by lr_scheduler_type polynomial; "
-        f"--lr-scheduler-type {own} is the one that the file names"
+        f"--lr-scheduler-type {own} uses the file's schedule"
     ]
     assert list_notes(make_run_plan(settings.replace(lr_scheduler_type=own))) == []
 

@@ -82,8 +82,8 @@ def test_other_epochs_may_not_move_the_beginnings_of_epochs(monkeypatch: pytest.
     with pytest.raises(SettingsError) as caught:
         check_steps_per_epoch(checkpoint, then | {"num_train_epochs": 6, "steps_per_epoch": 11})
     assert caught.value.problems == (
-        "num_train_epochs: with this value an epoch has 11 steps, with the previous one 10, so the run can't continue "
-        "where it was stopped",
+        "num_train_epochs: with this value an epoch has 11 steps, with the previous value 10, so the run can't "
+        "continue where it was stopped",
     )
 
 

@@ -92,7 +92,7 @@ def _make_missing_error() -> SettingsError:
             (missing,) = set(names) - set(present)
             return SettingsError(f"shard: auto: {present[0]} is set, but {missing} is missing", hint="give --shard I/N")
     expected = "RANK and WORLD_SIZE (torchrun), SLURM_PROCID (srun), or SLURM_ARRAY_TASK_ID (a job array)"
-    return SettingsError(f"shard: auto: the environment has none of {expected}", hint="give --shard I/N")
+    return SettingsError(f"shard: auto: the environment lacks {expected}", hint="give --shard I/N")
 
 
 def _suggest(name: str) -> str:

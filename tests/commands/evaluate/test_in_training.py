@@ -64,7 +64,7 @@ def test_held_out_examples_with_another_tokenizer_are_refused(untied_base: Path,
     chosen = make_short_settings(untied_base, caches[0], tmp_path / "run", eval_data_path=str(caches[1]))
     with pytest.raises(
         DataError,
-        match="eval_data_path: .*/held-out: its tokenizer isn't that of .*/data: '日' is only in .*/data",
+        match="eval_data_path: .*/held-out: its tokenizer differs from the training data's: '日' is only in .*/data",
     ):
         train(chosen)
 

@@ -43,9 +43,7 @@ def test_a_deepspeed_config_for_other_tools_trains_the_weights_of_the_settings(
     assert adapters["with"] == adapters["without"]
     assert adapters["other"] == adapters["linear"] != adapters["with"]
     replaced = f"deepspeed: {config}: the scheduler WarmupLR is replaced by lr_scheduler_type linear"
-    assert notes.pop("other") == [
-        f"{replaced}; --lr-scheduler-type constant_with_warmup is the one that the file names"
-    ]
+    assert notes.pop("other") == [f"{replaced}; --lr-scheduler-type constant_with_warmup uses the file's schedule"]
     assert not any(notes.values())
 
 

@@ -79,7 +79,7 @@ def test_only_auto_takes_the_other_parts_for_ranks_on_the_same_node(
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({}, r"shard: auto: the environment has none of RANK and WORLD_SIZE \(torchrun\), .* give --shard I/N"),
+        ({}, r"shard: auto: the environment lacks RANK and WORLD_SIZE \(torchrun\), .* give --shard I/N"),
         ({"RANK": "1"}, "shard: auto: RANK is set, but WORLD_SIZE is missing; give --shard I/N"),
         ({"JOB_COMPLETION_INDEX": "1"}, r'number of completions; give --shard "\$JOB_COMPLETION_INDEX/N"'),
         ({**ARRAY, "SLURM_ARRAY_TASK_ID": "4"}, "task 4 of the 4 in the job array, .* aren't evenly spaced; give"),
