@@ -83,10 +83,10 @@ def list_caches(folder: Path) -> dict[str, Path]:
 
 
 def read_datasets(folder: Path) -> tuple[list[DatasetSettings], Mixing]:
-    """Read which token caches are in a folder that prepare wrote, or the one that the folder is, and how to mix them.
+    """Read which token caches are in a folder, which may be a single cache, and how to mix them.
 
     Raises:
-        DataError: mixture.json is broken, or of another format version.
+        DataError: mixture.json is broken, or has a different format version.
     """
     if not is_prepared(folder):
         return [DatasetSettings(path=[str(folder)])], Mixing()
