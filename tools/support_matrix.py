@@ -246,7 +246,7 @@ EXAMPLE = f'pytest -n 0 "{FAMILIES_TEST}::test_each_family_trains_in_full[mt5]"'
 def build_page() -> str:
     """Return the text of docs/support.md."""
     lines = [
-        "# What is supported",
+        "# Support",
         "",
         *fill(INTRODUCTION),
         "",
