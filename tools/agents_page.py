@@ -53,7 +53,7 @@ def describe_command(model: type[Settings]) -> Iterator[str]:
 
 @cache
 def list_options(model: type[Settings]) -> list[str]:
-    """List a line for each option of a command's short help, without what all commands have."""
+    """List a line for each option of a command's short help, without the options that all commands have."""
     required = model.list_required()
     return [
         f"`{format_label(param, model)}`{' (required)' if param.name in required else ''}: "
@@ -64,7 +64,7 @@ def list_options(model: type[Settings]) -> list[str]:
 
 
 def find_result_keys(command: str) -> list[str]:
-    """List the keys of what a command prints with --json, each with its type; none for schema's JSON schema."""
+    """List the keys of a command's output with --json, each with its type; empty for schema's JSON schema."""
     result = typing.get_type_hints(getattr(importlib.import_module(f"t5tune.commands.{command}"), command))["return"]
     if command == "schema":
         return []
@@ -92,7 +92,7 @@ def list_errors() -> Iterator[str]:
 
 
 def list_templates() -> Iterator[str]:
-    """Yield a line for each kind of template, with the names of those that come with t5tune."""
+    """Yield a line for each kind of template, with the names of the packaged templates."""
     for kind, flag in TEMPLATE_FLAGS.items():
         names = (f"`{name}` ({text.removesuffix('.')})" for name, text in describe_templates(kind).items())
         yield f"- `{flag}`: {'; '.join(names)}"
@@ -110,7 +110,7 @@ def get_summary(described: type) -> str:
 
 
 def list_names() -> Iterator[str]:
-    """Yield what can be imported from t5tune."""
+    """Yield the names that can be imported from t5tune."""
     yield ", ".join(f"`{name}`" for name in dir(t5tune) if not name.startswith("_"))
 
 

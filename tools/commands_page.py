@@ -1,4 +1,4 @@
-"""docs/commands.md: what each command is for, and every setting."""
+"""docs/commands.md: the purpose of each command, and every setting."""
 
 import re
 import typing
@@ -13,7 +13,7 @@ from t5tune.settings.field_types import get_extra
 
 
 def build_page() -> str:
-    """Return the text of docs/commands.md: what each command is for, then each setting once, under an anchor."""
+    """Return the text of docs/commands.md: each command with its purpose, then each setting once, under an anchor."""
     rows = find_setting_rows()
     lines = [
         "<!-- generated from the settings by `make generate` -->",
@@ -24,11 +24,11 @@ def build_page() -> str:
         "",
         "Each setting is a flag (`--lora-r 16`), a key of the YAML file that `--config` reads (`lora_r: 16`) and an",
         "environment variable (`T5TUNE_LORA_R`). A flag overrides the variable, and the variable overrides the file.",
-        "Every command has `--config`, `--json`, `--quiet` and `--debug`. `--help` shows the settings that most people",
-        "use, `--help-all` all of them. On the command line, `lora_r=16` is the same as `--lora-r 16`.",
+        "Every command has `--config`, `--json`, `--quiet` and `--debug`. `--help` shows the most common settings,",
+        "`--help-all` all settings. On the command line, `lora_r=16` is the same as `--lora-r 16`.",
         "",
-        "The tables of the commands have the settings that most people use. [All settings](#settings) are explained",
-        "once, at the end of this page; each has an address of its own, such as [`lora_r`](#lora_r).",
+        "The tables of the commands have the most common settings. [All settings](#settings) are explained once, at",
+        "the end of this page; each has an address, such as [`lora_r`](#lora_r).",
     ]
     for model in COMMANDS:
         lines += build_command_section(model, rows)
@@ -73,7 +73,7 @@ def find_setting_rows() -> list[SettingRow]:
 
 
 def build_command_section(model: type[Settings], rows: list[SettingRow]) -> list[str]:
-    """Return the lines on a command: its summary, two examples, its essential settings, and links to the others."""
+    """Return the lines on a command: its summary, two examples, its essential settings, and links to the rest."""
     lines = ["", f"## t5tune {model.command}", "", SUMMARIES[model.command]]
     if model.also_positional:
         lines += [f"The first word after `{model.command}` may be the `{model.also_positional}`, without its flag."]

@@ -2,8 +2,8 @@
 
     python -m tools.docs_site build/docs
 
-The documents link to each other, and to other files of the repository, as GitHub shows them. On the site, a link to a
-file that isn't a page becomes its text.
+The documents have links that work on GitHub, also to files that aren't pages of the site. On the site, these links
+become plain text.
 """
 
 import os
@@ -34,7 +34,7 @@ def list_pages() -> dict[Path, str]:
 
 
 def adapt_links(document: Path) -> str:
-    """Return a document's text, in which links lead to pages of the site."""
+    """Return a document's text with links to pages of the site."""
     pages = {**list_pages(), **INCLUDED}
     folder = Path(pages[document]).parent
 

@@ -43,7 +43,7 @@ FILES = {
 
 
 def find_change(name: str, write: bool = False) -> str:
-    """Return the difference between a file and its generated text, empty if there is none; `write` makes the change."""
+    """Return the diff between a file and its generated text; `write` makes the change."""
     path, text = REPOSITORY / name, FILES[name]()
     lines = path.read_text(encoding="utf-8").splitlines(), text.splitlines()
     if write:
@@ -52,7 +52,7 @@ def find_change(name: str, write: bool = False) -> str:
 
 
 def main() -> str | None:
-    """Generate the files. Return a message if `--check` has found changes."""
+    """Generate the files. Return a message if `--check` found changes."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if a file would change")
     is_check = parser.parse_args().check

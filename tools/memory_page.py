@@ -46,7 +46,7 @@ def build_page() -> str:
 
 
 def build_row(name: str) -> str:
-    """Return a model's row of the table."""
+    """Return a model's table row."""
     settings = PlanSettings(model_name_or_path=name, bf16=True)
     architecture = find_architecture(KNOWN_CONFIGS[name], Path(name))
     model = build_empty_training_model(architecture, settings, 0, deepspeed=False)

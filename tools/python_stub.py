@@ -1,7 +1,7 @@
-"""t5tune/__init__.pyi: what type checkers and editors see of `from t5tune import …`.
+"""t5tune/__init__.pyi: the types of `from t5tune import …`, for type checkers and editors.
 
-The arguments of a settings class have the types that it takes: `data_path` is a list of paths once it is
-validated, but a path and a DataFrame are right as well.
+An argument of a settings class has all accepted types: `data_path` is a list of paths after validation, but a path and
+a DataFrame are also accepted.
 """
 
 import inspect
@@ -38,7 +38,7 @@ DATA = """
 _Data: TypeAlias = Any  # paths, or records: a list of dicts, a DataFrame, a Dataset, any iterable of dicts
 """
 PATH = ("str", "PathLike[str]")
-# validators of settings that take more than their JSON schema says
+# validators of settings that accept more types than their JSON schema says
 READ_TYPES = {
     PathAsText: PATH,
     DeviceAsText: ("str", "torch.device"),
@@ -87,7 +87,7 @@ def _write_class(model: type[Settings]) -> Iterator[str]:
 
 
 def _list_types(kind: Any, metadata: Iterable[Any] = ()) -> Iterator[str]:
-    """Yield the members of the union of what a setting of this type takes."""
+    """Yield the types that a setting accepts."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is Annotated:
         yield from _list_types(arguments[0], arguments[1:])

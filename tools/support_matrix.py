@@ -1,4 +1,4 @@
-"""docs/support.md: what is tested with each model type and on each platform, and why the rest isn't.
+"""docs/support.md: the tests of each model type and platform, and the reasons for missing tests.
 
 `COLUMNS` and `PLATFORMS` are the facts; which tools read a merged checkpoint is in t5tune/families.
 """
@@ -23,16 +23,16 @@ State = Literal["yes", "no", "untested"]
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the matrix, and the section to which its cells link.
+    """A column of the matrix, and the section that its cells link to.
 
     Args:
-        text: what is tested, or why it isn't.
+        text: the tested behavior, or why it isn't tested.
         tests: tests of a model type: `{key}` is its key in FAMILIES, `{architecture}` the key for all types
             of its architecture.
-        other_tests: the tests of some model types, in place of `tests`, by key.
-        more_tests: tests that the text refers to, of some model types only.
-        state: of the model types that aren't in `reasons`.
-        reasons: why the tool can't read a model type, by its key; which ones it can't is in t5tune/families.
+        other_tests: tests that replace `tests` for some model types, by key.
+        more_tests: tests of only some model types, mentioned in the text.
+        state: the state of model types that aren't in `reasons`.
+        reasons: why the tool can't read a model type, by its key; t5tune/families lists the tools of each model type.
     """
 
     text: str
@@ -44,7 +44,7 @@ class Column:
 
 
 def get_architecture(family: Family) -> tuple[str, str, bool]:
-    """Return what distinguishes a model's layers; of one architecture, only tokenizers and numbers of rows differ."""
+    """Return the facts that determine a model's layers: then only tokenizers and numbers of rows differ."""
     return family.model_type, family.feed_forward, family.tied
 
 
@@ -70,7 +70,7 @@ COLUMNS = {
         ),
     ),
     "LoRA": Column(
-        "A run on all linear layers changes the logits, and stock PEFT computes the same ones from the run's adapter. "
+        "A run on all linear layers changes the logits, and stock PEFT computes equal logits from the run's adapter. "
         "The variants (DoRA, rsLoRA, PiSSA, …) are tested with the architectures of T5, Flan-T5 and T5Gemma.",
         (f"{SHORT_CHAIN}[{{key}} lora]",),
         of_gemma(
@@ -79,8 +79,8 @@ COLUMNS = {
         more_tests=("tests/end_to_end/test_lora_variants.py::test_live_model_saved_adapter_and_merged_checkpoint_agree",),
     ),
     "QLoRA": Column(
-        "The same with `--q-lora`, in NF4 with double quantization. FP4, int8 and LoftQ are tested with the "
-        "architecture of Flan-T5, int8 and LoftQ with those of T5Gemma, too.",
+        "The same with `--q-lora`, in NF4 with double quantization. FP4, int8 and LoftQ are tested with Flan-T5's "
+        "architecture, int8 and LoftQ also with T5Gemma and T5Gemma 2.",
         (f"{SHORT_CHAIN}[{{key}} q_lora]",),
         of_gemma("end_to_end/test_gemma.py::test_only_the_layers_of_the_text_are_quantized[{key} q_lora]"),
         more_tests=(
@@ -89,15 +89,15 @@ COLUMNS = {
         ),
     ),
     "full": Column(
-        "`--train-mode full` changes every tensor (in T5Gemma 2, those of the text), and stock transformers computes "
-        "t5tune's logits from the run folder.",
+        "`--train-mode full` changes every tensor (in T5Gemma 2, every tensor for text), and stock transformers "
+        "computes t5tune's logits from the run folder.",
         (f"{FAMILIES_TEST}::test_each_family_trains_in_full[{{key}}]",),
         of_gemma(
             "end_to_end/test_gemma.py::test_a_full_run_is_a_complete_checkpoint_from_which_it_resumes[{key}]"
         ),
     ),
     "packed": Column(
-        "All gradients of a packed row equal those of the padded batch. One test for each architecture; the tests of "
+        "All gradients of a packed row equal the padded batch's. There is a test for each architecture; the tests of "
         "LoRA above train packed rows of every model type.",
         ("tests/model/attention/test_packing.py::test_all_gradients_equal_those_of_the_padded_batch[{architecture}]",),
         {
@@ -112,10 +112,10 @@ COLUMNS = {
         },
     ),
     "ZeRO-3": Column(
-        "Two processes that share the base have the losses and gradient norms of one process. One test for each "
-        "architecture. ZeRO-3 with `--q-lora`, with `--train-mode full` and resuming are tested with the architecture "
-        "of Flan-T5, and the first two with those of T5Gemma. `make families` tests ZeRO-3 with `--q-lora` and "
-        "resuming with each model type.",
+        "Two processes that share the base have the same losses and gradient norms as one process. There is a test for "
+        "each architecture. ZeRO-3 with `--q-lora`, with `--train-mode full` and resuming are tested with Flan-T5's "
+        "architecture; `--q-lora` and `--train-mode full` also with T5Gemma and T5Gemma 2. `make families` tests "
+        "ZeRO-3 with `--q-lora` and resuming with each model type.",
         (
             f"{FAMILIES_TEST}::test_each_architecture_has_the_losses_of_one_process_under_zero3[{{architecture}}]",
         ),
@@ -148,14 +148,14 @@ COLUMNS = {
         reasons={
             "longt5": "CTranslate2 has no LongT5.",
             "t5gemma": "CTranslate2 4.8.5 computes it without its soft caps.",
-            "t5gemma2": "CTranslate2 4.8.5 converts it, but its log-probabilities differ from those of transformers "
+            "t5gemma2": "CTranslate2 4.8.5 converts it, but its log-probabilities differ from transformers' "
             "(by 0.6 for a random model of one layer), and it fails if a text is longer than the window.",
         },
     ),
     "llama.cpp": Column(
         "No test reads a GGUF file. Logits and tensors were compared once by hand, on small models with Flan-T5's "
-        "vocabulary: [serving](serving.md#llamacpp) has the results, and what to watch for. A test reads the files "
-        "that llama.cpp's converter reads.",
+        "vocabulary: [serving](serving.md#llamacpp) has the results and the pitfalls. A test reads the files that "
+        "llama.cpp's converter reads.",
         more_tests=(
             f"{OTHER_TOOLS_TEST}::test_merge_adds_spiece_model_and_added_tokens_to_the_tokenizer_of_an_adapter",
         ),
@@ -173,9 +173,8 @@ COLUMNS = {
         },
     ),
     "serve": Column(
-        "Replies over HTTP, to several clients at once, are those of `chat`: with transformers, and with CTranslate2 "
-        "if it converts the model type. Adapters, token rows and quantized bases are tested with the architecture of "
-        "Flan-T5.",
+        "Replies over HTTP, to several clients at once, equal `chat`'s: with transformers, and with CTranslate2 if it "
+        "converts the model type. Adapters, added tokens and quantized bases are tested with Flan-T5's architecture.",
         ("tests/serving/test_families.py::test_each_family_is_served_with_the_replies_of_chat[{key}]",),
         more_tests=(
             "tests/serving/test_replies.py::test_many_clients_at_once_get_the_replies_of_chat",
@@ -197,9 +196,9 @@ PLATFORMS: dict[str, tuple[State, str, tuple[str, ...]]] = {
     ),
     "Linux, one NVIDIA GPU": (
         "untested",
-        "t5tune hasn't run on a GPU yet, so speed and memory there are estimates. Attention's kernels are compiled for "
-        "compute capability 8.0 and 9.0, and what they compute is tested on CPUs. That one process takes one GPU is "
-        "tested without one. Run `t5tune doctor` first: it trains a step of the built-in model.",
+        "t5tune hasn't run on a GPU yet, so speed and memory there are estimates. Tests compile attention's kernels "
+        "for compute capability 8.0 and 9.0, and check their results on CPUs. A test without GPUs checks that a "
+        "process takes a single GPU. Run `t5tune doctor` first: it trains a step of the built-in model.",
         (
             f"{TRAIN_TESTS}/test_train.py::test_one_process_trains_on_one_gpu_however_many_are_visible",
             "tests/model/kernels/test_flex_compilation.py::test_all_kinds_of_attention_compile",
@@ -207,38 +206,37 @@ PLATFORMS: dict[str, tuple[State, str, tuple[str, ...]]] = {
     ),
     "Linux, several NVIDIA GPUs": (
         "untested",
-        "The same, with NCCL in place of gloo. That missing GPUs are refused is tested without one.",
+        "As with one GPU, with NCCL in place of gloo. A test without GPUs checks that missing GPUs are refused.",
         ("tests/end_to_end/test_environments.py::test_missing_gpus_are_refused_with_the_reason",),
     ),
     "several nodes": (
         "untested",
-        "Tested only as several processes on one machine, lost and hanging ones among them, with SLURM's variables but "
-        "without `srun`. See [many nodes](multinode.md).",
+        "Tested only as several processes on one machine, also with lost and hanging processes, with SLURM's variables "
+        "but without `srun`. See [many nodes](multinode.md).",
         ("tests/reliability/test_ranks.py::test_tasks_of_srun_connect_and_stop_together",),
     ),
     "macOS": (
         "untested",
-        "`pyproject.toml` leaves out DeepSpeed and bitsandbytes there, so `--deepspeed` and `--q-lora` end with an "
-        "error.",
+        "DeepSpeed and bitsandbytes aren't installed there, so `--deepspeed` and `--q-lora` end with an error.",
         (),
     ),
-    "Windows, under WSL": ("untested", "To t5tune it is Linux.", ()),
+    "Windows, under WSL": ("untested", "It runs as on Linux.", ()),
     "Windows": ("no", "t5tune locks files and measures memory by `fcntl` and `resource`, which Windows lacks.", ()),
 }
 
 INTRODUCTION = (
-    "What t5tune does with each [model type](families.md) and on each platform. A cell says *yes* only if a test does "
-    "it. It links to the test, or to the reason for *no* and *untested*."
+    "The tables show the tested features for each [model type](families.md) and platform. A *yes* links to its test, "
+    "*no* and *untested* to their reason."
 )
 HOW_IT_IS_TESTED = (
-    "The tests train small random models with the architecture and the kind of tokenizer of the published ones, on the "
-    "CPU of a Linux machine. They use no published weights, because no test needs a network. These model types share "
-    "an architecture, and differ only in the tokenizer and the number of embedding rows:"
+    "The tests train small random models on the CPU of a Linux machine, with the architectures and the kinds of "
+    "tokenizers of the published models. They use no published weights, because no test needs a network. These model "
+    "types share an architecture, and differ only in the tokenizer and the number of embedding rows:"
 )
-WHAT_THAT_MEANS = "Where the tokenizer plays no part, one test counts for all of them."
+WHAT_THAT_MEANS = "Tests that don't depend on the tokenizer use one of them."
 VERSIONS = (
-    "t5tune needs Python 3.11 or newer, and the tests are run with 3.11. `make floors` runs them with the oldest "
-    "releases of the libraries that `pyproject.toml` allows."
+    "t5tune needs Python 3.11 or newer, and the tests run with 3.11. `make floors` runs them with the oldest releases "
+    "of the libraries that `pyproject.toml` allows."
 )
 EXAMPLE = f'pytest -n 0 "{FAMILIES_TEST}::test_each_family_trains_in_full[mt5]"'
 
@@ -256,7 +254,7 @@ def build_page() -> str:
         "",
         "## Platforms",
         "",
-        "| platform | works | what that rests on |",
+        "| platform | works | evidence |",
         "|---|---|---|",
     ]
     for name, (state, text, tests) in PLATFORMS.items():
@@ -288,7 +286,7 @@ def build_matrix() -> Iterator[str]:
 
 
 def find_state(name: str, key: str) -> State:
-    """Return what the cell of a column and a model type says."""
+    """Return the text of a column's cell for a model type."""
     if name in CONVERTERS and name not in FAMILIES[key].converters:
         return "no"
     return COLUMNS[name].state
