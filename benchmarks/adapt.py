@@ -3,9 +3,9 @@
     python benchmarks/adapt.py --seeds 0 1
 
 The domain is a language of made-up words. Each creature has a home and a food, which the raw text says in many ways. A
-question is answered with both. The models are tuned on questions about some creatures, and asked about the others: what
-the raw text says of these is all that there is to know. Compared are the base, and the base that was first trained on
-the raw text. Both are tuned with the same settings.
+question is answered with both. The models are tuned on questions about some creatures, and asked about the remaining
+creatures, which only the raw text describes. The base is compared with the base that was first trained on the raw text.
+Both are tuned with the same settings.
 """
 
 import argparse

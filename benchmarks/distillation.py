@@ -1,12 +1,12 @@
-"""Distill into a model of half the depth, and see how much of what more data would bring the teacher brings.
+"""Distill into a model of half the depth, and compare the gain from the teacher with the gain from more data.
 
     python benchmarks/distillation.py --seeds 0 1
 
-Made-up animals eat several foods, each of them one food more often than the others. A question about an animal and a
-day has one of its foods as its answer, so no answer is certain, and only many of them show how often each food is
-right. The teacher, the built-in model, is tuned on all questions. Students with half of its layers are tuned on a tenth
-of them: on the answers alone, and with the teacher's probabilities. Another student is tuned on all of them. Measured
-is the loss on held-out questions. The gain is (alone - distilled) / (alone - all).
+Made-up animals eat several foods, with different frequencies. The answer to a question about an animal and a day is one
+of its foods, so no answer is certain, and only many answers show the frequencies. The teacher, the built-in model, is
+tuned on all questions. Students with half of its layers are tuned on a tenth of the questions: on the answers alone,
+and with the teacher's probabilities. A third student is tuned on all questions. The result is the loss on held-out
+questions, and the gain (alone - distilled) / (alone - all).
 """
 
 import argparse

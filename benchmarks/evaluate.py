@@ -1,4 +1,4 @@
-"""Compare the peak memory of evaluation with that of training, and its speed with transformers and on two processes.
+"""Compare the peak memory of evaluation and training, and the speed with transformers and on two processes.
 
     python benchmarks/evaluate.py --config mt5-small.json --data chats.json [--num-conversations 40] [--steps 8]
         [--num-beams 1] [--max-new-tokens N] [--model-max-length 2048] [--tokenizer FOLDER] [--vocabulary N]
@@ -6,10 +6,10 @@
     python benchmarks/evaluate.py --compare processes ...
     python benchmarks/evaluate.py --compare gathering ...
 
-Makes a random base with the shape of a config.json (`--vocabulary` sets another number of embedding rows), prepares
+Makes a random base with the shape of a config.json (`--vocabulary` sets the number of embedding rows), prepares
 the conversations, a list in a JSON file or one per line, and trains an adapter with `t5tune train`. Prints one JSON
-line. By default, this is the peak memory (MB, VmHWM) of `t5tune train` and `t5tune evaluate`, each in its own process
-with its default settings, and the ratio of evaluate to train.
+line. By default, this is the peak memory (MB, VmHWM) of `t5tune train` and `t5tune evaluate`, in separate processes
+with default settings, and the ratio of evaluate to train.
 
 `--compare stock` generates predictions as `t5tune evaluate` does, for the run with its adapter, and with transformers'
 `generate` for the merged checkpoint in batches of the given sizes, in the order of the data: seconds and CPU seconds of
@@ -86,7 +86,7 @@ def main() -> None:
 
 
 def prepare(chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Make the base and the token cache. Return what the comparison is about."""
+    """Make the base and the token cache. Return the subject of the comparison."""
     config = json.loads(chosen.config.read_text())
     if chosen.vocabulary:
         config["vocab_size"] = chosen.vocabulary
@@ -231,7 +231,7 @@ def compare_evaluations(
         results.append((result, (output / "predictions.jsonl").read_bytes()))
     lengths = [len(json.loads(line)["prediction"]) for line in results[0][1].splitlines()]
     if not any(lengths):
-        sys.exit("all predictions are empty, so their speed says nothing: choose other data or another shape")
+        sys.exit("all predictions are empty, so their speed says nothing: choose different data or a different shape")
     fastest = {name: round(min(times), 2) for name, times in seconds.items()}
     first, second = fastest.values()
     return {

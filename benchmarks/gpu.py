@@ -4,11 +4,12 @@
     python benchmarks/gpu.py --output-dir results --only 'train flan-t5-xl *' resuming
     python benchmarks/gpu.py --list                          # the names
 
-Writes results/gpu.json and results/gpu.md after each measurement, and prints one JSON line at the end: which goals are
-met, and what was skipped or failed. Each measurement runs in a process of its own, with a time limit; one for which a
-package or the time is missing is skipped, with the reason. The training runs are those of train.py, with a dropout of
-0.1, in bf16. Needs torch, transformers, PEFT, accelerate and the small dependencies of pyproject.toml; t5tune itself
-needn't be installed. Uses the first GPU of CUDA_VISIBLE_DEVICES. Without a GPU, prints an error and exits with code 2.
+Writes results/gpu.json and results/gpu.md after each measurement, and prints one JSON line at the end: the goals that
+are met, and the measurements that were skipped or failed. Each measurement runs in a separate process, with a time
+limit; without a package or enough time, it is skipped, with the reason. The training runs are train.py's, with a
+dropout of 0.1, in bf16. Needs torch, transformers, PEFT, accelerate and the small dependencies of pyproject.toml;
+t5tune itself needn't be installed. Uses the first GPU of CUDA_VISIBLE_DEVICES. Without a GPU, prints an error and exits
+with code 2.
 """
 
 import argparse
@@ -34,7 +35,7 @@ REPOSITORY = Path(__file__).parents[1]
 PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "bitsandbytes", "deepspeed", "numpy", "tokenizers")
 MATRIX_SIZE = 8192
 PACKED, TRAINER = "packed", "trainer"
-# tokens of a packed batch and examples of a padded one, which have about as many tokens, by the longest example
+# longest example: tokens of a packed batch, and examples of a padded batch with about the same tokens
 BATCHES = {512: {"tokens": 16384, "batch_size": 32}, 2048: {"tokens": 32768, "batch_size": 32}}
 STEPS = {512: 13, 2048: 9}  # with 3 for warm-up
 
@@ -240,7 +241,7 @@ def prepare_environment() -> None:
     paths = [str(REPOSITORY), os.environ.get("PYTHONPATH")]
     os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     let_gpu_memory_grow()
-    # a measurement's processes are ended when this one is
+    # a measurement's processes end with this process
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
 

@@ -1,7 +1,7 @@
-"""Compare t5tune's kernels with fp64, and with what transformers and PEFT compute, in outputs, gradients and time.
+"""Compare t5tune's kernels with fp64, transformers and PEFT, in outputs, gradients and time.
 
-Errors are norms of the difference, relative to the norm of the exact result. Each run draws other inputs. bf16
-rounds to 8 bits, so an error of some 0.002 to 0.01 is rounding. Times are of forward and backward together.
+Errors are norms of the difference, relative to the norm of the exact result. Each run draws new inputs. bf16
+rounds to 8 bits, so an error of some 0.002 to 0.01 is rounding. Times are for forward and backward together.
 
 H heads, D head width, Q query tokens, K key tokens, R entries of the bias table, N tokens, V vocabulary.
 """
@@ -38,7 +38,7 @@ def check_attention(shape: AttentionShape, lengths: Lengths, device: str, dtype:
         layer = RandomAttention(kind, shape, lengths, device, dtype)
         for dropout in (0.0, shape.dropout):
             ways = {"flex": partial(layer.attend, dropout)}
-            if not dropout:  # the loop's dropout is torch's own, whose random numbers are others
+            if not dropout:  # the loop uses torch's dropout, with different random numbers
                 ways["loop"] = layer.loop
             seed = draw_seed()
             exact = layer.compute_gradients(partial(layer.attend_exactly, dropout), torch.float64, seed)
@@ -63,7 +63,7 @@ def time_attention(shape: AttentionShape, lengths: Lengths, device: str, dtype: 
 def count_compilations(
     shape: AttentionShape, batches: int, longest: int, device: str, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """Count how often torch compiles attention for the first batch, and for the others, whose lengths differ.
+    """Count how often torch compiles attention for the first batch, and for batches of different lengths.
 
     Args:
         longest: tokens of the longest example.
@@ -94,7 +94,7 @@ def time_cudnn(shape: AttentionShape, batches: int, longest: int, device: str, d
     for is_on in (False, True):
         torch.backends.cuda.enable_cudnn_sdp(is_on)
         seconds = []
-        for _ in range(batches + 1):  # the first one loads the libraries
+        for _ in range(batches + 1):  # the first call loads the libraries
             lengths = draw_lengths(longest), draw_lengths(longest)
             layers = [RandomAttention(kind, shape, lengths, device, dtype) for kind in KINDS]
             started = read_clock(device)
@@ -107,7 +107,7 @@ def time_cudnn(shape: AttentionShape, batches: int, longest: int, device: str, d
 
 
 def check_layers(size: str, tokens: int, device: str, dtype: torch.dtype) -> dict[str, Any]:
-    """Compare norm, gated feed-forward layer and linear layer with LoRA with those of transformers and PEFT."""
+    """Compare norm, gated feed-forward layer and linear layer with LoRA with transformers and PEFT."""
     notes: list[Any] = []
     stock = make_lora_model(size, device, dtype)
     ours, exact = copy.deepcopy(stock), copy.deepcopy(stock).double()
@@ -125,7 +125,7 @@ def check_layers(size: str, tokens: int, device: str, dtype: torch.dtype) -> dic
 
 
 def check_loss(size: str, tokens: int, device: str, dtype: torch.dtype) -> dict[str, Any]:
-    """Compare the loss in chunks with the one that stores all logits."""
+    """Compare the loss in chunks with the loss that stores all logits."""
     config = KNOWN_CONFIGS[size]
     torch.manual_seed(draw_seed())
     weight_VD = torch.randn(config["vocab_size"], config["d_model"], device=device).to(dtype)

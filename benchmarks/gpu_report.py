@@ -77,7 +77,7 @@ def make_training_row(name: str, result: dict[str, Any], peak: float | None) -> 
 
 
 def scale_nemo_speed(parameters: int, peak: float) -> float:
-    """Scale NeMo's tokens per second to a GPU with this peak, and to LoRA on a model with so many parameters.
+    """Scale NeMo's tokens per second to a GPU with this peak, and to LoRA on a model with this number of parameters.
 
     NeMo's speed is operations per second / operations per token. The former is proportional to the GPU's peak. The
     latter are 6 per parameter in pretraining, and 4 with LoRA:
@@ -126,7 +126,7 @@ def format_training(rows: list[dict[str, Any]]) -> str:
 
 
 def format_result(result: dict[str, Any]) -> str:
-    """Format a result: one table of its simple values, and one of those that have values of their own."""
+    """Format a result: a table of its simple values, and a table of its nested values."""
     simple = {name: value for name, value in result.items() if not isinstance(value, dict)}
     nested = {name: value for name, value in result.items() if isinstance(value, dict)}
     parts = []

@@ -1,9 +1,9 @@
-"""Run measurements one after the other, each in a process of its own with a time limit, and keep every result.
+"""Run measurements in turn, each in a separate process with a time limit, and keep every result.
 
     outcomes = run_all(measurements, minutes=10, folder=folder, save=save)
 
-The processes are forks of this one, so that libraries which this one has imported needn't be imported for each of them.
-This one must not use the GPU itself: CUDA doesn't work in a fork of a process that has used it.
+The processes are forks of this process, so each library is imported only once. This process must not use the GPU: CUDA
+doesn't work in a fork of a process that used it.
 """
 
 import faulthandler
@@ -36,7 +36,7 @@ class Measurement:
     Args:
         name: such as `train flan-t5-xl 512 packed`.
         seconds: how long it is expected to take on a large GPU. With less time left, it is skipped.
-        measure: returns what it measured, for JSON. It receives a folder that all measurements share.
+        measure: returns the result, for JSON. It receives a folder that all measurements share.
     """
 
     name: str
@@ -46,13 +46,13 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a measurement.
+    """The outcome of a measurement.
 
     Args:
         seconds: how long it took.
-        result: what it measured.
+        result: the measured values.
         reason: why it was skipped, or failed.
-        log: the end of the output of one that failed.
+        log: the end of the output of a failed measurement.
     """
 
     name: str
@@ -70,7 +70,7 @@ def run_all(
     save: Callable[[list[Outcome]], None],
     method: str = "fork",
 ) -> list[Outcome]:
-    """Run measurements in this order, as many as fit in the time.
+    """Run measurements in this order, until the time is over.
 
     Args:
         folder: for temporary files.
@@ -121,7 +121,7 @@ def _explain_exit(code: int) -> str:
 
 
 def _measure_and_write(measurement: Measurement, folder: Path, result: Path, log: Path) -> None:
-    """Run a measurement in this process, and write its state and result, or the reason why there is none."""
+    """Run a measurement in this process, and write its state and result, or the reason for a missing result."""
     os.setsid()  # so that its own processes can be ended with it
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _write_output_to(log)
@@ -140,7 +140,7 @@ def _measure_and_write(measurement: Measurement, folder: Path, result: Path, log
 
 
 def _write_output_to(log: Path) -> None:
-    """Write what this process and its processes print to a file."""
+    """Redirect the output of this process and its children to a file."""
     with open(log, "wb") as file:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
@@ -170,7 +170,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def to_dict(outcome: Outcome) -> dict[str, Any]:
-    """Convert an outcome for JSON, without what it doesn't have."""
+    """Convert an outcome for JSON, without missing values."""
     return {name: value for name, value in asdict(outcome).items() if value is not None}
 
 

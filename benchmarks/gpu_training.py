@@ -47,7 +47,7 @@ OUR_SETTINGS: dict[str, dict[str, Any]] = {
     "packed, loop": {"packed_attention": "loop"},
     "packed, compiled": {"torch_compile": True},
 }
-COPIES = ("Memcpy", "Memset")  # what a GPU does apart from kernels
+COPIES = ("Memcpy", "Memset")  # work of a GPU other than kernels
 
 
 def measure_training(folder: Path, way: str, **values: Any) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def measure_variant(folder: Path, changes: dict[str, Any], package: str | None =
     """Measure a few packed steps with other settings, such as a quantized base.
 
     Args:
-        package: what they need.
+        package: the package that they need.
     """
     if package is not None:
         check_package(package)
@@ -93,7 +93,7 @@ def measure_variant(folder: Path, changes: dict[str, Any], package: str | None =
 def measure_resuming(
     folder: Path, changes: dict[str, Any], package: str | None = None, **values: Any
 ) -> dict[str, Any]:
-    """Compare the adapter of a run that was stopped and resumed with that of one that wasn't, and of its repetition."""
+    """Compare a resumed run's adapter with an uninterrupted run's, and with a repeated run's."""
     if package is not None:
         check_package(package)
     options = set_up(folder, **values)
@@ -202,13 +202,13 @@ def count_parameters(base: Path) -> int:
 
 
 def fit_in_memory(run: Callable[[int], dict[str, Any]], options: argparse.Namespace) -> dict[str, Any]:
-    """Call `run` with 1, 2, 4, …, by which it divides its batch, until that fits in the GPU's memory."""
+    """Call `run` with 1, 2, 4, …, the divisor of its batch, until the batch fits in the GPU's memory."""
     for divisor in SIZE_DIVISORS[:-1]:
         try:
             return run(divisor)
         except (torch.OutOfMemoryError, OutOfMemory):
             pass
-        # outside of the block above, in which the error keeps the tensors of all frames
+        # not in the block above, where the error keeps the tensors of all frames
         gc.collect()
         forget_peak_memory(options)
     return run(SIZE_DIVISORS[-1])
@@ -267,7 +267,7 @@ class StepProfiler:
 
 
 def summarize_events(events: list[Any]) -> dict[str, Any]:
-    """Count the kernels, and compute the share of the time between the first and the last event in which none ran."""
+    """Count the kernels, and compute the share of idle time between the first and the last event."""
     work = [event for event in events if not event.is_user_annotation]
     kernels = [event for event in work if not event.name.startswith(COPIES)]
     if not work:

@@ -8,10 +8,10 @@
 
 Writes the weights tensor by tensor to a temporary folder, loads them each way in its own process, and prints one JSON
 line: seconds, bytes of the parameters, and the increase of the peak resident memory (VmHWM) over the resident memory
-after the imports. Under ZeRO-3 each rank has its own, and `over_share` is what remains without its share of the base,
+after the imports. Under ZeRO-3 each rank has its own, and `over_share` is its memory without its share of the base,
 as a multiple of the largest tensor. With `--train`, the command `train` runs instead, and the result is the peak of
 each rank's private memory (in MB, libraries included) and the median of tokens per second, without the first two
-steps, in which DeepSpeed records the order of the modules.
+steps, when DeepSpeed records the order of the modules.
 """
 
 import argparse

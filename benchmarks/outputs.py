@@ -4,10 +4,9 @@
     python benchmarks/outputs.py record after.json --code ../other-checkout
     python benchmarks/outputs.py compare before.json after.json
 
-A change that isn't meant to change any result must leave all hashes as they are. Everything is run twice, and what
-differs between the two (times, memory, paths of temporary files) is left out; `--times 1` is enough for the second
-file. The hashes are those of one machine: its
-processor and its versions of the libraries.
+A change that isn't meant to change any result must leave all hashes as they are. All commands run twice, and values
+that differ between the two (times, memory, paths of temporary files) are left out; `--times 1` is enough for the second
+file. Hashes depend on the processor and the versions of the libraries, so compare them on one machine.
 """
 
 import argparse
@@ -63,7 +62,7 @@ def main() -> None:
     commands = parser.add_subparsers(required=True)
     recording = commands.add_parser("record", help="run everything and write the hashes")
     recording.add_argument("hashes", type=Path)
-    recording.add_argument("--times", type=int, default=2, help="keep what is equal in this many executions; default 2")
+    recording.add_argument("--times", type=int, default=2, help="keep values that are equal in all N runs; default 2")
     recording.add_argument("--code", type=Path, default=REPOSITORY, help="checkout whose package is run")
     recording.set_defaults(run=lambda given: record(given.hashes, given.code.resolve(), given.times))
     comparing = commands.add_parser("compare", help="list what differs between two files of hashes")
@@ -99,7 +98,7 @@ def compare(before: Path, after: Path) -> None:
 
 
 def run_all(folder: Path, code: Path) -> dict[str, str]:
-    """Run all commands in `folder`, two at a time, and hash what they write."""
+    """Run all commands in `folder`, two at a time, and hash their outputs."""
     sys.path.insert(0, str(REPOSITORY))
     from tests.support.bases import make_base
 

@@ -39,7 +39,7 @@ METHODS: dict[str, list[str]] = {
 VARIANTS: dict[str, list[str]] = {
     "DoRA q,v": [*Q_V, "--use-dora"],
     "rsLoRA all-linear": [*ALL_LINEAR, "--use-rslora", *LOWER_LEARNING_RATE],
-    # these initialize B with large values, for which a learning rate that suits B = 0 is too high
+    # these initialize B with large values, so the learning rate for B = 0 is too high
     "PiSSA q,v": [*Q_V, "--init-lora-weights", "pissa", *LOWER_LEARNING_RATE],
     "OLoRA q,v": [*Q_V, "--init-lora-weights", "olora", *LOWER_LEARNING_RATE],
     "LoRA+ q,v": [*Q_V, "--loraplus-lr-ratio", "4", "--learning-rate", "2e-3"],
@@ -55,7 +55,7 @@ SCORES = ("exact_match", "rougeL", "chrf", "loss")
 
 
 def make_base_with_mean_rows(folder: Path) -> Path:
-    """Copy the built-in model as FastChat prepares a base: the rows for added tokens are the mean of all others."""
+    """Copy the built-in model as FastChat prepares a base: the rows for added tokens are the mean of all old rows."""
     from transformers import AutoTokenizer
 
     from t5tune.checkpoints.pocket import pocket_folder
@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--train", type=Path, required=True, help="conversations to train on")
     parser.add_argument("--held-out", type=Path, required=True, help="conversations to evaluate on")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--epochs", type=float, help="passes over the data; default: that of the run config")
+    parser.add_argument("--epochs", type=float, help="passes over the data; default: the run config's")
     parser.add_argument("--num-data", type=int, help="evaluate on the first N examples")
     parser.add_argument(
         "--methods", nargs="+", metavar="METHOD", choices=list(ROWS), default=list(ROWS), help="rows of the table"

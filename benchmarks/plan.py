@@ -1,4 +1,4 @@
-"""Compare the memory that `plan` estimates with what the run needs, on the CPU, for five shapes.
+"""Compare the memory that `plan` estimates with the memory of the run, on the CPU, for five shapes.
 
     python benchmarks/plan.py [NAME …]
 

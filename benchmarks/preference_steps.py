@@ -1,11 +1,11 @@
-"""A step on preference pairs: speed next to two separate passes, and memory next to SFT with as many tokens.
+"""Compare a step on preference pairs: its speed with two separate passes, its memory with SFT on the same tokens.
 
     python benchmarks/preference_steps.py
 
 The model has the shape of Flan-T5-small and random weights. A batch has pairs of a source and two targets, all of them
 packed. `shared` encodes a source once for both targets, as training does; `separate` twice, with the same loss. `sft`
-has the same number of source and target tokens, a single target for each source. Each way runs in a process of its own,
-in turns. Trained are LoRA on q and v, LoRA with 19 token rows, or all weights; in the latter two, the gradient of the
+has the same number of source and target tokens, a single target for each source. The three take turns in separate
+processes. They train LoRA on q and v, LoRA with 19 token rows, or all weights; in the latter two, the gradient of the
 head is computed from logits that the backward pass computes again.
 """
 

@@ -3,7 +3,7 @@
     python benchmarks/prepare.py --tokenizer FOLDER --data chats.json [--threads 1] [--runs 3]
 
 Each side runs in its own process; the sides take turns, `runs` times, and the fastest run of each counts. The tokenizer
-alone gets the conversations' texts from memory and only encodes; the others read, encode and write. FastChat's
+alone gets the conversations' texts from memory and only encodes; the other sides read, encode and write. FastChat's
 preprocessing is reimplemented here from its description: it encodes the whole conversation, then each turn again, one
 at a time. Prints one JSON line: wall and CPU seconds, peak memory (MB), and the ratios of wall seconds to the
 tokenizer's.
@@ -12,8 +12,8 @@ tokenizer's.
 
 repeats a file of JSON lines to that many bytes and prepares that, with --threads workers. Prints a JSON line: bytes,
 seconds, counts, and the peak memory (MB, VmHWM) of the process, of each worker, and their sum. SCRATCH needs enough
-free space for the repeated file and its cache. With `--parts N`, it is prepared again in N parts, one after another,
-the last of which joins them. Prints seconds and peak memory of each, the speedup that all at once on N machines could
+free space for the repeated file and its cache. With `--parts N`, it is prepared again in N parts, in turn; the
+last part joins all. Prints seconds and peak memory of each, the speedup that all at once on N machines could
 have (by the slowest part), and whether the cache is the same.
 
     python benchmarks/prepare.py --cache FOLDER

@@ -6,7 +6,7 @@ For each row of the table of families, the first checkpoint that isn't larger th
 cache. Its conversations are prepared, an adapter is trained for five steps and merged. Prints a Markdown table:
 
 - tied: whether the weights say that the head is tied, and whether stock transformers ties it
-- base: the largest difference of the base's logits from those of stock transformers, over the largest logit, in fp32
+- base: the largest difference between the base's logits and stock transformers', over the largest logit, in fp32
 - merged: the same for base and adapter in t5tune, and the merged checkpoint in stock transformers
 - replies: how many of the greedy replies of the merged checkpoint are the same in both
 
@@ -25,7 +25,7 @@ from sides import t5tune
 
 QUESTIONS = ["What is the capital of France?", "Translate to German: The house is small.", "Hello, how are you?"]
 ROWS = [{"source": question, "target": f"{question} Yes, {number} times."} for number, question in enumerate(QUESTIONS)]
-MAX_LOGITS_ERROR = 1e-4  # of the largest logit: both sides compute in fp32, but sum in another order
+MAX_LOGITS_ERROR = 1e-4  # of the largest logit: both sides compute in fp32, but sum in a different order
 HEAD = ["model type", "checkpoint", "tied: files / stock", "base", "merged", "replies"]
 
 
@@ -133,7 +133,7 @@ def compare_logits(ours: Any, stock: Any, examples: list[tuple[list[int], list[i
 
 
 def count_same_replies(merged: Path, stock: Any) -> int:
-    """Count the questions to which `t5tune chat` gives the reply of stock transformers, with its own tokenizer."""
+    """Count the questions with the same reply from `t5tune chat` and from stock transformers with its tokenizer."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(merged)

@@ -3,13 +3,13 @@
     python benchmarks/serve.py --config flan-t5-small.json [--clients 1 8 64] [--seconds 20] [--max-tokens 32]
         [--prompts 256] [--engine ctranslate2] [--quantization int8] [--stream]
 
-Makes a random base with the shape of a config.json, serves it in this process, and sends requests from another one: a
-raw HTTP client with `--clients` connections, each of which sends a prompt of 8 to 64 words when it has the reply to the
-one before. Prints one JSON line for each number of clients: requests and tokens per second, percentiles of the time
-until a reply was complete and until its first token was there (milliseconds), how many replies were lost, and how many
-differ from those that the same server gave one at a time. Then
+Makes a random base with the shape of a config.json, serves it in this process, and sends requests from a second
+process: a raw HTTP client with `--clients` connections. Each connection sends a prompt of 8 to 64 words when it has the
+reply to the last prompt. Prints one JSON line for each number of clients: requests and tokens per second, percentiles
+of the time until a reply was complete and until its first token was there (milliseconds), how many replies were lost,
+and how many differ from the same server's replies one at a time. Then
 
-- `one_at_a_time`: requests per second of transformers' `generate`, one prompt after the other, in fp32, and the ratio,
+- `one_at_a_time`: requests per second of transformers' `generate`, one prompt at a time, in fp32, and the ratio,
 - `of_limit`: the time that CTranslate2's own `translate_batch` takes for the same batches without a server, in relation
   to the time of the server, from the first batch to the last,
 - `batch`: mean number of replies in a batch.
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--engine", default="ctranslate2")
     parser.add_argument("--quantization")
     parser.add_argument("--stream", action="store_true")
-    parser.add_argument("--client-of", help="address of a server: be the client, and print what it measured")
+    parser.add_argument("--client-of", help="address of a server: be the client, and print the measurements")
     chosen = parser.parse_args()
     if chosen.client_of:
         print(json.dumps(asyncio.run(send_requests(chosen))))
@@ -141,7 +141,7 @@ def time_translator(engine: Any, batches: list[list[list[int]]], max_tokens: int
 
 
 def time_stock_replies(base: Path, chosen: argparse.Namespace) -> float:
-    """Return how many prompts per second transformers' `generate` replies to, one after the other."""
+    """Return the prompts per second of transformers' `generate`, one prompt at a time."""
     import torch
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
@@ -159,7 +159,7 @@ def time_stock_replies(base: Path, chosen: argparse.Namespace) -> float:
 def run_client(
     chosen: argparse.Namespace, url: str, clients: int, seconds: float, is_check: bool = False
 ) -> dict[str, Any]:
-    """Run the client in a process of its own; with `is_check` it sends each prompt once."""
+    """Run the client in a separate process; with `is_check` it sends each prompt once."""
     options = ["--client-of", url, "--clients", clients, "--seconds", seconds, "--max-tokens", chosen.max_tokens]
     streams = ["--stream"] if (chosen.stream or clients == 1) and not is_check else []
     command = [sys.executable, __file__, *map(str, options), "--prompts", str(chosen.prompts), *streams]

@@ -57,12 +57,12 @@ def run_self(*arguments: Any, **environment: str) -> dict[str, Any]:
 def run_in_turns(
     arguments: dict[str, list[Any]], environment: dict[str, str], between: Callable[[], None]
 ) -> dict[str, dict[str, Any]]:
-    """Run this benchmark again in several processes, of which one at a time works: the one that has done the least.
+    """Run this benchmark again in several processes that take turns: the process with the least progress works.
 
     Each calls `wait_for_turn` before it works, and after each of its steps.
 
     Args:
-        arguments: name -> those of its process.
+        arguments: name -> its process's arguments.
         between: called before each turn, while no process works.
 
     Returns:
@@ -87,7 +87,7 @@ def run_in_turns(
 
 
 def _read_until_turn(process: "subprocess.Popen[str]") -> tuple[float, str]:
-    """Read what a process prints until it waits for its turn, or until it has ended.
+    """Read a process's output until it waits for its turn, or until it has ended.
 
     Returns:
         Its progress, infinite at its end, and the last line that it printed.
@@ -111,7 +111,7 @@ def wait_for_turn(progress: float) -> None:
     """
     print(f"{TURN}{progress}", flush=True)
     if not sys.stdin.readline():
-        sys.exit("the process that started this one has ended")
+        sys.exit("the parent process has ended")
 
 
 def t5tune(*arguments: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ settings, and prints one JSON line that starts with the ratios. The processes ta
 machine that becomes slower or faster, as virtual ones do, does so for all of them. Time is the process's CPU time; a
 token is useful if it isn't padding. `of_peak` is the model FLOPs utilization: the operations that the useful tokens
 need with frozen weights (forward, and the gradients of activations) per second, as a share of the speed of large matrix
-products, which are computed between the turns. benchmarks/gpu.py does the same on a GPU, one way after the other.
+products, which are computed between the turns. benchmarks/gpu.py does the same on a GPU, without turns.
 
 The ways:
 
@@ -188,7 +188,7 @@ def run_stock(options: argparse.Namespace, way: StockWay, folder: Path) -> dict[
         r=8, lora_alpha=16, lora_dropout=options.dropout, target_modules=["q", "v"], task_type="SEQ_2_SEQ_LM"
     )
     sources, targets = cache.read_lengths()
-    # about as many steps as give the number of tokens that our ways see
+    # about the number of steps that sees the same tokens as our ways
     num_steps = round(options.steps * options.tokens / (options.batch_size * (sources + targets).mean()))
     extra = count_extra_steps(options)
     steps = min(max(MIN_STOCK_BATCHES, num_steps) + options.warm_up, len(cache) // options.batch_size - extra)
@@ -255,8 +255,8 @@ def spread_batches(batches: list[list[int]], count: int, sources: Any, targets: 
     """Select `count` batches that represent all of them.
 
     Trainer sorts by length in windows of 50 batches, the longest first, so its first few batches contain only long
-    examples. Therefore the batches are sorted by size and split into equal parts, and of each part the batch is
-    selected whose share of padding is closest to that of the part.
+    examples. So the batches are sorted by size and split into equal parts, and each part is represented by the
+    batch with the closest share of padding.
     """
 
     def count_all(batch: list[int]) -> int:
@@ -327,7 +327,7 @@ class MatrixProduct:
         self.factor = torch.randn(size, size, device="cuda" if self.on_gpu else "cpu")
         self.factor = self.factor.to(getattr(torch, options.dtype))
         self.seconds: list[float] = []
-        self.compute()  # the first one takes longer
+        self.compute()  # the first product takes longer
         self.seconds.clear()
 
     def compute(self) -> None:
@@ -336,7 +336,7 @@ class MatrixProduct:
         self.seconds.append(read_clock(self.on_gpu) - begun)
 
     def compute_share(self, result: dict[str, Any], seconds: float) -> float:
-        """Compute the share of the peak that a way reached, if a product takes so many seconds."""
+        """Compute the share of the peak that a way reached, if a product takes this many seconds."""
         speed = result["tokens_per_second"] * result["operations_per_token"]
         return round(speed * seconds / self.operations, 3)
 
@@ -413,7 +413,7 @@ def build_parser(doc: str) -> argparse.ArgumentParser:
         "--data", type=Path, help="ShareGPT conversations; default: synthetic ones with long-tailed lengths"
     )
     parser.add_argument("--size", choices=list(KNOWN_CONFIGS), default="google/flan-t5-small", help="shape of the base")
-    parser.add_argument("--num-layers", type=int, help="layers of encoder and of decoder; default: that of --size")
+    parser.add_argument("--num-layers", type=int, help="layers of encoder and of decoder; default: as --size")
     parser.add_argument("--longest", type=int, default=512, help="maximum tokens of a source and of a target")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--steps", type=int, default=9, help="steps of our ways, with the warm-up")

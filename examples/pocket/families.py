@@ -443,7 +443,7 @@ def inventory(rng: Random) -> Turns:
 
 
 def disfluency(rng: Random) -> Turns:
-    """Repeat what a speaker meant, without fillers, repeated words and slips of the tongue."""
+    """Repeat a sentence without fillers, repeated words and slips of the tongue."""
     fluent = " ".join(sentence(rng) for _ in range(rng.choice([1, 1, 1, 2])))
     words = fluent.split()
     spoken: list[str] = []
@@ -670,7 +670,7 @@ def templates(rng: Random) -> Turns:
 
 
 def replacing(rng: Random) -> Turns:
-    """Replace a word by another."""
+    """Replace a word."""
     text = sentence(rng)
     words = [word for word in dict.fromkeys(text.strip(".").split()) if word.isalpha() and text.count(word) == 1]
     old, new = rng.choice(words), any_word(rng)

@@ -41,7 +41,7 @@ from t5tune.io.processes import die_with_parent
 TOKENIZER = Path(__file__).parents[2] / "t5tune" / "pocket"
 SEED = 20261124
 STEPS = 5000
-THREADS = 2  # fixed, because another number of threads sums in another order, which rounds differently
+THREADS = 2  # fixed, because the number of threads changes the order of sums, and so their rounding
 WARMUP_STEPS, CONSTANT_STEPS = 60, int(0.4 * STEPS)
 MUON_RATE, QUERY_RATE, ADAM_RATE, WEIGHT_DECAY = 0.007, 0.15 * 0.007, 1e-2, 0.1
 BATCH_COST = 3400  # padded source tokens + 1.3 × padded target tokens

@@ -1,4 +1,4 @@
-"""Measure what the built-in model can do, and what fine-tuning teaches it; prints two tables.
+"""Measure the built-in model before and after fine-tuning; prints two tables.
 
     python examples/pocket/report.py
 

@@ -84,7 +84,7 @@ def quickstart(rng: random.Random) -> Turns:
 
 
 def faults(rng: random.Random) -> Turns:
-    """A tenant reports what is broken; the answer is an indented note."""
+    """A tenant reports a fault; the answer is an indented note."""
     state = rng.choice(list(FAULTS))
     what, where, when, name = rng.choice(FAULTS[state]), rng.choice(FLAT_ROOMS), rng.choice(TIMES), rng.choice(NAMES)
     flat = str(rng.randint(1, 60))

@@ -19,5 +19,5 @@ def prepare(part: int, count: int, flags: list[str]) -> None:
 ray.init()
 count, flags = int(sys.argv[1]), sys.argv[2:]
 parts = [prepare.remote(part, count, flags) for part in range(count)]
-ray.wait(parts, num_returns=count)  # the first error would end this process, and with it the other parts
+ray.wait(parts, num_returns=count)  # the first error would end this process, and with it all parts
 ray.get(parts)

@@ -30,7 +30,7 @@ def t5tune(*arguments: str | Path) -> dict[str, Any]:
 
 
 def into(folder: Path) -> list[str | Path]:
-    """Return the flags that write to a folder and replace what an interrupted quickstart left there."""
+    """Return the flags that write to a folder, and replace leftovers of an interrupted quickstart."""
     return ["--output-dir", folder, *(["--overwrite"] if folder.exists() else [])]
 
 

@@ -2,7 +2,7 @@
 
 python examples/summarize/generate.py --seed 0 --num 300 --output examples/summarize/train.csv
 
-The dialogues are synthetic and medically meaningless; only their form is that of real notes.
+The dialogues are synthetic and medically meaningless; only their form is realistic.
 """
 
 import argparse
