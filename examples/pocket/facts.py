@@ -156,7 +156,7 @@ def lookup(rng: Random) -> Turns:
 
 
 def _untrue(rng: Random, relation: Relation, values: list[str], said: str) -> str:
-    """Draw a false statement about a subject; half of the time it is true of a different subject, else of no subject."""
+    """Draw a false statement about a subject; half the time it is true of a different subject, else of none."""
     if rng.random() < 0.5:
         return rng.choice([value for value in values if value != said])
     return next(value for value in iter(lambda: relation.value(rng), None) if value not in values)
