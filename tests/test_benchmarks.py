@@ -124,14 +124,10 @@ def test_the_selected_batches_of_a_stock_way_have_the_padding_share_of_the_epoch
 
 @pytest.mark.long
 def test_train_prints_the_ratio_to_the_trainer_first(conversations: Path, tmp_path: Path) -> None:
-    command = [
-        sys.executable, str(BENCHMARKS / "train.py"), "--data", str(conversations), "--num-layers", "1",
-        "--longest", "128", "--steps", "2", "--tokens", "512", "--batch-size", "4", "--ways", "trainer", "packed",
-    ]  # fmt: skip
-    environment = {**os.environ, "TMPDIR": str(tmp_path)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
+    result = run_benchmark(
+        tmp_path, "train.py", "--data", conversations, "--num-layers", "1", "--longest", "128", "--steps", "2",
+        "--tokens", "512", "--batch-size", "4", "--ways", "trainer", "packed",
+    )  # fmt: skip
     assert next(iter(result)) == "packed_over_trainer"
     assert result["trainer"]["attention"] == "sdpa"
     assert result["trainer"]["sampler"] == "LengthGroupedSampler"
@@ -143,14 +139,8 @@ def test_train_prints_the_ratio_to_the_trainer_first(conversations: Path, tmp_pa
 def test_train_compares_with_the_trainer_first_and_fastchat_second_by_default(train: Any) -> None:
     ways = train.build_parser("Defaults.").parse_args([]).ways
     speeds = {way: {"tokens_per_second": 1.0 + place} for place, way in enumerate(ways)}
-    assert list(train.compute_ratios(speeds)) == [
-        "packed_over_trainer",
-        "compiled_over_trainer",
-        "budget_over_trainer",
-        "packed_over_fastchat",
-        "compiled_over_fastchat",
-        "budget_over_fastchat",
-    ]
+    pairs = [(ours, other) for other in ("trainer", "fastchat") for ours in ("packed", "compiled", "budget")]
+    assert list(train.compute_ratios(speeds)) == [f"{ours}_over_{other}" for ours, other in pairs]
 
 
 @pytest.mark.parametrize(
@@ -182,12 +172,7 @@ def test_the_gpu_benchmark_refuses_a_machine_without_a_gpu() -> None:
 
 @pytest.mark.long
 def test_a_base_that_was_adapted_to_a_domain_has_a_lower_loss_there_and_tunes_better(tmp_path: Path) -> None:
-    command = [sys.executable, str(BENCHMARKS / "adapt.py"), "--seeds", "0", "--steps", "200"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "TMPDIR": str(tmp_path)}, timeout=2000
-    )
-    assert done.returncode == 0, done.stderr
-    (result,) = json.loads(done.stdout)["results"]
+    (result,) = run_benchmark(tmp_path, "adapt.py", "--seeds", "0", "--steps", "200")["results"]
     for loss in ("text_loss", "tuning_loss", "question_loss"):
         assert result["adapted"][loss] < 0.9 * result["base"][loss]
 

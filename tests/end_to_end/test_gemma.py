@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,7 @@ from t5tune.checkpoints.base import open_base
 from t5tune.checkpoints.model_folder import write_config
 from t5tune.commands.chat import chat
 from t5tune.commands.evaluate import evaluate
-from t5tune.commands.export import export
-from t5tune.commands.merge import MergeResult, merge
+from t5tune.commands.merge import merge
 from t5tune.commands.train import train
 from t5tune.errors import CheckpointError, ModelError, SettingsError, Stopped
 from t5tune.families import find_architecture
@@ -28,13 +26,22 @@ from t5tune.inference.loading import load_adapter
 from t5tune.model.load import load_base
 from t5tune.model.lora import add_lora
 from t5tune.progress import Advanced
-from t5tune.settings import ChatSettings, EvaluateSettings, ExportSettings, MergeSettings, QuantizationSettings
+from t5tune.settings import ChatSettings, EvaluateSettings, MergeSettings, QuantizationSettings
 from t5tune.settings.groups.lora import LoraSettings
 from tests.support.adapters import make_stock_adapter
 from tests.support.caches import open_only
 from tests.support.command_line import CommandResult
 from tests.support.gemma_models import EOI, WINDOW
-from tests.support.model_types import TEXTS, compute_logits, load_stock, make_checkpoint, read_tensors
+from tests.support.model_types import (
+    TEXTS,
+    Chain,
+    compute_logits,
+    load_stock,
+    make_checkpoint,
+    read_tensors,
+    run_chain,
+    write_pairs,
+)
 from tests.support.runs import LONG, stop_at
 from tests.support.train_runs import make_settings, read_steps
 
@@ -74,48 +81,15 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "data.jsonl"
-    path.write_text("".join(json.dumps({"source": source, "target": target}) + "\n" for source, target in TEXTS))
-    return path
-
-
-@dataclass(frozen=True)
-class Made:
-    """The outputs of the whole chain for a base."""
-
-    base: Path
-    run: Path
-    adapter: Path
-    merged: Path
-    result: MergeResult
-    q_lora: bool
+    return write_pairs(tmp_path_factory.mktemp("data") / "data.jsonl")
 
 
 @pytest.fixture(scope="module", params=[f"{kind} {mode}" for kind in KINDS for mode in ("lora", "q_lora")])
 def made(
     request: pytest.FixtureRequest, bases: dict[str, Path], data: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Made:
+) -> Chain:
     kind, mode = request.param.split()
-    q_lora = mode == "q_lora"
-    folder = tmp_path_factory.mktemp("made")
-    train(
-        make_settings(
-            bases[kind],
-            data,
-            folder / "run",
-            q_lora=q_lora,
-            bf16=False,
-            max_steps=4,
-            learning_rate=3e-2,
-            lora_target_modules=["all-linear"],
-        )  # fmt: skip
-    )
-    export(ExportSettings(checkpoint=folder / "run", output_dir=folder / "adapter"))
-    settings = MergeSettings(
-        model_name_or_path=str(bases[kind]), adapter=folder / "adapter", output_dir=folder / "merged",
-        onto="nf4" if q_lora else "base", verify=True,
-    )  # fmt: skip
-    return Made(bases[kind], folder / "run", folder / "adapter", folder / "merged", merge(settings), q_lora)
+    return run_chain(bases[kind], data, tmp_path_factory.mktemp("made"), q_lora=mode == "q_lora", max_steps=4)
 
 
 def is_adapted(name: str) -> bool:
@@ -123,7 +97,7 @@ def is_adapted(name: str) -> bool:
 
 
 @pytest.mark.variants("t5gemma lora", "t5gemma2 q_lora")
-def test_the_data_has_the_special_tokens_of_gemma(made: Made) -> None:
+def test_the_data_has_the_special_tokens_of_gemma(made: Chain) -> None:
     example = open_only(made.run / "data")[0]
     source, target = example.source_S.tolist(), example.target_T.tolist()
     assert (source[0], target[-1]) == (2, 1)
@@ -134,7 +108,7 @@ def test_the_data_has_the_special_tokens_of_gemma(made: Made) -> None:
 
 
 @pytest.mark.variants("t5gemma lora", "t5gemma2 q_lora")
-def test_stock_peft_loads_the_adapter_without_touching_the_vision_tower(made: Made) -> None:
+def test_stock_peft_loads_the_adapter_without_touching_the_vision_tower(made: Chain) -> None:
     ours = load_adapter(load_base(made.base, torch.float32, CPU), made.adapter)
     stock = PeftModel.from_pretrained(load_stock(made.base), made.adapter)
     layers = [name for name, module in stock.named_modules() if isinstance(module, LoraLayer)]
@@ -147,7 +121,7 @@ def test_stock_peft_loads_the_adapter_without_touching_the_vision_tower(made: Ma
 
 
 @pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied")  # T5Gemma's encoder's never is
-def test_the_merged_checkpoint_has_the_bits_of_pefts_merge(made: Made) -> None:
+def test_the_merged_checkpoint_has_the_bits_of_pefts_merge(made: Chain) -> None:
     before, after = read_tensors(made.base), read_tensors(made.merged)
     assert before.keys() == after.keys()
     changed = {name for name in before if not before[name].equal(after[name])}
@@ -168,7 +142,7 @@ def test_the_merged_checkpoint_has_the_bits_of_pefts_merge(made: Made) -> None:
 
 
 @pytest.mark.variants("t5gemma lora", "t5gemma2 q_lora")
-def test_stock_transformers_has_the_logits_of_the_merged_checkpoint(made: Made) -> None:
+def test_stock_transformers_has_the_logits_of_the_merged_checkpoint(made: Chain) -> None:
     merged = compute_logits(load_stock(made.merged), made.run / "data")
     torch.testing.assert_close(
         compute_logits(load_base(made.merged, torch.float32, CPU), made.run / "data"), merged, rtol=1e-4, atol=1e-4
@@ -178,7 +152,7 @@ def test_stock_transformers_has_the_logits_of_the_merged_checkpoint(made: Made) 
     torch.testing.assert_close(compute_logits(adapted, made.run / "data"), merged, rtol=1e-3, atol=1e-3)
 
 
-def test_only_the_layers_of_the_text_are_quantized(made: Made) -> None:
+def test_only_the_layers_of_the_text_are_quantized(made: Chain) -> None:
     model = load_base(made.base, torch.float32, CPU, QuantizationSettings(q_lora=True))
     linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     quantized = {name for name, module in model.named_modules() if type(module).__name__ == "Linear4bit"}
@@ -203,7 +177,7 @@ def test_the_feed_forward_output_is_quantized_only_with_quantize_wo(kind: str, b
 
 
 @pytest.mark.variants("t5gemma lora", "t5gemma2 q_lora")
-def test_chat_and_evaluate_reply_like_stock_transformers(made: Made, data: Path, tmp_path: Path) -> None:
+def test_chat_and_evaluate_reply_like_stock_transformers(made: Chain, data: Path, tmp_path: Path) -> None:
     stock = load_stock(made.merged)
     source = open_only(made.run / "data")[3].source_S
     ids = stock.generate(torch.from_numpy(source)[None].long(), max_new_tokens=12, do_sample=False)[0].tolist()
@@ -212,15 +186,8 @@ def test_chat_and_evaluate_reply_like_stock_transformers(made: Made, data: Path,
     assert reply.reply_tokens == len(ids[1:]) - (1 in ids)
     if not made.q_lora:
         assert chat(ChatSettings(model_name_or_path=str(made.run), **asked)).reply == reply.reply
-    found = evaluate(
-        EvaluateSettings(
-            model_name_or_path=str(made.merged),
-            data_path=str(data),
-            output_dir=tmp_path / "out",
-            use_cpu=True,
-            max_new_tokens=12,
-        )  # fmt: skip
-    )
+    scored = {"model_name_or_path": str(made.merged), "data_path": str(data), "output_dir": tmp_path / "out"}
+    found = evaluate(EvaluateSettings(**scored, use_cpu=True, max_new_tokens=12))
     logits = compute_logits(stock, made.run / "data")
     targets = torch.cat([torch.from_numpy(example.target_T).long() for example in open_only(made.run / "data")])
     assert found.loss == pytest.approx(torch.nn.functional.cross_entropy(logits, targets).item(), rel=1e-4)
@@ -243,15 +210,9 @@ def test_live_model_saved_adapter_and_merged_checkpoint_agree(
     assert result.eval["loss"] == pytest.approx(saved, rel=3e-3 if name == "int8" else 1e-4)
     assert abs(saved - compute_loss(bases[kind], data, tmp_path / "c", **quantization)) > 1e-2
     onto = changes.get("quant_type", "nf4") if quantization else "base"
-    merge(
-        MergeSettings(
-            model_name_or_path=str(bases[kind]),
-            adapter=tmp_path / "run",
-            output_dir=tmp_path / "merged",
-            onto=onto,
-            verify_tolerance=0.1,  # int8's activations are rounded, too, and T5Gemma's capped logits are small
-        )
-    )
+    values = {"model_name_or_path": str(bases[kind]), "adapter": tmp_path / "run", "output_dir": tmp_path / "merged"}
+    # int8's activations are rounded, too, and T5Gemma's capped logits are small
+    merge(MergeSettings(**values, onto=onto, verify_tolerance=0.1))
     folded = compute_loss(tmp_path / "merged", data, tmp_path / "b")
     assert folded == pytest.approx(saved, rel=2e-2 if quantization else 1e-4)
 
@@ -303,28 +264,20 @@ def test_a_full_run_is_a_complete_checkpoint_from_which_it_resumes(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_unknown_layers_and_added_tokens_are_refused(kind: str, bases: dict[str, Path]) -> None:
-    base = bases[kind]
-    for names, problem in (
-        (["wo"], "lora_target_modules: wo: no such linear layer"),
-        (["out_proj"], "lora_target_modules: out_proj: no such"),
-    ):
+    refused: list[tuple[LoraSettings, list[int], str]] = [
+        (make_lora(["wo"]), [], "lora_target_modules: wo: no such linear layer"),
+        (make_lora(["out_proj"]), [], "lora_target_modules: out_proj: no such"),
+        (LoraSettings(modules_to_save=["decoder"]), [], "modules_to_save: decoder: contains .*share"),
+        (make_lora(["q"]), [EOI - 1], "train_token_rows: .*t5gemma.* can't get rows"),
+    ]
+    for name in ("norm", "q_proj") if kind == "t5gemma2" else ():
+        problem = f"modules_to_save: {name}: also the name of .*(vision_tower|multi_modal_projector)"
+        refused.append((LoraSettings(modules_to_save=[name]), [], problem))
+    for settings, token_ids, problem in refused:
         with pytest.raises(SettingsError, match=problem):
-            add_lora(load_base(base, torch.float32, CPU), base, make_lora(names), [], torch.float32)
+            add_lora(load_base(bases[kind], torch.float32, CPU), bases[kind], settings, token_ids, torch.float32)
     with pytest.raises(SettingsError, match="out_proj: PEFT's copy of a shared embedding gets no gradient"):
         LoraSettings(modules_to_save=["out_proj"])
-    if kind == "t5gemma2":
-        for name in ("norm", "q_proj"):
-            with pytest.raises(
-                SettingsError, match=f"modules_to_save: {name}: also the name of .*(vision_tower|multi_modal_projector)"
-            ):
-                add_lora(
-                    load_base(base, torch.float32, CPU), base, LoraSettings(modules_to_save=[name]), [], torch.float32
-                )
-    copied = LoraSettings(modules_to_save=["decoder"])
-    with pytest.raises(SettingsError, match="modules_to_save: decoder: contains .*share"):
-        add_lora(load_base(base, torch.float32, CPU), base, copied, [], torch.float32)
-    with pytest.raises(SettingsError, match="train_token_rows: .*t5gemma.* can't get rows"):
-        add_lora(load_base(base, torch.float32, CPU), base, make_lora(["q"]), [EOI - 1], torch.float32)
 
 
 @pytest.mark.parametrize("module", ["decoder.embed_tokens", "embed_tokens", "encoder.embed_tokens"])
@@ -332,12 +285,9 @@ def test_token_rows_that_peft_trained_are_refused(module: str, bases: dict[str, 
     """PEFT trains rows of one embedding or of both, but not those of the head, which merge would change with them."""
     base, adapter = bases["t5gemma"], tmp_path / "adapter"
     make_stock_adapter(base, adapter, target_modules=["q_proj"], trainable_token_indices={module: [7, 5]})
+    values = {"model_name_or_path": str(base), "adapter": adapter, "output_dir": tmp_path / "merged"}
     with pytest.raises(CheckpointError, match="embedding rows of t5gemma can't be merged: PEFT trains them without"):
-        merge(
-            MergeSettings(
-                model_name_or_path=str(base), adapter=adapter, output_dir=tmp_path / "merged", verify=False
-            )
-        )  # fmt: skip
+        merge(MergeSettings(**values, verify=False))
     assert not (tmp_path / "merged").exists()
 
 
@@ -380,7 +330,7 @@ def test_names_of_files_are_converted_as_transformers_does(renamed: bool, bases:
         assert expected in stock.state_dict()
 
 
-def test_a_conversion_to_ctranslate2_is_refused_by_name(made: Made, tmp_path: Path) -> None:
+def test_a_conversion_to_ctranslate2_is_refused_by_name(made: Chain, tmp_path: Path) -> None:
     name = "T5Gemma 2" if made.base.name == "t5gemma2" else "T5Gemma"
     settings = MergeSettings(
         model_name_or_path=str(made.base), adapter=made.adapter, output_dir=tmp_path / "out", to="ctranslate2"
@@ -391,7 +341,7 @@ def test_a_conversion_to_ctranslate2_is_refused_by_name(made: Made, tmp_path: Pa
 
 
 @pytest.mark.variants("t5gemma lora", "t5gemma2 q_lora")
-def test_a_merge_does_not_import_torch(made: Made, tmp_path: Path) -> None:
+def test_a_merge_does_not_import_torch(made: Chain, tmp_path: Path) -> None:
     settings = {"model_name_or_path": str(made.base), "adapter": str(made.adapter), "output_dir": str(tmp_path / "out")}
     code = (
         "import sys; from t5tune.commands.merge import merge; from t5tune.settings import MergeSettings;"
@@ -440,7 +390,7 @@ def test_two_ranks_have_the_losses_of_one_process(
 @pytest.mark.parametrize("made", [f"{kind} lora" for kind in KINDS], indirect=True)
 @pytest.mark.variants("t5gemma2 lora")
 def test_an_evaluation_of_a_partitioned_model_has_the_result_of_one_process(
-    made: Made, data: Path, tmp_path: Path, on_ranks: Callable[..., CommandResult]
+    made: Chain, data: Path, tmp_path: Path, on_ranks: Callable[..., CommandResult]
 ) -> None:
     common = ("evaluate", made.run, "--data-path", data, "--max-new-tokens", 6, "--use-cpu", "--no-bf16", "--json")
     one = on_ranks(1, *common, "--output-dir", tmp_path / "one")

@@ -22,6 +22,7 @@ from t5tune.model.load import load_base
 from t5tune.progress import Event, Note
 from t5tune.settings import ChatSettings, EvaluateSettings, MergeSettings, PrepareSettings
 from tests.support.caches import open_only
+from tests.support.model_types import write_pairs
 from tests.support.tokenizer_kinds import make_codet5_tokenizer, make_madlad_tokenizer
 from tests.support.train_runs import make_settings, read_losses
 
@@ -62,10 +63,7 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "data.jsonl"
-    pairs = zip(SOURCES, TARGETS, strict=True)
-    path.write_text("".join(json.dumps({"source": source, "target": target}) + "\n" for source, target in pairs))
-    return path
+    return write_pairs(tmp_path_factory.mktemp("data") / "data.jsonl", zip(SOURCES, TARGETS, strict=True))
 
 
 def test_the_table_recognizes_it(base: Path) -> None:

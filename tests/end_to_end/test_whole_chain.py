@@ -22,7 +22,7 @@ from t5tune.runs.checkpoints import list_checkpoints
 from t5tune.settings import QuantizationSettings
 from tests.support.caches import open_only
 from tests.support.command_line import CommandResult, t5tune_in_fork
-from tests.support.model_types import TEXTS, compute_logits, load_stock, make_checkpoint, read_tensors
+from tests.support.model_types import TEXTS, compute_logits, load_stock, make_checkpoint, read_tensors, write_pairs
 from tests.support.runs import LONG, read_adapter
 from tests.support.train_runs import read_steps
 
@@ -48,9 +48,7 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "data.jsonl"
-    path.write_text("".join(json.dumps({"source": source, "target": target}) + "\n" for source, target in TEXTS))
-    return path
+    return write_pairs(tmp_path_factory.mktemp("data") / "data.jsonl")
 
 
 def run(*arguments: Any) -> None:

@@ -1,10 +1,13 @@
 """A tiny random checkpoint of each row in the table of families, saved by stock transformers, with a tokenizer.
 
 base = make_checkpoint("mt5", tmp_path / "mt5")
+chain = run_chain(base, data, tmp_path / "chain", q_lora=False)
 """
 
 import json
 import re
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +18,18 @@ from safetensors.torch import load_file
 from torch.nn import functional
 from transformers import CONFIG_MAPPING, AutoModelForSeq2SeqLM
 
+from t5tune.commands.export import export
+from t5tune.commands.merge import MergeResult, merge
+from t5tune.commands.train import train
 from t5tune.compat.requirements import is_older
 from t5tune.families import BYTE_FALLBACK, BYTE_LEVEL_BPE, BYTES, FAMILIES, FASTCHAT_TOKENS, Family, find_architecture
 from t5tune.families.t5gemma import T5Gemma
+from t5tune.settings import ExportSettings, MergeSettings
 from tests.support.caches import open_only
 from tests.support.gemma_models import EOI, make_gemma
 from tests.support.prose import english_text
 from tests.support.tokenizer_kinds import make_codet5_tokenizer, make_gemma_tokenizer, make_madlad_tokenizer
+from tests.support.train_runs import make_settings
 
 PIECES = 700
 # pairs of a source and a target, of different lengths
@@ -99,6 +107,35 @@ def make_t5_tokenizer(family: Family, folder: Path) -> int:
         json.dumps({token: PIECES + 100 + i for i, token in enumerate(FASTCHAT_TOKENS)})
     )
     return PIECES + 100 + len(FASTCHAT_TOKENS)
+
+
+def write_pairs(path: Path, pairs: Iterable[tuple[str, str]] = TEXTS) -> Path:
+    """Write pairs of a source and a target as JSON lines."""
+    path.write_text("".join(json.dumps({"source": source, "target": target}) + "\n" for source, target in pairs))
+    return path
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The outputs of train, export and merge for a base."""
+
+    base: Path
+    run: Path
+    adapter: Path
+    merged: Path
+    result: MergeResult
+    q_lora: bool
+
+
+def run_chain(base: Path, data: Path, folder: Path, q_lora: bool, **changes: Any) -> Chain:
+    """Train LoRA or QLoRA on all linear layers, export the adapter, and merge it."""
+    run, adapter, merged = (folder / name for name in ("run", "adapter", "merged"))
+    options = {"q_lora": q_lora, "bf16": False, "learning_rate": 3e-2, "lora_target_modules": ["all-linear"]}
+    train(make_settings(base, data, run, **options, **changes))
+    export(ExportSettings(checkpoint=run, output_dir=adapter))
+    onto = "nf4" if q_lora else "base"
+    values = {"model_name_or_path": str(base), "adapter": adapter, "output_dir": merged}
+    return Chain(base, run, adapter, merged, merge(MergeSettings(**values, onto=onto, verify=True)), q_lora)
 
 
 def load_stock(folder: Path) -> Any:
