@@ -100,7 +100,7 @@ def compare(before: Path, after: Path) -> None:
 def run_all(folder: Path, code: Path) -> dict[str, str]:
     """Run all commands in `folder`, two at a time, and hash their outputs."""
     sys.path.insert(0, str(REPOSITORY))
-    from tests.support.bases import make_base
+    from tests.support.models.bases import make_base
 
     make_base(folder / "base", tied=False, d_model=64, num_layers=3)
     lines = (REPOSITORY / "examples" / "quickstart" / "train.jsonl").read_text().splitlines(keepends=True)

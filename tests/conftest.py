@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.bases import make_base
-from tests.support.command_line import CommandResult
-from tests.support.forks import ForkServer, get_fork_server
+from tests.support.models.bases import make_base
 from tests.support.paths import REPOSITORY, SHARED
-from tests.support.runs import LONG
+from tests.support.processes.command_line import CommandResult
+from tests.support.processes.forks import ForkServer, get_fork_server
+from tests.support.processes.runs import LONG
 
 # Tests that are started in the background or with nohup ignore these signals, and so would every child process.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from t5tune.checkpoints.pocket import pocket_folder
-from tests.support.command_line import t5tune
 from tests.support.paths import REPOSITORY
+from tests.support.processes.command_line import t5tune
 
 pytestmark = pytest.mark.slow
 

@@ -16,8 +16,8 @@ from t5tune.families import REFUSED_MODELS
 from t5tune.families.t5 import T5
 from t5tune.settings import COMMANDS
 from t5tune.settings.loading import load_settings
-from tests.support.command_line import parse_words, t5tune_in_fork
 from tests.support.paths import REPOSITORY
+from tests.support.processes.command_line import parse_words, t5tune_in_fork
 from tools import docs_site
 from tools.commands_page import anchor_of
 from tools.generate import FILES, find_change

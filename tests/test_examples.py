@@ -13,8 +13,8 @@ import pytest
 
 from t5tune.commands.prepare import prepare
 from t5tune.settings import PrepareSettings
-from tests.support.forks import get_fork_server
 from tests.support.paths import REPOSITORY
+from tests.support.processes.forks import get_fork_server
 
 pytestmark = pytest.mark.slow
 

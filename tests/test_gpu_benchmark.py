@@ -18,7 +18,7 @@ import torch
 
 from tests.model.kernels.test_flex_attention import without_kernels  # noqa: F401
 from tests.support.paths import REPOSITORY
-from tests.support.runs import LONG
+from tests.support.processes.runs import LONG
 
 # torch itself hides it, but can't where warnings are errors
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")

@@ -43,7 +43,7 @@ from t5tune.errors import DataError, T5TuneError
 from t5tune.progress import Event, Note
 from t5tune.settings import COMMANDS
 from tests.support.caches import find_cache
-from tests.support.command_line import t5tune_in_fork
+from tests.support.processes.command_line import t5tune_in_fork
 
 PAIRS = [{"source": f"How much is {a} + {b}?", "target": str(a + b)} for a in range(6) for b in range(6)]
 

@@ -33,9 +33,9 @@ from t5tune.commands.prepare import prepare
 from t5tune.commands.train import train
 from t5tune.io.yaml_file import read_yaml
 from t5tune.settings import ExportSettings, MergeSettings, PrepareSettings
-from tests.support.adapters import make_rows_adapter, make_stock_adapter
-from tests.support.bases import make_base
-from tests.support.command_line import CommandResult, t5tune_in_one_fork
+from tests.support.models.adapters import make_rows_adapter, make_stock_adapter
+from tests.support.models.bases import make_base
+from tests.support.processes.command_line import CommandResult, t5tune_in_one_fork
 from tests.support.train_runs import make_settings
 
 TABLE = Path(__file__).with_name("refusals.yaml")

@@ -12,8 +12,8 @@ import torch
 
 from t5tune.errors import T5TuneError
 from t5tune.model.load import load_base
-from tests.support.bases import make_base
-from tests.support.model_types import make_checkpoint
+from tests.support.models.bases import make_base
+from tests.support.models.model_types import make_checkpoint
 
 pytestmark = pytest.mark.slow
 

@@ -16,7 +16,7 @@ from t5tune.runs.checkpoints import write_manifest
 from t5tune.settings import ExportSettings
 from tests.adversarial import zero_folders
 from tests.adversarial.zips import hostile_pickles, hostile_zips, torch_file
-from tests.support.command_line import t5tune
+from tests.support.processes.command_line import t5tune
 
 
 def assert_refused(folder: Path, data: bytes, expected: str) -> None:

@@ -9,7 +9,7 @@ from t5tune.cli import run
 from t5tune.commands.merge import merge
 from t5tune.settings import MergeSettings
 from tests.adversarial.model_folders import FOLDERS
-from tests.support.adapters import make_stock_adapter
+from tests.support.models.adapters import make_stock_adapter
 
 
 @pytest.fixture(scope="module")

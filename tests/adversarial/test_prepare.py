@@ -29,10 +29,10 @@ from t5tune.errors import DataError
 from t5tune.progress import Event, Note
 from t5tune.settings import EvaluateSettings, write_settings
 from t5tune.settings.groups.record_format import ReadingSettings
-from tests.support import runs
 from tests.support.caches import find_cache
-from tests.support.command_line import CommandResult, t5tune
 from tests.support.paths import REPOSITORY, SHARED
+from tests.support.processes import runs
+from tests.support.processes.command_line import CommandResult, t5tune
 
 HI = {"role": "user", "content": "Hi"}
 YES = {"role": "assistant", "content": "Yes"}

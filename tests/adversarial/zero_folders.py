@@ -1,6 +1,6 @@
 """Checkpoint folders of two DeepSpeed ranks, good and bad.
 
-The good folders follow DeepSpeed's documented format; tests/support/deepspeed_saves.py runs DeepSpeed itself.
+The good folders follow DeepSpeed's documented format; tests/support/ranks/deepspeed_saves.py runs DeepSpeed itself.
 """
 
 import hashlib

@@ -15,9 +15,9 @@ from t5tune.checkpoints.adapter_folder import find_adapter
 from t5tune.progress import Advanced, Event, Finished, Started
 from t5tune.runs.checkpoints import read_run_identity
 from t5tune.runs.resume_guard import hash_adapter
-from tests.support.adapters import make_stock_adapter
-from tests.support.command_line import CommandResult, t5tune_in_fork
-from tests.support.hub import TOKEN, Hub, serve_hub, use_in_this_process
+from tests.support.models.adapters import make_stock_adapter
+from tests.support.processes.command_line import CommandResult, t5tune_in_fork
+from tests.support.servers.hub import TOKEN, Hub, serve_hub, use_in_this_process
 
 pytestmark = pytest.mark.slow
 

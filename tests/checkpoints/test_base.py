@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.support.adapters import make_stock_adapter
 from tests.support.caches import find_cache
-from tests.support.command_line import CommandResult, t5tune_in_fork
-from tests.support.hub import serve_hub
+from tests.support.models.adapters import make_stock_adapter
+from tests.support.processes.command_line import CommandResult, t5tune_in_fork
+from tests.support.servers.hub import serve_hub
 
 pytestmark = pytest.mark.slow
 

@@ -9,7 +9,7 @@ import pytest
 
 from t5tune.cli.summaries import SUMMARIES
 from t5tune.settings import COMMANDS
-from tests.support.command_line import t5tune, t5tune_in_fork
+from tests.support.processes.command_line import t5tune, t5tune_in_fork
 
 PREPARE_RESULT_KEYS = [
     "cache", "conversations", "rejected", "examples", "source_tokens", "target_tokens", "truncated_sources",

@@ -9,7 +9,7 @@ import pytest
 from t5tune.cli import run
 from t5tune.cli.summaries import EXAMPLES, FIRST_STEPS, SUMMARIES
 from t5tune.settings import COMMANDS, Settings, load_settings
-from tests.support.command_line import parse_words, t5tune_in_fork
+from tests.support.processes.command_line import parse_words, t5tune_in_fork
 
 EXAMPLE_LINES = [line for lines in EXAMPLES.values() for line in lines]
 

@@ -12,7 +12,7 @@ from t5tune.cli.next_steps import list_next_steps
 from t5tune.commands.prepare import prepare
 from t5tune.data.caches.prepared import list_caches
 from t5tune.settings import EvaluateSettings, ExportSettings, PrepareSettings, TrainSettings, load_settings
-from tests.support.command_line import parse_words, t5tune_in_fork
+from tests.support.processes.command_line import parse_words, t5tune_in_fork
 
 TRAIN = "--model-name-or-path base --output-dir run --data-path"
 PREPARE = ["prepare", "--model-name-or-path", "pocket", "--data-path", "pocket", "--output-dir", "cache"]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.command_line import CommandResult
+from tests.support.processes.command_line import CommandResult
 
 pytestmark = pytest.mark.slow
 

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from t5tune.cli.screen import Screen, print_message
 from t5tune.progress import Advanced, Evaluated, Event, Finished, Measured, Note, Started, count_done, track
-from tests.support.terminal import read_screen
+from tests.support.processes.terminal import read_screen
 
 METRICS = {"loss": 0.2849, "grad norm": 1.419, "lr": 0.019, "tokens/s": 4348.0}
 BAR = re.compile("[━╸╺]+")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from t5tune.settings import COMMANDS, TrainSettings
-from tests.support.command_line import parse_words
+from tests.support.processes.command_line import parse_words
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "command_lines.jsonl"
 

@@ -12,9 +12,9 @@ import pytest
 from t5tune.commands.docs import PACKAGE, docs
 from t5tune.commands.prepare import prepare
 from t5tune.settings import COMMANDS, DocsSettings, PrepareSettings
-from tests.support.command_line import CommandResult, t5tune_in_fork
-from tests.support.forks import get_fork_server
 from tests.support.paths import REPOSITORY
+from tests.support.processes.command_line import CommandResult, t5tune_in_fork
+from tests.support.processes.forks import get_fork_server
 from tests.test_docs import find_commands
 from tools.agents_page import BLOCK, GENERATED, PAGE
 

@@ -16,8 +16,8 @@ from t5tune.commands import doctor as doctor_module
 from t5tune.commands.doctor import PROBE_HINTS, _run_probe
 from t5tune.compat.requirements import check_versions, read_oldest_releases
 from t5tune.diagnosis import Finding, machine, probes
-from tests.support.command_line import t5tune, t5tune_in_fork
 from tests.support.paths import REPOSITORY
+from tests.support.processes.command_line import t5tune, t5tune_in_fork
 
 pytestmark = pytest.mark.slow
 

@@ -24,9 +24,9 @@ from t5tune.commands.export import ExportResult, export
 from t5tune.errors import CheckpointError, SettingsError
 from t5tune.progress import Note
 from t5tune.settings import ExportSettings
-from tests.support.adapters import make_stock_adapter
-from tests.support.command_line import CommandResult, t5tune_in_fork
-from tests.support.exports import assert_same, list_files, read_adapter_tensors
+from tests.support.models.adapters import make_stock_adapter
+from tests.support.models.exports import assert_same, list_files, read_adapter_tensors
+from tests.support.processes.command_line import CommandResult, t5tune_in_fork
 
 STEPS = 3
 COMMON = [

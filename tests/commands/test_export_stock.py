@@ -22,9 +22,9 @@ from t5tune.commands.export import ExportResult, export
 from t5tune.errors import CheckpointError, SettingsError
 from t5tune.progress import Note
 from t5tune.settings import ExportSettings
-from tests.support.deepspeed_saves import CASES, EXTRA_PARAMETER, STEPS
-from tests.support.exports import assert_same, list_files, read_adapter_tensors
-from tests.support.forks import ForkServer
+from tests.support.models.exports import assert_same, list_files, read_adapter_tensors
+from tests.support.processes.forks import ForkServer
+from tests.support.ranks.deepspeed_saves import CASES, EXTRA_PARAMETER, STEPS
 
 pytestmark = pytest.mark.slow
 
@@ -39,7 +39,7 @@ def saves(
     """Checkpoints that two ranks of DeepSpeed's engine saved: one folder per case."""
     out = tmp_path_factory.mktemp("deepspeed")
     paths = ", ".join(repr(str(path)) for path in (tied_base, untied_base, out))
-    done = fork_server.run(["--version"], 2, [f"tests.support.deepspeed_saves:save_all({paths})"])
+    done = fork_server.run(["--version"], 2, [f"tests.support.ranks.deepspeed_saves:save_all({paths})"])
     assert done.codes == [0, 0], done.log[-3000:]
     return out
 

@@ -17,7 +17,7 @@ from t5tune.errors import DataError, SettingsError
 from t5tune.progress import Event, Note
 from t5tune.settings import InspectSettings, PrepareSettings, TrainSettings, write_settings
 from tests.support.caches import find_cache, open_only
-from tests.support.command_line import t5tune_in_fork
+from tests.support.processes.command_line import t5tune_in_fork
 
 RECORDS = [
     ["Hi", "Yes\n  {x}"],

@@ -28,9 +28,9 @@ from t5tune.progress import Note
 from t5tune.settings import PlanSettings, PrepareSettings, QuantizationSettings, TrainSettings, load_settings
 from t5tune.settings.loading import dump_settings
 from tests.planning.plans import make_plan, write_short_model
-from tests.support.bases import make_base
 from tests.support.caches import open_only
-from tests.support.command_line import t5tune_in_fork
+from tests.support.models.bases import make_base
+from tests.support.processes.command_line import t5tune_in_fork
 
 pytestmark = pytest.mark.slow
 NO_SUGGESTION: dict[str, Any] = {"use_cpu": True, "gpu_memory": "1MiB"}  # nothing fits, which saves its time

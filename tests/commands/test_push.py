@@ -19,11 +19,11 @@ from t5tune.commands.train import train
 from t5tune.errors import CheckpointError, Stopped
 from t5tune.progress import Note
 from t5tune.training.callbacks.push_checkpoints import PushCheckpoints
-from tests.support.adapters import make_stock_adapter
-from tests.support.command_line import CommandResult, t5tune_in_fork
-from tests.support.forks import ForkServer
-from tests.support.hub import TOKEN, USER, Hub, serve_hub, use_in_this_process
-from tests.support.runs import Running, start_run
+from tests.support.models.adapters import make_stock_adapter
+from tests.support.processes.command_line import CommandResult, t5tune_in_fork
+from tests.support.processes.forks import ForkServer
+from tests.support.processes.runs import Running, start_run
+from tests.support.servers.hub import TOKEN, USER, Hub, serve_hub, use_in_this_process
 from tests.support.train_runs import make_settings
 
 pytestmark = pytest.mark.slow

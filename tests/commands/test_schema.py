@@ -22,7 +22,7 @@ from t5tune.settings import (
     packaged_templates,
 )
 from t5tune.settings.field_types import NoneIfUnset
-from tests.support.command_line import t5tune_in_fork
+from tests.support.processes.command_line import t5tune_in_fork
 
 
 @pytest.mark.parametrize("model", COMMANDS, ids=lambda model: model.command)

@@ -28,9 +28,9 @@ from t5tune.errors import CheckpointError, ModelError, SettingsError
 from t5tune.progress import Event, Note
 from t5tune.settings import ChatSettings, MergeSettings, ServeSettings, TrainSettings
 from tests.serving.raw_http import CHAT, connect, make_chat, make_request, read_answer, send, wait_until_running
-from tests.support.adapters import make_stock_adapter
-from tests.support.command_line import t5tune_in_fork
-from tests.support.forks import ForkedProcess, get_fork_server
+from tests.support.models.adapters import make_stock_adapter
+from tests.support.processes.command_line import t5tune_in_fork
+from tests.support.processes.forks import ForkedProcess, get_fork_server
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("starlette", reason="the extra `serve` isn't installed")

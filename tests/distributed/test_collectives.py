@@ -8,8 +8,7 @@ import pytest
 from t5tune.distributed.collectives import report_lost_ranks
 from t5tune.distributed.world import World
 from t5tune.errors import RankLost
-from tests.support.runs import send_signal
-from tests.support.two_ranks import read_lines, start_two_ranks
+from tests.support.processes.runs import read_lines, send_signal, start_two_ranks
 
 pytestmark = pytest.mark.slow
 

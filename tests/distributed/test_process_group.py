@@ -29,8 +29,7 @@ from t5tune.distributed.world import World
 from t5tune.errors import RankLost, SettingsError, Stopped
 from t5tune.progress import silent
 from t5tune.settings import TrainSettings
-from tests.support.runs import Running, send_signal
-from tests.support.two_ranks import start_two_ranks
+from tests.support.processes.runs import Running, send_signal, start_two_ranks
 
 
 @pytest.fixture

@@ -8,9 +8,8 @@ import pytest
 from t5tune import train
 from t5tune.distributed.watch import POLLS, RankWatch
 from t5tune.distributed.world import RESUME_HINT, World
-from tests.support.runs import send_signal
+from tests.support.processes.runs import read_lines, send_signal, start_two_ranks
 from tests.support.train_runs import make_settings
-from tests.support.two_ranks import read_lines, start_two_ranks
 
 WATCHING = """
 import signal

@@ -19,8 +19,8 @@ from t5tune.progress import Note
 from t5tune.runs.checks import check_machine
 from t5tune.settings import TrainSettings
 from tests.support.caches import find_cache
-from tests.support.command_line import t5tune_in_fork
-from tests.support.forks import get_fork_server
+from tests.support.processes.command_line import t5tune_in_fork
+from tests.support.processes.forks import get_fork_server
 
 pytestmark = pytest.mark.slow
 

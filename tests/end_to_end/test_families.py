@@ -40,8 +40,7 @@ from t5tune.settings import (
 )
 from t5tune.settings.groups.base import FamilyName
 from tests.support.caches import open_only
-from tests.support.command_line import CommandResult, t5tune
-from tests.support.model_types import (
+from tests.support.models.model_types import (
     PIECES,
     Chain,
     compute_logits,
@@ -50,7 +49,8 @@ from tests.support.model_types import (
     run_chain,
     write_pairs,
 )
-from tests.support.other_python import ask_transformers_4, needs_transformers_4
+from tests.support.models.other_python import ask_transformers_4, needs_transformers_4
+from tests.support.processes.command_line import CommandResult, t5tune
 from tests.support.train_runs import make_settings, read_steps
 
 pytestmark = pytest.mark.slow

@@ -18,9 +18,9 @@ from t5tune.errors import CheckpointError
 from t5tune.runs.result import TrainResult
 from t5tune.settings import ExportSettings, MergeSettings
 from tests.end_to_end.lora_runs import loss_of, make_settings
-from tests.support.adapters import load_stock_base, make_stock_adapter
-from tests.support.bases import make_base
-from tests.support.command_line import CommandResult
+from tests.support.models.adapters import load_stock_base, make_stock_adapter
+from tests.support.models.bases import make_base
+from tests.support.processes.command_line import CommandResult
 
 
 def full(base: Path, data: Path, run: Path, **changes: Any) -> TrainResult:

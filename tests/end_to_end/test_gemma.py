@@ -28,11 +28,10 @@ from t5tune.model.lora import add_lora
 from t5tune.progress import Advanced
 from t5tune.settings import ChatSettings, EvaluateSettings, MergeSettings, QuantizationSettings
 from t5tune.settings.groups.lora import LoraSettings
-from tests.support.adapters import make_stock_adapter
 from tests.support.caches import open_only
-from tests.support.command_line import CommandResult
-from tests.support.gemma_models import EOI, WINDOW
-from tests.support.model_types import (
+from tests.support.models.adapters import make_stock_adapter
+from tests.support.models.gemma_models import EOI, WINDOW
+from tests.support.models.model_types import (
     TEXTS,
     Chain,
     compute_logits,
@@ -42,7 +41,8 @@ from tests.support.model_types import (
     run_chain,
     write_pairs,
 )
-from tests.support.runs import LONG, stop_at
+from tests.support.processes.command_line import CommandResult
+from tests.support.processes.runs import LONG, stop_at
 from tests.support.train_runs import make_settings, read_steps
 
 pytestmark = pytest.mark.slow

@@ -18,9 +18,9 @@ from t5tune.errors import CheckpointError
 from t5tune.progress import Event, Note
 from t5tune.settings import ChatSettings, PrepareSettings
 from tests.end_to_end.lora_runs import NORMS, make_settings, trained_adapter
-from tests.support.adapters import compute_logits, load_stock_base
 from tests.support.caches import open_only
-from tests.support.command_line import CommandResult
+from tests.support.models.adapters import compute_logits, load_stock_base
+from tests.support.processes.command_line import CommandResult
 
 
 @pytest.mark.parametrize(

@@ -24,10 +24,10 @@ from t5tune.settings import ExportSettings, MergeSettings, QuantizationSettings
 from t5tune.settings.groups.base import InferenceSettings
 from t5tune.settings.groups.lora import LoraSettings
 from tests.end_to_end.lora_runs import NORMS, loss_of, make_settings, trained_adapter
-from tests.support.adapters import compute_logits, load_stock_base, make_stock_adapter
 from tests.support.caches import open_only
-from tests.support.command_line import CommandResult
-from tests.support.runs import LONG
+from tests.support.models.adapters import compute_logits, load_stock_base, make_stock_adapter
+from tests.support.processes.command_line import CommandResult
+from tests.support.processes.runs import LONG
 
 pytestmark = pytest.mark.slow
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -22,8 +22,8 @@ from t5tune.model.load import load_base
 from t5tune.progress import Event, Note
 from t5tune.settings import ChatSettings, EvaluateSettings, MergeSettings, PrepareSettings
 from tests.support.caches import open_only
-from tests.support.model_types import write_pairs
-from tests.support.tokenizer_kinds import make_codet5_tokenizer, make_madlad_tokenizer
+from tests.support.models.model_types import write_pairs
+from tests.support.models.tokenizer_kinds import make_codet5_tokenizer, make_madlad_tokenizer
 from tests.support.train_runs import make_settings, read_losses
 
 pytestmark = pytest.mark.slow

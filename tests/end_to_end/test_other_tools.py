@@ -24,9 +24,9 @@ from t5tune.merging.shards import estimate_converted_size
 from t5tune.model.load import load_base
 from t5tune.progress import Note
 from t5tune.settings import MergeSettings
-from tests.support.adapters import load_stock_base, make_rows_adapter, make_stock_adapter
-from tests.support.bases import make_base
-from tests.support.other_python import ask_transformers_4, needs_transformers_4
+from tests.support.models.adapters import load_stock_base, make_rows_adapter, make_stock_adapter
+from tests.support.models.bases import make_base
+from tests.support.models.other_python import ask_transformers_4, needs_transformers_4
 from tests.support.paths import REPOSITORY
 
 pytestmark = pytest.mark.slow

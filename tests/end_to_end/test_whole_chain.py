@@ -21,9 +21,16 @@ from t5tune.model.load import load_base
 from t5tune.runs.checkpoints import list_checkpoints
 from t5tune.settings import QuantizationSettings
 from tests.support.caches import open_only
-from tests.support.command_line import CommandResult, t5tune_in_fork
-from tests.support.model_types import TEXTS, compute_logits, load_stock, make_checkpoint, read_tensors, write_pairs
-from tests.support.runs import LONG, read_adapter
+from tests.support.models.model_types import (
+    TEXTS,
+    compute_logits,
+    load_stock,
+    make_checkpoint,
+    read_tensors,
+    write_pairs,
+)
+from tests.support.processes.command_line import CommandResult, t5tune_in_fork
+from tests.support.processes.runs import LONG, read_adapter
 from tests.support.train_runs import read_steps
 
 pytestmark = [
@@ -74,7 +81,7 @@ def test_the_whole_chain(
     run("prepare", "--model-name-or-path", base, "--data-path", data, "--output-dir", cache)
     flags = (*METHODS[method], "--packing", packing)
     run(*make_flags(base, cache, tmp_path / "alone", 6, *flags))
-    stop = f"tests.support.stop_in_step:stop_in_step({STOPPED})"
+    stop = f"tests.support.ranks.faults:stop_in_step({STOPPED})"
     for name, calls in (("ranks", ()), ("resumed", (stop,)), ("resumed", ())):
         arguments = make_flags(base, cache, tmp_path / name, 3, "--deepspeed", "zero3", *flags)
         done = on_ranks(2, *arguments, calls=calls)

@@ -9,7 +9,7 @@ from t5tune.errors import OutOfMemory
 from t5tune.evaluation.batches import SMALL_BATCH, Batches, BatchRun, EvaluationStopped, Lengths, make_batches
 from t5tune.progress import Advanced, Event, Note
 from tests.distributed.test_collectives import JOINED
-from tests.support.two_ranks import read_lines, start_two_ranks
+from tests.support.processes.runs import read_lines, start_two_ranks
 
 
 def count_tokens(count: int, source: int, target: int) -> int:

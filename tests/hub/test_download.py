@@ -14,8 +14,8 @@ from t5tune.errors import DataError, ModelError, SettingsError, T5TuneError
 from t5tune.hub.datasets import DatasetChoice
 from t5tune.progress import Event, Note
 from t5tune.settings.groups.base import BaseModelSettings
-from tests.support.command_line import t5tune_in_fork
-from tests.support.hub import Hub, serve_hub, use_in_this_process
+from tests.support.processes.command_line import t5tune_in_fork
+from tests.support.servers.hub import Hub, serve_hub, use_in_this_process
 
 NAME = "some/thing"
 DATE = "2026-11-03"

@@ -10,8 +10,8 @@ import torch
 
 from t5tune.inference.generation import Decoding, Sampling, generate, make_random_generator
 from t5tune.model.load import load_base
-from tests.support.bases import make_base
-from tests.support.model_types import load_stock
+from tests.support.models.bases import make_base
+from tests.support.models.model_types import load_stock
 from tests.support.notes import Notes
 
 

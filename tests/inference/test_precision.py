@@ -22,8 +22,8 @@ from t5tune.settings import ChatSettings, EvaluateSettings, MergeSettings, Serve
 from t5tune.settings.groups.base import InferenceSettings
 from tests.serving import raw_http
 from tests.serving.raw_http import make_chat
-from tests.support.adapters import compute_logits
-from tests.support.bases import make_base
+from tests.support.models.adapters import compute_logits
+from tests.support.models.bases import make_base
 from tests.support.notes import Notes
 from tests.support.train_runs import make_settings
 

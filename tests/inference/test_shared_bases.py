@@ -10,7 +10,7 @@ from t5tune.commands.train import train
 from t5tune.inference.loading import load_for_inference
 from t5tune.inference.shared_bases import SharedBases
 from t5tune.settings.groups.base import InferenceSettings
-from tests.support.adapters import compute_logits, load_stock_base, make_rows_adapter, make_stock_adapter
+from tests.support.models.adapters import compute_logits, load_stock_base, make_rows_adapter, make_stock_adapter
 from tests.support.train_runs import make_settings
 
 pytestmark = pytest.mark.slow

@@ -9,7 +9,7 @@ import pytest
 from t5tune.errors import SettingsError, WriteError
 from t5tune.io.reasons import describe_error, join_lines
 from t5tune.settings import MergeSettings, Settings, TrainSettings, load_settings
-from tests.support.command_line import t5tune_in_fork
+from tests.support.processes.command_line import t5tune_in_fork
 
 VALUES: dict[str, tuple[type[Settings], str, Any, str]] = {
     "word for a whole number": (TrainSettings, "lora_r", "abc", "expected a whole number"),

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.adapters import make_stock_adapter
+from tests.support.models.adapters import make_stock_adapter
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from t5tune.commands.merge import merge
 from t5tune.errors import CheckpointError
 from t5tune.settings import MergeSettings
 from tests.merging.cases import change_config, change_tensors
-from tests.support.bases import make_base
+from tests.support.models.bases import make_base
 
 SIZES = {"d_model": 48, "d_kv": 8, "d_ff": 100, "num_layers": 1, "num_heads": 4, "vocab_size": 1536}
 LINEAR = ["q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo"]

@@ -26,7 +26,7 @@ from t5tune.errors import CheckpointError, TrainingError
 from t5tune.model.load import load_base
 from t5tune.settings import ChatSettings
 from tests.merging.cases import PREFIX, change_tensors, list_folder, read_weights, run_merge
-from tests.support.adapters import (
+from tests.support.models.adapters import (
     TEMPLATES,
     TOKEN_IDS,
     compute_logits,
@@ -34,7 +34,7 @@ from tests.support.adapters import (
     make_rows_adapter,
     make_stock_adapter,
 )
-from tests.support.bases import make_base
+from tests.support.models.bases import make_base
 from tests.support.notes import Notes
 
 SCALE = 16 / 4

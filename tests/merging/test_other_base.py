@@ -15,7 +15,7 @@ from t5tune.commands.merge import merge
 from t5tune.errors import CheckpointError
 from t5tune.settings import MergeSettings
 from tests.merging.cases import list_folder, run_merge
-from tests.support.adapters import add_base_metadata, load_stock_base, make_stock_adapter
+from tests.support.models.adapters import add_base_metadata, load_stock_base, make_stock_adapter
 from tests.support.notes import Notes
 
 

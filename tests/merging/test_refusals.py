@@ -18,8 +18,8 @@ from t5tune.commands.prepare import prepare
 from t5tune.errors import CheckpointError, SettingsError
 from t5tune.settings import EvaluateSettings, ExportSettings, MergeSettings, PrepareSettings
 from tests.merging.cases import PREFIX, change_config, change_tensors, list_folder, read_weights, run_merge
-from tests.support.adapters import make_rows_adapter, make_stock_adapter
-from tests.support.bases import make_base
+from tests.support.models.adapters import make_rows_adapter, make_stock_adapter
+from tests.support.models.bases import make_base
 
 
 @pytest.mark.parametrize(

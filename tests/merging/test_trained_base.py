@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from t5tune.errors import SettingsError
 from tests.merging.cases import PREFIX, read_weights, run_merge
 from tests.merging.test_merge import SCALE
-from tests.support.adapters import add_base_metadata, load_stock_base, make_stock_adapter
-from tests.support.bases import make_base
+from tests.support.models.adapters import add_base_metadata, load_stock_base, make_stock_adapter
+from tests.support.models.bases import make_base
 from tests.support.notes import Notes
 
 

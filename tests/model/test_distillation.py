@@ -16,8 +16,8 @@ from t5tune.model.load import load_base
 from t5tune.model.loss import IGNORED_LABEL, CrossEntropy, HeadWeights
 from t5tune.settings import TrainSettings
 from t5tune.training.teacher import DistillationObjective, Teacher
-from tests.support.gradients import make_examples
-from tests.support.model_types import load_stock, make_checkpoint
+from tests.support.models.gradients import make_examples
+from tests.support.models.model_types import load_stock, make_checkpoint
 from tests.support.train_runs import make_settings
 
 pytestmark = pytest.mark.slow

@@ -11,7 +11,7 @@ from transformers import CONFIG_MAPPING, AutoModelForSeq2SeqLM
 from t5tune.model import loss as loss_module
 from t5tune.model.load import load_base
 from t5tune.model.loss import IGNORED_LABEL, CrossEntropy, HeadWeights, compute_summed_loss, compute_token_losses
-from tests.support.model_types import load_stock
+from tests.support.models.model_types import load_stock
 
 TOKENS, VOCABULARY, WIDTH = 300, 97, 16
 ROWS = [5, 90, 17]

@@ -19,9 +19,9 @@ from t5tune.model.lora import add_lora
 from t5tune.settings import QuantizationSettings
 from t5tune.settings.groups.lora import LoraSettings
 from t5tune.training.objectives import DirectPreferenceObjective, OddsRatioObjective, PreferenceObjective
-from tests.support.checkpointing import enable_checkpointing
-from tests.support.gradients import assert_same_gradients, compute_gradients
-from tests.support.model_types import load_stock, make_checkpoint
+from tests.support.models.checkpointing import enable_checkpointing
+from tests.support.models.gradients import assert_same_gradients, compute_gradients
+from tests.support.models.model_types import load_stock, make_checkpoint
 from tests.support.train_runs import make_settings
 
 pytestmark = pytest.mark.slow

@@ -13,16 +13,16 @@ from safetensors.torch import load_file, save_file
 from t5tune.checkpoints.tensor_files.safetensors import build_header
 from t5tune.model import zero3
 from t5tune.settings import TrainSettings
-from tests.support.bases import make_base
-from tests.support.two_ranks import read_lines, start_two_ranks
+from tests.support.models.bases import make_base
+from tests.support.processes.runs import read_lines, start_two_ranks
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 LARGE = {"d_model": 1024, "d_kv": 64, "d_ff": 4096, "num_layers": 4, "num_heads": 16, "vocab_size": 8000}
 
 IMPORTS = """
 from pathlib import PosixPath
-from tests.support.partitioned_bases import describe, describe_errors
-from tests.support.partitioned_steps import describe_peak, describe_steps
+from tests.support.ranks.partitioned_bases import describe, describe_errors
+from tests.support.ranks.partitioned_steps import describe_peak, describe_steps
 """
 
 

@@ -15,7 +15,7 @@ from t5tune.planning.run_memory import Machine
 from t5tune.settings import TrainSettings, load_settings
 from t5tune.settings.field_types import parse_gpu_memory
 from tests.planning.plans import make_plan, write_short_model
-from tests.support.command_line import parse_words
+from tests.support.processes.command_line import parse_words
 
 
 def load_train_settings(flags: str, **given: Any) -> TrainSettings:

@@ -10,7 +10,7 @@ from t5tune.commands.prepare import prepare
 from t5tune.errors import DataError
 from t5tune.settings import PrepareSettings
 from tests.support.caches import open_only
-from tests.support.command_line import t5tune_in_fork
+from tests.support.processes.command_line import t5tune_in_fork
 
 GOOD = [{"source": f"q{number}", "target": "Yes"} for number in range(17)]
 BAD = [{"source": "q", "target": ""}, {"source": "q", "target": None}, {"question": "q"}]

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from t5tune.commands.train import train
-from tests.support.forks import ForkServer
-from tests.support.runs import make_arguments, make_settings, read_adapter
+from tests.support.processes.forks import ForkServer
+from tests.support.processes.runs import make_arguments, make_settings, read_adapter
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import pytest
 from t5tune.commands.train import train
 from t5tune.errors import CheckpointError
 from t5tune.runs.checkpoints import find_newest
-from tests.support.runs import LONG, STEPS, make_settings, read_adapter
+from tests.support.processes.runs import LONG, STEPS, make_settings, read_adapter
 
 pytestmark = pytest.mark.slow
 

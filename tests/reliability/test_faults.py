@@ -11,8 +11,8 @@ import pytest
 from t5tune.io.atomic import hash_file
 from t5tune.runs.metrics_log import read_metrics
 from tests.support.caches import open_only
-from tests.support.forks import FROM_THEN_ON, ONCE, SHORT, FileOperation, ForkServer
-from tests.support.runs import LONG, list_complete_steps, make_arguments
+from tests.support.processes.forks import FROM_THEN_ON, ONCE, SHORT, FileOperation, ForkServer
+from tests.support.processes.runs import LONG, list_complete_steps, make_arguments
 
 pytestmark = pytest.mark.slow
 

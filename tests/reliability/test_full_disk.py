@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from t5tune.commands.train import train
-from tests.support.forks import ForkServer
-from tests.support.runs import LONG, list_complete_steps, make_arguments, make_settings, read_adapter
+from tests.support.processes.forks import ForkServer
+from tests.support.processes.runs import LONG, list_complete_steps, make_arguments, make_settings, read_adapter
 
 pytestmark = pytest.mark.slow
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.forks import ForkServer
-from tests.support.hosts import ADDRESSES, Hosts
-from tests.support.runs import Running, list_complete_steps, make_arguments, read_adapter
+from tests.support.processes.forks import ForkServer
+from tests.support.processes.hosts import ADDRESSES, Hosts
+from tests.support.processes.runs import Running, list_complete_steps, make_arguments, read_adapter
 
 pytestmark = pytest.mark.slow
 

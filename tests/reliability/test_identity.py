@@ -31,9 +31,9 @@ from t5tune.runs.resume_guard import SHARDING_FIELDS, check_run_identity, descri
 from t5tune.settings import PrepareSettings
 from t5tune.settings.packaged_templates import read_deepspeed_config
 from tests.support.caches import find_cache
-from tests.support.command_line import OnRanks
-from tests.support.forks import ForkServer
-from tests.support.runs import STEPS, hash_files, make_arguments, make_settings, read_adapter, stop_at
+from tests.support.processes.command_line import OnRanks
+from tests.support.processes.forks import ForkServer
+from tests.support.processes.runs import STEPS, hash_files, make_arguments, make_settings, read_adapter, stop_at
 
 pytestmark = pytest.mark.slow
 

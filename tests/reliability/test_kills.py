@@ -8,7 +8,7 @@ import pytest
 
 from t5tune.commands.train import train
 from t5tune.runs.checkpoints import STAGING_PREFIX
-from tests.support.runs import (
+from tests.support.processes.runs import (
     LONG,
     STEPS,
     ZERO3,

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.support.forks import ForkServer
-from tests.support.runs import LONG, list_complete_steps, make_arguments
+from tests.support.processes.forks import ForkServer
+from tests.support.processes.runs import LONG, list_complete_steps, make_arguments
 
 pytestmark = pytest.mark.slow
 
@@ -37,7 +37,7 @@ def test_an_overflow_on_one_rank_updates_nothing_and_is_reported(
     run = tmp_path / "run"
     ranks, more = SETUPS[setup]
     command = make_arguments(*inputs, run, *FEW_STEPS, f"--on-non-finite={action}", *more)
-    done = fork_server.run(command, ranks, [f"tests.support.overflowing:overflow_at([5], {ranks - 1})"])
+    done = fork_server.run(command, ranks, [f"tests.support.ranks.faults:overflow_at([5], {ranks - 1})"])
     (line,) = map(json.loads, (run / "non_finite.jsonl").read_text().splitlines())
     assert (line["step"], line["action"], line["loss"], len(line["examples"])) == (5, action, None, 2 * ranks)
     if action == "stop":
@@ -61,7 +61,7 @@ def test_the_limit_of_skipped_steps_includes_those_before_resuming(
 ) -> None:
     run = tmp_path / "run"
     command = make_arguments(*inputs, run, *FEW_STEPS, "--on-non-finite=skip", "--max-skipped-steps=2")
-    done = fork_server.run(command, calls=["tests.support.overflowing:overflow_at([3, 4, 7])"])
+    done = fork_server.run(command, calls=["tests.support.ranks.faults:overflow_at([3, 4, 7])"])
     assert done.codes == [1], done.log
     assert "step 7: the loss is inf" in done.log
     assert "max_skipped_steps: 2 have been skipped already" in done.log
@@ -69,7 +69,7 @@ def test_the_limit_of_skipped_steps_includes_those_before_resuming(
     assert list_complete_steps(run) == [6, 4, 2]
     with open(run / "non_finite.jsonl", "a") as file:
         file.write('{"step": 7, "lo')  # a line truncated by a kill
-    done = fork_server.run(command, calls=["tests.support.overflowing:overflow_at([2])"])
+    done = fork_server.run(command, calls=["tests.support.ranks.faults:overflow_at([2])"])
     assert done.codes == [1], done.log
     assert "step 8: the loss is inf" in done.log
     assert "max_skipped_steps: 2 have been skipped already" in done.log

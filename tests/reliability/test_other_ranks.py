@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file
 
-from tests.support.forks import ForkServer, RunOutput
-from tests.support.recording import read_recorded
-from tests.support.runs import LONG, hash_files, list_complete_steps, make_arguments
+from tests.support.processes.forks import ForkServer, RunOutput
+from tests.support.processes.runs import LONG, hash_files, list_complete_steps, make_arguments
+from tests.support.ranks.records import read_recorded
+from tests.support.ranks.universal import read_optimizer
 from tests.support.train_runs import read_metrics_lines, read_steps
-from tests.support.universal import read_optimizer
 
 pytestmark = pytest.mark.slow
 
@@ -55,7 +55,7 @@ def test_resuming_on_other_ranks_keeps_optimizer_examples_and_weights(
 ) -> None:
     def run(name: str, ranks: int, method: str, *calls: str) -> RunOutput:
         (tmp_path / f"{name}-steps").mkdir()
-        record = f"tests.support.recording:record_to({str(tmp_path / f'{name}-steps')!r})"
+        record = f"tests.support.ranks.records:record_to({str(tmp_path / f'{name}-steps')!r})"
         flags = make_flags(ranks, method, tmp_path)
         arguments = make_arguments(base_without_dropout, conversations, tmp_path / name, *flags)
         done = fork_server.run(arguments, ranks, [record, *calls])
@@ -66,7 +66,7 @@ def test_resuming_on_other_ranks_keeps_optimizer_examples_and_weights(
     run("uninterrupted", before, first)
     checkpoint = copy_as_killed(tmp_path / "uninterrupted", tmp_path / "resumed")
     files = hash_files(checkpoint)
-    save = f"tests.support.save_after_loading:save_after_loading({str(tmp_path / 'loaded')!r})"
+    save = f"tests.support.ranks.faults:save_after_loading({str(tmp_path / 'loaded')!r})"
     done = run("resumed", after, second, *([] if second == "ddp" else [save]))
     if first == second:
         assert f"resuming on {after} process{'es' if after > 1 else ''} from a checkpoint of {before}" in done.log

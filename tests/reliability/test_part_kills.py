@@ -8,7 +8,7 @@ import pytest
 
 from t5tune.commands.prepare import prepare
 from t5tune.settings import PrepareSettings
-from tests.support.forks import ForkServer
+from tests.support.processes.forks import ForkServer
 
 pytestmark = pytest.mark.slow
 
@@ -65,7 +65,7 @@ def test_a_part_or_a_join_that_was_killed_is_completed(
     folder = tmp_path / "place"
     shutil.copytree(tmp_path / "before", folder)
     flags = [*base_flags(folder), "--shard=1/2"]
-    done = fork_server.run(flags, calls=[f"tests.support.killing:kill_at{MOMENTS[moment]!r}"])
+    done = fork_server.run(flags, calls=[f"tests.support.ranks.faults:kill_at{MOMENTS[moment]!r}"])
     assert done.codes != [0], done.log
     is_encoded = list(MOMENTS).index(moment) > list(MOMENTS).index("the part is complete")
     again = tmp_path / "again"
@@ -76,14 +76,14 @@ def test_a_part_or_a_join_that_was_killed_is_completed(
 
 
 @pytest.mark.parametrize("moment", ["the part is written", "the join begins", "the parts are deleted"])
-@pytest.mark.parametrize("call", ["tests.support.nfs:lock_as_on_nfs()", "tests.support.nfs:lock_nothing()"])
+@pytest.mark.parametrize("lock", ["lock_as_on_nfs", "lock_nothing"])
 def test_parts_restarted_together_after_a_kill_leave_one_cache(
-    moment: str, call: str, tmp_path: Path, expected: dict[str, bytes], fork_server: ForkServer
+    moment: str, lock: str, tmp_path: Path, expected: dict[str, bytes], fork_server: ForkServer
 ) -> None:
-    folder = tmp_path / "place"
+    folder, call = tmp_path / "place", f"tests.support.processes.nfs:{lock}()"
     shutil.copytree(tmp_path / "before", folder)
     killed = fork_server.run(
-        [*base_flags(folder), "--shard=1/2"], calls=[call, f"tests.support.killing:kill_at{MOMENTS[moment]!r}"]
+        [*base_flags(folder), "--shard=1/2"], calls=[call, f"tests.support.ranks.faults:kill_at{MOMENTS[moment]!r}"]
     )
     assert killed.codes != [0], killed.log
     done = fork_server.run([*base_flags(folder), "--shard=auto"], ranks=2, calls=[call])
@@ -98,7 +98,7 @@ def test_a_kill_at_any_moment_is_survived(tmp_path: Path, expected: dict[str, by
         number += 1
         folder = tmp_path / f"place-{number}"
         shutil.copytree(tmp_path / "before", folder)
-        call = f"tests.support.killing:kill_after({str(folder)!r}, {number})"
+        call = f"tests.support.ranks.faults:kill_after({str(folder)!r}, {number})"
         codes = fork_server.run([*base_flags(folder), "--shard=1/2"], calls=[call]).codes
         check_completion(folder, expected, by_join=False)
         shutil.rmtree(folder)

@@ -13,7 +13,7 @@ import pytest
 from t5tune.commands.prepare import prepare
 from t5tune.settings import PrepareSettings
 from tests.support.caches import open_only
-from tests.support.runs import LONG, TIMEOUT, Running
+from tests.support.processes.runs import LONG, TIMEOUT, Running
 
 pytestmark = pytest.mark.slow
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from t5tune.distributed.world import parse_first_host
-from tests.support.forks import ForkServer
-from tests.support.runs import (
+from tests.support.processes.forks import ForkServer
+from tests.support.processes.runs import (
     STEPS,
     ZERO3,
     Running,

@@ -13,9 +13,9 @@ from t5tune.commands.train import train
 from t5tune.errors import Stopped
 from t5tune.progress import Advanced, Event
 from t5tune.training.callbacks.progress import TRAIN_TASK
-from tests.support.command_line import t5tune_in_fork
-from tests.support.forks import ForkServer
-from tests.support.runs import (
+from tests.support.processes.command_line import t5tune_in_fork
+from tests.support.processes.forks import ForkServer
+from tests.support.processes.runs import (
     list_complete_steps,
     make_arguments,
     make_settings,
@@ -46,7 +46,7 @@ def test_a_stopped_run_ends_with_the_uninterrupted_bits(
 ) -> None:
     ranks, *flags = STAGES[stage]
     more = (*PARTIAL_STEPS_WITH_EVALUATION, *flags, *METHODS[method], *DATA[data])
-    stop = f"tests.support.stop_in_step:stop_in_step({STOPPED})"
+    stop = f"tests.support.ranks.faults:stop_in_step({STOPPED})"
     for name, calls in (("uninterrupted", ()), ("stopped", (stop,)), ("stopped", ())):
         done = fork_server.run(make_arguments(*inputs, tmp_path / name, *more), ranks, calls)
         assert done.codes == [143 if calls else 0] * ranks, done.log[-3000:]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.runs import Running, make_arguments
+from tests.support.processes.runs import Running, make_arguments
 
 pytestmark = pytest.mark.slow
 

@@ -22,9 +22,9 @@ from t5tune.distributed.signals import FORWARDED_SIGNAL, SECONDS_BETWEEN_SIGNALS
 from t5tune.errors import Stopped
 from t5tune.evaluation.scoring import LOSSES_TASK
 from t5tune.progress import Advanced, Event, Started
-from tests.support.forks import ForkServer
 from tests.support.paths import REPOSITORY
-from tests.support.runs import (
+from tests.support.processes.forks import ForkServer
+from tests.support.processes.runs import (
     LONG,
     STEPS,
     TIMEOUT,
@@ -39,7 +39,7 @@ from tests.support.runs import (
     start_run,
     stop_at,
 )
-from tests.support.terminal import read_screen
+from tests.support.processes.terminal import read_screen
 
 pytestmark = pytest.mark.slow
 

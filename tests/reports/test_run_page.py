@@ -26,9 +26,9 @@ from t5tune.runs.folder import RunFolder
 from t5tune.runs.metrics_log import MetricsLog, read_metrics
 from t5tune.runs.result import read_result
 from t5tune.settings import TrainSettings, load_settings
-from tests.support.browser import Browser
-from tests.support.command_line import parse_words, t5tune_in_fork
-from tests.support.runs import stop_at
+from tests.support.processes.command_line import parse_words, t5tune_in_fork
+from tests.support.processes.runs import stop_at
+from tests.support.servers.browser import Browser
 from tests.support.train_runs import make_settings, read_losses, read_metrics_lines
 
 CANARY = "hf_canary0123456789"

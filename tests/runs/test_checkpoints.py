@@ -18,7 +18,7 @@ from t5tune.progress import Advanced, Event, Note
 from t5tune.runs.checkpoints import list_checkpoints
 from t5tune.runs.folder import RunFolder
 from t5tune.settings import ChatSettings, EvaluateSettings, ExportSettings, MergeSettings
-from tests.support.runs import stop_at
+from tests.support.processes.runs import stop_at
 from tests.support.train_runs import make_settings
 
 PROMPT = "Hello, two tea for Mira please."

@@ -8,8 +8,8 @@ import pytest
 
 from t5tune.runs.same_ranks import find_differences
 from t5tune.settings import packaged_templates
-from tests.support.forks import ForkServer
-from tests.support.runs import make_arguments
+from tests.support.processes.forks import ForkServer
+from tests.support.processes.runs import make_arguments
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_a_rank_with_other_settings_is_refused_before_training(
     done = fork_server.run(
         [each for each in make_arguments(untied_base, conversations, run) if not each.startswith(flag)],
         2,
-        calls=[f"tests.support.two_ranks:set_on_rank_1('T5TUNE_{name}', {value!r})"],
+        calls=[f"tests.support.ranks.faults:set_on_rank_1('T5TUNE_{name}', {value!r})"],
         environment=common,
         cwd=tmp_path,
     )

@@ -11,7 +11,7 @@ from t5tune.families import CTRANSLATE2, FAMILIES
 from t5tune.settings import ChatSettings
 from tests.serving.conftest import StartServer
 from tests.serving.raw_http import ask, make_chat
-from tests.support.model_types import make_checkpoint
+from tests.support.models.model_types import make_checkpoint
 
 pytestmark = pytest.mark.slow
 

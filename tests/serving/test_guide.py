@@ -15,8 +15,8 @@ from t5tune.serving.metrics import Metrics
 from t5tune.serving.protocol import IGNORED_FIELDS
 from t5tune.settings import ServeSettings, load_settings
 from tests.serving.conftest import StartServer
-from tests.support.command_line import parse_words
 from tests.support.paths import REPOSITORY
+from tests.support.processes.command_line import parse_words
 
 pytestmark = pytest.mark.slow
 

@@ -17,7 +17,7 @@ from t5tune.serving import batching
 from t5tune.settings import ChatSettings
 from tests.serving.conftest import StartServer
 from tests.serving.raw_http import CHAT, ask, connect, make_chat, make_request, read_answer, wait_until_running
-from tests.support.runs import LONG
+from tests.support.processes.runs import LONG
 
 pytestmark = pytest.mark.slow
 

@@ -10,7 +10,7 @@ from t5tune.commands.chat import Chatter
 from t5tune.data.reading.formats import Turn
 from t5tune.settings import ChatSettings
 from tests.serving.conftest import StartServer
-from tests.support.browser import Browser, Page
+from tests.support.servers.browser import Browser, Page
 
 pytestmark = pytest.mark.slow
 

@@ -20,7 +20,7 @@ from t5tune.settings import (
 from t5tune.settings.fastchat_names import LEGACY_NAMES
 from t5tune.settings.field_types import get_extra
 from t5tune.settings.other_names import ADVICE, NAMES_IN_OTHER_TOOLS, suggest_setting
-from tests.support.command_line import parse_words
+from tests.support.processes.command_line import parse_words
 
 ALL_SETTINGS = {name for model in COMMANDS for name in model.list_suggestions()}
 

@@ -7,8 +7,8 @@ from typing import Any
 import yaml
 
 from t5tune.settings import TrainSettings
-from tests.support.command_line import OnRanks
-from tests.support.recording import read_recorded
+from tests.support.processes.command_line import OnRanks
+from tests.support.ranks.records import read_recorded
 
 
 def make_settings(base: Path, data: Path, run: Path, **changes: Any) -> TrainSettings:
@@ -52,7 +52,7 @@ def run_recorded(on_ranks: OnRanks, ranks: int, settings: TrainSettings, folder:
     """Run in this many processes, and return the targets of each step's examples."""
     folder.mkdir()
     config = write_config(settings, folder.with_suffix(".yaml"))
-    record = f"tests.support.recording:record_to({str(folder)!r})"
+    record = f"tests.support.ranks.records:record_to({str(folder)!r})"
     done = on_ranks(ranks, "train", "--config", config, calls=[record])
     assert done.code == 0, done.stderr[-3000:]
     return read_recorded(folder)

@@ -13,7 +13,7 @@ from transformers.trainer_callback import CallbackHandler
 
 from t5tune.commands.train import train
 from t5tune.training.flow import find_gains, is_better
-from tests.support.command_line import OnRanks
+from tests.support.processes.command_line import OnRanks
 from tests.support.train_runs import make_settings
 
 LARGER = SimpleNamespace(metric_for_best_model="field_f1", greater_is_better=True)

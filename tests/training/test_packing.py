@@ -16,7 +16,7 @@ from t5tune.progress import Event
 from t5tune.training.build_model import _enable_packing
 from tests.support import train_runs
 from tests.support.caches import open_only
-from tests.support.command_line import OnRanks
+from tests.support.processes.command_line import OnRanks
 from tests.support.train_runs import read_steps
 
 NUM_DATA = 10

@@ -26,9 +26,9 @@ from t5tune.settings import EvaluateSettings, MergeSettings, PrepareSettings, Tr
 from t5tune.training import reference as reference_module
 from t5tune.training.reference import ReferenceFile
 from tests.support.caches import open_only
-from tests.support.command_line import OnRanks
-from tests.support.model_types import make_checkpoint
-from tests.support.runs import read_adapter, stop_at
+from tests.support.models.model_types import make_checkpoint
+from tests.support.processes.command_line import OnRanks
+from tests.support.processes.runs import read_adapter, stop_at
 from tests.support.train_runs import make_settings as make_run_settings
 from tests.support.train_runs import read_losses, read_metrics_lines, read_steps
 

@@ -14,9 +14,9 @@ from t5tune.errors import SettingsError
 from t5tune.progress import Note
 from t5tune.settings import EvaluateSettings, PrepareSettings, TrainSettings
 from tests.support.caches import open_only
-from tests.support.command_line import OnRanks
+from tests.support.processes.command_line import OnRanks
+from tests.support.processes.runs import read_adapter
 from tests.support.prose import english_text
-from tests.support.runs import read_adapter
 from tests.support.train_runs import run_recorded, write_config
 
 pytestmark = pytest.mark.slow
@@ -68,7 +68,7 @@ def test_a_run_stopped_in_a_later_epoch_ends_with_equal_bits(
     whole = train(settings)
     config = write_config(settings.replace(output_dir=tmp_path / "run"), tmp_path / "run.yaml")
     step = whole.steps // 2
-    stopped = on_ranks(1, "train", "--config", config, calls=[f"tests.support.stop_in_step:stop_in_step({step})"])
+    stopped = on_ranks(1, "train", "--config", config, calls=[f"tests.support.ranks.faults:stop_in_step({step})"])
     assert stopped.code == 143, stopped.stderr[-3000:]
     assert on_ranks(1, "train", "--config", config).code == 0
     assert read_adapter(tmp_path / "whole") == read_adapter(tmp_path / "run")

@@ -19,7 +19,7 @@ from t5tune.commands.train import train
 from t5tune.errors import DependencyError
 from t5tune.settings import packaged_templates
 from t5tune.training.trainer import OVERRIDDEN_METHODS, T5Trainer, check_overridden_methods
-from tests.support.command_line import OnRanks
+from tests.support.processes.command_line import OnRanks
 from tests.support.train_runs import make_settings, read_losses, read_steps
 
 
@@ -108,7 +108,7 @@ def test_zero_3_gathers_the_head_for_the_loss_alone(
         *("train", "--model-name-or-path", untied_base, "--data-path", conversations, "--output-dir", tmp_path / "run"),
         *("--deepspeed", tmp_path / "zero3.json", "--max-steps", "2", "--use-cpu", "--add-tokens", "none"),
         *("--report-samples", "0"),
-        calls=[f"tests.support.gathered_head:record_head_status({str(found)!r})"],
+        calls=[f"tests.support.ranks.records:record_head_status({str(found)!r})"],
     )
     assert done.code == 0, done.stderr[-3000:]
     for rank in range(2):
@@ -139,7 +139,7 @@ def test_zero_3_gathers_a_block_at_once_with_equal_losses(
             *("train", "--model-name-or-path", untied_base, "--data-path", conversations, "--output-dir", run, *way),
             *("--max-steps", "4", "--logging-steps", "1", "--learning-rate", "1e-2", "--use-cpu"),
             *("--report-samples", "0", *more),
-            calls=[f"tests.support.gathered_head:record_hooks({str(found)!r})"] if way else [],
+            calls=[f"tests.support.ranks.records:record_hooks({str(found)!r})"] if way else [],
         )
         assert done.code == 0, done.stderr[-3000:]
         losses.append(read_losses(run))

@@ -19,11 +19,11 @@ from t5tune.errors import CheckpointError, SettingsError
 from t5tune.progress import Event, Note
 from t5tune.settings import ChatSettings, PrepareSettings
 from tests.commands.chat.typed import PROMPT, chat_in_fork, settings
-from tests.support.adapters import make_stock_adapter
-from tests.support.bases import make_base
 from tests.support.caches import open_only
-from tests.support.command_line import CommandResult, t5tune_in_fork
+from tests.support.models.adapters import make_stock_adapter
+from tests.support.models.bases import make_base
 from tests.support.paths import REPOSITORY
+from tests.support.processes.command_line import CommandResult, t5tune_in_fork
 
 
 def test_run_adapter_and_merged_checkpoint_give_the_same_reply(made: dict[str, Path], untied_base: Path) -> None:

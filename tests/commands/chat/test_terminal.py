@@ -25,9 +25,9 @@ from t5tune.data.reading.formats import Turn
 from t5tune.errors import SettingsError
 from t5tune.settings import ChatSettings
 from tests.commands.chat.typed import PROMPT, chat_in_fork, settings
-from tests.support.command_line import t5tune_in_fork
-from tests.support.forks import ForkedProcess, get_fork_server
-from tests.support.runs import LONG
+from tests.support.processes.command_line import t5tune_in_fork
+from tests.support.processes.forks import ForkedProcess, get_fork_server
+from tests.support.processes.runs import LONG
 
 
 class Typed(io.StringIO):

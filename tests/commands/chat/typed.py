@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from t5tune.settings import ChatSettings
-from tests.support.command_line import CommandResult, t5tune_in_fork
+from tests.support.processes.command_line import CommandResult, t5tune_in_fork
 
 PROMPT = "Hello, two tea for Mira please."
 

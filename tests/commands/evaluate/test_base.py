@@ -15,7 +15,7 @@ from t5tune.commands.train import train
 from t5tune.progress import Note, Report, silent
 from t5tune.settings import EvaluateSettings, PrepareSettings
 from tests.support.caches import open_only
-from tests.support.command_line import t5tune_in_fork
+from tests.support.processes.command_line import t5tune_in_fork
 from tests.support.train_runs import make_settings
 
 pytestmark = pytest.mark.slow

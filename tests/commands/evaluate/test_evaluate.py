@@ -36,7 +36,7 @@ from tests.commands.evaluate.outputs import (
     write_answers,
 )
 from tests.support.caches import find_cache, open_only
-from tests.support.command_line import CommandResult, t5tune_in_fork
+from tests.support.processes.command_line import CommandResult, t5tune_in_fork
 
 pytestmark = pytest.mark.slow
 

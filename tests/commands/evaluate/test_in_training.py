@@ -23,7 +23,7 @@ from t5tune.settings import (
 )
 from tests.commands.evaluate.outputs import EVALUATED, make_short_settings, run_evaluate, write_answers
 from tests.support.caches import open_only
-from tests.support.runs import stop_at
+from tests.support.processes.runs import stop_at
 
 
 def test_the_last_metrics_of_training_equal_those_of_evaluate(

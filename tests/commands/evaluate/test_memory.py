@@ -19,7 +19,7 @@ from t5tune.runs.checkpoints import verify
 from t5tune.settings import EvaluateSettings
 from tests.commands.evaluate.outputs import EVALUATED, get_metrics, read_predictions, run_evaluate
 from tests.support.caches import open_only
-from tests.support.command_line import CommandResult
+from tests.support.processes.command_line import CommandResult
 
 
 class Shapes(TorchDispatchMode):
@@ -100,7 +100,7 @@ def test_an_evaluation_of_two_ranks_continues_with_half_a_batch_if_memory_runs_o
     )  # fmt: skip
     roomy = on_ranks(2, *common, "--output-dir", tmp_path / "roomy")
     narrow = on_ranks(
-        2, *common, "--output-dir", tmp_path / "narrow", calls=["tests.support.low_memory:limit_memory(2)"]
+        2, *common, "--output-dir", tmp_path / "narrow", calls=["tests.support.ranks.faults:limit_memory(2)"]
     )
     assert roomy.code == narrow.code == 0, narrow.stderr
     for what in ("losses", "predictions"):
@@ -108,7 +108,7 @@ def test_an_evaluation_of_two_ranks_continues_with_half_a_batch_if_memory_runs_o
         assert re.search(halved, narrow.stderr), narrow.stderr
     for name in EVALUATED:
         assert narrow.json["eval"][name] == pytest.approx(roomy.json["eval"][name], rel=1e-5), name
-    none = on_ranks(2, *common, "--output-dir", tmp_path / "none", calls=["tests.support.low_memory:limit_memory(0)"])
+    none = on_ranks(2, *common, "--output-dir", tmp_path / "none", calls=["tests.support.ranks.faults:limit_memory(0)"])
     assert none.code == 1
     assert "out of memory: evaluate: losses: one example of" in none.errors[0]
     assert verify(tmp_path / "none" / "checkpoint-1") is None

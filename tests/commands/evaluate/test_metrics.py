@@ -20,7 +20,7 @@ from t5tune.runs.metrics_log import read_metrics
 from t5tune.runs.result import read_result
 from t5tune.settings import EvaluateSettings, PrepareSettings
 from tests.support import train_runs
-from tests.support.command_line import CommandResult, t5tune_in_fork
+from tests.support.processes.command_line import CommandResult, t5tune_in_fork
 
 pytestmark = pytest.mark.slow
 

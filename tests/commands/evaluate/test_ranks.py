@@ -16,9 +16,9 @@ from t5tune.commands.train import train
 from t5tune.errors import SettingsError
 from t5tune.progress import Event, Note
 from t5tune.settings import EvaluateSettings
-from tests.support.command_line import CommandResult
 from tests.support.paths import REPOSITORY
-from tests.support.runs import Running, is_running, send_signal
+from tests.support.processes.command_line import CommandResult
+from tests.support.processes.runs import Running, is_running, send_signal
 from tests.support.train_runs import make_settings
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
@@ -130,7 +130,7 @@ def test_memory_that_is_too_small_halves_batches_and_gives_the_same_losses(
     run: Path, data: Path, tmp_path: Path, on_ranks: Callable[..., CommandResult]
 ) -> None:
     roomy = on_ranks(2, *make_arguments(run, data, tmp_path / "roomy", "--json"))
-    call = "tests.support.low_memory:limit_memory(2)"
+    call = "tests.support.ranks.faults:limit_memory(2)"
     narrow = on_ranks(2, *make_arguments(run, data, tmp_path / "narrow", "--json"), calls=[call])
     assert narrow.code == 0, narrow.stderr
     warnings = [line for line in narrow.stderr.splitlines() if "out of memory on rank" in line]

@@ -29,8 +29,8 @@ from t5tune.progress import Event, Note
 from t5tune.settings import PrepareSettings
 from tests.commands.prepare.ids import Prepared, record
 from tests.support.caches import find_cache, open_only
-from tests.support.forks import ForkServer
 from tests.support.paths import REPOSITORY
+from tests.support.processes.forks import ForkServer
 from tests.support.prose import english_text
 
 
@@ -305,7 +305,7 @@ def test_a_kill_at_any_moment_leaves_the_old_cache_the_new_cache_or_none(
     def run_until(moment: int) -> int:
         shutil.rmtree(place)
         shutil.copytree(tmp_path / "before", place)
-        return run("new", f"tests.support.killing:kill_after({str(place)!r}, {moment})")
+        return run("new", f"tests.support.ranks.faults:kill_after({str(place)!r}, {moment})")
 
     assert run("old") == 0
     before = bytes_of(place / "cache")

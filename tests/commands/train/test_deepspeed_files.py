@@ -8,7 +8,7 @@ import pytest
 
 from t5tune.settings import packaged_templates
 from tests.commands.train.commands import make_command
-from tests.support.command_line import CommandResult
+from tests.support.processes.command_line import CommandResult
 
 # as in transformers' documentation
 DOCUMENTED = {

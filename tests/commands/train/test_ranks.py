@@ -17,7 +17,7 @@ from t5tune.io.yaml_file import read_yaml
 from t5tune.settings import PrepareSettings
 from t5tune.training.callbacks import sample_predictions
 from tests.commands.train.commands import TWO, make_command
-from tests.support.command_line import CommandResult, t5tune_in_fork
+from tests.support.processes.command_line import CommandResult, t5tune_in_fork
 from tests.support.train_runs import read_losses, read_metrics_lines
 
 BATCHES = {
@@ -162,7 +162,7 @@ def test_the_live_base_equals_its_file_before_and_after_training(
 ) -> None:
     base, found = request.getfixturevalue(f"{kind}_base"), tmp_path / "found.json"
     more = [*(("--deepspeed", stage) if stage else ()), *more, "--max-steps", "2"]
-    call = f"tests.support.base_stays:record_base_weights({str(base)!r}, {str(found)!r})"
+    call = f"tests.support.ranks.records:record_base_weights({str(base)!r}, {str(found)!r})"
     done = on_ranks(2 if stage else 1, *make_command(base, conversations, tmp_path / "run", *more), calls=[call])
     assert done.code == 0, done.stderr[-3000:]
     before, after = json.loads(found.read_text())

@@ -16,7 +16,7 @@ from t5tune.errors import DataError, SettingsError
 from t5tune.progress import Advanced, Event, Note
 from t5tune.runs.folder import RunFolder
 from tests.commands.train.commands import TWO, make_command
-from tests.support.command_line import t5tune_in_fork
+from tests.support.processes.command_line import t5tune_in_fork
 from tests.support.train_runs import make_settings
 
 

@@ -35,9 +35,9 @@ from t5tune.settings import (
 )
 from t5tune.training.trainer import T5Trainer
 from tests.commands.train.commands import make_command
-from tests.support.bases import make_base
 from tests.support.caches import find_cache, open_only
-from tests.support.command_line import CommandResult, t5tune_in_fork
+from tests.support.models.bases import make_base
+from tests.support.processes.command_line import CommandResult, t5tune_in_fork
 from tests.support.train_runs import make_settings, read_losses, read_metrics_lines
 
 

@@ -11,7 +11,7 @@ from t5tune.commands.prepare import prepare
 from t5tune.data.caches.prepared import open_examples
 from t5tune.errors import DataError
 from t5tune.settings import PrepareSettings
-from tests.support.command_line import t5tune_in_fork
+from tests.support.processes.command_line import t5tune_in_fork
 
 
 @pytest.fixture(scope="module")

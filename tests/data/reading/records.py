@@ -18,7 +18,7 @@ from t5tune.progress import Report, silent
 from t5tune.settings import PrepareSettings
 from t5tune.settings.groups.record_format import ReadingSettings
 from tests.support.caches import open_only
-from tests.support.command_line import CommandResult, t5tune_in_fork
+from tests.support.processes.command_line import CommandResult, t5tune_in_fork
 
 GOOD = '{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes"}]}'
 LIMIT = 10_000

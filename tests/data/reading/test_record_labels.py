@@ -14,8 +14,8 @@ from t5tune.errors import DataError
 from t5tune.progress import Event, Note
 from tests.data.reading.records import FORMATS, HI, YES, prepare_records, read, read_one, write_lines
 from tests.support.caches import find_cache, open_only
-from tests.support.command_line import t5tune_in_fork
 from tests.support.paths import REPOSITORY
+from tests.support.processes.command_line import t5tune_in_fork
 
 GOOD = {"prompt": "Hi", "completion": "Yes", "label": True}
 BAD = {"prompt": "Hi", "completion": "Go away", "label": False}

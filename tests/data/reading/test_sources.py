@@ -17,9 +17,9 @@ from t5tune.errors import DataError
 from t5tune.hub.datasets import DatasetChoice
 from t5tune.io.reasons import hide_queries
 from tests.support.caches import find_cache, open_only
-from tests.support.command_line import CommandResult, t5tune_in_fork
-from tests.support.hub import TOKEN, Hub, serve_hub, use_in_this_process
-from tests.support.web import serve_folder
+from tests.support.processes.command_line import CommandResult, t5tune_in_fork
+from tests.support.servers.hub import TOKEN, Hub, serve_hub, use_in_this_process
+from tests.support.servers.web import serve_folder
 
 pytestmark = pytest.mark.slow
 

@@ -19,10 +19,10 @@ from t5tune.errors import ModelError
 from t5tune.settings import PrepareSettings
 from t5tune.settings.denoisers import DENOISERS, find_denoisers
 from tests.support.caches import open_only
-from tests.support.model_types import make_checkpoint
+from tests.support.models.model_types import make_checkpoint
+from tests.support.models.tokenizer_kinds import train_sentencepiece, write_config
 from tests.support.paths import REPOSITORY
 from tests.support.prose import english_text
-from tests.support.tokenizer_kinds import train_sentencepiece, write_config
 
 POCKET = REPOSITORY / "t5tune" / "pocket"
 SENTINELS = tuple(range(32099, 31999, -1))  # T5's

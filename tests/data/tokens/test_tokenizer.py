@@ -17,9 +17,9 @@ from t5tune.data.tokens.encoding import encode_batch
 from t5tune.data.tokens.templates import load_template, render_conversation
 from t5tune.data.tokens.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 from t5tune.data.tokens.vocabulary import extend_tokenizer
+from tests.support.models.tokenizer_kinds import train_sentencepiece, write_config
 from tests.support.paths import REPOSITORY
 from tests.support.prose import english_text
-from tests.support.tokenizer_kinds import train_sentencepiece, write_config
 
 FAMILIES = ["pocket", "mt5", "byt5"]
 CONTROLS = ["</s>", "<pad>", "<unk>", "<extra_id_7>", "<extra_id_99>", "<0x0A>"]

@@ -22,7 +22,7 @@ from t5tune.data.tokens.tokenizer import SpecialIds, decode_prediction, load_tok
 from t5tune.data.tokens.vocabulary import extend_tokenizer
 from t5tune.errors import ModelError
 from t5tune.inference.prompts import Prompts, ReplyText
-from tests.support.tokenizer_kinds import (
+from tests.support.models.tokenizer_kinds import (
     make_codet5_tokenizer,
     make_gemma_tokenizer,
     make_madlad_tokenizer,

@@ -17,9 +17,9 @@ from t5tune.model.batches import PackedCollator, PaddedCollator
 from t5tune.model.kernels.fused import use_fused_layers
 from t5tune.model.load import load_base
 from t5tune.model.loss import IGNORED_LABEL
-from tests.support.checkpointing import enable_checkpointing
-from tests.support.gemma_models import EOI, KINDS, WINDOW, make_gemma, make_gemma_config
-from tests.support.gradients import assert_same_gradients, compute_gradients, make_examples
+from tests.support.models.checkpointing import enable_checkpointing
+from tests.support.models.gemma_models import EOI, KINDS, WINDOW, make_gemma, make_gemma_config
+from tests.support.models.gradients import assert_same_gradients, compute_gradients, make_examples
 
 pytestmark = pytest.mark.slow
 

@@ -19,10 +19,10 @@ from t5tune.model.batches import PackedCollator, PaddedCollator
 from t5tune.model.load import load_base
 from t5tune.model.loss import IGNORED_LABEL
 from t5tune.settings import MergeSettings
-from tests.support.bases import copy_pocket_tokenizer
-from tests.support.checkpointing import enable_checkpointing
-from tests.support.gradients import compute_gradients, compute_relative_error
-from tests.support.gradients import make_examples as make_random_examples
+from tests.support.models.bases import copy_pocket_tokenizer
+from tests.support.models.checkpointing import enable_checkpointing
+from tests.support.models.gradients import compute_gradients, compute_relative_error
+from tests.support.models.gradients import make_examples as make_random_examples
 from tests.support.train_runs import make_settings
 
 pytestmark = pytest.mark.slow

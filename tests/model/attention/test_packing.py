@@ -23,9 +23,9 @@ from t5tune.progress import silent
 from t5tune.settings import QuantizationSettings
 from t5tune.settings.groups.lora import LoraSettings
 from t5tune.training.build_model import build_model
-from tests.support.checkpointing import enable_checkpointing
-from tests.support.gradients import assert_same_gradients, compute_gradients
-from tests.support.gradients import make_examples as make_random_examples
+from tests.support.models.checkpointing import enable_checkpointing
+from tests.support.models.gradients import assert_same_gradients, compute_gradients
+from tests.support.models.gradients import make_examples as make_random_examples
 from tests.support.train_runs import make_settings
 
 SHAPE = {"vocab_size": 120, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 3, "num_heads": 4}

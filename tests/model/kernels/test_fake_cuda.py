@@ -13,9 +13,9 @@ import pytest
 import torch
 import transformers
 
-from tests.support.fake_cuda import CASES, GOLDEN_FILE, LARGE_CASES
+from tests.support.gpu.fake_cuda import CASES, GOLDEN_FILE, LARGE_CASES
 from tests.support.paths import REPOSITORY
-from tests.support.runs import LONG
+from tests.support.processes.runs import LONG
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]  # one run of several models takes half a minute
 
@@ -33,7 +33,7 @@ LORA_LAYERS = 12  # the queries and values of two layers in the encoder and, wit
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
     """Results of each case, from a separate process, which can't use torch for anything else."""
-    command = [sys.executable, "-m", "tests.support.fake_cuda", *([] if LONG else CHOSEN)]
+    command = [sys.executable, "-m", "tests.support.gpu.fake_cuda", *([] if LONG else CHOSEN)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -121,9 +121,9 @@ def test_mistakes_that_end_a_step_are_caught(found: dict[str, Any], mistake: str
 @pytest.mark.parametrize(
     ("mistake", "kind", "expected"),
     [
-        ("item", "waits", {"tests/support/fake_cuda.py item": 1}),
+        ("item", "waits", {"tests/support/gpu/fake_cuda.py item": 1}),
         ("fp32 product", "products", {"float32": 2}),
-        ("hidden copy", "copies", {"tests/support/fake_cuda.py blocking copy to cuda": 1}),
+        ("hidden copy", "copies", {"tests/support/gpu/fake_cuda.py blocking copy to cuda": 1}),
     ],
 )
 @pytest.mark.variants(1)
@@ -137,7 +137,7 @@ def test_other_mistakes_are_counted_with_their_places(
 
 
 def test_the_launches_are_those_of_the_golden_file(found: dict[str, Any]) -> None:
-    """After a change that is meant to launch other kernels: `python -m tests.support.fake_cuda --update`."""
+    """After a change that is meant to launch other kernels: `python -m tests.support.gpu.fake_cuda --update`."""
     golden = json.loads(GOLDEN_FILE.read_text())
     for library in (torch, transformers):
         expected, version = golden.pop(library.__name__), library.__version__.partition("+")[0]
@@ -156,6 +156,6 @@ def test_a_step_of_flan_t5_large_launches_few_kernels(found: dict[str, Any]) -> 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="a CUDA build of torch needs no compiler for this")
 def test_without_a_compiler_the_tool_says_so(tmp_path: Path) -> None:
     environment = {**os.environ, "CXX": "no-compiler", "XDG_CACHE_HOME": str(tmp_path)}
-    command = [sys.executable, "-m", "tests.support.fake_cuda", "packed"]
+    command = [sys.executable, "-m", "tests.support.gpu.fake_cuda", "packed"]
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == {"unavailable": "no-compiler: no such C++ compiler"}

@@ -30,8 +30,8 @@ from t5tune.model.kernels import flex_attention
 from t5tune.model.kernels.flex_attention import BLOCK, MIN_LENGTH, Blocks, attend, divide_rows
 from t5tune.model.kernels.fused import use_fused_layers
 from tests.model.attention.test_packing import compute_packed_loss, make_examples, make_random_model
-from tests.support.checkpointing import enable_checkpointing
-from tests.support.gradients import assert_same_gradients, compute_gradients, compute_relative_error
+from tests.support.models.checkpointing import enable_checkpointing
+from tests.support.models.gradients import assert_same_gradients, compute_gradients, compute_relative_error
 
 if not hasattr(torch_flex, "AuxRequest"):
     pytest.skip("attention in one kernel needs torch 2.9 or newer", allow_module_level=True)

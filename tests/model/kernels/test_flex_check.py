@@ -33,7 +33,7 @@ from t5tune.training import attention_choice
 from t5tune.training.attention_choice import choose_packed_attention
 from tests.model.attention.test_packing import LENGTHS, compute_packed_loss, make_examples, make_random_model
 from tests.model.kernels.test_flex_attention import pytestmark, record_compilations, without_kernels  # noqa: F401
-from tests.support.bases import make_base
+from tests.support.models.bases import make_base
 
 SHAPE = AttentionShape(num_heads=2, head_width=16, max_distance=128, dropout=0.1)
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from t5tune.model.kernels.flex_check import FEW_STAGES
-from tests.support.fake_cuda_watch import COMPILED_BACKWARD, COMPILED_FORWARD
+from tests.support.gpu.fake_cuda_watch import COMPILED_BACKWARD, COMPILED_FORWARD
 from tests.support.paths import REPOSITORY
 
 pytestmark = pytest.mark.slow
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 def compile_kernels(*arguments: int) -> dict[str, dict[str, int]]:
     """Compile for a compute capability, a head width, and perhaps a number of stages."""
-    command = [sys.executable, "-W", "ignore", "-m", "tests.support.flex_compilation", *map(str, arguments)]
+    command = [sys.executable, "-W", "ignore", "-m", "tests.support.gpu.flex_compilation", *map(str, arguments)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

@@ -16,9 +16,9 @@ from t5tune.model.kernels import fused
 from t5tune.model.kernels.fused import compile_layers, normalize_in_one_kernel, use_fused_layers
 from t5tune.progress import Event, Note, silent
 from tests.model.kernels.test_fused_lora import pretend_to_be_on_a_gpu
-from tests.support.gemma_models import make_gemma_config
-from tests.support.gradients import compute_relative_error, run_layer
-from tests.support.runs import LONG
+from tests.support.models.gemma_models import make_gemma_config
+from tests.support.models.gradients import compute_relative_error, run_layer
+from tests.support.processes.runs import LONG
 
 SHAPE = {"vocab_size": 64, "d_model": 48, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 2}
 CONFIGS = {

@@ -20,7 +20,7 @@ from t5tune.progress import Note
 from t5tune.settings import PrepareSettings
 from tests.support.caches import find_cache, open_only
 from tests.support.corpora import MAX_RECORD_BYTES, write_corpus
-from tests.support.nfs import flock_on_nfs
+from tests.support.processes.nfs import flock_on_nfs
 
 pytestmark = pytest.mark.slow
 

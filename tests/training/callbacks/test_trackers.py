@@ -14,9 +14,9 @@ from t5tune.commands.train import train
 from t5tune.errors import Stopped
 from t5tune.progress import Advanced, Note
 from t5tune.training.callbacks.trackers import TRACKERS_FILE, TrackRun
-from tests.support.runs import stop_at
+from tests.support.processes.runs import stop_at
+from tests.support.servers.web import serve_folder
 from tests.support.train_runs import make_settings
-from tests.support.web import serve_folder
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # the trackers' own
 

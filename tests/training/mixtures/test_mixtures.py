@@ -22,8 +22,8 @@ from t5tune.runs.data import open_data
 from t5tune.runs.result import TrainResult, read_result
 from t5tune.settings import EvaluateSettings, PrepareSettings, TrainSettings, load_settings
 from tests.support.caches import find_cache
-from tests.support.command_line import OnRanks, t5tune_in_fork
-from tests.support.runs import read_adapter
+from tests.support.processes.command_line import OnRanks, t5tune_in_fork
+from tests.support.processes.runs import read_adapter
 from tests.support.train_runs import read_metrics_lines, run_recorded, write_config
 from tests.training.mixtures.datasets import SIZES, list_datasets, make_prepare_settings, make_settings, read_tree
 
@@ -85,7 +85,7 @@ def test_a_mixture_stopped_in_a_later_epoch_ends_with_equal_bits(
     train(whole)
     config = write_config(whole.replace(output_dir=tmp_path / "run"), tmp_path / "run.yaml")
     step = 7 if batching else 23  # in the second epoch, whose examples are others
-    stopped = on_ranks(1, "train", "--config", config, calls=[f"tests.support.stop_in_step:stop_in_step({step})"])
+    stopped = on_ranks(1, "train", "--config", config, calls=[f"tests.support.ranks.faults:stop_in_step({step})"])
     assert stopped.code == 143, stopped.stderr[-3000:]
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
     assert checkpoint.name == f"checkpoint-{step}"
@@ -101,7 +101,7 @@ def test_a_run_refuses_changed_dataset_weights(
 ) -> None:
     settings = make_settings(untied_base, data, tmp_path / "run")
     config = write_config(settings, tmp_path / "run.yaml")
-    assert on_ranks(1, "train", "--config", config, calls=["tests.support.stop_in_step:stop_in_step(2)"]).code == 143
+    assert on_ranks(1, "train", "--config", config, calls=["tests.support.ranks.faults:stop_in_step(2)"]).code == 143
     for changes, problem in (
         ({"data": list_datasets(data, (3, 1, 1))}, r'mixing: \{"sums": 34, .* before, \{"sums": 40.8, .* now'),
         ({"data": list_datasets(data)[:2]}, "the datasets were sums, notes, chats before, and are sums, notes now"),
@@ -347,7 +347,7 @@ def test_a_run_refuses_a_changed_order_of_datasets(
     prepare(prepared)
     settings = make_settings(untied_base, data, tmp_path / "run", data_path=[tmp_path / "mixture"])
     config = write_config(settings, tmp_path / "run.yaml")
-    assert on_ranks(1, "train", "--config", config, calls=["tests.support.stop_in_step:stop_in_step(2)"]).code == 143
+    assert on_ranks(1, "train", "--config", config, calls=["tests.support.ranks.faults:stop_in_step(2)"]).code == 143
     prepare(prepared.replace(data=list_datasets(data)[::-1]))
     with pytest.raises(SettingsError, match="data: .* before, .* now"):
         train(settings)

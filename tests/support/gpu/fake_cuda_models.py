@@ -24,7 +24,7 @@ from t5tune.training.non_finite import NonFiniteGuard
 from t5tune.training.objectives import TargetObjective
 from t5tune.training.steps import StepSampler
 from t5tune.training.trainer import T5Trainer, TrainerParts
-from tests.support.fake_cuda_watch import CUDA
+from tests.support.gpu.fake_cuda_watch import CUDA
 
 FLAN = {
     "model_type": "t5", "vocab_size": 32128, "d_kv": 64, "feed_forward_proj": "gated-gelu", "dropout_rate": 0.1,

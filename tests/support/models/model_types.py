@@ -26,9 +26,9 @@ from t5tune.families import BYTE_FALLBACK, BYTE_LEVEL_BPE, BYTES, FAMILIES, FAST
 from t5tune.families.t5gemma import T5Gemma
 from t5tune.settings import ExportSettings, MergeSettings
 from tests.support.caches import open_only
-from tests.support.gemma_models import EOI, make_gemma
+from tests.support.models.gemma_models import EOI, make_gemma
+from tests.support.models.tokenizer_kinds import make_codet5_tokenizer, make_gemma_tokenizer, make_madlad_tokenizer
 from tests.support.prose import english_text
-from tests.support.tokenizer_kinds import make_codet5_tokenizer, make_gemma_tokenizer, make_madlad_tokenizer
 from tests.support.train_runs import make_settings
 
 PIECES = 700

@@ -24,7 +24,7 @@ from t5tune.model.load import load_base
 from t5tune.model.lora import add_lora
 from t5tune.model.zero3 import Zero3Partitioner
 from t5tune.settings import TrainSettings
-from tests.support.partitioned_bases import CPU, are_same, read_memory
+from tests.support.ranks.partitioned_bases import CPU, are_same, read_memory
 
 CONFIG: dict[str, Any] = {
     "zero_optimization": {

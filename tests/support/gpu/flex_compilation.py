@@ -1,7 +1,7 @@
 """Compile attention over packed rows for an NVIDIA GPU, on a machine without one: torch's graphs, Triton's kernels.
 
-    python -m tests.support.flex_compilation 90 64        # for compute capability 9.0, with heads of 64
-    python -m tests.support.flex_compilation 89 128 2     # with two stages
+    python -m tests.support.gpu.flex_compilation 90 64        # for compute capability 9.0, with heads of 64
+    python -m tests.support.gpu.flex_compilation 89 128 2     # with two stages
 
 Prints a JSON line: for each kind of attention, the kernels of its forward and backward pass with the bytes of shared
 memory that they take, or the `error`. They are compiled to machine code, but can't run. Needs triton, which comes with
@@ -13,7 +13,7 @@ import sys
 import types
 from typing import Any
 
-from tests.support.fake_cuda_stubs import StubsUnavailable, load_stubs
+from tests.support.gpu.fake_cuda_stubs import StubsUnavailable, load_stubs
 
 HEADS, MAX_DISTANCE = 12, 128
 SOURCES, TARGETS = (200, 1, 70, 330), (40, 1, 90, 412)

@@ -11,11 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
+from t5tune.distributed.launcher import find_free_port
 from t5tune.io.atomic import hash_file
 from t5tune.progress import Event
 from t5tune.runs.checkpoints import list_checkpoints, verify
 from tests.support import train_runs
-from tests.support.forks import ForkedProcess, get_fork_server
+from tests.support.processes.forks import ForkedProcess, get_fork_server
 
 LONG = os.environ.get("LONG_TESTS") == "1"
 TIMEOUT = 150.0  # seconds; only a guard against hanging
@@ -120,6 +121,21 @@ def start_run(base: Path, data: Path, run: Path, *more: Any, is_new: bool = Fals
     """Start `t5tune train` in a process of its own."""
     command = [sys.executable, "-m", "t5tune", *make_arguments(base, data, run, *more)]
     return Running(command, run, is_new=is_new, **environment)
+
+
+def start_two_ranks(code: str, folder: Path) -> list[Running]:
+    """Start the code as ranks 0 and 1 of a launcher that isn't t5tune's. Their output is in their logs."""
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    common |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(find_free_port())}
+    return [
+        Running([sys.executable, "-c", code], folder / f"rank-{rank}", **common, RANK=str(rank), LOCAL_RANK=str(rank))
+        for rank in range(2)
+    ]
+
+
+def read_lines(rank: Running) -> list[str]:
+    """Read a rank's output, without the lines that gloo prints in torch 2.8."""
+    return [line for line in rank.log.read_text().splitlines() if not line.startswith("[Gloo]")]
 
 
 def list_descendants(pid: int) -> list[int]:

@@ -2,7 +2,7 @@
 
 Run with the Python of an environment that has both packages, and no t5tune:
 
-    python tests/support/transformers_4.py CHECKPOINT REQUEST.json RESULT.json
+    python tests/support/models/transformers_4.py CHECKPOINT REQUEST.json RESULT.json
 
 Reads {"inputs": [[…]], "decoder_inputs": [[…]], "texts": […], "messages": […] or null, "converted": folder or null}
 and writes what plain transformers finds: its version, whether the head is tied, logits, ids of the texts, the source

@@ -1,9 +1,9 @@
 """Run training steps, evaluation and generation on fake CUDA tensors, on a machine without a GPU.
 
-    python -m tests.support.fake_cuda                       # all cases
-    python -m tests.support.fake_cuda "packed" "padded"     # some of them
-    python -m tests.support.fake_cuda --large -v            # a step of Flan-T5-large, as a table
-    python -m tests.support.fake_cuda --update              # write tests/golden/launches.json
+    python -m tests.support.gpu.fake_cuda                       # all cases
+    python -m tests.support.gpu.fake_cuda "packed" "padded"     # some of them
+    python -m tests.support.gpu.fake_cuda --large -v            # a step of Flan-T5-large, as a table
+    python -m tests.support.gpu.fake_cuda --update              # write tests/golden/launches.json
 
 It prints one JSON line: for each case its kernel launches (`launches`, and `total`), the places that wait for the GPU
 (`waits`) or copy from and to it (`copies`), the dtypes of matrix products (`products`), or the `error` that ended it.
@@ -25,9 +25,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tests.support.fake_cuda_stubs import StubsUnavailable, load_stubs
+from tests.support.gpu.fake_cuda_stubs import StubsUnavailable, load_stubs
 
-GOLDEN_FILE = Path(__file__).parents[1] / "golden" / "launches.json"
+GOLDEN_FILE = Path(__file__).parents[2] / "golden" / "launches.json"
 SMALL = {"d_model": 64, "d_ff": 128, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4}
 LARGE = {"d_model": 1024, "d_ff": 2816, "num_heads": 16}  # Flan-T5-large, which has 24 + 24 layers
 LARGE_LAYERS = 24
@@ -88,8 +88,8 @@ def run_case(case: Case) -> dict[str, Any]:
     """Run a case, and return what it did."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from tests.support.fake_cuda_models import build_empty_model, make_settings, move_to_fake_gpu
-    from tests.support.fake_cuda_watch import Watch, pretend_cuda
+    from tests.support.gpu.fake_cuda_models import build_empty_model, make_settings, move_to_fake_gpu
+    from tests.support.gpu.fake_cuda_watch import Watch, pretend_cuda
 
     watch = Watch()
     found: dict[str, Any] = {}
@@ -123,7 +123,7 @@ def _train(model: Any, settings: Any, case: Case, watch: Any) -> None:
     """Train for two steps, and count from the end of the first to that of the second one."""
     from transformers import TrainerCallback
 
-    from tests.support.fake_cuda_models import make_examples, make_trainer
+    from tests.support.gpu.fake_cuda_models import make_examples, make_trainer
 
     class StepCounter(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
@@ -146,7 +146,7 @@ class _TwoStepsMade(Exception):
 
 def _measure_losses(model: Any, settings: Any, case: Case, watch: Any) -> None:
     from t5tune.evaluation.scoring import measure_losses
-    from tests.support.fake_cuda_models import make_collator, make_examples, make_trainer
+    from tests.support.gpu.fake_cuda_models import make_collator, make_examples, make_trainer
 
     examples, collator = make_examples(case.sources, case.targets), make_collator(settings, case.flex)
     # it wraps the model's forward in autocast, unless DeepSpeed's dtypes are those of the run
@@ -159,7 +159,7 @@ def _measure_losses(model: Any, settings: Any, case: Case, watch: Any) -> None:
 def _generate(model: Any, settings: Any, case: Case, watch: Any) -> None:
     from t5tune.evaluation.scoring import generate_predictions
     from t5tune.inference.generation import Decoding
-    from tests.support.fake_cuda_models import make_examples
+    from tests.support.gpu.fake_cuda_models import make_examples
 
     examples = make_examples(case.sources, case.targets)
     for _ in range(2):

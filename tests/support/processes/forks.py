@@ -3,7 +3,7 @@
     fork_server = get_fork_server()
     done = fork_server.run(arguments, ranks=2)                          # `t5tune` with these arguments
     done.codes, done.log
-    done = fork_server.run(arguments, calls=["tests.support.overflowing:overflow_at(5)"])
+    done = fork_server.run(arguments, calls=["tests.support.ranks.faults:overflow_at(5)"])
 
     process = fork_server.start(["-m", "t5tune", *arguments], log, log, os.environ)         # or ["-c", code]
     process.send_signal(signal.SIGTERM)
@@ -35,7 +35,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.support.fork_client import ask
+from tests.support.processes.fork_client import ask
 
 NEVER, ONCE, FROM_THEN_ON, SHORT = range(4)
 
@@ -111,7 +111,7 @@ class ForkedProcess:
 
 
 class ForkServer:
-    """Client of the server process, which has imported everything and forks the runs (tests/support/fork_server.py).
+    """Client of the server process, which has imported everything and forks the runs (fork_server.py).
 
     Args:
         folder: where to put the compiled library, the logs and the traces.
@@ -134,10 +134,10 @@ class ForkServer:
             environment |= {"LD_PRELOAD": str(library), "FAULTS": str(block)}
         self._address = str(folder / "socket")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.support.fork_server", self._address],
+            [sys.executable, "-m", "tests.support.processes.fork_server", self._address],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            cwd=Path(__file__).parents[2],
+            cwd=Path(__file__).parents[3],
             env=environment,
         )
         assert self._process.stdout is not None

@@ -14,6 +14,9 @@ import subprocess
 import time
 import uuid
 from pathlib import Path
+from typing import Any
+
+from tests.support.ranks.faults import call_before_steps
 
 INTERFACE = "cable"
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
@@ -56,11 +59,11 @@ class Hosts:
     @property
     def enter_call(self) -> str:
         """The call that moves a rank of the fork server to its host."""
-        return f"tests.support.hosts:enter({self.names}, {self.environment})"
+        return f"tests.support.processes.hosts:enter({self.names}, {self.environment})"
 
     def make_cut_call(self, step: int, file: Path) -> str:
         """Make the call with which rank 0 cuts the cable in the middle of a step, and writes the time to a file."""
-        return f"tests.support.hosts:cut_in_step({step}, {self.names[1]!r}, {str(file)!r})"
+        return f"tests.support.processes.hosts:cut_in_step({step}, {self.names[1]!r}, {str(file)!r})"
 
     def cut(self) -> None:
         cut_cable(self.names[1])
@@ -97,17 +100,13 @@ def enter(hosts: list[str], environment: dict[str, str]) -> None:
 
 def cut_in_step(step: int, host: str, file: str) -> None:
     """From here on, rank 0 cuts the cable of a host in the middle of this step."""
-    from t5tune.training.trainer import T5Trainer
 
-    train = T5Trainer.training_step
-
-    def cut(self: T5Trainer, *given: object, **options: object) -> object:
-        if self.state.global_step == step - 1 and os.environ["RANK"] == "0":
+    def cut(trainer: Any, _: object) -> None:
+        if trainer.state.global_step == step - 1 and os.environ["RANK"] == "0":
             cut_cable(host)
             Path(file).write_text(str(time.monotonic()))
-        return train(self, *given, **options)
 
-    T5Trainer.training_step = cut  # type: ignore[assignment, method-assign]
+    call_before_steps(cut)
 
 
 def run_ip(*arguments: str) -> None:

@@ -15,7 +15,7 @@ from typer.core import TyperCommand
 from t5tune.cli.app import build_command
 from t5tune.cli.spellings import CommandLine
 from t5tune.settings import Settings
-from tests.support.forks import get_fork_server
+from tests.support.processes.forks import get_fork_server
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Import everything once, then fork the processes of a run for each request on a Unix socket (see forks.py).
 
-    python -m tests.support.fork_server SOCKET
+    python -m tests.support.processes.fork_server SOCKET
 
 It ends when its standard input does.
 """

@@ -17,9 +17,9 @@ needs_transformers_4 = pytest.mark.skipif(
 
 
 def ask_transformers_4(checkpoint: Path, folder: Path, **asked: Any) -> dict[str, Any]:
-    """Run tests/support/transformers_4.py and return its result."""
+    """Run tests/support/models/transformers_4.py and return its result."""
     (folder / "asked.json").write_text(json.dumps({"texts": [], "messages": None, "converted": None} | asked))
-    script = REPOSITORY / "tests/support/transformers_4.py"
+    script = REPOSITORY / "tests/support/models/transformers_4.py"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [PYTHON, str(script), str(checkpoint), str(folder / "asked.json"), str(folder / "found.json")]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
