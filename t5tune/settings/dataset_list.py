@@ -48,7 +48,7 @@ _NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{MAX_NAME_LENGTH - 1}}}")
 
 def _check_name(name: str) -> str:
     if is_reserved(name):
-        raise ValueError("is the name of a file next to the datasets; choose a different name")
+        raise ValueError("a file next to the datasets has this name; choose a different name")
     if not _NAME.fullmatch(name):
         raise ValueError(f"expected letters, digits, `.`, `_` and `-`, at most {MAX_NAME_LENGTH} of them")
     return name

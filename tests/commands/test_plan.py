@@ -11,6 +11,7 @@ import torch
 from t5tune.checkpoints.base import read_config
 from t5tune.commands.plan import plan, to_plan_settings
 from t5tune.commands.prepare import prepare
+from t5tune.commands.run_plan import make_run_plan
 from t5tune.data.caches.batching import epoch_order
 from t5tune.errors import ModelError
 from t5tune.families import find_architecture
@@ -236,7 +237,7 @@ def test_the_plan_of_a_run_is_of_the_examples_that_it_trains_on(
     (tmp_path / "run.yaml").write_text(dump_settings(settings))
     read, _ = load_settings(PlanSettings, str(tmp_path / "run.yaml"))
     trained = train(settings)
-    for converted in (to_plan_settings(settings), read):
+    for converted in (to_plan_settings(make_run_plan(settings)), read):
         planned = plan(converted.model_copy(update=NO_SUGGESTION))
         assert (planned.examples, planned.steps) == (trained.examples, trained.steps)
 
@@ -264,7 +265,7 @@ def test_lengths_of_weighted_datasets_are_assumed_with_a_note(
     paths = [f"{data_of_runs[name]}:1" for name in names]
     run = TrainSettings(model_name_or_path="pocket", data_path=paths, output_dir=tmp_path, use_cpu=True)
     notes: list[Any] = []
-    planned = plan(to_plan_settings(run).model_copy(update=NO_SUGGESTION), notes.append)
+    planned = plan(to_plan_settings(make_run_plan(run)).model_copy(update=NO_SUGGESTION), notes.append)
     assert (planned.examples, planned.source_length) == (None, 512)
     expected = f"{', '.join(paths)}: datasets with weights, so the plan assumes examples of 512 + 128 tokens"
     assert Note(expected) in notes

@@ -246,7 +246,7 @@ def test_an_allowed_length_is_used_under_deepspeed(
 
 def test_only_another_length_can_be_allowed(inputs: list[Path], tmp_path: Path) -> None:
     for name in ("learning_rate", "data", "learnin_rate"):
-        message = rf"^allow_change: .*{name}: only num_train_epochs and max_steps can be "
+        message = rf"^allow_change: .*{name}: only num_train_epochs and max_steps can change"
         with pytest.raises(SettingsError, match=message):
             make_settings(*inputs, tmp_path / "run", allow_change=["max_steps", name])
 

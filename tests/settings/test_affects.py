@@ -141,7 +141,7 @@ def test_settings_that_affect_inference_are_those_in_training_data_json() -> Non
     names = [field.name for field in fields(TrainingData)][1:-3]
     assert select_settings(PrepareSettings, Affects.INFERENCE) == names
     assert select_settings(EvaluateSettings, Affects.INFERENCE) == names
-    assert names == [field.name for field in fields(DatasetTraining)][4:-2]
+    assert names == [field.name for field in fields(DatasetTraining)][1:-5]
 
 
 @pytest.mark.parametrize("model", [PrepareSettings, TrainSettings])
