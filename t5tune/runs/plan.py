@@ -29,8 +29,10 @@ from t5tune.settings.groups.processes import ProcessSettings
 from t5tune.settings.groups.run_output import RunOutputSettings
 from t5tune.settings.groups.steps import StepSettings
 
-EXAMPLE_SETTINGS = {*select_settings(TrainingDataSettings, Affects.CACHE)} - {
-    *select_settings(TrainingDataSettings, Affects.STEPS)
+EXAMPLE_SETTINGS = {
+    "objective",  # train applies it, too, but a cache has the examples of one objective
+    *set(select_settings(TrainingDataSettings, Affects.CACHE))
+    - {*select_settings(TrainingDataSettings, Affects.STEPS)},
 }
 """The settings that determine a token cache's examples, without those that train also applies later, like num_data."""
 
