@@ -33,7 +33,7 @@ def test_the_page_has_every_generated_part_and_is_short() -> None:
 def test_docs_prints_the_page_without_its_markers() -> None:
     done = t5tune_in_fork("docs")
     assert (done.code, done.stderr) == (0, "")
-    assert done.stdout.startswith("# For coding assistants\n\nEverything")
+    assert done.stdout.startswith("# For coding assistants\n\nThis page")
     assert "<!--" not in done.stdout
     left = [line for line in TEXT.splitlines() if line and not line.startswith("<!--")]
     assert [line for line in done.stdout.splitlines() if line] == left

@@ -154,7 +154,7 @@ def test_a_damaged_file_is_refused_and_downloaded_again(
     kind: str, is_lfs: bool, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not is_lfs:
-        monkeypatch.setattr("tests.support.hub.LFS_SUFFIXES", (".none",))
+        monkeypatch.setattr("tests.support.servers.hub.LFS_SUFFIXES", (".none",))
     add(hub, kind, 1)
     events: list[Event] = []
     assert read(kind, tmp_path, events) == b"1"

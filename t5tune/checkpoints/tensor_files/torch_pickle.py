@@ -7,6 +7,7 @@ length, and never recurses. `pickletools` splits the pickle into opcodes, and do
 """
 
 import pickletools
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
@@ -54,7 +55,10 @@ def unpickle(data: bytes, find_global: Callable[[str, str], Any], load_reference
     """
     if len(data) > MAX_PICKLE_BYTES:
         raise ValueError(f"it has {len(data)} bytes, more than {MAX_PICKLE_BYTES}")
-    return _Machine(data, find_global, load_reference).run()
+    with warnings.catch_warnings():
+        # pickletools decodes escape sequences in names, where Python warns of unknown ones; no allowed name has any
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return _Machine(data, find_global, load_reference).run()
 
 
 @dataclass

@@ -66,7 +66,10 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "no effect": (set_mixing(kind="concatenate"), "datasets: weight: has no effect with mixing concatenate"),
     "same names": (set_all("name", "Sums"), "datasets: name: Sums: two datasets have this name; rename one of them"),
     "newline": (set_dataset(name="a\nb"), "datasets[0].name: 'a\\nb': expected letters, digits, `.`, `_` and `-`"),
-    "reserved": (set_dataset(name="mixture.json"), "datasets[0].name: 'mixture.json': a file next to the datasets has this name"),
+    "reserved": (
+        set_dataset(name="mixture.json"),
+        "datasets[0].name: 'mixture.json': a file next to the datasets has this name",
+    ),
     "num_data": (set_dataset(num_data=10**30), f"datasets[0].num_data: {10**30}: must be less than {1 << 63}"),
     "cache": (set_dataset(cache=3), "datasets[0].cache: 3: expected text"),
     "no datasets": (lambda manifest: manifest.update(datasets=[]), "datasets: []: must not be empty"),

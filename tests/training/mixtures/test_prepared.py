@@ -149,4 +149,6 @@ def test_raw_text_first_leaves_the_template_to_the_next_dataset(untied_base: Pat
     assert made.has_earlier_turns
     notes: list[Event] = []
     make_prompts(replace(read_model_files(untied_base, None), training_data=made), None, None, 2048, notes.append)
-    assert any("prompts follow the training dataset chats; for book" in note.text for note in notes if isinstance(note, Note))
+    assert any(
+        "prompts follow the training dataset chats; for book" in note.text for note in notes if isinstance(note, Note)
+    )
