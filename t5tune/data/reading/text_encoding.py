@@ -62,7 +62,8 @@ ALPHABETS = [
         "çğıöşüâîûə\u0307", "àáâãèéêìíòóôõùúýăđĩũơư\u0300\u0301\u0303\u0309\u0323",
     )
 ]  # fmt: skip
-_NOT_ASCII = re.compile(rb"[\x80-\xff]")
+# a byte beyond ASCII, or the escape sequence that begins Japanese text in ISO-2022-JP, whose bytes are all ASCII
+_NOT_ASCII = re.compile(rb"[\x80-\xff]|\x1b\$[@B]")
 # a truncated character at the end, but not a complete one, which may be the file's only letter beyond ASCII
 _CUT_OFF = re.compile(rb"(?:[\xc2-\xdf]|[\xe0-\xef][\x80-\xbf]?|[\xf0-\xf4][\x80-\xbf]{0,2})\Z")
 _AFTER_RECORD = re.compile(rb"(?<=[\r\n}])")
@@ -125,6 +126,8 @@ def read_as_utf8(
     if encoding is None:
         num_ascii = 0
         for chunk in chunks:
+            while chunk.endswith((b"\x1b", b"\x1b$")) and (more := next(chunks, b"")):
+                chunk += more
             found = _NOT_ASCII.search(chunk)
             if found is not None or num_ascii >= MAX_ASCII_BYTES:
                 break
@@ -133,13 +136,14 @@ def read_as_utf8(
         else:
             return
         encoding = UTF8
-        if found is not None and num_ascii < MAX_ASCII_BYTES:
+        if found is not None and found[0].isascii():
+            encoding = "iso2022_jp"
+        elif found is not None and num_ascii < MAX_ASCII_BYTES:
             while len(chunk) - found.start() < SAMPLE_BYTES and (more := next(chunks, b"")):
                 chunk += more
             first = max(chunk.rfind(b"\n", 0, found.start()) + 1, found.start() - MAX_WORD_BYTES)
-            encoding = _detect(chunk[first : found.start() + SAMPLE_BYTES], place)
+            encoding, decode = _detect(chunk[first : found.start() + SAMPLE_BYTES], place), _decode_records
         chunks = chain([chunk], chunks)
-        decode = _decode_records
     note(encoding)
     yield from chunks if encoding == UTF8 else decode(chunks, encoding)
 
