@@ -132,7 +132,8 @@ def check_plan(plan: RunPlan, imports_metrics: bool = True) -> None:
     if layers.torch_compile and (missing := find_missing_compiler(on_gpu=not on_cpu)):
         raise DependencyError(f"torch_compile: {missing.what}", hint=f"{missing.fix}; or leave out torch_compile")
     problems += [
-        f"eval_data_path: {each.path[0]}: objective is {each.objective} here and {plan.data.objective} for the run"
+        f"eval_data_path: {each.path[0]}: objective is {each.objective} here and {plan.data.objective} for the run; "
+        "give held-out data of the same kind"
         for each in plan.eval_datasets
         if each.reads_preferences != plan.data.reads_preferences
     ]
