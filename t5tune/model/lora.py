@@ -259,13 +259,16 @@ def load_initial_adapter(peft_model: Any, folder: Path, tokenizer_folder: Path) 
 
 
 def _check_same_scale(config: dict[str, Any], current: dict[str, Any], folder: Path) -> None:
+    wanted = {}
     for name in select_settings(LoraSettings, Affects.ADAPTER_SCALE):
         key = "r" if name == "lora_r" else name  # PEFT's name
         if (before := config.get(key, False)) != current[key]:
-            values = before, current[key]
-            then, now = (str(each).lower() if isinstance(each, bool) else f"{each:g}" for each in values)
-            problem = f"adapter: {folder}: saved with {key} {then}, but this run has {name} {now}"
-            raise CheckpointError(problem, hint=f"set {name}: {then}")
+            wanted[name] = [str(v).lower() if isinstance(v, bool) else f"{v:g}" for v in (before, current[key])]
+    if wanted:
+        saved = ", ".join(f"{name} {then}" for name, (then, _) in wanted.items())
+        here = ", ".join(f"{name} {now}" for name, (_, now) in wanted.items())
+        hint = "set " + ", ".join(f"{name}: {then}" for name, (then, _) in wanted.items())
+        raise CheckpointError(f"adapter: {folder}: saved with {saved}, but this run has {here}", hint=hint)
     if config.get("rank_pattern") or config.get("alpha_pattern"):
         raise CheckpointError(f"adapter: {folder}: some layers have their own rank or alpha, which t5tune can't train")
 
