@@ -259,7 +259,7 @@ def test_a_run_that_is_stopped_does_not_wait_for_an_upload(
     log = running.log.read_text()
     assert "B/s]" not in log
     (later,) = [line for line in log.splitlines() if "to upload it later" in line]
-    assert "wasn't uploaded to the end" in later
+    assert "wasn't uploaded completely" in later
 
 
 def test_two_processes_push_once(hub: Hub, fork_server: ForkServer, tmp_path: Path) -> None:
