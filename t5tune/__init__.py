@@ -50,7 +50,7 @@ def __getattr__(name: str) -> Any:
 
 
 def _make_callable(function: Any) -> Any:
-    """Check the arguments of each call of a command's function, and keep the libraries quiet during it."""
+    """Check the arguments of each call to a command's function, and keep the libraries quiet during it."""
     from t5tune.compat.quiet import quiet_libraries
     from t5tune.settings import COMMANDS
     from t5tune.settings.calls import check_call

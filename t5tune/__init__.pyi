@@ -116,7 +116,7 @@ class PrepareSettings(_settings.PrepareSettings):
             eval_fraction: Fraction of the data to hold out for evaluation, unless eval_data_path is set.
             revision: Branch, tag or commit of a model on the Hugging Face Hub; default: its main branch.
             cache_dir: Folder for Hugging Face Hub downloads; default: the Hub's cache.
-            family: Model type of a base whose model_type t5tune doesn't know (docs/families.md).
+            family: Model family of a base whose model_type t5tune doesn't know (docs/families.md).
             objective: Training objective: predict targets (sft), prefer the better of two answers (dpo, orpo: records
                 with `chosen` and `rejected`), or fill masked spans of raw text, as in pretraining (span-corruption).
             denoisers: Share of the text that span-corruption masks, and mean span length (tokens): t5 (0.15:3), ul2,
@@ -127,20 +127,20 @@ class PrepareSettings(_settings.PrepareSettings):
             header: CSV and TSV files begin with a line of column names; if not, the first column is the input and the
                 second the output.
             rejected_column: Column or key with the rejected answer of a preference pair (objective dpo, orpo), whose
-                chosen answer is in target_column; default: rejected, and chosen.
+                chosen answer is in target_column; default: rejected (target_column: chosen).
             merge_same_role: Join consecutive turns of the same role instead of rejecting the record.
             clean: Convert HTML of old ShareGPT dumps to Markdown, decode entities, remove needless backslashes.
             max_record_bytes: Reject records longer than this (bytes).
             data: Several datasets, each with its path, weight, name, columns, prefix and template; YAML only, instead
                 of data_path.
-            data_subset: Subset (configuration) of a dataset on the Hugging Face Hub; default: its default.
+            data_subset: Subset (configuration) of a dataset on the Hugging Face Hub; default: the default subset.
             data_split: Split of a dataset on the Hugging Face Hub; default: train, or validation or test for evaluate.
             add_tokens: Tokens to add for text that the vocabulary can't represent: auto (newline, tab, braces,
                 indentation, and characters of the targets), none, fastchat (the ten tokens of FastChat), or a list of
                 tokens.
             shard: Prepare part I (from 0) of N; default: all data. The process that completes the last part joins them.
                 `auto` takes I and N from torchrun, srun or a SLURM job array.
-            join: Only join the parts that `--shard` prepared, such as after joining was interrupted.
+            join: Only join the parts that `--shard` prepared, for example after joining was interrupted.
             train_on: Train on all assistant turns of a conversation, or on the last only.
             min_target_tokens: Skip targets shorter than this (tokens); default: keep all.
             dedupe: Deduplication: exact rejects exact copies of earlier conversations.
@@ -333,7 +333,7 @@ class TrainSettings(_settings.TrainSettings):
             dry_run: Show all settings including defaults, the memory plan and the launch command; write nothing.
             revision: Branch, tag or commit of a model on the Hugging Face Hub; default: its main branch.
             cache_dir: Folder for Hugging Face Hub downloads; default: the Hub's cache.
-            family: Model type of a base whose model_type t5tune doesn't know (docs/families.md).
+            family: Model family of a base whose model_type t5tune doesn't know (docs/families.md).
             conversation_template: Conversation template: a name under conversations/ in `t5tune templates`, a YAML
                 file, or (chat, serve, evaluate) a training dataset; default: the model's, else plain for pairs, else
                 fastchat-t5.
@@ -348,14 +348,14 @@ class TrainSettings(_settings.TrainSettings):
             header: CSV and TSV files begin with a line of column names; if not, the first column is the input and the
                 second the output.
             rejected_column: Column or key with the rejected answer of a preference pair (objective dpo, orpo), whose
-                chosen answer is in target_column; default: rejected, and chosen.
+                chosen answer is in target_column; default: rejected (target_column: chosen).
             source_prefix: Text to prepend to each source of two-column data, such as `summarize: `.
             merge_same_role: Join consecutive turns of the same role instead of rejecting the record.
             clean: Convert HTML of old ShareGPT dumps to Markdown, decode entities, remove needless backslashes.
             max_record_bytes: Reject records longer than this (bytes).
             data: Several datasets, each with its path, weight, name, columns, prefix and template; YAML only, instead
                 of data_path.
-            data_subset: Subset (configuration) of a dataset on the Hugging Face Hub; default: its default.
+            data_subset: Subset (configuration) of a dataset on the Hugging Face Hub; default: the default subset.
             data_split: Split of a dataset on the Hugging Face Hub; default: train, or validation or test for evaluate.
             add_tokens: Tokens to add for text that the vocabulary can't represent: auto (newline, tab, braces,
                 indentation, and characters of the targets), none, fastchat (the ten tokens of FastChat), or a list of
@@ -378,8 +378,8 @@ class TrainSettings(_settings.TrainSettings):
             mixing_cap: Cap of proportional mixing: a larger dataset counts as this many examples; default: no cap.
             eval_data_path: Conversations or a token cache to evaluate on, encoded like data_path, with its added tokens
                 and conversation template; num_data doesn't limit it.
-            eval_data: Several datasets to evaluate on, as in data; if a dataset in data has the same name, both are
-                read alike; YAML only, instead of eval_data_path.
+            eval_data: Several datasets to evaluate on, written as in data; a dataset with a name from data is read the
+                same way; YAML only, instead of eval_data_path.
             preprocessed_path: Folder for the token cache that train writes; default: `data` in the run folder.
             eval_data_split: Split of a Hugging Face Hub dataset in eval_data_path; default: validation, otherwise test.
             lora_alpha: LoRA alpha: the adapter's update is multiplied by lora_alpha / lora_r.
@@ -387,7 +387,7 @@ class TrainSettings(_settings.TrainSettings):
             lora_target_modules: Linear layers to adapt: their names, or a group: attention (in T5: q k v o),
                 feed-forward (wi wo) or all-linear (both).
             lora_bias: Bias vectors to train as well (T5 has no biases).
-            use_dora: DoRA (Liu et al. 2024): train norm and direction of each row of an adapted weight separately.
+            use_dora: DoRA (Liu et al. 2024): train the norm and direction of each row of an adapted weight separately.
             use_rslora: rsLoRA (Kalajdzievski 2023): multiply by lora_alpha / √lora_r, which suits large ranks.
             init_lora_weights: Adapter initialization: default (B = 0), gaussian, orthogonal, olora, pissa,
                 pissa_niter_N (fast SVD with N iterations), or loftq (corrects the quantization error of q_lora).
@@ -400,7 +400,7 @@ class TrainSettings(_settings.TrainSettings):
                 checkpoint, a run or an adapter with the same tokenizer; default: no teacher.
             teacher_adapter: Adapter to apply to the teacher if teacher_model_name_or_path is a base.
             teacher_q_lora: Quantize the teacher to 4 bits (NF4).
-            distillation_alpha: Weight of the teacher in the loss; the cross-entropy of the targets has the rest.
+            distillation_alpha: Weight of the teacher in the loss; the targets' cross-entropy gets the rest.
             distillation_temperature: Temperature T of both models' probabilities; the divergence is multiplied by T² to
                 keep the size of its gradient.
             distillation_kl: Kullback–Leibler divergence to minimize: of the model from the teacher (forward), or
@@ -434,7 +434,7 @@ class TrainSettings(_settings.TrainSettings):
                 model supports it.
             packed_attention: Attention over packed rows: one compiled kernel per layer (flex), or a loop over the
                 examples; auto: flex on NVIDIA GPUs in bf16, if its results match the loop's.
-            dropout: Apply dropout, with the base's rate and lora_dropout; default: except for objective dpo and orpo.
+            dropout: Apply dropout, with the base's rate and lora_dropout; default: on, except for dpo and orpo.
             attention_dropout: Apply dropout to attention's probabilities, as in T5's training; it is faster without.
             gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third slower.
             torch_compile: Compile layer norms and feed-forward layers with torch.compile. The first steps take seconds
@@ -460,7 +460,7 @@ class TrainSettings(_settings.TrainSettings):
             process_group_timeout: Stop if another rank doesn't respond within this time (seconds).
             use_cpu: Train on the CPU even if there is a GPU.
             deepspeed: DeepSpeed config: zero0, zero1, zero2, zero3, zero2-offload, zero3-offload, or a JSON file.
-            max_restarts: How often to restart the processes of num_gpus or num_processes after one is lost.
+            max_restarts: How many times to restart the processes of num_gpus or num_processes after one is lost.
             push_to_hub: Upload the result to the Hugging Face Hub.
             hub_model_id: Repository to upload to, owner/name; default: the output folder's name.
             hub_private_repo: Create a private repository; an existing one must be private.
@@ -574,22 +574,22 @@ class MergeSettings(_settings.MergeSettings):
                 in); default: the adapter's base, if it is on this machine.
             weights: Weight of each adapter; default: 1 for a single adapter.
             to: Output format: a Hugging Face checkpoint, or a CTranslate2 model, whose replies to a few prompts are
-                compared; they must match if it isn't quantized.
+                compared; without quantization, they must match.
             quantization: Weight type of the CTranslate2 model (--to ctranslate2); default: the merged weights' dtype.
             dtype: Round the merged weights to this dtype; default: each tensor keeps the base's dtype.
             overwrite: Replace the output folder even if it contains other files.
             revision: Branch, tag or commit of a model on the Hugging Face Hub; default: its main branch.
             cache_dir: Folder for Hugging Face Hub downloads; default: the Hub's cache.
-            family: Model type of a base whose model_type t5tune doesn't know (docs/families.md).
+            family: Model family of a base whose model_type t5tune doesn't know (docs/families.md).
             push_to_hub: Upload the result to the Hugging Face Hub.
             hub_model_id: Repository to upload to, owner/name; default: the output folder's name.
             hub_private_repo: Create a private repository; an existing one must be private.
-            max_shard_size: Maximum size of each weight file (bytes, or with a unit: 5GB, 500MB); default: the base's
-                shards.
+            max_shard_size: Maximum size of each weight file (bytes, or with a unit: 5GB, 500MB); default: as in the
+                base.
             onto: Weights to merge into: the base, or the base as q_lora quantized and dequantized it; default: as in
                 training.
-            check: How to verify the base that was used in training: sample 4 KiB per tensor, or hash everything.
-            allow_other_base: Merge even into a different base than in training.
+            check: How to check that this is the base of training: sample 4 KiB per tensor, or hash everything.
+            allow_other_base: Merge even if this isn't the base of training.
             verify: Compare the logits of base + adapter and of the merged checkpoint; default: if memory allows.
             verify_tolerance: Maximum difference between logits, relative to the largest; at least 0.05 for rounded
                 weights.
@@ -656,7 +656,7 @@ class ChatSettings(_settings.ChatSettings):
             device: Device to run on: cpu, cuda, cuda:1, mps, …; default: a GPU if there is one.
             revision: Branch, tag or commit of a model on the Hugging Face Hub; default: its main branch.
             cache_dir: Folder for Hugging Face Hub downloads; default: the Hub's cache.
-            family: Model type of a base whose model_type t5tune doesn't know (docs/families.md).
+            family: Model family of a base whose model_type t5tune doesn't know (docs/families.md).
             quant_type: Quantized type with q_lora: 4-bit NormalFloat, 4-bit float, or LLM.int8().
             quantize_wo: Also quantize the feed-forward output projection (T5's `wo`, T5Gemma's `down_proj`).
             double_quant: Double quantization: also quantize the scales of the 4-bit blocks.
@@ -727,19 +727,19 @@ class ServeSettings(_settings.ServeSettings):
         Args:
             models: Models to serve: runs, adapters, bases, and folders that merge wrote, also with --to ctranslate2.
                 NAME=MODEL names one for clients; default: the folder's name, or the name on the Hub.
-            host: Address to listen on; other machines can reach 0.0.0.0, which is all addresses.
+            host: Address to listen on; 0.0.0.0 means all addresses, so other machines can connect.
             port: Port to listen on; 0 takes any free port.
             api_key: Key that clients must send; set it in T5TUNE_API_KEY, since all users of a machine see a process's
                 arguments; default: no key.
-            engine: Inference engine; auto takes CTranslate2 if it is installed and can run the model.
+            engine: Inference engine; auto uses CTranslate2 if it is installed and can run the model.
             quantization: Weight type with CTranslate2, such as int8, which changes some replies; default: not
                 quantized, with the same replies as transformers.
-            max_new_tokens: Maximum length of a reply if the request sets none (tokens).
+            max_new_tokens: Default maximum length of a reply (tokens); a request may set its own.
             model_name_or_path: Base of the adapters: a folder, owner/name[@revision] on the Hub, or `pocket`; default:
                 the base that each adapter names.
             revision: Branch, tag or commit of a model on the Hugging Face Hub; default: its main branch.
             cache_dir: Folder for Hugging Face Hub downloads; default: the Hub's cache.
-            family: Model type of a base whose model_type t5tune doesn't know (docs/families.md).
+            family: Model family of a base whose model_type t5tune doesn't know (docs/families.md).
             q_lora: Quantize the base to 4 bits or int8; this and the quantization options default to their values in
                 training.
             quant_type: Quantized type with q_lora: 4-bit NormalFloat, 4-bit float, or LLM.int8().
@@ -755,11 +755,11 @@ class ServeSettings(_settings.ServeSettings):
             allow_without_key: Let other machines use the models without api_key.
             converted_dir: Folder for converted CTranslate2 models; default: t5tune/converted in the user's cache
                 folder.
-            temperature: Sampling temperature if the request sets none; 0 decodes greedily.
-            top_p: Nucleus sampling (top-p) if the request sets none.
+            temperature: Default sampling temperature; 0 decodes greedily.
+            top_p: Default for nucleus sampling (top-p).
             source_prefix: Text to prepend to each message that lacks it; default: the prefix used in training.
             max_batch_tokens: Maximum size of a batch: its replies times its longest prompt and max_tokens (tokens).
-            max_batch_delay: How long a request waits for more requests in its batch (milliseconds).
+            max_batch_delay: How long a request waits for its batch to fill up (milliseconds).
             parallel_batches: Batches that CTranslate2 computes in parallel; default: one per 4 CPU cores, or one on a
                 GPU.
             max_replies: Maximum number of replies to a request: its prompts times n; more are refused with status 400.
@@ -856,7 +856,7 @@ class EvaluateSettings(_settings.EvaluateSettings):
             num_gpus: Start this many processes on this machine, one per GPU.
             revision: Branch, tag or commit of a model on the Hugging Face Hub; default: its main branch.
             cache_dir: Folder for Hugging Face Hub downloads; default: the Hub's cache.
-            family: Model type of a base whose model_type t5tune doesn't know (docs/families.md).
+            family: Model family of a base whose model_type t5tune doesn't know (docs/families.md).
             q_lora: Quantize the base to 4 bits or int8; this and the quantization options default to their values in
                 training.
             quant_type: Quantized type with q_lora: 4-bit NormalFloat, 4-bit float, or LLM.int8().
@@ -881,14 +881,14 @@ class EvaluateSettings(_settings.EvaluateSettings):
             header: CSV and TSV files begin with a line of column names; if not, the first column is the input and the
                 second the output.
             rejected_column: Column or key with the rejected answer of a preference pair (objective dpo, orpo), whose
-                chosen answer is in target_column; default: rejected, and chosen.
+                chosen answer is in target_column; default: rejected (target_column: chosen).
             source_prefix: Text to prepend to each source of two-column data, such as `summarize: `.
             merge_same_role: Join consecutive turns of the same role instead of rejecting the record.
             clean: Convert HTML of old ShareGPT dumps to Markdown, decode entities, remove needless backslashes.
             max_record_bytes: Reject records longer than this (bytes).
             data: Several datasets, each with its path, weight, name, columns, prefix and template; YAML only, instead
                 of data_path.
-            data_subset: Subset (configuration) of a dataset on the Hugging Face Hub; default: its default.
+            data_subset: Subset (configuration) of a dataset on the Hugging Face Hub; default: the default subset.
             data_split: Split of a dataset on the Hugging Face Hub; default: train, or validation or test for evaluate.
             add_tokens: Tokens to add for text that the vocabulary can't represent: auto (newline, tab, braces,
                 indentation, and characters of the targets), none, fastchat (the ten tokens of FastChat), or a list of
@@ -923,8 +923,8 @@ class InspectSettings(_settings.InspectSettings):
             unknown: Show the example with the most unknown tokens.
             all: Show all examples.
             stats: Show length histograms, the share of padding, and the longest examples.
-            html: HTML file to write length histograms and examples to (default: 50 from all parts of the cache).
-            per_device_train_batch_size: Batch size for the share of padding (examples).
+            html: HTML file to write length histograms and examples to (default: 50 spread over the cache).
+            per_device_train_batch_size: Batch size for computing the share of padding (examples).
         """
 
 class PlanSettings(_settings.PlanSettings):
@@ -1032,7 +1032,7 @@ class PlanSettings(_settings.PlanSettings):
             gpu_memory: Memory of each GPU, such as 24GiB (without a unit: GiB); default: this machine's GPU memory.
             revision: Branch, tag or commit of a model on the Hugging Face Hub; default: its main branch.
             cache_dir: Folder for Hugging Face Hub downloads; default: the Hub's cache.
-            family: Model type of a base whose model_type t5tune doesn't know (docs/families.md).
+            family: Model family of a base whose model_type t5tune doesn't know (docs/families.md).
             eval_fraction: Fraction of the data to hold out for evaluation, unless eval_data_path is set.
             split_seed: Random seed that chooses the held-out conversations; seed doesn't affect them.
             seed: Random seed for adapter initialization, dropout, data order and the masked spans of raw text.
@@ -1043,14 +1043,14 @@ class PlanSettings(_settings.PlanSettings):
             mixing_cap: Cap of proportional mixing: a larger dataset counts as this many examples; default: no cap.
             eval_data_path: Conversations or a token cache to evaluate on, encoded like data_path, with its added tokens
                 and conversation template; num_data doesn't limit it.
-            eval_data: Several datasets to evaluate on, as in data; if a dataset in data has the same name, both are
-                read alike; YAML only, instead of eval_data_path.
+            eval_data: Several datasets to evaluate on, written as in data; a dataset with a name from data is read the
+                same way; YAML only, instead of eval_data_path.
             lora_alpha: LoRA alpha: the adapter's update is multiplied by lora_alpha / lora_r.
             lora_dropout: Dropout probability on the input of the LoRA matrices.
             lora_target_modules: Linear layers to adapt: their names, or a group: attention (in T5: q k v o),
                 feed-forward (wi wo) or all-linear (both).
             lora_bias: Bias vectors to train as well (T5 has no biases).
-            use_dora: DoRA (Liu et al. 2024): train norm and direction of each row of an adapted weight separately.
+            use_dora: DoRA (Liu et al. 2024): train the norm and direction of each row of an adapted weight separately.
             use_rslora: rsLoRA (Kalajdzievski 2023): multiply by lora_alpha / √lora_r, which suits large ranks.
             init_lora_weights: Adapter initialization: default (B = 0), gaussian, orthogonal, olora, pissa,
                 pissa_niter_N (fast SVD with N iterations), or loftq (corrects the quantization error of q_lora).
@@ -1082,7 +1082,7 @@ class PlanSettings(_settings.PlanSettings):
                 model supports it.
             packed_attention: Attention over packed rows: one compiled kernel per layer (flex), or a loop over the
                 examples; auto: flex on NVIDIA GPUs in bf16, if its results match the loop's.
-            dropout: Apply dropout, with the base's rate and lora_dropout; default: except for objective dpo and orpo.
+            dropout: Apply dropout, with the base's rate and lora_dropout; default: on, except for dpo and orpo.
             attention_dropout: Apply dropout to attention's probabilities, as in T5's training; it is faster without.
             gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third slower.
             torch_compile: Compile layer norms and feed-forward layers with torch.compile. The first steps take seconds
@@ -1092,7 +1092,7 @@ class PlanSettings(_settings.PlanSettings):
             process_group_timeout: Stop if another rank doesn't respond within this time (seconds).
             use_cpu: Train on the CPU even if there is a GPU.
             deepspeed: DeepSpeed config: zero0, zero1, zero2, zero3, zero2-offload, zero3-offload, or a JSON file.
-            max_restarts: How often to restart the processes of num_gpus or num_processes after one is lost.
+            max_restarts: How many times to restart the processes of num_gpus or num_processes after one is lost.
             num_data: Plan for the first N examples of each dataset; default: all.
         """
 

@@ -67,7 +67,7 @@ def names_function(text: str) -> bool:
 def load_custom_metric(function: str) -> Metric:
     """Import the function that `module:function` or `path/to/file.py:function` names."""
     if not names_function(function):
-        raise SettingsError(f"metric: {function}: names no function", hint=FORMS)
+        raise SettingsError(f"metric: {function}: doesn't name a function", hint=FORMS)
     place, _, name = function.rpartition(":")
     _add_to_path(Path.cwd())  # before the folder of any file, which may have a module of the same name
     module = _import_file(function, Path(place)) if place.endswith(".py") else _import_module(function, place)

@@ -173,7 +173,7 @@ class Unexpected(T5TuneError):
 
 
 def to_t5tune_error(error: BaseException) -> T5TuneError:
-    """Return a T5TuneError unchanged, and explain all other errors by one."""
+    """Return a T5TuneError unchanged, and turn all other errors into one."""
     match error:
         case T5TuneError():
             return error

@@ -51,7 +51,7 @@ class Evaluated:
     """The metrics of an evaluation during training.
 
     Args:
-        is_best: whether it is the best yet, by the metric for the best model.
+        is_best: whether it is the best so far, by the metric for the best model.
         datasets: the metrics of each dataset, if there are several.
     """
 
@@ -64,7 +64,7 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class Note:
-    """A message for the user. `warning` marks a possible mistake of theirs."""
+    """A message for the user. `warning` marks a possible mistake by the user."""
 
     text: str
     warning: bool = False

@@ -65,7 +65,7 @@ COLUMNS = {
         (f"{SHORT_CHAIN}[{{key}} lora]",),
         of_gemma("end_to_end/test_gemma.py::test_the_data_has_the_special_tokens_of_gemma[{key} lora]"),
         more_tests=(
-            "tests/commands/prepare/test_added_tokens.py::test_byt5_gets_no_added_tokens_and_decodes_to_the_original_text",
+            "tests/commands/prepare/test_added_tokens.py::test_byt5_gets_no_added_tokens_and_decodes_exactly",
             f"{FAMILIES_TEST}::test_the_added_tokens_of_fastchat_t5_keep_their_ids",
         ),
     ),

@@ -59,7 +59,7 @@ class AdapterMetadata:
 
     config: Mapping[str, Any]
     files: Mapping[str, bytes]
-    """The tokenizer, the template and what belongs to it: name -> content; see checkpoints.tokenizer_files."""
+    """The tokenizer's and the template's files: name -> content; see checkpoints.tokenizer_files."""
     base: Mapping[str, Any] = field(default_factory=dict)
     training: str = ""
     """The model card's lines about data and settings."""
@@ -135,7 +135,7 @@ def check_adapter(
             check_rank(match, tensor, config, source)
             is_trained |= match[2] == "B" and bool(values.any())
     if not pairs:
-        raise CheckpointError(f"{source}: contains no LoRA matrix")
+        raise CheckpointError(f"{source}: contains no LoRA matrices")
     for module, halves in pairs.items():
         if halves != {"A", "B"}:
             raise CheckpointError(f"{source}: {module}: lora_{min({'A', 'B'} - halves)} is missing")

@@ -38,7 +38,7 @@ def find_adapter(adapter: Path, cache_dir: Path | None, setting: str = "adapter"
     folder = repository.download(DOWNLOADED_FILES, report=report)
     if not (folder / ADAPTER_CONFIG_FILE).is_file():
         problem = f"{setting}: {adapter}: this model on the Hub has no {ADAPTER_CONFIG_FILE}, so it isn't an adapter"
-        raise CheckpointError(problem, hint="name the adapter; a whole model is named with --model-name-or-path")
+        raise CheckpointError(problem, hint="name an adapter, or give a whole model as --model-name-or-path")
     check_downloaded_adapter(folder, repository, str(adapter))
     return folder
 

@@ -75,7 +75,9 @@ def _check_all_adapted(
         missing = [name for name in wanted if name not in modules]
         if missing:
             targets = f"{ADAPTER_CONFIG_FILE} says target_modules {_format_targets(config)}"
-            hint = f"{format_count(len(modules), 'module')} adapted, {len(modules) + len(missing)} of the base match"
+            hint = (
+                f"{format_count(len(modules), 'module')} adapted, but {len(modules) + len(missing)} of the base's match"
+            )
             raise CheckpointError(f"{source}: {missing[0]}: has no LoRA matrices, although {targets}", hint=hint)
 
 

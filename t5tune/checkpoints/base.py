@@ -25,7 +25,7 @@ PICKLED_FILES = "pytorch_model*.bin"
 
 
 def find_base(settings: BaseModelSettings, with_weights: bool = True, report: Report = silent) -> Path:
-    """Find a base's folder, as `find_model`; raise ModelError if it contains no base."""
+    """Find a base's folder like `find_model`; raise ModelError if it contains no base."""
     return check_base(find_model(settings, with_weights, report), settings.model_name_or_path)
 
 

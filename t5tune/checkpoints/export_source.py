@@ -135,7 +135,7 @@ def _build_from_zero(folder: Path, zero: ZeroState, flags: LoraFlags) -> Checkpo
         if zero.stage > 0 and value.dtype != "F32":  # DeepSpeed can keep its master weights in bf16
             gathered[name] = Tensor("F32", value.to_float32())
     if not any(map(is_adapter_name, gathered)):
-        problem = f"checkpoint: {folder}: is from full fine-tuning: its shards contain no LoRA matrix"
+        problem = f"checkpoint: {folder}: is from full fine-tuning: its shards contain no LoRA matrices"
         raise CheckpointError(problem, hint="use DeepSpeed's zero_to_fp32.py to gather a whole model")
     state = {to_peft_name(name): value for name, value in gathered.items() if name.startswith(PEFT_PREFIX)}
     config, notes = _read_or_infer_config(folder, state, flags)

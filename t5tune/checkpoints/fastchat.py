@@ -117,7 +117,7 @@ def _read_ranks(state: Mapping[str, Tensor], source: Path) -> dict[str, int]:
         if match[2] == "A":
             ranks[match[1].removeprefix(PEFT_PREFIX)] = tensor.shape[0]
     if not ranks:
-        raise CheckpointError(f"{source}: contains no LoRA matrix")
+        raise CheckpointError(f"{source}: contains no LoRA matrices")
     return ranks
 
 

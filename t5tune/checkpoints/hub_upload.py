@@ -3,9 +3,9 @@
     open_repository(settings, folder, report)      # before the work: refuses a wrong name or token
     url = upload_result(settings, folder, report)  # after it; None: no upload, or it failed
 
-A run folder's data, settings, metrics and report stay here, since they may contain private texts and folder names. So
-do files that t5tune doesn't know. The model card gets only the last part of a path. merge needs the base's path in an
-adapter's config and weights, so it is uploaded with a warning.
+A run folder's data, settings, metrics and report aren't uploaded, since they may contain private texts and folder
+names. Nor are files that t5tune doesn't know. The model card gets only the last part of a path. merge needs the base's
+path in an adapter's config and weights, so it is uploaded with a warning.
 """
 
 import shlex
@@ -42,7 +42,7 @@ LOADED_FILES = (TRAINED_FILES - {MODEL_CARD_FILE}).union(TOKENIZER_FILES, PROCES
 
 @dataclass(frozen=True)
 class Uploaded:
-    """An upload; `bytes` also counts files that the Hub had already."""
+    """An upload; `bytes` also counts files that the Hub already had."""
 
     url: str
     files: int
@@ -59,7 +59,7 @@ def open_repository(settings: HubSettings, folder: Path, report: Report) -> None
         try:
             create_repository(choose_repository(settings, folder), settings.hub_private_repo)
         except UploadError as error:
-            report(Note(f"{error.message}; it is tried again when there is something to upload", warning=True))
+            report(Note(f"{error.message}; the next upload tries again", warning=True))
 
 
 def upload_result(
@@ -67,7 +67,7 @@ def upload_result(
 ) -> str | None:
     """Upload a result if the settings ask for it, and return the repository's URL.
 
-    The result is complete, so a failed upload is no error: a note says how to upload it later, also after a signal.
+    The result is complete, so a failed upload isn't an error: a note says how to upload it later, also after a signal.
 
     Args:
         message: of the commit; None: the folder's name.
@@ -83,7 +83,7 @@ def upload_result(
     except (SettingsError, UploadError, CheckpointError) as error:
         report(Note(f"{error.message}; {later}", warning=True))
         return None
-    except KeyboardInterrupt:  # also for SIGTERM and SIGHUP, in export and merge; train's error says it
+    except KeyboardInterrupt:  # in export and merge, also SIGTERM and SIGHUP; train reports them in its error
         report(Note(f"the upload was stopped; {later}", warning=True))
         raise
 
@@ -107,7 +107,7 @@ def upload_folder(folder: Path, name: str, is_private: bool, report: Report, mes
     report(Note(f"uploading {format_count(len(files), 'file')} ({format_size(size)}) to {name}"))
     if base and base != "pocket":
         words = f"the adapter's files name the base as {base}, a folder on this machine"
-        report(Note(f"{words}: tell the adapter's users the model", warning=True))
+        report(Note(f"{words}: tell the adapter's users which model it is", warning=True))
     contents: dict[str, Path | bytes] = {**files}
     if card is not None:
         contents[MODEL_CARD_FILE] = fill_in_card(card, name, [base, *local])

@@ -139,5 +139,5 @@ def copy_untrusted_file(source: Path, name: str, folder: Path) -> None:
 def _find_untrusted_file(source: Path, name: str) -> Path:
     path = resolve_inside(source, name)
     if (size := path.stat().st_size) > MAX_TOKENIZER_FILE_BYTES:
-        raise CheckpointError(f"{path}: {size} bytes; {MAX_TOKENIZER_FILE_BYTES} is the maximum for such a file")
+        raise CheckpointError(f"{path}: {size} bytes; a tokenizer file may have at most {MAX_TOKENIZER_FILE_BYTES}")
     return path

@@ -70,7 +70,7 @@ def list_differences(made: Sequence[TrainingData]) -> list[str]:
 def join_training_data(made: Sequence[TrainingData]) -> TrainingData:
     """Describe the examples of added adapters by their common values, else by the defaults.
 
-    The sum has learned to read earlier turns if one adapter has.
+    The merged model reads earlier turns if any adapter learned to.
     """
     defaults = ReadingSettings()
     return TrainingData(

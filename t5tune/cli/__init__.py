@@ -1,6 +1,6 @@
 """The command line.
 
-`run` hands it to Typer (app.py), with the options of the command (options.py) in the spellings that users bring
+`run` passes the arguments to Typer (app.py), with the command's options (options.py), in any spelling that users type
 (spellings.py); command.py runs the command and shows its result. Typer and Rich are used only in this package. A
 command's module is imported when the command runs, so that the help doesn't wait for it.
 """

@@ -1,4 +1,4 @@
-"""The command line as an app of Typer, which parses it, calls the command, explains it and completes it in a shell.
+"""The command line as a Typer app, which parses it, calls the command, explains it and completes it in a shell.
 
 Only the command in use is built, since its options need its settings, which are slow to import. `t5tune --help` and a
 mistyped command import neither pydantic nor the settings.

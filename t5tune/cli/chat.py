@@ -168,7 +168,7 @@ class _ChatSession:
         choice = self._read_choice()
         self.is_over = choice in QUIT
         if choice not in ("1", "2"):
-            self.say("not saved; the chat goes on with reply 1")
+            self.say("not saved; the chat continues with reply 1")
             return replies[0]
         chosen, rejected = replies if choice == "1" else reversed(replies)
         save_preference(file, self.chatter, turns, chosen, rejected)

@@ -141,7 +141,7 @@ def _name_data(paths: list[str] | None) -> list[str]:
 
 
 def _contains_adapter(folder: Path) -> bool:
-    """Whether a folder is an adapter or a run with one, which a stopped run has only in its checkpoints."""
+    """Whether a folder contains an adapter, at its top or, for a stopped run, in a checkpoint."""
     return any((place / ADAPTER_CONFIG_FILE).is_file() for place in (folder, *list_checkpoints(folder)))
 
 

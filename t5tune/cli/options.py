@@ -107,7 +107,7 @@ def list_rows(params: Iterable[Any], model: type[Settings], everything: bool, wi
 
 
 def list_essential(params: Iterable[Any], model: type[Settings]) -> list[Any]:
-    """List the options of the short help: required, then most used; or all, if only the common ones would be left."""
+    """List the options of the short help: required, then most used; or all, if the short help would hide none."""
     shown = {param.name: param for param in params if not param.hidden}
     names = dict.fromkeys((*model.list_required(), *model.essential, "config"))
     is_all = all(name in names or param.rich_help_panel == COMMON for name, param in shown.items())

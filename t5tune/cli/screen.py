@@ -89,7 +89,7 @@ class Screen:
             time.sleep(SECONDS_BETWEEN_DRAWINGS)
 
     def redraw(self, progress: Progress) -> bool:
-        """Draw the bars with the elapsed time. Return False if they aren't shown any more.
+        """Draw the bars with the elapsed time. Return False if they are no longer shown.
 
         Rich's thread would draw while a different thread prints; if a bar ended meanwhile, the line above the bars
         would be erased (Rich's issue 1530).
@@ -182,7 +182,7 @@ class _Bars(Progress):
 
 @dataclass
 class _Narrower:
-    """Leaves room for the `^C` that a terminal adds: if that breaks the line, the bar can't be erased any more."""
+    """Leaves room for the `^C` that a terminal adds: if that breaks the line, the bar can no longer be erased."""
 
     table: Table
 

@@ -1,4 +1,4 @@
-"""`t5tune serve` on the terminal: the address on stdout, a line for each request on stderr, and a stop that loses none.
+"""`t5tune serve` on the terminal: the address on stdout, a line per request on stderr, and a stop without losses.
 
 With --json, the address and these lines are JSON. Notes are text.
 """
@@ -24,7 +24,7 @@ from t5tune.settings import ServeSettings
 
 
 def run(settings: ServeSettings, output: Output) -> None:
-    """Serve until a signal asks to stop. A second one stops at once, if it arrives at least a second later."""
+    """Serve until a signal asks to stop. A second signal stops at once, if it arrives at least a second later."""
 
     def report(event: Event) -> None:
         if not isinstance(event, Answered):
@@ -38,7 +38,7 @@ def run(settings: ServeSettings, output: Output) -> None:
         key = ", with the API key" if address.needs_key else ""
         models = ", ".join(f"{name} ({engine})" for name, engine in address.models.items())
         output.show(address, Text(f"{address.url}  {models}"))
-        report(Note(f"chat at {address.url}/, clients of OpenAI's API at {address.url}/v1{key}; Ctrl-C stops"))
+        report(Note(f"chat at {address.url}/, OpenAI's API at {address.url}/v1{key}; Ctrl-C stops the server"))
         requests.end_after(server.wait)
         if requests.wait() == ENDED:
             return

@@ -1,4 +1,4 @@
-"""A command of Typer whose options are settings, in all spellings that users bring.
+"""A Typer command whose options are settings, in any spelling that users type.
 
     t5tune train run.yaml --lora_r 8 --bf16 --lora-target-modules q v seed=1
     -> --config=run.yaml --lora-r=8 --bf16=true --lora-target-modules=q --lora-target-modules=v --seed=1
@@ -140,8 +140,8 @@ class _Rewriter:
                 self._unfilled.popleft()
         elif self._by_place:
             *_, (name, (taken, *_)) = self._by_place.items()
-            advice = "; a message follows --prompt, in quotes" if "prompt" in self._options else ""
-            self.problems.append(f"{word or repr(word)}: unexpected argument; {taken} is the {name} already{advice}")
+            advice = "; pass a message with --prompt, in quotes" if "prompt" in self._options else ""
+            self.problems.append(f"{word or repr(word)}: unexpected argument; {taken} is already the {name}{advice}")
         else:
             self.problems.append(f"{word or repr(word)}: unexpected argument, with no flag before it")
 

@@ -58,7 +58,7 @@ def _show_dry_run(settings: TrainSettings, output: Output) -> None:
         output.report(Note(note))
     if settings.teacher_model_name_or_path is not None:
         teacher = f"teacher_model_name_or_path: {settings.teacher_model_name_or_path}"
-        output.report(Note(f"{teacher}: the plan leaves out the teacher's memory", warning=True))
+        output.report(Note(f"{teacher}: the plan doesn't include the teacher's memory", warning=True))
     planned = plan(to_plan_settings(run_plan), output.report)
     command = _make_launch_command(settings)
     text = io.StringIO()

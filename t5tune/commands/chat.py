@@ -50,7 +50,7 @@ class Chatter:
 
     Args:
         prompts: how the model reads and writes text.
-        random: what sampling draws from, continued by each reply.
+        random: the random generator for sampling; each reply continues it.
         precision: of the loaded model.
     """
 
@@ -104,7 +104,7 @@ class Chatter:
     def with_adapter(self, adapter: Path | None, report: Report = silent) -> "Chatter":
         """Load a different adapter onto the same base, with that adapter's tokenizer and conversation template.
 
-        None loads the base alone, in the same precision, as a model of the family that the adapter was trained as.
+        None loads the base alone, with the precision and the model family that the adapter was trained with.
         """
         settings = self.settings.model_copy(update={"adapter": adapter})
         if adapter is not None:
@@ -119,8 +119,8 @@ class Chatter:
             show: called with each piece of the reply as soon as its text is final; joined, the pieces are the reply.
 
         Raises:
-            SettingsError: the conversation isn't one, or the message or the system message isn't valid UTF-8, or
-                contains a word that is too long.
+            SettingsError: the conversation's turns are in the wrong order, or a message isn't valid UTF-8 or contains a
+                word that is too long.
         """
         started = time.monotonic()
         turns = [Turn("human", message)] if isinstance(message, str) else message
@@ -142,7 +142,7 @@ class Chatter:
         if reply.cut_tokens:
             cut = f"{format_count(reply.cut_tokens, 'token')} of it or of the system message"
             report(Note(f"the message is {problem} {cut}; shorten it, or raise model_max_length", warning=True))
-        if reply.dropped_turns and self.prompts.keeps_history:  # `load` has reported the other case
+        if reply.dropped_turns and self.prompts.keeps_history:  # otherwise, `load` reported it
             report(Note(f"the conversation is {problem} the oldest {format_count(reply.dropped_turns, 'turn')}"))
 
     def _generate(self, source: list[int], show: Callable[[list[int]], object] | None) -> list[int]:
@@ -180,8 +180,8 @@ def save_preference(path: Path, chatter: Chatter, turns: list[Turn], chosen: str
     """Append two replies to a JSON Lines file as a preference pair, which `prepare --objective dpo` reads.
 
     Args:
-        chatter: has made the replies.
-        turns: the conversation; the turns that the model has seen are the question of the record.
+        chatter: made the replies.
+        turns: the conversation; the turns that the model saw are the record's question.
 
     Raises:
         SettingsError: the file can't be written.

@@ -3,7 +3,7 @@
     result = evaluate(EvaluateSettings(model_name_or_path="run", data_path="heldout.jsonl", output_dir="scores"))
     result.exact_match, result.predictions
 
-Runs in the current process: as the only one, or as one rank under torchrun, the deepspeed launcher or `--num-gpus`.
+Runs in the current process: alone, or as one rank under torchrun, the deepspeed launcher or `--num-gpus`.
 Then each rank loads the model and computes its share; rank 0 alone reads the data, writes and computes the scores.
 """
 
@@ -73,9 +73,9 @@ from t5tune.settings.packaged_templates import read_zero3_config
 PREDICTIONS_FILE = "predictions.jsonl"
 SCORES_FILE = "scores.json"
 ALWAYS_SAVED = ("model_name_or_path", "adapter", "data_path", "max_new_tokens", "num_beams", "bf16", "q_lora")
-"""Settings in scores.json whether they have their default values or not."""
+"""Settings that scores.json always contains, even if they have their default values."""
 EXAMPLE_SETTINGS = {*select_settings(EvaluateSettings, Affects.CACHE), "conversation_template"} - {"num_data"}
-"""What determines the examples in a token cache, without what evaluate can also apply to them."""
+"""Settings that determine the examples in a token cache, except those that evaluate can apply to a cache."""
 WHEN_INTERRUPTED = "before the evaluation was complete"
 
 
@@ -84,8 +84,8 @@ class EvaluateResult:
     """The metrics: loss in nats per target token, scores from 0 to 100, time in seconds.
 
     Args:
-        bits_per_character: the loss of the whole targets per character of their texts, in bits, to compare models of
-            different tokenizers; None if spans of raw text were masked.
+        bits_per_character: the loss of the whole targets per character of their texts, in bits, to compare models
+            with different tokenizers; None if spans of raw text were masked.
         exact_match, …, field_f1: None: not among the chosen metrics, or no target is JSON.
         custom_metrics: the results of custom functions.
         base: the same metrics of the base without the adapter, by name; None without compare_base.
@@ -114,7 +114,7 @@ class EvaluateResult:
 
 @dataclass(frozen=True)
 class _Work:
-    """What every rank needs to compute its share.
+    """The input of every rank.
 
     Args:
         decodings: how to generate the predictions, by the examples of each dataset.
@@ -126,7 +126,7 @@ class _Work:
 
 @dataclass(frozen=True)
 class _Task:
-    """What only rank 0 has: the data that the settings name, and where the result goes.
+    """The data and the output folder, which only rank 0 has.
 
     Args:
         settings: with the values that were taken from training.
@@ -151,7 +151,7 @@ class _Task:
         return _Work(examples, decodings)
 
     def select_base(self) -> "_Task":
-        """Return the task of the base, with examples of its tokenizer."""
+        """Return the base's task, with the examples encoded by its tokenizer."""
         assert self.chosen.base is not None, "compare_base is set"
         return replace(self, chosen=self.chosen.base)
 
@@ -196,7 +196,7 @@ def evaluate(settings: EvaluateSettings, report: Report = silent) -> EvaluateRes
         tuned, base = _run_model(settings, loaded.model, work, report), None
         if settings.compare_base:
             base_settings = select_base(settings, loaded)
-            report(Note("now the same texts for the base without the adapter"))
+            report(Note("evaluating the base without the adapter on the same texts"))
             del loaded  # so that only one model is in memory
             gc.collect()
             loaded = _load_model(base_settings, device, report)
@@ -232,7 +232,7 @@ def _prepare(
     for function in settings.metric or []:
         load_custom_metric(function)
     settings = replace_stopped_runs(settings, report)
-    base, adapter = find_base_and_adapter(settings, without_notes(report))  # it is loaded, with its notes, later
+    base, adapter = find_base_and_adapter(settings, without_notes(report))  # loading reports the notes later
     if settings.overwrite:
         caches = [cache for path in map(Path, settings.data_path) if is_prepared(path) for cache in find_caches(path)]
         check_overwrite(folder, [base, *caches] if adapter is None else [base, adapter, *caches])
@@ -313,7 +313,7 @@ def _finish(task: _Task | None, tuned: Outcome, base: Outcome | None, started: f
         if partial := each.count_partial_targets():
             where = f"{partial:,} of {len(each.chosen.targets):,} targets are truncated or have characters that"
             lost = f"{where} {'the base' if whose else 'the model'}'s vocabulary lacks"
-            report(Note(f"{whose}bits_per_character: {lost}, so it isn't of their whole text", warning=True))
+            report(Note(f"{whose}bits_per_character: {lost}, so it covers only part of their text", warning=True))
     functions = task.settings.metric or []
     with _explain_failures(task):
         custom = [compute_custom_metrics(functions, texts, task.chosen.targets) for texts in predictions]
@@ -364,7 +364,7 @@ def _measure_losses(settings: EvaluateSettings, model: Any, work: _Work, report:
 
 
 def _make_collator(model: Any, pad_token_id: int) -> PackedCollator | PaddedCollator:
-    """Make the collator of packed batches, and set the model up for them; of padded ones if it can't be packed."""
+    """Make a collator of packed batches, and set up the model for them. Use padded batches if it can't pack."""
     start = model.architecture.start_token_id
     if not can_pack(model):
         return PaddedCollator(pad_token_id, start)

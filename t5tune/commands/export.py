@@ -334,7 +334,7 @@ def _collect_base_weights(settings: ExportSettings, trained: CheckpointContents)
     base_name = _get_base_name(settings, trained)
     if base_name is None:
         raise CheckpointError(
-            f"{settings.checkpoint}: contains no unquantized base weights and doesn't name the base of training",
+            f"{settings.checkpoint}: contains no unquantized base weights and doesn't name the base it was trained on",
             hint="give --model-name-or-path",
         )
     base = open_base(find_base(_make_base_settings(settings, base_name)))

@@ -105,7 +105,7 @@ def merge(settings: MergeSettings, report: Report = silent) -> MergeResult:
 
     Raises:
         ModelError, CheckpointError: the base or an adapter can't be used, or they don't fit each other.
-        TrainingError: --verify finds that the logits of the merged model differ, or the replies of the converted one.
+        TrainingError: --verify finds different logits of the merged model, or different replies of the converted model.
         DependencyError: --to ctranslate2, but CTranslate2 isn't installed.
     """
     started = time.monotonic()
@@ -172,7 +172,7 @@ def merge(settings: MergeSettings, report: Report = silent) -> MergeResult:
 
 def _is_in_place(settings: MergeSettings) -> bool:
     base = settings.model_name_or_path
-    is_checkpoint = settings.to != "ctranslate2"  # which can't be the base of an adapter any more
+    is_checkpoint = settings.to != "ctranslate2"  # which can no longer be the base of an adapter
     return base is not None and is_checkpoint and os.path.realpath(base) == os.path.realpath(settings.output_dir)
 
 
@@ -195,7 +195,7 @@ def _warn_of_lost_settings(base: Path, report: Report) -> None:
 
 
 def _find_inputs(settings: MergeSettings, report: Report) -> tuple[MergeSettings, Path]:
-    """Find the adapters, of a run that was stopped its newest checkpoint, and the base: if none is given, theirs.
+    """Find the adapters (for a stopped run, its newest checkpoint), and the base (by default, the adapters' base).
 
     Anyone may have written the name of the adapter's base, so it isn't downloaded.
 
@@ -235,7 +235,7 @@ def _warn_if_zero(deltas: dict[str, WeightDelta], report: Report) -> None:
     updates = (update for delta in deltas.values() for update, _ in delta.updates)
     has_others = any(delta.replacements or delta.biases for delta in deltas.values())
     if not has_others and not any(update.b_OR.to_float32().any() for update in updates):
-        report(Note("every lora_B is zero: the adapter changes nothing except embedding rows of tokens", warning=True))
+        report(Note("every lora_B is zero: the adapter changes nothing except token embeddings", warning=True))
 
 
 def _subtract_initialization(kind: str, deltas: dict[str, WeightDelta], architecture: Architecture) -> None:
@@ -261,7 +261,9 @@ def _requantize_base(
     These are the values that the adapter was trained on.
     """
     if (problem := find_quantization_problem()) is not None:
-        hint = "merge where it can, or into the unquantized base with --onto base, whose replies may differ"
+        hint = (
+            "merge on a machine with bitsandbytes, or into the unquantized base with --onto base (replies may differ)"
+        )
         raise DependencyError(f"onto: {quantization.quant_type}: {problem}", hint=hint)
     from t5tune.merging.requantize import quantize_dequantize
 

@@ -43,7 +43,7 @@ from t5tune.training.steps import EpochDraws, count_steps, make_budget_sampler
 
 NUM_ADDED_TOKENS = 19  # about the number that prepare adds to T5's vocabulary, if there are unused rows
 MAX_SUGGESTED_BATCH_SIZE = 64
-MAX_NONLINEARITY = 0.1  # of the growth per example from one batch size to the next, relative to it
+MAX_NONLINEARITY = 0.1  # maximum relative change of the growth per example for memory to count as linear
 GOOD_BATCH_SIZE = 4  # examples per micro-batch that use a GPU well
 STAGES = ("none", "zero1", "zero2", "zero3", "zero3-offload")
 
@@ -165,7 +165,7 @@ def _detect_machine(settings: PlanSettings) -> Machine:
 
 
 def _read_model_config(settings: PlanSettings, report: Report) -> tuple[dict[str, Any], Path]:
-    """Read config.json from a file, a folder, the table of known checkpoints or the hub.
+    """Read config.json from a file, a folder, the table of known checkpoints or the Hub.
 
     Returns:
         (config, its folder)
@@ -216,13 +216,13 @@ def _choose_examples(settings: PlanSettings, examples: Examples) -> Examples:
 
 
 def _make_batches(settings: PlanSettings, count: int, data: _Data) -> list[Integers]:
-    """Make the micro-batches (example indices) of the first epoch, as the trainer does, without empty ones."""
+    """Make the micro-batches (example indices) of the first epoch, as the trainer does, but no empty ones."""
     if not data.is_real:
         return [np.arange(len(data.sources))]
     sources, targets, step_size = data.sources, data.targets, settings.gradient_accumulation_steps * count
     if (tokens := settings.tokens_per_batch) is not None:
-        # it checks the budget
         draws = EpochDraws(sources, targets, settings.seed)
+        # raises if the budget is too small for an example
         sampler = make_budget_sampler(draws, tokens, settings.packing != "off", step_size)
         return sampler.make_batches(0)
     lengths = sources + targets if settings.group_by_length else np.zeros_like(sources)
@@ -237,9 +237,9 @@ def _find_largest_batch(batches: list[Integers], data: _Data, packed: bool) -> B
 
 
 def _find_largest_loss_batch(data: _Data) -> BatchLengths:
-    """Return the lengths of the largest batch when an evaluation measures the losses of examples like the data's.
+    """Return the lengths of the largest batch in an evaluation of the losses.
 
-    Examples of an assumed length fill the batch.
+    If the lengths are assumed, such examples fill the batch.
     """
     lengths = [Lengths(*each) for each in zip(data.targets.tolist(), data.sources.tolist(), strict=True)]
     if not data.is_real:
@@ -261,10 +261,10 @@ def _suggest_settings(
 ) -> Suggestion | None:
     """Return the fastest settings that fit GOOD_BATCH_SIZE examples, else those that fit the most; None: nothing fits.
 
-    Batches are of the longest examples.
+    Every example is assumed to be as long as the longest.
 
     Args:
-        asked: the estimator for the settings, which the user gave.
+        asked: the estimator for the user's settings.
     """
     machine = asked.machine
     if machine.memory is None:
@@ -332,8 +332,8 @@ def _find_largest_batch_size(estimator: MemoryEstimator, stage: str, data: _Data
         return None
     limit = (estimator.machine.memory or 0) * (USABLE_GPU_SHARE if estimator.machine.on_gpu else 1.0)
     size, total, each, is_linear = 1, first.total, 0.0, False
-    # Memory is linear in the number of examples, but where something else takes more than small batches do, such as the
-    # gradient of a large embedding, it grows only from a larger batch on. Estimating a large one takes minutes.
+    # Memory is linear in the number of examples once the batch sets the peak. With a small batch, something else may
+    # set it, such as the gradient of a large embedding. Estimating a large batch takes minutes, so extrapolate.
     while size < MAX_SUGGESTED_BATCH_SIZE:
         if is_linear:
             larger, fits = total + int(size * each), total + size * each <= limit

@@ -60,7 +60,7 @@ def prepare(settings: PrepareSettings, report: Report = silent) -> PrepareResult
         T5TuneError: the disk is full, or a file can't be read or written.
         DataError: the data contains nothing to train on, or a file in the way isn't a token cache.
         ModelError: the base has no usable tokenizer, or too few unused embedding rows for the added tokens.
-        SettingsError: there is no such conversation template, or other parts were made from other inputs.
+        SettingsError: there is no such conversation template, or other parts were made from different inputs.
     """
     started = time.monotonic()
     manifest, facts = prepare_datasets(make_plan(settings), report)

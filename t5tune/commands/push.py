@@ -16,7 +16,7 @@ from t5tune.settings import PushSettings
 
 @dataclass(frozen=True)
 class PushResult:
-    """Where the folder was uploaded to. `bytes` counts all its files, also those that the Hub has already."""
+    """Where the folder was uploaded to. `bytes` counts all its files, including files that the Hub already has."""
 
     url: str
     files: int
@@ -25,7 +25,7 @@ class PushResult:
 
 
 def push(settings: PushSettings, report: Report = silent) -> PushResult:
-    """Upload a folder. Of a run that was stopped, it is the newest complete checkpoint.
+    """Upload a folder; for a stopped run, its newest complete checkpoint.
 
     Raises:
         CheckpointError: the folder contains no model and no adapter.

@@ -133,7 +133,7 @@ def _find_smaller(first: int | None, second: int | None) -> int | None:
 def _list_values_of_caches(settings: TrainSettings, datasets: Sequence[DatasetSpec]) -> dict[str, Any]:
     """List the settings that all datasets were made with, if all are token caches.
 
-    Caches of preference pairs are for all objectives that read them, so an objective that is given stays.
+    Caches of preference pairs fit every objective that reads pairs, so a given objective is kept.
     """
     made_from = [each.made_from for each in datasets]
     if not all(made_from):
@@ -155,7 +155,7 @@ def _list_values_of_caches(settings: TrainSettings, datasets: Sequence[DatasetSp
 def _resolve_eval_datasets(settings: TrainSettings, trained: tuple[DatasetSpec, ...]) -> tuple[DatasetSpec, ...]:
     """Decide how the datasets to evaluate on are read: like training datasets of the same names, if there are any."""
     command = list_shared(settings)
-    command.pop("num_data", None)  # it is how many are trained on
+    command.pop("num_data", None)  # num_data limits only the training examples
     if settings.eval_data is not None:
         if settings.data_subset is not None:  # the subset of the training data has the other splits, too
             command["data_subset"] = settings.data_subset

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from t5tune.serving.server import HttpServer
 
 CORES_PER_BATCH = 4  # CTranslate2's own default: with more, a batch isn't much faster
-OF_WEIGHTS = "default"  # CTranslate2's compute type of a converted model's weights, as far as the device has it
+OF_WEIGHTS = "default"  # CTranslate2's name for the type of a converted model's weights, if the device supports it
 # compute types of weights in 16 bits -> the same without rounding, as --no-bf16 asks for
 WITH_FLOAT32 = {
     "bfloat16": "float32", "float16": "float32", "int8_bfloat16": "int8_float32", "int8_float16": "int8_float32",
@@ -174,7 +174,7 @@ class _FoundModel:
 
 
 class _CTranslate2Fails(ModelError):
-    """CTranslate2 can't run a model, although nothing spoke against it."""
+    """CTranslate2 can't run a model, although no obstacle was known."""
 
 
 class _Loader:
@@ -182,7 +182,7 @@ class _Loader:
         self._settings = settings
         self._report = report
         self._bases = SharedBases()
-        self._precisions: dict[str, dict[str, Precision]] = {}  # base -> model -> how it has the base
+        self._precisions: dict[str, dict[str, Precision]] = {}  # base -> model -> the precision of the model's base
         self._device = choose_device(settings.use_cpu, name=settings.device)
 
     def find(self, name: str, model: str) -> "_FoundModel":
@@ -241,7 +241,7 @@ class _Loader:
             raise SettingsError(f"models: {name}: {lost}", hint=f"{hint}, or remove these settings from the file")
 
     def _find_base_and_adapter(self, model: str, report: Report) -> InferenceSettings:
-        """Return settings with the folders of a model's base and adapter; a stopped run has its newest checkpoint's."""
+        """Return settings with the folders of a model's base and adapter (for a stopped run, its newest checkpoint)."""
         given = {name: getattr(self._settings, name) for name in self._settings.model_fields_set}
         common = {name: value for name, value in given.items() if name in InferenceSettings.model_fields}
         base, revision = common.pop("model_name_or_path", None), common.pop("revision", None)
@@ -258,7 +258,7 @@ class _Loader:
     ) -> str | None:
         """Find why CTranslate2 can't run a model as the settings say; None if it can.
 
-        It has no quantization of bitsandbytes, but a merge into the quantized weights of training has their values.
+        CTranslate2 lacks bitsandbytes' quantization, but a merge into training's quantized weights has their values.
         """
         settings, device = self._settings, self._device
         try:
@@ -285,7 +285,9 @@ class _Loader:
             problem = f"engine: ctranslate2: {name}: {reason}"
             raise SettingsError(problem, hint=f"leave out --engine{also}, to use transformers")
         if settings.quantization is not None:
-            problem = f"quantization: {settings.quantization}: only with CTranslate2, but {name}: {reason}"
+            problem = (
+                f"quantization: {settings.quantization}: only with CTranslate2, which can't serve {name}: {reason}"
+            )
             hint = "leave out --quantization; transformers quantizes with --q-lora --quant-type int8"
             raise SettingsError(problem, hint=hint)
 
@@ -315,7 +317,7 @@ class _Loader:
         onto = "base" if precision.quantization is None else precision.quantization.quant_type
 
         def convert(folder: Path) -> None:
-            report(Note("converting to CTranslate2, once"))
+            report(Note("converting to CTranslate2, only at the first start"))
             if adapter is not None:
                 settings = MergeSettings(
                     model_name_or_path=str(base),
@@ -324,7 +326,7 @@ class _Loader:
                     to="ctranslate2",
                     onto=onto,
                     quantization=quantization,
-                    # rounded to the dtype of the base, the sums would give other replies than `chat`; and a
+                    # rounded to the dtype of the base, the sums would give different replies from `chat`; and a
                     # conversion serves all compute types
                     dtype="float32",
                 )
@@ -332,7 +334,7 @@ class _Loader:
                     merge(settings, report)
                 except CheckpointError as error:
                     config, state = read_adapter(adapter)
-                    check_adapter(state, config, adapter, must_be_trained=False)  # a broken one isn't served at all
+                    check_adapter(state, config, adapter, must_be_trained=False)  # a broken adapter isn't served at all
                     # without the hint, which is for users of `merge`
                     reason = f"its adapter can't be merged for CTranslate2: {error.message}"
                     raise _CTranslate2Fails(reason) from error

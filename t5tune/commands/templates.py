@@ -35,7 +35,7 @@ def templates(settings: TemplatesSettings, report: Report = silent) -> Templates
     """List all templates, or show or copy one.
 
     Raises:
-        SettingsError: there is no such template, or the target file exists already.
+        SettingsError: there is no such template, or the target file already exists.
     """
     descriptions = {kind: packaged_templates.describe_templates(kind) for kind in KINDS}
     names = {kind: list(found) for kind, found in descriptions.items()}
@@ -71,7 +71,7 @@ def _copy_template(source: Path, target: Path) -> list[Path]:
         The files that were written.
     """
     if target.exists():
-        raise SettingsError(f"to: {target}: exists already", hint="choose a different file, or move this file away")
+        raise SettingsError(f"to: {target}: already exists", hint="choose a different file, or move this file away")
     text = source.read_text(encoding="utf-8")
     files = {target: text.replace(f"$schema=../{PACKAGED_SCHEMA}", f"$schema={SCHEMA_FILE}", 1)}
     schema = target.with_name(SCHEMA_FILE)

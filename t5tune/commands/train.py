@@ -3,7 +3,7 @@
     result = train(TrainSettings(model_name_or_path="pocket", data_path="pocket", output_dir="run"))
     result.adapter
 
-Runs in the current process: as the only one, or as one rank under torchrun, the deepspeed launcher or `--num-gpus`.
+Runs in the current process: alone, or as one rank under torchrun, the deepspeed launcher or `--num-gpus`.
 """
 
 import os
@@ -90,7 +90,7 @@ def send_result(
 
 
 def _make_callbacks(settings: TrainSettings, report: Report) -> list[Any]:
-    """Make rank 0's callbacks of the Trainer that go on after training: they finish when the result is written.
+    """Make rank 0's callbacks of the Trainer that continue after training: they finish when the result is written.
 
     Each has `begin`, called before the Trainer is made, `add_to` it, `finish` with the result, and `abandon` without a
     result.
@@ -166,7 +166,7 @@ def _remove_accelerate_variables(report: Report) -> None:
 
 def _check_call(settings: TrainSettings, world: World) -> None:
     if settings.dry_run:
-        raise SettingsError("dry_run: a call of train trains", hint="call plan(PlanSettings(…)) instead")
+        raise SettingsError("dry_run: train() has no dry run", hint="call plan(PlanSettings(…)) instead")
     check_starts_no_processes(settings, "train", world)
 
 
@@ -241,7 +241,7 @@ def _keep_records(given: TrainSettings, kept: TrainingDataSettings, report: Repo
                 copy.unlink()
         if isinstance(error, DataError) and paths:
             names = " and ".join(copy.name for _, copy in paths)
-            line = f"line N of {names} is the N-th of the records"  # a file that the message may name is gone
+            line = f"line N of {names} is the Nth record"  # a file that the message may name is gone
             raise DataError(error.message, hint=f"{error.hint}; {line}" if error.hint else line) from error
         raise
     for _, copy in paths:
@@ -249,7 +249,7 @@ def _keep_records(given: TrainSettings, kept: TrainingDataSettings, report: Repo
 
 
 def _prepare_data(plan: RunPlan, folder: RunFolder, checkpoint: Path | None, report: Report) -> None:
-    """Prepare the data to train and to evaluate on; of given token caches, only their places are written down.
+    """Prepare the data to train and to evaluate on; for given token caches, only their paths are stored.
 
     Once there is a checkpoint, the data to train on stays as it is: other data is refused.
     """

@@ -1,4 +1,4 @@
-"""A limit on how long huggingface_hub waits for an answer, and an end of redirects to a different host."""
+"""Limit how long huggingface_hub waits for an answer, and refuse redirects to a different host."""
 
 import os
 from functools import cache

@@ -18,7 +18,7 @@ VARIABLES = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "true",
     "DS_LOG_LEVEL": "error",
-    "TORCH_CPP_LOG_LEVEL": "FATAL",  # otherwise C++ stack traces appear if a rank is lost, or doesn't come
+    "TORCH_CPP_LOG_LEVEL": "FATAL",  # otherwise C++ stack traces appear if a rank is lost or doesn't start
 }
 # default levels; transformers and huggingface_hub read theirs from a variable when they are imported
 LEVELS = {

@@ -90,7 +90,7 @@ def _check_disk() -> CheckResult:
     if not _can_write(folder):
         return "warning", f"{folder} can't be written", "cd to a writable folder, or set --output-dir to one"
     if free < 5 * GIB:
-        return "warning", found, "set --output-dir to a larger disk; the checkpoints of an XL model take several GiB"
+        return "warning", found, "use an --output-dir on a larger disk; the checkpoints of an XL model take several GiB"
     return "good", found, ""
 
 

@@ -37,7 +37,7 @@ SLOW_BF16 = 3.0  # bf16 time / fp32 time of a matrix product above which a CPU h
 TRAIN_ONE_STEP = "train --config pocket --num-data 64 --max-steps 1 --report-samples 0 --quiet --output-dir"
 NEWER_DRIVER_FIX = "install a newer NVIDIA driver, or a torch build for an older CUDA version"
 CUDA_BUILD_FIX = "pip install --force-reinstall torch, with the --index-url of a CUDA build"
-KERNEL_FIX = "training works all the same; a newer torch, which brings its own Triton, may help"
+KERNEL_FIX = "training still works; a newer torch, which brings its own Triton, may help"
 FP32_FIX = "train in fp32: omit --bf16, and give --no-bf16 with --q-lora"
 
 

@@ -131,15 +131,15 @@ def report_rendezvous_errors() -> Iterator[None]:
                 f"MASTER_PORT: {port}: already in use by another process",
                 hint="set another port for all ranks, such as MASTER_PORT=29511",
             ) from error
-        problem = f"rank {rank}: no answer at {host}:{port}, the rendezvous of the ranks"
+        problem = f"rank {rank}: no answer at {host}:{port}, the ranks' rendezvous"
         raise RankLost(problem, hint=RENDEZVOUS_HINT) from error
     except RuntimeError as error:  # NCCL's, or gloo's, which has no separate type
         if not _is_rank_loss(error):
             raise
         raise RankLost(
             f"rank {os.environ.get('RANK', '?')}: can't connect to the other ranks: {join_lines(error)}",
-            hint="GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the network interface that connects the machines, "
-            "such as eth0; NCCL_DEBUG=WARN says more about GPUs",
+            hint="set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the network interface that connects the machines, "
+            "such as eth0; NCCL_DEBUG=WARN shows more about GPUs",
         ) from error
 
 

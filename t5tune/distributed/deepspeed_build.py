@@ -40,7 +40,7 @@ def remove_stale_locks() -> list[Path]:
             if _is_held(lock) or (_is_shared(lock) and time.time() - lock.stat().st_mtime < MAX_COMPILE_SECONDS):
                 continue
             lock.rename(aside)
-            if _is_held(aside):  # between the two checks a rank took the lock, and builds
+            if _is_held(aside):  # between the two checks, a rank took the lock and is building
                 aside.rename(lock)
             else:
                 aside.unlink()

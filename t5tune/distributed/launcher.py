@@ -190,7 +190,7 @@ def _watch(workers: list[subprocess.Popen[bytes]], received: _ReceivedSignals) -
         now = time.monotonic()
         if failed_at is None and any(ended):
             failed_at = now
-        # a stop on request is no failure, and rank 0 may have more to do, such as closing trackers
+        # a stop on request isn't a failure, and rank 0 may have more to do, such as closing trackers
         stopped = () if received.first is None else (Stopped.exit_code, get_exit_code(received.first.name))
         seconds = SECONDS_TO_STOP if all(code in (None, 0, *stopped) for code in ended) else SECONDS_TO_REPORT
         if (failed_at is not None and now - failed_at > seconds) or received.is_second:
@@ -218,7 +218,7 @@ def _find_first_error(
         return Stopped(what, hint=KEPT_CHECKPOINT if saves_checkpoints else None)
     left = ", ".join(str(rank) for rank, code in enumerate(ended) if code is None)
     if -signal.SIGABRT in ended and left:
-        aborted = f"rank {ended.index(-signal.SIGABRT)} was killed by SIGABRT, as NCCL does if another rank hangs"
+        aborted = f"rank {ended.index(-signal.SIGABRT)} was killed by SIGABRT, which NCCL sends if another rank hangs"
         return RankLost(f"{aborted}; still running: rank {left}", hint=RESUME_HINT if saves_checkpoints else RERUN_HINT)
     for rank, code in enumerate(ended):
         if code is not None and code < 0:

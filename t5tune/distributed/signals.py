@@ -48,7 +48,7 @@ class InterruptedAgain(KeyboardInterrupt):
     """Raised by a second signal in a process that isn't ours to end."""
 
     def _render_traceback_(self) -> list[str]:
-        """Be shown by IPython as one line."""
+        """Make IPython show the exception as one line."""
         return [f"KeyboardInterrupt: {self}"]
 
 

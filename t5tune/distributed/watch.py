@@ -93,7 +93,7 @@ class RankWatch:
                 self._exit(problem)
 
     def wait_for_store(self, stopped: threading.Event) -> None:
-        """Watch the store itself: if its process, rank 0, is suspended, a call of the store never returns."""
+        """Watch the store itself: if its process, rank 0, is suspended, a call to the store never returns."""
         polls = 0
         while not stopped.wait(self.interval):
             polls = 0 if self._answered.is_set() else polls + 1

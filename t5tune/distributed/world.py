@@ -67,7 +67,7 @@ def has_restarted() -> bool:
 
 
 def identify_launch() -> str | None:
-    """Identify this process's SLURM job, or else its call of torchrun; None without both."""
+    """Identify this process's SLURM job, or else its torchrun command; None without both."""
     return next((f"{name}={os.environ[name]}" for name in LAUNCH_VARIABLES if name in os.environ), None)
 
 

@@ -47,7 +47,7 @@ from t5tune.settings.dataset_spec import DatasetSpec
 from t5tune.settings.groups.base import BaseModelSettings
 from t5tune.settings.groups.data import SplitSettings
 
-TOKENIZER_BATCH_SIZE = 256  # conversations per call of the tokenizer
+TOKENIZER_BATCH_SIZE = 256  # conversations per call to the tokenizer
 
 Prompt = str | list[dict[str, str]]
 """The input that an answer replies to: a text, or messages with `role` and `content`."""
@@ -189,7 +189,7 @@ def _load_dataset(plan: EvaluationPlan, dataset: DatasetSpec, loaded: LoadedMode
         truncated = f"{format_count(num_truncated, 'example')} truncated to model_max_length"
         report(Note(f"{truncated} {dataset.model_max_length}", True))
     if not answers:
-        raise DataError(f"data_path: {', '.join(map(str, files))}: contains no example to evaluate on")
+        raise DataError(f"data_path: {', '.join(map(str, files))}: contains no examples to evaluate on")
     chosen = EvaluationSet(
         [answer.example for answer in answers],
         [answer.target for answer in answers],

@@ -93,7 +93,7 @@ def score_datasets(
 ) -> dict[str, dict[str, float]] | None:
     """Compute the metrics that fit the targets of each dataset, if there are several datasets.
 
-    Custom metrics that aren't finite are left out: a dataset's examples may be too few, or too much alike.
+    Custom metrics that aren't finite are left out: a dataset's examples may be too few, or too similar.
     """
     found: dict[str, dict[str, float]] = {}
     for name, indices in chosen.datasets:
@@ -109,7 +109,7 @@ def score_datasets(
             except SettingsError as error:
                 raise SettingsError(*(f"dataset {name}: {each}" for each in error.problems), hint=error.hint) from error
             for metric in (metric for metric, value in custom.items() if not math.isfinite(value)):
-                text = f"metric: the scores of dataset {name} leave {prefix}{metric} out, which is {custom[metric]}"
+                text = f"metric: the scores of dataset {name} omit {prefix}{metric}, which is {custom[metric]}"
                 report(Note(text, warning=True))
             scores |= {metric: value for metric, value in custom.items() if math.isfinite(value)}
             values |= {prefix + metric: value for metric, value in scores.items()}

@@ -69,7 +69,7 @@ class T5(Architecture):
 
     @classmethod
     def set_tied(cls, config: dict[str, Any], tied: bool) -> None:
-        """Write also `scale_decoder_outputs`.
+        """Also write `scale_decoder_outputs`.
 
         transformers 4 scales the decoder's output if `tie_word_embeddings` is true; transformers 5 reads
         `scale_decoder_outputs`. Writing both keeps the scaling after the flag is corrected.

@@ -61,7 +61,7 @@ class T5Gemma(Architecture):
     def __init__(self, config: Mapping[str, Any]) -> None:
         """
         Raises:
-            ModelError: config.json asks for a feature that packing or quantization can't do, and that no published
+            ModelError: config.json asks for a feature that packing or quantization can't handle, and that no published
                 checkpoint has.
         """
         super().__init__(config)

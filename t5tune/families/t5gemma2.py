@@ -41,7 +41,7 @@ class T5Gemma2(T5Gemma):
 
     def list_shared(self, tied: bool) -> dict[str, str]:
         if not tied:  # then transformers doesn't share the embeddings either
-            problem = "the base's head isn't tied: T5Gemma 2 can only be trained with one embedding"
+            problem = "the base's head isn't tied, and t5tune trains T5Gemma 2 only with a tied head"
             raise CheckpointError(problem, hint="give a checkpoint without lm_head.out_proj.weight")
         return super().list_shared(tied)
 

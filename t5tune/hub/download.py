@@ -3,8 +3,8 @@
     repository = Repository("model", "google/flan-t5-small", setting="model_name_or_path")
     folder = repository.download(["*.json", "*.safetensors"])
 
-The Hub is asked each time which commit a branch or a tag has. While it can't be reached, or fails, the cached copy is
-used, and a warning says so; HF_HUB_OFFLINE uses that copy in any case.
+Each time, the Hub is asked which commit a branch or a tag points to. While it can't be reached, or fails, the cached
+copy is used, and a warning says so; HF_HUB_OFFLINE uses that copy in any case.
 """
 
 import hashlib
@@ -68,7 +68,7 @@ def _find_status(error: BaseException) -> int | None:
 
 
 def _is_worth_retrying(error: Exception) -> bool:
-    """Whether the server is broken or busy. huggingface_hub itself asks again for trees and headers of files."""
+    """Whether the server is broken or busy. huggingface_hub itself retries requests for trees and headers of files."""
     from huggingface_hub import errors
 
     responses = [cause.response for cause in _list_causes(error) if isinstance(cause, errors.HfHubHTTPError)]
@@ -339,10 +339,12 @@ class Repository:
                 reason = f"the Hub refuses the download: {describe(error.__cause__ or error)}"
                 hint = f"see the Hub page of {self.name}"
             case _ if is_offline:
-                reason = f"{missing}, HF_HUB_OFFLINE disables downloads, and the {noun} isn't all in the local cache"
+                reason = (
+                    f"{missing}, HF_HUB_OFFLINE disables downloads, and the {noun} isn't complete in the local cache"
+                )
                 hint = f"unset HF_HUB_OFFLINE, or {instead}"
             case _ if outage is not None:
-                reason = f"{missing}, {outage}, and the {noun} isn't all in the local cache"
+                reason = f"{missing}, {outage}, and the {noun} isn't complete in the local cache"
                 if any(isinstance(cause, RedirectedElsewhere) for cause in _list_causes(error)):
                     hint = f"sign in to the network if it asks for that in a browser, check HF_ENDPOINT, or {instead}"
                 else:
@@ -367,7 +369,7 @@ def _read(file: Path) -> str:
 
 def _write_unless_same(file: Path, text: str) -> None:
     if _read(file) != text:
-        with suppress(OSError):  # such as a full disk: then this copy is the newest for the next call only online
+        with suppress(OSError):  # such as a full disk: then an offline call may use an older copy
             file.parent.mkdir(parents=True, exist_ok=True)
             write_file(file, text.encode())
 

@@ -19,7 +19,7 @@ from t5tune.hub.download import describe, get_status
 from t5tune.io.reasons import hide_queries
 from t5tune.progress import Note, Report
 
-SIGN_IN_HINT = "run `hf auth login` with a token that may write, or set HF_TOKEN"
+SIGN_IN_HINT = "run `hf auth login` with a token that has write access, or set HF_TOKEN"
 
 
 def create_repository(name: str, is_private: bool) -> str:
@@ -48,14 +48,14 @@ def create_repository(name: str, is_private: bool) -> str:
     except Exception as error:  # OSError, ValueError, and exceptions of the HTTP library of huggingface_hub
         raise _explain(asked, error) from error
     if is_public:
-        problem = f"hub_private_repo: {full_name} exists already, and everybody can see it"
+        problem = f"hub_private_repo: {full_name} already exists, and everyone can see it"
         raise SettingsError(problem, hint="make it private on its page, or leave out hub_private_repo")
     return full_name
 
 
 @contextmanager
 def _allow_missing() -> Iterator[None]:
-    """Let a check be missing on the server, as on a replacement of the Hub: the commit will show what it allows."""
+    """Ignore a check that the server lacks, such as a mirror of the Hub: the commit will show what it allows."""
     from huggingface_hub import errors
 
     try:
@@ -94,7 +94,7 @@ def upload_files(
         for addition in additions:
             api.preupload_lfs_files(name, [addition])
         if stale:
-            text = f"{name}: deleting what the upload replaces: {', '.join(stale)}; earlier commits keep it"
+            text = f"{name}: deleting replaced files: {', '.join(stale)}; earlier commits keep them"
             report(Note(text, warning=True))
         if MODEL_CARD_FILE in others:
             report(Note(f"{name}: its model card ({MODEL_CARD_FILE}) is kept, since the upload has none"))
@@ -117,15 +117,15 @@ def _explain(asked: str, error: Exception) -> SettingsError | UploadError:
         case errors.LocalTokenNotFoundError():
             return SettingsError(f"{asked}: you aren't signed in", hint=SIGN_IN_HINT)
         case errors.RepositoryNotFoundError():
-            return SettingsError(f"{asked}: no such repository, or you may not write there", hint=SIGN_IN_HINT)
+            return SettingsError(f"{asked}: no such repository, or you can't write to it", hint=SIGN_IN_HINT)
         case errors.OfflineModeIsEnabled():
             return UploadError(f"{asked}: HF_HUB_OFFLINE disables uploads", hint="unset HF_HUB_OFFLINE")
         case _ if status == 401:
             return SettingsError(f"{asked}: you aren't signed in, or the token isn't valid", hint=SIGN_IN_HINT)
         case _ if status == 403:
-            return SettingsError(f"{asked}: you may not write there: {reason}", hint=SIGN_IN_HINT)
+            return SettingsError(f"{asked}: you can't write to it: {reason}", hint=SIGN_IN_HINT)
         case _ if status is not None and 400 <= status < 500 and status not in (408, 429):
-            return SettingsError(f"{asked}: the Hub refuses this: {reason}", hint="see the repository's page")
+            return SettingsError(f"{asked}: the Hub refused the request: {reason}", hint="see the repository's page")
         case ValueError() if "metadata" in reason.lower():  # the Hub's check of the model card
             problem = f"{asked}: the Hub refuses the model card: {reason}"
             return SettingsError(problem, hint=f"correct its {MODEL_CARD_FILE}")

@@ -91,7 +91,7 @@ class Prompts:
         )
 
     def encode_text(self, text: str) -> Prompt:
-        """Encode a text without template and prefix. Special tokens that it spells out, such as sentinels, are read."""
+        """Encode a text without template and prefix. Special tokens in it, such as sentinels, become tokens."""
         _check_encodable(text, "prompt")
         text = normalize_text(text, Counter())
         self._check_words(Conversation(RecordLocation("prompt", 1, 0, 0), None, (Turn("human", text),)), "prompt")
@@ -176,7 +176,7 @@ def _check_encodable(text: str, what: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:  # Python keeps bytes that it can't decode as surrogates
         problem = f"{what}: contains bytes that aren't valid UTF-8: {ascii(text[error.start : error.end])}"
-        raise SettingsError(problem, hint="type UTF-8, in a UTF-8 locale such as LC_ALL=C.UTF-8") from error
+        raise SettingsError(problem, hint="use a UTF-8 locale, such as LC_ALL=C.UTF-8") from error
 
 
 @dataclass

@@ -135,7 +135,7 @@ def _move_to_free_place(staged: Path, target: Path) -> None:
             raise
         free = find_unused_folder(target)
         staged.rename(free)
-        problem = f"output_dir: {target}: another process has written to it meanwhile"
+        problem = f"output_dir: {target}: another process wrote to it in the meantime"
         raise SettingsError(problem, hint=f"the result of this command is in {free}") from error
 
 

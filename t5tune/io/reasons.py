@@ -43,7 +43,7 @@ def describe_error(error: BaseException) -> str:
             return f"not valid JSON: {describe_json_error(error)} at line {error.lineno}, column {error.colno}"
         case UnicodeDecodeError():
             line = error.object.count(b"\n", 0, error.start) + 1
-            return f"line {line}: the byte 0x{error.object[error.start]:02X} is not UTF-8 text"
+            return f"line {line}: the byte 0x{error.object[error.start]:02X} is not valid UTF-8"
         case OSError() if error.strerror:
             return error.strerror
         case RecursionError():

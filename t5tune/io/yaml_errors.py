@@ -114,7 +114,7 @@ def _describe_colon(mark: yaml.Mark, lines: list[str]) -> _Description:
             return missing_space
         if _count_indentation(lines[mark.line]) > _count_indentation(lines[before]):
             return mark.line, "indented more than the line before, which already has a value", INDENT_HINT
-    return mark.line, f"a colon in column {mark.column + 1} where none is expected", QUOTE_HINT
+    return mark.line, f"an unexpected colon in column {mark.column + 1}", QUOTE_HINT
 
 
 def _describe_missing_space(line: int, lines: list[str]) -> _Description | None:

@@ -119,7 +119,7 @@ def _parse(data: bytes) -> Any:
         loader = _Loader(text)
         return loader.get_single_data()
     except UnicodeDecodeError as error:
-        line, what = data.count(b"\n", 0, error.start) + 1, f"the byte 0x{data[error.start]:02X} is not UTF-8 text"
+        line, what = data.count(b"\n", 0, error.start) + 1, f"the byte 0x{data[error.start]:02X} is not valid UTF-8"
         raise InvalidYAML(line, what, "save the file as UTF-8") from None
     except yaml.YAMLError as error:
         raise describe_yaml_error(error, text) from error

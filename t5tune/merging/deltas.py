@@ -74,7 +74,7 @@ def _check_initialization(adapter: Adapter) -> None:
 
 def _check_addable(adapter: Adapter) -> None:
     if adapter.config.get("use_dora"):
-        key, reason = "use_dora", "norms don't add up"
+        key, reason = "use_dora", "norms can't be added"
     elif adapter.initialization:
         key, reason = "init_lora_weights", "the adapter doesn't contain its initialization"
     else:

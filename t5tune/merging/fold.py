@@ -54,7 +54,7 @@ def fold_tensor(name: str, tensor: Tensor, delta: WeightDelta, dtype: str) -> It
     if tensor.dtype not in UPDATABLE:
         raise CheckpointError(f"{name}: a tensor of dtype {tensor.dtype} can't be updated", hint=OTHER_BASE_HINT)
     if misfit := _find_misfit(tensor, delta):
-        problem = f"{name}: shape {list(tensor.shape)} in the base, but in the adapter {misfit}"
+        problem = f"{name}: shape {list(tensor.shape)} in the base, but {misfit} in the adapter"
         raise CheckpointError(problem, hint=OTHER_BASE_HINT)
     if delta.base_transform is not None:
         tensor = delta.base_transform(tensor)

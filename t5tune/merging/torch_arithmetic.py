@@ -43,7 +43,7 @@ def _multiply_in_order(b_OR: Floats, a_RI: Floats) -> Floats:
         terms = b_OR[:, rank, None].astype(np.float64) * a_RI[None, rank].astype(np.float64)
         sums = product_OI + terms
         # A sum that fp64 rounded to the midpoint of two fp32 numbers would be rounded twice, maybe in the wrong
-        # direction. Move it from the midpoint towards the exact sum.
+        # direction. Move it from the midpoint toward the exact sum.
         halfway = (sums.view(np.uint64) & 0x1FFFFFFF) == 0x10000000
         if halfway.any():
             total, one, two = sums[halfway], product_OI[halfway].astype(np.float64), terms[halfway]

@@ -207,7 +207,7 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or "out of memory" in str(error) or bool(_REQUESTED_SIZE.search(str(error)))
 
 
-# the texts of the CUDA and HIP errors after which every call of the process fails; CTranslate2 has no codes for them
+# texts of the CUDA and HIP errors after which every later call in the process fails; CTranslate2 has no codes for them
 _LOST_DEVICE = re.compile(
     "illegal memory access|illegal instruction|misaligned address|invalid program counter|hardware stack error|"
     "device-side assert|unspecified launch failure|launch timed out|uncorrectable|"

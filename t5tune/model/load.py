@@ -181,7 +181,9 @@ def _check_names(checkpoint: Checkpoint, architecture: Architecture, expected: s
 def _check_copies(checkpoint: Checkpoint, always_shared: Mapping[str, str]) -> None:
     for name, original in always_shared.items():
         if name in checkpoint and not are_equal(checkpoint.get_tensor(name), checkpoint.get_tensor(original)):
-            raise ModelError(f"{checkpoint.folder}: {name}: differs from {original}, but the model shares the two")
+            raise ModelError(
+                f"{checkpoint.folder}: {name}: differs from {original}, but the model uses one weight for both"
+            )
 
 
 def _find_tensor(checkpoint: Checkpoint, name: str, parameter: nn.Parameter) -> Tensor:

@@ -40,7 +40,7 @@ def compute_dpo_losses(policy_P2: Tensor, reference_P2: Tensor, beta: float, lab
     """Compute the loss of direct preference optimization (Rafailov et al. 2023, equation 7) of each pair.
 
     Args:
-        label_smoothing: probability that a preference is the wrong way round (Mitchell 2023, conservative DPO).
+        label_smoothing: probability that a preference is reversed (Mitchell 2023, conservative DPO).
     """
     logits_P = beta * _compute_margins(policy_P2, reference_P2)
     right, wrong = functional.logsigmoid(logits_P), functional.logsigmoid(-logits_P)

@@ -147,7 +147,7 @@ def _extrapolate(measure: Callable[[list[int]], int], counts: list[int]) -> int:
     few = [min(count, MEASURED_BLOCKS) for count in counts]
     total = measured = measure(few)
     if len(set(counts)) == 1:
-        missing = {tuple(count + 1 for count in few): counts[0] - few[0]}  # both at once: one measurement less
+        missing = {tuple(count + 1 for count in few): counts[0] - few[0]}  # both at once: one fewer measurement
     else:
         missing = {
             (*few[:index], few[index] + 1, *few[index + 1 :]): counts[index] - few[index]

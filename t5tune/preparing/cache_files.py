@@ -45,14 +45,14 @@ class CacheSource:
 
     Args:
         base: the base's name as given, for messages.
-        num_cores: that may encode records.
+        num_cores: how many may encode records.
         setting: the setting that `paths` come from, for messages.
         paths: as given; they lead to `files`.
         stdin: the hash of standard input, once that has been read.
         num_rows: number of the base's embedding rows.
         default_template: the template's name if it was chosen by the first records; None if it was given or saved.
         inputs: the description of everything that the cache depends on, for its manifest.
-        records: all of them, once.
+        records: iterates all records once.
     """
 
     dataset: DatasetSpec
@@ -97,7 +97,7 @@ def write_cache(
     Args:
         write_records: writes the files of the records to `staged`, where the tokenizer is already, and returns the
             counts, and whether all records were read.
-        is_part: whether it is of a part of the data, which may contain nothing to train on.
+        is_part: whether the cache is of a part of the data, which may contain nothing to train on.
     """
     dataset, tokenizer = source.dataset, source.vocabulary.tokenizer
     save_tokenizer(tokenizer, staged / "tokenizer")

@@ -92,7 +92,7 @@ def make_resume_error(checkpoint: Path, lines: Iterable[str], allows: Sequence[s
         lines: the differences.
         allows: settings to allow with --allow-change, if nothing else differs.
     """
-    allow = [f"to resume all the same, add --allow-change {' '.join(allows)}"] if allows else []
+    allow = [f"to resume anyway, add --allow-change {' '.join(allows)}"] if allows else []
     return SettingsError(
         *lines,
         heading=f"{checkpoint}: the run can't be resumed with different settings or data:",

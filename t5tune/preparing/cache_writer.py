@@ -77,7 +77,7 @@ class CacheWriter:
         counts.repaired.update({"split_conversations": 1} if len(encoded.parts) > 1 else {})
 
     def finish(self, num_data: int | None) -> None:
-        """Keep the first `num_data` examples, and write all that is buffered of them."""
+        """Keep the first `num_data` examples, and write their buffered data."""
         if num_data is not None and num_data < self.counts.num_examples:
             self._examples.truncate(num_data * EXAMPLE_DTYPE.itemsize)
             self.counts.num_examples = num_data

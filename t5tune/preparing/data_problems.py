@@ -106,10 +106,10 @@ def check_any_used(data: str, files: list[str], counts: RecordCounts, purpose: s
     if any(counts.usable[name] for name in files):
         return
     bad = sum(counts.labeled_bad[name] for name in files)
-    hint = _format_all_bad(bad) if bad else "it contains no record"
+    hint = _format_all_bad(bad) if bad else "it contains no records"
     if rejected := [counts.first_rejected[name] for name in files if name in counts.first_rejected]:
         hint = f"the first rejected record: {rejected[0]}"
-    raise DataError(f"{data}: contains no conversation to {purpose}", hint=hint)
+    raise DataError(f"{data}: contains no conversations to {purpose}", hint=hint)
 
 
 def check_any_example(data: str, counts: RecordCounts, purpose: str, file: Path) -> None:
@@ -137,7 +137,7 @@ def check_any_example(data: str, counts: RecordCounts, purpose: str, file: Path)
     dropped = _format_counts(counts.rejected + counts.dropped)
     among = format_count(counts.num_records, "record") + (f" ({dropped})" if dropped else "")
     kind = RejectedRecordsError if counts.first_rejected else DataError
-    raise kind(f"{data}: no conversation to {purpose} among {among}", hint=hint)
+    raise kind(f"{data}: no conversations to {purpose} among {among}", hint=hint)
 
 
 def make_mixed_data_error(location: RecordLocation, num_pairs: int) -> DataError:
@@ -165,7 +165,7 @@ def report_models_template(template: Template, report: Report) -> None:
     """Report that source/target pairs get the model's own template, if it adds anything to them."""
     if template == load_template(PAIR_TEMPLATE):
         return
-    advice = f"--conversation-template {PAIR_TEMPLATE} gives it the source alone"
+    advice = f"--conversation-template {PAIR_TEMPLATE} passes only the source"
     report(Note(f"conversation template: the model's own; {advice}"))
 
 
@@ -179,7 +179,7 @@ def report_problems(manifest: dict[str, Any], folder: Path, report: Report) -> N
     if (prefix := manifest["inputs"]["source_prefix"]) and not manifest["conversations_with_prefix"]:
         report(Note(f"source_prefix: {prefix!r} has no effect: no record is a source/target pair", True))
     if unused := manifest["unused_files"]:
-        report(Note(f"no conversation to train on in {join_first(unused)}", True))
+        report(Note(f"no conversations to train on in {join_first(unused)}", True))
     _report_repairs(manifest["repaired"], report)
     if dropped := _format_named_counts(manifest["dropped"], DROPPED):
         report(Note(f"examples left out: {dropped}"))
@@ -194,7 +194,10 @@ def report_problems(manifest: dict[str, Any], folder: Path, report: Report) -> N
     unknown, count = manifest["unknown_tokens"], manifest["source_tokens"] + manifest["target_tokens"]
     if unknown > MAX_UNKNOWN_FRACTION * count:
         problem = f"{unknown:,} of {count:,} tokens ({unknown / count:.0%}) are unknown to the vocabulary"
-        report(Note(f"{problem}; mT5's has most scripts, and ByT5 reads any text; t5tune inspect --unknown", True))
+        advice = (
+            "mT5's vocabulary covers most scripts, and ByT5 reads any text; t5tune inspect --unknown shows an example"
+        )
+        report(Note(f"{problem}; {advice}", True))
     if add_tokens == ["auto"] and not (manifest["added_tokens"] or left_out or manifest["lost_characters"]):
         report(Note("no tokens added: the base's tokenizer writes every character of the targets"))
     if left_out:
@@ -202,10 +205,10 @@ def report_problems(manifest: dict[str, Any], folder: Path, report: Report) -> N
 
 
 def _format_left_out(tokens: list[str], num_rows: int) -> str:
-    """Format the tokens without an embedding row, though the base has `num_rows` unused rows, and larger models."""
+    """Format the tokens that exceed the base's `num_rows` unused embedding rows, and name models with more rows."""
     more = [f"{each.name} ({each.num_unused_rows})" for each in FAMILIES.values() if each.num_unused_rows > num_rows]
     problem = f"only {format_count(num_rows, 'unused embedding row')}, so there is no token for "
-    advice = f"more rows: {', '.join(more)}; " if more else ""
+    advice = f"models with more rows: {', '.join(more)}; " if more else ""
     return f"{problem}{join_first(list(map(repr, tokens)))}; {advice}mT5 and ByT5 write every character"
 
 

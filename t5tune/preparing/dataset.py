@@ -87,7 +87,7 @@ def open_dataset(plan: PreparePlan, dataset: DatasetSpec, report: Report) -> Ope
 
 
 def describe_source(plan: PreparePlan, opened: OpenedDataset, base: Path, vocabulary: ExtendedTokenizer) -> CacheSource:
-    """Choose the conversation template by the first records, and describe everything that the cache depends on.
+    """Choose the conversation template from the first records, and describe everything that the cache depends on.
 
     Args:
         plan: with the origin of this dataset.

@@ -1,4 +1,4 @@
-"""Prepare a token cache: a folder with the cache of each dataset, which have a common tokenizer.
+"""Prepare a token cache: a folder with a cache for each dataset. All caches have the same tokenizer.
 
 manifest, facts = prepare_datasets(plan, report)
 """
@@ -93,7 +93,7 @@ def _prepare_datasets(plan: PreparePlan, report: Report) -> tuple[dict[str, Any]
     else:
         facts["joined"] = is_divided or None  # nothing has to be encoded
         if parts.list_complete():
-            words = "parts that prepare --shard left; delete the folder if they aren't needed any more"
+            words = "parts that prepare --shard left; delete the folder if you no longer need them"
             report(Note(f"{parts.folder}: {words}"))
         examples = job.write(sources, reusable, job.encode, is_shared=is_divided)
     for name, source in sources.items():
@@ -164,7 +164,7 @@ class _Job:
         )
 
     def open_up_to_date(self, reusable: Mapping[str, dict[str, Any]]) -> Examples | None:
-        """Open the examples in the folder if all of it is as it would be written now."""
+        """Open the examples in the folder if all of its contents are up to date."""
         if reusable.keys() | self.given.keys() != self.datasets.keys() or not is_prepared(self.folder):
             return None
         try:
@@ -225,7 +225,7 @@ class _Job:
             before = open_examples(self.folder)
             then, now = ([each.cache.whole.identify() for each in found.datasets] for found in (before, examples))
             if then != now:
-                raise make_resume_error(checkpoint, ["data: other examples than the run was trained on"])
+                raise make_resume_error(checkpoint, ["data: not the examples that the run was trained on"])
 
     def encode(self, name: str, source: CacheSource, staged: Path) -> dict[str, Any]:
         """Write the cache of a dataset."""
@@ -305,18 +305,18 @@ def _check_rejected_before(source: CacheSource, manifest: dict[str, Any], cache:
 
 
 def _find_count(parts: Parts, shard: Shard | None) -> int:
-    """Return the number of parts, after checking the existing ones."""
+    """Check the existing parts, and return the number of parts."""
     if shard is not None:
         parts.check(shard.count)
         return shard.count
     complete = [*parts.list_complete()]
     if not complete:
         hint = "prepare each part with --shard I/N first"
-        raise DataError(f"join: {parts.folder}: contains no complete part", hint=hint)
+        raise DataError(f"join: {parts.folder}: contains no complete parts", hint=hint)
     parts.check(count := complete[0].count)
     if missing := parts.list_missing(count):
         problem = f"join: {parts.folder}: still missing: {join_first(list(map(str, missing)))}"
-        raise DataError(problem, hint=f"prepare each of them, such as with --shard {missing[0]}")
+        raise DataError(problem, hint=f"prepare each of them, for example with --shard {missing[0]}")
     return count
 
 

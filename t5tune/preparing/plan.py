@@ -15,11 +15,11 @@ class Origin:
     """The origin of a token cache's tokenizer and template, and its purpose.
 
     Args:
-        checkpoint: of a run that was trained on the existing cache. So a cache of other inputs must not replace it, and
-            its conversation template is used again, unless the settings name a template.
+        checkpoint: of a run that was trained on the existing cache. So a cache of different inputs must not replace it,
+            and its conversation template is used again, unless the settings name a template.
         tokenizer_source: a cache or an adapter whose tokenizer and conversation template replace the base's.
         setting: the setting that the paths come from, for messages.
-        is_evaluation: the examples are to evaluate on, so other splits of a dataset on the Hub are the default.
+        is_evaluation: the examples are for evaluation, so other splits of a dataset on the Hub are the default.
         rejected_file: lists the rejected records if there are too many; default: `cache.rejected.jsonl`, next to it.
         run: the run folder that train prepares for; train mixes datasets and holds out examples itself.
     """

@@ -31,7 +31,7 @@ _REJECTED = re.compile(rb'{"file": "[^\n]*", "line": \d+, "index": \d+, "offset"
 
 @dataclass(frozen=True)
 class RecordChecks:
-    """Limits that the data must keep.
+    """Limits that the data must satisfy.
 
     Args:
         data: the setting and its files, for messages.
@@ -49,7 +49,7 @@ class RecordChecks:
     num_data: int | None
 
     def check_kind(self, record: RawRecord, encoded: EncodedRecord, counts: RecordCounts) -> None:
-        """Check a record that follows those that are counted."""
+        """Check a record that follows the counted records."""
         if self.takes_only_pairs and encoded.rejection is None and not encoded.is_pair:
             raise make_mixed_data_error(record.location, counts.conversations)
 
@@ -59,7 +59,7 @@ class RecordChecks:
             self._check_rejected(counts)
 
     def check_all(self, counts: RecordCounts) -> None:
-        """Check what all records amount to."""
+        """Check the records as a whole."""
         check_any_example(self.data, counts, self.purpose, self.rejected_file)
         self._check_rejected(counts)
 

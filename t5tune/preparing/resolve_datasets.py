@@ -2,10 +2,10 @@
 
 The first of these that has a value counts:
 
-1. the dataset's own settings; of a token cache, those that it was made with
-2. to evaluate on: how train reads the dataset of the same name
-3. the settings of the command, where they suit the dataset's own (the rules of settings/dataset_spec.py)
-4. to evaluate a model on: how the dataset of the same name was read in training, else the main one
+1. the dataset's own settings; for a token cache, the settings that it was made with
+2. for held-out data of train: how train reads the dataset of the same name
+3. the command's settings, where they suit the dataset's own (the rules of settings/dataset_spec.py)
+4. for data of evaluate: how the dataset of the same name was read in training, else how the main dataset was read
 5. the defaults
 """
 
@@ -50,8 +50,8 @@ def resolve_datasets(
     Args:
         command: the settings that are given for all of them.
         setting: the setting that lists the datasets, for messages.
-        trained: the datasets that train reads, if these are to evaluate on.
-        recorded: how the examples that the model was trained on were made, if these are to evaluate it.
+        trained: the datasets that train reads, if the resolved datasets are its held-out data.
+        recorded: how the model's training examples were made, if the resolved datasets evaluate the model.
         must_match: settings of the whole command that can't apply to token caches. If all datasets are token caches,
             these must have been made with the same values.
         find_template: finds the conversation template that a value of the setting means.
@@ -100,7 +100,7 @@ def _find_given_cache(dataset: DatasetSettings, setting: str, allows_several: bo
         return caches[0]
     if allows_several:
         return folder
-    problem = f"{setting}: {path}: a token cache of several datasets can't be one of several datasets"
+    problem = f"{setting}: {path}: a token cache of several datasets can't be combined with other datasets"
     raise DataError(problem, hint=f"give the caches in it: {join_first(list(map(str, caches)))}")
 
 
@@ -125,7 +125,7 @@ def _find_conflicts(
     for cache in find_caches(folder):
         manifest = read_manifest(cache)
         inputs, ignored = manifest["inputs"], {"num_data"}
-        # these may determine nothing of this cache
+        # these may have no effect on this cache
         ignored |= {"split_seed"} if not manifest["eval_fraction"] else set()
         ignored |= {"seed"} if inputs.get("objective") != RAW_TEXT else set()
         if {given.get("objective"), inputs.get("objective")} <= {*PREFERENCE_OBJECTIVES}:  # which read the same
@@ -150,7 +150,7 @@ def _find_conflicts(
 def _add_recorded(
     dataset: DatasetSettings, command: Mapping[str, Any], recorded: TrainingData
 ) -> tuple[list[Mapping[str, Any]], str | None]:
-    """Find what counts below a dataset's own values: the settings of the command, then how training read its data.
+    """Find the values after a dataset's own: the command's settings, then how training read its data.
 
     Raw text is read like raw text only, and other records like other records.
 
@@ -167,7 +167,7 @@ def _add_recorded(
     found = next((each for each in candidates if (each.objective == RAW_TEXT) == is_raw_text), None)
     if found is None:
         return [first, command], None
-    left_out = LAYOUT if given.keys() & LAYOUT else set[str]()  # who names one column describes the whole layout
+    left_out = LAYOUT if given.keys() & LAYOUT else set[str]()  # a user who names one column describes the whole layout
     names = [name for name in (*READING, *(["denoisers"] if is_raw_text else [])) if name not in left_out]
     defaults = {name: field.get_default() for name, field in DatasetSpec.model_fields.items()}
     values = {name: value for name in names if (value := getattr(found, name)) != defaults[name]}

@@ -1,4 +1,4 @@
-"""The first records of the data: prepare chooses the added tokens and the conversation template by them."""
+"""The first records of the data: prepare chooses the added tokens and the conversation template from them."""
 
 import sys
 from collections.abc import Iterable, Iterator

@@ -32,8 +32,8 @@ TILE_METRICS = ("loss", "perplexity", "rewards/accuracies", "rewards/margins", "
 TEXT_SCORES = {"exact_match", "rougeL", "bleu", "chrf"}
 # more metrics of preference training and distillation: name -> title of the chart
 OBJECTIVE_CHARTS = {
-    "rewards/accuracies": "Accuracy of the rewards",
-    "rewards/margins": "Margin of the rewards",
+    "rewards/accuracies": "Reward accuracy",
+    "rewards/margins": "Reward margin",
     "kl": "Divergence from the teacher, per token",
 }
 # settings for a single start of a run, which aren't needed to repeat it

@@ -175,7 +175,7 @@ def _list_powers_of_ten(low: float, high: float) -> list[float]:
 
 
 def _compute_running_median(points: Points, window: int) -> Points:
-    """Replace each y by the median of a window around it, which is narrower towards the ends of the line.
+    """Replace each y by the median of a window around it, which is narrower toward the ends of the line.
 
     Unlike an exponential average, a centered window isn't late when the loss falls, and single outliers vanish.
     """

@@ -126,7 +126,7 @@ def has_complete_checkpoints(folder: Path) -> bool:
 
 
 def find_complete_checkpoint(run: Path, setting: str, report: Report) -> Path:
-    """Find the newest complete checkpoint of a run, and report those that are damaged.
+    """Find the newest complete checkpoint of a run, and report damaged checkpoints.
 
     Args:
         setting: the setting that names the run, for messages.
@@ -141,7 +141,7 @@ def find_complete_checkpoint(run: Path, setting: str, report: Report) -> Path:
 
 
 def find_trained_folder(path: Path, setting: str, report: Report) -> Path:
-    """Return the newest complete checkpoint of a run that was stopped, and any other path as it is."""
+    """Return the newest complete checkpoint of a run that was stopped, and any other path unchanged."""
     # a run that was killed while its result was copied, file by file, has only some of these files; result.json is last
     is_unfinished_run = (path / SETTINGS_FILE).is_file() and not (path / RESULT_FILE).is_file()
     has_model = any((path / name).is_file() for name in (ADAPTER_CONFIG_FILE, CONFIG_FILE))

@@ -71,13 +71,13 @@ UNRESUMABLE_ARGUMENTS = {
 }  # fmt: skip
 """Change the contents or the writer of a checkpoint, or the examples of the next step."""
 ARGUMENTS_WITHOUT_EFFECT = {
-    "data_seed": "seed determines the order of the examples; set that",
+    "data_seed": "set seed instead; it determines the order of the examples",
     # at exit, Python would wait for such workers, which ignore the signal that is to end them
     "dataloader_persistent_workers": "each epoch starts new workers; leave it out",
     # transformers adds its noise to the output of `shared`, but T5 calls encoder.embed_tokens; T5Gemma's noise would
     # depend on the other examples of a packed row
     "neftune_noise_alpha": "NEFTune isn't supported; leave it out",
-    "train_sampling_strategy": "group_by_length determines the order of the examples; set that",
+    "train_sampling_strategy": "set group_by_length instead; it determines the order of the examples",
     "length_column_name": "the lengths are in the token cache; leave it out",
     "bf16_full_eval": "evaluations compute as training does; set bf16",
     "fp16_full_eval": "evaluations compute as training does, and T5's feed-forward layers overflow in fp16; use bf16",
@@ -99,7 +99,7 @@ TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "clearml", 
 
 
 def check_plan(plan: RunPlan, imports_metrics: bool = True) -> None:
-    """Check what doesn't depend on the machine's GPUs and on the base.
+    """Check everything that depends on neither the machine's GPUs nor the base.
 
     Args:
         imports_metrics: whether the files of custom metrics are executed.
@@ -214,7 +214,7 @@ def _find_deepspeed_conflicts(plan: RunPlan, configuration: dict[str, Any]) -> l
         problems.append(f"deepspeed: {name}: fp16: T5's feed-forward layers overflow in fp16; use bf16")
     if configuration.get("zero_optimization", {}).get("round_robin_gradients"):
         # DeepSpeed 0.19 reorders the fp32 weights, but looks for a parameter's where they would be without it
-        problem = "DeepSpeed saves the weights under each other's names; remove it"
+        problem = "DeepSpeed mixes up the names of saved weights; remove it"
         problems.append(f"deepspeed: {name}: round_robin_gradients: {problem}")
     if quantization is not None and quantization.quant_type == "int8":
         problem = "DeepSpeed can't handle int8 weights; use nf4 or fp4, or leave out --deepspeed"
@@ -290,7 +290,7 @@ def check_starts_no_processes(settings: RankSettings, command: str, world: World
         number = getattr(settings, name)
         if number not in (None, 1) and not world.launched:
             raise SettingsError(
-                f"{name}: {number}: a call of {command} starts no processes",
+                f"{name}: {number}: {command}() starts no processes",
                 hint=f"start the script with torchrun --nproc-per-node {number}, or run t5tune {command}",
             )
 
@@ -365,7 +365,7 @@ def _find_unusable_schedule(steps: StepSettings) -> list[str]:
     if steps.warmup_steps and name in WITHOUT_WARMUP:
         fix = "use constant_with_warmup, or set warmup_steps to 0" if name == "constant" else "set warmup_steps to 0"
         return [f"warmup_steps: {steps.warmup_steps:g}: lr_scheduler_type {name} has no warmup; {fix}"]
-    # of a text, TrainingArguments reads JSON; a list has a value for each of the optimizer's groups, known only later
+    # TrainingArguments parses a text as JSON; a list has a value for each optimizer group, and these aren't known yet
     if not isinstance(given, dict) or any(isinstance(value, list) for value in given.values()):
         return []
     import torch

@@ -1,4 +1,4 @@
-"""The commits of a run's models on the Hugging Face Hub, so that all its ranks, and a resumed run, use the same.
+"""The commits of a run's models on the Hugging Face Hub, so that all ranks and a resumed run use the same files.
 
     recorded = read_commits_to_resume(folder, run_plan)     # {"google/flan-t5-base": "google/flan-t5-base@0123…"}
     commits = recorded | find_commits(pin_commits(run_plan, recorded), report)

@@ -27,7 +27,7 @@ def is_replaced(folder: Path, prepared: str | None) -> bool:
 
 
 def open_data(plan: RunPlan, prepared: str | None) -> tuple[Examples, Examples | None]:
-    """Open the examples to train on, and the held-out ones if there are any.
+    """Open the training examples, and the held-out examples if there are any.
 
     Args:
         prepared: hash of the data that was prepared for this run; None: not known.
@@ -50,12 +50,12 @@ def open_data(plan: RunPlan, prepared: str | None) -> tuple[Examples, Examples |
 
 
 def _check_split(data: SplitSettings, examples: Examples) -> None:
-    """Check that no example is trained on that prepare has held out: evaluate would score it as held out."""
+    """Check that training doesn't use examples that prepare held out: evaluate would score them as held out."""
     for cache in (dataset.cache for dataset in examples.datasets):
         fraction, seed = cache.manifest["eval_fraction"], cache.manifest["split_seed"]
         if fraction and (fraction, seed) != (data.eval_fraction, data.split_seed):
             now = f"{data.eval_fraction:g} with split_seed {data.split_seed}"
             raise SettingsError(
                 f"eval_fraction: {now}, but prepare held out {fraction:g} of {cache.folder} with split_seed {seed}",
-                hint="leave out eval_fraction to hold out the same, or prepare the data again without it",
+                hint="leave out eval_fraction to hold out the same examples, or prepare the data again without it",
             )

@@ -131,8 +131,8 @@ def _get_value(configuration: dict[str, Any], key: str) -> Any:
 def _describe_mismatch(config: str, key: str, given: Any, expected: _Expected) -> str:
     problem = f"{expected.setting}: {_show(expected.value)}: {config} has {key} {_show(given)}"
     if expected.result == expected.value:
-        return f'{problem}; set "auto" there, or the same value here'
-    return f'{problem}, but the settings make it {_show(expected.result)}; set "auto" there'
+        return f'{problem}; set it to "auto", or both to the same value'
+    return f'{problem}, but the settings make it {_show(expected.result)}; set it to "auto"'
 
 
 def _show(value: Any) -> str:

@@ -5,7 +5,7 @@
         state.checkpoint                # run/checkpoint-40, or None for a new run
         folder.record(commits=commits)  # in run.json
 
-`run.json` has what isn't a setting, but must be known when the run resumes.
+`run.json` has facts that aren't settings, but that a resumed run needs.
 """
 
 import fcntl
@@ -52,8 +52,8 @@ class RunState:
     """How far the run in a folder is.
 
     Args:
-        is_new: it has only been begun by this call.
-        checkpoint: the newest one, which may be damaged; None: no step was saved.
+        is_new: this call began it.
+        checkpoint: the newest checkpoint, which may be damaged; None: no step was saved.
         is_finished: it has a result.
     """
 
@@ -87,7 +87,7 @@ class RunFolder:
     def lock(self, report: Report) -> Iterator[None]:
         """Lock the folder against other processes for this block, since two runs would mix up their files.
 
-        The lock is on a file next to the folder. The system releases it when this process ends, in whatever way. Parent
+        The lock is on a file next to the folder. The system releases it when this process ends, however it ends. Parent
         folders that are created for that file are removed if they contain nothing else in the end, so another process
         that was about to use them creates them again.
 
@@ -107,7 +107,7 @@ class RunFolder:
             ) from None
         except OSError as error:
             if path.parent.is_dir():  # otherwise creating the run folder fails later, with a better message
-                problem = f"{path}: {error.strerror}: no lock, so a second run in {folder} isn't prevented"
+                problem = f"{path}: {error.strerror}: no lock, so nothing prevents a second run in {folder}"
                 report(Note(problem, warning=True))
         try:
             yield
@@ -212,7 +212,7 @@ class RunFolder:
         return {name: str(commit) for name, commit in commits.items()} if isinstance(commits, dict) else {}
 
     def record(self, **values: Any) -> None:
-        """Write values to run.json, next to those that are there; None removes one."""
+        """Write values to run.json, next to the values that are there; None removes a value."""
         before = self.read_record()
         now = {name: value for name, value in (before | values).items() if value}
         if now != before:
@@ -265,15 +265,15 @@ class RunFolder:
     def _move_aside(self, report: Report) -> Path | None:
         """Rename the folder of a run to the first unused name of folder.1, folder.2, …, and return that name.
 
-        A folder with other files than a run's stays where it is, so that `train` refuses it.
+        A folder with files that aren't a run's stays where it is, so that `train` refuses it.
         """
-        folder = _follow_link(self.path)  # not the link is renamed: the new run belongs on the same disk
+        folder = _follow_link(self.path)  # the link itself isn't renamed: the new run belongs on the same disk
         if not folder.is_dir() or not any(folder.iterdir()):
             return None
         hint = "choose another output_dir"
         if Path.cwd().is_relative_to(folder.resolve()):  # relative paths would then lead into the renamed folder
             raise SettingsError(
-                f"output_dir: {folder}: --fresh can't rename the current folder or one that it is in", hint=hint
+                f"output_dir: {folder}: --fresh can't rename the current folder or a folder above it", hint=hint
             )
         if os.path.ismount(folder):
             raise SettingsError(f"output_dir: {folder}: is a mount point, which --fresh can't rename", hint=hint)
@@ -301,7 +301,7 @@ class RunFolder:
             report(Note(f"{aside}: moved back to {folder}"))
 
     def _is_run(self) -> bool:
-        """Whether there is a run in the folder, also if its settings or its checkpoints can't be used any more."""
+        """Whether there is a run in the folder, also if its settings or its checkpoints can no longer be used."""
         try:
             return bool(list_checkpoints(self.path)) or self._has_settings()
         except SettingsError:

@@ -1,7 +1,7 @@
 """The files that a run's report is made from: metrics.jsonl and samples.json.
 
 metrics.jsonl has a line of metrics every few steps, and a heartbeat if nothing was logged for a while. A resumed run
-adds a line, since later steps don't count any more; and a second line if the held-out examples have changed, since
+adds a line, since later steps no longer count; and a second line if the held-out examples have changed, since
 earlier evaluations can't be compared with its own:
 
     {"step": 10, "time": "2026-01-31T12:00:00Z", "loss": 1.25, "learning_rate": 0.0001, ...}

@@ -46,7 +46,7 @@ class TargetPlan:
 
 @dataclass(frozen=True)
 class PreferencePlan:
-    """The objective is to prefer the better one of two answers."""
+    """The objective is to prefer the better of two answers."""
 
     objective: Literal["dpo", "orpo"]
     options: PreferenceSettings
@@ -92,7 +92,7 @@ class RunPlan:
     Once `pin_commits` has seen it, models on the Hub are named with the commit that the run uses.
 
     Args:
-        data: where all datasets are token caches, with the values that these were made with.
+        data: if all datasets are token caches, with the values that the caches were made with.
         datasets: to train on.
         eval_datasets: to evaluate on; none: the held-out examples of `datasets`, if there are any.
         mixing: of `datasets`.

@@ -120,7 +120,7 @@ class CheckpointPublisher:
         final = self.run_folder / staged.name
         try:
             write_manifest(staged, step, self._num_ranks, self.run_identity)
-            if final.exists():  # only a damaged one can exist: the run resumed from an earlier one
+            if final.exists():  # only a damaged checkpoint can exist: the run resumed from an earlier step
                 shutil.rmtree(final)
             staged.rename(final)
             fsync(self.run_folder)
@@ -133,7 +133,7 @@ class CheckpointPublisher:
     def _rotate(self, step: int, best: int | None) -> None:
         """Delete all but the newest checkpoints up to this step, which was just saved, and the best one.
 
-        Damaged ones of later steps don't count, and go.
+        Damaged checkpoints of later steps don't count and are deleted.
         """
         if self.keep is None:
             return

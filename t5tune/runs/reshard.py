@@ -3,7 +3,7 @@
     load_resharded(engine, checkpoint)
 
 Each rank copies its own part of the weights and of the optimizer's state from the mapped shards of all ranks, and gives
-it to DeepSpeed in the form of a checkpoint of this number of ranks. Nothing is written. DeepSpeed's own way, a
+it to DeepSpeed in the form of a checkpoint of this number of ranks. Nothing is written. DeepSpeed's solution, a
 "universal" checkpoint, is a second copy of everything on disk, and ZeRO-3 gives all its parameter groups the
 hyperparameters of the first group.
 """
@@ -43,7 +43,7 @@ def load_resharded(engine: Any, checkpoint: Path) -> None:
     """Set the trained weights, the optimizer's state and the counters of DeepSpeed's engine. Call on every rank."""
     folder = find_deepspeed_folder(checkpoint)
     if folder is None:
-        raise CheckpointError(f"{checkpoint}: contains no shards of DeepSpeed")
+        raise CheckpointError(f"{checkpoint}: contains no DeepSpeed shards")
     saved = read_zero_optimizer(folder)
     optimizer, is_stage3 = engine.optimizer, engine.zero_optimization_stage() == 3
     flats = optimizer.fp32_partitioned_groups_flat if is_stage3 else [g["params"][0] for g in optimizer.param_groups]
@@ -54,7 +54,8 @@ def load_resharded(engine: Any, checkpoint: Path) -> None:
     base = state["optimizer_state_dict" if is_stage3 else "base_optimizer_state"]
     # offload_optimizer to nvme keeps the vectors in files, and elastic_checkpoint saves a list
     if not all(flat.numel() for flat in flats) or not isinstance(base, dict):
-        raise CheckpointError(f"{folder}: other ranks can't load it with offload to NVMe or elastic_checkpoint")
+        problem = "saved with NVMe offload or elastic_checkpoint, so a different number of ranks can't load it"
+        raise CheckpointError(f"{folder}: {problem}")
     _check_contents(folder, saved, len(base["param_groups"]), engine.lr_scheduler is not None)
     if is_stage3:
         optimizer.checkpoint_event_prologue()
@@ -130,5 +131,5 @@ def _copy(source: dict[str, PartitionedTensor], fragment: Fragment, flat: torch.
 
 
 def _to_torch(number: Any) -> Any:
-    """Convert a number to the type it was saved as. Adam counts in a tensor's place, so each group needs its own."""
+    """Convert a number to the type it was saved as. Adam increments a tensor in place, so each group needs its own."""
     return torch.from_numpy(number.array.copy()) if isinstance(number, Tensor) else number

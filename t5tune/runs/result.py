@@ -73,7 +73,7 @@ class TrainResult:
         return read_metrics(self.run)
 
     def load(self, **settings: Any) -> RunModel:
-        """Load the model with the adapter, for inference, and what belongs to it.
+        """Load the model with the adapter, its tokenizer and its conversation template, for inference.
 
         Args:
             settings: such as `bf16=True`, `device="cuda"` or `q_lora=True`; see InferenceSettings.
@@ -124,7 +124,7 @@ def read_result(folder: Path | str) -> TrainResult:
 
 
 def save_pushed(result: TrainResult, url: str | None) -> TrainResult:
-    """Write to the result of a finished run where it was uploaded to, and return it."""
+    """Record in a finished run's result where it was uploaded, and return the result."""
     path = result.run / RESULT_FILE
     write_json(path, {**json.loads(path.read_text(encoding="utf-8")), "pushed": url})
     return replace(result, pushed=url)

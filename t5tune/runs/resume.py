@@ -65,7 +65,7 @@ def start_or_resume_run(
         report(Note(f"resuming from {resume}"))
         if has_other_evaluations(resume, run_identity):
             other = "the held-out examples or the metric for the best model have changed"
-            report(Note(f"{other}, so earlier evaluations don't count any more", warning=True))
+            report(Note(f"{other}, so earlier evaluations no longer count", warning=True))
         if (other_ranks := describe_other_ranks(resume, run_identity)) is not None:
             report(Note(other_ranks))
     remove_staged(folder.path)

@@ -104,7 +104,7 @@ def check_run_identity(checkpoint: Path, now: dict[str, Any], plan: RunPlan) -> 
         if then.get(name) != now.get(name) and name not in NOT_COMPARED
     }
     if "data" in different and (split := [name for name in SPLIT_FIELDS if name in different]):
-        different["data"] = f"data: other examples of it to train on, because of {' and '.join(split)}"
+        different["data"] = f"data: different training examples, because of {' and '.join(split)}"
     for name in ("batch", "batch_tokens"):
         if name in different and then.get(name) and now.get(name):
             different[name] += _suggest_equal_batch(then, now, plan.steps.gradient_accumulation_steps)
@@ -189,7 +189,7 @@ def _format_in_full(value: Any) -> str:
 def _resolve_paths(value: Any) -> list[str]:
     """Resolve one or more paths, so that two spellings of the same path are equal.
 
-    Of records in memory, what counts is the hash in their file's name, which is kept in a run that may be moved.
+    For records in memory, only the hash in the file's name counts: the file is in a run folder that may be moved.
     """
     paths = [Path(path).resolve() for path in (value if isinstance(value, list) else [value]) if path is not None]
     return [path.name if is_records_name(path.name) else str(path) for path in paths]

@@ -5,7 +5,7 @@
 
 A launcher that is started on each node gives each its own environment and its own copy of a file. Rank 0 alone
 validates the settings and compares them with a checkpoint's, so a rank with different settings would silently train
-other weights, or wait in a collective that the other ranks never call.
+different weights, or wait in a collective that the other ranks never call.
 """
 
 import json
@@ -41,7 +41,7 @@ def check_same_settings(settings: Settings, deepspeed: str | None, world: World)
 
     Args:
         settings: all settings of a run.
-        deepspeed: one of them.
+        deepspeed: the setting `deepspeed`.
 
     Raises:
         SettingsError: a setting differs, on every rank; lists the settings with their values.
@@ -54,7 +54,7 @@ def check_same_settings(settings: Settings, deepspeed: str | None, world: World)
 def check_same_inputs(
     base: Path, family: str | None, examples: Examples, held_out: Examples | None, world: World
 ) -> None:
-    """Check that all ranks train the same base on the same examples, and evaluate on the same. Call on every rank."""
+    """Check that all ranks have the same base, training examples and held-out data. Call on every rank."""
     if world.size == 1:
         return
     found = {
@@ -62,7 +62,7 @@ def check_same_inputs(
         "held_out": held_out and hash_examples(held_out),
         "base": compute_fingerprint(open_base(base, family)),
     }
-    _refuse_differences(world, found, "let the paths that the ranks are given lead to the same files on all of them")
+    _refuse_differences(world, found, "give all ranks paths to the same files")
 
 
 def _collect_settings(settings: Settings, deepspeed: str | None) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def _refuse_differences(world: World, own: dict[str, Any], hint: str) -> None:
 
     def refuse() -> None:
         if different := find_differences(gathered):
-            raise SettingsError(*different, heading="the ranks of this run aren't alike:", hint=hint)
+            raise SettingsError(*different, heading="the ranks of this run differ:", hint=hint)
 
     run_on_rank_0(world, refuse)
 

@@ -27,7 +27,7 @@ class TeacherFiles(NamedTuple):
 
 
 def find_teacher(teacher: DistillationSettings, model: ModelPlan, report: Report = silent) -> TeacherFiles:
-    """Find the teacher's base, which is downloaded if need be, and its adapter if there is one."""
+    """Find the teacher's base, which is downloaded if needed, and its adapter if there is one."""
     from t5tune.inference.loading import find_base_and_adapter  # imports torch
 
     with naming_settings(model_name_or_path=TEACHER, adapter="teacher_adapter"):

@@ -47,7 +47,7 @@ class Batcher:
 
     @property
     def failure(self) -> str | None:
-        """Why no reply can be generated any more; None if all is well."""
+        """Why no more replies can be generated; None if all is well."""
         if self._failure is not None:
             return str(self._failure)
         if not all(thread.is_alive() for thread in self._threads):

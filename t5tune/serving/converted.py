@@ -21,7 +21,7 @@ from t5tune.formatting import format_size
 from t5tune.io.atomic import hash_file, hash_json, lock_file
 from t5tune.progress import Note, Report
 
-CONVERSION_FORMAT = 2  # raise it when conversions by older versions of t5tune must not be used any more
+CONVERSION_FORMAT = 2  # raise it when conversions by older versions of t5tune must no longer be used
 HASHES_FOLDER = "hashes"
 SECONDS_TO_WAIT = 3600.0  # for another process that converts the same model
 

@@ -31,7 +31,7 @@ class Metrics:
         self._prompt_tokens = Counter("prompt_tokens", "Tokens of prompts.", **by_model)
         self._completion_tokens = Counter("completion_tokens", "Tokens of replies.", **by_model)
         self._dropped = Counter("dropped_messages", "Oldest messages that were left out of prompts.", **by_model)
-        self._batches = Histogram("batch_replies", "Replies that began in a batch.", buckets=BATCH_SIZES, **options)
+        self._batches = Histogram("batch_replies", "Replies in a batch at its start.", buckets=BATCH_SIZES, **options)
         self._waiting = Gauge("replies_waiting", "Replies in the queue.", **options)
         self._running = Gauge("replies_running", "Replies that are being generated.", **options)
 

@@ -147,7 +147,7 @@ class Replies:
         return make_usage(self.record.prompt_tokens, sum(self._num_ids))
 
     def _notify(self) -> None:
-        """Wake up the event loop from any thread, once until it has run."""
+        """Wake up the event loop from any thread, at most once until it runs."""
         if not self._is_woken:
             self._is_woken = True
             with suppress(RuntimeError):  # the event loop has ended

@@ -85,7 +85,7 @@ class HttpServer(uvicorn.Server):
         self._has_ended.wait()
 
     def stop(self, timeout: float) -> int:
-        """Refuse new requests with status 503, finish accepted ones within `timeout` seconds, and end.
+        """Refuse new requests with status 503, finish accepted requests within `timeout` seconds, and end.
 
         Returns:
             How many replies were cut off.

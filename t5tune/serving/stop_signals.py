@@ -1,4 +1,4 @@
-"""Read the signals that ask a server to stop from a pipe."""
+"""Read from a pipe the signals that ask a server to stop."""
 
 import os
 import signal

@@ -24,8 +24,8 @@ class Affects(Flag):
     """The training steps: a different value is refused when a run is resumed (runs/resume_guard.py)."""
 
     FINAL_WEIGHTS = auto()
-    """The weights of a finished run, which refuses a different value (runs/resume_guard.py). For resuming, STEPS and
-    the hashes of data, base and adapter are compared."""
+    """The final weights: a finished run refuses a different value (runs/resume_guard.py). An unfinished run compares
+    STEPS and the hashes of data, base and adapter instead."""
 
     EXAMPLES = CACHE | FINAL_WEIGHTS
     """The training examples: what most options for reading data affect."""
@@ -39,7 +39,7 @@ class Affects(Flag):
     INPUT = FINAL_WEIGHTS | INPUT_FILES
 
     ADAPTER_SCALE = auto()
-    """The adapter's scale or variant: an initial `adapter` must have been trained with the same (model/lora.py)."""
+    """The adapter's scale or variant: an initial `adapter` must have the same value (model/lora.py)."""
 
     EVALUATION = auto()
     """The evaluation during training, which needs held-out examples (runs/checks.py)."""

@@ -117,7 +117,7 @@ def combine_datasets(values: Mapping[str, Any], data: str, data_path: str) -> Ma
     flat = [path for dataset in datasets for path in _list_paths(dataset)]
     if paths is not None and list(map(str, _list_items(paths))) != list(map(str, flat)):
         raise ValueError(f"{data}: conflicts with {data_path}; give only one of them")
-    # validation of `data` refuses items that are no datasets
+    # validation of `data` refuses items that aren't datasets
     return {**values, data: datasets, data_path: flat or ["?"]}
 
 

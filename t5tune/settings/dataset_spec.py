@@ -22,7 +22,7 @@ COLUMNS = {"source_column", "target_column", "rejected_column"}
 SHARED = DatasetSettings.model_fields.keys() - {"path", "name", "weight", "data_subset", "data_split"}
 """Settings of a command that apply to each of its datasets."""
 RULES: tuple[tuple[Callable[[Mapping[str, Any], str], bool], set[str]], ...] = (
-    # (do the dataset's values make settings of the command meaningless?, these settings)
+    # (whether the dataset's values make settings of the command meaningless, these settings)
     (
         lambda own, _: own.get("objective") == "span-corruption",
         {"source_prefix", "target_column", "rejected_column", "data_format", *NOT_OF_RAW_TEXT},
@@ -30,7 +30,7 @@ RULES: tuple[tuple[Callable[[Mapping[str, Any], str], bool], set[str]], ...] = (
     (lambda own, _: own.get("objective") not in (None, "span-corruption"), {"denoisers"}),
     (lambda own, _: own.get("objective") in PREFERENCE_OBJECTIVES, NOT_OF_PREFERENCES),
     (lambda own, _: own.get("data_format") not in (None, *PAIR_FORMATS), {"source_prefix", *COLUMNS}),
-    # who names one column describes the whole layout
+    # a user who names one column describes the whole layout
     (lambda own, _: bool(COLUMNS & own.keys()), {"data_format", *COLUMNS}),
     (lambda own, data_format: bool(own.get("source_prefix")) and data_format not in PAIR_FORMATS, {"data_format"}),
 )

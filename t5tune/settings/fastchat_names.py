@@ -13,7 +13,7 @@ class LegacyName:
     """A legacy name.
 
     Attributes:
-        new: today's name; None if nothing needs to be set any more.
+        new: today's name; None if nothing needs to be set anymore.
         why: the reason, shown in a note.
         convert: turns the old value into the new value; None if no new value does the same.
         noted: the lowercase value that needs a note when it is ignored; None: any value but false and "not set".

@@ -63,7 +63,7 @@ def load_settings(
     # in increasing order of precedence
     for source in (_read_file(file) if file is not None else {}, _read_environment(environment or {}), from_flags):
         given = _resolve_names(model, source, source is from_flags, problems, notes, meant)
-        for data, paths in PATHS_OF_DATASETS.items():  # either takes the place of both in a source of less precedence
+        for data, paths in PATHS_OF_DATASETS.items():  # either replaces both in a source of lower precedence
             if not given.keys().isdisjoint({data, paths}):
                 values.pop(data, None)
                 values.pop(paths, None)

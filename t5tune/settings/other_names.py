@@ -126,13 +126,13 @@ ADVICE: Mapping[str, str] = {
     "train_on_inputs train_on_prompt completion_only_loss assistant_only_loss": "leave it out: the loss counts only "
     "targets",
     "use_unsloth use_liger_kernel enable_liger_kernel": "leave it out: t5tune has its own faster layers for GPUs",
-    "model_type is_llama_derived_model config_name": "leave it out: the model's config.json says it; {family} is for a "
+    "model_type is_llama_derived_model config_name": "leave it out: config.json contains it; {family} is for a "
     "model_type that t5tune doesn't know",
-    "ds_type": "leave it out: the ending of a file's name says whether it is JSON, CSV or Parquet",
+    "ds_type": "leave it out: the file name's extension says whether it is JSON, CSV or Parquet",
     "pad_to_sequence_len pad_to_max_length": "leave it out: {packing} fills the batches without padding",
     "ignore_pad_token_for_loss": "leave it out: the loss never counts padding",
     "source_lang target_lang": "use {source_prefix}, such as 'translate English to German: '",
-    "resize_position_embeddings": "leave it out: T5's relative positions have no longest length",
+    "resize_position_embeddings": "leave it out: T5's relative positions have no maximum length",
     "streaming buffer_size": "leave it out: records are always streamed",
     "preprocessing_batch_size": "leave it out: {num_workers} makes prepare faster",
     "shuffle": "leave it out: each epoch has its own order, which follows from {seed}",
@@ -175,7 +175,7 @@ def suggest_setting(
 
     Args:
         own: settings of the command.
-        others: settings of other commands, which the name may also mean if it is one of a different tool.
+        others: settings of other commands, which a name from a different tool may also mean.
         write: writes a setting, perhaps with a value, such as `--lora-r` or `--report-to wandb`.
     """
     if advice := _find_advice(name, own, others):

@@ -21,7 +21,7 @@ DEEPSPEED_CONFIGS = {  # JSON has no comments
     "zero1": "Shards the optimizer's state.",
     "zero2": "Shards the optimizer's state and the gradients.",
     "zero2-offload": "zero2 with the optimizer's state in host memory.",
-    "zero3": "Shards the weights, too, the frozen base included.",
+    "zero3": "Also shards the weights, including the frozen base.",
     "zero3-offload": "zero3 with the weights and the optimizer's state in host memory.",
 }
 
@@ -97,7 +97,7 @@ def read_zero3_config(deepspeed: str) -> dict[str, Any]:
 
 
 def get_zero_stage(deepspeed: dict[str, Any] | None) -> int:
-    """Return the ZeRO stage of a DeepSpeed config; 0 without one."""
+    """Return the ZeRO stage of a DeepSpeed config; 0 without a config."""
     return int((deepspeed or {}).get("zero_optimization", {}).get("stage", 0))
 
 

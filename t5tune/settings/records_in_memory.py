@@ -75,7 +75,7 @@ def store_records(data: Any) -> Path:
 
 
 def is_stored(path: Path) -> bool:
-    """Whether `store_records` wrote this file, in any process; it may not exist any more."""
+    """Whether `store_records` wrote this file, in any process; it may no longer exist."""
     return _STORED.fullmatch("/".join(path.parts[-2:])) is not None
 
 
@@ -154,7 +154,7 @@ def _pass_errors(rows: Iterator[Any]) -> Iterator[Any]:
 
 
 def _open_rows(data: Any) -> tuple[Iterator[Any], bool]:
-    """Return the rows, and whether an Arrow table has filled up the arguments of tool calls in them."""
+    """Return the rows, and whether an Arrow table filled in arguments of tool calls with nulls."""
     if isinstance(data, Mapping):
         raise ValueError(f"a {type(data).__name__}; {EXPECTED}; {_suggest_records(data)}")
     if not isinstance(data, Iterable) and not hasattr(data, "__arrow_c_stream__"):
@@ -201,7 +201,7 @@ def _write_line(record: Mapping[str, Any], number: int) -> bytes:
 
 
 def _convert(value: Any) -> Any:
-    """Convert what JSON doesn't have: NumPy's numbers and arrays, and anything else to an object, which is no text."""
+    """Convert NumPy's numbers and arrays. Any other value becomes an object, which isn't accepted as text."""
     return _replace_nan(value.tolist()) if hasattr(value, "tolist") else {type(value).__name__: str(value)}
 
 

@@ -62,7 +62,7 @@ def choose_packed_attention(
     limits = (find_unmet_requirement(shape, device, dtype, trains_bias) for shape in shapes)
     limit, checked = next(filter(None, limits), None), KernelCheck(None, None)
     if limit is None:
-        report(Note("compiling attention for this GPU, which takes up to some minutes the first time"))
+        report(Note("compiling attention for this GPU, which can take minutes the first time"))
         checked = check_kernel([shape for shape in shapes if shape is not None], device, dtype)
     reasons = all_gather(limit or checked.problem)
     found = [f"rank {rank}: {reason}" if len(reasons) > 1 else reason for rank, reason in enumerate(reasons) if reason]

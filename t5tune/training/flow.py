@@ -264,7 +264,7 @@ def find_gains(evaluations: Iterable[dict[str, float]], args: Any, threshold: fl
     """List for each evaluation whether it improved on the best earlier one by more than the threshold.
 
     Only the metric for the best model counts, as in Hugging Face's early stopping: an equal value with a lower loss
-    makes the better checkpoint, but is no gain.
+    makes the better checkpoint, but isn't a gain.
     """
     sign = 1 if args.greater_is_better else -1
     gains, best = [], -math.inf

@@ -29,7 +29,7 @@ class Draw(NamedTuple):
 
     Args:
         example: the index of an example.
-        repeat: how often the example was drawn before, which determines the masked spans of a text.
+        repeat: how many times the example was sampled before, which determines the masked spans of a text.
         is_filler: whether this is a dummy: a token of the example's source with nothing to learn, in a micro-batch that
             would be empty otherwise.
     """
@@ -67,7 +67,7 @@ class StepSampler(Sampler[list[Draw]]):
     it gets a dummy example.
 
     Args:
-        draw: draws the examples of an epoch, as `Examples.draw_epoch` does: (indices, how often each was drawn before).
+        draw: draws the examples of an epoch, as `Examples.draw_epoch` does: (indices, earlier samples of each).
         make_batches: makes the micro-batches of an epoch; they contain positions among the drawn examples.
         count: the number of micro-batches, which is the same in every epoch.
         step_size: micro-batches per step: gradient accumulation steps × ranks.
@@ -128,7 +128,7 @@ class EpochDraws:
     longest: int | None = None
 
     def draw_epoch(self, epoch: int) -> tuple[Integers, Integers]:
-        """Return (indices, how often each example was drawn before)."""
+        """Return (indices, how many times each example was sampled before)."""
         if self.draw is not None:
             return self.draw(epoch)
         return np.arange(len(self.sources)), np.full(len(self.sources), epoch)

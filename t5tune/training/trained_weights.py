@@ -1,4 +1,4 @@
-"""The tensors that a run trains: gathered in fp32 for a checkpoint, and set from one."""
+"""The tensors that a run trains: gathered in fp32 for a checkpoint, and loaded from it."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -62,7 +62,7 @@ class TrainedWeights:
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 saved_name = self.file_names.get(name, to_peft_name(name))
-                # with PiSSA and OLoRA, the saved matrices have the subtracted ones appended: take only the first part
+                # with PiSSA and OLoRA, the subtracted matrices are appended to the saved ones: take only the first part
                 shape = list(parameter.shape)
                 if saved_name in self.subtracted:
                     shape[0 if ".lora_A." in saved_name else 1] *= 2

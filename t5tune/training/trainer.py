@@ -219,7 +219,7 @@ class T5Trainer(Trainer):  # type: ignore[misc]
             raise SettingsError(f"lr_scheduler_type: {schedule.value} needs metric_for_best_model, but {problem}")
         finite = {name: score for name, score in scores.items() if math.isfinite(score)}
         for name in (name for name in scores if name not in finite):
-            text = f"metric: the evaluation at {step} leaves {name} out, which is {scores[name]}"
+            text = f"metric: the evaluation at {step} omits {name}, which is {scores[name]}"
             self.parts.report(Note(text, warning=True))
         return finite
 

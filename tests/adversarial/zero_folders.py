@@ -204,7 +204,7 @@ FOLDERS: dict[str, tuple[Spoil, str]] = {
     "a shape of 2^38": (model(param_shapes=[{A: (1 << 38,), B: (5, 3)}]), "the shards are too short"),
     "a name is a number": (model(param_shapes=[{1: (3, 7), B: (5, 3)}]), "expected names with shapes"),
     "a name in two groups": (model(param_shapes=[{A: (3, 7)}, {A: (5, 3)}]), "duplicate"),
-    "no shapes": (model(param_shapes=[]), "lists no trained parameter"),
+    "no shapes": (model(param_shapes=[]), "lists no trained parameters"),
     "half of a LoRA pair is missing": (model(param_shapes=[{A: (3, 7), "x": (5, 3)}]), "lora_B is missing"),
     "a rank that contradicts the config": (config(r=4), "rank 3, but .* says r 4"),
     "config is a string": (lambda f: (f / "adapter_config.json").write_text('"x"'), "expected a JSON object"),
@@ -275,5 +275,5 @@ UNIVERSALS: dict[str, tuple[Spoil, str]] = {
     "an endless name": (model(param_shapes=[{"x" * 5000: (3, 7), B: (5, 3)}]), "not a valid parameter name"),
     "a parameter is a link": (linked(f"{STATES}/zero/{A}/fp32.pt"), "outside the folder"),
     "a linked folder": (linked(f"{STATES}/zero"), "outside the folder"),
-    "no shapes": (model(param_shapes=None), "lists no trained parameter"),
+    "no shapes": (model(param_shapes=None), "lists no trained parameters"),
 }

@@ -104,7 +104,7 @@ def test_a_refused_resume_lists_differences_and_choices(
         "  seed: 1 before, 2 now",
         "  lora_r: 8 before, 4 now",
         "to resume, use the previous settings and data",
-        "to resume all the same, add --allow-change max_steps",
+        "to resume anyway, add --allow-change max_steps",
         "to start a new run from these weights, use --model-name-or-path run/checkpoint-7 and a new output_dir",
         "to start over, add --fresh; the old run is kept under a new name",
     ]

@@ -195,7 +195,7 @@ def test_a_checkpoint_of_a_single_process_exports_its_adapter(plain: Path, tmp_p
 
 
 @pytest.mark.distributed
-def test_an_export_has_all_files_of_an_adapter_and_the_same_bytes_each_time(zero3: Path, tmp_path: Path) -> None:
+def test_export_writes_all_adapter_files_with_reproducible_bytes(zero3: Path, tmp_path: Path) -> None:
     result = run_export(zero3, tmp_path / "a")
     run_export(zero3, tmp_path / "b")
     names = {
@@ -225,7 +225,7 @@ def test_naming_the_folder_with_the_shards_gives_the_same_export(zero3: Path, tm
 
 
 @pytest.mark.distributed
-def test_the_folder_with_the_shards_is_checked_against_the_manifest_in_its_parent(zero3: Path, tmp_path: Path) -> None:
+def test_the_shard_folder_is_checked_against_its_parents_manifest(zero3: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(zero3, tmp_path / "verified")
     shard = optimizer_shard(folder, 0)
     change_shard(shard, lambda state: state["fp32_flat_groups"][0].data.view(-1)[3:4].fill_(7))
@@ -268,7 +268,7 @@ def test_the_full_state_is_the_base_and_the_token_rows(
 
 
 @pytest.mark.parametrize("non_lora_state", ["trained", "full", "none"])
-def test_dora_magnitudes_are_lora_tensors_and_a_replaced_tensor_of_the_base_counts_once(
+def test_dora_magnitudes_and_replaced_base_tensors_are_counted(
     untied_base: Path, tmp_path: Path, non_lora_state: str
 ) -> None:
     norms = ["encoder.final_layer_norm", "decoder.final_layer_norm"]
@@ -330,9 +330,7 @@ def flip_last_byte(path: Path) -> None:
 
 
 @pytest.mark.distributed
-def test_a_run_whose_newest_checkpoint_is_damaged_exports_the_previous_one_with_a_warning(
-    plain: Path, tmp_path: Path
-) -> None:
+def test_export_skips_a_damaged_newest_checkpoint_with_a_warning(plain: Path, tmp_path: Path) -> None:
     run = shutil.copytree(plain, tmp_path / "run")
     (run / "result.json").unlink()  # a finished run has its adapter in its folder
     flip_last_byte(run / f"checkpoint-{STEPS}" / "adapter_model.safetensors")
@@ -388,7 +386,7 @@ def test_a_missing_shard_is_refused_by_its_rank(sharded: tuple[Kind, Path], tmp_
 
 
 @pytest.mark.distributed
-def test_a_missing_shard_of_a_checkpoint_with_a_manifest_is_refused_by_its_name(zero3: Path, tmp_path: Path) -> None:
+def test_a_missing_shard_in_the_manifest_is_refused(zero3: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(zero3, tmp_path / "verified")
     optimizer_shard(folder, 1).unlink()
     refused(folder, tmp_path, r"zero_pp_rank_1_mp_rank_00_optim_states\.pt: missing")
@@ -423,7 +421,7 @@ def test_a_truncated_shard_is_refused_by_its_name(zero3: Path, tmp_path: Path, k
 
 
 @pytest.mark.distributed
-def test_a_flipped_byte_in_a_shard_listed_in_the_manifest_is_refused_by_its_name(zero3: Path, tmp_path: Path) -> None:
+def test_a_damaged_shard_in_the_manifest_is_refused(zero3: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(zero3, tmp_path / "verified")
     flip_last_byte(optimizer_shard(folder, 0))
     error = refused(folder, tmp_path, r"zero_pp_rank_0_mp_rank_00_optim_states\.pt: differs from what was written")
@@ -441,7 +439,7 @@ def change_shard(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
 @pytest.mark.parametrize(
     ("name", "key"), [("zero3x2", "fp32_flat_groups"), ("zero1x2", "single_partition_of_fp32_groups")]
 )
-def test_nan_or_infinity_is_refused_with_the_name_of_the_tensor(
+def test_nan_or_infinity_is_refused_with_the_tensors_name(
     run_of: Callable[[str], Path], tmp_path: Path, name: str, key: str, value: float
 ) -> None:
     folder = copy_without_manifest(run_of(name) / f"checkpoint-{STEPS}", tmp_path / "bare")
@@ -462,7 +460,7 @@ def test_a_shard_shorter_than_its_parameters_is_refused(zero3: Path, tmp_path: P
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("tag", ["../x", "..", ".", "", "/tmp", "a/b", "gone"])
-def test_a_latest_file_that_names_no_folder_of_the_checkpoint_is_refused(zero3: Path, tmp_path: Path, tag: str) -> None:
+def test_a_latest_file_that_names_no_folder_is_refused(zero3: Path, tmp_path: Path, tag: str) -> None:
     folder = copy_without_manifest(zero3, tmp_path / "bare")
     shutil.copytree(folder / f"global_step{STEPS}", tmp_path / "x")
     (folder / "latest").write_text(tag)
@@ -481,7 +479,7 @@ class _Calls:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("file", ["optim_states", "model_states"])
-def test_a_shard_that_calls_code_is_refused_and_does_not_run(zero3: Path, tmp_path: Path, file: str) -> None:
+def test_a_shard_that_calls_code_is_refused_unrun(zero3: Path, tmp_path: Path, file: str) -> None:
     folder = copy_without_manifest(zero3, tmp_path / "bare")
     marker = tmp_path / "marker"
     calls = [_Calls(os.system, f"touch '{marker}'"), _Calls(builtins.eval, f"open({str(marker)!r}, 'w').close()")]
@@ -521,7 +519,7 @@ def test_an_adapters_config_that_is_not_an_object_is_refused(zero3: Path, tmp_pa
 
 
 @pytest.mark.distributed
-def test_a_run_without_a_complete_checkpoint_is_refused_with_the_reason(plain: Path, tmp_path: Path) -> None:
+def test_a_run_without_complete_checkpoints_is_refused_with_reason(plain: Path, tmp_path: Path) -> None:
     run = shutil.copytree(plain, tmp_path / "run")
     (run / "result.json").unlink()
     for checkpoint in run.glob("checkpoint-*"):

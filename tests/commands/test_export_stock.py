@@ -88,7 +88,7 @@ def test_each_stage_gives_the_weights_that_deepspeed_gathers(
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", ["zero1", "zero2-bf16-frozen", "zero3-bf16-frozen", "zero0"])
-def test_the_frozen_weights_are_gathered_from_the_shards_without_the_base(
+def test_frozen_weights_are_gathered_from_shards_without_the_base(
     saves: Path, name: str, tied_base: Path, untied_base: Path, tmp_path: Path
 ) -> None:
     folder = shutil.copytree(saved(saves, name), tmp_path / "x")
@@ -141,7 +141,7 @@ def test_dtype_rounds_to_nearest_as_torch_does(saves: Path, tmp_path: Path, name
 
 
 @pytest.mark.distributed
-def test_a_flipped_byte_of_a_shard_without_a_manifest_is_refused_by_its_name(saves: Path, tmp_path: Path) -> None:
+def test_a_damaged_shard_without_a_manifest_is_refused(saves: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(saved(saves, "zero3"), tmp_path / "x")
     shard = next(folder.glob("global_step*/*rank_1_*_optim_states.pt"))
     values = next(iter(load_file(folder / "masters.safetensors").values()))
@@ -156,7 +156,7 @@ def test_a_flipped_byte_of_a_shard_without_a_manifest_is_refused_by_its_name(sav
 
 
 @pytest.mark.distributed
-def test_tensors_trained_in_addition_to_the_adapter_are_saved_and_reported(saves: Path, tmp_path: Path) -> None:
+def test_tensors_trained_besides_the_adapter_are_saved_and_reported(saves: Path, tmp_path: Path) -> None:
     folder = saved(saves, "zero1")
     notes: list[str] = []
     run_export(folder, tmp_path / "adapter", notes)
@@ -226,7 +226,7 @@ def test_a_run_of_stock_trainer_exports_its_newest_checkpoint(
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("form", ["bin", "names of the model", "wrapped", "without prefix", "whole model", "sharded"])
-def test_an_old_output_without_a_config_gives_the_same_logits_as_the_model(
+def test_an_old_output_without_config_gives_the_models_logits(
     tied: bool, form: str, tied_base: Path, untied_base: Path, tmp_path: Path
 ) -> None:
     base = tied_base if tied else untied_base
@@ -268,7 +268,7 @@ def test_an_old_output_without_a_config_gives_the_same_logits_as_the_model(
         assert_same(state, load_file(base / "model.safetensors"))
 
 
-def test_lora_alpha_of_an_old_output_is_read_from_the_flag(untied_base: Path, tmp_path: Path) -> None:
+def test_an_old_outputs_lora_alpha_comes_from_the_flag(untied_base: Path, tmp_path: Path) -> None:
     model = adapted(untied_base, alpha=5, rank=3)
     (tmp_path / "old").mkdir()
     torch.save(get_peft_model_state_dict(model), tmp_path / "old" / "adapter_model.bin")
@@ -344,9 +344,7 @@ def test_a_flag_that_contradicts_adapter_config_is_refused(trainer_run: tuple[Pa
         run_export(trainer_run[0], tmp_path / "adapter", lora_alpha=32)
 
 
-def test_an_adapter_saved_under_zero3_without_gathering_is_refused_with_a_hint(
-    untied_base: Path, tmp_path: Path
-) -> None:
+def test_an_adapter_saved_ungathered_under_zero3_is_refused(untied_base: Path, tmp_path: Path) -> None:
     state = get_peft_model_state_dict(adapted(untied_base))
     (tmp_path / "old").mkdir()
     torch.save({name: value[:0, :0].clone() for name, value in state.items()}, tmp_path / "old" / "adapter_model.bin")
@@ -392,7 +390,7 @@ def test_an_adapter_that_contradicts_its_config_is_refused(
         ({"d_kv": "x"}, "d_kv: x: expected a positive integer"),
     ],
 )
-def test_an_adapter_of_another_base_is_refused_from_its_config_json_alone(
+def test_a_different_bases_adapter_is_refused_by_config_json(
     trainer_run: tuple[Path, Any], untied_base: Path, tmp_path: Path, changes: dict[str, Any], expected: str
 ) -> None:
     other = tmp_path / "other"
@@ -458,7 +456,7 @@ def test_a_tensor_of_another_shape_is_refused_by_its_name(
         check_adapter_shapes(state, config, open_base(untied_base).architecture, tmp_path)
 
 
-def test_a_weight_that_does_not_exist_in_a_t5_is_refused_by_its_name(
+def test_a_weight_that_t5_lacks_is_refused(
     all_kinds: tuple[dict[str, Tensor], dict[str, Any]], untied_base: Path, tmp_path: Path
 ) -> None:
     state, config = all_kinds
@@ -498,7 +496,7 @@ def make_sparse_checkpoint(folder: Path, **config: int) -> int:
     return int(benchmark.make_checkpoint(folder, file))
 
 
-def test_exporting_an_adapter_of_11b_needs_memory_for_the_adapter_only(tmp_path: Path) -> None:
+def test_exporting_an_11b_adapter_needs_memory_only_for_it(tmp_path: Path) -> None:
     """The checkpoint has 22 GB of frozen weights, which aren't read."""
     shape = {"d_model": 4096, "d_kv": 64, "num_heads": 64, "d_ff": 10240, "num_layers": 24, "vocab_size": 32128}
     size = make_sparse_checkpoint(tmp_path / "xxl", **shape)

@@ -173,7 +173,7 @@ def prepare_pairs(folder: Path, pairs: list[tuple[str, str]]) -> Path:
     return prepare(settings).cache
 
 
-def test_a_page_without_a_choice_shows_fifty_examples_from_all_parts(tmp_path: Path) -> None:
+def test_a_default_page_shows_fifty_evenly_spaced_examples(tmp_path: Path) -> None:
     big = prepare_pairs(tmp_path, [(f"<b>question {number}</b>", "yes") for number in range(120)])
     page, notes = tmp_path / "page.html", []
     shown = inspect(InspectSettings(cache=big, html=page), notes.append).examples
@@ -203,7 +203,7 @@ def test_a_page_says_what_its_colors_mean(cache: Path, tmp_path: Path) -> None:
     assert all(f".{kind}" in style for kind in explained)
 
 
-def test_a_page_that_a_browser_could_not_display_is_cut_short(
+def test_a_page_too_large_for_browsers_is_cut_short(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("t5tune.reports.cache_page.MAX_EXAMPLE_CHARACTERS", 1)

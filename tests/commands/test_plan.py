@@ -58,7 +58,7 @@ def test_known_configs_have_as_many_parameters_as_their_checkpoints(name: str) -
 
 
 @pytest.mark.long
-def test_flan_t5_xxl_in_4_bits_takes_less_than_6_2_gigabytes(tmp_path: Path) -> None:
+def test_flan_t5_xxl_in_nf4_takes_under_6_2_gb(tmp_path: Path) -> None:
     """From config.json alone, with `wo` in NF4, too."""
     (tmp_path / "config.json").write_text(json.dumps(KNOWN_CONFIGS["google/flan-t5-xxl"]))
     result = make_plan(tmp_path / "config.json", q_lora=True, num_gpus=1, source_length=8, target_length=8)
@@ -91,7 +91,7 @@ def test_loaded_weights_take_the_planned_bytes(quantization: dict[str, Any], tmp
     assert sum(expected.values()) == pytest.approx(stored, rel=0.01)
 
 
-def test_a_step_on_fake_tensors_counts_what_a_real_step_saves(untied_base: Path) -> None:
+def test_fake_and_real_steps_save_the_same_memory(untied_base: Path) -> None:
     """Compare the tensors that autograd saves for a real model with the count on fake tensors."""
     from t5tune.model.attention.segments import Segments
     from t5tune.model.lora import add_lora
@@ -223,7 +223,7 @@ def data_of_runs(conversations: Path, tmp_path_factory: pytest.TempPathFactory) 
         ("mixture", {"mixing": "proportional", "mixing_cap": 6, "num_data": 9, "eval_fraction": 0.25}),
     ],
 )
-def test_the_plan_of_a_run_is_of_the_examples_that_it_trains_on(
+def test_a_runs_plan_uses_its_training_examples(
     name: str, changes: dict[str, Any], data_of_runs: dict[str, Path], tmp_path: Path
 ) -> None:
     from t5tune.commands.train import train
@@ -329,7 +329,7 @@ def test_a_plan_has_the_trainers_batches(batching: dict[str, Any], packing: str,
 
 
 @pytest.mark.long
-def test_the_largest_packed_batch_has_the_most_tokens_not_the_longest_example(uneven_cache: Path) -> None:
+def test_the_largest_packed_batch_has_the_most_tokens(uneven_cache: Path) -> None:
     common: dict[str, Any] = {"data_path": str(uneven_cache), **NO_SUGGESTION}
     common |= {"per_device_train_batch_size": 18, "group_by_length": False}
     packed, padded = (make_plan("pocket", packing=packing, **common) for packing in ("auto", "off"))
@@ -389,7 +389,7 @@ def test_loading_takes_the_partitions_and_the_largest_tensor(tmp_path: Path) -> 
 
 
 @pytest.mark.long
-def test_a_run_whose_base_fits_only_once_it_is_quantized_does_not_fit(tmp_path: Path) -> None:
+def test_a_base_that_fits_only_quantized_does_not_fit(tmp_path: Path) -> None:
     model = write_short_model(tmp_path)
     common = {"bf16": True, "q_lora": True, "per_device_train_batch_size": 1, "source_length": 1, "target_length": 1}
     enough = make_plan(model, num_gpus=1, **common).stages[0]
@@ -436,7 +436,7 @@ def test_a_plan_says_that_it_leaves_out_the_teacher(tmp_path: Path) -> None:
     keys = "model_name_or_path: pocket\ndata_path: pocket\noutput_dir: run\nteacher_model_name_or_path: pocket\n"
     (tmp_path / "run.yaml").write_text(keys)
     for arguments, note in (
-        (("train", "--dry-run"), "teacher_model_name_or_path: pocket: the plan leaves out the teacher's memory"),
+        (("train", "--dry-run"), "teacher_model_name_or_path: pocket: the plan doesn't include the teacher's memory"),
         (("plan", "--gpu-memory", "1MiB"), "plan does not use teacher_model_name_or_path"),
     ):
         done = t5tune_in_fork(*arguments, "--config", tmp_path / "run.yaml", "--use-cpu")

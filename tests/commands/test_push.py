@@ -89,7 +89,7 @@ def test_what_was_pushed_is_what_chat_downloads(hub: Hub, finished_run: Path) ->
     assert (there.code, there.stdout) == (0, here.stdout), there.stderr
 
 
-def test_a_hub_that_accepts_and_never_answers_is_not_waited_for(hub: Hub, finished_run: Path, tmp_path: Path) -> None:
+def test_push_does_not_wait_for_a_silent_hub(hub: Hub, finished_run: Path, tmp_path: Path) -> None:
     hub.hangs = True
     waited = threading.Timer(60, hub.has_ended.set)  # otherwise these commands would wait for ever
     waited.start()
@@ -170,7 +170,7 @@ def test_train_pushes_its_result_and_each_checkpoint_if_asked_to(strategy: str, 
     ("reason", "processes"), [("refused connection", ()), ("status 503", ()), ("status 503", ("--num-processes", 2))]
 )
 @pytest.mark.variants("status 503-processes1")
-def test_a_run_continues_if_the_hub_cannot_be_reached_and_is_pushed_later(
+def test_an_unreachable_hub_delays_the_push_not_the_run(
     reason: str, processes: tuple[object, ...], hub: Hub, tmp_path: Path
 ) -> None:
     output = tmp_path / "run"
@@ -194,7 +194,7 @@ def test_a_run_continues_if_the_hub_cannot_be_reached_and_is_pushed_later(
 
 @pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # of huggingface_hub's uploads
 @pytest.mark.parametrize("strategy", ["end", "every_save"])
-def test_a_signal_ends_an_upload_and_the_message_says_how_to_repeat_it(
+def test_a_signal_ends_an_upload_and_shows_the_command(
     strategy: str, hub: Hub, untied_base: Path, conversations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use_in_this_process(hub, monkeypatch)
@@ -233,7 +233,7 @@ def test_a_signal_ends_an_upload_and_the_message_says_how_to_repeat_it(
 
 
 @pytest.mark.long
-def test_a_run_that_is_stopped_does_not_wait_for_an_upload(
+def test_a_stopped_run_does_not_wait_for_an_upload(
     hub: Hub, untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
     is_uploading, is_over = threading.Event(), threading.Event()
@@ -286,7 +286,7 @@ def test_merge_and_export_push_what_they_write(hub: Hub, finished_run: Path, tmp
 @pytest.mark.parametrize(
     ("command", "number", "code"), [("export", signal.SIGTERM, 143), ("merge", signal.SIGINT, 130)]
 )
-def test_a_signal_during_the_upload_of_what_export_and_merge_wrote_says_how_to_upload_it(
+def test_a_stopped_upload_of_export_or_merge_shows_the_command(
     command: str, number: signal.Signals, code: int, hub: Hub, finished_run: Path, tmp_path: Path
 ) -> None:
     is_uploading, is_over = threading.Event(), threading.Event()
@@ -315,8 +315,8 @@ def test_a_signal_during_the_upload_of_what_export_and_merge_wrote_says_how_to_u
     ("name", "token", "expected"),
     [
         ("a b", TOKEN, ["hub_model_id: a b", "not a valid name on the Hub"]),
-        ("some/other", TOKEN, ["hub_model_id: some/other", "you may not write there", "hf auth login"]),
-        ("google/flan-t5-base", TOKEN, ["google/flan-t5-base", "you may not write there", "hf auth login"]),
+        ("some/other", TOKEN, ["hub_model_id: some/other", "you can't write to it", "hf auth login"]),
+        ("google/flan-t5-base", TOKEN, ["google/flan-t5-base", "you can't write to it", "hf auth login"]),
         (NAME, None, ["signed in", "hf auth login", "HF_TOKEN"]),
         (NAME, "hf_wrong", ["signed in, or the token isn't valid", "hf auth login"]),
     ],
@@ -405,7 +405,7 @@ def test_only_files_of_a_model_are_uploaded(tmp_path: Path) -> None:
     assert sorted(list_uploaded_files(tmp_path)) == kept
 
 
-def test_a_checkpoint_with_a_link_out_of_it_is_not_uploaded_and_the_run_continues(tmp_path: Path) -> None:
+def test_a_checkpoint_with_an_outside_link_is_not_uploaded(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-1").mkdir()
     os.symlink("/etc/hostname", tmp_path / "checkpoint-1" / "README.md")
     settings = make_settings(Path("pocket"), Path("pocket"), tmp_path, push_to_hub=True, hub_strategy="every_save")
@@ -438,14 +438,14 @@ def test_old_weights_and_an_old_adapter_are_replaced(hub: Hub, finished_run: Pat
     stale = {"adapter_config.json", "adapter_model.safetensors", "pytorch_model.bin"}
     assert not stale & files.keys()
     assert not [name for name in stale if name not in done.stderr]
-    assert f"warning: {NAME}: deleting what the upload replaces: " in done.stderr
+    assert f"warning: {NAME}: deleting replaced files: " in done.stderr
     assert kept.items() <= files.items()
     assert run(hub, "push", finished_run, NAME).code == 0
     assert not {"config.json", "model.safetensors"} & hub.repos["model", NAME].files.keys()
     assert kept.items() <= hub.repos["model", NAME].files.items()
 
 
-def test_no_file_of_an_older_upload_is_used_with_the_new_model(hub: Hub, finished_run: Path, tmp_path: Path) -> None:
+def test_an_upload_uses_no_files_of_older_uploads(hub: Hub, finished_run: Path, tmp_path: Path) -> None:
     """The new one has no prefix of messages, tokenizer.json, penalties and template."""
     assert run(hub, "push", finished_run, NAME).code == 0
     read = {"training_data.json", "tokenizer.json", "tokenizer_config.json", "template.yaml"}
@@ -491,4 +491,4 @@ def test_a_private_upload_to_a_public_repository_is_refused(hub: Hub, finished_r
     hub.add("model", NAME, {"README.md": b""})
     done = run(hub, "push", finished_run, NAME, "--hub-private-repo")
     assert done.code == 2
-    assert f"hub_private_repo: {NAME} exists already, and everybody can see it" in done.errors[0]
+    assert f"hub_private_repo: {NAME} already exists, and everyone can see it" in done.errors[0]

@@ -75,7 +75,7 @@ def test_a_schema_allows_what_is_read_as_datasets(name: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("name", packaged_templates.list_names("runs"))
-def test_every_run_config_and_its_copy_name_a_schema_next_to_them(name: str, tmp_path: Path) -> None:
+def test_run_configs_and_copies_name_an_adjacent_schema(name: str, tmp_path: Path) -> None:
     packaged = packaged_templates.find_template_file("config", name)
     first = packaged.read_text().splitlines()[0]
     named = (packaged.parent / first.partition("$schema=")[2]).resolve()
@@ -93,7 +93,7 @@ def test_every_run_config_and_its_copy_name_a_schema_next_to_them(name: str, tmp
 
 
 @pytest.mark.slow
-def test_templates_are_listed_shown_and_copied_but_never_overwrite_a_file(tmp_path: Path) -> None:
+def test_templates_are_listed_shown_and_copied_without_overwriting(tmp_path: Path) -> None:
     listed = t5tune_in_fork("templates")
     assert listed.code == 0
     lines = [line.split(maxsplit=1) for line in listed.stdout.splitlines() if line.startswith("  ")]
@@ -107,7 +107,7 @@ def test_templates_are_listed_shown_and_copied_but_never_overwrite_a_file(tmp_pa
     assert copied.stdout.strip() == str(tmp_path / "mine.yaml")
     again = t5tune_in_fork("templates", "copy", "conversations/plain", tmp_path / "mine.yaml")
     assert again.code == 2
-    assert "exists already" in again.stderr
+    assert "already exists" in again.stderr
     for misspelt, meant in (("zer03", "zero3"), ("runs/poket", "runs/pocket")):
         with pytest.raises(SettingsError, match=rf"{misspelt}: no such template; did you mean {meant}\?"):
             templates(TemplatesSettings(action="show", name=misspelt))
@@ -118,7 +118,7 @@ def test_templates_are_listed_shown_and_copied_but_never_overwrite_a_file(tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_a_dry_run_shows_the_settings_the_plan_and_the_command_and_writes_nothing(tmp_path: Path) -> None:
+def test_a_dry_run_shows_its_result_and_writes_nothing(tmp_path: Path) -> None:
     run = tmp_path / "my run"
     arguments = ["train", "--config", "pocket", "--output-dir", run, "--dry-run", "--num-processes", "2"]
     done = t5tune_in_fork(*arguments)

@@ -73,7 +73,7 @@ def start(folder: Path, *arguments: Any) -> Iterator[Started]:
         process.wait()
 
 
-def test_the_address_is_one_json_line_and_each_request_is_a_line_of_the_log(untied_base: Path, tmp_path: Path) -> None:
+def test_serve_prints_the_address_and_requests_as_json_lines(untied_base: Path, tmp_path: Path) -> None:
     with start(tmp_path, f"base={untied_base}", "pocket", "--engine", "transformers") as server:
         assert server.address["models"] == {"base": "transformers", "pocket": "transformers"}
         assert server.address["needs_key"] is False
@@ -95,7 +95,7 @@ def test_the_address_is_one_json_line_and_each_request_is_a_line_of_the_log(unti
 
 @pytest.mark.parametrize("stop_signal", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 @pytest.mark.variants("15", "1")
-def test_a_signal_under_load_ends_with_whole_replies_and_code_0(
+def test_a_signal_under_load_ends_with_whole_replies(
     stop_signal: signal.Signals, untied_base: Path, tmp_path: Path
 ) -> None:
     """Replies that are computed or wait are complete; requests that come later are refused."""
@@ -176,9 +176,7 @@ def test_signals_that_arrive_together_are_one(
         assert server.process.wait(PATIENCE) == 0
 
 
-def test_a_conversion_that_is_broken_is_named_and_a_folder_that_can_not_be_written_too(
-    untied_base: Path, tmp_path: Path
-) -> None:
+def test_a_broken_conversion_or_unwritable_folder_is_named(untied_base: Path, tmp_path: Path) -> None:
     pytest.importorskip("ctranslate2")
     num_threads = torch.get_num_threads()
     values: dict[str, Any] = {"models": {"m": str(untied_base)}, "port": 0, "use_cpu": True}
@@ -207,7 +205,7 @@ def test_a_conversion_that_is_broken_is_named_and_a_folder_that_can_not_be_writt
         ("int8_float32", False, "int8_float32"),
     ],
 )
-def test_the_folder_of_merge_is_computed_as_its_weights_are_but_in_fp32_with_no_bf16(
+def test_merged_folders_compute_in_their_dtype_except_with_no_bf16(
     weights: str, bf16: bool | None, expected: str, untied_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a GPU with bf16. This CPU has no such types, so a translator of it says which one was asked for."""
@@ -265,7 +263,7 @@ def test_a_model_that_ctranslate2_only_loads_is_served_by_transformers(
         serve(ServeSettings(models={"folder": str(tmp_path / "folder")}, **values))
 
 
-def test_a_model_is_converted_once_and_again_after_it_was_trained_again(
+def test_a_model_is_converted_once_until_it_is_retrained(
     untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("ctranslate2")
@@ -309,7 +307,7 @@ def test_a_model_is_converted_once_and_again_after_it_was_trained_again(
     assert all(name.startswith("tuned-exact-") for name in folders)
 
 
-def test_the_conversion_of_a_whole_run_has_its_tokenizer_but_not_its_settings(
+def test_a_converted_run_has_its_tokenizer_without_its_settings(
     untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
     """A URL among the settings may have a secret, which is kept in the run folder only."""
@@ -347,7 +345,7 @@ def test_the_base_of_an_adapter_can_be_named(untied_base: Path, conversations: P
         assert send(server.url, body=make_chat(model="run", max_tokens=4))[0] == 200
 
 
-def test_a_port_in_use_is_an_error_before_a_model_is_loaded(tmp_path: Path) -> None:
+def test_a_used_port_is_refused_before_loading_a_model(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         done = t5tune_in_fork("serve", "nowhere", "--port", other.getsockname()[1], cwd=tmp_path)
     assert done.code == 2
@@ -392,7 +390,7 @@ def test_a_wrong_engine_is_refused_with_the_reason(untied_base: Path, tmp_path: 
     )
     with pytest.raises(SettingsError) as caught:  # transformers would ignore it
         serve(ServeSettings(**penalized, quantization="int8"))
-    problem = "quantization: int8: only with CTranslate2, but m: generation_config.json sets repetition_penalty, which"
+    problem = "quantization: int8: only with CTranslate2, which can't serve m: generation_config.json sets repetition"
     assert caught.value.message.startswith(problem)
     assert caught.value.hint == ("leave out --quantization; transformers quantizes with --q-lora --quant-type int8")
     with serve(ServeSettings(**penalized, q_lora=True, quant_type="int8")) as server:
@@ -400,9 +398,7 @@ def test_a_wrong_engine_is_refused_with_the_reason(untied_base: Path, tmp_path: 
         assert send(server.url, body=make_chat(model="m", max_tokens=4))[0] == 200
 
 
-def test_the_folder_of_merge_has_the_ends_of_replies_and_the_penalties_of_its_base(
-    untied_base: Path, tmp_path: Path
-) -> None:
+def test_merged_folders_keep_the_bases_generation_config(untied_base: Path, tmp_path: Path) -> None:
     """Penalties are refused as for other checkpoints, but transformers can't take over. merge says so."""
     pytest.importorskip("ctranslate2")
     base = shutil.copytree(untied_base, tmp_path / "base")
@@ -440,7 +436,7 @@ def test_the_folder_of_merge_has_the_ends_of_replies_and_the_penalties_of_its_ba
     [("not the base that", "but loaded onto"), ("the base's layer has no bias to add it to", None)],
 )
 @pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed", "ignore:Adapter 'default'")  # of PEFT
-def test_an_adapter_that_merge_refuses_is_served_with_the_reply_of_chat(
+def test_an_adapter_that_merge_refuses_is_served_anyway(
     reason: str, warning: str | None, untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("ctranslate2")

@@ -42,7 +42,9 @@ def test_the_hanging_rank_is_named_if_nccl_aborts_the_waiting_ranks(monkeypatch:
     error = launcher._run([sys.executable, "-c", hang_or_abort], 3, _ReceivedSignals(), saves_checkpoints=False)
     assert isinstance(error, RankLost)
     assert error.hint == "run the same command again"
-    assert error.message == "rank 0 was killed by SIGABRT, as NCCL does if another rank hangs; still running: rank 1"
+    assert (
+        error.message == "rank 0 was killed by SIGABRT, which NCCL sends if another rank hangs; still running: rank 1"
+    )
     error = launcher._run(
         [sys.executable, "-c", "import os; os.abort()"], 2, _ReceivedSignals(), saves_checkpoints=True
     )

@@ -182,7 +182,7 @@ def test_a_missing_network_interface_is_an_error_with_advice(tmp_path: Path, mon
         *_, message, hint = rank.log.read_text().splitlines()
         assert message.startswith(f"rank {number}: can't connect to the other ranks: ")
         assert message.endswith(" nope")
-        assert hint.startswith("GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the network interface")
+        assert hint.startswith("set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the network interface")
 
 
 @pytest.mark.distributed

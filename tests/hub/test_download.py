@@ -106,7 +106,7 @@ def test_an_outage_uses_the_cached_copy_with_a_warning(
     assert read(kind, tmp_path / "cache", events) == b"1"
     expected = f"{NAME}: {reason}; using the copy of commit {first} of {DATE}"
     assert [event for event in events if isinstance(event, Note)] == [Note(expected, warning=True)]
-    with pytest.raises(T5TuneError, match=f"{reason}, and the {kind} isn't all in the local cache") as caught:
+    with pytest.raises(T5TuneError, match=f"{reason}, and the {kind} isn't complete in the local cache") as caught:
         read(kind, tmp_path / "empty", events)
     assert caught.value.exit_code == 2
 

@@ -73,7 +73,7 @@ def test_file_errors_are_described_without_error_numbers(tmp_path: Path) -> None
     assert describe_error(missing.value) == "No such file or directory"
     with pytest.raises(UnicodeDecodeError) as caught:
         b"a\n\xe9".decode()
-    assert describe_error(caught.value) == "line 2: the byte 0xE9 is not UTF-8 text"
+    assert describe_error(caught.value) == "line 2: the byte 0xE9 is not valid UTF-8"
 
 
 def run_to_error(*arguments: Any) -> str:

@@ -54,8 +54,8 @@ BROKEN: dict[str, tuple[str | bytes, int, str]] = {
     "list as a key": ("? [a, b]\n: 1\n", 1, "a list or a mapping where a name is expected; write `name: value`"),
     "directive": ("%YAML 3.0\n---\nlora_r: 8\n", 1, "not valid YAML in column 1; quote values with special characters"),
     "duplicate key": ("lora_r: 8\nseed: 1\nlora_r: 9\n", 3, "duplicate key lora_r (first defined on line 1)"),
-    "Latin-1": (b"seed: 1\noutput_dir: caf\xe9\n", 2, "the byte 0xE9 is not UTF-8 text; save the file as UTF-8"),
-    "UTF-16": ("lora_r: 8\n".encode("utf-16"), 1, "the byte 0xFF is not UTF-8 text"),
+    "Latin-1": (b"seed: 1\noutput_dir: caf\xe9\n", 2, "the byte 0xE9 is not valid UTF-8; save the file as UTF-8"),
+    "UTF-16": ("lora_r: 8\n".encode("utf-16"), 1, "the byte 0xFF is not valid UTF-8"),
 }  # fmt: skip
 PARSER_WORDS = re.compile(r"unicode string|while (?:scanning|parsing)|column \d+:|\^|<block|codec|constructor|token")
 

@@ -43,7 +43,7 @@ def copy_base(base: Path, folder: Path, change: Callable[[dict[str, torch.Tensor
     return folder
 
 
-def test_merge_refuses_an_adapter_of_another_base(untied_base: Path, adapter: Path, tmp_path: Path) -> None:
+def test_merge_refuses_an_adapter_of_a_different_base(untied_base: Path, adapter: Path, tmp_path: Path) -> None:
     run_merge(untied_base, adapter, tmp_path / "right", verify=False)
     other = copy_base(untied_base, tmp_path / "other", lambda tensors: tensors["lm_head.weight"][-1, -1].add_(1))
     with pytest.raises(CheckpointError, match=r"other: not the base .*adapter was trained on, which was the-base"):

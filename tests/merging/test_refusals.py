@@ -152,7 +152,7 @@ def test_a_result_is_kept_if_another_process_filled_the_folder(
         output.mkdir(exist_ok=True)
         (output / "theirs.txt").write_text("theirs")
 
-    with pytest.raises(SettingsError, match="merged: another process has written to it meanwhile") as caught:
+    with pytest.raises(SettingsError, match="merged: another process wrote to it in the meantime") as caught:
         run_merge(untied_base, untied_adapter, output, fill, verify=False)
     assert str(tmp_path / "merged.1") in str(caught.value.hint)
     assert list_folder(output) == ["theirs.txt"]

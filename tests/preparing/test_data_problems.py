@@ -57,7 +57,7 @@ def test_so_many_unused_columns_are_summed_up(tmp_path: Path) -> None:
     assert note == "1 record: unused columns c0, c1, c2, c3, c4 and 3 more"
 
 
-def test_what_is_left_out_and_rejected_is_counted_with_its_plural(tmp_path: Path) -> None:
+def test_left_out_and_rejected_records_are_counted_with_plurals(tmp_path: Path) -> None:
     notes = list_notes(
         tmp_path, make_pair(target="a"), make_pair(target="long enough to stay"), {"x": 1}, min_target_tokens=4
     )
@@ -71,10 +71,12 @@ def test_what_is_left_out_and_rejected_is_counted_with_its_plural(tmp_path: Path
     assert any(note.startswith("1 target truncated to model_max_length 16; ") for note in notes)
 
 
-def test_many_unknown_tokens_are_a_warning_with_vocabularies_that_have_them(tmp_path: Path) -> None:
+def test_many_unknown_tokens_cause_a_warning_with_better_vocabularies(tmp_path: Path) -> None:
     chinese, english = make_pair("你好吗朋友", "Yes"), make_pair("Is this a text?", "Yes")
     (note,) = [note for note in list_notes(tmp_path, chinese) if "unknown" in note]
-    assert re.fullmatch(r"\d+ of \d+ tokens \(\d+%\) are unknown to the vocabulary; mT5's .*--unknown", note)
+    assert re.fullmatch(
+        r"\d+ of \d+ tokens \(\d+%\) are unknown to the vocabulary; mT5's .*--unknown shows an example", note
+    )
     (tmp_path / "few").mkdir()
     assert not [note for note in list_notes(tmp_path / "few", *[english] * 200, chinese) if "unknown" in note]
 

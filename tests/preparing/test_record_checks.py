@@ -33,7 +33,7 @@ def make_settings(data: Path, **values: Any) -> PrepareSettings:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["prepare", "train"])
-def test_more_than_a_tenth_of_rejected_records_ends_before_anything_is_trained(tmp_path: Path, command: str) -> None:
+def test_too_many_rejected_records_end_the_command_before_training(tmp_path: Path, command: str) -> None:
     data = write(tmp_path / "data.jsonl", GOOD + BAD)
     output = tmp_path / "output"
     done = t5tune_in_fork(command, "--model-name-or-path", "pocket", "--data-path", data, "--output-dir", output)
@@ -60,7 +60,7 @@ def test_records_left_out_on_purpose_are_not_counted(tmp_path: Path, reason: str
     assert open_only(tmp_path / "cache").manifest["rejected_by_reason"] == {reason: 20}
 
 
-def test_the_rejected_records_are_no_data_and_are_removed_once_a_cache_is_written(tmp_path: Path) -> None:
+def test_rejected_records_are_not_data_and_a_cache_removes_them(tmp_path: Path) -> None:
     folder = tmp_path / "data"
     folder.mkdir()
     write(folder / "a.jsonl", GOOD + BAD)
@@ -74,7 +74,7 @@ def test_the_rejected_records_are_no_data_and_are_removed_once_a_cache_is_writte
     assert not (folder / "cache.rejected.jsonl").exists()
 
 
-def test_the_rejected_records_of_a_dataset_are_kept_next_to_the_mixture(tmp_path: Path) -> None:
+def test_a_datasets_rejected_records_are_kept_next_to_the_mixture(tmp_path: Path) -> None:
     paths = [str(write(tmp_path / "a.jsonl", GOOD)), str(write(tmp_path / "b.jsonl", GOOD + BAD))]
     settings = make_settings(tmp_path / "unused", data_path=[f"{path}:1" for path in paths])
     with pytest.raises(DataError, match=r"3 of 20 records rejected.*/cache\.rejected\.jsonl"):
@@ -84,7 +84,7 @@ def test_the_rejected_records_of_a_dataset_are_kept_next_to_the_mixture(tmp_path
     assert not (tmp_path / "cache.rejected.jsonl").exists()
 
 
-def test_a_file_of_the_users_with_the_name_of_the_rejected_records_stays(tmp_path: Path) -> None:
+def test_a_users_file_named_like_rejected_records_stays(tmp_path: Path) -> None:
     data = write(tmp_path / "data.jsonl", GOOD + BAD)
     mine, kept = tmp_path / "cache.rejected.jsonl", tmp_path / "cache.1.rejected.jsonl"
     with pytest.raises(DataError, match=mine.name):

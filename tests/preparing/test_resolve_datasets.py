@@ -38,7 +38,7 @@ def test_a_token_cache_is_read_as_it_was_made(cache: Path) -> None:
     assert (spec.source_prefix, spec.model_max_length, spec.num_data) == ("x: ", 2048, 2)
 
 
-def test_what_would_have_no_effect_on_a_token_cache_is_refused(cache: Path) -> None:
+def test_settings_without_effect_on_a_token_cache_are_refused(cache: Path) -> None:
     step = "leave it out, or give the data in place of the cache"
     conflict = f"source_prefix: 'y: ' here, 'x: ' in the cache {cache / 'a'}; {step}"
     with pytest.raises(SettingsError) as refused:
@@ -57,7 +57,7 @@ def test_what_would_have_no_effect_on_a_token_cache_is_refused(cache: Path) -> N
         resolve_datasets([DatasetSettings(path=[str(cache), "b.jsonl"])], {})
 
 
-def test_a_dataset_to_evaluate_on_is_read_like_the_one_of_its_name(cache: Path) -> None:
+def test_an_evaluation_dataset_is_read_like_its_namesake(cache: Path) -> None:
     command = {"source_prefix": "all: ", "model_max_length": 64}
     trained = resolve_datasets([dataset(source_column="q", num_data=3)], command)
     named, other = dataset("b.jsonl", target_column="t"), DatasetSettings(path="c.jsonl", name="c")
@@ -72,7 +72,7 @@ def test_a_dataset_to_evaluate_on_is_read_like_the_one_of_its_name(cache: Path) 
         resolve_datasets([dataset(objective="sft")], {"objective": "dpo"}, setting="eval_data")
 
 
-def test_a_model_is_evaluated_on_data_that_is_read_as_in_its_training() -> None:
+def test_evaluation_data_is_read_as_in_training() -> None:
     raw = {"objective": "span-corruption", "denoisers": ["ul2"]}
     datasets = [
         DatasetTraining(name=name, share=0.5, conversation_template={}, **made(**changes))

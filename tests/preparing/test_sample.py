@@ -112,21 +112,21 @@ def test_conversations_get_fastchats_template_without_a_note(untied_base: Path, 
     assert made == (load_template("fastchat-t5"), [])
 
 
-def test_a_given_template_and_that_of_the_base_are_used_for_pairs(untied_base: Path, tmp_path: Path) -> None:
+def test_pairs_use_a_given_or_the_bases_template(untied_base: Path, tmp_path: Path) -> None:
     pair = PAIRS["source/target"]
     for base, changes, expected in (
         (untied_base, {"conversation_template": "fastchat-t5"}, "fastchat-t5"),
         (Path("pocket"), {}, "turns"),
     ):
         (tmp_path / expected).mkdir()
-        note = "conversation template: the model's own; --conversation-template plain gives it the source alone"
+        note = "conversation template: the model's own; --conversation-template plain passes only the source"
         notes = [note] if base == Path("pocket") else []
         assert prepare_template(base, tmp_path / expected, [pair], **changes) == (load_template(expected), notes)
     (tmp_path / "conversations").mkdir()
     assert prepare_template(Path("pocket"), tmp_path / "conversations", [CHAT]) == (load_template("turns"), [])
 
 
-def test_a_cache_in_use_keeps_the_template_that_was_the_default_before(untied_base: Path, tmp_path: Path) -> None:
+def test_a_used_cache_keeps_the_earlier_default_template(untied_base: Path, tmp_path: Path) -> None:
     values = {"model_name_or_path": str(untied_base), "output_dir": tmp_path / "cache"}
     values["data_path"] = str(tmp_path / "data.jsonl")
     (tmp_path / "data.jsonl").write_text(json.dumps(PAIRS["source/target"]))
@@ -154,7 +154,7 @@ def test_mixed_data_gets_fastchats_template_in_any_order(
         ]
 
 
-def test_a_conversation_that_follows_many_pairs_is_refused_by_its_place(
+def test_a_conversation_after_many_pairs_is_refused_with_location(
     untied_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sample, "SAMPLE_BYTES", 1)

@@ -290,7 +290,7 @@ def test_a_deepspeed_config_that_says_the_same_may_replace_another(
 @pytest.mark.parametrize(
     ("key", "value", "reason"),
     [
-        ("absmax", torch.ones(3), "absmax isn't one value for each weight"),  # of an optimizer in 8 bits
+        ("absmax", torch.ones(3), "absmax doesn't have one value per weight"),  # of an optimizer in 8 bits
         ("RMS", 0.5, "RMS differs between ranks or parameter groups"),  # Adafactor's
     ],
 )
@@ -379,7 +379,7 @@ def test_a_run_resumes_with_its_data_after_its_cache_changed(
         train(settings, stop_at(Advanced("train", 2)))
     before = read_examples_manifest(cache)
 
-    with pytest.raises(DataError, match="no conversation to evaluate on"):
+    with pytest.raises(DataError, match="no conversations to evaluate on"):
         train(make_settings(untied_base, Path(other), run, eval_data_path=str(broken), **shared, fresh=True))
     assert read_examples_manifest(cache)["inputs"] != before["inputs"]
 

@@ -77,9 +77,7 @@ def test_chat_and_evaluate_use_the_newest_checkpoint_and_name_it(
     assert losses[0] == losses[1] != losses[2]
 
 
-def test_merge_merges_the_newest_checkpoint_into_the_base_that_it_names(
-    stopped: Path, untied_base: Path, tmp_path: Path
-) -> None:
+def test_merge_uses_the_newest_checkpoint_and_its_named_base(stopped: Path, untied_base: Path, tmp_path: Path) -> None:
     events: list[Event] = []
     merge(MergeSettings(adapter=stopped, output_dir=tmp_path / "a", verify=False), events.append)
     assert len(select_notes(events, f"{stopped / 'checkpoint-3'} is an adapter; its base is {untied_base}")) == 1
@@ -95,7 +93,7 @@ def test_merge_merges_the_newest_checkpoint_into_the_base_that_it_names(
 
 
 @pytest.mark.parametrize("train_mode", ["lora", "full"])
-def test_a_run_that_was_killed_while_its_result_was_copied_is_used_as_a_stopped_one(
+def test_a_run_killed_while_copying_its_result_counts_as_stopped(
     train_mode: Literal["lora", "full"], untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -125,9 +123,7 @@ def test_a_run_that_was_killed_while_its_result_was_copied_is_used_as_a_stopped_
     assert reply(run)[0] == finished
 
 
-def test_a_damaged_checkpoint_is_skipped_with_a_warning_and_without_a_complete_one_the_run_is_refused(
-    stopped: Path, tmp_path: Path
-) -> None:
+def test_damaged_checkpoints_are_skipped_or_refused_if_none_is_left(stopped: Path, tmp_path: Path) -> None:
     run = shutil.copytree(stopped, tmp_path / "run")
     (run / "checkpoint-3" / "adapter_model.safetensors").write_bytes(b"damaged")
     events: list[Event] = []
@@ -160,7 +156,7 @@ def test_a_damaged_checkpoint_doesnt_count_among_those_that_are_kept(
     assert train(settings).resumed_from == run / "checkpoint-4"
 
 
-def test_overwrite_replaces_an_earlier_output_in_a_run_but_never_a_checkpoint(stopped: Path, tmp_path: Path) -> None:
+def test_overwrite_replaces_earlier_output_but_never_a_checkpoint(stopped: Path, tmp_path: Path) -> None:
     run = shutil.copytree(stopped, tmp_path / "runs" / "one" / "run")
     (tmp_path / "runs" / "links").mkdir()
     (tmp_path / "runs" / "links" / "run").symlink_to(run)

@@ -32,7 +32,7 @@ def test_warmup_is_refused_with_a_schedule_that_has_none(schedule: str, tmp_path
     check(settings.replace(warmup_steps=0.05, lr_scheduler_type="constant_with_warmup"))
 
 
-def test_an_optimizer_that_is_not_adam_is_not_replaced_by_another(tmp_path: Path) -> None:
+def test_only_adam_of_a_deepspeed_config_is_replaced(tmp_path: Path) -> None:
     config = tmp_path / "own.json"
     config.write_text(json.dumps({"optimizer": {"type": "Adam"}}))
     settings = make_settings(tmp_path, use_cpu=True, deepspeed=str(config), optim="adafactor")
@@ -45,9 +45,7 @@ def test_an_optimizer_that_is_not_adam_is_not_replaced_by_another(tmp_path: Path
     ("scheduler", "own"),
     [("WarmupLR", "constant_with_warmup"), ("WarmupDecayLR", "linear"), ("WarmupCosineLR", "cosine")],
 )
-def test_a_schedule_of_a_deepspeed_config_that_is_not_the_one_of_the_settings_is_noted(
-    scheduler: str, own: str, tmp_path: Path
-) -> None:
+def test_a_deepspeed_schedule_that_settings_replace_is_noted(scheduler: str, own: str, tmp_path: Path) -> None:
     config = tmp_path / "own.json"
     config.write_text(json.dumps({"scheduler": {"type": scheduler}}))
     settings = make_settings(
@@ -62,7 +60,7 @@ def test_a_schedule_of_a_deepspeed_config_that_is_not_the_one_of_the_settings_is
     assert list_notes(make_run_plan(settings.replace(lr_scheduler_type=own))) == []
 
 
-def test_the_values_of_a_deepspeed_config_that_follow_from_several_settings_are_compared(tmp_path: Path) -> None:
+def test_deepspeed_values_that_follow_from_settings_are_compared(tmp_path: Path) -> None:
     config = tmp_path / "own.json"
     schedule = {"warmup_max_lr": 1e-3, "warmup_num_steps": 5, "total_num_steps": 100}
     optimizer = {"lr": 1e-3, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0}
@@ -79,9 +77,9 @@ def test_the_values_of_a_deepspeed_config_that_follow_from_several_settings_are_
         check(settings.replace(num_processes=4, warmup_steps=0.1))
     assert caught.value.problems == (
         f"per_device_train_batch_size: 8: {config} has train_batch_size 32, but the settings make it 64; set "
-        '"auto" there',
+        'it to "auto"',
         f"warmup_steps: 0.1: {config} has scheduler.params.warmup_num_steps 5, but the settings make it 10; set "
-        '"auto" there',
+        'it to "auto"',
     )
     config.write_text(json.dumps({"scheduler": {"params": {"warmup_num_steps": 0}}}))
     check(settings.replace(warmup_steps=0))
@@ -90,7 +88,7 @@ def test_the_values_of_a_deepspeed_config_that_follow_from_several_settings_are_
 
 
 @pytest.mark.parametrize("name", sorted({*packaged_templates.list_names("runs")} - {"pocket"}))
-def test_the_documented_deepspeed_config_of_transformers_suits_a_packaged_run_config(name: str, tmp_path: Path) -> None:
+def test_transformers_documented_deepspeed_config_suits_a_packaged_run_config(name: str, tmp_path: Path) -> None:
     config = tmp_path / "hf.json"
     optimizer = {"type": "AdamW", "params": dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto")}
     warmup = dict.fromkeys(("warmup_min_lr", "warmup_max_lr", "warmup_num_steps"), "auto")
@@ -106,7 +104,7 @@ def test_the_documented_deepspeed_config_of_transformers_suits_a_packaged_run_co
         check(settings)
 
 
-def test_arguments_of_the_trainer_that_would_break_a_run_or_have_no_effect_are_refused(tmp_path: Path) -> None:
+def test_unsupported_arguments_of_the_trainer_are_refused(tmp_path: Path) -> None:
     run = tmp_path / "run"
     settings = TrainSettings(model_name_or_path="pocket", data_path="pocket", output_dir=run, use_cpu=True)
     refused = {
@@ -121,9 +119,9 @@ def test_arguments_of_the_trainer_that_would_break_a_run_or_have_no_effect_are_r
         "logging_nan_inf_filter": "t5tune sets this itself; leave it out",
         "log_level": "t5tune sets this itself; leave it out",
         "neftune_noise_alpha": "NEFTune isn't supported; leave it out",
-        "data_seed": "seed determines the order of the examples; set that",
+        "data_seed": "set seed instead; it determines the order of the examples",
         "dataloader_persistent_workers": "each epoch starts new workers; leave it out",
-        "train_sampling_strategy": "group_by_length determines the order of the examples; set that",
+        "train_sampling_strategy": "set group_by_length instead; it determines the order of the examples",
         "length_column_name": "the lengths are in the token cache; leave it out",
         "bf16_full_eval": "evaluations compute as training does; set bf16",
         "dataloader_drop_last": "t5tune makes its own batches; leave it out",

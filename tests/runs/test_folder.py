@@ -52,10 +52,10 @@ def test_a_parent_that_another_run_removes_is_created_again(tmp_path: Path, monk
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({"split_seed": 2}, "data: other examples of it to train on, because of split_seed"),
+        ({"split_seed": 2}, "data: different training examples, because of split_seed"),
         (
             {"split_seed": 2, "num_data": 9},
-            "data: other examples of it to train on, because of num_data and split_seed",
+            "data: different training examples, because of num_data and split_seed",
         ),
         ({"lora_alpha": 4}, 'data: "sha256:1" before, "sha256:2" now'),
     ],
@@ -88,7 +88,7 @@ def test_other_epochs_may_not_move_the_beginnings_of_epochs(monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("is_adapter", [True, False])
-def test_a_length_is_allowed_only_by_its_name_and_nothing_else_is(
+def test_a_length_is_allowed_only_by_its_name(
     is_adapter: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     then = IDENTITY | {"max_steps": 3, "num_train_epochs": 1.0}
@@ -99,8 +99,8 @@ def test_a_length_is_allowed_only_by_its_name_and_nothing_else_is(
     longer = then | {"max_steps": 5}
     assert check_run_identity(tmp_path, longer, make_plan("max_steps")) == [line]
     for now, allowed, problems, allow in (
-        (longer, [], (line,), ["to resume all the same, add --allow-change max_steps"]),
-        (longer, ["num_train_epochs"], (line,), ["to resume all the same, add --allow-change max_steps"]),
+        (longer, [], (line,), ["to resume anyway, add --allow-change max_steps"]),
+        (longer, ["num_train_epochs"], (line,), ["to resume anyway, add --allow-change max_steps"]),
         (longer | {"lora_alpha": 4}, ["max_steps"], ("lora_alpha: 8 before, 4 now",), []),
     ):
         with pytest.raises(SettingsError) as caught:

@@ -46,7 +46,7 @@ def test_a_curve_has_the_steps_that_have_the_metric(run: Path) -> None:
     assert read_result(run).metrics() == metrics
 
 
-def test_the_documents_plot_draws_the_losses_of_training_and_of_evaluations(run: Path) -> None:
+def test_the_documented_plot_draws_training_and_evaluation_losses(run: Path) -> None:
     page = (REPOSITORY / "docs" / "python.md").read_text(encoding="utf-8")
     (plot,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "plt.plot" in block)
     read_lines = "[(line.get_label(), line.get_xydata().tolist()) for line in plt.gca().lines]"
@@ -58,7 +58,7 @@ def test_the_documents_plot_draws_the_losses_of_training_and_of_evaluations(run:
 
 
 @pytest.mark.parametrize("has_summary", [True, False], ids=["after the summary", "before the summary"])
-def test_a_run_that_is_killed_between_its_last_step_and_the_export_has_one_summary(
+def test_a_run_killed_before_its_export_logs_one_summary(
     has_summary: bool, untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
     settings = make_settings(untied_base, conversations, tmp_path / "run", max_steps=2)
@@ -77,9 +77,7 @@ def test_a_run_that_is_killed_between_its_last_step_and_the_export_has_one_summa
         assert [line for line in after if "resumed" not in line] == lines
 
 
-def test_steps_after_the_one_that_a_run_resumes_from_do_not_count(
-    untied_base: Path, conversations: Path, tmp_path: Path
-) -> None:
+def test_steps_after_the_resumed_step_do_not_count(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
     settings = make_settings(untied_base, conversations, tmp_path / "run", max_steps=5, save_steps=2, logging_steps=1)
     train(settings)
     shutil.rmtree(tmp_path / "run" / "checkpoint-5")

@@ -119,13 +119,13 @@ def _find_problem(entry: Any, data_size: int) -> str | None:
     if not isinstance(dtype, str) or dtype not in NUMPY_DTYPES:
         return f"dtype {shorten(str(dtype))} is unknown; expected one of {', '.join(NUMPY_DTYPES)}"
     if not _is_integers(shape):
-        return "shape isn't a list of integers from 0"
+        return "shape isn't a list of non-negative integers"
     if len(shape) > MAX_DIMENSIONS:
         return f"shape has {len(shape)} dimensions; at most {MAX_DIMENSIONS} are allowed"
     if max(shape, default=0) >= MAX_DIMENSION_SIZE:
         return f"shape has a dimension of {MAX_DIMENSION_SIZE} or more"
     if not _is_integers(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        return "data_offsets isn't a list of two ascending integers from 0"
+        return "data_offsets isn't a list of two ascending non-negative integers"
     if offsets[1] > data_size:
         return f"data_offsets ends at byte {offsets[1]}, but the file has {data_size} bytes of data"
     found, needed = offsets[1] - offsets[0], count_tensor_bytes(dtype, tuple(shape))

@@ -56,7 +56,7 @@ def unpickle(data: bytes, find_global: Callable[[str, str], Any], load_reference
     if len(data) > MAX_PICKLE_BYTES:
         raise ValueError(f"it has {len(data)} bytes, more than {MAX_PICKLE_BYTES}")
     with warnings.catch_warnings():
-        # pickletools decodes escape sequences in names, where Python warns of unknown ones; no allowed name has any
+        # pickletools decodes escape sequences in names; Python warns about unknown sequences, which no allowed name has
         warnings.simplefilter("ignore", DeprecationWarning)
         return _Machine(data, find_global, load_reference).run()
 

@@ -81,7 +81,7 @@ def _gather_moment(
             is_moment = isinstance(moment, Tensor) and moment.dtype in FLOAT_DTYPES and len(moment.shape) == 1
             # stages 1 and 2 save the fp32 weights without the padding at the end, which is less than 2 × ranks
             if not is_moment or not 0 <= moment.array.size - master.array.size < 2 * len(states):
-                raise CheckpointError(f"{shards.folder}: the optimizer's {key} isn't one value for each weight")
+                raise CheckpointError(f"{shards.folder}: the optimizer's {key} doesn't have one value per weight")
     return shards.gather(values)
 
 

@@ -65,7 +65,7 @@ def read_zero(folder: Path, with_frozen: bool = True) -> ZeroState:
     first, shapes, world_size = files.first, files.shapes, files.world_size
     is_universal = (folder / UNIVERSAL_FOLDER).is_dir()
     if (is_universal or files.shard_files) and not any(shapes):
-        raise CheckpointError(f"{files.first_path}: lists no trained parameter")
+        raise CheckpointError(f"{files.first_path}: lists no trained parameters")
     if is_universal:
         trained = _read_universal(folder, shapes)
         stage = 3 if files.first_path.name.startswith("zero_pp") else _read_configured_stage(first)

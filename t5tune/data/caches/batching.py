@@ -85,8 +85,8 @@ class TokenBudget:
     def make_batches(self, sources: Integers, targets: Integers, count: int, epoch: int) -> list[Integers]:
         """Make an epoch's micro-batches, with every example once.
 
-        Packed examples are shuffled. Padded ones are first sorted by source and target length within shuffled windows.
-        The micro-batches of a step cost about the same, and the steps are shuffled. With the same `tokens` and
+        Packed examples are shuffled. Padded examples are first sorted by source and target length within shuffled
+        windows. The micro-batches of a step cost about the same, and the steps are shuffled. With the same `tokens` and
         `step_size`, a step has the same examples on any number of ranks.
 
         Args:

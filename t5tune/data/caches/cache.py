@@ -147,7 +147,7 @@ class Cache(Sequence[Example]):
         return list(self.manifest["added_tokens"])
 
     def read_lengths(self) -> tuple[Integers, Integers]:
-        """Return (source lengths, target lengths) in tokens, special ones included, in the order of the cache.
+        """Return (source lengths, target lengths) in tokens, including special tokens, in the order of the cache.
 
         Targets of a preference pair count together.
         """
@@ -237,13 +237,13 @@ def find_held_out_keys(cache: Cache, held_out: float, split_seed: int) -> npt.ND
     """Choose the conversations to hold out: the smallest hashes of key and split_seed win.
 
     So few conversations change sides if data is added. If prepare split the cache, this chooses among all of its
-    conversations, as prepare did, so that the held-out ones don't depend on how many examples are trained on.
+    conversations, as prepare did, so the held-out conversations don't depend on the number of training examples.
     """
     unique = np.unique((cache.whole if cache.manifest["eval_fraction"] else cache).read_keys())
     count = max(1, round(held_out * len(unique)))
     if count >= len(unique):
         kind = "conversation" if cache.corruption is None else "text"
-        problem = f"eval_fraction: {held_out} of {format_count(len(unique), kind)} leaves no {kind} to train on"
+        problem = f"eval_fraction: {held_out} of {format_count(len(unique), kind)} leaves no {kind}s to train on"
         raise DataError(problem, hint=f"give more {kind}s, or a separate file as eval_data_path")
     order = mix_bits(unique ^ mix_bits(np.array(split_seed, np.uint64)))
     return unique[np.argsort(order)[:count]]

@@ -34,7 +34,7 @@ class ExampleView:
     Args:
         index: position in the cache; `conversation` and `turn` are its origin.
         source_ids, target_ids: special tokens included.
-        truncated: the truncated ones of "source", "target" and "rejected".
+        truncated: which of "source", "target" and "rejected" are truncated.
         source_cut: tokens that were removed from the source, after its first `source_head` tokens.
         target_cut, rejected_cut: tokens that were removed from the end.
         rejected_ids, rejected_text: the rejected answer of a preference pair; None: not a pair.

@@ -61,7 +61,7 @@ class Examples(Sequence[Example]):
     """The examples of one or more token caches, read from disk on access.
 
     Args:
-        folder: has mixture.json.
+        folder: contains mixture.json.
         are_several: whether there are two or more datasets, so that texts and metrics name them; None: count them.
             Held-out examples may be of a single dataset among several.
     """
@@ -120,7 +120,7 @@ class Examples(Sequence[Example]):
         return [range(end - size, end) for end, size in zip(self._ends, self._sizes, strict=True)]
 
     def draw_epoch(self, seed: int, epoch: int) -> tuple[Integers, Integers]:
-        """Draw the examples of an epoch: (indices by dataset, how often each was sampled before)."""
+        """Draw the examples of an epoch: (indices by dataset, how many times each was sampled before)."""
         starts, ends = self._counts.sum_epochs(epoch), self._counts.sum_epochs(epoch + 1)
         return draw_epoch(self._sizes, starts, ends, seed)
 
@@ -130,7 +130,7 @@ class Examples(Sequence[Example]):
         return self.rates == self._sizes
 
     def read_lengths(self) -> tuple[Integers, Integers]:
-        """Return (source lengths, target lengths) in tokens, special ones included, of all examples."""
+        """Return (source lengths, target lengths) in tokens, including special tokens, of all examples."""
         sources, targets = zip(*(dataset.cache.read_lengths() for dataset in self.datasets), strict=True)
         return np.concatenate(sources), np.concatenate(targets)
 
@@ -170,7 +170,7 @@ class Examples(Sequence[Example]):
 
     @cached_property
     def manifest(self) -> dict[str, Any]:
-        """The contents of mixture.json; its counts are of whole caches, also if this has only a part of them."""
+        """The contents of mixture.json; its counts are for whole caches, even if this is a part of them."""
         manifests = {dataset.name: dataset.cache.manifest for dataset in self.datasets}
         held_out = self.find_prepared_keys()
         counts = {dataset.name: dataset.count(held_out) for dataset in self.datasets}
@@ -208,7 +208,7 @@ class Examples(Sequence[Example]):
         return cache.name if cache.parent == self.folder else str(cache.resolve())
 
     def identify(self) -> dict[str, Any]:
-        """Return hashes of each dataset, several by name: equal for the same examples in the same order."""
+        """Return each dataset's hashes, with its name if there are several: equal for the same examples in order."""
         datasets = [[each.name if self.are_several else None, each.cache.identify()] for each in self.datasets]
         return {"datasets": datasets}
 

@@ -35,7 +35,7 @@ class Mixing:
     cap: OptionalCount = None
 
     def compute_shares(self, sizes: Sequence[int], weights: Sequence[float]) -> list[Fraction]:
-        """Compute each dataset's share of an epoch; they add up to 1. `weights` are only for the kind `weights`."""
+        """Compute each dataset's share of an epoch; they add up to 1. Only the kind `weights` uses `weights`."""
         if self.kind == "weights":
             relative = [Fraction(weight) for weight in weights]
         elif self.kind == "proportional":
@@ -73,8 +73,8 @@ def compute_rates(sizes: Sequence[int], shares: Sequence[Fraction]) -> list[Frac
 class EpochCounts:
     """How many examples of each dataset epochs have: whole numbers that follow the rates.
 
-    After any number of epochs, a dataset was sampled fewer than one example more or less than its rate times the
-    number of epochs. Each epoch has the whole part of each rate. The remaining examples go, one by one, to the dataset
+    After any number of epochs, the number of a dataset's samples differs from its rate times the number of epochs by
+    less than one. Each epoch has the whole part of each rate. The remaining examples go, one by one, to the dataset
     whose next example is due first, if part of it is due already (the quota method, Balinski and Young 1975).
 
         counts = EpochCounts([Fraction("2.5"), Fraction("0.5")])
@@ -116,7 +116,7 @@ def draw_epoch(
         starts, ends: how many examples of each dataset were sampled before the epoch, and until its end.
 
     Returns:
-        Indices by dataset, and how often each example was sampled before, in this epoch and all earlier ones.
+        Indices by dataset, and how many times each example was sampled before, in this epoch and all earlier ones.
     """
     indices, repeats = [], []
     offset = 0

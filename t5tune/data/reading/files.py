@@ -88,7 +88,9 @@ def _resolve_path(name: str, report: Report, setting: str, is_text: bool) -> lis
     else:
         problem = f"{setting}: {path}: no such file or folder"
         if is_stored(path):
-            raise DataError(problem, hint="create the settings again: records in memory end with their process")
+            raise DataError(
+                problem, hint="create the settings again: records in memory are lost when their process ends"
+            )
         raise DataError(problem, hint=_explain_variables(name, setting) or "check the path's spelling")
     files = _select_data_files(path, found, report, setting, is_text)
     if not files:
@@ -109,7 +111,7 @@ def _check_suffix(path: Path, setting: str, is_text: bool) -> None:
     suffix = "".join(path.suffixes[-2:]) or "no suffix"
     if find_data_suffix(path, is_text=True) is not None:
         raise DataError(f"{setting}: {path}: {suffix}: raw text", hint=TEXT_HINT)
-    expected = f"expected one of {KNOWN_SUFFIXES}, with .gz or .zst (not .parquet)"
+    expected = f"expected one of {KNOWN_SUFFIXES}, optionally with .gz or .zst (except .parquet)"
     raise DataError(f"{setting}: {path}: {suffix}: {expected}", hint=_suggest_export([path]))
 
 

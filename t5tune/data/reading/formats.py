@@ -191,7 +191,7 @@ def _parse_raw_text(value: dict[str, Any], location: RecordLocation, reading: Re
         column = "text"  # of the whole file
     if column not in value:
         key = _suggest_key(column, value.keys())
-        problem = f"no key {column} for raw text; its keys are {_list_keys(value)}"
+        problem = f"no key {column} for raw text; the record's keys are {_list_keys(value)}"
         advice = key or "; name the text's key with --source-column"
         raise RejectionError("unknown_format", problem + advice, suggests_key=bool(key))
     text = normalize_text(parse_text(column, value[column]), repairs)
@@ -204,7 +204,7 @@ def _parse_raw_text(value: dict[str, Any], location: RecordLocation, reading: Re
 
 
 def _is_pair(format_name: str, value: dict[str, Any], reading: ReadingSettings) -> bool:
-    # TRL's standard format, which gets no chat template
+    # as in TRL's standard format: texts, which get no chat template
     if format_name in ("columns", "source-target"):
         return not has_turns(value[reading.source_column or "source"])
     turns = (value.get(key) for key in ("conversations", "messages", "prompt", "completion", "chosen", "history"))
@@ -270,7 +270,7 @@ def _detect_format(value: dict[str, Any], reading: ReadingSettings) -> tuple[str
     if unwrapping := suggest_unwrapping(value):
         raise RejectionError("unknown_format", f"its keys are {found}{unwrapping}")
     if set(value) - COMMON_KEYS == {"text"}:
-        raise RejectionError("unknown_format", f"its keys are {found}: raw text, for --objective span-corruption")
+        raise RejectionError("unknown_format", f"its keys are {found}; for raw text, use --objective span-corruption")
     texts = [shlex.quote(key) for key, item in value.items() if isinstance(item, str) and key not in COMMON_KEYS]
     wanted = [" + ".join(sorted(alternatives[0])) for alternatives, _ in formats.values()]
     advice = f"expected {', or '.join(wanted)}"

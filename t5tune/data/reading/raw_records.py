@@ -59,7 +59,7 @@ class RawRecord:
 
 
 def make_too_long_record(location: RecordLocation, beginning: bytes, size: int, max_bytes: int) -> RawRecord:
-    """Make a rejected record for one that is longer than max_record_bytes, from its first MAX_KEPT_BYTES bytes."""
+    """Make a rejected record from the first MAX_KEPT_BYTES bytes of a record longer than max_record_bytes."""
     text = decode_record(beginning[:MAX_KEPT_BYTES])[:MAX_KEPT_CHARACTERS]
     problem = f"{size:,} bytes, more than max_record_bytes {max_bytes:,}"
     rejection = Rejection("too_long", problem + suggest_unwrapping_text(text))
@@ -91,7 +91,7 @@ def parse_record(record: RawRecord, reading: ReadingSettings) -> Conversation | 
         # in a table, a lone surrogate represents an invalid byte
         if reason == "lone_surrogate" and not isinstance(data, bytes):
             where = re.sub(r"U\+DC([89A-F][0-9A-F])", r"the byte 0x\1", str(error))
-            what = f"bytes that are not text in the file's encoding ({where})"
+            what = f"bytes that aren't valid in the file's encoding ({where})"
             if is_escaped_utf8("".join(map(str, data.values() if isinstance(data, dict) else data))):
                 what = ESCAPED_UTF8_TEXT
             return Rejection("invalid_utf8", f"{what}; {UTF8_HINT}")

@@ -166,7 +166,7 @@ def parse_text(where: str, content: Any) -> str:
     if _has_parts(content):
         other = next((part.get("type") for part in content if part.get("type") != "text"), None)
         if other is not None:
-            raise RejectionError("not_text", f"{where}: a content part of type {other!r}")
+            raise RejectionError("not_text", f"{where}: unsupported content part of type {other!r}")
         texts = [part["text"] if part.get("text") is not None else part.get("value") for part in content]
         content = "\n".join(parse_text(where, text) for text in texts)
     if not isinstance(content, str):

@@ -20,7 +20,7 @@ LEFT_OUT_REASONS = {LABELED_BAD, "zero_weight", "duplicate"}
 """Reasons that leave out a record on purpose, not because it is broken; max_rejected_fraction doesn't count these."""
 REJECTION_REASONS = {
     "not_json": "the line is not valid JSON",
-    "invalid_utf8": "bytes that are not text in the file's encoding",
+    "invalid_utf8": "bytes that aren't valid in the file's encoding",
     "too_long": "more bytes than max_record_bytes",
     "too_deep": "more than 200 nested objects or lists",
     "duplicate_key": "an object with a duplicate key",
@@ -87,7 +87,7 @@ def parse_json(data: bytes) -> Any:
         text = data.decode()
     except UnicodeDecodeError:
         raise RejectionError("invalid_utf8", f"{_describe_invalid(decode_record(data))}; {UTF8_HINT}") from None
-    # nearly all records have few brackets, and need no look at the depth
+    # nearly all records have few brackets, so their depth needn't be checked
     has_many_brackets = data.count(b"[") + data.count(b"{") > MAX_JSON_DEPTH
     if has_many_brackets and any(depth > MAX_JSON_DEPTH for depth in iterate_depths(data)):
         raise RejectionError("too_deep", f"more than {MAX_JSON_DEPTH} nested objects or lists")
@@ -107,7 +107,7 @@ def _describe_invalid(text: str) -> str:
     found = _SURROGATE.search(text)
     assert found is not None
     what = f"the byte 0x{ord(found[0]) - 0xDC00:02X}" if found[0] >= "\udc80" else f"U+{ord(found[0]):04X}"
-    return f"{what} at character {found.start()} of the record is not text in the file's encoding"
+    return f"{what} at character {found.start()} of the record isn't valid in the file's encoding"
 
 
 def check_characters(value: Any, where: str = "the record") -> None:

@@ -98,7 +98,7 @@ def fetch_remote(
             return [copied]
         raise _explain(asked, error) from error
     if not files:
-        raise DataError(f"{asked}: no data file there", hint="name a JSON, JSONL, CSV or Parquet file")
+        raise DataError(f"{asked}: contains no data files", hint="name a JSON, JSONL, CSV or Parquet file")
     names = [name for name in files if find_data_suffix(_get_name(name), is_text) is not None]
     if not names:
         raise DataError(f"{asked}: {join_first(sorted(files))}: no JSON, JSONL, CSV or Parquet file")
@@ -209,9 +209,9 @@ def _explain(asked: str, error: Exception) -> DataError:
     if status == 404 or isinstance(cause, FileNotFoundError):
         return DataError(f"{asked}: no such file", hint="check the spelling, and that you may read it")
     if isinstance(cause, PermissionError):
-        return DataError(f"{asked}: access is refused", hint="check the credentials in your environment")
+        return DataError(f"{asked}: access denied", hint="check the credentials in your environment")
     if status in (401, 403):
-        problem = f"{asked}: the server refuses access (status {status})"
+        problem = f"{asked}: the server denied access (status {status})"
         return DataError(problem, hint="check the URL's signature or password, which may have expired")
     hint = "check the network connection, and try again" if status is None else "try again later"
     return DataError(f"{asked}: can't be read: {_describe(cause)}", hint=hint)

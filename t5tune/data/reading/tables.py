@@ -148,14 +148,14 @@ def _detect_delimiter(path: Path, sample: list[str]) -> str:
         return "\t"
     if len(best) > 1:
         names = " and ".join(DELIMITERS[delimiter] for delimiter in best)
-        problem = f"{path}: not clear where the cells end: {names} divide its rows equally well"
+        problem = f"{path}: unclear delimiter: {names} divide its rows equally well"
         choices = " or ".join(f"sep={delimiter}" for delimiter in best)
         raise DataError(problem, hint=f"name the right one in a line above the header: {choices}")
     return best[0]
 
 
 def _divide_lines(lines: list[str], delimiter: str) -> tuple[list[list[str]], int]:
-    """Divide lines into rows of cells. Return those that aren't blank, up to a broken one, and 1 if one is broken."""
+    """Divide lines into rows of cells. Return the nonblank rows up to a broken row, and 1 if a row is broken."""
     rows: list[list[str]] = []
     num_broken = 0
     try:

@@ -22,7 +22,7 @@ from t5tune.errors import DataError
 
 UTF8 = "utf-8"
 DEFAULT_CODE_PAGE = "cp1252"
-# what programs write by default somewhere; other answers of the detector need the user's word
+# encodings that programs write by default somewhere; the user must confirm any other detected encoding
 COMMON_ENCODINGS = (
     DEFAULT_CODE_PAGE, "cp1250", "cp1251", "cp1253", "cp1254", "cp1255", "cp1256", "cp1257", "cp1258", "cp874",
     "koi8-r", "koi8-u", "cp932", "shift_jis_2004", "euc_jp", "gb18030", "cp950", "big5", "big5hkscs", "cp949", "euc_kr",

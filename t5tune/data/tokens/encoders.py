@@ -104,7 +104,7 @@ class ByteEncoder:
 
 
 class WholeTextEncoder:
-    """Encodes each text with a call of the tokenizer, for tokenizers that may not encode words separately."""
+    """Encodes each text with a separate call to the tokenizer, for tokenizers that may not encode words separately."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.special_ids = tokenizer.special_ids
@@ -125,7 +125,7 @@ class WordEncoder(WholeTextEncoder):
     """Encodes texts for T5's tokenizers, which split a text at spaces and at added tokens and encode each word alone.
 
     The ids of words are cached, and only new words go to the tokenizer. Text with characters that could join across a
-    space (combining marks, joiners, …) goes there whole. So the ids are the tokenizer's, which
+    space (combining marks, joiners, …) is encoded as a whole. So the ids are the tokenizer's, which
     tests/data/tokens/test_tokenizer.py and tests/commands/test_prepare.py check with unusual Unicode text.
     """
 
@@ -305,7 +305,7 @@ def _make_space_check(tokenizer: Tokenizer, encode: Callable[[list[Text]], list[
     """Make the function `adds_token` of an encoder: it asks the tokenizer, except about plain characters."""
     if not (is_prepend_scheme_first(tokenizer) and " " in list_joined_spaces(tokenizer)):
         return lambda text: False
-    # a second space is one of the text, which keeps it
+    # a second space belongs to the text and isn't joined to the first
     plain = re.compile(f" (?: |(?!{_match_any(_list_added_tokens(tokenizer))})[{_PLAIN_CHARACTERS}])")
 
     @functools.lru_cache(4096)

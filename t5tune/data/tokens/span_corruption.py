@@ -60,7 +60,7 @@ class SpanCorruption:
     def corrupt(self, ids: Any, masked: int, spans: int, index: int, repeat: int) -> tuple[Integers, Integers]:
         """Return the source and the target of a window, without the special tokens around them.
 
-        `masked` and `spans` are the result of `count_masked`. `repeat` is how often the example was sampled before.
+        `masked` and `spans` are the result of `count_masked`. `repeat`: how many times the example was sampled before.
         """
         ids = np.asarray(ids, np.int64)
         rng = np.random.default_rng([self.seed, index, repeat])

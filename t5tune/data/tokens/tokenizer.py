@@ -150,7 +150,7 @@ class Tokenizer:
     def count_settled(self, ids: Sequence[int]) -> int:
         """Count the ids before the byte tokens at the end, whose text depends on the next token.
 
-        The decoder joins the byte tokens of a row, even if it contains a token without text.
+        The decoder joins consecutive byte tokens, even across a token without text.
         """
         count = len(ids)
         while self.backend is not None and count and self._continues_bytes(int(ids[count - 1])):
@@ -260,7 +260,7 @@ def find_other_token(tokenizer: Tokenizer, other: Tokenizer) -> tuple[str, int] 
 def decode_prediction(tokenizer: Tokenizer, ids: Iterable[int], answer_suffix: str, is_raw_text: bool = False) -> str:
     """Decode a model's output, without special tokens and without the template's answer suffix.
 
-    If spans of raw text were masked, the sentinels, which name the spans, stay.
+    If spans of raw text were masked, the sentinels, which name the spans, are kept.
     """
     if is_raw_text:
         return decode_with_sentinels(tokenizer, ids).removesuffix(answer_suffix)
@@ -352,7 +352,7 @@ def _load_sentencepiece(file: Path, config: dict[str, Any], names: dict[str, str
         raise DependencyError(problem, hint="pip install --upgrade protobuf sentencepiece") from error
     model = sentencepiece_model_pb2.ModelProto.FromString(file.read_bytes())
     if model.trainer_spec.model_type != UNIGRAM:
-        raise ValueError("not a Unigram model, as T5's are; save the tokenizer as tokenizer.json with AutoTokenizer")
+        raise ValueError("not a Unigram model like T5's; save the tokenizer as tokenizer.json with AutoTokenizer")
     pieces = [(piece.piece, piece.score) for piece in model.pieces]
     sentinels = [f"<extra_id_{number}>" for number in range(int(config.get("extra_ids", 100)))]
     pieces += [(token, 0.0) for token in reversed(sentinels)]
@@ -374,7 +374,7 @@ def _load_sentencepiece(file: Path, config: dict[str, Any], names: dict[str, str
 
 
 def _load_byte_level_bpe(file: Path, config: dict[str, Any], names: dict[str, str]) -> Any:
-    """Build RoBERTa's tokenizer, which CodeT5 has, as transformers does: `<s>` before a text, `</s>` after it."""
+    """Build RoBERTa's tokenizer, which CodeT5 uses, as transformers does: `<s>` before a text, `</s>` after it."""
     adds_space = bool(config.get("add_prefix_space", False))
     backend = Backend(models.BPE.from_file(*(str(file.with_name(name)) for name in BPE_FILES)))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=adds_space)

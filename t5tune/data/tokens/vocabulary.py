@@ -83,7 +83,7 @@ def extend_tokenizer(
 
 
 def _add_missing_characters(tokenizer: Tokenizer, num_unused: int, sample: Iterable[Conversation]) -> ExtendedTokenizer:
-    """Add tokens for MISSING_CHARACTERS and the sample's characters; if rows are short, for the most targets."""
+    """Add tokens for MISSING_CHARACTERS and for the characters in the most targets, as far as rows suffice."""
     # characters that it can't write even if it keeps whitespace; with byte fallback, this may be empty
     rebuilt = _rebuild_with_tokens(tokenizer, [])
     round_trip = make_round_trip(rebuilt)

@@ -191,7 +191,7 @@ def attend(
         return attended_BHQD.transpose(1, 2)
     scores = torch.tanh(query_BHQD @ key_BGKD.mT * (scale / cap)) * cap
     if mask is not None:
-        # not -inf, which would make NaN of a row that is masked as a whole
+        # not -inf, which would turn a fully masked row into NaN
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     weights = functional.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
     weights = functional.dropout(weights.to(value_BGKD.dtype), dropout)
@@ -201,7 +201,7 @@ def attend(
 def register_soft_capped_attention() -> None:
     """Make transformers compute `attend` in models with attn_implementation SOFT_CAPPED_ATTENTION.
 
-    transformers' eager attention makes NaN of a row that is masked as a whole, in fp64, and its sdpa has no soft cap.
+    transformers' eager attention turns a fully masked row into NaN in fp64, and its sdpa has no soft cap.
     """
     register_attention(SOFT_CAPPED_ATTENTION, _attend_in_transformers)
 

@@ -1,4 +1,4 @@
-"""Attention for packed rows in one kernel per layer, by torch's FlexAttention, for GPUs.
+"""Attention for packed rows in one kernel per layer, with torch's FlexAttention, for GPUs.
 
     packing = Segments(sources, targets, rows=divide_rows(sources, targets))
     blocks = packing.rows.blocks["encoder"]
@@ -184,7 +184,7 @@ def attend(
     seeds_H = draw_seeds(query_BHQD) if dropout else None
     max_distance = 0 if table_HR is None else table_HR.shape[1] // 2
     kernel = _get_kernel(is_causal, max_distance, count_kept_hashes(dropout), blocks.num_stages)
-    # Autocast is among torch.compile's guards: with it, training would compile the kernel again that was compiled for
+    # Autocast is among torch.compile's guards: with it, training would recompile the kernel that was compiled for
     # the comparison with the loop. The states have its dtype already. The three kinds of attention, with and without
     # dropout and gradients, are more variants than torch.compile's default limit of 8.
     no_autocast = torch.autocast(query_BHQD.device.type, enabled=False)

@@ -98,7 +98,7 @@ def find_unmet_requirement(
     if off := [name for name in ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE") if os.environ.get(name) == "1"]:
         return f"{off[0]} in the environment turns torch.compile off"
     if shape.head_width < MIN_HEAD_WIDTH:
-        return f"the kernel needs heads at least {MIN_HEAD_WIDTH} wide, and this model's are {shape.head_width}"
+        return f"the kernel needs heads that are at least {MIN_HEAD_WIDTH} wide; this model's are {shape.head_width}"
     missing = find_missing_compiler(on_gpu=True)
     return None if missing is None else f"{missing.what}; {missing.fix}"
 

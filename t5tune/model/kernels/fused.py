@@ -106,7 +106,7 @@ def _forward_norm(module: Any, _original_forward: Callable[..., Any], hidden: Te
 def _forward_scaled_embedding(module: Any, _original_forward: Callable[..., Any], ids: Tensor) -> Tensor:
     """Forward of T5Gemma 2's embedding, which doesn't scale the vector of the token for the end of an image.
 
-    transformers writes this vector to a selection by a mask, and the CPU waits for the GPU.
+    transformers selects this token's positions with a mask, which makes the CPU wait for the GPU.
     """
     embedded = functional.embedding(ids, module.weight, module.padding_idx) * module.embed_scale.to(module.weight.dtype)
     is_end = (ids == module.eoi_token_index).unsqueeze(-1)

@@ -59,7 +59,7 @@ def find_kernel_problem(device: torch.device) -> str | None:
         return f"{type(error).__name__}: {shorten(join_lines(error), 200)}"
     if all(each < MAX_DIFFERENCE for each in differences):  # NaN isn't less than any number
         return None
-    return f"its values differ by {max(differences):.1%}"
+    return f"the kernel's values differ by {max(differences):.1%}"
 
 
 def _compare_with_torch(device: torch.device) -> list[float]:

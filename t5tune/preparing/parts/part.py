@@ -25,7 +25,7 @@ from t5tune.preparing.pipeline import EncodedRecord
 PART_FORMAT = 3
 RECORD_DTYPE = np.dtype([
     ("key", "<u8", (2,)),  # hash of the texts, and of the learned turns
-    ("conversations", "<u4"), ("examples", "<u4"), ("unknown", "<u4"),  # how many of each it has
+    ("conversations", "<u4"), ("examples", "<u4"), ("unknown", "<u4"),  # the record's numbers of these
     ("rejected", "<u4"),  # lines of the part's rejected.jsonl before it
     ("line", "<u8"), ("file", "<u4"),  # its place: line, and number of the file
     ("is_pair", "?"), ("has_prefix", "?"),

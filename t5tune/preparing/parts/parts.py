@@ -2,7 +2,7 @@
 
 Each part is a folder in `cache.parts`, next to the cache, with an ordinary token cache for each dataset; it is renamed
 into place when it is complete. The process that finds all parts complete joins them and renames the result into place.
-Two that join at once write the same bytes.
+Two processes that join at the same time write the same bytes.
 """
 
 import os
@@ -91,7 +91,7 @@ class Parts:
                 choices = [f"to prepare one of those {shard.count} parts, name it: --shard I/{shard.count}"]
             raise SettingsError(
                 *lines.values(),
-                heading=f"{part}: was made from other inputs than this part:",
+                heading=f"{part}: was made from different inputs:",
                 choices=[*choices, f"to start over, delete {self.folder}"],
             )
 
@@ -117,7 +117,7 @@ class Parts:
         return write_cache(staged, source, lambda staged: join_tables(caches, lost, staged, source, report))
 
     def remove(self) -> None:
-        """Delete the parts that were made from these inputs, once they are joined, and what killed processes left."""
+        """Delete the parts that were made from these inputs, once joined, and the leftovers of killed processes."""
         for part in self.list_complete().values():
             with suppress(DataError, FileNotFoundError):  # another process deletes it, too
                 if read_part_manifest(part)["inputs"] == self._inputs:
@@ -134,14 +134,14 @@ class Parts:
 
 
 def _list_entries(folder: Path) -> list[Path]:
-    """List a folder; nothing if it doesn't exist, or another process deletes it at this moment."""
+    """List a folder; empty if it doesn't exist, or another process deletes it at this moment."""
     with suppress(FileNotFoundError, NotADirectoryError):
         return list(folder.iterdir())
     return []
 
 
 def _is_own(path: Path) -> bool:
-    """Whether an entry of the folder is a part, also an unfinished one or one that is being deleted."""
+    """Whether an entry of the folder is a part, including a part that is unfinished or being deleted."""
     if _PART_NAME.fullmatch(path.name):
         return is_part(path) or not path.exists()
     return _TEMPORARY_NAME.fullmatch(path.name) is not None

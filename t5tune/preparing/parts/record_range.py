@@ -1,6 +1,6 @@
 """The records of one part of the data: those that begin in its share of the bytes.
 
-A file of JSON lines in UTF-8 is divided between two lines, and each part reads only its lines. Of any other file, each
+A file of JSON lines in UTF-8 is divided between two lines, and each part reads only its lines. In any other file, each
 part reads all records up to the end of its range; a compressed file belongs to the part where the file begins.
 """
 

@@ -1,4 +1,4 @@
-"""Which part of the data this process prepares with `--shard auto`, and on how many cores, from what started it."""
+"""Find from the launcher's variables which part `--shard auto` prepares in this process, and on how many cores."""
 
 import os
 import re

@@ -39,7 +39,7 @@ class MergeSettings(ReplaceableOutputSettings, HubSettings, BaseModelSettings):
     to: Literal["checkpoint", "ctranslate2"] = Field(
         default="checkpoint",
         description="Output format: a Hugging Face checkpoint, or a CTranslate2 model, whose replies to a few prompts "
-        "are compared; they must match if it isn't quantized.",
+        "are compared; without quantization, they must match.",
     )
     quantization: Annotated[Quantization | None, NoneIfUnset] = Field(
         default=None,
@@ -51,7 +51,7 @@ class MergeSettings(ReplaceableOutputSettings, HubSettings, BaseModelSettings):
     max_shard_size: Annotated[ByteSize | None, NoneIfUnset] = Field(
         default=None,
         gt=0,
-        description="Maximum size of each weight file (bytes, or with a unit: 5GB, 500MB); default: the base's shards.",
+        description="Maximum size of each weight file (bytes, or with a unit: 5GB, 500MB); default: as in the base.",
         json_schema_extra={"metavar": "SIZE"},
     )
     onto: Annotated[Literal["base", "nf4", "fp4", "int8"] | None, NoneIfUnset] = Field(
@@ -61,9 +61,9 @@ class MergeSettings(ReplaceableOutputSettings, HubSettings, BaseModelSettings):
     )
     check: Literal["fingerprint", "full"] = Field(
         default="fingerprint",
-        description="How to verify the base that was used in training: sample 4 KiB per tensor, or hash everything.",
+        description="How to check that this is the base of training: sample 4 KiB per tensor, or hash everything.",
     )
-    allow_other_base: bool = Field(default=False, description="Merge even into a different base than in training.")
+    allow_other_base: bool = Field(default=False, description="Merge even if this isn't the base of training.")
     verify: Annotated[bool | None, NoneIfUnset] = Field(
         default=None,
         description="Compare the logits of base + adapter and of the merged checkpoint; default: if memory allows.",

@@ -52,7 +52,7 @@ class ServeSettings(ConversationSettings, DeviceSettings, TrainedQuantizationSet
     host: str = Field(
         default="127.0.0.1",
         min_length=1,
-        description="Address to listen on; other machines can reach 0.0.0.0, which is all addresses.",
+        description="Address to listen on; 0.0.0.0 means all addresses, so other machines can connect.",
     )
     port: int = Field(default=8000, ge=0, le=MAX_PORT, description="Port to listen on; 0 takes any free port.")
     api_key: OptionalText = Field(
@@ -67,7 +67,7 @@ class ServeSettings(ConversationSettings, DeviceSettings, TrainedQuantizationSet
     )
     engine: Literal["auto", "ctranslate2", "transformers"] = Field(
         default="auto",
-        description="Inference engine; auto takes CTranslate2 if it is installed and can run the model.",
+        description="Inference engine; auto uses CTranslate2 if it is installed and can run the model.",
     )
     quantization: Annotated[Quantization | None, NoneIfUnset] = Field(
         default=None,
@@ -81,12 +81,10 @@ class ServeSettings(ConversationSettings, DeviceSettings, TrainedQuantizationSet
     max_new_tokens: int = Field(
         default=512,
         gt=0,
-        description="Maximum length of a reply if the request sets none (tokens).",
+        description="Default maximum length of a reply (tokens); a request may set its own.",
     )
-    temperature: float = Field(
-        default=0.0, ge=0, description="Sampling temperature if the request sets none; 0 decodes greedily."
-    )
-    top_p: float = Field(default=1.0, gt=0, le=1, description="Nucleus sampling (top-p) if the request sets none.")
+    temperature: float = Field(default=0.0, ge=0, description="Default sampling temperature; 0 decodes greedily.")
+    top_p: float = Field(default=1.0, gt=0, le=1, description="Default for nucleus sampling (top-p).")
     source_prefix: str | None = Field(
         default=None, description="Text to prepend to each message that lacks it; default: the prefix used in training."
     )
@@ -96,7 +94,7 @@ class ServeSettings(ConversationSettings, DeviceSettings, TrainedQuantizationSet
         description="Maximum size of a batch: its replies times its longest prompt and max_tokens (tokens).",
     )
     max_batch_delay: float = Field(
-        default=5.0, ge=0, description="How long a request waits for more requests in its batch (milliseconds)."
+        default=5.0, ge=0, description="How long a request waits for its batch to fill up (milliseconds)."
     )
     parallel_batches: OptionalCount = Field(
         default=None,
@@ -130,7 +128,7 @@ class ServeSettings(ConversationSettings, DeviceSettings, TrainedQuantizationSet
     @classmethod
     def _check_key(cls, value: str | None) -> str | None:
         if value is not None and not re.fullmatch(r"[!-~]+", value):  # a header's value
-            raise ValueError("expected letters, digits and signs of ASCII, without spaces")
+            raise ValueError("expected ASCII letters, digits and punctuation, without spaces")
         return value
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""The settings of commands that have few."""
+"""The settings of commands with few settings."""
 
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -27,10 +27,10 @@ class InspectSettings(Settings):
     )
     html: OptionalPath = Field(
         default=None,
-        description="HTML file to write length histograms and examples to (default: 50 from all parts of the cache).",
+        description="HTML file to write length histograms and examples to (default: 50 spread over the cache).",
     )
     per_device_train_batch_size: int = Field(
-        default=8, gt=0, description="Batch size for the share of padding (examples)."
+        default=8, gt=0, description="Batch size for computing the share of padding (examples)."
     )
 
 

@@ -51,7 +51,7 @@ class BaseModelSettings(Settings):
         default=None, description="Folder for Hugging Face Hub downloads; default: the Hub's cache."
     )
     family: Annotated[FamilyName | None, NoneIfUnset, Affects.WEIGHTS] = Field(
-        default=None, description="Model type of a base whose model_type t5tune doesn't know (docs/families.md)."
+        default=None, description="Model family of a base whose model_type t5tune doesn't know (docs/families.md)."
     )
 
     @model_validator(mode="before")
@@ -185,7 +185,7 @@ class MetricSettings(Settings):
                 raise ValueError(f"metrics: {name}: no such metric{advice}")
         for function in self.metric or []:
             if not names_function(function):
-                raise ValueError(f"metric: {function}: names no function; {FORMS}")
+                raise ValueError(f"metric: {function}: doesn't name a function; {FORMS}")
         return self
 
 

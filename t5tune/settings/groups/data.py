@@ -45,7 +45,8 @@ class DataSettings(ReadingSettings, ConversationSettings):
         json_schema_extra={"yaml_only": True},
     )
     data_subset: Annotated[OptionalText, Affects.FINAL_WEIGHTS] = Field(
-        default=None, description="Subset (configuration) of a dataset on the Hugging Face Hub; default: its default."
+        default=None,
+        description="Subset (configuration) of a dataset on the Hugging Face Hub; default: the default subset.",
     )
     data_split: Annotated[OptionalText, Affects.FINAL_WEIGHTS] = Field(
         default=None,
@@ -202,8 +203,8 @@ class EvaluationDataSettings(Settings):
     eval_data: Annotated[DatasetList | None, NoneIfUnset, Affects.FINAL_WEIGHTS] = Field(
         default=None,
         min_length=1,
-        description="Several datasets to evaluate on, as in data; if a dataset in data has the same name, both are "
-        "read alike; YAML only, instead of eval_data_path.",
+        description="Several datasets to evaluate on, written as in data; a dataset with a name from data is read "
+        "the same way; YAML only, instead of eval_data_path.",
         json_schema_extra={"yaml_only": True},
     )
 

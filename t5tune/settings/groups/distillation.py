@@ -36,7 +36,7 @@ class DistillationSettings(Settings):
         default=0.5,
         gt=0,
         le=1,
-        description="Weight of the teacher in the loss; the cross-entropy of the targets has the rest.",
+        description="Weight of the teacher in the loss; the targets' cross-entropy gets the rest.",
     )
     distillation_temperature: Annotated[float, Affects.WEIGHTS] = Field(
         default=2.0,
@@ -57,5 +57,5 @@ class DistillationSettings(Settings):
         for name in DistillationSettings.model_fields:
             if (value := getattr(self, name)) != type(self).model_fields[name].default:
                 shown = "true" if value is True else value
-                raise ValueError(f"{name}: {shown}: has no effect without {TEACHER}; set that, too, or leave it out")
+                raise ValueError(f"{name}: {shown}: has no effect without {TEACHER}; set both or neither")
         return self

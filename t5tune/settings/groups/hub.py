@@ -27,9 +27,7 @@ class HubSettings(Settings):
         unused = {"hub_model_id": self.hub_model_id, "hub_private_repo": "true" if self.hub_private_repo else None}
         unused["hub_strategy"] = value if (value := getattr(self, "hub_strategy", "end")) != "end" else None
         if not self.push_to_hub and (name := next((name for name, value in unused.items() if value), None)):
-            raise ValueError(
-                f"{name}: {unused[name]}: has no effect without push_to_hub; set that, too, or leave it out"
-            )
+            raise ValueError(f"{name}: {unused[name]}: has no effect without push_to_hub; set both or neither")
         return self
 
 

@@ -43,7 +43,7 @@ class LayerSettings(Settings):
     )
     dropout: Annotated[bool | None, BeforeValidator(_refuse_rate), Affects.WEIGHTS] = Field(
         default=None,
-        description="Apply dropout, with the base's rate and lora_dropout; default: except for objective dpo and orpo.",
+        description="Apply dropout, with the base's rate and lora_dropout; default: on, except for dpo and orpo.",
     )
     attention_dropout: Annotated[bool, Affects.WEIGHTS] = Field(
         default=True,

@@ -41,7 +41,7 @@ class LoraSettings(Settings):
     )
     use_dora: Annotated[bool, Affects.WEIGHTS | Affects.ADAPTER_SCALE] = Field(
         default=False,
-        description="DoRA (Liu et al. 2024): train norm and direction of each row of an adapted weight separately.",
+        description="DoRA (Liu et al. 2024): train the norm and direction of each row of an adapted weight separately.",
     )
     use_rslora: Annotated[bool, Affects.WEIGHTS | Affects.ADAPTER_SCALE] = Field(
         default=False,

@@ -53,5 +53,5 @@ class ProcessSettings(RankSettings):
     max_restarts: Annotated[int, Affects.NOTHING] = Field(
         default=0,
         ge=0,
-        description="How often to restart the processes of num_gpus or num_processes after one is lost.",
+        description="How many times to restart the processes of num_gpus or num_processes after one is lost.",
     )

@@ -102,7 +102,7 @@ class ReadingSettings(Settings):
     rejected_column: Annotated[OptionalText, Affects.EXAMPLES] = Field(
         default=None,
         description="Column or key with the rejected answer of a preference pair (objective dpo, orpo), whose chosen "
-        "answer is in target_column; default: rejected, and chosen.",
+        "answer is in target_column; default: rejected (target_column: chosen).",
     )
     source_prefix: Annotated[str, Affects.EXAMPLES | Affects.INFERENCE] = Field(
         default="",

@@ -53,7 +53,8 @@ class ShardSettings(DataSettings):
         json_schema_extra={"metavar": "I/N"},
     )
     join: Annotated[bool, Affects.NOTHING] = Field(
-        default=False, description="Only join the parts that `--shard` prepared, such as after joining was interrupted."
+        default=False,
+        description="Only join the parts that `--shard` prepared, for example after joining was interrupted.",
     )
 
     @model_validator(mode="after")

@@ -65,7 +65,7 @@ class TrackRun(TrainerCallback):  # type: ignore[misc]
         except FileNotFoundError:  # the run begins
             pass
         except CheckpointError as error:
-            rest = "the run gets a new entry; to continue the old entry, stop, and set WANDB_RUN_ID to its id"
+            rest = "the run gets a new entry; to continue the old entry, stop the run and set WANDB_RUN_ID to its id"
             self._report(Note(f"report_to: wandb: {error}; {rest}", warning=True))
         if not isinstance(known.get("wandb"), str):
             known["wandb"] = uuid.uuid4().hex[:8]

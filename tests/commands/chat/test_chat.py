@@ -53,7 +53,7 @@ def test_the_source_ids_equal_those_of_training(made: dict[str, Path], untied_ba
 
 
 @pytest.mark.parametrize("kind", ["run", "adapter", "merged"])
-def test_the_chat_template_of_transformers_gives_the_source_ids_of_training(
+def test_the_chat_template_gives_the_source_ids_of_training(
     kind: str, made: dict[str, Path], pair_run: dict[str, Path], conversations: Path
 ) -> None:
     from transformers import AutoTokenizer
@@ -94,7 +94,7 @@ def test_sampling_follows_the_seed(made: dict[str, Path]) -> None:
     assert first == again != other
 
 
-def test_sampling_leaves_the_random_generators_of_a_script_as_they_were(made: dict[str, Path]) -> None:
+def test_sampling_leaves_a_scripts_random_generators_unchanged(made: dict[str, Path]) -> None:
     chatter = Chatter.load(settings(made["merged"], temperature=1.5, seed=1))
     torch.manual_seed(5)
     before = torch.get_rng_state()
@@ -161,7 +161,7 @@ def test_an_adapter_of_another_base_is_refused(
     assert str(made["adapter"]) in refused.value.message
 
 
-def test_without_its_adapter_a_base_is_still_of_the_family_of_training(untied_base: Path, tmp_path: Path) -> None:
+def test_a_base_without_its_adapter_keeps_the_trained_family(untied_base: Path, tmp_path: Path) -> None:
     base = shutil.copytree(untied_base, tmp_path / "base")
     adapter = make_stock_adapter(base, tmp_path / "adapter")
     weights = load_file(adapter / "adapter_model.safetensors")
@@ -194,7 +194,7 @@ def test_earlier_messages_are_ignored_after_training_on_single_pairs(kind: str, 
 
 
 @pytest.mark.slow
-def test_without_history_three_messages_in_one_chat_get_the_replies_of_three_chats(pair_run: dict[str, Path]) -> None:
+def test_chat_without_history_replies_like_separate_chats(pair_run: dict[str, Path]) -> None:
     questions = [f"the lamp of {name} is red" for name in ("Otto", "Ada", "Mira")]
     done = chat_in_fork(pair_run["merged"], "--max-new-tokens", 12, stdin="\n".join(questions) + "\n")
     assert done.code == 0, done.stderr
@@ -204,9 +204,7 @@ def test_without_history_three_messages_in_one_chat_get_the_replies_of_three_cha
     assert "each message is prefixed with 'shorten: ', as in training" in done.stderr
 
 
-def test_what_the_model_does_not_see_of_a_conversation_is_reported(
-    untied_base: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_chat_reports_text_that_the_model_does_not_see(untied_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[Event] = []
     plain = settings(untied_base, model_max_length=16, conversation_template="plain")
     reply = chat(plain.model_copy(update={"prompt": PROMPT * 9}), events.append)
@@ -232,9 +230,7 @@ def test_what_the_model_does_not_see_of_a_conversation_is_reported(
     assert events == seen
 
 
-def test_history_is_kept_after_training_on_conversations_and_can_be_switched(
-    made: dict[str, Path], pair_run: dict[str, Path]
-) -> None:
+def test_chat_keeps_history_after_training_on_conversations(made: dict[str, Path], pair_run: dict[str, Path]) -> None:
     assert Chatter.load(settings(made["merged"])).prompts.keeps_history
     session = _ChatSession(Chatter.load(settings(pair_run["run"])), Output(io.StringIO()), interactive=False)
     assert not session.chatter.prompts.keeps_history
@@ -248,9 +244,7 @@ def test_history_is_kept_after_training_on_conversations_and_can_be_switched(
         session.run_command("history", "maybe")
 
 
-def test_a_prefix_that_no_record_got_is_reported_and_not_used(
-    conversations: Path, untied_base: Path, tmp_path: Path
-) -> None:
+def test_an_unused_prefix_is_reported_and_not_applied(conversations: Path, untied_base: Path, tmp_path: Path) -> None:
     values = {"model_name_or_path": str(untied_base), "data_path": str(conversations), "output_dir": tmp_path / "cache"}
     notes: list[Event] = []
     prepare(PrepareSettings(**values, source_prefix="shorten: "), notes.append)
@@ -284,9 +278,7 @@ class TestPreferences:
         prepare(PrepareSettings(**settings, objective="dpo"))
         assert len(open_only(cache)) == 2
 
-    def test_a_pipe_has_a_choice_after_each_message_even_if_both_replies_are_the_same(
-        self, made: dict[str, Path], tmp_path: Path
-    ) -> None:
+    def test_a_pipe_reads_a_choice_after_each_message(self, made: dict[str, Path], tmp_path: Path) -> None:
         file = tmp_path / "pairs.jsonl"
         greedy = "--top-p=0.000001"  # keeps the likeliest token only
         done = self.run(made, file, [PROMPT, "1", PROMPT, "", PROMPT, "2"], greedy)
@@ -330,9 +322,7 @@ class TestPreferences:
         found = [json.loads(line)["messages"] for line in (tmp_path / "x.jsonl").read_text().splitlines()]
         assert found == [[system, *before, asked], [system, asked]]
 
-    def test_a_file_that_cannot_be_written_ends_the_chat_in_one_line(
-        self, made: dict[str, Path], tmp_path: Path
-    ) -> None:
+    def test_a_file_that_cannot_be_written_ends_the_chat(self, made: dict[str, Path], tmp_path: Path) -> None:
         done = self.run(made, tmp_path / "no" / "x.jsonl", [PROMPT, "1"])
         assert done.code == 2
         assert done.errors == [

@@ -50,7 +50,7 @@ def chat_on_typed_lines(
 
 
 @pytest.mark.slow
-def test_a_pipe_gets_one_reply_per_line_even_if_it_looks_like_a_command(made: dict[str, Path], tmp_path: Path) -> None:
+def test_a_pipe_gets_one_reply_per_line_even_for_commands(made: dict[str, Path], tmp_path: Path) -> None:
     saved = tmp_path / "said.jsonl"
     lines = [PROMPT, "", "/help", "/etc/hosts?", "//x", f"/save {saved}", " ", "/quit", "/reset", PROMPT]
     done = chat_in_fork(made["merged"], "--max-new-tokens", 3, "--use-cpu", stdin="\n".join(lines))
@@ -240,7 +240,7 @@ def test_a_signal_ends_a_chat_with_a_prompt(untied_base: Path, number: signal.Si
 def test_input_that_is_not_utf_8_is_refused(made: dict[str, Path]) -> None:
     done = t5tune_in_fork("chat", "--model-name-or-path", made["merged"], stdin=b"Gr\xfc\n")
     assert done.code == 2
-    assert r"error: message: contains bytes that aren't valid UTF-8: '\udcfc'; type UTF-8" in done.stderr
+    assert r"error: message: contains bytes that aren't valid UTF-8: '\udcfc'; use a UTF-8 locale" in done.stderr
 
 
 def test_a_word_that_is_too_long_is_refused(untied_base: Path) -> None:
@@ -311,7 +311,7 @@ def test_chat_commands_change_the_replies(
         ("/save nowhere/said.jsonl", "/save: the conversation is empty"),
     ],
 )
-def test_a_wrong_command_gets_a_one_line_error_and_the_chat_goes_on(
+def test_a_wrong_command_gets_an_error_and_chat_continues(
     made: dict[str, Path],
     line: str,
     said: str,

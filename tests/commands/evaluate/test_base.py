@@ -104,7 +104,7 @@ def test_compare_base_scores_both_on_the_same_texts(
     assert both.base["bits_per_character"] == pytest.approx(sum(losses) / math.log(2) / characters, abs=1e-5)
 
 
-def test_an_untrained_run_and_its_base_differ_only_by_their_tokens(untied_base: Path, tmp_path: Path) -> None:
+def test_an_untrained_run_differs_from_its_base_by_tokens(untied_base: Path, tmp_path: Path) -> None:
     """Without a token that training adds in the texts, both have the same loss."""
     (tmp_path / "plain.csv").write_text("source,target\n" + "".join(f"say {n},it is {n}\n" for n in range(8)))
     train(make_settings(untied_base, tmp_path / "plain.csv", tmp_path / "run", max_steps=1, learning_rate=0))
@@ -123,8 +123,9 @@ def test_targets_that_a_vocabulary_cannot_write_are_counted(run: Path, tmp_path:
     )  # fmt: skip
     texts = "targets are truncated or have characters that"
     assert [note for note in notes if "bits_per_character" in note] == [
-        f"bits_per_character: 2 of 4 {texts} the model's vocabulary lacks, so it isn't of their whole text",
-        f"the base's bits_per_character: 3 of 4 {texts} the base's vocabulary lacks, so it isn't of their whole text",
+        f"bits_per_character: 2 of 4 {texts} the model's vocabulary lacks, so it covers only part of their text",
+        f"the base's bits_per_character: 3 of 4 {texts} the base's vocabulary lacks, so it covers only part of their "
+        "text",
     ]
 
 

@@ -43,7 +43,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize("num_beams", [1, 3])
 @pytest.mark.variants("3")
-def test_metrics_equal_those_of_plain_transformers_one_example_at_a_time(
+def test_metrics_equal_plain_transformers_one_example_at_a_time(
     untied_base: Path, conversations: Path, tmp_path: Path, num_beams: int
 ) -> None:
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
@@ -219,7 +219,7 @@ def test_a_given_data_format_overrides_the_columns_of_training(untied_base: Path
     train(make_short_settings(untied_base, named, tmp_path / "run", max_steps=1, **columns))
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text(json.dumps({"source": "count 1", "target": "1 lamp"}))
-    with pytest.raises(DataError, match="no example to evaluate on"):
+    with pytest.raises(DataError, match="no examples to evaluate on"):
         run_evaluate(tmp_path / "run", pairs, tmp_path / "a")
     assert run_evaluate(tmp_path / "run", pairs, tmp_path / "b", data_format="auto").examples == 1
 
@@ -273,7 +273,7 @@ def test_settings_that_would_not_change_a_token_cache_are_refused(
     assert run_evaluate(run, cache, tmp_path / "out", data_path=None, data=datasets, **given).examples == 2
 
 
-def test_an_evaluation_of_a_token_cache_is_repeated_with_its_saved_settings(
+def test_saved_settings_repeat_an_evaluation_of_a_token_cache(
     untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
     made = {"model_max_length": 64, "conversation_template": "plain"}
@@ -335,11 +335,11 @@ def test_rejected_records_are_reported(untied_base: Path, tmp_path: Path) -> Non
     assert len(warnings) == 1
     assert "data.jsonl:2" in warnings[0]
     (tmp_path / "data.jsonl").write_text(json.dumps({"conversations": 3}))
-    with pytest.raises(DataError, match="no example to evaluate on"):
+    with pytest.raises(DataError, match="no examples to evaluate on"):
         run_evaluate(untied_base, tmp_path / "data.jsonl", tmp_path / "none")
 
 
-def test_the_template_of_pairs_is_named_and_isnt_used_for_a_conversation(
+def test_a_template_for_pairs_is_not_used_for_conversations(
     untied_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sample, "SAMPLE_BYTES", 1)
@@ -361,7 +361,7 @@ def test_the_template_of_pairs_is_named_and_isnt_used_for_a_conversation(
         evaluate(EvaluateSettings(**values, output_dir=tmp_path / "refused"))
 
 
-def test_a_record_with_a_word_that_is_too_long_is_rejected(untied_base: Path, tmp_path: Path) -> None:
+def test_a_record_with_a_too_long_word_is_rejected(untied_base: Path, tmp_path: Path) -> None:
     records = [{"source": "x" * 100_001, "target": "b"}, {"source": "a", "target": "b"}]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, records)))
     notes: list[Event] = []
@@ -394,7 +394,7 @@ def test_only_records_and_examples_that_were_evaluated_are_counted(untied_base: 
     truncated = "1 example truncated to model_max_length 48"
     assert list_warnings(1) == []
     assert list_warnings(2) == [f"1 record {rejected}"]
-    lacks = "characters that the model's vocabulary lacks, so it isn't of their whole text"
+    lacks = "characters that the model's vocabulary lacks, so it covers only part of their text"
     partial = f"bits_per_character: 1 of 3 targets are truncated or have {lacks}"
     assert list_warnings(3) == [f"1 record {rejected}", truncated, partial]
     assert list_warnings(4) == [f"3 records {rejected}", truncated, partial]

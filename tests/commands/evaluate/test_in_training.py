@@ -39,7 +39,7 @@ def test_the_last_metrics_of_training_equal_those_of_evaluate(
 
 
 @pytest.mark.parametrize("kind", ["conversations", "cache"])
-def test_held_out_conversations_use_the_added_tokens_of_the_training_data(
+def test_held_out_conversations_use_the_training_datas_added_tokens(
     kind: str, untied_base: Path, tmp_path: Path
 ) -> None:
     data = write_answers(tmp_path / "data.jsonl", "日本 日", "火 日")
@@ -82,7 +82,7 @@ def test_evaluation_during_training_does_not_change_the_adapter(
     assert any(value.any() for name, value in a.items() if "lora_B" in name)
 
 
-def test_the_best_checkpoint_is_kept_and_its_adapter_is_the_result(
+def test_the_best_checkpoint_is_kept_and_becomes_the_result(
     untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
     """With a learning rate of 0 no evaluation is better than the first."""
@@ -151,7 +151,7 @@ def test_early_stopping_ends_a_run_that_no_longer_improves(
     assert any("stopped early" in event.text for event in events if isinstance(event, Note)), events
 
 
-def test_evaluations_of_other_held_out_examples_dont_count_after_a_resume(
+def test_a_resumed_run_ignores_evaluations_of_different_held_out_examples(
     untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
     lines = conversations.read_text().splitlines(keepends=True)
@@ -191,7 +191,7 @@ def make_second_evaluation_fail(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
-def test_a_checkpoint_is_saved_before_its_evaluation_which_a_resumed_run_catches_up_on(
+def test_a_resumed_run_evaluates_a_checkpoint_whose_evaluation_failed(
     untied_base: Path, conversations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changes = {"eval_steps": 2, "save_steps": 2, "save_total_limit": 1, "max_steps": 6, "eval_fraction": 0.2}
@@ -218,7 +218,7 @@ def test_a_checkpoint_is_saved_before_its_evaluation_which_a_resumed_run_catches
     assert adapters[0] == adapters[1]
 
 
-def test_a_resumed_run_catches_up_on_the_last_evaluation_even_if_no_step_is_left(
+def test_a_resumed_run_makes_the_last_evaluation_without_more_steps(
     untied_base: Path, conversations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changes = {"max_steps": None, "num_train_epochs": 2, "eval_fraction": 0.2, "per_device_train_batch_size": 8}
@@ -235,7 +235,7 @@ def test_a_resumed_run_catches_up_on_the_last_evaluation_even_if_no_step_is_left
     assert result.train_loss == pytest.approx(uninterrupted.train_loss, rel=1e-6)
 
 
-def test_a_resumed_run_evaluates_its_last_step_whatever_the_delay_is(
+def test_a_resumed_run_evaluates_its_last_step_despite_the_delay(
     untied_base: Path, conversations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     delay = {"eval_delay": 100, "eval_on_start": True}
@@ -250,7 +250,7 @@ def test_a_resumed_run_evaluates_its_last_step_whatever_the_delay_is(
     assert [line["step"] for line in state["log_history"] if "eval_loss" in line] == [0, 2]
 
 
-def test_a_step_is_saved_once_and_an_evaluated_checkpoint_is_not_evaluated_again(
+def test_a_step_is_saved_once_and_evaluated_once(
     untied_base: Path, conversations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changes = {
@@ -282,7 +282,7 @@ def test_a_step_is_saved_once_and_an_evaluated_checkpoint_is_not_evaluated_again
     ],
     ids=["delay", "delay in epochs", "on start"],
 )
-def test_a_resumed_run_evaluates_at_the_steps_of_an_uninterrupted_one(
+def test_a_resumed_run_evaluates_at_the_same_steps(
     changes: dict[str, Any], evaluated: list[int], untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
     changes = {"max_steps": 4, "save_steps": 2, "num_data": 12, "eval_fraction": 0.4, **changes}

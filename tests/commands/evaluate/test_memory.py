@@ -37,7 +37,7 @@ class Shapes(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("with_adapter", [False, True], ids=["base", "adapter"])
-def test_losses_need_neither_all_logits_of_a_batch_nor_a_copy_of_the_embedding(
+def test_losses_never_need_all_logits_or_an_embedding_copy(
     with_adapter: bool, run: Path, untied_base: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter = run if with_adapter else None
@@ -90,7 +90,7 @@ def test_generation_keeps_its_key_value_cache_within_the_budget(
 
 @pytest.mark.long
 @pytest.mark.distributed
-def test_an_evaluation_of_two_ranks_continues_with_half_a_batch_if_memory_runs_out(
+def test_two_ranks_halve_the_batch_if_memory_runs_out(
     untied_base: Path, conversations: Path, tmp_path: Path, on_ranks: Callable[..., CommandResult]
 ) -> None:
     common = (

@@ -115,7 +115,7 @@ def test_the_command_shows_both_models_and_the_difference(run: Path, cache: Path
     assert result["custom_metrics"].keys() == {"my_length"}
 
 
-def test_only_the_chosen_metrics_are_in_the_result_and_the_predictions(run: Path, cache: Path, tmp_path: Path) -> None:
+def test_the_result_and_predictions_contain_only_the_chosen_metrics(run: Path, cache: Path, tmp_path: Path) -> None:
     every = run_evaluate(run, cache, tmp_path / "every", num_data=6)
     some = run_evaluate(run, cache, tmp_path / "some", num_data=6, metrics=["rougeL", "bleu"])
     assert get_metrics(some) == {
@@ -125,9 +125,7 @@ def test_only_the_chosen_metrics_are_in_the_result_and_the_predictions(run: Path
     assert set(read_lines(some)[0]) == {"source", "target", "prediction", "loss", "rougeL"}
 
 
-def test_a_custom_metric_that_fails_on_predictions_does_not_lose_them(
-    untied_base: Path, pairs: Path, tmp_path: Path
-) -> None:
+def test_a_failing_custom_metric_does_not_lose_the_predictions(untied_base: Path, pairs: Path, tmp_path: Path) -> None:
     function = write_function(tmp_path / "failing.py", "def f(p, r): return {'x': 1 / (3 - len(r))}")
     with pytest.raises(SettingsError, match="failed on 3 predictions and references: ZeroDivisionError") as caught:
         run_evaluate(untied_base, pairs, tmp_path / "out", num_data=3, metric=f"{function}:f")
@@ -140,9 +138,7 @@ def test_a_custom_metric_that_fails_on_predictions_does_not_lose_them(
     assert fixed.custom_metrics == {"x": 1}
 
 
-def test_a_custom_metric_that_one_of_several_datasets_cannot_have_is_named_with_it(
-    untied_base: Path, pairs: Path, tmp_path: Path
-) -> None:
+def test_a_custom_metric_that_fails_names_its_dataset(untied_base: Path, pairs: Path, tmp_path: Path) -> None:
     (tmp_path / "alike.jsonl").write_text("\n".join([json.dumps({"source": "a", "target": "lamps"})] * 2))
     datasets = [{"path": str(pairs), "num_data": 2}, {"path": str(tmp_path / "alike.jsonl")}]
     write_function(tmp_path / "a.py", "def f(p, r): return {'corr': 1 if len({*r}) > 1 else float('nan')}")
@@ -154,7 +150,7 @@ def test_a_custom_metric_that_one_of_several_datasets_cannot_have_is_named_with_
     assert result.custom_metrics == {"corr": 1}
     assert result.datasets is not None
     assert [scores.get("corr") for scores in result.datasets.values()] == [1, None]
-    assert Note("metric: the scores of dataset alike leave corr out, which is nan", warning=True) in notes
+    assert Note("metric: the scores of dataset alike omit corr, which is nan", warning=True) in notes
     settings = EvaluateSettings(**values, metric=f"{tmp_path / 'b.py'}:f", output_dir=tmp_path / "b")
     with pytest.raises(SettingsError, match="dataset alike: metric: .* failed on 2 predictions .*Zero") as caught:
         evaluate(settings)
@@ -176,7 +172,7 @@ def test_json_targets_are_scored_as_json(untied_base: Path, pairs: Path, tmp_pat
 # ---------------------------------------------------------------- during training
 
 
-def test_a_custom_metric_chooses_the_best_checkpoint_and_ends_the_run(
+def test_a_custom_metric_chooses_the_best_checkpoint_and_stops_training(
     untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
     function = write_function(tmp_path / "shrinking.py", SHRINKING)
@@ -222,7 +218,7 @@ def test_a_smaller_improvement_than_the_threshold_does_not_count(
     assert (whole.steps, whole.stopped_early) == (5, None)
 
 
-def test_a_metric_that_stays_the_same_ends_the_run_though_the_loss_falls(
+def test_an_unchanged_metric_stops_training_although_the_loss_falls(
     untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
     """Of equal checkpoints the one with the lower loss is kept."""
@@ -241,7 +237,7 @@ def test_a_metric_that_stays_the_same_ends_the_run_though_the_loss_falls(
     assert Note("the adapter is from the best step, 3: same score 100") in events
 
 
-def test_a_metric_that_is_not_finite_is_left_out_of_its_evaluation(
+def test_an_evaluation_omits_a_metric_that_is_not_finite(
     untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
     code = "C = []\ndef f(p, r):\n    C.append(1)\n    return {'x': [0, 5, float('nan'), float('inf'), 4][len(C) - 1]}"
@@ -254,8 +250,8 @@ def test_a_metric_that_is_not_finite_is_left_out_of_its_evaluation(
     result = train(make_short_settings(untied_base, conversations, tmp_path / "run", **changes), events.append)
     assert [line.get("eval_x") for line in read_metrics(tmp_path / "run") if "eval_loss" in line] == [5, None, None, 4]
     assert [event.text for event in events if isinstance(event, Note) and event.warning] == [
-        "metric: the evaluation at step 2 leaves x out, which is nan",
-        "metric: the evaluation at step 3 leaves x out, which is inf",
+        "metric: the evaluation at step 2 omits x, which is nan",
+        "metric: the evaluation at step 3 omits x, which is inf",
     ]
     assert [event.is_best for event in events if isinstance(event, Evaluated)] == [True, False, False, False]
     assert result.eval["x"] == 5
@@ -263,7 +259,7 @@ def test_a_metric_that_is_not_finite_is_left_out_of_its_evaluation(
 
 @pytest.mark.parametrize("schedule", ["reduce_lr_on_plateau", "greedy"])
 @pytest.mark.parametrize(("values", "gets_better"), [([1, 2, 3, 4], True), ([4, 3, 2, 1], False)])
-def test_a_schedule_lowers_the_learning_rate_if_a_custom_metric_falls_not_if_it_rises(
+def test_a_schedule_lowers_the_rate_if_a_metric_falls(
     untied_base: Path, conversations: Path, tmp_path: Path, schedule: str, values: list[int], gets_better: bool
 ) -> None:
     code = f"C = []\ndef f(p, r):\n    C.append(1)\n    return {{'x': {[0, *values]}[len(C) - 1]}}"
@@ -315,7 +311,7 @@ def test_a_custom_metric_that_fails_during_training_costs_no_step(
     assert adapters[0] == adapters[1]
 
 
-def test_a_saved_evaluation_without_a_metric_that_is_now_needed_is_repeated(
+def test_a_saved_evaluation_without_a_needed_metric_is_repeated(
     untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
     changes: dict[str, Any] = {"eval_steps": 2, "save_steps": 2, "eval_fraction": 0.2}
@@ -334,7 +330,7 @@ def test_a_saved_evaluation_without_a_metric_that_is_now_needed_is_repeated(
 
 @pytest.mark.long
 @pytest.mark.distributed
-def test_ranks_agree_on_a_random_metric_and_all_end_if_it_fails(
+def test_ranks_agree_on_a_random_metric_and_its_failure(
     untied_base: Path, conversations: Path, tmp_path: Path, on_ranks: Callable[..., CommandResult]
 ) -> None:
     code = (
@@ -366,7 +362,7 @@ def test_ranks_agree_on_a_random_metric_and_all_end_if_it_fails(
         ({"metrics": ["field_f1"]}, "metrics: field_f1: none of the 3 targets is a JSON object or array"),
     ],
 )
-def test_a_metric_that_evaluations_will_not_have_is_refused_before_the_first_step(
+def test_a_metric_that_evaluations_lack_is_refused_before_training(
     untied_base: Path, pairs: Path, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     function = write_function(tmp_path / "shrinking.py", SHRINKING)

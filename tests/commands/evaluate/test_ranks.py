@@ -106,7 +106,7 @@ CALL = "tests.commands.evaluate.test_ranks:fail_in_generation"
 
 
 @pytest.mark.parametrize(("what", "code"), [("exit", 9), ("hang", 1)])
-def test_a_rank_that_ends_or_hangs_is_named_and_the_others_end(
+def test_a_lost_rank_is_named_and_other_ranks_end(
     what: str, code: int, run: Path, data: Path, tmp_path: Path, on_ranks: Callable[..., CommandResult]
 ) -> None:
     arguments = make_arguments(run, data, tmp_path / "scores", "--process-group-timeout", "2")
@@ -126,7 +126,7 @@ def test_a_signal_stops_all_ranks_with_its_exit_code(
     assert not (tmp_path / "scores").exists()
 
 
-def test_memory_that_is_too_small_halves_batches_and_gives_the_same_losses(
+def test_too_little_memory_halves_batches_without_changing_losses(
     run: Path, data: Path, tmp_path: Path, on_ranks: Callable[..., CommandResult]
 ) -> None:
     roomy = on_ranks(2, *make_arguments(run, data, tmp_path / "roomy", "--json"))
@@ -210,7 +210,7 @@ def test_torchrun_evaluates_from_the_command_line_and_from_python(run: Path, dat
 
 def test_a_call_from_python_starts_no_processes(run: Path, data: Path, tmp_path: Path) -> None:
     settings = EvaluateSettings(model_name_or_path=run, data_path=data, output_dir=tmp_path / "x", num_processes=2)
-    with pytest.raises(SettingsError, match="num_processes: 2: a call of evaluate starts no processes") as caught:
+    with pytest.raises(SettingsError, match=r"num_processes: 2: evaluate\(\) starts no processes") as caught:
         evaluate(settings)
     assert caught.value.hint == "start the script with torchrun --nproc-per-node 2, or run t5tune evaluate"
 
@@ -225,7 +225,7 @@ def list_inherited(model: Path, data: Path, output: Path, **changes: Any) -> lis
     return [event.text for event in events if isinstance(event, Note) and event.text.startswith("as in training")]
 
 
-def test_the_precision_and_the_quantization_are_those_of_training_unless_they_are_given(
+def test_evaluate_uses_the_precision_and_quantization_of_training(
     untied_base: Path, conversations: Path, run: Path, tmp_path: Path
 ) -> None:
     trained = tmp_path / "run"
@@ -248,9 +248,7 @@ def test_the_precision_and_the_quantization_are_those_of_training_unless_they_ar
     assert "quant_type: fp4" in (tmp_path / "a" / "settings.yaml").read_text()
 
 
-def test_a_fully_trained_model_is_evaluated_in_the_precision_of_its_run(
-    untied_base: Path, conversations: Path, tmp_path: Path
-) -> None:
+def test_evaluate_uses_the_precision_of_full_training(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
     trained = tmp_path / "run"
     train(make_settings(untied_base, conversations, trained, train_mode="full", bf16=True, max_steps=1))
     for number, folder in enumerate((trained, trained / "checkpoint-1")):

@@ -72,7 +72,7 @@ def byt5(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_byt5_gets_no_added_tokens_and_decodes_to_the_original_text(prepared: Prepared, byt5: Path) -> None:
+def test_byt5_gets_no_added_tokens_and_decodes_exactly(prepared: Prepared, byt5: Path) -> None:
     answers = [*ANSWERS, "ü – 한글 😀 ½", "</s><pad>"]
     result, cache = prepared(*[record("Say it.", answer) for answer in answers], base=byt5)
     assert result.added_tokens == 0

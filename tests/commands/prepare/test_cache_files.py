@@ -42,9 +42,7 @@ def test_an_up_to_date_cache_is_not_rewritten(prepared: Prepared, conversations:
     assert vars(again) | {"up_to_date": False, "seconds": 0} == vars(first) | {"seconds": 0}
 
 
-def test_a_flipped_byte_is_reported_with_the_file_name_and_repaired_by_prepare(
-    prepared: Prepared, conversations: Path
-) -> None:
+def test_prepare_reports_and_repairs_a_file_with_a_flipped_byte(prepared: Prepared, conversations: Path) -> None:
     result, _ = prepared(data=conversations)
     good = bytes_of(result.cache)
     tokens = find_cache(result.cache) / "tokens.bin"

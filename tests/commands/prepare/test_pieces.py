@@ -30,7 +30,7 @@ from tests.commands.prepare.ids import (
 from tests.support.paths import REPOSITORY, SHARED
 
 
-def test_concatenated_source_and_target_have_the_ids_of_the_whole_text(prepared: Prepared) -> None:
+def test_concatenated_source_and_target_have_the_whole_texts_ids(prepared: Prepared) -> None:
     _, cache = prepared(*[record("Say it.", answer) for answer in ANSWERS])
     tokenizer = load_tokenizer_of(cache)
     for example, answer in zip(cache, ANSWERS, strict=True):
@@ -137,7 +137,7 @@ def test_any_target_of_supported_characters_is_decoded_unchanged(
 
 @pytest.mark.parametrize("name", list(TOKENIZERS))
 @pytest.mark.parametrize("system", [None, "Be brief."])
-def test_concatenated_pieces_of_the_plain_template_have_the_ids_of_the_whole_text(
+def test_concatenated_plain_pieces_have_the_whole_texts_ids(
     name: str, system: str | None, tokenizer_folder: Path
 ) -> None:
     encoder, tokenizer = tokenizers(name, "auto", tokenizer_folder)
@@ -149,7 +149,7 @@ def test_concatenated_pieces_of_the_plain_template_have_the_ids_of_the_whole_tex
 
 
 @pytest.mark.parametrize("name", list(TOKENIZERS))
-def test_a_prompt_has_the_same_ids_as_the_source_in_training(name: str, tokenizer_folder: Path) -> None:
+def test_a_prompt_has_the_source_ids_of_training(name: str, tokenizer_folder: Path) -> None:
     encoder, tokenizer = tokenizers(name, "auto", tokenizer_folder)
     template = load_template("fastchat-t5")
     prompt = encode_prompt(
@@ -159,9 +159,7 @@ def test_a_prompt_has_the_same_ids_as_the_source_in_training(name: str, tokenize
 
 
 @pytest.mark.parametrize(("prefix", "assistant"), [("A:", " {text}"), ("", "{text}"), ("", " {text}")])
-def test_a_prompt_that_is_too_long_is_shortened_as_the_source_in_training(
-    prefix: str, assistant: str, tokenizer_folder: Path
-) -> None:
+def test_a_too_long_prompt_is_shortened_as_in_training(prefix: str, assistant: str, tokenizer_folder: Path) -> None:
     encoder, _ = tokenizers("pocket", "none", tokenizer_folder)
     template = Template("", "{text} ", "Q: {text} ", prefix, assistant, " ")
     texts = ["Hello there.", "Good day, what may I bring you?", "Bring two teas to Aida please."]

@@ -18,7 +18,7 @@ from tests.support.paths import REPOSITORY
 SPECIAL_TOKENS = ["</s>", "<pad>", "<unk>", "<extra_id_3>"]
 
 
-def test_each_assistant_turn_is_an_example_whose_source_is_all_the_text_before_it(prepared: Prepared) -> None:
+def test_each_assistant_turn_is_an_example_with_earlier_text(prepared: Prepared) -> None:
     texts = ["Hello.", "Hi,\nwho is it?", "Mira.", "{a: 1}"]
     result, cache = prepared(record(*texts))
     assert (result.conversations, result.examples, len(cache)) == (1, 2, 2)
@@ -50,7 +50,7 @@ def test_sources_and_targets_decode_to_the_original_turns(prepared: Prepared) ->
     assert result.unknown_tokens == 0
 
 
-def test_the_plain_template_has_the_human_turn_as_source_and_the_assistant_turn_as_target(prepared: Prepared) -> None:
+def test_the_plain_template_makes_turns_source_and_target(prepared: Prepared) -> None:
     _, cache = prepared(record("How many?", "Two  eggs"), conversation_template="plain")
     tokenizer = load_tokenizer_of(cache)
     assert decode(tokenizer, cache[0].source_S) == "How many?"
@@ -58,7 +58,7 @@ def test_the_plain_template_has_the_human_turn_as_source_and_the_assistant_turn_
 
 
 @pytest.mark.parametrize("add_tokens", ["auto", "none"])
-def test_text_of_the_data_never_becomes_a_special_token_in_the_cache(prepared: Prepared, add_tokens: str) -> None:
+def test_text_never_becomes_a_special_token_in_the_cache(prepared: Prepared, add_tokens: str) -> None:
     records = [record(f"what is {token}", f"it is {token}") for token in SPECIAL_TOKENS]
     _, cache = prepared(*records, add_tokens=add_tokens)
     tokenizer = load_tokenizer_of(cache)
@@ -79,7 +79,7 @@ def test_all_role_names_are_known(prepared: Prepared) -> None:
     assert len({tuple(example.source_S) for example in cache}) == 1
 
 
-def test_a_leading_assistant_turn_and_a_trailing_human_turn_are_left_out(prepared: Prepared) -> None:
+def test_turns_without_a_question_or_answer_are_left_out(prepared: Prepared) -> None:
     leading = {"conversations": [{"from": "gpt", "value": "I begin"}, *record("Hi", "Yes")["conversations"]]}
     result, cache = prepared(leading, record("Hi", "Yes", "And?"))
     assert (result.conversations, result.examples, result.rejected) == (2, 2, 0)
@@ -134,7 +134,7 @@ UNUSABLE = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("bad", "reason"), UNUSABLE)
-def test_an_unusable_record_is_written_in_full_with_its_location_and_reason(
+def test_an_unusable_record_is_written_with_location_and_reason(
     prepared: Prepared, tmp_path: Path, bad: Any, reason: str
 ) -> None:
     result, cache = prepared(record("Hi", "Yes"), bad, record("Hi", "No"))
@@ -149,7 +149,7 @@ def test_an_unusable_record_is_written_in_full_with_its_location_and_reason(
     assert cache.manifest["rejected_by_reason"] == {reason: 1}
 
 
-def test_a_line_that_is_not_json_is_rejected_and_the_others_are_used(prepared: Prepared, tmp_path: Path) -> None:
+def test_an_invalid_line_is_rejected_and_other_lines_used(prepared: Prepared, tmp_path: Path) -> None:
     good = json.dumps(record("Hi", "Yes"))
     data = tmp_path / "data.jsonl"
     data.write_text(f"{good}\n\n{good[:-5]}\n{good}\n", encoding="utf-8")
@@ -159,7 +159,7 @@ def test_a_line_that_is_not_json_is_rejected_and_the_others_are_used(prepared: P
     assert (rejected["line"], rejected["reason"], rejected["record"]) == (3, "not_json", good[:-5])
 
 
-def test_an_array_lines_and_a_single_object_give_the_same_examples(prepared: Prepared, tmp_path: Path) -> None:
+def test_arrays_lines_and_single_objects_give_the_same_examples(prepared: Prepared, tmp_path: Path) -> None:
     one = record("Hi", "Yes")
     forms = {
         "array.json": json.dumps([one], indent=1),
@@ -193,7 +193,7 @@ def test_messages_name_the_setting_that_the_data_comes_from(tmp_path: Path, unti
     cases = {
         str(tmp_path / "nowhere.json"): "no such file or folder",
         str(tmp_path / "empty"): "contains no .*file",
-        str(bad): "(contains )?no conversation to evaluate on",
+        str(bad): "(contains )?no conversations to evaluate on",
     }
     origin = {"setting": "eval_data_path", "is_evaluation": True}
     for path, message in cases.items():

@@ -83,7 +83,7 @@ def test_dedupe_rejects_conversations_with_the_same_texts(prepared: Prepared) ->
 
 
 @pytest.mark.parametrize("shards", [1, 2])
-def test_a_conversation_is_no_duplicate_of_one_whose_other_answers_are_learned(tmp_path: Path, shards: int) -> None:
+def test_conversations_with_different_learned_answers_are_no_duplicates(tmp_path: Path, shards: int) -> None:
     def chat(*weights: int) -> dict[str, Any]:
         one, two = ({"role": "assistant", "content": text, "weight": n} for text, n in zip("ab", weights, strict=True))
         question = {"role": "user", "content": "Hi"}
@@ -102,7 +102,7 @@ def test_a_conversation_is_no_duplicate_of_one_whose_other_answers_are_learned(t
     assert keys[0] == keys[1] != keys[2]
 
 
-def test_an_answer_that_begins_with_the_prefix_is_no_duplicate_of_the_one_without_it(prepared: Prepared) -> None:
+def test_answers_with_and_without_the_prefix_are_no_duplicates(prepared: Prepared) -> None:
     records = [{"source": "a", "target": target} for target in ("Q: b", "b", "Q: b")]
     result, cache = prepared(*records, dedupe="exact", source_prefix="Q: ")
     assert (decode_targets(cache), result.rejected) == (["Q: b", "b"], 1)
@@ -162,7 +162,7 @@ def test_the_cache_is_split_by_prepares_eval_fraction(prepared: Prepared, tmp_pa
     assert open_examples(tmp_path / "cache").split_as_prepared()[1] is None
     with pytest.raises(
         DataError,
-        match="leaves no conversation to train on; give more conversations, or a separate file as eval_data_path",
+        match="leaves no conversations to train on; give more conversations, or a separate file as eval_data_path",
     ):
         prepared(record("Hi", "a"), eval_fraction=0.5)
 
@@ -181,7 +181,7 @@ def test_the_manifest_counts_characters_that_cannot_be_encoded(prepared: Prepare
     assert "猫" not in {item["text"] for item in cache.manifest["lost_characters"]}
 
 
-def test_auto_adds_the_characters_of_the_targets_and_reports_those_without_a_row(prepared: Prepared) -> None:
+def test_auto_adds_target_characters_and_reports_those_without_rows(prepared: Prepared) -> None:
     _, cache = prepared(record("Hi", "猫 ≥ 3"), record("Hi", "猫"), *[record("Hi", "Yes")] * 100)
     assert {"猫", "≥", "\n", "{"} <= set(cache.added_tokens)
     assert decode_targets(cache)[0] == "猫 ≥ 3"
@@ -192,7 +192,7 @@ def test_auto_adds_the_characters_of_the_targets_and_reports_those_without_a_row
     events: list[Event] = []
     _, cache = prepared(record("Hi", many), report=events.append)
     (note,) = [event.text for event in events if isinstance(event, Note) and "unused embedding row" in event.text]
-    assert f" and {len(cache.manifest['left_out_tokens']) - 5} more; more rows: umT5 (84)" in note
+    assert f" and {len(cache.manifest['left_out_tokens']) - 5} more; models with more rows: umT5 (84)" in note
     assert len(cache.added_tokens) == 1536 - 1497
     assert set(cache.added_tokens) | set(cache.manifest["left_out_tokens"]) == {*many, *"\n\t<\\^`{}~"}
 
@@ -241,7 +241,7 @@ def test_any_number_of_workers_writes_the_same_bytes(many: Path, tmp_path: Path)
     [(", {'a': 1}]", "record 1500: not valid JSON"), ("", "the array has no end")],
     ids=["in a worker", "while reading"],
 )
-def test_an_error_is_raised_with_several_workers_too_and_nothing_is_left_over(
+def test_an_error_with_several_workers_leaves_no_files(
     many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str, message: str
 ) -> None:
     monkeypatch.setattr("t5tune.preparing.sample.SAMPLE_BYTES", 1000)  # the sample ends before the error
@@ -269,7 +269,7 @@ print(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0], *heav
 
 @pytest.mark.long
 @pytest.mark.slow
-def test_memory_does_not_grow_with_the_input_and_torch_is_not_imported(many: Path, tmp_path: Path) -> None:
+def test_memory_is_constant_and_torch_is_not_imported(many: Path, tmp_path: Path) -> None:
     lines = many.read_bytes()
     peaks = []
     for times in (1, 30):
@@ -288,9 +288,7 @@ def test_memory_does_not_grow_with_the_input_and_torch_is_not_imported(many: Pat
 
 @pytest.mark.long
 @pytest.mark.slow
-def test_a_kill_at_any_moment_leaves_the_old_cache_the_new_cache_or_none(
-    tmp_path: Path, fork_server: ForkServer
-) -> None:
+def test_a_kill_leaves_the_old_or_new_cache_or_none(tmp_path: Path, fork_server: ForkServer) -> None:
     """Kill prepare whenever it opens, renames or removes a file next to its output."""
     place = tmp_path / "place"
     place.mkdir()
@@ -330,7 +328,7 @@ def test_a_kill_at_any_moment_leaves_the_old_cache_the_new_cache_or_none(
         assert bytes_of(place / "cache") == after
 
 
-def test_folders_of_killed_processes_are_removed_and_those_in_use_are_kept(prepared: Prepared, tmp_path: Path) -> None:
+def test_only_folders_of_killed_processes_are_removed(prepared: Prepared, tmp_path: Path) -> None:
     abandoned, used = tmp_path / ".cache.new-abandoned", tmp_path / ".cache.new-used"
     for folder in (abandoned, used):
         folder.mkdir()
@@ -441,7 +439,7 @@ def test_a_sentencepiece_model_without_protobuf_names_what_to_install(
     assert "pip install --upgrade protobuf" in str(caught.value.hint)
 
 
-def test_a_sentencepiece_model_with_an_old_protobuf_names_what_to_install(
+def test_an_old_protobuf_error_names_the_packages_to_install(
     sentencepiece_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runtime = pytest.importorskip("google.protobuf.runtime_version")

@@ -3,7 +3,7 @@
 from tests.commands.prepare.ids import SYSTEM, Prepared, decode, encode, fastchat_text, load_tokenizer_of, record
 
 
-def test_truncation_drops_the_oldest_turns_first_and_keeps_the_system_line(prepared: Prepared) -> None:
+def test_truncation_drops_the_oldest_turns_and_keeps_the_system(prepared: Prepared) -> None:
     texts = [f"{'water ' * (number % 5 + 1)}{number}" for number in range(12)]
     limit = 150
     result, cache = prepared(record(*texts, system="Be brief."), model_max_length=limit)
@@ -28,7 +28,7 @@ def test_truncation_drops_the_oldest_turns_first_and_keeps_the_system_line(prepa
     assert result.truncated_targets == 0
 
 
-def test_a_single_human_turn_that_is_too_long_loses_its_start(prepared: Prepared) -> None:
+def test_a_single_too_long_human_turn_loses_its_start(prepared: Prepared) -> None:
     question = " ".join(str(number) for number in range(200))
     result, cache = prepared(record("Hi", "Yes", question, "No", system="Be brief."), model_max_length=64)
     tokenizer = load_tokenizer_of(cache)
@@ -40,7 +40,7 @@ def test_a_single_human_turn_that_is_too_long_loses_its_start(prepared: Prepared
     assert result.truncated_sources == 1
 
 
-def test_a_system_line_that_is_too_long_leaves_room_for_the_human_turn(prepared: Prepared) -> None:
+def test_a_too_long_system_line_leaves_room_for_text(prepared: Prepared) -> None:
     _, cache = prepared(record("Where is Mira?", "Here"), model_max_length=40)
     assert len(cache[0].source_S) == 40
     assert decode(load_tokenizer_of(cache), cache[0].source_S).endswith("Mira?\n### Assistant:")

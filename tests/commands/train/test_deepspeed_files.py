@@ -23,7 +23,7 @@ DOCUMENTED = {
 @pytest.mark.distributed
 @pytest.mark.parametrize("stage", ["zero1", "zero2"])
 @pytest.mark.variants("zero1")
-def test_a_deepspeed_config_for_other_tools_trains_the_weights_of_the_settings(
+def test_another_tools_deepspeed_config_trains_with_the_settings(
     stage: str, base_without_dropout: Path, conversations: Path, tmp_path: Path, on_ranks: Callable[..., CommandResult]
 ) -> None:
     config, notes = tmp_path / "own.json", {}
@@ -49,7 +49,7 @@ def test_a_deepspeed_config_for_other_tools_trains_the_weights_of_the_settings(
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_the_numbers_of_steps_in_a_deepspeed_config_are_compared_once_they_are_known(
+def test_step_counts_in_a_deepspeed_config_are_compared_later(
     base_without_dropout: Path, conversations: Path, tmp_path: Path, on_ranks: Callable[..., CommandResult]
 ) -> None:
     config, run = tmp_path / "own.json", tmp_path / "run"
@@ -66,9 +66,9 @@ def test_the_numbers_of_steps_in_a_deepspeed_config_are_compared_once_they_are_k
     done = on_ranks(1, *command)
     assert done.code == 2, done.stderr
     problem = f"num_train_epochs: 2: {config} has scheduler.params.total_num_steps 99, but the settings make it 8"
-    assert f'{problem}; set "auto" there' in done.stderr
+    assert f'{problem}; set it to "auto"' in done.stderr
     problem = f"warmup_steps: 0.25: {config} has scheduler.params.warmup_num_steps 3, but the settings make it 2"
-    assert f'{problem}; set "auto" there' in done.stderr
+    assert f'{problem}; set it to "auto"' in done.stderr
     write_config(2, 8)
     done = on_ranks(1, *command)
     assert done.code == 0, done.stderr
@@ -76,7 +76,7 @@ def test_the_numbers_of_steps_in_a_deepspeed_config_are_compared_once_they_are_k
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_a_deepspeed_config_gets_what_it_leaves_out_from_the_settings(
+def test_a_deepspeed_config_gets_missing_values_from_the_settings(
     base_without_dropout: Path, conversations: Path, tmp_path: Path, on_ranks: Callable[..., CommandResult]
 ) -> None:
     whole = packaged_templates.read_deepspeed_config("zero2")

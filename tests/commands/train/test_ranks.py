@@ -35,7 +35,7 @@ BATCHES = {
 @pytest.mark.distributed
 @pytest.mark.parametrize("way", BATCHES)
 @pytest.mark.variants("ddp", "zero2-accumulated", "zero3")
-def test_a_batch_gives_the_same_loss_and_gradient_however_it_is_divided(
+def test_dividing_a_batch_keeps_its_loss_and_gradient(
     way: str,
     base_without_dropout: Path,
     conversations: Path,
@@ -81,7 +81,7 @@ def test_a_finished_run_of_two_processes_is_not_repeated(
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.long
-def test_several_processes_have_the_settings_of_the_command_and_of_the_cache(untied_base: Path, tmp_path: Path) -> None:
+def test_processes_get_the_settings_of_command_and_cache(untied_base: Path, tmp_path: Path) -> None:
     """A flag overrides a variable in each of them, and what isn't given is that of the token cache."""
     pairs, cache, run = tmp_path / "pairs.jsonl", tmp_path / "cache", tmp_path / "run"
     records = [{"prompt": f"Say {word}.", "chosen": word, "rejected": "No."} for word in ("one", "two", "six", "ten")]
@@ -124,9 +124,7 @@ def test_training_runs_under_other_launchers(
 
 @pytest.mark.long
 @pytest.mark.slow
-def test_an_error_in_all_workers_is_shown_once_with_its_exit_code(
-    untied_base: Path, conversations: Path, tmp_path: Path
-) -> None:
+def test_an_error_in_all_workers_is_shown_once(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
     command = make_command(untied_base, conversations, tmp_path / "run", *TWO, "--lora-target-modules", "query")
     done = t5tune_in_fork(*command, "--max-steps", "1")
     assert done.code == 2

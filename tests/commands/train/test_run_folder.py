@@ -48,7 +48,7 @@ def test_a_finished_run_is_not_repeated_and_fresh_renames_it(
         ("SLURM_RESTART_COUNT", "SLURM_JOB_ID"),
     ],
 )
-def test_a_restart_by_a_launcher_resumes_the_run_that_fresh_began(
+def test_a_launchers_restart_resumes_the_run_of_fresh(
     variable: str,
     job: str | None,
     untied_base: Path,
@@ -88,7 +88,7 @@ def test_a_restart_by_a_launcher_resumes_the_run_that_fresh_began(
         assert (tmp_path / "run.3" / "result.json").is_file()
 
 
-def test_fresh_renames_the_folder_that_a_link_points_to_and_keeps_the_link(
+def test_fresh_renames_a_links_target_and_keeps_the_link(
     untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
     disk, link = tmp_path / "disk", tmp_path / "link"
@@ -99,7 +99,7 @@ def test_fresh_renames_the_folder_that_a_link_points_to_and_keeps_the_link(
         set_up_run_folder(settings, locks)
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"text": 1}\n')
-    with ExitStack() as locks, pytest.raises(DataError, match="no conversation to train on"):
+    with ExitStack() as locks, pytest.raises(DataError, match="no conversations to train on"):
         set_up_run_folder(settings.replace(data_path=str(bad), fresh=True), locks)
     (disk / "run" / "old").touch()  # the old run has been moved back
     with ExitStack() as locks:
@@ -153,7 +153,7 @@ def test_fresh_refuses_inputs_in_the_folder_that_it_would_rename(
 
 
 @pytest.mark.slow
-def test_the_settings_of_a_copied_run_name_the_folder_that_they_use(
+def test_a_copied_runs_settings_name_the_used_folder(
     finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copied = shutil.copytree(finished_run, tmp_path / "copy")
@@ -179,7 +179,7 @@ def test_the_settings_of_a_copied_run_name_the_folder_that_they_use(
     assert "is in the run folder" not in run_config(tmp_path / "mine" / "settings.yaml")
 
 
-def test_fresh_renames_nothing_but_a_run_that_contains_no_run_in_progress(
+def test_fresh_renames_only_runs_without_a_run_in_progress(
     untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "experiments"
@@ -219,7 +219,7 @@ def test_fresh_names_a_folder_that_cant_be_renamed(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.slow
-def test_a_run_whose_settings_are_broken_says_how_to_write_them_again(
+def test_a_run_with_broken_settings_explains_the_repair(
     finished_run: Path, untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
     run = shutil.copytree(finished_run, tmp_path / "run")
@@ -243,7 +243,7 @@ def test_a_run_whose_settings_are_broken_says_how_to_write_them_again(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [(), TWO])
-def test_a_second_run_in_the_same_folder_is_refused_while_the_first_one_trains(
+def test_a_second_run_in_a_used_folder_is_refused(
     more: tuple[str, ...], untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
     run, refused = tmp_path / "run", []
@@ -263,30 +263,30 @@ def test_a_second_run_in_the_same_folder_is_refused_while_the_first_one_trains(
     assert train(make_settings(untied_base, conversations, run)).steps == 6
 
 
-def test_a_start_that_fails_on_its_data_leaves_only_the_rejected_records(
+def test_a_start_with_bad_data_leaves_only_rejected_records(
     untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
     data, run = tmp_path / "bad.jsonl", tmp_path / "new" / "parent" / "run"
     data.write_text('{"text": 1}\n')
-    with pytest.raises(DataError, match="no conversation to train on"):
+    with pytest.raises(DataError, match="no conversations to train on"):
         train(make_settings(untied_base, data, run))
     assert [path.name for path in run.parent.iterdir()] == ["run.rejected.jsonl"]
     # an empty folder of the user's stays
     run.mkdir(parents=True)
-    with pytest.raises(DataError, match="no conversation to train on"):
+    with pytest.raises(DataError, match="no conversations to train on"):
         train(make_settings(untied_base, data, run))
     assert list(run.iterdir()) == []
     # a cache that took its time to prepare is kept for the next start, with the settings that make the folder a run
-    with pytest.raises(DataError, match="no conversation to evaluate on"):
+    with pytest.raises(DataError, match="no conversations to evaluate on"):
         train(make_settings(untied_base, conversations, run, eval_data_path=str(data)))
     assert sorted(path.name for path in run.iterdir()) == ["data", "run.json", "settings.yaml"]
     # a start with --fresh that fails moves the old run back
     (run / "data" / "old").touch()
-    with pytest.raises(DataError, match="no conversation to evaluate on"):
+    with pytest.raises(DataError, match="no conversations to evaluate on"):
         train(make_settings(untied_base, conversations, run, eval_data_path=str(data), fresh=True))
     assert sorted(path.name for path in run.parent.iterdir()) == ["run", "run.rejected.jsonl"]
     (run / "data" / "old").unlink()
     # so is what existed before
-    with pytest.raises(DataError, match="no conversation to train on"):
+    with pytest.raises(DataError, match="no conversations to train on"):
         train(make_settings(untied_base, data, run))
     assert sorted(path.name for path in run.iterdir()) == ["data", "run.json", "settings.yaml"]

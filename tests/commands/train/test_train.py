@@ -53,7 +53,7 @@ def test_loss_falls_and_the_result_counts_steps_and_tokens(finished_run: Path) -
     assert {"step", "loss", "learning_rate", "grad_norm", "tokens_per_second", "epoch"} <= set(lines[0])
 
 
-def test_run_folder_loads_with_plain_peft_and_contains_only_the_adapter(finished_run: Path, untied_base: Path) -> None:
+def test_plain_peft_loads_a_run_folders_adapter(finished_run: Path, untied_base: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForSeq2SeqLM
 
@@ -201,7 +201,7 @@ def test_tf32_is_ignored_with_a_note_on_a_cpu(untied_base: Path, conversations: 
     assert Note("tf32: ignored, since the CPU has no TensorFloat-32") in events
 
 
-def test_a_run_that_keeps_all_checkpoints_says_how_many_and_how_large(
+def test_a_run_that_keeps_all_checkpoints_reports_their_size(
     untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
     def list_notes(name: str, **changes: Any) -> list[str]:
@@ -246,9 +246,7 @@ def test_the_last_step_always_has_a_line_of_metrics(untied_base: Path, conversat
 
 
 @pytest.mark.slow
-def test_a_resumed_run_counts_tokens_and_loss_of_all_its_steps(
-    untied_base: Path, conversations: Path, tmp_path: Path
-) -> None:
+def test_a_resumed_run_counts_all_its_tokens_and_losses(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     chosen = make_settings(untied_base, conversations, run, max_steps=6, save_steps=4, logging_steps=3)
     uninterrupted = train(chosen)
@@ -264,7 +262,7 @@ def test_a_resumed_run_counts_tokens_and_loss_of_all_its_steps(
 
 
 @pytest.mark.slow
-def test_a_run_resumes_with_a_cache_of_the_same_examples_only(
+def test_a_run_resumes_only_with_the_same_cached_examples(
     untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
     """prepare's seed only decides which examples are held out, and here none are."""
@@ -279,7 +277,7 @@ def test_a_run_resumes_with_a_cache_of_the_same_examples_only(
     for cache in (run / "data", tmp_path / "cache"):
         shutil.rmtree(run / "checkpoint-6")
         (run / "result.json").unlink()
-        with pytest.raises(SettingsError, match="data: other examples than the run was trained on"):
+        with pytest.raises(SettingsError, match="data: not the examples that the run was trained on"):
             train(make_settings(untied_base, tmp_path / "fewer", run))
         assert sorted((run / "data").rglob("*")) == prepared
         result = train(make_settings(untied_base, cache, run))
@@ -291,7 +289,7 @@ def test_a_run_resumes_with_a_cache_of_the_same_examples_only(
 
 
 @pytest.mark.slow
-def test_a_cache_that_another_run_replaces_before_it_is_opened_is_refused(
+def test_a_cache_replaced_before_it_is_opened_is_refused(
     untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
     other = tmp_path / "other.jsonl"
@@ -315,7 +313,7 @@ def test_a_cache_that_another_run_replaces_before_it_is_opened_is_refused(
 @pytest.mark.slow
 @pytest.mark.parametrize("is_deleted", [False, True], ids=["replaced", "deleted"])
 @pytest.mark.parametrize("train_mode", ["lora", "full"])
-def test_checkpoints_have_the_tokenizer_of_the_cache_that_the_run_was_started_with(
+def test_checkpoints_keep_the_tokenizer_of_the_first_cache(
     train_mode: str, is_deleted: bool, untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
     cache, run = tmp_path / "cache", tmp_path / "run"
@@ -390,7 +388,7 @@ def test_gradient_checkpointing_gives_the_same_losses(untied_base: Path, convers
 
 
 @pytest.mark.slow
-def test_a_run_resumes_from_the_newest_complete_checkpoint_to_the_same_bits(
+def test_a_run_resumes_from_its_newest_checkpoint_bit_for_bit(
     finished_run: Path, untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -426,7 +424,7 @@ def test_non_finite_loss_stops_before_the_update(untied_base: Path, conversation
     assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
 
 
-def test_a_held_out_loss_that_is_not_finite_is_null_in_the_result(tmp_path: Path) -> None:
+def test_a_non_finite_held_out_loss_is_null_in_results(tmp_path: Path) -> None:
     from safetensors.torch import save_file
     from transformers import AutoTokenizer
 
@@ -457,7 +455,7 @@ def test_a_held_out_loss_that_is_not_finite_is_null_in_the_result(tmp_path: Path
     assert read_result(run).eval["loss"] is None
 
 
-def test_each_evaluation_is_reported_with_its_progress_and_whether_it_is_the_best(
+def test_each_evaluation_reports_progress_and_whether_it_is_best(
     untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
     events: list[Event] = []
@@ -481,7 +479,7 @@ def test_each_evaluation_is_reported_with_its_progress_and_whether_it_is_the_bes
         assert progress[-2:] == [Advanced(task, total), Finished(task)]
 
 
-def test_settings_of_examples_that_differ_from_those_of_the_cache_are_refused(
+def test_settings_that_contradict_the_caches_examples_are_refused(
     untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
     cache, run = tmp_path / "cache", tmp_path / "run"

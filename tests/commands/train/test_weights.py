@@ -27,7 +27,7 @@ def test_a_loaded_base_equals_its_file_bit_by_bit(base: Path) -> None:
     assert model.encoder.embed_tokens.weight is model.shared.weight
 
 
-def test_a_quantized_base_keeps_all_other_weights_and_nearly_the_same_logits(untied_base: Path) -> None:
+def test_a_quantized_base_keeps_other_weights_and_similar_logits(untied_base: Path) -> None:
     from t5tune.model.load import load_base
 
     file = load_file(untied_base / "model.safetensors")

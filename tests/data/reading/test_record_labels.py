@@ -224,7 +224,7 @@ def test_reasoning_is_ignored_and_counted_and_images_are_rejected(tmp_path: Path
     for kind in ("image_url", "audio_url", "video_url"):
         picture = {"role": "user", "content": [text, {"type": kind, "value": "a.jpg"}]}
         rejected = read_messages(tmp_path, picture, YES)
-        assert (rejected.reason, f"a content part of type '{kind}'" in rejected.message) == ("not_text", True)
+        assert (rejected.reason, f"unsupported content part of type '{kind}'" in rejected.message) == ("not_text", True)
 
 
 @pytest.mark.parametrize("key", ["loss_weight", "weight"])

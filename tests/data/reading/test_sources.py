@@ -233,7 +233,7 @@ def test_hugging_face_s_downloads_are_read_offline(hub: Hub, tmp_path: Path, mon
     hf_hub_download("some/more", "train-0.jsonl", repo_type="dataset")
     done = prepare(hub, "some/more", tmp_path / "more", HF_HUB_OFFLINE="1")
     assert done.code == 2
-    assert "HF_HUB_OFFLINE disables downloads, and the dataset isn't all in the local cache" in done.errors[0]
+    assert "HF_HUB_OFFLINE disables downloads, and the dataset isn't complete in the local cache" in done.errors[0]
 
 
 def test_a_missing_split_isn_t_replaced_offline(hub: Hub, tmp_path: Path) -> None:
@@ -386,7 +386,7 @@ def test_a_copied_file_is_read_without_its_server(tmp_path: Path) -> None:
     [
         ("http://127.0.0.1:9/chats.jsonl", ["data_path: http://127.0.0.1:9/chats.jsonl", "can't be read", "try again"]),
         ("{url}/none.jsonl?key=SeCrEt", ["{url}/none.jsonl: no such file", "check the spelling"]),
-        ("{url}/refused.jsonl?SeCrEt", ["refused.jsonl: the server refuses access (status 403)", "URL's signature"]),
+        ("{url}/refused.jsonl?SeCrEt", ["refused.jsonl: the server denied access (status 403)", "URL's signature"]),
         ("{url}/busy.jsonl?SeCrEt", ["{url}/busy.jsonl: can't be read: 503", "try again later"]),
         ("{url}/cut.jsonl", ["{url}/cut.jsonl: can't be read: ", "try again"]),
         ("{url}/notes.txt", ["{url}/notes.txt", "no JSON, JSONL, CSV or Parquet file"]),

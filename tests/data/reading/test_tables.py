@@ -20,7 +20,7 @@ from tests.support.caches import find_cache
     [
         ({}, "its keys are what was w 0, it was v 0; add --source-column 'what was w 0' --target-column 'it was v 0'"),
         ({"source_column": "q", "target_column": "a"}, "no column q, a; the record has what was w 0, it was v 0"),
-        ({"objective": "span-corruption"}, "no key text for raw text; its keys are what was w 0, it was v 0"),
+        ({"objective": "span-corruption"}, "no key text for raw text; the record's keys are what was w 0, it was v 0"),
     ],
 )
 @pytest.mark.parametrize("name", ["data.csv", "data.tsv"])

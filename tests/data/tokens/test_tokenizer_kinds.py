@@ -102,7 +102,7 @@ def test_named_special_tokens_keep_their_names(
 def test_a_sentencepiece_model_that_is_not_unigram_is_refused(tmp_path: Path) -> None:
     """Gemma's tokenizer.model is BPE, which can't be read as T5's."""
     train_sentencepiece(tmp_path, read_corpus(), 300, model_type="bpe")
-    with pytest.raises(ModelError, match="not a Unigram model, as T5's are; save the tokenizer as tokenizer.json"):
+    with pytest.raises(ModelError, match="not a Unigram model like T5's; save the tokenizer as tokenizer.json"):
         load_tokenizer(tmp_path)
 
 

@@ -71,7 +71,7 @@ def test_the_data_s_letters_come_before_unused_characters(flan: Path, prepared: 
     (note,) = [event.text for event in events if isinstance(event, Note) and "unused embedding rows" in event.text]
     assert note == (
         f"only 28 unused embedding rows, so there is no token for {rarest!r}, '\\n', '\\t', '<', '\\\\' and 5 more; "
-        "more rows: umT5 (84), T5Gemma 2 (63); mT5 and ByT5 write every character"
+        "models with more rows: umT5 (84), T5Gemma 2 (63); mT5 and ByT5 write every character"
     )
 
 

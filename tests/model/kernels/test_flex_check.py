@@ -222,7 +222,7 @@ def test_a_gpu_uses_one_kernel_once_it_is_compared(monkeypatch: pytest.MonkeyPat
     assert (choice, [note.text for note in notes]) == (
         "flex",
         [
-            "compiling attention for this GPU, which takes up to some minutes the first time",
+            "compiling attention for this GPU, which can take minutes the first time",
             "attention over packed rows: one kernel per layer",
         ],
     )
@@ -251,7 +251,7 @@ def test_a_gpu_without_a_kernel_says_why(monkeypatch: pytest.MonkeyPatch) -> Non
     [
         ({}, None),
         ({"trains_bias": True}, "the kernel can't train the position bias, as full training does"),
-        ({"head_width": 8}, "the kernel needs heads at least 16 wide, and this model's are 8"),
+        ({"head_width": 8}, "the kernel needs heads that are at least 16 wide; this model's are 8"),
         ({"missing": MissingTool("no C compiler", "install gcc")}, "no C compiler; install gcc"),
         ({"variable": "TORCHDYNAMO_DISABLE"}, "TORCHDYNAMO_DISABLE in the environment turns torch.compile off"),
     ],

@@ -119,7 +119,7 @@ def test_a_duplicate_of_another_part_is_counted_and_not_listed(tmp_path: Path) -
     assert listed[1][0] in listed[0]
 
 
-def test_a_duplicate_that_is_split_is_left_out_as_a_whole(tmp_path: Path) -> None:
+def test_a_split_duplicate_is_left_out_as_a_whole(tmp_path: Path) -> None:
     """And the conversations that follow keep their ids and their examples."""
     long = {"conversations": [{"from": ("human", "gpt")[i % 2], "value": f"turn {i}"} for i in range(40)]}
     data = write_lines(tmp_path / "data.jsonl", [long, CONVERSATION, long, *PAIRS[:5]])
@@ -133,7 +133,7 @@ def test_a_duplicate_that_is_split_is_left_out_as_a_whole(tmp_path: Path) -> Non
         assert np.array_equal(before.target_T, now.target_T)
 
 
-def test_more_parts_than_records_and_data_of_one_record_are_joined(tmp_path: Path) -> None:
+def test_more_parts_than_records_and_single_records_are_joined(tmp_path: Path) -> None:
     data = write_lines(tmp_path / "data.jsonl", PAIRS[:3])
     prepare(make_settings(data, tmp_path / "one"))
     prepare_all(data, tmp_path / "cache", 8)
@@ -172,9 +172,7 @@ def test_the_error_of_the_join_is_that_of_one_process(
     assert not one.exists() or one.read_bytes() == parts.read_bytes()
 
 
-def test_data_that_can_not_be_read_is_an_error_of_the_part_that_has_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unreadable_data_is_an_error_of_its_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("t5tune.preparing.sample.SAMPLE_BYTES", 1000)
     data = tmp_path / "data.json"
     data.write_text("[" + ",\n".join(map(json.dumps, PAIRS)) + ", {'a': 1}]")
@@ -186,9 +184,7 @@ def test_data_that_can_not_be_read_is_an_error_of_the_part_that_has_it(
 # ---------------------------------------------------------------- one part at a time
 
 
-def test_a_complete_part_is_not_encoded_again_and_a_damaged_one_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_damaged_parts_are_encoded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = write_lines(tmp_path / "data.jsonl", PAIRS)
     settings = make_settings(data, tmp_path / "cache", shard="1/2")
     first = prepare(settings)
@@ -205,11 +201,11 @@ def test_a_complete_part_is_not_encoded_again_and_a_damaged_one_is(
 
 def test_join_names_a_part_that_is_missing_or_damaged(tmp_path: Path) -> None:
     data = write_lines(tmp_path / "data.jsonl", PAIRS)
-    with pytest.raises(DataError, match=r"cache\.parts: contains no complete part; prepare each part with --shard I/N"):
+    with pytest.raises(DataError, match=r"cache\.parts: contains no complete parts; prepare each part with --shard"):
         prepare(make_settings(data, tmp_path / "cache", join=True))
     for index in (0, 2):
         prepare(make_settings(data, tmp_path / "cache", shard=f"{index}/3"))
-    with pytest.raises(DataError, match=r"still missing: 1/3; prepare each of them, such as with --shard 1/3"):
+    with pytest.raises(DataError, match=r"still missing: 1/3; prepare each of them, for example with --shard 1/3"):
         prepare(make_settings(data, tmp_path / "cache", join=True))
     (tmp_path / "cache.parts" / "part-0-of-3" / "data.records").write_bytes(b"")
     with pytest.raises(
@@ -231,15 +227,13 @@ def test_join_names_a_part_that_is_missing_or_damaged(tmp_path: Path) -> None:
 def test_parts_of_other_settings_are_refused_by_name(tmp_path: Path, values: dict[str, Any], problem: str) -> None:
     data = write_lines(tmp_path / "data.jsonl", PAIRS)
     prepare(make_settings(data, tmp_path / "cache", shard="0/3"))
-    with pytest.raises(T5TuneError, match="part-0-of-3: was made from other inputs") as refused:
+    with pytest.raises(T5TuneError, match="part-0-of-3: was made from different inputs") as refused:
         prepare(make_settings(data, tmp_path / "cache", **{"shard": "1/3", **values}))
     assert problem in refused.value.message
     assert f"delete {tmp_path / 'cache.parts'}" in str(refused.value.hint)
 
 
-def test_parts_of_other_data_or_of_another_version_are_refused_by_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_parts_with_different_data_or_version_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = write_lines(tmp_path / "data.jsonl", PAIRS)
     prepare(make_settings(data, tmp_path / "cache", shard="0/3"))
     with monkeypatch.context() as patch:
@@ -292,9 +286,7 @@ def test_parts_that_are_left_or_complete_are_mentioned(tmp_path: Path) -> None:
     prepare(make_settings(data, tmp_path / "cache", shard="0/2"), notes.append)
     assert Note("part 0/2 was complete already, so it isn't encoded again") in notes
     prepare(make_settings(data, tmp_path / "cache"), notes.append)
-    left = (
-        f"{tmp_path / 'cache.parts'}: parts that prepare --shard left; delete the folder if they aren't needed any more"
-    )
+    left = f"{tmp_path / 'cache.parts'}: parts that prepare --shard left; delete the folder if you no longer need them"
     assert Note(left) in notes
 
 
@@ -325,7 +317,7 @@ def test_two_processes_on_the_same_part_do_not_mix(tmp_path: Path, monkeypatch: 
 
 @pytest.mark.parametrize("locks", ["as usual", "as on NFS"])
 @pytest.mark.parametrize("second", ["join", "0/2", "1/2"])
-def test_two_processes_that_join_at_the_same_time_leave_one_cache(
+def test_two_processes_that_join_simultaneously_leave_one_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, second: str, locks: str
 ) -> None:
     """The second one joins the parts, and deletes them, before the first one reads them."""
@@ -353,7 +345,7 @@ def test_two_processes_that_join_at_the_same_time_leave_one_cache(
 @pytest.mark.parametrize(
     ("name", "reason"), [("file/cache", "Not a directory"), ("read_only/cache", "Permission denied")]
 )
-def test_a_folder_of_parts_that_can_not_be_created_is_an_error_that_says_why(
+def test_an_uncreatable_folder_of_parts_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, reason: str
 ) -> None:
     data = write_lines(tmp_path / "data.jsonl", PAIRS)
@@ -371,9 +363,7 @@ def test_a_folder_of_parts_that_can_not_be_created_is_an_error_that_says_why(
         prepare(make_settings(data, tmp_path / name, shard="0/2"))
 
 
-def test_a_part_in_progress_is_kept_if_its_inputs_may_be_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_part_in_progress_with_unknown_inputs_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While the first part of other settings is encoded, the same cache as before is asked for again."""
     data = write_lines(tmp_path / "data.jsonl", PAIRS)
     before = make_settings(data, tmp_path / "cache", shard="0/1")

@@ -65,13 +65,13 @@ def test_lines_are_cut_into_parts_without_losing_any(
         assert read_parts([path], count, max_bytes) == read_whole([path], max_bytes)
 
 
-def test_a_line_belongs_to_the_part_in_which_its_first_byte_is(tmp_path: Path) -> None:
+def test_a_line_belongs_to_its_first_bytes_part(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_bytes(b"ab\n\ncd\nef")
     assert [find_line_start(path, position, b"\n") for position in range(10)] == [0, 3, 3, 3, 4, 7, 7, 7, 9, 9]
 
 
-def test_parts_of_one_file_of_lines_have_about_the_same_size(tmp_path: Path) -> None:
+def test_parts_of_a_line_file_have_similar_sizes(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text("".join(json.dumps({"source": "q", "target": str(number)}) + "\n" for number in range(1000)))
     sizes = [len(list(read_range([path], Shard(index, 3), ReadingSettings()))) for index in range(3)]
@@ -79,7 +79,7 @@ def test_parts_of_one_file_of_lines_have_about_the_same_size(tmp_path: Path) -> 
     assert max(sizes) - min(sizes) < 20
 
 
-def test_a_compressed_file_belongs_to_the_part_in_which_it_begins(tmp_path: Path) -> None:
+def test_a_compressed_file_belongs_to_its_first_bytes_part(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"source": "q", "target": "a"}\n' * 500))
     sizes = [len(list(read_range([path], Shard(index, 3), ReadingSettings()))) for index in range(3)]

@@ -68,7 +68,7 @@ def test_ranks_on_a_node_share_its_cores(
 
 
 @pytest.mark.parametrize(("shard", "expected"), [("auto", 8), ("0/2", 32), (None, 32)])
-def test_only_auto_takes_the_other_parts_for_ranks_on_the_same_node(
+def test_only_auto_counts_parts_as_ranks_on_the_node(
     monkeypatch: pytest.MonkeyPatch, shard: str | None, expected: int
 ) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(32)), raising=False)
