@@ -309,11 +309,11 @@ def _finish(task: _Task | None, tuned: Outcome, base: Outcome | None, started: f
         compute_scores(task.chosen, outcome, texts, task.names)
         for outcome, texts in zip(outcomes, predictions, strict=True)
     ]
-    for whose, each in zip(("", "the base's "), tasks, strict=False):
+    for whose, each in zip(("the model", "the base"), tasks, strict=False):
         if partial := each.count_partial_targets():
-            where = f"{partial:,} of {len(each.chosen.targets):,} targets are truncated or have characters that"
-            lost = f"{where} {'the base' if whose else 'the model'}'s vocabulary lacks"
-            report(Note(f"{whose}bits_per_character: {lost}, so it covers only part of their text", warning=True))
+            targets = f"{partial:,} of {len(each.chosen.targets):,} targets are truncated or have characters that"
+            lost = f"{targets} {whose}'s vocabulary lacks; don't compare it with another model's"
+            report(Note(f"{whose}'s bits_per_character: {lost}", warning=True))
     functions = task.settings.metric or []
     with _explain_failures(task):
         custom = [compute_custom_metrics(functions, texts, task.chosen.targets) for texts in predictions]

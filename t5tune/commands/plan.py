@@ -115,7 +115,7 @@ def plan(settings: PlanSettings, report: Report = silent) -> Plan:
     batches = _make_batches(settings, machine.count, data)
     largest = _find_largest_batch(batches, data, packed=settings.packing != "off")
     # each step takes seconds for a large model
-    with count_done("measuring the memory of steps", report, unit="steps") as step_done:
+    with count_done("measuring memory", report, unit="steps") as step_done:
         estimator = MemoryEstimator(
             architecture, settings.select_part(MemorySettings), machine, num_token_rows, step_done
         )

@@ -123,9 +123,9 @@ def test_targets_that_a_vocabulary_cannot_write_are_counted(run: Path, tmp_path:
     )  # fmt: skip
     texts = "targets are truncated or have characters that"
     assert [note for note in notes if "bits_per_character" in note] == [
-        f"bits_per_character: 2 of 4 {texts} the model's vocabulary lacks, so it covers only part of their text",
-        f"the base's bits_per_character: 3 of 4 {texts} the base's vocabulary lacks, so it covers only part of their "
-        "text",
+        f"{whose}'s bits_per_character: {count} of 4 {texts} {whose}'s vocabulary lacks; don't compare it with another "
+        "model's"
+        for whose, count in (("the model", 2), ("the base", 3))
     ]
 
 
