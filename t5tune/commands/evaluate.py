@@ -312,7 +312,7 @@ def _finish(task: _Task | None, tuned: Outcome, base: Outcome | None, started: f
     for whose, each in zip(("the model", "the base"), tasks, strict=False):
         if partial := each.count_partial_targets():
             targets = f"{partial:,} of {len(each.chosen.targets):,} targets are truncated or have characters that"
-            lost = f"{targets} {whose}'s vocabulary lacks; don't compare it with another model's"
+            lost = f"{targets} {whose}'s vocabulary lacks, so it can't be compared between models"
             report(Note(f"{whose}'s bits_per_character: {lost}", warning=True))
     functions = task.settings.metric or []
     with _explain_failures(task):

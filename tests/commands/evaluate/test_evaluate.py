@@ -394,7 +394,7 @@ def test_only_records_and_examples_that_were_evaluated_are_counted(untied_base: 
     truncated = "1 example truncated to model_max_length 48"
     assert list_warnings(1) == []
     assert list_warnings(2) == [f"1 record {rejected}"]
-    lacks = "characters that the model's vocabulary lacks; don't compare it with another model's"
+    lacks = "characters that the model's vocabulary lacks, so it can't be compared between models"
     partial = f"the model's bits_per_character: 1 of 3 targets are truncated or have {lacks}"
     assert list_warnings(3) == [f"1 record {rejected}", truncated, partial]
     assert list_warnings(4) == [f"3 records {rejected}", truncated, partial]
