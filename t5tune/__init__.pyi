@@ -440,8 +440,9 @@ class TrainSettings(_settings.TrainSettings):
             torch_compile: Compile layer norms and feed-forward layers with torch.compile. The first steps take seconds
                 to minutes longer; later steps are often faster. On a GPU, try without it first.
             label_smoothing_factor: Label smoothing: probability mass spread uniformly over the vocabulary.
-            metrics: Metrics to compute: exact_match, rouge1, rouge2, rougeL, bleu, chrf, valid_json, field_f1; default:
-                all that fit the targets.
+            metrics: Metrics to compute: exact_match, rouge1, rouge2, rougeL, bleu, chrf, valid_json, field_f1,
+                accuracy, macro_f1, mcc; labels for the last three, whatever the targets are; default: all that fit the
+                targets.
             metric: Custom metrics: functions (predictions, references) -> dict of numbers, as module:function or
                 path/to/file.py:function.
             eval_strategy: When to evaluate; default: every epoch if there is held-out data, otherwise never.
@@ -849,8 +850,9 @@ class EvaluateSettings(_settings.EvaluateSettings):
             source_column: Column or key with the input; default: detected.
             target_column: Column or key with the output; default: detected.
             num_data: Use only the first N examples; default: all.
-            metrics: Metrics to compute: exact_match, rouge1, rouge2, rougeL, bleu, chrf, valid_json, field_f1; default:
-                all that fit the targets.
+            metrics: Metrics to compute: exact_match, rouge1, rouge2, rougeL, bleu, chrf, valid_json, field_f1,
+                accuracy, macro_f1, mcc; labels for the last three, whatever the targets are; default: all that fit the
+                targets.
             compare_base: Also score the base without the adapter.
             bf16: Compute in bfloat16; default: as in training, otherwise if the GPU supports it.
             num_gpus: Start this many processes on this machine, one per GPU.

@@ -1,10 +1,10 @@
-"""Score predictions against references from 0 to 100: exact match, ROUGE, BLEU, chrF, and the validity and F1 of JSON.
+"""Score predictions against references from 0 to 100: exact match, ROUGE, BLEU, chrF, metrics of JSON and of labels.
 
     score(["Hello."], ["Hello."])["rougeL"]                              # 100.0
     score(['{"a": 1, "b": 2}'], ['{"a": 1, "b": 3}'])["field_f1"]        # 50.0
 
-rouge-score computes ROUGE (Lin 2004), and sacrebleu BLEU and chrF with its defaults (Post 2018). custom_metrics.py has
-the user's metrics.
+rouge-score computes ROUGE (Lin 2004), and sacrebleu BLEU and chrF with its defaults (Post 2018). label_metrics.py has
+the metrics of labels, and custom_metrics.py the user's metrics.
 """
 
 import re
@@ -16,11 +16,12 @@ from typing import Any
 
 from t5tune.errors import SettingsError
 from t5tune.io.untrusted import parse_json
+from t5tune.label_metrics import LABEL_METRICS, find_labels, score_labels
 
 ROUGES = ("rouge1", "rouge2", "rougeL")
 MEANS = ("exact_match", *ROUGES)  # metrics of a corpus that are means over its examples
 JSON_METRICS = ("valid_json", "field_f1")
-METRICS = (*MEANS, "bleu", "chrf", *JSON_METRICS)
+METRICS = (*MEANS, "bleu", "chrf", *JSON_METRICS, *LABEL_METRICS)
 PREFERENCE_METRICS = (
     "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected",
     "nll_loss", "log_odds_ratio", "log_odds_chosen",
@@ -33,7 +34,9 @@ UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]")
 EMOJI_STYLE = "\ufe0f"  # also a combining mark; without it, the digit of a keycap emoji is the digit in other text
 
 
-def score(predictions: Sequence[str], references: Sequence[str], names: Iterable[str] = METRICS) -> dict[str, float]:
+def score(
+    predictions: Sequence[str], references: Sequence[str], names: Iterable[str] = METRICS, labels: Iterable[str] = ()
+) -> dict[str, float]:
     """Score a corpus: exact match and ROUGE are means over the examples, BLEU and chrF are corpus scores.
 
     `valid_json` is the percentage of predictions that are JSON. `field_f1` is the micro-averaged F1 over the fields, as
@@ -42,6 +45,7 @@ def score(predictions: Sequence[str], references: Sequence[str], names: Iterable
     order. Unlike Donut, values have a type ("1" is not 1) and are compared exactly, and an empty object or list is a
     leaf too. A prediction that isn't JSON has no fields. Both are computed over the examples whose reference is a JSON
     object or array, and left out without such examples.
+    `labels` may be predicted in addition to the references.
     """
     import sacrebleu
 
@@ -54,11 +58,14 @@ def score(predictions: Sequence[str], references: Sequence[str], names: Iterable
     if "chrf" in names:
         scores["chrf"] = float(sacrebleu.corpus_chrf(list(predictions), [list(references)]).score)
     scores |= _score_json(pairs, names)
+    if has_label_metrics(names):
+        of_labels, _ = score_labels(predictions, references, labels)
+        scores |= {name: value for name, value in of_labels.items() if name in names}
     return {name: round(value, 4) for name, value in scores.items()}
 
 
 def score_one(prediction: str, reference: str, names: Iterable[str] = METRICS) -> dict[str, float]:
-    """Score one prediction, without BLEU, which means little for a single sentence."""
+    """Score one prediction, without BLEU, which means little for a single sentence, and the metrics of labels."""
     names = set(names)
     scores = {"exact_match": 100.0 * (prediction == reference)} if "exact_match" in names else {}
     if rouges := [name for name in ROUGES if name in names]:
@@ -75,8 +82,8 @@ def score_one(prediction: str, reference: str, names: Iterable[str] = METRICS) -
 
 
 def prefix_metric(dataset: str, name: str) -> str:
-    """Name a metric of one of several datasets: chats, loss -> chats_loss."""
-    return f"{dataset}_{name}"
+    """Name a metric of one of several datasets: chats, loss -> chats_loss. All examples are the dataset ""."""
+    return f"{dataset}_{name}" if dataset else name
 
 
 def split_by_dataset(
@@ -84,16 +91,16 @@ def split_by_dataset(
 ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
     """Split metrics into metrics of all examples, and metrics of each dataset, named by `prefix_metric`.
 
-    A dataset has only metrics that all examples have, too: with a dataset called `valid`, valid_json isn't its `json`.
+    A dataset has only metrics that all examples have, too, and metrics of labels, which a single dataset may have: with
+    a dataset called `valid`, valid_json isn't its `json`.
     """
+    known = {*metrics, *LABEL_METRICS}
     by_length = sorted(datasets, key=len, reverse=True)  # with datasets a and a_b, a_b_loss belongs to a_b
     overall: dict[str, float] = {}
     found: dict[str, dict[str, float]] = {}
     for name, value in metrics.items():
         splits = ((each, name.removeprefix(prefix_metric(each, ""))) for each in by_length)
-        dataset, metric = next(
-            ((each, rest) for each, rest in splits if rest != name and rest in metrics), (None, name)
-        )
+        dataset, metric = next(((each, rest) for each, rest in splits if rest != name and rest in known), (None, name))
         if dataset is None:
             overall[name] = value
         else:
@@ -101,9 +108,17 @@ def split_by_dataset(
     return overall, found
 
 
-def choose_metrics(names: Sequence[str] | None, references: Sequence[str]) -> tuple[str, ...]:
-    """Return the metrics to compute for these references: the named metrics, or all that fit."""
+def choose_metrics(
+    names: Sequence[str] | None, references: Sequence[str], labels: Sequence[str] | None = None
+) -> tuple[str, ...]:
+    """Return the metrics to compute for these references: the named metrics, or all that fit.
+
+    Args:
+        labels: the labels among these and further references, or an empty list; None: find them.
+    """
     chosen = tuple(name for name in METRICS if names is None or name in names)
+    if names is None and not (find_labels(references) if labels is None else labels):
+        chosen = tuple(name for name in chosen if name not in LABEL_METRICS)
     for_json = [name for name in chosen if name in JSON_METRICS]
     if not for_json or any(_is_json(_parse(reference)) for reference in references):
         return chosen
@@ -111,6 +126,11 @@ def choose_metrics(names: Sequence[str] | None, references: Sequence[str]) -> tu
         problem = f"metrics: {for_json[0]}: none of the {len(references):,} targets is a JSON object or array"
         raise SettingsError(problem, hint="remove it from metrics")
     return tuple(name for name in chosen if name not in JSON_METRICS)
+
+
+def has_label_metrics(names: Iterable[str]) -> bool:
+    """Whether metrics of labels are among these metrics."""
+    return not set(LABEL_METRICS).isdisjoint(names)
 
 
 class _UnicodeTokenizer:

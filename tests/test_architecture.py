@@ -16,7 +16,18 @@ from tests.support.paths import REPOSITORY
 PACKAGE = REPOSITORY / "t5tune"
 # from the lowest layer to the highest; packages of one layer may import each other, but not in a circle
 LAYERS = [
-    {"errors", "file_names", "formatting", "progress", "progress_bar", "metrics", "custom_metrics", "io", "version"},
+    {
+        "errors",
+        "file_names",
+        "formatting",
+        "progress",
+        "progress_bar",
+        "metrics",
+        "custom_metrics",
+        "label_metrics",
+        "io",
+        "version",
+    },
     {"compat", "families", "hub", "settings"},
     {"data", "checkpoints"},
     {"model"},

@@ -131,7 +131,15 @@ def test_scores_of_json_are_absent_if_no_reference_is_json() -> None:
     assert not {"valid_json", "field_f1"} & score(references, references).keys()
     assert not {"valid_json", "field_f1"} & score_one('{"a": 1}', "text").keys()
     assert choose_metrics(None, references) == METRICS[:6]
-    assert choose_metrics(None, [*references, "[]"]) == METRICS
+    assert choose_metrics(None, [*references, "[]"]) == METRICS[:8]
+
+
+def test_metrics_of_labels_are_computed_if_the_references_are_labels_or_named_so() -> None:
+    assert choose_metrics(None, ["yes", "no"] * 5) == (*METRICS[:6], "accuracy", "macro_f1", "mcc")
+    assert choose_metrics(None, ["yes", "no"]) == METRICS[:6]
+    assert choose_metrics(None, ["yes", "no"], labels=["no", "yes"])[-1] == "mcc"
+    assert choose_metrics(["mcc"], ["yes", "no"]) == ("mcc",)
+    assert score(["yes", "?"], ["yes", "no"], ["macro_f1", "accuracy"]) == {"accuracy": 50, "macro_f1": 50}
 
 
 def test_only_the_chosen_metrics_are_computed() -> None:

@@ -12,6 +12,7 @@ from rich.console import Console, RenderableType
 from rich.text import Text
 
 from t5tune.checkpoints.model_card import is_timing
+from t5tune.cli.results import render_labels
 from t5tune.cli.screen import Screen, StderrConsole, print_message
 from t5tune.errors import SettingsError, Stopped, T5TuneError, WriteError, to_t5tune_error
 from t5tune.formatting import format_count, format_duration, format_metric_name, format_number, format_size
@@ -34,8 +35,8 @@ LABELS = {
     "from_training": "difference from training, base as",
     "seconds": "time",
 }
-NOT_SHOWN = {"best_eval", "seed", "split_seed", "lora"}
-"""Values of a run's result that --json and result.json have, and the screen doesn't."""
+NOT_SHOWN = {"best_eval", "seed", "split_seed", "lora", "labels"}
+"""Values of a result that --json and result.json have, and the lines of names and values don't."""
 
 
 @dataclasses.dataclass
@@ -75,6 +76,8 @@ class Output:
             if not self.quiet and others:
                 with suppress(OSError):
                     StderrConsole().print(_format_table(dict(others), text))
+                    for dataset, table in (dict(others).get("labels") or {}).items():
+                        StderrConsole().print(render_labels(dataset, table))
         self.print(text)
         if not self.quiet:
             with suppress(OSError):

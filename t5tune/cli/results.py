@@ -2,14 +2,16 @@
 
 import json
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from t5tune.formatting import GIB, format_count, format_size
+from t5tune.errors import make_printable
+from t5tune.formatting import GIB, format_count, format_number, format_size, shorten
+from t5tune.label_metrics import ALL, LabelTable, describe_labels
 
 if TYPE_CHECKING:
     from t5tune.commands.doctor import Diagnosis
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from t5tune.planning.run_memory import StageMemory
 
 TEMPLATE_FLAGS = {"runs": "--config", "conversations": "--conversation-template", "deepspeed": "--deepspeed"}
+MAX_CLASSES, MAX_CELL = 10, 30  # characters of a cell, in the table of labels
 STYLES = {"good": "green", "warning": "yellow", "broken": "bold red"}
 
 
@@ -35,6 +38,22 @@ def render_result(command: str, result: Any) -> RenderableType | None:
         case "docs":
             return str(result.text.removesuffix("\n"))
     return None
+
+
+def render_labels(dataset: str, table: LabelTable) -> Group:
+    """Render the scores of the most frequent classes, each with its most frequent wrong prediction."""
+    title = "class" if dataset == ALL else f"class of {dataset}"
+    grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for name in (title, "precision", "recall", "F1", "support", "taken for"):
+        grid.add_column(name, justify="left" if name in (title, "taken for") else "right", no_wrap=True)
+    for label, scores in islice(table["classes"].items(), MAX_CLASSES):
+        wrong = (f"{count:,} × {other}" for other, count in table["confusion"][label].items() if other != label)
+        numbers = (format_number(round(scores[name], 1)) for name in ("precision", "recall", "f1", "support"))
+        cells = (shorten(make_printable(cell), MAX_CELL) for cell in (label, *numbers, next(wrong, "")))
+        grid.add_row(*map(Text, cells))
+    more = len(table["classes"]) - MAX_CLASSES
+    rest = f"{format_count(more, 'more class', 'more classes')}; " if more > 0 else ""
+    return Group(grid, Text(rest + describe_labels(table)))
 
 
 def _render_plan(result: "Plan") -> Iterator[RenderableType]:

@@ -37,8 +37,9 @@ from t5tune.evaluation.examples import (
     EvaluationSet,
     load_evaluation_set,
 )
-from t5tune.evaluation.scores import Outcome, compute_scores, score_datasets, write_predictions
+from t5tune.evaluation.scores import Outcome, compute_scores, score_datasets, tabulate_labels, write_predictions
 from t5tune.evaluation.scoring import Losses, find_max_target_length, generate_predictions, measure_losses
+from t5tune.file_names import REPORT_FILE
 from t5tune.inference.generation import Decoding
 from t5tune.inference.loading import (
     LoadedModel,
@@ -56,12 +57,14 @@ from t5tune.io.atomic import (
     write_folder_atomically,
     write_json,
 )
+from t5tune.label_metrics import ALL, LabelTable
 from t5tune.metrics import METRICS, choose_metrics
 from t5tune.model.attention.packing import can_pack, use_packing
 from t5tune.model.batches import PackedCollator, PaddedCollator
 from t5tune.model.device import explain_out_of_memory, manage_memory_for_loading, use_gpu_kernels
 from t5tune.preparing.resolve_datasets import resolve_datasets
 from t5tune.progress import Note, Report, silent, without_notes
+from t5tune.reports.page import render_labels, write_page
 from t5tune.runs.checkpoints import replace_stopped_runs
 from t5tune.runs.checks import check_starts_no_processes
 from t5tune.settings import EvaluateSettings, write_settings
@@ -86,11 +89,12 @@ class EvaluateResult:
     Args:
         bits_per_character: the loss of the whole targets per character of their texts, in bits, to compare models
             with different tokenizers; None if spans of raw text were masked.
-        exact_match, …, field_f1: None: not among the chosen metrics, or no target is JSON.
+        exact_match, …, mcc: None: not among the chosen metrics, or no target is JSON or a label.
         custom_metrics: the results of custom functions.
         base: the same metrics of the base without the adapter, by name; None without compare_base.
         datasets: the number of examples and the same metrics of each dataset, if there are several; the
             base's metrics have `base_` before their names.
+        labels: "all" and each dataset, if there are several, whose targets are labels -> how each label was predicted.
     """
 
     predictions: Path
@@ -106,10 +110,14 @@ class EvaluateResult:
     chrf: float | None
     valid_json: float | None
     field_f1: float | None
+    accuracy: float | None
+    macro_f1: float | None
+    mcc: float | None
     custom_metrics: dict[str, float]
     base: dict[str, float] | None
     seconds: float
     datasets: dict[str, dict[str, float]] | None = None
+    labels: dict[str, LabelTable] | None = None
 
 
 @dataclass(frozen=True)
@@ -317,7 +325,9 @@ def _finish(task: _Task | None, tuned: Outcome, base: Outcome | None, started: f
     functions = task.settings.metric or []
     with _explain_failures(task):
         custom = [compute_custom_metrics(functions, texts, task.chosen.targets) for texts in predictions]
-        by_dataset = score_datasets(task.chosen, task.names, functions, outcomes, predictions, report)
+        by_dataset = score_datasets(task.chosen, task.settings.metrics, functions, outcomes, predictions, report)
+    if labels := tabulate_labels(task.chosen, predictions[0], {ALL: built_in[0], **(by_dataset or {})}):
+        write_page(task.folder / REPORT_FILE, str(task.folder), render_labels(labels))
     result = EvaluateResult(
         predictions=task.folder / PREDICTIONS_FILE,
         examples=len(task.chosen.targets),
@@ -326,6 +336,7 @@ def _finish(task: _Task | None, tuned: Outcome, base: Outcome | None, started: f
         base=None if base is None else built_in[1] | custom[1],
         seconds=round(time.monotonic() - started, 3),
         datasets=by_dataset,
+        labels=labels or None,
     )
     values = {**asdict(result), "predictions": str(result.predictions), "settings": _describe_settings(task)}
     write_json(task.folder / SCORES_FILE, values)

@@ -41,7 +41,7 @@ from t5tune.preparing.data_problems import make_mixed_data_error, report_default
 from t5tune.preparing.datasets import prepare_datasets
 from t5tune.preparing.pipeline import read_conversation
 from t5tune.preparing.plan import Origin, PreparePlan
-from t5tune.preparing.sample import choose_default_template, drain, report_doubtful_headers, take_sample
+from t5tune.preparing.sample import choose_default_template, drain, report_doubts, take_sample
 from t5tune.progress import Note, Report
 from t5tune.settings.dataset_spec import DatasetSpec
 from t5tune.settings.groups.base import BaseModelSettings
@@ -163,7 +163,7 @@ def _load_dataset(plan: EvaluationPlan, dataset: DatasetSpec, loaded: LoadedMode
     records = read_records(files, dataset, stdin := Digest())
     sample = take_sample(records)
     find_encodings(files, dataset.encoding, stdin, report)
-    report_doubtful_headers(sample, dataset, report)
+    report_doubts(sample, dataset, report)
     template, default_template = loaded.find_template(dataset.conversation_template), None
     if template is None:
         default_template = choose_default_template(sample, files, dataset)

@@ -5,7 +5,7 @@ compute_scores(chosen, outcome, predictions, ["exact_match"])    # {"loss": 0.31
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,8 @@ from t5tune.data.tokens.tokenizer import decode_prediction, decode_reference
 from t5tune.errors import SettingsError
 from t5tune.evaluation.examples import EvaluationSet
 from t5tune.evaluation.scoring import Losses
-from t5tune.metrics import choose_metrics, score, score_one
+from t5tune.label_metrics import ALL, LabelTable, score_labels
+from t5tune.metrics import choose_metrics, has_label_metrics, score, score_one
 from t5tune.progress import Note, Report
 
 
@@ -83,22 +84,34 @@ def _compute_losses(losses: Losses, chosen: EvaluationSet, indices: range) -> di
     return found
 
 
+def tabulate_labels(
+    chosen: EvaluationSet, predictions: Sequence[str], scores: Mapping[str, Mapping[str, float]]
+) -> dict[str, LabelTable]:
+    """Tabulate the predicted labels of the datasets whose scores, by name, have metrics of labels."""
+    parts = {ALL: range(len(predictions)), **dict(chosen.datasets)}
+    return {
+        name: score_labels(*([texts[index] for index in parts[name]] for texts in (predictions, chosen.targets)))[1]
+        for name, values in scores.items()
+        if has_label_metrics(values)
+    }
+
+
 def score_datasets(
     chosen: EvaluationSet,
-    metrics: Sequence[str],
+    names: Sequence[str] | None,
     functions: list[str],
     outcomes: Sequence[Outcome],
     predictions: Sequence[Sequence[str]],
     report: Report,
 ) -> dict[str, dict[str, float]] | None:
-    """Compute the metrics that fit the targets of each dataset, if there are several datasets.
+    """Compute the named metrics that fit the targets of each dataset (None: all), if there are several datasets.
 
     Custom metrics that aren't finite are left out: a dataset's examples may be too few, or too similar.
     """
     found: dict[str, dict[str, float]] = {}
-    for name, indices in chosen.datasets:
+    for dataset, indices in chosen.datasets:
         targets = [chosen.targets[index] for index in indices]
-        fitting = [each for each in choose_metrics(None, targets) if each in metrics]
+        fitting = [each for each in choose_metrics(None, targets) if names is None or each in names]
         values: dict[str, float] = {"examples": len(targets)}
         for prefix, outcome, texts in zip(("", "base_"), outcomes, predictions, strict=False):
             selected = [texts[index] for index in indices]
@@ -107,11 +120,13 @@ def score_datasets(
             try:
                 custom = compute_custom_metrics(functions, selected, targets, allow_non_finite=True)
             except SettingsError as error:
-                raise SettingsError(*(f"dataset {name}: {each}" for each in error.problems), hint=error.hint) from error
+                raise SettingsError(
+                    *(f"dataset {dataset}: {each}" for each in error.problems), hint=error.hint
+                ) from error
             for metric in (metric for metric, value in custom.items() if not math.isfinite(value)):
-                text = f"metric: the scores of dataset {name} omit {prefix}{metric}, which is {custom[metric]}"
+                text = f"metric: the scores of dataset {dataset} omit {prefix}{metric}, which is {custom[metric]}"
                 report(Note(text, warning=True))
             scores |= {metric: value for metric, value in custom.items() if math.isfinite(value)}
             values |= {prefix + metric: value for metric, value in scores.items()}
-        found[name] = values
+        found[dataset] = values
     return found or None

@@ -4,7 +4,7 @@ Both take no more memory than a training step. The losses come from the same chu
 maximum number of tokens, and in generation also a maximum size of the key-value cache (see batches.py).
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -21,7 +21,8 @@ from t5tune.distributed.collectives import run_on_rank_0
 from t5tune.distributed.world import World
 from t5tune.evaluation.batches import Batches, BatchRun, Lengths, make_batches
 from t5tune.inference.generation import Decoding, generate
-from t5tune.metrics import choose_metrics, prefix_metric, score
+from t5tune.label_metrics import ALL, LabelTable, find_labels, score_labels
+from t5tune.metrics import choose_metrics, has_label_metrics, prefix_metric, score
 from t5tune.model.batches import PackedCollator, PaddedCollator
 from t5tune.model.zero3 import gather_decoder
 from t5tune.progress import Report, silent
@@ -111,12 +112,13 @@ def make_loss_batches(lengths: Sequence[Lengths], batch_size: int | None) -> Bat
 
 @dataclass(frozen=True)
 class GenerationScorer:
-    """Generates predictions for some held-out examples and scores them: all together, and per dataset.
+    """Generates predictions for some held-out examples and scores them: all together (""), and per dataset.
 
     Args:
         names: the built-in metrics to compute; None: all that fit the targets.
         functions: the custom metrics, as in the setting `metric`. Only rank 0 imports and calls them: some aren't
             deterministic, and all ranks must agree on the best step.
+        labels: the labels among all held-out targets, as from `find_held_out_labels`.
         autocast: see `generate_predictions`.
     """
 
@@ -124,6 +126,7 @@ class GenerationScorer:
     count: int
     names: Sequence[str] | None
     functions: Sequence[str]
+    labels: Mapping[str, Sequence[str]]
     world: World
     autocast: bool
 
@@ -131,44 +134,44 @@ class GenerationScorer:
         """List the metrics of an evaluation, after trying to compute them. Call on every rank."""
 
         def list_names() -> list[str]:
-            parts = self._select_examples(examples)
-            targets = {name: decode_targets(self.tokenizer, examples, part) for name, part in parts.items()}
-            everything = list(chain.from_iterable(targets.values()))
-            found = [*choose_metrics(self.names, everything), *try_custom_metrics(self.functions, everything)]
-            for name, own in targets.items() if len(parts) > 1 else ():
-                custom = try_custom_metrics(self.functions, own)
-                found += (prefix_metric(name, metric) for metric in (*self._choose_fitting(own), *custom))
+            found: list[str] = []
+            for name, targets in self._group(self._decode_targets(examples)).items():
+                metrics = (*self._choose(name, targets), *try_custom_metrics(self.functions, targets))
+                found += (prefix_metric(name, metric) for metric in metrics)
             return found
 
         return run_on_rank_0(self.world, list_names)
 
     def score(
         self, model: Any, examples: Examples, batch_size: int | None, report: Report, is_stopped: Callable[[], bool]
-    ) -> dict[str, float]:
-        """Score greedy predictions for evenly spaced examples. Custom metrics may be NaN or infinite."""
+    ) -> tuple[dict[str, float], dict[str, LabelTable]]:
+        """Score greedy predictions for evenly spaced examples; also return the tables of labels, by dataset.
+
+        Custom metrics may be NaN or infinite.
+        """
         predictions: dict[str, list[str]] = {}
-        parts = self._select_examples(examples)
-        for name, indices in parts.items():  # separately: the longest target of a dataset limits its predictions
+        for name, indices in self._select_examples(examples).items():
+            # separately: the longest target of a dataset limits its predictions
             chosen = [examples[index] for index in indices]
             longest = find_max_target_length(chosen)
             decoding = Decoding(self.tokenizer.eos_token_id, self.tokenizer.pad_token_id, longest)
             generated = generate_predictions(model, chosen, decoding, batch_size, report, is_stopped, self.autocast)
             predictions[name] = decode_predictions(self.tokenizer, examples, indices, generated)
 
-        def compute() -> dict[str, float]:
-            targets = {name: decode_targets(self.tokenizer, examples, part) for name, part in parts.items()}
-            everything = [list(chain.from_iterable(texts.values())) for texts in (predictions, targets)]
-            scores = self._score(everything[0], everything[1], choose_metrics(self.names, everything[1]))
-            for name, own in targets.items() if len(parts) > 1 else ():
-                found = self._score(predictions[name], own, self._choose_fitting(own))
+        def compute() -> tuple[dict[str, float], dict[str, LabelTable]]:
+            scores: dict[str, float] = {}
+            tables: dict[str, LabelTable] = {}
+            predicted = self._group(predictions)
+            for name, targets in self._group(self._decode_targets(examples)).items():
+                texts, metrics, labels = predicted[name], self._choose(name, targets), self.labels[name]
+                custom = compute_custom_metrics(self.functions, texts, targets, allow_non_finite=True)
+                found = score(texts, targets, metrics, labels) | custom
                 scores |= {prefix_metric(name, metric): value for metric, value in found.items()}
-            return scores
+                if has_label_metrics(metrics):
+                    _, tables[name or ALL] = score_labels(texts, targets, labels)
+            return scores, tables
 
         return run_on_rank_0(self.world, compute)
-
-    def _score(self, predictions: list[str], targets: list[str], names: Sequence[str]) -> dict[str, float]:
-        custom = compute_custom_metrics(self.functions, predictions, targets, allow_non_finite=True)
-        return score(predictions, targets, names) | custom
 
     def _select_examples(self, examples: Examples) -> dict[str, list[int]]:
         """Select evenly spaced examples, equally many of each dataset: name -> indices. A single dataset is ""."""
@@ -176,8 +179,28 @@ class GenerationScorer:
         share = -(-self.count // len(datasets))
         return {name: [of[number] for number in select_evenly(len(of), share)] for name, of in datasets}
 
-    def _choose_fitting(self, targets: list[str]) -> list[str]:
-        return [name for name in choose_metrics(None, targets) if self.names is None or name in self.names]
+    def _decode_targets(self, examples: Examples) -> dict[str, list[str]]:
+        parts = self._select_examples(examples).items()
+        return {name: decode_targets(self.tokenizer, examples, indices) for name, indices in parts}
+
+    def _group(self, texts: dict[str, list[str]]) -> dict[str, list[str]]:
+        """Add the texts of all datasets together, before each dataset's."""
+        everything = list(chain.from_iterable(texts.values()))
+        return {"": everything} | (texts if len(texts) > 1 else {})
+
+    def _choose(self, dataset: str, targets: list[str]) -> list[str]:
+        """Choose the metrics of all examples, or of a dataset: named metrics that don't fit it are left out."""
+        fitting = choose_metrics(None if dataset else self.names, targets, self.labels[dataset])
+        return [name for name in fitting if self.names is None or name in self.names]
+
+
+def find_held_out_labels(tokenizer: Tokenizer, examples: Examples, are_named: bool) -> dict[str, list[str]]:
+    """Find the labels among the targets of all examples (""), and of each of several datasets; see `find_labels`."""
+    parts = {"": range(len(examples)), **dict(examples.list_datasets())}
+    return {
+        name: find_labels((decode_targets(tokenizer, examples, [index])[0] for index in indices), are_named)
+        for name, indices in parts.items()
+    }
 
 
 def decode_targets(tokenizer: Tokenizer, examples: Examples, indices: Iterable[int]) -> list[str]:

@@ -37,7 +37,7 @@ from t5tune.preparing.data_problems import (
 from t5tune.preparing.parts.shard import count_cores_of
 from t5tune.preparing.plan import PreparePlan
 from t5tune.preparing.record_checks import RecordChecks, name_rejected_file
-from t5tune.preparing.sample import choose_default_template, drain, parse_sample, report_doubtful_headers, take_sample
+from t5tune.preparing.sample import choose_default_template, drain, parse_sample, report_doubts, take_sample
 from t5tune.progress import Report
 from t5tune.settings.affects import Affects, select_settings
 from t5tune.settings.dataset_spec import DatasetSpec
@@ -82,7 +82,7 @@ def open_dataset(plan: PreparePlan, dataset: DatasetSpec, report: Report) -> Ope
     records = read_records(files, dataset, stdin)
     sample = take_sample(records)
     encodings = find_encodings(files, dataset.encoding, stdin, report)
-    report_doubtful_headers(sample, dataset, report)
+    report_doubts(sample, dataset, report)
     return OpenedDataset(dataset, paths, files, encodings, stdin, sample, records)
 
 

@@ -16,6 +16,7 @@ from t5tune.data.tokens.encoding import MAX_WORD_LENGTH
 from t5tune.data.tokens.templates import DEFAULT_TEMPLATE, PAIR_TEMPLATE
 from t5tune.errors import DataError
 from t5tune.io.reasons import join_first
+from t5tune.label_metrics import find_labels, find_similar_labels
 from t5tune.progress import Note, Report
 from t5tune.settings.dataset_spec import DatasetSpec
 from t5tune.settings.groups.record_format import ReadingSettings
@@ -55,12 +56,16 @@ def parse_sample(sample: list[RawRecord], dataset: DatasetSpec) -> Iterator[Conv
             sample[number] = replace(record, data=b"", parsed=parsed)
 
 
-def report_doubtful_headers(sample: list[RawRecord], reading: ReadingSettings, report: Report) -> None:
-    """Report tables whose first line looks like data, unless the user says that it has names."""
+def report_doubts(sample: list[RawRecord], reading: ReadingSettings, report: Report) -> None:
+    """Report tables whose first line looks like data, unless the user says that it has names, and similar labels."""
     files = dict.fromkeys(record.location.file for record in sample if record.has_doubtful_header)
     if files and "header" not in reading.model_fields_set:
         problem = "the first line looks like data, but is read as the names of the columns"
         report(Note(f"{join_first([*files])}: {problem}; --no-header reads it as the first row", warning=True))
+    targets = chain.from_iterable(conversation.targets for conversation in _parse_usable(sample, reading))
+    if groups := find_similar_labels(find_labels(targets)):
+        names = "; ".join(", ".join(map(repr, group)) for group in groups)
+        report(Note(f"labels that differ only in case or spaces are different labels: {names}", warning=True))
 
 
 def drain(sample: list[RawRecord]) -> Iterator[RawRecord]:

@@ -1,14 +1,17 @@
-"""The common parts of the HTML pages: style sheet, frame, and histograms of the examples' lengths."""
+"""The common parts of the HTML pages: style sheet, frame, tables, and histograms of the examples' lengths."""
 
 import html
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 
 from t5tune.data.caches.cache_view import Histogram
+from t5tune.formatting import format_number
 from t5tune.io.atomic import write_file
-from t5tune.reports.svg import draw_histogram
+from t5tune.label_metrics import ALL, LabelTable, describe_labels
+from t5tune.reports.svg import draw_confusion_matrix, draw_histogram
 
+NO_LABEL = "(no label)"
 STYLE = """
 :root {
   color-scheme: light dark;
@@ -44,7 +47,8 @@ polyline { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
 .raw { stroke-width: 1; opacity: .5; }
 circle { stroke: var(--card); stroke-width: 1; }
 .dot-0, .bar-0 { fill: var(--c0); } .dot-1 { fill: var(--c1); } .dot-2, .bar-2 { fill: var(--c2); }
-.dot-3 { fill: var(--c3); } .dot-4 { fill: var(--c4); } .dot-5 { fill: var(--c5); }
+.dot-3 { fill: var(--c3); } .dot-4 { fill: var(--c4); } .dot-5, .bar-5 { fill: var(--c5); }
+.count { fill: var(--text); font-size: 11px; text-anchor: middle; pointer-events: none; }
 .legend { font-weight: 400; } .legend span { margin-left: .9rem; }
 .key-0, .source { color: var(--c0); } .key-1 { color: var(--c1); } .key-2, .target { color: var(--c2); }
 .key-3, .rejected { color: var(--c3); } .key-4 { color: var(--c4); } .key-5 { color: var(--c5); }
@@ -80,6 +84,32 @@ def write_page(path: Path, title: str, parts: Iterable[str]) -> None:
         f"<title>{html.escape(title)}</title><style>{STYLE}</style><h1>{html.escape(title)}</h1>"
     )
     write_file(path, (f"{part}\n".encode(errors="backslashreplace") for part in chain([head], parts)))
+
+
+def render_table(rows: Iterable[Sequence[str]], header: Sequence[str] = (), kind: str = "") -> str:
+    """Render a table; `kind` is its class in the style sheet."""
+    lines = [
+        f"<tr>{''.join(f'<{tag}>{html.escape(cell)}</{tag}>' for cell in cells)}</tr>"
+        for tag, cells in [("th", header), *(("td", row) for row in rows)]
+        if cells
+    ]
+    return f'<table class="{kind}">{"".join(lines)}</table>'
+
+
+def render_labels(tables: Mapping[str, LabelTable]) -> Iterator[str]:
+    """Render how labels were predicted, by dataset: the confusion matrix, and a table of the classes."""
+    for dataset, table in tables.items():
+        classes, counts = table["classes"], table["confusion"]
+        rest = [NO_LABEL] if any(scores["no_label"] for scores in classes.values()) else []
+        counts = {label: row | {NO_LABEL: classes[label]["no_label"]} for label, row in counts.items()}
+        rows = (
+            [label, *(format_number(round(value, 1)) for value in each.values())] for label, each in classes.items()
+        )
+        header = ["class", "precision", "recall", "F1", "support", "no label"]
+        yield f"<h2>Labels{html.escape(f' of {dataset}' if dataset != ALL else '')}</h2>"
+        yield f'<p class="soft">{html.escape(describe_labels(table))}</p>'
+        yield draw_confusion_matrix("Confusion matrix", counts, rest)
+        yield f'<h3>By class</h3><div class="scroll">{render_table(rows, header)}</div>'
 
 
 def draw_length_charts(sources: Histogram, targets: Histogram) -> str:

@@ -8,7 +8,7 @@ Its data comes from metrics.jsonl and samples.json in the run folder, and from t
 import html
 import json
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ from t5tune.data.reading.rejections import LABELED_BAD
 from t5tune.data.reading.remote_files import hide_data_queries
 from t5tune.file_names import REPORT_FILE
 from t5tune.formatting import GIB, format_count, format_duration, format_metric_name, format_number, format_size
+from t5tune.label_metrics import LABELS
 from t5tune.metrics import prefix_metric, split_by_dataset
-from t5tune.reports.page import draw_length_charts, write_page
+from t5tune.reports.page import draw_length_charts, render_labels, render_table, write_page
 from t5tune.reports.svg import Series, draw_line_chart, format_short
 from t5tune.runs.metrics_log import read_metrics, read_samples
 from t5tune.runs.plan import RunPlan
@@ -28,7 +29,10 @@ from t5tune.settings.field_types import Settings
 from t5tune.settings.flags import list_flags, list_without_flags
 
 # evaluation metrics at the top of the page, if there are any; the table shows all
-TILE_METRICS = ("loss", "perplexity", "rewards/accuracies", "rewards/margins", "exact_match", "rougeL", "field_f1")
+TILE_METRICS = (
+    "loss", "perplexity", "rewards/accuracies", "rewards/margins", "exact_match", "rougeL", "field_f1",
+    "macro_f1", "mcc",
+)  # fmt: skip
 TEXT_SCORES = {"exact_match", "rougeL", "bleu", "chrf"}
 # more metrics of preference training and distillation: name -> title of the chart
 OBJECTIVE_CHARTS = {
@@ -62,6 +66,7 @@ def write_run_report(
         *_draw_training_charts(lines, result.get("datasets") or {}),
         "</div>",
         *_render_evaluation(lines, result.get("datasets") or {}, result.get("best_step")),
+        *render_labels(result.get("labels") or {}),
         *_render_samples(read_samples(run_folder), "held-out" if has_held_out else "training"),
         "<h2>Training data</h2>",
         *_render_datasets(examples),
@@ -154,7 +159,7 @@ def _render_evaluation(
     for line in (line for line in lines if "eval_loss" in line):
         metrics = {name.removeprefix("eval_"): value for name, value in line.items() if name.startswith("eval_")}
         overall, _ = split_by_dataset(metrics, datasets)
-        shown = {name: value for name, value in overall.items() if not is_timing(name)}
+        shown = {name: value for name, value in overall.items() if name != LABELS and not is_timing(name)}
         found.append((line["step"], line.get("epoch"), shown))
     if not found:
         return []
@@ -172,14 +177,14 @@ def _render_evaluation(
     if TEXT_SCORES & set(names):
         better += " Exact match, ROUGE, BLEU and chrF are from 0 to 100: higher is better."
     parts = ["<h2>Evaluation on held-out examples</h2>", f'<p class="soft">{better}</p>']
-    parts.append(f'<div class="scroll">{_render_table(rows, header)}</div>')
+    parts.append(f'<div class="scroll">{render_table(rows, header)}</div>')
     scores = {
         name: {key: value for key, value in values.items() if key not in DATASET_COUNTS}
         for name, values in datasets.items()
     }
     if names := list(dict.fromkeys(key for values in scores.values() for key in values)):
         rows = ([name, *(_format_optional(values.get(key)) for key in names)] for name, values in scores.items())
-        table = _render_table(rows, ["dataset", *map(format_metric_name, names)])
+        table = render_table(rows, ["dataset", *map(format_metric_name, names)])
         parts += ["<h3>By dataset, in the result</h3>", f'<div class="scroll">{table}</div>']
     return parts
 
@@ -228,7 +233,7 @@ def _render_datasets(examples: Examples) -> list[str]:
         if (size := len(dataset.cache)) and (rate := rates["examples_per_epoch"]) is not None
     )
     header = ("dataset", "examples", "share", "examples per epoch", "times each")
-    return [f'<div class="scroll">{_render_table(rows, header)}</div>']
+    return [f'<div class="scroll">{render_table(rows, header)}</div>']
 
 
 def _render_left_out(by_reason: dict[str, int]) -> list[str]:
@@ -248,21 +253,12 @@ def _render_settings(settings: Settings) -> list[str]:
     rows: dict[bool, list[tuple[str, str]]] = {True: [], False: []}
     for name, value in values.items():
         rows[value == defaults[name]].append((name, _format_value(value)))
-    changed, rest = (_render_table(rows[is_default], kind="settings") for is_default in (False, True))
+    changed, rest = (render_table(rows[is_default], kind="settings") for is_default in (False, True))
     return [
         "<h2>Settings</h2>",
         changed,
         f"<details><summary>Settings with their default values</summary>{rest}</details>",
     ]
-
-
-def _render_table(rows: Iterable[Sequence[str]], header: Sequence[str] = (), kind: str = "") -> str:
-    lines = [
-        f"<tr>{''.join(f'<{tag}>{html.escape(cell)}</{tag}>' for cell in cells)}</tr>"
-        for tag, cells in [("th", header), *(("td", row) for row in rows)]
-        if cells
-    ]
-    return f'<table class="{kind}">{"".join(lines)}</table>'
 
 
 def _format_value(value: Any) -> str:

@@ -1,20 +1,22 @@
-"""Line charts and histograms as inline SVG, in the colors of the surrounding page.
+"""Line charts, histograms and confusion matrices as inline SVG, in the colors of the surrounding page.
 
     draw_line_chart("Loss", [Series("training", [(1, 2.5), (2, 1.9)])])
 
-The page's style sheet defines the colors of the classes `axis`, `grid`, `line-0`, `line-1`, …, `bar-0`, …
+The page's style sheet defines the colors of the classes `axis`, `grid`, `line-0`, `line-1`, …, `bar-0`, …, `bar-5`.
 """
 
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle
 from statistics import median
 
 from t5tune.data.caches.cache_view import Histogram
+from t5tune.formatting import shorten
 
 WIDTH, HEIGHT = 520, 210  # of the drawing; the page scales it
+FRAME = f'viewBox="0 0 {WIDTH} {HEIGHT}"'
 LEFT, RIGHT, TOP, BOTTOM = 62, 12, 10, 34  # margins for the labels
 MAX_POINTS = 300
 NUM_TICKS = 4
@@ -23,6 +25,9 @@ LOGARITHMIC_FROM = 100  # ratio of the largest to the smallest value; smaller ra
 DOTS_UP_TO = 40  # points of a series; in longer series, points get no dots
 SMOOTH_FROM = 20  # points; shorter series are not smoothed
 MIN_SMOOTHING_WINDOW = 5  # points; a longer series has a window of 5% of its points
+MATRIX_WIDTH, MAX_CELL, MIN_CELL = 800, 44, 10  # of a confusion matrix and of one of its cells
+MIN_COUNTED_CELL = 20  # a smaller cell has no room for its count
+MAX_CLASSES, MAX_CHARACTERS, CHARACTER_WIDTH = 100, 24, 6.4  # in a confusion matrix, and in the names of its classes
 
 Points = list[tuple[float, float]]
 
@@ -87,6 +92,41 @@ def draw_histogram(title: str, bars: Histogram, color: int) -> str:
     return _draw_figure(title, "", parts)
 
 
+def draw_confusion_matrix(title: str, counts: Mapping[str, Mapping[str, int]], rest: Sequence[str] = ()) -> str:
+    """Draw the counts (class -> prediction -> how often) of the first MAX_CLASSES; `rest`: predictions of no class.
+
+    A cell is as dark as its share of its row, blue if the prediction is right and red if it is wrong.
+    """
+    columns = [*(rows := list(counts)[:MAX_CLASSES]), *rest]
+    size = max(MIN_CELL, min(MAX_CELL, MATRIX_WIDTH / len(columns)))
+    names = {name: shorten(name, MAX_CHARACTERS) for name in columns}
+    # Chinese, Japanese and Korean characters are twice as wide
+    margin = 10 + max(sum(CHARACTER_WIDTH * (1 + (c > "\u2e80")) for c in name) for name in names.values())
+    style, parts = f'class="axis" style="font-size: {min(11, size):.0f}px"', list[str]()
+
+    def write(name: str, x: float, y: float, rotation: int, anchor: str) -> str:
+        place = f'transform="translate({x:.1f} {y:.1f}) rotate({rotation})" text-anchor="{anchor}"'
+        return f"<text {style} {place}>{html.escape(names[name])}</text>"
+
+    parts += [write(name, margin + size * (x + 0.5) + 4, margin - 5, -90, "start") for x, name in enumerate(columns)]
+    for number, row in enumerate(rows):
+        y, total = margin + size * number, sum(counts[row].values())
+        parts.append(write(row, margin - 5, y + size / 2 + 4, 0, "end"))
+        for x, column in ((margin + size * place, column) for place, column in enumerate(columns)):
+            if count := counts[row].get(column, 0):
+                place = f'x="{x:.1f}" y="{y:.1f}" width="{size - 1:.1f}" height="{size - 1:.1f}"'
+                color = f'class="bar-{0 if row == column else 5}" fill-opacity="{0.1 + 0.6 * count / total:.2f}"'
+                words = html.escape(f"{row} → {column}: {count:,} of {total:,}")
+                parts.append(f"<rect {color} {place}><title>{words}</title></rect>")
+                if size >= MIN_COUNTED_CELL:
+                    place = f'x="{x + size / 2:.1f}" y="{y + size / 2 + 4:.1f}"'
+                    parts.append(f'<text class="count" {place}>{format_short(count)}</text>')
+    drawn = f"; only the first {MAX_CLASSES} of {len(counts):,} classes" if len(counts) > MAX_CLASSES else ""
+    width, height = margin + size * len(columns), margin + size * len(rows)
+    frame = f'viewBox="0 0 {width:.0f} {height:.0f}" style="max-width: {width:.0f}px"'
+    return _draw_figure(title, "", parts, f"Each row is a true class, each column a prediction{drawn}", frame)
+
+
 def format_short(value: float) -> str:
     """Format a number for an axis: 0.00015, 12.5, 1,200, 81k, 3.2M, 1.4G."""
     size = abs(value)
@@ -144,12 +184,12 @@ class _Frame:
         )
 
 
-def _draw_figure(title: str, legend: str, parts: Sequence[str], note: str = "") -> str:
+def _draw_figure(title: str, legend: str, parts: Sequence[str], note: str = "", frame: str = FRAME) -> str:
     name = html.escape(title)
     explanation = f'<p class="note">{html.escape(note)}</p>' if note else ""
     return (
         f"<figure><figcaption>{name}{legend}</figcaption>{explanation}"
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{name}">{"".join(parts)}</svg></figure>'
+        f'<svg {frame} role="img" aria-label="{name}">{"".join(parts)}</svg></figure>'
     )
 
 

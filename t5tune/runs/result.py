@@ -16,6 +16,7 @@ from t5tune.errors import TrainingError
 from t5tune.file_names import REPORT_FILE, RESULT_FILE
 from t5tune.io.atomic import write_json
 from t5tune.io.reasons import describe_error
+from t5tune.label_metrics import LabelTable
 from t5tune.runs.metrics_log import Metrics, read_metrics
 from t5tune.settings.groups.base import InferenceSettings
 
@@ -39,8 +40,9 @@ class TrainResult:
     `pushed` is the URL of the repository that the result was uploaded to. `datasets` has the examples and the metrics
     of each dataset, if there are several. A metric that isn't finite is None. `best_step` is the step of the best
     evaluation, by `metric_for_best_model` or else the loss, and `best_eval` has its metrics. `eval` has the metrics of
-    the weights: of the best step if the settings choose a metric, otherwise of the last step. `lora` has LoRA's
-    settings; None for full training.
+    the weights: of the best step if the settings choose a metric, otherwise of the last step. `labels` has the
+    scores of each class and the confusion matrix, if the targets are labels: of "all", and of each of several datasets.
+    `lora` has LoRA's settings; None for full training.
     """
 
     run: Path
@@ -67,6 +69,7 @@ class TrainResult:
     seed: int | None = None
     split_seed: int | None = None
     lora: dict[str, Any] | None = None
+    labels: dict[str, LabelTable] | None = None
 
     def metrics(self) -> Metrics:
         """Read the logged metrics: a dict for each logged step; `metrics.curve("loss")` has the points of a plot."""

@@ -11,8 +11,9 @@ from transformers import set_seed
 from t5tune.data.caches.examples import Examples, describe_shares
 from t5tune.errors import SettingsError, suggest_name
 from t5tune.evaluation.batches import EvaluationStopped
-from t5tune.evaluation.scoring import GenerationScorer
+from t5tune.evaluation.scoring import GenerationScorer, find_held_out_labels
 from t5tune.formatting import format_count
+from t5tune.metrics import has_label_metrics
 from t5tune.model.attention.t5 import trains_position_bias
 from t5tune.model.device import manage_memory_for_loading
 from t5tune.model.kernels.flex_check import AttentionShape, read_attention_shape
@@ -204,10 +205,12 @@ def _make_attention_choice(session: Session, loaded: LoadedData) -> _AttentionCh
 
 def _make_scorer(session: Session, loaded: LoadedData) -> GenerationScorer | None:
     plan, evaluation = session.plan, session.plan.evaluation
-    if not (count := evaluation.eval_generate):
+    if not (count := evaluation.eval_generate) or loaded.held_out is None:
         return None
     names, functions = evaluation.metrics, evaluation.metric or []
-    return GenerationScorer(loaded.tokenizer, count, names, functions, session.world, plan.uses_autocast)
+    labels_are_named = has_label_metrics([*(names or []), evaluation.metric_for_best_model or ""])
+    labels = find_held_out_labels(loaded.tokenizer, loaded.held_out, labels_are_named)
+    return GenerationScorer(loaded.tokenizer, count, names, functions, labels, session.world, plan.uses_autocast)
 
 
 def _list_metrics(

@@ -23,7 +23,7 @@ from t5tune.progress import Note, Report
 from t5tune.reports.run_page import write_run_report
 from t5tune.runs.checkpoints import verify
 from t5tune.runs.folder import RunFolder
-from t5tune.runs.metrics_log import drop_non_finite
+from t5tune.runs.metrics_log import EVAL_LABELS, drop_non_finite, read_metrics
 from t5tune.runs.plan import RunPlan
 from t5tune.runs.result import TrainResult
 from t5tune.settings.groups.lora import LoraSettings
@@ -109,9 +109,11 @@ def _make_result(
 ) -> TrainResult:
     """Make the result. Every rank calls this, because it sums over the ranks; `seconds` is the training time."""
     plan, tokens, evaluations = session.plan, trainer.totals.count_tokens(), trainer.flow.list_evaluations()
-    metrics, by_dataset = _get_evaluation_metrics(loaded, evaluations, best)
+    evaluated = best or max(evaluations, default=0)
+    metrics, by_dataset = _get_evaluation_metrics(loaded, evaluations, evaluated)
     index = find_best([*evaluations.values()], trainer.args)
     best_step = None if index is None else [*evaluations][index]
+    metrics_log = run_on_rank_0(session.world, lambda: read_metrics(session.folder.path))
     lora = None
     if (adapter := plan.model.adapter) is not None:
         lora = {name: getattr(adapter, name) for name in LoraSettings.model_fields if name != "train_mode"}
@@ -139,14 +141,15 @@ def _make_result(
         seed=plan.data.seed,
         split_seed=plan.data.split_seed,
         lora=lora,
+        labels=next((line.get(EVAL_LABELS) for line in metrics_log if line["step"] == evaluated), None),
     )
 
 
 def _get_evaluation_metrics(
-    loaded: LoadedData, evaluations: dict[int, dict[str, Any]], step: int | None
+    loaded: LoadedData, evaluations: dict[int, dict[str, Any]], step: int
 ) -> tuple[dict[str, float | None], dict[str, dict[str, float | None]]]:
-    """Return the metrics of a step's evaluation (None: the last step's), of all examples and of each dataset."""
-    line = evaluations.get(step or max(evaluations, default=0), {})
+    """Return the metrics of a step's evaluation, of all examples and of each dataset."""
+    line = evaluations.get(step, {})
     metrics = {name.removeprefix("eval_"): value for name, value in line.items() if name.startswith("eval_")}
     datasets = [] if loaded.held_out is None else [name for name, _ in loaded.held_out.list_datasets()]
     overall, by_dataset = split_by_dataset(metrics, datasets)

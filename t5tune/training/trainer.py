@@ -36,7 +36,7 @@ from t5tune.io.reasons import join_lines
 from t5tune.model.batches import PackedCollator, PaddedCollator
 from t5tune.model.device import get_peak_memory, get_reserved_memory
 from t5tune.progress import Note, Report
-from t5tune.runs.metrics_log import SUMMARY, MetricsLog
+from t5tune.runs.metrics_log import EVAL_LABELS, SUMMARY, MetricsLog
 from t5tune.runs.publisher import CheckpointPublisher
 from t5tune.runs.reshard import load_resharded
 from t5tune.settings.groups.evaluation import EvaluationSettings
@@ -203,8 +203,10 @@ class T5Trainer(Trainer):  # type: ignore[misc]
         how = EvaluationOptions(self.data_collator, batch_size, parts.report, lambda: stop.is_set)
         values = parts.objective.evaluate(self.model, examples, how)
         if parts.scorer is not None:
-            scores = parts.scorer.score(self.model, examples, batch_size, parts.report, how.is_stopped)
+            scores, labels = parts.scorer.score(self.model, examples, batch_size, parts.report, how.is_stopped)
             values |= self._select_finite(scores, values)
+            if labels and self.is_world_process_zero():
+                self.metrics_log.write(self.state.global_step, {EVAL_LABELS: labels})
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(examples))
 

@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from t5tune.custom_metrics import FORMS, names_function
 from t5tune.errors import suggest_name
 from t5tune.hub.names import split_revision
+from t5tune.label_metrics import LABEL_METRICS, LABELS
 from t5tune.metrics import METRICS
 from t5tune.settings.affects import Affects
 from t5tune.settings.field_types import (
@@ -167,7 +168,8 @@ class MetricSettings(Settings):
 
     metrics: Annotated[WordList | None, NoneIfUnset, Affects.EVALUATION] = Field(
         default=None,
-        description=f"Metrics to compute: {', '.join(METRICS)}; default: all that fit the targets.",
+        description=f"Metrics to compute: {', '.join(METRICS)}; {LABELS} for the last three, whatever the "
+        "targets are; default: all that fit the targets.",
         json_schema_extra={"metavar": "NAME…"},
     )
     metric: Annotated[PathList | None, NoneIfUnset, Affects.EVALUATION] = Field(
@@ -177,11 +179,19 @@ class MetricSettings(Settings):
         json_schema_extra={"metavar": "FUNCTION…"},
     )
 
+    @field_validator("metrics")
+    @classmethod
+    def _name_label_metrics(cls, names: list[str] | None) -> list[str] | None:
+        if names is None or LABELS not in names:
+            return names
+        return [*(name for name in names if name not in (LABELS, *LABEL_METRICS)), *LABEL_METRICS]
+
     @model_validator(mode="after")
     def _check_names(self) -> "MetricSettings":
         for name in self.metrics or []:
             if name not in METRICS:
-                advice = suggest_name(name, METRICS) or f"; choose from {', '.join(METRICS)}"
+                known = (*METRICS, LABELS)
+                advice = suggest_name(name, known) or f"; choose from {', '.join(known)}"
                 raise ValueError(f"metrics: {name}: no such metric{advice}")
         for function in self.metric or []:
             if not names_function(function):

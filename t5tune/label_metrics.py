@@ -1,0 +1,96 @@
+"""Score predicted labels: accuracy, macro-averaged F1, Matthews' correlation, each class, and a confusion matrix.
+
+    find_labels(["spam", "ham", …])                                  # ["ham", "spam"]: the most frequent label first
+    metrics, table = score_labels(["spam", "?"], ["spam", "ham"])    # {"accuracy": 50.0, …}, {"classes": {…}, …}
+
+As in scikit-learn, with all replies that are no label as one more class, which the averages leave out.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from math import sqrt
+from statistics import fmean
+from typing import Any
+
+LABEL_METRICS = ("accuracy", "macro_f1", "mcc")
+LABELS = "labels"  # all of them, in the setting `metrics`; and their tables, in results
+ALL = "all"  # key of the table of all datasets together
+MAX_LABELS, MAX_WORDS, MIN_EXAMPLES = 100, 8, 5  # words of each label; examples per label, on average
+
+LabelTable = dict[str, dict[str, dict[str, Any]]]
+"""classes: label, the most frequent first -> precision, recall, f1 (from 0 to 100), support (how many examples it has)
+and no_label (how many of their replies are no label); confusion: label -> predicted label -> how often, if at all."""
+
+
+def find_labels(references: Iterable[str], are_named: bool = False) -> list[str]:
+    """Return the labels, the most frequent one first; an empty list if the references aren't labels.
+
+    `are_named`: the user says that they are labels, however many, rare or long.
+    """
+    counts: Counter[str] = Counter()
+    for reference in references:
+        counts[reference] += 1
+        if len(counts) > MAX_LABELS and not are_named:
+            return []
+    are_repeated = counts.total() >= MIN_EXAMPLES * len(counts)
+    # JSON has other metrics
+    are_short = all(len(label.split()) <= MAX_WORDS and not label.startswith(("{", "[")) for label in counts)
+    return [label for label, _ in counts.most_common() if are_named or (are_repeated and are_short)]
+
+
+def find_similar_labels(labels: Sequence[str]) -> list[list[str]]:
+    """Return groups of labels that differ only in case or spaces."""
+    groups: dict[str, list[str]] = {}
+    for label in labels:
+        groups.setdefault("".join(label.casefold().split()), []).append(label)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def score_labels(
+    predictions: Sequence[str], references: Sequence[str], more_labels: Iterable[str] = ()
+) -> tuple[dict[str, float], LabelTable]:
+    """Score predictions from 0 to 100, Matthews' correlation for several classes (Gorodkin 2004) from -100 to 100.
+
+    Labels may also be `more_labels`. The mean of macro_f1 is over labels among the references or the predictions.
+    """
+    supports = Counter(dict.fromkeys(more_labels, 0))
+    supports.update(references)
+    found = Counter(prediction for prediction in predictions if prediction in supports)
+    confusion: dict[str, dict[str, int]] = {label: {} for label, _ in supports.most_common()}
+    for (reference, prediction), count in Counter(zip(references, predictions, strict=True)).most_common():
+        if prediction in supports:
+            confusion[reference][prediction] = count
+    sizes = {label: found[label] + supports[label] for label in confusion}
+    classes: dict[str, dict[str, Any]] = {
+        label: {
+            "precision": _percent(hits := row.get(label, 0), found[label]),
+            "recall": _percent(hits, supports[label]),
+            "f1": _percent(2 * hits, sizes[label]),
+            "support": supports[label],
+            "no_label": supports[label] - sum(row.values()),
+        }
+        for label, row in confusion.items()
+    }
+    total, hits = len(references), sum(row.get(label, 0) for label, row in confusion.items())
+    f1s = [200 * row.get(label, 0) / sizes[label] for label, row in confusion.items() if sizes[label]]
+    columns = [*found.values(), total - found.total()]
+    spreads = [total**2 - sum(count**2 for count in counts) for counts in (columns, supports.values())]
+    covariance = hits * total - sum(found[label] * support for label, support in supports.items())
+    metrics = {
+        "accuracy": _percent(hits, total),
+        "macro_f1": round(fmean(f1s), 4),
+        "mcc": round(100 * covariance / sqrt(spreads[0] * spreads[1]), 4) if all(spreads) else 0.0,
+    }
+    return metrics, {"classes": classes, "confusion": confusion}
+
+
+def describe_labels(table: LabelTable) -> str:
+    """Say how many replies are no label, and the accuracy of the most frequent label as the only reply."""
+    (label, first), *_ = table["classes"].items()
+    total, no_label = (sum(each[key] for each in table["classes"].values()) for key in ("support", "no_label"))
+    only = f"always replying {label!r} would have the accuracy {100 * first['support'] / total:.4g}"
+    return f"{no_label:,} of {total:,} replies are no label; {only}"
+
+
+def _percent(part: int, whole: int) -> float:
+    return round(100 * part / whole, 4) if whole else 0.0

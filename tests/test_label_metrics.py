@@ -1,0 +1,89 @@
+"""Labels as targets: how they are recognized, and their scores."""
+
+import random
+from math import sqrt
+
+import pytest
+
+from t5tune.label_metrics import describe_labels, find_labels, find_similar_labels, score_labels
+
+
+@pytest.mark.parametrize(
+    ("references", "labels"),
+    [
+        (["ham"] * 7 + ["spam"] * 8, ["spam", "ham"]),
+        (["yes"] * 9 + ["no"], ["yes", "no"]),
+        ([str(number) for number in range(100) for _ in range(5)], [*map(str, range(100))]),
+        (["rare", *["frequent"] * 8], []),  # 4.5 examples per label
+        ([str(number) for number in range(101) for _ in range(5)], []),
+        (["one two three four five six seven eight nine"] * 9, []),
+        (['["spam"]'] * 9, []),
+        ([], []),
+    ],
+)
+def test_few_short_repeated_targets_are_labels(references: list[str], labels: list[str]) -> None:
+    assert find_labels(references) == labels
+
+
+def test_any_targets_are_labels_if_the_user_says_so() -> None:
+    assert find_labels(["a", "b", "b", '["c"]'], are_named=True) == ["b", "a", '["c"]']
+
+
+def test_labels_that_differ_in_case_or_spaces_are_found() -> None:
+    labels = ["Not sure", "yes", "not  sure", "no", "Yes "]
+    assert find_similar_labels(labels) == [["Not sure", "not  sure"], ["yes", "Yes "]]
+
+
+def test_scores_of_three_labels_by_hand() -> None:
+    references = ["a", "a", "a", "a", "b", "b", "b", "c"]
+    predictions = ["a", "a", "a", "b", "b", "c", "what?", "c"]
+    metrics, table = score_labels(predictions, references)
+    assert table["confusion"] == {"a": {"a": 3, "b": 1}, "b": {"b": 1, "c": 1}, "c": {"c": 1}}
+    assert {name: tuple(scores.values()) for name, scores in table["classes"].items()} == {
+        "a": (100.0, 75.0, 85.7143, 4, 0),
+        "b": (50.0, 33.3333, 40.0, 3, 1),
+        "c": (50.0, 100.0, 66.6667, 1, 0),
+    }
+    assert metrics["accuracy"] == 62.5
+    assert metrics["macro_f1"] == pytest.approx((600 / 7 + 40 + 200 / 3) / 3, abs=1e-4)
+    assert describe_labels(table) == "1 of 8 replies are no label; always replying 'a' would have the accuracy 50"
+
+
+def test_a_label_outside_of_the_references_counts_once_predicted() -> None:
+    metrics, table = score_labels(["b", "a"], ["a", "a"], more_labels=["b", "c"])
+    assert table["confusion"] == {"a": {"b": 1, "a": 1}, "b": {}, "c": {}}
+    assert table["classes"]["a"]["no_label"] == 0
+    assert metrics["macro_f1"] == pytest.approx((200 / 3 + 0) / 2, abs=1e-4)  # of a and b; nothing is or was called c
+
+
+def correlate(predictions: list[str], references: list[str]) -> float:
+    """Correlate the indicators of all pairs of a class and an example, each centered: Matthews' for two classes."""
+    classes = {*predictions, *references}
+    indicators = (
+        [[float(one == each) for each in classes] for one in predictions],
+        [[float(one == each) for each in classes] for one in references],
+    )
+
+    def covary(left: list[list[float]], right: list[list[float]]) -> float:
+        total = 0.0
+        for columns in zip(zip(*left, strict=True), zip(*right, strict=True), strict=True):
+            means = [sum(column) / len(column) for column in columns]
+            total += sum((x - means[0]) * (y - means[1]) for x, y in zip(*columns, strict=True))
+        return total
+
+    found, wanted = indicators
+    return 100 * covary(found, wanted) / sqrt(covary(found, found) * covary(wanted, wanted))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_matthews_correlation_is_that_of_the_indicators(seed: int) -> None:
+    draw = random.Random(seed)
+    references = draw.choices("abcd", k=60)
+    predictions = [each if draw.random() < 0.4 else draw.choice("abcd?") for each in references]
+    metrics, _ = score_labels(predictions, references)
+    assert metrics["mcc"] == pytest.approx(correlate(predictions, references), abs=1e-3)
+
+
+def test_a_constant_prediction_has_no_correlation() -> None:
+    metrics, _ = score_labels(["a"] * 4, ["a", "a", "b", "b"])
+    assert metrics == {"accuracy": 50.0, "macro_f1": 33.3333, "mcc": 0.0}
