@@ -215,6 +215,36 @@ def test_the_commands_of_the_preferences_page_work(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "dpo" / "result.json").read_text())["eval"].keys() >= {"rewards/accuracies"}
 
 
+@pytest.mark.long
+@pytest.mark.slow
+def test_the_commands_of_the_labels_page_work(tmp_path: Path) -> None:
+    """Run the commands of docs/labels.md on the built-in model unchanged, but for the server."""
+    page = REPOSITORY / "docs" / "labels.md"
+    header, *rows = re.findall(r"^```\n(text,label\n.*?)^```", page.read_text("utf-8"), re.M | re.S)[0].splitlines()
+    for name in ("tickets.csv", "dev.csv"):
+        (tmp_path / name).write_text("\n".join([header, *(f"{n} {row}" for n in range(10) for row in rows)]))
+    rare = [f"{n} {row}" for n in range(10) for row in rows if row.endswith(",complaint")]
+    (tmp_path / "rare.csv").write_text("\n".join([header, *rare]))
+    short = {
+        "T5TUNE_MAX_STEPS": "2",
+        "T5TUNE_EVAL_STEPS": "2",
+        "T5TUNE_MAX_NEW_TOKENS": "4",
+        "T5TUNE_REPORT_SAMPLES": "0",
+    }
+    ran = []
+    for command, *words in find_commands(page):
+        if command != "serve":
+            words = [word for word in words if word not in ("--max-steps", "120", "--eval-steps", "40")]
+            done = t5tune_in_fork(command, *words, "--quiet", cwd=tmp_path, env=short)
+            assert done.code == 0, f"{words}: {done.stderr}"
+        ran.append(command)
+    assert ran == ["prepare", "inspect", "train", "evaluate", "train", "chat", "serve"]
+    assert json.loads((tmp_path / "scores" / "scores.json").read_text())["labels"]["all"]["confusion"].keys() == {
+        "order", "question", "cancel", "complaint",
+    }  # fmt: skip
+    assert (tmp_path / "scores" / "report.html").is_file()
+
+
 def test_the_prompt_of_the_getting_started_page_is_a_held_out_example() -> None:
     """The run learns to reply to held-out conversations, but not to names and dishes that are in no example."""
     start, heldout = (REPOSITORY / name for name in ("docs/start.md", "examples/quickstart/heldout.jsonl"))

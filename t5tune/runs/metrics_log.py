@@ -31,7 +31,7 @@ from t5tune.progress import Note, Report, silent
 METRICS_FILE = "metrics.jsonl"
 RESUMED = "resumed"
 NEW_HELD_OUT = "new_held_out"
-EVAL_LABELS = "eval_labels"  # dataset -> table, as in the result; the other metrics of evaluations are numbers
+EVAL_LABELS = "eval_labels"  # dataset -> table, as in the result, while all evaluation metrics are numbers
 SUMMARY = "train_loss"  # of the lines, only the summary at the end has it
 SAMPLES_FILE = "samples.json"
 SECONDS_BETWEEN_HEARTBEATS = 60.0
