@@ -21,7 +21,7 @@ from t5tune.formatting import format_number, format_size
 from t5tune.progress import Advanced, silent
 from t5tune.reports.page import STYLE
 from t5tune.reports.run_page import format_command, write_run_report
-from t5tune.reports.svg import Series, draw_line_chart, format_short
+from t5tune.reports.svg import Series, draw_confusion_matrix, draw_line_chart, format_short
 from t5tune.runs.folder import RunFolder
 from t5tune.runs.metrics_log import MetricsLog, read_metrics
 from t5tune.runs.result import read_result
@@ -298,6 +298,25 @@ def test_a_noisy_line_is_smoothed_in_front_of_its_values() -> None:
     short = draw_line_chart("Loss", [Series("training", losses[:10], is_smoothed=True)])
     assert "running median" not in short
     assert re.findall(r'<polyline class="(.*?)"', short) == ["line-0"]
+
+
+def test_a_confusion_matrix_has_a_cell_for_each_count_of_the_first_classes() -> None:
+    def read_cells(figure: str) -> list[tuple[str, ...]]:
+        return re.findall(r'<rect class="(bar-\d)" fill-opacity="([\d.]+)".*?<title>(.*?)</title>', figure)
+
+    counts = {"a<b": {"a<b": 3, "c": 1}, "c": {"(no label)": 2}}
+    figure = draw_confusion_matrix("Labels", counts, ["(no label)"])
+    assert read_cells(figure) == [
+        ("bar-0", "0.55", "a&lt;b → a&lt;b: 3 of 4"),
+        ("bar-5", "0.25", "a&lt;b → c: 1 of 4"),
+        ("bar-5", "0.70", "c → (no label): 2 of 2"),
+    ]
+    assert re.findall(r'<text class="count"[^>]*>(\d+)<', figure) == ["3", "1", "2"]
+    many = {f"class {number}": {f"class {number}": 1} for number in range(120)}
+    figure = draw_confusion_matrix("Labels", many)
+    assert len(read_cells(figure)) == 100
+    assert "only the first 100 of 120 classes" in figure
+    assert 'class="count"' not in figure
 
 
 def test_the_command_gives_the_settings_of_the_run(run: Path) -> None:
