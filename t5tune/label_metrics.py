@@ -25,7 +25,7 @@ and no_label (how many of their replies are no label); confusion: label -> predi
 def find_labels(references: Iterable[str], are_named: bool = False) -> list[str]:
     """Return the labels, the most frequent one first; an empty list if the references aren't labels.
 
-    `are_named`: the user says that they are labels, however many, rare or long.
+    `are_named`: the user says that they are labels, however many, rare or long, or JSON, which has other metrics.
     """
     counts: Counter[str] = Counter()
     for reference in references:
@@ -33,7 +33,6 @@ def find_labels(references: Iterable[str], are_named: bool = False) -> list[str]
         if len(counts) > MAX_LABELS and not are_named:
             return []
     are_repeated = counts.total() >= MIN_EXAMPLES * len(counts)
-    # JSON has other metrics
     are_short = all(len(label.split()) <= MAX_WORDS and not label.startswith(("{", "[")) for label in counts)
     return [label for label, _ in counts.most_common() if are_named or (are_repeated and are_short)]
 

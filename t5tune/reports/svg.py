@@ -27,7 +27,7 @@ SMOOTH_FROM = 20  # points; shorter series are not smoothed
 MIN_SMOOTHING_WINDOW = 5  # points; a longer series has a window of 5% of its points
 MATRIX_WIDTH, MAX_CELL, MIN_CELL = 800, 44, 10  # of a confusion matrix and of one of its cells
 MIN_COUNTED_CELL = 20  # a smaller cell has no room for its count
-MAX_CLASSES, MAX_CHARACTERS, CHARACTER_WIDTH = 100, 24, 6.4  # in a confusion matrix, and in the names of its classes
+MAX_CLASSES, MAX_CHARACTERS, CHARACTER_WIDTH = 100, 24, 6.4  # of a matrix; Chinese is twice as wide
 
 Points = list[tuple[float, float]]
 
@@ -100,7 +100,6 @@ def draw_confusion_matrix(title: str, counts: Mapping[str, Mapping[str, int]], r
     columns = [*(rows := list(counts)[:MAX_CLASSES]), *rest]
     size = max(MIN_CELL, min(MAX_CELL, MATRIX_WIDTH / len(columns)))
     names = {name: shorten(name, MAX_CHARACTERS) for name in columns}
-    # Chinese, Japanese and Korean characters are twice as wide
     margin = 10 + max(sum(CHARACTER_WIDTH * (1 + (c > "\u2e80")) for c in name) for name in names.values())
     style, parts = f'class="axis" style="font-size: {min(11, size):.0f}px"', list[str]()
 
