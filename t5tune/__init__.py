@@ -16,15 +16,18 @@ from typing import Any
 from t5tune.version import __version__
 
 _SETTINGS = (
-    "ChatSettings", "DatasetSettings", "DoctorSettings", "EvaluateSettings", "ExportSettings", "InspectSettings",
-    "MergeSettings", "PlanSettings", "PrepareSettings", "PushSettings", "ServeSettings", "TrainSettings",
-    "load_settings",
+    "ChatSettings", "CompareSettings", "DatasetSettings", "DoctorSettings", "EvaluateSettings", "ExportSettings",
+    "InspectSettings", "MergeSettings", "PlanSettings", "PrepareSettings", "PushSettings", "ServeSettings",
+    "TrainSettings", "load_settings",
 )  # fmt: skip
-_COMMANDS = ("chat", "doctor", "evaluate", "export", "inspect", "merge", "plan", "prepare", "push", "serve", "train")
+_COMMANDS = (
+    "chat", "compare", "doctor", "evaluate", "export", "inspect", "merge", "plan", "prepare", "push", "serve", "train",
+)  # fmt: skip
 _HOMES = {
     **dict.fromkeys(_SETTINGS, "settings"),
     **{name: f"commands.{name}" for name in _COMMANDS},
     "Chatter": "commands.chat",
+    "sweep": "commands.sweep",
     "Turn": "data.reading.formats",
     **dict.fromkeys(("SettingsError", "Stopped", "T5TuneError"), "errors"),
     "progress_bar": "progress_bar",

@@ -9,6 +9,7 @@ import torch  # noqa: TID253
 from t5tune import settings as _settings
 from t5tune.commands.chat import Chatter as Chatter
 from t5tune.commands.chat import chat as chat
+from t5tune.commands.compare import compare as compare
 from t5tune.commands.doctor import doctor as doctor
 from t5tune.commands.evaluate import evaluate as evaluate
 from t5tune.commands.export import export as export
@@ -18,6 +19,7 @@ from t5tune.commands.plan import plan as plan
 from t5tune.commands.prepare import prepare as prepare
 from t5tune.commands.push import push as push
 from t5tune.commands.serve import serve as serve
+from t5tune.commands.sweep import sweep as sweep
 from t5tune.commands.train import train as train
 from t5tune.data.reading.formats import Turn as Turn
 from t5tune.errors import SettingsError as SettingsError
@@ -310,6 +312,10 @@ class TrainSettings(_settings.TrainSettings):
         report_samples: int = 10,
         fresh: bool = False,
         allow_change: Sequence[str] | str = [],
+        sweep: dict[str, Any] | str | None = None,
+        jobs: int = 1,
+        max_runs: int = 100,
+        median_stopping: bool = False,
     ) -> None:
         """Settings of train: Fine-tune a model on your data, with LoRA, QLoRA or in full.
 
@@ -477,6 +483,12 @@ class TrainSettings(_settings.TrainSettings):
                 64 tokens each); half of them are the worst of a sample. 0: none.
             fresh: Start over; an existing run in output_dir is renamed to output_dir.1, …
             allow_change: Settings that may change when a run resumes: num_train_epochs, max_steps, or both.
+            sweep: Train once for each combination of values: a YAML file of setting: [value, …], in YAML also a
+                section; with trials: N, a random sample, also from ranges, setting: {low: 1e-5, high: 1e-3, log: true}.
+            jobs: Runs of a sweep to train at the same time, each on its own GPUs.
+            max_runs: Refuse a sweep with more runs than this.
+            median_stopping: Stop a run of a sweep at an evaluation if its best metric is worse than the median of at
+                least 5 finished runs' best by that step.
         """
 
 class ExportSettings(_settings.ExportSettings):
@@ -927,6 +939,24 @@ class InspectSettings(_settings.InspectSettings):
             stats: Show length histograms, the share of padding, and the longest examples.
             html: HTML file to write length histograms and examples to (default: 50 spread over the cache).
             per_device_train_batch_size: Batch size for computing the share of padding (examples).
+        """
+
+class CompareSettings(_settings.CompareSettings):
+    def __init__(
+        self,
+        *,
+        runs: str | PathLike[str] | Sequence[str | PathLike[str]],
+        sort_by: str | None = None,
+        csv: str | PathLike[str] | None = None,
+        html: str | PathLike[str] | None = None,
+    ) -> None:
+        """Settings of compare: Compare training runs in a table.
+
+        Args:
+            runs: Run folders, or patterns such as 'runs/*'; also folders of evaluate, for their scores.
+            sort_by: Metric to sort by; default: the metric that chose the runs' best step.
+            csv: CSV file to write the table to.
+            html: HTML file to write the table and the curves to.
         """
 
 class PlanSettings(_settings.PlanSettings):

@@ -29,6 +29,7 @@ PREFERENCE_METRICS = (
 """Metrics of held-out preference pairs, by TRL's names."""
 NOT_BEST = ("rewards/rejected", "logps/rejected")
 """Metrics where neither a high nor a low value is better."""
+LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_character", "kl", "rewards/rejected", "logps/rejected")
 UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]")
 """A character of Thai, Lao, Burmese or Khmer."""
 EMOJI_STYLE = "\ufe0f"  # also a combining mark; without it, the digit of a keycap emoji is the digit in other text
@@ -84,6 +85,11 @@ def score_one(prediction: str, reference: str, names: Iterable[str] = METRICS) -
 def prefix_metric(dataset: str, name: str) -> str:
     """Name a metric of one of several datasets: chats, loss -> chats_loss. All examples are the dataset ""."""
     return f"{dataset}_{name}" if dataset else name
+
+
+def is_better_low(name: str) -> bool:
+    """Whether a lower value of a metric is better. The name may begin with a dataset's: chats_loss."""
+    return name.endswith(LOWER_IS_BETTER)
 
 
 def split_by_dataset(

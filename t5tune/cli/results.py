@@ -14,6 +14,7 @@ from t5tune.formatting import GIB, format_count, format_number, format_size, sho
 from t5tune.label_metrics import ALL, LabelTable, describe_labels
 
 if TYPE_CHECKING:
+    from t5tune.commands.compare import Comparison
     from t5tune.commands.doctor import Diagnosis
     from t5tune.commands.plan import Plan
     from t5tune.commands.templates import Templates
@@ -35,6 +36,8 @@ def render_result(command: str, result: Any) -> RenderableType | None:
             return _render_templates(result)
         case "schema":
             return json.dumps(result, indent=2, ensure_ascii=False)
+        case "compare":
+            return render_comparison(result)
         case "docs":
             return str(result.text.removesuffix("\n"))
     return None
@@ -54,6 +57,18 @@ def render_labels(dataset: str, table: LabelTable) -> Group:
     more = len(table["classes"]) - MAX_CLASSES
     rest = f"{format_count(more, 'more class', 'more classes')}; " if more > 0 else ""
     return Group(grid, Text(rest + describe_labels(table)))
+
+
+def render_comparison(result: "Comparison") -> RenderableType:
+    from t5tune.commands.compare import format_table
+
+    header, rows = format_table(result.rows)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in header:
+        table.add_column(name, no_wrap=name not in ("run", "seed"))
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def _render_plan(result: "Plan") -> Iterator[RenderableType]:

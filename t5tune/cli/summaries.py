@@ -20,6 +20,7 @@ SUMMARIES = {
     "serve": "Serve models over HTTP, for clients of OpenAI's API.",
     "inspect": "Show prepared data as the model sees it.",
     "evaluate": "Score a model's predictions against a dataset's targets.",
+    "compare": "Compare training runs in a table.",
     "push": "Upload an adapter or a merged model to the Hugging Face Hub.",
     "plan": "Estimate a training run's memory and steps before you start it.",
     "doctor": "Check what works on this machine, and how to fix what doesn't.",
@@ -54,6 +55,8 @@ t5tune inspect cache --stats
 t5tune inspect cache --html examples.html
 t5tune evaluate run --data-path pocket --num-data 100
 t5tune evaluate run --data-path dev.csv --source-column question --target-column answer
+t5tune compare run
+t5tune compare 'sweep/*' --sort-by exact_match --html comparison.html
 t5tune push run owner/name
 t5tune push merged owner/name --hub-private-repo
 t5tune plan --config pocket

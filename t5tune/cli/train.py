@@ -6,13 +6,16 @@ from contextlib import ExitStack
 
 from t5tune.cli.next_steps import list_next_steps
 from t5tune.cli.output import Output
-from t5tune.cli.results import render_result
+from t5tune.cli.results import render_comparison, render_result
 from t5tune.cli.workers import follow_launcher, run_in_workers
 from t5tune.commands.run_plan import make_run_plan
 from t5tune.commands.train import resume_after_restart, send_result, set_up_run_folder, train
 from t5tune.distributed.signals import handle_signals
 from t5tune.distributed.world import World, has_restarted
+from t5tune.errors import TrainingError
 from t5tune.file_names import SETTINGS_FILE
+from t5tune.formatting import format_count
+from t5tune.io.reasons import join_first
 from t5tune.progress import Note
 from t5tune.runs.checks import check_plan, find_missing_gpus, list_notes
 from t5tune.runs.folder import RunFolder, dump_run_settings
@@ -21,8 +24,11 @@ from t5tune.settings import TrainSettings
 
 
 def run(settings: TrainSettings, output: Output) -> None:
-    if settings.dry_run:
+    if settings.dry_run and settings.sweep is None:
         _show_dry_run(settings, output)
+        return
+    if settings.sweep is not None:
+        _show_sweep(settings, output)
         return
     world = World.from_environment()
     if follow_launcher(world) or settings.process_count == 1:
@@ -30,6 +36,22 @@ def run(settings: TrainSettings, output: Output) -> None:
     else:
         result = _train_in_workers(settings, output)
     output.show(result, next_steps=list_next_steps(settings, result))
+
+
+def _show_sweep(settings: TrainSettings, output: Output) -> None:
+    """Train the runs of a sweep, and show their comparison; with --dry-run, list the runs."""
+    from t5tune.commands.sweep import make_runs, sweep
+
+    if settings.dry_run:
+        runs = {name: str(run.output_dir) for name, run in make_runs(settings).items()}
+        output.show(runs, "\n".join(runs.values()))
+        return
+    result = sweep(settings, output.report, shows_runs=not (output.quiet or output.json))
+    output.show(result, "" if result.comparison is None else render_comparison(result.comparison))
+    if result.failed:
+        names = [f"{name}: {error}" for name, error in result.failed.items()]
+        problem = f"sweep: {format_count(len(names), 'run')} failed: {join_first(names)}"
+        raise TrainingError(problem, hint="give the same command again to go on; finished runs are skipped")
 
 
 def _train_in_workers(settings: TrainSettings, output: Output) -> TrainResult:

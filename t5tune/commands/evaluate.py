@@ -39,7 +39,7 @@ from t5tune.evaluation.examples import (
 )
 from t5tune.evaluation.scores import Outcome, compute_scores, score_datasets, tabulate_labels, write_predictions
 from t5tune.evaluation.scoring import Losses, find_max_target_length, generate_predictions, measure_losses
-from t5tune.file_names import REPORT_FILE
+from t5tune.file_names import REPORT_FILE, SCORES_FILE
 from t5tune.inference.generation import Decoding
 from t5tune.inference.loading import (
     LoadedModel,
@@ -74,7 +74,6 @@ from t5tune.settings.groups.base import BaseModelSettings
 from t5tune.settings.packaged_templates import read_zero3_config
 
 PREDICTIONS_FILE = "predictions.jsonl"
-SCORES_FILE = "scores.json"
 ALWAYS_SAVED = ("model_name_or_path", "adapter", "data_path", "max_new_tokens", "num_beams", "bf16", "q_lora")
 """Settings that scores.json always contains, even if they have their default values."""
 EXAMPLE_SETTINGS = {*select_settings(EvaluateSettings, Affects.CACHE), "conversation_template"} - {"num_data"}

@@ -165,6 +165,8 @@ def _remove_accelerate_variables(report: Report) -> None:
 
 
 def _check_call(settings: TrainSettings, world: World) -> None:
+    if settings.sweep is not None:
+        raise SettingsError("sweep: a call of train makes one run", hint="call sweep(TrainSettings(…)) instead")
     if settings.dry_run:
         raise SettingsError("dry_run: train() has no dry run", hint="call plan(PlanSettings(…)) instead")
     check_starts_no_processes(settings, "train", world)

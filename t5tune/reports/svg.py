@@ -72,7 +72,7 @@ def draw_line_chart(title: str, series: Sequence[Series], allow_log: bool = Fals
         if line.is_marked or len(shown) <= DOTS_UP_TO:
             parts += [frame.dot(point, line.name, number) for point in shown]
     names = (f'<span class="key-{i % NUM_COLORS}">{html.escape(line.name)}</span>' for i, line in enumerate(lines))
-    legend = f'<span class="legend">{"".join(names)}</span>' if len(lines) > 1 else ""
+    legend = f'<span class="legend">{" ".join(names)}</span>' if len(lines) > 1 else ""
     return _draw_figure(f"{title} (log scale)" if is_logarithmic else title, legend, parts, "; ".join(notes))
 
 

@@ -14,6 +14,7 @@ from t5tune.settings.commands.plan import PlanSettings
 from t5tune.settings.commands.prepare import PrepareSettings
 from t5tune.settings.commands.serve import ServeSettings
 from t5tune.settings.commands.small import (
+    CompareSettings,
     DocsSettings,
     DoctorSettings,
     InspectSettings,
@@ -30,8 +31,8 @@ from t5tune.settings.groups.record_format import ConversationSettings
 from t5tune.settings.loading import dump_settings, load_settings, write_settings
 
 __all__ = [
-    "COMMANDS", "ChatSettings", "ConversationSettings", "DataSettings", "DatasetSettings", "DocsSettings",
-    "DoctorSettings", "EvaluateSettings", "ExportSettings", "InspectSettings", "MergeSettings", "PlanSettings",
-    "PrepareSettings", "PushSettings", "QuantizationSettings", "SchemaSettings", "ServeSettings", "Settings",
-    "TemplatesSettings", "TrainSettings", "dump_settings", "load_settings", "write_settings",
+    "COMMANDS", "ChatSettings", "CompareSettings", "ConversationSettings", "DataSettings", "DatasetSettings",
+    "DocsSettings", "DoctorSettings", "EvaluateSettings", "ExportSettings", "InspectSettings", "MergeSettings",
+    "PlanSettings", "PrepareSettings", "PushSettings", "QuantizationSettings", "SchemaSettings", "ServeSettings",
+    "Settings", "TemplatesSettings", "TrainSettings", "dump_settings", "load_settings", "write_settings",
 ]  # fmt: skip

@@ -12,6 +12,7 @@ COMMANDS: tuple[type[Settings], ...] = (
     serve.ServeSettings,
     evaluate.EvaluateSettings,
     small.InspectSettings,
+    small.CompareSettings,
     plan.PlanSettings,
     small.PushSettings,
     small.DoctorSettings,

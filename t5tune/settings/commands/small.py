@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from t5tune.settings.field_types import OptionalPath, OptionalText, Settings
+from t5tune.settings.field_types import FolderList, OptionalPath, OptionalText, Settings
 
 
 class InspectSettings(Settings):
@@ -32,6 +32,23 @@ class InspectSettings(Settings):
     per_device_train_batch_size: int = Field(
         default=8, gt=0, description="Batch size for computing the share of padding (examples)."
     )
+
+
+class CompareSettings(Settings):
+    command: ClassVar[str] = "compare"
+    essential: ClassVar[tuple[str, ...]] = ("sort_by", "csv", "html")
+    panel: ClassVar[str] = "Comparison"
+
+    runs: FolderList = Field(
+        min_length=1,
+        description="Run folders, or patterns such as 'runs/*'; also folders of evaluate, for their scores.",
+        json_schema_extra={"positional": True},
+    )
+    sort_by: OptionalText = Field(
+        default=None, description="Metric to sort by; default: the metric that chose the runs' best step."
+    )
+    csv: OptionalPath = Field(default=None, description="CSV file to write the table to.")
+    html: OptionalPath = Field(default=None, description="HTML file to write the table and the curves to.")
 
 
 class PushSettings(Settings):

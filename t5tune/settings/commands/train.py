@@ -18,9 +18,11 @@ from t5tune.settings.groups.preferences import PreferenceSettings
 from t5tune.settings.groups.processes import ProcessSettings
 from t5tune.settings.groups.run_output import RunOutputSettings
 from t5tune.settings.groups.steps import StepSettings
+from t5tune.settings.groups.sweep import SweepSettings
 
 
 class TrainSettings(
+    SweepSettings,
     RunOutputSettings,
     HubStrategySettings,
     ProcessSettings,

@@ -1,0 +1,248 @@
+"""`t5tune compare`: a table of training runs: the settings that differ, held-out metrics, time and memory.
+
+    comparison = compare(CompareSettings(runs=["runs/*"], sort_by="exact_match"))
+    comparison.rows[0].values["exact_match"]        # [87.5, 86.0, 88.1] of three seeds
+
+Runs that differ only in their seed share a row; tables show means and standard deviations.
+"""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from glob import glob
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from t5tune.checkpoints.model_card import is_timing
+from t5tune.errors import CheckpointError, SettingsError
+from t5tune.file_names import SCORES_FILE, SETTINGS_FILE
+from t5tune.formatting import format_duration, format_number, format_size
+from t5tune.io.atomic import write_file
+from t5tune.io.untrusted import read_json_object
+from t5tune.io.yaml_file import MAX_SETTINGS_BYTES, read_yaml
+from t5tune.metrics import is_better_low
+from t5tune.progress import Note, Report, silent
+from t5tune.reports.comparison_page import write_comparison_page
+from t5tune.reports.svg import Series
+from t5tune.runs.checkpoints import list_checkpoints, read_run_identity
+from t5tune.runs.folder import RunFolder
+from t5tune.runs.metrics_log import METRICS_FILE, read_metrics
+from t5tune.runs.result import read_result
+from t5tune.settings import CompareSettings, TrainSettings
+
+TITLES = {"seconds": "time", "peak_memory_bytes": "peak memory"}
+# settings that name a run or a place, or that change only its speed
+NOT_COMPARED = {"output_dir", "run_name", "preprocessed_path", "seed", "hub_model_id", "num_workers", "cache_dir"}
+
+
+@dataclass(frozen=True)
+class ComparedRow:
+    """Runs that differ only in their seed.
+
+    Args:
+        settings: those that aren't the same in all rows.
+        values: name -> number of each run: `best_step`, the metrics at that step, the scores of `evaluate` with
+            `evaluate` before their names, `seconds` and `peak_memory_bytes` of finished runs.
+    """
+
+    runs: list[Path]
+    seeds: list[int]
+    settings: dict[str, Any]
+    values: dict[str, list[float]]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The rows, the best one first by the metric `sorted_by`, and the files that were written."""
+
+    rows: list[ComparedRow]
+    sorted_by: str | None
+    csv: Path | None
+    html: Path | None
+
+
+def compare(settings: CompareSettings, report: Report = silent) -> Comparison:
+    """Compare runs, and write a table and a page if the settings name them.
+
+    Raises:
+        SettingsError: a folder isn't a run, the runs have different objectives, or none has the metric to sort by.
+    """
+    runs = _read_runs(settings.runs, report)
+    _check_same_task(runs, report)
+    rows = _group_by_seed(runs)
+    if (sorted_by := _choose_metric(settings.sort_by, runs)) is not None:
+        sign = 1 if is_better_low(sorted_by) else -1
+        rows.sort(key=lambda row: sign * fmean(row.values[sorted_by]) if sorted_by in row.values else math.inf)
+    if settings.csv is not None:
+        write_file(settings.csv, [_format_csv(rows).encode()])
+    if settings.html is not None:
+        charts = {
+            "Training loss": _read_curves(rows, "loss"),
+            f"Held-out {sorted_by or 'loss'}": _read_curves(rows, f"eval_{sorted_by or 'loss'}"),
+        }
+        write_comparison_page(settings.html, *format_table(rows), charts)
+    return Comparison(rows, sorted_by, settings.csv, settings.html)
+
+
+def format_table(rows: Sequence[ComparedRow]) -> tuple[list[str], list[tuple[str, ...]]]:
+    """Return the titles of the columns, and the texts of each row."""
+    columns = _list_texts(rows)
+    columns["run"] = [f"{len(row.runs)} runs" if len(row.runs) > 1 else row.runs[0].name for row in rows]
+    for name in dict.fromkeys(name for row in rows for name in row.values):
+        title = TITLES.get(name, name.replace("_", " "))
+        columns[title] = [_format_value(name, row.values.get(name, [])) for row in rows]
+    return list(columns), list(zip(*columns.values(), strict=True))
+
+
+def _format_value(name: str, values: Sequence[float]) -> str:
+    if not values:
+        return "–"
+    mean = fmean(values)
+    if name == "seconds":
+        return format_duration(mean)
+    if name == "peak_memory_bytes":
+        return format_size(round(mean))
+    return format_number(mean) + (f" ± {stdev(values):.2g}" if len(values) > 1 else "")
+
+
+def _format_csv(rows: Sequence[ComparedRow]) -> str:
+    """Write the table as CSV, with a column of standard deviations after each column of means."""
+    columns: dict[str, Sequence[object]] = {**_list_texts(rows)}
+    for name in dict.fromkeys(name for row in rows for name in row.values):
+        found = [row.values.get(name, []) for row in rows]
+        columns[name] = [fmean(values) if values else None for values in found]
+        if any(len(row.runs) > 1 for row in rows):
+            columns[f"{name} sd"] = [stdev(values) if len(values) > 1 else None for values in found]
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([columns, *zip(*columns.values(), strict=True)])
+    return text.getvalue()
+
+
+def _list_texts(rows: Sequence[ComparedRow]) -> dict[str, list[str]]:
+    """List the columns that aren't numbers: name -> the text of each row."""
+    columns = {"run": [" ".join(map(str, row.runs)) for row in rows]}
+    for name in rows[0].settings:
+        values = [row.settings[name] for row in rows]
+        columns[name] = [each if isinstance(each, str) else json.dumps(each, ensure_ascii=False) for each in values]
+    if len({seed for row in rows for seed in row.seeds}) > 1:
+        columns["seed"] = [" ".join(map(str, row.seeds)) for row in rows]
+    return columns
+
+
+def _read_curves(rows: Sequence[ComparedRow], name: str) -> list[Series]:
+    """Read the curve of a metric of each run."""
+    logs = {folder: read_metrics(folder) for row in rows for folder in row.runs}
+    return [
+        Series(folder.name, list(zip(*log.curve(name), strict=True)), is_smoothed=True) for folder, log in logs.items()
+    ]
+
+
+def _read_runs(patterns: Sequence[Path], report: Report) -> list[ComparedRow]:
+    """Read each run as a row with all of its settings, and the scores of folders that `evaluate` has written."""
+    found = [
+        Path(path)
+        for pattern in patterns
+        for path in ((not pattern.exists() and sorted(glob(str(pattern)))) or [str(pattern)])
+    ]
+    folders = [folder for folder in dict.fromkeys(found) if _is_run(folder, patterns)]
+    if not folders:
+        problem = f"runs: {' '.join(map(str, patterns))}: no run folder"
+        raise SettingsError(problem, hint="give the output_dir of t5tune train, or a pattern such as 'runs/*'")
+    runs = {folder.resolve(): _read_run(folder, report) for folder in folders}
+    inside = [path.parent for folder in folders for path in sorted(folder.glob(f"*/{SCORES_FILE}"))]
+    for folder in (folder for folder in dict.fromkeys([*found, *inside]) if (folder / SCORES_FILE).is_file()):
+        scores = read_json_object(folder, SCORES_FILE)
+        models = [scores.get("settings", {}).get(name) for name in ("adapter", "model_name_or_path")]
+        for run in filter(None, [runs.get(Path(model).resolve()) for model in models if model]):
+            run.values.update({f"evaluate {name}": values for name, values in _select_metrics(scores)})
+    return list(runs.values())
+
+
+def _is_run(folder: Path, patterns: Sequence[Path]) -> bool:
+    """Whether a folder is a run. What a pattern found may be something else.
+
+    Raises:
+        SettingsError: the user named the folder.
+    """
+    is_run = (folder / SETTINGS_FILE).is_file() and (folder / METRICS_FILE).is_file()
+    if not is_run and folder in patterns and not (folder / SCORES_FILE).is_file():
+        raise SettingsError(f"runs: {folder}: not a run folder", hint="give the output_dir of t5tune train")
+    return is_run
+
+
+def _read_run(folder: Path, report: Report) -> ComparedRow:
+    settings, log = read_yaml(folder / SETTINGS_FILE, MAX_SETTINGS_BYTES), read_metrics(folder)
+    metric = settings.get("metric_for_best_model") or "loss"
+    evaluations = [line for line in log if line.get(f"eval_{metric}") is not None]
+    choose = min if is_better_low(metric) else max
+    values: dict[str, list[float]] = {}
+    if evaluations:
+        best = choose(evaluations, key=lambda line: line[f"eval_{metric}"])
+        metrics = {name.removeprefix("eval_"): value for name, value in best.items() if name.startswith("eval_")}
+        values = {"best_step": [best["step"]], **dict(_select_metrics(metrics))}
+    if RunFolder(folder).is_finished:
+        result = read_result(folder)
+        values |= {"seconds": [result.seconds], "peak_memory_bytes": [result.peak_memory_bytes]}
+    else:
+        step = log[-1]["step"] if log else 0
+        report(Note(f"{folder}: not finished: it is at step {step}; give its command again to finish it", warning=True))
+    return ComparedRow([folder], [settings.get("seed", TrainSettings.model_fields["seed"].default)], settings, values)
+
+
+def _select_metrics(metrics: dict[str, Any]) -> Iterator[tuple[str, list[float]]]:
+    for name, value in metrics.items():
+        if isinstance(value, int | float) and not isinstance(value, bool) and not is_timing(name):
+            yield name, [value]
+
+
+def _check_same_task(runs: Sequence[ComparedRow], report: Report) -> None:
+    """Refuse runs with different objectives, and warn of different held-out examples."""
+    objectives = {run.settings.get("objective", "sft"): run.runs[0] for run in runs}
+    if len(objectives) > 1:
+        listed = ", ".join(f"{folder} has {objective}" for objective, folder in objectives.items())
+        raise SettingsError(f"runs: different objectives: {listed}", hint="compare runs of one objective")
+    held_out = {}
+    for folder in (run.runs[0] for run in runs):
+        for checkpoint in list_checkpoints(folder)[:1]:
+            with suppress(CheckpointError):
+                held_out[read_run_identity(checkpoint).get("held_out")] = folder
+    if len(held_out) > 1:
+        problem = f"{' and '.join(map(str, [*held_out.values()][:2]))} have different held-out examples"
+        report(Note(f"{problem}, so their metrics can't be compared; use the scores of t5tune evaluate", warning=True))
+
+
+def _group_by_seed(runs: Sequence[ComparedRow]) -> list[ComparedRow]:
+    """Make a row of the runs that differ only in their seed, with the settings that aren't the same in all rows."""
+    names = dict.fromkeys(name for run in runs for name in run.settings if name not in NOT_COMPARED)
+    texts = {name: [json.dumps(run.settings.get(name), default=str) for run in runs] for name in names}
+    different = [name for name in names if len(set(texts[name])) > 1]
+    groups: dict[tuple[str, ...], list[ComparedRow]] = {}
+    for number, run in enumerate(runs):
+        groups.setdefault(tuple(texts[name][number] for name in different), []).append(run)
+    return [
+        ComparedRow(
+            [run.runs[0] for run in group],
+            [run.seeds[0] for run in group],
+            {name: group[0].settings.get(name) for name in different},
+            {
+                name: [run.values[name][0] for run in group]
+                for name in group[0].values
+                if all(name in run.values for run in group)
+            },
+        )
+        for group in groups.values()
+    ]
+
+
+def _choose_metric(given: str | None, runs: Sequence[ComparedRow]) -> str | None:
+    """Choose the metric to sort by: the given one, else the one that all runs chose their best step by."""
+    known = list(dict.fromkeys(name for run in runs for name in run.values))
+    if given is not None and given not in known:
+        raise SettingsError(f"sort_by: {given}: no run has this metric", hint=f"the metrics are {', '.join(known)}")
+    chosen = {run.settings.get("metric_for_best_model") or "loss" for run in runs}
+    return given or next((name for name in chosen if name in known and len(chosen) == 1), None)

@@ -1,0 +1,47 @@
+"""A sweep: several runs of `t5tune train` with different settings."""
+
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BeforeValidator, Field
+
+from t5tune.errors import SettingsError
+from t5tune.settings.affects import Affects
+from t5tune.settings.field_types import Settings, parse_unset
+
+
+def _read_sweep(value: Any) -> Any:
+    value = parse_unset(value)
+    if not isinstance(value, str | Path):
+        return value
+    from t5tune.io.yaml_file import MAX_SETTINGS_BYTES, read_yaml
+
+    try:
+        return read_yaml(Path(value), MAX_SETTINGS_BYTES)
+    except SettingsError as error:
+        raise ValueError(str(error)) from error
+
+
+SweepFile = BeforeValidator(_read_sweep, json_schema_input_type=dict[str, Any] | str | None)
+
+
+class SweepSettings(Settings):
+    panel: ClassVar[str] = "Sweep"
+
+    sweep: Annotated[dict[str, Any] | None, SweepFile, Affects.THIS_CALL] = Field(
+        default=None,
+        description="Train once for each combination of values: a YAML file of setting: [value, …], in YAML also a "
+        "section; with trials: N, a random sample, also from ranges, setting: {low: 1e-5, high: 1e-3, log: true}.",
+        json_schema_extra={"metavar": "FILE"},
+    )
+    jobs: Annotated[int, Affects.THIS_CALL] = Field(
+        default=1, gt=0, description="Runs of a sweep to train at the same time, each on its own GPUs."
+    )
+    max_runs: Annotated[int, Affects.THIS_CALL] = Field(
+        default=100, gt=0, description="Refuse a sweep with more runs than this."
+    )
+    median_stopping: Annotated[bool, Affects.THIS_CALL] = Field(
+        default=False,
+        description="Stop a run of a sweep at an evaluation if its best metric is worse than the median of at least 5 "
+        "finished runs' best by that step.",
+    )

@@ -1,0 +1,127 @@
+"""compare shows what differs between runs, groups seeds, and takes metrics from the best step."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import pytest
+import yaml
+
+from t5tune.commands.compare import compare
+from t5tune.commands.evaluate import evaluate
+from t5tune.commands.train import train
+from t5tune.errors import SettingsError
+from t5tune.progress import Event, Note
+from t5tune.settings import CompareSettings, EvaluateSettings
+from tests.support.processes.command_line import t5tune_in_fork
+from tests.support.train_runs import make_settings
+
+
+@pytest.fixture(scope="module")
+def trained(untied_base: Path, conversations: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "run"
+    train(make_settings(untied_base, conversations, run, eval_fraction=0.2, eval_steps=2, save_steps=2))
+    return run
+
+
+def copy_run(trained: Path, folder: Path, losses: list[float | None] | None = None, **settings: Any) -> Path:
+    """Copy a run, with these held-out losses in its evaluations, in order, and these settings."""
+    shutil.copytree(trained, folder)
+    changed = {**yaml.safe_load((folder / "settings.yaml").read_text()), **settings}
+    (folder / "settings.yaml").write_text(yaml.safe_dump(changed))
+    given = iter(losses or [])
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        if losses and "eval_loss" in line:
+            line["eval_loss"] = next(given)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs of two ranks and three seeds, of which the last has no evaluation at its best step's rank."""
+    folder = tmp_path_factory.mktemp("sweep")
+    for rank, seed, losses in [
+        (4, 1, [3.0, 2.0, 2.5]),
+        (4, 2, [3.0, 2.4, 2.2]),
+        (4, 3, [3.0, 2.9, 2.1]),
+        (8, 1, [1.0, 1.5, None]),
+    ]:
+        copy_run(trained, folder / f"r{rank}-s{seed}", losses, lora_r=rank, seed=seed)
+    (folder / "notes").mkdir()  # a pattern also finds what isn't a run
+    return folder
+
+
+def test_seeds_share_a_row_and_the_best_run_is_first(runs: Path, tmp_path: Path) -> None:
+    result = compare(CompareSettings(runs=[runs / "*"], csv=tmp_path / "t.csv", html=tmp_path / "t.html"))
+    assert result.sorted_by == "loss"
+    assert [row.settings for row in result.rows] == [{"lora_r": 8}, {"lora_r": 4}]
+    assert [row.seeds for row in result.rows] == [[1], [1, 2, 3]]
+    assert result.rows[1].values["best_step"] == [4, 6, 6]
+    assert result.rows[1].values["loss"] == [2.0, 2.2, 2.1]
+    assert len(result.rows[1].values["seconds"]) == 3
+    with open(tmp_path / "t.csv", newline="") as file:
+        first, second = csv.DictReader(file)
+    assert (first["lora_r"], first["loss"], first["loss sd"]) == ("8", "1.0", "")
+    assert float(second["loss"]) == pytest.approx(mean([2.0, 2.2, 2.1]))
+    assert float(second["loss sd"]) == pytest.approx(stdev([2.0, 2.2, 2.1]))
+    page = (tmp_path / "t.html").read_text()
+    assert page.count("<polyline") >= 8  # the training loss and the held-out loss of four runs
+    assert "2.1 ± 0.1" in page
+
+
+def test_the_terminal_shows_the_table(runs: Path) -> None:
+    done = t5tune_in_fork("compare", runs / "*")
+    assert done.code == 0, done.stderr
+    header, best, other = done.stdout.splitlines()
+    assert header.split()[:4] == ["run", "lora_r", "seed", "best"]
+    assert best.split()[:4] == ["r8-s1", "8", "1", "2"]
+    assert other.split()[:6] == ["3", "runs", "4", "1", "2", "3"]
+    assert "2.1 ± 0.1" in other
+
+
+def test_scores_of_evaluate_join_their_run(runs: Path, conversations: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(runs / "r4-s1", tmp_path / "run")
+    found = evaluate(
+        EvaluateSettings(
+            model_name_or_path=str(run),
+            data_path=[str(conversations)],
+            output_dir=run / "scores",
+            num_data=4,
+            metrics=["exact_match"],
+            use_cpu=True,
+            max_new_tokens=4,
+        )  # fmt: skip
+    )
+    (row,) = compare(CompareSettings(runs=[run])).rows
+    assert row.values["evaluate loss"] == [found.loss]
+    assert row.values["evaluate exact_match"] == [found.exact_match]
+
+
+def test_an_unfinished_run_is_compared_with_a_note(trained: Path, tmp_path: Path) -> None:
+    run = copy_run(trained, tmp_path / "run")
+    (run / "result.json").unlink()
+    notes = list[Event]()
+    (row,) = compare(CompareSettings(runs=[run]), notes.append).rows
+    assert "seconds" not in row.values
+    assert notes == [Note(f"{run}: not finished: it is at step 6; give its command again to finish it", warning=True)]
+
+
+def test_runs_with_other_held_out_examples_are_marked(
+    trained: Path, untied_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    train(make_settings(untied_base, conversations, other, eval_fraction=0.2, split_seed=5, max_steps=1))
+    notes = list[Event]()
+    compare(CompareSettings(runs=[trained, other]), notes.append)
+    assert any(isinstance(note, Note) and "have different held-out examples" in note.text for note in notes)
+
+
+def test_runs_of_different_objectives_are_refused(trained: Path, tmp_path: Path) -> None:
+    other = copy_run(trained, tmp_path / "other", objective="dpo")
+    with pytest.raises(SettingsError, match=f"different objectives: {trained} has sft, {other} has dpo"):
+        compare(CompareSettings(runs=[trained, other]))

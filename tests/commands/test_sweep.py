@@ -1,0 +1,140 @@
+"""The runs of a sweep are ordinary runs: each has the bits of a run of its own, whatever stops the sweep."""
+
+import json
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from t5tune.commands.sweep import make_runs, sweep
+from t5tune.commands.train import train
+from t5tune.errors import SettingsError
+from t5tune.progress import Event, Note
+from t5tune.runs.metrics_log import MetricsLog
+from t5tune.settings import TrainSettings
+from tests.support.processes.command_line import t5tune_in_fork
+from tests.support.processes.runs import Running, list_complete_steps, list_descendants, read_adapter, send_signal
+from tests.support.train_runs import make_settings, write_config
+
+RANKS = [2, 4]
+
+
+@pytest.fixture(scope="module")
+def alone(untied_base: Path, conversations: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The adapters of runs without a sweep."""
+    folder = tmp_path_factory.mktemp("alone")
+    for rank in RANKS:
+        train(make_settings(untied_base, conversations, folder / f"lora_r={rank}", lora_r=rank, eval_fraction=0.2))
+    return {f"lora_r={rank}": read_adapter(folder / f"lora_r={rank}") for rank in RANKS}
+
+
+@pytest.fixture
+def settings(untied_base: Path, conversations: Path, tmp_path: Path) -> TrainSettings:
+    return make_settings(
+        untied_base, conversations, tmp_path / "sweep", eval_fraction=0.2, save_steps=1, sweep={"lora_r": RANKS}
+    )
+
+
+@pytest.mark.slow
+def test_a_sweep_trains_what_is_left_and_compares_all(
+    alone: dict[str, bytes], settings: TrainSettings, tmp_path: Path
+) -> None:
+    settings = settings.replace(sweep={"lora_r": [*RANKS, 8]})
+    folder, config = settings.output_dir, write_config(settings, tmp_path / "sweep.yaml")
+    train(make_runs(settings)["lora_r=2"])
+    before = (folder / "lora_r=2" / "metrics.jsonl").read_bytes()
+    (folder / "lora_r=8").mkdir()
+    (folder / "lora_r=8" / "thesis.txt").write_text("not a run")  # which makes one run fail
+    done = t5tune_in_fork("train", "--config", config, "--jobs=2", "--json")
+    assert done.code == 1, done.stderr
+    assert (folder / "lora_r=2" / "metrics.jsonl").read_bytes() == before
+    assert {name: read_adapter(folder / name) for name in alone} == alone
+    assert sorted(path.name for path in folder.iterdir()) == ["data", "lora_r=2", "lora_r=4", "lora_r=8"]
+    result, error = map(json.loads, done.stdout.splitlines())
+    assert result["finished"] == ["lora_r=2", "lora_r=4"]
+    assert str(folder / "lora_r=8") in result["failed"]["lora_r=8"]
+    assert error["error"]["message"].startswith("sweep: 1 run failed: lora_r=8: ")
+    losses = [row["values"]["loss"][0] for row in result["comparison"]["rows"]]
+    assert losses == sorted(losses)
+    assert {row["settings"]["lora_r"] for row in result["comparison"]["rows"]} == set(RANKS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.long
+def test_a_stopped_sweep_goes_on_to_the_same_bits(
+    number: signal.Signals, alone: dict[str, bytes], settings: TrainSettings, tmp_path: Path
+) -> None:
+    folder = settings.output_dir
+    command = [
+        sys.executable,
+        "-m",
+        "t5tune",
+        "train",
+        "--config",
+        str(write_config(settings, tmp_path / "sweep.yaml")),
+    ]
+    with Running(command, folder) as running:
+        running.wait_until(lambda: folder.is_dir() and list_complete_steps(folder / "lora_r=2"))
+        processes = list_descendants(running.process.pid)
+        send_signal(running.process.pid, number)
+        assert running.wait() == (-9 if number == signal.SIGKILL else 143), running.log.read_text()
+        running.wait_until_gone(processes)
+    if number == signal.SIGTERM:
+        assert "0 of 2 runs have finished. Give the same command again to go on." in running.log.read_text()
+    with Running(command, folder) as running:
+        assert running.wait() == 0, running.log.read_text()
+    assert {name: read_adapter(folder / name) for name in alone} == alone
+
+
+def write_evaluations(folder: Path, losses: list[float], is_finished: bool) -> None:
+    """Write a run's metrics as training does, and whether it has finished."""
+    folder.mkdir(parents=True)
+    log = MetricsLog(folder)
+    for step, loss in enumerate(losses, 1):
+        log.write(step, {"eval_loss": loss})
+    (folder / "settings.yaml").write_text(yaml.safe_dump({"output_dir": str(folder)}))
+    if is_finished:
+        values = {"run": str(folder), "adapter": str(folder), "steps": 3, "epochs": 1.0, "train_loss": 1.0, "eval": {}}
+        values |= dict.fromkeys(
+            ("examples", "tokens", "trainable_parameters", "total_parameters", "peak_memory_bytes"), 1
+        )
+        values |= {"tokens_per_second": 1.0, "world_size": 1, "resumed_from": None, "seconds": 1.0}
+        (folder / "result.json").write_text(json.dumps(values))
+
+
+def test_a_run_worse_than_the_median_is_stopped(settings: TrainSettings) -> None:
+    changed = settings.replace(sweep={"lora_r": [1, 2, 3, 4, 5, 6]}, median_stopping=True)
+    names = list(make_runs(changed))
+    for number, name in enumerate(names[:5]):
+        write_evaluations(settings.output_dir / name, [2.0 + number, 1.0, 0.5], is_finished=True)
+    write_evaluations(settings.output_dir / names[5], [4.5], is_finished=False)  # the median at step 1 is 4
+    notes = list[Event]()
+    result = sweep(changed, notes.append)
+    assert result.stopped == ["lora_r=6"]
+    assert len(result.finished) == 5
+    assert any(isinstance(note, Note) and "lora_r=6: not finished: it is at step 1" in note.text for note in notes)
+
+
+def test_runs_share_data_unless_a_setting_changes_it(settings: TrainSettings) -> None:
+    changes = {"seed": [1, 2], "learning_rate": [0.1, 0.2], "model_max_length": [64, 128]}
+    runs = make_runs(settings.replace(sweep=changes))
+    folders = {str(run.preprocessed_path) for run in runs.values()}
+    assert folders == {str(settings.output_dir / f"data,model_max_length={length}") for length in (64, 128)}
+    raw = make_runs(settings.replace(sweep={"seed": [1, 2]}, preprocessed_path="tokens"))
+    assert {str(run.preprocessed_path) for run in raw.values()} == {"tokens"}
+
+
+def test_wrong_settings_of_a_run_are_found_before_any_run_starts(settings: TrainSettings) -> None:
+    changed = settings.replace(sweep={"lora_r": [2, 0], "learning_rat": [1.0]})
+    with pytest.raises(SettingsError, match="learning_rat: .* did you mean learning_rate"):
+        make_runs(changed)
+    with pytest.raises(SettingsError, match="sweep: lora_r=0: lora_r: 0: "):
+        make_runs(settings.replace(sweep={"lora_r": [2, 0]}))
+
+
+def test_a_call_of_train_refuses_a_sweep(settings: TrainSettings) -> None:
+    with pytest.raises(SettingsError, match="sweep: a call of train makes one run; call sweep"):
+        train(settings)
