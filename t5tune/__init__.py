@@ -27,7 +27,7 @@ _HOMES = {
     **dict.fromkeys(_SETTINGS, "settings"),
     **{name: f"commands.{name}" for name in _COMMANDS},
     "Chatter": "commands.chat",
-    "sweep": "commands.sweep",
+    "sweep": "commands.train.sweep",
     "Turn": "data.reading.formats",
     **dict.fromkeys(("SettingsError", "Stopped", "T5TuneError"), "errors"),
     "progress_bar": "progress_bar",

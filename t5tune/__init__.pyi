@@ -19,8 +19,8 @@ from t5tune.commands.plan import plan as plan
 from t5tune.commands.prepare import prepare as prepare
 from t5tune.commands.push import push as push
 from t5tune.commands.serve import serve as serve
-from t5tune.commands.sweep import sweep as sweep
 from t5tune.commands.train import train as train
+from t5tune.commands.train.sweep import sweep as sweep
 from t5tune.data.reading.formats import Turn as Turn
 from t5tune.errors import SettingsError as SettingsError
 from t5tune.errors import Stopped as Stopped

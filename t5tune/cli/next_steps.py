@@ -6,7 +6,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from t5tune.commands.run_plan import make_run_plan
+from t5tune.commands.train.run_plan import make_run_plan
 from t5tune.data.caches.prepared import list_caches
 from t5tune.data.reading.sources import is_dataset_name
 from t5tune.file_names import ADAPTER_CONFIG_FILE, REPORT_FILE

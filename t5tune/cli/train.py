@@ -8,8 +8,8 @@ from t5tune.cli.next_steps import list_next_steps
 from t5tune.cli.output import Output
 from t5tune.cli.results import render_comparison, render_result
 from t5tune.cli.workers import follow_launcher, run_in_workers
-from t5tune.commands.run_plan import make_run_plan
 from t5tune.commands.train import resume_after_restart, send_result, set_up_run_folder, train
+from t5tune.commands.train.run_plan import make_run_plan
 from t5tune.distributed.signals import handle_signals
 from t5tune.distributed.world import World, has_restarted
 from t5tune.errors import TrainingError
@@ -40,7 +40,7 @@ def run(settings: TrainSettings, output: Output) -> None:
 
 def _show_sweep(settings: TrainSettings, output: Output) -> None:
     """Train the runs of a sweep, and show their comparison; with --dry-run, list the runs."""
-    from t5tune.commands.sweep import make_runs, sweep
+    from t5tune.commands.train.sweep import make_runs, sweep
 
     if settings.dry_run:
         runs = {name: str(run.output_dir) for name, run in make_runs(settings).items()}

@@ -164,7 +164,7 @@ def _read_runs(patterns: Sequence[Path], report: Report) -> list[ComparedRow]:
 
 
 def _is_run(folder: Path, patterns: Sequence[Path]) -> bool:
-    """Whether a folder is a run. What a pattern found may be something else.
+    """Whether a folder is a run. A pattern may also find other folders.
 
     Raises:
         SettingsError: the user named the folder.
@@ -240,7 +240,7 @@ def _group_by_seed(runs: Sequence[ComparedRow]) -> list[ComparedRow]:
 
 
 def _choose_metric(given: str | None, runs: Sequence[ComparedRow]) -> str | None:
-    """Choose the metric to sort by: the given one, else the one that all runs chose their best step by."""
+    """Choose the metric to sort by: the given one, else the `metric_for_best_model` of all runs."""
     known = list(dict.fromkeys(name for run in runs for name in run.values))
     if given is not None and given not in known:
         raise SettingsError(f"sort_by: {given}: no run has this metric", hint=f"the metrics are {', '.join(known)}")

@@ -13,7 +13,7 @@ def write_comparison_page(
     """Write the page.
 
     Args:
-        charts: title -> lines, the best run's first; as many are drawn as there are colors.
+        charts: title -> lines, the best run's first; only the first NUM_COLORS are drawn.
     """
     drawn = [draw_line_chart(title, lines[:NUM_COLORS], allow_log=True) for title, lines in charts.items()]
     best = f", of the best {NUM_COLORS} runs" if max(map(len, charts.values()), default=0) > NUM_COLORS else ""

@@ -1,6 +1,6 @@
 """The settings of a run in parts: each function gets the parts that it reads.
 
-    run_plan = make_run_plan(settings)     # commands/run_plan.py
+    run_plan = make_run_plan(settings)     # commands/train/run_plan.py
     run_plan.steps.learning_rate
     run_plan.model.adapter                          # None: all weights are trained
 

@@ -1,4 +1,4 @@
-"""Sweeps: settings with lists of values, all of whose combinations are trained, or a random sample of them.
+"""Sweeps: lists of values for some settings. All combinations are trained, or a random sample.
 
 expand_sweep({"lora_r": [4, 8], "learning_rate": [1e-4, 3e-4]}, seed=42, max_runs=100)     # four runs
 expand_sweep({"trials": 20, "learning_rate": {"low": 1e-5, "high": 1e-3, "log": True}}, seed=42, max_runs=100)

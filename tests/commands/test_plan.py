@@ -11,7 +11,7 @@ import torch
 from t5tune.checkpoints.base import read_config
 from t5tune.commands.plan import plan, to_plan_settings
 from t5tune.commands.prepare import prepare
-from t5tune.commands.run_plan import make_run_plan
+from t5tune.commands.train.run_plan import make_run_plan
 from t5tune.data.caches.batching import epoch_order
 from t5tune.errors import ModelError
 from t5tune.families import find_architecture

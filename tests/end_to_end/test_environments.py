@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from t5tune.commands.run_plan import make_run_plan
 from t5tune.commands.train import train as train_in_process
+from t5tune.commands.train.run_plan import make_run_plan
 from t5tune.errors import SettingsError
 from t5tune.model import device
 from t5tune.progress import Note

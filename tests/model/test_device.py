@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from t5tune.commands.run_plan import make_run_plan
 from t5tune.commands.train import train
+from t5tune.commands.train.run_plan import make_run_plan
 from t5tune.distributed.world import World
 from t5tune.errors import SettingsError
 from t5tune.inference.loading import load_adapter, load_weighted_sum

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from t5tune.commands.run_plan import make_run_plan
+from t5tune.commands.train.run_plan import make_run_plan
 from t5tune.model import loss as loss_module
 from t5tune.model.attention.packing import use_packing
 from t5tune.model.batches import make_collator

@@ -18,8 +18,8 @@ from t5tune.checkpoints import fingerprint
 from t5tune.checkpoints.base_tensors import Checkpoint
 from t5tune.checkpoints.fingerprint import compute_full_hash
 from t5tune.commands.prepare import prepare
-from t5tune.commands.run_plan import make_run_plan
 from t5tune.commands.train import train
+from t5tune.commands.train.run_plan import make_run_plan
 from t5tune.data.caches.prepared import read_examples_manifest
 from t5tune.errors import CheckpointError, DataError, SettingsError, Stopped
 from t5tune.progress import Advanced, Event, Note, Started

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from t5tune.commands.run_plan import make_run_plan
 from t5tune.commands.train import train
+from t5tune.commands.train.run_plan import make_run_plan
 from t5tune.data.caches.prepared import open_examples
 from t5tune.errors import DependencyError, Stopped
 from t5tune.formatting import format_number, format_size

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from t5tune.commands.run_plan import make_run_plan
+from t5tune.commands.train.run_plan import make_run_plan
 from t5tune.errors import SettingsError
 from t5tune.runs.checks import check_plan, list_notes
 from t5tune.settings import TrainSettings, packaged_templates

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from t5tune.commands.run_plan import make_run_plan
+from t5tune.commands.train.run_plan import make_run_plan
 from t5tune.errors import SettingsError
 from t5tune.progress import Event
 from t5tune.runs import resume_guard

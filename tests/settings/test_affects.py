@@ -9,7 +9,7 @@ from pydantic import Field
 
 from t5tune.checkpoints.training_data import DatasetTraining, TrainingData
 from t5tune.commands.prepare import prepare
-from t5tune.commands.run_plan import make_run_plan
+from t5tune.commands.train.run_plan import make_run_plan
 from t5tune.data.caches.prepared import open_examples
 from t5tune.errors import SettingsError
 from t5tune.runs.folder import RunFolder

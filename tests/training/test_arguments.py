@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate import PartialState
 
-from t5tune.commands.run_plan import make_run_plan
+from t5tune.commands.train.run_plan import make_run_plan
 from t5tune.distributed.world import World
 from t5tune.training.arguments import make_training_arguments
 from tests.support.train_runs import make_settings

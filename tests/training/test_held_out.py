@@ -9,8 +9,8 @@ import pytest
 
 from t5tune.commands.evaluate import evaluate
 from t5tune.commands.prepare import prepare
-from t5tune.commands.run_plan import make_run_plan
 from t5tune.commands.train import set_up_run_folder
+from t5tune.commands.train.run_plan import make_run_plan
 from t5tune.data.caches.examples import Examples
 from t5tune.data.caches.prepared import open_examples
 from t5tune.data.tokens.tokenizer import decode_reference, load_tokenizer

@@ -123,8 +123,8 @@ def test_targets_that_a_vocabulary_cannot_write_are_counted(run: Path, tmp_path:
     )  # fmt: skip
     texts = "targets are truncated or have characters that"
     assert [note for note in notes if "bits_per_character" in note] == [
-        f"{whose}'s bits_per_character: {count} of 4 {texts} {whose}'s vocabulary lacks, so it can't be compared between "
-        "models"
+        f"{whose}'s bits_per_character: {count} of 4 {texts} {whose}'s vocabulary lacks, so it can't be compared "
+        "between models"
         for whose, count in (("the model", 2), ("the base", 3))
     ]
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from t5tune.commands.run_plan import make_run_plan
 from t5tune.commands.train import set_up_run_folder, train
+from t5tune.commands.train.run_plan import make_run_plan
 from t5tune.errors import DataError, SettingsError
 from t5tune.progress import Advanced, Event, Note
 from t5tune.runs.folder import RunFolder

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from t5tune.commands.export import export
 from t5tune.commands.merge import merge
 from t5tune.commands.prepare import prepare
-from t5tune.commands.run_plan import make_run_plan
 from t5tune.commands.train import set_up_run_folder, train
+from t5tune.commands.train.run_plan import make_run_plan
 from t5tune.data.caches.prepared import open_examples
 from t5tune.errors import DataError, SettingsError, TrainingError
 from t5tune.progress import Advanced, Evaluated, Event, Finished, Measured, Note, Started

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForSeq2SeqLM, BartConfig, MT5Config, T5Config, UMT5Config
 
-from t5tune.commands.run_plan import make_run_plan
+from t5tune.commands.train.run_plan import make_run_plan
 from t5tune.data.tokens.encoding import Example
 from t5tune.model.attention import t5 as t5_attention
 from t5tune.model.attention.packing import can_pack, use_packing

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from t5tune.commands.run_plan import make_run_plan
+from t5tune.commands.train.run_plan import make_run_plan
 from t5tune.diagnosis import machine
 from t5tune.errors import DependencyError
 from t5tune.model.kernels.build_tools import find_missing_compiler

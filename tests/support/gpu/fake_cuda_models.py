@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from t5tune.commands.run_plan import make_run_plan
+from t5tune.commands.train.run_plan import make_run_plan
 from t5tune.data.tokens.encoding import Example
 from t5tune.distributed.world import World
 from t5tune.families.t5 import T5

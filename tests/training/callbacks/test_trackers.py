@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from t5tune.commands.run_plan import make_run_plan
 from t5tune.commands.train import train
+from t5tune.commands.train.run_plan import make_run_plan
 from t5tune.errors import Stopped
 from t5tune.progress import Advanced, Note
 from t5tune.training.callbacks.trackers import TRACKERS_FILE, TrackRun

@@ -10,8 +10,8 @@ import yaml
 from t5tune.checkpoints.training_data import read_training_data
 from t5tune.commands.evaluate import evaluate
 from t5tune.commands.prepare import prepare
-from t5tune.commands.run_plan import make_run_plan
 from t5tune.commands.train import train
+from t5tune.commands.train.run_plan import make_run_plan
 from t5tune.data.caches.prepared import open_examples
 from t5tune.data.tokens.tokenizer import load_tokenizer
 from t5tune.errors import SettingsError

@@ -3,8 +3,8 @@
     result = sweep(TrainSettings(sweep={"lora_r": [4, 8], "seed": [1, 2, 3]}, output_dir="ranks", …))
     result.comparison.rows[0].settings                # {"lora_r": 8}
 
-Each run is an ordinary run, trained by a process of its own in a folder that is named after its settings. There is no
-other state: when the command is given again, finished runs are skipped, and a run that was begun is resumed.
+Each run is an ordinary run in a separate process, in a folder that is named after its settings. The folders are the
+only state: when the command is given again, finished runs are skipped, and interrupted runs are resumed.
 """
 
 import json
@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import median
 
 from t5tune.commands.compare import Comparison, compare
-from t5tune.commands.run_plan import make_run_plan
+from t5tune.commands.train.run_plan import make_run_plan
 from t5tune.distributed.launcher import POLL_SECONDS
 from t5tune.distributed.signals import FORWARDED_SIGNAL, StopRequest, get_exit_code, handle_signals
 from t5tune.distributed.world import World
@@ -67,16 +67,16 @@ class _Running:
     """A process that trains a run.
 
     Args:
-        output: the file of what it prints.
+        output: the file with its output.
         is_asked: to stop.
-        is_behind: the reason is that it is worse than the median.
+        is_pruned: the request was made because the run is worse than the median.
     """
 
     name: str
     process: subprocess.Popen[bytes]
     output: Path
     is_asked: bool = False
-    is_behind: bool = False
+    is_pruned: bool = False
 
 
 def sweep(settings: TrainSettings, report: Report = silent, shows_runs: bool = False) -> SweepResult:
@@ -141,7 +141,7 @@ def _evaluates(run: TrainSettings) -> bool:
 
 
 def _divide_devices(settings: TrainSettings) -> list[dict[str, str]]:
-    """Return the environment variables of each job, which give it GPUs or CPU cores of its own.
+    """Return the environment variables of each job, which divide the GPUs or the CPU cores among the jobs.
 
     Raises:
         SettingsError: there are fewer GPUs than the jobs need.
@@ -163,7 +163,7 @@ def _divide_devices(settings: TrainSettings) -> list[dict[str, str]]:
 
 @dataclass
 class _Sweep:
-    """The runs that are trained now, and what became of the others."""
+    """Trains the runs, and collects which of them were stopped or failed."""
 
     settings: TrainSettings
     runs: dict[str, TrainSettings]
@@ -186,8 +186,8 @@ class _Sweep:
                 for job, run in list(running.items()):
                     if run.process.poll() is not None:
                         self._end(running.pop(job))
-                    elif not run.is_asked and (stop.is_set or self._is_behind(run.name)):
-                        run.is_asked, run.is_behind = True, not stop.is_set
+                    elif not run.is_asked and (stop.is_set or self._is_below_median(run.name)):
+                        run.is_asked, run.is_pruned = True, not stop.is_set
                         run.process.send_signal(FORWARDED_SIGNAL)
         finally:
             for run in running.values():
@@ -204,14 +204,14 @@ class _Sweep:
         return RunFolder(self.runs[name].output_dir).is_finished
 
     def _choose(self, waiting: deque[str], running: Mapping[int, _Running]) -> str | None:
-        """Take the next run to train; None: there is none, or it waits for a run that prepares the same data."""
+        """Take the next run to train; None if no run is left, or if all wait for a run that prepares their data."""
         preparing = {self.runs[run.name].preprocessed_path for run in running.values()}
         for name in list(waiting):
             data = self.runs[name].preprocessed_path
             if data in preparing and data is not None and not data.exists():
                 continue
             waiting.remove(name)
-            if not self._is_behind(name):  # before the sweep was stopped
+            if not self._is_below_median(name):  # before the sweep was stopped
                 return name
             self.stopped.append(name)
         return None
@@ -236,14 +236,14 @@ class _Sweep:
         return _Running(name, process, output)
 
     def _end(self, run: _Running) -> None:
-        if run.is_behind:
+        if run.is_pruned:
             self.stopped.append(run.name)
             self.report(Note(f"{run.name}: stopped: worse than the median of the finished runs"))
         elif run.process.returncode and not run.is_asked:
             self.failed[run.name] = _find_error(run.output, run.process.returncode)
             self.report(Note(f"{run.name}: {self.failed[run.name]}", warning=True))
 
-    def _is_behind(self, name: str) -> bool:
+    def _is_below_median(self, name: str) -> bool:
         """Whether the best metric of a run is worse than the median of the finished runs' best by the same step.
 
         This is the rule of Vizier (Golovin et al. 2017) and of Optuna's MedianPruner.

@@ -20,7 +20,7 @@ from t5tune.checkpoints.hub_upload import (
     open_repository,
     upload_result,
 )
-from t5tune.commands.run_plan import make_run_plan
+from t5tune.commands.train.run_plan import make_run_plan
 from t5tune.compat.python_patches import restore_environment
 from t5tune.data.caches.mixing import Mixing
 from t5tune.data.caches.prepared import find_tokenizer_folder

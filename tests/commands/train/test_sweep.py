@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from t5tune.commands.sweep import make_runs, sweep
 from t5tune.commands.train import train
+from t5tune.commands.train.sweep import make_runs, sweep
 from t5tune.errors import SettingsError
 from t5tune.progress import Event, Note
 from t5tune.runs.metrics_log import MetricsLog
