@@ -126,9 +126,8 @@ class _Rewriter:
         if "data_path" in self._options and _is_data(word, fills):
             self.problems.append(f"{word}: unexpected argument; did you mean --data-path {word}?")
             self.meant.add("data_path")
-        elif fills == "config" and _is_model(word):
-            self.problems.append(f"{word}: unexpected argument; did you mean --model-name-or-path {word}?")
-            self.meant.add("model_name_or_path")
+        elif "config" in {fills, *self._by_place} and _is_model(word) and "model_name_or_path" not in self._by_place:
+            self._by_place["model_name_or_path"] = [word]
         elif self._flag_before is not None and not (is_run_config(word) if fills == "config" else fills):
             flag, value = self._flag_before
             whole = " ".join([value, word, *self._take_values()])

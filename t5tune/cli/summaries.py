@@ -60,7 +60,7 @@ t5tune compare 'sweep/*' --sort-by exact_match --html comparison.html
 t5tune push run owner/name
 t5tune push merged owner/name --hub-private-repo
 t5tune plan --config pocket
-t5tune plan --model-name-or-path google/flan-t5-large --bf16 --gpu-memory 24GiB
+t5tune plan google/flan-t5-large --bf16 --gpu-memory 24GiB
 t5tune doctor
 t5tune doctor --json
 t5tune templates

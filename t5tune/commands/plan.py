@@ -45,7 +45,6 @@ NUM_ADDED_TOKENS = 19  # about the number that prepare adds to T5's vocabulary, 
 MAX_SUGGESTED_BATCH_SIZE = 64
 MAX_NONLINEARITY = 0.1  # maximum relative change of the growth per example for memory to count as linear
 GOOD_BATCH_SIZE = 4  # examples per micro-batch that use a GPU well
-STAGES = ("none", "zero1", "zero2", "zero3", "zero3-offload")
 
 
 @dataclass(frozen=True)
@@ -119,7 +118,7 @@ def plan(settings: PlanSettings, report: Report = silent) -> Plan:
         estimator = MemoryEstimator(
             architecture, settings.select_part(MemorySettings), machine, num_token_rows, step_done
         )
-        stages = [estimator.estimate(name, largest) for name in dict.fromkeys([chosen, *STAGES])]
+        stages = [estimator.estimate(name, largest) for name in dict.fromkeys([chosen, *_list_stages(machine)])]
         evaluated = _find_largest_loss_batch(data)
         evaluation = {stage.stage: estimator.estimate_evaluation(stage.stage, evaluated) for stage in stages}
         suggestion = _suggest_settings(settings, estimator, data, step_done)
@@ -162,6 +161,12 @@ def _detect_machine(settings: PlanSettings) -> Machine:
         return Machine(True, settings.num_gpus or 1, memory, "GPU", has_bf16=True)
     count = settings.num_processes or 1
     return Machine(False, count, psutil.virtual_memory().total // count, "CPU", has_bf16=False)
+
+
+def _list_stages(machine: Machine) -> list[str]:
+    """List the ways to divide memory that help on this machine: sharding needs several devices, offloading a GPU."""
+    sharded = ["zero1", "zero2", "zero3"] if machine.count > 1 else []
+    return ["none", *sharded, *(["zero3-offload"] if machine.on_gpu else [])]
 
 
 def _read_model_config(settings: PlanSettings, report: Report) -> tuple[dict[str, Any], Path]:

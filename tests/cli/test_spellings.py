@@ -51,5 +51,5 @@ def test_words_are_read_as_files_where_there_are_such_files(tmp_path: Path, monk
     Path("model").mkdir()
     assert parse_words(["model"], TrainSettings).problems == []
     Path("model/config.json").write_text("{}")
-    (problem,) = parse_words(["model"], TrainSettings).problems
-    assert problem == "model: unexpected argument; did you mean --model-name-or-path model?"
+    given = parse_words(["pocket", "model"], TrainSettings)
+    assert (given.config, given.values, given.problems) == ("pocket", {"model_name_or_path": "model"}, [])
