@@ -312,7 +312,7 @@ class TrainSettings(_settings.TrainSettings):
         report_samples: int = 10,
         fresh: bool = False,
         allow_change: Sequence[str] | str = [],
-        sweep: dict[str, Any] | str | None = None,
+        sweep: str | PathLike[str] | dict[str, Any] | None = None,
         jobs: int = 1,
         max_runs: int = 100,
         median_stopping: bool = False,

@@ -1,6 +1,6 @@
 """`t5tune compare`: a table of training runs: the settings that differ, held-out metrics, time and memory.
 
-    comparison = compare(CompareSettings(runs=["runs/*"], sort_by="exact_match"))
+    comparison = compare(CompareSettings(runs=[Path("runs/*")], sort_by="exact_match"))
     comparison.rows[0].values["exact_match"]        # [87.5, 86.0, 88.1] of three seeds
 
 Runs that differ only in their seed share a row; tables show means and standard deviations.

@@ -25,6 +25,7 @@ SAMPLE_BYTES = 8 << 20
 RECORD_OVERHEAD_BYTES = 512  # memory of a record in addition to its text
 TURN_OVERHEAD_BYTES = 100  # memory of a parsed turn in addition to its text
 MAX_MEMORY_RATIO = 1.5  # of a conversation to its record
+RECORDS_FOR_LABELS = 500
 FIRST_RECORDS = 100  # of each file, to find a usable record
 
 
@@ -62,7 +63,8 @@ def report_doubts(sample: list[RawRecord], reading: ReadingSettings, report: Rep
     if files and "header" not in reading.model_fields_set:
         problem = "the first line looks like data, but is read as the names of the columns"
         report(Note(f"{join_first([*files])}: {problem}; --no-header reads it as the first row", warning=True))
-    targets = chain.from_iterable(conversation.targets for conversation in _parse_usable(sample, reading))
+    first = islice(_parse_usable(sample, reading), RECORDS_FOR_LABELS)
+    targets = chain.from_iterable(conversation.targets for conversation in first)
     if groups := find_similar_labels(find_labels(targets)):
         names = "; ".join(", ".join(map(repr, group)) for group in groups)
         report(Note(f"labels that differ only in case or spaces are different labels: {names}", warning=True))

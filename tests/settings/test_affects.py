@@ -127,7 +127,9 @@ MARKED = {
         "reference_adapter",
     ],
     Affects.ADAPTER_SCALE: ["lora_r", "lora_alpha", "use_dora", "use_rslora"],
-    Affects.THIS_CALL: ["fresh", "allow_change", "dry_run"],
+    Affects.THIS_CALL: [
+        "fresh", "allow_change", "dry_run", "sweep", "jobs", "max_runs", "median_stopping",
+    ],
 }  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from t5tune.commands.compare import Comparison, compare
 from t5tune.commands.train.run_plan import make_run_plan
@@ -28,6 +29,7 @@ from t5tune.distributed.world import World
 from t5tune.errors import SettingsError, Stopped
 from t5tune.formatting import format_count
 from t5tune.io.processes import count_cores, die_with_parent, make_module_command
+from t5tune.io.yaml_file import MAX_SETTINGS_BYTES, read_yaml
 from t5tune.metrics import is_better_low
 from t5tune.preparing.resolve_datasets import RAW_TEXT
 from t5tune.progress import Note, Report, silent
@@ -112,7 +114,7 @@ def make_runs(settings: TrainSettings) -> dict[str, TrainSettings]:
     base = settings.replace(**{name: TrainSettings.model_fields[name].default for name in OF_SWEEP})
     runs: dict[str, TrainSettings] = {}
     problems: dict[str, str] = {}  # the first run that has it
-    for name, changes in expand_sweep(settings.sweep or {}, settings.seed, settings.max_runs).items():
+    for name, changes in expand_sweep(_read_sweep(settings.sweep), settings.seed, settings.max_runs).items():
         places = {"output_dir": settings.output_dir / name, "preprocessed_path": _find_data(settings, changes)}
         try:
             runs[name] = base.replace(**changes, **places)
@@ -124,6 +126,15 @@ def make_runs(settings: TrainSettings) -> dict[str, TrainSettings]:
     if settings.median_stopping and not all(_evaluates(run) for run in runs.values()):
         raise SettingsError("median_stopping: without evaluations", hint="set eval_fraction or eval_data_path")
     return runs
+
+
+def _read_sweep(given: Path | dict[str, Any] | None) -> dict[str, Any]:
+    if not isinstance(given, Path):
+        return given or {}
+    try:
+        return read_yaml(given, MAX_SETTINGS_BYTES)
+    except SettingsError as error:
+        raise SettingsError(*(f"sweep: {problem}" for problem in error.problems), hint=error.hint) from None
 
 
 def _find_data(settings: TrainSettings, changes: Mapping[str, object]) -> Path:

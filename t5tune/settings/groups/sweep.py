@@ -3,32 +3,16 @@
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
-from t5tune.errors import SettingsError
 from t5tune.settings.affects import Affects
-from t5tune.settings.field_types import Settings, parse_unset
-
-
-def _read_sweep(value: Any) -> Any:
-    value = parse_unset(value)
-    if not isinstance(value, str | Path):
-        return value
-    from t5tune.io.yaml_file import MAX_SETTINGS_BYTES, read_yaml
-
-    try:
-        return read_yaml(Path(value), MAX_SETTINGS_BYTES)
-    except SettingsError as error:
-        raise ValueError(str(error)) from error
-
-
-SweepFile = BeforeValidator(_read_sweep, json_schema_input_type=dict[str, Any] | str | None)
+from t5tune.settings.field_types import NoneIfUnset, Settings
 
 
 class SweepSettings(Settings):
     panel: ClassVar[str] = "Sweep"
 
-    sweep: Annotated[dict[str, Any] | None, SweepFile, Affects.THIS_CALL] = Field(
+    sweep: Annotated[Path | dict[str, Any] | None, NoneIfUnset, Affects.THIS_CALL] = Field(
         default=None,
         description="Train once for each combination of values: a YAML file of setting: [value, …], in YAML also a "
         "section; with trials: N, a random sample, also from ranges, setting: {low: 1e-5, high: 1e-3, log: true}.",

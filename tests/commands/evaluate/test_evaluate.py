@@ -17,7 +17,8 @@ from t5tune.commands.prepare import prepare
 from t5tune.commands.train import train
 from t5tune.errors import DataError, ModelError, SettingsError
 from t5tune.inference.loading import load_for_inference
-from t5tune.metrics import score
+from t5tune.label_metrics import LABEL_METRICS
+from t5tune.metrics import choose_metrics, score
 from t5tune.preparing import sample
 from t5tune.progress import Event, Note
 from t5tune.settings import (
@@ -67,7 +68,8 @@ def test_metrics_equal_plain_transformers_one_example_at_a_time(
     assert result.loss == pytest.approx(total / count, rel=1e-5)
     assert result.perplexity == pytest.approx(math.exp(total / count), rel=1e-4)
     assert [line["prediction"] for line in lines] == texts
-    wanted = score(texts, [line["target"] for line in lines])
+    targets = [line["target"] for line in lines]
+    wanted = score(texts, targets, choose_metrics(None, targets))
     assert {name: getattr(result, name) for name in wanted} == wanted
 
 
@@ -408,7 +410,7 @@ def test_the_command_prints_one_json_object_and_numbers_its_folders(
     first = t5tune_in_fork(*arguments, "--json", cwd=tmp_path)
     second = t5tune_in_fork(*arguments, cwd=tmp_path)
     assert first.code == second.code == 0
-    added = {"valid_json", "field_f1", "custom_metrics", "base", "datasets"}
+    added = {"valid_json", "field_f1", "custom_metrics", "base", "datasets", "labels", *LABEL_METRICS}
     assert set(first.json) == {*METRICS, *added, "predictions", "seconds"}
     assert first.json["predictions"] == "evaluation/predictions.jsonl"
     assert second.stdout.strip() == "evaluation.1/predictions.jsonl"

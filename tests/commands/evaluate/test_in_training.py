@@ -168,7 +168,7 @@ def test_a_resumed_run_ignores_evaluations_of_different_held_out_examples(
         notes: list[Event] = []
         shutil.copytree(run, resumed := tmp_path / file.stem)
         train(settings.replace(output_dir=resumed, eval_data_path=[str(file)]), notes.append)
-        said = "earlier evaluations don't count"
+        said = "earlier evaluations no longer count"
         assert sum(said in event.text for event in notes if isinstance(event, Note)) == count
         best = json.loads((resumed / "trainer_state.json").read_text())["best_global_step"]
         assert best == (newest if count else 1)  # with a rate of 0, the first evaluation that counts stays the best
