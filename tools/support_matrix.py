@@ -140,13 +140,13 @@ COLUMNS = {
         "unless there is an environment with transformers 4; `make compatibility` creates it.",
         (f"{FAMILIES_TEST}::test_transformers_4_has_the_logits_and_token_ids_of_the_merged_model[{{key}} lora]",),
         more_tests=(f"{OTHER_TOOLS_TEST}::test_transformers_4_gives_the_token_ids_of_the_adapters_tokenizer",),
-        reasons=dict.fromkeys(GEMMAS, "Merged checkpoints of it are for transformers 5."),
+        reasons=dict.fromkeys(GEMMAS, "Its merged checkpoints need transformers 5."),
     ),
     "CTranslate2": Column(
         "`merge --to ctranslate2` gives the greedy replies of the merged model.",
         (f"{FAMILIES_TEST}::test_ctranslate2_gives_the_replies_of_the_merged_model[{{key}} lora]",),
         reasons={
-            "longt5": "CTranslate2 has no LongT5.",
+            "longt5": "CTranslate2 doesn't support LongT5.",
             "t5gemma": "CTranslate2 4.8.5 computes it without its soft caps.",
             "t5gemma2": "CTranslate2 4.8.5 converts it, but its log-probabilities differ from transformers' "
             "(by 0.6 for a random model of one layer), and it fails if a text is longer than the window.",
@@ -221,7 +221,7 @@ PLATFORMS: dict[str, tuple[State, str, tuple[str, ...]]] = {
         (),
     ),
     "Windows, under WSL": ("untested", "It runs as on Linux.", ()),
-    "Windows": ("no", "t5tune locks files and measures memory by `fcntl` and `resource`, which Windows lacks.", ()),
+    "Windows": ("no", "t5tune locks files and measures memory with `fcntl` and `resource`, which Windows lacks.", ()),
 }
 
 INTRODUCTION = (
