@@ -336,7 +336,7 @@ class TrainSettings(_settings.TrainSettings):
             per_device_train_batch_size: Batch size per GPU or process (examples).
             learning_rate: Peak learning rate.
             bf16: Compute in bfloat16, and keep the base in bfloat16.
-            dry_run: Show all settings including defaults, the memory plan and the launch command; write nothing.
+            dry_run: Show all settings (with their defaults), the memory plan and the launch command; write nothing.
             revision: Branch, tag or commit of a model on the Hugging Face Hub; default: its main branch.
             cache_dir: Folder for Hugging Face Hub downloads; default: the Hub's cache.
             family: Model family of a base whose model_type t5tune doesn't know (docs/families.md).
@@ -384,8 +384,8 @@ class TrainSettings(_settings.TrainSettings):
             mixing_cap: Cap of proportional mixing: a larger dataset counts as this many examples; default: no cap.
             eval_data_path: Conversations or a token cache to evaluate on, encoded like data_path, with its added tokens
                 and conversation template; num_data doesn't limit it.
-            eval_data: Several datasets to evaluate on, written as in data; a dataset with a name from data is read the
-                same way; YAML only, instead of eval_data_path.
+            eval_data: Several datasets to evaluate on, in the same form as `data`; a dataset with the name of a
+                training dataset is read the same way; YAML only, instead of eval_data_path.
             preprocessed_path: Folder for the token cache that train writes; default: `data` in the run folder.
             eval_data_split: Split of a Hugging Face Hub dataset in eval_data_path; default: validation, otherwise test.
             lora_alpha: LoRA alpha: the adapter's update is multiplied by lora_alpha / lora_r.
@@ -429,7 +429,8 @@ class TrainSettings(_settings.TrainSettings):
             max_grad_norm: Gradient clipping: maximum norm of the gradient; 0 turns clipping off.
             optim: Optimizer, by its transformers name; a paged optimizer's state isn't paged after resuming.
             on_non_finite: What to do if the loss or a gradient is NaN or infinite: stop training, or skip the step.
-            max_skipped_steps: Steps that on_non_finite: skip may skip in a run before training stops.
+            max_skipped_steps: Maximum number of skipped steps in a run with on_non_finite: skip; the next non-finite
+                step stops training.
             dataloader_num_workers: Data-loading processes per rank.
             training_args: Additional fields of transformers' TrainingArguments; YAML only.
             quant_type: Quantized type with q_lora: 4-bit NormalFloat, 4-bit float, or LLM.int8().
@@ -447,8 +448,8 @@ class TrainSettings(_settings.TrainSettings):
                 to minutes longer; later steps are often faster. On a GPU, try without it first.
             label_smoothing_factor: Label smoothing: probability mass spread uniformly over the vocabulary.
             metrics: Metrics to compute: exact_match, rouge1, rouge2, rougeL, bleu, chrf, valid_json, field_f1,
-                accuracy, macro_f1, mcc; labels for the last three, whatever the targets are; default: all that fit the
-                targets.
+                accuracy, macro_f1, mcc; labels computes the last three, whatever the targets are; default: all that fit
+                the targets.
             metric: Custom metrics: functions (predictions, references) -> dict of numbers, as module:function or
                 path/to/file.py:function.
             eval_strategy: When to evaluate; default: every epoch if there is held-out data, otherwise never.
@@ -483,12 +484,13 @@ class TrainSettings(_settings.TrainSettings):
                 64 tokens each); half of them are the worst of a sample. 0: none.
             fresh: Start over; an existing run in output_dir is renamed to output_dir.1, …
             allow_change: Settings that may change when a run resumes: num_train_epochs, max_steps, or both.
-            sweep: Train once for each combination of values: a YAML file of setting: [value, …], in YAML also a
-                section; with trials: N, a random sample, also from ranges, setting: {low: 1e-5, high: 1e-3, log: true}.
+            sweep: YAML file with values to try, such as lora_r: [4, 8]: train each combination or, with trials: N, a
+                random sample, also from ranges, such as learning_rate: {low: 1e-5, high: 1e-3, log: true}. In a run
+                config, also a section.
             jobs: Runs of a sweep to train at the same time, each on its own GPUs.
             max_runs: Refuse a sweep with more runs than this.
-            median_stopping: Stop a run of a sweep at an evaluation if its best metric is worse than the median of at
-                least 5 finished runs' best by that step.
+            median_stopping: Stop a run of a sweep at an evaluation if its best metric so far is worse than the median
+                of the finished runs' best metrics up to this step; needs 5 finished runs.
         """
 
 class ExportSettings(_settings.ExportSettings):
@@ -771,7 +773,8 @@ class ServeSettings(_settings.ServeSettings):
             temperature: Default sampling temperature; 0 decodes greedily.
             top_p: Default for nucleus sampling (top-p).
             source_prefix: Text to prepend to each message that lacks it; default: the prefix used in training.
-            max_batch_tokens: Maximum size of a batch: its replies times its longest prompt and max_tokens (tokens).
+            max_batch_tokens: Maximum size of a batch: number of replies × largest sum of prompt and max_tokens
+                (tokens).
             max_batch_delay: How long a request waits for its batch to fill up (milliseconds).
             parallel_batches: Batches that CTranslate2 computes in parallel; default: one per 4 CPU cores, or one on a
                 GPU.
@@ -863,8 +866,8 @@ class EvaluateSettings(_settings.EvaluateSettings):
             target_column: Column or key with the output; default: detected.
             num_data: Use only the first N examples; default: all.
             metrics: Metrics to compute: exact_match, rouge1, rouge2, rougeL, bleu, chrf, valid_json, field_f1,
-                accuracy, macro_f1, mcc; labels for the last three, whatever the targets are; default: all that fit the
-                targets.
+                accuracy, macro_f1, mcc; labels computes the last three, whatever the targets are; default: all that fit
+                the targets.
             compare_base: Also score the base without the adapter.
             bf16: Compute in bfloat16; default: as in training, otherwise if the GPU supports it.
             num_gpus: Start this many processes on this machine, one per GPU.
@@ -953,7 +956,7 @@ class CompareSettings(_settings.CompareSettings):
         """Settings of compare: Compare training runs in a table.
 
         Args:
-            runs: Run folders, or patterns such as 'runs/*'; also folders of evaluate, for their scores.
+            runs: Run folders, or patterns such as 'runs/*'; output folders of evaluate add their scores.
             sort_by: Metric to sort by; default: the metric that chose the runs' best step.
             csv: CSV file to write the table to.
             html: HTML file to write the table and the curves to.
@@ -1075,8 +1078,8 @@ class PlanSettings(_settings.PlanSettings):
             mixing_cap: Cap of proportional mixing: a larger dataset counts as this many examples; default: no cap.
             eval_data_path: Conversations or a token cache to evaluate on, encoded like data_path, with its added tokens
                 and conversation template; num_data doesn't limit it.
-            eval_data: Several datasets to evaluate on, written as in data; a dataset with a name from data is read the
-                same way; YAML only, instead of eval_data_path.
+            eval_data: Several datasets to evaluate on, in the same form as `data`; a dataset with the name of a
+                training dataset is read the same way; YAML only, instead of eval_data_path.
             lora_alpha: LoRA alpha: the adapter's update is multiplied by lora_alpha / lora_r.
             lora_dropout: Dropout probability on the input of the LoRA matrices.
             lora_target_modules: Linear layers to adapt: their names, or a group: attention (in T5: q k v o),
@@ -1103,7 +1106,8 @@ class PlanSettings(_settings.PlanSettings):
             max_grad_norm: Gradient clipping: maximum norm of the gradient; 0 turns clipping off.
             optim: Optimizer, by its transformers name; a paged optimizer's state isn't paged after resuming.
             on_non_finite: What to do if the loss or a gradient is NaN or infinite: stop training, or skip the step.
-            max_skipped_steps: Steps that on_non_finite: skip may skip in a run before training stops.
+            max_skipped_steps: Maximum number of skipped steps in a run with on_non_finite: skip; the next non-finite
+                step stops training.
             dataloader_num_workers: Data-loading processes per rank.
             training_args: Additional fields of transformers' TrainingArguments; YAML only.
             quant_type: Quantized type with q_lora: 4-bit NormalFloat, 4-bit float, or LLM.int8().

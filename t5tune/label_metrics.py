@@ -3,7 +3,7 @@
     find_labels(["spam", "ham", …])                                  # ["ham", "spam"]: the most frequent label first
     metrics, table = score_labels(["spam", "?"], ["spam", "ham"])    # {"accuracy": 50.0, …}, {"classes": {…}, …}
 
-As in scikit-learn, with all replies that are no label as one more class, which the averages leave out.
+As in scikit-learn, with all replies that match no label as one more class, which the averages leave out.
 """
 
 from collections import Counter
@@ -19,7 +19,7 @@ MAX_LABELS, MAX_WORDS, MIN_EXAMPLES = 100, 8, 5  # words of each label; examples
 
 LabelTable = dict[str, dict[str, dict[str, Any]]]
 """classes: label, the most frequent first -> precision, recall, f1 (from 0 to 100), support (how many examples it has)
-and no_label (how many of their replies are no label); confusion: label -> predicted label -> how often, if at all."""
+and no_label (how many of their replies match no label); confusion: label -> predicted label -> how often, if at all."""
 
 
 def find_labels(references: Iterable[str], are_named: bool = False) -> list[str]:
@@ -84,11 +84,11 @@ def score_labels(
 
 
 def describe_labels(table: LabelTable) -> str:
-    """Say how many replies are no label, and the accuracy of the most frequent label as the only reply."""
+    """Say how many replies match no label, and the accuracy of the most frequent label as the only reply."""
     (label, first), *_ = table["classes"].items()
     total, no_label = (sum(each[key] for each in table["classes"].values()) for key in ("support", "no_label"))
-    only = f"always replying {label!r} would have the accuracy {100 * first['support'] / total:.4g}"
-    return f"{no_label:,} of {total:,} replies are no label; {only}"
+    only = f"always replying {label!r} would give an accuracy of {100 * first['support'] / total:.4g}"
+    return f"replies that match no label: {no_label:,} of {total:,}; {only}"
 
 
 def _percent(part: int, whole: int) -> float:

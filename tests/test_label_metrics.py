@@ -46,7 +46,8 @@ def test_scores_of_three_labels_by_hand() -> None:
     }
     assert metrics["accuracy"] == 62.5
     assert metrics["macro_f1"] == pytest.approx((600 / 7 + 40 + 200 / 3) / 3, abs=1e-4)
-    assert describe_labels(table) == "1 of 8 replies are no label; always replying 'a' would have the accuracy 50"
+    expected = "replies that match no label: 1 of 8; always replying 'a' would give an accuracy of 50"
+    assert describe_labels(table) == expected
 
 
 def test_a_label_outside_of_the_references_counts_once_predicted() -> None:

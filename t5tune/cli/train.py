@@ -51,7 +51,7 @@ def _show_sweep(settings: TrainSettings, output: Output) -> None:
     if result.failed:
         names = [f"{name}: {error}" for name, error in result.failed.items()]
         problem = f"sweep: {format_count(len(names), 'run')} failed: {join_first(names)}"
-        raise TrainingError(problem, hint="give the same command again to go on; finished runs are skipped")
+        raise TrainingError(problem, hint="run the same command to continue; finished runs are skipped")
 
 
 def _train_in_workers(settings: TrainSettings, output: Output) -> TrainResult:

@@ -190,7 +190,7 @@ def _read_run(folder: Path, report: Report) -> ComparedRow:
         values |= {"seconds": [result.seconds], "peak_memory_bytes": [result.peak_memory_bytes]}
     else:
         step = log[-1]["step"] if log else 0
-        report(Note(f"{folder}: not finished: it is at step {step}; give its command again to finish it", warning=True))
+        report(Note(f"{folder}: not finished: it is at step {step}; run its command again to finish it", warning=True))
     return ComparedRow([folder], [settings.get("seed", TrainSettings.model_fields["seed"].default)], settings, values)
 
 

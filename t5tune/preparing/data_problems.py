@@ -190,7 +190,8 @@ def report_problems(manifest: dict[str, Any], folder: Path, report: Report) -> N
             report(Note(f"{format_count(count, side)} truncated to model_max_length {limit}; {shown_by}", True))
     add_tokens, left_out = manifest["inputs"]["add_tokens"], manifest["left_out_tokens"]
     is_list = add_tokens not in (["auto"], ["none"], ["fastchat"])
-    _report_lost_characters(manifest["lost_characters"], "; add_tokens can list them, too" if is_list else "", report)
+    advice = "; to keep them, list them in add_tokens" if is_list else ""
+    _report_lost_characters(manifest["lost_characters"], advice, report)
     unknown, count = manifest["unknown_tokens"], manifest["source_tokens"] + manifest["target_tokens"]
     if unknown > MAX_UNKNOWN_FRACTION * count:
         problem = f"{unknown:,} of {count:,} tokens ({unknown / count:.0%}) are unknown to the vocabulary"

@@ -175,7 +175,7 @@ def _resolve_names(
                 meant.add(setting)
             problems.append(f"{value.place}: unknown setting{advice or mention_help(model.command)}")
     if len(unused) > MAX_UNUSED_NAMES:
-        notes.append(f"{len(unused)} settings of other commands that {model.command} doesn't need are ignored")
+        notes.append(f"{model.command} does not use {len(unused)} settings, which are for other commands")
     elif unused:
         notes.append(f"{model.command} does not use {', '.join(unused)}")
     return known

@@ -94,7 +94,7 @@ NAMES_IN_OTHER_TOOLS: Mapping[str, str] = {
 """Setting -> its names in other tools. If a name fits several settings, the command's first match wins."""
 
 ADVICE: Mapping[str, str] = {
-    "resume_from_checkpoint auto_resume_from_checkpoints resume": "give the same command again: it resumes from the "
+    "resume_from_checkpoint auto_resume_from_checkpoints resume": "run the same command again: it resumes from the "
     "newest checkpoint; {fresh} starts over",
     "load_best_model_at_end": "{metric_for_best_model} does it: the best checkpoint becomes the result",
     "greater_is_better": "leave it out: {metric_for_best_model} implies it; a custom metric is better if larger",

@@ -149,7 +149,7 @@ def _suggest_records(data: Mapping[Any, Any]) -> str:
 def _pass_errors(rows: Iterator[Any]) -> Iterator[Any]:
     try:
         yield from rows
-    except (ValueError, AssertionError) as error:  # which pydantic catches
+    except (ValueError, AssertionError) as error:  # pydantic would catch these
         raise CallerError from error
 
 

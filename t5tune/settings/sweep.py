@@ -27,7 +27,7 @@ MAX_NAME_LENGTH = 120
 
 @dataclass(frozen=True)
 class Range:
-    """A range to sample from: uniformly, or uniformly in the logarithm. Whole limits give whole numbers."""
+    """A range to sample from: uniformly, or uniformly on a logarithmic scale. Whole limits give whole numbers."""
 
     low: int | float
     high: int | float
@@ -90,7 +90,8 @@ def _read_choices(name: str, value: Any) -> Range | list[Any]:
             if isinstance(is_log, bool) and math.isfinite(high - low) and low < high and (low > 0 or not is_log):
                 return Range(low, high, is_log)
     problem = f"sweep: {name}: {shorten(json.dumps(value, default=str))}: expected a list of values, or a range"
-    raise SettingsError(problem, hint=f"write {name}: [1, 2], or {name}: {{low: 1, high: 2}}, with log: true above 0")
+    hint = f"write {name}: [1, 2], or {name}: {{low: 1, high: 2}}; log: true needs a range above 0"
+    raise SettingsError(problem, hint=hint)
 
 
 def _sample(choices: Mapping[str, Range | list[Any]], generator: random.Random) -> dict[str, Any]:
@@ -112,7 +113,7 @@ def _select_combination(lists: Mapping[str, Sequence[Any]], index: int) -> dict[
 def name_run(changes: Mapping[str, Any]) -> str:
     """Name the folder of a run after its settings: lora_r=8,learning_rate=0.0003.
 
-    A name that doesn't tell the values apart, since it is shortened or has other characters, ends in a hash of them.
+    A name that was shortened or changed, or that could mean different values, ends in a hash of the values.
     """
     name = ",".join(f"{setting}={_format(value)}" for setting, value in changes.items())
     shown = re.sub(r"[^\w.,=+-]+", "-", name)[:MAX_NAME_LENGTH]

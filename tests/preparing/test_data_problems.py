@@ -93,4 +93,4 @@ def test_characters_that_the_tokenizer_cannot_write_are_counted_by_targets(tmp_p
     assert "the tokenizer changes '²' in 1 target" in notes
     (tmp_path / "list").mkdir()
     notes = list_notes(tmp_path / "list", make_pair(target="a\nb"), add_tokens=["=>"])
-    assert "the tokenizer changes '\\n' in 1 target; add_tokens can list them, too" in notes
+    assert "the tokenizer changes '\\n' in 1 target; to keep them, list them in add_tokens" in notes

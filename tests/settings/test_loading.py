@@ -144,7 +144,7 @@ def test_keys_of_another_command_are_ignored_with_a_note(yaml_file: Callable[[st
     assert notes == ["prepare does not use lora_r, learning_rate"]
     file = yaml_file(dump_settings(load_settings(TrainSettings, None, {}, NEEDED)[0]))
     _, [note] = load_settings(MergeSettings, file, {}, {"adapter": "run"})
-    assert re.fullmatch(r"\d\d settings of other commands that merge doesn't need are ignored", note)
+    assert re.fullmatch(r"merge does not use \d\d settings, which are for other commands", note)
 
 
 def test_plan_ignores_settings_of_train_without_a_note(yaml_file: Callable[[str], str]) -> None:
@@ -176,7 +176,7 @@ def test_a_suggested_setting_is_not_also_missing(yaml_file: Callable[[str], str]
         ("lora: {r: 8, alpha: 16, rank: 8}", "its keys at the top level, as lora_r, lora_alpha"),
         ("optimizer: {_component_: torch.optim.AdamW, lr: 1e-3}", "its keys at the top level, as learning_rate"),
         ("zzz: {yyy: 1}", "its keys at the top level"),
-        # whose keys aren't settings
+        # the nested keys aren't settings
         ("special_tokens: {pad_token: <pad>}", "leave it out: the tokenizer's special tokens are used"),
         ("datasets: {path: a.jsonl}", "did you mean data_path?"),
         ("lora: {}", "did you mean lora_r?"),

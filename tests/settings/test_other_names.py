@@ -82,7 +82,7 @@ def test_names_of_other_tools_suggest_our_settings(name: str, meant: str) -> Non
 @pytest.mark.parametrize(
     ("name", "advice"),
     [
-        ("resume_from_checkpoint", "give the same command again: it resumes"),
+        ("resume_from_checkpoint", "run the same command again: it resumes"),
         ("load_best_model_at_end", "metric_for_best_model does it"),
         ("hub_token", "set HF_TOKEN"),
         ("lora_target_linear", "use lora_target_modules: all-linear"),

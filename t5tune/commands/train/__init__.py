@@ -166,7 +166,7 @@ def _remove_accelerate_variables(report: Report) -> None:
 
 def _check_call(settings: TrainSettings, world: World) -> None:
     if settings.sweep is not None:
-        raise SettingsError("sweep: a call of train makes one run", hint="call sweep(TrainSettings(…)) instead")
+        raise SettingsError("sweep: train() makes one run", hint="call sweep(TrainSettings(…)) instead")
     if settings.dry_run:
         raise SettingsError("dry_run: train() has no dry run", hint="call plan(PlanSettings(…)) instead")
     check_starts_no_processes(settings, "train", world)
@@ -255,7 +255,7 @@ def _prepare_data(plan: RunPlan, folder: RunFolder, checkpoint: Path | None, rep
 
     Once there is a checkpoint, the data to train on stays as it is: other data is refused.
     """
-    # not in the folder, which is removed if the first start fails
+    # rejected records are listed outside the folder, which is removed if the first start fails
     common = Origin(rejected_file=name_rejected_file(folder.path), run=folder.path)
     if is_replaced(plan.data_folder, folder.read_record().get("prepared")):
         checkpoint = None  # the data there is another run's: this run's is prepared again
@@ -297,8 +297,8 @@ def _check_same_tokenizer(cache: Path, eval_cache: Path) -> None:
 def _make_prepare_plan(plan: RunPlan, origin: Origin) -> PreparePlan:
     data, is_eval = plan.data, origin.is_evaluation
     datasets = plan.eval_datasets if is_eval else plan.datasets
-    # train holds out examples itself, so that a change of eval_fraction or of a seed needs no new cache; but of raw
-    # text, a seed determines how many tokens are masked: for evaluations, the seed that runs to be compared share
+    # train holds out examples itself, so that a change of eval_fraction or of a seed needs no new cache. But for raw
+    # text, a seed determines how many tokens are masked: for evaluations it is split_seed, which compared runs share.
     is_masked = data.is_raw_text or any(each.is_raw_text for each in datasets if each.cache is None)
     seed = data.split_seed if is_eval else data.seed
     return PreparePlan(

@@ -4,7 +4,7 @@
     result.comparison.rows[0].settings                # {"lora_r": 8}
 
 Each run is an ordinary run in a separate process, in a folder that is named after its settings. The folders are the
-only state: when the command is given again, finished runs are skipped, and interrupted runs are resumed.
+only state: when the command is run again, finished runs are skipped, and interrupted runs are resumed.
 """
 
 import json
@@ -45,7 +45,7 @@ DATA_FOLDER = "data"
 MIN_FINISHED = 5  # before a run is stopped by the median, as in Optuna's MedianPruner
 # settings of the whole sweep, which a run doesn't get
 OF_SWEEP = ("sweep", "jobs", "max_runs", "median_stopping")
-MODEL_SETTINGS = {"model_name_or_path", "revision", "family", "adapter"}  # which determine the tokens
+MODEL_SETTINGS = {"model_name_or_path", "revision", "family", "adapter"}  # they determine the tokens
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class _Running:
 
     Args:
         output: the file with its output.
-        is_asked: to stop.
+        is_asked: whether the process was asked to stop.
         is_pruned: the request was made because the run is worse than the median.
     """
 
@@ -207,7 +207,7 @@ class _Sweep:
         if stop.is_set:
             done = sum(map(self._is_finished, self.runs))
             what = f"sweep: stopped by {stop.signal_name}; {done} of {len(self.runs)} runs have finished"
-            error = Stopped(what, hint="give the same command again to go on")
+            error = Stopped(what, hint="run the same command to continue")
             error.exit_code = get_exit_code(stop.signal_name)
             raise error
 
@@ -222,7 +222,7 @@ class _Sweep:
             if data in preparing and data is not None and not data.exists():
                 continue
             waiting.remove(name)
-            if not self._is_below_median(name):  # before the sweep was stopped
+            if not self._is_below_median(name):  # True if it was stopped by the median in an earlier call
                 return name
             self.stopped.append(name)
         return None

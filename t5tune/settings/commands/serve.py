@@ -91,7 +91,7 @@ class ServeSettings(ConversationSettings, DeviceSettings, TrainedQuantizationSet
     max_batch_tokens: int = Field(
         default=16384,
         gt=0,
-        description="Maximum size of a batch: its replies times its longest prompt and max_tokens (tokens).",
+        description="Maximum size of a batch: number of replies × largest sum of prompt and max_tokens (tokens).",
     )
     max_batch_delay: float = Field(
         default=5.0, ge=0, description="How long a request waits for its batch to fill up (milliseconds)."

@@ -41,7 +41,7 @@ class CompareSettings(Settings):
 
     runs: FolderList = Field(
         min_length=1,
-        description="Run folders, or patterns such as 'runs/*'; also folders of evaluate, for their scores.",
+        description="Run folders, or patterns such as 'runs/*'; output folders of evaluate add their scores.",
         json_schema_extra={"positional": True},
     )
     sort_by: OptionalText = Field(

@@ -168,7 +168,7 @@ class MetricSettings(Settings):
 
     metrics: Annotated[WordList | None, NoneIfUnset, Affects.EVALUATION] = Field(
         default=None,
-        description=f"Metrics to compute: {', '.join(METRICS)}; {LABELS} for the last three, whatever the "
+        description=f"Metrics to compute: {', '.join(METRICS)}; {LABELS} computes the last three, whatever the "
         "targets are; default: all that fit the targets.",
         json_schema_extra={"metavar": "NAME…"},
     )

@@ -203,8 +203,8 @@ class EvaluationDataSettings(Settings):
     eval_data: Annotated[DatasetList | None, NoneIfUnset, Affects.FINAL_WEIGHTS] = Field(
         default=None,
         min_length=1,
-        description="Several datasets to evaluate on, written as in data; a dataset with a name from data is read "
-        "the same way; YAML only, instead of eval_data_path.",
+        description="Several datasets to evaluate on, in the same form as `data`; a dataset with the name of a "
+        "training dataset is read the same way; YAML only, instead of eval_data_path.",
         json_schema_extra={"yaml_only": True},
     )
 

@@ -54,7 +54,7 @@ class RunOutputSettings(OutputSettings, SavingSettings):
     )
     dry_run: Annotated[bool, Affects.THIS_CALL] = Field(
         default=False,
-        description="Show all settings including defaults, the memory plan and the launch command; write nothing.",
+        description="Show all settings (with their defaults), the memory plan and the launch command; write nothing.",
     )
 
     @field_validator("allow_change")

@@ -60,7 +60,7 @@ class ShardSettings(DataSettings):
     @model_validator(mode="after")
     def _check_data_can_be_shared(self) -> Self:
         if self.join and self.shard is not None:
-            raise ValueError(f"join: conflicts with shard: {self.shard}, whose last part joins all; give only one")
+            raise ValueError(f"join: conflicts with shard: {self.shard}: the last part joins all parts; give only one")
         if (self.join or self.shard is not None) and "-" in self.data_path:
             name = "join" if self.join else f"shard: {self.shard}"
             raise ValueError(f"{name}: each part would read standard input (`-`); write the data to a file")

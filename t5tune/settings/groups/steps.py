@@ -64,7 +64,8 @@ class StepSettings(Settings):
     max_skipped_steps: Annotated[int, Affects.WEIGHTS] = Field(
         default=10,
         ge=0,
-        description="Steps that on_non_finite: skip may skip in a run before training stops.",
+        description="Maximum number of skipped steps in a run with on_non_finite: skip; the next non-finite step stops "
+        "training.",
     )
     dataloader_num_workers: Annotated[int, Affects.TRAINER] = Field(
         default=0, ge=0, description="Data-loading processes per rank."

@@ -14,8 +14,9 @@ class SweepSettings(Settings):
 
     sweep: Annotated[Path | dict[str, Any] | None, NoneIfUnset, Affects.THIS_CALL] = Field(
         default=None,
-        description="Train once for each combination of values: a YAML file of setting: [value, …], in YAML also a "
-        "section; with trials: N, a random sample, also from ranges, setting: {low: 1e-5, high: 1e-3, log: true}.",
+        description="YAML file with values to try, such as lora_r: [4, 8]: train each combination or, with trials: N, "
+        "a random sample, also from ranges, such as learning_rate: {low: 1e-5, high: 1e-3, log: true}. In a run "
+        "config, also a section.",
         json_schema_extra={"metavar": "FILE"},
     )
     jobs: Annotated[int, Affects.THIS_CALL] = Field(
@@ -26,6 +27,6 @@ class SweepSettings(Settings):
     )
     median_stopping: Annotated[bool, Affects.THIS_CALL] = Field(
         default=False,
-        description="Stop a run of a sweep at an evaluation if its best metric is worse than the median of at least 5 "
-        "finished runs' best by that step.",
+        description="Stop a run of a sweep at an evaluation if its best metric so far is worse than the median of the "
+        "finished runs' best metrics up to this step; needs 5 finished runs.",
     )

@@ -87,7 +87,7 @@ def test_macro_f1_chooses_the_best_step_and_its_table_is_the_result(run: Path) -
     assert result.labels == best["eval_labels"]
     assert result.eval["mcc"] == best["eval_mcc"]
     assert sum(each["support"] for each in best["eval_labels"]["all"]["classes"].values()) == 8
-    # the labels are those of all held-out examples, and are scored however few examples are generated
+    # the labels are the targets of all held-out examples, however few predictions are generated
     assert set(best["eval_labels"]["all"]["classes"]) == {"spam", "ham", "egg"}
     page = (run / "report.html").read_text()
     assert "Confusion matrix" in page
@@ -102,7 +102,7 @@ def test_the_terminal_shows_the_classes(run: Path, data: Path, tmp_path: Path) -
     lines = [line.split() for line in done.stderr.splitlines()]
     assert ["class", "precision", "recall", "F1", "support", "taken", "for"] in lines
     assert [line[4] for line in lines if line[:1] in (["spam"], ["ham"], ["egg"])] == ["30", "10", "10"]
-    assert "of 50 replies are no label; always replying 'spam' would have the accuracy 60" in done.stderr
+    assert " of 50; always replying 'spam' would give an accuracy of 60" in done.stderr
     assert not [line for line in lines if line[:1] == ["BLEU"]]
 
 

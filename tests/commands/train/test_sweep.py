@@ -46,7 +46,7 @@ def test_a_sweep_trains_what_is_left_and_compares_all(
     train(make_runs(settings)["lora_r=2"])
     before = (folder / "lora_r=2" / "metrics.jsonl").read_bytes()
     (folder / "lora_r=8").mkdir()
-    (folder / "lora_r=8" / "thesis.txt").write_text("not a run")  # which makes one run fail
+    (folder / "lora_r=8" / "thesis.txt").write_text("not a run")  # this makes one run fail
     done = t5tune_in_fork("train", "--config", config, "--jobs=2", "--json")
     assert done.code == 1, done.stderr
     assert (folder / "lora_r=2" / "metrics.jsonl").read_bytes() == before
@@ -83,7 +83,7 @@ def test_a_stopped_sweep_goes_on_to_the_same_bits(
         assert running.wait() == (-9 if number == signal.SIGKILL else 143), running.log.read_text()
         running.wait_until_gone(processes)
     if number == signal.SIGTERM:
-        assert "0 of 2 runs have finished. Give the same command again to go on." in running.log.read_text()
+        assert "0 of 2 runs have finished. Run the same command to continue." in running.log.read_text()
     with Running(command, folder) as running:
         assert running.wait() == 0, running.log.read_text()
     assert {name: read_adapter(folder / name) for name in alone} == alone
@@ -136,5 +136,5 @@ def test_wrong_settings_of_a_run_are_found_before_any_run_starts(settings: Train
 
 
 def test_a_call_of_train_refuses_a_sweep(settings: TrainSettings) -> None:
-    with pytest.raises(SettingsError, match="sweep: a call of train makes one run; call sweep"):
+    with pytest.raises(SettingsError, match=r"sweep: train\(\) makes one run; call sweep"):
         train(settings)
