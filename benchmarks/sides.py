@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-TURN = "turn "  # and the progress: how a process says that it waits
+TURN = "turn "  # a waiting process prints this and its progress
 
 MEASURED = """
 import resource, sys

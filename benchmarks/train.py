@@ -218,7 +218,7 @@ def run_stock(options: argparse.Namespace, way: StockWay, folder: Path) -> dict[
         def spread(self, batches: list[list[int]]) -> list[list[int]]:
             warm_up, timed = batches[: options.warm_up], batches[options.warm_up : len(batches) - extra]
             picked = spread_batches(timed, steps - options.warm_up, sources, targets)
-            # those that follow are of medium size
+            # the extra batches are of medium size
             return warm_up + picked + [picked[len(picked) // 2]] * extra
 
     class Ticks(TrainerCallback):

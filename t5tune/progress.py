@@ -110,7 +110,7 @@ def silent(event: Event) -> None:
 
 
 def without_notes(report: Report) -> Report:
-    """Return a report without notes that aren't warnings, for work that is repeated with its notes."""
+    """Return a report that drops notes except warnings, for work that is repeated later, with its notes."""
     return lambda event: None if isinstance(event, Note) and not event.warning else report(event)
 
 

@@ -13,7 +13,7 @@ def build_list() -> str:
     lines: list[str] = []
     for model in COMMANDS:
         lines.append(f"t5tune {model.command}")
-        params: list[Any] = build_command(model.command).params  # whose type lacks the attributes of options
+        params: list[Any] = build_command(model.command).params  # their type lacks the attributes of options
         for param in params:
             is_argument = isinstance(param, TyperArgument)
             words = [param.metavar] if is_argument else [*param.opts, *param.secondary_opts, param.metavar]

@@ -143,7 +143,7 @@ def _check_patterns(patterns: Collection[str], source: str) -> None:
             raise CheckpointError(problem, hint="list the modules by name")
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("error", FutureWarning)  # later releases of Python may read `[[` otherwise
+                warnings.simplefilter("error", FutureWarning)  # later releases of Python may read `[[` differently
                 re.compile(pattern)
         except (re.error, OverflowError, FutureWarning) as error:
             problem = "is ambiguous" if isinstance(error, FutureWarning) else "isn't a regular expression"

@@ -140,7 +140,7 @@ from transformers import AutoTokenizer
 
 translator = Translator("THIS_FOLDER")
 """
-# of a repository: CTranslate2 takes folders only
+# the lines for a repository: CTranslate2 takes folders only
 DOWNLOADED_TRANSLATOR_LINES = """from ctranslate2 import Translator
 from huggingface_hub import snapshot_download
 from transformers import AutoTokenizer

@@ -68,7 +68,7 @@ def list_differences(made: Sequence[TrainingData]) -> list[str]:
 
 
 def join_training_data(made: Sequence[TrainingData]) -> TrainingData:
-    """Describe the examples of added adapters by their common values, else by the defaults.
+    """Describe the examples of several summed adapters: where their values differ, use the defaults.
 
     The merged model reads earlier turns if any adapter learned to.
     """

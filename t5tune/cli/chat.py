@@ -106,7 +106,7 @@ class _ChatSession:
             return line.rstrip("\n") if line else None
         with suppress(ImportError):  # some Python builds lack readline; then there is no line editing
             import readline  # noqa: F401 (importing it adds line editing to `input`)
-        if self.console.color_system and not self.console.no_color:  # NO_COLOR leaves the system as it is
+        if self.console.color_system and not self.console.no_color:  # NO_COLOR doesn't change color_system
             name = prompt.rstrip()
             prompt = f"\001\033[1;32m\002{name}\001\033[0m\002 "  # readline: \001…\002 encloses text without width
         while True:

@@ -28,7 +28,7 @@ def run_command(model: type[Settings], line: CommandLine) -> int:
     """Run a command, show its result or its error, and return the exit code."""
     _configure_libraries(model.command, line.debug)
     world = World()
-    with suppress(SettingsError):  # of invalid variables, which train and evaluate report
+    with suppress(SettingsError):  # train and evaluate report invalid variables
         world = World.from_environment()
     with quiet_libraries(), reserve_stdout() as stream:
         # the process that started the ranks of train shows their run folder

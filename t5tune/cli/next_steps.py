@@ -114,7 +114,7 @@ def _repeat_held_out(plan: RunPlan, has_evaluated: bool) -> list[str] | None:
     if is_cached:  # tokenized data is read without these
         names = []
     elif not any(map(is_dataset_name, paths)):
-        names.remove("data_subset")  # which then is only for the training data
+        names.remove("data_subset")  # then it is only for the training data
     read = EvaluateSettings(
         model_name_or_path=plan.model.base.model_name_or_path,
         data_path=paths,

@@ -56,8 +56,8 @@ def run(settings: ServeSettings, output: Output) -> None:
 def _collect_garbage_rarely() -> None:
     """Let Python's garbage collector hold up requests less.
 
-    It took a second for the objects of the libraries and of a large body. A server frees nothing that it has loaded,
-    and makes hardly any garbage in cycles.
+    A collection took a second, because of the objects of the libraries and of a large body. A server frees nothing that
+    it has loaded, and makes hardly any garbage in cycles.
     """
     gc.collect()
     gc.freeze()

@@ -175,7 +175,7 @@ class _Rewriter:
                 self.problems.append(f"{word}: {flag} takes no value")
         elif option.secondary_opts:
             self._add_values(name, given or self._take_values(1 if self._is_bool_next() else 0) or ["true"])
-        elif option.hidden and name not in self._fields:  # of FastChat or an older transformers
+        elif option.hidden and name not in self._fields:  # a flag of FastChat or an older transformers
             self._add_values(name, [" ".join(given or self._take_values()) or "true"])
         elif not (values := given or self._take_values(None if option.multiple else 1)):
             self.problems.append(f"{flag}: expected a value after it")

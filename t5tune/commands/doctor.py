@@ -59,7 +59,7 @@ def doctor(settings: DoctorSettings, report: Report = silent) -> Diagnosis:
 
     with ThreadPoolExecutor(NUM_PARALLEL_PROBES) as pool:
         others = pool.map(run, (name for name in PROBE_HINTS if name != TIMED_PROBE))
-        probed = chain(others, map(run, [TIMED_PROBE]))  # which begins after the other probes
+        probed = chain(others, map(run, [TIMED_PROBE]))  # the timed probe begins after the other probes
         found = {each.check: each for each in track(probed, "checking", report, len(PROBE_HINTS), "checks")}
     findings += (found[name] for name in PROBE_HINTS)
     broken = {finding.check for finding in findings if finding.state == "broken"}

@@ -113,7 +113,7 @@ def export(settings: ExportSettings, report: Report = silent) -> ExportResult:
         write_adapter(staged, trained.adapter, _make_adapter_metadata(folder, trained.config))
         if others is not None:
             size = sum(array.nbytes for value in others.values() for array in value.arrays)
-            is_large = settings.non_lora_state == "full"  # only then it takes long enough for a progress bar
+            is_large = settings.non_lora_state == "full"  # only this takes long enough for a progress bar
             with count_done("export", report if is_large else silent, size, "bytes") as advance:
                 write_safetensors(staged / NON_LORA_FILE, others, {"format": "pt"}, advance)
         if settings.format == "bin":

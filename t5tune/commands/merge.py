@@ -172,7 +172,7 @@ def merge(settings: MergeSettings, report: Report = silent) -> MergeResult:
 
 def _is_in_place(settings: MergeSettings) -> bool:
     base = settings.model_name_or_path
-    is_checkpoint = settings.to != "ctranslate2"  # which can no longer be the base of an adapter
+    is_checkpoint = settings.to != "ctranslate2"  # CTranslate2's can't be an adapter's base
     return base is not None and is_checkpoint and os.path.realpath(base) == os.path.realpath(settings.output_dir)
 
 

@@ -125,7 +125,7 @@ def _join(parts: Mapping[str, EvaluationSet]) -> EvaluationSet:
 
 
 def _choose_common_tokenizer(parts: Mapping[str, EvaluationSet]) -> Tokenizer:
-    """Choose the tokenizer that has the tokens of all datasets. Otherwise the same id means different tokens."""
+    """Choose the tokenizer that has the tokens of all datasets. If there is none, ids are ambiguous: an error."""
     most = max(parts, key=lambda name: len(parts[name].tokenizer))
     tokenizer = parts[most].tokenizer
     for name, part in parts.items():
@@ -310,7 +310,7 @@ def _load_cache_examples(
 
 
 def _encode_again(examples: Sequence[Example], tokenizer: Tokenizer, base: Tokenizer) -> Sequence[Example]:
-    """Encode examples of a tokenizer with added tokens as the base's tokenizer does, which lacks them."""
+    """Encode examples again with the base's tokenizer, if their tokenizer has tokens that the base's lacks."""
     known = base.get_vocab()
     added = {index for token, index in tokenizer.get_vocab().items() if known.get(token) != index}
     if not added:
@@ -339,6 +339,6 @@ def _encode_again(examples: Sequence[Example], tokenizer: Tokenizer, base: Token
 
 
 def _is_extension(tokenizer: Tokenizer, base: Tokenizer) -> bool:
-    """Whether a tokenizer has all tokens of the base's, with the same ids."""
+    """Whether a tokenizer has all tokens of the base's tokenizer, with the same ids."""
     vocabulary = tokenizer.get_vocab()
     return all(vocabulary.get(token) == index for token, index in base.get_vocab().items())

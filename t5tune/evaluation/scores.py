@@ -45,7 +45,7 @@ def write_predictions(
     """Write a line of JSON for each example.
 
     Args:
-        outcomes, predictions: of the model, and perhaps of the base.
+        outcomes, predictions: the model's, and the base's if it was evaluated.
     """
     names = {index: name for name, indices in chosen.datasets for index in indices}
     with open(path, "w", encoding="utf-8") as file:
@@ -87,7 +87,7 @@ def _compute_losses(losses: Losses, chosen: EvaluationSet, indices: range) -> di
 def tabulate_labels(
     chosen: EvaluationSet, predictions: Sequence[str], scores: Mapping[str, Mapping[str, float]]
 ) -> dict[str, LabelTable]:
-    """Tabulate the predicted labels of the datasets whose scores, by name, have metrics of labels."""
+    """Tabulate the predicted labels of each dataset whose scores contain label metrics."""
     parts = {ALL: range(len(predictions)), **dict(chosen.datasets)}
     return {
         name: score_labels(*([texts[index] for index in parts[name]] for texts in (predictions, chosen.targets)))[1]

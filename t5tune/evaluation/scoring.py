@@ -286,7 +286,7 @@ def _estimate_generation_bytes(model: Any, source: int, target: int, beams: int)
     dimensions = model.architecture.dimensions
     cache = beams * _compute_key_value_bytes(model, source + target)
     scores = 2 * dimensions.num_heads * source**2 * model.dtype.itemsize  # encoder position bias, plain and masked
-    logits = 4 * beams * dimensions.num_rows * 4  # of one step in fp32, and copies made by beam search
+    logits = 4 * beams * dimensions.num_rows * 4  # one step's logits in fp32, and beam search's copies
     return int(cache + scores + logits)
 
 

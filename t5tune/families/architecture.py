@@ -145,7 +145,7 @@ class Architecture(ABC):
 
     @abstractmethod
     def is_quantizable(self, name: str, quantize_wo: bool) -> bool:
-        """Whether q_lora quantizes a linear layer of this name: those of the blocks, `wo` only with quantize_wo.
+        """Whether q_lora quantizes a linear layer of this name: all in blocks, but `wo` only with quantize_wo.
 
         `wo` also means the output projection of feed-forward layers that have different names.
         """

@@ -80,7 +80,7 @@ class T5Gemma(Architecture):
 
     @classmethod
     def set_tied(cls, config: dict[str, Any], tied: bool) -> None:
-        """Write it only if the file says otherwise, or implies it by leaving it out."""
+        """Write the flag only if the file contradicts `tied`; without the flag, the head is tied."""
         if config.get("tie_word_embeddings", True) != tied:
             config["tie_word_embeddings"] = tied
 

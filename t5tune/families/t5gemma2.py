@@ -1,7 +1,7 @@
 """T5Gemma 2 (Zhang et al. 2025): an encoder and a decoder of Gemma 3's layers, with a vision tower that is only copied.
 
 One embedding serves the encoder, the decoder and the head. A decoder layer attends to the decoder's keys and to the
-encoder's at once, by the same weights. Every sixth layer sees the whole text, all other layers a window.
+encoder's at once, with the same weights. Every sixth layer sees the whole text, all other layers a window.
 """
 
 import re

@@ -82,7 +82,7 @@ def describe_outage(error: BaseException) -> str | None:
     if status is not None:
         return f"the Hub answers with status {status}" if status in TRANSIENT or status >= 500 else None
     for cause in _list_causes(error):
-        # of httpx or its successors
+        # compare names, since the classes are from httpx or its successors
         kinds = {kind.__name__ for kind in type(cause).__mro__}
         if isinstance(cause, RedirectedElsewhere):
             return f"the Hub's address redirects to {cause.host}"

@@ -63,7 +63,7 @@ def _find_needed(folder: Path, inputs: Iterable[Path | str]) -> str | None:
         return f"the current folder, {current}"
     if is_locked(get_lock_path(place)):
         return f"a run in progress, {folder}"
-    for root, folders, files in os.walk(folder):  # which doesn't follow links: only they would be deleted
+    for root, folders, files in os.walk(folder):  # links aren't followed: only the links would be deleted
         if (used := _find_used_folder(root, files)) is not None:
             return f"a run in progress, {used}"
         if CHECKPOINT_MANIFEST_FILE in files:

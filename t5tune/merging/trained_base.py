@@ -106,7 +106,7 @@ def match_trained_base(
 
 
 def _find_first_known(adapters: list[Adapter]) -> Path:
-    """Find the first adapter whose file describes its base, as files of other tools don't; else the first adapter."""
+    """Find the first adapter whose file describes its base (other tools' files don't), else the first adapter."""
     folders = [adapter.folder for adapter in adapters]
     return next(filter(read_base_metadata, folders), folders[0])
 

@@ -122,9 +122,9 @@ def _select_target_modules(model: Any, names: list[str]) -> list[str] | str:
 
 
 def _check_overlap(adapted: dict[str, nn.Linear], settings: LoraSettings) -> None:
-    """Check that PEFT adapts a layer, and that modules_to_save trains no adapted layer in full.
+    """Check that PEFT adapts at least one layer, and that modules_to_save trains no adapted layer in full.
 
-    PEFT doesn't adapt a layer if a part of its path is in modules_to_save. But it trains all modules in full whose path
+    PEFT doesn't adapt a layer if a part of its path is in modules_to_save. But it trains in full all modules whose path
     ends in such a name: `o` is also the end of `wo`.
     """
     if not adapted:
@@ -216,7 +216,7 @@ def _initialize_from_quantization_error(peft_model: Any, base: Path, partitioner
             partitioner.broadcast(error_OI)
         error_OI -= quantized_OI
         rank = module.r["default"]
-        # a full decomposition takes minutes for all weights of a large model, and corrects hardly more
+        # a full decomposition takes minutes for all weights of a large model, and hardly corrects more
         u_OR, s_R, v_IR = (
             part[..., :rank]
             for part in torch.svd_lowrank(error_OI, min(SVD_OVERSAMPLING * rank, *error_OI.shape), SVD_ITERATIONS)
@@ -244,7 +244,7 @@ def load_initial_adapter(peft_model: Any, folder: Path, tokenizer_folder: Path) 
     parameters = {to_peft_name(name): value for name, value in peft_model.named_parameters() if value.requires_grad}
     tensors = {name: tensor for name, tensor in state.items() if name in parameters or name not in copies}
     _check_same_names(parameters, tensors, folder)
-    # as JSON, which turns tuples into lists, and numbers that are keys into text
+    # compare as JSON, which turns tuples into lists, and keys that are numbers into text
     if config.get("trainable_token_indices") != json.loads(json.dumps(current["trainable_token_indices"])):
         problem = f"adapter: {folder}: its trained embedding rows belong to different tokens than this run's"
         raise CheckpointError(problem, hint=SAME_TOKENS_HINT)
@@ -295,7 +295,7 @@ def _check_same_names(parameters: dict[str, Any], tensors: dict[str, Tensor], fo
 
 
 def check_same_tokens(folder: Path, tokenizer_folder: Path, setting: str = "adapter") -> None:
-    """Check that the run's tokenizer has all tokens of a saved adapter's, with the same ids.
+    """Check that the run's tokenizer has all tokens of a saved adapter's tokenizer, with the same ids.
 
     Raises:
         CheckpointError: a token is missing, or has a different id. The message begins with `setting`.

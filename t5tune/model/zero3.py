@@ -5,8 +5,8 @@
     model, _ = add_lora(model, base, settings, token_ids, torch.bfloat16, partitioner)
     partitioner.partition_model(model)
 
-Rank 0 reads a tensor; DeepSpeed broadcasts it, keeps each rank's partition and frees the rest. Only then rank 0 reads
-the next tensor. So a rank needs memory for no more than its share of the base and the largest tensor. Sharding in
+Rank 0 reads a tensor; DeepSpeed broadcasts it, keeps each rank's partition and frees the rest. Only then does rank 0
+read the next tensor. So a rank needs memory for no more than its share of the base and the largest tensor. Sharding in
 `from_pretrained`, as transformers does with DeepSpeed, replaces Flan-T5's untied head with its embedding.
 """
 

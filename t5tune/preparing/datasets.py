@@ -265,7 +265,7 @@ class _Job:
         except (T5TuneError, OSError):
             if (joined := self.find_joined(sources)) is None:
                 raise
-            examples = joined  # by another process, which deleted the parts
+            examples = joined  # another process joined the parts and deleted them
         parts.remove()
         return examples
 

@@ -108,7 +108,7 @@ def _describe_cache(name: str, dataset: DatasetSettings, cache: Path, command: M
     """Describe how the examples of a token cache were made; `num_data` is the number of them to use."""
     inputs = read_manifest(find_caches(cache)[0])["inputs"]
     values = {key: inputs[key] for key in SHARED & inputs.keys()}
-    if {values.get("objective"), command.get("objective")} <= {*PREFERENCE_OBJECTIVES}:  # which read the same
+    if {values.get("objective"), command.get("objective")} <= {*PREFERENCE_OBJECTIVES}:  # dpo and orpo read the same
         values["objective"] = command["objective"]
     values["num_data"] = dataset.num_data or command.get("num_data")
     values["conversation_template"] = None  # the cache's template is in its folder
@@ -128,7 +128,7 @@ def _find_conflicts(
         # these may have no effect on this cache
         ignored |= {"split_seed"} if not manifest["eval_fraction"] else set()
         ignored |= {"seed"} if inputs.get("objective") != RAW_TEXT else set()
-        if {given.get("objective"), inputs.get("objective")} <= {*PREFERENCE_OBJECTIVES}:  # which read the same
+        if {given.get("objective"), inputs.get("objective")} <= {*PREFERENCE_OBJECTIVES}:  # dpo and orpo read the same
             ignored |= {"objective"}
         for name in sorted(given.keys() & inputs.keys() - ignored):
             if given[name] != inputs[name]:

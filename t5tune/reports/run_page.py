@@ -52,7 +52,7 @@ def write_run_report(
     Args:
         result: the fields of the result of `train`.
         examples: the training examples.
-        has_held_out: whether the samples are from held-out examples, which some runs have but don't evaluate.
+        has_held_out: whether the samples are held-out examples, even if the run didn't evaluate them.
     """
     settings = hide_data_queries(plan.given)
     lines = read_metrics(run_folder)

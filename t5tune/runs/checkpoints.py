@@ -83,7 +83,7 @@ def count_bytes(folder: Path) -> int:
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / CHECKPOINT_MANIFEST_FILE
     try:
-        # refuses a named pipe, whose reading would never end
+        # resolve_inside refuses a named pipe: reading it would never end
         data = resolve_inside(folder, CHECKPOINT_MANIFEST_FILE).read_bytes()
         manifest = json.loads(data)
         is_as_written = data == encode_json(manifest)

@@ -328,7 +328,7 @@ def _open_locked(path: Path) -> int:
         except OSError:
             os.close(descriptor)
             raise
-        # The previous holder removed the file between our open and our lock: what we locked is no longer at this path,
+        # The previous holder removed the file between our open and our lock: our locked file is no longer at this path,
         # and another process could create and lock a new file there. So try again.
         os.close(descriptor)
 

@@ -34,7 +34,7 @@ SHARDING_FIELDS = ("world_size", "deepspeed_stage")
 ZERO_STAGES = {1, 2, 3}  # those that divide the optimizer's state among the ranks
 PACKED_ATTENTION = "packed_attention"  # how a run on a GPU computes attention: no setting, but recorded for resuming
 STEPS_PER_EPOCH = "steps_per_epoch"  # recorded, too: where an epoch begins
-EVALUATION_FIELDS = ("held_out", "best_metric")  # of evaluations: may change when a run resumes
+EVALUATION_FIELDS = ("held_out", "best_metric")  # these fields may change when a run resumes
 NOT_COMPARED = {*SHARDING_FIELDS, *EVALUATION_FIELDS, PACKED_ATTENTION, STEPS_PER_EPOCH}
 SPLIT_FIELDS = ("eval_fraction", "num_data", "split_seed")  # determine which examples of the data are trained on
 
@@ -45,7 +45,7 @@ def build_run_identity(
     """Collect everything that determines a run's weights: field -> JSON value."""
     values = plan.list_affecting(Affects.STEPS)
     inputs = {name: value for name, value in examples.manifest["inputs"].items() if name != "data"}
-    # train or, before it, prepare may have held out examples: what matters is which ones are left to train on
+    # train or, before it, prepare may have held out examples: only the remaining training examples matter
     values["eval_fraction"] = values["eval_fraction"] or examples.manifest["eval_fraction"]
     values["num_data"] = values["num_data"] or inputs["num_data"]
     deepspeed, cache_dir = plan.processes.deepspeed, plan.model.base.cache_dir

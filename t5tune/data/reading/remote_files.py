@@ -128,7 +128,7 @@ def _is_unreachable(error: Exception) -> bool:
 
 
 def _get_name(path: str) -> Path:
-    # without the query of a URL
+    # leave out a URL's query
     return Path(unquote(urlsplit(path).path) if "://" in path else path)
 
 

@@ -34,7 +34,7 @@ DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bar
 DETECTED_DELIMITERS = ",;\t"  # without a line that names the delimiter
 SAMPLE_LINES = 100  # maximum number of lines to detect the delimiter by
 SAMPLE_BYTES = 1 << 20  # about the maximum size of these lines
-MIN_WORDS = 3  # of a text in a header that may be data
+MIN_WORDS = 3  # a header's cell with this many words may be data
 _DELIMITER_LINE = re.compile(r'"?sep=([,;\t|])"?[\r\n]*', re.IGNORECASE)  # Excel's first line
 _CELL_TEXT = re.compile(rb'[^",;\t|\r\n]+')
 

@@ -37,19 +37,19 @@ MARKS = {  # byte order marks; UTF-32's begins like UTF-16's
 SINGLE_BYTE_ENCODINGS = COMMON_ENCODINGS[:12]
 ORDERED_ENCODINGS = ("utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be")
 ORDER_BYTES = 1 << 12
-MIN_ASCII_SHARE = 0.01  # of the bytes of UTF-16 without a byte order mark: its spaces and line ends
+MIN_ASCII_SHARE = 0.01  # share of spaces and line ends in the bytes of UTF-16 without a byte order mark
 MAX_ASCII_BYTES = 16 << 20  # a file that begins with this many bytes of ASCII is taken for UTF-8
-SAMPLE_BYTES = 1 << 20  # from the first byte beyond ASCII
-MAX_WORD_BYTES = 100  # before it, of its line
-DETECTED_BYTES = 1 << 16  # of the sample's lines beyond ASCII, for the detector
+SAMPLE_BYTES = 1 << 20  # the sample begins at the first byte beyond ASCII,
+MAX_WORD_BYTES = 100  # and with at most this many bytes of its line before it
+DETECTED_BYTES = 1 << 16  # how much of the sample's lines beyond ASCII the detector gets
 MIN_CONFIDENCE = 0.03
 # A likely decoding may have this share of the highest confidence without being a rival: a base, and more for each
 # different letter that occurs about three times. Uncommon encodings are rivals only if they are about as likely.
 RIVAL_SHARE, RIVAL_SHARE_PER_LETTER, MAX_RIVAL_SHARE = 0.1, 0.17, 0.9
 UNCOMMON_RIVAL_SHARE = 0.97
 LETTER_COUNT = 3
-MAX_ODD_SHARE = 0.01  # of the characters beyond ASCII
-MAX_MIXED_SHARE = 0.02  # of the cells with accented letters; a single cell is allowed
+MAX_ODD_SHARE = 0.01  # share of the characters beyond ASCII
+MAX_MIXED_SHARE = 0.02  # share of the cells with accented letters; a single cell is allowed
 NUM_SHOWN = 3
 ESCAPE_ERRORS = "t5tune-escape"
 # the accented letters of the languages that cp1250, cp1252, cp1254, cp1257 and cp1258 are used for
