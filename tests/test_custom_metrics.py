@@ -53,7 +53,7 @@ VALUE = 3
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The current folder, with my_metric.py in it. What is imported from it is forgotten afterwards."""
+    """The current folder, with my_metric.py in it. After a test, modules imported from it are forgotten."""
     (tmp_path / "my_metric.py").write_text(MODULE)
     monkeypatch.chdir(tmp_path)
     before = {*sys.modules}

@@ -34,7 +34,7 @@ def get_name(path: Path) -> str:
 
 
 def find_anchors(path: Path) -> set[str]:
-    """Return the anchors of a document: those of its headings, as GitHub derives them, and its own."""
+    """Return a document's anchors: the ones that GitHub derives from its headings, and explicit anchors."""
     text = path.read_text(encoding="utf-8")
     return {*map(anchor_of, re.findall(r"^#+ (.*)$", text, re.MULTILINE)), *re.findall(r'<a id="([^"]*)">', text)}
 

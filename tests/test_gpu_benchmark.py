@@ -20,7 +20,7 @@ from tests.model.kernels.test_flex_attention import without_kernels  # noqa: F40
 from tests.support.paths import REPOSITORY
 from tests.support.processes.runs import LONG
 
-# torch itself hides it, but can't where warnings are errors
+# torch hides this warning itself, but can't where warnings are errors
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 TINY = {
     "size": "google/flan-t5-small", "num_layers": 1, "longest": 64, "tokens": 512, "batch_size": 4, "steps": 5,
@@ -74,7 +74,7 @@ def test_no_measurement_costs_the_result_of_another(tmp_path: Path) -> None:
     measurements = [make_measurement(measure) for measure in (fail, crash, hang, skip, succeed)]
     counts: list[int] = []
     outcomes = load("gpu_runner").run_all(measurements, 10, tmp_path, lambda found: counts.append(len(found)))
-    assert counts == [1, 2, 3, 4, 5]  # saved after each
+    assert counts == [1, 2, 3, 4, 5]  # outcomes are saved after each measurement
     assert [(outcome.state, outcome.reason) for outcome in outcomes] == [
         ("failed", "ValueError: no such kernel"),
         ("failed", "ended by SIGSEGV"),
@@ -86,7 +86,7 @@ def test_no_measurement_costs_the_result_of_another(tmp_path: Path) -> None:
     assert outcomes[0].log[-1] == "kernel"
     assert any("Segmentation fault" in line for line in outcomes[1].log)
     assert outcomes[4].result == {"folder": tmp_path.name, "not finite": "nan"}
-    # what a measurement started is ended with it
+    # the processes that a measurement started end with it
     state = Path(f"/proc/{(tmp_path / 'child').read_text()}/stat")
     assert not state.exists() or state.read_text().split()[2] == "Z"
 
@@ -96,7 +96,7 @@ def test_what_does_not_fit_in_the_time_is_skipped_by_name(tmp_path: Path) -> Non
     first, second = load("gpu_runner").run_all(measurements, 1, tmp_path, lambda _: None)
     assert (first.name, first.state) == ("succeed", "skipped")
     assert first.reason.startswith("no time left: takes about 1000 s, and ")
-    assert second.state == "failed"  # what fits is still run
+    assert second.state == "failed"  # a measurement that fits into the time still runs
 
 
 def make_outcome(name: str, result: dict[str, Any]) -> Any:
@@ -277,7 +277,7 @@ def test_attention_is_timed_and_its_compilations_are_counted(shape: Any, monkeyp
     counts = kernels.count_compilations(shape, 2, 16, "cpu", torch.float32)
     assert counts["batches"] == 2
     assert counts["first"] >= 3
-    assert counts["later"] <= 3  # at most once more per kind, when two lengths that were equal differ
+    assert counts["later"] <= 3  # at most one compilation per kind, when two equal lengths become different
     assert kernels.time_cudnn(shape, 1, 16, "cpu", torch.float32).keys() == {"batches", "cuDNN on", "cuDNN off"}
 
 
@@ -376,7 +376,7 @@ def test_the_timed_steps_exclude_warm_up_and_the_profiled_one(
 
     monkeypatch.setattr(load("train"), "compute_metrics", count_batches)
     training.measure_training(shared_folder, "packed", **TINY)
-    assert batches == [(5, 6)]  # one step more is profiled
+    assert batches == [(5, 6)]  # one more step is profiled
 
 
 @pytest.mark.long

@@ -140,7 +140,7 @@ def test_a_type_checker_accepts_the_documentation_and_flags_mistakes(
     lines = ["import t5tune", "from pathlib import Path", "from t5tune import MergeSettings", *blocks, *more]
     (tmp_path / "script.py").write_text("\n".join([*lines, *mistakes]))
     config = tmp_path / "mypy.ini"
-    # what those libraries declare matters neither here nor to how long this takes
+    # skipping the types of large libraries saves time, and changes nothing here
     config.write_text(
         "[mypy]\nignore_missing_imports = True\nfollow_imports = silent\n"
         "[mypy-torch.*,transformers.*,numpy.*,pandas.*,pyarrow.*,rich.*,huggingface_hub.*]\nfollow_imports = skip\n"
@@ -290,7 +290,7 @@ def test_a_run_that_was_moved_is_read_where_it_is(run: Any, tmp_path: Path) -> N
     assert (moved.run, moved.adapter) == (tmp_path / "moved", tmp_path / "moved")
     assert moved.metrics() == run.metrics()
     (moved.run / "report.html").unlink()
-    assert moved._repr_html_() is None  # a notebook shows the text then
+    assert moved._repr_html_() is None  # then a notebook shows the text
     (moved.run / "result.json").write_text("[]")
     with pytest.raises(T5TuneError, match=r"result\.json: broken"):
         read_result(moved.run)
@@ -315,7 +315,7 @@ def test_the_same_records_resume_a_run_and_others_are_refused(run: Any, folder: 
     same = {"eval_fraction": 0.2, "eval_steps": 1, "report_samples": 2}
     notes: list[Event] = []
     assert train(make_settings(folder, data_path=PAIRS, **same), notes.append) == run
-    assert train(make_settings(folder, data_path=PAIRS, **same), None) == run  # silent
+    assert train(make_settings(folder, data_path=PAIRS, **same), None) == run  # None: no output
     assert notes == [Note(f"{run.run}: this run has already finished; use --fresh to start over")]
     with pytest.raises(SettingsError, match=r"data_path: \S+\.jsonl before, \S+\.jsonl now"):
         train(make_settings(folder, data_path=PAIRS[:-1], **same))
@@ -443,7 +443,7 @@ def test_a_run_ignores_variables_of_accelerate(tmp_path: Path, monkeypatch: pyte
 def test_a_progress_bar_shows_steps_losses_evaluations_and_notes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # that a script imports Jupyter's kernel doesn't make it a notebook
+    # a script that imports Jupyter's kernel isn't a notebook
     monkeypatch.setitem(sys.modules, "ipykernel", ModuleType("ipykernel"))
     train(make_settings(tmp_path, eval_fraction=0.2, eval_steps=2), progress_bar())
     shown = capsys.readouterr()

@@ -45,7 +45,7 @@ COLUMNS = {"files", "run", "environment", "exit", "message", "writes", "each"}
 
 
 class Inputs:
-    """What refusals need and commands have made, each when the first row uses it. Tests must not change it."""
+    """Inputs of refusals that commands make, each when a row first uses it. Tests must not change them."""
 
     def __init__(self, folder: Path, base: Path, conversations: Path) -> None:
         self.folder, self.base, self.conversations = folder, base, conversations

@@ -53,7 +53,7 @@ def test_a_bar_shows_elapsed_and_remaining_time() -> None:
     display.report(Started("train", 2694, "steps"))
     display.seconds = 10.0
     assert display.read() == ["  train ━ 0/2,694 steps [0:10 elapsed]"]
-    display.report(Advanced("train", 646))  # where a resumed run begins: this isn't its speed
+    display.report(Advanced("train", 646))  # a resumed run begins here: these steps don't count for its speed
     display.seconds = 20.0
     display.report(Advanced("train", 656))
     assert display.read() == ["  train ━ 656/2,694 steps [0:20 elapsed, 33:58 left]"]

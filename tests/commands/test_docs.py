@@ -1,4 +1,4 @@
-"""docs/for-agents.md and `t5tune docs`: what the page says is true, and its recipes work."""
+"""docs/for-agents.md and `t5tune docs`: the page's statements are true, and its recipes work."""
 
 import json
 import os

@@ -71,7 +71,7 @@ def run_of(
     untied_base: Path,
     on_ranks: Callable[..., CommandResult],
 ) -> Callable[[str], Path]:
-    """Train each kind of run once, when a test first needs it."""
+    """Return a function that trains each kind of run once, when a test first needs it."""
     root = tmp_path_factory.mktemp("runs")
 
     @functools.cache
@@ -165,7 +165,7 @@ def test_shards_give_the_weights_that_deepspeed_gathers_from_them(
 
 @pytest.mark.distributed
 def test_the_trained_weights_differ_from_their_initialization(sharded: tuple[Kind, Path], tmp_path: Path) -> None:
-    """Checks the two tests above, which would pass on zeros."""
+    """Otherwise, the two tests above would also pass on zeros."""
     _, checkpoint = sharded
     state = read_adapter_tensors(checkpoint)
     assert all(value.abs().max() > 1e-3 for name, value in state.items() if "lora_B" in name)
@@ -288,7 +288,7 @@ def test_dora_magnitudes_and_replaced_base_tensors_are_counted(
     assert result.non_lora_tensors == len(state)
 
 
-@pytest.mark.parametrize("module", ["layer_norm", "DenseReluDense"])  # the first also names each final_layer_norm
+@pytest.mark.parametrize("module", ["layer_norm", "DenseReluDense"])  # layer_norm also matches each final_layer_norm
 def test_every_module_that_peft_trains_for_a_name_is_exported(untied_base: Path, tmp_path: Path, module: str) -> None:
     adapter = make_stock_adapter(untied_base, tmp_path / "stock", modules_to_save=[module])
     run_export(adapter, tmp_path / "adapter", notes := [])
@@ -468,7 +468,7 @@ def test_a_latest_file_that_names_no_folder_is_refused(zero3: Path, tmp_path: Pa
 
 
 class _Calls:
-    """Pickles as a function call, which an unsafe reader executes."""
+    """An object whose pickle is a function call, which an unsafe reader executes."""
 
     def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
         self.call = (function, arguments)

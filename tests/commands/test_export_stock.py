@@ -28,7 +28,8 @@ from tests.support.ranks.deepspeed_saves import CASES, EXTRA_PARAMETER, STEPS
 
 pytestmark = pytest.mark.slow
 
-GATHERED = [name for name, case in CASES.items() if case[0] and name != "zero1-bf16-optimizer"]  # by DeepSpeed too
+# the cases that DeepSpeed gathers, too
+GATHERED = [name for name, case in CASES.items() if case[0] and name != "zero1-bf16-optimizer"]
 UNIVERSAL = [name for name in CASES if name not in {"zero0", "zero2-fp16", "zero3"}]
 
 

@@ -34,7 +34,7 @@ from tests.support.models.bases import make_base
 from tests.support.processes.command_line import t5tune_in_fork
 
 pytestmark = pytest.mark.slow
-NO_SUGGESTION: dict[str, Any] = {"use_cpu": True, "gpu_memory": "1MiB"}  # nothing fits, which saves its time
+NO_SUGGESTION: dict[str, Any] = {"use_cpu": True, "gpu_memory": "1MiB"}  # nothing fits, which saves time
 
 # parameters of checkpoints on the Hugging Face Hub, by their safetensors headers
 PARAMETERS = {
@@ -59,7 +59,7 @@ def test_known_configs_have_as_many_parameters_as_their_checkpoints(name: str) -
 
 @pytest.mark.long
 def test_flan_t5_xxl_in_nf4_takes_under_6_2_gb(tmp_path: Path) -> None:
-    """From config.json alone, with `wo` in NF4, too."""
+    """The plan is made from config.json alone; `wo` is in NF4, too."""
     (tmp_path / "config.json").write_text(json.dumps(KNOWN_CONFIGS["google/flan-t5-xxl"]))
     result = make_plan(tmp_path / "config.json", q_lora=True, num_gpus=1, source_length=8, target_length=8)
     assert 6.0e9 < sum(result.weights.values()) < 6.2e9
@@ -199,7 +199,7 @@ def test_a_cache_determines_steps_padding_and_the_largest_batch(cache: Path, tmp
 
 @pytest.fixture(scope="module")
 def data_of_runs(conversations: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A cache, one of which prepare has held out half, and a mixture of a smaller and a larger dataset."""
+    """A cache, a cache of which prepare held out half, and a mixture of a smaller and a larger dataset."""
     folder = tmp_path_factory.mktemp("data")
     common: dict[str, Any] = {"model_name_or_path": "pocket"}
     lines = conversations.read_text().splitlines()
@@ -228,7 +228,7 @@ def test_a_runs_plan_uses_its_training_examples(
 ) -> None:
     from t5tune.commands.train import train
 
-    if "eval_data_path" in changes:  # with which nothing is held out
+    if "eval_data_path" in changes:  # then nothing is held out of the training data
         changes = changes | {"eval_data_path": str(data_of_runs[changes["eval_data_path"]])}
     settings = TrainSettings(
         model_name_or_path="pocket", data_path=str(data_of_runs[name]), output_dir=tmp_path / "run", use_cpu=True,
@@ -243,7 +243,7 @@ def test_a_runs_plan_uses_its_training_examples(
 
 
 def test_a_mixture_is_planned_as_it_is_mixed(data_of_runs: dict[str, Path]) -> None:
-    """With a cap of 1, half of an epoch are examples of the smaller dataset."""
+    """With a cap of 1, half of an epoch's examples are from the smaller dataset."""
     from t5tune.data.caches.mixing import Mixing
     from t5tune.data.caches.prepared import open_examples
 
@@ -368,7 +368,7 @@ def test_saving_takes_the_trained_weights_in_the_machines_memory(tmp_path: Path)
     offloaded = stages["zero3-offload"].saving_host - stages["zero3"].saving_host
     assert offloaded == pytest.approx(stages["zero3-offload"].host, rel=0.02)
     on_cpu = {stage.stage: stage for stage in make_plan(model, num_processes=2, **common).stages}
-    assert on_cpu["none"].saving_host < 2 * on_cpu["none"].total  # they are written from where they are
+    assert on_cpu["none"].saving_host < 2 * on_cpu["none"].total  # the weights are written without a copy
     held = 2 * (on_cpu["zero2"].weights + on_cpu["zero2"].optimizer + on_cpu["zero2"].runtime)
     assert on_cpu["zero2"].saving_host == held + weights
 
@@ -400,7 +400,7 @@ def test_a_base_that_fits_only_quantized_does_not_fit(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_an_evaluation_takes_what_its_predictions_or_its_losses_need(tmp_path: Path) -> None:
-    """Predictions may take 512 MiB; losses are those of up to 8,192 tokens at a time, or of one longer example."""
+    """Predictions may take 512 MiB; losses are computed for up to 8,192 tokens at a time, or one longer example."""
     model = write_short_model(tmp_path, vocab_size=2000, d_model=64, d_ff=128)
     short = make_plan(model, num_gpus=2, bf16=True, deepspeed="zero3")
     stages = {stage.stage: stage for stage in short.stages}
@@ -410,7 +410,7 @@ def test_an_evaluation_takes_what_its_predictions_or_its_losses_need(tmp_path: P
     assert short.evaluation["zero3"] == others["zero3"] + (512 << 20) + gathered
     lengths = {"source_length": 5000, "target_length": 5000, "per_device_train_batch_size": 1}
     long = make_plan(model, use_cpu=True, packing="off", **lengths)
-    heads, scores = 6, 5000**2 * 4  # of one layer in fp32
+    heads, scores = 6, 5000**2 * 4  # the attention of one layer in fp32
     evaluated = long.evaluation["none"] - sum(
         (long.stages[0].weights, long.stages[0].optimizer, long.stages[0].runtime)
     )

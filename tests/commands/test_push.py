@@ -91,7 +91,7 @@ def test_what_was_pushed_is_what_chat_downloads(hub: Hub, finished_run: Path) ->
 
 def test_push_does_not_wait_for_a_silent_hub(hub: Hub, finished_run: Path, tmp_path: Path) -> None:
     hub.hangs = True
-    waited = threading.Timer(60, hub.has_ended.set)  # otherwise these commands would wait for ever
+    waited = threading.Timer(60, hub.has_ended.set)  # otherwise these commands would wait forever
     waited.start()
     environment = {**hub.environment, "HF_TOKEN": TOKEN, "HF_HUB_DOWNLOAD_TIMEOUT": "1"}
     pushed = t5tune_in_fork("push", finished_run, NAME, env=environment)
@@ -105,7 +105,7 @@ def test_push_does_not_wait_for_a_silent_hub(hub: Hub, finished_run: Path, tmp_p
 
 
 def test_a_server_without_accounts_is_pushed_to(hub: Hub, finished_run: Path) -> None:
-    """What it lacks only serves to refuse a push before any work."""
+    """The missing requests only serve to refuse a push before any work."""
     hub.missing = {"whoami-v2", "auth-check"}
     done = run(hub, "push", finished_run, NAME)
     assert done.code == 0, done.stderr
@@ -248,7 +248,7 @@ def test_a_stopped_run_does_not_wait_for_an_upload(
         *("--max-steps", "1000000", "--save-steps", "20"),
     )
     environment = {**hub.environment, "HF_TOKEN": TOKEN}
-    # new, because huggingface_hub reads whether to show bars when it is imported
+    # in a new process, because huggingface_hub reads whether to show bars when it is imported
     with start_run(untied_base, conversations, tmp_path / "run", *flags, is_new=True, **environment) as running:
         try:
             running.wait_until(is_uploading.is_set)
@@ -268,7 +268,7 @@ def test_two_processes_push_once(hub: Hub, fork_server: ForkServer, tmp_path: Pa
     done = fork_server.run([*map(str, (*TRAIN, *flags))], ranks=2, environment=environment)
     assert done.codes == [0, 0], done.log
     assert json.loads(done.stdout)["pushed"] == f"{hub.url}/{NAME}"
-    assert len(hub.repos["model", NAME].commits) == 2  # of its creation, and of the upload
+    assert len(hub.repos["model", NAME].commits) == 2  # the repository's creation, and the upload
 
 
 def test_merge_and_export_push_what_they_write(hub: Hub, finished_run: Path, tmp_path: Path) -> None:
@@ -386,7 +386,7 @@ def test_a_card_has_no_path_of_this_machine(hub: Hub, untied_base: Path, tmp_pat
         (merged, ["# untied with a merged LoRA adapter\n", "from the adapter `run`.\n"]),
     ):
         written = (folder / "README.md").read_text()
-        assert str(untied_base) in written  # whose commands work here
+        assert str(untied_base) in written  # the card's commands work on this machine
         done = run(hub, "push", folder, NAME)
         assert done.code == 0, done.stderr
         card = hub.repos["model", NAME].files["README.md"].decode()
@@ -427,7 +427,7 @@ def test_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
 
 
 def test_old_weights_and_an_old_adapter_are_replaced(hub: Hub, finished_run: Path, tmp_path: Path) -> None:
-    """transformers would load them in place of the new ones."""
+    """transformers would load the old weights in place of the new weights."""
     assert run(hub, "push", finished_run, NAME).code == 0
     kept = {"notes.txt": b"mine", "model_old/keep.safetensors": b"mine"}
     hub.add("model", NAME, {**hub.repos["model", NAME].files, "pytorch_model.bin": b"old", **kept})
@@ -446,7 +446,7 @@ def test_old_weights_and_an_old_adapter_are_replaced(hub: Hub, finished_run: Pat
 
 
 def test_an_upload_uses_no_files_of_older_uploads(hub: Hub, finished_run: Path, tmp_path: Path) -> None:
-    """The new one has no prefix of messages, tokenizer.json, penalties and template."""
+    """The new model has no message prefix, tokenizer.json, penalties or template."""
     assert run(hub, "push", finished_run, NAME).code == 0
     read = {"training_data.json", "tokenizer.json", "tokenizer_config.json", "template.yaml"}
     assert read <= hub.repos["model", NAME].files.keys()
@@ -466,7 +466,7 @@ def test_an_upload_uses_no_files_of_older_uploads(hub: Hub, finished_run: Path, 
 
 @pytest.mark.parametrize("tags", ["[t5]", "[t5tune, lora]"])
 def test_an_upload_without_a_card_keeps_the_repositorys(tags: str, hub: Hub, tmp_path: Path) -> None:
-    """One that t5tune wrote may have been edited."""
+    """Even a card that t5tune wrote may have been edited."""
     card = f"---\ntags: {tags}\n---\nWrites notes.".encode()
     hub.add("model", NAME, {"README.md": card})
     for name in ("config.json", "model.safetensors"):

@@ -133,7 +133,7 @@ def test_replies_that_take_too_long_are_cut_off_and_counted(untied_base: Path, t
 @pytest.mark.parametrize("engine", ["transformers", "ctranslate2"])
 @pytest.mark.variants("ctranslate2")
 def test_a_second_signal_stops_at_once(engine: str, untied_base: Path, tmp_path: Path) -> None:
-    """In an interpreter of its own, whose end could meet a thread that computes."""
+    """This needs a separate interpreter, since a thread may still compute when the interpreter exits."""
     if engine == "ctranslate2":
         pytest.importorskip("ctranslate2")
     command = [sys.executable, "-m", "t5tune", "serve", f"base={untied_base}", "--port", "0", "--use-cpu", "--json"]
@@ -151,7 +151,7 @@ def test_a_second_signal_stops_at_once(engine: str, untied_base: Path, tmp_path:
             process.send_signal(signal.SIGTERM)
             while "a second signal stops at once" not in process.stderr.readline():
                 assert process.poll() is None
-            while process.poll() is None:  # those of the first second are ignored
+            while process.poll() is None:  # signals in the first second are ignored
                 process.send_signal(signal.SIGTERM)
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(0.2)
@@ -208,7 +208,7 @@ def test_a_broken_conversion_or_unwritable_folder_is_named(untied_base: Path, tm
 def test_merged_folders_compute_in_their_dtype_except_with_no_bf16(
     weights: str, bf16: bool | None, expected: str, untied_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a GPU with bf16. This CPU has no such types, so a translator of it says which one was asked for."""
+    """As on a GPU with bf16. This CPU doesn't support the dtypes, so a fake translator records the requested dtype."""
     pytest.importorskip("ctranslate2")
     from t5tune.converting.ctranslate2 import convert
     from t5tune.serving import engines
@@ -310,7 +310,7 @@ def test_a_model_is_converted_once_until_it_is_retrained(
 def test_a_converted_run_has_its_tokenizer_without_its_settings(
     untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
-    """A URL among the settings may have a secret, which is kept in the run folder only."""
+    """A URL among the settings may contain a secret, which only the run folder may contain."""
     pytest.importorskip("ctranslate2")
     train(
         TrainSettings(
@@ -399,14 +399,14 @@ def test_a_wrong_engine_is_refused_with_the_reason(untied_base: Path, tmp_path: 
 
 
 def test_merged_folders_keep_the_bases_generation_config(untied_base: Path, tmp_path: Path) -> None:
-    """Penalties are refused as for other checkpoints, but transformers can't take over. merge says so."""
+    """Penalties are refused as for other checkpoints, but transformers can't serve these folders, as merge says."""
     pytest.importorskip("ctranslate2")
     base = shutil.copytree(untied_base, tmp_path / "base")
     notes: list[Any] = []
     adapter = make_stock_adapter(base, tmp_path / "adapter")
 
     def serve_merged(name: str, **generation: Any) -> list[int]:
-        """Return the numbers of tokens of the replies of the adapter and of the folder that merge made of it."""
+        """Return the reply lengths (tokens) of the adapter and of the folder that merge made of it."""
         (base / "generation_config.json").write_text(json.dumps({"decoder_start_token_id": 0, **generation}))
         values = {"model_name_or_path": str(base), "adapter": adapter, "output_dir": tmp_path / name}
         merge(MergeSettings(**values, to="ctranslate2", verify=False), notes.append)
@@ -435,7 +435,7 @@ def test_merged_folders_keep_the_bases_generation_config(untied_base: Path, tmp_
     ("reason", "warning"),
     [("not the base that", "but loaded onto"), ("the base's layer has no bias to add it to", None)],
 )
-@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed", "ignore:Adapter 'default'")  # of PEFT
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed", "ignore:Adapter 'default'")  # PEFT's
 def test_an_adapter_that_merge_refuses_is_served_anyway(
     reason: str, warning: str | None, untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:

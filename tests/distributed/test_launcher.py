@@ -1,4 +1,4 @@
-"""Errors of workers: what the launching process reads is what the worker raised."""
+"""Errors of workers: the launching process reads the error that the worker raised."""
 
 import signal
 import sys

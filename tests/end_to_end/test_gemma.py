@@ -72,7 +72,7 @@ WAYS: dict[str, tuple[int, tuple[str, ...]]] = {
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Bases of several shards."""
+    """Base checkpoints, each in several shards."""
     folder = tmp_path_factory.mktemp("gemma")
     made = {kind: make_checkpoint(kind, folder / kind) for kind in KINDS}
     assert all((base / "model.safetensors.index.json").is_file() for base in made.values())
@@ -120,7 +120,8 @@ def test_stock_peft_loads_the_adapter_without_touching_the_vision_tower(made: Ch
     assert (logits - compute_logits(load_base(made.base, torch.float32, CPU), made.run / "data")).abs().max() > 1e-2
 
 
-@pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied")  # T5Gemma's encoder's never is
+# T5Gemma's encoder embedding is never tied
+@pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied")
 def test_the_merged_checkpoint_has_the_bits_of_pefts_merge(made: Chain) -> None:
     before, after = read_tensors(made.base), read_tensors(made.merged)
     assert before.keys() == after.keys()
@@ -206,12 +207,12 @@ def test_live_model_saved_adapter_and_merged_checkpoint_agree(
     result = train(settings)
     quantization = {key: changes[key] for key in ("q_lora", "quant_type") if key in changes}
     saved = compute_loss(tmp_path / "run", data, tmp_path / "a", **quantization)
-    # int8 scales activations by the largest value of a batch, so that other batches round differently
+    # int8 scales activations by the largest value of a batch, so different batches round differently
     assert result.eval["loss"] == pytest.approx(saved, rel=3e-3 if name == "int8" else 1e-4)
     assert abs(saved - compute_loss(bases[kind], data, tmp_path / "c", **quantization)) > 1e-2
     onto = changes.get("quant_type", "nf4") if quantization else "base"
     values = {"model_name_or_path": str(bases[kind]), "adapter": tmp_path / "run", "output_dir": tmp_path / "merged"}
-    # int8's activations are rounded, too, and T5Gemma's capped logits are small
+    # int8 also rounds activations, and T5Gemma's capped logits are small
     merge(MergeSettings(**values, onto=onto, verify_tolerance=0.1))
     folded = compute_loss(tmp_path / "merged", data, tmp_path / "b")
     assert folded == pytest.approx(saved, rel=2e-2 if quantization else 1e-4)
@@ -282,7 +283,7 @@ def test_unknown_layers_and_added_tokens_are_refused(kind: str, bases: dict[str,
 
 @pytest.mark.parametrize("module", ["decoder.embed_tokens", "embed_tokens", "encoder.embed_tokens"])
 def test_token_rows_that_peft_trained_are_refused(module: str, bases: dict[str, Path], tmp_path: Path) -> None:
-    """PEFT trains rows of one embedding or of both, but not those of the head, which merge would change with them."""
+    """PEFT trains rows of one or both embeddings, but not the head's rows, which merge would change, too."""
     base, adapter = bases["t5gemma"], tmp_path / "adapter"
     make_stock_adapter(base, adapter, target_modules=["q_proj"], trainable_token_indices={module: [7, 5]})
     values = {"model_name_or_path": str(base), "adapter": adapter, "output_dir": tmp_path / "merged"}
@@ -314,7 +315,7 @@ def test_the_targets_of_lora_are_layers_of_the_text(kind: str, names: list[str],
 
 @pytest.mark.parametrize("renamed", [False, True])
 def test_names_of_files_are_converted_as_transformers_does(renamed: bool, bases: dict[str, Path]) -> None:
-    """With the table of transformers: the names in files, and the model's own names, which some releases wrote."""
+    """The table is transformers'. It has the names in files and the model's names, which some releases wrote."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import rename_source_key
 

@@ -83,7 +83,7 @@ def test_an_adapter_trained_on_a_quantized_base_has_the_same_loss_when_loaded(
     result = train(make_settings(untied_base, conversations, tmp_path / "run", **changes))
     again = {key: changes[key] for key in ("q_lora", "quant_type", "double_quant") if key in changes}
     saved = loss_of(tmp_path / "run", conversations, tmp_path / "a", **again)
-    # int8 scales activations by the largest value of a batch, so that other batches round differently
+    # int8 scales activations by the largest value of a batch, so different batches round differently
     assert result.eval["loss"] == pytest.approx(saved, rel=3e-3 if name.startswith("int8") else 1e-4)
     assert saved < loss_of(untied_base, conversations, tmp_path / "b", **again) - 0.05
 
@@ -115,7 +115,7 @@ def test_int8_is_quantized_from_values_on_the_cpu(untied_base: Path, monkeypatch
 
     monkeypatch.setattr(Int8Params, "to", to)
     quantisation = QuantizationSettings(q_lora=True, quant_type="int8")
-    elsewhere = torch.device("meta")  # in place of a GPU
+    elsewhere = torch.device("meta")  # stands in for a GPU
     model = load_base(untied_base, torch.bfloat16, elsewhere, quantisation)
     layers = [module for module in model.modules() if type(module).__name__ == "Linear8bitLt"]
     assert came_from == [("cpu", "meta")] * len(layers)
@@ -148,7 +148,8 @@ def test_loftq_initialization_is_closer_to_the_base_than_quantization_alone(
             models[initialization].base_model.model.get_submodule(name)(torch.eye(32)).T
             for initialization in ("default", "loftq")
         )
-    left_out = torch.linalg.svdvals(file[f"{name}.weight"] - quantized)[4:].norm()  # by the best one of rank 4
+    # the error of the best approximation of rank 4
+    left_out = torch.linalg.svdvals(file[f"{name}.weight"] - quantized)[4:].norm()
     assert (file[f"{name}.weight"] - corrected).norm() < 1.001 * left_out
 
 

@@ -84,7 +84,7 @@ def test_merge_adds_spiece_model_and_added_tokens_to_the_tokenizer_of_an_adapter
     vocabulary = load_tokenizer(merged).get_vocab()
     assert {"\n", "{", "<extra_id_0>"} <= vocabulary.keys()
     assert read_converter_vocabulary(merged) == vocabulary
-    # and they don't change the ids in transformers
+    # the added files don't change the ids in transformers
     ours = load_tokenizer(adapter_with_tokens)
     theirs = AutoTokenizer.from_pretrained(merged)
     for text in HARD_TEXTS:

@@ -1,4 +1,4 @@
-"""Batches of an evaluation: what they are made of, who measures them, halving them, and stopping."""
+"""Batches of an evaluation: their examples, which rank measures them, halving them, and stopping."""
 
 from collections.abc import Callable
 from pathlib import Path

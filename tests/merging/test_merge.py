@@ -152,7 +152,7 @@ def test_stock_transformers_has_the_logits_of_stock_peft(case: Case) -> None:
 @pytest.mark.parametrize("case", [name for name in CASES if name.endswith("rows")], indirect=True)
 def test_stock_peft_has_the_logits_of_the_training_model(case: Case) -> None:
     # Training multiplies the head's trained rows separately, stock PEFT as part of the whole matrix. A BLAS may sum
-    # these in another order, so the last bits may differ, but by far less than with a wrong row.
+    # the products in a different order, so the last bits may differ, but by far less than with a wrong row.
     assert case.training_logits is not None
     stock = compute_logits(load_stock_with_adapter(case.base, case.adapter))
     assert (case.training_logits - compute_logits(load_stock_base(case.base))).abs().max() > 0.1
@@ -169,7 +169,7 @@ def test_config_states_whether_the_head_is_tied(case: Case) -> None:
 
 def test_a_wrong_config_of_the_base_is_corrected(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", tied=False)
-    config = read_config(base) | {"tie_word_embeddings": True, "scale_decoder_outputs": False}  # transformers 5's
+    config = read_config(base) | {"tie_word_embeddings": True, "scale_decoder_outputs": False}  # transformers 5's keys
     (base / "config.json").write_text(json.dumps(config))
     adapter = make_stock_adapter(base, tmp_path / "adapter")
     run_merge(base, adapter, tmp_path / "merged")
@@ -234,7 +234,7 @@ def test_trained_rows_that_would_be_lost_are_refused(module: str, said: str, unt
 def test_a_sum_keeps_the_common_training_settings_of_its_adapters(
     untied_base: Path, untied_adapter: Path, tmp_path: Path
 ) -> None:
-    """With different source prefixes it has no prefix and no chat template."""
+    """If the source prefixes differ, the sum has no prefix and no chat template."""
     tokenizer = load_tokenizer(untied_base)
     made = {
         "a": TrainingData(False, "auto", "text", "short", "sum: ", "sft", ["t5"]),

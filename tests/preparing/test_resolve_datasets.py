@@ -49,7 +49,7 @@ def test_settings_without_effect_on_a_token_cache_are_refused(cache: Path) -> No
     with pytest.raises(SettingsError) as refused:
         resolve_datasets([dataset(cache)], command, must_match=command)
     assert refused.value.problems == (conflict,)
-    other = DatasetSettings(path="b.jsonl", name="b")  # for which the prefix is
+    other = DatasetSettings(path="b.jsonl", name="b")  # the command's prefix is for this dataset
     assert [each.source_prefix for each in resolve_datasets([dataset(cache), other], command, must_match=command)] == [
         "x: ", "y: ",
     ]  # fmt: skip
@@ -88,7 +88,7 @@ def test_evaluation_data_is_read_as_in_training() -> None:
     assert (found := resolve(dataset())).source_prefix == "a: "
     assert found.conversation_template == "a"
     assert resolve(dataset(), source_prefix="mine: ").source_prefix == "mine: "
-    assert resolve(DatasetSettings(path="a.jsonl")).source_column == "q"  # without a name it is read as the main one
+    assert resolve(DatasetSettings(path="a.jsonl")).source_column == "q"  # as the main dataset
     assert resolve(DatasetSettings(path="a.jsonl"), target_column="t").source_column is None
     texts = resolve(DatasetSettings(path="b.txt", name="texts"), source_prefix="x: ")
     assert (texts.objective, texts.denoisers, texts.source_prefix) == ("span-corruption", ["ul2"], "")

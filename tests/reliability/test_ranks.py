@@ -81,7 +81,7 @@ def test_a_second_signal_ends_a_run_with_a_hung_rank(inputs: list[Path], tmp_pat
 @pytest.mark.long
 def test_the_other_ranks_exit_in_time(rank: int, number: signal.Signals, inputs: list[Path], tmp_path: Path) -> None:
     timeout = 15
-    # of a hung rank: 2 s to ask it, 2 s for its own report, and the exit of the processes
+    # a hung rank takes 2 s to ask, 2 s for its own report, and the exit of the processes
     within = 10 if number == signal.SIGKILL else timeout + 8
     run = tmp_path / "run"
     with start_run(*inputs, run, *ZERO3, f"--process-group-timeout={timeout}") as running:

@@ -74,7 +74,7 @@ def test_full_determinism_runs_and_resumes_with_the_same_bits(
     train(make_settings(*inputs, tmp_path / "uninterrupted", **more), note_mode)
     assert read_adapter(tmp_path / "uninterrupted") == read_adapter(tmp_path / "stopped")
     assert any(seen)
-    assert not torch.are_deterministic_algorithms_enabled()  # a notebook goes on
+    assert not torch.are_deterministic_algorithms_enabled()  # a notebook continues after the run
     assert not torch.backends.cudnn.deterministic
 
 

@@ -155,7 +155,7 @@ def test_a_signal_while_rank_0_prepares_stops_all_ranks(
     command = make_arguments(*inputs, run, "--max-steps=2", "--report-samples=0")
     done = fork_server.run(command, 2, ["tests.reliability.test_stopping:stop_in_prepare()"])
     assert done.codes == [143, 143], done.log
-    assert done.log.splitlines().count("stopped by SIGTERM before training began") == 1  # rank 0 says it
+    assert done.log.splitlines().count("stopped by SIGTERM before training began") == 1  # only rank 0 reports it
     assert "error:" not in done.log
     assert not run.exists()
     assert fork_server.run(command, 2).codes == [0, 0]
@@ -230,7 +230,7 @@ def test_a_terminal_shows_evaluations_and_where_ctrl_c_stopped(inputs: list[Path
     drawn, is_sent = b"", False
     with open(theirs, "wb") as terminal, Running(command, run, terminal, TERM="xterm") as running:
         terminal.close()
-        with suppress(OSError):  # how a closed terminal reports its end
+        with suppress(OSError):  # reading a closed terminal raises it
             while True:
                 drawn += os.read(ours, 4096)
                 if b"step 4  held-out" in drawn and not is_sent:
@@ -242,11 +242,11 @@ def test_a_terminal_shows_evaluations_and_where_ctrl_c_stopped(inputs: list[Path
     lines = read_screen(drawn.decode(), 80)
     (evaluation,) = [line for line in lines if line.startswith("step 2  ")]
     assert re.fullmatch(r"step 2  held-out loss [\d.]+  perplexity [\d.,]+  \(best\)", evaluation)
-    (bar,) = [line for line in lines if "━" in line]  # those of loading and of the evaluations are gone
+    (bar,) = [line for line in lines if "━" in line]  # the bars of loading and of the evaluations are gone
     assert re.fullmatch(rf"  train ━+ {step}/100,000 steps \[\d+:\d\d elapsed\]( +loss .*)?", bar)
     assert lines.count("finishing this step and saving; press Ctrl-C again to quit immediately") == 1
     end = f"stopped after step {step} of 100,000; saved in {run}/checkpoint-{step}. Run the same command to continue."
-    # the terminal may have broken the path, which is longer than a line
+    # the terminal wraps the path, which is longer than a line
     assert "".join(lines[lines.index(bar) + 1 :]).replace(" ", "") == end.replace(" ", "")
     assert drawn.rfind(b"\x1b[?25h") > drawn.rfind(b"\x1b[?25l")  # the cursor is back
 

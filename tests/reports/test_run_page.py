@@ -1,4 +1,4 @@
-"""report.html of a run: its content is correct, it needs no network, and a browser renders it. And the metrics log."""
+"""The metrics log, and report.html of a run: its content is correct, it needs no network, and a browser renders it."""
 
 import html
 import importlib.util
@@ -149,7 +149,7 @@ def test_the_result_and_the_table_have_the_best_step(untied_base: Path, conversa
     assert result.best_step == min(losses, key=losses.__getitem__) != 4
     assert result.best_eval is not None
     assert result.best_eval["loss"] == losses[result.best_step]
-    assert result.eval["loss"] == losses[4]  # of the weights, which are those of the last step
+    assert result.eval["loss"] == losses[4]  # the result has the weights of the last step
     saved = json.loads((tmp_path / "run" / "result.json").read_text())
     assert (saved["best_step"], saved["best_eval"]) == (result.best_step, result.best_eval)
     assert (saved["seed"], saved["split_seed"]) == (7, 8)
@@ -277,7 +277,7 @@ def test_a_loss_that_falls_a_thousandfold_is_drawn_on_a_log_scale() -> None:
     assert heights(1000, 0, 0)[1] == heights(1000, 0, 0)[2]  # zero has no logarithm, so the axis is linear
 
 
-def test_a_noisy_line_is_smoothed_in_front_of_its_values() -> None:
+def test_a_noisy_line_has_a_smooth_line_over_its_values() -> None:
     # falls from 2 to 1, with an outlier
     losses = [(step, 2 - step / 100 + (50 if step == 40 else 0.1 * (step % 2))) for step in range(100)]
     series = [

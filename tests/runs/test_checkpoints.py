@@ -140,7 +140,7 @@ def test_a_damaged_checkpoint_doesnt_count_among_those_that_are_kept(
     stopped: Path, untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
     run = shutil.copytree(stopped, tmp_path / "run")
-    (run / "checkpoint-3").rename(run / "checkpoint-5")  # a later step than that of the next checkpoint
+    (run / "checkpoint-3").rename(run / "checkpoint-5")  # later than the next checkpoint's step
     (run / "checkpoint-5" / "optimizer.pt").write_bytes(b"damaged")
     settings = make_settings(untied_base, conversations, run, save_steps=3, save_total_limit=1, learning_rate=2e-2)
     events: list[Event] = []

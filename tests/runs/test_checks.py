@@ -95,7 +95,7 @@ def test_transformers_documented_deepspeed_config_suits_a_packaged_run_config(na
     config.write_text(json.dumps({"optimizer": optimizer, "scheduler": {"type": "WarmupLR", "params": warmup}}))
     flags = {"data_path": "pocket", "output_dir": tmp_path / "run", "deepspeed": config}
     settings, _ = load_settings(TrainSettings, name, flags={key: str(value) for key, value in flags.items()})
-    if name == "qlora-paper" and not torch.cuda.is_available():  # whose optimizer needs a GPU
+    if name == "qlora-paper" and not torch.cuda.is_available():  # its optimizer needs a GPU
         settings = settings.replace(optim="adamw_torch")
     if "adam" in settings.optim:
         check(settings)

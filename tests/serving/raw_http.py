@@ -29,7 +29,7 @@ def make_chat(text: str = "Hello", model: str = "base", **values: Any) -> bytes:
 
 
 def read_answer(connection: socket.socket) -> tuple[int, dict[str, str], bytes]:
-    """Read an answer that has a Content-Length, or whose end is that of the connection."""
+    """Read an answer that has a Content-Length, or that ends with the connection."""
     found = b""
     while b"\r\n\r\n" not in found:
         found += _receive(connection)

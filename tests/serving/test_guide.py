@@ -1,4 +1,4 @@
-"""docs/serving.md: what it says can be typed works, and what it lists is what the server has."""
+"""docs/serving.md: its commands work as typed, and the server has everything that it lists."""
 
 import json
 import re

@@ -114,9 +114,9 @@ def test_a_body_of_100_megabytes_is_refused_and_not_kept(server: Server) -> None
     size = 100 << 20
     with connect(server.url) as connection:
         connection.sendall(make_request(CHAT, content_length=str(size)))
-        status, _, answer = read_answer(connection)  # before it was sent
+        status, _, answer = read_answer(connection)  # the body was never sent
         assert (status, json.loads(answer)["error"]["message"]) == (413, "the body is larger than 4,194,304 bytes")
-    with connect(server.url) as connection:  # without saying how large it will be
+    with connect(server.url) as connection:  # a chunked body, which has no length in the headers
         head = make_request(CHAT, content_length="").replace(b"content-length: \r\n", b"transfer-encoding: chunked\r\n")
         connection.sendall(head)
         for _ in range(5):
@@ -139,7 +139,7 @@ def test_a_body_of_100_megabytes_is_refused_and_not_kept(server: Server) -> None
 def test_an_answer_before_the_body_closes_the_connection(
     path: str, method: str, headers: dict[str, str], status: int, keyed: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However slowly the client sends the rest of the body, and however much of it."""
+    """The connection closes however slowly the client sends the rest of the body, and however long it is."""
     head = make_request(
         path, method=method, **{"authorization": "Bearer s3cret", "content_length": "4000000"} | headers
     )
@@ -180,7 +180,7 @@ def test_half_a_body_is_given_up_and_delays_no_client(server: Server, monkeypatc
 
 
 def test_a_client_that_hangs_up_frees_its_place(start_base: StartServer) -> None:
-    """Its reply would take minutes, and only one fits into a batch."""
+    """The client's reply would take minutes, and only one reply fits into a batch."""
     log = Log()
     server = start_base(log, max_new_tokens=100_000, max_batch_tokens=1)
     for streams in (False, True):

@@ -139,7 +139,7 @@ def test_these_settings_affect_it(affects: Affects) -> None:
 
 
 def test_settings_that_affect_inference_are_those_in_training_data_json() -> None:
-    # besides these, it has has_earlier_turns and datasets, which are no settings, and the objective
+    # TrainingData also has has_earlier_turns and datasets, which aren't settings, and the objective
     names = [field.name for field in fields(TrainingData)][1:-3]
     assert select_settings(PrepareSettings, Affects.INFERENCE) == names
     assert select_settings(EvaluateSettings, Affects.INFERENCE) == names

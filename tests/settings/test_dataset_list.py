@@ -57,7 +57,7 @@ def test_saved_settings_and_flags_read_back_as_the_same(tmp_path: Path) -> None:
     assert again == settings
     assert not notes
     assert again.data is not None
-    assert again.data[1].list_given() == {"source_prefix": "x: "}  # and no source_column: that of all applies
+    assert again.data[1].list_given() == {"source_prefix": "x: "}  # no source_column: the command's applies
     assert settings.replace(seed=3).data == settings.data
     assert list(list_without_flags(settings)) == ["data", "eval_data"]
     plain = TrainSettings(**NEEDED, data_path=["a.jsonl:2", "b.csv:0.5"])

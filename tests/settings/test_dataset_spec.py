@@ -1,4 +1,4 @@
-"""How a dataset is read: its own values over those of the whole command, as far as these suit it."""
+"""How a dataset is read: its own values come first, then the command's values, if they suit the dataset."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from t5tune.settings import TrainSettings
 from t5tune.settings.dataset_spec import RULES, complete_dataset, list_shared, put_over
 
 NEEDED = {"model_name_or_path": "pocket", "output_dir": "run"}
-# rule -> a dataset's own values, values of the command, and those of the command that don't apply
+# for each rule: a dataset's own values, the command's values, and the names of the command's that don't apply
 CASES: list[tuple[dict[str, Any], dict[str, Any], set[str]]] = [
     (
         {"objective": "span-corruption"},

@@ -138,7 +138,7 @@ def test_an_unknown_name_is_reported_before_records_are_read() -> None:
         (TrainSettings, "temperature", "temperature is a setting of chat, serve"),
         (TrainSettings, "overwrite_output_dir", "did you mean fresh?"),
         (MergeSettings, "overwrite_output_dir", "did you mean overwrite?"),
-        # of FastChat's apply_lora
+        # a flag of FastChat's apply_lora
         (MergeSettings, "base_model_path", "did you mean model_name_or_path?"),
     ],
 )

@@ -146,7 +146,7 @@ def make_circular() -> dict[str, Any]:
 
 
 class Lazy:
-    """What is computed when it is asked for, like polars' LazyFrame."""
+    """Records that are computed on request, like polars' LazyFrame."""
 
     def collect(self) -> list[dict[str, Any]]:
         """Compute it."""
@@ -217,7 +217,7 @@ def test_records_of_another_process_are_recognized_without_making_a_folder(tempo
 
 
 def test_records_that_are_gone_are_found_where_they_are_kept(tmp_path: Path) -> None:
-    """Those of a process that has ended, and those of a run that was moved since."""
+    """Records of a process that has ended, and of a run that was moved later."""
     kept, name = tmp_path / "moved" / "records", "records-0123456789ab.jsonl"
     gone = [str(tmp_path / folder / name) for folder in ("t5tune-records-k3_x9a0b", "run/records")]
     assert [find_kept_path(path, kept) for path in gone] == [None, None]

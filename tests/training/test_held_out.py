@@ -82,7 +82,7 @@ def test_datasets_of_a_mixture_hold_out_equally_with_any_seed(untied_base: Path,
     weighted = [f"{files[0]}:3", f"{files[1]}:1"]
     found = [list_held_out(untied_base, weighted, tmp_path / f"run-{seed}", seed=seed) for seed in (1, 2)]
     assert found[0] == found[1]
-    for number, file in enumerate(files):  # as each would alone
+    for number, file in enumerate(files):  # each file alone has the same held-out examples
         alone = list_held_out(untied_base, [file], tmp_path / f"alone-{number}")
         assert set(alone) < set(found[0])
 
@@ -110,7 +110,7 @@ def test_more_data_moves_few_conversations_to_the_other_side(untied_base: Path, 
     before = set(list_held_out(untied_base, list_pairs(40), tmp_path / "before"))
     trained_on, after = (set(list_targets(part)) for part in split_for_training(untied_base, list_pairs(48), run))
     assert (len(before), len(after)) == (10, 12)
-    assert len(before & trained_on) <= 2  # at most as many as are newly held out
+    assert len(before & trained_on) <= 2  # at most the number of newly held-out examples
 
 
 def test_held_out_raw_text_is_masked_alike_with_any_seed(untied_base: Path, tmp_path: Path) -> None:

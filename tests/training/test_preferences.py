@@ -219,7 +219,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.variants("adapter", "pissa", "full")
-def test_the_reference_is_the_model_as_training_begins(
+def test_the_reference_is_the_model_before_training(
     variant: str, run: Path, untied_base: Path, data: Path, tmp_path: Path
 ) -> None:
     options = dict(VARIANTS[variant])
@@ -257,7 +257,7 @@ def test_a_reference_of_other_inputs_is_replaced(
     keys = {name: read_key(folder, name) for name in ("training", "held-out")}
     assert len(set(keys.values())) == 2
     before = {name: read_reference(folder, name) for name in keys}
-    for name in keys:  # of another run
+    for name in keys:  # replace the files by files of a different run
         path = folder / f"reference-{name}.safetensors"
         saved = safetensors.numpy.load_file(path)
         safetensors.numpy.save_file({"logps": saved["logps"] - 7}, path, {"format": "1", "key": "0"})

@@ -55,7 +55,7 @@ def test_micro_batches_without_examples_are_empty_and_get_a_filler() -> None:
     assert [len(batch) for batch in batches] == [2, 2, 2, 2, 1, 1, 1, 0]
     sampled = list(make_count_sampler(make_draws(lengths, seed=1), batch_size=2, step_size=4, group_by_length=True))
     assert sampled[:7] == [[Draw(int(index), repeat=0) for index in batch] for batch in batches[:7]]
-    assert sampled[7] == [Draw(int(batches[4][0]), repeat=0, is_filler=True)]  # of the first example of the step
+    assert sampled[7] == [Draw(int(batches[4][0]), repeat=0, is_filler=True)]  # the step's first example
 
 
 def test_seed_and_epoch_determine_the_order() -> None:

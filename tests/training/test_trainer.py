@@ -25,7 +25,7 @@ from tests.support.train_runs import make_settings, read_losses, read_steps
 
 def test_every_private_method_that_the_trainer_overrides_is_checked() -> None:
     private = {name for name in vars(T5Trainer) if name.startswith("_") and not name.startswith("__")}
-    # and a public one, without which the loss of pairs would be divided by the number of tokens
+    # also a public method, without which the loss of pairs would be divided by the number of tokens
     assert set(OVERRIDDEN_METHODS) == {"get_batch_samples", *(name for name in private if hasattr(Trainer, name))}
     check_overridden_methods(Trainer)
 
@@ -74,7 +74,7 @@ def test_a_transformers_release_without_the_norm_check_is_refused(
 def test_two_ranks_clip_the_gradient_of_all_their_partitions(
     more: tuple[str, ...], untied_base: Path, conversations: Path, tmp_path: Path, on_ranks: OnRanks
 ) -> None:
-    """B is zero before the first step, so with SGD its norm is then the learning rate times that of the gradient."""
+    """B is zero before the first step, so after it, with SGD, B's norm is the gradient's times the learning rate."""
     given = ("--model-name-or-path", untied_base, "--data-path", conversations, "--add-tokens", "none", "--use-cpu")
     given += ("--optim", "sgd", "--learning-rate", "0.5", "--lr-scheduler-type", "constant", "--max-steps", "1")
     norms = []

@@ -224,7 +224,7 @@ def test_chat_reports_text_that_the_model_does_not_see(untied_base: Path, monkey
     session.ask("Tea?")
     assert events[-1] == Note(f"the conversation is {problem} the oldest 2 turns")
     assert (json.loads(shown.getvalue())["dropped_turns"], json.loads(shown.getvalue())["cut_tokens"]) == (2, 0)
-    session.run_command("history", "off")  # without history nothing is expected of earlier turns
+    session.run_command("history", "off")  # without history, no note is about earlier turns
     seen = list(events)
     session.ask("Tea?")
     assert events == seen

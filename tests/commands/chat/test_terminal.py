@@ -262,7 +262,7 @@ def test_chat_commands_change_the_replies(
     """Commands give the same replies as the library function with those settings."""
     monkeypatch.setenv("HOME", str(tmp_path))
     lines = [
-        PROMPT,  # with the adapter: --model-name-or-path names the run
+        PROMPT,  # the adapter is used: --model-name-or-path names the run
         "/undo",
         "//" + PROMPT,  # a message that begins with a slash
         "/save ~/said.jsonl",

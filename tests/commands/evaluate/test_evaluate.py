@@ -96,7 +96,7 @@ def test_cache_and_conversations_give_the_same_metrics(
     a = run_evaluate(run, cache, tmp_path / "a")
     b = run_evaluate(run, conversations, tmp_path / "b")
     assert get_metrics(a) == get_metrics(b)
-    # what a target replies to is known of records alone
+    # a token cache has no prompts
     assert read_predictions(a) == [
         {name: value for name, value in line.items() if name != "prompt"} for line in read_predictions(b)
     ]
@@ -182,7 +182,7 @@ def test_each_line_has_its_own_scores_and_loss(run: Path, conversations: Path, t
     lines = read_predictions(result)
     assert len(lines) == result.examples == 10
     assert result.rougeL == pytest.approx(sum(line["rougeL"] for line in lines) / 10, abs=1e-3)
-    scores = {"exact_match", "rouge1", "rouge2", "rougeL", "chrf", "valid_json", "field_f1"}  # its target is JSON
+    scores = {"exact_match", "rouge1", "rouge2", "rougeL", "chrf", "valid_json", "field_f1"}  # the target is JSON
     assert set(lines[0]) == {"source", "target", "prediction", "loss", "prompt", *scores}
     assert lines[0]["source"].count(lines[0]["prompt"]) == 1
 
@@ -270,7 +270,7 @@ def test_settings_that_would_not_change_a_token_cache_are_refused(
         datasets = [{"path": str(cache), **own}, {"path": str(conversations), "num_data": 1}]
         with pytest.raises(SettingsError, match=f"{next(iter(own))}: .*x: .* cache"):
             run_evaluate(run, cache, tmp_path / "out", data_path=None, data=datasets)
-    # settings of the whole command are for the dataset that isn't a cache
+    # the command's settings apply to the dataset that isn't a cache
     datasets = [{"path": str(cache), "num_data": 1}, {"path": str(conversations), "num_data": 1}]
     assert run_evaluate(run, cache, tmp_path / "out", data_path=None, data=datasets, **given).examples == 2
 
@@ -303,7 +303,7 @@ def test_caches_with_different_tokens_are_refused_together(untied_base: Path, tm
 
 
 def test_several_datasets_are_decoded_with_the_tokens_of_all(untied_base: Path, tmp_path: Path) -> None:
-    """Tokens that are asked for are added for pairs, but not for raw text."""
+    """The tokens of --add-tokens are added for pairs, but not for raw text."""
     (tmp_path / "text.txt").write_text("The sun is a star in the middle of the solar system. " * 4)
     (tmp_path / "pairs.jsonl").write_text(json.dumps({"source": "{a}\nb", "target": "b"}))
     datasets = [
@@ -427,9 +427,9 @@ def test_the_command_prints_one_json_object_and_numbers_its_folders(
 def test_two_ranks_of_zero3_evaluate_like_one_process(
     untied_base: Path, conversations: Path, tmp_path: Path, on_ranks: Callable[..., CommandResult]
 ) -> None:
-    """With a learning rate of 0 the weights are those of the base, so all metrics must be the same."""
+    """With a learning rate of 0, the weights stay the base's, so all metrics must be the same."""
     held_out = tmp_path / "held_out.jsonl"
-    # short ones, because under ZeRO-3 every generated token gathers the whole model
+    # short predictions, because under ZeRO-3 every generated token gathers the whole model
     held_out.write_text("\n".join(sorted(conversations.read_text().splitlines(), key=len)[:7]))
     common = (
         "train", "--model-name-or-path", untied_base, "--data-path", conversations, "--eval-data-path", held_out,

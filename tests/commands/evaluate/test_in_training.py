@@ -117,7 +117,7 @@ def test_the_best_checkpoint_of_a_finished_run_is_exported(
     assert all(torch.equal(of_run[name], exported[name]) for name in of_run)
     assert not all(torch.equal(newest[name], exported[name]) for name in of_run)
 
-    # without that checkpoint, the adapter of the run is still its result, and not that of another one
+    # without the best checkpoint, the run's adapter is still its result, and not a different checkpoint's adapter
     (run / f"checkpoint-{best}" / "optimizer.pt").unlink()
     export(ExportSettings(checkpoint=run, output_dir=tmp_path / "again"))
     again = load_file(tmp_path / "again" / "adapter_model.safetensors")
@@ -171,7 +171,8 @@ def test_a_resumed_run_ignores_evaluations_of_different_held_out_examples(
         said = "earlier evaluations no longer count"
         assert sum(said in event.text for event in notes if isinstance(event, Note)) == count
         best = json.loads((resumed / "trainer_state.json").read_text())["best_global_step"]
-        assert best == (newest if count else 1)  # with a rate of 0, the first evaluation that counts stays the best
+        # with a learning rate of 0, the first evaluation that counts stays the best
+        assert best == (newest if count else 1)
 
 
 def make_second_evaluation_fail(monkeypatch: pytest.MonkeyPatch) -> list[int]:

@@ -1,4 +1,4 @@
-"""The ids of the pieces of a text are those of the whole text, for any text."""
+"""The ids of a text's pieces equal the ids of the whole text, for any text."""
 
 import functools
 from pathlib import Path
@@ -173,7 +173,7 @@ def test_a_too_long_prompt_is_shortened_as_in_training(prefix: str, assistant: s
         dropped.append((prompt.dropped_turns, prompt.cut_tokens > 0))
         if prompt.dropped_turns == 2:
             last_turn.add(len(prompt.ids) + prompt.cut_tokens)
-    # in this order: the last message is cut, then it is left alone, and so on
+    # (number of dropped turns, whether the last message is cut), in the order of a growing maximum length
     assert list(dict.fromkeys(dropped)) == [(2, True), (2, False), (1, False), (0, False)]
     assert len(last_turn) == 1  # whatever was cut off from it is counted
 

@@ -1,4 +1,4 @@
-"""prepare: selection of examples, counts, lost characters, several processes, kills, and other tokenizers."""
+"""prepare: selection of examples, counts, lost characters, several processes, kills, and tokenizers besides T5's."""
 
 import fcntl
 import json
@@ -98,7 +98,7 @@ def test_conversations_with_different_learned_answers_are_no_duplicates(tmp_path
     cache = open_only(tmp_path / "cache")
     assert decode_targets(cache) == ["a", "b", "c"]
     assert cache.manifest["rejected_by_reason"] == {"duplicate": 2}
-    keys = cache.read_keys()  # which decide what is held out
+    keys = cache.read_keys()  # the keys decide which conversations are held out
     assert keys[0] == keys[1] != keys[2]
 
 
@@ -282,7 +282,7 @@ def test_memory_is_constant_and_torch_is_not_imported(many: Path, tmp_path: Path
         peak, *heavy = done.stdout.split()
         assert heavy == []
         peaks.append(int(peak) / 1024)
-    assert peaks[1] < peaks[0] + 40  # of 13 MB times 30
+    assert peaks[1] < peaks[0] + 40  # the second input is 13 MB times 30
     assert peaks[1] < 250
 
 
@@ -348,7 +348,7 @@ def test_only_folders_of_killed_processes_are_removed(prepared: Prepared, tmp_pa
 
 @pytest.fixture(scope="module")
 def sentencepiece_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as on the hub for T5 v1.1 and mT5: only a SentencePiece model, with several scripts."""
+    """A folder like T5 v1.1's and mT5's on the Hub: only a SentencePiece model, here with several scripts."""
     folder = tmp_path_factory.mktemp("mt5") / "base"
     folder.mkdir()
     text = (REPOSITORY / "README.md").read_text() + english_text()
@@ -406,7 +406,7 @@ def test_encoded_ids_equal_those_of_the_saved_tokenizer(sentencepiece_base: Path
     encoder, loaded = _load_encoder_and_saved_tokenizer(sentencepiece_base, add_tokens)
     if any(token in text for token in loaded.all_special_tokens):
         return
-    for _ in range(2):  # the second time from the cached words
+    for _ in range(2):  # the second time, the words come from the encoder's cache
         (ids,) = encoder.encode([Beginning(text)])
         assert ids.tolist() == loaded(text, add_special_tokens=False)["input_ids"]
 

@@ -1,4 +1,4 @@
-"""What is cut off where a conversation is too long."""
+"""Truncation: which turns and tokens of a conversation that is too long are cut off."""
 
 from tests.commands.prepare.ids import SYSTEM, Prepared, decode, encode, fastchat_text, load_tokenizer_of, record
 

@@ -82,7 +82,7 @@ def test_a_finished_run_of_two_processes_is_not_repeated(
 @pytest.mark.distributed
 @pytest.mark.long
 def test_processes_get_the_settings_of_command_and_cache(untied_base: Path, tmp_path: Path) -> None:
-    """A flag overrides a variable in each of them, and what isn't given is that of the token cache."""
+    """In each process, a flag overrides a variable, and settings that aren't given come from the token cache."""
     pairs, cache, run = tmp_path / "pairs.jsonl", tmp_path / "cache", tmp_path / "run"
     records = [{"prompt": f"Say {word}.", "chosen": word, "rejected": "No."} for word in ("one", "two", "six", "ten")]
     pairs.write_text("".join(f"{json.dumps(record)}\n" for record in records))
@@ -132,7 +132,7 @@ def test_an_error_in_all_workers_is_shown_once(untied_base: Path, conversations:
     assert "lora_target_modules: query" in done.errors[0]
     assert "Traceback" not in done.stderr
     assert json.loads(done.stdout)["error"]["kind"] == "SettingsError"
-    assert "in add_lora" in t5tune_in_fork(*command, "--max-steps", "1", "--debug").stderr  # where in the worker
+    assert "in add_lora" in t5tune_in_fork(*command, "--max-steps", "1", "--debug").stderr  # the worker's traceback
 
 
 @pytest.mark.slow

@@ -190,7 +190,7 @@ def test_fresh_renames_only_runs_without_a_run_in_progress(
     with ExitStack() as locks, pytest.raises(SettingsError, match=r"experiments: isn't empty and isn't a t5tune run; "):
         set_up_run_folder(settings, locks)
     assert sorted(tmp_path.rglob("*")) == before
-    (folder / "settings.yaml").write_text("learning_rate: [")  # of a run, although it is broken
+    (folder / "settings.yaml").write_text("learning_rate: [")  # still a run's settings, although broken
     with RunFolder(folder / "run").lock(print):
         problem = rf"{folder}: --fresh can't rename it while another run is using {folder}/run; wait until it ends"
         with ExitStack() as locks, pytest.raises(SettingsError, match=problem):
@@ -286,7 +286,7 @@ def test_a_start_with_bad_data_leaves_only_rejected_records(
         train(make_settings(untied_base, conversations, run, eval_data_path=str(data), fresh=True))
     assert sorted(path.name for path in run.parent.iterdir()) == ["run", "run.rejected.jsonl"]
     (run / "data" / "old").unlink()
-    # so is what existed before
+    # files that existed before the run are kept, too
     with pytest.raises(DataError, match="no conversations to train on"):
         train(make_settings(untied_base, data, run))
     assert sorted(path.name for path in run.iterdir()) == ["data", "run.json", "settings.yaml"]

@@ -103,7 +103,7 @@ def test_model_cards_report_data_settings_and_held_out_metrics(
         merge(MergeSettings.model_validate(values | other | {"verify": False}))
         card = (tmp_path / f"sum{number}" / "README.md").read_text()
         assert named in card
-        assert "held-out data" not in card  # of another model
+        assert "held-out data" not in card  # the metrics are the adapters', not the sum's
 
 
 @pytest.mark.slow
@@ -149,7 +149,7 @@ def test_the_same_seed_gives_the_same_bits(
 
 
 def make_evaluations_take_a_year(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Let the trainer's clock advance by a year in each evaluation; the list gets each year's seconds."""
+    """Let the trainer's clock advance by a year in each evaluation; return a list that gets an item each time."""
     years: list[float] = []
     evaluate = T5Trainer.evaluation_loop
 
@@ -177,7 +177,7 @@ def test_tokens_per_second_exclude_the_time_of_evaluations(
             train(settings)
     result = train(settings)
     assert result.resumed_from == tmp_path / "run" / "checkpoint-3"
-    assert len(years) == 3  # at step 3, again at step 3 before the first step, at step 6
+    assert len(years) == 3  # at step 3, at step 3 again when the run resumes, and at step 6
     lines = [line for line in read_metrics_lines(tmp_path / "run") if "loss" in line]
     assert all(1 < line["tokens_per_second"] < 1e7 for line in lines)
     assert 1 < result.tokens_per_second < 1e7
@@ -217,7 +217,7 @@ def test_a_run_that_keeps_all_checkpoints_reports_their_size(
     )
     assert kept is not None, note
     assert len(checkpoints) == 3
-    assert mebibytes - 1 < float(kept[1]) < mebibytes + 4  # 1 MiB for the small files of each
+    assert mebibytes - 1 < float(kept[1]) < mebibytes + 4  # 1 MiB for each checkpoint's small files
     assert list_notes("three", save_total_limit=3) == []
 
 
@@ -233,7 +233,7 @@ def test_lora_without_a_learning_rate_names_one(tmp_path: Path, changes: dict[st
     notes = [event.text for event in events if isinstance(event, Note)]
     assert any(note.startswith("learning_rate: not set") and "3e-4" in note for note in notes) == is_suggested
     again: list[Event] = []
-    with ExitStack() as locks:  # a run that has begun keeps its rate
+    with ExitStack() as locks:  # a run that has begun keeps its learning rate
         set_up_run_folder(settings, locks, again.append)
     assert not any(isinstance(event, Note) and event.text.startswith("learning_rate") for event in again)
 
@@ -265,7 +265,7 @@ def test_a_resumed_run_counts_all_its_tokens_and_losses(untied_base: Path, conve
 def test_a_run_resumes_only_with_the_same_cached_examples(
     untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
-    """prepare's seed only decides which examples are held out, and here none are."""
+    """prepare's seed only decides which examples are held out; here, no examples are held out."""
     values = {"model_name_or_path": str(untied_base), "data_path": str(conversations), "output_dir": tmp_path / "cache"}
     prepare(PrepareSettings(**values, seed=7))
     prepare(PrepareSettings(**{**values, "output_dir": tmp_path / "parted"}, eval_fraction=0.25, split_seed=3))
@@ -338,7 +338,7 @@ def test_checkpoints_keep_the_tokenizer_of_the_first_cache(
 
 
 @pytest.mark.slow
-def test_what_prepare_has_held_out_is_never_trained_on(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
+def test_held_out_conversations_are_never_trained_on(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     values = {"model_name_or_path": str(untied_base), "data_path": str(conversations), "output_dir": cache}
     prepare(PrepareSettings(**values, eval_fraction=0.25, split_seed=3))
@@ -449,7 +449,7 @@ def test_a_non_finite_held_out_loss_is_null_in_results(tmp_path: Path) -> None:
     assert json.loads((run / "result.json").read_text(), parse_constant=pytest.fail) == result
     assert "<div><b>–</b><span>held-out loss</span></div>" in (run / "report.html").read_text()
     assert "nan" not in (run / "README.md").read_text()
-    table = t5tune_in_fork(*command).stderr  # of the finished run
+    table = t5tune_in_fork(*command).stderr  # the run has finished, so this only shows its table
     assert re.search(r"^held-out loss +–$", table, re.MULTILINE), table
     (run / "result.json").write_text((run / "result.json").read_text().replace('"loss": null', '"loss": NaN'))
     assert read_result(run).eval["loss"] is None
@@ -469,7 +469,7 @@ def test_each_evaluation_reports_progress_and_whether_it_is_best(
     assert [event.values["loss"] for event in evaluated] == [line["eval_loss"] for line in lines]
     losses = [line["eval_loss"] for line in lines]
     assert [event.is_best for event in evaluated] == [losses[n] == min(losses[: n + 1]) for n in range(3)]
-    assert not evaluated[-1].is_best  # with such a learning rate
+    assert not evaluated[-1].is_best  # the learning rate is too high
     assert {"perplexity", "exact_match", "rougeL"} <= set(evaluated[0].values)
     assert not any("second" in name or "runtime" in name for name in evaluated[0].values)
     first, second = (events.index(event) for event in evaluated[:2])

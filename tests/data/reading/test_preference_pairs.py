@@ -61,7 +61,7 @@ REJECTED: dict[str, tuple[dict[str, Any], str, str]] = {
     "another system message": (
         {"chosen": [SYSTEM, HI, YES], "rejected": [HI, NO]}, "other_question",
         "chosen and rejected answer different questions"),
-    "an answer that is no text": ({"prompt": "Hi", "chosen": "Yes", "rejected": [3]}, "bad_turn", "rejected: turn 0: "),
+    "an answer that isn't text": ({"prompt": "Hi", "chosen": "Yes", "rejected": [3]}, "bad_turn", "rejected: turn 0: "),
     "an unknown role": (
         {"prompt": "Hi", "chosen": [YES], "rejected": [{"role": "elf", "content": "No"}]}, "unknown_role",
         "rejected: turn 0: unknown role"),

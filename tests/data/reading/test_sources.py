@@ -53,7 +53,7 @@ def prepare(hub: Hub | None, name: str, output: Path, *flags: object, **environm
 
 
 def read_sources(cache: Path) -> list[str]:
-    """The texts of a cache's sources, which show which records were read."""
+    """Return the texts of a cache's sources, which show which records were read."""
     from t5tune.data.tokens.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(find_cache(cache) / "tokenizer")
@@ -227,7 +227,7 @@ def test_hugging_face_s_downloads_are_read_offline(hub: Hub, tmp_path: Path, mon
     done = prepare(hub, NAME, tmp_path / "cache", HF_HUB_OFFLINE="1")
     assert done.code == 0, done.stderr
     assert read_sources(tmp_path / "cache") == expect(1)
-    # of a single file, huggingface_hub doesn't know whether the dataset has others
+    # after the download of a single file, huggingface_hub doesn't know whether the dataset has more files
     hub.status = None
     hub.add("dataset", "some/more", {"train-0.jsonl": to_jsonl(1), "train-1.jsonl": to_jsonl(2)})
     hf_hub_download("some/more", "train-0.jsonl", repo_type="dataset")
@@ -341,7 +341,7 @@ def test_a_url_is_read_and_its_secret_isn_t_recorded(web: tuple[str, Path], tmp_
     assert gone.code == 2, gone.stderr
 
 
-@pytest.mark.parametrize("weight", ["", ":2"])  # with one, the datasets are settings of their own
+@pytest.mark.parametrize("weight", ["", ":2"])  # with a weight, each dataset has its own settings
 def test_only_the_run_s_settings_contain_a_url_s_secret(
     weight: str, web: tuple[str, Path], untied_base: Path, tmp_path: Path
 ) -> None:
@@ -422,7 +422,7 @@ def test_a_folder_that_cannot_be_written_is_named(web: tuple[str, Path], tmp_pat
 
 def test_a_proxy_of_the_environment_is_used(web: tuple[str, Path], tmp_path: Path) -> None:
     url, folder = web
-    # a proxy is asked for the whole URL
+    # a request to a proxy contains the whole URL
     (folder / "http:" / "far.example").mkdir(parents=True)
     (folder / "http:" / "far.example" / "chats.jsonl").write_bytes(to_jsonl(1))
     name = "http://far.example/chats.jsonl"

@@ -258,7 +258,7 @@ def test_utf_8_in_a_file_of_another_encoding_is_rejected(tmp_path: Path, suffix:
     assert len(rejected) == 100
     found = {(each.reason, each.message.partition(";")[0]) for each in rejected}
     assert found == {("invalid_utf8", "UTF-8 in a file with a different encoding")}
-    assert len(read_pairs(path, encoding="cp1252")) == len(records)  # as it was asked for
+    assert len(read_pairs(path, encoding="cp1252")) == len(records)  # a given encoding is used
 
 
 @pytest.mark.parametrize(("texts", "encoding"), [(CHINESE, "gb18030"), (JAPANESE, "cp932"), (KOREAN, "cp949")])

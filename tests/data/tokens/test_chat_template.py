@@ -29,7 +29,7 @@ BASES = {"pocket": REPOSITORY / "t5tune" / "pocket", "flan-t5": SHARED / "tokeni
 NUM_ROWS = {"pocket": 1536, "flan-t5": 32128}
 TOKENIZERS = [f"{base} {tokens}" for base in BASES for tokens in ("auto", "none", "fastchat")] + ["byt5 none"]
 TEMPLATES = {name: load_template(name) for name in list_names("conversations")} | {
-    # with everything that Jinja, or Python's notation of a string, could take for something else
+    # texts that Jinja, or Python's string notation, could misread
     "marks": Template(
         system_message="Be {{ kind }} {% if x %}",
         system='it\'s "{text}"\\n\n',

@@ -284,7 +284,7 @@ def test_a_text_file_needs_no_column(texts: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["t5", "ul2", "ul2-x", "0.9:2", "0.02:1"])
 def test_the_largest_window_is_the_longest_that_fits(name: str, room: int) -> None:
     corruption = SpanCorruption(find_denoisers([name]), SENTINELS)
-    enough = SpanCorruption(corruption.denoisers, tuple(range(40_000, 50_000)))  # as many spans as the denoisers want
+    enough = SpanCorruption(corruption.denoisers, tuple(range(40_000, 50_000)))  # sentinels for all spans
     found = corruption.find_largest_window(room, room)
 
     def fits(length: int) -> bool:
@@ -293,5 +293,5 @@ def test_the_largest_window_is_the_longest_that_fits(name: str, room: int) -> No
         return max(longest) <= room and spans.max() <= len(SENTINELS)
 
     assert fits(found)
-    if name != "ul2":  # whose longest suffix is rare
+    if name != "ul2":  # ul2's longest suffix is rare
         assert not any(fits(length) for length in range(found + 1, found + 40))

@@ -227,7 +227,7 @@ def test_a_gpu_uses_one_kernel_once_it_is_compared(monkeypatch: pytest.MonkeyPat
         ],
     )
     assert choose(previous="flex")[0] == choose("flex", previous="loop")[0] == "flex"
-    # as before, and chosen by the user: neither compiles anything
+    # a choice by the user, or from an earlier run, compiles nothing
     monkeypatch.setattr(attention_choice, "check_kernel", raise_error)
     assert choose("loop") == ("loop", [])
     again = "as when this run began; --packed-attention flex tries one kernel per layer"

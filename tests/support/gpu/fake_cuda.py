@@ -120,7 +120,7 @@ def _complete_settings(case: Case) -> dict[str, Any]:
 
 
 def _train(model: Any, settings: Any, case: Case, watch: Any) -> None:
-    """Train for two steps, and count from the end of the first to that of the second one."""
+    """Train for two steps, and count from the end of the first step to the end of the second."""
     from transformers import TrainerCallback
 
     from tests.support.gpu.fake_cuda_models import make_examples, make_trainer
@@ -149,7 +149,7 @@ def _measure_losses(model: Any, settings: Any, case: Case, watch: Any) -> None:
     from tests.support.gpu.fake_cuda_models import make_collator, make_examples, make_trainer
 
     examples, collator = make_examples(case.sources, case.targets), make_collator(settings, case.flex)
-    # it wraps the model's forward in autocast, unless DeepSpeed's dtypes are those of the run
+    # accelerate wraps the model's forward in autocast, unless DeepSpeed's dtypes equal the run's
     model = make_trainer(model, settings, examples, case.flex).accelerator.prepare_model(model)
     for _ in range(2):  # the first one keeps the ids of added tokens on the GPU
         watch.clear()

@@ -171,8 +171,8 @@ class ForkServer:
             operation_number: which operation on them fails, from 1.
             mode: how it fails: NEVER, ONCE, FROM_THEN_ON (this one and all later ones) or SHORT (writes only half).
             error: the errno of the failure.
-            environment: all variables; None for those of the server.
-            cwd: the current folder; None for that of the server.
+            environment: all variables; None: the server's.
+            cwd: the current folder; None: the server's.
         """
         trace, stdout, log, typed = (self.folder / name for name in ("trace", "stdout", "log", "stdin"))
         for path in (trace, stdout, log):

@@ -85,7 +85,7 @@ def save(base: Path, folder: Path, stage: int, without_frozen: bool, more: dict[
 
 def save_all(tied_base: str, untied_base: str, output: str) -> None:
     """Save the checkpoints of all cases, one folder per case."""
-    deepspeed = import_deepspeed(on_cpu=True)  # without compiling an all-reduce, for a minute or two
+    deepspeed = import_deepspeed(on_cpu=True)  # don't compile an all-reduce, which takes a minute or two
     tied, untied, out = map(Path, (tied_base, untied_base, output))
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     done, skipped = [], {}
@@ -94,7 +94,7 @@ def save_all(tied_base: str, untied_base: str, output: str) -> None:
             save(tied if is_tied else untied, out / name, stage, without_frozen, more)
             done.append(name)
         except (ValueError, RuntimeError, AssertionError) as error:
-            if "fp16" not in more:  # which some CPUs don't support
+            if "fp16" not in more:  # some CPUs don't support fp16
                 raise
             skipped[name] = str(error)
     torch.distributed.barrier()

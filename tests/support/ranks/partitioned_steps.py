@@ -142,7 +142,7 @@ def describe_peak(name: str, base: Path) -> None:
     set_up()
     return_freed_memory()
     engine = start(base, name, is_released=True)
-    run_step(engine, is_packed=True)  # in the first one, libraries allocate buffers
+    run_step(engine, is_packed=True)  # in the first step, libraries allocate buffers
     before = read_memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     for _ in range(STEPS):

@@ -61,7 +61,7 @@ class Repo:
 
 
 class Hub:
-    """What the server serves, and what it was asked.
+    """The repositories that the server serves, and the requests that it got.
 
     Attributes:
         refusals: names that it refuses, with the status and the error code.
@@ -69,13 +69,13 @@ class Hub:
         break_after: for files of these names, how many bytes are sent before the connection is closed.
         read_only: names of repositories that no one may write to.
         status: refuses each request with this status.
-        failing: for files of these names, with which statuses the next requests for their content are refused.
+        failing: for files of these names, the statuses with which the next requests for their content are refused.
         damaged: names of files that are sent with one bit flipped.
         redirects_to: host that each request is redirected to.
         last_modified: the date of each repository's last commit, in ISO 8601.
         drops: whether each connection is closed without an answer.
         hangs: whether no request is answered, until `has_ended` is set.
-        missing: actions that it answers with status 404, as another server than the Hub does.
+        missing: actions that it answers with status 404, as a server that isn't the Hub does.
         after_lookup: called after a branch or a tag was looked up.
         before_upload: called before the content of a file is received.
         allows_commit: called before each commit; if it returns False, the connection is closed instead.
@@ -370,7 +370,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def use_in_this_process(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make huggingface_hub, which has read its variables when it was imported, use the server."""
+    """Make huggingface_hub use the server. Setting variables is too late: it read them when it was imported."""
     values = {
         "ENDPOINT": hub.url,
         "HUGGINGFACE_CO_URL_TEMPLATE": f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}",
@@ -383,7 +383,7 @@ def use_in_this_process(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _describe(path: str, body: bytes) -> dict[str, Any]:
-    """Describe a file as the tree does: with the hash of its blob, and for LFS with that of its content."""
+    """Describe a file as the tree does: with the hash of its blob, and for LFS with the hash of its content."""
     entry: dict[str, Any] = {"type": "file", "path": path, "size": len(body)}
     if path.endswith(LFS_SUFFIXES):
         sha256 = hashlib.sha256(body).hexdigest()
@@ -393,7 +393,7 @@ def _describe(path: str, body: bytes) -> dict[str, Any]:
 
 @contextmanager
 def serve_hub(home: Path) -> Iterator[Hub]:
-    """Serve an empty Hub; `home` becomes the clients' HF_HOME, with their cache."""
+    """Serve an empty Hub; `home` becomes the clients' HF_HOME, which contains their cache."""
     handler = type("Handler", (_Handler,), {})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     handler.hub = hub = Hub(f"http://127.0.0.1:{server.server_port}", home)  # type: ignore[attr-defined]

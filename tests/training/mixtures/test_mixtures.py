@@ -84,7 +84,7 @@ def test_a_mixture_stopped_in_a_later_epoch_ends_with_equal_bits(
     whole = make_settings(untied_base, data, tmp_path / "whole", **batching)
     train(whole)
     config = write_config(whole.replace(output_dir=tmp_path / "run"), tmp_path / "run.yaml")
-    step = 7 if batching else 23  # in the second epoch, whose examples are others
+    step = 7 if batching else 23  # in the second epoch, which has different examples
     stopped = on_ranks(1, "train", "--config", config, calls=[f"tests.support.ranks.faults:stop_in_step({step})"])
     assert stopped.code == 143, stopped.stderr[-3000:]
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
@@ -156,7 +156,7 @@ def test_data_named_like_a_token_cache_uses_its_record_format(
     folders = (cache, tmp_path / "run" / "eval-data" / "sums")
     made, measured = (json.loads((find_cache(folder) / "manifest.json").read_text())["inputs"] for folder in folders)
     assert made["source_prefix"] == "sum: "
-    assert measured == {**made, "seed": 0, "split_seed": 0}  # which determine nothing of this cache
+    assert measured == {**made, "seed": 0, "split_seed": 0}  # the seeds don't affect this cache
     other = open_examples(tmp_path / "run" / "eval-data").datasets[1].cache.manifest["inputs"]
     assert (other["source_prefix"], other["model_max_length"], other["train_on"]) == ("", 2048, "all")
 
