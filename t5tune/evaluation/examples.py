@@ -125,7 +125,7 @@ def _join(parts: Mapping[str, EvaluationSet]) -> EvaluationSet:
 
 
 def _choose_common_tokenizer(parts: Mapping[str, EvaluationSet]) -> Tokenizer:
-    """Choose the tokenizer that has the tokens of all datasets. If there is none, ids are ambiguous: an error."""
+    """Choose the tokenizer that has the tokens of all datasets; raise an error if there isn't one."""
     most = max(parts, key=lambda name: len(parts[name].tokenizer))
     tokenizer = parts[most].tokenizer
     for name, part in parts.items():
