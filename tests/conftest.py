@@ -38,13 +38,13 @@ NUM_THREADS = torch.get_num_threads()
 
 @pytest.fixture(autouse=True)
 def keep_number_of_threads() -> Iterator[None]:
-    """Fail a test after which torch computes with another number of threads: the bits of later tests depend on it."""
+    """Fail a test that changes torch's number of threads: the bits of later tests depend on it."""
     yield
     assert torch.get_num_threads() == NUM_THREADS
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """One process more than there are cores, at most four: many tests wait for processes of their own."""
+    """One process more than there are cores, at most four: many tests wait for processes that they start."""
     return min(4, (os.cpu_count() or 1) + 1)
 
 

@@ -1,4 +1,4 @@
-"""Metrics of one's own: how they are found and called, and that each mistake is one line with the next step."""
+"""Custom metrics: how they are found and called, and that each mistake is one line with the next step."""
 
 import math
 import sys

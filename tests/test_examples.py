@@ -112,7 +112,7 @@ MANY_NODES = EXAMPLES / "prepare-many-nodes"
 
 
 def prepare_in_parts(tmp_path: Path, data: Path, *command: object) -> str:
-    """Start the parts, check that the cache is that of one process, and return what was printed on stderr."""
+    """Start the parts, check that the cache equals the cache of one process, and return what was printed on stderr."""
     for name, text in (("sbatch", SBATCH), ("srun", SRUN)):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)

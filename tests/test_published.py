@@ -69,7 +69,7 @@ def test_a_checkpoint_that_is_missing_has_the_reason_in_its_row(hub_cache: Path)
 
 @pytest.mark.long
 def test_logits_that_differ_are_an_error(hub_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A checkpoint whose head the stock model would tie, although the file has another one."""
+    """A checkpoint whose head the stock model would tie, although the file has a different head."""
     monkeypatch.syspath_prepend(SCRIPT.parent)
     import published
 

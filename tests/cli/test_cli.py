@@ -74,7 +74,7 @@ def test_with_json_an_error_is_an_object_on_stdout(words: list[str], kind: str, 
 def test_json_errors_keep_their_exit_code_if_stdout_is_closed() -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    env = {**os.environ, "PYTHONUNBUFFERED": ""}  # what is buffered would be written again at the end
+    env = {**os.environ, "PYTHONUNBUFFERED": ""}  # buffered output would be written again at the end
     for command, code in (["trian", "--json"], 2), (["train", "--fp16", "--json"], 2), (["schema"], 1):
         done = subprocess.run(
             [sys.executable, "-m", "t5tune", *command], stdout=writer, stderr=subprocess.PIPE, text=True, env=env

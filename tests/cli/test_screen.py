@@ -20,7 +20,7 @@ BAR = re.compile("[━╸╺]+")
 
 
 class Display:
-    """A Screen with a clock of its own, and what is to be seen of it."""
+    """A Screen with its own clock, and the text that it shows."""
 
     def __init__(self, width: int = 80, is_terminal: bool = True) -> None:
         self.drawn, self.width, self.seconds = io.StringIO(), width, 0.0
@@ -37,13 +37,13 @@ class Display:
         self.screen(event)
 
     def read(self) -> list[str]:
-        """The lines to be seen now, while there are bars."""
+        """Return the visible lines while there are bars."""
         assert self.screen._progress is not None
         self.screen._progress.refresh()
         return self.read_end()
 
     def read_end(self) -> list[str]:
-        """The lines, the bars of different lengths shortened to one character, and without the spinner."""
+        """Return the visible lines, with bars shortened to one character, and without the spinner."""
         lines = read_screen(self.drawn.getvalue(), self.width)
         return [BAR.sub("━", re.sub("^[⠀-⣿] ", "  ", line)) for line in lines]
 

@@ -43,7 +43,7 @@ def copy_run(trained: Path, folder: Path, losses: list[float | None] | None = No
 
 @pytest.fixture(scope="module")
 def runs(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs of two ranks and three seeds, of which the last has no evaluation at its best step's rank."""
+    """Runs with two LoRA ranks and three seeds."""
     folder = tmp_path_factory.mktemp("sweep")
     for rank, seed, losses in [
         (4, 1, [3.0, 2.0, 2.5]),
@@ -52,7 +52,7 @@ def runs(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (8, 1, [1.0, 1.5, None]),
     ]:
         copy_run(trained, folder / f"r{rank}-s{seed}", losses, lora_r=rank, seed=seed)
-    (folder / "notes").mkdir()  # a pattern also finds what isn't a run
+    (folder / "notes").mkdir()  # a pattern also finds folders that aren't runs
     return folder
 
 

@@ -74,7 +74,7 @@ def test_a_group_of_gpus_has_a_cpu_backend() -> None:
 def test_nccl_gets_the_gpu_and_a_longer_timeout(
     show_gpus: Callable[[int], list[torch.device]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Without the GPU, NCCL would guess it from the rank. It aborts a rank that waits, which the watch is to do."""
+    """Without the GPU, NCCL would guess it from the rank. Its timeout is longer than the rank watch's."""
     show_gpus(2)
     for name, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
@@ -141,7 +141,7 @@ def test_all_ranks_start_or_all_of_them_stop() -> None:
     assert meet(make_stop(), make_stop(signal.SIGTERM), size=3) == [by_other, by_signal]
     store = dist.HashStore()
     assert meet(make_stop(), make_stop(), store=store) == ["started"] * 2
-    # a signal that comes when the others have started: training stops at it, together with them
+    # a signal after the other ranks have started: training handles it on all ranks
     assert meet(make_stop(signal.SIGTERM), store=store) == ["started"]
 
 
@@ -189,7 +189,7 @@ def test_a_missing_network_interface_is_an_error_with_advice(tmp_path: Path, mon
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [[0], [1], [1, 0]])
 def test_a_waiting_rank_says_so_and_stops_at_a_signal(ranks: list[int], tmp_path: Path) -> None:
-    """Rank 0 waits for all, rank 1 for rank 0, and if that is there, both of them for rank 2."""
+    """Rank 0 waits for all ranks, and rank 1 for rank 0. If both are there, they wait for rank 2."""
     place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(find_free_port())}
     with ExitStack() as stack:
         command, started = [sys.executable, "-c", JOINING], []

@@ -18,7 +18,7 @@ from tests.support.train_runs import make_settings
 
 
 class Exited(BaseException):
-    """In place of the end of the process."""
+    """Raised in place of ending the process."""
 
 
 @pytest.fixture(autouse=True)

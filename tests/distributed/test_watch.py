@@ -55,7 +55,7 @@ def test_a_rank_whose_main_thread_hangs_is_named(tmp_path: Path) -> None:
 
 
 def compare_often(watch: RankWatch, *ranks: tuple[int, int], times: int = 3 * POLLS) -> list[str | None]:
-    """Let the watch poll this often: each rank's own looks move by its first number, its batches don't."""
+    """Let the watch poll this often. Each rank is (growth of its poll counter per poll, its batch counter)."""
     return [watch.compare([(poll * moves, batches) for moves, batches in ranks]) for poll in range(1, times + 1)]
 
 

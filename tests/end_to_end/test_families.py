@@ -58,7 +58,7 @@ pytestmark = pytest.mark.slow
 ANSWERS = ["a line,\nand {another}", "two teas", "naïve"]
 CPU = torch.device("cpu")
 KEYS = [key for key, family in FAMILIES.items() if issubclass(family.architecture, T5)]
-# one key of FAMILIES for each architecture: others of the same differ only in the tokenizer and the number of rows
+# one key for each architecture: families that share it differ only in the tokenizer and the number of rows
 ARCHITECTURES = {(FAMILIES[key].model_type, FAMILIES[key].feed_forward, FAMILIES[key].tied): key for key in KEYS}
 
 

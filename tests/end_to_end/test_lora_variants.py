@@ -115,7 +115,7 @@ def test_int8_is_quantized_from_values_on_the_cpu(untied_base: Path, monkeypatch
 
     monkeypatch.setattr(Int8Params, "to", to)
     quantisation = QuantizationSettings(q_lora=True, quant_type="int8")
-    elsewhere = torch.device("meta")  # stands in for a GPU
+    elsewhere = torch.device("meta")  # a substitute for a GPU
     model = load_base(untied_base, torch.bfloat16, elsewhere, quantisation)
     layers = [module for module in model.modules() if type(module).__name__ == "Linear8bitLt"]
     assert came_from == [("cpu", "meta")] * len(layers)

@@ -49,7 +49,7 @@ def run(
 
 
 def test_only_batches_that_do_not_fit_into_memory_are_halved() -> None:
-    """Memory for 3 examples of the longest batches. What costs as much as one that failed isn't tried again."""
+    """Memory suffices for 3 of the longest examples. A batch as large as one that failed isn't tried."""
     batches = Batches(
         [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]], [Lengths(9, 1)] * 8 + [Lengths(1, 1)] * 4, count_tokens
     )
@@ -133,7 +133,7 @@ FAILURE = "OutOfMemory out of memory: losses: one example of 1 source and 1 targ
 )
 @pytest.mark.variants("sharded", "stop", "fail")
 def test_ranks_take_batches_in_turn_and_end_together(what: str, result: str, ranks: list[str], tmp_path: Path) -> None:
-    """Each rank measures as many batches as the others, the last one again if there is none of its own."""
+    """All ranks measure the same number of batches; a rank without a batch repeats the last batch."""
     running = start_two_ranks(JOINED + MEASURING.replace("WHAT", repr(what)), tmp_path)
     with running[0], running[1]:
         assert [rank.wait() for rank in running] == [0, 0], running[1].log.read_text()

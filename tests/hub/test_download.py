@@ -138,7 +138,7 @@ def test_a_file_is_requested_again_after_a_server_error(kind: str, status: int, 
     hub.failing = {FILES[kind]: [status, status]}
     assert read(kind, tmp_path, events) == b"1"
     assert not [event for event in events if isinstance(event, Note)]
-    # a file that keeps failing: the commit before, and again so once the Hub can't be reached
+    # a file keeps failing: the earlier commit is used, and also when the Hub can't be reached
     add(hub, kind, 2)
     hub.failing = {FILES[kind]: [status] * 20}
     assert read(kind, tmp_path, events) == b"1"

@@ -163,7 +163,7 @@ def test_ctranslate2_serves_a_merge_into_the_trained_weights(run: Path, tmp_path
         served, notes = ask_server({"run": run}, tmp_path, engine="ctranslate2")
         assert served["run"] == ask_chat(run)
         assert "run: its adapter is merged into the fp4 weights of training" in notes
-    # what it was converted into isn't taken for the other weights
+    # the conversion with quantized weights isn't used for the unquantized weights
     served, notes = ask_server({"run": run}, tmp_path, engine="ctranslate2", q_lora=False)
     assert served["run"] == ask_chat(run, q_lora=False)
     assert not [note for note in notes if "of training" in note]

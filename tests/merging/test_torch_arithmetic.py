@@ -27,7 +27,7 @@ def test_the_product_equals_that_of_torch(
 
 @pytest.mark.parametrize("shape", [(1, 4, 7), (3, 16, 512), (64, 8, 5)])
 def test_a_product_of_tiny_matrices_is_within_rounding_of_torchs(shape: tuple[int, int, int]) -> None:
-    """On AMD processors, MKL sums in another order with fewer than 4 rows or about 15 columns."""
+    """On AMD processors, MKL sums in a different order with fewer than 4 rows or about 15 columns."""
     b, a, expected = make_product(*shape)
     np.testing.assert_allclose(compute_low_rank_product(b, a), expected, rtol=1e-5, atol=1e-6)
 

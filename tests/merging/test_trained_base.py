@@ -1,4 +1,4 @@
-"""Merging into the weights that an adapter was trained on, or into others."""
+"""Merging into the weights that an adapter was trained on, or into different weights."""
 
 from pathlib import Path
 from typing import Any
@@ -89,10 +89,11 @@ def test_adapters_of_different_dtypes_are_summed_with_a_note(
     assert any(text == f"adapter: trained in different dtypes: {fp32} in fp32 and {bf16} in bf16" for text in notes)
 
 
-@pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied")  # of PEFT, and they never were
+# PEFT's warning; they never were tied
+@pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied")
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "int8", None])
 def test_merge_takes_the_weights_of_training_bit_by_bit(kind: str | None, untied_base: Path, tmp_path: Path) -> None:
-    """As with the flag, and as PEFT merges into what bitsandbytes dequantizes."""
+    """The result equals a merge with --onto, and PEFT's merge into the weights that bitsandbytes dequantizes."""
     adapter = make_stock_adapter(untied_base, tmp_path / "adapter")
     add_base_metadata(untied_base, adapter, bf16=False, compute="float32", **({} if kind is None else {"onto": kind}))
     notes = Notes()
@@ -112,7 +113,7 @@ def test_merge_takes_the_weights_of_training_bit_by_bit(kind: str | None, untied
 
 
 def dequantize(model: Any, kind: str) -> None:
-    """Quantize each linear layer of the blocks with bitsandbytes, and put what it dequantizes in place."""
+    """Replace the weight of each linear layer of the blocks: bitsandbytes quantizes and dequantizes it."""
     from bitsandbytes import functional
     from bitsandbytes.nn import Int8Params
 

@@ -1,4 +1,4 @@
-"""What an estimate of an evaluation follows from."""
+"""The inputs of an estimate of an evaluation's memory."""
 
 from pathlib import Path
 

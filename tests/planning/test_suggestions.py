@@ -68,7 +68,7 @@ class KnownMemory:
     ("constant", "each", "expected", "estimated"),
     [
         (0, 100, (32, 3400), [1, 2, 4]),
-        (900, 100, (32, 3400), [1, 2, 4, 8, 16, 32]),  # what is gathered takes more than up to 7 examples
+        (900, 100, (32, 3400), [1, 2, 4, 8, 16, 32]),  # gathered weights take more memory than 7 examples
         (0, 3000, (1, 3200), [1, 2]),
         (0, 5000, None, [1]),
         (1000, 1, (64, 1000), [1, 2, 4, 8, 16, 32, 64]),

@@ -103,7 +103,7 @@ def test_other_data_and_another_base_are_refused_by_their_hashes(
 
 
 def test_a_run_resumes_with_the_files_of_its_cache(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
-    """prepare stores its seed in the cache, train another: it must not matter where nothing is held out."""
+    """The cache has prepare's seed, and the run a different seed. This must not matter if nothing is held out."""
     cache, run = tmp_path / "cache", tmp_path / "run"
     prepare(PrepareSettings(model_name_or_path=str(untied_base), data_path=str(conversations), output_dir=cache))
     with pytest.raises(Stopped):
@@ -168,7 +168,8 @@ def test_the_suggested_flag_starts_a_new_run_from_the_weights(
     assert suggested is not None
     kept = {"--model-name-or-path": untied_base, "--learning-rate": 0, "--output-dir": tmp_path / "new"}
     flags = kept | {"--data-path": conversations, "--train-mode": train_mode, suggested[1]: suggested[2]}
-    command = (*chain(*flags.items()), "--max-steps", 1, "--report-samples", 0, "--use-cpu")  # a rate of 0 keeps them
+    # the learning rate of 0 keeps the weights
+    command = (*chain(*flags.items()), "--max-steps", 1, "--report-samples", 0, "--use-cpu")
     done = on_ranks(1, "train", *command)
     assert done.code == 0, done.stderr
     file = "adapter_model.safetensors" if train_mode == "lora" else "model.safetensors"
@@ -336,7 +337,7 @@ def test_a_different_batch_is_refused_with_the_equalizing_setting(
 
 
 def test_a_changed_tokens_per_batch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step would get other examples."""
+    """A step would get different examples."""
     then = {"world_size": 2, "deepspeed_stage": None, "training_args": {}}
     then |= {"tokens_per_batch": 600, "batch_tokens": 1200}
     monkeypatch.setattr(resume_guard, "read_run_identity", lambda _: then)

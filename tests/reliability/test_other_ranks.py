@@ -1,4 +1,4 @@
-"""A run resumes with another number of processes: the same examples in each step, and nearly the same weights."""
+"""A run resumes with a different number of processes: the same examples in each step, and nearly the same weights."""
 
 import json
 import shutil

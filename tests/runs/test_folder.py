@@ -72,7 +72,7 @@ def test_other_held_out_examples_are_not_called_other_data(
 
 
 def test_other_epochs_may_not_move_the_beginnings_of_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As of mixtures with tokens_per_batch, whose epochs have as many steps as the longest of them."""
+    """In mixtures with tokens_per_batch, all epochs have as many steps as the longest epoch."""
     then = IDENTITY | {"num_train_epochs": 3, "max_steps": None, "mixing": {"a": 3}, "tokens_per_batch": 64}
     then |= {"batch_tokens": 64, "steps_per_epoch": 10}
     monkeypatch.setattr(resume_guard, "read_run_identity", lambda _: then)

@@ -1,4 +1,4 @@
-"""Ranks that would train something else than rank 0 are refused, with what differs."""
+"""Ranks that would train differently from rank 0 are refused, with the differences."""
 
 import json
 import os

@@ -220,7 +220,7 @@ def test_a_batch_without_memory_is_halved_and_loses_no_token(make: Make) -> None
     engine.batches.clear()
     submit(batcher, *(again := [Asked(engine, 10 * number) for number in range(1, 6)]))
     assert all(len(one.wait()) == 4 for one in again)
-    assert max(map(len, engine.batches)) <= 2  # what didn't fit isn't tried again
+    assert max(map(len, engine.batches)) <= 2  # a batch that didn't fit isn't tried again
 
 
 def test_an_error_ends_only_the_replies_of_its_batch(make: Make) -> None:
@@ -250,7 +250,7 @@ def test_a_gpu_that_has_failed_is_not_tried_again(make: Make) -> None:
     for one in asked:
         one.wait()
         assert isinstance(one.generation.ended, DeviceLost)
-    assert len(engine.batches) == 1  # the ninth has waited
+    assert len(engine.batches) == 1  # the ninth request waited
     assert batcher.failure == (
         "the GPU has failed: CUDA error: an illegal memory access was encountered; restart the server"
     )
@@ -296,7 +296,7 @@ def test_an_engine_computes_at_most_max_batches_at_once(make: Make) -> None:
         submit(batcher, one)
     assert single.entered.acquire(timeout=LONG_WAIT)
     assert double.entered.acquire(timeout=LONG_WAIT)
-    assert (single.batches, double.batches) == ([[10]], [[30]])  # the second one of `single` has let `double` go first
+    assert (single.batches, double.batches) == ([[10]], [[30]])  # the second reply of `single` waits for `double`
     double.gate.set()
     assert asked[2].wait()
     assert asked[3].wait()

@@ -39,7 +39,7 @@ def wait_for_replies(page: Page, count: int) -> None:
 
 
 def list_problems(browser: Browser) -> list[Any]:
-    """List the exceptions, and the warnings and errors of the log. It has others, too: autofocus came too late."""
+    """List the exceptions, and the log's warnings and errors. The log also has harmless notes about autofocus."""
     found = [event["params"] for event in browser.events if event["method"] == "Runtime.exceptionThrown"]
     entries = [event["params"]["entry"] for event in browser.events if event["method"] == "Log.entryAdded"]
     return found + [entry for entry in entries if entry["level"] in ("warning", "error")]

@@ -43,7 +43,7 @@ def test_no_flag_suggests_a_different_flag() -> None:
     advised = " ".join(ADVICE).split()
     others = " ".join(NAMES_IN_OTHER_TOOLS.values()).split()
     assert len(advised) == len({*advised})
-    # a command that has the setting of such a name suggests that, so the sentence must be about another command's
+    # a command with a matching setting suggests this setting; the advice is for commands without it
     both = [text for names, text in ADVICE.items() if {*names.split()} & {*others}]
     assert all("{" in text for text in both)
     assert not {*advised} & list_flags(TrainSettings)

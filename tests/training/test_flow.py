@@ -98,7 +98,7 @@ def test_a_step_is_logged_then_saved_then_evaluated(
 def test_a_new_rank_derives_its_random_state(
     untied_base: Path, conversations: Path, tmp_path: Path, on_ranks: OnRanks
 ) -> None:
-    """Otherwise it would draw again what it has drawn from the run's first step on, and all ranks the same."""
+    """Otherwise the rank would repeat the random numbers of the run's first steps, as would all ranks."""
     values: dict[str, Any] = {"seed": 5, "save_steps": 2, "max_steps": 4}
     settings = make_settings(untied_base, conversations, tmp_path / "run", **values, gradient_accumulation_steps=2)
     given = settings.model_dump(exclude_unset=True, mode="json") | {"gradient_accumulation_steps": 1}

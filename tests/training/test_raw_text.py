@@ -1,4 +1,4 @@
-"""Training on raw text: other spans are masked in each epoch, exactly resumed, and scored as by evaluate."""
+"""Training on raw text: each epoch masks different spans, resuming is exact, and scores equal evaluate's."""
 
 import json
 import shutil

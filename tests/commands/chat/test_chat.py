@@ -187,7 +187,7 @@ def test_earlier_messages_are_ignored_after_training_on_single_pairs(kind: str, 
     assert alone.reply == in_context.reply
     assert alone.source_tokens == in_context.source_tokens
     assert chatter.with_history(True).reply(turns).source_tokens > alone.source_tokens
-    # the prefix of training is added, unless the message has it already or the settings name another
+    # the prefix of training is added, unless the message has it already or the settings name a different prefix
     assert chatter.reply([Turn("human", f"shorten: {PROMPT}")]).source_tokens == alone.source_tokens
     bare = Chatter.load(settings(pair_run[kind], source_prefix=""))
     assert bare.reply(turns[-1:]).source_tokens < alone.source_tokens

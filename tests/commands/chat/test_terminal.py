@@ -97,7 +97,7 @@ def test_a_terminal_has_editing_keys_and_input_history(made: dict[str, Path], tm
             shown += os.read(ours, 4096)
         shown = b""
         os.write(ours, line.encode())
-    with contextlib.suppress(OSError):  # how a closed terminal reports its end
+    with contextlib.suppress(OSError):  # reading a closed terminal raises it
         while os.read(ours, 4096):
             pass
     assert chatting.wait(60) == 0
@@ -168,7 +168,7 @@ def test_a_signal_ends_the_chat_and_restores_the_terminal(
         assert termios.tcgetattr(theirs) == before
     os.close(theirs)
     shown = b""
-    with contextlib.suppress(OSError):  # how a closed terminal reports its end
+    with contextlib.suppress(OSError):  # reading a closed terminal raises it
         while chunk := os.read(ours, 4096):
             shown += chunk
     os.close(ours)

@@ -1,4 +1,4 @@
-"""TODO"""
+"""A token cache, and a run on it, that tests of evaluate share."""
 
 from pathlib import Path
 

@@ -176,7 +176,7 @@ def test_a_resumed_run_ignores_evaluations_of_different_held_out_examples(
 
 
 def make_second_evaluation_fail(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Make the second evaluation in this process run out of memory. Return the list of each one's example counts."""
+    """Make the second evaluation in this process run out of memory. Return a list that gets the example counts."""
     from t5tune.training import objectives
 
     calls: list[int] = []

@@ -221,7 +221,7 @@ def test_a_smaller_improvement_than_the_threshold_does_not_count(
 def test_an_unchanged_metric_stops_training_although_the_loss_falls(
     untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
-    """Of equal checkpoints the one with the lower loss is kept."""
+    """If checkpoints have the same metric, the checkpoint with the lowest loss is kept."""
     function = write_function(tmp_path / "same.py", "def f(p, r): return {'same_score': 100}")
     changes: dict[str, Any] = {
         "metric": f"{function}:f", "metric_for_best_model": "same_score", "max_steps": 9, "eval_steps": 1,
@@ -231,7 +231,7 @@ def test_an_unchanged_metric_stops_training_although_the_loss_falls(
     result = train(make_short_settings(untied_base, conversations, tmp_path / "run", **changes), events.append)
     evaluated = [event for event in events if isinstance(event, Evaluated)]
     assert evaluated[0].values["loss"] > evaluated[1].values["loss"] > evaluated[2].values["loss"]
-    assert [event.is_best for event in evaluated] == [True, True, True]  # it is step 3 whose adapter is kept
+    assert [event.is_best for event in evaluated] == [True, True, True]  # step 3's adapter is kept
     best = "step 3 (100, equal but with a lower loss)"
     assert result.stopped_early == f"at step 3: same score no better for 2 evaluations; best: {best}"
     assert Note("the adapter is from the best step, 3: same score 100") in events

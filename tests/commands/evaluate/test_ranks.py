@@ -46,7 +46,7 @@ def make_arguments(run: Path, data: Path, output: Path, *more: Any) -> tuple[Any
 
 
 def read_json(done: CommandResult) -> dict[str, Any]:
-    """Read the result, without what says when and where."""
+    """Read the result, without its times and paths."""
     return {name: value for name, value in done.json.items() if name not in ("predictions", "seconds")}
 
 
@@ -85,7 +85,7 @@ def test_a_partitioned_model_gives_the_same_result(
 
 
 def fail_in_generation(what: str, rank: int | None = None) -> None:
-    """Let a rank, or each, hang or end itself before it generates predictions."""
+    """Let one rank, or every rank, hang or end before it generates predictions."""
     from t5tune.commands import evaluate as command
 
     generate = command.generate_predictions
@@ -122,7 +122,9 @@ def test_a_signal_stops_all_ranks_with_its_exit_code(
 ) -> None:
     done = on_ranks(2, *make_arguments(run, data, tmp_path / "scores"), calls=[f"{CALL}('{number}')"])
     assert done.code == code
-    assert done.stderr.splitlines().count(f"stopped{by} before the evaluation was complete") == 1  # rank 0 says it
+    assert (
+        done.stderr.splitlines().count(f"stopped{by} before the evaluation was complete") == 1
+    )  # only rank 0 reports it
     assert not (tmp_path / "scores").exists()
 
 

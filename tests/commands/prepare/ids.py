@@ -85,6 +85,6 @@ def fastchat_ids(plain: Any, text: str) -> list[int]:
 
 
 def join_sides(example: Example, answer: str, cache: Cache, tokenizer: Any) -> list[int]:
-    """Concatenate source and target, with the token of the space between them, which none has before an added token."""
+    """Concatenate source and target. Before an added token, the space between them is a separate token."""
     space = [tokenizer.convert_tokens_to_ids("▁")] if answer.startswith(tuple(cache.added_tokens)) else []
     return [*example.source_S[:-1], *space, *example.target_T[:-1]]

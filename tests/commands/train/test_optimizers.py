@@ -37,7 +37,7 @@ def test_an_optimizer_whose_package_or_argument_is_missing_is_named(
 def test_an_optimizer_without_weight_decay_trains(
     untied_base: Path, conversations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As LOMO's and those of layer-wise GaLore, whose packages the tests don't have, the groups of Rprop have none."""
+    """Rprop has no weight decay, like LOMO and layer-wise GaLore, whose packages the tests don't have."""
 
     def choose(_args: Any, model: torch.nn.Module) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
         return torch.optim.Rprop, {"params": [value for value in model.parameters() if value.requires_grad]}

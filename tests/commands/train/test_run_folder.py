@@ -72,7 +72,7 @@ def test_a_launchers_restart_resumes_the_run_of_fresh(
     monkeypatch.setenv(variable, "0")
     assert train(settings).resumed_from is None
     assert (tmp_path / "run.1" / "result.json").is_file()
-    if job is not None:  # another job, which was restarted before it came to begin the run
+    if job is not None:  # a different job, which was restarted before it began the run
         monkeypatch.setenv(variable, "1")
         monkeypatch.setenv(job, "8")
         assert train(settings).resumed_from is None

@@ -1,4 +1,4 @@
-"""The runs of a sweep are ordinary runs: each has the bits of a run of its own, whatever stops the sweep."""
+"""The runs of a sweep are ordinary runs: each has the bits of a separate run, whatever stops the sweep."""
 
 import json
 import signal

@@ -1,6 +1,6 @@
 """Reading data files of any content: which records are accepted, which are rejected, why, and at which location.
 
-The accepted and the rejected records are always all of them.
+Every record is either accepted or rejected.
 """
 
 import gzip

@@ -1,4 +1,4 @@
-"""Encodings of text files: found, given, or asked for; and no record is lost by one."""
+"""Encodings of text files: they are detected, given or asked for, and none loses a record."""
 
 import codecs
 import json

@@ -98,7 +98,7 @@ def test_ul2_has_seven_denoisers_that_are_equally_likely() -> None:
     expected = {(0.15, 3.0), (0.15, 8.0), (0.5, 3.0), (0.5, 8.0), (0.15, 60.0), (0.5, 67.0)}
     assert {key for key, count in counted.items() if count > 8000} == expected
     assert all(abs(counted[key] - 10_000) < 400 for key in expected)
-    suffixes = masked[spans == 1]  # 60 tokens in spans of 64, too, are one span
+    suffixes = masked[spans == 1]  # a denoiser whose mean span of 64 exceeds the 60 masked tokens also gives one span
     suffixes = suffixes[suffixes != 60]
     assert (suffixes.min(), suffixes.max()) == (1, 200)  # a quarter of the text on average
     assert abs(suffixes.mean() - 100) < 2

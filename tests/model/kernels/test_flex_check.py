@@ -123,7 +123,7 @@ def test_a_kernel_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch, mistak
 @pytest.mark.parametrize("mistake", ["fails", "bias"])
 @pytest.mark.variants("bias")
 def test_the_kernel_of_a_teacher_is_compared_too(monkeypatch: pytest.MonkeyPatch, mistake: str) -> None:
-    """With its own heads, and only forward."""
+    """The teacher has different heads, and only a forward pass."""
     wrong, message = MISTAKES[mistake]
     teacher = AttentionShape(num_heads=3, head_width=32, max_distance=64, dropout=0.0, is_trained=False)
     with_gradients: list[bool] = []

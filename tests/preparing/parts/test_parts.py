@@ -82,7 +82,7 @@ TABLES = ("tokens.bin", "conversations.bin", "examples.bin")
 def test_parts_are_joined_to_the_bytes_of_one_process(
     corpus: Path, tmp_path: Path, values: dict[str, Any], counts: tuple[int, ...]
 ) -> None:
-    """What is said about duplicates and about records that num_data leaves out may differ."""
+    """Counts and lists of duplicates, and of records that num_data leaves out, may differ."""
     values = {**values, "max_record_bytes": MAX_RECORD_BYTES}
     one = prepare(make_settings(corpus, tmp_path / "one", **values))
     expected = bytes_of(tmp_path / "one")

@@ -1,4 +1,4 @@
-"""Which examples report.html shows the predictions of, and what these are."""
+"""The sample predictions of report.html: which examples are chosen, and their predictions."""
 
 import json
 import math

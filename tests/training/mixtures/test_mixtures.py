@@ -31,7 +31,7 @@ pytestmark = pytest.mark.slow
 
 
 def count_by_dataset(steps: dict[int, list[list[int]]], tokenizer_folder: Path) -> Counter[str]:
-    """Count what was trained on by the first word of each target."""
+    """Count the trained examples by the first word of each target."""
     tokenizer = load_tokenizer(tokenizer_folder)
     texts = [tokenizer.decode(row) for rows in steps.values() for row in rows]
     return Counter(text.split()[0] for text in texts)
@@ -216,7 +216,7 @@ def test_the_result_the_card_and_the_report_name_the_datasets(trained: tuple[Tra
     report = (result.run / "report.html").read_text()
     for cell in ("<td>notes</td><td>12</td><td>25.0%</td><td>17</td><td>1.42</td>", "Held-out loss by dataset"):
         assert cell in report
-    assert "&quot;notes.csv" not in report  # the command is complete: what has no flag follows as YAML
+    assert "&quot;notes.csv" not in report  # the command is complete: settings without a flag follow as YAML
     assert "# and in YAML, given with --config: data: [{" in report
     notes = [event.text for event in events if isinstance(event, Note)]
     expected = "sums 50.0% (34 of 40 examples), notes 25.0% (17 of 12 examples), chats 25.0% (17 of 16 examples)"
