@@ -59,16 +59,14 @@ def render_labels(dataset: str, table: LabelTable) -> Group:
     return Group(grid, Text(rest + describe_labels(table)))
 
 
-def render_comparison(result: "Comparison") -> RenderableType:
+def render_comparison(result: "Comparison") -> Text:
+    """Render the table as plain lines: Rich would squeeze the columns of a table that is wider than the terminal."""
     from t5tune.commands.compare import format_table
 
     header, rows = format_table(result.rows)
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in header:
-        table.add_column(name, no_wrap=name not in ("run", "seed"))
-    for row in rows:
-        table.add_row(*row)
-    return table
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = ("  ".join(map(str.ljust, cells, widths)).rstrip() for cells in (header, *rows))
+    return Text("\n".join(lines))
 
 
 def _render_plan(result: "Plan") -> Iterator[RenderableType]:
