@@ -88,8 +88,8 @@ def prefix_metric(dataset: str, name: str) -> str:
 
 
 def is_better_low(name: str) -> bool:
-    """Whether a lower value of a metric is better. The name may begin with a dataset's: chats_loss."""
-    return name.endswith(LOWER_IS_BETTER)
+    """Whether a lower value of a metric is better. The name may begin with a dataset's or `evaluate`: chats_loss."""
+    return any(name == low or name.endswith((f"_{low}", f" {low}")) for low in LOWER_IS_BETTER)
 
 
 def split_by_dataset(

@@ -76,7 +76,7 @@ def compare(settings: CompareSettings, report: Report = silent) -> Comparison:
     _check_same_task(runs, report)
     rows = _group_by_seed(runs)
     if (sorted_by := _choose_metric(settings.sort_by, runs)) is not None:
-        sign = 1 if is_better_low(sorted_by) else -1
+        sign = 1 if is_better_low(sorted_by) or sorted_by in ("best_step", *TITLES) else -1
         rows.sort(key=lambda row: sign * fmean(row.values[sorted_by]) if sorted_by in row.values else math.inf)
     if settings.csv is not None:
         write_file(settings.csv, [_format_csv(rows).encode()])
@@ -157,8 +157,10 @@ def _read_runs(patterns: Sequence[Path], report: Report) -> list[ComparedRow]:
     inside = [path.parent for folder in folders for path in sorted(folder.glob(f"*/{SCORES_FILE}"))]
     for folder in (folder for folder in dict.fromkeys([*found, *inside]) if (folder / SCORES_FILE).is_file()):
         scores = read_json_object(folder, SCORES_FILE)
-        models = [scores.get("settings", {}).get(name) for name in ("adapter", "model_name_or_path")]
-        for run in filter(None, [runs.get(Path(model).resolve()) for model in models if model]):
+        evaluated = scores.get("settings")
+        models = evaluated if isinstance(evaluated, dict) else {}
+        paths = [models.get(name) for name in ("adapter", "model_name_or_path")]
+        for run in filter(None, [runs.get(Path(path).resolve()) for path in paths if isinstance(path, str)]):
             run.values.update({f"evaluate {name}": values for name, values in _select_metrics(scores)})
     return list(runs.values())
 
@@ -190,7 +192,7 @@ def _read_run(folder: Path, report: Report) -> ComparedRow:
         values |= {"seconds": [result.seconds], "peak_memory_bytes": [result.peak_memory_bytes]}
     else:
         step = log[-1]["step"] if log else 0
-        report(Note(f"{folder}: not finished: it is at step {step}; run its command again to finish it", warning=True))
+        report(Note(f"{folder}: not finished: its metrics are those up to step {step}", warning=True))
     return ComparedRow([folder], [settings.get("seed", TrainSettings.model_fields["seed"].default)], settings, values)
 
 
@@ -211,6 +213,7 @@ def _check_same_task(runs: Sequence[ComparedRow], report: Report) -> None:
         for checkpoint in list_checkpoints(folder)[:1]:
             with suppress(CheckpointError):
                 held_out[read_run_identity(checkpoint).get("held_out")] = folder
+    held_out.pop(None, None)  # runs without evaluations
     if len(held_out) > 1:
         problem = f"{' and '.join(map(str, [*held_out.values()][:2]))} have different held-out examples"
         report(Note(f"{problem}, so their metrics can't be compared; use the scores of t5tune evaluate", warning=True))

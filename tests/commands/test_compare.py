@@ -108,7 +108,7 @@ def test_an_unfinished_run_is_compared_with_a_note(trained: Path, tmp_path: Path
     notes = list[Event]()
     (row,) = compare(CompareSettings(runs=[run]), notes.append).rows
     assert "seconds" not in row.values
-    assert notes == [Note(f"{run}: not finished: it is at step 6; run its command again to finish it", warning=True)]
+    assert notes == [Note(f"{run}: not finished: its metrics are those up to step 6", warning=True)]
 
 
 def test_runs_with_other_held_out_examples_are_marked(

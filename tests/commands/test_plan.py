@@ -199,7 +199,7 @@ def test_a_cache_determines_steps_padding_and_the_largest_batch(cache: Path, tmp
 
 @pytest.fixture(scope="module")
 def data_of_runs(conversations: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A cache, a cache of which prepare held out half, and a mixture of a smaller and a larger dataset."""
+    """A cache, a cache with half of its examples held out, and a mixture of a smaller and a larger dataset."""
     folder = tmp_path_factory.mktemp("data")
     common: dict[str, Any] = {"model_name_or_path": "pocket"}
     lines = conversations.read_text().splitlines()

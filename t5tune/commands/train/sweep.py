@@ -26,7 +26,7 @@ from t5tune.commands.train.run_plan import make_run_plan
 from t5tune.distributed.launcher import POLL_SECONDS
 from t5tune.distributed.signals import FORWARDED_SIGNAL, StopRequest, get_exit_code, handle_signals
 from t5tune.distributed.world import World
-from t5tune.errors import SettingsError, Stopped
+from t5tune.errors import SettingsError, Stopped, T5TuneError
 from t5tune.formatting import format_count
 from t5tune.io.processes import count_cores, die_with_parent, make_module_command
 from t5tune.io.yaml_file import MAX_SETTINGS_BYTES, read_yaml
@@ -37,7 +37,8 @@ from t5tune.runs.checks import check_plan
 from t5tune.runs.folder import RunFolder
 from t5tune.runs.metrics_log import read_metrics
 from t5tune.runs.plan import EXAMPLE_SETTINGS
-from t5tune.settings import CompareSettings, TrainSettings, write_settings
+from t5tune.runs.resume_guard import check_finished_run
+from t5tune.settings import CompareSettings, TrainSettings, load_settings, write_settings
 from t5tune.settings.loading import VARIABLE_PREFIX
 from t5tune.settings.sweep import expand_sweep, name_run
 
@@ -45,6 +46,10 @@ DATA_FOLDER = "data"
 MIN_FINISHED = 5  # before a run is stopped by the median, as in Optuna's MedianPruner
 # settings of the whole sweep, which a run doesn't get
 OF_SWEEP = ("sweep", "jobs", "max_runs", "median_stopping")
+NOT_IN_SWEEPS = {
+    "fresh": "choose a new output_dir, or delete the folders of the runs to repeat",
+    "push_to_hub": "upload the best run afterward: t5tune push RUN owner/name",
+}
 MODEL_SETTINGS = {"model_name_or_path", "revision", "family", "adapter"}  # they determine the tokens
 
 
@@ -94,13 +99,21 @@ def sweep(settings: TrainSettings, report: Report = silent, shows_runs: bool = F
     runs = make_runs(settings)
     variables = _divide_devices(settings)
     report(Note(f"sweep: {format_count(len(runs), 'run')} in {settings.output_dir}"))
-    with handle_signals(report, saves_checkpoints=True) as stop, tempfile.TemporaryDirectory("t5tune-sweep") as scratch:
+    with handle_signals(report, saves_checkpoints=True) as stop, tempfile.TemporaryDirectory() as scratch:
         state = _Sweep(settings, runs, variables, Path(scratch), shows_runs and settings.jobs == 1, report)
         state.train_all(stop)
     finished = [name for name in runs if RunFolder(runs[name].output_dir).is_finished]
     folders = [runs[name].output_dir for name in [*finished, *state.stopped]]
-    comparison = compare(CompareSettings(runs=folders), report) if folders else None
-    return SweepResult(settings.output_dir, finished, state.stopped, state.failed, comparison)
+    return SweepResult(settings.output_dir, finished, state.stopped, state.failed, _compare(folders, report))
+
+
+def _compare(folders: list[Path], report: Report) -> Comparison | None:
+    """Compare the runs, unless they can't be compared, such as runs of different objectives."""
+    try:
+        return compare(CompareSettings(runs=folders), report) if folders else None
+    except T5TuneError as error:
+        report(Note(f"the runs can't be compared: {error}", warning=True))
+        return None
 
 
 def make_runs(settings: TrainSettings) -> dict[str, TrainSettings]:
@@ -111,18 +124,25 @@ def make_runs(settings: TrainSettings) -> dict[str, TrainSettings]:
     """
     if World.from_environment().launched:
         raise SettingsError("sweep: it starts its own processes", hint="run t5tune train without torchrun or srun")
+    for name, advice in NOT_IN_SWEEPS.items():
+        if getattr(settings, name):
+            raise SettingsError(f"{name}: can't be combined with sweep", hint=advice)
     base = settings.replace(**{name: TrainSettings.model_fields[name].default for name in OF_SWEEP})
     runs: dict[str, TrainSettings] = {}
     problems: dict[str, str] = {}  # the first run that has it
+    hint: str | None = None
     for name, changes in expand_sweep(_read_sweep(settings.sweep), settings.seed, settings.max_runs).items():
         places = {"output_dir": settings.output_dir / name, "preprocessed_path": _find_data(settings, changes)}
         try:
             runs[name] = base.replace(**changes, **places)
-            check_plan(make_run_plan(runs[name]), imports_metrics=False)
+            check_plan(plan := make_run_plan(runs[name]), imports_metrics=False)
+            if (folder := RunFolder(plan.folder)).is_finished:  # otherwise its process compares them
+                check_finished_run(folder.path, load_settings(TrainSettings, str(folder.settings))[0], plan.given)
         except SettingsError as error:
+            hint = NOT_IN_SWEEPS["fresh"] if error.choices else error.hint or hint
             problems |= {problem: name for problem in error.problems if problem not in problems}
     if problems:
-        raise SettingsError(*(f"sweep: {name}: {problem}" for problem, name in problems.items()))
+        raise SettingsError(*(f"sweep: {name}: {problem}" for problem, name in problems.items()), hint=hint)
     if settings.median_stopping and not all(_evaluates(run) for run in runs.values()):
         raise SettingsError("median_stopping: without evaluations", hint="set eval_fraction or eval_data_path")
     return runs
@@ -163,7 +183,8 @@ def _divide_devices(settings: TrainSettings) -> list[dict[str, str]]:
 
     count, each = torch.cuda.device_count(), settings.num_gpus or 1
     if settings.use_cpu or settings.num_processes or count == 0:
-        return [{"OMP_NUM_THREADS": str(max(1, count_cores() // settings.jobs))}] * settings.jobs
+        threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, count_cores() // settings.jobs))
+        return [{"OMP_NUM_THREADS": threads}] * settings.jobs
     if settings.jobs * each > count:
         problem = f"jobs: {settings.jobs} runs on {format_count(each, 'GPU')} each, but this machine has {count}"
         raise SettingsError(problem, hint=f"set jobs: {count // each or 1}")
@@ -197,7 +218,7 @@ class _Sweep:
                 for job, run in list(running.items()):
                     if run.process.poll() is not None:
                         self._end(running.pop(job))
-                    elif not run.is_asked and (stop.is_set or self._is_below_median(run.name)):
+                    elif not run.is_asked and (stop.is_set or self._is_worse_than_median(run.name)):
                         run.is_asked, run.is_pruned = True, not stop.is_set
                         run.process.send_signal(FORWARDED_SIGNAL)
         finally:
@@ -222,7 +243,7 @@ class _Sweep:
             if data in preparing and data is not None and not data.exists():
                 continue
             waiting.remove(name)
-            if not self._is_below_median(name):  # True if it was stopped by the median in an earlier call
+            if not self._is_worse_than_median(name):  # True if it was stopped by the median in an earlier call
                 return name
             self.stopped.append(name)
         return None
@@ -254,7 +275,7 @@ class _Sweep:
             self.failed[run.name] = _find_error(run.output, run.process.returncode)
             self.report(Note(f"{run.name}: {self.failed[run.name]}", warning=True))
 
-    def _is_below_median(self, name: str) -> bool:
+    def _is_worse_than_median(self, name: str) -> bool:
         """Whether the best metric of a run is worse than the median of the finished runs' best by the same step.
 
         This is the rule of Vizier (Golovin et al. 2017) and of Optuna's MedianPruner.

@@ -6,14 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
 from t5tune.commands.train import train
 from t5tune.commands.train.sweep import make_runs, sweep
 from t5tune.errors import SettingsError
 from t5tune.progress import Event, Note
 from t5tune.runs.metrics_log import MetricsLog
-from t5tune.settings import TrainSettings
+from t5tune.settings import TrainSettings, write_settings
 from tests.support.processes.command_line import t5tune_in_fork
 from tests.support.processes.runs import Running, list_complete_steps, list_descendants, read_adapter, send_signal
 from tests.support.train_runs import make_settings, write_config
@@ -89,13 +88,13 @@ def test_a_stopped_sweep_goes_on_to_the_same_bits(
     assert {name: read_adapter(folder / name) for name in alone} == alone
 
 
-def write_evaluations(folder: Path, losses: list[float], is_finished: bool) -> None:
+def write_evaluations(run: TrainSettings, losses: list[float], is_finished: bool) -> None:
     """Write a run's metrics as training does, and whether it has finished."""
-    folder.mkdir(parents=True)
+    (folder := run.output_dir).mkdir(parents=True)
     log = MetricsLog(folder)
     for step, loss in enumerate(losses, 1):
         log.write(step, {"eval_loss": loss})
-    (folder / "settings.yaml").write_text(yaml.safe_dump({"output_dir": str(folder)}))
+    write_settings(folder, run)
     if is_finished:
         values = {"run": str(folder), "adapter": str(folder), "steps": 3, "epochs": 1.0, "train_loss": 1.0, "eval": {}}
         values |= dict.fromkeys(
@@ -107,15 +106,16 @@ def write_evaluations(folder: Path, losses: list[float], is_finished: bool) -> N
 
 def test_a_run_worse_than_the_median_is_stopped(settings: TrainSettings) -> None:
     changed = settings.replace(sweep={"lora_r": [1, 2, 3, 4, 5, 6]}, median_stopping=True)
-    names = list(make_runs(changed))
+    names = list(runs := make_runs(changed))
     for number, name in enumerate(names[:5]):
-        write_evaluations(settings.output_dir / name, [2.0 + number, 1.0, 0.5], is_finished=True)
-    write_evaluations(settings.output_dir / names[5], [4.5], is_finished=False)  # the median at step 1 is 4
+        write_evaluations(runs[name], [2.0 + number, 1.0, 0.5], is_finished=True)
+    write_evaluations(runs[names[5]], [4.5], is_finished=False)  # the median at step 1 is 4
     notes = list[Event]()
     result = sweep(changed, notes.append)
     assert result.stopped == ["lora_r=6"]
     assert len(result.finished) == 5
-    assert any(isinstance(note, Note) and "lora_r=6: not finished: it is at step 1" in note.text for note in notes)
+    texts = [note.text for note in notes if isinstance(note, Note)]
+    assert f"{settings.output_dir / names[5]}: not finished: its metrics are those up to step 1" in texts
 
 
 def test_runs_share_data_unless_a_setting_changes_it(settings: TrainSettings) -> None:
@@ -133,6 +133,13 @@ def test_wrong_settings_of_a_run_are_found_before_any_run_starts(settings: Train
         make_runs(changed)
     with pytest.raises(SettingsError, match="sweep: lora_r=0: lora_r: 0: "):
         make_runs(settings.replace(sweep={"lora_r": [2, 0]}))
+
+
+def test_a_finished_run_with_other_settings_is_refused(settings: TrainSettings) -> None:
+    write_evaluations(make_runs(settings)["lora_r=4"], [1.0], is_finished=True)
+    make_runs(settings)
+    with pytest.raises(SettingsError, match="sweep: lora_r=4: learning_rate: 0.01 before, 0.02 now; choose a new"):
+        make_runs(settings.replace(learning_rate=0.02))
 
 
 def test_a_call_of_train_refuses_a_sweep(settings: TrainSettings) -> None:
