@@ -11,7 +11,7 @@ import io
 import json
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
@@ -79,14 +79,25 @@ def compare(settings: CompareSettings, report: Report = silent) -> Comparison:
         sign = 1 if is_better_low(sorted_by) or sorted_by in ("best_step", *TITLES) else -1
         rows.sort(key=lambda row: sign * fmean(row.values[sorted_by]) if sorted_by in row.values else math.inf)
     if settings.csv is not None:
-        write_file(settings.csv, [_format_csv(rows).encode()])
+        with _explain_unwritten("csv", settings.csv):
+            write_file(settings.csv, _format_csv(rows).encode())
     if settings.html is not None:
         charts = {
             "Training loss": _read_curves(rows, "loss"),
             f"Held-out {sorted_by or 'loss'}": _read_curves(rows, f"eval_{sorted_by or 'loss'}"),
         }
-        write_comparison_page(settings.html, *format_table(rows), charts)
+        with _explain_unwritten("html", settings.html):
+            write_comparison_page(settings.html, *format_table(rows), charts)
     return Comparison(rows, sorted_by, settings.csv, settings.html)
+
+
+@contextmanager
+def _explain_unwritten(setting: str, path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        problem = f"{setting}: {path}: can't be written: {error.strerror}"
+        raise SettingsError(problem, hint="choose a file in an existing folder") from error
 
 
 def format_table(rows: Sequence[ComparedRow]) -> tuple[list[str], list[tuple[str, ...]]]:

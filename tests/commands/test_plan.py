@@ -336,6 +336,20 @@ def test_the_largest_packed_batch_has_the_most_tokens(uneven_cache: Path) -> Non
     assert packed.source_length < padded.source_length
 
 
+@pytest.mark.parametrize(
+    ("machine", "stages"),
+    [
+        ({"use_cpu": True}, ["none"]),
+        ({"num_processes": 2}, ["none", "zero1", "zero2", "zero3"]),
+        ({"num_gpus": 1}, ["none", "zero3-offload"]),
+        ({"use_cpu": True, "deepspeed": "zero2"}, ["zero2", "none"]),
+    ],
+)
+def test_a_plan_shows_only_what_the_machine_can_use(machine: dict[str, Any], stages: list[str], tmp_path: Path) -> None:
+    result = make_plan(write_short_model(tmp_path), source_length=8, target_length=8, **machine)
+    assert [stage.stage for stage in result.stages] == stages
+
+
 def test_each_zero_stage_partitions_what_it_should(tmp_path: Path) -> None:
     result = make_plan(
         write_short_model(tmp_path), train_mode="full", num_gpus=4, bf16=True, deepspeed="zero2",
