@@ -84,7 +84,7 @@ def train_stock(train: Any, way: str, options: Any, folder: Path, patch: pytest.
 
 
 @pytest.mark.long
-def test_the_headline_peer_is_a_trainer_with_sdpa_and_batches_grouped_by_length(
+def test_the_trainer_contender_has_sdpa_and_batches_grouped_by_length(
     train: Any, options: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls, spreads = train_stock(train, "trainer", options, tmp_path / "trainer", monkeypatch)
@@ -105,7 +105,7 @@ def test_the_fastchat_way_uses_eager_attention(
     assert calls == 0
 
 
-def test_the_selected_batches_of_a_stock_way_have_the_padding_share_of_the_epoch(train: Any) -> None:
+def test_selected_stock_batches_have_the_padding_share_of_the_epoch(train: Any) -> None:
     draw = np.random.default_rng(0)
     sources, targets = (np.minimum(draw.lognormal(5, 1, 2000).astype(int) + 4, 512) for _ in range(2))
     order = np.concatenate([window[np.argsort(-sources[window])] for window in draw.permutation(2000).reshape(5, 400)])
@@ -136,7 +136,7 @@ def test_train_prints_the_ratio_to_the_trainer_first(conversations: Path, tmp_pa
     assert result["packed_over_trainer"] == round(speeds[0] / speeds[1], 2)
 
 
-def test_train_compares_with_the_trainer_first_and_fastchat_second_by_default(train: Any) -> None:
+def test_train_compares_with_the_trainer_first_and_fastchat_second(train: Any) -> None:
     ways = train.build_parser("Defaults.").parse_args([]).ways
     speeds = {way: {"tokens_per_second": 1.0 + place} for place, way in enumerate(ways)}
     pairs = [(ours, other) for other in ("trainer", "fastchat") for ours in ("packed", "compiled", "budget")]
@@ -171,7 +171,7 @@ def test_the_gpu_benchmark_refuses_a_machine_without_a_gpu() -> None:
 
 
 @pytest.mark.long
-def test_a_base_that_was_adapted_to_a_domain_has_a_lower_loss_there_and_tunes_better(tmp_path: Path) -> None:
+def test_an_adapted_base_has_lower_losses_before_and_after_tuning(tmp_path: Path) -> None:
     (result,) = run_benchmark(tmp_path, "adapt.py", "--seeds", "0", "--steps", "200")["results"]
     for loss in ("text_loss", "tuning_loss", "question_loss"):
         assert result["adapted"][loss] < 0.9 * result["base"][loss]
@@ -227,9 +227,7 @@ def test_evaluate_prints_the_memory_of_train_and_of_evaluate(tiny: Path, convers
 
 
 @pytest.mark.long
-def test_prepare_has_the_same_number_of_examples_as_fastchat_and_the_same_cache_in_parts(
-    tmp_path: Path, conversations: Path
-) -> None:
+def test_prepare_has_fastchat_s_example_count_and_joins_equal_parts(tmp_path: Path, conversations: Path) -> None:
     given = ("--tokenizer", pocket_folder(), "--data", conversations)
     sides = run_benchmark(tmp_path, "prepare.py", *given, "--runs", "1", "--sides", "tokenizer", "ours", "fastchat")
     assert sides["sides"]["ours"]["count"] == sides["sides"]["fastchat"]["count"] == 200

@@ -31,7 +31,7 @@ def test_the_last_user_is_not_root(name: str) -> None:
     assert users[-1] not in ("root", "0")
 
 
-def test_the_context_has_what_the_package_is_built_from_and_nothing_else() -> None:
+def test_the_context_has_only_the_files_of_the_build() -> None:
     """An image must not contain a developer's runs, caches or .git."""
     lines = (REPOSITORY / ".dockerignore").read_text().split()
     assert lines[0] == "*"

@@ -100,7 +100,7 @@ def test_the_navigation_has_every_page_once(navigation: list[str]) -> None:
     assert sorted(navigation) == sorted([*docs_site.list_pages().values(), *docs_site.INCLUDED.values()])
 
 
-def test_the_first_page_links_to_every_page_in_the_order_of_the_navigation(navigation: list[str]) -> None:
+def test_the_first_page_links_to_every_page_in_order(navigation: list[str]) -> None:
     first = REPOSITORY / "docs" / "README.md"
     _, _, tables = docs_site.adapt_links(first).partition("\n## Start\n")
     expected = [page for page in navigation[1:] if page == "decisions/README.md" or not page.startswith("decisions/")]
@@ -245,7 +245,7 @@ def test_the_commands_of_the_labels_page_work(tmp_path: Path) -> None:
     assert (tmp_path / "scores" / "report.html").is_file()
 
 
-def test_the_prompt_of_the_getting_started_page_is_a_held_out_example() -> None:
+def test_the_prompt_of_the_start_page_is_held_out() -> None:
     """The run learns to reply to held-out conversations, but not to names and dishes that are in no example."""
     start, heldout = (REPOSITORY / name for name in ("docs/start.md", "examples/quickstart/heldout.jsonl"))
     (asked,) = [words[words.index("--prompt") + 1] for words in find_commands(start) if "--prompt" in words]

@@ -78,7 +78,7 @@ def test_the_fastchat_example_runs_on_the_data_of_fastchat(tmp_path: Path, share
     assert (tmp_path / "merged" / "model.safetensors").is_file()
 
 
-def test_the_flan_t5_xxl_example_trains_in_four_bits_and_exports(tmp_path: Path, conversations: Path) -> None:
+def test_the_xxl_example_trains_in_four_bits_and_exports(tmp_path: Path, conversations: Path) -> None:
     run("flan-t5-xxl-24gb", tmp_path, "--gradient-accumulation-steps", "1", DATA=str(conversations))
     assert "q_lora: true" in (tmp_path / "run" / "settings.yaml").read_text()
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
@@ -163,7 +163,7 @@ if "1/3" in sys.orig_argv:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray isn't installed: pip install 't5tune[ray]'")
-def test_ray_prepares_data_in_parts_and_repeats_one_that_was_killed(
+def test_ray_prepares_parts_and_repeats_a_killed_part(
     tmp_path: Path, conversations: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     killed = tmp_path / "killed"

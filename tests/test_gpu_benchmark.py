@@ -91,7 +91,7 @@ def test_no_measurement_costs_the_result_of_another(tmp_path: Path) -> None:
     assert not state.exists() or state.read_text().split()[2] == "Z"
 
 
-def test_what_does_not_fit_in_the_time_is_skipped_by_name(tmp_path: Path) -> None:
+def test_measurements_that_exceed_the_time_are_skipped(tmp_path: Path) -> None:
     measurements = [make_measurement(succeed, seconds=1000), make_measurement(fail)]
     first, second = load("gpu_runner").run_all(measurements, 1, tmp_path, lambda _: None)
     assert (first.name, first.state) == ("succeed", "skipped")
@@ -153,7 +153,7 @@ def test_the_peak_of_the_data_sheet_is_found_by_name(gpu: str, peak: float | Non
     assert load("gpu_report").find_data_sheet_peak(gpu) == peak
 
 
-def test_what_was_not_measured_is_in_the_table_with_its_reason() -> None:
+def test_the_table_has_the_reason_for_each_missing_measurement() -> None:
     report, outcome = load("gpu_report"), load("gpu_runner").Outcome
     outcomes = [
         outcome("NF4", "skipped", reason="bitsandbytes isn't installed"),
@@ -174,7 +174,7 @@ def test_nested_results_become_a_table() -> None:
     ]  # fmt: skip
 
 
-def test_the_list_has_each_shape_and_length_with_packing_and_the_trainer() -> None:
+def test_the_list_has_each_shape_and_length_for_both_contenders() -> None:
     names = [measurement.name for measurement in load("gpu").list_measurements()]
     assert len(set(names)) == len(names)
     expected = {
@@ -415,7 +415,7 @@ def test_the_memory_of_evaluation_is_measured(shared_folder: Path) -> None:
 @pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_a_measurement_runs_in_a_fork_and_in_a_new_process(
+def test_a_measurement_runs_in_each_kind_of_process(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")

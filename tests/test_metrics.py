@@ -27,7 +27,7 @@ def test_rouge_equals_values_computed_by_hand() -> None:
     assert scores["rougeL"] == pytest.approx(100 * 5 / 6, abs=1e-3)
 
 
-def test_scores_of_ascii_text_equal_those_of_rouge_score_and_sacrebleu() -> None:
+def test_ascii_scores_equal_rouge_score_and_sacrebleu() -> None:
     stock = RougeScorer(["rouge1", "rouge2", "rougeL"])
     scores = score(PREDICTIONS, REFERENCES)
     for name in ("rouge1", "rouge2", "rougeL"):
@@ -96,11 +96,11 @@ def score_json(prediction: object, reference: object) -> float:
         ({"a": 1.0}, {"a": 1}, 100),
     ],
 )
-def test_fields_are_the_pairs_of_path_and_value_of_all_leaves(prediction: object, reference: object, f1: float) -> None:
+def test_fields_are_pairs_of_a_leaf_s_path_and_value(prediction: object, reference: object, f1: float) -> None:
     assert score_json(prediction, reference) == pytest.approx(f1, abs=1e-4)
 
 
-def test_the_f1_of_a_corpus_counts_the_fields_of_all_its_examples() -> None:
+def test_field_f1_counts_the_fields_of_all_examples() -> None:
     references = ['{"a": 1, "b": 2, "c": 3}', '{"a": 1}', "text"]
     scores = score(['{"a": 1, "b": 2, "c": 3}', "nothing", '{"a": 1}'], references)
     assert scores["field_f1"] == pytest.approx(200 * 3 / (3 + 3 + 1), abs=1e-4)
@@ -114,7 +114,7 @@ def test_the_f1_of_a_corpus_counts_the_fields_of_all_its_examples() -> None:
         "[" * 200_000, '{"a":' * 100_000, '{"a": ' + "9" * 10_000 + "}", '{"a": "\ud800"}', "{'a': 1}",
     ],
 )  # fmt: skip
-def test_what_is_not_strictly_json_is_not_valid_and_has_no_fields(prediction: str) -> None:
+def test_text_that_is_not_strict_json_has_no_fields(prediction: str) -> None:
     scores = score([prediction], ['{"a": 1}'])
     assert scores["valid_json"] == scores["field_f1"] == 0
 
@@ -134,7 +134,7 @@ def test_scores_of_json_are_absent_if_no_reference_is_json() -> None:
     assert choose_metrics(None, [*references, "[]"]) == METRICS[:8]
 
 
-def test_metrics_of_labels_are_computed_if_the_references_are_labels_or_named_so() -> None:
+def test_label_metrics_are_computed_for_references_that_are_labels() -> None:
     assert choose_metrics(None, ["yes", "no"] * 5) == (*METRICS[:6], "accuracy", "macro_f1", "mcc")
     assert choose_metrics(None, ["yes", "no"]) == METRICS[:6]
     assert choose_metrics(None, ["yes", "no"], labels=["no", "yes"])[-1] == "mcc"
@@ -154,7 +154,7 @@ def test_only_the_chosen_metrics_are_computed() -> None:
 
 
 @pytest.mark.parametrize("names", [("valid", "exact"), ("field", "a", "a_b"), ("chats", "own")])
-def test_metrics_are_split_by_dataset_even_if_one_is_named_as_a_metric_begins(names: tuple[str, ...]) -> None:
+def test_a_dataset_may_be_named_like_a_metric_s_beginning(names: tuple[str, ...]) -> None:
     overall = {name: 1.0 for name in ("loss", *METRICS, "samples_per_second", "own_score")}
     by_dataset = {name: {metric: 2.0 for metric in ("loss", *METRICS)} for name in names}
     joined = {prefix_metric(name, metric): 2.0 for name in names for metric in by_dataset[name]}

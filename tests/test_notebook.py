@@ -67,7 +67,7 @@ def test_training_shows_bars_as_widgets_and_evaluations_as_lines(cells: list[Any
 
 
 @pytest.mark.long
-def test_the_metrics_are_a_table_and_the_run_shows_its_report(cells: list[Any]) -> None:
+def test_the_notebook_shows_the_metrics_and_the_report(cells: list[Any]) -> None:
     table = read_value(find_cell(cells, "run.metrics()"))
     assert re.search(r"^10 +100 +[\d.]+ +[\d.]+ ", table, re.MULTILINE)
     assert any("image/png" in output.get("data", {}) for output in find_cell(cells, "metrics.curve(").outputs)

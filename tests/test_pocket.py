@@ -54,7 +54,7 @@ def test_the_packaged_tokenizer_is_what_its_script_makes(tmp_path: Path) -> None
 
 @pytest.mark.long
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
-def test_pretraining_gives_the_same_bits_when_killed_before_and_after_the_embeddings_are_untied(tmp_path: Path) -> None:
+def test_killed_pretraining_resumes_to_the_same_bits(tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert pretrain(whole) == 0
     assert [pretrain(cut, last=2), pretrain(cut, last=6), pretrain(cut)] == [9, 9, 0]
@@ -86,7 +86,7 @@ def test_pocket_has_the_documented_size_dtype_and_config() -> None:
     assert (templates / "turns.yaml").is_file()
 
 
-def test_pocket_tokenizes_a_word_the_same_at_the_start_and_after_a_quote() -> None:
+def test_pocket_tokenizes_a_word_the_same_after_a_quote() -> None:
     from t5tune.checkpoints.pocket import pocket_folder
     from t5tune.data.tokens.tokenizer import load_tokenizer
 

@@ -61,7 +61,7 @@ def test_a_checkpoint_is_compared_with_stock_transformers(hub_cache: Path) -> No
 
 
 @pytest.mark.long
-def test_a_checkpoint_that_is_missing_has_the_reason_in_its_row(hub_cache: Path) -> None:
+def test_the_row_of_a_missing_checkpoint_has_the_reason(hub_cache: Path) -> None:
     done = run(hub_cache, "--only", "mt5")
     assert done.returncode == 1
     assert "HF_HUB_OFFLINE" in done.stdout.splitlines()[-1]

@@ -10,7 +10,7 @@ from tests.support.paths import REPOSITORY
 from tools.support_matrix import COLUMNS, build_matrix, find_state, list_all_tests, list_tests
 
 
-def test_every_model_type_has_a_cell_for_every_feature_and_every_yes_has_a_test() -> None:
+def test_the_matrix_is_complete_and_every_yes_has_a_test() -> None:
     head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in build_matrix()]
     assert head[1:] == ["prepare", "LoRA", "QLoRA", "full", "packed", "ZeRO-3", "merge", *CONVERTERS, "serve"]
     assert [row[0] for row in rows] == [family.name for family in FAMILIES.values()]

@@ -85,7 +85,7 @@ COLUMNS = {
         of_gemma("end_to_end/test_gemma.py::test_only_the_layers_of_the_text_are_quantized[{key} q_lora]"),
         more_tests=(
             "tests/end_to_end/test_lora_variants.py::"
-            "test_an_adapter_trained_on_a_quantized_base_has_the_same_loss_when_loaded",
+            "test_a_loaded_qlora_adapter_has_the_loss_of_training",
         ),
     ),
     "full": Column(
@@ -93,7 +93,7 @@ COLUMNS = {
         "computes t5tune's logits from the run folder.",
         (f"{FAMILIES_TEST}::test_each_family_trains_in_full[{{key}}]",),
         of_gemma(
-            "end_to_end/test_gemma.py::test_a_full_run_is_a_complete_checkpoint_from_which_it_resumes[{key}]"
+            "end_to_end/test_gemma.py::test_a_full_run_resumes_and_ends_with_a_complete_checkpoint[{key}]"
         ),
     ),
     "packed": Column(
@@ -138,7 +138,7 @@ COLUMNS = {
     "transformers 4": Column(
         "transformers 4 computes t5tune's logits and token ids from a merged checkpoint. These tests are skipped "
         "unless there is an environment with transformers 4; `make compatibility` creates it.",
-        (f"{FAMILIES_TEST}::test_transformers_4_has_the_logits_and_token_ids_of_the_merged_model[{{key}} lora]",),
+        (f"{FAMILIES_TEST}::test_transformers_4_has_the_logits_and_ids_of_merged_models[{{key}} lora]",),
         more_tests=(f"{OTHER_TOOLS_TEST}::test_transformers_4_gives_the_token_ids_of_the_adapters_tokenizer",),
         reasons=dict.fromkeys(GEMMAS, "Its merged checkpoints need transformers 5."),
     ),
@@ -157,7 +157,7 @@ COLUMNS = {
         "vocabulary: [serving](serving.md#llamacpp) has the results and the pitfalls. A test reads the files that "
         "llama.cpp's converter reads.",
         more_tests=(
-            f"{OTHER_TOOLS_TEST}::test_merge_adds_spiece_model_and_added_tokens_to_the_tokenizer_of_an_adapter",
+            f"{OTHER_TOOLS_TEST}::test_merge_adds_spiece_model_and_added_tokens_to_the_tokenizer",
         ),
         state="untested",
         reasons={

@@ -243,7 +243,7 @@ def test_pickled_weights_are_refused_online_and_offline(hub: Hub, adapters: list
         assert "pickled files aren't downloaded; if you trust its owner, run `hf download" in done.errors[0]
 
 
-def test_the_base_of_a_hub_adapter_is_found_on_the_hub(
+def test_chat_finds_the_base_of_a_hub_adapter(
     hub: Hub, adapters: list[Path], untied_base: Path, tmp_path: Path
 ) -> None:
     hub.add("model", "some/t5", untied_base)

@@ -35,7 +35,7 @@ with join_process_group(world, settings, "cpu", silent), watch_ranks(world, 2), 
 """
 
 
-def test_ranks_wait_for_rank_0_beyond_the_timeout_and_raise_its_error(tmp_path: Path) -> None:
+def test_ranks_outwait_the_timeout_and_raise_rank_0_s_error(tmp_path: Path) -> None:
     code = """
     def work():
         first = count_polls()

@@ -36,7 +36,7 @@ def test_the_launching_process_reads_each_problem_of_a_workers_error(
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")  # of Python 3.12 and later, at preexec_fn
-def test_the_hanging_rank_is_named_if_nccl_aborts_the_waiting_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_launcher_names_the_hanging_rank_if_nccl_aborts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launcher, "SECONDS_TO_REPORT", 0.5)
     hang_or_abort = "import os, signal; signal.pause() if os.environ['RANK'] == '1' else os.abort()"
     error = launcher._run([sys.executable, "-c", hang_or_abort], 3, _ReceivedSignals(), saves_checkpoints=False)

@@ -30,9 +30,7 @@ with watch_ranks(world, 2, RESUME_HINT) as watch:
 @pytest.mark.parametrize("hung", [0, 1])  # rank 0 has the rendezvous store
 @pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
 @pytest.mark.variants("19-0", "9-1")
-def test_a_silent_rank_is_named_while_another_waits_for_a_gpu(
-    hung: int, number: signal.Signals, tmp_path: Path
-) -> None:
+def test_a_rank_waiting_for_a_gpu_names_a_silent_rank(hung: int, number: signal.Signals, tmp_path: Path) -> None:
     ranks = start_two_ranks(WATCHING.replace("BATCHES", "pass"), tmp_path)
     with ranks[0], ranks[1]:
         for rank in ranks:

@@ -94,7 +94,7 @@ def test_an_odd_environment_gives_the_same_cache_without_a_traceback(
     assert (code, stderr) == (0, b"")
 
 
-def test_an_error_with_non_ascii_text_is_one_line_in_any_locale() -> None:
+def test_a_non_ascii_error_is_one_line_in_any_locale() -> None:
     words: list[object] = ["prepare", "--model-name-or-path", "日本", "--data-path", "x", "--output-dir", "y"]
     code, _, stderr = run(words, WINDOWS_1252)
     assert code == 2
@@ -157,7 +157,7 @@ def test_a_port_in_use_is_named_in_the_error(records: Path, tmp_path: Path) -> N
 
 @pytest.mark.long
 @pytest.mark.distributed
-def test_a_rank_without_a_peer_names_the_address_that_it_tried(records: Path, tmp_path: Path) -> None:
+def test_a_rank_without_a_peer_names_its_address(records: Path, tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -184,7 +184,7 @@ def test_missing_gpus_are_refused_with_the_reason(
         check_machine(make_run_plan(asked))
 
 
-def test_a_driver_that_torch_cannot_use_gives_a_warning_before_a_run_on_the_cpu(
+def test_an_unusable_nvidia_driver_gives_a_warning(
     records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -234,7 +234,7 @@ def test_training_continues_when_its_progress_cannot_be_written(place: str, tmp_
 
 
 @pytest.mark.distributed
-def test_rank_without_world_size_is_ignored_and_invalid_values_are_named(tmp_path: Path) -> None:
+def test_invalid_rank_variables_are_named_or_ignored(tmp_path: Path) -> None:
     done = t5tune_in_fork("chat", "--model-name-or-path", "pocket", "--prompt", "hello", env={"RANK": "8"})
     assert (done.code, bool(done.stdout.strip())) == (0, True)
     code, output, _ = run(["templates"], {"RANK": "abc", "WORLD_SIZE": "2"})
@@ -249,7 +249,7 @@ def test_rank_without_world_size_is_ignored_and_invalid_values_are_named(tmp_pat
 
 
 @pytest.mark.long
-def test_errors_are_printed_on_a_zero_width_terminal_and_with_a_closed_stdin() -> None:
+def test_errors_are_printed_without_terminal_width_or_stdin() -> None:
     code, _, error = run(["templates", "show", "nothing"], {"COLUMNS": "0"})
     assert (code, b"nothing: no such template" in error) == (2, True)
     command = [sys.executable, "-m", "t5tune", "chat", "--model-name-or-path", "pocket"]
@@ -293,7 +293,7 @@ def test_settings_can_be_read_from_a_pipe(tmp_path: Path) -> None:
     assert (done.returncode, "max_steps: 77" in done.stdout) == (0, True), done.stderr
 
 
-def test_a_lock_of_another_program_on_the_parent_folder_does_not_block_prepare(records: Path, tmp_path: Path) -> None:
+def test_a_foreign_lock_on_the_parent_does_not_block_prepare(records: Path, tmp_path: Path) -> None:
     descriptor = os.open(tmp_path, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)  # as `flock FOLDER t5tune ...` does

@@ -135,7 +135,7 @@ def test_ctranslate2_gives_the_replies_of_the_merged_model(made: Chain, tmp_path
 
 @needs_transformers_4
 @pytest.mark.parametrize("made", [f"{key} lora" for key in KEYS], indirect=True)
-def test_transformers_4_has_the_logits_and_token_ids_of_the_merged_model(made: Chain, tmp_path: Path) -> None:
+def test_transformers_4_has_the_logits_and_ids_of_merged_models(made: Chain, tmp_path: Path) -> None:
     source, target = [[3, 210, 17, 203, 1]], [[0, 203, 31, 7]]
     found = ask_transformers_4(made.merged, tmp_path, inputs=source, decoder_inputs=target, texts=ANSWERS)
     model = load_base(made.merged, torch.float32, CPU)
@@ -243,7 +243,7 @@ def unknown_base(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.mark.long
-def test_an_unknown_encoder_decoder_can_be_trained_as_a_known_family(
+def test_an_unknown_encoder_decoder_trains_as_a_known_family(
     unknown_base: Path, bases: dict[str, Path], data: Path, tmp_path: Path
 ) -> None:
     """The run records the family that was chosen, and the merged checkpoint has its model type."""

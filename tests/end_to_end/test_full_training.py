@@ -44,7 +44,7 @@ def test_full_training_writes_a_checkpoint_that_stock_transformers_loads(
 
 
 @pytest.mark.parametrize("merged", [False, True])
-def test_stock_transformers_loads_a_fully_trained_bf16_base_without_rounding_it(
+def test_stock_transformers_loads_a_fully_trained_bf16_base_unrounded(
     merged: bool, conversations: Path, tmp_path: Path
 ) -> None:
     base = make_base(tmp_path / "base", tied=True, dtype=torch.bfloat16)

@@ -240,7 +240,7 @@ def test_a_padded_run_has_the_losses_of_a_packed_one(
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.variants("t5gemma")
-def test_a_full_run_is_a_complete_checkpoint_from_which_it_resumes(
+def test_a_full_run_resumes_and_ends_with_a_complete_checkpoint(
     kind: str, bases: dict[str, Path], data: Path, tmp_path: Path
 ) -> None:
     changes: dict[str, Any] = {"train_mode": "full", "max_steps": 4, "bf16": False}
@@ -390,7 +390,7 @@ def test_two_ranks_have_the_losses_of_one_process(
 @pytest.mark.distributed
 @pytest.mark.parametrize("made", [f"{kind} lora" for kind in KINDS], indirect=True)
 @pytest.mark.variants("t5gemma2 lora")
-def test_an_evaluation_of_a_partitioned_model_has_the_result_of_one_process(
+def test_a_partitioned_evaluation_has_the_result_of_one_process(
     made: Chain, data: Path, tmp_path: Path, on_ranks: Callable[..., CommandResult]
 ) -> None:
     common = ("evaluate", made.run, "--data-path", data, "--max-new-tokens", 6, "--use-cpu", "--no-bf16", "--json")
@@ -431,9 +431,7 @@ def test_what_a_config_leaves_out_is_what_transformers_takes(kind: str, bases: d
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_config_that_says_nothing_about_the_head_stays_as_it_is(
-    kind: str, bases: dict[str, Path], tmp_path: Path
-) -> None:
+def test_a_config_without_a_head_setting_does_not_change(kind: str, bases: dict[str, Path], tmp_path: Path) -> None:
     for file in bases[kind].iterdir():
         (tmp_path / file.name).symlink_to(file)
     config = json.loads((bases[kind] / "config.json").read_text())

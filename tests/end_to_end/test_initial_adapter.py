@@ -67,7 +67,7 @@ def test_a_base_other_than_that_of_the_adapter_is_named(
 
 
 @pytest.mark.distributed
-def test_training_under_zero3_starts_from_the_exact_weights_of_an_adapter(
+def test_zero3_training_starts_from_the_exact_adapter_weights(
     first_adapter: Path, untied_base: Path, conversations: Path, tmp_path: Path, on_ranks: Callable[..., CommandResult]
 ) -> None:
     done = on_ranks(
@@ -105,7 +105,7 @@ def test_token_rows_of_the_initial_adapter_keep_their_tokens(untied_base: Path, 
 
 @pytest.mark.filterwarnings("ignore:(PiSSA|OLoRA) changes the base weights:UserWarning")
 @pytest.mark.parametrize("initialization", ["pissa", "olora", "pissa_niter_4"])
-def test_training_starts_from_a_pissa_or_olora_adapter_only_if_peft_converted_it(
+def test_only_converted_pissa_and_olora_adapters_start_a_run(
     initialization: str, untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
     options = {"lora_alpha": 8, "target_modules": ["q", "v"], "init_lora_weights": initialization}

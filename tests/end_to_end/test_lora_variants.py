@@ -76,7 +76,7 @@ def test_live_model_saved_adapter_and_merged_checkpoint_agree(
 
 @pytest.mark.parametrize("name", QUANTIZED)
 @pytest.mark.variants("nf4 dq")
-def test_an_adapter_trained_on_a_quantized_base_has_the_same_loss_when_loaded(
+def test_a_loaded_qlora_adapter_has_the_loss_of_training(
     name: str, untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
     changes = {"q_lora": True, "bf16": False, **QUANTIZED[name]}
@@ -88,7 +88,7 @@ def test_an_adapter_trained_on_a_quantized_base_has_the_same_loss_when_loaded(
     assert saved < loss_of(untied_base, conversations, tmp_path / "b", **again) - 0.05
 
 
-def test_int8_is_closer_to_the_base_than_nf4_and_nf4_than_fp4(untied_base: Path) -> None:
+def test_quantization_errors_grow_from_int8_to_nf4_to_fp4(untied_base: Path) -> None:
     file = load_file(untied_base / "model.safetensors")
     name = "encoder.block.0.layer.1.DenseReluDense.wi_0"
     x = torch.randn(50, file[f"{name}.weight"].shape[1], generator=torch.Generator().manual_seed(0))
@@ -294,7 +294,7 @@ def test_resuming_gives_the_bits_of_an_uninterrupted_run(
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", ["dora", "pissa", "modules to save", "lora+"])
 @pytest.mark.variants("dora")
-def test_export_of_the_shards_of_two_ranks_equals_the_adapter_that_training_saved(
+def test_exported_shards_equal_the_adapter_that_training_saved(
     name: str, untied_base: Path, conversations: Path, tmp_path: Path, on_ranks: Callable[..., CommandResult]
 ) -> None:
     options = []
@@ -325,7 +325,7 @@ def test_export_of_the_shards_of_two_ranks_equals_the_adapter_that_training_save
     assert read_base_metadata(tmp_path / "others")["fingerprint"]
 
 
-def test_loftq_leaves_an_adapter_of_a_layer_that_is_not_quantized_at_zero(untied_base: Path) -> None:
+def test_loftq_leaves_adapters_of_unquantized_layers_at_zero(untied_base: Path) -> None:
     settings = LoraSettings(init_lora_weights="loftq", lora_target_modules=["all-linear"])
     quantization = QuantizationSettings(q_lora=True, quantize_wo=False)
     model = load_base(untied_base, torch.float32, torch.device("cpu"), quantization)
@@ -337,7 +337,7 @@ def test_loftq_leaves_an_adapter_of_a_layer_that_is_not_quantized_at_zero(untied
 @pytest.mark.parametrize(
     "method", [{"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}, {"init_lora_weights": "loftq", **NF4}]
 )
-def test_a_rank_that_an_initialization_can_not_make_is_refused_with_the_largest_one(
+def test_a_rank_too_large_for_an_initialization_is_refused(
     method: dict[str, Any], untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
     changes = {"lora_target_modules": ["all-linear"], "max_steps": 1, **method}
@@ -364,7 +364,7 @@ def test_a_layer_is_either_adapted_or_trained_in_full(saved: str, untied_base: P
 
 @pytest.mark.parametrize(("saved", "targets"), [("wo", ["all-linear"]), ("SelfAttention", ["q", "v"])])
 @pytest.mark.parametrize("trained_by", ["t5tune", "PEFT"])
-def test_an_adapter_without_the_layers_that_modules_to_save_trains_is_that_of_peft(
+def test_modules_to_save_layers_get_no_adapter_as_in_peft(
     trained_by: str, saved: str, targets: list[str], untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
     adapter = tmp_path / "run"

@@ -76,7 +76,7 @@ def read_converter_vocabulary(folder: Path) -> dict[str, int]:
     return tokens | json.loads((folder / "added_tokens.json").read_text())
 
 
-def test_merge_adds_spiece_model_and_added_tokens_to_the_tokenizer_of_an_adapter(
+def test_merge_adds_spiece_model_and_added_tokens_to_the_tokenizer(
     sentencepiece_base: Path, adapter_with_tokens: Path, tmp_path: Path
 ) -> None:
     merged = run_merge(sentencepiece_base, adapter_with_tokens, tmp_path / "merged")
@@ -143,9 +143,7 @@ def ctranslate2() -> Any:
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_ctranslate2_gives_our_replies_from_a_folder_that_users_can_load(
-    tied: bool, ctranslate2: Any, tmp_path: Path
-) -> None:
+def test_ctranslate2_gives_our_replies_from_the_converted_folder(tied: bool, ctranslate2: Any, tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", tied=tied)
     adapter = make_stock_adapter(base, tmp_path / "adapter")
     checkpoint = run_merge(base, adapter, tmp_path / "merged")
@@ -174,7 +172,7 @@ def test_ctranslate2_gives_our_replies_from_a_folder_that_users_can_load(
 
 
 @pytest.mark.usefixtures("ctranslate2")
-def test_int8_is_smaller_and_reports_how_many_replies_are_the_same(untied_base: Path, tmp_path: Path) -> None:
+def test_int8_is_smaller_and_reports_the_equal_replies(untied_base: Path, tmp_path: Path) -> None:
     adapter = make_stock_adapter(untied_base, tmp_path / "adapter")
     whole, _ = merge_with_notes(untied_base, adapter, tmp_path / "whole")
     small, notes = merge_with_notes(untied_base, adapter, tmp_path / "small", quantization="int8")
@@ -236,9 +234,7 @@ def test_a_failing_converter_is_reported_with_the_versions(
 
 @needs_transformers_4
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_transformers_4_and_its_conversion_give_our_logits_and_replies_for_a_merged_checkpoint(
-    tied: bool, tmp_path: Path
-) -> None:
+def test_transformers_4_and_its_conversion_give_our_logits_and_replies(tied: bool, tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", tied=tied)
     adapter, _ = make_rows_adapter(base, tmp_path / "adapter")
     checkpoint = run_merge(base, adapter, tmp_path / "merged")

@@ -69,7 +69,7 @@ def test_a_signal_saves_the_step_and_resuming_gives_equal_bits(
 
 
 @pytest.mark.long
-def test_ctrl_c_saves_a_checkpoint_without_a_reader_of_the_log(inputs: list[Path], tmp_path: Path) -> None:
+def test_ctrl_c_saves_a_checkpoint_if_the_log_is_closed(inputs: list[Path], tmp_path: Path) -> None:
     run = tmp_path / "run"
     more = ("--save-steps=100000", "--max-steps=100000")
     command = [sys.executable, "-m", "t5tune", *make_arguments(*inputs, run, *more)]
@@ -269,7 +269,7 @@ def run_script(code: str, folder: Path) -> Iterator[Running]:
         yield running
 
 
-def test_a_second_signal_exits_but_copies_of_one_signal_do_not(tmp_path: Path) -> None:
+def test_a_second_signal_exits_but_a_copy_does_not(tmp_path: Path) -> None:
     waiting = """
 import time
 from t5tune.distributed.signals import handle_signals

@@ -265,7 +265,7 @@ def test_charts_omit_infinite_values_and_thin_out_long_series() -> None:
     ]  # fmt: skip
 
 
-def test_a_loss_that_falls_a_thousandfold_is_drawn_on_a_log_scale() -> None:
+def test_large_falls_of_the_loss_get_a_log_scale() -> None:
     def heights(*values: float) -> list[float]:
         chart = draw_line_chart("A", [Series("a", list(enumerate(values)))], allow_log=True)
         return [float(place.split(",")[1]) for place in re.findall(r'points="(.*?)"', chart)[0].split()]
@@ -300,7 +300,7 @@ def test_a_noisy_line_has_a_smooth_line_over_its_values() -> None:
     assert re.findall(r'<polyline class="(.*?)"', short) == ["line-0"]
 
 
-def test_a_confusion_matrix_has_a_cell_for_each_count_of_the_first_classes() -> None:
+def test_a_confusion_matrix_shows_the_counts_of_the_first_classes() -> None:
     def read_cells(figure: str) -> list[tuple[str, ...]]:
         return re.findall(r'<rect class="(bar-\d)" fill-opacity="([\d.]+)".*?<title>(.*?)</title>', figure)
 

@@ -9,7 +9,7 @@ def list_chosen(requests: list[list[Asked]], max_tokens: int) -> list[int]:
     return [chosen.source[0] for chosen in choose_batch(replies, max_tokens)]
 
 
-def test_a_batch_has_the_first_reply_and_replies_of_similar_size() -> None:
+def test_a_batch_has_the_first_reply_and_similar_replies() -> None:
     engine = FakeEngine()
     waiting = [
         [Asked(engine, 10, size=6)],

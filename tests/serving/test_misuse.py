@@ -309,9 +309,7 @@ def test_health_reports_a_failed_gpu(start_base: StartServer, monkeypatch: pytes
         assert (status, answer["error"]["message"]) == (503, problem)
 
 
-def test_a_faulty_request_does_not_fail_the_rest_of_its_batch(
-    monkeypatch: pytest.MonkeyPatch, start_base: StartServer
-) -> None:
+def test_a_faulty_request_does_not_fail_its_batch(monkeypatch: pytest.MonkeyPatch, start_base: StartServer) -> None:
     server = start_base(max_batch_delay=200)
     original = engines.generate
 

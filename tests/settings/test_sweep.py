@@ -68,6 +68,6 @@ def test_names_tell_runs_apart_and_are_names_of_folders(one: dict[str, object], 
     assert all("/" not in name and len(name) < 200 for name in names)
 
 
-def test_a_sweep_that_is_too_large_is_refused_with_its_size() -> None:
+def test_an_oversized_sweep_is_refused_with_its_size() -> None:
     with pytest.raises(SettingsError, match="sweep: 10,000 runs, but max_runs is 100; set trials"):
         expand_sweep({"lora_r": list(range(100)), "seed": list(range(100))}, seed=1, max_runs=100)

@@ -15,7 +15,7 @@ from tests.support.train_runs import make_settings
 @pytest.mark.parametrize(
     ("optim", "expected"), [("adamw_torch", "adamw_torch_fused"), ("adafactor", "adafactor"), ("sgd", "sgd")]
 )
-def test_a_process_uses_one_of_four_gpus_and_a_fused_optimizer(
+def test_a_process_uses_one_gpu_and_a_fused_optimizer(
     optim: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The Trainer would multiply the batch size by the number of GPUs."""

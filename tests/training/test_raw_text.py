@@ -61,7 +61,7 @@ def test_each_epoch_masks_other_spans_on_any_number_of_ranks(
 
 @pytest.mark.long
 @pytest.mark.parametrize("batching", [{"tokens_per_batch": 512}, {"packing": "off"}])
-def test_a_run_stopped_in_a_later_epoch_ends_with_equal_bits(
+def test_a_run_stopped_halfway_resumes_to_equal_bits(
     batching: dict[str, Any], untied_base: Path, text: Path, tmp_path: Path, on_ranks: OnRanks
 ) -> None:
     settings = make_settings(untied_base, text, tmp_path / "whole", denoisers=["ul2"], **batching)
@@ -74,7 +74,7 @@ def test_a_run_stopped_in_a_later_epoch_ends_with_equal_bits(
     assert read_adapter(tmp_path / "whole") == read_adapter(tmp_path / "run")
 
 
-def test_a_mixture_with_raw_text_has_the_losses_of_separate_evaluations(
+def test_a_raw_text_mixture_has_the_losses_of_separate_evaluations(
     untied_base: Path, text: Path, conversations: Path, tmp_path: Path
 ) -> None:
     parts = {

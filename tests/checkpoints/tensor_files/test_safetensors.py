@@ -210,7 +210,7 @@ def model(untied_base: Path) -> T5ForConditionalGeneration:
     return T5ForConditionalGeneration.from_pretrained(untied_base)
 
 
-def test_a_sharded_base_has_the_same_tensors_as_the_single_file(
+def test_a_sharded_base_has_the_tensors_of_the_single_file(
     tmp_path: Path, model: T5ForConditionalGeneration, untied_base: Path
 ) -> None:
     model.save_pretrained(tmp_path, max_shard_size="50KB")
@@ -223,7 +223,7 @@ def test_a_bin_base_has_the_tensors_that_torch_load_reads(tmp_path: Path, model:
     assert_holds(tmp_path, torch.load(tmp_path / "pytorch_model.bin", weights_only=True))
 
 
-def test_a_sharded_bin_base_has_the_tensors_that_torch_load_reads(tmp_path: Path) -> None:
+def test_a_sharded_bin_base_has_the_tensors_of_its_files(tmp_path: Path) -> None:
     parts = [{"a": torch.randn(3)}, {"b": torch.randn(2, 2).bfloat16()}]
     files = [f"pytorch_model-0000{i}-of-00002.bin" for i in (1, 2)]
     for file, part in zip(files, parts, strict=True):

@@ -78,7 +78,7 @@ def test_the_page_of_evaluate_has_a_cell_for_each_count(scores: EvaluateResult) 
     assert "By class" in page
 
 
-def test_macro_f1_chooses_the_best_step_and_its_table_is_the_result(run: Path) -> None:
+def test_macro_f1_chooses_the_best_step_and_the_result(run: Path) -> None:
     result = read_result(run)
     lines = {line["step"]: line for line in read_metrics(run) if "eval_loss" in line}
     assert len(lines) > 1

@@ -127,7 +127,7 @@ def test_runs_share_data_unless_a_setting_changes_it(settings: TrainSettings) ->
     assert {str(run.preprocessed_path) for run in raw.values()} == {"tokens"}
 
 
-def test_wrong_settings_of_a_run_are_found_before_any_run_starts(settings: TrainSettings) -> None:
+def test_wrong_settings_are_refused_before_any_run_starts(settings: TrainSettings) -> None:
     changed = settings.replace(sweep={"lora_r": [2, 0], "learning_rat": [1.0]})
     with pytest.raises(SettingsError, match="learning_rat: .* did you mean learning_rate"):
         make_runs(changed)

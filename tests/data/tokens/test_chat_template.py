@@ -111,7 +111,7 @@ def apply(stock: Any, messages: Messages) -> list[int]:
 @example(texts=["", " ", "\n"], system=" ")
 @example(texts=["", "0", ""], system=None)
 @example(texts=["a\r\nb\rc\u200bd\u2060e\ufefff"], system="\u200b")
-def test_apply_chat_template_gives_the_ids_of_training_for_any_text(
+def test_apply_chat_template_gives_training_ids_for_any_text(
     name: str, template: str, folder: Path, texts: list[str], system: str | None
 ) -> None:
     tokenizer = make_tokenizer(name, folder)

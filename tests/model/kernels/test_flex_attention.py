@@ -195,7 +195,7 @@ def test_dropout_applies_to_the_probabilities(kind: str, dtype: torch.dtype) -> 
     assert (expected["output"] == 0).all(-1).any()  # a query that sees no key
 
 
-def test_the_hash_keeps_the_expected_share_and_depends_on_the_seed() -> None:
+def test_the_hash_keeps_the_expected_share_for_each_seed() -> None:
     query, key = torch.arange(600)[:, None], torch.arange(700)
     seeds = torch.randint(-(2**31), 2**31 - 1, (8,), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
     kept = torch.stack([flex_attention.compute_hash(seed, query, key) < round(0.9 * 2**24) for seed in seeds]).double()

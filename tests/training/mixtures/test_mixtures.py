@@ -78,7 +78,7 @@ def test_a_small_dataset_repeats_and_weight_0_is_left_out(
 
 @pytest.mark.parametrize("batching", [{}, {"tokens_per_batch": 256}])
 @pytest.mark.variants("batching1")
-def test_a_mixture_stopped_in_a_later_epoch_ends_with_equal_bits(
+def test_a_mixture_stopped_later_resumes_to_equal_bits(
     batching: dict[str, int], untied_base: Path, data: Path, tmp_path: Path, on_ranks: OnRanks
 ) -> None:
     whole = make_settings(untied_base, data, tmp_path / "whole", **batching)
