@@ -41,8 +41,8 @@ class PrepareSettings(_settings.PrepareSettings):
         model_name_or_path: str | PathLike[str],
         data_path: _Data = ...,
         output_dir: str | PathLike[str],
-        source_column: str | None = None,
-        target_column: str | None = None,
+        source_column: Sequence[str] | str | None = None,
+        target_column: Sequence[str] | str | None = None,
         source_prefix: str = "",
         conversation_template: str | PathLike[str] | None = None,
         model_max_length: int = 2048,
@@ -107,8 +107,8 @@ class PrepareSettings(_settings.PrepareSettings):
                 datasets (owner/name), URLs, `pocket`; for train and evaluate also token caches; `a.csv:2 b.csv:1` mixes
                 two.
             output_dir: Output folder.
-            source_column: Column or key with the input; default: detected.
-            target_column: Column or key with the output; default: detected.
+            source_column: Column or key with the input; several are joined, a line each; default: detected.
+            target_column: Column or key with the output; several are joined, a line each; default: detected.
             source_prefix: Text to prepend to each source of two-column data, such as `summarize: `.
             conversation_template: Conversation template: a name under conversations/ in `t5tune templates`, a YAML
                 file, or (chat, serve, evaluate) a training dataset; default: the model's, else plain for pairs, else
@@ -167,8 +167,8 @@ class TrainSettings(_settings.TrainSettings):
         model_name_or_path: str | PathLike[str],
         data_path: _Data = ...,
         output_dir: str | PathLike[str],
-        source_column: str | None = None,
-        target_column: str | None = None,
+        source_column: Sequence[str] | str | None = None,
+        target_column: Sequence[str] | str | None = None,
         eval_fraction: float = 0.0,
         train_mode: Literal["lora", "full"] = "lora",
         lora_r: int = 8,
@@ -326,8 +326,8 @@ class TrainSettings(_settings.TrainSettings):
                 datasets (owner/name), URLs, `pocket`; for train and evaluate also token caches; `a.csv:2 b.csv:1` mixes
                 two.
             output_dir: Output folder.
-            source_column: Column or key with the input; default: detected.
-            target_column: Column or key with the output; default: detected.
+            source_column: Column or key with the input; several are joined, a line each; default: detected.
+            target_column: Column or key with the output; several are joined, a line each; default: detected.
             eval_fraction: Fraction of the data to hold out for evaluation, unless eval_data_path is set.
             train_mode: Train an adapter, or all weights.
             lora_r: LoRA rank: the size of the adapter.
@@ -791,8 +791,8 @@ class EvaluateSettings(_settings.EvaluateSettings):
         data_path: _Data = ...,
         adapter: str | PathLike[str] | None = None,
         output_dir: str | PathLike[str] | None = None,
-        source_column: str | None = None,
-        target_column: str | None = None,
+        source_column: Sequence[str] | str | None = None,
+        target_column: Sequence[str] | str | None = None,
         num_data: int | None = None,
         metrics: Sequence[str] | str | None = None,
         compare_base: bool = False,
@@ -862,8 +862,8 @@ class EvaluateSettings(_settings.EvaluateSettings):
             adapter: Adapter to apply to the base: a folder, a run, or owner/name[@revision] on the Hub; not needed if
                 model_name_or_path is an adapter or a run.
             output_dir: Folder for scores.json and predictions.jsonl; default: evaluation, evaluation.1, …
-            source_column: Column or key with the input; default: detected.
-            target_column: Column or key with the output; default: detected.
+            source_column: Column or key with the input; several are joined, a line each; default: detected.
+            target_column: Column or key with the output; several are joined, a line each; default: detected.
             num_data: Use only the first N examples; default: all.
             metrics: Metrics to compute: exact_match, rouge1, rouge2, rougeL, bleu, chrf, valid_json, field_f1,
                 accuracy, macro_f1, mcc; labels computes the last three, whatever the targets are; default: all that fit

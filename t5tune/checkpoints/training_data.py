@@ -34,8 +34,8 @@ class _ExampleSettings:
     has_earlier_turns: bool
     """Whether at least one example's source includes earlier exchanges of the conversation."""
     data_format: DataFormat
-    source_column: str | None
-    target_column: str | None
+    source_column: list[str] | str | None
+    target_column: list[str] | str | None
     source_prefix: str
     objective: Objective
     denoisers: list[str]

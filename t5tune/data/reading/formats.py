@@ -143,7 +143,7 @@ def _rename_preferences(value: dict[str, Any]) -> dict[str, Any]:
 
 def _parse_preference(value: dict[str, Any], location: RecordLocation, reading: ReadingSettings) -> Conversation:
     """Parse a record twice, once with each answer: both must be the last turns of the same conversation."""
-    chosen, rejected = names = reading.target_column or "chosen", reading.rejected_column or "rejected"
+    chosen, rejected = names = reading.columns[1][0], reading.rejected_column or "rejected"
     for name in names:
         if value.get(name) in EMPTY_VALUES:
             columns = "name the keys with --source-column, --target-column (the better answer) and --rejected-column"
@@ -186,7 +186,7 @@ def _check_pair(pair: list[Conversation], names: tuple[str, str]) -> None:
 
 def _parse_raw_text(value: dict[str, Any], location: RecordLocation, reading: ReadingSettings) -> Conversation:
     repairs: Counter[str] = Counter()
-    column = reading.source_column or "text"
+    column = reading.columns[0][0] if reading.source_column else "text"
     if column not in value and ".txt" in map(str.lower, Path(location.file).suffixes):
         column = "text"  # of the whole file
     if column not in value:
@@ -206,7 +206,7 @@ def _parse_raw_text(value: dict[str, Any], location: RecordLocation, reading: Re
 def _is_pair(format_name: str, value: dict[str, Any], reading: ReadingSettings) -> bool:
     # as in TRL's standard format: texts, which get no chat template
     if format_name in ("columns", "source-target"):
-        return not has_turns(value[reading.source_column or "source"])
+        return not has_turns(value[reading.columns[0][0]])
     turns = (value.get(key) for key in ("conversations", "messages", "prompt", "completion", "chosen", "history"))
     return not any(isinstance(item, list | dict) and item for item in turns)
 
@@ -257,8 +257,7 @@ def _repair_text(turn: RecordTurn, reading: ReadingSettings, repairs: Counter[st
 
 def _detect_format(value: dict[str, Any], reading: ReadingSettings) -> tuple[str, "Parser"]:
     if reading.source_column or reading.target_column or reading.rejected_column:
-        target = "chosen" if reading.reads_preferences else "target"
-        return "columns", partial(_parse_pair, reading.source_column or "source", reading.target_column or target)
+        return "columns", partial(_parse_pair, *reading.columns)
     formats = _FORMATS if reading.data_format == "auto" else {reading.data_format: _FORMATS[reading.data_format]}
     # merged files of several formats have every format's keys in each record, null where the record has no value
     present = {key for key, item in value.items() if item is not None}
@@ -363,23 +362,35 @@ def _parse_text_or_turns(key: str, value: dict[str, Any], role: Role, repairs: C
 
 
 def _parse_pair(
-    source: str, target: str, value: dict[str, Any], reading: ReadingSettings, repairs: Counter[str]
+    sources: list[str], targets: list[str], value: dict[str, Any], reading: ReadingSettings, repairs: Counter[str]
 ) -> ParsedTurns:
-    """Parse the columns `source` and `target`. The source may be a list of turns."""
-    if missing := [name for name in (source, target) if name not in value]:
-        key = _suggest_key(missing[0], value.keys() - {source, target})
+    """Parse the columns of the source and of the target. The source may be a list of turns."""
+    used = {*sources, *targets}
+    if missing := [name for name in (*sources, *targets) if name not in value]:
+        key = _suggest_key(missing[0], value.keys() - used)
+        wholes = [name for name in map(" ".join, (sources, targets)) if name in value.keys() - used]
+        if wholes:
+            key = f"; put a name with spaces in quotes: {shlex.quote(wholes[0])}"
         advice = suggest_unwrapping(value) or key
-        if not advice and missing[0] == source and reading.source_column is None:
+        if not advice and missing[0] in sources and reading.source_column is None:
             advice = "; name the source column with --source-column"
         problem = f"no column {', '.join(missing)}; the record has {_list_keys(value)}{advice}"
         raise RejectionError("unknown_format", problem, suggests_key=bool(key))
-    answer = parse_text_turn("assistant", target, value[target])
-    if has_turns(value[source]):
+    answer = _join_columns("assistant", targets, value)
+    if len(sources) == 1 and has_turns(value[sources[0]]):
         if reading.source_prefix:
-            raise RejectionError("not_text", f"{source}: a list of turns, but source_prefix needs a text")
-        return {source, target}, [*parse_turns(source, value[source], repairs), answer]
-    question = parse_text_turn("human", source, value[source])
-    return {source, target}, [question._replace(prefix=reading.source_prefix), answer]
+            raise RejectionError("not_text", f"{sources[0]}: a list of turns, but source_prefix needs a text")
+        return used, [*parse_turns(sources[0], value[sources[0]], repairs), answer]
+    question = _join_columns("human", sources, value)
+    return used, [question._replace(prefix=reading.source_prefix), answer]
+
+
+def _join_columns(role: Role, names: list[str], value: dict[str, Any]) -> RecordTurn:
+    """Make a turn of a column, or of the lines of several, leaving out those without a text."""
+    if len(names) == 1:
+        return parse_text_turn(role, names[0], value[names[0]])
+    texts = [parse_text(name, value[name]) for name in names if value[name] not in EMPTY_VALUES]
+    return RecordTurn(role, "\n".join(text for text in texts if text.strip()), ", ".join(names))
 
 
 # alternative sets of keys of a record, and its parser
@@ -391,5 +402,5 @@ _FORMATS: dict[str, tuple[list[set[str]], Parser]] = {
         [{"prompt", "completion"}, {"prompt", "chosen"}, {"chosen", "rejected"}],
         _parse_prompt_completion,
     ),
-    "source-target": ([{"source", "target"}], partial(_parse_pair, "source", "target")),
+    "source-target": ([{"source", "target"}], partial(_parse_pair, ["source"], ["target"])),
 }

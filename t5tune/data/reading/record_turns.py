@@ -65,11 +65,12 @@ def find_labels(record: Mapping[str, Any], location: RecordLocation, reading: Re
     user names as source or target is text.
     """
     labels: dict[str, bool] = {}
+    sources, targets = reading.columns
     for key in LABEL_KEYS:
         value = record.get(key)
         if isinstance(value, str) and UNTYPED_FILE.search(location.file):
             value = BOOLEAN_CELLS.get(value)
-        if isinstance(value, bool) and key not in (reading.source_column, reading.target_column):
+        if isinstance(value, bool) and key not in (*sources, *targets):
             labels[key] = value
     return labels
 

@@ -17,7 +17,6 @@ from t5tune.data.reading.rejections import RecordLocation, Rejection
 from t5tune.data.reading.text_encoding import decode_record
 from t5tune.errors import DataError, DependencyError
 from t5tune.formatting import format_count, shorten
-from t5tune.io.reasons import join_first
 from t5tune.settings.groups.record_format import ReadingSettings
 
 CELL_OVERHEAD_BYTES = 128  # memory of a cell in addition to its text
@@ -205,8 +204,9 @@ def read_parquet(path: Path, max_bytes: int) -> Iterator[RawRecord]:
 
 def _check_column_names(names: list[str], place: str, advice: str = "") -> None:
     if duplicates := [name for name, count in Counter(names).items() if count > 1]:
-        problem = f"{place}: duplicate column name: {join_first(duplicates)}"
-        raise DataError(problem, hint=f"rename all but one of them{advice}")
+        numbers = [str(number) for number, name in enumerate(names, start=1) if name == duplicates[0]]
+        problem = f"{place}: columns {' and '.join(numbers[:2])} have the same name, {duplicates[0]}"
+        raise DataError(problem, hint=f"rename one of them{advice}")
 
 
 def _read_batches(file: Any) -> Iterator[Any]:

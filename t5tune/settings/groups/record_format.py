@@ -14,7 +14,15 @@ from t5tune.errors import find_close_name
 from t5tune.formatting import shorten
 from t5tune.settings.affects import Affects
 from t5tune.settings.denoisers import find_denoisers
-from t5tune.settings.field_types import NoneIfUnset, OptionalCount, OptionalText, PathAsText, Settings, WordList
+from t5tune.settings.field_types import (
+    ColumnNames,
+    NoneIfUnset,
+    OptionalCount,
+    OptionalText,
+    PathAsText,
+    Settings,
+    WordList,
+)
 
 Objective = Literal["sft", "dpo", "orpo", "span-corruption"]
 PREFERENCE_OBJECTIVES = ("dpo", "orpo")
@@ -93,11 +101,13 @@ class ReadingSettings(Settings):
         description="CSV and TSV files begin with a line of column names; if not, the first column is the input and "
         "the second the output.",
     )
-    source_column: Annotated[OptionalText, Affects.EXAMPLES | Affects.INFERENCE] = Field(
-        default=None, description="Column or key with the input; default: detected."
+    source_column: Annotated[ColumnNames, Affects.EXAMPLES | Affects.INFERENCE] = Field(
+        default=None,
+        description="Column or key with the input; several are joined, a line each; default: detected.",
     )
-    target_column: Annotated[OptionalText, Affects.EXAMPLES | Affects.INFERENCE] = Field(
-        default=None, description="Column or key with the output; default: detected."
+    target_column: Annotated[ColumnNames, Affects.EXAMPLES | Affects.INFERENCE] = Field(
+        default=None,
+        description="Column or key with the output; several are joined, a line each; default: detected.",
     )
     rejected_column: Annotated[OptionalText, Affects.EXAMPLES] = Field(
         default=None,
@@ -140,6 +150,13 @@ class ReadingSettings(Settings):
         return value
 
     @property
+    def columns(self) -> tuple[list[str], list[str]]:
+        """The names of the columns of sources and of targets; without names, the names in their format."""
+        given = self.source_column or "source", self.target_column or ("chosen" if self.reads_preferences else "target")
+        sources, targets = ([names] if isinstance(names, str) else names for names in given)
+        return sources, targets
+
+    @property
     def is_raw_text(self) -> bool:
         return self.objective == "span-corruption"
 
@@ -162,6 +179,9 @@ class ReadingSettings(Settings):
             self._refuse_given(("target_column", "source_prefix"), f"objective {self.objective} doesn't use it")
             self._refuse_given(("data_format",), f"objective {self.objective} reads raw text")
             self._refuse_given(NOT_OF_RAW_TEXT, f"objective {self.objective} has no answers to choose")
+        single = "source_column" if self.is_raw_text else "target_column"
+        if (self.is_raw_text or self.reads_preferences) and isinstance(getattr(self, single), list):
+            raise ValueError(f"{single}: {getattr(self, single)}: objective {self.objective} reads one; name only one")
         if self.data_format not in PAIR_FORMATS:
             self._refuse_given(TEXT_SETTINGS, f"data_format {self.data_format} doesn't use it")
         return self

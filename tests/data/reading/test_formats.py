@@ -170,6 +170,23 @@ def test_columns_can_be_named_and_prefixed(tmp_path: Path) -> None:
     assert rejected == Rejection("no_source", "no text to answer (columns)")
 
 
+def test_columns_are_joined_without_empty_values(tmp_path: Path) -> None:
+    ticket = {"Subject": "Bill", "Body": "Charged twice", "Category": "billing", "Reason": "double charge"}
+    columns: dict[str, Any] = {"source_column": ["Subject", "Body"], "target_column": ["Category", "Reason"]}
+
+    def read_texts(**changes: Any) -> list[str]:
+        return [turn.text for turn in read_one(tmp_path, ticket | changes, **columns, source_prefix="sort: ").turns]
+
+    assert read_texts() == ["sort: Bill\nCharged twice", "billing\ndouble charge"]
+    assert read_texts(Subject=None, Reason="") == ["sort: Charged twice", "billing"]
+    assert read_texts(Body=" ", Category=None) == ["sort: Bill", "double charge"]
+    assert read_one(tmp_path, ticket | {"Subject": "", "Body": None}, **columns).reason == "no_source"
+    assert read_one(tmp_path, ticket | {"Category": None, "Reason": ""}, **columns).reason == "no_answer"
+    assert read_one(tmp_path, ticket | {"Body": 7}, **columns).message.startswith("Body: expected text")
+    del ticket["Reason"]
+    assert read_one(tmp_path, ticket, **columns).message.startswith("no column Reason; the record has")
+
+
 def test_a_mistyped_column_is_suggested(tmp_path: Path) -> None:
     value = {"disfluent": "a, no, b", "original": "b"}
     rejected = read_one(tmp_path, value, source_column="disfluent", target_column="orignal")
