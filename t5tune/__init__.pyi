@@ -70,6 +70,7 @@ class PrepareSettings(_settings.PrepareSettings):
         encoding: str | None = None,
         data_format: Literal["auto", "sharegpt", "openai", "alpaca", "prompt-completion", "source-target"] = "auto",
         header: bool = True,
+        pair_lines: bool = False,
         rejected_column: str | None = None,
         merge_same_role: bool = False,
         clean: bool = False,
@@ -103,12 +104,12 @@ class PrepareSettings(_settings.PrepareSettings):
         Args:
             model_name_or_path: Base model: a folder, owner/name[@revision] on the Hugging Face Hub, or `pocket` (built
                 in).
-            data_path: Data: JSON, JSONL, CSV or Parquet files (also .gz, .zst), folders, patterns, `-` (stdin), Hub
-                datasets (owner/name), URLs, `pocket`; for train and evaluate also token caches; `a.csv:2 b.csv:1` mixes
+            data_path: Data: JSON, JSONL, CSV, Parquet or Excel files (also .gz, .zst), folders, patterns, `-` (stdin),
+                Hub datasets (owner/name), URLs, `pocket`; train, evaluate: also token caches; `a.csv:2 b.csv:1` mixes
                 two.
             output_dir: Output folder.
-            source_column: Column or key with the input; several are joined, a line each; default: detected.
-            target_column: Column or key with the output; several are joined, a line each; default: detected.
+            source_column: Column or key with the input, or several, a line each; default: detected.
+            target_column: Column or key with the output, or several, a line each; default: detected.
             source_prefix: Text to prepend to each source of two-column data, such as `summarize: `.
             conversation_template: Conversation template: a name under conversations/ in `t5tune templates`, a YAML
                 file, or (chat, serve, evaluate) a training dataset; default: the model's, else plain for pairs, else
@@ -126,8 +127,9 @@ class PrepareSettings(_settings.PrepareSettings):
             encoding: Encoding of text files without a byte order mark, such as cp1252; default: UTF-8, or detected if
                 most of a file isn't UTF-8.
             data_format: Format of the records; auto detects it from the keys of each record.
-            header: CSV and TSV files begin with a line of column names; if not, the first column is the input and the
+            header: CSV, TSV and Excel files begin with column names; if not, the first column is the input and the
                 second the output.
+            pair_lines: Read two text files line by line: each line of the first is a source, of the second its target.
             rejected_column: Column or key with the rejected answer of a preference pair (objective dpo, orpo), whose
                 chosen answer is in target_column; default: rejected (target_column: chosen).
             merge_same_role: Join consecutive turns of the same role instead of rejecting the record.
@@ -202,6 +204,7 @@ class TrainSettings(_settings.TrainSettings):
         encoding: str | None = None,
         data_format: Literal["auto", "sharegpt", "openai", "alpaca", "prompt-completion", "source-target"] = "auto",
         header: bool = True,
+        pair_lines: bool = False,
         rejected_column: str | None = None,
         source_prefix: str = "",
         merge_same_role: bool = False,
@@ -322,12 +325,12 @@ class TrainSettings(_settings.TrainSettings):
         Args:
             model_name_or_path: Base model: a folder, owner/name[@revision] on the Hugging Face Hub, or `pocket` (built
                 in).
-            data_path: Data: JSON, JSONL, CSV or Parquet files (also .gz, .zst), folders, patterns, `-` (stdin), Hub
-                datasets (owner/name), URLs, `pocket`; for train and evaluate also token caches; `a.csv:2 b.csv:1` mixes
+            data_path: Data: JSON, JSONL, CSV, Parquet or Excel files (also .gz, .zst), folders, patterns, `-` (stdin),
+                Hub datasets (owner/name), URLs, `pocket`; train, evaluate: also token caches; `a.csv:2 b.csv:1` mixes
                 two.
             output_dir: Output folder.
-            source_column: Column or key with the input; several are joined, a line each; default: detected.
-            target_column: Column or key with the output; several are joined, a line each; default: detected.
+            source_column: Column or key with the input, or several, a line each; default: detected.
+            target_column: Column or key with the output, or several, a line each; default: detected.
             eval_fraction: Fraction of the data to hold out for evaluation, unless eval_data_path is set.
             train_mode: Train an adapter, or all weights.
             lora_r: LoRA rank: the size of the adapter.
@@ -351,8 +354,9 @@ class TrainSettings(_settings.TrainSettings):
             encoding: Encoding of text files without a byte order mark, such as cp1252; default: UTF-8, or detected if
                 most of a file isn't UTF-8.
             data_format: Format of the records; auto detects it from the keys of each record.
-            header: CSV and TSV files begin with a line of column names; if not, the first column is the input and the
+            header: CSV, TSV and Excel files begin with column names; if not, the first column is the input and the
                 second the output.
+            pair_lines: Read two text files line by line: each line of the first is a source, of the second its target.
             rejected_column: Column or key with the rejected answer of a preference pair (objective dpo, orpo), whose
                 chosen answer is in target_column; default: rejected (target_column: chosen).
             source_prefix: Text to prepend to each source of two-column data, such as `summarize: `.
@@ -831,6 +835,7 @@ class EvaluateSettings(_settings.EvaluateSettings):
         encoding: str | None = None,
         data_format: Literal["auto", "sharegpt", "openai", "alpaca", "prompt-completion", "source-target"] = "auto",
         header: bool = True,
+        pair_lines: bool = False,
         rejected_column: str | None = None,
         source_prefix: str = "",
         merge_same_role: bool = False,
@@ -856,14 +861,14 @@ class EvaluateSettings(_settings.EvaluateSettings):
         Args:
             model_name_or_path: Run, adapter or base model: a folder, owner/name[@revision] on the Hub, or `pocket`
                 (built in).
-            data_path: Data: JSON, JSONL, CSV or Parquet files (also .gz, .zst), folders, patterns, `-` (stdin), Hub
-                datasets (owner/name), URLs, `pocket`; for train and evaluate also token caches; `a.csv:2 b.csv:1` mixes
+            data_path: Data: JSON, JSONL, CSV, Parquet or Excel files (also .gz, .zst), folders, patterns, `-` (stdin),
+                Hub datasets (owner/name), URLs, `pocket`; train, evaluate: also token caches; `a.csv:2 b.csv:1` mixes
                 two.
             adapter: Adapter to apply to the base: a folder, a run, or owner/name[@revision] on the Hub; not needed if
                 model_name_or_path is an adapter or a run.
             output_dir: Folder for scores.json and predictions.jsonl; default: evaluation, evaluation.1, …
-            source_column: Column or key with the input; several are joined, a line each; default: detected.
-            target_column: Column or key with the output; several are joined, a line each; default: detected.
+            source_column: Column or key with the input, or several, a line each; default: detected.
+            target_column: Column or key with the output, or several, a line each; default: detected.
             num_data: Use only the first N examples; default: all.
             metrics: Metrics to compute: exact_match, rouge1, rouge2, rougeL, bleu, chrf, valid_json, field_f1,
                 accuracy, macro_f1, mcc; labels computes the last three, whatever the targets are; default: all that fit
@@ -895,8 +900,9 @@ class EvaluateSettings(_settings.EvaluateSettings):
             encoding: Encoding of text files without a byte order mark, such as cp1252; default: UTF-8, or detected if
                 most of a file isn't UTF-8.
             data_format: Format of the records; auto detects it from the keys of each record.
-            header: CSV and TSV files begin with a line of column names; if not, the first column is the input and the
+            header: CSV, TSV and Excel files begin with column names; if not, the first column is the input and the
                 second the output.
+            pair_lines: Read two text files line by line: each line of the first is a source, of the second its target.
             rejected_column: Column or key with the rejected answer of a preference pair (objective dpo, orpo), whose
                 chosen answer is in target_column; default: rejected (target_column: chosen).
             source_prefix: Text to prepend to each source of two-column data, such as `summarize: `.

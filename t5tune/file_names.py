@@ -41,9 +41,9 @@ PART_MANIFEST_FILE = "part.json"
 # the folder with the token caches of all datasets
 MIXTURE_FILE = "mixture.json"
 
-# data; all but Parquet may also be compressed
+# data; all but Parquet and Excel may also be compressed
 JSON_SUFFIXES = {".json", ".jsonl", ".ndjson"}
-TABLE_SUFFIXES = {".csv", ".tsv", ".parquet"}
+TABLE_SUFFIXES = {".csv", ".tsv", ".parquet", ".xlsx"}
 TEXT_SUFFIXES = {".txt"}
 COMPRESSED_SUFFIXES = (".gz", ".zst")
 

@@ -28,7 +28,7 @@ BASE_FLAGS = ("model_name_or_path", "revision", "cache_dir", "family")
 NOT_REPEATED = {"model_name_or_path", "output_dir", "overwrite", "compare_base"}  # when a model is evaluated again
 READING_FLAGS = (
     "objective", "data_subset", "model_max_length", "merge_same_role", "clean", "max_record_bytes", "encoding",
-    "header",
+    "header", "pair_lines",
 )  # fmt: skip
 MODEL_FLAGS = (*BASE_FLAGS[1:], "adapter", *QuantizationSettings.model_fields, "bf16", "use_cpu", "device")
 

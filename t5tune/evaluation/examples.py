@@ -159,7 +159,8 @@ def _load_dataset(plan: EvaluationPlan, dataset: DatasetSpec, loaded: LoadedMode
     base = load_tokenizer(loaded.base) if plan.compares_base else None
     names = [str(find_conversations_file()) if name == "pocket" else name for name in dataset.path]
     choice = DatasetChoice(dataset.data_subset, dataset.data_split, EVALUATION_SPLITS)
-    files = find_files(bring_data(names, choice, "data_path", plan.base.cache_dir, report))
+    paths = bring_data(names, choice, "data_path", plan.base.cache_dir, report)
+    files = find_files(paths, report, pair=dataset.pair_lines)
     records = read_records(files, dataset, stdin := Digest())
     sample = take_sample(records)
     find_encodings(files, dataset.encoding, stdin, report)

@@ -13,6 +13,7 @@ from t5tune.data.reading.files import STDIN, Digest, find_files
 from t5tune.data.reading.raw_records import RawRecord
 from t5tune.data.reading.sources import describe_origin
 from t5tune.data.reading.text_encoding import UTF8
+from t5tune.data.reading.workbooks import split_sheet
 from t5tune.data.tokens.chat_template import build_chat_template, write_chat_template
 from t5tune.data.tokens.encoders import choose_ids_dtype
 from t5tune.data.tokens.span_corruption import SpanCorruption, make_corruption
@@ -103,7 +104,8 @@ def write_cache(
     save_tokenizer(tokenizer, staged / "tokenizer")
     (staged / TEMPLATE_FILE).write_text(to_yaml(dict(vars(source.template))), encoding="utf-8")
     counts, is_complete = write_records(staged)
-    unused = [str(file) for file in source.files if is_complete and not counts.usable[str(file)]]
+    is_checked = is_complete and not dataset.pair_lines  # whose records name the first file
+    unused = [str(file) for file in source.files if is_checked and not counts.usable[str(file)]]
     for path in source.paths if unused else []:
         files = find_files([path], is_text=source.corruption is not None)
         check_any_used(f"{source.setting}: {path}", list(map(str, files)), counts, source.checks.purpose)
@@ -157,7 +159,7 @@ def choose_num_workers(source: CacheSource, num_parts: int = 1) -> int:
         return source.dataset.num_workers
     if STDIN in source.files:  # its size is unknown; encode_records starts a worker only when all workers are busy
         return source.num_cores
-    size = sum(file.stat().st_size for file in source.files) // num_parts
+    size = sum(split_sheet(file)[0].stat().st_size for file in source.files) // num_parts
     return min(source.num_cores, 1 + size // BYTES_PER_WORKER)
 
 

@@ -19,6 +19,7 @@ from t5tune.data.reading.formats import Conversation
 from t5tune.data.reading.raw_records import RawRecord
 from t5tune.data.reading.readers import read_records
 from t5tune.data.reading.sources import bring_data, is_dataset_name
+from t5tune.data.reading.workbooks import split_sheet
 from t5tune.data.tokens.templates import PAIR_TEMPLATE, Template, find_template, load_template
 from t5tune.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from t5tune.data.tokens.vocabulary import ExtendedTokenizer, extend_tokenizer
@@ -77,7 +78,7 @@ class OpenedDataset:
 def open_dataset(plan: PreparePlan, dataset: DatasetSpec, report: Report) -> OpenedDataset:
     """Find the files of a dataset, download them if needed, and read the first records."""
     paths = _bring_data(plan, dataset, report)
-    files = find_files(paths, report, plan.origin.setting, is_text=dataset.is_raw_text)
+    files = find_files(paths, report, plan.origin.setting, dataset.is_raw_text, dataset.pair_lines)
     stdin = Digest()
     records = read_records(files, dataset, stdin)
     sample = take_sample(records)
@@ -193,7 +194,7 @@ def _describe_inputs(
         "data": [
             {
                 "file": file.name,
-                "sha256": hash_file(file) if file != STDIN else None,
+                "sha256": hash_file(split_sheet(file)[0]) if file != STDIN else None,
                 **({"encoding": opened.encodings[file]} if file in opened.encodings else {}),
             }
             for file in opened.files

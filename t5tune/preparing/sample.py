@@ -88,7 +88,8 @@ def choose_default_template(sample: list[RawRecord], files: list[Path], reading:
 def _has_only_pairs(sample: list[RawRecord], files: list[Path], reading: ReadingSettings) -> bool:
     """Whether there are usable records, and no record is a list of turns."""
     has_pairs = False
-    firsts = chain.from_iterable(_parse_first(file, reading) for file in files if file != STDIN)
+    others = [] if reading.pair_lines else [file for file in files if file != STDIN]
+    firsts = chain.from_iterable(_parse_first(file, reading) for file in others)
     for conversation in chain(_parse_usable(sample, reading), firsts):
         if not conversation.is_pair:
             return False

@@ -38,7 +38,7 @@ PATHS_OF_DATASETS = {"data": "data_path", "eval_data": "eval_data_path"}
 """Setting with datasets -> the setting with the paths of all of them."""
 RESERVED_NAMES = {MIXTURE_FILE, TEMPLATE_FILE, TRAINING_DATA_FILE}
 MAX_NAME_LENGTH = 64
-_WEIGHT = re.compile(r"(.+):(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+)", re.DOTALL | re.IGNORECASE)
+_WEIGHT = re.compile(r"(.+)(?<!\.xlsx):(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+)", re.DOTALL | re.IGNORECASE)
 _PORT = re.compile(r"\w+://[^/]*")  # host:8080 of a URL without a path
 _USER = re.compile("://[^/]*@")
 _STORED = re.compile(r"(^|\.)records-[0-9a-f]{12}(\.table)?$")  # see settings/records_in_memory.py

@@ -12,6 +12,7 @@ from t5tune.errors import SettingsError
 from t5tune.settings.dataset_list import DatasetName, DatasetSettings
 from t5tune.settings.field_types import Settings
 from t5tune.settings.groups.record_format import (
+    NOT_OF_PAIRED_LINES,
     NOT_OF_PREFERENCES,
     NOT_OF_RAW_TEXT,
     PAIR_FORMATS,
@@ -25,13 +26,14 @@ RULES: tuple[tuple[Callable[[Mapping[str, Any], str], bool], set[str]], ...] = (
     # (whether the dataset's values make settings of the command meaningless, these settings)
     (
         lambda own, _: own.get("objective") == "span-corruption",
-        {"source_prefix", "target_column", "rejected_column", "data_format", *NOT_OF_RAW_TEXT},
+        {"source_prefix", "target_column", "rejected_column", "data_format", "pair_lines", *NOT_OF_RAW_TEXT},
     ),
     (lambda own, _: own.get("objective") not in (None, "span-corruption"), {"denoisers"}),
-    (lambda own, _: own.get("objective") in PREFERENCE_OBJECTIVES, NOT_OF_PREFERENCES),
-    (lambda own, _: own.get("data_format") not in (None, *PAIR_FORMATS), {"source_prefix", *COLUMNS}),
+    (lambda own, _: bool(own.get("pair_lines")), NOT_OF_PAIRED_LINES),
+    (lambda own, _: own.get("objective") in PREFERENCE_OBJECTIVES, {"pair_lines", *NOT_OF_PREFERENCES}),
+    (lambda own, _: own.get("data_format") not in (None, *PAIR_FORMATS), {"source_prefix", "pair_lines", *COLUMNS}),
     # a user who names one column describes the whole layout
-    (lambda own, _: bool(COLUMNS & own.keys()), {"data_format", *COLUMNS}),
+    (lambda own, _: bool(COLUMNS & own.keys()), {"data_format", "pair_lines", *COLUMNS}),
     (lambda own, data_format: bool(own.get("source_prefix")) and data_format not in PAIR_FORMATS, {"data_format"}),
 )
 """The second argument is the command's data_format. `encoding` and `header` have no rule: they apply to files of text

@@ -316,28 +316,11 @@ def _check_gpu_memory(value: Any) -> Any:
     return value
 
 
-def _read_columns(value: Any) -> Any:
-    """Read a list of one name as the name, so that a single column has one form in every file."""
-    if value is None:
-        return None
-    names = value if isinstance(value, list | tuple) else [value]
-    if not names or not all(isinstance(name, str) and (name or len(names) == 1) for name in names):
-        raise ValueError("expected the name of a column, or a list of names")
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"{twice[0]!r} is given twice")
-    return parse_unset(names[0]) if len(names) == 1 else names
-
-
 NoneIfUnset = _UnsetReader(parse_unset)
 """Reads `none`, `null`, an empty string and -1, which FastChat and Hugging Face use for "not set", as None."""
 
 OptionalPath = Annotated[Path | None, NoneIfUnset]
 OptionalText = Annotated[str | None, NoneIfUnset]
-
-ColumnNames = Annotated[
-    list[str] | str | None, BeforeValidator(_read_columns, json_schema_input_type=list[str] | str | None), NoneIfUnset
-]
-"""A column's name, or a list of several; names aren't split, since they may contain commas and spaces."""
 
 PathAsText = BeforeValidator(read_path)
 """Reads a path object as text, where a setting is a path or a name."""

@@ -21,6 +21,7 @@ from typing import Any, BinaryIO, cast
 
 from t5tune.data.caches.cache import is_cache
 from t5tune.data.reading.text_encoding import MARKS, UTF8, find_encoding, read_as_utf8
+from t5tune.data.reading.workbooks import list_sheets, split_sheet
 from t5tune.errors import DataError
 from t5tune.file_names import (
     CHECKPOINT_MANIFEST_FILE,
@@ -39,7 +40,9 @@ from t5tune.settings.records_in_memory import is_stored
 
 STDIN = Path("-")
 TEXT_HINT = "--objective span-corruption trains on it, as in T5's pretraining"
-SPREADSHEET_SUFFIXES = {".xlsx", ".xlsm", ".xls", ".ods", ".numbers"}
+PAIR_HINT = "--pair-lines reads two text files line by line, the sources and the targets"
+SPREADSHEET_SUFFIXES = {".xlsx", ".xlsm", ".xls", ".xlsb", ".ods", ".numbers"}
+BINARY_SUFFIXES = {".parquet", ".xlsx"}  # which compress internally
 KNOWN_SUFFIXES = ", ".join(sorted(JSON_SUFFIXES | TABLE_SUFFIXES))
 # patterns of the first bytes; zstd's second alternative is a skippable frame, which may come first
 COMPRESSION_MAGIC = {".gz": rb"\x1f\x8b", ".zst": rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"}
@@ -48,13 +51,19 @@ BOM = b"\xef\xbb\xbf"  # the byte order mark of UTF-8
 
 
 def find_files(
-    data_path: list[str], report: Report = silent, setting: str = "data_path", is_text: bool = False
+    data_path: list[str], report: Report = silent, setting: str = "data_path", is_text: bool = False, pair: bool = False
 ) -> list[Path]:
     """Find the data files of `data_path`: files, folders, glob patterns, and `-` for standard input.
 
     The files of a folder or a pattern are sorted. `setting` is named in messages. `is_text`: raw text is data, too.
+    `pair`: the paths are two text files of any name.
     """
     files: list[Path] = []
+    if pair:
+        if len(data_path) != 2 or not all(map(os.path.isfile, data_path)):
+            hint = "name the file of the sources, then the file of the targets"
+            raise DataError(f"{setting}: {' '.join(data_path)}: pair_lines reads two text files", hint=hint)
+        return [*map(Path, data_path)]
     for name in data_path:
         try:
             files += _resolve_path(name, report, setting, is_text)
@@ -73,8 +82,11 @@ def _resolve_path(name: str, report: Report, setting: str, is_text: bool) -> lis
         if sys.stdin is None:
             raise DataError(f"{setting}: -: standard input is closed")
         return [path]
-    if path.is_file():
+    if split_sheet(path)[0].is_file():
         _check_suffix(path, setting, is_text)
+        if path.suffix.lower() == ".xlsx" and len(sheets := list_sheets(path)) > 1:
+            others = f"for {join_first(sheets[1:])}, add the name: '{path}:{sheets[1]}'"
+            report(Note(f"{setting}: {path}: reading the sheet {sheets[0]}; {others}"))
         return [path]
     if path.is_dir():
         found = sorted(
@@ -110,14 +122,16 @@ def _check_suffix(path: Path, setting: str, is_text: bool) -> None:
         return
     suffix = "".join(path.suffixes[-2:]) or "no suffix"
     if find_data_suffix(path, is_text=True) is not None:
-        raise DataError(f"{setting}: {path}: {suffix}: raw text", hint=TEXT_HINT)
+        raise DataError(f"{setting}: {path}: {suffix}: raw text", hint=f"{TEXT_HINT}; {PAIR_HINT}")
     expected = f"expected one of {KNOWN_SUFFIXES}, optionally with .gz or .zst (except .parquet)"
-    raise DataError(f"{setting}: {path}: {suffix}: {expected}", hint=_suggest_export([path]))
+    raise DataError(f"{setting}: {path}: {suffix}: {expected}", hint=_suggest_export([path]) or PAIR_HINT)
 
 
 def _suggest_export(paths: list[Path]) -> str | None:
     spreadsheet = next((path for path in paths if path.suffix.lower() in SPREADSHEET_SUFFIXES), None)
-    return f"export {spreadsheet.name} as CSV" if spreadsheet else None
+    if spreadsheet is not None and spreadsheet.suffix.lower() == ".xlsx":
+        return f"name the workbook: {spreadsheet}"
+    return f"save {spreadsheet.name} as .xlsx or CSV" if spreadsheet else None
 
 
 def _select_data_files(path: Path, found: list[Path], report: Report, setting: str, is_text: bool) -> list[Path]:
@@ -160,6 +174,8 @@ def _explain_skipping(path: Path, is_text: bool) -> str | None:
         return "a folder"
     if find_data_suffix(path, is_text) is None:
         return "unknown suffix"
+    if find_data_suffix(path) == ".xlsx":  # often a copy of other data
+        return "a workbook, which is read only by its name"
     return None if path.is_file() else "not a regular file"
 
 
@@ -179,8 +195,8 @@ def find_data_suffix(path: Path, is_text: bool = False) -> str | None:
     """Return a file's data suffix without its compression suffix (`.json`, `.csv`, …); None: not a data file."""
     if path == STDIN:
         return ".json"
-    *_, before, last = "", "", *(suffix.lower() for suffix in path.suffixes)
-    kind = before if last in COMPRESSION_MAGIC and before != ".parquet" else last  # Parquet compresses internally
+    *_, before, last = "", "", *(suffix.lower() for suffix in split_sheet(path)[0].suffixes)
+    kind = before if last in COMPRESSION_MAGIC and before not in BINARY_SUFFIXES else last
     known = JSON_SUFFIXES | TABLE_SUFFIXES | (TEXT_SUFFIXES if is_text else set())
     return kind if kind in known else None
 
@@ -245,7 +261,7 @@ def find_file_encoding(path: Path, given: str | None) -> str:
 
 def find_encodings(files: list[Path], given: str | None, stdin: Digest, report: Report) -> dict[Path, str]:
     """Find the encoding of each text file that isn't UTF-8, and report it unless it is `given`."""
-    texts = [file for file in files if find_data_suffix(file, is_text=True) != ".parquet"]
+    texts = [file for file in files if find_data_suffix(file, is_text=True) not in BINARY_SUFFIXES]
     found = {file: stdin.encoding if file == STDIN else find_file_encoding(file, given) for file in texts}
     others = {file: encoding for file, encoding in found.items() if encoding != UTF8}
     for encoding in dict.fromkeys(others.values()):
@@ -277,7 +293,7 @@ def _read_bytes(path: Path, digest: Digest | None = None) -> Iterator[bytes]:
 def is_compressed(path: Path) -> bool:
     """Whether a file's content is compressed."""
     try:
-        with open(path, "rb") as file:
+        with open(split_sheet(path)[0], "rb") as file:
             return _detect_compression(path, file.read(4)) is not None
     except OSError as error:
         raise DataError(f"{path}: can't be read: {error.strerror or error}") from error

@@ -368,9 +368,7 @@ def _parse_pair(
     used = {*sources, *targets}
     if missing := [name for name in (*sources, *targets) if name not in value]:
         key = _suggest_key(missing[0], value.keys() - used)
-        wholes = [name for name in map(" ".join, (sources, targets)) if name in value.keys() - used]
-        if wholes:
-            key = f"; put a name with spaces in quotes: {shlex.quote(wholes[0])}"
+        key = "; put its name in quotes" if " ".join(missing) in value else key
         advice = suggest_unwrapping(value) or key
         if not advice and missing[0] in sources and reading.source_column is None:
             advice = "; name the source column with --source-column"

@@ -95,7 +95,7 @@ def parse_record(record: RawRecord, reading: ReadingSettings) -> Conversation | 
             if is_escaped_utf8("".join(map(str, data.values() if isinstance(data, dict) else data))):
                 what = ESCAPED_UTF8_TEXT
             return Rejection("invalid_utf8", f"{what}; {UTF8_HINT}")
-        is_text_table = find_data_suffix(Path(location.file)) in (".csv", ".tsv")
+        is_text_table = find_data_suffix(Path(location.file)) in (".csv", ".tsv", ".xlsx")
         if reason != "unknown_format" or not is_text_table:
             return error.rejection
         if record.has_doubtful_header:

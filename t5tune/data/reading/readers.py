@@ -19,7 +19,7 @@ from t5tune.data.reading.files import BOM, STDIN, Digest, find_data_suffix, read
 from t5tune.data.reading.raw_records import KEYED_RECORDS, MAX_KEPT_BYTES, RawRecord, make_too_long_record
 from t5tune.data.reading.raw_text import read_text
 from t5tune.data.reading.rejections import DEPTH_STEPS, RecordLocation, RejectionError, iterate_depths, parse_json
-from t5tune.data.reading.tables import read_csv, read_parquet
+from t5tune.data.reading.tables import read_csv, read_line_pairs, read_parquet, read_workbook
 from t5tune.data.reading.text_encoding import decode_record
 from t5tune.errors import DataError
 from t5tune.file_names import JSON_SUFFIXES, TEXT_SUFFIXES
@@ -34,6 +34,9 @@ MIN_MEMBERS = 2  # of an object of records on a line that is longer than a recor
 
 def read_records(files: list[Path], reading: ReadingSettings, stdin: Digest | None = None) -> Iterator[RawRecord]:
     """Yield every record of the files, in order; `stdin` hashes standard input. DataError: a file is broken."""
+    if reading.pair_lines:
+        yield from read_line_pairs(files, reading)
+        return
     for path in files:
         kind = find_data_suffix(path, is_text=True)
         if kind in JSON_SUFFIXES:
@@ -43,6 +46,8 @@ def read_records(files: list[Path], reading: ReadingSettings, stdin: Digest | No
             yield from read_text(path, reading.encoding)
         elif kind == ".parquet":
             yield from read_parquet(path, reading.max_record_bytes)
+        elif kind == ".xlsx":
+            yield from read_workbook(path, reading)
         else:
             yield from read_csv(path, "\t" if kind == ".tsv" else None, reading)
 

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
-from t5tune.data.reading.rejections import RecordLocation, RejectionError
+from t5tune.data.reading.rejections import BadCell, RecordLocation, RejectionError
 from t5tune.data.reading.tool_calls import CALL_PART_TYPES, find_tool_calls, join_tool_calls, read_tool_call_part
 from t5tune.formatting import shorten
 from t5tune.settings.groups.record_format import ReadingSettings
@@ -33,7 +33,8 @@ IGNORED_PART_TYPES = ("reasoning", "tools")  # types of content parts that are l
 MAX_KEY_LENGTH = 40  # characters of a key's name in the counts; the rest is cut
 LABEL_KEYS = ("label", "kto_tag")
 WEIGHT_KEYS = ("loss_weight", "weight")
-UNTYPED_FILE = re.compile(r"\.[ct]sv(?:\.gz|\.zst)?$", re.IGNORECASE)  # all cells are text, also true and false
+# all cells are text, also true and false
+UNTYPED_FILE = re.compile(r"\.(?:[ct]sv(?:\.gz|\.zst)?|xlsx(?::[^:/]*)?)$", re.IGNORECASE)
 BOOLEAN_CELLS = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
 
 
@@ -170,6 +171,8 @@ def parse_text(where: str, content: Any) -> str:
             raise RejectionError("not_text", f"{where}: unsupported content part of type {other!r}")
         texts = [part["text"] if part.get("text") is not None else part.get("value") for part in content]
         content = "\n".join(parse_text(where, text) for text in texts)
+    if isinstance(content, BadCell):
+        raise RejectionError("bad_cell", f"{where}: {content}")
     if not isinstance(content, str):
         # 007 and 1.0 may be numbers by mistake, so which text is meant isn't guessed
         is_number = isinstance(content, int | float) and not isinstance(content, bool)

@@ -26,6 +26,7 @@ REJECTION_REASONS = {
     "duplicate_key": "an object with a duplicate key",
     "bad_number": "NaN, Infinity, or a number that does not fit in 64 bits",
     "bad_row": "a row with more or fewer cells than the table's header",
+    "bad_cell": "a formula without a stored value, or an error such as #N/A",
     "not_an_object": "a record that is not a JSON object",
     "unknown_format": "keys that don't match data_format or any known format",
     "bad_turn": "a turn without a role or a text",
@@ -48,6 +49,10 @@ UTF8_HINT = "save the file as UTF-8, or name the right encoding with --encoding"
 ESCAPED_UTF8_TEXT = "UTF-8 in a file with a different encoding"
 DEPTH_STEPS = {b"[": 1, b"{": 1, b"]": -1, b"}": -1}
 UNPARSED_REASONS = {"not_json", "invalid_utf8", "too_deep", "duplicate_key", "bad_number"}  # reasons of `parse_json`
+
+
+class BadCell(str):
+    """The problem of a workbook's cell, in place of its text: a record that uses the cell is rejected."""
 
 
 @dataclass(frozen=True)

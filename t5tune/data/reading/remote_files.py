@@ -99,7 +99,7 @@ def fetch_remote(
         raise _explain(asked, error) from error
     if not files:
         raise DataError(f"{asked}: contains no data files", hint="name a JSON, JSONL, CSV or Parquet file")
-    names = [name for name in files if find_data_suffix(_get_name(name), is_text) is not None]
+    names = [name for name in files if find_data_suffix(_get_name(name), is_text) not in (None, ".xlsx")]
     if not names:
         raise DataError(f"{asked}: {join_first(sorted(files))}: no JSON, JSONL, CSV or Parquet file")
     try:

@@ -45,7 +45,7 @@ def bring_data(
     found: list[str] = []
 
     def is_data(name: str) -> bool:
-        return find_data_suffix(Path(name), is_text) is not None
+        return find_data_suffix(Path(name), is_text) not in (None, ".xlsx")
 
     for name in names:
         if name in datasets:

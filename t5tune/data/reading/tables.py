@@ -1,4 +1,4 @@
-"""Read the rows of CSV, TSV and Parquet files as raw records."""
+"""Read the rows of CSV, TSV and Parquet files, and of workbooks, as raw records."""
 
 import csv
 import json
@@ -6,8 +6,9 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
-from itertools import chain, dropwhile
+from itertools import chain, dropwhile, islice
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from t5tune.data.reading.files import BOM, read_chunks
 from t5tune.data.reading.raw_records import MAX_KEPT_BYTES, RawRecord, make_too_long_record
 from t5tune.data.reading.rejections import RecordLocation, Rejection
 from t5tune.data.reading.text_encoding import decode_record
+from t5tune.data.reading.workbooks import read_cells
 from t5tune.errors import DataError, DependencyError
 from t5tune.formatting import format_count, shorten
+from t5tune.io.reasons import join_first
 from t5tune.settings.groups.record_format import ReadingSettings
 
 CELL_OVERHEAD_BYTES = 128  # memory of a cell in addition to its text
@@ -36,6 +39,7 @@ SAMPLE_BYTES = 1 << 20  # about the maximum size of these lines
 MIN_WORDS = 3  # a header's cell with this many words may be data
 _DELIMITER_LINE = re.compile(r'"?sep=([,;\t|])"?[\r\n]*', re.IGNORECASE)  # Excel's first line
 _CELL_TEXT = re.compile(rb'[^",;\t|\r\n]+')
+_Row = tuple[int, int, int, bytes, list[str]]  # its line and offset, its size and beginning as bytes, and its cells
 
 
 def read_csv(path: Path, delimiter: str | None, reading: ReadingSettings) -> Iterator[RawRecord]:
@@ -44,10 +48,9 @@ def read_csv(path: Path, delimiter: str | None, reading: ReadingSettings) -> Ite
     Without a header, the first columns are named `source` and `target`, or as the objective needs. Rows longer than
     max_record_bytes are rejected. Without `delimiter` or a line that names it, it is detected.
     """
-    max_bytes = reading.max_record_bytes
     lines = _LineReader(path, reading)
     texts = iter(lines)
-    csv.field_size_limit(max_bytes)
+    csv.field_size_limit(reading.max_record_bytes)
     header_line = next(dropwhile(str.isspace, texts), None)
     if header_line is not None and (named := _DELIMITER_LINE.fullmatch(header_line)):
         delimiter = named[1]
@@ -57,47 +60,82 @@ def read_csv(path: Path, delimiter: str | None, reading: ReadingSettings) -> Ite
         return
     sample = _read_sample(path, reading)
     delimiter = delimiter or _detect_delimiter(path, sample)
-    reader = csv.reader(chain([header_line], texts), delimiter=delimiter, strict=True)
-    first_location = RecordLocation(str(path), lines.number, 0, lines.offset - lines.size)
+    rows = _iterate_csv(lines, csv.reader(chain([header_line], texts), delimiter=delimiter, strict=True))
+    divided = f", divided at {DELIMITERS[delimiter]}"
     try:
-        header = next(reader)
-        if reading.header and lines.size > max_bytes:
-            raise DataError(f"{path}:{lines.number}: the header is longer than max_record_bytes {max_bytes}")
-        first_rows = [] if reading.header else [header]
-        if not reading.header:
-            header = _name_columns(len(header), reading)
-        is_doubtful = reading.header and _looks_like_data(header, _divide_lines(sample, delimiter)[0])
-        names = [name if name.strip() else f"unnamed {number}" for number, name in enumerate(header, start=1)]
-        _check_column_names(names, f"{path}:{lines.number}", "; if the first line is data, add --no-header")
-        index = 0
-        while True:
-            if first_rows:
-                location, cells = first_location, first_rows.pop()
-            else:
-                location = RecordLocation(str(path), lines.number + 1, index, lines.offset)
-                lines.begin_row()
-                if (row_cells := next(reader, None)) is None:
-                    return
-                cells = row_cells
-            if not cells:
-                continue
-            index += 1
-            size = lines.size + CELL_OVERHEAD_BYTES * len(cells)
-            if lines.size > max_bytes:
-                yield make_too_long_record(location, lines.beginning, lines.size, max_bytes)
-            elif len(cells) != len(header):
-                first = "header" if reading.header else "first row"
-                problem = f"{format_count(len(cells), 'cell')} in a row, {len(header)} in the {first}"
-                rejection = Rejection("bad_row", f"{problem}, divided at {DELIMITERS[delimiter]}")
-                yield RawRecord(location, cells, size, parsed=rejection)
-            else:
-                # a spreadsheet may have empty columns without a name
-                row = {name: cell for name, cell, given in zip(names, cells, header, strict=True) if cell or given}
-                yield RawRecord(location, row, size, has_doubtful_header=is_doubtful)
+        yield from _name_cells(path, rows, _divide_lines(sample, delimiter)[0], reading, divided)
     except csv.Error as error:
         reason = next((ours for theirs, ours in CSV_REASONS.items() if theirs in str(error)), str(error))
-        problem = f"{path}:{lines.number}: not valid CSV: {reason}, divided at {DELIMITERS[delimiter]}"
-        raise DataError(problem) from error
+        raise DataError(f"{path}:{lines.number}: not valid CSV: {reason}{divided}") from error
+
+
+def read_workbook(path: Path, reading: ReadingSettings) -> Iterator[RawRecord]:
+    """Read a sheet of a workbook like a CSV file; the line of a record is the number of its row."""
+    numbered = ((number, "\t".join(cells).encode(), cells) for number, cells in enumerate(read_cells(path), start=1))
+    rows = ((number, 0, len(text), text, cells) for number, text, cells in numbered if any(cells))
+    first = [*islice(rows, SAMPLE_LINES)]
+    yield from _name_cells(path, chain(first, rows), [cells for *_, cells in first], reading)
+
+
+def read_line_pairs(files: list[Path], reading: ReadingSettings) -> Iterator[RawRecord]:
+    """Read each line of two text files as a source and its target; DataError: they have different numbers of lines."""
+    counts = [sum(1 for _ in _iterate_lines(_LineReader(path, reading))) for path in files]
+    if counts[0] != counts[1]:
+        problem = f"pair_lines: {files[0]} has {format_count(counts[0], 'line')}, but {files[1]} has {counts[1]:,}"
+        raise DataError(problem, hint="add the missing lines; a pair with an empty line is left out")
+    sources, targets = (_LineReader(path, reading) for path in files)
+    for index, (source, target) in enumerate(zip(_iterate_lines(sources), _iterate_lines(targets), strict=True)):
+        location = RecordLocation(str(files[0]), sources.number, index, sources.offset - sources.size)
+        pair, size = {"source": source, "target": target}, sources.size + targets.size
+        yield _make_record(location, pair, size, sources.beginning, reading)
+
+
+def _iterate_lines(lines: "_LineReader") -> Iterator[str]:
+    for line in lines:
+        yield line.rstrip("\r\n")
+        lines.begin_row()
+
+
+def _make_record(
+    location: RecordLocation, cells: dict[str, str], size: int, beginning: bytes, reading: ReadingSettings
+) -> RawRecord:
+    if size > reading.max_record_bytes:
+        return make_too_long_record(location, beginning, size, reading.max_record_bytes)
+    return RawRecord(location, cells, size + CELL_OVERHEAD_BYTES * len(cells))
+
+
+def _iterate_csv(lines: "_LineReader", reader: Iterator[list[str]]) -> Iterator[_Row]:
+    line, offset = lines.number, lines.offset - lines.size  # of the header, whose first line was read already
+    for cells in reader:
+        if cells:
+            yield line, offset, lines.size, lines.beginning, cells
+        line, offset = lines.number + 1, lines.offset
+        lines.begin_row()
+
+
+def _name_cells(
+    path: Path, rows: Iterator[_Row], sample: list[list[str]], reading: ReadingSettings, divided: str = ""
+) -> Iterator[RawRecord]:
+    """Make records of rows; the first row may be the header. `divided` explains a wrong number of cells."""
+    if (first := next(rows, None)) is None:
+        return
+    line, _, size, _, header = first
+    if reading.header and size > reading.max_record_bytes:
+        raise DataError(f"{path}:{line}: the header is longer than max_record_bytes {reading.max_record_bytes}")
+    if not reading.header:
+        header, rows = _name_columns(len(header), reading), chain([first], rows)
+    is_doubtful = reading.header and _looks_like_data(header, sample)
+    names = [name if name.strip() else f"unnamed {number}" for number, name in enumerate(header, start=1)]
+    _check_column_names(names, f"{path}:{line}", "; if the first line is data, add --no-header")
+    for index, (line, offset, size, beginning, cells) in enumerate(rows):
+        # a spreadsheet may have empty columns without a name
+        named = {name: cell for name, cell, given in zip(names, cells, header, strict=False) if cell or given}
+        record = _make_record(RecordLocation(str(path), line, index, offset), named, size, beginning, reading)
+        if record.parsed is None and len(cells) != len(header):
+            given = "header" if reading.header else "first row"
+            problem = f"{format_count(len(cells), 'cell')} in a row, {len(header)} in the {given}{divided}"
+            record = replace(record, data=cells, parsed=Rejection("bad_row", problem))
+        yield replace(record, has_doubtful_header=True) if is_doubtful else record
 
 
 def _name_columns(count: int, reading: ReadingSettings) -> list[str]:
@@ -204,9 +242,8 @@ def read_parquet(path: Path, max_bytes: int) -> Iterator[RawRecord]:
 
 def _check_column_names(names: list[str], place: str, advice: str = "") -> None:
     if duplicates := [name for name, count in Counter(names).items() if count > 1]:
-        numbers = [str(number) for number, name in enumerate(names, start=1) if name == duplicates[0]]
-        problem = f"{place}: columns {' and '.join(numbers[:2])} have the same name, {duplicates[0]}"
-        raise DataError(problem, hint=f"rename one of them{advice}")
+        problem = f"{place}: duplicate column name: {join_first(duplicates)}"
+        raise DataError(problem, hint=f"rename all but one of them{advice}")
 
 
 def _read_batches(file: Any) -> Iterator[Any]:

@@ -1,7 +1,7 @@
 """The records of one part of the data: those that begin in its share of the bytes.
 
 A file of JSON lines in UTF-8 is divided between two lines, and each part reads only its lines. In any other file, each
-part reads all records up to the end of its range; a compressed file belongs to the part where the file begins.
+part reads all records up to the end of its range; a compressed file or a workbook belongs to the part where it begins.
 """
 
 from collections.abc import Iterator
@@ -20,6 +20,7 @@ from t5tune.data.reading.raw_records import RawRecord
 from t5tune.data.reading.readers import JsonReader, read_records
 from t5tune.data.reading.tables import count_rows
 from t5tune.data.reading.text_encoding import UTF8
+from t5tune.data.reading.workbooks import split_sheet
 from t5tune.errors import DataError
 from t5tune.file_names import JSON_SUFFIXES
 from t5tune.settings.groups.record_format import ReadingSettings
@@ -28,25 +29,28 @@ from t5tune.settings.groups.shard import Shard
 
 def read_range(files: list[Path], shard: Shard, reading: ReadingSettings) -> Iterator[RawRecord]:
     """Yield the records of a part, with their places in the whole files."""
-    sizes = [file.stat().st_size for file in files]
+    groups = [files] if reading.pair_lines else [[file] for file in files]
+    sizes = [split_sheet(path)[0].stat().st_size for path, *_ in groups]
     begin, end = (sum(sizes) * number // shard.count for number in (shard.index, shard.index + 1))
-    for path, size in zip(files, sizes, strict=True):
+    for group, size in zip(groups, sizes, strict=True):
         first, last = max(begin, 0), min(end, size)
         begin, end = begin - size, end - size
         if first >= last:
             continue
-        if (line_end := find_line_end(path, reading)) is not None:
+        if (line_end := find_line_end(path := group[0], reading)) is not None:
             yield from _read_lines(path, line_end, first, last, reading)
-        elif is_compressed(path):
-            yield from read_records([path], reading) if first == 0 else ()
+        elif is_compressed(path) or find_data_suffix(path) == ".xlsx":
+            yield from read_records(group, reading) if first == 0 else ()
         else:
-            yield from _select_records(path, size, first, last, reading)
+            yield from _select_records(group, size, first, last, reading)
 
 
-def _select_records(path: Path, size: int, first: int, last: int, reading: ReadingSettings) -> Iterator[RawRecord]:
-    """Yield the records that begin in these bytes; Parquet's rows count as equally long."""
-    num_rows = count_rows(path) if find_data_suffix(path) == ".parquet" else None
-    for record in read_records([path], reading):
+def _select_records(
+    group: list[Path], size: int, first: int, last: int, reading: ReadingSettings
+) -> Iterator[RawRecord]:
+    """Yield the records that begin in these bytes of the first file; Parquet's rows count as equally long."""
+    num_rows = count_rows(group[0]) if find_data_suffix(group[0]) == ".parquet" else None
+    for record in read_records(group, reading):
         location = record.location
         # text in a different encoding may have more bytes than its file
         place = min(location.offset, size - 1) if num_rows is None else location.index * size // num_rows

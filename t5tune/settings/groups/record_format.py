@@ -8,21 +8,13 @@ from collections.abc import Iterable
 from encodings.aliases import aliases
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from t5tune.errors import find_close_name
 from t5tune.formatting import shorten
 from t5tune.settings.affects import Affects
 from t5tune.settings.denoisers import find_denoisers
-from t5tune.settings.field_types import (
-    ColumnNames,
-    NoneIfUnset,
-    OptionalCount,
-    OptionalText,
-    PathAsText,
-    Settings,
-    WordList,
-)
+from t5tune.settings.field_types import NoneIfUnset, OptionalCount, OptionalText, PathAsText, Settings, WordList
 
 Objective = Literal["sft", "dpo", "orpo", "span-corruption"]
 PREFERENCE_OBJECTIVES = ("dpo", "orpo")
@@ -30,6 +22,14 @@ NOT_OF_PREFERENCES = {"train_on", "split_long"}
 """Settings that choose or divide answers; a preference pair has two for one source."""
 NOT_OF_RAW_TEXT = {"train_on", "min_target_tokens", "split_long", "drop_truncated_targets"}
 """Settings that choose or truncate answers, which raw text doesn't have."""
+NOT_OF_PAIRED_LINES = {"objective", "data_format", "source_column", "target_column", "rejected_column"}
+"""Settings that say where the texts of a record are, which pair_lines does."""
+Columns = Annotated[
+    Annotated[list[str], Field(min_length=2)] | str | None,
+    BeforeValidator(lambda value: value[0] if isinstance(value, list | tuple) and len(value) == 1 else value),
+    NoneIfUnset,
+]
+"""A column's name, or a list of several; names aren't split, since they may contain commas and spaces."""
 # text encodings of Python that no file is saved in
 NOT_OF_FILES = {"idna", "punycode", "undefined", "unicode-escape", "raw-unicode-escape", "charmap"}
 SOME_ENCODINGS = "utf-8, cp1252, utf-16, shift_jis"
@@ -98,16 +98,18 @@ class ReadingSettings(Settings):
     )
     header: Annotated[bool, Affects.EXAMPLES] = Field(
         default=True,
-        description="CSV and TSV files begin with a line of column names; if not, the first column is the input and "
-        "the second the output.",
+        description="CSV, TSV and Excel files begin with column names; if not, the first column is the input and the "
+        "second the output.",
     )
-    source_column: Annotated[ColumnNames, Affects.EXAMPLES | Affects.INFERENCE] = Field(
-        default=None,
-        description="Column or key with the input; several are joined, a line each; default: detected.",
+    pair_lines: Annotated[bool, Affects.EXAMPLES] = Field(
+        default=False,
+        description="Read two text files line by line: each line of the first is a source, of the second its target.",
     )
-    target_column: Annotated[ColumnNames, Affects.EXAMPLES | Affects.INFERENCE] = Field(
-        default=None,
-        description="Column or key with the output; several are joined, a line each; default: detected.",
+    source_column: Annotated[Columns, Affects.EXAMPLES | Affects.INFERENCE] = Field(
+        default=None, description="Column or key with the input, or several, a line each; default: detected."
+    )
+    target_column: Annotated[Columns, Affects.EXAMPLES | Affects.INFERENCE] = Field(
+        default=None, description="Column or key with the output, or several, a line each; default: detected."
     )
     rejected_column: Annotated[OptionalText, Affects.EXAMPLES] = Field(
         default=None,
@@ -182,6 +184,8 @@ class ReadingSettings(Settings):
         single = "source_column" if self.is_raw_text else "target_column"
         if (self.is_raw_text or self.reads_preferences) and isinstance(getattr(self, single), list):
             raise ValueError(f"{single}: {getattr(self, single)}: objective {self.objective} reads one; name only one")
+        if self.pair_lines:
+            self._refuse_given(NOT_OF_PAIRED_LINES, "pair_lines reads sources and targets from two text files")
         if self.data_format not in PAIR_FORMATS:
             self._refuse_given(TEXT_SETTINGS, f"data_format {self.data_format} doesn't use it")
         return self
