@@ -145,7 +145,7 @@ def _select_data_files(path: Path, found: list[Path], report: Report, setting: s
         if entry.parent in caches
         else "t5tune wrote it"
         if entry.parent in outputs or entry.name.endswith(REJECTED_SUFFIX)
-        else _explain_skipping(entry, is_text)
+        else _explain_skipping(entry, is_text, path.suffix)
         for entry in found
     }
     files = [entry for entry, reason in reasons.items() if reason is None]
@@ -167,14 +167,14 @@ def _is_prepared(folder: Path) -> bool:
     return any((folder / name).is_file() for name in (MIXTURE_FILE, PART_MANIFEST_FILE))
 
 
-def _explain_skipping(path: Path, is_text: bool) -> str | None:
+def _explain_skipping(path: Path, is_text: bool, pattern_suffix: str) -> str | None:
     if path.name.startswith("."):
         return "hidden"
     if path.is_dir():
         return "a folder"
     if find_data_suffix(path, is_text) is None:
         return "unknown suffix"
-    if find_data_suffix(path) == ".xlsx":  # often a copy of other data
+    if find_data_suffix(path) == ".xlsx" != pattern_suffix.lower():  # often a copy of other data
         return "a workbook, which is read only by its name"
     return None if path.is_file() else "not a regular file"
 
@@ -293,7 +293,7 @@ def _read_bytes(path: Path, digest: Digest | None = None) -> Iterator[bytes]:
 def is_compressed(path: Path) -> bool:
     """Whether a file's content is compressed."""
     try:
-        with open(split_sheet(path)[0], "rb") as file:
+        with open(path, "rb") as file:
             return _detect_compression(path, file.read(4)) is not None
     except OSError as error:
         raise DataError(f"{path}: can't be read: {error.strerror or error}") from error

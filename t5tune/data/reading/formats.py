@@ -385,9 +385,7 @@ def _parse_pair(
 
 def _join_columns(role: Role, names: list[str], value: dict[str, Any]) -> RecordTurn:
     """Make a turn of a column, or of the lines of several, leaving out those without a text."""
-    if len(names) == 1:
-        return parse_text_turn(role, names[0], value[names[0]])
-    texts = [parse_text(name, value[name]) for name in names if value[name] not in EMPTY_VALUES]
+    texts = [parse_text(name, value[name]) for name in names if len(names) == 1 or value[name] not in EMPTY_VALUES]
     return RecordTurn(role, "\n".join(text for text in texts if text.strip()), ", ".join(names))
 
 

@@ -17,18 +17,14 @@ from xml.etree import ElementTree
 from t5tune.data.reading.rejections import BadCell
 from t5tune.errors import DataError, DependencyError
 
-MAX_XML_BYTES = MAX_TEXT_BYTES = 1 << 29
+MAX_XML_BYTES = MAX_CHARACTERS = 1 << 29
 MAX_LIST_BYTES = 1 << 24  # of the XML that lists the sheets
 MAX_CELLS = 1 << 25  # from A1 to the last cell, also empty ones
+MAX_DEPTH, MAX_CHILDREN = 50, 1 << 16  # of XML tags
 PART_ID = "{http://schemas.openxmlformats.org/officeDocument/2006/relationships}id"
 FORMULA = BadCell("a formula without a stored value; open the workbook in Excel, and save it")
 _PATH = re.compile(r"(.+\.xlsx):([^:/]*)", re.IGNORECASE | re.DOTALL)
-_STRING = re.compile(rb"<(?:[^\s<>/]*:)?si(?:/>|\b[^>]*>.*?</(?:[^\s<>/]*:)?si>)", re.DOTALL)
-_CELL = re.compile(rb"<(?:[^\s<>/]*:)?c\b([^>]*?)(?:/>|>(.*?)</(?:[^\s<>/]*:)?c>)", re.DOTALL)
-_ATTRIBUTE = re.compile(rb"""([^\s=]+)\s*=\s*(["'])(.*?)\2""")
-_PLACE = re.compile(rb"([A-Z]{1,3})(\d{1,7})")
-_FORMULA = re.compile(rb"<(?:[^\s<>/]*:)?f\b")
-_VALUE = re.compile(rb"<(?:[^\s<>/]*:)?v\b[^>]*>([^<]+)<")
+_PLACE = re.compile(r"([A-Z]{1,3})(\d{1,7})")
 
 
 def split_sheet(path: Path) -> tuple[Path, str | None]:
@@ -54,7 +50,7 @@ def read_cells(path: Path) -> Iterator[list[str]]:
             raise DataError(f"{stored}: no sheet {sheet!r}", hint=f"it has {', '.join(sheets)}")
         shared = [name for name in file.namelist() if name.endswith((".xml", ".rels")) and name not in sheets.values()]
         parts = _load(file, [sheets[sheet], *shared], MAX_XML_BYTES)
-        bad = _check_cells(parts[sheets[sheet]], parts.get("xl/sharedStrings.xml", b""))
+        bad = _check_cells(parts.get("xl/sharedStrings.xml", b"<sst/>"), parts[sheets[sheet]])
         with zipfile.ZipFile(checked := io.BytesIO(), "w") as copy:
             for name, xml in parts.items():
                 copy.writestr(name, xml)
@@ -95,29 +91,47 @@ def _load(file: zipfile.ZipFile, names: list[str], max_bytes: int) -> dict[str, 
     return {name: file.read(name) for name in names}  # not more than the size that was checked
 
 
-def _check_cells(xml: bytes, strings: bytes) -> dict[tuple[int, int], BadCell]:
+def _check_cells(strings: bytes, sheet: bytes) -> dict[tuple[int, int], BadCell]:
     """Find the cells without a usable value, by row and column from 0; ValueError: the sheet is too large."""
-    if any(b"<!" in part or part.count(b"<?") > 1 for part in (xml, strings)):
-        raise ValueError("comments in its XML")  # which may hide a cell
     bad: dict[tuple[int, int], BadCell] = {}
-    lengths = [len(found[0]) for found in _STRING.finditer(strings)]
-    num_rows = num_columns = num_bytes = 0
-    for found in _CELL.finditer(xml):
-        attributes = {name: text for name, _, text in _ATTRIBUTE.findall(found[1])}
-        if (place := _PLACE.fullmatch(attributes.get(b"r", b"").upper())) is None:
+    lengths = [len("".join(each.itertext())) for each in _iterate_elements(strings, "si")]
+    num_rows = num_columns = num_characters = 0
+    for cell in _iterate_elements(sheet, "c"):
+        if (place := _PLACE.fullmatch(cell.get("r", ""))) is None:
             raise ValueError("a cell without its row and column")
-        row, column = int(place[2]), reduce(lambda number, letter: 26 * number + letter - 64, place[1], 0)
+        row, column = int(place[2]), reduce(lambda number, letter: 26 * number + ord(letter) - 64, place[1], 0)
         num_rows, num_columns = max(num_rows, row), max(num_columns, column)
-        kind, value = attributes.get(b"t"), _VALUE.search(found[2] or b"")
-        if kind == b"s" and value is not None:
-            num_bytes += lengths[int(value[1])]
-        elif kind == b"e":
-            bad[row - 1, column - 1] = BadCell(f"the error {value[1].decode() if value else ''}")
-        elif kind != b"str" and value is None and _FORMULA.search(found[2] or b""):
+        kind, values = cell.get("t"), [each.text for each in cell.iterfind(".//{*}v") if each.text]
+        if kind == "s":
+            num_characters += sum(lengths[int(value)] for value in values)
+        elif kind == "e":
+            bad[row - 1, column - 1] = BadCell(f"the error {' '.join(values)}")
+        elif kind != "str" and not values and cell.find("{*}f") is not None:
             bad[row - 1, column - 1] = FORMULA
-    if num_rows * num_columns > MAX_CELLS or num_bytes > MAX_TEXT_BYTES:
-        raise ValueError(f"too large: {num_rows:,} rows of {num_columns:,} cells with {num_bytes:,} bytes of text")
+        if num_rows * num_columns > MAX_CELLS or num_characters > MAX_CHARACTERS:
+            size = f"{num_rows:,} rows of {num_columns:,} cells with {num_characters:,} characters"
+            raise ValueError(f"too large: {size}")
     return bad
+
+
+def _iterate_elements(xml: bytes, name: str) -> Iterator[ElementTree.Element]:
+    """Yield the elements with a name, and free the elements before them; ValueError: too much is inside one."""
+    parents: list[ElementTree.Element] = []
+    num_open = 0  # elements with the name
+    for event, element in ElementTree.iterparse(io.BytesIO(xml), ["start", "end"]):
+        is_named = element.tag.rpartition("}")[2] == name
+        if event == "start":
+            if len(parents) > MAX_DEPTH or (parents and len(parents[-1]) > MAX_CHILDREN):
+                raise ValueError(f"more than {MAX_DEPTH} nested tags, or {MAX_CHILDREN:,} in one")
+            parents.append(element)
+            num_open += is_named
+            continue
+        parents.pop()
+        if is_named:
+            num_open -= 1
+            yield element
+        if parents and not num_open:
+            parents[-1].clear()
 
 
 def _format_value(value: object) -> str:

@@ -39,7 +39,7 @@ def read_range(files: list[Path], shard: Shard, reading: ReadingSettings) -> Ite
             continue
         if (line_end := find_line_end(path := group[0], reading)) is not None:
             yield from _read_lines(path, line_end, first, last, reading)
-        elif is_compressed(path) or find_data_suffix(path) == ".xlsx":
+        elif find_data_suffix(path) == ".xlsx" or is_compressed(path):
             yield from read_records(group, reading) if first == 0 else ()
         else:
             yield from _select_records(group, size, first, last, reading)

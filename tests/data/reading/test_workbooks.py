@@ -134,11 +134,16 @@ def test_workbooks_in_a_folder_are_read_only_by_name(tmp_path: Path) -> None:
     notes: list[Any] = []
     assert find_files([str(tmp_path)], notes.append) == [tmp_path / "data.csv"]
     assert notes[0].text.endswith("skipped: data.xlsx (a workbook, which is read only by its name)")
+    assert find_files([str(tmp_path / "*.xlsx")]) == [tmp_path / "data.xlsx"]
 
 
 @pytest.mark.parametrize(
     ("limit", "problem"),
-    [("MAX_XML_BYTES", "MiB of XML"), ("MAX_CELLS", "too large: 3 rows of 2 cells"), ("MAX_TEXT_BYTES", "too large")],
+    [
+        ("MAX_XML_BYTES", "MiB of XML"),
+        ("MAX_CELLS", "too large: 3 rows of 2 cells"),
+        ("MAX_CHARACTERS", "too large: 3 rows of 2 cells with 2,000 characters"),
+    ],
 )
 def test_a_workbook_that_would_take_too_much_memory_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, problem: str
@@ -150,7 +155,7 @@ def test_a_workbook_that_would_take_too_much_memory_is_refused(
         strings = f"<sst><si><t>{'x' * 1000}</t></si></sst>"
         file.writestr("xl/sharedStrings.xml", strings)
     assert len(_read(path)) == 2
-    monkeypatch.setattr(workbooks, limit, {"MAX_XML_BYTES": 1000, "MAX_CELLS": 5, "MAX_TEXT_BYTES": 1500}[limit])
+    monkeypatch.setattr(workbooks, limit, {"MAX_XML_BYTES": 1000, "MAX_CELLS": 5, "MAX_CHARACTERS": 1500}[limit])
     with pytest.raises(DataError, match=problem):
         _read(path)
 
@@ -160,8 +165,12 @@ def test_a_workbook_that_would_take_too_much_memory_is_refused(
     [
         ('<c r="XFD1048576"><v>1</v>', "too large: 1,048,576 rows of 16,384 cells"),
         ("<c x=\" r='A1'\" r = 'XFD1048576'><v>1</v>", "too large: 1,048,576 rows of 16,384 cells"),
-        ('<c x=">" r="XFD1048576"><v>1</v>', "a cell without its row and column"),
-        ('<!-- <c r="A1"> --><c r="XFD1048576"><v>1</v>', "comments in its XML"),
+        ('<c x=">" r="XFD1048576"><v>1</v>', "too large: 1,048,576 rows of 16,384 cells"),
+        ('<!-- <c r="A1"> --><c r="XFD1048576"><v>1</v>', "too large: 1,048,576 rows of 16,384 cells"),
+        ('<c r="XFD1048576"><c r="A1"/><v>1</v>', "too large: 1,048,576 rows of 16,384 cells"),
+        ("<a>" * 99, "more than 50 nested tags"),
+        ('<c r="A1" r="XFD1048576"><v>1</v>', "duplicate attribute"),
+        ("<c><v>1</v>", "a cell without its row and column"),
     ],
 )
 def test_a_cell_far_away_is_refused_before_memory_is_reserved(tmp_path: Path, far: str, problem: str) -> None:
