@@ -451,7 +451,7 @@ class TrainSettings(_settings.TrainSettings):
             torch_compile: Compile layer norms and feed-forward layers with torch.compile. The first steps take seconds
                 to minutes longer; later steps are often faster. On a GPU, try without it first.
             label_smoothing_factor: Label smoothing: probability mass spread uniformly over the vocabulary.
-            metrics: Metrics to compute: exact_match, rouge1, rouge2, rougeL, bleu, chrf, valid_json, field_f1,
+            metrics: Metrics to compute: exact_match, rouge1, rouge2, rougeL, bleu, chrf, chrf_pp, valid_json, field_f1,
                 accuracy, macro_f1, mcc; labels computes the last three, whatever the targets are; default: all that fit
                 the targets.
             metric: Custom metrics: functions (predictions, references) -> dict of numbers, as module:function or
@@ -870,7 +870,7 @@ class EvaluateSettings(_settings.EvaluateSettings):
             source_column: Column or key with the input, or several, a line each; default: detected.
             target_column: Column or key with the output, or several, a line each; default: detected.
             num_data: Use only the first N examples; default: all.
-            metrics: Metrics to compute: exact_match, rouge1, rouge2, rougeL, bleu, chrf, valid_json, field_f1,
+            metrics: Metrics to compute: exact_match, rouge1, rouge2, rougeL, bleu, chrf, chrf_pp, valid_json, field_f1,
                 accuracy, macro_f1, mcc; labels computes the last three, whatever the targets are; default: all that fit
                 the targets.
             compare_base: Also score the base without the adapter.

@@ -3,8 +3,8 @@
     score(["Hello."], ["Hello."])["rougeL"]                              # 100.0
     score(['{"a": 1, "b": 2}'], ['{"a": 1, "b": 3}'])["field_f1"]        # 50.0
 
-rouge-score computes ROUGE (Lin 2004), and sacrebleu BLEU and chrF with its defaults (Post 2018). label_metrics.py has
-the metrics of labels, and custom_metrics.py the user's metrics.
+rouge-score computes ROUGE (Lin 2004), and sacrebleu BLEU, chrF and chrF++ with its defaults (Post 2018).
+label_metrics.py has the metrics of labels, and custom_metrics.py the user's metrics.
 """
 
 import re
@@ -21,7 +21,9 @@ from t5tune.label_metrics import LABEL_METRICS, find_labels, score_labels
 ROUGES = ("rouge1", "rouge2", "rougeL")
 MEANS = ("exact_match", *ROUGES)  # metrics of a corpus that are means over its examples
 JSON_METRICS = ("valid_json", "field_f1")
-METRICS = (*MEANS, "bleu", "chrf", *JSON_METRICS, *LABEL_METRICS)
+CHRF_WORD_ORDERS = {"chrf": 0, "chrf_pp": 2}  # chrF++ also compares words and pairs of words (Popović 2017)
+SACREBLEU_METRICS = ("bleu", *CHRF_WORD_ORDERS)
+METRICS = (*MEANS, *SACREBLEU_METRICS, *JSON_METRICS, *LABEL_METRICS)
 PREFERENCE_METRICS = (
     "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected",
     "nll_loss", "log_odds_ratio", "log_odds_chosen",
@@ -48,16 +50,13 @@ def score(
     object or array, and left out without such examples.
     `labels` may be predicted in addition to the references.
     """
-    import sacrebleu
-
     names, pairs = set(names), list(zip(predictions, references, strict=True))
     means = [name for name in MEANS if name in names]
     examples = [score_one(*pair, means) for pair in pairs if means]
     scores = {name: fsum(example[name] for example in examples) / len(examples) for name in means}
-    if "bleu" in names:
-        scores["bleu"] = float(sacrebleu.corpus_bleu(list(predictions), [list(references)]).score)
-    if "chrf" in names:
-        scores["chrf"] = float(sacrebleu.corpus_chrf(list(predictions), [list(references)]).score)
+    for name in SACREBLEU_METRICS:
+        if name in names:
+            scores[name] = float(_make_sacrebleu_metric(name).corpus_score(predictions, [references]).score)
     scores |= _score_json(pairs, names)
     if has_label_metrics(names):
         of_labels, _ = score_labels(predictions, references, labels)
@@ -74,12 +73,26 @@ def score_one(prediction: str, reference: str, names: Iterable[str] = METRICS) -
 
         found = RougeScorer(rouges, tokenizer=_UnicodeTokenizer()).score(reference, prediction)
         scores |= {name: round(100.0 * found[name].fmeasure, 4) for name in rouges}
-    if "chrf" in names:
-        import sacrebleu
-
-        scores["chrf"] = round(float(sacrebleu.sentence_chrf(prediction, [reference]).score), 4)
+    for name in CHRF_WORD_ORDERS:
+        if name in names:
+            found = _make_sacrebleu_metric(name).sentence_score(prediction, [reference])
+            scores[name] = round(float(found.score), 4)
     json_scores = _score_json([(prediction, reference)], names)
     return scores | {name: round(value, 4) for name, value in json_scores.items()}
+
+
+def describe_signatures(names: Iterable[str]) -> dict[str, str]:
+    """Return sacreBLEU's signature of each of its metrics among these: the settings and version that papers report."""
+    metrics = {name: _make_sacrebleu_metric(name) for name in SACREBLEU_METRICS if name in names}
+    for metric in metrics.values():
+        metric.corpus_score(["a"], [["a"]])  # the signature has the number of references
+    return {name: str(metric.get_signature()) for name, metric in metrics.items()}
+
+
+def _make_sacrebleu_metric(name: str) -> Any:
+    from sacrebleu.metrics import BLEU, CHRF
+
+    return BLEU() if name == "bleu" else CHRF(word_order=CHRF_WORD_ORDERS[name])
 
 
 def prefix_metric(dataset: str, name: str) -> str:

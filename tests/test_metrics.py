@@ -1,13 +1,25 @@
 """Scores equal values computed by hand and those of the libraries with their default settings."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import sacrebleu
 from rouge_score.rouge_scorer import RougeScorer
 
 from t5tune.errors import SettingsError
-from t5tune.metrics import METRICS, choose_metrics, prefix_metric, score, score_one, split_by_dataset
+from t5tune.formatting import format_metric_name
+from t5tune.metrics import (
+    METRICS,
+    choose_metrics,
+    describe_signatures,
+    prefix_metric,
+    score,
+    score_one,
+    split_by_dataset,
+)
 
 REFERENCES = ["The cat sat on the mat.", "Send 3 cups to Riga!", "It's a_b 3.5, isn't it?"]
 PREDICTIONS = ["The cat sat on a mat.", "Send 3 cups to Riga!", "It's a_b 3.5"]
@@ -36,6 +48,23 @@ def test_ascii_scores_equal_rouge_score_and_sacrebleu() -> None:
         assert scores[name] == pytest.approx(expected, abs=1e-3)
     assert scores["bleu"] == pytest.approx(sacrebleu.corpus_bleu(PREDICTIONS, [REFERENCES]).score, abs=1e-3)
     assert scores["chrf"] == pytest.approx(sacrebleu.corpus_chrf(PREDICTIONS, [REFERENCES]).score, abs=1e-3)
+
+
+def test_scores_and_signatures_equal_those_of_sacrebleus_command_line(tmp_path: Path) -> None:
+    texts = {
+        "references": ["Mba'éichapa reiko?", "Che aiko porã.", "g̃uahẽ"],
+        "predictions": ["Mba'éichapa", "Che aiko porã", "g̃"],
+    }
+    for name, lines in texts.items():
+        (tmp_path / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    command = [sys.executable, "-m", "sacrebleu", "references", "-i", "predictions", "-w", "4", "-m", "bleu", "chrf"]
+    scores, signatures = score(**texts), describe_signatures(["rougeL", "chrf", "bleu", "chrf_pp"])
+    assert [*signatures] == ["bleu", "chrf", "chrf_pp"]
+    for more, names in (([], ["bleu", "chrf"]), (["--chrf-word-order", "2"], ["bleu", "chrf_pp"])):
+        done = subprocess.run([*command, *more], cwd=tmp_path, capture_output=True, text=True, check=True)
+        for name, theirs in zip(names, json.loads(done.stdout), strict=True):
+            assert (scores[name], signatures[name]) == (theirs["score"], theirs["signature"])
+            assert format_metric_name(name) == theirs["name"].replace("chrF2", "chrF")
 
 
 def test_rouge_works_for_non_latin_scripts() -> None:
@@ -130,13 +159,13 @@ def test_scores_of_json_are_absent_if_no_reference_is_json() -> None:
     references = ["text", "17", '"quoted"']
     assert not {"valid_json", "field_f1"} & score(references, references).keys()
     assert not {"valid_json", "field_f1"} & score_one('{"a": 1}', "text").keys()
-    assert choose_metrics(None, references) == METRICS[:6]
-    assert choose_metrics(None, [*references, "[]"]) == METRICS[:8]
+    assert choose_metrics(None, references) == METRICS[:7]
+    assert choose_metrics(None, [*references, "[]"]) == METRICS[:9]
 
 
 def test_label_metrics_are_computed_for_references_that_are_labels() -> None:
-    assert choose_metrics(None, ["yes", "no"] * 5) == (*METRICS[:6], "accuracy", "macro_f1", "mcc")
-    assert choose_metrics(None, ["yes", "no"]) == METRICS[:6]
+    assert choose_metrics(None, ["yes", "no"] * 5) == (*METRICS[:7], "accuracy", "macro_f1", "mcc")
+    assert choose_metrics(None, ["yes", "no"]) == METRICS[:7]
     assert choose_metrics(None, ["yes", "no"], labels=["no", "yes"])[-1] == "mcc"
     assert choose_metrics(["mcc"], ["yes", "no"]) == ("mcc",)
     assert score(["yes", "?"], ["yes", "no"], ["macro_f1", "accuracy"]) == {"accuracy": 50, "macro_f1": 50}

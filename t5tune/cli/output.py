@@ -30,6 +30,7 @@ LABELS = {
     "lora_tensors": "LoRA tensors",
     "non_lora_tensors": "non-LoRA tensors",
     "custom_metrics": "",
+    "signatures": "signature of",
     "max_error": "largest logit difference",
     "onto": "merged into",
     "from_training": "difference from training, base as",

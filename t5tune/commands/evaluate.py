@@ -58,7 +58,7 @@ from t5tune.io.atomic import (
     write_json,
 )
 from t5tune.label_metrics import ALL, LabelTable
-from t5tune.metrics import METRICS, choose_metrics
+from t5tune.metrics import METRICS, choose_metrics, describe_signatures
 from t5tune.model.attention.packing import can_pack, use_packing
 from t5tune.model.batches import PackedCollator, PaddedCollator
 from t5tune.model.device import explain_out_of_memory, manage_memory_for_loading, use_gpu_kernels
@@ -93,6 +93,7 @@ class EvaluateResult:
         base: the same metrics of the base without the adapter, by name; None without compare_base.
         datasets: the number of examples and the same metrics of each dataset, if there are several; the
             base's metrics have `base_` before their names.
+        signatures: sacreBLEU's signature of BLEU, chrF and chrF++, by name.
         labels: "all" and each dataset, if there are several, whose targets are labels -> how each label was predicted.
     """
 
@@ -107,6 +108,7 @@ class EvaluateResult:
     rougeL: float | None
     bleu: float | None
     chrf: float | None
+    chrf_pp: float | None
     valid_json: float | None
     field_f1: float | None
     accuracy: float | None
@@ -115,6 +117,7 @@ class EvaluateResult:
     custom_metrics: dict[str, float]
     base: dict[str, float] | None
     seconds: float
+    signatures: dict[str, str]
     datasets: dict[str, dict[str, float]] | None = None
     labels: dict[str, LabelTable] | None = None
 
@@ -334,6 +337,7 @@ def _finish(task: _Task | None, tuned: Outcome, base: Outcome | None, started: f
         custom_metrics=custom[0],
         base=None if base is None else built_in[1] | custom[1],
         seconds=round(time.monotonic() - started, 3),
+        signatures=describe_signatures(built_in[0]),
         datasets=by_dataset,
         labels=labels or None,
     )

@@ -20,7 +20,7 @@ from t5tune.data.reading.remote_files import hide_data_queries
 from t5tune.file_names import REPORT_FILE
 from t5tune.formatting import GIB, format_count, format_duration, format_metric_name, format_number, format_size
 from t5tune.label_metrics import LABELS
-from t5tune.metrics import prefix_metric, split_by_dataset
+from t5tune.metrics import SACREBLEU_METRICS, prefix_metric, split_by_dataset
 from t5tune.reports.page import draw_length_charts, render_labels, render_table, write_page
 from t5tune.reports.svg import Series, draw_line_chart, format_short
 from t5tune.runs.metrics_log import read_metrics, read_samples
@@ -33,7 +33,7 @@ TILE_METRICS = (
     "loss", "perplexity", "rewards/accuracies", "rewards/margins", "exact_match", "rougeL", "field_f1",
     "macro_f1", "mcc",
 )  # fmt: skip
-TEXT_SCORES = {"exact_match", "rougeL", "bleu", "chrf"}
+TEXT_SCORES = {"exact_match", "rougeL", *SACREBLEU_METRICS}
 # more metrics of preference training and distillation: name -> title of the chart
 OBJECTIVE_CHARTS = {
     "rewards/accuracies": "Reward accuracy",

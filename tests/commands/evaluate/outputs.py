@@ -11,6 +11,7 @@ from tests.support import train_runs
 
 METRICS = (
     "examples", "loss", "perplexity", "bits_per_character", "exact_match", "rouge1", "rouge2", "rougeL", "bleu", "chrf",
+    "chrf_pp",
 )  # fmt: skip
 EVALUATED = [name for name in METRICS if name not in ("examples", "bits_per_character")]  # in training, too
 

@@ -182,8 +182,17 @@ def test_each_line_has_its_own_scores_and_loss(run: Path, conversations: Path, t
     lines = read_predictions(result)
     assert len(lines) == result.examples == 10
     assert result.rougeL == pytest.approx(sum(line["rougeL"] for line in lines) / 10, abs=1e-3)
-    scores = {"exact_match", "rouge1", "rouge2", "rougeL", "chrf", "valid_json", "field_f1"}  # the target is JSON
-    assert set(lines[0]) == {"source", "target", "prediction", "loss", "prompt", *scores}
+    names = {
+        "exact_match",
+        "rouge1",
+        "rouge2",
+        "rougeL",
+        "chrf",
+        "chrf_pp",
+        "valid_json",
+        "field_f1",
+    }  # the target is JSON
+    assert set(lines[0]) == {"source", "target", "prediction", "loss", "prompt", *names}
     assert lines[0]["source"].count(lines[0]["prompt"]) == 1
 
 
@@ -411,7 +420,7 @@ def test_the_command_prints_one_json_object_and_numbers_its_folders(
     second = t5tune_in_fork(*arguments, cwd=tmp_path)
     assert first.code == second.code == 0
     added = {"valid_json", "field_f1", "custom_metrics", "base", "datasets", "labels", *LABEL_METRICS}
-    assert set(first.json) == {*METRICS, *added, "predictions", "seconds"}
+    assert set(first.json) == {*METRICS, *added, "predictions", "seconds", "signatures"}
     assert first.json["predictions"] == "evaluation/predictions.jsonl"
     assert second.stdout.strip() == "evaluation.1/predictions.jsonl"
     assert "exact match" in second.stderr

@@ -14,6 +14,8 @@ from t5tune.commands.prepare import prepare
 from t5tune.commands.train import train
 from t5tune.custom_metrics import load_custom_metric
 from t5tune.errors import SettingsError
+from t5tune.formatting import format_metric_name
+from t5tune.metrics import describe_signatures
 from t5tune.progress import Evaluated, Event, Note
 from t5tune.runs.checkpoints import verify
 from t5tune.runs.metrics_log import read_metrics
@@ -26,7 +28,7 @@ pytestmark = pytest.mark.slow
 
 METRICS = (
     "loss", "perplexity", "bits_per_character", "exact_match", "rouge1", "rouge2", "rougeL", "bleu", "chrf",
-    "valid_json", "field_f1",
+    "chrf_pp", "valid_json", "field_f1",
 )  # fmt: skip
 # the values fall from call to call; the first call is the trial before training
 SHRINKING = """
@@ -98,14 +100,20 @@ def test_compare_base_gives_the_scores_of_the_base_alone(
 def test_the_command_shows_both_models_and_the_difference(run: Path, cache: Path, tmp_path: Path) -> None:
     arguments = ("evaluate", run, "--data-path", cache, "--num-data", 4, "--max-new-tokens", 4, "--compare-base")
     write_function(tmp_path / "my_metric.py", "def f(p, r): return {'my_length': sum(map(len, p))}")
-    more = ("--metrics", "chrf", "--metric", "my_metric:f", "--use-cpu")
+    more = ("--metrics", "chrf", "chrf_pp", "--metric", "my_metric:f", "--use-cpu")
     shown = t5tune_in_fork(*arguments, *more, "--output-dir", "shown", cwd=tmp_path)
     assert shown.code == 0, shown.stderr
     words = [line.split() for line in shown.stderr.splitlines()]
     assert ["tuned", "base", "difference"] in words
     result = t5tune_in_fork(*arguments, *more, "--output-dir", "out", "--json", cwd=tmp_path).json
-    assert set(result["base"]) == {"loss", "perplexity", "bits_per_character", "chrf", "my_length"}
+    assert set(result["base"]) == {"loss", "perplexity", "bits_per_character", "chrf", "chrf_pp", "my_length"}
     assert result["bleu"] is result["valid_json"] is None
+    signatures = describe_signatures(["chrf", "chrf_pp"])
+    assert (
+        result["signatures"] == signatures == json.loads((tmp_path / "out" / "scores.json").read_text())["signatures"]
+    )
+    lines = [["signature", "of", format_metric_name(name), text] for name, text in signatures.items()]
+    assert [line for line in words if line[0] == "signature"] == lines
     (row,) = [line for line in words if line[0] == "loss"]
     assert [float(text) for text in row[1:]] == pytest.approx(
         [result["loss"], result["base"]["loss"], result["loss"] - result["base"]["loss"]], rel=1e-2
