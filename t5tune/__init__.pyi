@@ -928,13 +928,28 @@ class InspectSettings(_settings.InspectSettings):
     def __init__(
         self,
         *,
-        cache: str | PathLike[str],
+        cache: str | PathLike[str] | None = None,
         example: int | None = None,
         worst_cut: bool = False,
         unknown: bool = False,
         all: bool = False,
         stats: bool = False,
         html: str | PathLike[str] | None = None,
+        model_name_or_path: str | PathLike[str] | Sequence[str | PathLike[str]] | None = None,
+        data_path: _Data | None = None,
+        source_column: Sequence[str] | str | None = None,
+        target_column: Sequence[str] | str | None = None,
+        objective: Literal["sft", "dpo", "orpo", "span-corruption"] = "sft",
+        denoisers: Sequence[str] | str = ["t5"],
+        encoding: str | None = None,
+        data_format: Literal["auto", "sharegpt", "openai", "alpaca", "prompt-completion", "source-target"] = "auto",
+        header: bool = True,
+        pair_lines: bool = False,
+        rejected_column: str | None = None,
+        source_prefix: str = "",
+        merge_same_role: bool = False,
+        clean: bool = False,
+        max_record_bytes: int = 4194304,
         per_device_train_batch_size: int = 8,
     ) -> None:
         """Settings of inspect: Show prepared data as the model sees it.
@@ -945,8 +960,29 @@ class InspectSettings(_settings.InspectSettings):
             worst_cut: Show the example that model_max_length truncates most.
             unknown: Show the example with the most unknown tokens.
             all: Show all examples.
-            stats: Show length histograms, the share of padding, and the longest examples.
-            html: HTML file to write length histograms and examples to (default: 50 spread over the cache).
+            stats: Show lengths, the longest examples, padding, and how the vocabulary splits texts.
+            html: HTML file to write; of a cache: lengths, vocabulary and examples (default: 50 spread over it).
+            model_name_or_path: Models whose vocabularies to compare on data_path, without a cache and without their
+                weights.
+            data_path: Data to split into tokens, as for prepare; its first records are read.
+            source_column: Column or key with the input, or several, a line each; default: detected.
+            target_column: Column or key with the output, or several, a line each; default: detected.
+            objective: Training objective: predict targets (sft), prefer the better of two answers (dpo, orpo: records
+                with `chosen` and `rejected`), or fill masked spans of raw text, as in pretraining (span-corruption).
+            denoisers: Share of the text that span-corruption masks, and mean span length (tokens): t5 (0.15:3), ul2,
+                ul2-r, ul2-s, ul2-x, or custom, such as 0.2:5; with several, each example gets one.
+            encoding: Encoding of text files without a byte order mark, such as cp1252; default: UTF-8, or detected if
+                most of a file isn't UTF-8.
+            data_format: Format of the records; auto detects it from the keys of each record.
+            header: CSV, TSV and Excel files begin with column names; if not, the first column is the input and the
+                second the output.
+            pair_lines: Read two text files line by line: each line of the first is a source, of the second its target.
+            rejected_column: Column or key with the rejected answer of a preference pair (objective dpo, orpo), whose
+                chosen answer is in target_column; default: rejected (target_column: chosen).
+            source_prefix: Text to prepend to each source of two-column data, such as `summarize: `.
+            merge_same_role: Join consecutive turns of the same role instead of rejecting the record.
+            clean: Convert HTML of old ShareGPT dumps to Markdown, decode entities, remove needless backslashes.
+            max_record_bytes: Reject records longer than this (bytes).
             per_device_train_batch_size: Batch size for computing the share of padding (examples).
         """
 

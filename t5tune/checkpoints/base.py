@@ -8,6 +8,7 @@ from t5tune.checkpoints.adapter_config import read_adapter_config
 from t5tune.checkpoints.adapter_folder import DOWNLOADED_FILES, check_downloaded_adapter, is_adapter
 from t5tune.checkpoints.base_tensors import Checkpoint
 from t5tune.checkpoints.pocket import pocket_folder
+from t5tune.checkpoints.tokenizer_files import TOKENIZER_FILES
 from t5tune.errors import CheckpointError, ModelError
 from t5tune.families import find_architecture
 from t5tune.file_names import ADAPTER_CONFIG_FILE, CONFIG_FILE
@@ -32,7 +33,7 @@ def find_base(settings: BaseModelSettings, with_weights: bool = True, report: Re
 def find_model(settings: BaseModelSettings, with_weights: bool = True, report: Report = silent) -> Path:
     """Find the folder of model_name_or_path, a base or an adapter.
 
-    A model on the Hub is downloaded; without `with_weights`, only its config.json.
+    A model on the Hub is downloaded; without `with_weights`, only its config.json and tokenizer.
     """
     name = settings.model_name_or_path
     if _is_pocket(name):
@@ -128,7 +129,7 @@ def _download(settings: BaseModelSettings, with_weights: bool, report: Report) -
         raise ModelError(f"{name}: no such folder", "check the path's spelling", "model_name_or_path")
     repository = _make_repository(settings)
     if not with_weights:
-        return repository.download([CONFIG_FILE], report=report)
+        return repository.download([CONFIG_FILE, *TOKENIZER_FILES], report=report)
 
     def download_weights(newest: Repository) -> Path:
         snapshot = newest.download(DOWNLOADED_FILES, report=report)

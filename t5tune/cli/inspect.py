@@ -1,13 +1,18 @@
-"""`t5tune inspect` on the terminal: colored source and target, truncated text struck out, length histograms."""
+"""`t5tune inspect` on the terminal: colored source and target, truncated text struck out, lengths, vocabularies."""
 
+from collections.abc import Sequence
+from dataclasses import asdict
 from itertools import groupby
 
+from rich.console import Group
 from rich.text import Text
 
 from t5tune.cli.output import Output
+from t5tune.cli.results import align_columns
 from t5tune.commands.inspect import inspect
 from t5tune.data.caches.cache import Cache
-from t5tune.data.caches.cache_view import ExampleView, Histogram, LengthStatistics, TextRun
+from t5tune.data.caches.cache_view import CacheView, ExampleView, Histogram, LengthStatistics, TextRun
+from t5tune.data.tokens.splitting import VocabularySplit, tabulate_splits
 from t5tune.data.tokens.tokenizer import Tokenizer
 from t5tune.formatting import format_count
 from t5tune.settings import InspectSettings
@@ -29,15 +34,18 @@ def run(settings: InspectSettings, output: Output) -> None:
         for example in found.examples:
             names = JSON_FIELDS if example.rejected_ids is None else (*JSON_FIELDS, *PAIR_FIELDS)
             output.print_json({name: getattr(example, name) for name in names})
-        if found.statistics is not None:
-            output.print_json(found.statistics)
+        if found.splits:
+            statistics = {} if found.statistics is None else asdict(found.statistics)
+            output.print_json({**statistics, "splits": found.splits})
         return
-    cache, tokenizer = found.examples.cache, found.examples.tokenizer
     marks = ("", "") if output.console.color_system else CUT_MARKS
-    for example in found.examples if not settings.html else []:
-        output.print(_render_example(example, cache, tokenizer, marks))
+    if isinstance(found.examples, CacheView) and not settings.html:
+        for example in found.examples:
+            output.print(_render_example(example, found.examples.cache, found.examples.tokenizer, marks))
     if found.statistics is not None and settings.stats:
         output.print(_render_statistics(found.statistics))
+    if settings.stats or (settings.cache is None and not settings.html):
+        output.print(_render_splits(found.splits))
     if found.page is not None:
         output.print(str(found.page))
 
@@ -78,6 +86,12 @@ def _render_statistics(statistics: LengthStatistics) -> Text:
         f"{statistics.padding_random:.1%} in random order\n"
     )
     return text.append(f"longest examples: {', '.join(map(str, statistics.longest))}")
+
+
+def _render_splits(splits: Sequence[VocabularySplit]) -> Group:
+    *rows, (_, *pieces) = tabulate_splits(splits)
+    texts = (f"{split.model}: {text}" for split, text in zip(splits, pieces, strict=True))
+    return Group(align_columns(rows), *map(Text, texts))
 
 
 def _render_bars(histogram: Histogram, style: str) -> Text:

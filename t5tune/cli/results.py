@@ -1,7 +1,7 @@
 """How results are shown on the terminal, if they are more than the path of an output."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
@@ -60,12 +60,16 @@ def render_labels(dataset: str, table: LabelTable) -> Group:
 
 
 def render_comparison(result: "Comparison") -> Text:
-    """Render the table as plain lines: Rich would squeeze the columns of a table that is wider than the terminal."""
     from t5tune.commands.compare import format_table
 
     header, rows = format_table(result.rows)
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = ("  ".join(map(str.ljust, cells, widths)).rstrip() for cells in (header, *rows))
+    return align_columns([header, *rows])
+
+
+def align_columns(rows: Sequence[Sequence[str]]) -> Text:
+    """Render a table as plain lines: Rich would squeeze the columns of a table that is wider than the terminal."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(map(str.ljust, cells, widths)).rstrip() for cells in rows)
     return Text("\n".join(lines))
 
 

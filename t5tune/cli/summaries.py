@@ -51,8 +51,8 @@ t5tune chat run
 t5tune chat run --prompt "Could you bring six coffees and six teas to Aida?"
 t5tune serve run
 t5tune serve base=google/flan-t5-base tuned=run --quantization int8
-t5tune inspect cache --stats
-t5tune inspect cache --html examples.html
+t5tune inspect cache --stats --html examples.html
+t5tune inspect --model-name-or-path google/mt5-small google/byt5-small --data-path chats.jsonl
 t5tune evaluate run --data-path pocket --num-data 100
 t5tune evaluate run --data-path dev.csv --source-column question --target-column answer
 t5tune compare run

@@ -1,66 +1,121 @@
-"""`t5tune inspect`: show the examples of a token cache as the model will see them.
+"""`t5tune inspect`: show the examples of a token cache as the model will see them, and how vocabularies split texts.
 
 result = inspect(InspectSettings(cache="cache", worst_cut=True))
 result.examples[0].source_text
+
+result = inspect(InspectSettings(model_name_or_path=["google/mt5-small", "google/byt5-small"], data_path="train.csv"))
+result.splits[0].tokens_per_word
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from t5tune.checkpoints.base import find_base
 from t5tune.data.caches.batching import compute_padding_share, epoch_order
 from t5tune.data.caches.cache import Cache, open_cache
-from t5tune.data.caches.cache_view import CacheView, LengthStatistics, build_histogram
+from t5tune.data.caches.cache_view import CacheView, ExampleView, LengthStatistics, build_histogram
 from t5tune.data.caches.prepared import has_examples, is_prepared, list_caches
+from t5tune.data.reading.rejections import Rejection
+from t5tune.data.tokens.splitting import VocabularySplit, measure_split
 from t5tune.data.tokens.tokenizer import load_tokenizer
+from t5tune.data.tokens.vocabulary import REPLACEMENT_CHARACTER
 from t5tune.errors import DataError, SettingsError
 from t5tune.file_names import RUN_CACHE_FOLDER
 from t5tune.io.reasons import join_first
+from t5tune.preparing.dataset import open_dataset
+from t5tune.preparing.plan import PreparePlan
+from t5tune.preparing.resolve_datasets import resolve_datasets
 from t5tune.progress import Note, Report, silent
-from t5tune.reports.cache_page import write_cache_page
+from t5tune.reports.cache_page import render_splits, write_cache_page
+from t5tune.reports.page import write_page
 from t5tune.runs.folder import RunFolder
 from t5tune.settings import InspectSettings, TrainSettings
+from t5tune.settings.dataset_list import DatasetSettings
+from t5tune.settings.dataset_spec import list_shared
+from t5tune.settings.groups.base import BaseModelSettings
+from t5tune.settings.groups.data import SplitSettings
 
 NUM_LONGEST = 5
+NUM_SPLIT = 1000  # examples of a cache that its vocabulary is measured on
 NUM_ON_PAGE = 50  # examples of the HTML page if none are chosen
 SELECTION_FLAGS = ("worst_cut", "unknown", "all")  # ways to choose examples, in addition to --example N
 
 
 @dataclass(frozen=True)
 class InspectResult:
-    """The chosen examples of a cache, statistics of all of its examples if requested, and the HTML page's path."""
+    """The chosen examples of a cache, statistics of all of its examples if requested, and the HTML page's path.
 
-    examples: CacheView
+    `splits`: how the vocabulary of each model splits the data, or the cache's the examples, if requested.
+    """
+
+    examples: Sequence[ExampleView]
     statistics: LengthStatistics | None
     page: Path | None
+    splits: list[VocabularySplit]
 
 
 def inspect(settings: InspectSettings, report: Report = silent) -> InspectResult:
-    """Choose examples, decode them, and write the HTML page if requested.
+    """Choose examples, decode them, and write the HTML page if requested; without a cache, compare vocabularies.
 
     Raises:
-        DataError: the cache can't be used, or contains no such example.
+        DataError: the cache can't be used, or contains no such example; the data has no texts.
+        ModelError: a model can't be found, or has no tokenizer.
         SettingsError: more than one selection of examples, or a page that can't be written.
     """
-    cache = open_cache(_find_cache(settings.cache, report))
-    examples = CacheView(cache, _choose_examples(cache, settings, report))
-    statistics = (
-        _compute_statistics(cache, settings.per_device_train_batch_size) if settings.stats or settings.html else None
-    )
+    view, statistics, splits = None, None, []
+    if settings.cache is None:
+        splits = _compare_vocabularies(settings, report)
+    else:
+        cache = open_cache(_find_cache(settings.cache, report))
+        view = CacheView(cache, _choose_examples(cache, settings, report))
+        if settings.stats or settings.html:
+            statistics = _compute_statistics(cache, settings.per_device_train_batch_size)
+            splits = [_measure_cache(cache)]
     if (page := settings.html) is not None:
         if page.is_symlink() or (page.exists() and not page.is_file()):
             raise SettingsError(f"html: {page}: isn't a regular file, so it isn't replaced", hint="choose a new file")
         try:
-            num_shown = write_cache_page(page, examples, statistics)
+            if view is None:
+                write_page(page, "Vocabularies", render_splits(splits))
+            elif (num_shown := write_cache_page(page, view, statistics, splits)) < len(view):
+                size = "the page would be too large for a browser"
+                report(Note(f"{page} shows the first {num_shown:,} of {len(view):,} examples; with more, {size}"))
         except OSError as error:
             raise SettingsError(f"html: {page}: can't be written: {error.strerror}") from error
-        if num_shown < len(examples):
-            size = "the page would be too large for a browser"
-            report(Note(f"{page} shows the first {num_shown:,} of {len(examples):,} examples; with more, {size}"))
-    return InspectResult(examples, statistics, page)
+    return InspectResult([] if view is None else view, statistics, page, splits)
+
+
+def _compare_vocabularies(settings: InspectSettings, report: Report) -> list[VocabularySplit]:
+    """Split the first records of the data with each model's vocabulary; no weights are downloaded."""
+    bases = [BaseModelSettings(model_name_or_path=name) for name in settings.model_name_or_path or []]
+    tokenizers = [load_tokenizer(find_base(base, with_weights=False, report=report)) for base in bases]
+    (spec,) = resolve_datasets([DatasetSettings(path=settings.data_path or [])], list_shared(settings))
+    if spec.cache is not None:
+        raise DataError(f"data_path: {spec.cache}: a token cache", hint=f"show it with t5tune inspect {spec.cache}")
+    opened = open_dataset(PreparePlan([spec], bases[0], Path(), SplitSettings(), ["none"]), spec, report)
+    texts = [text for each in opened.parse_sample() for text in reversed(each.texts) if text.strip()]
+    rejected = [each.parsed.message for each in opened.sample if isinstance(each.parsed, Rejection)]
+    if not texts:
+        hint = f"the first rejected record: {rejected[0]}" if rejected else "give data with records"
+        raise DataError(f"data_path: {join_first(opened.files)}: contains no texts", hint=hint)
+    which = "all" if next(opened.rest, None) is None else "only the first"
+    unusable = f", {len(rejected):,} of them rejected: {rejected[0]}" if rejected else ""
+    report(Note(f"read {which} records: {len(opened.sample):,}{unusable}"))
+    return [measure_split(base.model_name_or_path, each, texts) for base, each in zip(bases, tokenizers, strict=True)]
+
+
+def _measure_cache(cache: Cache) -> VocabularySplit:
+    """Split evenly spaced examples, at most NUM_SPLIT; the manifest has the unknown characters of all targets."""
+    view = CacheView(cache, range(0, len(cache), 1 + len(cache) // NUM_SPLIT))
+    texts = (text for each in view for text in (each.target_text, each.source_text) if text.strip())
+    texts_without_unk = [text.replace(view.tokenizer.unk_token, REPLACEMENT_CHARACTER) for text in texts]
+    lost = (each for each in cache.manifest["lost_characters"] if each["becomes"] == REPLACEMENT_CHARACTER)
+    split = measure_split(str(cache.folder), view.tokenizer, texts_without_unk)
+    return replace(split, unknown={each["text"]: each["count"] for each in lost})
 
 
 def _find_cache(folder: Path, report: Report) -> Path:

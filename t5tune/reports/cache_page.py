@@ -1,16 +1,17 @@
 """HTML page with examples of a token cache and their lengths: one file that needs no network."""
 
 import html
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
 from t5tune.data.caches.cache import Cache
 from t5tune.data.caches.cache_view import CacheView, ExampleView, LengthStatistics, TextRun
 from t5tune.data.reading.rejections import LABELED_BAD
+from t5tune.data.tokens.splitting import VocabularySplit, tabulate_splits
 from t5tune.data.tokens.tokenizer import Tokenizer
 from t5tune.formatting import format_count
-from t5tune.reports.page import draw_length_charts, write_page
+from t5tune.reports.page import draw_length_charts, render_table, write_page
 
 MAX_EXAMPLE_CHARACTERS = 10_000_000  # of HTML; browsers need seconds for more
 LEGEND = {
@@ -24,12 +25,22 @@ LEGEND = {
 }
 
 
-def write_cache_page(path: Path, examples: CacheView, statistics: LengthStatistics | None) -> int:
+def write_cache_page(
+    path: Path, examples: CacheView, statistics: LengthStatistics | None, splits: Sequence[VocabularySplit]
+) -> int:
     """Write the page, with as many examples as a browser displays quickly. Return their number."""
     shown = _render_examples(examples)
     heading = _render_heading(len(shown), examples.cache)
-    write_page(path, str(examples.cache.folder), chain(_render_summary(examples, statistics), [heading], shown))
+    summary = chain(_render_summary(examples, statistics), render_splits(splits))
+    write_page(path, str(examples.cache.folder), chain(summary, [heading], shown))
     return len(shown)
+
+
+def render_splits(splits: Sequence[VocabularySplit]) -> Iterator[str]:
+    """Render how vocabularies split texts, with a column for each."""
+    header, *rows = tabulate_splits(splits)
+    yield "<h2>Vocabulary</h2>"
+    yield render_table(rows, header)
 
 
 def _render_summary(examples: CacheView, statistics: LengthStatistics | None) -> Iterator[str]:

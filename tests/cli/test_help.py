@@ -74,7 +74,7 @@ def test_options_are_shown_with_readable_types_and_required_ones_first(show) -> 
         ("train", "train [CONFIG] [OPTIONS]"),
         ("chat", "chat MODEL [OPTIONS]"),
         ("merge", "merge ADAPTER [OPTIONS]"),
-        ("inspect", "inspect CACHE [OPTIONS]"),
+        ("inspect", "inspect [CACHE] [OPTIONS]"),
         ("templates", "templates [ACTION] [NAME] [TO] [OPTIONS]"),
     ],
 )

@@ -1,5 +1,6 @@
 """inspect shows what the model sees: the ids of the cache, what was cut, unknown tokens, and lengths."""
 
+import html
 import json
 import re
 import shutil
@@ -14,10 +15,14 @@ from transformers import AutoTokenizer
 from t5tune.commands.inspect import inspect
 from t5tune.commands.prepare import prepare
 from t5tune.errors import DataError, SettingsError
+from t5tune.planning.known_configs import KNOWN_CONFIGS
 from t5tune.progress import Event, Note
 from t5tune.settings import InspectSettings, PrepareSettings, TrainSettings, write_settings
 from tests.support.caches import find_cache, open_only
+from tests.support.models.tokenizer_kinds import write_config
+from tests.support.paths import REPOSITORY
 from tests.support.processes.command_line import t5tune_in_fork
+from tests.support.servers.hub import serve_hub
 
 RECORDS = [
     ["Hi", "Yes\n  {x}"],
@@ -281,3 +286,83 @@ def test_a_run_folder_shows_its_token_cache(cache: Path, tmp_path: Path) -> None
     write_settings(run, settings)
     with pytest.raises(DataError, match=f"{run / 'data'}: no such folder"):
         inspect(InspectSettings(cache=run))
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("languages") / "pairs.csv"
+    rows = [f"We have {number} hats,Roguereko {number} akãngao" for number in range(40)]
+    path.write_text("\n".join(["en,gn", *rows]), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def byt5(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("byt5")
+    write_config(folder, tokenizer_class="ByT5Tokenizer")
+    (folder / "config.json").write_text(json.dumps({**KNOWN_CONFIGS["google/byt5-small"], "vocab_size": 384}))
+    return folder
+
+
+COLUMNS = ("--source-column", "en", "--target-column", "gn")
+
+
+def test_models_are_compared_on_data_without_a_cache(pairs: Path, byt5: Path, tmp_path: Path) -> None:
+    command = ("inspect", "--model-name-or-path", "pocket", byt5, "--data-path", pairs, *COLUMNS)
+    done = t5tune_in_fork(*command, "--json")
+    pocket, of_bytes = json.loads(done.stdout)["splits"]
+    assert "read all records: 40" in done.stderr
+    texts = [text for line in pairs.read_text("utf-8").splitlines()[1:] for text in line.split(",")]
+    assert of_bytes["tokens_per_character"] == pytest.approx(
+        len("".join(texts).encode()) / len("".join(texts)), abs=1e-4
+    )
+    assert (of_bytes["vocabulary_size"], of_bytes["unknown"]) == (384, {})
+    assert (pocket["texts"], pocket["unknown"]) == (80, {"ã": 40})
+    shown = t5tune_in_fork(*command, env={"COLUMNS": "40"}).stdout.splitlines()
+    ratios = [f"{each['tokens_per_word']:.2f}" for each in (pocket, of_bytes)]
+    assert shown[3].split("  ")[0] == "tokens per word (between spaces)"
+    assert shown[3].split()[-2:] == ratios
+    assert shown[5].split() == ["unknown", "characters", "40:", "ã", "40", "0"]
+    assert f"{byt5}: {'│'.join(of_bytes['pieces'])}" in shown
+    page = tmp_path / "page.html"
+    assert t5tune_in_fork(*command, "--html", page).stdout == f"{page}\n"
+    assert "<td>40: ã 40</td>" in page.read_text("utf-8")
+    assert html.escape("│".join(of_bytes["pieces"])) in page.read_text("utf-8")
+
+
+def test_only_the_first_records_of_much_data_are_read(pairs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("t5tune.preparing.sample.SAMPLE_BYTES", 10_000)
+    values = {"model_name_or_path": "pocket", "data_path": str(pairs), "source_column": "en", "target_column": "gn"}
+    notes: list[Event] = []
+    (split,) = inspect(InspectSettings(**values), notes.append).splits
+    assert 0 < split.texts < 80
+    assert notes == [Note(f"read only the first records: {split.texts // 2}")]
+
+
+def test_all_texts_of_a_conversation_are_split(tmp_path: Path, byt5: Path) -> None:
+    turns = [{"role": role, "content": text} for role, text in (("user", "Hi"), ("assistant", "Yes"))]
+    (tmp_path / "data.jsonl").write_text(json.dumps({"messages": turns}))
+    (split,) = inspect(InspectSettings(model_name_or_path=byt5, data_path=tmp_path / "data.jsonl")).splits
+    assert (split.texts, split.tokens_per_word, split.pieces) == (2, 2.5, ["Y", "e", "s"])
+
+
+def test_statistics_show_how_the_vocabulary_of_a_cache_splits_texts(cache: Path, tmp_path: Path) -> None:
+    done = t5tune_in_fork("inspect", cache, "--stats", "--json")
+    (split,) = json.loads(done.stdout.splitlines()[-1])["splits"]
+    assert (split["texts"], split["unknown"], split["pieces"][-3:]) == (8, {"猫": 1}, ["{", "x", "}"])
+    shown = t5tune_in_fork("inspect", cache, "--stats").stdout.splitlines()
+    pieces = "│".join(split["pieces"]).replace("\n", "↵")
+    assert shown[-1].endswith(f": {pieces}")
+    inspect(InspectSettings(cache=cache, html=tmp_path / "page.html"))
+    assert pieces in html.unescape((tmp_path / "page.html").read_text("utf-8"))
+
+
+def test_only_tokenizers_and_configs_are_downloaded(pairs: Path, byt5: Path, tmp_path: Path) -> None:
+    pocket = REPOSITORY / "t5tune" / "pocket"
+    with serve_hub(tmp_path / "home") as hub:
+        hub.add("model", "some/t5", pocket)
+        command = ("inspect", "--model-name-or-path", "some/t5", byt5, "--data-path", pairs, *COLUMNS, "--json")
+        done = t5tune_in_fork(*command, env=hub.environment)
+        assert hub.count_downloads("tokenizer.json") == hub.count_downloads("config.json") == 1
+        assert hub.count_downloads("model.safetensors") == 0
+    assert [split["model"] for split in json.loads(done.stdout)["splits"]] == ["some/t5", str(byt5)]

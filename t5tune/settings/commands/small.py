@@ -1,21 +1,46 @@
 """The settings of commands with few settings."""
 
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from t5tune.settings.field_types import FolderList, OptionalPath, OptionalText, Settings
+from t5tune.settings.field_types import (
+    DataList,
+    FolderList,
+    NoneIfUnset,
+    OptionalPath,
+    OptionalText,
+    PathList,
+    Settings,
+)
+from t5tune.settings.groups.record_format import ReadingSettings
+
+OF_CACHES = {"example", "worst_cut", "unknown", "all", "stats", "per_device_train_batch_size"}
 
 
-class InspectSettings(Settings):
+class InspectSettings(ReadingSettings):
     command: ClassVar[str] = "inspect"
-    essential: ClassVar[tuple[str, ...]] = ("example", "worst_cut", "unknown", "all", "stats", "html")
+    essential: ClassVar[tuple[str, ...]] = (
+        "cache", "example", "worst_cut", "unknown", "all", "stats", "html", "model_name_or_path", "data_path",
+        "source_column", "target_column",
+    )  # fmt: skip
     panel: ClassVar[str] = "Inspection"
 
-    cache: Path = Field(
+    cache: OptionalPath = Field(
+        default=None,
         description="Token cache to inspect: its folder, or a run folder that contains it.",
         json_schema_extra={"positional": True},
+    )
+    model_name_or_path: Annotated[PathList | None, NoneIfUnset] = Field(
+        default=None,
+        description="Models whose vocabularies to compare on data_path, without a cache and without their weights.",
+        json_schema_extra={"metavar": "MODEL…"},
+    )
+    data_path: Annotated[DataList | None, NoneIfUnset] = Field(
+        default=None,
+        description="Data to split into tokens, as for prepare; its first records are read.",
+        json_schema_extra={"metavar": "PATH…"},
     )
     # not NoneIfUnset: a user who writes -1 may mean the last example, so it is rejected rather than read as None
     example: int | None = Field(default=None, ge=0, description="Show the example with this index, counted from 0.")
@@ -23,15 +48,25 @@ class InspectSettings(Settings):
     unknown: bool = Field(default=False, description="Show the example with the most unknown tokens.")
     all: bool = Field(default=False, description="Show all examples.")
     stats: bool = Field(
-        default=False, description="Show length histograms, the share of padding, and the longest examples."
+        default=False, description="Show lengths, the longest examples, padding, and how the vocabulary splits texts."
     )
     html: OptionalPath = Field(
         default=None,
-        description="HTML file to write length histograms and examples to (default: 50 spread over the cache).",
+        description="HTML file to write; of a cache: lengths, vocabulary and examples (default: 50 spread over it).",
     )
     per_device_train_batch_size: int = Field(
         default=8, gt=0, description="Batch size for computing the share of padding (examples)."
     )
+
+    @model_validator(mode="after")
+    def _check_source(self) -> Self:
+        if self.cache is not None:
+            self._refuse_given({"model_name_or_path", "data_path", *ReadingSettings.model_fields}, "a cache is given")
+        elif not (self.model_name_or_path and self.data_path):
+            raise ValueError("cache: missing; give t5tune inspect CACHE, or --model-name-or-path and --data-path")
+        else:
+            self._refuse_given(OF_CACHES, "it is only for a token cache")
+        return self
 
 
 class CompareSettings(Settings):
