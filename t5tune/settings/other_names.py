@@ -93,60 +93,70 @@ NAMES_IN_OTHER_TOOLS: Mapping[str, str] = {
 }
 """Setting -> its names in other tools. If a name fits several settings, the command's first match wins."""
 
-ADVICE: Mapping[str, str] = {
-    "resume_from_checkpoint auto_resume_from_checkpoints resume": "run the same command again: it resumes from the "
-    "newest checkpoint; {fresh} starts over",
-    "load_best_model_at_end": "{metric_for_best_model} does it: the best checkpoint becomes the result",
+NOT_NEEDED: Mapping[str, str] = {
     "greater_is_better": "leave it out: {metric_for_best_model} implies it; a custom metric is better if larger",
-    "hub_token push_to_hub_token use_auth_token hf_use_auth_token": "leave it out, since settings are saved; run "
-    "`hf auth login`, or set HF_TOKEN",
-    "wandb_project use_wandb": "use {report_to=wandb}, and the variable WANDB_PROJECT",
-    "wandb_entity": "use {report_to=wandb}, and the variable WANDB_ENTITY",
-    "predict_with_generate": "use {eval_generate=32}, the number of held-out examples to generate predictions for",
-    "evals_per_epoch": "use {eval_steps}, or {eval_strategy=epoch}",
-    "saves_per_epoch": "use {save_steps}, or {save_strategy=epoch}",
+    "hub_token push_to_hub_token use_auth_token hf_use_auth_token hf_hub_token": "leave it out, since settings are "
+    "saved; run `hf auth login`, or set HF_TOKEN",
     "do_train do_predict": "leave it out",
     "do_eval": "leave it out: {eval_fraction} or {eval_data_path} turns evaluation on",
-    "stage": "use {objective}: sft (the default), dpo, orpo or span-corruption",
     "max_eval_samples max_predict_samples": "leave it out: all of {eval_data_path} is evaluated; `t5tune evaluate` "
     "has {num_data}",
     "use_peft use_lora": "leave it out: LoRA is the default, and {train_mode=full} trains all weights",
-    "lora_target_linear": "use {lora_target_modules=all-linear}",
-    "pissa_init": "use {init_lora_weights=pissa}",
-    "quantization_bit bits": "use {q_lora=true} for 4 bits, and also {quant_type=int8} for 8 bits",
-    "load_in_8bit load_8bit": "use {q_lora=true} and {quant_type=int8}",
-    "torch_dtype dtype": "use {bf16=true}, or leave it out for float32",
     "device device_map": "leave it out: CUDA_VISIBLE_DEVICES chooses the GPU that trains, {num_gpus} uses several, and "
     "{use_cpu=true} none",
-    "num_beams generation_num_beams generation_max_length val_max_target_length": "leave it out: the predictions of "
-    "{eval_generate} are greedy and at most as long as the longest target; t5tune evaluate has this option",
-    "limit num": "{example} shows one example, by its index, and {all=true} all of them",
-    "attn_implementation flash_attention flash_attn use_flash_attn use_flash_attention use_flash_attention_2": "leave "
-    "it out: attention uses PyTorch's fused kernels (SDPA)",
-    "train_on_inputs train_on_prompt completion_only_loss assistant_only_loss": "leave it out: the loss counts only "
-    "targets",
-    "use_unsloth use_liger_kernel enable_liger_kernel": "leave it out: t5tune has its own faster layers for GPUs",
-    "model_type is_llama_derived_model config_name": "leave it out: config.json contains it; {family} is for a "
-    "model_type that t5tune doesn't know",
+    "attn_implementation flash_attention flash_attn use_flash_attn use_flash_attention use_flash_attention_2 "
+    "xformers_attention sdp_attention": "leave it out: attention uses PyTorch's fused kernels (SDPA)",
+    "use_unsloth use_liger_kernel enable_liger_kernel liger_rope liger_rms_norm liger_glu_activation liger_layer_norm "
+    "liger_fused_linear_cross_entropy": "leave it out: t5tune has its own faster layers for GPUs",
+    "model_type is_llama_derived_model is_mistral_derived_model config_name": "leave it out: config.json contains it; "
+    "{family} is for a model_type that t5tune doesn't know",
     "ds_type": "leave it out: the file name's extension says whether it is JSON, CSV or Parquet",
     "pad_to_sequence_len pad_to_max_length": "leave it out: {packing} fills the batches without padding",
     "ignore_pad_token_for_loss": "leave it out: the loss never counts padding",
-    "source_lang target_lang": "use {source_prefix}, such as 'translate English to German: '",
     "resize_position_embeddings": "leave it out: T5's relative positions have no maximum length",
     "streaming buffer_size": "leave it out: records are always streamed",
     "preprocessing_batch_size": "leave it out: {num_workers} makes prepare faster",
-    "shuffle": "leave it out: each epoch has its own order, which follows from {seed}",
-    "relora_steps galore_rank use_galore": "leave it out: ReLoRA and GaLore aren't supported",
-    "fsdp_config": "use {deepspeed=zero3}",
+    "shuffle shuffle_merged_datasets": "leave it out: each epoch has its own order, which follows from {seed}",
     "tokenizer_name tokenizer_name_or_path tokenizer_config tokenizer_type use_fast_tokenizer": "leave it out: the "
     "model has its tokenizer, and {add_tokens} extends it",
     "special_tokens": "leave it out: the tokenizer's special tokens are used",
     "safe_serialization": "leave it out: weights are always written as safetensors",
     "overwrite_cache": "leave it out: the token cache is written again whenever its inputs change",
     "save_only_model": "leave it out: resuming needs complete checkpoints; {save_total_limit} keeps fewer",
-    "eval_table_size": "use {report_samples}, the number of predictions in report.html",
     "trust_remote_code": "leave it out: code from a model's repository is never run",
     "plot_loss": "leave it out: report.html in the run folder shows the curves",
+    "gradient_checkpointing_kwargs": "leave it out: t5tune chooses the kind of checkpointing",
+    "loss_watchdog_threshold loss_watchdog_patience": "leave it out: training stops if the loss isn't finite",
+    "logging_first_step logging_strategy wandb_watch debug strict": "leave it out: {logging_steps} logs the loss, the "
+    "gradient and the tokens",
+}
+"""Names in other tools for what t5tune does without a setting -> why, with our settings in braces."""
+
+ADVICE: Mapping[str, str] = {
+    **NOT_NEEDED,
+    "resume_from_checkpoint auto_resume_from_checkpoints resume": "run the same command again: it resumes from the "
+    "newest checkpoint; {fresh} starts over",
+    "load_best_model_at_end": "{metric_for_best_model} does it: the best checkpoint becomes the result",
+    "wandb_project use_wandb": "use {report_to=wandb}, and the variable WANDB_PROJECT",
+    "wandb_entity wandb_log_model": "use {report_to=wandb}, and the variable WANDB_ENTITY or WANDB_LOG_MODEL",
+    "predict_with_generate": "use {eval_generate=32}, the number of held-out examples to generate predictions for",
+    "evals_per_epoch": "use {eval_steps}, or {eval_strategy=epoch}",
+    "saves_per_epoch": "use {save_steps}, or {save_strategy=epoch}",
+    "stage": "use {objective}: sft (the default), dpo, orpo or span-corruption",
+    "lora_target_linear": "use {lora_target_modules=all-linear}",
+    "pissa_init": "use {init_lora_weights=pissa}",
+    "quantization_bit bits": "use {q_lora=true} for 4 bits, and also {quant_type=int8} for 8 bits",
+    "load_in_8bit load_8bit": "use {q_lora=true} and {quant_type=int8}",
+    "torch_dtype dtype": "use {bf16=true}, or leave it out for float32",
+    "num_beams generation_num_beams generation_max_length val_max_target_length": "leave it out: the predictions of "
+    "{eval_generate} are greedy and at most as long as the longest target; t5tune evaluate has this option",
+    "limit num": "{example} shows one example, by its index, and {all=true} all of them",
+    "train_on_inputs train_on_prompt completion_only_loss assistant_only_loss": "leave it out: the loss counts only "
+    "targets",
+    "source_lang target_lang": "use {source_prefix}, such as 'translate English to German: '",
+    "relora_steps galore_rank use_galore": "leave it out: ReLoRA and GaLore aren't supported",
+    "fsdp_config": "use {deepspeed=zero3}",
+    "eval_table_size": "use {report_samples}, the number of predictions in report.html",
     "adam_beta1 adam_beta2 adam_epsilon optim_args lr_scheduler_kwargs": "set it under training_args in a YAML file",
     "training_args": "set it in a --config file",
     "neftune_noise_alpha": "leave it out: NEFTune isn't supported",
