@@ -34,6 +34,8 @@ def render_result(command: str, result: Any) -> RenderableType | None:
             return Group(*_render_diagnosis(result))
         case "templates":
             return _render_templates(result)
+        case "migrate":
+            return str(result.text.removesuffix("\n") if result.output_file is None else result.output_file)
         case "schema":
             return json.dumps(result, indent=2, ensure_ascii=False)
         case "compare":

@@ -23,6 +23,7 @@ SUMMARIES = {
     "compare": "Compare training runs in a table.",
     "push": "Upload an adapter or a merged model to the Hugging Face Hub.",
     "plan": "Estimate a training run's memory and steps before you start it.",
+    "migrate": "Translate a run config of LLaMA-Factory, axolotl or transformers.",
     "doctor": "Check what works on this machine, and how to fix what doesn't.",
     "templates": "List, show or copy the templates that come with t5tune.",
     "schema": "Print the JSON schema of a command's YAML, for editors.",
@@ -59,6 +60,8 @@ t5tune compare run
 t5tune compare 'sweep/*' --sort-by exact_match --html comparison.html
 t5tune push run owner/name
 t5tune push merged owner/name --hub-private-repo
+t5tune migrate llama3_lora_sft.yaml
+t5tune migrate qlora.yml --output-file run.yaml
 t5tune plan --config pocket
 t5tune plan google/flan-t5-large --bf16 --gpu-memory 24GiB
 t5tune doctor

@@ -18,6 +18,7 @@ from t5tune.settings.commands.small import (
     DocsSettings,
     DoctorSettings,
     InspectSettings,
+    MigrateSettings,
     PushSettings,
     SchemaSettings,
     TemplatesSettings,
@@ -33,6 +34,7 @@ from t5tune.settings.loading import dump_settings, load_settings, write_settings
 __all__ = [
     "COMMANDS", "ChatSettings", "CompareSettings", "ConversationSettings", "DataSettings", "DatasetSettings",
     "DocsSettings", "DoctorSettings", "EvaluateSettings", "ExportSettings", "InspectSettings", "MergeSettings",
-    "PlanSettings", "PrepareSettings", "PushSettings", "QuantizationSettings", "SchemaSettings", "ServeSettings",
-    "Settings", "TemplatesSettings", "TrainSettings", "dump_settings", "load_settings", "write_settings",
+    "MigrateSettings", "PlanSettings", "PrepareSettings", "PushSettings", "QuantizationSettings", "SchemaSettings",
+    "ServeSettings", "Settings", "TemplatesSettings", "TrainSettings", "dump_settings", "load_settings",
+    "write_settings",
 ]  # fmt: skip

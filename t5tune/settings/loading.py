@@ -17,6 +17,7 @@ from t5tune.settings.fastchat_names import LEGACY_NAMES, select_legacy_names
 from t5tune.settings.field_types import Settings, get_extra
 from t5tune.settings.messages import HIDDEN_VALUE, describe_value_error, format_place, get_reason, shorten_file_value
 from t5tune.settings.other_names import find_meant_setting, find_nested_setting, mention_help, suggest_setting
+from t5tune.settings.other_tools import detect_tool
 
 VARIABLE_PREFIX = "T5TUNE_"
 SETTINGS_HEADER = "# to run this again: t5tune "  # which marks a folder as an output of t5tune
@@ -60,8 +61,9 @@ def load_settings(
     notes: list[str] = []
     values: dict[str, _Value] = {}
     from_flags = {name: _Value(value, model.format_option(name)) for name, value in (flags or {}).items()}
+    in_file = _read_file(file) if file is not None else {}
     # in increasing order of precedence
-    for source in (_read_file(file) if file is not None else {}, _read_environment(environment or {}), from_flags):
+    for source in (in_file, _read_environment(environment or {}), from_flags):
         given = _resolve_names(model, source, source is from_flags, problems, notes, meant)
         for data, paths in PATHS_OF_DATASETS.items():  # either replaces both in a source of lower precedence
             if not given.keys().isdisjoint({data, paths}):
@@ -76,7 +78,8 @@ def load_settings(
         details = [detail for detail in error.errors() if detail["type"] != "missing" or detail["loc"][0] not in meant]
         problems += [_format_problem(detail, values, model) for detail in details]
     if problems or settings is None:
-        raise SettingsError(*problems)
+        hint = f"if {file} is from a different tool: t5tune migrate {file}" if detect_tool(in_file) else None
+        raise SettingsError(*problems, hint=hint)
     for name, note in model.notes_on_implied.items():
         if name not in values and getattr(settings, name) != model.model_fields[name].default:
             notes.append(note)

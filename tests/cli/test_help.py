@@ -75,6 +75,7 @@ def test_options_are_shown_with_readable_types_and_required_ones_first(show) -> 
         ("chat", "chat MODEL [OPTIONS]"),
         ("merge", "merge ADAPTER [OPTIONS]"),
         ("inspect", "inspect [CACHE] [OPTIONS]"),
+        ("migrate", "migrate FILE [OPTIONS]"),
         ("templates", "templates [ACTION] [NAME] [TO] [OPTIONS]"),
     ],
 )
@@ -164,6 +165,7 @@ NEXT_STEPS = {
         "--max-new-tokens 4 --compare-base",
         "        t5tune merge run --output-dir merged.1",
     ],
+    "t5tune migrate qlora.yml --output-file run.yaml": ["next    t5tune train run.yaml --dry-run"],
 }
 
 
@@ -172,6 +174,8 @@ NEXT_STEPS = {
 def test_examples_in_the_help_work_in_order(tmp_path: Path) -> None:
     """All but doctor's, serve's and those that need the Hub, in an empty folder; variables keep the training short."""
     (tmp_path / "dev.csv").write_text("question,answer\nHello?,Hi.\n", encoding="utf-8")
+    (tmp_path / "qlora.yml").write_text("base_model: t5-small\n", encoding="utf-8")
+    (tmp_path / "llama3_lora_sft.yaml").write_text("stage: sft\n", encoding="utf-8")
     short = {"MAX_STEPS": "2", "MAX_NEW_TOKENS": "4", "REPORT_SAMPLES": "0", "VERIFY": "no"}
     environment = {f"T5TUNE_{name}": value for name, value in short.items()}
     next_steps = {}

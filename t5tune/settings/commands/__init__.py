@@ -14,6 +14,7 @@ COMMANDS: tuple[type[Settings], ...] = (
     small.InspectSettings,
     small.CompareSettings,
     plan.PlanSettings,
+    small.MigrateSettings,
     small.PushSettings,
     small.DoctorSettings,
     small.TemplatesSettings,

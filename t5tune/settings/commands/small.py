@@ -86,6 +86,19 @@ class CompareSettings(Settings):
     html: OptionalPath = Field(default=None, description="HTML file to write the table and the curves to.")
 
 
+class MigrateSettings(Settings):
+    command: ClassVar[str] = "migrate"
+    essential: ClassVar[tuple[str, ...]] = ("output_file",)
+    panel: ClassVar[str] = "Migration"
+
+    run_config: Path = Field(
+        description="Run config of LLaMA-Factory or axolotl (YAML), or arguments of transformers' run_summarization or "
+        "run_translation (JSON, or a file with the command line).",
+        json_schema_extra={"positional": True, "argument": "FILE"},
+    )
+    output_file: OptionalPath = Field(default=None, description="New YAML file for t5tune train; default: print it.")
+
+
 class PushSettings(Settings):
     command: ClassVar[str] = "push"
     essential: ClassVar[tuple[str, ...]] = ("hub_private_repo",)
