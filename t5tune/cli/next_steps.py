@@ -17,7 +17,6 @@ from t5tune.settings import (
     EvaluateSettings,
     ExportSettings,
     MergeSettings,
-    MigrateSettings,
     PrepareSettings,
     QuantizationSettings,
     Settings,
@@ -47,8 +46,6 @@ def list_next_steps(settings: Settings, result: Any) -> list[tuple[str, str]]:
             commands = _follow_merge(result.checkpoint)
         case EvaluateSettings():
             commands = _follow_evaluate(settings)
-        case MigrateSettings(output_file=Path()):
-            commands = iter([["train", str(settings.output_file), "--dry-run"]])
         case _:
             commands = iter(())
     steps = [("next" if number == 0 else "", shlex.join(["t5tune", *words])) for number, words in enumerate(commands)]

@@ -35,7 +35,7 @@ def render_result(command: str, result: Any) -> RenderableType | None:
         case "templates":
             return _render_templates(result)
         case "migrate":
-            return str(result.text.removesuffix("\n") if result.output_file is None else result.output_file)
+            return str(result.text.removesuffix("\n"))
         case "schema":
             return json.dumps(result, indent=2, ensure_ascii=False)
         case "compare":

@@ -61,7 +61,7 @@ t5tune compare 'sweep/*' --sort-by exact_match --html comparison.html
 t5tune push run owner/name
 t5tune push merged owner/name --hub-private-repo
 t5tune migrate llama3_lora_sft.yaml
-t5tune migrate qlora.yml --output-file run.yaml
+t5tune migrate qlora.yml > run.yaml
 t5tune plan --config pocket
 t5tune plan google/flan-t5-large --bf16 --gpu-memory 24GiB
 t5tune doctor

@@ -16,8 +16,13 @@ from t5tune.settings.dataset_list import PATHS_OF_DATASETS, DatasetSettings
 from t5tune.settings.fastchat_names import LEGACY_NAMES, select_legacy_names
 from t5tune.settings.field_types import Settings, get_extra
 from t5tune.settings.messages import HIDDEN_VALUE, describe_value_error, format_place, get_reason, shorten_file_value
-from t5tune.settings.other_names import find_meant_setting, find_nested_setting, mention_help, suggest_setting
-from t5tune.settings.other_tools import detect_tool
+from t5tune.settings.other_names import (
+    detect_tool,
+    find_meant_setting,
+    find_nested_setting,
+    mention_help,
+    suggest_setting,
+)
 
 VARIABLE_PREFIX = "T5TUNE_"
 SETTINGS_HEADER = "# to run this again: t5tune "  # which marks a folder as an output of t5tune

@@ -94,46 +94,45 @@ NAMES_IN_OTHER_TOOLS: Mapping[str, str] = {
 """Setting -> its names in other tools. If a name fits several settings, the command's first match wins."""
 
 NOT_NEEDED: Mapping[str, str] = {
-    "greater_is_better": "leave it out: {metric_for_best_model} implies it; a custom metric is better if larger",
-    "hub_token push_to_hub_token use_auth_token hf_use_auth_token hf_hub_token": "leave it out, since settings are "
-    "saved; run `hf auth login`, or set HF_TOKEN",
-    "do_train do_predict": "leave it out",
-    "do_eval": "leave it out: {eval_fraction} or {eval_data_path} turns evaluation on",
-    "max_eval_samples max_predict_samples": "leave it out: all of {eval_data_path} is evaluated; `t5tune evaluate` "
-    "has {num_data}",
-    "use_peft use_lora": "leave it out: LoRA is the default, and {train_mode=full} trains all weights",
-    "device device_map": "leave it out: CUDA_VISIBLE_DEVICES chooses the GPU that trains, {num_gpus} uses several, and "
+    "greater_is_better": "{metric_for_best_model} implies it; a custom metric is better if larger",
+    "hub_token push_to_hub_token use_auth_token hf_use_auth_token": "settings are saved; run `hf auth login`, or set "
+    "HF_TOKEN",
+    "do_train do_predict": "the command decides it",
+    "do_eval": "{eval_fraction} or {eval_data_path} turns evaluation on",
+    "max_eval_samples max_predict_samples": "all of {eval_data_path} is evaluated; `t5tune evaluate` has {num_data}",
+    "use_peft use_lora": "LoRA is the default, and {train_mode=full} trains all weights",
+    "device device_map": "CUDA_VISIBLE_DEVICES chooses the GPU that trains, {num_gpus} uses several, and "
     "{use_cpu=true} none",
     "attn_implementation flash_attention flash_attn use_flash_attn use_flash_attention use_flash_attention_2 "
-    "xformers_attention sdp_attention": "leave it out: attention uses PyTorch's fused kernels (SDPA)",
+    "xformers_attention sdp_attention": "attention uses PyTorch's fused kernels (SDPA)",
     "use_unsloth use_liger_kernel enable_liger_kernel liger_rope liger_rms_norm liger_glu_activation liger_layer_norm "
-    "liger_fused_linear_cross_entropy": "leave it out: t5tune has its own faster layers for GPUs",
-    "model_type is_llama_derived_model is_mistral_derived_model config_name": "leave it out: config.json contains it; "
-    "{family} is for a model_type that t5tune doesn't know",
-    "ds_type": "leave it out: the file name's extension says whether it is JSON, CSV or Parquet",
-    "pad_to_sequence_len pad_to_max_length": "leave it out: {packing} fills the batches without padding",
-    "ignore_pad_token_for_loss": "leave it out: the loss never counts padding",
-    "resize_position_embeddings": "leave it out: T5's relative positions have no maximum length",
-    "streaming buffer_size": "leave it out: records are always streamed",
-    "preprocessing_batch_size": "leave it out: {num_workers} makes prepare faster",
-    "shuffle shuffle_merged_datasets": "leave it out: each epoch has its own order, which follows from {seed}",
-    "tokenizer_name tokenizer_name_or_path tokenizer_config tokenizer_type use_fast_tokenizer": "leave it out: the "
-    "model has its tokenizer, and {add_tokens} extends it",
-    "special_tokens": "leave it out: the tokenizer's special tokens are used",
-    "safe_serialization": "leave it out: weights are always written as safetensors",
-    "overwrite_cache": "leave it out: the token cache is written again whenever its inputs change",
-    "save_only_model": "leave it out: resuming needs complete checkpoints; {save_total_limit} keeps fewer",
-    "trust_remote_code": "leave it out: code from a model's repository is never run",
-    "plot_loss": "leave it out: report.html in the run folder shows the curves",
-    "gradient_checkpointing_kwargs": "leave it out: t5tune chooses the kind of checkpointing",
-    "loss_watchdog_threshold loss_watchdog_patience": "leave it out: training stops if the loss isn't finite",
-    "logging_first_step logging_strategy wandb_watch debug strict": "leave it out: {logging_steps} logs the loss, the "
-    "gradient and the tokens",
+    "liger_fused_linear_cross_entropy": "t5tune has its own faster layers for GPUs",
+    "model_type is_llama_derived_model is_mistral_derived_model config_name": "config.json contains it; {family} is "
+    "for a model_type that t5tune doesn't know",
+    "ds_type": "the file name's extension says whether it is JSON, CSV or Parquet",
+    "pad_to_sequence_len pad_to_max_length": "{packing} fills the batches without padding",
+    "ignore_pad_token_for_loss": "the loss never counts padding",
+    "resize_position_embeddings": "T5's relative positions have no maximum length",
+    "streaming buffer_size": "records are always streamed",
+    "preprocessing_batch_size": "{num_workers} makes prepare faster",
+    "shuffle shuffle_merged_datasets": "each epoch has its own order, which follows from {seed}",
+    "tokenizer_name tokenizer_name_or_path tokenizer_config tokenizer_type use_fast_tokenizer": "the model has its "
+    "tokenizer, and {add_tokens} extends it",
+    "special_tokens": "the tokenizer's special tokens are used",
+    "safe_serialization": "weights are always written as safetensors",
+    "overwrite_cache": "the token cache is written again whenever its inputs change",
+    "save_only_model": "resuming needs complete checkpoints; {save_total_limit} keeps fewer",
+    "trust_remote_code": "code from a model's repository is never run",
+    "plot_loss": "report.html in the run folder shows the curves",
+    "gradient_checkpointing_kwargs": "t5tune chooses the kind of checkpointing",
+    "loss_watchdog_threshold loss_watchdog_patience": "training stops if the loss isn't finite",
+    "logging_first_step logging_strategy wandb_watch debug strict": "{logging_steps} logs the loss, the gradient and "
+    "the tokens",
 }
-"""Names in other tools for what t5tune does without a setting -> why, with our settings in braces."""
+"""Names in other tools for what t5tune does without a setting -> the reason, with our settings in braces."""
 
 ADVICE: Mapping[str, str] = {
-    **NOT_NEEDED,
+    **{names: f"leave it out: {reason}" for names, reason in NOT_NEEDED.items()},
     "resume_from_checkpoint auto_resume_from_checkpoints resume": "run the same command again: it resumes from the "
     "newest checkpoint; {fresh} starts over",
     "load_best_model_at_end": "{metric_for_best_model} does it: the best checkpoint becomes the result",
@@ -166,7 +165,14 @@ ADVICE: Mapping[str, str] = {
 A name that is also in NAMES_IN_OTHER_TOOLS means that setting in the commands that have it.
 """
 
-_SETTINGS_BY_NAME = {
+KEYS_OF_TOOLS = {
+    "LLaMA-Factory": "stage finetuning_type dataset cutoff_len template lora_rank",
+    "axolotl": "base_model datasets sequence_len micro_batch_size num_epochs val_set_size",
+    "transformers": "dataset_name train_file validation_file summary_column source_lang max_source_length do_train",
+}
+"""Tool -> some keys that only this tool has."""
+
+SETTINGS_BY_NAME = {
     name: [ours for ours, names in NAMES_IN_OTHER_TOOLS.items() if name in names.split()]
     for name in " ".join(NAMES_IN_OTHER_TOOLS.values()).split()
 }
@@ -203,7 +209,7 @@ def find_meant_setting(name: str, own: Collection[str], others: Collection[str] 
     """Find the setting that an unknown name most likely means: by its names in other tools, or by spelling."""
     if _find_advice(name, own, others):
         return None
-    meant = _SETTINGS_BY_NAME.get(_normalize(name), [])
+    meant = SETTINGS_BY_NAME.get(_normalize(name), [])
     ours = next((setting for names in (own, others) for setting in meant if setting in names), None)
     return ours or find_close_name(_normalize(name), own)
 
@@ -220,14 +226,14 @@ def find_nested_setting(outer: str, inner: str, own: Collection[str]) -> str | N
 
 def is_name_elsewhere(name: str) -> bool:
     """Whether other tools use a name."""
-    return _normalize(name) in _SETTINGS_BY_NAME or _normalize(name) in _ADVICE_BY_NAME
+    return _normalize(name) in SETTINGS_BY_NAME or _normalize(name) in _ADVICE_BY_NAME
 
 
 def _find_advice(name: str, own: Collection[str], others: Collection[str]) -> str | None:
     """Find the advice for a name, unless it means a setting of the command."""
     name = _normalize(name)
     advice = _ADVICE_BY_NAME.get(name)
-    if advice is None or not {*own}.isdisjoint(_SETTINGS_BY_NAME.get(name, [])):
+    if advice is None or not {*own}.isdisjoint(SETTINGS_BY_NAME.get(name, [])):
         return None
     mentioned = {setting for setting, _ in _SETTING_PATTERN.findall(advice)}
     return advice if mentioned <= {*own, *others} else None
@@ -235,3 +241,9 @@ def _find_advice(name: str, own: Collection[str], others: Collection[str]) -> st
 
 def _normalize(name: str) -> str:
     return name.lower().replace("-", "_")
+
+
+def detect_tool(names: Collection[str]) -> str | None:
+    """Return the tool that has most of the names; None if no tool has any of them."""
+    counts = {tool: len({*names} & {*keys.split()}) for tool, keys in KEYS_OF_TOOLS.items()}
+    return max(counts, key=lambda tool: counts[tool]) if any(counts.values()) else None

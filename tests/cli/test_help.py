@@ -165,7 +165,6 @@ NEXT_STEPS = {
         "--max-new-tokens 4 --compare-base",
         "        t5tune merge run --output-dir merged.1",
     ],
-    "t5tune migrate qlora.yml --output-file run.yaml": ["next    t5tune train run.yaml --dry-run"],
 }
 
 

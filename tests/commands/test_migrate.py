@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from t5tune.commands.migrate import MigrateResult, migrate
-from t5tune.io.yaml_file import read_yaml
+from t5tune.errors import SettingsError
+from t5tune.io.yaml_file import MAX_YAML_BYTES, read_yaml
 from t5tune.settings import MigrateSettings, TrainSettings, load_settings
 from tests.support.processes.command_line import t5tune_in_fork
 
@@ -77,19 +78,17 @@ mystery: 7
 """
 SUMMARIZATION = r"""#!/bin/bash
 # python run_summarization.py --model_name_or_path old --train_file old.csv
-export BATCH=4
-DATA="dev/data"
 torchrun --nproc_per_node=2 examples/pytorch/summarization/run_summarization.py \
     --model_name_or_path t5-small \
     --do_train \
     --do_eval \
-    --train_file ${DATA}/train.csv \
-    --validation_file ${DATA}/dev.csv \
+    --train_file dev/data/train.csv \
+    --validation_file dev/data/dev.csv \
     --text_column article \
     --source_prefix "summarize: " \
     --max_source_length 512 \
     --output_dir $RUN_DIR \
-    --per_device_train_batch_size=$BATCH \
+    --per_device_train_batch_size=4 \
     --overwrite_output_dir \
     --num_beams 4 \
     --learning_rate 3e-4 \
@@ -139,18 +138,18 @@ def test_an_axolotl_config_becomes_settings_and_comments(run) -> None:
         "model_name_or_path": "google/flan-t5-base", "q_lora": True, "quant_type": "int8",
         "data": [{"path": "mhenrichsen/alpaca_2k_test"}], "eval_fraction": 0.05, "train_mode": "lora",
         "model_max_length": 512, "lora_r": 32, "lora_alpha": 16, "lora_dropout": 0.05,
-        "lora_target_modules": ["all-linear"], "tokens_per_batch": 1024, "num_train_epochs": 4,
+        "lora_target_modules": ["q", "k", "v", "o", "feed-forward"], "tokens_per_batch": 1024, "num_train_epochs": 4,
         "optim": "adamw_bnb_8bit", "learning_rate": 0.0002, "bf16": True, "gradient_checkpointing": True,
-        "eval_strategy": "epoch", "save_strategy": "epoch", "lr_scheduler_type": "cosine", "warmup_steps": 0.03,
+        "save_strategy": "epoch", "lr_scheduler_type": "cosine", "warmup_steps": 0.03,
         "output_dir": "model-out",
     }  # fmt: skip
     assert result.not_supported == {
         "wandb_entity: team": "use report_to: wandb, and the variable WANDB_ENTITY or WANDB_LOG_MODEL",
         "micro_batch_size: 2": "2 × 512 tokens of packed examples",
-        "evals_per_epoch: 4": "once per epoch; for eval_steps, t5tune plan shows the steps of an epoch",
+        "evals_per_epoch: 4": "set eval_steps; t5tune plan shows the steps",
         "mystery: 7": "t5tune train has no such setting",
     }
-    assert result.not_needed["lora_model_dir: null"] == "off, or not set"
+    assert "\n# lora_model_dir: null  # off, or not set\n" in result.text
 
 
 def test_a_command_line_becomes_settings_and_comments(run) -> None:
@@ -181,7 +180,9 @@ CONVERSIONS = [
     (A | {"base_model": "google/mt5-small"}, {"model_name_or_path": "google/mt5-small"}, ""),
     (H | {"model_name_or_path": "facebook/bart-large-cnn"}, {"model_name_or_path": None}, "model_name_or_path: not"),
     # what is trained
-    ({"base_model": "t5-small"}, {"train_mode": "full"}, ""),
+    ({"base_model": "t5-small"}, {"train_mode": "full", "lora_dropout": None}, ""),
+    (A, {"train_mode": "lora", "lora_dropout": 0.0}, ""),
+    (F | {"finetuning_type": "full"}, {"train_mode": "full", "lora_target_modules": None}, ""),
     (A | {"adapter": "qlora", "load_in_4bit": True}, {"q_lora": True, "quant_type": None}, ""),
     ({"base_model": "t5-small", "load_in_8bit": True}, {"q_lora": None, "quant_type": None}, "load_in_8bit: q_lora"),
     (F | {"finetuning_type": "freeze"}, {"train_mode": None}, "finetuning_type: train_mode: 'freeze': expected"),
@@ -192,6 +193,8 @@ CONVERSIONS = [
     (A | {"lora_target_modules": ["q_proj", "v_proj"]}, {"lora_target_modules": ["q", "v"]}, ""),
     (A | {"lora_target_modules": ["gate_proj", "up_proj"]}, {"lora_target_modules": ["feed-forward"]}, ""),
     (A | {"lora_target_modules": "model.[0-9]+.(q|k)_proj"}, {"lora_target_modules": None}, "lora_target"),
+    (A | {"load_in_8bit": False, "bf16": False, "lora_target_linear": False},
+     {"q_lora": None, "bf16": None, "lora_target_modules": None}, ""),
     (A | {"lora_target_linear": True}, {"lora_target_modules": ["all-linear"]}, ""),
     (A | {"lora_modules_to_save": ["embed_tokens"]}, {"modules_to_save": None}, "lora_modules_to_save: "),
     # objectives
@@ -202,7 +205,8 @@ CONVERSIONS = [
     (F | {"stage": "pt"}, {"objective": None}, "stage: objective: 'pt': expected"),
     # batches and steps
     (A | {"micro_batch_size": 4}, {"per_device_train_batch_size": 4}, ""),
-    (A | {"batch_size": 16, "micro_batch_size": 4}, {"per_device_train_batch_size": 4}, "batch_size: set gradient_acc"),
+    (A | {"batch_size": 16, "micro_batch_size": 4}, 
+     {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}, ""),
     (A | {"micro_batch_size": 4, "sample_packing": True, "sequence_len": 2048}, {"tokens_per_batch": 8192}, "micro"),
     (A, {"per_device_train_batch_size": 1, "num_train_epochs": 1, "lr_scheduler_type": "cosine"}, ""),
     (A | {"warmup_ratio": 0.1, "warmup_steps": 10}, {"warmup_steps": 10}, ""),
@@ -210,12 +214,19 @@ CONVERSIONS = [
     (A | {"lr_scheduler": "rex"}, {"lr_scheduler_type": None}, "lr_scheduler: linear is used"),
     (A | {"optimizer": "paged_adamw_8bit"}, {"optim": "paged_adamw_8bit"}, ""),
     (A | {"optimizer": "muon"}, {"optim": None}, "optimizer: AdamW is used"),
-    (H | {"adam_beta1": 0.8}, {}, "adam_beta1: set it under training_args"),
+    (H | {"adam_beta1": 0.8, "adam_beta2": 0.9}, {"training_args": {"adam_beta1": 0.8, "adam_beta2": 0.9}}, ""),
+    (F | {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-6}},
+     {"lr_scheduler_type": "cosine_with_min_lr", "training_args": {"lr_scheduler_kwargs": {"min_lr": 1e-6}}}, ""),
+    (F | {"lr_scheduler_type": "cosine_with_min_lr"}, {"lr_scheduler_type": None}, "lr_scheduler_type: linear is used"),
+    (F | {"lr_scheduler_type": "constant", "warmup_ratio": 0.1}, {"warmup_steps": None}, ""),
+    (A | {"lr_scheduler": "constant", "warmup_steps": 10}, {"lr_scheduler_type": "constant", "warmup_steps": None}, ""),
     (H | {"num_processes": 4}, {"num_gpus": 4, "num_processes": None}, ""),
     # evaluations and checkpoints
     (A | DEV | {"eval_steps": 0.05}, {"eval_steps": None}, "eval_steps: eval_steps: 0.05: expected a whole number"),
     (A | DEV | {"evals_per_epoch": 1}, {"eval_strategy": "epoch"}, ""),
-    (A | DEV | {"evals_per_epoch": 4}, {"eval_strategy": "epoch"}, "evals_per_epoch: once per epoch"),
+    (A | DEV | {"evals_per_epoch": 4}, {"eval_strategy": None}, "evals_per_epoch: set eval_steps"),
+    (A | {"val_set_size": 0, "evals_per_epoch": 1, "metric_for_best_model": "loss"},
+     {"eval_strategy": None, "metric_for_best_model": None}, "evals_per_epoch: eval_strategy needs eval_data_path or"),
     (A | {"saves_per_epoch": 0}, {"save_strategy": "no"}, ""),
     (F | {"val_size": 100}, {"eval_fraction": None}, "val_size: eval_fraction: 100: must be less than 1"),
     (H | {"validation_file": "b.csv", "evaluation_strategy": "steps", "eval_steps": 9},
@@ -235,15 +246,19 @@ CONVERSIONS = [
     (H | {"fp16": True}, {"bf16": True, "fp16": None}, "fp16: a T5 overflows in fp16"),
     (A | {"bf16": "auto", "fp16": False}, {"bf16": True}, ""),
     (F | {"deepspeed": "examples/ds_z3_offload_config.json"}, {"deepspeed": "zero3-offload"}, ""),
+    (A | {"source_prefix": "in $5: ", "output_dir": "$HOME/x"}, {"source_prefix": "in $5: ", "output_dir": None},
+     "output_dir: a variable of the shell"),
+    (F | {"deepspeed": "zero1_cpuoffload.json"}, {"deepspeed": "zero2-offload"}, ""),
     (F | {"deepspeed": "ds_z2_config.json"}, {"deepspeed": "zero2"}, ""),
     (F | {"deepspeed": "mine.json"}, {"deepspeed": None}, "deepspeed: no such file"),
+    (A | {"deepspeed": "zero3_offload.json", "fsdp": "full_shard"}, {}, "fsdp: deepspeed is zero3-offload already"),
+    (F | {"pissa_init": True}, {"init_lora_weights": "pissa"}, ""),
     (A | {"fsdp": ["full_shard", "auto_wrap"]}, {"deepspeed": "zero3"}, ""),
     (A | {"fsdp_config": {"offload_params": True}}, {"deepspeed": None}, "fsdp_config: use deepspeed: zero3"),
-    (A | {"hub_model_id": "me/x"}, {"hub_model_id": "me/x", "push_to_hub": True}, ""),
     (F | {"hub_model_id": "me/x"}, {"hub_model_id": None}, "hub_model_id: "),
     (F | {"report_to": "none"}, {"report_to": "none"}, ""),
     (A | {"wandb_project": "x"}, {"report_to": "wandb"}, "wandb_project: set the variable WANDB_PROJECT"),
-    (F | {"resume_from_checkpoint": "out/checkpoint-9"}, {}, "resume_from_checkpoint: give the same command again"),
+    (F | {"resume_from_checkpoint": "out/checkpoint-9"}, {}, "resume_from_checkpoint: run the same command again"),
     (F | {"neftune_noise_alpha": 5}, {}, "neftune_noise_alpha: NEFTune isn't supported"),
     (F | {"galore_rank": 128}, {}, "galore_rank: ReLoRA and GaLore"),
 ]  # fmt: skip
@@ -265,7 +280,10 @@ DATASETS = [
     ({"type": "alpaca"}, {}, ""),
     ({"type": "chat_template", "field_messages": "messages"}, {}, ""),
     ({"type": "sharegpt", "split": "train[:10%]", "name": "en"}, {"data_split": "train", "data_subset": "en"}, "split"),
-    ({"type": "completion", "field": "text"}, {"objective": "span-corruption"}, ""),
+    ({"type": "completion", "field": "text"}, {}, "type: completion"),
+    ({"path": "json", "data_files": "a.jsonl", "type": "alpaca"}, {"path": "a.jsonl"}, ""),
+    ({"message_property_mappings": {"role": "from", "content": "value"}, "roles": {"user": ["human"]}}, {}, ""),
+    ({"message_property_mappings": {"role": "who"}}, {}, "message_property_mappings: {'role': 'who'}"),
     ({"type": {"field_instruction": "q", "field_output": "a", "format": "[{instruction}]"}},
      {}, "type: {'field_instruction': 'q', "),
     ({"type": "gsm8k"}, {}, "type: gsm8k"),
@@ -300,25 +318,37 @@ def test_long_texts_and_lists_keep_their_values(run) -> None:
     assert "\n# from lora_target\nlora_target_modules:\n- q\n" in result.text
 
 
+def test_json_has_the_same_keys_and_unusual_characters(run) -> None:
+    """Tabs and surrogate pairs are JSON, but not YAML."""
+    result = run(
+        '{\n\t"train_file": "a.csv", "source_prefix": "\\ud83d\\ude00\\u2028: ", "forced_bos_token": "x"}', "a.json"
+    )
+    assert read(result)["source_prefix"] == "\U0001f600\u2028: "
+    assert result.not_supported == {"forced_bos_token: x": "t5tune train has no such setting"}
+
+
+def test_a_large_command_line_is_refused(run) -> None:
+    with pytest.raises(SettingsError, match=f"run.sh: can't be read: it has {MAX_YAML_BYTES + 1} bytes"):
+        run("x" * (MAX_YAML_BYTES + 1), "run.sh")
+
+
 def test_values_cannot_leave_their_comments_and_secrets_are_hidden(run) -> None:
     result = run(
         A | {"mystery": "x\nlora_r: 99", "evil\nlora_r: 98": True, "hub_token": "hf_abc", "a\u2028b": "c\u0085d"}
     )
     assert "lora_r" not in read(result)
-    assert "hf_abc" not in result.text + str(result.not_needed)
+    assert "hf_abc" not in result.text + str(result.not_supported)
 
 
 def test_the_result_trains_on_the_command_line(tmp_path: Path) -> None:
-    """The text goes to stdout, or to a file that train takes; what is lost is on stderr."""
-    (tmp_path / "run.yml").write_text(AXOLOTL)
+    """The text goes to stdout; what is lost is on stderr."""
+    (tmp_path / "axolotl.yml").write_text(AXOLOTL)
     (tmp_path / "pairs.jsonl").write_text('{"source": "a", "target": "b"}\n' * 9)
-    shown = t5tune_in_fork("migrate", "run.yml", cwd=tmp_path)
-    done = t5tune_in_fork("migrate", "run.yml", "--output-file", "new/run.yaml", cwd=tmp_path)
-    assert (done.code, done.stdout) == (0, "new/run.yaml\n")
-    assert (tmp_path / "new/run.yaml").read_text() == shown.stdout
+    done = t5tune_in_fork("migrate", "axolotl.yml", cwd=tmp_path)
+    assert done.code == 0
     assert "warning: mystery: 7: t5tune train has no such setting" in done.stderr
-    assert "next    t5tune train new/run.yaml --dry-run" in done.stderr
-    line = "train new/run.yaml --model-name-or-path pocket --data-path pairs.jsonl --dry-run"
+    (tmp_path / "run.yaml").write_text(done.stdout)
+    line = "train run.yaml --model-name-or-path pocket --data-path pairs.jsonl --dry-run"
     dry = t5tune_in_fork(*shlex.split(line), cwd=tmp_path)
     assert (dry.code, dry.errors) == (0, [])
     assert "tokens_per_batch: 1024" in dry.stdout

@@ -88,7 +88,6 @@ class CompareSettings(Settings):
 
 class MigrateSettings(Settings):
     command: ClassVar[str] = "migrate"
-    essential: ClassVar[tuple[str, ...]] = ("output_file",)
     panel: ClassVar[str] = "Migration"
 
     run_config: Path = Field(
@@ -96,7 +95,6 @@ class MigrateSettings(Settings):
         "run_translation (JSON, or a file with the command line).",
         json_schema_extra={"positional": True, "argument": "FILE"},
     )
-    output_file: OptionalPath = Field(default=None, description="New YAML file for t5tune train; default: print it.")
 
 
 class PushSettings(Settings):
