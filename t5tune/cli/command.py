@@ -11,6 +11,7 @@ from typing import Any
 from t5tune.cli.output import Output
 from t5tune.cli.results import render_result
 from t5tune.cli.spellings import CommandLine
+from t5tune.compat.lazy_compiling import import_without_compiler
 from t5tune.compat.quiet import quiet_libraries, reserve_stdout
 from t5tune.distributed.signals import handle_signals, interrupt_on_signals
 from t5tune.distributed.world import World
@@ -62,6 +63,7 @@ def _warn_of_copied_run(config: Path, output_dir: Path, output: Output) -> None:
 
 
 def _configure_libraries(command: str, debug: bool) -> None:
+    import_without_compiler()
     limit_openmp_spinning()
     let_gpu_memory_grow()
     if command == "merge":
