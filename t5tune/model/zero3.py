@@ -28,6 +28,7 @@ from t5tune.model.loss import TargetLoss, read_head_weights
 
 Value = TypeVar("Value")
 HOLDER = -1  # in place of the number of a module that uses a parameter
+LARGE_WEIGHT_BYTES = 8 << 20  # moving such a weight takes much longer than starting to
 
 
 class Zero3Partitioner:
@@ -109,6 +110,8 @@ class Zero3Partitioner:
         deepspeed.utils.set_z3_leaf_modules(model, sorted(blocks, key=str))
         _register_external_parameters(model)
         _release_gathered_weights(model)
+        for parameter in model.parameters():
+            parameter.all_gather_coalesced = partial(_gather_large_weights_alone, parameter.all_gather_coalesced)
 
     def set_up_inference(self, model: nn.Module) -> Any:
         """Let the forward passes of a partitioned model gather its weights. For training, the Trainer does this.
@@ -168,7 +171,10 @@ def _register_external_parameters(model: Any) -> None:
     head = read_head_weights(model.get_output_embeddings())
     for module in model.modules():
         if isinstance(module, TargetLoss) and head is not None:
-            deepspeed.zero.register_external_parameter(module, head.weight_VD)
+            if head.weight_VD.requires_grad:
+                deepspeed.zero.register_external_parameter(module, head.weight_VD)
+            else:  # the backward pass rarely reads it; _read_saved gathers it then
+                module.forward = partial(_forward_with, model, head.weight_VD, module.forward)  # type: ignore[method-assign]
             if head.rows_KD is not None:
                 deepspeed.zero.register_external_parameter(module, head.rows_KD)
         # the ParameterDict with the embedding rows of added tokens has no forward, so ZeRO-3 has no hook to gather them
@@ -180,6 +186,27 @@ def _register_external_parameters(model: Any) -> None:
         for name, norms in getattr(module, "lora_magnitude_vector", {}).items():
             for read in (module.get_base_layer(), module.lora_A[name], module.lora_B[name]):
                 deepspeed.zero.register_external_parameter(norms, read.weight)
+
+
+def _forward_with(model: Any, weight: Any, original_forward: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a forward while one weight more is gathered."""
+    with _gather_again(model, weight):
+        return original_forward(*arguments)
+
+
+def _gather_large_weights_alone(gather: Callable[..., Any], parameters: Iterable[Any], **options: Any) -> Any:
+    """Begin to gather several partitioned parameters; return DeepSpeed's handle to wait for them.
+
+    DeepSpeed gathers several parameters into one buffer, and then copies each out of it. A parameter alone is gathered
+    into its own memory, so the embedding, and the matrices of wide models, aren't copied.
+    """
+    from deepspeed.runtime.zero.partition_parameters import MultipleAllGatherHandles
+
+    groups: dict[int, list[Any]] = {}
+    for parameter in sorted(parameters, key=lambda each: each.ds_id):  # all ranks gather in the same order
+        is_large = parameter.ds_numel * parameter.element_size() >= LARGE_WEIGHT_BYTES
+        groups.setdefault(parameter.ds_id if is_large else HOLDER, []).append(parameter)
+    return MultipleAllGatherHandles([gather(group, **options) for group in groups.values()])
 
 
 class _SavedWeight(NamedTuple):
@@ -224,18 +251,24 @@ def _save_without_weights(tensor: torch.Tensor) -> torch.Tensor | _SavedWeight:
 def _read_saved(model: Any, saved: torch.Tensor | _SavedWeight) -> torch.Tensor:
     if isinstance(saved, torch.Tensor):
         return saved
-    parameter = saved.parameter
     # DeepSpeed's hooks gather a block's weights before its backward pass, but not if its output has no gradient
+    with _gather_again(model, saved.parameter) as values:
+        return values.as_strided(saved.size, saved.stride, values.storage_offset() + saved.offset)
+
+
+@contextmanager
+def _gather_again(model: Any, parameter: Any) -> Iterator[torch.Tensor]:
+    """Gather a parameter for this block, unless DeepSpeed has already gathered it; yield its whole values."""
     is_partitioned = parameter.ds_status.name == "NOT_AVAILABLE"
     if is_partitioned:
         parameter.all_gather()
     elif parameter.ds_status.name == "INFLIGHT":  # DeepSpeed began to gather it for a later block
         model.ds_inflight_param_registry.pop(parameter).wait()
-    values = parameter.data
-    view: torch.Tensor = values.as_strided(saved.size, saved.stride, values.storage_offset() + saved.offset)
-    if is_partitioned:
-        parameter.partition()
-    return view
+    try:
+        yield parameter.data
+    finally:
+        if is_partitioned:
+            parameter.partition()
 
 
 def _forward_4bit(

@@ -117,3 +117,17 @@ def test_weights_are_found_after_a_second_gather() -> None:
     gather(start=11)
     output.sum().backward()
     assert torch.equal(hidden.grad, torch.ones(4, 2) @ values)
+
+
+def test_large_weights_are_gathered_alone_in_the_order_of_their_numbers() -> None:
+    waited: list[list[int]] = []
+
+    def gather(group: list[Any], quantize: bool) -> SimpleNamespace:
+        assert not quantize
+        numbers = [each.ds_id for each in group]
+        return SimpleNamespace(wait=lambda **_: waited.append(numbers))
+
+    sizes = {4: 1000, 2: 4 << 20, 3: 10, 1: (4 << 20) - 1, 0: 8 << 20}
+    parameters = [SimpleNamespace(ds_id=key, ds_numel=size, element_size=lambda: 2) for key, size in sizes.items()]
+    zero3._gather_large_weights_alone(gather, parameters, quantize=False).wait()
+    assert waited == [[0], [1, 3, 4], [2]]
