@@ -12,10 +12,10 @@ LIBRARIES = ("bitsandbytes", "deepspeed")
 
 
 def import_without_compiler() -> None:
-    """Make LIBRARIES, when they are imported in this process, leave compiling to the first call of what they compile.
+    """Make LIBRARIES, once they are imported in this process, compile each of their functions at its first call.
 
-    On import, bitsandbytes 0.50 and DeepSpeed 0.19 pass functions to `torch.compile`, which loads the whole compiler:
-    on a CPU, more than a second and 45 MB in each process. PEFT 0.21 imports bitsandbytes wherever it is installed,
+    On import, bitsandbytes 0.50 and DeepSpeed 0.19 pass functions to `torch.compile`, which loads the compiler:
+    about a second of CPU and 47 MB in each process. PEFT 0.21 imports bitsandbytes wherever it is installed,
     whether or not weights are quantized.
     https://github.com/bitsandbytes-foundation/bitsandbytes/blob/main/bitsandbytes/backends/default/ops.py
     https://github.com/deepspeedai/DeepSpeed/blob/v0.19.8/deepspeed/runtime/zero/muon/original_muon.py

@@ -28,7 +28,7 @@ from t5tune.model.loss import TargetLoss, read_head_weights
 
 Value = TypeVar("Value")
 HOLDER = -1  # in place of the number of a module that uses a parameter
-LARGE_WEIGHT_BYTES = 8 << 20  # moving such a weight takes much longer than starting to
+LARGE_WEIGHT_BYTES = 8 << 20  # a transfer of this size takes far longer than its start
 
 
 class Zero3Partitioner:
