@@ -21,7 +21,7 @@ from tests.support.caches import open_only
 
 READING = [
     "objective", "denoisers", "encoding", "data_format", "header",
-    "source_column", "target_column", "rejected_column", "source_prefix",
+    "pair_lines", "source_column", "target_column", "rejected_column", "source_prefix",
     "merge_same_role", "clean", "max_record_bytes",
 ]  # fmt: skip
 SELECTION = ["train_on", "min_target_tokens", "dedupe", "split_long", "drop_truncated_targets"]

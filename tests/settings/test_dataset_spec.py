@@ -17,6 +17,7 @@ CASES: list[tuple[dict[str, Any], dict[str, Any], set[str]]] = [
         {"source_prefix", "target_column", "train_on", "min_target_tokens", "split_long", "drop_truncated_targets"},
     ),
     ({"objective": "sft"}, {"objective": "span-corruption", "denoisers": ["ul2"], "clean": True}, {"denoisers"}),
+    ({"pair_lines": True}, {"target_column": "b", "source_prefix": "x: ", "clean": True}, {"target_column"}),
     ({"objective": "dpo"}, {"train_on": "last", "split_long": True, "clean": True}, {"train_on", "split_long"}),
     (
         {"data_format": "openai"},
