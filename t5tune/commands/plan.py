@@ -9,7 +9,9 @@ The weights are counted on a model without data, and a step's memory is measured
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice, takewhile
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -19,28 +21,37 @@ import transformers.trainer  # noqa: F401  for its memory: training imports it t
 from pydantic import ValidationError
 
 from t5tune.checkpoints.base import find_base, read_config
+from t5tune.commands.train.run_plan import resolve_training_data
 from t5tune.data.caches.batching import Integers, estimate_cost, make_count_batches
 from t5tune.data.caches.examples import Examples
-from t5tune.data.caches.mixing import choose_mixing
-from t5tune.data.caches.prepared import has_examples, open_examples
-from t5tune.errors import SettingsError
+from t5tune.data.caches.prepared import open_examples
+from t5tune.data.reading.files import find_files
+from t5tune.data.reading.readers import read_records
+from t5tune.errors import ModelError, SettingsError
 from t5tune.evaluation.batches import Lengths
 from t5tune.evaluation.scoring import MAX_TOKENS_PER_BATCH, make_loss_batches
 from t5tune.families import find_family
-from t5tune.io.reasons import join_first
+from t5tune.file_names import JSON_SUFFIXES, REJECTED_FILE, RUN_CACHE_FOLDER, TEXT_SUFFIXES
 from t5tune.model.device import has_bf16
 from t5tune.planning.known_configs import KNOWN_CONFIGS
 from t5tune.planning.layer_memory import BatchLengths
 from t5tune.planning.run_memory import USABLE_GPU_SHARE, Machine, MemoryEstimator, StageMemory
-from t5tune.progress import Note, Report, count_done, silent
+from t5tune.preparing.datasets import prepare_datasets
+from t5tune.preparing.plan import Origin, PreparePlan
+from t5tune.preparing.resolve_datasets import RAW_TEXT
+from t5tune.progress import Note, Report, count_done, silent, without_notes
 from t5tune.runs.plan import RunPlan
 from t5tune.settings import PlanSettings, TrainSettings
-from t5tune.settings.dataset_list import split_weight
+from t5tune.settings.dataset_spec import DatasetSpec
 from t5tune.settings.field_types import parse_gpu_memory
+from t5tune.settings.groups.base import BaseModelSettings
+from t5tune.settings.groups.data import SplitSettings
 from t5tune.settings.groups.memory import MemorySettings
 from t5tune.settings.messages import get_reason
 from t5tune.training.steps import EpochDraws, count_steps, make_budget_sampler
 
+SAMPLE_SIZE = 1000  # examples of each dataset that isn't a token cache
+UNCOMPRESSED = {*JSON_SUFFIXES, *TEXT_SUFFIXES, ".csv", ".tsv"}
 NUM_ADDED_TOKENS = 19  # about the number that prepare adds to T5's vocabulary, if there are unused rows
 MAX_SUGGESTED_BATCH_SIZE = 64
 MAX_NONLINEARITY = 0.1  # maximum relative change of the growth per example for memory to count as linear
@@ -86,11 +97,17 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Data:
-    """Lengths of examples in tokens: a token cache's (`is_real`), or one micro-batch of equally long examples."""
+    """Lengths of examples in tokens: of the data, or of one micro-batch of equally long examples.
+
+    Args:
+        share: of the data that the examples are; None: not known.
+        is_real: whether they are the data's.
+    """
 
     sources: Integers
     targets: Integers
     num_added_tokens: int = NUM_ADDED_TOKENS
+    share: float | None = None
     is_real: bool = False
 
 
@@ -124,9 +141,9 @@ def plan(settings: PlanSettings, report: Report = silent) -> Plan:
         suggestion = _suggest_settings(settings, estimator, data, step_done)
     trainable, total = estimator.counts
     steps = settings.max_steps
-    if steps is None and data.is_real:
+    if steps is None and data.share is not None:
         step_size = settings.gradient_accumulation_steps * machine.count
-        steps = count_steps(len(batches), step_size, settings.num_train_epochs)
+        steps = count_steps(round(len(batches) / data.share), step_size, settings.num_train_epochs)
     dtype = "bf16" if settings.bf16 else "fp32"
     return Plan(
         model=settings.model_name_or_path,
@@ -137,7 +154,7 @@ def plan(settings: PlanSettings, report: Report = silent) -> Plan:
         device=machine.name,
         device_memory=machine.memory,
         processes=machine.count,
-        examples=len(data.sources) if data.is_real else None,
+        examples=None if data.share is None else round(len(data.sources) / data.share),
         source_length=max(largest.sources),
         target_length=max(largest.targets),
         batch_size=len(largest.sources),
@@ -187,19 +204,24 @@ def _read_model_config(settings: PlanSettings, report: Report) -> tuple[dict[str
 
 
 def _read_lengths(settings: PlanSettings, report: Report) -> _Data:
-    paths = settings.data_path or []
-    if len(paths) == 1 and has_examples(Path(paths[0])):
-        examples = _choose_examples(settings, open_examples(Path(paths[0])))
+    """Read the lengths of the training examples: all of token caches, and of other data those of a sample."""
+    if settings.data is None and settings.data_path is None:
+        return _assume_lengths(settings)
+    with TemporaryDirectory(prefix="t5tune-plan-") as folder:
+        try:
+            examples, share = _prepare_sample(settings, Path(folder), report)
+        except ModelError as error:
+            lengths = f"{settings.source_length} + {settings.target_length}"
+            report(Note(f"{error.message}; without a tokenizer, the plan assumes examples of {lengths} tokens"))
+            return _assume_lengths(settings)
         indices, _ = examples.draw_epoch(settings.seed, 0)
         sources, targets = examples.read_lengths()
         if examples.has_preferences and settings.packing == "off":  # both targets are padded to the longest
             targets = 2 * examples.read_longest_targets()
-        return _Data(sources[indices], targets[indices], len(examples.added_tokens), is_real=True)
-    if paths:
-        lengths = f"{settings.source_length} + {settings.target_length}"
-        has_weights = any(split_weight(path)[1] is not None for path in paths)
-        what = "datasets with weights" if has_weights else "not a token cache"
-        report(Note(f"{join_first(paths)}: {what}, so the plan assumes examples of {lengths} tokens"))
+        return _Data(sources[indices], targets[indices], len(examples.added_tokens), share, is_real=True)
+
+
+def _assume_lengths(settings: PlanSettings) -> _Data:
     tokens = settings.source_length + settings.target_length
     count = settings.tokens_per_batch // tokens if settings.tokens_per_batch else settings.per_device_train_batch_size
     if count == 0:
@@ -209,15 +231,52 @@ def _read_lengths(settings: PlanSettings, report: Report) -> _Data:
     return _Data(np.full(count, settings.source_length), np.full(count, settings.target_length))
 
 
-def _choose_examples(settings: PlanSettings, examples: Examples) -> Examples:
-    """Choose the examples of a cache that train would train on: the first `num_data`, without held-out examples."""
-    if examples.are_several and (mixing := choose_mixing(settings)) is not None:
-        examples = examples.mix(mixing)
-    if settings.num_data is not None:
-        examples = examples.limit_training(settings.num_data)
-    if settings.eval_fraction > 0 and settings.eval_data_path is None:
-        return examples.split(settings.eval_fraction, settings.split_seed)[0]
-    return examples.split_as_prepared()[0]
+def _prepare_sample(settings: PlanSettings, folder: Path, report: Report) -> tuple[Examples, float | None]:
+    """Prepare the first examples of each dataset, or open it if it is a token cache, as train does.
+
+    Returns:
+        The examples to train on, and the share of all data that was read; None: not known.
+    """
+    datasets, mixing = resolve_training_data(settings)
+    sampled = [
+        each if each.cache else each.model_copy(update={"num_data": min(each.num_data or SAMPLE_SIZE, SAMPLE_SIZE)})
+        for each in datasets
+    ]
+    prepare_datasets(
+        PreparePlan(
+            sampled,
+            settings.select_part(BaseModelSettings),
+            folder / RUN_CACHE_FOLDER,
+            settings.select_part(SplitSettings),
+            settings.add_tokens,
+            mixing,
+            origin=Origin(rejected_file=folder / REJECTED_FILE, run=folder),
+        ),
+        without_notes(report),
+    )
+    prepared = open_examples(folder / RUN_CACHE_FOLDER)
+    share: float | None = 1.0
+    if any(
+        each.cache is None and each.num_data != SAMPLE_SIZE and len(dataset.cache) == SAMPLE_SIZE
+        for each, dataset in zip(datasets, prepared.datasets, strict=True)
+    ):
+        share = _estimate_share(datasets[0], prepared.main.cache.manifest) if len(datasets) == 1 else None
+        words = "" if share is None else f", about {share:.1%} of the data by its size"
+        report(Note(f"the lengths are those of the first {SAMPLE_SIZE:,} examples{words}"))
+    if settings.eval_fraction > 0 and not settings.list_evaluation_datasets():
+        return prepared.split(settings.eval_fraction, settings.split_seed)[0], share
+    return prepared.split_as_prepared()[0], share
+
+
+def _estimate_share(dataset: DatasetSpec, manifest: dict[str, Any]) -> float | None:
+    """Estimate the share of the data's bytes that a sample was read from; None if they aren't local text files."""
+    files = find_files(dataset.path, is_text=dataset.objective == RAW_TEXT)
+    if not all(file.is_file() and file.suffix.lower() in UNCOMPRESSED for file in files):
+        return None
+    *_, last = islice(read_records(files, dataset), manifest["conversations"] + manifest["rejected"])
+    sizes = {str(file): file.stat().st_size for file in files}
+    before = takewhile(lambda file: file != last.location.file, sizes)
+    return (sum(map(sizes.__getitem__, before)) + last.location.offset) / sum(sizes.values())
 
 
 def _make_batches(settings: PlanSettings, count: int, data: _Data) -> list[Integers]:
@@ -316,7 +375,7 @@ def _list_candidates(settings: PlanSettings, machine: Machine) -> list[dict[str,
 def _find_refusals(settings: PlanSettings) -> list[str]:
     given = {name: value for name, value in settings if name in TrainSettings.model_fields}
     try:
-        TrainSettings.model_validate({**given, "data_path": ["-"], "output_dir": "-"})
+        TrainSettings.model_validate({**given, "data": None, "data_path": ["-"], "output_dir": "-"})
     except ValidationError as error:
         return [get_reason(detail) for detail in error.errors()]
     return []
@@ -372,10 +431,11 @@ def _format_flag(name: str, value: Any) -> str:
 
 def to_plan_settings(run_plan: RunPlan) -> PlanSettings:
     """Convert the settings of a training run to settings of `t5tune plan`."""
-    values = {name: value for name, value in run_plan.given if name in PlanSettings.model_fields}
+    given = run_plan.given
+    values = {name: getattr(given, name) for name in given.model_fields_set & PlanSettings.model_fields.keys()}
+    if given.data is not None:  # type: ignore[attr-defined]
+        values.pop("data_path", None)  # the datasets have the paths
     values["dropout"] = run_plan.model.layers.dropout
-    if run_plan.data.data is not None:
-        values["data_path"] = [f"{path}:{each.weight:g}" for each in run_plan.data.data for path in each.path]
-    if run_plan.data.reads_preferences:  # two targets for each source
+    if run_plan.data.reads_preferences:  # two targets for each source, if the lengths are assumed
         values["target_length"] = 2 * PlanSettings.model_fields["target_length"].default
     return PlanSettings(**values)

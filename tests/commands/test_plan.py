@@ -258,17 +258,47 @@ def test_a_mixture_is_planned_as_it_is_mixed(data_of_runs: dict[str, Path]) -> N
     assert result.padding == round(1 - (sources.sum() + targets.sum()) / padded, 4)
 
 
-@pytest.mark.parametrize("names", [["halved"], ["cache", "halved"]])
-def test_lengths_of_weighted_datasets_are_assumed_with_a_note(
-    names: list[str], data_of_runs: dict[str, Path], tmp_path: Path
+@pytest.mark.parametrize("weights", [[":1"], [":1", ":3"], [""]])
+def test_data_without_a_token_cache_is_planned_as_it_is_trained(
+    weights: list[str], conversations: Path, tmp_path: Path
 ) -> None:
-    paths = [f"{data_of_runs[name]}:1" for name in names]
-    run = TrainSettings(model_name_or_path="pocket", data_path=paths, output_dir=tmp_path, use_cpu=True)
+    from t5tune.commands.train import train
+
+    paths = []
+    for number, weight in enumerate(weights):
+        paths.append(f"{tmp_path / f'{number}.jsonl'}{weight}")
+        (tmp_path / f"{number}.jsonl").write_text(conversations.read_text())
+    settings = TrainSettings(
+        model_name_or_path="pocket", data_path=paths, output_dir=tmp_path / "run", use_cpu=True, eval_fraction=0.2,
+        num_train_epochs=1, per_device_train_batch_size=2, report_samples=0, eval_strategy="no", packing="off",
+    )  # fmt: skip
+    planned = plan(to_plan_settings(make_run_plan(settings)).model_copy(update=NO_SUGGESTION))
+    trained = train(settings)
+    assert (planned.examples, planned.steps) == (trained.examples, trained.steps)
+
+
+def test_the_size_of_large_data_is_estimated_from_a_sample(tmp_path: Path) -> None:
+    for name, separator, header in (("a.tsv", "\t", "source\ttarget\n"), ("b.csv", ",", "source,target\n")):
+        rows = (f"count to {number}{separator}one two {number}\n" for number in range(10_000, 13_000))
+        (tmp_path / name).write_text(header + "".join(rows))
+        notes: list[Any] = []
+        settings = PlanSettings(
+            model_name_or_path="pocket", data_path=[str(tmp_path / name)], max_steps=None, packing="on"
+        )
+        planned = plan(settings.model_copy(update=NO_SUGGESTION), notes.append)
+        assert Note("the lengths are those of the first 1,000 examples, about 33.3% of the data by its size") in notes
+        assert planned.examples == pytest.approx(3000, rel=0.01)
+        assert planned.steps == pytest.approx(3 * 375, rel=0.01)
+
+
+def test_lengths_are_assumed_without_a_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text('{"source": "a", "target": "b"}\n')
     notes: list[Any] = []
-    planned = plan(to_plan_settings(make_run_plan(run)).model_copy(update=NO_SUGGESTION), notes.append)
+    settings = PlanSettings(model_name_or_path="google/flan-t5-small", data_path=[str(tmp_path / "data.jsonl")])
+    planned = plan(settings.model_copy(update=NO_SUGGESTION), notes.append)
     assert (planned.examples, planned.source_length) == (None, 512)
-    expected = f"{', '.join(paths)}: datasets with weights, so the plan assumes examples of 512 + 128 tokens"
-    assert Note(expected) in notes
+    (note,) = [note.text for note in notes if isinstance(note, Note) and "tokenizer" in note.text]
+    assert note.endswith("; without a tokenizer, the plan assumes examples of 512 + 128 tokens")
 
 
 @pytest.fixture(scope="module")

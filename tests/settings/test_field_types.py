@@ -10,6 +10,7 @@ import torch
 from t5tune.errors import SettingsError
 from t5tune.settings import (
     ChatSettings,
+    CompareSettings,
     EvaluateSettings,
     ExportSettings,
     MergeSettings,
@@ -133,7 +134,7 @@ def test_an_unknown_name_is_reported_before_records_are_read() -> None:
 @pytest.mark.parametrize(
     ("model", "name", "advice"),
     [
-        (ChatSettings, "data", "data is a setting of evaluate, prepare, train"),
+        (ChatSettings, "data", "data is a setting of evaluate, plan, prepare, train"),
         (PrepareSettings, "lora_rank", "lora_r is a setting of export, plan, train"),
         (TrainSettings, "temperature", "temperature is a setting of chat, serve"),
         (TrainSettings, "overwrite_output_dir", "did you mean fresh?"),
@@ -160,7 +161,7 @@ def test_a_seed_that_is_too_large_is_refused(seed: int) -> None:
 def test_records_in_place_of_paths_are_one_problem() -> None:
     for data in ([{"source": "a"}] * 3, pd.DataFrame({"source": ["a"]})):
         with pytest.raises(SettingsError) as caught:
-            PlanSettings(model_name_or_path="pocket", data_path=data)
+            CompareSettings(runs=data)
         (problem,) = caught.value.problems
         assert problem.endswith(": expected text or a path, or a list of them")
     with pytest.raises(SettingsError) as caught:

@@ -47,7 +47,7 @@ def make_run_plan(settings: TrainSettings) -> RunPlan:
         SettingsError: a setting differs from the value that a token cache was made with.
     """
     settings = _name_kept_records(settings)
-    datasets, mixing = _resolve_datasets(settings)
+    datasets, mixing = resolve_training_data(settings)
     settings = settings.model_copy(update=_list_values_of_caches(settings, datasets))
     quantization = settings.select_part(QuantizationSettings) if settings.q_lora else None
     # without dropout, the policy has the reference's probabilities in the first step of preference training
@@ -100,7 +100,7 @@ def _name_kept_records(settings: TrainSettings) -> TrainSettings:
     return settings.model_copy(update=changes)
 
 
-def _resolve_datasets(settings: TrainSettings) -> tuple[tuple[DatasetSpec, ...], Mixing]:
+def resolve_training_data(settings: TrainingDataSettings) -> tuple[tuple[DatasetSpec, ...], Mixing]:
     """Decide how the datasets to train on are read and mixed; a folder of several token caches has its own mixing."""
     mixing = choose_mixing(settings)
     datasets = settings.list_datasets()

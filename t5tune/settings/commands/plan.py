@@ -5,17 +5,15 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from t5tune.settings.commands.train import TrainSettings
-from t5tune.settings.field_types import GpuMemory, NoneIfUnset, OptionalCount, PathList
+from t5tune.settings.field_types import DataList, GpuMemory, NoneIfUnset
 from t5tune.settings.groups.base import BaseModelSettings
-from t5tune.settings.groups.data import EvaluationDataSettings, MixingSettings, SplitSettings
+from t5tune.settings.groups.data import TrainingDataSettings
 from t5tune.settings.groups.distillation import TEACHER
 from t5tune.settings.groups.memory import MemorySettings
 from t5tune.settings.groups.processes import ProcessSettings
 
 
-class PlanSettings(
-    ProcessSettings, MemorySettings, EvaluationDataSettings, MixingSettings, SplitSettings, BaseModelSettings
-):
+class PlanSettings(ProcessSettings, MemorySettings, TrainingDataSettings, BaseModelSettings):
     command: ClassVar[str] = "plan"
     also_positional: ClassVar[str | None] = "config"
     essential: ClassVar[tuple[str, ...]] = (
@@ -23,20 +21,16 @@ class PlanSettings(
         "per_device_train_batch_size", "num_gpus", "gpu_memory",
     )  # fmt: skip
     panel: ClassVar[str] = "Plan"
-    # a plan leaves out the lengths of several datasets and the memory of a teacher, which is noted
-    unused_quietly: ClassVar[frozenset[str]] = frozenset(TrainSettings.model_fields.keys() - {"data", TEACHER})
+    # a plan leaves out the memory of a teacher, which is noted
+    unused_quietly: ClassVar[frozenset[str]] = frozenset(TrainSettings.model_fields.keys() - {TEACHER})
 
-    data_path: Annotated[PathList | None, NoneIfUnset] = Field(
+    data_path: Annotated[DataList | None, NoneIfUnset] = Field(  # type: ignore[assignment]
         default=None,
-        description="Token cache or mixture that has the example lengths; default: source_length and target_length.",
+        description="Data or token cache that has the example lengths; default: source_length and target_length.",
         json_schema_extra={"metavar": "PATH…"},
     )
-    num_data: OptionalCount = Field(
-        default=None,
-        description="Plan for the first N examples of each dataset; default: all.",
-    )
-    source_length: int = Field(default=512, gt=0, description="Length of each source if no cache is given (tokens).")
-    target_length: int = Field(default=128, gt=0, description="Length of each target if no cache is given (tokens).")
+    source_length: int = Field(default=512, gt=0, description="Length of each source if no data is given (tokens).")
+    target_length: int = Field(default=128, gt=0, description="Length of each target if no data is given (tokens).")
     gpu_memory: Annotated[GpuMemory | None, NoneIfUnset] = Field(
         default=None,
         description="Memory of each GPU, such as 24GiB (without a unit: GiB); default: this machine's GPU memory.",
