@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from t5tune.errors import make_printable
-from t5tune.formatting import GIB, format_count, format_number, format_size, shorten
+from t5tune.formatting import GIB, format_count, format_duration, format_number, format_size, shorten
 from t5tune.label_metrics import ALL, LabelTable, describe_labels
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from t5tune.commands.plan import Plan
     from t5tune.commands.templates import Templates
     from t5tune.planning.run_memory import StageMemory
+    from t5tune.planning.run_time import RunTime
 
 TEMPLATE_FLAGS = {"runs": "--config", "conversations": "--conversation-template", "deepspeed": "--deepspeed"}
 MAX_CLASSES, MAX_CELL = 10, 30  # characters of a cell, in the table of labels
@@ -94,6 +95,24 @@ def _render_plan(result: "Plan") -> Iterator[RenderableType]:
         yield Text.assemble(("suggested: ", "bold"), f"{best.flags}  ({format_size(best.total)} per device)")
     elif result.device_memory is not None:
         yield Text("nothing fits: use shorter examples, a smaller model, or more memory", "yellow")
+    if result.time is None:
+        yield Text(f"time: not measured, since {result.time_unknown}")
+    else:
+        yield from _render_time(result.time)
+
+
+def _render_time(time: "RunTime") -> Iterator[Text]:
+    low, high = format_duration(time.low), format_duration(time.high)
+    yield Text.assemble(
+        ("time: ", "bold"), low if low == high else f"{low} to {high}", ", estimated from measured steps"
+    )
+    parts = [
+        f"start {time.start:.1f} s",
+        f"{format_count(time.timed_steps, 'step')} of {time.step:.2f} ± {time.margin:.2f} s",
+        *([f"evaluation {time.evaluation:.1f} s (× {time.evaluations})"] if time.evaluations else []),
+        f"checkpoint {time.checkpoint:.1f} s (× {time.checkpoints})",
+    ]
+    yield Text("measured: " + ", ".join(parts))
 
 
 def _describe_batch(result: "Plan") -> str:

@@ -43,18 +43,24 @@ SECONDS_TO_REPORT = 2.0  # for the remaining ranks to report their errors, after
 
 
 def launch(
-    arguments: list[str], count: int, max_restarts: int = 0, report: Report = silent, stdout: IO[str] | None = None
+    arguments: list[str],
+    count: int,
+    max_restarts: int = 0,
+    report: Report = silent,
+    stdout: IO[str] | None = None,
+    module: str = "t5tune",
 ) -> None:
     """Run `t5tune` with these arguments in `count` processes on this machine, and wait for them.
 
     Args:
         stdout: where workers print results; None: this process's stdout.
+        module: to run in place of `t5tune`.
 
     Raises:
         T5TuneError: the error of the worker that failed first, or how it ended.
         Stopped: a signal asked to stop.
     """
-    command = make_module_command("t5tune", *arguments)
+    command = make_module_command(module, *arguments)
     saves_checkpoints = arguments[0] == "train"
     with _record_signals() as received:
         for restart in range(max_restarts + 1):

@@ -7,6 +7,7 @@ The weights are counted on a model without data, and a step's memory is measured
 (planning/layer_memory.py). How ZeRO partitions them follows its paper (Rajbhandari et al. 2020).
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,9 @@ from t5tune.settings.groups.memory import MemorySettings
 
 MIB = 1 << 20
 GPU_RUNTIME_BYTES = 800 * MIB  # the CUDA context, kernels and cuBLAS workspace, which torch's allocator doesn't count
+TRAINER_BYTES = (
+    83 * MIB
+)  # of transformers' Trainer and its imports (measured), which training imports and `plan` doesn't
 USABLE_GPU_SHARE = 0.92  # the rest is lost to fragmentation in the allocator
 # with gradient checkpointing on a CPU, the heap was 1.5 to 2.4 times the size of the step's tensors
 HEAP_FRAGMENTATION = 1.85
@@ -141,7 +145,7 @@ class MemoryEstimator:
         if zero.get("offload_param", {}).get("device") == "cpu":
             offloaded, held = held * count, 0
             host += offloaded
-        runtime = GPU_RUNTIME_BYTES if self.machine.on_gpu else psutil.Process().memory_info().rss
+        runtime = GPU_RUNTIME_BYTES if self.machine.on_gpu else _measure_libraries()
         total = held + gradients + optimizer + activations + runtime
         if not self.machine.on_gpu:
             total += host // count
@@ -150,7 +154,7 @@ class MemoryEstimator:
         loading, loading_host = self._estimate_loading(largest, level == 3, held, offloaded, runtime)
         # rank 0 collects all trained weights in fp32; on a CPU without partitioning, they aren't copied
         collected = 4 * trainable if self.machine.on_gpu or level >= 1 else 0
-        each = psutil.Process().memory_info().rss if self.machine.on_gpu else held + optimizer + runtime
+        each = _measure_libraries() if self.machine.on_gpu else held + optimizer + runtime
         saving_host = each * count + host + collected
         needed = max(total, loading) if self.machine.on_gpu else max(total, loading, saving_host // count)
         memory = self.machine.memory
@@ -186,7 +190,7 @@ class MemoryEstimator:
             return each + offloaded // self.machine.count, each * self.machine.count + offloaded
         # int8 weights are quantized on their way from the machine's memory; other tensors are read in chunks
         buffer = largest if q_lora and quant_type == "int8" else LOAD_CHUNK_BYTES
-        libraries = psutil.Process().memory_info().rss
+        libraries = _measure_libraries()
         return held + whole + runtime, (libraries + buffer) * self.machine.count + offloaded
 
     def _get_empty_model(self, deepspeed: bool) -> Any:
@@ -219,3 +223,9 @@ def _count_optimizer_bytes(name: str) -> int:
     if name == "adafactor":
         return 1  # one row and one column per matrix
     return 4 if name == "sgd" else 8
+
+
+def _measure_libraries() -> int:
+    """Measure the memory of Python's libraries: this process's, and those that only training imports."""
+    size: int = psutil.Process().memory_info().rss
+    return size if "transformers.trainer" in sys.modules else size + TRAINER_BYTES

@@ -163,7 +163,7 @@ class Settings(BaseModel):
         if any("\0" in text for text in texts if isinstance(text, str)):
             raise ValueError("contains a NUL character, which no path or name can contain")
         is_required = kind in (Path, list[Path]) or field.field_name == "output_dir"
-        if is_required and "" in texts:
+        if is_required and any(isinstance(text, str) and not text for text in texts):
             raise ValueError("the path is empty; use `.` for the current folder")
         return read_path(value) if kind in PATH_TYPES else value
 

@@ -9,11 +9,15 @@ from t5tune.settings.field_types import DataList, GpuMemory, NoneIfUnset
 from t5tune.settings.groups.base import BaseModelSettings
 from t5tune.settings.groups.data import TrainingDataSettings
 from t5tune.settings.groups.distillation import TEACHER
+from t5tune.settings.groups.evaluation import EvaluationSettings
 from t5tune.settings.groups.memory import MemorySettings
 from t5tune.settings.groups.processes import ProcessSettings
+from t5tune.settings.groups.run_output import SavingSettings
 
 
-class PlanSettings(ProcessSettings, MemorySettings, TrainingDataSettings, BaseModelSettings):
+class PlanSettings(
+    SavingSettings, ProcessSettings, EvaluationSettings, MemorySettings, TrainingDataSettings, BaseModelSettings
+):
     command: ClassVar[str] = "plan"
     also_positional: ClassVar[str | None] = "config"
     essential: ClassVar[tuple[str, ...]] = (
@@ -35,4 +39,7 @@ class PlanSettings(ProcessSettings, MemorySettings, TrainingDataSettings, BaseMo
         default=None,
         description="Memory of each GPU, such as 24GiB (without a unit: GiB); default: this machine's GPU memory.",
         json_schema_extra={"metavar": "SIZE"},
+    )
+    time_run: bool = Field(
+        default=True, description="Run the first steps, to estimate how long the run takes on this machine."
     )
