@@ -64,7 +64,7 @@ class Screen:
                     threading.Thread(target=self._keep_drawing, args=[self._progress], daemon=True).start()
                 self._bars[task] = self._progress.add_task(task, total=event.total, unit=event.unit, values=[])
             case Started(task):
-                self._lines[task] = _Lines(event)
+                self._lines[task] = _Lines(event, _make_progress(self.console))
             case Advanced(task, done):
                 if not self._update_bar(task, completed=done) and task in self._lines:
                     self._print_line(self._lines[task].advance(done))
@@ -157,16 +157,26 @@ def _wrap(message: Text, width: int, unbroken: str) -> Text:
 
 @dataclass
 class _Lines:
-    """A task's lines in a log, every SECONDS_BETWEEN_LINES; if there were any, the end prints the `unprinted` line."""
+    """A task's lines in a log, every SECONDS_BETWEEN_LINES; if there were any, the end prints the `unprinted` line.
+
+    `bar` is never drawn: it estimates the time left, as on a terminal.
+    """
 
     started: Started
+    bar: Progress
     printed_at: float = field(default_factory=time.monotonic)
     has_lines: bool = False
     unprinted: str | None = None
 
+    def __post_init__(self) -> None:
+        self.bar.add_task(self.started.task, total=self.started.total)
+
     def advance(self, done: int) -> str | None:
         total = f" of {self.started.total}" if self.started.total else ""
-        line = f"{self.started.task}: {done}{total} {self.started.unit}"
+        self.bar.update(self.bar.task_ids[0], completed=done)
+        left = self.bar.tasks[0].time_remaining
+        rest = f", {_format_seconds(left)} left" if left else ""
+        line = f"{self.started.task}: {done}{total} {self.started.unit}{rest}"
         now = time.monotonic()
         if now - self.printed_at < SECONDS_BETWEEN_LINES:
             self.unprinted = line if self.has_lines else None

@@ -70,7 +70,7 @@ class TrainingFlow(TrainerCallback):  # type: ignore[misc]
         """
         args, state, parts = self.trainer.args, self.trainer.state, self.parts
         step = state.global_step
-        evaluates_at_start = args.eval_on_start and step == 0
+        evaluates_at_start = args.eval_on_start and step == 0 and parts.held_out is not None
         args.eval_on_start = False  # the Trainer would do so when it resumes, too
         parts.publisher.last_step = step or None  # the checkpoint of that step already exists
         if parts.forgets_evaluations:

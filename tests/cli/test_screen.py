@@ -223,6 +223,16 @@ def test_a_log_has_a_last_line_for_a_long_task(monkeypatch: pytest.MonkeyPatch) 
     ]
 
 
+def test_a_log_has_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("t5tune.cli.screen.SECONDS_BETWEEN_LINES", 0)
+    display = Display(is_terminal=False)
+    display.report(Started("train", 10, "steps"))
+    for step, display.seconds in ((1, 30), (3, 50)):  # the first step, which is slower, doesn't count
+        display.report(Advanced("train", step))
+    lines = ["train: 1 of 10 steps", "train: 3 of 10 steps, 1:10 left"]
+    assert display.drawn.getvalue().splitlines() == lines
+
+
 LONG_PATH = Path("/data", *["somewhere"] * 9, "conversations.jsonl")
 
 

@@ -507,3 +507,37 @@ def test_quantized_bytes_include_scales_of_scales() -> None:
     whole = QuantizationSettings(q_lora=True)
     assert count_quantized_bytes(64 * 256, 64, whole) == 64 * 256 // 2 + 64 + 256 + 4 + 1024 + 4
     assert len(KNOWN_CONFIGS) > 30
+
+
+def test_the_first_steps_of_a_run_are_timed(conversations: Path, tmp_path: Path) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    planned = make_plan(
+        "pocket", data_path=str(conversations), use_cpu=True, eval_fraction=0.2, per_device_train_batch_size=2,
+        num_train_epochs=100, save_steps=10, report_samples=0, gradient_checkpointing=False, preprocessed_path=tmp_path,
+    )  # fmt: skip
+    assert planned.time_unknown is None
+    time, steps = planned.time, planned.steps
+    assert 4 <= time.timed_steps <= 30
+    assert (time.evaluations, time.checkpoints) == (100, -(-steps // 10))
+    others = time.preparing + time.start + time.evaluations * time.evaluation + time.checkpoints * time.checkpoint
+    assert time.low <= others + (steps - 1) * time.step <= time.high
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_plan_says_why_there_is_no_time(conversations: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(KNOWN_CONFIGS["google/flan-t5-small"]))
+    data = {"data_path": str(conversations)}
+    for model, changes, reason in (
+        ("pocket", {"use_cpu": True}, "no data is given"),
+        ("pocket", {**data, "time_run": False}, "time_run is off"),
+        ("pocket", {**data, **NO_SUGGESTION}, "the plan is for a different machine"),
+        (tmp_path / "config.json", {"use_cpu": True}, "no data is given"),
+    ):
+        planned = make_plan(model, source_length=8, target_length=8, per_device_train_batch_size=1, **changes)
+        assert (planned.time, planned.time_unknown) == (None, reason)
+
+
+def test_a_run_that_fails_is_not_timed(conversations: Path) -> None:
+    planned = make_plan("pocket", data_path=str(conversations), use_cpu=True, optim="adamw_apex_fused")
+    assert planned.time is None
+    assert planned.time_unknown.startswith("optim: adamw_apex_fused: ")

@@ -16,13 +16,14 @@ from t5tune.errors import Stopped, T5TuneError
 from t5tune.file_names import SETTINGS_FILE
 from t5tune.io.atomic import write_json
 from t5tune.io.processes import die_with_parent
+from t5tune.io.reasons import describe_error
 from t5tune.progress import Advanced, Evaluated, Event, Started
 from t5tune.settings import TrainSettings, load_settings
 
 TIMES_FILE = "times.json"
 MAX_STEPS, MIN_STEPS = 31, 5
 SECONDS_OF_STEPS = 12.0  # no further step after MIN_STEPS and this time
-MAX_SECONDS = 90.0  # of the whole process
+MAX_SECONDS = 120.0  # of the whole process
 
 
 @dataclass
@@ -70,8 +71,8 @@ def main(folder: Path) -> None:
         train(load_settings(TrainSettings, str(folder / SETTINGS_FILE), {})[0], times.record)
     except Stopped:
         pass
-    except T5TuneError as error:
-        times.error = error.message
+    except Exception as error:  # the plan shows it
+        times.error = error.message if isinstance(error, T5TuneError) else describe_error(error)
     times.end = time.time()
     if os.environ.get("RANK", "0") == "0":
         write_json(folder / TIMES_FILE, asdict(times))
