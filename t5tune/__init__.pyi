@@ -1013,7 +1013,7 @@ class PlanSettings(_settings.PlanSettings):
         lora_r: int = 8,
         q_lora: bool = False,
         bf16: bool = False,
-        data_path: str | PathLike[str] | Sequence[str | PathLike[str]] | None = None,
+        data_path: _Data | None = ...,
         source_length: int = 512,
         target_length: int = 128,
         per_device_train_batch_size: int = 8,
@@ -1036,6 +1036,37 @@ class PlanSettings(_settings.PlanSettings):
             "t5gemma2",
         ]
         | None = None,
+        conversation_template: str | PathLike[str] | None = None,
+        model_max_length: int = 2048,
+        objective: Literal["sft", "dpo", "orpo", "span-corruption"] = "sft",
+        denoisers: Sequence[str] | str = ["t5"],
+        encoding: str | None = None,
+        data_format: Literal["auto", "sharegpt", "openai", "alpaca", "prompt-completion", "source-target"] = "auto",
+        header: bool = True,
+        source_column: str | None = None,
+        target_column: str | None = None,
+        rejected_column: str | None = None,
+        source_prefix: str = "",
+        merge_same_role: bool = False,
+        clean: bool = False,
+        max_record_bytes: int = 4194304,
+        data: Sequence[DatasetSettings | dict[str, Any] | str | PathLike[str]]
+        | DatasetSettings
+        | dict[str, Any]
+        | str
+        | PathLike[str]
+        | None = None,
+        data_subset: str | None = None,
+        data_split: str | None = None,
+        add_tokens: Sequence[str] | str = ["auto"],
+        num_data: int | None = None,
+        train_on: Literal["all", "last"] = "all",
+        min_target_tokens: int | None = None,
+        dedupe: Literal["none", "exact"] = "none",
+        split_long: bool = False,
+        drop_truncated_targets: bool = False,
+        max_rejected_fraction: float | None = 0.1,
+        num_workers: int | None = None,
         eval_fraction: float = 0.0,
         split_seed: int = 42,
         seed: int = 42,
@@ -1049,6 +1080,8 @@ class PlanSettings(_settings.PlanSettings):
         | str
         | PathLike[str]
         | None = None,
+        preprocessed_path: str | PathLike[str] | None = None,
+        eval_data_split: str | None = None,
         lora_alpha: float = 16,
         lora_dropout: float = 0.05,
         lora_target_modules: Sequence[str] | str = ["q", "v"],
@@ -1085,12 +1118,28 @@ class PlanSettings(_settings.PlanSettings):
         gradient_checkpointing: bool = False,
         torch_compile: bool = False,
         label_smoothing_factor: float = 0.0,
+        metrics: Sequence[str] | str | None = None,
+        metric: str | PathLike[str] | Sequence[str | PathLike[str]] | None = None,
+        eval_strategy: Literal["no", "steps", "epoch"] | None = None,
+        eval_steps: int | None = None,
+        eval_generate: int | None = None,
+        metric_for_best_model: str | None = None,
+        early_stopping_patience: int | None = None,
+        early_stopping_threshold: float | None = None,
+        per_device_eval_batch_size: int | None = None,
         num_processes: int | None = None,
         process_group_timeout: int = 1800,
         use_cpu: bool = False,
         deepspeed: str | PathLike[str] | None = None,
         max_restarts: int = 0,
-        num_data: int | None = None,
+        save_strategy: Literal["no", "steps", "epoch"] = "steps",
+        save_steps: int = 500,
+        save_total_limit: int | None = None,
+        logging_steps: int = 10,
+        report_to: Sequence[str] | str = ["none"],
+        run_name: str | None = None,
+        report_samples: int = 10,
+        time_run: bool = True,
     ) -> None:
         """Settings of plan: Estimate a training run's memory and steps before you start it.
 
@@ -1101,15 +1150,52 @@ class PlanSettings(_settings.PlanSettings):
             lora_r: LoRA rank: the size of the adapter.
             q_lora: QLoRA: quantize the frozen base to 4 bits, and train in bf16 unless --no-bf16 is given.
             bf16: Compute in bfloat16, and keep the base in bfloat16.
-            data_path: Token cache or mixture that has the example lengths; default: source_length and target_length.
-            source_length: Length of each source if no cache is given (tokens).
-            target_length: Length of each target if no cache is given (tokens).
+            data_path: Data or token cache that has the example lengths; default: source_length and target_length.
+            source_length: Length of each source if no data is given (tokens).
+            target_length: Length of each target if no data is given (tokens).
             per_device_train_batch_size: Batch size per GPU or process (examples).
             num_gpus: Start this many processes on this machine, one per GPU.
             gpu_memory: Memory of each GPU, such as 24GiB (without a unit: GiB); default: this machine's GPU memory.
             revision: Branch, tag or commit of a model on the Hugging Face Hub; default: its main branch.
             cache_dir: Folder for Hugging Face Hub downloads; default: the Hub's cache.
             family: Model family of a base whose model_type t5tune doesn't know (docs/families.md).
+            conversation_template: Conversation template: a name under conversations/ in `t5tune templates`, a YAML
+                file, or (chat, serve, evaluate) a training dataset; default: the model's, else plain for pairs, else
+                fastchat-t5.
+            model_max_length: Maximum length of a source and of a target, each including its EOS token (tokens).
+            objective: Training objective: predict targets (sft), prefer the better of two answers (dpo, orpo: records
+                with `chosen` and `rejected`), or fill masked spans of raw text, as in pretraining (span-corruption).
+            denoisers: Share of the text that span-corruption masks, and mean span length (tokens): t5 (0.15:3), ul2,
+                ul2-r, ul2-s, ul2-x, or custom, such as 0.2:5; with several, each example gets one.
+            encoding: Encoding of text files without a byte order mark, such as cp1252; default: UTF-8, or detected if
+                most of a file isn't UTF-8.
+            data_format: Format of the records; auto detects it from the keys of each record.
+            header: CSV and TSV files begin with a line of column names; if not, the first column is the input and the
+                second the output.
+            source_column: Column or key with the input; default: detected.
+            target_column: Column or key with the output; default: detected.
+            rejected_column: Column or key with the rejected answer of a preference pair (objective dpo, orpo), whose
+                chosen answer is in target_column; default: rejected (target_column: chosen).
+            source_prefix: Text to prepend to each source of two-column data, such as `summarize: `.
+            merge_same_role: Join consecutive turns of the same role instead of rejecting the record.
+            clean: Convert HTML of old ShareGPT dumps to Markdown, decode entities, remove needless backslashes.
+            max_record_bytes: Reject records longer than this (bytes).
+            data: Several datasets, each with its path, weight, name, columns, prefix and template; YAML only, instead
+                of data_path.
+            data_subset: Subset (configuration) of a dataset on the Hugging Face Hub; default: the default subset.
+            data_split: Split of a dataset on the Hugging Face Hub; default: train, or validation or test for evaluate.
+            add_tokens: Tokens to add for text that the vocabulary can't represent: auto (newline, tab, braces,
+                indentation, and characters of the targets), none, fastchat (the ten tokens of FastChat), or a list of
+                tokens.
+            num_data: Use only the first N examples; default: all.
+            train_on: Train on all assistant turns of a conversation, or on the last only.
+            min_target_tokens: Skip targets shorter than this (tokens); default: keep all.
+            dedupe: Deduplication: exact rejects exact copies of earlier conversations.
+            split_long: Split conversations longer than model_max_length at turn boundaries.
+            drop_truncated_targets: Skip targets longer than model_max_length instead of truncating them.
+            max_rejected_fraction: Fail if a larger fraction of the records is rejected, not counting duplicates and
+                records with a bad label or weight 0.
+            num_workers: Number of tokenization processes; default: one per CPU core, fewer for small data.
             eval_fraction: Fraction of the data to hold out for evaluation, unless eval_data_path is set.
             split_seed: Random seed that chooses the held-out conversations; seed doesn't affect them.
             seed: Random seed for adapter initialization, dropout, data order and the masked spans of raw text.
@@ -1122,6 +1208,8 @@ class PlanSettings(_settings.PlanSettings):
                 and conversation template; num_data doesn't limit it.
             eval_data: Several datasets to evaluate on, in the same form as `data`; a dataset with the name of a
                 training dataset is read the same way; YAML only, instead of eval_data_path.
+            preprocessed_path: Folder for the token cache that train writes; default: `data` in the run folder.
+            eval_data_split: Split of a Hugging Face Hub dataset in eval_data_path; default: validation, otherwise test.
             lora_alpha: LoRA alpha: the adapter's update is multiplied by lora_alpha / lora_r.
             lora_dropout: Dropout probability on the input of the LoRA matrices.
             lora_target_modules: Linear layers to adapt: their names, or a group: attention (in T5: q k v o),
@@ -1166,12 +1254,37 @@ class PlanSettings(_settings.PlanSettings):
             torch_compile: Compile layer norms and feed-forward layers with torch.compile. The first steps take seconds
                 to minutes longer; later steps are often faster. On a GPU, try without it first.
             label_smoothing_factor: Label smoothing: probability mass spread uniformly over the vocabulary.
+            metrics: Metrics to compute: exact_match, rouge1, rouge2, rougeL, bleu, chrf, valid_json, field_f1,
+                accuracy, macro_f1, mcc; labels computes the last three, whatever the targets are; default: all that fit
+                the targets.
+            metric: Custom metrics: functions (predictions, references) -> dict of numbers, as module:function or
+                path/to/file.py:function.
+            eval_strategy: When to evaluate; default: every epoch if there is held-out data, otherwise never.
+            eval_steps: Evaluate every N steps; sets eval_strategy to steps.
+            eval_generate: Generate and score predictions for this many held-out examples at each evaluation.
+            metric_for_best_model: Keep the checkpoint with the best value of this held-out metric as the result: loss,
+                perplexity, a metric of generated predictions (eval_generate), or with dpo and orpo rewards/accuracies,
+                …; default: use the last checkpoint.
+            early_stopping_patience: Stop early after this many evaluations without a better metric_for_best_model
+                (default: loss).
+            early_stopping_threshold: Minimum improvement that early stopping counts; default: any.
+            per_device_eval_batch_size: Maximum batch size of evaluations per process (examples); default: limited by a
+                token budget.
             num_processes: Start this many processes on this machine, on the CPU.
             process_group_timeout: Stop if another rank doesn't respond within this time (seconds).
             use_cpu: Train on the CPU even if there is a GPU.
             deepspeed: DeepSpeed config: zero0, zero1, zero2, zero3, zero2-offload, zero3-offload, or a JSON file.
             max_restarts: How many times to restart the processes of num_gpus or num_processes after one is lost.
-            num_data: Plan for the first N examples of each dataset; default: all.
+            save_strategy: When to save a checkpoint; the last step always saves one.
+            save_steps: Save a checkpoint every N steps.
+            save_total_limit: Keep only the newest N checkpoints, and the best if metric_for_best_model is set; default:
+                all.
+            logging_steps: Log metrics to metrics.jsonl every N steps.
+            report_to: Experiment trackers: tensorboard, wandb, mlflow, trackio, … or none.
+            run_name: Name of the run in experiment trackers; default: the run folder's name.
+            report_samples: Number of examples in report.html with predictions from before and after training (at most
+                64 tokens each); half of them are the worst of a sample. 0: none.
+            time_run: Run the first steps, to estimate how long the run takes on this machine.
         """
 
 class PushSettings(_settings.PushSettings):
