@@ -1,33 +1,34 @@
-"""Estimate the time of a run from its first steps, which were timed.
+"""Estimate the time of a run from its beginning, which was timed.
 
-    beginning = Beginning(seconds_to_first_step=9.0, steps=(0.5, 0.7), evaluation=2.0, checkpoint=0.1)
-    estimate_run_time(beginning, num_steps=100, num_evaluations=1, num_checkpoints=1).high
+    estimate_run_time(times, num_steps=100, num_evaluations=1, num_checkpoints=1, preparing=0.0, share=1.0).high
 
 Steps differ in length, so their mean is known up to a margin: two standard errors of the timed steps' mean.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 from math import sqrt
 from statistics import fmean, stdev
 
 
-@dataclass(frozen=True)
-class Beginning:
-    """Measured seconds of a run's beginning.
+@dataclass
+class Times:
+    """When the parts of a run's beginning ended, in seconds since the epoch.
 
     Args:
-        seconds_to_first_step: from the start of the process to the end of the first step, without the evaluation. The
-            first step is slower than the rest.
-        steps: the time of each step after the first.
-        evaluation: None: nothing is held out.
-        checkpoint: to save a checkpoint and end the process.
+        started: the process.
+        loaded: everything before training.
+        evaluated: the evaluation before the first step; None: nothing is held out.
+        end: the process, after the last timed step and its checkpoint.
+        error: why the run failed.
     """
 
-    seconds_to_first_step: float
-    steps: Sequence[float]
-    evaluation: float | None
-    checkpoint: float
+    started: float
+    loaded: float = 0.0
+    evaluated: float | None = None
+    steps: list[float] = field(default_factory=list)
+    end: float = 0.0
+    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -36,18 +37,19 @@ class RunTime:
 
     Args:
         preparing: to read and tokenize the data; 0 for token caches.
-        start: until the first step has ended.
+        start: until the first step has ended, without the evaluation. The first step is slower than the rest.
         timed_steps: the number of timed steps, without the first.
         step, margin: the mean of their times, and by how much the mean of all steps may differ.
+        evaluations, checkpoints: their numbers in the run.
     """
 
     low: float
     high: float
+    preparing: float
+    start: float
     timed_steps: int
     step: float
     margin: float
-    preparing: float
-    start: float
     evaluation: float
     evaluations: int
     checkpoint: float
@@ -55,7 +57,7 @@ class RunTime:
 
 
 def estimate_run_time(
-    beginning: Beginning, num_steps: int, num_evaluations: int, num_checkpoints: int, preparing: float, share: float
+    times: Times, num_steps: int, num_evaluations: int, num_checkpoints: int, preparing: float, share: float
 ) -> RunTime:
     """Estimate the time of a run.
 
@@ -64,26 +66,17 @@ def estimate_run_time(
         share: of the held-out examples that were evaluated. The losses of all examples take longer; generating
             predictions for a fixed number of examples doesn't.
     """
-    times = beginning.steps
-    step, margin = fmean(times), 2 * stdev(times) / sqrt(len(times))
-    evaluation = beginning.evaluation or 0.0
-    always = preparing + beginning.seconds_to_first_step + num_checkpoints * beginning.checkpoint
-    # the report's predictions at the end take at most as long as those before the first step
-    end = max(0.0, beginning.seconds_to_first_step - step)
-    fast, slow = max(step - margin, min(times)), min(step + margin, max(times))
-    return RunTime(
-        low=round(always + (num_steps - 1) * fast + num_evaluations * evaluation, 3),
-        high=round(always + (num_steps - 1) * slow + num_evaluations * evaluation / share + end, 3),
-        timed_steps=len(times),
-        step=round(step, 4),
-        margin=round(margin, 4),
-        preparing=round(preparing, 3),
-        start=round(beginning.seconds_to_first_step, 3),
-        evaluation=round(evaluation, 3),
-        evaluations=num_evaluations if beginning.evaluation is not None else 0,
-        checkpoint=round(beginning.checkpoint, 3),
-        checkpoints=num_checkpoints,
-    )
+    steps = [end - start for start, end in pairwise(times.steps)]
+    step, margin = fmean(steps), 2 * stdev(steps) / sqrt(len(steps))
+    evaluation = 0.0 if times.evaluated is None else times.evaluated - times.loaded
+    num_evaluations = 0 if times.evaluated is None else num_evaluations
+    start, checkpoint = times.steps[0] - times.started - evaluation, times.end - times.steps[-1]
+    always = preparing + start + num_checkpoints * checkpoint
+    low = always + (num_steps - 1) * max(step - margin, min(steps)) + num_evaluations * evaluation
+    high = always + (num_steps - 1) * min(step + margin, max(steps)) + num_evaluations * evaluation / share
+    high += max(0.0, start - step)  # the report's predictions at the end take at most as long as those at the start
+    parts = (evaluation, num_evaluations, checkpoint, num_checkpoints)
+    return RunTime(low, high, preparing, start, len(steps), step, margin, *parts)
 
 
 def count_occasions(strategy: str, interval: int | None, num_steps: int, steps_per_epoch: int) -> int:

@@ -509,7 +509,10 @@ def test_quantized_bytes_include_scales_of_scales() -> None:
     assert len(KNOWN_CONFIGS) > 30
 
 
-def test_the_first_steps_of_a_run_are_timed(conversations: Path, tmp_path: Path) -> None:
+def test_the_first_steps_of_a_run_are_timed(
+    conversations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("t5tune.commands.plan.timing.MAX_SECONDS", 1000)
     before = sorted(tmp_path.rglob("*"))
     planned = make_plan(
         "pocket", data_path=str(conversations), use_cpu=True, eval_fraction=0.2, per_device_train_batch_size=2,
@@ -537,7 +540,13 @@ def test_a_plan_says_why_there_is_no_time(conversations: Path, tmp_path: Path) -
         assert (planned.time, planned.time_unknown) == (None, reason)
 
 
-def test_a_run_that_fails_is_not_timed(conversations: Path) -> None:
+@pytest.mark.parametrize(
+    ("seconds", "reason"), [(1000, "optim: adamw_apex_fused: "), (0, "the first steps took more than 0 seconds")]
+)
+def test_a_run_that_fails_is_not_timed(
+    seconds: float, reason: str, conversations: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("t5tune.commands.plan.timing.MAX_SECONDS", seconds)
     planned = make_plan("pocket", data_path=str(conversations), use_cpu=True, optim="adamw_apex_fused")
     assert planned.time is None
-    assert planned.time_unknown.startswith("optim: adamw_apex_fused: ")
+    assert planned.time_unknown.startswith(reason)

@@ -2,20 +2,28 @@
 
 import pytest
 
-from t5tune.commands.train.timed_run import MAX_STEPS, MIN_STEPS, Times
-from t5tune.planning.run_time import Beginning, count_occasions, estimate_run_time
+from t5tune.commands.train.timed_run import MAX_STEPS, MIN_STEPS, record
+from t5tune.planning.run_time import Times, count_occasions, estimate_run_time
 from t5tune.progress import Advanced, Evaluated, Started
 
 
+def make_times(start: float, steps: list[float], evaluation: float | None, checkpoint: float) -> Times:
+    """Make the times of a process that starts at 0, and evaluates before its first step."""
+    first = start + (evaluation or 0.0)
+    ends = [first + sum(steps[:number]) for number in range(len(steps) + 1)]
+    evaluated = None if evaluation is None else 0.5 + evaluation
+    return Times(0.0, 0.5, evaluated, ends, ends[-1] + checkpoint)
+
+
 def test_equal_steps_are_multiplied() -> None:
-    time = estimate_run_time(Beginning(9.0, [0.5] * 4, 2.0, 0.25), 101, 3, 2, preparing=1.0, share=1.0)
+    time = estimate_run_time(make_times(9.0, [0.5] * 4, 2.0, 0.25), 101, 3, 2, preparing=1.0, share=1.0)
     assert time.low == 1 + 9 + 100 * 0.5 + 3 * 2 + 2 * 0.25
     assert time.high == time.low + 8.5  # the predictions at the end take at most as long as those at the start
     assert (time.timed_steps, time.step, time.margin, time.evaluations) == (4, 0.5, 0, 3)
 
 
 def test_steps_of_different_lengths_give_a_range() -> None:
-    time = estimate_run_time(Beginning(2.0, [1.0, 2.0, 3.0, 2.0], None, 0.0), 11, 3, 1, preparing=0.0, share=1.0)
+    time = estimate_run_time(make_times(2.0, [1.0, 2.0, 3.0, 2.0], None, 0.0), 11, 3, 1, preparing=0.0, share=1.0)
     assert time.step == 2
     assert time.margin == pytest.approx(2 * (2 / 3) ** 0.5 / 2, abs=1e-4)
     assert time.low == pytest.approx(2 + 10 * (2 - time.margin), abs=0.01)
@@ -24,12 +32,12 @@ def test_steps_of_different_lengths_give_a_range() -> None:
 
 
 def test_no_step_is_faster_than_the_fastest_or_slower_than_the_slowest() -> None:
-    time = estimate_run_time(Beginning(0.0, [1.0, 9.0], None, 0.0), 2, 0, 1, preparing=0.0, share=1.0)
+    time = estimate_run_time(make_times(0.0, [1.0, 9.0], None, 0.0), 2, 0, 1, preparing=0.0, share=1.0)
     assert (time.low, time.high) == (1, 9)
 
 
 def test_evaluating_all_held_out_examples_takes_longer_than_a_share() -> None:
-    time = estimate_run_time(Beginning(1.0, [1.0, 1.0], 2.0, 0.0), 10, 3, 1, preparing=0.0, share=0.25)
+    time = estimate_run_time(make_times(1.0, [1.0, 1.0], 2.0, 0.0), 10, 3, 1, preparing=0.0, share=0.25)
     assert (time.low, time.high) == (1 + 9 + 3 * 2, 1 + 9 + 3 * 8)
 
 
@@ -48,14 +56,14 @@ def test_a_timed_run_stops_after_enough_steps(
     now, signals = [100.0], []
     monkeypatch.setattr("time.time", lambda: now[0])
     monkeypatch.setattr("os.kill", lambda process, number: signals.append(len(times.steps)))
-    times = Times()
-    times.record(Started("train", 500, "steps"))
-    times.record(Advanced("train", 0))
+    times = Times(98)
+    record(Started("train", 500, "steps"), times)
+    record(Advanced("train", 0), times)
     now[0] += 2
-    times.record(Evaluated("train", 0, {"loss": 1.0}, is_best=False))
-    for step in range(1, 50):
+    record(Evaluated("train", 0, {"loss": 1.0}, is_best=False), times)
+    for step in range(1, steps + 1):
         now[0] += seconds_per_step
-        times.record(Advanced("train", step))
+        record(Advanced("train", step), times)
     assert (times.loaded, times.evaluated) == (100, 102)
     assert signals == [steps]
     assert len(times.steps) == steps

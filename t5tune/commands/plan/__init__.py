@@ -7,6 +7,7 @@ The weights are counted on a model without data, and a step's memory is measured
 (planning/layer_memory.py). How ZeRO partitions them follows its paper (Rajbhandari et al. 2020).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,6 +15,7 @@ from typing import Any
 
 import psutil
 import torch
+from pydantic import ValidationError
 
 from t5tune.checkpoints.base import find_base, read_config
 from t5tune.commands.plan.example_lengths import (
@@ -24,20 +26,34 @@ from t5tune.commands.plan.example_lengths import (
     make_batches,
     read_lengths,
 )
-from t5tune.commands.plan.suggestion import Suggestion, find_refusals, suggest_settings
 from t5tune.commands.plan.timing import estimate_time
 from t5tune.errors import SettingsError, T5TuneError
 from t5tune.families import find_family
 from t5tune.model.device import has_bf16
 from t5tune.planning.known_configs import KNOWN_CONFIGS
-from t5tune.planning.run_memory import Machine, MemoryEstimator, StageMemory
+from t5tune.planning.layer_memory import BatchLengths
+from t5tune.planning.run_memory import USABLE_GPU_SHARE, Machine, MemoryEstimator, StageMemory
 from t5tune.planning.run_time import RunTime
 from t5tune.progress import Note, Report, count_done, silent
 from t5tune.runs.plan import RunPlan
-from t5tune.settings import PlanSettings
+from t5tune.settings import PlanSettings, TrainSettings
 from t5tune.settings.field_types import parse_gpu_memory
 from t5tune.settings.groups.memory import MemorySettings
+from t5tune.settings.messages import get_reason
 from t5tune.training.steps import count_steps
+
+MAX_SUGGESTED_BATCH_SIZE = 64
+MAX_NONLINEARITY = 0.1  # maximum relative change of the growth per example for memory to count as linear
+GOOD_BATCH_SIZE = 4  # examples per micro-batch that use a GPU well
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """Settings that fit, their largest batch size, and the total bytes per device."""
+
+    flags: str
+    per_device_train_batch_size: int
+    total: int
 
 
 @dataclass(frozen=True)
@@ -80,7 +96,7 @@ def plan(settings: PlanSettings, report: Report = silent) -> Plan:
         ModelError: there is no config.json, or its model type isn't supported.
         DataError: the token cache can't be used.
     """
-    if refusals := find_refusals(settings):
+    if refusals := _find_refusals(settings):
         raise SettingsError(*refusals)
     with TemporaryDirectory(prefix="t5tune-plan-") as folder:
         return _make_plan(settings, Path(folder), report)
@@ -104,19 +120,20 @@ def _make_plan(settings: PlanSettings, folder: Path, report: Report) -> Plan:
         stages = [estimator.estimate(name, largest) for name in dict.fromkeys([chosen, *_list_stages(machine)])]
         evaluated = find_largest_loss_batch(data)
         evaluation = {stage.stage: estimator.estimate_evaluation(stage.stage, evaluated) for stage in stages}
-        suggestion = suggest_settings(settings, estimator, data, step_done)
+        suggestion = _suggest_settings(settings, estimator, data, step_done)
     trainable, total = estimator.counts
-    step_size, steps, time = settings.gradient_accumulation_steps * machine.count, settings.max_steps, None
-    unknown = _find_reason_against_timing(settings, data, machine, fits=stages[0].fits is not False)
+    steps, per_epoch = settings.max_steps, 1
     if data.share is not None:
-        num_batches = round(len(batches) / data.share)
+        num_batches, step_size = round(len(batches) / data.share), settings.gradient_accumulation_steps * machine.count
+        per_epoch = count_steps(num_batches, step_size, 1)
         steps = steps or count_steps(num_batches, step_size, settings.num_train_epochs)
-        if unknown is None:
-            try:
-                steps_per_epoch = count_steps(num_batches, step_size, 1)
-                time = estimate_time(settings, data, (steps, steps_per_epoch), folder, report)
-            except T5TuneError as error:
-                unknown = error.message
+    time, unknown = None, None if stages[0].fits is not False else "the run doesn't fit"
+    if unknown is None:
+        try:
+            with count_done("timing steps", report):
+                time = estimate_time(settings, data, machine, steps or 0, per_epoch, folder)
+        except T5TuneError as error:
+            unknown = error.message
     dtype = "bf16" if settings.bf16 else "fp32"
     return Plan(
         model=settings.model_name_or_path,
@@ -140,20 +157,6 @@ def _make_plan(settings: PlanSettings, folder: Path, report: Report) -> Plan:
         time=time,
         time_unknown=unknown,
     )
-
-
-def _find_reason_against_timing(
-    settings: PlanSettings, data: ExampleLengths, machine: Machine, fits: bool
-) -> str | None:
-    if not settings.time_run:
-        return "time_run is off"
-    if data.share is None:
-        return "the number of examples isn't known" if data.is_real else "no data is given"
-    if settings.gpu_memory is not None or (machine.on_gpu and machine.count > torch.cuda.device_count()):
-        return "the plan is for a different machine"
-    if Path(settings.model_name_or_path).is_file():
-        return f"{settings.model_name_or_path} has no weights"
-    return None if fits else "the run doesn't fit"
 
 
 def _detect_machine(settings: PlanSettings) -> Machine:
@@ -190,6 +193,115 @@ def _read_model_config(settings: PlanSettings, report: Report) -> tuple[dict[str
         return KNOWN_CONFIGS[name], path
     folder = find_base(settings, with_weights=False, report=report)
     return read_config(folder), folder
+
+
+def _suggest_settings(
+    settings: PlanSettings, asked: MemoryEstimator, data: ExampleLengths, step_done: Callable[[int], None]
+) -> Suggestion | None:
+    """Return the fastest settings that fit GOOD_BATCH_SIZE examples, else those that fit the most; None: nothing fits.
+
+    Every example is assumed to be as long as the longest.
+
+    Args:
+        asked: the estimator for the user's settings.
+    """
+    machine = asked.machine
+    if machine.memory is None:
+        return None
+    best: Suggestion | None = None
+    for changes in _list_candidates(settings, machine):
+        candidate = settings.model_copy(update=changes)
+        if _find_refusals(candidate):
+            continue
+        part, estimator = candidate.select_part(MemorySettings), asked
+        if part != asked.settings:
+            estimator = MemoryEstimator(asked.architecture, part, machine, asked.num_token_rows, step_done)
+        found = _find_largest_batch_size(estimator, candidate.deepspeed or "none", data)
+        if found is not None and (best is None or found[0] > best.per_device_train_batch_size):
+            flags = _format_flags(settings, {**changes, "per_device_train_batch_size": found[0]}, machine)
+            best = Suggestion(flags, *found)
+        if best is not None and best.per_device_train_batch_size >= GOOD_BATCH_SIZE:
+            break
+    return best
+
+
+def _list_candidates(settings: PlanSettings, machine: Machine) -> list[dict[str, Any]]:
+    """List changes of the settings, from the fastest to those that need the least memory; `train` may refuse some."""
+    base: dict[str, Any] = {
+        # train refuses bf16 on a GPU that only emulates it
+        "bf16": machine.has_bf16 or (settings.bf16 and not machine.on_gpu),
+        "gradient_checkpointing": False,
+        "q_lora": False,
+        "deepspeed": None,
+        "tokens_per_batch": None,
+    }
+    light = {**base, "gradient_checkpointing": True}
+    candidates = [base, light]
+    if machine.count > 1 and machine.on_gpu:
+        stages = ("zero2", "zero3") if settings.train_mode == "full" else ("zero3",)
+        candidates += [{**light, "deepspeed": stage} for stage in stages]
+    if settings.train_mode == "lora":
+        candidates.append({**light, "q_lora": True})
+    if machine.on_gpu:
+        candidates.append({**light, "deepspeed": "zero3-offload"})
+    return candidates
+
+
+def _find_refusals(settings: PlanSettings) -> list[str]:
+    given = {name: value for name, value in settings if name in TrainSettings.model_fields}
+    try:
+        TrainSettings.model_validate({**given, "data": None, "data_path": ["-"], "output_dir": "-"})
+    except ValidationError as error:
+        return [get_reason(detail) for detail in error.errors()]
+    return []
+
+
+def _find_largest_batch_size(estimator: MemoryEstimator, stage: str, data: ExampleLengths) -> tuple[int, int] | None:
+    """Find the largest batch size, a power of two, that fits if every example is as long as the longest.
+
+    Returns:
+        (examples per batch, bytes per device), or None if a single example doesn't fit.
+    """
+    longest = int(data.sources.max()), int(data.targets.max())
+
+    def estimate(size: int) -> StageMemory:
+        return estimator.estimate(stage, BatchLengths((longest[0],) * size, (longest[1],) * size))
+
+    if not estimator.can_fit(stage) or not (first := estimate(1)).fits:
+        return None
+    limit = (estimator.machine.memory or 0) * (USABLE_GPU_SHARE if estimator.machine.on_gpu else 1.0)
+    size, total, each, is_linear = 1, first.total, 0.0, False
+    # Memory is linear in the number of examples once the batch sets the peak. With a small batch, something else may
+    # set it, such as the gradient of a large embedding. Estimating a large batch takes minutes, so extrapolate.
+    while size < MAX_SUGGESTED_BATCH_SIZE:
+        if is_linear:
+            larger, fits = total + int(size * each), total + size * each <= limit
+        else:
+            found = estimate(2 * size)
+            larger, fits = found.total, found.fits is not False
+            growth = (larger - total) / size
+            is_linear, each = growth > 0 and abs(growth - each) <= MAX_NONLINEARITY * growth, growth
+        if not fits:
+            break
+        size, total = 2 * size, larger
+    return size, total
+
+
+def _format_flags(settings: PlanSettings, changes: dict[str, Any], machine: Machine) -> str:
+    """Format the flags that change the settings, including flags that turn something off."""
+    if machine.count > 1:
+        changes = {**changes, "num_gpus" if machine.on_gpu else "num_processes": machine.count}
+    # q_lora turns bf16 on unless --no-bf16 is given
+    is_shown = {"bf16"} if changes["q_lora"] else set()
+    shown = {n: v for n, v in changes.items() if v or v != getattr(settings, n) or n in is_shown}
+    return " ".join(_format_flag(name, value) for name, value in shown.items())
+
+
+def _format_flag(name: str, value: Any) -> str:
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{flag}" if value else f"--no-{flag}"
+    return f"--{flag} {'none' if value is None else value}"
 
 
 def to_plan_settings(run_plan: RunPlan) -> PlanSettings:
