@@ -533,7 +533,8 @@ def test_a_plan_says_why_there_is_no_time(conversations: Path, tmp_path: Path) -
     for model, changes, reason in (
         ("pocket", {"use_cpu": True}, "no data is given"),
         ("pocket", {**data, "time_run": False}, "time_run is off"),
-        ("pocket", {**data, **NO_SUGGESTION}, "the plan is for a different machine"),
+        ("pocket", {**data, **NO_SUGGESTION}, "the run doesn't fit"),
+        ("pocket", {**data, "gpu_memory": "24GiB"}, "the plan is for a different machine"),
         (tmp_path / "config.json", {"use_cpu": True}, "no data is given"),
     ):
         planned = make_plan(model, source_length=8, target_length=8, per_device_train_batch_size=1, **changes)

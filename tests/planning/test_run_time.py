@@ -61,9 +61,9 @@ def test_a_timed_run_stops_after_enough_steps(
     record(Advanced("train", 0), times)
     now[0] += 2
     record(Evaluated("train", 0, {"loss": 1.0}, is_best=False), times)
-    for step in range(1, steps + 1):
+    for step in range(1, steps + 2):
         now[0] += seconds_per_step
         record(Advanced("train", step), times)
     assert (times.loaded, times.evaluated) == (100, 102)
     assert signals == [steps]
-    assert len(times.steps) == steps
+    assert len(times.steps) == steps + 1  # the run stops after the next step

@@ -22,7 +22,7 @@ from t5tune.progress import Advanced, Evaluated, Event, Started
 from t5tune.settings import TrainSettings, load_settings
 
 TIMES_FILE = "times.json"
-MAX_STEPS, MIN_STEPS = 31, 5
+MAX_STEPS, MIN_STEPS = 30, 5  # and one more, since the run stops after the next step
 SECONDS_OF_STEPS = 12.0  # no further step after MIN_STEPS and this time
 
 
@@ -36,7 +36,8 @@ def record(event: Event, times: Times) -> None:
         case Advanced("train", done) if done > len(times.steps):
             times.steps.append(time.time())
             is_long = times.steps[-1] - times.steps[0] > SECONDS_OF_STEPS
-            if done == MAX_STEPS or (done >= MIN_STEPS and is_long):
+            if times.end == 0.0 and (done == MAX_STEPS or (done >= MIN_STEPS and is_long)):
+                times.end = times.steps[-1]  # a second signal would end the process at once
                 os.kill(os.getpid(), signal.SIGTERM)
 
 
