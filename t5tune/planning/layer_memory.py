@@ -4,7 +4,7 @@
     lengths = BatchLengths(sources=(512,) * 8, targets=(128,) * 8)
     step = measure_step(model, lengths, settings, on_gpu=True, reentrant=False, autocast=True)
 
-The step runs on fake tensors, which have shapes but no data: the real model, adapters, loss and backward pass, while
+The step runs on empty tensors, which have shapes but no data: the real model, adapters, loss and backward pass, while
 every live storage is counted. So no per-layer formulas must be kept in sync with the model. An adapter's step runs on
 two and on three blocks of encoder and decoder, and each further block is assumed to need as much as the third block.
 """
@@ -116,7 +116,7 @@ def count_quantized_bytes(count: int, rows: int, quantization: QuantizationSetti
 def measure_step(
     model: Any, lengths: BatchLengths, settings: MemorySettings, on_gpu: bool, reentrant: bool, autocast: bool
 ) -> StepMemory:
-    """Run the forward and backward pass of a step on fake tensors, and count live memory.
+    """Run the forward and backward pass of a step on empty tensors, and count live memory.
 
     Args:
         on_gpu: whether attention is a fused kernel that stores no scores; on a CPU with dropout it stores them.
@@ -124,7 +124,7 @@ def measure_step(
         autocast: whether the forward pass uses mixed precision, as it does without DeepSpeed.
     """
     inputs = {"reduction": "sum", "label_smoothing": settings.label_smoothing_factor, "use_cache": False}
-    with _use_fake_tensors(model, on_gpu):
+    with _use_empty_tensors(model, on_gpu):
         with _EmptyTensors():
             inputs |= _make_inputs(model, lengths, settings)
         if settings.gradient_checkpointing:
@@ -182,8 +182,8 @@ def _count_gradients(model: Any) -> int:
 def measure_losses_memory(
     model: Any, lengths: BatchLengths, settings: MemorySettings, on_gpu: bool, autocast: bool
 ) -> int:
-    """Run the forward pass of an evaluation on fake tensors; return the peak of live bytes."""
-    with _use_fake_tensors(model, on_gpu), _keep_few_blocks(model, [BLOCKS_WITHOUT_GRADIENTS] * 2):
+    """Run the forward pass of an evaluation on empty tensors; return the peak of live bytes."""
+    with _use_empty_tensors(model, on_gpu), _keep_few_blocks(model, [BLOCKS_WITHOUT_GRADIENTS] * 2):
         with _EmptyTensors():
             inputs = _make_inputs(model, lengths, settings)
         model.eval()
@@ -225,8 +225,8 @@ def _count_unpacked_bytes(model: Any, settings: QuantizationSettings) -> int:
 
 
 @contextmanager
-def _use_fake_tensors(model: Any, on_gpu: bool) -> Iterator[None]:
-    """Make the tensors of a model fake in this block, with the operations of a GPU or of a CPU."""
+def _use_empty_tensors(model: Any, on_gpu: bool) -> Iterator[None]:
+    """Make the tensors of a model empty in this block, with the operations of a GPU or of a CPU."""
     with ExitStack() as stack:
         _replace_tensors(model)
         if on_gpu:

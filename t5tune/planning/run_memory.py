@@ -3,7 +3,7 @@
     estimator = MemoryEstimator(architecture, settings, machine, num_token_rows=19, step_done=print)
     estimator.estimate("zero3", BatchLengths((512,) * 8, (128,) * 8)).total
 
-The weights are counted on a model without data, and a step's memory is measured by running the step on fake tensors
+The weights are counted on a model without data, and a step's memory is measured by running the step on empty tensors
 (planning/layer_memory.py). How ZeRO partitions them follows its paper (Rajbhandari et al. 2020).
 """
 
@@ -31,7 +31,7 @@ from t5tune.settings.groups.memory import MemorySettings
 
 MIB = 1 << 20
 GPU_RUNTIME_BYTES = 800 * MIB  # the CUDA context, kernels and cuBLAS workspace, which torch's allocator doesn't count
-TRAINER_BYTES = (
+TRAINER_BYTES = 103 * MIB  # of transformers.trainer and torch's compiler, which only training imports; measured
     83 * MIB
 )  # of transformers' Trainer and its imports (measured), which training imports and `plan` doesn't
 USABLE_GPU_SHARE = 0.92  # the rest is lost to fragmentation in the allocator

@@ -286,7 +286,7 @@ def test_the_size_of_large_data_is_estimated_from_a_sample(tmp_path: Path) -> No
             model_name_or_path="pocket", data_path=[str(tmp_path / name)], max_steps=None, packing="on"
         )
         planned = plan(settings.model_copy(update=NO_SUGGESTION), notes.append)
-        assert Note("the lengths are those of the first 1,000 examples, about 33.3% of the data by its size") in notes
+        assert Note("the lengths are from the first 1,000 examples, about 33.3% of the data by its size") in notes
         assert planned.examples == pytest.approx(3000, rel=0.01)
         assert planned.steps == pytest.approx(3 * 375, rel=0.01)
 

@@ -71,6 +71,7 @@ def test_every_command_reads_legacy_names_of_its_settings(
         f"{file}: load_in_4bit: read as q_lora true (NF4 with double quantization)",
         f"{file}: per_gpu_train_batch_size: read as per_device_train_batch_size 1 (renamed by transformers)",
         f"{file}: max_seq_length: read as model_max_length 512 (the same thing)",
+        f"{file}: evaluation_strategy: read as eval_strategy epoch (renamed by transformers)",
     ]
     prepared, notes = load_settings(PrepareSettings, file, {}, NEEDED)
     assert prepared.model_max_length == 512

@@ -3,7 +3,7 @@
     result = plan(PlanSettings(model_name_or_path="google/flan-t5-xxl", q_lora=True, gpu_memory="24GiB"))
     result.stages[0].total, result.suggestion
 
-The weights are counted on a model without data, and a step's memory is measured by running the step on fake tensors
+The weights are counted on a model without data, and a step's memory is measured by running the step on empty tensors
 (planning/layer_memory.py). How ZeRO partitions them follows its paper (Rajbhandari et al. 2020).
 """
 

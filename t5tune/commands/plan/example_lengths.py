@@ -53,7 +53,7 @@ class ExampleLengths:
 
 
 def read_lengths(settings: PlanSettings, folder: Path, report: Report) -> ExampleLengths:
-    """Read the lengths of the training examples: all of token caches, and of other data those of a sample.
+    """Read the lengths of the training examples: all of a token cache's, and a sample's of other data.
 
     The sample is prepared in the empty `folder`, as in a run folder.
     """
@@ -115,7 +115,7 @@ def _prepare_sample(settings: PlanSettings, folder: Path, report: Report) -> tup
     ):
         share = _estimate_share(datasets[0], prepared.main.cache.manifest) if len(datasets) == 1 else None
         words = "" if share is None else f", about {share:.1%} of the data by its size"
-        report(Note(f"the lengths are those of the first {SAMPLE_SIZE:,} examples{words}"))
+        report(Note(f"the lengths are from the first {SAMPLE_SIZE:,} examples{words}"))
     if settings.eval_fraction > 0 and not settings.list_evaluation_datasets():
         return prepared.split(settings.eval_fraction, settings.split_seed)[0], share
     return prepared.split_as_prepared()[0], share
