@@ -51,8 +51,8 @@ def replace_attention_kernel(kernel: Callable[..., torch.Tensor]) -> AbstractCon
 def compile_at_first_call() -> AbstractContextManager[None]:
     """Let `torch.compile` in this block return functions that are compiled when they are called.
 
-    bitsandbytes (up to at least 0.50) compiles its functions for CPUs when it is imported, for which torch imports
-    its compiler: more than a second. PEFT imports bitsandbytes.
+    bitsandbytes (up to at least 0.50) compiles its functions for CPUs when it is imported, so torch imports its
+    compiler, which takes more than a second. PEFT imports bitsandbytes.
     """
     compile_now = torch.compile
 
