@@ -80,7 +80,7 @@ def estimate_run_time(
 
 
 def count_occasions(strategy: str, interval: int | None, num_steps: int, steps_per_epoch: int) -> int:
-    """Count the evaluations or checkpoints of a run with this strategy, of which one is after the last step."""
+    """Count the evaluations or checkpoints of a run with this strategy, including the last step."""
     if strategy == "steps" and interval is not None:
         return -(-num_steps // interval)
     return -(-num_steps // steps_per_epoch) if strategy == "epoch" else 1
