@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
-from functools import cache, wraps
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -46,21 +45,6 @@ def replace_attention_kernel(kernel: Callable[..., torch.Tensor]) -> AbstractCon
     at each call.
     """
     return _replace(functional, scaled_dot_product_attention=kernel)
-
-
-def compile_at_first_call() -> AbstractContextManager[None]:
-    """Let `torch.compile` in this block return functions that are compiled when they are called.
-
-    bitsandbytes (up to at least 0.50) compiles its functions for CPUs when it is imported, so torch imports its
-    compiler, which takes more than a second. PEFT imports bitsandbytes.
-    """
-    compile_now = torch.compile
-
-    def compile_later(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-        get_compiled = cache(lambda: compile_now(function, **options))
-        return wraps(function)(lambda *arguments, **values: get_compiled()(*arguments, **values))
-
-    return _replace(torch, compile=compile_later)
 
 
 @contextmanager

@@ -25,13 +25,9 @@ from functools import cache, wraps
 from typing import Any, Literal, NamedTuple
 
 import torch
+from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 from transformers.modeling_outputs import Seq2SeqLMOutput
-
-from t5tune.compat.torch_patches import compile_at_first_call
-
-with compile_at_first_call():
-    from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 
 IGNORED_LABEL = -100
 LOGITS_PER_CHUNK = 2**23  # 32 MiB in fp32: 261 target tokens with T5's vocabulary

@@ -31,8 +31,7 @@ from t5tune.settings.groups.memory import MemorySettings
 
 MIB = 1 << 20
 GPU_RUNTIME_BYTES = 800 * MIB  # the CUDA context, kernels and cuBLAS workspace, which torch's allocator doesn't count
-# of transformers.trainer and torch's compiler, which training imports and `plan` doesn't (measured with 5.24 and 2.13)
-TRAINER_BYTES = 103 * MIB
+TRAINER_BYTES = 85 * MIB  # of transformers' Trainer 5.24 and its imports, which `plan` doesn't import
 USABLE_GPU_SHARE = 0.92  # the rest is lost to fragmentation in the allocator
 # with gradient checkpointing on a CPU, the heap was 1.5 to 2.4 times the size of the step's tensors
 HEAP_FRAGMENTATION = 1.85
