@@ -1043,8 +1043,9 @@ class PlanSettings(_settings.PlanSettings):
         encoding: str | None = None,
         data_format: Literal["auto", "sharegpt", "openai", "alpaca", "prompt-completion", "source-target"] = "auto",
         header: bool = True,
-        source_column: str | None = None,
-        target_column: str | None = None,
+        pair_lines: bool = False,
+        source_column: Sequence[str] | str | None = None,
+        target_column: Sequence[str] | str | None = None,
         rejected_column: str | None = None,
         source_prefix: str = "",
         merge_same_role: bool = False,
@@ -1170,10 +1171,11 @@ class PlanSettings(_settings.PlanSettings):
             encoding: Encoding of text files without a byte order mark, such as cp1252; default: UTF-8, or detected if
                 most of a file isn't UTF-8.
             data_format: Format of the records; auto detects it from the keys of each record.
-            header: CSV and TSV files begin with a line of column names; if not, the first column is the input and the
+            header: CSV, TSV and Excel files begin with column names; if not, the first column is the input and the
                 second the output.
-            source_column: Column or key with the input; default: detected.
-            target_column: Column or key with the output; default: detected.
+            pair_lines: Read two text files line by line: each line of the first is a source, of the second its target.
+            source_column: Column or key with the input, or several, a line each; default: detected.
+            target_column: Column or key with the output, or several, a line each; default: detected.
             rejected_column: Column or key with the rejected answer of a preference pair (objective dpo, orpo), whose
                 chosen answer is in target_column; default: rejected (target_column: chosen).
             source_prefix: Text to prepend to each source of two-column data, such as `summarize: `.
@@ -1254,7 +1256,7 @@ class PlanSettings(_settings.PlanSettings):
             torch_compile: Compile layer norms and feed-forward layers with torch.compile. The first steps take seconds
                 to minutes longer; later steps are often faster. On a GPU, try without it first.
             label_smoothing_factor: Label smoothing: probability mass spread uniformly over the vocabulary.
-            metrics: Metrics to compute: exact_match, rouge1, rouge2, rougeL, bleu, chrf, valid_json, field_f1,
+            metrics: Metrics to compute: exact_match, rouge1, rouge2, rougeL, bleu, chrf, chrf_pp, valid_json, field_f1,
                 accuracy, macro_f1, mcc; labels computes the last three, whatever the targets are; default: all that fit
                 the targets.
             metric: Custom metrics: functions (predictions, references) -> dict of numbers, as module:function or
