@@ -343,7 +343,7 @@ def test_values_cannot_leave_their_comments_and_secrets_are_hidden(run) -> None:
 def test_the_result_trains_on_the_command_line(tmp_path: Path) -> None:
     """The text goes to stdout; what is lost is on stderr."""
     (tmp_path / "axolotl.yml").write_text(AXOLOTL)
-    (tmp_path / "pairs.jsonl").write_text('{"source": "a", "target": "b"}\n' * 9)
+    (tmp_path / "pairs.jsonl").write_text("".join(f'{{"source": "{i}", "target": "b"}}\n' for i in range(40)))
     done = t5tune_in_fork("migrate", "axolotl.yml", cwd=tmp_path)
     assert done.code == 0
     assert "warning: mystery: 7: t5tune train has no such setting" in done.stderr
