@@ -45,6 +45,11 @@ def find_similar_labels(labels: Sequence[str]) -> list[list[str]]:
     return [group for group in groups.values() if len(group) > 1]
 
 
+def show_label(label: str) -> str:
+    """Quote a label that would look like a different one: with spaces around it, or empty."""
+    return label if label and label == label.strip() else repr(label)
+
+
 def score_labels(
     predictions: Sequence[str], references: Sequence[str], more_labels: Iterable[str] = ()
 ) -> tuple[dict[str, float], LabelTable]:

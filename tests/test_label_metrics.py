@@ -1,11 +1,15 @@
 """Labels as targets: how they are recognized, and their scores."""
 
+import html
 import random
 from math import sqrt
 
 import pytest
+from rich.console import Console
 
-from t5tune.label_metrics import describe_labels, find_labels, find_similar_labels, score_labels
+from t5tune.cli.results import render_labels as render_table
+from t5tune.label_metrics import describe_labels, find_labels, find_similar_labels, score_labels, show_label
+from t5tune.reports.page import render_labels as render_page
 
 
 @pytest.mark.parametrize(
@@ -88,3 +92,17 @@ def test_matthews_correlation_is_that_of_the_indicators(seed: int) -> None:
 def test_a_constant_prediction_has_no_correlation() -> None:
     metrics, _ = score_labels(["a"] * 4, ["a", "a", "b", "b"])
     assert metrics == {"accuracy": 50.0, "macro_f1": 33.3333, "mcc": 0.0}
+
+
+def test_a_label_with_spaces_around_it_is_quoted() -> None:
+    assert [*map(show_label, ["yes", "not sure", "yes ", "\nno", ""])] == ["yes", "not sure", "'yes '", "'\\nno'", "''"]
+
+
+def test_tables_and_pages_quote_such_a_label() -> None:
+    _, table = score_labels(["yes", "yes "], ["yes ", "yes "])
+    page = html.unescape("".join(render_page({"all": table})))
+    assert "'yes ' → 'yes ': 1 of 2" in page
+    assert "<td>'yes '</td>" in page
+    with (console := Console()).capture() as capture:
+        console.print(render_table("all", table))
+    assert "'yes '" in capture.get().splitlines()[1]

@@ -49,8 +49,10 @@ def list_next_steps(settings: Settings, result: Any) -> list[tuple[str, str]]:
         case _:
             commands = iter(())
     steps = [("next" if number == 0 else "", shlex.join(["t5tune", *words])) for number, words in enumerate(commands)]
-    if isinstance(settings, TrainSettings) and (report := result.run / REPORT_FILE).is_file():
-        steps.insert(0, ("report", str(report)))
+    if isinstance(settings, TrainSettings | EvaluateSettings):
+        folder = result.run if isinstance(settings, TrainSettings) else result.predictions.parent
+        if (report := folder / REPORT_FILE).is_file():
+            steps.insert(0, ("report", str(report)))
     return steps
 
 

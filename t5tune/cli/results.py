@@ -11,7 +11,7 @@ from rich.text import Text
 
 from t5tune.errors import make_printable
 from t5tune.formatting import GIB, format_count, format_duration, format_number, format_size, shorten
-from t5tune.label_metrics import ALL, LabelTable, describe_labels
+from t5tune.label_metrics import ALL, LabelTable, describe_labels, show_label
 
 if TYPE_CHECKING:
     from t5tune.commands.compare import Comparison
@@ -53,9 +53,10 @@ def render_labels(dataset: str, table: LabelTable) -> Group:
     for name in (title, "precision", "recall", "F1", "support", "taken for"):
         grid.add_column(name, justify="left" if name in (title, "taken for") else "right", no_wrap=True)
     for label, scores in islice(table["classes"].items(), MAX_CLASSES):
-        wrong = (f"{count:,} × {other}" for other, count in table["confusion"][label].items() if other != label)
+        found = table["confusion"][label]
+        wrong = (f"{count:,} × {show_label(other)}" for other, count in found.items() if other != label)
         numbers = (format_number(round(scores[name], 1)) for name in ("precision", "recall", "f1", "support"))
-        cells = (shorten(make_printable(cell), MAX_CELL) for cell in (label, *numbers, next(wrong, "")))
+        cells = (shorten(make_printable(cell), MAX_CELL) for cell in (show_label(label), *numbers, next(wrong, "")))
         grid.add_row(*map(Text, cells))
     more = len(table["classes"]) - MAX_CLASSES
     rest = f"{format_count(more, 'more class', 'more classes')}; " if more > 0 else ""

@@ -67,7 +67,8 @@ def report_doubts(sample: list[RawRecord], reading: ReadingSettings, report: Rep
     targets = chain.from_iterable(conversation.targets for conversation in first)
     if groups := find_similar_labels(find_labels(targets)):
         names = "; ".join(", ".join(map(repr, group)) for group in groups)
-        report(Note(f"labels that differ only in case or spaces are different labels: {names}", warning=True))
+        problem = f"labels that differ only in case or spaces are different labels: {names}"
+        report(Note(f"{problem}; if they mean the same, spell them alike in the data", warning=True))
 
 
 def drain(sample: list[RawRecord]) -> Iterator[RawRecord]:

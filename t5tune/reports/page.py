@@ -8,7 +8,7 @@ from pathlib import Path
 from t5tune.data.caches.cache_view import Histogram
 from t5tune.formatting import format_number
 from t5tune.io.atomic import write_file
-from t5tune.label_metrics import ALL, LabelTable, describe_labels
+from t5tune.label_metrics import ALL, LabelTable, describe_labels, show_label
 from t5tune.reports.svg import draw_confusion_matrix, draw_histogram
 
 NO_LABEL = "(no label)"
@@ -101,9 +101,14 @@ def render_labels(tables: Mapping[str, LabelTable]) -> Iterator[str]:
     for dataset, table in tables.items():
         classes, counts = table["classes"], table["confusion"]
         rest = [NO_LABEL] if any(scores["no_label"] for scores in classes.values()) else []
-        counts = {label: row | {NO_LABEL: classes[label]["no_label"]} for label, row in counts.items()}
+        names = {label: show_label(label) for label in classes}
+        counts = {
+            names[label]: {names[found]: count for found, count in row.items()} | {NO_LABEL: classes[label]["no_label"]}
+            for label, row in counts.items()
+        }
         rows = (
-            [label, *(format_number(round(value, 1)) for value in each.values())] for label, each in classes.items()
+            [names[label], *(format_number(round(value, 1)) for value in each.values())]
+            for label, each in classes.items()
         )
         header = ["class", "precision", "recall", "F1", "support", "no label"]
         yield f"<h2>Labels{html.escape(f' of {dataset}' if dataset != ALL else '')}</h2>"

@@ -100,7 +100,7 @@ def _report_choice(plan: RunPlan, trainer: T5Trainer, report: Report) -> int | N
         return None
     value = trainer.flow.get_best_value()
     shown = "" if value is None else f": {format_held_out_metric(metric)} {format_number(value)}"
-    report(Note(f"the adapter is from the best step, {best}{shown}"))
+    report(Note(f"the weights are from the best step, {best}{shown}"))
     return int(best)
 
 

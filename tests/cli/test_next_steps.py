@@ -16,6 +16,7 @@ from tests.support.processes.command_line import parse_words, t5tune_in_fork
 
 TRAIN = "--model-name-or-path base --output-dir run --data-path"
 PREPARE = ["prepare", "--model-name-or-path", "pocket", "--data-path", "pocket", "--output-dir", "cache"]
+SCORES = SimpleNamespace(predictions=Path("evaluation/predictions.jsonl"))
 
 
 def follow_train(settings: TrainSettings) -> list[str]:
@@ -31,7 +32,7 @@ def load_words(words: str, model: Any) -> Any:
 
 def find_comparison(settings: EvaluateSettings) -> str:
     """Return the words after `t5tune evaluate` of the suggested comparison with the base."""
-    [line] = [line for _, line in list_next_steps(settings, None) if "--compare-base" in line]
+    [line] = [line for _, line in list_next_steps(settings, SCORES) if "--compare-base" in line]
     return line.removeprefix("t5tune evaluate ")
 
 
@@ -42,7 +43,7 @@ def test_commands_repeat_the_settings_that_find_the_model(tmp_path: Path, monkey
         bf16=True, data_path=["dev.csv"],
     )  # fmt: skip
     base, adapter = "google/flan-t5-base --revision v1 --cache-dir 'my cache'", "--adapter tuned"
-    assert list_next_steps(settings, None) == [
+    assert list_next_steps(settings, SCORES) == [
         ("next", f"t5tune chat {base} {adapter} --bf16"),
         ("", f"t5tune evaluate {base} --bf16 {adapter} --data-path dev.csv --compare-base"),
         ("", f"t5tune merge --model-name-or-path {base} {adapter} --output-dir merged"),
@@ -55,7 +56,7 @@ def test_the_comparison_repeats_every_setting_that_changes_the_scores(tmp_path: 
         "--max-new-tokens 9 --num-data 5 --source-column a --no-double-quant --adapter tuned"
     )
     settings = load_words(f"base {words} --data-path dev.csv b.csv --output-dir out --overwrite", EvaluateSettings)
-    assert list_next_steps(settings, None)[0][1].endswith(" --no-double-quant")  # chat
+    assert list_next_steps(settings, SCORES)[0][1].endswith(" --no-double-quant")  # chat
     expected = settings.model_copy(update={"output_dir": None, "overwrite": False, "compare_base": True})
     assert load_words(find_comparison(settings), EvaluateSettings) == expected
 
@@ -80,7 +81,7 @@ def test_the_comparison_does_not_repeat_a_precision_that_is_unset(tmp_path: Path
     config.write_text("model_name_or_path: base\nadapter: tuned\ndata_path: dev.csv\nbf16: null\ncache_dir: null\n")
     settings, _ = load_settings(EvaluateSettings, str(config))
     words = "t5tune evaluate base --cache-dir none --adapter tuned --data-path dev.csv --compare-base"
-    assert ("", words) in list_next_steps(settings, None)
+    assert ("", words) in list_next_steps(settings, SCORES)
 
 
 def test_a_quantized_run_is_followed_by_plain_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,7 +179,7 @@ def test_a_stopped_run_is_followed_like_a_finished_one(
     settings = EvaluateSettings(model_name_or_path="run", data_path=["dev.csv"])
     follow = ["t5tune evaluate run --data-path dev.csv --compare-base", "t5tune merge run --output-dir merged"]
     expected = ["t5tune chat run", *(follow if file == "adapter_config.json" else [])]
-    assert [line for _, line in list_next_steps(settings, None)] == expected
+    assert [line for _, line in list_next_steps(settings, SCORES)] == expected
 
 
 @pytest.mark.parametrize("flag", ["--quiet", "--json"])

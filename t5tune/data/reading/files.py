@@ -60,9 +60,11 @@ def find_files(
     """
     files: list[Path] = []
     if pair:
-        if len(data_path) != 2 or not all(map(os.path.isfile, data_path)):
+        if len(data_path) != 2:
             hint = "name the file of the sources, then the file of the targets"
             raise DataError(f"{setting}: {' '.join(data_path)}: pair_lines reads two text files", hint=hint)
+        if missing := [name for name in data_path if not os.path.isfile(name)]:
+            raise DataError(f"{setting}: {missing[0]}: no such file", hint="check the path's spelling")
         return [*map(Path, data_path)]
     for name in data_path:
         try:

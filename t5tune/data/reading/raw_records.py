@@ -104,7 +104,7 @@ def parse_record(record: RawRecord, reading: ReadingSettings) -> Conversation | 
         # a suggested key shows that the first line has names
         if error.suggests_key or not reading.header:
             return error.rejection
-        return Rejection(reason, f"if the first line is data, add --no-header; otherwise, {error}")
+        return Rejection(reason, f"{error}; the first line must name the columns; if it is data, add --no-header")
     if not repairs:
         return conversation
     return replace(conversation, repairs=Counter(conversation.repairs) + repairs)

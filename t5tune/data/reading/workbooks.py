@@ -58,7 +58,8 @@ def read_cells(path: Path) -> Iterator[list[str]]:
         found = CalamineWorkbook.from_filelike(checked).get_sheet_by_name(sheet)
     if merged := found.merged_cell_ranges:
         problem = f"{path}:{min(merged)[0][0] + 1}: merged cells"
-        raise DataError(problem, hint="unmerge the sheet's cells in Excel, and write the value into each of them")
+        hint = "in Excel, unmerge them, and write the value into each; delete a title above the names of the columns"
+        raise DataError(problem, hint=hint)
     before = [""] * (found.start or (0, 0))[1]  # columns without a cell
     for row, values in enumerate(found.iter_rows()):
         yield [bad.get((row, column)) or _format_value(value) for column, value in enumerate(before + values)]

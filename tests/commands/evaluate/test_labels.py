@@ -100,6 +100,7 @@ def test_the_terminal_shows_the_classes(run: Path, data: Path, tmp_path: Path) -
     )
     assert done.code == 0, done.stderr
     lines = [line.split() for line in done.stderr.splitlines()]
+    assert ["report", str(tmp_path / "scores" / "report.html")] in lines
     assert ["class", "precision", "recall", "F1", "support", "taken", "for"] in lines
     assert [line[4] for line in lines if line[:1] in (["spam"], ["ham"], ["egg"])] == ["30", "10", "10"]
     assert " of 50; always replying 'spam' would give an accuracy of 60" in done.stderr
@@ -125,4 +126,7 @@ def test_labels_that_differ_in_case_are_named_once(untied_base: Path, tmp_path: 
     values = {"model_name_or_path": str(untied_base), "data_path": str(data), "output_dir": tmp_path / "cache"}
     prepare(PrepareSettings(**values), events.append)
     notes = [event.text for event in events if isinstance(event, Note) and "labels" in event.text]
-    assert notes == ["labels that differ only in case or spaces are different labels: 'Not sure', 'not  sure'"]
+    assert notes == [
+        "labels that differ only in case or spaces are different labels: 'Not sure', 'not  sure'; if they mean the "
+        "same, spell them alike in the data"
+    ]

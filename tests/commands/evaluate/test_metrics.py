@@ -242,7 +242,7 @@ def test_an_unchanged_metric_stops_training_although_the_loss_falls(
     assert [event.is_best for event in evaluated] == [True, True, True]  # step 3's adapter is kept
     best = "step 3 (100, equal but with a lower loss)"
     assert result.stopped_early == f"at step 3: same score no better for 2 evaluations; best: {best}"
-    assert Note("the adapter is from the best step, 3: same score 100") in events
+    assert Note("the weights are from the best step, 3: same score 100") in events
 
 
 def test_an_evaluation_omits_a_metric_that_is_not_finite(
