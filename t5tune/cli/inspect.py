@@ -89,9 +89,12 @@ def _render_statistics(statistics: LengthStatistics) -> Text:
 
 
 def _render_splits(splits: Sequence[VocabularySplit]) -> Group:
-    *rows, (_, *pieces) = tabulate_splits(splits)
-    texts = (f"{split.model}: {text}" for split, text in zip(splits, pieces, strict=True))
-    return Group(align_columns(rows), *map(Text, texts))
+    rows = tabulate_splits(splits)
+    lines: list[Text] = []
+    for model, texts, *_, vocabulary, unknown, pieces in rows[1:]:
+        lines.append(Text(f"{model}, {vocabulary}, {texts}: {pieces}"))
+        lines += [Text(f"  unknown: {unknown}")] * bool(unknown)
+    return Group(align_columns([row[:5] for row in rows]), *lines)
 
 
 def _render_bars(histogram: Histogram, style: str) -> Text:

@@ -7,7 +7,7 @@ result = inspect(InspectSettings(model_name_or_path=["google/mt5-small", "google
 result.splits[0].tokens_per_word
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -49,7 +49,7 @@ SELECTION_FLAGS = ("worst_cut", "unknown", "all")  # ways to choose examples, in
 class InspectResult:
     """The chosen examples of a cache, statistics of all of its examples if requested, and the HTML page's path.
 
-    `splits`: how the vocabulary of each model splits the data, or the cache's the examples, if requested.
+    `splits`: how each model's vocabulary splits the sources and the targets, or the cache's vocabulary, if requested.
     """
 
     examples: Sequence[ExampleView]
@@ -74,7 +74,7 @@ def inspect(settings: InspectSettings, report: Report = silent) -> InspectResult
         view = CacheView(cache, _choose_examples(cache, settings, report))
         if settings.stats or settings.html:
             statistics = _compute_statistics(cache, settings.per_device_train_batch_size)
-            splits = [_measure_cache(cache)]
+            splits = _measure_cache(cache)
     if (page := settings.html) is not None:
         if page.is_symlink() or (page.exists() and not page.is_file()):
             raise SettingsError(f"html: {page}: isn't a regular file, so it isn't replaced", hint="choose a new file")
@@ -97,7 +97,7 @@ def _compare_vocabularies(settings: InspectSettings, report: Report) -> list[Voc
     if spec.cache is not None:
         raise DataError(f"data_path: {spec.cache}: a token cache", hint=f"show it with t5tune inspect {spec.cache}")
     opened = open_dataset(PreparePlan([spec], bases[0], Path(), SplitSettings(), ["none"]), spec, report)
-    texts = [text for each in opened.parse_sample() for text in reversed(each.texts) if text.strip()]
+    texts = _group_by_side((each.sources, each.targets) for each in opened.parse_sample())
     rejected = [each.parsed.message for each in opened.sample if isinstance(each.parsed, Rejection)]
     if not texts:
         hint = f"the first rejected record: {rejected[0]}" if rejected else "give data with records"
@@ -105,17 +105,39 @@ def _compare_vocabularies(settings: InspectSettings, report: Report) -> list[Voc
     which = "all" if next(opened.rest, None) is None else "only the first"
     unusable = f", {len(rejected):,} of them rejected: {rejected[0]}" if rejected else ""
     report(Note(f"read {which} records: {len(opened.sample):,}{unusable}"))
-    return [measure_split(base.model_name_or_path, each, texts) for base, each in zip(bases, tokenizers, strict=True)]
+    return [
+        measure_split(base.model_name_or_path, side, each, found)
+        for base, each in zip(bases, tokenizers, strict=True)
+        for side, found in texts.items()
+    ]
 
 
-def _measure_cache(cache: Cache) -> VocabularySplit:
+def _group_by_side(pairs: Iterable[tuple[Sequence[str], Sequence[str]]]) -> dict[str, list[str]]:
+    """Collect the texts that aren't blank; a side without texts is left out. Raw text has no sides."""
+    sides: dict[str, list[str]] = {"sources": [], "targets": []}
+    for pair in pairs:
+        for found, texts in zip(sides.values(), pair, strict=True):
+            found += filter(str.strip, texts)
+    if not sides["sources"]:
+        return {"texts": sides["targets"]} if sides["targets"] else {}
+    return {side: texts for side, texts in sides.items() if texts}
+
+
+def _measure_cache(cache: Cache) -> list[VocabularySplit]:
     """Split evenly spaced examples, at most NUM_SPLIT; the manifest has the unknown characters of all targets."""
     view = CacheView(cache, range(0, len(cache), 1 + len(cache) // NUM_SPLIT))
-    texts = (text for each in view for text in (each.target_text, each.source_text) if text.strip())
-    texts_without_unk = [text.replace(view.tokenizer.unk_token, REPLACEMENT_CHARACTER) for text in texts]
-    lost = (each for each in cache.manifest["lost_characters"] if each["becomes"] == REPLACEMENT_CHARACTER)
-    split = measure_split(str(cache.folder), view.tokenizer, texts_without_unk)
-    return replace(split, unknown={each["text"]: each["count"] for each in lost})
+    texts = _group_by_side(([each.source_text], [each.target_text]) for each in view)
+    lost = [each for each in cache.manifest["lost_characters"] if each["becomes"] == REPLACEMENT_CHARACTER]
+    splits: list[VocabularySplit] = []
+    for side, found in texts.items():
+        unk = view.tokenizer.unk_token
+        without_unk = [text.replace(unk, REPLACEMENT_CHARACTER) for text in found]
+        unknown = {each["text"]: each["count"] for each in lost}
+        if side == "sources":
+            count = sum(text.count(unk) for text in found)
+            unknown = {REPLACEMENT_CHARACTER: count} if count else {}
+        splits.append(replace(measure_split(str(cache.folder), side, view.tokenizer, without_unk), unknown=unknown))
+    return splits
 
 
 def _find_cache(folder: Path, report: Report) -> Path:

@@ -37,8 +37,8 @@ def write_cache_page(
 
 
 def render_splits(splits: Sequence[VocabularySplit]) -> Iterator[str]:
-    """Render how vocabularies split texts, with a column for each."""
-    header, *rows = tabulate_splits(splits)
+    """Render how vocabularies split texts, with a column for each side of each vocabulary."""
+    header, *rows = zip(*tabulate_splits(splits), strict=True)
     yield "<h2>Vocabulary</h2>"
     yield render_table(rows, header)
 

@@ -310,23 +310,25 @@ COLUMNS = ("--source-column", "en", "--target-column", "gn")
 def test_models_are_compared_on_data_without_a_cache(pairs: Path, byt5: Path, tmp_path: Path) -> None:
     command = ("inspect", "--model-name-or-path", "pocket", byt5, "--data-path", pairs, *COLUMNS)
     done = t5tune_in_fork(*command, "--json")
-    pocket, of_bytes = json.loads(done.stdout)["splits"]
+    english, pocket, bytes_of_english, of_bytes = json.loads(done.stdout)["splits"]
     assert "read all records: 40" in done.stderr
-    texts = [text for line in pairs.read_text("utf-8").splitlines()[1:] for text in line.split(",")]
+    texts = [line.split(",")[1] for line in pairs.read_text("utf-8").splitlines()[1:]]
     assert of_bytes["tokens_per_character"] == pytest.approx(
         len("".join(texts).encode()) / len("".join(texts)), abs=1e-4
     )
     assert (of_bytes["vocabulary_size"], of_bytes["unknown"]) == (384, {})
-    assert (pocket["texts"], pocket["unknown"]) == (80, {"ã": 40})
+    assert [pocket[key] for key in ("side", "texts", "unknown")] == ["targets", 40, {"ã": 40}]
+    assert [english[key] for key in ("side", "texts", "unknown")] == ["sources", 40, {}]
+    assert bytes_of_english["tokens_per_character"] == 1
     shown = t5tune_in_fork(*command, env={"COLUMNS": "40"}).stdout.splitlines()
-    ratios = [f"{each['tokens_per_word']:.2f}" for each in (pocket, of_bytes)]
-    assert shown[3].split("  ")[0] == "tokens per word (between spaces)"
-    assert shown[3].split()[-2:] == ratios
-    assert shown[5].split() == ["unknown", "characters", "40:", "ã", "40", "0"]
-    assert f"{byt5}: {'│'.join(of_bytes['pieces'])}" in shown
+    assert shown[0].split() == ["model", "texts", "tokens/word", "tokens/character", "unknown"]
+    ratios = [f"{pocket[f'tokens_per_{unit}']:.2f}" for unit in ("word", "character")]
+    assert shown[2].split() == ["pocket", "targets", "(40)", *ratios, "40"]
+    assert f"{byt5}, 384 tokens, targets (40): {'│'.join(of_bytes['pieces'])}" in shown
+    assert "  unknown: ã 40" in shown
     page = tmp_path / "page.html"
     assert t5tune_in_fork(*command, "--html", page).stdout == f"{page}\n"
-    assert "<td>40: ã 40</td>" in page.read_text("utf-8")
+    assert "<td>ã 40</td>" in page.read_text("utf-8")
     assert html.escape("│".join(of_bytes["pieces"])) in page.read_text("utf-8")
 
 
@@ -334,27 +336,46 @@ def test_only_the_first_records_of_much_data_are_read(pairs: Path, monkeypatch: 
     monkeypatch.setattr("t5tune.preparing.sample.SAMPLE_BYTES", 10_000)
     values = {"model_name_or_path": "pocket", "data_path": str(pairs), "source_column": "en", "target_column": "gn"}
     notes: list[Event] = []
-    (split,) = inspect(InspectSettings(**values), notes.append).splits
-    assert 0 < split.texts < 80
-    assert notes == [Note(f"read only the first records: {split.texts // 2}")]
+    split, _ = inspect(InspectSettings(**values), notes.append).splits
+    assert 0 < split.texts < 40
+    assert notes == [Note(f"read only the first records: {split.texts}")]
 
 
 def test_all_texts_of_a_conversation_are_split(tmp_path: Path, byt5: Path) -> None:
-    turns = [{"role": role, "content": text} for role, text in (("user", "Hi"), ("assistant", "Yes"))]
+    texts = (("system", "Be"), ("user", "Hi"), ("assistant", "Yes"))
+    turns = [{"role": role, "content": text} for role, text in texts]
     (tmp_path / "data.jsonl").write_text(json.dumps({"messages": turns}))
-    (split,) = inspect(InspectSettings(model_name_or_path=byt5, data_path=tmp_path / "data.jsonl")).splits
-    assert (split.texts, split.tokens_per_word, split.pieces) == (2, 2.5, ["Y", "e", "s"])
+    sources, targets = inspect(InspectSettings(model_name_or_path=byt5, data_path=tmp_path / "data.jsonl")).splits
+    assert (sources.texts, sources.tokens_per_word, sources.pieces) == (2, 2, ["B", "e"])
+    assert (targets.texts, targets.tokens_per_word, targets.pieces) == (1, 3, ["Y", "e", "s"])
 
 
 def test_statistics_show_how_the_vocabulary_of_a_cache_splits_texts(cache: Path, tmp_path: Path) -> None:
     done = t5tune_in_fork("inspect", cache, "--stats", "--json")
-    (split,) = json.loads(done.stdout.splitlines()[-1])["splits"]
-    assert (split["texts"], split["unknown"], split["pieces"][-3:]) == (8, {"猫": 1}, ["{", "x", "}"])
+    sources, split = json.loads(done.stdout.splitlines()[-1])["splits"]
+    assert (split["texts"], split["unknown"], split["pieces"][-3:]) == (4, {"猫": 1}, ["{", "x", "}"])
+    assert (sources["side"], sources["texts"], sources["unknown"]) == ("sources", 4, {})
     shown = t5tune_in_fork("inspect", cache, "--stats").stdout.splitlines()
     pieces = "│".join(split["pieces"]).replace("\n", "↵")
-    assert shown[-1].endswith(f": {pieces}")
+    assert shown[-2].endswith(f": {pieces}")
+    assert shown[-1] == "  unknown: 猫 1"
     inspect(InspectSettings(cache=cache, html=tmp_path / "page.html"))
     assert pieces in html.unescape((tmp_path / "page.html").read_text("utf-8"))
+
+
+def test_unknown_characters_in_the_sources_of_a_cache_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text(json.dumps({"source": "猫 and 帽", "target": "Yes"}))
+    values = {"model_name_or_path": "pocket", "data_path": tmp_path / "data.jsonl", "output_dir": tmp_path / "cache"}
+    prepare(PrepareSettings(**values))
+    sources, targets = inspect(InspectSettings(cache=tmp_path / "cache", stats=True)).splits
+    assert (sources.unknown, targets.unknown) == ({"\ufffd": 2}, {})
+
+
+def test_raw_text_has_no_sides(tmp_path: Path) -> None:
+    (tmp_path / "data.txt").write_text("Good morning.\n\nHow are you?")
+    values = {"model_name_or_path": "pocket", "data_path": tmp_path / "data.txt", "objective": "span-corruption"}
+    (split,) = inspect(InspectSettings(**values)).splits
+    assert split.side == "texts"
 
 
 def test_only_tokenizers_and_configs_are_downloaded(pairs: Path, byt5: Path, tmp_path: Path) -> None:
@@ -365,4 +386,4 @@ def test_only_tokenizers_and_configs_are_downloaded(pairs: Path, byt5: Path, tmp
         done = t5tune_in_fork(*command, env=hub.environment)
         assert hub.count_downloads("tokenizer.json") == hub.count_downloads("config.json") == 1
         assert hub.count_downloads("model.safetensors") == 0
-    assert [split["model"] for split in json.loads(done.stdout)["splits"]] == ["some/t5", str(byt5)]
+    assert [split["model"] for split in json.loads(done.stdout)["splits"]] == ["some/t5"] * 2 + [str(byt5)] * 2

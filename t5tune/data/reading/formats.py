@@ -78,6 +78,12 @@ class Conversation:
         return [self.system or "", *(turn.text for turn in self.turns), *self._list_rejected()]
 
     @property
+    def sources(self) -> list[str]:
+        """The texts that aren't learned."""
+        context = (turn.text for turn in self.turns if turn.role != "assistant" or not turn.learned)
+        return [self.system or "", *context]
+
+    @property
     def targets(self) -> list[str]:
         """The learned texts."""
         learned = (turn.text for turn in self.turns if turn.role == "assistant" and turn.learned)

@@ -1,6 +1,6 @@
 """How a vocabulary splits texts: tokens per word and per character, pieces, and the characters that it lacks.
 
-split = measure_split("google/flan-t5-base", tokenizer, ["Iporã.", "Mba'éichapa?"])
+split = measure_split("google/flan-t5-base", "targets", tokenizer, ["Iporã.", "Mba'éichapa?"])
 split.tokens_per_word, split.unknown, split.pieces    # 6.5, {"ã": 1}, ["▁I", "p", "or", "<unk>", "."]
 """
 
@@ -19,15 +19,17 @@ TEXTS_PER_BATCH = 1000
 
 @dataclass(frozen=True)
 class VocabularySplit:
-    """How the vocabulary of a model, or of a token cache, splits texts.
+    """How the vocabulary of a model, or of a token cache, splits the sources or the targets.
 
     Args:
-        unknown: characters that become the unknown token -> their number, the most frequent first; of a cache, in
-            all of its targets.
+        side: "sources" or "targets", which may be in different languages; "texts" for raw text.
+        unknown: characters that become the unknown token -> their number, the most frequent first. A cache has lost the
+            characters of its sources (U+FFFD), and has counted them in all of its targets.
         pieces: tokens of the first text.
     """
 
     model: str
+    side: str
     vocabulary_size: int
     texts: int
     tokens_per_word: float
@@ -37,21 +39,28 @@ class VocabularySplit:
 
 
 def tabulate_splits(splits: Sequence[VocabularySplit]) -> list[tuple[str, ...]]:
-    """Return the rows of a table with a column for each vocabulary; the last row has the pieces."""
-    titles = ("", "tokens in the vocabulary", "texts", "tokens per word (between spaces)", "tokens per character")
-    columns: list[tuple[str, ...]] = [(*titles, "unknown characters", "pieces")]
+    """Return the header and a row for each split."""
+    titles = (
+        "model",
+        "texts",
+        "tokens/word",
+        "tokens/character",
+        "unknown",
+        "vocabulary",
+        "unknown characters",
+        "pieces",
+    )
+    rows: list[tuple[str, ...]] = [titles]
     for split in splits:
-        numbers = [f"{split.vocabulary_size:,}", f"{split.texts:,}"]
-        numbers += [f"{split.tokens_per_word:.2f}", f"{split.tokens_per_character:.2f}"]
-        shown = [f"{make_printable(text)} {count:,}" for text, count in split.unknown.items()]
-        unknown = f"{sum(split.unknown.values()):,}"
-        unknown += f": {join_first(shown)}" if shown else ""
+        ratios = (f"{split.tokens_per_word:.2f}", f"{split.tokens_per_character:.2f}")
+        unknown = join_first([f"{make_printable(text)} {count:,}" for text, count in split.unknown.items()])
         pieces = make_printable("│".join(split.pieces).replace("\n", "↵"))
-        columns.append((split.model, *numbers, unknown, pieces))
-    return [*zip(*columns, strict=True)]
+        counts = (f"{sum(split.unknown.values()):,}", f"{split.vocabulary_size:,} tokens")
+        rows.append((split.model, f"{split.side} ({split.texts:,})", *ratios, *counts, unknown, pieces))
+    return rows
 
 
-def measure_split(model: str, tokenizer: Tokenizer, texts: Sequence[str]) -> VocabularySplit:
+def measure_split(model: str, side: str, tokenizer: Tokenizer, texts: Sequence[str]) -> VocabularySplit:
     """Encode texts; at least one must not be blank."""
     num_tokens, unknown = 0, Counter[str]()
     for start in range(0, len(texts), TEXTS_PER_BATCH):
@@ -67,6 +76,7 @@ def measure_split(model: str, tokenizer: Tokenizer, texts: Sequence[str]) -> Voc
                 unknown.update(text[place] for place in {*chain.from_iterable(spans)})
     return VocabularySplit(
         model=model,
+        side=side,
         vocabulary_size=len(tokenizer),
         texts=len(texts),
         tokens_per_word=round(num_tokens / sum(len(text.split()) for text in texts), 4),
