@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from itertools import chain, islice
+from shutil import get_terminal_size
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
@@ -67,7 +68,11 @@ def render_comparison(result: "Comparison") -> Text:
     from t5tune.commands.compare import format_table
 
     header, rows = format_table(result.rows)
-    return align_columns([header, *rows])
+    table = [header, *rows]
+    texts = [align_columns(table), align_columns(list(zip(*table, strict=True)))]  # rows, or columns, of runs
+    wide, narrow = (max(map(len, text.plain.split("\n"))) for text in texts)
+    width = get_terminal_size((wide, 0)).columns  # a file has room for all columns
+    return texts[1] if width < wide and narrow < wide else texts[0]
 
 
 def align_columns(rows: Sequence[Sequence[str]]) -> Text:

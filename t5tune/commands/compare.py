@@ -47,7 +47,8 @@ class ComparedRow:
     Args:
         settings: those that aren't the same in all rows.
         values: name -> number of each run: `best_step`, the metrics at that step, the scores of `evaluate` with
-            `evaluate` before their names, `seconds` and `peak_memory_bytes` of finished runs.
+            `evaluate` before their names, `seconds` and `peak_memory_bytes` of finished runs; `seconds` not if a run
+            was resumed.
     """
 
     runs: list[Path]
@@ -184,7 +185,9 @@ def _is_run(folder: Path, patterns: Sequence[Path]) -> bool:
     """
     is_run = (folder / SETTINGS_FILE).is_file() and (folder / METRICS_FILE).is_file()
     if not is_run and folder in patterns and not (folder / SCORES_FILE).is_file():
-        raise SettingsError(f"runs: {folder}: not a run folder", hint="give the output_dir of t5tune train")
+        raise SettingsError(
+            f"runs: {folder}: not a run folder", hint=f"give run folders, or a pattern such as '{folder}/*'"
+        )
     return is_run
 
 
@@ -200,7 +203,9 @@ def _read_run(folder: Path, report: Report) -> ComparedRow:
         values = {"best_step": [best["step"]], **dict(_select_metrics(metrics))}
     if RunFolder(folder).is_finished:
         result = read_result(folder)
-        values |= {"seconds": [result.seconds], "peak_memory_bytes": [result.peak_memory_bytes]}
+        if result.resumed_from is None:  # otherwise the time before isn't known
+            values["seconds"] = [result.seconds]
+        values["peak_memory_bytes"] = [result.peak_memory_bytes]
     else:
         step = log[-1]["step"] if log else 0
         report(Note(f"{folder}: not finished: its metrics are those up to step {step}", warning=True))

@@ -84,7 +84,7 @@ def migrate(settings: MigrateSettings, report: Report = silent) -> MigrateResult
         problem = "has no key of LLaMA-Factory, axolotl, run_summarization or run_translation"
         raise SettingsError(f"{path}: {problem}", hint="give the YAML, the JSON or the command line of a training run")
     found = _translate(config, tool)
-    if not any(found[key].settings for key in config):
+    if not any(found[key].settings for key, value in config.items() if value is not None):
         raise SettingsError(f"{path}: no key can be translated", hint="t5tune train --help-all lists the settings")
     keys = {_write_key(key, value): found[key] for key, value in config.items()}
     lost = {key: each.comment for key, each in keys.items() if each.is_lost}
@@ -233,7 +233,9 @@ def _read_batch(size: int, config: Config) -> Found:
     if not any(config.get(name) for name in ("sample_packing", "packing", "neat_packing")):
         return {"per_device_train_batch_size": size}
     length = config.get("sequence_len") or config.get("cutoff_len") or 2048
-    return {"tokens_per_batch": size * length}, f"{size} × {length} tokens of packed examples"
+    return {
+        "tokens_per_batch": size * length
+    }, f"tokens_per_batch is {size} × {length}, because a packed row has many examples"
 
 
 def _read_layers(names: Any, config: Config) -> Found:
@@ -264,6 +266,7 @@ _ROWS: tuple[tuple[str, Rule, str], ...] = (
     ("micro_batch_size per_device_train_batch_size", _read_batch, "expected a number"),
     ("batch_size", lambda v, c: {"gradient_accumulation_steps": v // c["micro_batch_size"]}, "expected a number"),
     ("num_processes", lambda v, c: {"num_gpus": v}, ""),
+    ("mask_history", {"train_on": "last"}, ""),
     ("max_target_length", None, "model_max_length limits sources and targets"),
     ("lora_rank", lambda v, c: {"lora_r": v, "lora_alpha": c.get("lora_alpha") or 2 * v}, ""),
     ("lora_target lora_target_modules", _read_layers, "a T5 has other layers; all-linear means all"),
@@ -295,7 +298,8 @@ _ROWS: tuple[tuple[str, Rule, str], ...] = (
     ("template chat_template", {}, "the data or the model decides the conversation template"),
     ("overwrite_output_dir", {}, "a run is never overwritten; --fresh renames it and starts over"),
     ("ddp_timeout", {}, "the data is prepared before more processes start"),
-    ("dataset_dir dataset_prepared_path tokenized_path", {}, "the token cache is in the run folder"),
+    ("dataset_dir", {}, "data_path names whole paths"),
+    ("dataset_prepared_path tokenized_path", {}, "the token cache is in the run folder"),
 )  # fmt: skip
 RULES = {name: (rule, why) for names, rule, why in _ROWS for name in names.split()}
 """Key -> (rule, why). A rule has the settings, or makes them of the value and of all keys. {}: nothing needs to be set;

@@ -16,6 +16,6 @@ def write_comparison_page(
         charts: title -> lines, the best run's first; only the first NUM_COLORS are drawn.
     """
     drawn = [draw_line_chart(title, lines[:NUM_COLORS], allow_log=True) for title, lines in charts.items()]
-    best = f", of the best {NUM_COLORS} runs" if max(map(len, charts.values()), default=0) > NUM_COLORS else ""
+    best = f", of the first {NUM_COLORS} runs" if max(map(len, charts.values()), default=0) > NUM_COLORS else ""
     table = f'<div class="scroll">{render_table(rows, header)}</div>'
     write_page(path, "Comparison of runs", [table, f"<h2>Curves{best}</h2>", '<div class="charts">', *drawn, "</div>"])

@@ -99,7 +99,6 @@ NOT_NEEDED: Mapping[str, str] = {
     "HF_TOKEN",
     "do_train do_predict": "the command decides it",
     "do_eval": "{eval_fraction} or {eval_data_path} turns evaluation on",
-    "max_eval_samples max_predict_samples": "all of {eval_data_path} is evaluated; `t5tune evaluate` has {num_data}",
     "use_peft use_lora": "LoRA is the default, and {train_mode=full} trains all weights",
     "device device_map": "CUDA_VISIBLE_DEVICES chooses the GPU that trains, {num_gpus} uses several, and "
     "{use_cpu=true} none",
@@ -158,6 +157,8 @@ ADVICE: Mapping[str, str] = {
     "eval_table_size": "use {report_samples}, the number of predictions in report.html",
     "adam_beta1 adam_beta2 adam_epsilon optim_args lr_scheduler_kwargs": "set it under training_args in a YAML file",
     "training_args": "set it in a --config file",
+    "max_eval_samples max_predict_samples": "leave it out: all of {eval_data_path} is evaluated; `t5tune evaluate` has "
+    "{num_data}",
     "neftune_noise_alpha": "leave it out: NEFTune isn't supported",
 }
 """Names in other tools without a setting of the same meaning -> the advice, with our settings in braces.

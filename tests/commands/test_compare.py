@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from t5tune.cli.results import render_comparison
 from t5tune.commands.compare import compare
 from t5tune.commands.evaluate import evaluate
 from t5tune.commands.train import train
@@ -82,6 +83,21 @@ def test_the_terminal_shows_the_table(runs: Path) -> None:
     assert best.split()[:4] == ["r8-s1", "8", "1", "2"]
     assert other.split()[:6] == ["3", "runs", "4", "1", "2", "3"]
     assert "2.1 ± 0.1" in other
+
+
+def test_a_narrow_terminal_gets_a_column_for_each_row(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = compare(CompareSettings(runs=[runs / "*"]))
+    assert render_comparison(result).plain.startswith("run     lora_r  seed")
+    monkeypatch.setenv("COLUMNS", "50")
+    assert render_comparison(result).plain.startswith("run          r8-s1     3 runs\nlora_r       8         4\n")
+
+
+def test_a_resumed_run_has_no_time(trained: Path, tmp_path: Path) -> None:
+    run = copy_run(trained, tmp_path / "run")
+    result = json.loads((run / "result.json").read_text())
+    (run / "result.json").write_text(json.dumps({**result, "resumed_from": result["run"] + "/checkpoint-2"}))
+    (row,) = compare(CompareSettings(runs=[run])).rows
+    assert row.values.keys() & {"seconds", "peak_memory_bytes"} == {"peak_memory_bytes"}
 
 
 def test_scores_of_evaluate_join_their_run(runs: Path, conversations: Path, tmp_path: Path) -> None:

@@ -145,7 +145,7 @@ def test_an_axolotl_config_becomes_settings_and_comments(run) -> None:
     }  # fmt: skip
     assert result.not_supported == {
         "wandb_entity: team": "use report_to: wandb, and the variable WANDB_ENTITY or WANDB_LOG_MODEL",
-        "micro_batch_size: 2": "2 × 512 tokens of packed examples",
+        "micro_batch_size: 2": "tokens_per_batch is 2 × 512, because a packed row has many examples",
         "evals_per_epoch: 4": "set eval_steps; t5tune plan shows the steps",
         "mystery: 7": "t5tune train has no such setting",
     }
@@ -236,6 +236,8 @@ CONVERSIONS = [
      "metric_for_best_model: metric_for_best_model: rouge1"),
     # lengths and texts
     (H | {"max_target_length": 64, "max_source_length": 512}, {"model_max_length": 512}, "max_target_length: model"),
+    (H | {"max_eval_samples": 20}, {}, "max_eval_samples: all of eval_data_path is evaluated"),
+    (F | {"mask_history": True}, {"train_on": "last"}, ""),
     (H | {"do_eval": True}, {}, "do_eval: eval_data_path turns it on"),
     (H | {"dataset_name": "xsum"}, {}, "dataset_name: set data_path to OWNER/NAME"),
     (H | {"test_file": "c.csv"}, {"data_path": "a.csv"}, "test_file: after training: t5tune evaluate RUN"),

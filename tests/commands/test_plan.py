@@ -25,7 +25,7 @@ from t5tune.planning.layer_memory import (
     measure_step,
 )
 from t5tune.planning.run_memory import USABLE_GPU_SHARE
-from t5tune.progress import Note
+from t5tune.progress import Event, Note
 from t5tune.settings import PlanSettings, PrepareSettings, QuantizationSettings, TrainSettings, load_settings
 from t5tune.settings.loading import dump_settings
 from tests.planning.plans import make_plan, write_short_model
@@ -527,6 +527,33 @@ def test_the_first_steps_of_a_run_are_timed(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_notes_of_a_plan_name_no_temporary_folder(tmp_path: Path) -> None:
+    records = [{"source": "a b c d e f g h i j k l", "target": "b"}] * 20 + [{"source": "a"}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
+    notes = list[Event]()
+    settings = PlanSettings(
+        model_name_or_path="pocket", data_path=[str(tmp_path / "a.jsonl")], model_max_length=8, time_run=False
+    )
+    plan(settings, notes.append)
+    texts = [note.text for note in notes if isinstance(note, Note) and note.warning]
+    assert texts == ["1 record rejected (unknown format: 1)", "20 sources truncated to model_max_length 8"]
+
+
+def test_an_unknown_model_is_reported_once(conversations: Path) -> None:
+    notes = list[Event]()
+    with pytest.raises(ModelError, match="no such folder"):
+        plan(PlanSettings(model_name_or_path="no/model", data_path=[str(conversations)]), notes.append)
+    assert not notes
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_timed_run_prints_nothing(capfd: pytest.CaptureFixture[str], conversations: Path) -> None:
+    planned = make_plan("pocket", data_path=str(conversations), num_processes=2)
+    assert planned.time_unknown is None
+    assert capfd.readouterr() == ("", "")
+
+
 def test_a_plan_says_why_there_is_no_time(conversations: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(KNOWN_CONFIGS["google/flan-t5-small"]))
     data = {"data_path": str(conversations)}
@@ -536,6 +563,7 @@ def test_a_plan_says_why_there_is_no_time(conversations: Path, tmp_path: Path) -
         ("pocket", {**data, **NO_SUGGESTION}, "the run doesn't fit"),
         ("pocket", {**data, "gpu_memory": "24GiB"}, "the plan is for a different machine"),
         (tmp_path / "config.json", {"use_cpu": True}, "no data is given"),
+        (tmp_path / "config.json", {**data, "use_cpu": True}, "the model isn't on this machine"),
     ):
         planned = make_plan(model, source_length=8, target_length=8, per_device_train_batch_size=1, **changes)
         assert (planned.time, planned.time_unknown) == (None, reason)

@@ -104,8 +104,8 @@ def plan(settings: PlanSettings, report: Report = silent) -> Plan:
 
 def _make_plan(settings: PlanSettings, folder: Path, report: Report) -> Plan:
     machine = _detect_machine(settings)
+    config, place = _read_model_config(settings, report)  # first: its errors say more
     data = read_lengths(settings, folder, report)
-    config, place = _read_model_config(settings, report)
     family = find_family(config, place, settings.family)
     architecture = family.bind(config)
     num_token_rows = min(data.num_added_tokens, family.num_unused_rows)

@@ -1,7 +1,8 @@
 """The lengths of the examples of a planned run: of its data, of a sample of them, or assumed."""
 
+import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from t5tune.planning.layer_memory import BatchLengths
 from t5tune.preparing.datasets import prepare_datasets
 from t5tune.preparing.plan import Origin, PreparePlan
 from t5tune.preparing.resolve_datasets import RAW_TEXT
-from t5tune.progress import Note, Report, without_notes
+from t5tune.progress import Event, Note, Report, without_notes
 from t5tune.settings import PlanSettings
 from t5tune.settings.dataset_spec import DatasetSpec
 from t5tune.settings.groups.base import BaseModelSettings
@@ -105,7 +106,7 @@ def _prepare_sample(settings: PlanSettings, folder: Path, report: Report) -> tup
             mixing,
             origin=Origin(rejected_file=folder / REJECTED_FILE, run=folder),
         ),
-        without_notes(report),
+        lambda event: without_notes(report)(_leave_out_folder(event, folder)),
     )
     prepared = open_examples(folder / RUN_CACHE_FOLDER)
     share: float | None = 1.0
@@ -119,6 +120,13 @@ def _prepare_sample(settings: PlanSettings, folder: Path, report: Report) -> tup
     if settings.eval_fraction > 0 and not settings.list_evaluation_datasets():
         return prepared.split(settings.eval_fraction, settings.split_seed)[0], share
     return prepared.split_as_prepared()[0], share
+
+
+def _leave_out_folder(event: Event, folder: Path) -> Event:
+    """Remove the part of a note that names the folder, which is temporary."""
+    if not isinstance(event, Note):
+        return event
+    return replace(event, text=re.sub(rf"[;:] [^;:]*{re.escape(str(folder))}[^;]*", "", event.text))
 
 
 def _estimate_share(dataset: DatasetSpec, manifest: dict[str, Any]) -> float | None:

@@ -40,7 +40,9 @@ def estimate_time(
     if settings.gpu_memory is not None or (machine.on_gpu and machine.count > torch.cuda.device_count()):
         raise T5TuneError("the plan is for a different machine")
     if data.share is None:
-        raise T5TuneError("the number of examples isn't known" if data.is_real else "no data is given")
+        has_data = settings.data is not None or settings.data_path is not None
+        unread = "the model isn't on this machine" if has_data else "no data is given"
+        raise T5TuneError("the number of examples isn't known" if data.is_real else unread)
     times = _time_beginning(_make_train_settings(settings, folder), folder)
     if times.error is not None or len(times.steps) < 3:
         raise T5TuneError(times.error or "the run has fewer than three steps")

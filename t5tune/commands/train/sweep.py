@@ -99,8 +99,10 @@ def sweep(settings: TrainSettings, report: Report = silent, shows_runs: bool = F
     runs = make_runs(settings)
     variables = _divide_devices(settings)
     report(Note(f"sweep: {format_count(len(runs), 'run')} in {settings.output_dir}"))
-    with handle_signals(report, saves_checkpoints=True) as stop, tempfile.TemporaryDirectory() as scratch:
-        state = _Sweep(settings, runs, variables, Path(scratch), shows_runs and settings.jobs == 1, report)
+    shows_runs = shows_runs and settings.jobs == 1  # then the run reports Ctrl-C
+    signal_report = silent if shows_runs else report
+    with handle_signals(signal_report, saves_checkpoints=True) as stop, tempfile.TemporaryDirectory() as scratch:
+        state = _Sweep(settings, runs, variables, Path(scratch), shows_runs, report)
         state.train_all(stop)
     finished = [name for name in runs if RunFolder(runs[name].output_dir).is_finished]
     folders = [runs[name].output_dir for name in [*finished, *state.stopped]]

@@ -12,6 +12,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+from t5tune.compat.quiet import quiet_libraries
 from t5tune.errors import Stopped
 from t5tune.file_names import SETTINGS_FILE
 from t5tune.io.atomic import write_json
@@ -52,7 +53,8 @@ def main(folder: Path, times: Times, max_seconds: float) -> None:
 
     try:
         settings, _ = load_settings(TrainSettings, str(folder / SETTINGS_FILE), {})
-        train(settings, lambda event: record(event, times))
+        with quiet_libraries():
+            train(settings, lambda event: record(event, times))
     except Stopped:
         pass
     except Exception as error:  # the plan shows it

@@ -10,7 +10,7 @@ import pytest
 from t5tune.commands.train import train
 from t5tune.commands.train.sweep import make_runs, sweep
 from t5tune.errors import SettingsError
-from t5tune.progress import Event, Note
+from t5tune.progress import Event, Note, Report
 from t5tune.runs.metrics_log import MetricsLog
 from t5tune.settings import TrainSettings, write_settings
 from tests.support.processes.command_line import t5tune_in_fork
@@ -58,6 +58,22 @@ def test_a_sweep_trains_what_is_left_and_compares_all(
     losses = [row["values"]["loss"][0] for row in result["comparison"]["rows"]]
     assert losses == sorted(losses)
     assert {row["settings"]["lora_r"] for row in result["comparison"]["rows"]} == set(RANKS)
+
+
+@pytest.mark.parametrize(("jobs", "is_shown"), [(1, True), (1, False), (2, True)])
+def test_ctrl_c_is_reported_once(
+    jobs: int, is_shown: bool, settings: TrainSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop_at_once(report: Report, **_: bool) -> None:
+        report(Note("finishing this step"))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("t5tune.commands.train.sweep.handle_signals", stop_at_once)
+    notes = list[Event]()
+    with pytest.raises(KeyboardInterrupt):
+        sweep(settings.replace(jobs=jobs), notes.append, shows_runs=is_shown)
+    # a run that shows its progress also reports the signal
+    assert (Note("finishing this step") in notes) == (jobs == 2 or not is_shown)
 
 
 @pytest.mark.slow
