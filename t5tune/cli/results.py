@@ -3,10 +3,9 @@
 import json
 from collections.abc import Iterator, Sequence
 from itertools import chain, islice
-from shutil import get_terminal_size
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -41,7 +40,7 @@ def render_result(command: str, result: Any) -> RenderableType | None:
         case "schema":
             return json.dumps(result, indent=2, ensure_ascii=False)
         case "compare":
-            return render_comparison(result)
+            return ComparisonTable(result)
         case "docs":
             return str(result.text.removesuffix("\n"))
     return None
@@ -64,15 +63,19 @@ def render_labels(dataset: str, table: LabelTable) -> Group:
     return Group(grid, Text(rest + describe_labels(table)))
 
 
-def render_comparison(result: "Comparison") -> Text:
-    from t5tune.commands.compare import format_table
+class ComparisonTable:
+    """A comparison with a row for each group of runs, or with a column where a terminal is too narrow for rows."""
 
-    header, rows = format_table(result.rows)
-    table = [header, *rows]
-    texts = [align_columns(table), align_columns(list(zip(*table, strict=True)))]  # rows, or columns, of runs
-    wide, narrow = (max(map(len, text.plain.split("\n"))) for text in texts)
-    width = get_terminal_size((wide, 0)).columns  # a file has room for all columns
-    return texts[1] if width < wide and narrow < wide else texts[0]
+    def __init__(self, result: "Comparison") -> None:
+        from t5tune.commands.compare import format_table
+
+        header, rows = format_table(result.rows)
+        self._table = [header, *rows]
+
+    def __rich_console__(self, _: Console, options: ConsoleOptions) -> Iterator[Text]:
+        texts = [align_columns(self._table), align_columns(list(zip(*self._table, strict=True)))]
+        wide, narrow = (max(map(len, text.plain.split("\n"))) for text in texts)
+        yield texts[options.is_terminal and options.max_width < wide and narrow < wide]
 
 
 def align_columns(rows: Sequence[Sequence[str]]) -> Text:

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 
 from t5tune.cli.next_steps import list_next_steps
 from t5tune.cli.output import Output
-from t5tune.cli.results import render_comparison, render_result
+from t5tune.cli.results import ComparisonTable, render_result
 from t5tune.cli.workers import follow_launcher, run_in_workers
 from t5tune.commands.train import resume_after_restart, send_result, set_up_run_folder, train
 from t5tune.commands.train.run_plan import make_run_plan
@@ -47,7 +47,7 @@ def _show_sweep(settings: TrainSettings, output: Output) -> None:
         output.show(runs, "\n".join(runs.values()))
         return
     result = sweep(settings, output.report, shows_runs=not (output.quiet or output.json))
-    output.show(result, "" if result.comparison is None else render_comparison(result.comparison))
+    output.show(result, "" if result.comparison is None else ComparisonTable(result.comparison))
     if result.failed:
         names = [f"{name}: {error}" for name, error in result.failed.items()]
         problem = f"sweep: {format_count(len(names), 'run')} failed: {join_first(names)}"

@@ -1,6 +1,7 @@
 """compare shows what differs between runs, groups seeds, and takes metrics from the best step."""
 
 import csv
+import io
 import json
 import shutil
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
 
-from t5tune.cli.results import render_comparison
+from t5tune.cli.results import ComparisonTable
 from t5tune.commands.compare import compare
 from t5tune.commands.evaluate import evaluate
 from t5tune.commands.train import train
@@ -85,11 +87,19 @@ def test_the_terminal_shows_the_table(runs: Path) -> None:
     assert "2.1 ± 0.1" in other
 
 
-def test_a_narrow_terminal_gets_a_column_for_each_row(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    result = compare(CompareSettings(runs=[runs / "*"]))
-    assert render_comparison(result).plain.startswith("run     lora_r  seed")
-    monkeypatch.setenv("COLUMNS", "50")
-    assert render_comparison(result).plain.startswith("run          r8-s1     3 runs\nlora_r       8         4\n")
+@pytest.mark.parametrize(
+    ("width", "is_terminal", "start"),
+    [
+        (200, True, "run     lora_r  seed"),
+        (50, True, "run          r8-s1     3 runs\nlora_r "),
+        (50, False, "run     lora_r"),
+    ],
+)
+def test_a_narrow_terminal_gets_a_column_for_each_row(width: int, is_terminal: bool, start: str, runs: Path) -> None:
+    text = io.StringIO()
+    console = Console(file=text, width=width, force_terminal=is_terminal, soft_wrap=True, highlight=False)
+    console.print(ComparisonTable(compare(CompareSettings(runs=[runs / "*"]))))
+    assert text.getvalue().startswith(start)
 
 
 def test_a_resumed_run_has_no_time(trained: Path, tmp_path: Path) -> None:
