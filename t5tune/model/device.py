@@ -145,7 +145,7 @@ def manage_memory_for_loading(device: Any, is_partitioned: bool = False) -> Iter
 
 def return_freed_memory() -> None:
     """Make glibc return each freed tensor to Linux. Otherwise loading leaves holes between ZeRO-3's partitions."""
-    _set_malloc_options({M_MMAP_THRESHOLD: 1 << 20})
+    _set_malloc_options({M_MMAP_THRESHOLD: 1 << 17})
 
 
 def keep_freed_memory() -> None:

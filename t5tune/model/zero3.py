@@ -256,12 +256,29 @@ def _read_saved(model: Any, saved: torch.Tensor | _SavedWeight) -> torch.Tensor:
         return values.as_strided(saved.size, saved.stride, values.storage_offset() + saved.offset)
 
 
+def _gather_now(parameter: Any) -> None:
+    """Gather a parameter. On a CPU, gloo's all-gather needs its memory twice, but a broadcast writes in place."""
+    if parameter.device.type != "cpu":
+        parameter.all_gather()
+        return
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    part = parameter.ds_tensor
+    whole = torch.empty(part.ds_numel * dist.get_world_size(), dtype=part.dtype)
+    for rank, share in enumerate(whole.view(-1, part.ds_numel)):
+        if rank == dist.get_rank():
+            share.copy_(part)
+        dist.broadcast(share, rank)
+    parameter.data = whole[: parameter.ds_numel].view(parameter.ds_shape)
+    parameter.ds_status = ZeroParamStatus.AVAILABLE
+
+
 @contextmanager
 def _gather_again(model: Any, parameter: Any) -> Iterator[torch.Tensor]:
     """Gather a parameter for this block, unless DeepSpeed has already gathered it; yield its whole values."""
     is_partitioned = parameter.ds_status.name == "NOT_AVAILABLE"
     if is_partitioned:
-        parameter.all_gather()
+        _gather_now(parameter)
     elif parameter.ds_status.name == "INFLIGHT":  # DeepSpeed began to gather it for a later block
         model.ds_inflight_param_registry.pop(parameter).wait()
     try:

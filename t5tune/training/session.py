@@ -86,6 +86,9 @@ def load_data(session: Session) -> LoadedData:
     base_metadata, run_identity, resume = run_on_rank_0(world, start_or_resume)
     name = plan.processes.deepspeed
     deepspeed = None if name is None else packaged_templates.read_deepspeed_config(name)
+    zero = (deepspeed or {}).get("zero_optimization", {})
+    if session.device.type == "cpu" and zero.get("stage3_prefetch_bucket_size") == "auto":
+        zero["stage3_prefetch_bucket_size"] = 0  # the cores that would gather ahead are computing
     return LoadedData(
         examples, held_out, files, tokenizer, base, teacher, base_metadata, run_identity, deepspeed, resume
     )
