@@ -206,8 +206,9 @@ def test_two_columns_of_unknown_names_are_filled_in(tmp_path: Path) -> None:
     (rejected,) = read(tmp_path / "pairs.csv")
     assert isinstance(rejected, Rejection)
     assert rejected.message == (
-        "if the first line is data, add --no-header; otherwise, its keys are id, disfluent, its original; "
-        "add --source-column disfluent --target-column 'its original', or swap the names"
+        "its keys are id, disfluent, its original; "
+        "add --source-column disfluent --target-column 'its original', or swap the names; "
+        "the first line must name the columns; if it is data, add --no-header"
     )
     expected = (
         "expected conversations, or messages, or instruction + output, or completion + prompt, or source + target"
