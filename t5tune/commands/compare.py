@@ -208,7 +208,8 @@ def _read_run(folder: Path, report: Report) -> ComparedRow:
         values["peak_memory_bytes"] = [result.peak_memory_bytes]
     else:
         step = log[-1]["step"] if log else 0
-        report(Note(f"{folder}: not finished: its metrics are those up to step {step}", warning=True))
+        text = f"{folder}: not finished: its metrics are those up to step {step}; to finish it, run its command again"
+        report(Note(text, warning=True))
     return ComparedRow([folder], [settings.get("seed", TrainSettings.model_fields["seed"].default)], settings, values)
 
 

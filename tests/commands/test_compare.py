@@ -134,7 +134,12 @@ def test_an_unfinished_run_is_compared_with_a_note(trained: Path, tmp_path: Path
     notes = list[Event]()
     (row,) = compare(CompareSettings(runs=[run]), notes.append).rows
     assert "seconds" not in row.values
-    assert notes == [Note(f"{run}: not finished: its metrics are those up to step 6", warning=True)]
+    assert notes == [
+        Note(
+            f"{run}: not finished: its metrics are those up to step 6; to finish it, run its command again",
+            warning=True,
+        )
+    ]
 
 
 def test_runs_with_other_held_out_examples_are_marked(

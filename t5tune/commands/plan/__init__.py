@@ -1,10 +1,9 @@
-"""`t5tune plan`: estimate a training run's memory and steps from config.json alone, before anything runs.
+"""`t5tune plan`: estimate a training run's memory, steps and time before it starts.
 
     result = plan(PlanSettings(model_name_or_path="google/flan-t5-xxl", q_lora=True, gpu_memory="24GiB"))
     result.stages[0].total, result.suggestion
 
-The weights are counted on a model without data, and a step's memory is measured by running the step on empty tensors
-(planning/layer_memory.py). How ZeRO partitions them follows its paper (Rajbhandari et al. 2020).
+planning/run_memory.py estimates the memory, and planning/run_time.py the time, from steps that were timed.
 """
 
 from collections.abc import Callable

@@ -131,7 +131,8 @@ def test_a_run_worse_than_the_median_is_stopped(settings: TrainSettings) -> None
     assert result.stopped == ["lora_r=6"]
     assert len(result.finished) == 5
     texts = [note.text for note in notes if isinstance(note, Note)]
-    assert f"{settings.output_dir / names[5]}: not finished: its metrics are those up to step 1" in texts
+    unfinished = f"{settings.output_dir / names[5]}: not finished: its metrics are those up to step 1"
+    assert f"{unfinished}; to finish it, run its command again" in texts
 
 
 def test_runs_share_data_unless_a_setting_changes_it(settings: TrainSettings) -> None:
