@@ -85,10 +85,15 @@ def load_data(session: Session) -> LoadedData:
     check_same_inputs(base, plan.model.base.family, examples, held_out, world)
     base_metadata, run_identity, resume = run_on_rank_0(world, start_or_resume)
     name = plan.processes.deepspeed
-    deepspeed = None if name is None else packaged_templates.read_deepspeed_config(name)
-    zero = (deepspeed or {}).get("zero_optimization", {})
-    if session.device.type == "cpu" and zero.get("stage3_prefetch_bucket_size") == "auto":
-        zero["stage3_prefetch_bucket_size"] = 0  # the cores that would gather ahead are computing
+    deepspeed = None if name is None else _choose_prefetching(packaged_templates.read_deepspeed_config(name), session)
     return LoadedData(
         examples, held_out, files, tokenizer, base, teacher, base_metadata, run_identity, deepspeed, resume
     )
+
+
+def _choose_prefetching(deepspeed: dict[str, Any], session: Session) -> dict[str, Any]:
+    """Turn "auto" prefetching of ZeRO-3 off on a CPU: the cores that would gather ahead are computing."""
+    zero = deepspeed.get("zero_optimization", {})
+    if session.device.type == "cpu" and zero.get("stage3_prefetch_bucket_size") == "auto":
+        zero["stage3_prefetch_bucket_size"] = 0
+    return deepspeed

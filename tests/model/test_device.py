@@ -38,6 +38,33 @@ for _ in range(4):
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
+HOLES = """
+import psutil, torch
+from t5tune.model.device import return_freed_memory
+if {returned}:
+    return_freed_memory()
+torch.ones(4 << 20)  # when 16 MiB are freed, glibc maps only larger tensors by itself
+pairs = [(torch.ones(1 << 16), torch.ones(256)) for _ in range(400)]
+kept = [small for _, small in pairs]
+before = psutil.Process().memory_info().rss
+del pairs
+print((before - psutil.Process().memory_info().rss) >> 20)
+"""
+
+
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
+def test_freed_memory_between_kept_tensors_is_returned() -> None:
+    """Free 400 tensors of 256 KiB with kept tensors of 1 KiB between them, and measure how many MiB Linux gets back."""
+    returned = {}
+    for option in (False, True):
+        command = [sys.executable, "-c", HOLES.format(returned=option)]
+        returned[option] = int(subprocess.run(command, stdout=subprocess.PIPE, cwd=REPOSITORY, check=True).stdout)
+    if returned[False] > 50:
+        pytest.skip("this malloc returns large memory by itself")
+    assert returned[True] > 90
+
 
 @pytest.mark.long
 @pytest.mark.slow

@@ -99,8 +99,8 @@ def test_zero_3_gathers_the_head_for_the_loss_alone(
     untied_base: Path, conversations: Path, tmp_path: Path, on_ranks: OnRanks
 ) -> None:
     config = packaged_templates.read_deepspeed_config("zero3")
-    # otherwise DeepSpeed keeps so small a head gathered, or gathers it ahead of its use
-    config["zero_optimization"] |= {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0}
+    # otherwise DeepSpeed keeps such a small head gathered; on a CPU, nothing is gathered ahead of its use
+    config["zero_optimization"] |= {"stage3_param_persistence_threshold": 0}
     (tmp_path / "zero3.json").write_text(json.dumps(config))
     found = tmp_path / "found.jsonl"
     done = on_ranks(
