@@ -142,10 +142,15 @@ def check_plan(plan: RunPlan, imports_metrics: bool = True) -> None:
         problems.append(f"preprocessed_path: {path}: {problem}")
     if layers.packed_attention == "flex" and layers.packing == "off":
         problems.append("packed_attention: flex: needs packing; leave out packing: off")
-    if optim.startswith("paged_") and on_cpu:
-        problems.append(f"optim: {optim}: paged optimizers need a GPU; use adamw_bnb_8bit")
+    problems += find_unusable_optimizer(optim, on_cpu)
     if problems:
         raise SettingsError(*problems)
+
+
+def find_unusable_optimizer(optim: str, on_cpu: bool) -> list[str]:
+    """List a paged optimizer that can't train on a CPU."""
+    is_unusable = on_cpu and optim.startswith("paged_")
+    return [f"optim: {optim}: paged optimizers need a GPU; use adamw_bnb_8bit"] if is_unusable else []
 
 
 def choose_trackers(names: list[str]) -> list[str]:

@@ -34,6 +34,7 @@ from t5tune.planning.layer_memory import BatchLengths
 from t5tune.planning.run_memory import USABLE_GPU_SHARE, Machine, MemoryEstimator, StageMemory
 from t5tune.planning.run_time import RunTime
 from t5tune.progress import Note, Report, count_done, silent
+from t5tune.runs.checks import find_unusable_optimizer
 from t5tune.runs.plan import RunPlan
 from t5tune.settings import PlanSettings, TrainSettings
 from t5tune.settings.field_types import parse_gpu_memory
@@ -95,14 +96,14 @@ def plan(settings: PlanSettings, report: Report = silent) -> Plan:
         ModelError: there is no config.json, or its model type isn't supported.
         DataError: the token cache can't be used.
     """
-    if refusals := _find_refusals(settings):
+    machine = _detect_machine(settings)
+    if refusals := _find_refusals(settings) + find_unusable_optimizer(settings.optim, on_cpu=not machine.on_gpu):
         raise SettingsError(*refusals)
     with TemporaryDirectory(prefix="t5tune-plan-") as folder:
-        return _make_plan(settings, Path(folder), report)
+        return _make_plan(settings, machine, Path(folder), report)
 
 
-def _make_plan(settings: PlanSettings, folder: Path, report: Report) -> Plan:
-    machine = _detect_machine(settings)
+def _make_plan(settings: PlanSettings, machine: Machine, folder: Path, report: Report) -> Plan:
     config, place = _read_model_config(settings, report)  # first: its errors say more
     data = read_lengths(settings, folder, report)
     family = find_family(config, place, settings.family)
