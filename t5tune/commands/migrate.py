@@ -239,6 +239,8 @@ def _read_batch(size: int, config: Config) -> Found:
 
 
 def _read_layers(names: Any, config: Config) -> Found:
+    if config.get("lora_target_linear"):  # axolotl adds all linear layers to the named ones
+        return {"lora_target_modules": ["all-linear"]}
     words = names if isinstance(names, list) else re.split(r"[,\s]+", names.strip())
     return {"lora_target_modules": [*dict.fromkeys(LAYERS[word.removesuffix("_proj")] for word in words)]}
 

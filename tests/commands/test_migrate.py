@@ -277,6 +277,12 @@ def test_a_key_becomes_settings_or_advice(given: dict[str, Any], settings: dict[
     load_settings(TrainSettings, "written.yaml", {}, DATA)
 
 
+def test_axolotls_linear_layers_include_the_named_ones(run) -> None:
+    result = run(A | {"lora_target_modules": ["q_proj", "v_proj"], "lora_target_linear": True})
+    assert read(result)["lora_target_modules"] == ["all-linear"]
+    assert not result.not_supported
+
+
 # (keys of a dataset, its settings, what is lost)
 DATASETS = [
     ({"type": "alpaca"}, {}, ""),
