@@ -375,6 +375,9 @@ def _parse_pair(
     if missing := [name for name in (*sources, *targets) if name not in value]:
         key = _suggest_key(missing[0], value.keys() - used)
         key = "; put its name in quotes" if " ".join(missing) in value else key
+        if (parts := [part.strip() for part in missing[0].split(",")])[1:] and set(parts) <= value.keys():
+            flag = "--source-column" if missing[0] in sources else "--target-column"
+            key = f"; for several columns, use {flag} {shlex.join(parts)}"
         advice = suggest_unwrapping(value) or key
         if not advice and missing[0] in sources and reading.source_column is None:
             advice = "; name the source column with --source-column"
