@@ -22,7 +22,7 @@ from t5tune.data.caches.prepared import check_datasets, is_prepared, list_caches
 from t5tune.data.reading.files import STDIN, find_encodings
 from t5tune.data.reading.remote_files import hide_query
 from t5tune.data.tokens.vocabulary import ExtendedTokenizer
-from t5tune.errors import DataError, T5TuneError
+from t5tune.errors import DataError, T5TuneError, naming_settings
 from t5tune.file_names import MIXTURE_FILE, REJECTED_FILE, TEMPLATE_FILE
 from t5tune.io.atomic import remove_abandoned, write_file, write_folder_atomically, write_json
 from t5tune.io.reasons import join_first
@@ -59,7 +59,8 @@ def prepare_datasets(plan: PreparePlan, report: Report) -> tuple[dict[str, Any],
         DataError, ModelError, SettingsError: see `prepare`.
     """
     try:
-        return _prepare_datasets(plan, report)
+        with naming_settings(data_path=plan.origin.setting):
+            return _prepare_datasets(plan, report)
     except OSError as error:
         place = error.filename or plan.output_dir
         raise T5TuneError(f"{os.fsdecode(place)}: {error.strerror or error}") from error

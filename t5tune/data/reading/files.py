@@ -287,7 +287,7 @@ def _read_bytes(path: Path, digest: Digest | None = None) -> Iterator[bytes]:
                     yield chunk
             except damages as error:
                 problem = f"{path}: broken {compression} archive after {position} decompressed bytes: {error}"
-                raise DataError(problem, hint="download or copy the file again") from error
+                raise DataError(problem, "download or copy the file again", "data_path") from error
     except OSError as error:
         raise DataError(f"{path}: can't be read: {error.strerror or error}") from error
 
@@ -316,7 +316,8 @@ def read_byte_range(path: Path, start: int, end: int | None = None) -> Iterator[
 def _detect_compression(path: Path, beginning: bytes) -> str | None:
     found = next((suffix for suffix, magic in COMPRESSION_MAGIC.items() if re.match(magic, beginning)), None)
     if path.suffix.lower() in COMPRESSION_MAGIC and found != path.suffix.lower():
-        raise DataError(f"{path}: the name ends in {path.suffix}, but the file begins with {beginning!r}")
+        problem = f"{path}: the name ends in {path.suffix}, but the file begins with {beginning!r}"
+        raise DataError(problem, "rename the file, or download it again", "data_path")
     return found
 
 

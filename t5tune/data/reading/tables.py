@@ -237,7 +237,7 @@ def read_parquet(path: Path, max_bytes: int) -> Iterator[RawRecord]:
         # further lines point into pyarrow's C++ code
         reason = shorten(next(iter(str(error).splitlines()), type(error).__name__), 200)
         problem = f"{path}: row {index}: broken Parquet: {reason}"
-        raise DataError(problem, hint="download or copy the file again") from error
+        raise DataError(problem, "download or copy the file again", "data_path") from error
 
 
 def _check_column_names(names: list[str], place: str, advice: str = "") -> None:

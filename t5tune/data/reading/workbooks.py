@@ -83,7 +83,7 @@ def _open_workbook(path: Path) -> Iterator[tuple[zipfile.ZipFile, dict[str, str]
         raise
     except Exception as error:  # calamine raises its own exceptions, zipfile and ElementTree many of Python's
         hint = "open it in Excel, remove a password, and save it as .xlsx, or the sheet as CSV"
-        raise DataError(f"{path}: can't be read as a workbook: {error}", hint=hint) from error
+        raise DataError(f"{path}: can't be read as a workbook: {error}", hint, "data_path") from error
 
 
 def _load(file: zipfile.ZipFile, names: list[str], max_bytes: int) -> dict[str, bytes]:
