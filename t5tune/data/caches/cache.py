@@ -17,7 +17,7 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -336,9 +336,16 @@ def open_cache(folder: Path) -> Cache:
         path = folder / name
         if not path.is_file():
             raise DataError(f"{path}: missing from the token cache", hint=PREPARE_AGAIN)
-        if hash_file(path) != expected:
+        stats = path.stat()
+        if _hash_once(path.resolve(), (stats.st_ino, stats.st_size, stats.st_ctime_ns)) != expected:
             raise DataError(f"{path}: differs from what prepare wrote", hint=PREPARE_AGAIN)
     return Cache(folder, manifest)
+
+
+@lru_cache(maxsize=1024)
+def _hash_once(path: Path, _stats: tuple[int, ...]) -> str:
+    """Hash a file once in this process, unless its stats change: a run opens a given cache several times."""
+    return hash_file(path)
 
 
 def hash_files(folder: Path) -> dict[str, str]:

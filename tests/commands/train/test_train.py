@@ -22,6 +22,7 @@ from t5tune.commands.train import set_up_run_folder, train
 from t5tune.commands.train.run_plan import make_run_plan
 from t5tune.data.caches.prepared import open_examples
 from t5tune.errors import DataError, SettingsError, TrainingError
+from t5tune.io.atomic import hash_file
 from t5tune.progress import Advanced, Evaluated, Event, Finished, Measured, Note, Started
 from t5tune.runs.data import open_data
 from t5tune.runs.folder import RunFolder
@@ -308,6 +309,25 @@ def test_a_cache_replaced_before_it_is_opened_is_refused(
     with pytest.raises(DataError, match="cache: another process has replaced this data since"):
         open_data(plan, prepared)
     assert train(first).steps == 1  # it is prepared again
+
+
+def test_a_run_hashes_a_given_cache_once_unless_it_changes(
+    untied_base: Path, conversations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = {"model_name_or_path": str(untied_base), "data_path": str(conversations), "output_dir": tmp_path / "cache"}
+    prepare(PrepareSettings(**values))
+    settings = make_settings(untied_base, tmp_path / "cache", tmp_path / "run")
+    hashed: list[Path] = []
+    monkeypatch.setattr("t5tune.data.caches.cache.hash_file", lambda path: hashed.append(path) or hash_file(path))
+    with ExitStack() as stack:
+        set_up_run_folder(settings, stack)
+    open_data(make_run_plan(settings), None)
+    assert sorted(hashed) == sorted(set(hashed))
+    file = find_cache(tmp_path / "cache") / "tokens.bin"
+    assert file in hashed
+    file.write_bytes(bytes(file.stat().st_size))
+    with pytest.raises(DataError, match=r"tokens\.bin: differs from what prepare wrote"):
+        open_data(make_run_plan(settings), None)
 
 
 @pytest.mark.slow
