@@ -14,12 +14,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from t5tune.data.reading.cleaning import clean, normalize_text
 from t5tune.data.reading.record_turns import (
     EMPTY_VALUES,
+    LABEL_KEYS,
     ParsedTurns,
     RecordTurn,
     RecordTurns,
@@ -396,6 +398,15 @@ def _join_columns(role: Role, names: list[str], value: dict[str, Any]) -> Record
     """Make a turn of a column, or of the lines of several, leaving out those without a text."""
     texts = [parse_text(name, value[name]) for name in names if len(names) == 1 or value[name] not in EMPTY_VALUES]
     return RecordTurn(role, "\n".join(text for text in texts if text.strip()), ", ".join(names))
+
+
+def list_read_keys(reading: ReadingSettings) -> set[str]:
+    """List the keys of a record that are used if it has them: the named ones, or else those of all formats."""
+    sources, targets = reading.columns
+    used = {*sources, *targets, reading.rejected_column or "rejected", "system", *LABEL_KEYS}
+    if reading.source_column or reading.target_column or reading.rejected_column:
+        return used
+    return used.union({"input", "history", "text"}, *chain.from_iterable(keys for keys, _ in _FORMATS.values()))
 
 
 # alternative sets of keys of a record, and its parser

@@ -45,7 +45,7 @@ def read_records(files: list[Path], reading: ReadingSettings, stdin: Digest | No
         elif kind in TEXT_SUFFIXES:
             yield from read_text(path, reading.encoding)
         elif kind == ".parquet":
-            yield from read_parquet(path, reading.max_record_bytes)
+            yield from read_parquet(path, reading)
         elif kind == ".xlsx":
             yield from read_workbook(path, reading)
         else:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from t5tune.data.reading.files import BOM, read_chunks
+from t5tune.data.reading.formats import list_read_keys
 from t5tune.data.reading.raw_records import MAX_KEPT_BYTES, RawRecord, make_too_long_record
 from t5tune.data.reading.rejections import RecordLocation, Rejection
 from t5tune.data.reading.text_encoding import decode_record
@@ -126,7 +127,7 @@ def _name_cells(
         header, rows = _name_columns(len(header), reading), chain([first], rows)
     is_doubtful = reading.header and _looks_like_data(header, sample)
     names = [name if name.strip() else f"unnamed {number}" for number, name in enumerate(header, start=1)]
-    _check_column_names(names, f"{path}:{line}", "; if the first line is data, add --no-header")
+    _check_column_names(names, reading, f"{path}:{line}", "; if the first line is data, add --no-header")
     for index, (line, offset, size, beginning, cells) in enumerate(rows):
         # a spreadsheet may have empty columns without a name
         named = {name: cell for name, cell, given in zip(names, cells, header, strict=False) if cell or given}
@@ -212,18 +213,18 @@ def count_rows(path: Path) -> int:
     return 0
 
 
-def read_parquet(path: Path, max_bytes: int) -> Iterator[RawRecord]:
-    """Read the rows of a Parquet file; rows longer than `max_bytes` are rejected."""
+def read_parquet(path: Path, reading: ReadingSettings) -> Iterator[RawRecord]:
+    """Read the rows of a Parquet file; rows longer than max_record_bytes are rejected."""
     try:
         from pyarrow import parquet
     except ImportError as error:
         problem = f"{path}: reading Parquet needs pyarrow, which can't be imported: {error}"
         raise DependencyError(problem, hint="pip install pyarrow") from error
-    index = 0
+    index, max_bytes = 0, reading.max_record_bytes
     try:
         # an open file, because pyarrow accepts no path that isn't UTF-8
         with open(path, "rb") as opened, parquet.ParquetFile(opened, pre_buffer=False, buffer_size=1 << 20) as file:
-            _check_column_names(file.schema_arrow.names, str(path))
+            _check_column_names(file.schema_arrow.names, reading, str(path))
             for row, size in chain.from_iterable(_iterate_rows(batch, max_bytes) for batch in _read_batches(file)):
                 location = RecordLocation(str(path), index + 1, index, 0)
                 index += 1
@@ -240,8 +241,9 @@ def read_parquet(path: Path, max_bytes: int) -> Iterator[RawRecord]:
         raise DataError(problem, "download or copy the file again", "data_path") from error
 
 
-def _check_column_names(names: list[str], place: str, advice: str = "") -> None:
-    if duplicates := [name for name, count in Counter(names).items() if count > 1]:
+def _check_column_names(names: list[str], reading: ReadingSettings, place: str, advice: str = "") -> None:
+    used = list_read_keys(reading)
+    if duplicates := [name for name, count in Counter(names).items() if count > 1 and name in used]:
         problem = f"{place}: duplicate column name: {join_first(duplicates)}"
         raise DataError(problem, hint=f"rename all but one of them{advice}")
 
@@ -284,8 +286,8 @@ def _convert_rows(batch: Any) -> list[dict[str, Any]]:
     try:
         return list(batch.to_pylist())
     except Exception:  # a time out of Python's range, a struct with a duplicate field name, …
-        columns = {name: [_convert_cell(scalar) for scalar in batch[name]] for name in batch.schema.names}
-        return [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
+        columns = [[_convert_cell(scalar) for scalar in column] for column in batch.columns]
+        return [dict(zip(batch.schema.names, cells, strict=True)) for cells in zip(*columns, strict=True)]
 
 
 def _convert_cell(scalar: Any, max_bytes: int | None = None) -> Any:

@@ -44,6 +44,21 @@ def test_rows_of_a_csv_file_are_records(outcomes: Outcomes) -> None:
     assert outcomes(b"q,a\nx,y\n", "data.csv", source_column="q", target_column="a") == (["x"], [])
 
 
+@pytest.mark.parametrize("name", ["data.csv", "data.parquet"])
+def test_only_used_columns_need_different_names(tmp_path: Path, name: str) -> None:
+    path, names, cells = tmp_path / name, ["note", "source", "target", "note"], ["n", "s", "t", "m"]
+    if name == "data.csv":
+        path.write_text(f"{','.join(names)}\n{','.join(cells)}\n")
+    else:
+        parquet.write_table(pyarrow.table([[cell] for cell in cells], names=names), path)
+    (found,) = read(path)
+    assert isinstance(found, Conversation)
+    assert (found.sources, found.targets) == (["", "s"], ["t"])
+    assert found.repairs == {"ignored_field_note": 1}
+    with pytest.raises(DataError, match="duplicate column name: note; rename all but one of them"):
+        read(path, source_column="note")
+
+
 @pytest.mark.parametrize(
     ("header", "row", "columns"),
     [
