@@ -60,11 +60,13 @@ def find_files(
     """
     files: list[Path] = []
     if pair:
+        given, hint = f"{setting}: {' '.join(data_path)}", "name the file of the sources, then the file of the targets"
         if len(data_path) != 2:
-            hint = "name the file of the sources, then the file of the targets"
-            raise DataError(f"{setting}: {' '.join(data_path)}: pair_lines reads two text files", hint=hint)
+            raise DataError(f"{given}: pair_lines reads two text files", hint=hint)
         if missing := [name for name in data_path if not os.path.isfile(name)]:
             raise DataError(f"{setting}: {missing[0]}: no such file", hint="check the path's spelling")
+        if os.path.samefile(*data_path):
+            raise DataError(f"{given}: pair_lines reads two text files, and these are the same file", hint=hint)
         return [*map(Path, data_path)]
     for name in data_path:
         try:
