@@ -105,8 +105,8 @@ def _repeat_held_out(plan: RunPlan, has_evaluated: bool) -> list[str] | None:
     """
     data, paths = plan.data, plan.data.eval_data_path
     is_cached = all(each.cache for each in plan.eval_datasets or plan.datasets)
-    if paths is None and has_evaluated and len(data.data_path) == 1 and is_cached:
-        paths = data.data_path  # evaluate takes the held-out examples
+    if paths is None and has_evaluated:
+        paths, is_cached = [str(plan.data_folder)], True  # evaluate takes the held-out examples
     if paths is None or "-" in paths:
         return ["--data-path", *_name_data(paths)]
     # train reads data_subset from each dataset; a flag can't say that

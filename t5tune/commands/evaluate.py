@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,7 @@ from t5tune.progress import Note, Report, silent, without_notes
 from t5tune.reports.page import render_labels, write_page
 from t5tune.runs.checkpoints import replace_stopped_runs
 from t5tune.runs.checks import check_starts_no_processes
+from t5tune.runs.data import find_held_out
 from t5tune.settings import EvaluateSettings, write_settings
 from t5tune.settings.affects import Affects, select_settings
 from t5tune.settings.dataset_spec import SHARED, DatasetSpec, list_shared
@@ -290,7 +292,13 @@ def _read_task(
     settings: EvaluateSettings, datasets: Sequence[DatasetSpec], folder: Path, loaded: LoadedModel, report: Report
 ) -> _Task:
     add_tokens = settings.add_tokens if "add_tokens" in settings.model_fields_set else None
-    plan = EvaluationPlan(datasets, settings.select_part(BaseModelSettings), add_tokens, settings.compare_base)
+    plan = EvaluationPlan(
+        datasets,
+        settings.select_part(BaseModelSettings),
+        add_tokens,
+        settings.compare_base,
+        find_held_out=partial(find_held_out, loaded.adapter or loaded.base),
+    )
     chosen = load_evaluation_set(plan, loaded, report)
     names = choose_metrics(settings.metrics, chosen.targets)
     try_custom_metrics(settings.metric or [], chosen.targets)

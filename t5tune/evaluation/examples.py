@@ -1,11 +1,11 @@
 """The examples that `evaluate` reads: from conversations, or from a token cache.
 
-chosen = load_evaluation_set(EvaluationPlan(datasets, base, None, compares_base=False), loaded, report)
+chosen = load_evaluation_set(EvaluationPlan(datasets, base, None, False, find_held_out), loaded, report)
 chosen.examples, chosen.targets
 """
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, chain, groupby, islice, repeat
 from pathlib import Path
@@ -62,12 +62,14 @@ class EvaluationPlan:
         add_tokens: the tokens that the user adds to the tokenizer; None: no tokens. A base that wasn't tuned doesn't
             get the tokens that training would add: their embedding rows aren't trained.
         compares_base: whether to evaluate the base alone, too.
+        find_held_out: finds the examples of a token cache that training held out; None: not known, or no examples.
     """
 
     datasets: Sequence[DatasetSpec]
     base: BaseModelSettings
     add_tokens: list[str] | None
     compares_base: bool
+    find_held_out: Callable[[Examples], Examples | None]
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,10 @@ class _Answer(NamedTuple):
 def _load_dataset(plan: EvaluationPlan, dataset: DatasetSpec, loaded: LoadedModel, report: Report) -> EvaluationSet:
     if dataset.cache is not None:
         examples = open_examples(Path(dataset.path[0]))
+        held_out = examples.split_as_prepared()[1] or plan.find_held_out(examples)
+        if held_out is not None:
+            report(Note(f"{examples.folder}: evaluating on its {format_count(len(held_out), 'held-out example')}"))
+            examples = held_out
         return _load_cache_examples(examples, dataset.num_data, plan.compares_base, loaded, report)
     if dataset.is_raw_text:
         return _load_raw_text(plan, dataset, loaded, report)
@@ -292,10 +298,6 @@ def _load_cache_examples(
         number = format_count(len(tokenizer) - len(loaded.tokenizer), "token")
         problem = f"{examples.folder}: has {number} that the model wasn't trained with, such as {other[0]!r}"
         report(Note(f"{problem}; give the conversation files instead of the cache", warning=True))
-    _, held_out = examples.split_as_prepared()
-    if held_out is not None:
-        report(Note(f"{examples.folder}: evaluating on its {format_count(len(held_out), 'held-out example')}"))
-    examples = held_out or examples
     if num_data is not None:
         examples = examples.take(num_data)
     ends = [examples.get_template(index).answer_suffix for index in range(len(examples))]

@@ -3,13 +3,16 @@
 examples, held_out = open_data(run_plan, prepared)
 """
 
+from contextlib import suppress
 from pathlib import Path
 
 from t5tune.data.caches.examples import Examples
 from t5tune.data.caches.prepared import open_examples, read_examples_manifest
-from t5tune.errors import DataError, SettingsError
+from t5tune.errors import CheckpointError, DataError, SettingsError
 from t5tune.io.atomic import hash_json
+from t5tune.runs.checkpoints import list_checkpoints, read_run_identity
 from t5tune.runs.plan import RunPlan
+from t5tune.runs.resume_guard import hash_examples
 from t5tune.settings.groups.data import SplitSettings
 
 
@@ -47,6 +50,17 @@ def open_data(plan: RunPlan, prepared: str | None) -> tuple[Examples, Examples |
         _check_split(data, examples)
         return examples.split(data.eval_fraction, data.split_seed)
     return examples.split_as_prepared()
+
+
+def find_held_out(model: Path, examples: Examples) -> Examples | None:
+    """Find the examples that the run of a model held out; None: the run held out no or different examples."""
+    for checkpoint in [*list_checkpoints(model)[:1], model]:
+        with suppress(CheckpointError, DataError):
+            run_identity = read_run_identity(checkpoint)
+            _, held_out = examples.split(run_identity["eval_fraction"], run_identity["split_seed"])
+            if hash_examples(held_out) == run_identity["held_out"]:
+                return held_out
+    return None
 
 
 def _check_split(data: SplitSettings, examples: Examples) -> None:

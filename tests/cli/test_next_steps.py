@@ -107,7 +107,7 @@ def test_a_quantized_run_is_followed_by_plain_commands(tmp_path: Path, monkeypat
         ("--eval-data-path a.jsonl --data-subset en", "--data-path a.jsonl"),
         ("--eval-data-path a.txt --objective span-corruption", "--data-path a.txt --objective span-corruption"),
         ("--eval-data-path a.jsonl --objective orpo", "--data-path a.jsonl"),
-        ("--data-subset en --clean", "--data-path HELD_OUT.jsonl"),
+        ("--eval-fraction 0.1 --data-subset en --clean", "--data-path run/data"),
     ],
 )
 def test_evaluate_reads_held_out_data_like_training(words: str, expected: str | None) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from t5tune.commands.evaluate import EvaluateResult, evaluate
+from t5tune.progress import Report, silent
 from t5tune.settings import EvaluateSettings
 from tests.support import train_runs
 
@@ -16,9 +17,9 @@ METRICS = (
 EVALUATED = [name for name in METRICS if name not in ("examples", "bits_per_character")]  # in training, too
 
 
-def run_evaluate(model: Path, data: Path, output: Path, /, **changes: Any) -> EvaluateResult:
+def run_evaluate(model: Path, data: Path, output: Path, /, report: Report = silent, **changes: Any) -> EvaluateResult:
     values = {"model_name_or_path": str(model), "data_path": str(data), "output_dir": output, "use_cpu": True}
-    return evaluate(EvaluateSettings(**{**values, "max_new_tokens": 12, **changes}))
+    return evaluate(EvaluateSettings(**{**values, "max_new_tokens": 12, **changes}), report)
 
 
 def get_metrics(result: EvaluateResult) -> dict[str, float]:
