@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from t5tune.checkpoints.pocket import find_conversations_file
-from t5tune.data.caches.examples import Examples
+from t5tune.data.caches.examples import Examples, decode_targets
 from t5tune.data.caches.prepared import open_examples
 from t5tune.data.reading.files import Digest, find_encodings, find_files
 from t5tune.data.reading.formats import Conversation
@@ -30,7 +30,6 @@ from t5tune.data.tokens.templates import PAIR_TEMPLATE, Template, load_template,
 from t5tune.data.tokens.tokenizer import Tokenizer, decode_reference, find_other_token, load_tokenizer
 from t5tune.data.tokens.vocabulary import extend_tokenizer
 from t5tune.errors import DataError
-from t5tune.evaluation.scoring import decode_targets
 from t5tune.file_names import TOKENIZER_FILE
 from t5tune.formatting import format_count
 from t5tune.hub.datasets import EVALUATION_SPLITS, DatasetChoice
@@ -302,7 +301,7 @@ def _load_cache_examples(
         examples = examples.take(num_data)
     ends = [examples.get_template(index).answer_suffix for index in range(len(examples))]
     raw_texts = frozenset(filter(examples.is_raw_text, range(len(examples))))
-    targets = decode_targets(tokenizer, examples, range(len(examples)))
+    targets = [*decode_targets(tokenizer, examples, range(len(examples)))]
     chosen = EvaluationSet(examples, targets, tokenizer, ends, examples.list_datasets(), raw_texts=raw_texts)
     if compares_base:
         base = load_tokenizer(loaded.base)

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from t5tune.custom_metrics import compute_custom_metrics, try_custom_metrics
-from t5tune.data.caches.examples import Examples
+from t5tune.data.caches.examples import Examples, decode_targets
 from t5tune.data.tokens.encoding import Example
-from t5tune.data.tokens.tokenizer import Tokenizer, decode_prediction, decode_reference
+from t5tune.data.tokens.tokenizer import Tokenizer, decode_prediction
 from t5tune.distributed.collectives import run_on_rank_0
 from t5tune.distributed.world import World
 from t5tune.evaluation.batches import Batches, BatchRun, Lengths, make_batches
@@ -181,7 +181,7 @@ class GenerationScorer:
 
     def _decode_targets(self, examples: Examples) -> dict[str, list[str]]:
         parts = self._select_examples(examples).items()
-        return {name: decode_targets(self.tokenizer, examples, indices) for name, indices in parts}
+        return {name: [*decode_targets(self.tokenizer, examples, indices)] for name, indices in parts}
 
     def _group(self, texts: dict[str, list[str]]) -> dict[str, list[str]]:
         """Add the texts of all datasets together, before each dataset's."""
@@ -198,19 +198,8 @@ def find_held_out_labels(tokenizer: Tokenizer, examples: Examples, are_named: bo
     """Find the labels among the targets of all examples (""), and of each of several datasets; see `find_labels`."""
     parts = {"": range(len(examples)), **dict(examples.list_datasets())}
     return {
-        name: find_labels((decode_targets(tokenizer, examples, [index])[0] for index in indices), are_named)
-        for name, indices in parts.items()
+        name: find_labels(decode_targets(tokenizer, examples, indices), are_named) for name, indices in parts.items()
     }
-
-
-def decode_targets(tokenizer: Tokenizer, examples: Examples, indices: Iterable[int]) -> list[str]:
-    """Decode the targets of some examples, without the template's answer suffix."""
-    return [
-        decode_reference(
-            tokenizer, examples[index].target_T, examples.get_template(index).answer_suffix, examples.is_raw_text(index)
-        )
-        for index in indices
-    ]
 
 
 def decode_predictions(

@@ -17,10 +17,11 @@ from typing import Any
 from t5tune.checkpoints.base import find_base, pin_base
 from t5tune.checkpoints.training_data import DatasetTraining, TrainingData, read_training_data, write_training_data
 from t5tune.data.caches.cache import COUNTS, Cache, open_cache, read_manifest
-from t5tune.data.caches.examples import Dataset, Examples, describe_shares
+from t5tune.data.caches.examples import Dataset, Examples, describe_shares, find_missing_labels
 from t5tune.data.caches.prepared import check_datasets, is_prepared, list_caches, open_examples, read_examples_manifest
 from t5tune.data.reading.files import STDIN, find_encodings
 from t5tune.data.reading.remote_files import hide_query
+from t5tune.data.tokens.tokenizer import load_tokenizer
 from t5tune.data.tokens.vocabulary import ExtendedTokenizer
 from t5tune.errors import DataError, T5TuneError, naming_settings
 from t5tune.file_names import MIXTURE_FILE, REJECTED_FILE, TEMPLATE_FILE
@@ -104,7 +105,11 @@ def _prepare_datasets(plan: PreparePlan, report: Report) -> tuple[dict[str, Any]
             report_template(source, cache_manifest, report)
             report_problems(cache_manifest, job.folder / name, report)
     if plan.origin.run is None:
-        for note in describe_shares(examples.split_as_prepared()[0]):
+        training, held_out = examples.split_as_prepared()
+        notes = describe_shares(training)
+        if held_out is not None:
+            notes += find_missing_labels(load_tokenizer(examples.tokenizer_folder), training, held_out)
+        for note in notes:
             report(note)
     return examples.manifest, {**facts, "datasets": _count_examples(examples)}
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from t5tune.data.caches.examples import Examples, describe_shares
+from t5tune.data.caches.examples import Examples, describe_shares, find_missing_labels
 from t5tune.errors import SettingsError, suggest_name
 from t5tune.evaluation.batches import EvaluationStopped
 from t5tune.evaluation.scoring import GenerationScorer, find_held_out_labels
@@ -69,7 +69,8 @@ def build_trainer(session: Session, loaded: LoadedData) -> tuple[BuiltModel, T5T
     share = f"{built.trainable:,} of {built.total:,} ({built.trainable / built.total:.1%})"
     count, processes = format_count(len(loaded.examples), "example"), f"{session.world.size} × {device.type}"
     report(Note(f"trainable parameters: {share}; {count}; {processes}"))
-    for note in describe_shares(loaded.examples):
+    missing = find_missing_labels(loaded.tokenizer, loaded.examples, loaded.held_out) if loaded.held_out else []
+    for note in [*describe_shares(loaded.examples), *missing]:
         report(note)
     for callback in session.callbacks:
         callback.begin()

@@ -10,7 +10,7 @@ All caches have the same tokenizer. The examples are numbered through all datase
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from functools import cached_property
@@ -26,12 +26,16 @@ from t5tune.data.caches.cache import COUNTS, Cache, find_held_out_keys
 from t5tune.data.caches.mixing import EpochCounts, Mixing, compute_rates, draw_epoch
 from t5tune.data.tokens.encoding import Example
 from t5tune.data.tokens.templates import Template
+from t5tune.data.tokens.tokenizer import Tokenizer, decode_reference
 from t5tune.errors import DataError
 from t5tune.file_names import MIXTURE_FILE, TEMPLATE_FILE, TRAINING_DATA_FILE
 from t5tune.formatting import format_count
+from t5tune.io.reasons import join_first
+from t5tune.label_metrics import find_labels
 from t5tune.progress import Note
 
 MIXTURE_FORMAT = 3
+MAX_TARGETS_FOR_LABELS = 10_000
 PREPARED_CONTENTS = {MIXTURE_FILE, TEMPLATE_FILE, TRAINING_DATA_FILE}
 
 
@@ -292,6 +296,26 @@ def describe_shares(examples: Examples) -> list[Note]:
             epochs = format_count(min(round(1 / rate), 10**9), "epoch")
             notes.append(Note(f"dataset {dataset.name}: only one example in about {epochs}", warning=True))
     return notes
+
+
+def decode_targets(tokenizer: Tokenizer, examples: Examples, indices: Iterable[int]) -> Iterator[str]:
+    """Decode the targets of some examples, without the template's answer suffix."""
+    for index in indices:
+        suffix, is_raw_text = examples.get_template(index).answer_suffix, examples.is_raw_text(index)
+        yield decode_reference(tokenizer, examples[index].target_T, suffix, is_raw_text)
+
+
+def find_missing_labels(tokenizer: Tokenizer, training: Examples, held_out: Examples) -> list[Note]:
+    """Name the labels among the training targets that no held-out example has."""
+    indices = range(0, len(training), -(-len(training) // MAX_TARGETS_FOR_LABELS))
+    missing = dict.fromkeys(find_labels(decode_targets(tokenizer, training, indices)))
+    for target in decode_targets(tokenizer, held_out, range(len(held_out))):
+        if not missing:
+            return []
+        missing.pop(target, None)
+    labels = f"{'label' if len(missing) == 1 else 'labels'} {join_first([*map(repr, missing)])}"
+    advice = "use a larger eval_fraction, a different split_seed, or a file with every label as eval_data_path"
+    return [Note(f"no held-out example has the {labels}; {advice}", warning=True)] if missing else []
 
 
 def _round_rate(rate: Fraction) -> float:

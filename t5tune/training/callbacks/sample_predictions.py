@@ -16,11 +16,10 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from t5tune.data.caches.examples import Examples
+from t5tune.data.caches.examples import Examples, decode_targets
 from t5tune.data.tokens.tokenizer import Tokenizer
 from t5tune.evaluation.scoring import (
     decode_predictions,
-    decode_targets,
     find_max_target_length,
     generate_predictions,
     measure_losses,
@@ -97,7 +96,7 @@ class SamplePredictions(TrainerCallback):  # type: ignore[misc]
         write_json(self.path, samples)
 
     def _decode(self, indices: list[int]) -> list[dict[str, Any]]:
-        tokenizer, targets = self.tokenizer, decode_targets(self.tokenizer, self.examples, indices)
+        tokenizer, targets = self.tokenizer, [*decode_targets(self.tokenizer, self.examples, indices)]
         sources = (tokenizer.special_ids.strip_source(self.examples[index].source_S.tolist()) for index in indices)
         return [
             {"source": tokenizer.decode(source), "target": target}

@@ -130,3 +130,21 @@ def test_labels_that_differ_in_case_are_named_once(untied_base: Path, tmp_path: 
         "labels that differ only in case or spaces are different labels: 'Not sure', 'not  sure'; if they mean the "
         "same, spell them alike in the data"
     ]
+
+
+def test_labels_that_no_held_out_example_has_are_named(untied_base: Path, tmp_path: Path) -> None:
+    data = write_records(tmp_path / "data.jsonl", ["spam", "ham"] * 20 + ["egg", "bacon"])
+    values = {"model_name_or_path": str(untied_base), "data_path": str(data), "eval_fraction": 0.1}
+    expected = (
+        "no held-out example has the labels 'egg', 'bacon'; use a larger eval_fraction, a different split_seed, or a "
+        "file with every label as eval_data_path"
+    )
+    notes: list[Event] = []
+    prepare(PrepareSettings(**values, output_dir=tmp_path / "cache"), notes.append)
+    assert Note(expected, warning=True) in notes
+    notes.clear()
+    train(make_short_settings(untied_base, data, tmp_path / "run", eval_fraction=0.1, max_steps=1), notes.append)
+    assert Note(expected, warning=True) in notes
+    notes.clear()
+    prepare(PrepareSettings(**values | {"eval_fraction": 0.9}, output_dir=tmp_path / "most"), notes.append)
+    assert not [note for note in notes if isinstance(note, Note) and "held-out" in note.text]
