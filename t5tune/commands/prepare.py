@@ -27,6 +27,7 @@ class PrepareResult:
     """The token cache and its counts. `conversations` and `rejected` count records, `truncated_*` counts examples.
 
     Args:
+        held_out: how many of the examples are held out; None without `eval_fraction`.
         up_to_date: the cache existed already and was made from the same inputs, so it wasn't written again.
         shard: the part that was prepared, such as 0/3; None without `--shard`.
         joined: whether the parts are joined into the cache; if not, the counts are for the part alone. None
@@ -38,6 +39,7 @@ class PrepareResult:
     conversations: int
     rejected: int
     examples: int
+    held_out: int | None
     source_tokens: int
     target_tokens: int
     truncated_sources: int

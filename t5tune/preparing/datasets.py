@@ -71,7 +71,7 @@ def _prepare_datasets(plan: PreparePlan, report: Report) -> tuple[dict[str, Any]
     plan = replace(plan, base=pin_base(plan.base, report))  # once for all datasets
     job = _Job(plan, report, _keep_name(plan))
     shard = find_shard(plan.shard) if plan.shard is not None else None
-    facts: dict[str, Any] = {"up_to_date": False, "shard": None if shard is None else str(shard), "joined": None}
+    facts: dict[str, Any] = {"up_to_date": False, "shard": shard and str(shard), "joined": None, "held_out": None}
     is_divided = shard is not None or plan.join
     sources = job.describe_sources(is_divided)
     inputs = {name: source.inputs for name, source in sources.items()}
@@ -84,7 +84,7 @@ def _prepare_datasets(plan: PreparePlan, report: Report) -> tuple[dict[str, Any]
             Parts(job.folder, sources).remove()
         else:
             remove_abandoned(job.folder)
-        facts |= {"up_to_date": True, "joined": is_divided or None, "datasets": _count_examples(examples)}
+        facts |= {"up_to_date": True, "joined": is_divided or None, **_count_examples(examples)}
         return examples.manifest, facts
     if parts.sources and is_divided:
         written = job.prepare_part(parts, shard, sources, reusable)
@@ -111,7 +111,7 @@ def _prepare_datasets(plan: PreparePlan, report: Report) -> tuple[dict[str, Any]
             notes += find_missing_labels(load_tokenizer(examples.tokenizer_folder), training, held_out)
         for note in notes:
             report(note)
-    return examples.manifest, {**facts, "datasets": _count_examples(examples)}
+    return examples.manifest, {**facts, **_count_examples(examples)}
 
 
 @dataclass(frozen=True)
@@ -290,8 +290,10 @@ def _keep_name(plan: PreparePlan) -> Mapping[str, DatasetSpec]:
     return {each.name: each for each in datasets}
 
 
-def _count_examples(examples: Examples) -> dict[str, int] | None:
-    return {each.name: len(each.cache) for each in examples.datasets} if examples.are_several else None
+def _count_examples(examples: Examples) -> dict[str, Any]:
+    _, held_out = examples.split_as_prepared()
+    datasets = {each.name: len(each.cache) for each in examples.datasets} if examples.are_several else None
+    return {"datasets": datasets, "held_out": None if held_out is None else len(held_out)}
 
 
 def _link(source: str, target: str) -> None:

@@ -152,13 +152,13 @@ def test_num_data_reads_only_as_many_records_as_needed(prepared: Prepared) -> No
 
 def test_the_cache_is_split_by_prepares_eval_fraction(prepared: Prepared, tmp_path: Path) -> None:
     records = [record("Hi", f"{n % 10}", "And?", f"{n % 10}") for n in range(20)]  # each conversation twice
-    _, cache = prepared(*records, eval_fraction=0.3, split_seed=3)
+    result, cache = prepared(*records, eval_fraction=0.3, split_seed=3)
     training, held_out = open_examples(tmp_path / "cache").split_as_prepared()
     assert held_out is not None
     assert len(training) + len(held_out) == 40
-    assert len(held_out) == 12  # 3 of 10 different conversations, each with two copies of two targets
+    assert len(held_out) == result.held_out == 12  # 3 of 10 conversations, each with two copies of two targets
     assert not set(decode_targets(training)) & set(decode_targets(held_out))
-    prepared(*records)
+    assert prepared(*records)[0].held_out is None
     assert open_examples(tmp_path / "cache").split_as_prepared()[1] is None
     with pytest.raises(
         DataError,

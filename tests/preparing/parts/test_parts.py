@@ -330,7 +330,7 @@ def test_two_processes_that_join_simultaneously_leave_one_cache(
 
     def join(*arguments: Any) -> Any:
         if not others:
-            others.append(PrepareResult(Path(), *[0] * 9, False, 0.0))
+            others.append(PrepareResult(Path(), *[0] * 10, False, 0.0))
             values = {"join": True} if second == "join" else {"shard": second}
             others[0] = prepare(make_settings(data, tmp_path / "cache", **values))
         return join_tables(*arguments)
