@@ -10,7 +10,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from glob import glob
@@ -49,12 +49,14 @@ class ComparedRow:
         values: name -> number of each run: `best_step`, the metrics at that step, the scores of `evaluate` with
             `evaluate` before their names, `seconds` and `peak_memory_bytes` of finished runs; `seconds` not if a run
             was resumed.
+        best: the best run by the metric to sort by; None: they don't have it.
     """
 
     runs: list[Path]
     seeds: list[int]
     settings: dict[str, Any]
     values: dict[str, list[float]]
+    best: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -75,10 +77,13 @@ def compare(settings: CompareSettings, report: Report = silent) -> Comparison:
     """
     runs = _read_runs(settings.runs, report)
     _check_same_task(runs, report)
-    rows = _group_by_seed(runs)
-    if (sorted_by := _choose_metric(settings.sort_by, runs)) is not None:
-        sign = 1 if is_better_low(sorted_by) or sorted_by in ("best_step", *TITLES) else -1
-        rows.sort(key=lambda row: sign * fmean(row.values[sorted_by]) if sorted_by in row.values else math.inf)
+    sorted_by = _choose_metric(settings.sort_by, runs)
+    sign = 1 if sorted_by in ("best_step", *TITLES) or is_better_low(sorted_by or "loss") else -1
+
+    def rank(row: ComparedRow) -> float:
+        return sign * fmean(row.values[sorted_by]) if sorted_by in row.values else math.inf
+
+    rows = sorted(_group_by_seed(runs, rank), key=rank)
     if settings.csv is not None:
         with _explain_unwritten("csv", settings.csv):
             write_file(settings.csv, _format_csv(rows).encode())
@@ -104,7 +109,9 @@ def _explain_unwritten(setting: str, path: Path) -> Iterator[None]:
 def format_table(rows: Sequence[ComparedRow]) -> tuple[list[str], list[tuple[str, ...]]]:
     """Return the titles of the columns, and the texts of each row."""
     columns = _list_texts(rows)
-    columns["run"] = [f"{len(row.runs)} runs" if len(row.runs) > 1 else row.runs[0].name for row in rows]
+    for number, (row, count) in enumerate((row, len(row.runs)) for row in rows):
+        name = f"{count} runs" if row.best is None else f"{row.best.name} (best of {count})"
+        columns["run"][number] = name if count > 1 else row.runs[0].name
     for name in dict.fromkeys(name for row in rows for name in row.values):
         title = TITLES.get(name, name.replace("_", " "))
         columns[title] = [_format_value(name, row.values.get(name, [])) for row in rows]
@@ -124,7 +131,7 @@ def _format_value(name: str, values: Sequence[float]) -> str:
 
 def _format_csv(rows: Sequence[ComparedRow]) -> str:
     """Write the table as CSV, with a column of standard deviations after each column of means."""
-    columns: dict[str, Sequence[object]] = {**_list_texts(rows)}
+    columns: dict[str, Sequence[object]] = {**_list_texts(rows), "best run": [row.best for row in rows]}
     for name in dict.fromkeys(name for row in rows for name in row.values):
         found = [row.values.get(name, []) for row in rows]
         columns[name] = [fmean(values) if values else None for values in found]
@@ -236,7 +243,7 @@ def _check_same_task(runs: Sequence[ComparedRow], report: Report) -> None:
         report(Note(f"{problem}, so their metrics can't be compared; use the scores of t5tune evaluate", warning=True))
 
 
-def _group_by_seed(runs: Sequence[ComparedRow]) -> list[ComparedRow]:
+def _group_by_seed(runs: Sequence[ComparedRow], rank: Callable[[ComparedRow], float]) -> list[ComparedRow]:
     """Make a row of the runs that differ only in their seed, with the settings that aren't the same in all rows."""
     names = dict.fromkeys(name for run in runs for name in run.settings if name not in NOT_COMPARED)
     texts = {name: [json.dumps(run.settings.get(name), default=str) for run in runs] for name in names}
@@ -254,6 +261,7 @@ def _group_by_seed(runs: Sequence[ComparedRow]) -> list[ComparedRow]:
                 for name in group[0].values
                 if all(name in run.values for run in group)
             },
+            best.runs[0] if rank(best := min(group, key=rank)) < math.inf else None,
         )
         for group in groups.values()
     ]

@@ -64,17 +64,22 @@ def test_seeds_share_a_row_and_the_best_run_is_first(runs: Path, tmp_path: Path)
     assert result.sorted_by == "loss"
     assert [row.settings for row in result.rows] == [{"lora_r": 8}, {"lora_r": 4}]
     assert [row.seeds for row in result.rows] == [[1], [1, 2, 3]]
+    assert [row.best for row in result.rows] == [runs / "r8-s1", runs / "r4-s1"]
     assert result.rows[1].values["best_step"] == [4, 6, 6]
     assert result.rows[1].values["loss"] == [2.0, 2.2, 2.1]
     assert len(result.rows[1].values["seconds"]) == 3
     with open(tmp_path / "t.csv", newline="") as file:
         first, second = csv.DictReader(file)
     assert (first["lora_r"], first["loss"], first["loss sd"]) == ("8", "1.0", "")
+    assert second["best run"] == str(runs / "r4-s1")
     assert float(second["loss"]) == pytest.approx(mean([2.0, 2.2, 2.1]))
     assert float(second["loss sd"]) == pytest.approx(stdev([2.0, 2.2, 2.1]))
     page = (tmp_path / "t.html").read_text()
     assert page.count("<polyline") >= 8  # the training loss and the held-out loss of four runs
     assert "2.1 ± 0.1" in page
+    assert "r4-s1 (best of 3)" in page
+    (slowest, _) = compare(CompareSettings(runs=[runs / "*"], sort_by="best_step")).rows[::-1]
+    assert slowest.best == runs / "r4-s1"
 
 
 def test_the_terminal_shows_the_table(runs: Path) -> None:
@@ -83,16 +88,16 @@ def test_the_terminal_shows_the_table(runs: Path) -> None:
     header, best, other = done.stdout.splitlines()
     assert header.split()[:4] == ["run", "lora_r", "seed", "best"]
     assert best.split()[:4] == ["r8-s1", "8", "1", "2"]
-    assert other.split()[:6] == ["3", "runs", "4", "1", "2", "3"]
+    assert other.split()[:8] == ["r4-s1", "(best", "of", "3)", "4", "1", "2", "3"]
     assert "2.1 ± 0.1" in other
 
 
 @pytest.mark.parametrize(
     ("width", "is_terminal", "start"),
     [
-        (200, True, "run     lora_r  seed"),
-        (50, True, "run          r8-s1     3 runs\nlora_r "),
-        (50, False, "run     lora_r"),
+        (200, True, "run                lora_r  seed"),
+        (50, True, "run          r8-s1     r4-s1 (best of 3)\nlora_r "),
+        (50, False, "run                lora_r"),
     ],
 )
 def test_a_narrow_terminal_gets_a_column_for_each_row(width: int, is_terminal: bool, start: str, runs: Path) -> None:
