@@ -6,7 +6,7 @@ from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from t5tune.errors import make_printable
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 TEMPLATE_FLAGS = {"runs": "--config", "conversations": "--conversation-template", "deepspeed": "--deepspeed"}
 MAX_CLASSES, MAX_CELL = 10, 30  # characters of a cell, in the table of labels
+MIN_COLUMN = 16  # characters of a run's column on a narrow terminal
 STYLES = {"good": "green", "warning": "yellow", "broken": "bold red"}
 
 
@@ -64,18 +65,27 @@ def render_labels(dataset: str, table: LabelTable) -> Group:
 
 
 class ComparisonTable:
-    """A comparison with a row for each group of runs, or with a column where a terminal is too narrow for rows."""
+    """A comparison with a row for each group of runs, or with a column for each where a terminal is too narrow."""
 
     def __init__(self, result: "Comparison") -> None:
         from t5tune.commands.compare import format_table
 
-        header, rows = format_table(result.rows)
-        self._table = [header, *rows]
+        self._titles, self._rows = format_table(result.rows)
 
-    def __rich_console__(self, _: Console, options: ConsoleOptions) -> Iterator[Text]:
-        texts = [align_columns(self._table), align_columns(list(zip(*self._table, strict=True)))]
-        wide, narrow = (max(map(len, text.plain.split("\n"))) for text in texts)
-        yield texts[options.is_terminal and options.max_width < wide and narrow < wide]
+    def __rich_console__(self, _: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        table = align_columns([self._titles, *self._rows])
+        if not options.is_terminal or max(map(len, table.plain.split("\n"))) <= options.max_width:
+            yield table
+            return
+        room = options.max_width - max(map(len, self._titles))
+        width = min(max(map(len, chain(*self._rows))), max(MIN_COLUMN, room // 2 - 2))  # longer texts wrap
+        count = max(1, room // (width + 2))
+        for start in range(0, len(self._rows), count):
+            columns = (Column(width=width, overflow="fold") for _ in range(count))
+            grid = Table.grid("", *columns, padding=(0, 2, 0, 0))
+            for cells in zip(self._titles, *self._rows[start : start + count], strict=True):
+                grid.add_row(*map(Text, cells))
+            yield from (grid, "")
 
 
 def align_columns(rows: Sequence[Sequence[str]]) -> Text:

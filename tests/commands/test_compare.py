@@ -96,7 +96,9 @@ def test_the_terminal_shows_the_table(runs: Path) -> None:
     ("width", "is_terminal", "start"),
     [
         (200, True, "run                lora_r  seed"),
-        (50, True, "run          r8-s1     r4-s1 (best of 3)\nlora_r "),
+        (50, True, "run          r8-s1              r4-s1 (best of 3)\nlora_r "),
+        (48, True, "run          r8-s1             r4-s1 (best of  \n                               3)"),
+        (40, True, "run          r8-s1           \nlora_r "),
         (50, False, "run                lora_r"),
     ],
 )
@@ -105,6 +107,9 @@ def test_a_narrow_terminal_gets_a_column_for_each_row(width: int, is_terminal: b
     console = Console(file=text, width=width, force_terminal=is_terminal, soft_wrap=True, highlight=False)
     console.print(ComparisonTable(compare(CompareSettings(runs=[runs / "*"]))))
     assert text.getvalue().startswith(start)
+    if is_terminal:
+        assert max(map(len, text.getvalue().split("\n"))) <= width
+    assert "2.1 ± 0.1" in text.getvalue()
 
 
 def test_a_resumed_run_has_no_time(trained: Path, tmp_path: Path) -> None:
