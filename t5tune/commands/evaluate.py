@@ -292,13 +292,8 @@ def _read_task(
     settings: EvaluateSettings, datasets: Sequence[DatasetSpec], folder: Path, loaded: LoadedModel, report: Report
 ) -> _Task:
     add_tokens = settings.add_tokens if "add_tokens" in settings.model_fields_set else None
-    plan = EvaluationPlan(
-        datasets,
-        settings.select_part(BaseModelSettings),
-        add_tokens,
-        settings.compare_base,
-        find_held_out=partial(find_held_out, loaded.adapter or loaded.base),
-    )
+    base, held_out = settings.select_part(BaseModelSettings), partial(find_held_out, loaded.adapter or loaded.base)
+    plan = EvaluationPlan(datasets, base, add_tokens, settings.compare_base, held_out)
     chosen = load_evaluation_set(plan, loaded, report)
     names = choose_metrics(settings.metrics, chosen.targets)
     try_custom_metrics(settings.metric or [], chosen.targets)

@@ -106,10 +106,8 @@ def _prepare_datasets(plan: PreparePlan, report: Report) -> tuple[dict[str, Any]
             report_problems(cache_manifest, job.folder / name, report)
     if plan.origin.run is None:
         training, held_out = examples.split_as_prepared()
-        notes = describe_shares(training)
-        if held_out is not None:
-            notes += find_missing_labels(load_tokenizer(examples.tokenizer_folder), training, held_out)
-        for note in notes:
+        missing = find_missing_labels(load_tokenizer(examples.tokenizer_folder), training, held_out) if held_out else []
+        for note in [*describe_shares(training), *missing]:
             report(note)
     return examples.manifest, {**facts, **_count_examples(examples)}
 

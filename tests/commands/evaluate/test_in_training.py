@@ -41,7 +41,7 @@ def test_the_last_metrics_of_training_equal_those_of_evaluate(
 def test_evaluate_scores_only_what_a_run_held_out_of_its_data(
     untied_base: Path, conversations: Path, cache: Path, tmp_path: Path
 ) -> None:
-    """Also of a token cache that was given to train, and for a checkpoint; other models see all examples."""
+    """Also of a token cache that was given to train, and for a checkpoint. Runs that held out none see all examples."""
     for given, data in ((conversations, tmp_path / "0" / "data"), (cache, cache)):
         run = data.parent if given == conversations else tmp_path / "1"
         trained = train(make_short_settings(untied_base, given, run, eval_fraction=0.25, split_seed=7))
@@ -51,8 +51,10 @@ def test_evaluate_scores_only_what_a_run_held_out_of_its_data(
             assert result.loss == pytest.approx(trained.eval["loss"], rel=1e-4)
             texts = [note.text for note in notes if isinstance(note, Note)]
             assert f"{data}: evaluating on its {result.examples} held-out examples" in texts
-    whole = run_evaluate(untied_base, cache, tmp_path / "scores", overwrite=True)
-    assert whole.examples == trained.examples + result.examples
+    train(make_short_settings(untied_base, cache, tmp_path / "2"))
+    for model in (untied_base, tmp_path / "2"):
+        whole = run_evaluate(model, cache, tmp_path / "scores", overwrite=True)
+        assert whole.examples == trained.examples + result.examples
 
 
 @pytest.mark.parametrize("kind", ["conversations", "cache"])
