@@ -109,9 +109,8 @@ def _explain_unwritten(setting: str, path: Path) -> Iterator[None]:
 def format_table(rows: Sequence[ComparedRow]) -> tuple[list[str], list[tuple[str, ...]]]:
     """Return the titles of the columns, and the texts of each row."""
     columns = _list_texts(rows)
-    for number, (row, count) in enumerate((row, len(row.runs)) for row in rows):
-        name = f"{count} runs" if row.best is None else f"{row.best.name} (best of {count})"
-        columns["run"][number] = name if count > 1 else row.runs[0].name
+    groups = [f"{row.best.name} (best of {len(row.runs)})" if row.best else f"{len(row.runs)} runs" for row in rows]
+    columns["run"] = [group if row.runs[1:] else row.runs[0].name for row, group in zip(rows, groups, strict=True)]
     for name in dict.fromkeys(name for row in rows for name in row.values):
         title = TITLES.get(name, name.replace("_", " "))
         columns[title] = [_format_value(name, row.values.get(name, [])) for row in rows]
