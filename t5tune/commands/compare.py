@@ -200,11 +200,11 @@ def _is_run(folder: Path, patterns: Sequence[Path]) -> bool:
 def _read_run(folder: Path, report: Report) -> ComparedRow:
     settings, log = read_yaml(folder / SETTINGS_FILE, MAX_SETTINGS_BYTES), read_metrics(folder)
     metric = settings.get("metric_for_best_model") or "loss"
-    evaluations = [line for line in log if line.get(f"eval_{metric}") is not None]
-    choose = min if is_better_low(metric) else max
+    evaluations = [line for line in log if None not in (line.get("eval_loss"), line.get(f"eval_{metric}"))]
+    sign = 1 if is_better_low(metric) else -1
     values: dict[str, list[float]] = {}
     if evaluations:
-        best = choose(evaluations, key=lambda line: line[f"eval_{metric}"])
+        best = min(evaluations, key=lambda line: (sign * line[f"eval_{metric}"], line["eval_loss"]))  # as in training
         metrics = {name.removeprefix("eval_"): value for name, value in best.items() if name.startswith("eval_")}
         values = {"best_step": [best["step"]], **dict(_select_metrics(metrics))}
     if RunFolder(folder).is_finished:
