@@ -12,7 +12,7 @@ from t5tune.settings import COMMANDS
 from tests.support.processes.command_line import t5tune, t5tune_in_fork
 
 PREPARE_RESULT_KEYS = [
-    "cache", "conversations", "rejected", "examples", "source_tokens", "target_tokens", "truncated_sources",
+    "cache", "conversations", "rejected", "examples", "held_out", "source_tokens", "target_tokens", "truncated_sources",
     "truncated_targets", "unknown_tokens", "added_tokens", "up_to_date", "seconds", "shard", "joined", "datasets",
 ]  # fmt: skip
 

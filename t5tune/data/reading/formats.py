@@ -401,7 +401,7 @@ def _join_columns(role: Role, names: list[str], value: dict[str, Any]) -> Record
 
 
 def list_read_keys(reading: ReadingSettings) -> set[str]:
-    """List the keys of a record that are used if it has them: the named ones, or else those of all formats."""
+    """List the keys that are used if a record has them: the named columns, or else the keys of all formats."""
     sources, targets = reading.columns
     used = {*sources, *targets, reading.rejected_column or "rejected", "system", *LABEL_KEYS}
     if reading.source_column or reading.target_column or reading.rejected_column:
