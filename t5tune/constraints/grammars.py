@@ -1,0 +1,183 @@
+"""Which ids may come next in a reply that follows a grammar, found by llguidance over the tokenizer's spellings.
+
+compiler = GrammarCompiler(tokenizer, num_rows=32128, stop_ids=[1])
+matcher = compiler.compile(Constraint("regex", "[0-9]+", "regex")).copy()
+matcher.find_allowed()[8774], matcher.accept(8774)    # False, False
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from t5tune.constraints.spelling import spell
+from t5tune.data.tokens.tokenizer import Tokenizer
+from t5tune.errors import DependencyError, SettingsError
+
+Kind = Literal["json_schema", "regex", "grammar"]
+Allowed = npt.NDArray[np.bool_]
+# Otherwise llguidance asks a callback to tokenize text that the grammar forces, and allows no other tokens for it.
+HEADER = '%llguidance {"no_forcing": true}\n'
+# Replies of models that were trained on compact or indented JSON. With more freedom, a model may write blanks only.
+JSON_OPTIONS = {"whitespace_pattern": r"\x20|\x0A\x20{0,16}", "json_allow_general_unicode_escapes": True}
+JSON_CHARACTERS = '{}[]":,'
+MAX_COMPILED = 64  # constraints that are kept compiled
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """A rule for replies.
+
+    Args:
+        text: a JSON schema, a regular expression, or a Lark grammar whose first rule is `start`.
+        place: the beginning of an error message about it, such as `json_schema: order.json`.
+        suffix: text that may follow the reply, such as a template's end of an answer.
+    """
+
+    kind: Kind
+    text: str
+    place: str
+    suffix: str = ""
+
+
+class GrammarCompiler:
+    """Compiles constraints for one model.
+
+    Args:
+        num_rows: the number of the model's logits.
+        stop_ids: the tokens that end a reply.
+
+    Raises:
+        DependencyError: llguidance isn't installed.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, num_rows: int, stop_ids: list[int]) -> None:
+        try:
+            import llguidance
+        except ImportError as error:
+            problem = f"constraining replies needs llguidance, which can't be imported: {error}"
+            raise DependencyError(problem, hint="pip install 't5tune[constrain]'") from error
+        self.num_rows, self.stop_ids = num_rows, stop_ids
+        self.spellings = spell(tokenizer, num_rows)
+        later, first = self.spellings.later, self.spellings.first
+        # the decoder drops the whole of several spaces at the beginning, but a grammar only knows about one
+        self.never_first = [i for i, text in enumerate(later) if text != first[i] and text != b" " + (first[i] or b"")]
+        self.silent_ids = [i for i, text in enumerate(later) if text == b""]
+        words = llguidance.TokenizerWrapper(_Words(later, stop_ids))
+        self._words = llguidance.LLTokenizer(words, n_vocab=num_rows, eos_token=stop_ids)
+        self.compile = lru_cache(MAX_COMPILED)(self._compile)
+
+    def _compile(self, constraint: Constraint) -> "GrammarMatcher":
+        """Compile a constraint; copy the matcher for each reply.
+
+        Raises:
+            SettingsError: the constraint is invalid, can't be enforced, or no reply can follow it.
+        """
+        import llguidance
+
+        if constraint.kind == "json_schema":
+            self._check_characters(constraint)
+        body = _write_body(constraint, may_begin_with_space=not self.spellings.drops_space)
+        alone = llguidance.LLMatcher(self._words, f"{HEADER}start: body\n{body}", log_level=0)
+        if alone.is_error():
+            raise SettingsError(f"{constraint.place}: {_describe_error(alone.get_error())}")
+        allowed = np.flatnonzero(GrammarMatcher(self, alone).find_allowed())
+        if {*allowed} <= {*self.stop_ids} and not alone.is_accepting():
+            raise SettingsError(f"{constraint.place}: no reply can follow it{self._explain_spaces()}")
+        lead = '" "? ' if self.spellings.drops_space else ""
+        tail = f" {json.dumps(constraint.suffix)}?" if constraint.suffix else ""
+        whole = llguidance.LLMatcher(self._words, f"{HEADER}start: {lead}body{tail}\n{body}", log_level=0)
+        return GrammarMatcher(self, whole)
+
+    def _check_characters(self, constraint: Constraint) -> None:
+        spelled = set(self.spellings.later)
+        missing = next((each for each in JSON_CHARACTERS if each.encode() not in spelled), None)
+        if missing is not None:
+            problem = f"{constraint.place}: this tokenizer can't write {missing!r}"
+            raise SettingsError(problem, hint="train with --add-tokens auto, or use --choices")
+
+    def _explain_spaces(self) -> str:
+        return "; this tokenizer removes a space at the beginning" if self.spellings.drops_space else ""
+
+
+class GrammarMatcher:
+    """The state of one reply."""
+
+    def __init__(self, compiler: GrammarCompiler, matcher: Any, count: int = 0, was_silent: bool = False) -> None:
+        self._compiler, self._matcher = compiler, matcher
+        self._count, self._was_silent = count, was_silent
+
+    def copy(self) -> Self:
+        return type(self)(self._compiler, self._matcher.deep_copy(), self._count, self._was_silent)
+
+    def find_allowed(self) -> Allowed:
+        """Find the ids that may come next, among them the stop ids if the reply is complete: an array of V booleans."""
+        from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
+
+        compiler = self._compiler
+        bits = allocate_token_bitmask(1, compiler.num_rows)
+        fill_next_token_bitmask(self._matcher, bits)
+        allowed = np.unpackbits(bits.view(np.uint8)[0], bitorder="little")[: compiler.num_rows].astype(bool)
+        if self._count == 0:
+            allowed[compiler.never_first] = False
+        if not self._was_silent and allowed.any():
+            allowed[compiler.silent_ids] = True
+        return allowed
+
+    def accept(self, index: int) -> bool:
+        """Continue with an id; return whether it was allowed. A stop id leaves the state unchanged."""
+        if index in self._compiler.stop_ids:
+            return bool(self._matcher.is_accepting())
+        if index in self._compiler.silent_ids:  # it adds no text, so a model could repeat it forever
+            accepted = not self._was_silent
+        else:
+            accepted = self._matcher.try_consume_tokens([index]) == 1
+        self._count, self._was_silent = self._count + 1, index in self._compiler.silent_ids
+        return accepted
+
+
+class _Words:
+    """A tokenizer, as llguidance reads it."""
+
+    bos_token_id = None
+
+    def __init__(self, spellings: list[bytes | None], stop_ids: list[int]) -> None:
+        self.eos_token_id = stop_ids[0]
+        # llguidance takes ids whose bytes begin with 255 for special tokens
+        self.tokens = [text or b"\xff<%d>" % index for index, text in enumerate(spellings)]
+        self.special_token_ids = [index for index, text in enumerate(spellings) if not text]
+
+    def __call__(self, text: str) -> list[int]:
+        raise NotImplementedError("HEADER keeps llguidance from tokenizing text")
+
+
+def _write_body(constraint: Constraint, may_begin_with_space: bool) -> str:
+    """Write a constraint as a Lark rule with the name `body`."""
+    if constraint.kind == "grammar":
+        return re.sub(r"\bstart\b", "body", constraint.text)
+    if constraint.kind == "regex":
+        # the decoder would drop the space, and the rest may be no match
+        without_space = "" if may_begin_with_space else " & ~/ (?s:.*)/"
+        return f"body: BODY\nBODY: /{_escape_slashes(constraint.text)}/{without_space}\n"
+    schema = json.loads(constraint.text)
+    if isinstance(schema, dict):
+        schema = schema | {"x-guidance": JSON_OPTIONS}
+    return f"body: %json {json.dumps(schema, ensure_ascii=False)}\n"
+
+
+def _escape_slashes(pattern: str) -> str:
+    """Escape the slashes of a regular expression, and its line ends, for a Lark rule."""
+    pieces = re.findall(r"\\.|[^\\]|\\$", pattern, re.DOTALL)
+    return "".join({"/": r"\/", "\n": r"\n"}.get(piece, piece) for piece in pieces)
+
+
+def _describe_error(message: str) -> str:
+    """Return llguidance's reason, without the grammar that it quotes."""
+    reason = re.sub(r"^at \d+\(\d+\): (failed to compile JSON schema: )?", "", message.split("\n   1 |")[0])
+    if (keys := re.match(r"Unimplemented keys: (\[.*\])", reason)) is not None:
+        return f"{', '.join(json.loads(keys[1]))}: can't be enforced; remove it"
+    return " ".join(reason.split())
