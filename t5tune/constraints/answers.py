@@ -94,7 +94,6 @@ class AnswerMatcher:
         return AnswerMatcher(self.answers, self.low, self.high, self.depth)
 
     def find_allowed(self) -> Allowed:
-        """Find the ids that may come next, among them the stop ids if the reply is complete: an array of V booleans."""
         allowed = np.zeros(self.answers.num_rows, bool)
         found = self.answers.find_next(self.low, self.high, self.depth)
         allowed[found] = True
@@ -102,7 +101,6 @@ class AnswerMatcher:
         return allowed
 
     def accept(self, index: int) -> bool:
-        """Continue with an id; return whether it was allowed. A stop id leaves the state unchanged."""
         is_stop = index in self.answers.stop_ids
         column = self.answers.get_column(self.low, self.high, self.depth)
         wanted = self.answers.stop_ids[0] if is_stop else index

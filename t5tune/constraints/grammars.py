@@ -115,7 +115,6 @@ class GrammarMatcher:
         return type(self)(self._compiler, self._matcher.deep_copy(), self._count, self._was_silent)
 
     def find_allowed(self) -> Allowed:
-        """Find the ids that may come next, among them the stop ids if the reply is complete: an array of V booleans."""
         from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 
         compiler = self._compiler
@@ -129,7 +128,6 @@ class GrammarMatcher:
         return allowed
 
     def accept(self, index: int) -> bool:
-        """Continue with an id; return whether it was allowed. A stop id leaves the state unchanged."""
         if index in self._compiler.stop_ids:
             return bool(self._matcher.is_accepting())
         if index in self._compiler.silent_ids:  # it adds no text, so a model could repeat it forever

@@ -1,4 +1,4 @@
-"""Text generation: greedy decoding, beam search or sampling."""
+"""Text generation: greedy decoding, beam search or sampling, with or without constraints."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import LogitsProcessor, StoppingCriteria, TemperatureLogitsWarper, TopPLogitsWarper
 
 from t5tune.compat.transformers_patches import size_cache_by_decoder
+from t5tune.constraints import Matcher
 from t5tune.errors import ModelError
 from t5tune.file_names import GENERATION_CONFIG_FILE
 from t5tune.io.reasons import describe_error
@@ -54,6 +56,7 @@ def generate(
     synced_gpus: bool = False,
     on_token: OnToken | None = None,
     samplings: Sequence[Sampling | None] = (),
+    constraints: Sequence[Matcher | None] = (),
 ) -> list[list[int]]:
     """Generate a reply to each source of one batch; the ids are returned without the token that ended it.
 
@@ -63,6 +66,7 @@ def generate(
             all ranks.
         on_token: called with each new id, including the id that ends a reply; only without beams.
         samplings: for each source, a sampling or None (greedy); empty: all greedy.
+        constraints: for each source, the constraint of its reply, at its beginning, or None; empty: all free.
     """
     device = next(model.parameters()).device
     width = max(map(len, sources))
@@ -70,6 +74,8 @@ def generate(
     lengths_B = torch.tensor([[len(source)] for source in sources])
     stop_ids = find_stop_ids(model, decoding.eos_token_id)
     follower = _Follower(on_token, stop_ids, len(sources)) if on_token else None
+    processors = [_RowConstraints(constraints, stop_ids, decoding.num_beams)] if any(constraints) else []
+    processors += [_RowSampler(samplings)] if any(samplings) else []
     with torch.no_grad(), size_cache_by_decoder(model), _explain_config_errors():
         output_BT = model.generate(
             input_ids=input_ids_BS.to(device),
@@ -79,7 +85,7 @@ def generate(
             eos_token_id=stop_ids,
             pad_token_id=decoding.pad_token_id,
             synced_gpus=synced_gpus,
-            logits_processor=[_RowSampler(samplings)] if any(samplings) else None,
+            logits_processor=processors,
             stopping_criteria=[follower] if follower else None,
             # override generation_config.json: one reply to each source, as ids
             num_return_sequences=1,
@@ -92,6 +98,46 @@ def generate(
         )
     replies = follower.replies if follower else [row[1:] for row in output_BT.tolist()]  # without the start token
     return [list(takewhile(lambda token: token not in stop_ids, ids)) for ids in replies]
+
+
+class _RowConstraints(LogitsProcessor):  # type: ignore[misc]
+    """Allows each row only the tokens that continue its reply under its constraint, by setting other scores to -inf.
+
+    It keeps the state of each reply that is alive. A beam continues any beam of its source, so the states are found by
+    the source and the ids so far.
+    """
+
+    def __init__(self, constraints: Sequence[Matcher | None], stop_ids: list[int], num_beams: int) -> None:
+        self._constraints, self._stop_ids, self._num_beams = constraints, stop_ids, num_beams
+        self._states: dict[tuple[int, ...], Matcher] = {}
+
+    def __call__(self, input_ids_BT: torch.Tensor, scores_BV: torch.Tensor) -> torch.Tensor:
+        states: dict[tuple[int, ...], Matcher] = {}
+        allowed_BV = np.ones(scores_BV.shape, bool)
+        for row, ids in enumerate(input_ids_BT[:, 1:].tolist()):  # without the start token
+            source = row // self._num_beams
+            constraint = self._constraints[source]
+            if constraint is None:
+                continue
+            key = (source, *ids)
+            if key not in states and (state := self._follow(constraint, key)) is not None:
+                states[key] = state
+            allowed_BV[row] = states[key].find_allowed() if key in states else False
+            if not allowed_BV[row].any():  # the reply has ended
+                allowed_BV[row, self._stop_ids] = True
+        self._states = states
+        return scores_BV.masked_fill(~torch.from_numpy(allowed_BV).to(scores_BV.device), -torch.inf)
+
+    def _follow(self, constraint: Matcher, key: tuple[int, ...]) -> Matcher | None:
+        """Return the state after the ids of a key, of which all but the last are known; None: the reply has ended."""
+        _, *ids = key
+        if not ids:
+            return constraint
+        before = self._states.get(key[:-1])
+        if before is None or ids[-1] in self._stop_ids:
+            return None
+        state = before.copy()
+        return state if state.accept(ids[-1]) else None
 
 
 class _RowSampler(LogitsProcessor):  # type: ignore[misc]
