@@ -30,7 +30,7 @@ LAYERS = [
     },
     {"compat", "families", "hub", "settings"},
     {"data", "checkpoints"},
-    {"model"},
+    {"model", "constraints"},
     {"diagnosis", "distributed", "inference"},
     {"merging", "preparing", "serving"},
     {"converting", "evaluation"},

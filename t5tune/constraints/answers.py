@@ -4,8 +4,8 @@
     matcher = answers.start()
     matcher.find_allowed()
 
-The answers' ids are sorted rows, one after the other in a single array, so the answers that begin with the ids of a
-reply are neighbors, which a binary search finds. A grammar of 10,000 answers takes llguidance a second to start.
+The answers' ids are sorted rows in a single array, so the answers that begin with the ids of a reply are neighbors,
+which a binary search finds. A grammar of 10,000 answers takes llguidance a second to start.
 """
 
 from collections.abc import Callable, Sequence

@@ -3,7 +3,7 @@
     spellings = spell(tokenizer, num_rows=32128)
     spellings.later[8774], spellings.first[8774]    # b" Hello", b"Hello"
 
-An id is spelled as the tokenizer's own decoder writes it after another id. Only ids for bytes need more than the
+An id is spelled as the tokenizer's decoder writes it after a previous id. Only ids for bytes need more than the
 decoder, because alone they decode to U+FFFD. SentencePiece's decoders drop the space of a reply's first id.
 """
 
@@ -17,7 +17,7 @@ Spelling = bytes | None
 
 @dataclass(frozen=True)
 class Spellings:
-    """The bytes of each id after another id (`later`) and at the beginning of a reply (`first`).
+    """The bytes of each id after a previous id (`later`) and at the beginning of a reply (`first`).
 
     None: never allowed, such as special tokens, sentinels, and rows of the embedding without a token.
     """

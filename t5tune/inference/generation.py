@@ -129,7 +129,7 @@ class _RowConstraints(LogitsProcessor):  # type: ignore[misc]
         return scores_BV.masked_fill(~torch.from_numpy(allowed_BV).to(scores_BV.device), -torch.inf)
 
     def _follow(self, constraint: Matcher, key: tuple[int, ...]) -> Matcher | None:
-        """Return the state after the ids of a key, of which all but the last are known; None: the reply has ended."""
+        """Return the state after the ids of a key, whose last id is new; None: the reply has ended."""
         _, *ids = key
         if not ids:
             return constraint
