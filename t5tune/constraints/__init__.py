@@ -1,15 +1,34 @@
 """Replies that follow a JSON schema, a regular expression, a grammar, or a list of answers.
 
-A `Matcher` holds the state of one reply: `GrammarCompiler.compile` and `Answers.start` make it.
+compiler = Compiler(tokenizer, num_rows=32128, stop_ids=[1])        # for one model
+matcher = compiler.start(read_constraint(settings, trained_schema=None))    # for one reply
+matcher.find_allowed(), matcher.accept(index)
 """
 
-from typing import Protocol, Self
+from dataclasses import dataclass
+from typing import Literal, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
 
 
+@dataclass(frozen=True)
+class Constraint:
+    """A rule for replies.
+
+    Args:
+        text: a JSON schema, a regular expression, a Lark grammar with the rule `start`, or a JSON list of answers.
+        place: the beginning of an error message about it, such as `json_schema: order.json`.
+    """
+
+    kind: Literal["json_schema", "regex", "grammar", "choices"]
+    text: str
+    place: str
+
+
 class Matcher(Protocol):
+    """The state of one reply."""
+
     def copy(self) -> Self: ...
 
     def find_allowed(self) -> npt.NDArray[np.bool_]:

@@ -1,6 +1,6 @@
 """Which ids may come next in a reply that is one of a list of answers, even of 100,000.
 
-    answers = Answers.encode(["positive", "negative"], encode, stop_ids=[1], num_rows=32128, place="choices")
+    answers = Answers.sort([[1465], [2841]], stop_ids=[1], num_rows=32128)
     matcher = answers.start()
     matcher.find_allowed()
 
@@ -8,17 +8,14 @@ The answers' ids are sorted rows in a single array, so the answers that begin wi
 which a binary search finds. A grammar of 10,000 answers takes llguidance a second to start.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
 
-from t5tune.constraints.grammars import Allowed
-from t5tune.errors import SettingsError
-from t5tune.settings.messages import shorten_value
-
+Allowed = npt.NDArray[np.bool_]
 Integers = npt.NDArray[np.int64]
 
 
@@ -40,28 +37,8 @@ class Answers:
     _allowed: dict[tuple[int, int], npt.NDArray[np.int32]] = field(default_factory=dict)  # of the first ids
 
     @classmethod
-    def encode(
-        cls,
-        texts: Sequence[str],
-        encode: Callable[[list[str]], list[list[int]]],
-        decode: Callable[[list[int]], str],
-        stop_ids: Sequence[int],
-        num_rows: int,
-        place: str,
-    ) -> "Answers":
-        """Encode answers as the targets of training.
-
-        Args:
-            place: the beginning of an error message, such as `choices_file: labels.txt`.
-
-        Raises:
-            SettingsError: an answer is empty, or encoding changes it.
-        """
-        rows = encode(list(texts))
-        for text, ids in zip(texts, rows, strict=True):
-            if decode(ids) != text:
-                problem = f"{place}: {shorten_value(text)}: this tokenizer writes it as {shorten_value(decode(ids))}"
-                raise SettingsError(problem, hint="change the answer, or train with --add-tokens auto")
+    def sort(cls, rows: Sequence[list[int]], stop_ids: Sequence[int], num_rows: int) -> "Answers":
+        """Sort the ids of answers, given without a stop id."""
         rows = sorted([*ids, stop_ids[0]] for ids in rows)
         starts = np.cumsum([0, *map(len, rows)], dtype=np.int64)
         return cls(np.fromiter(chain.from_iterable(rows), np.int32, starts[-1]), starts, num_rows, stop_ids)

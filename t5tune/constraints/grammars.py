@@ -7,41 +7,22 @@ matcher.find_allowed()[8774], matcher.accept(8774)    # False, False
 
 import json
 import re
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
+from t5tune.constraints import Constraint
 from t5tune.constraints.spelling import spell
 from t5tune.data.tokens.tokenizer import Tokenizer
 from t5tune.errors import DependencyError, SettingsError
 
-Kind = Literal["json_schema", "regex", "grammar"]
 Allowed = npt.NDArray[np.bool_]
 # Otherwise llguidance asks a callback to tokenize text that the grammar forces, and allows no other tokens for it.
 HEADER = '%llguidance {"no_forcing": true}\n'
 # Replies of models that were trained on compact or indented JSON. With more freedom, a model may write blanks only.
 JSON_OPTIONS = {"whitespace_pattern": r"\x20|\x0A\x20{0,16}", "json_allow_general_unicode_escapes": True}
 JSON_CHARACTERS = '{}[]":,'
-MAX_COMPILED = 64  # constraints that are kept compiled
-
-
-@dataclass(frozen=True)
-class Constraint:
-    """A rule for replies.
-
-    Args:
-        text: a JSON schema, a regular expression, or a Lark grammar whose first rule is `start`.
-        place: the beginning of an error message about it, such as `json_schema: order.json`.
-        suffix: text that may follow the reply, such as a template's end of an answer.
-    """
-
-    kind: Kind
-    text: str
-    place: str
-    suffix: str = ""
 
 
 class GrammarCompiler:
@@ -50,18 +31,19 @@ class GrammarCompiler:
     Args:
         num_rows: the number of the model's logits.
         stop_ids: the tokens that end a reply.
+        suffix: text that may follow a reply.
 
     Raises:
         DependencyError: llguidance isn't installed.
     """
 
-    def __init__(self, tokenizer: Tokenizer, num_rows: int, stop_ids: list[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer, num_rows: int, stop_ids: list[int], suffix: str = "") -> None:
         try:
             import llguidance
         except ImportError as error:
             problem = f"constraining replies needs llguidance, which can't be imported: {error}"
             raise DependencyError(problem, hint="pip install 't5tune[constrain]'") from error
-        self.num_rows, self.stop_ids = num_rows, stop_ids
+        self.num_rows, self.stop_ids, self._suffix = num_rows, stop_ids, suffix
         self.spellings = spell(tokenizer, num_rows)
         later, first = self.spellings.later, self.spellings.first
         # the decoder drops the whole of several spaces at the beginning, but a grammar only knows about one
@@ -69,9 +51,8 @@ class GrammarCompiler:
         self.silent_ids = [i for i, text in enumerate(later) if text == b""]
         words = llguidance.TokenizerWrapper(_Words(later, stop_ids))
         self._words = llguidance.LLTokenizer(words, n_vocab=num_rows, eos_token=stop_ids)
-        self.compile = lru_cache(MAX_COMPILED)(self._compile)
 
-    def _compile(self, constraint: Constraint) -> "GrammarMatcher":
+    def compile(self, constraint: Constraint) -> "GrammarMatcher":
         """Compile a constraint; copy the matcher for each reply.
 
         Raises:
@@ -89,7 +70,7 @@ class GrammarCompiler:
         if {*allowed} <= {*self.stop_ids} and not alone.is_accepting():
             raise SettingsError(f"{constraint.place}: no reply can follow it{self._explain_spaces()}")
         lead = '" "? ' if self.spellings.drops_space else ""
-        tail = f" {json.dumps(constraint.suffix)}?" if constraint.suffix else ""
+        tail = f" {json.dumps(self._suffix)}?" if self._suffix else ""
         whole = llguidance.LLMatcher(self._words, f"{HEADER}start: {lead}body{tail}\n{body}", log_level=0)
         return GrammarMatcher(self, whole)
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from t5tune.constraints.grammars import Constraint, GrammarCompiler
+from t5tune.constraints import Constraint
+from t5tune.constraints.grammars import GrammarCompiler
 from t5tune.data.tokens.encoders import make_encoder
 from t5tune.data.tokens.tokenizer import Tokenizer
 from t5tune.errors import SettingsError
@@ -24,9 +25,9 @@ ORDER = {
 KINDS = ["added", "fastchat", "gemma", "codet5", "byt5"]
 
 
-def make_compiler(kind: str, folder: Path) -> tuple[GrammarCompiler, Tokenizer]:
+def make_compiler(kind: str, folder: Path, suffix: str = "") -> tuple[GrammarCompiler, Tokenizer]:
     tokenizer, num_rows = load_kind(kind, folder)
-    return GrammarCompiler(tokenizer, num_rows, [tokenizer.eos_token_id]), tokenizer
+    return GrammarCompiler(tokenizer, num_rows, [tokenizer.eos_token_id], suffix), tokenizer
 
 
 def follows(compiler: GrammarCompiler, tokenizer: Tokenizer, constraint: Constraint, text: str) -> bool:
@@ -43,7 +44,7 @@ def follows(compiler: GrammarCompiler, tokenizer: Tokenizer, constraint: Constra
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_schema_allows_compact_and_indented_json(kind: str, tmp_path: Path) -> None:
     compiler, tokenizer = make_compiler(kind, tmp_path)
-    schema = Constraint("json_schema", json.dumps(ORDER), "json_schema: order.json", suffix="")
+    schema = Constraint("json_schema", json.dumps(ORDER), "json_schema: order.json")
     order = {"name": "Aida", "count": 6}
     for text in (json.dumps(order), json.dumps(order, separators=(",", ":")), json.dumps(order, indent=2)):
         if tokenizer.decode(make_encoder(tokenizer).encode([text])[0]) == text:  # otherwise it's different JSON
@@ -65,9 +66,9 @@ def test_a_pattern_allows_exactly_its_texts(kind: str, pattern: str, tmp_path: P
 
 
 def test_a_grammar_and_a_suffix_are_followed(tmp_path: Path) -> None:
-    compiler, tokenizer = make_compiler("added", tmp_path)
+    compiler, tokenizer = make_compiler("added", tmp_path, suffix=" bye")
     grammar = 'start: greeting " " NAME\ngreeting: "hello" | "hi"\nNAME: /[A-Z][a-z]+/\n'
-    constraint = Constraint("grammar", grammar, "grammar: names.lark", suffix=" bye")
+    constraint = Constraint("grammar", grammar, "grammar: names.lark")
     texts = ("hello Aida", "hi Aida bye", "hey Aida", "hello Aida by", "hello aida")
     assert [follows(compiler, tokenizer, constraint, text) for text in texts] == [True, True, False, False, False]
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from t5tune.constraints import Matcher
-from t5tune.constraints.grammars import Constraint, GrammarCompiler
+from t5tune.constraints import Constraint, Matcher
+from t5tune.constraints.grammars import GrammarCompiler
 from t5tune.data.tokens.tokenizer import load_tokenizer
 from t5tune.data.tokens.vocabulary import extend_tokenizer
 from t5tune.inference.generation import Decoding, Sampling, generate, make_random_generator

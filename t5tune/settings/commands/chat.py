@@ -7,16 +7,17 @@ from pydantic import Field, field_validator, model_validator
 
 from t5tune.settings.field_types import OptionalPath
 from t5tune.settings.groups.base import InferenceSettings
+from t5tune.settings.groups.constraints import ConstraintSettings
 from t5tune.settings.groups.record_format import ConversationSettings
 
 SAMPLING_TEMPERATURE = 1.0  # for two different replies
 
 
-class ChatSettings(ConversationSettings, InferenceSettings):
+class ChatSettings(ConstraintSettings, ConversationSettings, InferenceSettings):
     command: ClassVar[str] = "chat"
     also_positional: ClassVar[str | None] = "model_name_or_path"
     essential: ClassVar[tuple[str, ...]] = (
-        "prompt", "adapter", "system", "conversation_template", "max_new_tokens", "temperature", "q_lora", "bf16",
+        "prompt", "adapter", "system", "conversation_template", "json_schema", "max_new_tokens", "temperature", "q_lora", "bf16",
         "device",
     )  # fmt: skip
     panel: ClassVar[str] = "Chat"

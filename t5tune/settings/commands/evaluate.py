@@ -6,15 +6,16 @@ from pydantic import Field, model_validator
 
 from t5tune.settings.field_types import OptionalCount, OptionalPath
 from t5tune.settings.groups.base import InferenceSettings, MetricSettings
+from t5tune.settings.groups.constraints import ConstraintSettings
 from t5tune.settings.groups.data import DataSettings
 from t5tune.settings.groups.processes import PartitionSettings
 
 
-class EvaluateSettings(MetricSettings, DataSettings, PartitionSettings, InferenceSettings):
+class EvaluateSettings(ConstraintSettings, MetricSettings, DataSettings, PartitionSettings, InferenceSettings):
     command: ClassVar[str] = "evaluate"
     also_positional: ClassVar[str | None] = "model_name_or_path"
     essential: ClassVar[tuple[str, ...]] = (
-        "adapter", "output_dir", "source_column", "target_column", "num_data", "metrics", "compare_base", "bf16",
+        "adapter", "output_dir", "source_column", "target_column", "num_data", "metrics", "choices", "compare_base", "bf16",
         "num_gpus",
     )  # fmt: skip
     panel: ClassVar[str] = "Evaluation"

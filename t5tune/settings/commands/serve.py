@@ -20,6 +20,7 @@ from t5tune.settings.field_types import (
     read_paths,
 )
 from t5tune.settings.groups.base import BaseModelSettings, DeviceSettings, TrainedQuantizationSettings
+from t5tune.settings.groups.constraints import ConstraintSettings
 from t5tune.settings.groups.record_format import ConversationSettings
 
 MAX_PORT = 65535
@@ -33,7 +34,9 @@ def _read_models(value: Any) -> Any:
 ModelList = Annotated[list[str], BeforeValidator(_read_models, json_schema_input_type=dict[str, str] | list[str] | str)]
 
 
-class ServeSettings(ConversationSettings, DeviceSettings, TrainedQuantizationSettings, BaseModelSettings):
+class ServeSettings(
+    ConstraintSettings, ConversationSettings, DeviceSettings, TrainedQuantizationSettings, BaseModelSettings
+):
     command: ClassVar[str] = "serve"
     essential: ClassVar[tuple[str, ...]] = ("host", "port", "api_key", "engine", "quantization", "max_new_tokens")
     panel: ClassVar[str] = "Serving"
