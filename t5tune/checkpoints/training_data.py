@@ -1,7 +1,7 @@
 """Read and write training_data.json: how a model's training examples were made, as far as inference depends on it.
 
-`prepare` writes it into the token cache, and it is copied along with template.yaml: into the adapter, and by export and
-merge into the checkpoint. `chat` and `evaluate` read it.
+`prepare` writes it into the token cache. It is copied along with template.yaml: into the adapter, where `train` adds
+its json_schema, and by export and merge into the checkpoint. `chat`, `evaluate` and `serve` read it.
 
     {"format": 1, "has_earlier_turns": false, "data_format": "auto", "source_column": "dialogue", ...}
 """
@@ -52,9 +52,14 @@ class DatasetTraining(_ExampleSettings):
 
 @dataclass(frozen=True)
 class TrainingData(_ExampleSettings):
-    """How the examples of the main dataset were made and, if there are several, of each dataset."""
+    """How the examples of the main dataset were made and, if there are several, of each dataset.
+
+    Args:
+        json_schema: the schema of the targets, which replies must follow by default.
+    """
 
     datasets: list[DatasetTraining] = field(default_factory=list)
+    json_schema: dict[str, Any] | None = None
 
     def list_reading(self) -> dict[str, Any]:
         """Return the settings for reading the records."""
@@ -81,6 +86,7 @@ def join_training_data(made: Sequence[TrainingData]) -> TrainingData:
             for name in group
         },
         datasets=made[0].datasets if _agree(made, "datasets") else [],
+        json_schema=made[0].json_schema if _agree(made, "json_schema") else None,
     )
 
 
@@ -93,7 +99,8 @@ def write_training_data(folder: Path, data: TrainingData) -> None:
 
 
 def encode_training_data(data: TrainingData) -> bytes:
-    values = {name: value for name, value in asdict(data).items() if name != "datasets" or value}
+    optional = ("datasets", "json_schema")
+    values = {name: value for name, value in asdict(data).items() if value or name not in optional}
     return encode_json({"format": TRAINING_DATA_FORMAT, **values})
 
 

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from t5tune.compat.quiet import quiet_libraries
+from t5tune.constraints import Matcher
+from t5tune.constraints.reading import read_constraint
 from t5tune.data.reading.formats import Turn
 from t5tune.data.tokens.templates import load_template
 from t5tune.errors import SettingsError
 from t5tune.formatting import format_count
 from t5tune.inference.generation import Decoding, Sampling, generate, make_random_generator
-from t5tune.inference.loading import choose_family, load_for_inference
+from t5tune.inference.loading import choose_family, load_for_inference, make_compiler
 from t5tune.inference.precision import Precision
 from t5tune.inference.prompts import Prompts, ReplyText, make_prompts
 from t5tune.model.device import use_gpu_kernels
@@ -52,6 +54,7 @@ class Chatter:
         prompts: how the model reads and writes text.
         random: the random generator for sampling; each reply continues it.
         precision: of the loaded model.
+        constraint: of all replies, at the beginning of a reply.
     """
 
     model: Any
@@ -59,6 +62,7 @@ class Chatter:
     settings: ChatSettings
     random: Any
     precision: Precision
+    constraint: Matcher | None = None
 
     @staticmethod
     def load(settings: ChatSettings, report: Report = silent) -> "Chatter":
@@ -66,6 +70,7 @@ class Chatter:
 
         Raises:
             ModelError, CheckpointError: the base or the adapter can't be used.
+            SettingsError: replies of this model can't follow the constraint.
         """
         report = check_call("Chatter.load", settings, ChatSettings, report)
         return Chatter._load(settings, report)
@@ -83,7 +88,11 @@ class Chatter:
         # replace or remove the adapter
         settings = settings.model_copy(update={"model_name_or_path": str(loaded.base), "adapter": loaded.adapter})
         random = make_random_generator(settings.seed, loaded.model.device)
-        return Chatter(loaded.model, prompts, settings, random, loaded.precision)
+        constraint = read_constraint(settings, loaded.json_schema)
+        matcher = (
+            None if constraint is None else make_compiler(loaded, prompts.template.answer_suffix).start(constraint)
+        )
+        return Chatter(loaded.model, prompts, settings, random, loaded.precision, matcher)
 
     def with_system(self, message: str | None) -> "Chatter":
         """Use a different system message; None selects the conversation template's default."""
@@ -159,7 +168,12 @@ class Chatter:
 
         with quiet_libraries(), use_gpu_kernels(self.model.device):
             (ids,) = generate(
-                self.model, [source], decoding, on_token=show_token if show else None, samplings=[sampling]
+                self.model,
+                [source],
+                decoding,
+                on_token=show_token if show else None,
+                samplings=[sampling],
+                constraints=[self.constraint],
             )
         return ids
 

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from t5tune.checkpoints.training_data import read_training_data
+from t5tune.constraints import Constraint
+from t5tune.constraints.reading import read_constraint
 from t5tune.custom_metrics import compute_custom_metrics, load_custom_metric, try_custom_metrics
 from t5tune.data.caches.prepared import find_caches, is_prepared
 from t5tune.data.reading.remote_files import hide_data_queries
@@ -46,6 +48,7 @@ from t5tune.inference.loading import (
     LoadedModel,
     find_base_and_adapter,
     load_for_inference,
+    make_compiler,
     pin_to_commits,
     read_model_files,
     select_base,
@@ -95,6 +98,7 @@ class EvaluateResult:
         base: the same metrics of the base without the adapter, by name; None without compare_base.
         datasets: the number of examples and the same metrics of each dataset, if there are several; the
             base's metrics have `base_` before their names.
+        cut_off: the number of predictions that reached max_new_tokens; under a constraint, they are incomplete.
         signatures: sacreBLEU's signature of BLEU, chrF and chrF++, by name.
         labels: "all" and each dataset, if there are several, whose targets are labels -> how each label was predicted.
     """
@@ -119,6 +123,7 @@ class EvaluateResult:
     custom_metrics: dict[str, float]
     base: dict[str, float] | None
     seconds: float
+    cut_off: int
     signatures: dict[str, str]
     datasets: dict[str, dict[str, float]] | None = None
     labels: dict[str, LabelTable] | None = None
@@ -129,11 +134,13 @@ class _Work:
     """The input of every rank.
 
     Args:
-        decodings: how to generate the predictions, by the examples of each dataset.
+        decodings: how to generate the predictions, by the examples of each dataset, and the text after an answer.
+        constraint: of all predictions.
     """
 
     examples: Sequence[Example]
-    decodings: dict[range, Decoding]
+    decodings: dict[range, tuple[Decoding, str]]
+    constraint: Constraint | None
 
 
 @dataclass(frozen=True)
@@ -144,6 +151,7 @@ class _Task:
         settings: with the values that were taken from training.
         is_prepared: whether all data is in token caches.
         names: the built-in metrics to compute.
+        constraint: of all predictions, also of the base's.
     """
 
     settings: EvaluateSettings
@@ -151,6 +159,7 @@ class _Task:
     folder: Path
     chosen: EvaluationSet
     names: list[str]
+    constraint: Constraint | None
 
     def make_work(self, num_ranks: int) -> _Work:
         chosen, settings = self.chosen, self.settings
@@ -159,8 +168,8 @@ class _Task:
         decodings = {}
         for part in [indices for _, indices in chosen.datasets] or [range(len(chosen.targets))]:
             longest = settings.max_new_tokens or find_max_target_length([chosen.examples[index] for index in part])
-            decodings[part] = Decoding(eos, pad, longest, settings.num_beams)
-        return _Work(examples, decodings)
+            decodings[part] = (Decoding(eos, pad, longest, settings.num_beams), chosen.answer_ends[part[0]])
+        return _Work(examples, decodings, self.constraint)
 
     def select_base(self) -> "_Task":
         """Return the base's task, with the examples encoded by its tokenizer."""
@@ -205,7 +214,7 @@ def evaluate(settings: EvaluateSettings, report: Report = silent) -> EvaluateRes
         task = run_only_on_rank_0(world, lambda: _read_task(settings, datasets, folder, loaded, report))
         work = broadcast_from_rank_0(None if task is None else task.make_work(world.size))
         assert work is not None
-        tuned, base = _run_model(settings, loaded.model, work, report), None
+        tuned, base = _run_model(settings, loaded, work, report), None
         if settings.compare_base:
             base_settings = select_base(settings, loaded)
             report(Note("evaluating the base without the adapter on the same texts"))
@@ -214,7 +223,7 @@ def evaluate(settings: EvaluateSettings, report: Report = silent) -> EvaluateRes
             loaded = _load_model(base_settings, device, report)
             work = broadcast_from_rank_0(None if task is None else task.select_base().make_work(world.size))
             assert work is not None
-            base = _run_model(base_settings, loaded.model, work, report)
+            base = _run_model(base_settings, loaded, work, report)
         return run_on_rank_0(world, lambda: _finish(task, tuned, base, started, report))
 
 
@@ -301,7 +310,7 @@ def _read_task(
     if settings.data is None and not is_prepared:
         inherited = datasets[0].list_given(SHARED - settings.model_fields_set)
         settings = settings.model_copy(update=inherited)
-    return _Task(settings, is_prepared, folder, chosen, list(names))
+    return _Task(settings, is_prepared, folder, chosen, list(names), read_constraint(settings, loaded.json_schema))
 
 
 def _finish(task: _Task | None, tuned: Outcome, base: Outcome | None, started: float, report: Report) -> EvaluateResult:
@@ -340,6 +349,7 @@ def _finish(task: _Task | None, tuned: Outcome, base: Outcome | None, started: f
         custom_metrics=custom[0],
         base=None if base is None else built_in[1] | custom[1],
         seconds=round(time.monotonic() - started, 3),
+        cut_off=tuned.num_cut_off,
         signatures=describe_signatures(built_in[0]),
         datasets=by_dataset,
         labels=labels or None,
@@ -360,19 +370,26 @@ def _describe_settings(task: _Task) -> dict[str, Any]:
     }
 
 
-def _run_model(settings: EvaluateSettings, model: Any, work: _Work, report: Report) -> Outcome:
+def _run_model(settings: EvaluateSettings, loaded: LoadedModel, work: _Work, report: Report) -> Outcome:
     """Measure the losses of a model, and generate its predictions. Call on every rank."""
+    model = loaded.model
     with use_gpu_kernels(model.device):
+        matchers = {
+            part: None if work.constraint is None else make_compiler(loaded, end).start(work.constraint)
+            for part, (_, end) in work.decodings.items()
+        }
         losses = _measure_losses(settings, model, work, report)
-        batch_size, predicted = settings.per_device_eval_batch_size, []
-        for part, decoding in work.decodings.items():
+        batch_size, predicted, num_cut_off = settings.per_device_eval_batch_size, [], 0
+        for part, (decoding, _) in work.decodings.items():
             examples = [work.examples[index] for index in part] if len(work.decodings) > 1 else work.examples
-            predicted += generate_predictions(model, examples, decoding, batch_size, report)
-        return Outcome(losses, predicted)
+            found = generate_predictions(model, examples, decoding, batch_size, report, constraint=matchers[part])
+            num_cut_off += sum(len(ids) == decoding.max_new_tokens for ids in found)
+            predicted += found
+        return Outcome(losses, predicted, num_cut_off)
 
 
 def _measure_losses(settings: EvaluateSettings, model: Any, work: _Work, report: Report) -> Losses:
-    collator = _make_collator(model, next(iter(work.decodings.values())).pad_token_id)
+    collator = _make_collator(model, next(iter(work.decodings.values()))[0].pad_token_id)
     losses = measure_losses(model, work.examples, collator, settings.per_device_eval_batch_size, report)
     if not math.isfinite(losses.mean):
         problem = f"model_name_or_path: {settings.model_name_or_path}: its loss is {losses.mean}"

@@ -24,11 +24,10 @@ def read_constraint(settings: ConstraintSettings, trained_schema: Mapping[str, A
     if name is None:
         if trained_schema is None or "json_schema" in settings.model_fields_set:
             return None
-        return Constraint("json_schema", json.dumps(trained_schema, ensure_ascii=False), "json_schema of training")
+        return _make_schema(trained_schema, "json_schema of training")
     value = getattr(settings, name)
     if name == "json_schema":
-        schema, place = read_schema(value)
-        return Constraint("json_schema", json.dumps(schema, ensure_ascii=False), place)
+        return read_schema(value)
     if name == "json_object":
         return Constraint("json_schema", '{"type": "object"}', name)
     if name == "regex":
@@ -41,8 +40,8 @@ def read_constraint(settings: ConstraintSettings, trained_schema: Mapping[str, A
     return make_choices([line for line in lines if line.strip()], f"{name}: {value}")
 
 
-def read_schema(value: str) -> tuple[dict[str, Any], str]:
-    """Read a JSON schema from a file or from JSON. Return the schema and the beginning of error messages about it."""
+def read_schema(value: str) -> Constraint:
+    """Read a JSON schema from a file or from JSON. Raises SettingsError as `read_constraint` does."""
     is_json = value.lstrip().startswith("{")
     place = "json_schema" if is_json else f"json_schema: {value}"
     text = value if is_json else _read_text(Path(value), "json_schema", MAX_BYTES)
@@ -52,7 +51,11 @@ def read_schema(value: str) -> tuple[dict[str, Any], str]:
         raise SettingsError(f"{place}: not valid JSON: {shorten(str(error), 100)}") from None
     if not isinstance(schema, dict):
         raise SettingsError(f'{place}: expected a JSON object, such as {{"type": "object", …}}')
-    return schema, place
+    return _make_schema(schema, place)
+
+
+def _make_schema(schema: Mapping[str, Any], place: str) -> Constraint:
+    return Constraint("json_schema", json.dumps(schema, ensure_ascii=False), place)
 
 
 def make_choices(answers: list[str], place: str) -> Constraint:

@@ -21,10 +21,15 @@ from t5tune.progress import Note, Report
 
 @dataclass(frozen=True)
 class Outcome:
-    """A model's loss and the ids of its prediction for each example."""
+    """A model's loss and the ids of its prediction for each example.
+
+    Args:
+        num_cut_off: the number of predictions that reached the maximum length.
+    """
 
     losses: Losses
     predicted_ids: list[list[int]]
+    num_cut_off: int
 
     def decode(self, chosen: EvaluationSet) -> list[str]:
         """Decode the predictions."""

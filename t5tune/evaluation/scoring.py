@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from t5tune.constraints import Matcher
 from t5tune.custom_metrics import compute_custom_metrics, try_custom_metrics
 from t5tune.data.caches.examples import Examples, decode_targets
 from t5tune.data.tokens.encoding import Example
@@ -220,6 +221,7 @@ def generate_predictions(
     report: Report = silent,
     is_stopped: Callable[[], bool] = lambda: False,
     autocast: bool = False,
+    constraint: Matcher | None = None,
 ) -> list[list[int]]:
     """Generate a prediction for each example's source; its ids without the EOS token. Call on every rank.
 
@@ -228,6 +230,7 @@ def generate_predictions(
         is_stopped: whether a signal asked this rank to stop; called after each batch.
         autocast: whether to compute in mixed precision, as training does without DeepSpeed: its fp32 modules in a bf16
             base need it. The Trainer's autocast includes the model's forward, but not `generate`.
+        constraint: of all predictions.
     """
     sharded = _is_sharded(model)
     budget = compute_generation_budget(model)
@@ -235,7 +238,7 @@ def generate_predictions(
     def predict(indices: list[int]) -> dict[int, list[int]]:
         sources = [examples[i].source_S.tolist() for i in indices]
         with torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=autocast):
-            ids = generate(model, sources, decoding, synced_gpus=sharded)
+            ids = generate(model, sources, decoding, sharded, constraints=[constraint] * len(sources))
         return dict(zip(indices, ids, strict=True))
 
     def count_bytes(count: int, source: int, _target: int) -> int:

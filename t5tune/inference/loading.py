@@ -16,6 +16,7 @@ from t5tune.checkpoints.adapter_shapes import check_adapter_shapes
 from t5tune.checkpoints.base import check_base, find_base, find_model, open_base, read_base_of_adapter, read_config
 from t5tune.checkpoints.fingerprint import is_trained_base
 from t5tune.checkpoints.training_data import DatasetTraining, TrainingData, read_training_data
+from t5tune.constraints.compiler import Compiler
 from t5tune.data.tokens.templates import Template, find_template
 from t5tune.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from t5tune.errors import ModelError, SettingsError
@@ -23,6 +24,7 @@ from t5tune.families import find_architecture
 from t5tune.file_names import TEMPLATE_FILE, TOKENIZER_CONFIG_FILE
 from t5tune.formatting import shorten
 from t5tune.hub.names import name_snapshot, split_revision
+from t5tune.inference.generation import find_stop_ids
 from t5tune.inference.precision import Precision, read_trained_precision, resolve_precision, select_precision
 from t5tune.io.reasons import join_lines
 from t5tune.model.device import choose_device
@@ -52,6 +54,11 @@ class ModelFiles:
     training_data: TrainingData | None
     template_files: list[Path]
 
+    @property
+    def json_schema(self) -> dict[str, Any] | None:
+        """The schema that its targets follow."""
+        return None if self.training_data is None else self.training_data.json_schema
+
     def find_dataset(self, name: str) -> DatasetTraining | None:
         """Find how the examples of a training dataset were made; None: not trained on it."""
         datasets = self.training_data.datasets if self.training_data is not None else []
@@ -77,6 +84,12 @@ class LoadedModel(ModelFiles):
     num_rows: int
     precision: Precision
     engine: Any = None
+
+
+def make_compiler(loaded: LoadedModel, answer_suffix: str) -> Compiler:
+    """Make a compiler of constraints on a model's replies. `answer_suffix`: the conversation template's."""
+    stop_ids = find_stop_ids(loaded.model, loaded.tokenizer.eos_token_id)
+    return Compiler(loaded.tokenizer, loaded.num_rows, stop_ids, answer_suffix)
 
 
 def read_model_files(base: Path, adapter: Path | None) -> ModelFiles:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from t5tune.constraints import Constraint
 from t5tune.data.caches.mixing import Mixing
 from t5tune.file_names import EVAL_CACHE_FOLDER, RUN_CACHE_FOLDER
 from t5tune.inference.precision import Precision
@@ -96,6 +97,7 @@ class RunPlan:
         datasets: to train on.
         eval_datasets: to evaluate on; none: the held-out examples of `datasets`, if there are any.
         mixing: of `datasets`.
+        json_schema: of the targets; replies must follow it by default.
         given: all settings, to be saved, and to be compared with an earlier start's. Code that uses a value takes it
             from a part.
     """
@@ -104,6 +106,7 @@ class RunPlan:
     datasets: tuple[DatasetSpec, ...]
     eval_datasets: tuple[DatasetSpec, ...]
     mixing: Mixing
+    json_schema: Constraint | None
     model: ModelPlan
     objective: ObjectivePlan
     steps: StepSettings

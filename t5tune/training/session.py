@@ -26,6 +26,7 @@ from t5tune.runs.resume_guard import describe_evaluations
 from t5tune.runs.same_ranks import check_same_inputs
 from t5tune.runs.teacher_files import TeacherFiles, find_teacher, hash_teacher
 from t5tune.settings import packaged_templates
+from t5tune.training.reply_schema import record_schema, report_violations
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,9 @@ def load_data(session: Session) -> LoadedData:
     # now, because prepare may replace a cache outside of the run folder during the run
     files = read_supporting_files(examples.tokenizer_folder, examples.folder / TEMPLATE_FILE)
     tokenizer = load_tokenizer(examples.tokenizer_folder)
+    if (schema := plan.json_schema) is not None:
+        files = record_schema(schema, examples, files)
+        run_on_rank_0(world, lambda: report_violations(schema, tokenizer, examples, session.report))
     base = find_base(plan.model.base, report=session.report)
     teacher = None if plan.teacher is None else find_teacher(plan.teacher, plan.model, session.report)
 

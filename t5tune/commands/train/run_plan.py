@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from t5tune.constraints.reading import read_schema
 from t5tune.data.caches.mixing import Mixing, choose_mixing
 from t5tune.data.caches.prepared import has_examples, read_datasets
 from t5tune.inference.precision import Precision
@@ -44,7 +45,7 @@ def make_run_plan(settings: TrainSettings) -> RunPlan:
 
     Raises:
         DataError: a token cache is broken, or given together with other data.
-        SettingsError: a setting differs from the value that a token cache was made with.
+        SettingsError: a setting differs from the value that a token cache was made with, or json_schema can't be read.
     """
     settings = _name_kept_records(settings)
     datasets, mixing = resolve_training_data(settings)
@@ -64,6 +65,7 @@ def make_run_plan(settings: TrainSettings) -> RunPlan:
         datasets,
         _resolve_eval_datasets(settings, datasets),
         mixing,
+        None if settings.json_schema is None else read_schema(settings.json_schema),
         model,
         _resolve_objective(settings),
         settings.select_part(StepSettings),

@@ -17,8 +17,8 @@ class ChatSettings(ConstraintSettings, ConversationSettings, InferenceSettings):
     command: ClassVar[str] = "chat"
     also_positional: ClassVar[str | None] = "model_name_or_path"
     essential: ClassVar[tuple[str, ...]] = (
-        "prompt", "adapter", "system", "conversation_template", "json_schema", "max_new_tokens", "temperature", "q_lora", "bf16",
-        "device",
+        "prompt", "adapter", "system", "conversation_template", "json_schema", "max_new_tokens", "temperature",
+        "q_lora", "bf16", "device",
     )  # fmt: skip
     panel: ClassVar[str] = "Chat"
     notes_on_implied: ClassVar[Mapping[str, str]] = {

@@ -15,8 +15,8 @@ class EvaluateSettings(ConstraintSettings, MetricSettings, DataSettings, Partiti
     command: ClassVar[str] = "evaluate"
     also_positional: ClassVar[str | None] = "model_name_or_path"
     essential: ClassVar[tuple[str, ...]] = (
-        "adapter", "output_dir", "source_column", "target_column", "num_data", "metrics", "choices", "compare_base", "bf16",
-        "num_gpus",
+        "adapter", "output_dir", "source_column", "target_column", "num_data", "metrics", "choices", "compare_base",
+        "bf16", "num_gpus",
     )  # fmt: skip
     panel: ClassVar[str] = "Evaluation"
 

@@ -8,6 +8,7 @@ from pydantic import model_validator
 from t5tune.errors import suggest_name
 from t5tune.metrics import METRICS, NOT_BEST, PREFERENCE_METRICS
 from t5tune.settings.groups.base import BaseModelSettings, TrainingPrecisionSettings
+from t5tune.settings.groups.constraints import TrainedSchemaSettings
 from t5tune.settings.groups.data import TrainingDataSettings
 from t5tune.settings.groups.distillation import DistillationSettings, TargetSettings
 from t5tune.settings.groups.evaluation import EvaluationSettings
@@ -34,6 +35,7 @@ class TrainSettings(
     PreferenceSettings,
     DistillationSettings,
     InitialAdapterSettings,
+    TrainedSchemaSettings,
     TrainingDataSettings,
     BaseModelSettings,
 ):
@@ -46,6 +48,12 @@ class TrainSettings(
     notes_on_implied: ClassVar[Mapping[str, str]] = {
         "bf16": "q_lora turns bf16 on: the quantized base computes in bfloat16"
     }
+
+    @model_validator(mode="after")
+    def _check_schema(self) -> "TrainSettings":
+        if self.json_schema is not None and self.is_raw_text:
+            raise ValueError("json_schema: span-corruption's targets aren't JSON; leave it out")
+        return self
 
     @model_validator(mode="after")
     def _check_evaluation_options(self) -> "TrainSettings":

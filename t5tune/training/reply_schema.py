@@ -1,0 +1,50 @@
+"""The JSON schema of a run's targets: recorded for inference, and compared with the targets."""
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import replace
+
+from t5tune.checkpoints.training_data import encode_training_data, read_training_data
+from t5tune.constraints import Constraint
+from t5tune.constraints.compiler import Compiler
+from t5tune.data.caches.examples import Examples
+from t5tune.data.tokens.tokenizer import Tokenizer, decode_reference
+from t5tune.errors import SettingsError
+from t5tune.file_names import TRAINING_DATA_FILE
+from t5tune.progress import Note, Report
+from t5tune.settings.messages import shorten_value
+
+
+def record_schema(schema: Constraint, examples: Examples, files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Return the contents of a checkpoint's files with the schema in training_data.json."""
+    data = read_training_data(examples.folder)
+    assert data is not None, "prepare writes it"
+    return {**files, TRAINING_DATA_FILE: encode_training_data(replace(data, json_schema=json.loads(schema.text)))}
+
+
+def report_violations(schema: Constraint, tokenizer: Tokenizer, examples: Examples, report: Report) -> None:
+    """Count the targets that violate a schema, and report the first.
+
+    Raises:
+        SettingsError: all targets violate it, or it can't be enforced with this tokenizer.
+    """
+    by_suffix: dict[str, list[int]] = defaultdict(list)
+    for index in range(len(examples)):
+        by_suffix[examples.get_template(index).answer_suffix].append(index)
+    violating = []
+    for suffix, indices in by_suffix.items():
+        compiler = Compiler(tokenizer, len(tokenizer), [tokenizer.eos_token_id], suffix)
+        for index in indices:
+            matcher = compiler.start(schema)
+            if not all(map(matcher.accept, examples[index].target_T.tolist())):
+                violating.append(index)
+    if not violating:
+        return
+    first = min(violating)
+    text = decode_reference(tokenizer, examples[first].target_T, examples.get_template(first).answer_suffix)
+    found = f"{schema.place}: {len(violating):,} of {len(examples):,} targets violate it"
+    found += f", such as that of example {examples.name_example(first)}: {shorten_value(text)}"
+    if len(violating) == len(examples):
+        raise SettingsError(found, hint="correct the schema; its properties must be in the targets' order")
+    report(Note(f"{found}; replies will follow it nevertheless", warning=True))
