@@ -49,6 +49,8 @@ class GrammarCompiler:
         # the decoder drops the whole of several spaces at the beginning, but a grammar only knows about one
         self.never_first = [i for i, text in enumerate(later) if text != first[i] and text != b" " + (first[i] or b"")]
         self.silent_ids = [i for i, text in enumerate(later) if text == b""]
+        self.begins_with_space = np.array([text is not None and text.startswith(b" ") for text in later])
+        self.spaces = {i for i, text in enumerate(later) if text == b" "}
         words = llguidance.TokenizerWrapper(_Words(later, stop_ids))
         self._words = llguidance.LLTokenizer(words, n_vocab=num_rows, eos_token=stop_ids)
 
@@ -58,21 +60,37 @@ class GrammarCompiler:
         Raises:
             SettingsError: the constraint is invalid, can't be enforced, or no reply can follow it.
         """
-        import llguidance
 
         if constraint.kind == "json_schema":
             self._check_characters(constraint)
-        body = _write_body(constraint, may_begin_with_space=not self.spellings.drops_space)
-        alone = llguidance.LLMatcher(self._words, f"{HEADER}start: body\n{body}", log_level=0)
-        if alone.is_error():
-            raise SettingsError(f"{constraint.place}: {_describe_error(alone.get_error())}")
-        allowed = np.flatnonzero(GrammarMatcher(self, alone).find_allowed())
-        if {*allowed} <= {*self.stop_ids} and not alone.is_accepting():
+        body = _write_body(constraint)
+        alone = self._start("body", body, constraint)
+        allowed = alone.find_allowed()
+        if self.spellings.drops_space:
+            allowed &= ~self.begins_with_space
+        if not np.delete(allowed, self.stop_ids).any() and not alone.is_complete:
             raise SettingsError(f"{constraint.place}: no reply can follow it{self._explain_spaces()}")
-        lead = '" "? ' if self.spellings.drops_space else ""
         tail = f" {json.dumps(self._suffix)}?" if self._suffix else ""
-        whole = llguidance.LLMatcher(self._words, f"{HEADER}start: {lead}body{tail}\n{body}", log_level=0)
-        return GrammarMatcher(self, whole)
+        whole = self._start(f"body{tail}", body, constraint)
+        if not self.spellings.drops_space:
+            return whole
+        return GrammarMatcher(self, whole.matcher, self._start(f'" " body{tail}', body, constraint).matcher)
+
+    def _start(self, start: str, body: str, constraint: Constraint) -> "GrammarMatcher":
+        import llguidance
+
+        matcher = llguidance.LLMatcher(self._words, f"{HEADER}start: {start}\n{body}", log_level=0)
+        if matcher.is_error():
+            raise SettingsError(f"{constraint.place}: {_describe_error(matcher.get_error())}")
+        return GrammarMatcher(self, matcher)
+
+    def fill_mask(self, matcher: Any) -> Allowed:
+        """Find the ids that llguidance allows next."""
+        from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
+
+        bits = allocate_token_bitmask(1, self.num_rows)
+        fill_next_token_bitmask(matcher, bits)
+        return np.unpackbits(bits.view(np.uint8)[0], bitorder="little")[: self.num_rows].astype(bool)
 
     def _check_characters(self, constraint: Constraint) -> None:
         spelled = set(self.spellings.later)
@@ -86,37 +104,66 @@ class GrammarCompiler:
 
 
 class GrammarMatcher:
-    """The state of one reply."""
+    """The state of one reply.
 
-    def __init__(self, compiler: GrammarCompiler, matcher: Any, count: int = 0, was_silent: bool = False) -> None:
-        self._compiler, self._matcher = compiler, matcher
-        self._count, self._was_silent = count, was_silent
+    SentencePiece's decoders drop the space of a reply's first token. So there are two states before this token: the
+    first continues with tokens without a space, the second expects a space first.
+
+    Args:
+        matcher: llguidance's.
+        with_space: the same grammar after a space; None: the decoder drops nothing, or the reply has begun.
+        is_after_space: whether the reply has only the space that the decoder drops; a second space would be no match.
+        was_silent: whether the last token had no text.
+    """
+
+    def __init__(
+        self,
+        compiler: GrammarCompiler,
+        matcher: Any,
+        with_space: Any = None,
+        is_after_space: bool = False,
+        was_silent: bool = False,
+    ) -> None:
+        self._compiler, self.matcher, self._with_space = compiler, matcher, with_space
+        self._is_after_space, self._was_silent = is_after_space, was_silent
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the reply may end here."""
+        return bool(self.matcher.is_accepting())
 
     def copy(self) -> Self:
-        return type(self)(self._compiler, self._matcher.deep_copy(), self._count, self._was_silent)
+        with_space = None if self._with_space is None else self._with_space.deep_copy()
+        matcher = self.matcher.deep_copy()
+        return type(self)(self._compiler, matcher, with_space, self._is_after_space, self._was_silent)
 
     def find_allowed(self) -> Allowed:
-        from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
-
         compiler = self._compiler
-        bits = allocate_token_bitmask(1, compiler.num_rows)
-        fill_next_token_bitmask(self._matcher, bits)
-        allowed = np.unpackbits(bits.view(np.uint8)[0], bitorder="little")[: compiler.num_rows].astype(bool)
-        if self._count == 0:
+        allowed = compiler.fill_mask(self.matcher)
+        if self._with_space is not None or self._is_after_space:
+            allowed &= ~compiler.begins_with_space
+        if self._with_space is not None:
+            allowed |= compiler.fill_mask(self._with_space) & compiler.begins_with_space
             allowed[compiler.never_first] = False
         if not self._was_silent and allowed.any():
             allowed[compiler.silent_ids] = True
         return allowed
 
     def accept(self, index: int) -> bool:
-        if index in self._compiler.stop_ids:
-            return bool(self._matcher.is_accepting())
-        if index in self._compiler.silent_ids:  # it adds no text, so a model could repeat it forever
-            accepted = not self._was_silent
-        else:
-            accepted = self._matcher.try_consume_tokens([index]) == 1
-        self._count, self._was_silent = self._count + 1, index in self._compiler.silent_ids
-        return accepted
+        compiler = self._compiler
+        if index in compiler.stop_ids:
+            return self.is_complete
+        if index in compiler.silent_ids:  # it adds no text, so a model could repeat it forever
+            accepted, self._was_silent = not self._was_silent, True
+            return accepted
+        begins_with_space = bool(compiler.begins_with_space[index])
+        if self._is_after_space and begins_with_space or self._with_space is not None and index in compiler.never_first:
+            return False
+        if self._with_space is not None and begins_with_space:
+            self.matcher = self._with_space
+        self._is_after_space = self._with_space is not None and index in compiler.spaces
+        self._with_space, self._was_silent = None, False
+        return bool(self.matcher.try_consume_tokens([index]) == 1)
 
 
 class _Words:
@@ -134,14 +181,12 @@ class _Words:
         raise NotImplementedError("HEADER keeps llguidance from tokenizing text")
 
 
-def _write_body(constraint: Constraint, may_begin_with_space: bool) -> str:
+def _write_body(constraint: Constraint) -> str:
     """Write a constraint as a Lark rule with the name `body`."""
     if constraint.kind == "grammar":
         return re.sub(r"\bstart\b", "body", constraint.text)
     if constraint.kind == "regex":
-        # the decoder would drop the space, and the rest may be no match
-        without_space = "" if may_begin_with_space else " & ~/ (?s:.*)/"
-        return f"body: BODY\nBODY: /{_escape_slashes(constraint.text)}/{without_space}\n"
+        return f"body: BODY\nBODY: /{_escape_slashes(constraint.text)}/\n"
     schema = json.loads(constraint.text)
     if isinstance(schema, dict):
         schema = schema | {"x-guidance": JSON_OPTIONS}
