@@ -23,11 +23,19 @@ from t5tune.checkpoints.model_folder import is_converted
 from t5tune.commands.merge import merge
 from t5tune.compat.ctranslate2_patches import CUBLAS_PACKAGE, load_cublas
 from t5tune.compat.quiet import quiet_libraries
+from t5tune.constraints.compiler import Compiler
+from t5tune.constraints.reading import read_constraint
 from t5tune.converting.generation_config import describe_lost_settings, read_generation_config
 from t5tune.errors import CheckpointError, DependencyError, ModelError, SettingsError, naming_settings
 from t5tune.families import CTRANSLATE2, find_family
 from t5tune.formatting import format_count, shorten
-from t5tune.inference.loading import choose_family, find_base_and_adapter, load_for_inference, read_model_files
+from t5tune.inference.loading import (
+    ModelFiles,
+    choose_family,
+    find_base_and_adapter,
+    load_for_inference,
+    read_model_files,
+)
 from t5tune.inference.precision import Precision, read_trained_precision, resolve_precision, select_precision
 from t5tune.inference.prompts import make_prompts
 from t5tune.inference.shared_bases import SharedBases
@@ -372,7 +380,7 @@ class _Loader:
             has_library = self._device.type != "cuda" or load_cublas()
             raise _CTranslate2Fails(problem, hint=None if has_library else f"pip install {CUBLAS_PACKAGE}") from error
         report(Note(f"with CTranslate2, {engine.compute_type}"))
-        return self._make_model(name, engine, files, report)
+        return self._make_model(name, engine, files, engine.num_rows, report)
 
     def _load_with_transformers(
         self, name: str, settings: InferenceSettings, precision: Precision, report: Report
@@ -387,7 +395,7 @@ class _Loader:
         loaded = load_for_inference(settings, report, self._device, load_base=load, precision=precision)
         tokenizer = loaded.tokenizer
         engine = TransformersEngine(loaded.model, tokenizer.eos_token_id, tokenizer.pad_token_id)
-        return self._make_model(name, engine, loaded, report)
+        return self._make_model(name, engine, loaded, loaded.num_rows, report)
 
     def _report_other_precision(
         self, name: str, settings: InferenceSettings, precision: Precision, report: Report
@@ -399,7 +407,9 @@ class _Loader:
             report(Note(f"loading the base once more, in {precision}: {other} has it in {loaded[other]}"))
         loaded[name] = precision
 
-    def _make_model(self, name: str, engine: "Engine", files: Any, report: Report) -> "ServedModel":
+    def _make_model(
+        self, name: str, engine: "Engine", files: ModelFiles, num_rows: int, report: Report
+    ) -> "ServedModel":
         from t5tune.serving.generation import DecodingOptions
         from t5tune.serving.models import ServedModel
 
@@ -412,4 +422,7 @@ class _Loader:
         defaults = DecodingOptions(settings.max_new_tokens, settings.temperature, settings.top_p)
         # a model has learned to write targets of at most model_max_length
         longest = max(settings.max_new_tokens, settings.model_max_length)
-        return ServedModel(name, engine, prompts, defaults, longest)
+        compiler = Compiler(files.tokenizer, num_rows, sorted(engine.stop_ids), prompts.template.answer_suffix)
+        if (constraint := read_constraint(settings, files.json_schema)) is not None:
+            compiler.start(constraint)  # raises now, not for each request
+        return ServedModel(name, engine, prompts, defaults, longest, compiler, constraint)

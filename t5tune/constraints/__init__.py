@@ -36,5 +36,5 @@ class Matcher(Protocol):
         ...
 
     def accept(self, index: int) -> bool:
-        """Continue with an id; return whether it was allowed. A stop id leaves the state unchanged."""
+        """Continue with an id; return whether it was allowed. Else, or after a stop id, the state is unchanged."""
         ...

@@ -2,12 +2,13 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 from t5tune.constraints import Constraint, Matcher
 from t5tune.constraints.answers import Answers
 from t5tune.constraints.grammars import GrammarCompiler
+from t5tune.constraints.spelling import Spellings, spell
 from t5tune.data.tokens.encoders import Beginning, make_encoder
 from t5tune.data.tokens.tokenizer import Tokenizer
 from t5tune.errors import SettingsError
@@ -32,6 +33,11 @@ class Compiler:
         self._grammars: GrammarCompiler | None = None
         self._compile = lru_cache(MAX_COMPILED)(self._compile_once)
 
+    @cached_property
+    def spellings(self) -> Spellings:
+        """The bytes of each token."""
+        return spell(self._tokenizer, self._num_rows)
+
     def start(self, constraint: Constraint) -> Matcher:
         """Start a reply.
 
@@ -47,7 +53,7 @@ class Compiler:
         if constraint.kind == "json_schema":
             self._check_fixed_texts(constraint)
         if self._grammars is None:
-            self._grammars = GrammarCompiler(self._tokenizer, self._num_rows, self._stop_ids, self._suffix)
+            self._grammars = GrammarCompiler(self.spellings, self._stop_ids, self._suffix)
         return self._grammars.compile(constraint)
 
     def _sort_answers(self, constraint: Constraint) -> Matcher:

@@ -1,6 +1,6 @@
 """Which ids may come next in a reply that follows a grammar, found by llguidance over the tokenizer's spellings.
 
-compiler = GrammarCompiler(tokenizer, num_rows=32128, stop_ids=[1])
+compiler = GrammarCompiler(spell(tokenizer, num_rows=32128), stop_ids=[1])
 matcher = compiler.compile(Constraint("regex", "[0-9]+", "regex")).copy()
 matcher.find_allowed()[8774], matcher.accept(8774)    # False, False
 """
@@ -13,8 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from t5tune.constraints import Constraint
-from t5tune.constraints.spelling import spell
-from t5tune.data.tokens.tokenizer import Tokenizer
+from t5tune.constraints.spelling import Spellings
 from t5tune.errors import DependencyError, SettingsError
 
 Allowed = npt.NDArray[np.bool_]
@@ -29,7 +28,6 @@ class GrammarCompiler:
     """Compiles constraints for one model.
 
     Args:
-        num_rows: the number of the model's logits.
         stop_ids: the tokens that end a reply.
         suffix: text that may follow a reply.
 
@@ -37,22 +35,21 @@ class GrammarCompiler:
         DependencyError: llguidance isn't installed.
     """
 
-    def __init__(self, tokenizer: Tokenizer, num_rows: int, stop_ids: list[int], suffix: str = "") -> None:
+    def __init__(self, spellings: Spellings, stop_ids: list[int], suffix: str = "") -> None:
         try:
             import llguidance
         except ImportError as error:
             problem = f"constraining replies needs llguidance, which can't be imported: {error}"
             raise DependencyError(problem, hint="pip install 't5tune[constrain]'") from error
-        self.num_rows, self.stop_ids, self._suffix = num_rows, stop_ids, suffix
-        self.spellings = spell(tokenizer, num_rows)
-        later, first = self.spellings.later, self.spellings.first
+        later, first = spellings.later, spellings.first
+        self.spellings, self.num_rows, self.stop_ids, self._suffix = spellings, len(later), stop_ids, suffix
         # the decoder drops the whole of several spaces at the beginning, but a grammar only knows about one
         self.never_first = [i for i, text in enumerate(later) if text != first[i] and text != b" " + (first[i] or b"")]
         self.silent_ids = [i for i, text in enumerate(later) if text == b""]
         self.begins_with_space = np.array([text is not None and text.startswith(b" ") for text in later])
         self.spaces = {i for i, text in enumerate(later) if text == b" "}
         words = llguidance.TokenizerWrapper(_Words(later, stop_ids))
-        self._words = llguidance.LLTokenizer(words, n_vocab=num_rows, eos_token=stop_ids)
+        self._words = llguidance.LLTokenizer(words, n_vocab=self.num_rows, eos_token=stop_ids)
 
     def compile(self, constraint: Constraint) -> "GrammarMatcher":
         """Compile a constraint; copy the matcher for each reply.
@@ -156,14 +153,15 @@ class GrammarMatcher:
         if index in compiler.silent_ids:  # it adds no text, so a model could repeat it forever
             accepted, self._was_silent = not self._was_silent, True
             return accepted
-        begins_with_space = bool(compiler.begins_with_space[index])
-        if self._is_after_space and begins_with_space or self._with_space is not None and index in compiler.never_first:
+        is_first, begins_with_space = self._with_space is not None, bool(compiler.begins_with_space[index])
+        if (self._is_after_space and begins_with_space) or (is_first and index in compiler.never_first):
             return False
-        if self._with_space is not None and begins_with_space:
-            self.matcher = self._with_space
-        self._is_after_space = self._with_space is not None and index in compiler.spaces
-        self._with_space, self._was_silent = None, False
-        return bool(self.matcher.try_consume_tokens([index]) == 1)
+        matcher = self._with_space if is_first and begins_with_space else self.matcher
+        if matcher.try_consume_tokens([index]) == 0:
+            return False
+        self.matcher, self._with_space, self._was_silent = matcher, None, False
+        self._is_after_space = is_first and index in compiler.spaces
+        return True
 
 
 class _Words:

@@ -24,6 +24,21 @@ OnToken = Callable[[int, int], bool | None]
 
 
 @dataclass(frozen=True)
+class TokenScores:
+    """The log-probability of a token, and the likeliest tokens at its position with theirs, the likeliest first.
+
+    They are log-softmaxes of the logits, without constraints and temperature, in nats.
+    """
+
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+OnScores = Callable[[int, TokenScores], None]
+"""Called with the index of a source and the scores of its reply's next token, before `OnToken` is."""
+
+
+@dataclass(frozen=True)
 class Decoding:
     """Greedy decoding or beam search, for replies without a `Sampling`."""
 
@@ -57,6 +72,8 @@ def generate(
     on_token: OnToken | None = None,
     samplings: Sequence[Sampling | None] = (),
     constraints: Sequence[Matcher | None] = (),
+    num_top: Sequence[int | None] = (),
+    on_scores: OnScores | None = None,
 ) -> list[list[int]]:
     """Generate a reply to each source of one batch; the ids are returned without the token that ended it.
 
@@ -67,14 +84,18 @@ def generate(
         on_token: called with each new id, including the id that ends a reply; only without beams.
         samplings: for each source, a sampling or None (greedy); empty: all greedy.
         constraints: for each source, the constraint of its reply, at its beginning, or None; empty: all free.
+        num_top: for each source, how many of the likeliest tokens `on_scores` gets; None: it isn't called.
+        on_scores: only together with on_token.
     """
     device = next(model.parameters()).device
     width = max(map(len, sources))
     input_ids_BS = torch.tensor([[*source, *[decoding.pad_token_id] * (width - len(source))] for source in sources])
     lengths_B = torch.tensor([[len(source)] for source in sources])
     stop_ids = find_stop_ids(model, decoding.eos_token_id)
-    follower = _Follower(on_token, stop_ids, len(sources)) if on_token else None
-    processors = [_RowConstraints(constraints, stop_ids, decoding.num_beams)] if any(constraints) else []
+    scorer = _RowScores(num_top, on_scores) if on_scores else None
+    follower = _Follower(on_token, stop_ids, len(sources), scorer) if on_token else None
+    processors: list[LogitsProcessor] = [scorer] if scorer else []
+    processors += [_RowConstraints(constraints, stop_ids, decoding.num_beams)] if any(constraints) else []
     processors += [_RowSampler(samplings)] if any(samplings) else []
     with torch.no_grad(), size_cache_by_decoder(model), _explain_config_errors():
         output_BT = model.generate(
@@ -98,6 +119,29 @@ def generate(
         )
     replies = follower.replies if follower else [row[1:] for row in output_BT.tolist()]  # without the start token
     return [list(takewhile(lambda token: token not in stop_ids, ids)) for ids in replies]
+
+
+class _RowScores(LogitsProcessor):  # type: ignore[misc]
+    """Keeps the logits of a step until its tokens are known, and scores the tokens of rows that want it."""
+
+    def __init__(self, num_top: Sequence[int | None], on_scores: OnScores) -> None:
+        self._num_top, self._on_scores = num_top, on_scores
+        self._logits_BV: torch.Tensor | None = None
+
+    def __call__(self, input_ids_BT: torch.Tensor, scores_BV: torch.Tensor) -> torch.Tensor:
+        self._logits_BV = scores_BV
+        return scores_BV
+
+    def score(self, row: int, token: int) -> None:
+        if (count := self._num_top[row]) is None or self._logits_BV is None:
+            return
+        self._on_scores(row, score_token(self._logits_BV[row].float().log_softmax(-1), token, count))
+
+
+def score_token(logprobs_V: torch.Tensor, token: int, count: int) -> TokenScores:
+    """Score a token, and the `count` likeliest tokens."""
+    values, ids = logprobs_V.topk(count)
+    return TokenScores(float(logprobs_V[token]), list(zip(ids.tolist(), values.tolist(), strict=True)))
 
 
 class _RowConstraints(LogitsProcessor):  # type: ignore[misc]
@@ -132,7 +176,7 @@ class _RowConstraints(LogitsProcessor):  # type: ignore[misc]
         """Return the state after the ids of a key, whose last id is new; None: the reply has ended."""
         _, *ids = key
         if not ids:
-            return constraint
+            return constraint.copy()  # a different thread may copy it, too
         before = self._states.get(key[:-1])
         if before is None or ids[-1] in self._stop_ids:
             return None
@@ -167,8 +211,9 @@ class _RowSampler(LogitsProcessor):  # type: ignore[misc]
 class _Follower(StoppingCriteria):  # type: ignore[misc]
     """Passes each new token to `on_token`, which may end its row. Later tokens of this row are padding."""
 
-    def __init__(self, on_token: OnToken, stop_ids: list[int], num_rows: int) -> None:
+    def __init__(self, on_token: OnToken, stop_ids: list[int], num_rows: int, scorer: _RowScores | None = None) -> None:
         self.replies: list[list[int]] = [[] for _ in range(num_rows)]
+        self._scorer = scorer
         self._on_token = on_token
         self._stop_ids = stop_ids
         self._is_done = [False] * num_rows
@@ -177,6 +222,8 @@ class _Follower(StoppingCriteria):  # type: ignore[misc]
         for row, token in enumerate(input_ids_BT[:, -1].tolist()):
             if not self._is_done[row]:
                 self.replies[row].append(token)
+                if self._scorer is not None:
+                    self._scorer.score(row, token)
                 self._is_done[row] = bool(self._on_token(row, token)) or token in self._stop_ids
         return torch.tensor(self._is_done, device=input_ids_BT.device)
 

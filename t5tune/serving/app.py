@@ -28,7 +28,6 @@ from t5tune.serving.metrics import Metrics
 from t5tune.serving.models import ServedModel
 from t5tune.serving.protocol import (
     ApiError,
-    Body,
     ChatRequest,
     CompletionRequest,
     GenerationRequest,
@@ -203,7 +202,7 @@ class Service:
             raise ApiError(404, f"model: {name}: not served here; this server has {known}", "model", "model_not_found")
         return self.models[name]
 
-    async def _complete(self, request: Request, kind: type[Body]) -> Response:
+    async def _complete(self, request: Request, kind: type[GenerationRequest]) -> Response:
         record: Record = request.scope["t5tune"]
         replies = await self._read_replies(await _read_body(request), kind, record)
         headers = {"x-t5tune-dropped-messages": str(record.dropped_messages)} if record.dropped_messages else {}
@@ -212,13 +211,13 @@ class Service:
             return StreamingResponse(replies.stream(), media_type="text/event-stream", headers=headers)
         return JSONResponse(await _unless_gone(request, replies.collect()), headers=headers)
 
-    async def _read_replies(self, body: bytes, kind: type[Body], record: Record) -> Replies:
+    async def _read_replies(self, body: bytes, kind: type[GenerationRequest], record: Record) -> Replies:
         run = partial(asyncio.get_running_loop().run_in_executor, self._reader)
         request = await run(parse_body, body, kind)
         model = self._find_model(request.model)
         record.model = model.name
         self._check_number(request)
-        options = model.read_options(request)
+        options = await run(model.read_options, request)
         prompts: list[Prompt] = []
         unread = model.read_prompts(request)
         while prompt := await run(next, unread, None):  # one by one, so that prompts of other requests get their turn

@@ -11,12 +11,23 @@ from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 from t5tune.compat.ctranslate2_patches import load_translator
 from t5tune.compat.quiet import quiet_libraries
 from t5tune.errors import ModelError
 from t5tune.file_names import CONFIG_FILE, CTRANSLATE2_VOCABULARY_FILE
 from t5tune.formatting import shorten
-from t5tune.inference.generation import Decoding, Sampling, find_stop_ids, generate, make_random_generator
+from t5tune.inference.generation import (
+    Decoding,
+    Sampling,
+    TokenScores,
+    find_stop_ids,
+    generate,
+    make_random_generator,
+    score_token,
+)
 from t5tune.io.processes import count_cores
 from t5tune.io.reasons import join_lines
 from t5tune.model.device import use_gpu_kernels
@@ -30,6 +41,7 @@ class TransformersEngine:
     name = "transformers"
     max_batches = 1
     has_seeds = True
+    can_constrain_top_p = True
 
     def __init__(self, model: Any, eos_token_id: int, pad_token_id: int) -> None:
         self._model = model
@@ -44,6 +56,11 @@ class TransformersEngine:
 
     def generate(self, generations: Sequence[Generation], on_token: OnToken) -> None:
         longest = max(generation.options.max_new_tokens for generation in generations)
+
+        def note_scores(row: int, scores: TokenScores) -> None:
+            generations[row].next_scores = scores
+
+        num_top = [generation.options.num_top for generation in generations]
         with quiet_libraries(), use_gpu_kernels(self._model.device):
             generate(
                 self._model,
@@ -51,6 +68,9 @@ class TransformersEngine:
                 Decoding(self._eos_token_id, self._pad_token_id, longest),
                 on_token=on_token,
                 samplings=[self._make_sampling(generation.options) for generation in generations],
+                constraints=[generation.options.constraint for generation in generations],
+                num_top=num_top,
+                on_scores=None if all(count is None for count in num_top) else note_scores,
             )
 
     def _make_sampling(self, options: DecodingOptions) -> Sampling | None:
@@ -70,6 +90,7 @@ class TranslatorEngine:
 
     name = "ctranslate2"
     has_seeds = False  # CTranslate2's generators belong to its threads, and take a seed only once
+    can_constrain_top_p = False
 
     def __init__(
         self, folder: Path, device: Any, compute_type: str, stop_ids: frozenset[int], max_batches: int = 1
@@ -102,15 +123,42 @@ class TranslatorEngine:
     def compute_type(self) -> str:
         return str(self._translator.compute_type)
 
+    @property
+    def num_rows(self) -> int:
+        """The number of the model's logits."""
+        return len(self._tokens)
+
     def can_read(self, source: list[int]) -> bool:
         # CTranslate2 gives an empty reply to a source of special tokens only
         return any(self._tokens[index] not in self._marks for index in source)
 
     def get_group(self, options: DecodingOptions) -> Hashable:
-        return (options.temperature, options.top_p) if options.temperature > 0 else None
+        sampling = (options.temperature, options.top_p) if options.temperature > 0 else None
+        return sampling, options.constraint is None, options.num_top
 
     def generate(self, generations: Sequence[Generation], on_token: OnToken) -> None:
-        options = generations[0].options
+        replies = [_Reply(index, each, on_token) for index, each in enumerate(generations)]
+        if not generations[0].options.num_top:
+            self._continue(replies, with_logits=False)
+        for reply in replies:  # CTranslate2 passes the logits of one reply only
+            while not reply.has_ended:
+                self._continue([reply], with_logits=True)
+
+    def _continue(self, replies: "Sequence[_Reply]", with_logits: bool) -> None:
+        """Continue replies until they end, or their constraint refuses a token.
+
+        With logits, the likeliest allowed token takes the place of the refused token. CTranslate2 can't constrain its
+        search, but a greedy reply that is continued in this way is the reply of a search that masks each step.
+        """
+        options = replies[0].generation.options
+        prefixes = [reply.ids[:] for reply in replies]
+
+        def step(result: Any) -> bool:
+            index = int(result.batch_id)
+            if result.step < len(prefixes[index]):  # CTranslate2 repeats the prefix
+                return False
+            return replies[index].add(result, with_logits)
+
         sampling: dict[str, float] = {"sampling_topk": 1}
         if options.temperature > 0:
             sampling = {
@@ -119,12 +167,62 @@ class TranslatorEngine:
                 "sampling_temperature": options.temperature,
             }
         self._translator.translate_batch(
-            [[self._tokens[index] for index in generation.source] for generation in generations],
+            [self._name(reply.generation.source) for reply in replies],
+            target_prefix=[self._name(prefix) for prefix in prefixes] if any(prefixes) else None,
             beam_size=1,
             max_input_length=0,
-            max_decoding_length=max(generation.options.max_new_tokens for generation in generations),
+            max_decoding_length=max(reply.generation.options.max_new_tokens for reply in replies),
             min_decoding_length=0,
             end_token=sorted(self.stop_ids),
-            callback=lambda step: on_token(step.batch_id, step.token_id),
+            return_scores=options.num_top is not None,
+            return_logits_vocab=with_logits,
+            callback=step,
             **sampling,
         )
+
+    def _name(self, ids: Sequence[int]) -> list[str]:
+        return [self._tokens[index] for index in ids]
+
+
+class _Reply:
+    """A reply of CTranslate2, continued in several calls if it has a constraint."""
+
+    def __init__(self, index: int, generation: Generation, on_token: OnToken) -> None:
+        self.generation, self.ids, self.has_ended = generation, list[int](), False
+        self._index, self._on_token, self._stop_id = index, on_token, min(generation.engine.stop_ids)
+        constraint = generation.options.constraint
+        self._state = None if constraint is None else constraint.copy()
+
+    def add(self, result: Any, with_logits: bool) -> bool:
+        """Add the token of a step, or an allowed token instead; return whether this call of CTranslate2 ends here."""
+        options, token = self.generation.options, int(result.token_id)
+        is_refused = self._state is not None and not self._state.accept(token)
+        if is_refused and not with_logits:
+            return True
+        if is_refused or options.num_top:
+            logits_V = torch.from_numpy(np.array(result.logits, dtype=np.float64)[0])
+        if is_refused:
+            token = self._replace(logits_V)
+        if options.num_top is not None:
+            scored = is_refused or options.num_top
+            self.generation.next_scores = (
+                score_token(logits_V.log_softmax(-1), token, options.num_top)
+                if scored
+                else TokenScores(float(result.log_prob), [])
+            )
+        self.ids.append(token)
+        self.has_ended = self._on_token(self._index, token)
+        return self.has_ended or is_refused
+
+    def _replace(self, logits_V: torch.Tensor) -> int:
+        """Choose the likeliest allowed token, or draw one; a reply that nothing can continue ends."""
+        assert self._state is not None
+        allowed_V = torch.from_numpy(self._state.find_allowed())
+        if not allowed_V.any():
+            return self._stop_id
+        self.generation.num_repairs += 1
+        logits_V = logits_V.masked_fill(~allowed_V, -torch.inf)
+        temperature = self.generation.options.temperature
+        chosen = logits_V.argmax() if temperature == 0 else torch.multinomial((logits_V / temperature).softmax(-1), 1)
+        self._state.accept(int(chosen))
+        return int(chosen)

@@ -5,7 +5,9 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from t5tune.constraints import Matcher
 from t5tune.errors import T5TuneError
+from t5tune.inference.generation import TokenScores
 
 FinishReason = Literal["stop", "length"]
 
@@ -15,12 +17,20 @@ OnToken = Callable[[int, int], bool]
 
 @dataclass(frozen=True)
 class DecodingOptions:
-    """Decoding of a reply: greedy if the temperature is 0, else nucleus sampling, by default with a random seed."""
+    """Decoding of a reply: greedy if the temperature is 0, else nucleus sampling, by default with a random seed.
+
+    Args:
+        constraint: at the beginning of a reply; None: a free reply.
+        num_top: how many of the likeliest tokens at each position are scored together with the reply's token; None:
+            nothing is scored.
+    """
 
     max_new_tokens: int
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int | None = None
+    constraint: Matcher | None = None
+    num_top: int | None = None
 
 
 class Engine(Protocol):
@@ -31,12 +41,14 @@ class Engine(Protocol):
         stop_ids: tokens that end a reply.
         max_batches: how many batches it can compute at the same time.
         has_seeds: whether a seed makes a sampled reply repeatable.
+        can_constrain_top_p: whether replies can follow a constraint while they are sampled with a top_p below 1.
     """
 
     name: str
     stop_ids: frozenset[int]
     max_batches: int
     has_seeds: bool
+    can_constrain_top_p: bool
 
     def can_read(self, source: list[int]) -> bool:
         """Whether it can reply to a source."""
@@ -46,6 +58,8 @@ class Engine(Protocol):
 
     def generate(self, generations: Sequence["Generation"], on_token: OnToken) -> None:
         """Generate the replies of one batch. After an error, the caller may try smaller batches.
+
+        Before `on_token`, it sets `next_scores` of replies whose options ask for scores.
 
         Args:
             on_token: called with each token, in any thread. It may generate other batches before it returns.
@@ -60,6 +74,8 @@ class Generation:
         source: ids of the prompt, with special tokens.
         notify: called in the engine's thread at the end, and if `follows` after each token.
         ids: the reply so far, without the token that ended it.
+        scores: of `ids`, if its options ask for them.
+        num_repairs: how many tokens were replaced because the constraint refused them.
         ended: why the reply has ended, which may be an error; None: still running.
         is_canceled: True once its client is gone.
     """
@@ -70,6 +86,9 @@ class Generation:
     notify: Callable[[], None]
     follows: bool = False
     ids: list[int] = field(default_factory=list)
+    scores: list[TokenScores] = field(default_factory=list)
+    next_scores: TokenScores | None = None
+    num_repairs: int = 0
     ended: FinishReason | T5TuneError | None = None
     is_canceled: bool = False
     submitted_at: float = field(default_factory=time.monotonic)
@@ -98,6 +117,7 @@ class Generation:
         self._position = 0
         if not self.follows:
             self.ids.clear()
+            self.scores.clear()
 
     def add(self, token: int) -> bool:
         """Add the next token. Return True if the reply ends here."""
@@ -114,6 +134,8 @@ class Generation:
             self.end("stop")
             return True
         self._position += 1
+        if self.next_scores is not None:  # first: once the reply has a token, it has its scores
+            self.scores.append(self.next_scores)
         self.ids.append(token)
         if self.first_token_at is None:
             self.first_token_at = time.monotonic()

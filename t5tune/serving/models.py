@@ -5,15 +5,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from t5tune import __version__
+from t5tune.constraints import Constraint, Matcher
+from t5tune.constraints.compiler import Compiler
 from t5tune.data.reading.formats import Turn
-from t5tune.errors import SettingsError
+from t5tune.errors import DependencyError, SettingsError
 from t5tune.inference.generation import MIN_TEMPERATURE, MIN_TOP_P
 from t5tune.inference.prompts import Prompt, Prompts
+from t5tune.io.atomic import hash_json
 from t5tune.serving.generation import DecodingOptions, Engine
 from t5tune.serving.protocol import ApiError, ChatRequest, CompletionRequest, GenerationRequest
 
 # Longer prompts are refused before they are encoded, which takes seconds for megabytes. English has 4 bytes per token.
 MAX_BYTES_PER_TOKEN = 32
+MAX_CONSTRAINT_LENGTH = 64 << 10  # of a request; longer schemas take seconds to compile
 
 
 @dataclass(frozen=True)
@@ -23,6 +28,8 @@ class ServedModel:
     Args:
         defaults: decoding options for fields that a request leaves out.
         longest: limit on the tokens of a reply.
+        compiler: of constraints on replies.
+        constraint: of replies to requests without a constraint; None: they are free.
     """
 
     name: str
@@ -30,7 +37,14 @@ class ServedModel:
     prompts: Prompts
     defaults: DecodingOptions
     longest: int
+    compiler: Compiler
+    constraint: Constraint | None = None
     created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def fingerprint(self) -> str:
+        """Identify what computes the replies, as OpenAI's `system_fingerprint` does."""
+        return f"fp_{hash_json([__version__, self.engine.name])[:12]}"
 
     def to_body(self) -> dict[str, Any]:
         """Describe the model as OpenAI's API does."""
@@ -51,7 +65,11 @@ class ServedModel:
             raise ApiError(400, str(error), place) from error
 
     def read_options(self, request: GenerationRequest) -> DecodingOptions:
-        """Fill in the decoding options of a request. Raises ApiError if it exceeds a limit, or the engine can't."""
+        """Fill in the decoding options of a request, and compile its constraint.
+
+        Raises:
+            ApiError: it exceeds a limit, the engine can't do it, or replies can't follow the constraint.
+        """
         name, limit = request.reply_limit
         if limit is not None and limit > self.longest:
             raise ApiError(400, f"{name}: {limit}: this server allows at most {self.longest:,} tokens", name)
@@ -59,12 +77,31 @@ class ServedModel:
         if request.seed is not None and temperature > 0 and not self.engine.has_seeds:
             problem = f"seed: {request.seed}: {self.engine.name} can't repeat a sampled reply"
             raise ApiError(400, f"{problem}; leave it out, or set temperature to 0", "seed", "unsupported")
-        return DecodingOptions(
+        options = DecodingOptions(
             max_new_tokens=self.defaults.max_new_tokens if limit is None else limit,
             temperature=temperature if temperature >= MIN_TEMPERATURE else 0.0,
             top_p=max(MIN_TOP_P, self.defaults.top_p if request.top_p is None else request.top_p),
             seed=request.seed,
+            num_top=request.num_top,
         )
+        return replace(options, constraint=self._start_constraint(request, options))
+
+    def _start_constraint(self, request: GenerationRequest, options: DecodingOptions) -> Matcher | None:
+        try:
+            if (constraint := request.read_constraint() or self.constraint) is None:
+                return None
+            if constraint is not self.constraint and len(constraint.text) > MAX_CONSTRAINT_LENGTH:
+                size = f"{len(constraint.text):,} characters; at most {MAX_CONSTRAINT_LENGTH:,} are allowed"
+                raise SettingsError(f"{constraint.place}: {size}")
+            matcher = self.compiler.start(constraint)
+        except (SettingsError, DependencyError) as error:
+            place = "response_format" if request.structured_outputs is None else "structured_outputs"
+            raise ApiError(400, str(error), place, "invalid_constraint") from error
+        if options.temperature > 0 and options.top_p < 1 and not self.engine.can_constrain_top_p:
+            advice = "leave it out, or serve with --engine transformers"
+            problem = f"top_p: {options.top_p:g}: CTranslate2 can't constrain replies with it; {advice}"
+            raise ApiError(400, problem, "top_p", "unsupported")
+        return matcher
 
     def _read_messages(self, request: ChatRequest) -> Prompt:
         system, turns = request.split_messages()

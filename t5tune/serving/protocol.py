@@ -3,8 +3,8 @@
     request = parse_body(body, ChatRequest)
     request.messages, request.temperature, …
 
-Unknown and unsupported fields, such as tools, log-probabilities or penalties, are refused, not ignored. Clients often
-send fields that ask for nothing: null, or a value without effect. These are accepted.
+Unknown and unsupported fields, such as tools or penalties, are refused, not ignored. Clients often send fields that ask
+for nothing: null, or a value without effect. These are accepted. `structured_outputs` is vLLM's extension.
 """
 
 import json
@@ -12,12 +12,22 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar
 
 import pydantic_core
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
+from t5tune.constraints import Constraint
+from t5tune.constraints.reading import make_choices
 from t5tune.data.reading.formats import Turn
 from t5tune.data.reading.record_turns import Role
 from t5tune.errors import make_printable, suggest_name
@@ -62,10 +72,13 @@ NEUTRAL_IN_MESSAGES: Mapping[str, tuple[Any, ...]] = {
     "annotations": ([],),
     **dict.fromkeys(("name", "refusal", "audio", "function_call", "tool_call_id", "reasoning_content"), ()),
 }
+ADVICE = {"echo": "an encoder-decoder doesn't continue its prompt; POST /v1/score scores targets"}
+"""Unsupported fields -> what to do instead."""
+MAX_TARGETS = 256
 ROLES: Mapping[str, Role] = {"user": "human", "assistant": "assistant"}
 SYSTEM_ROLES = ("system", "developer")
 
-Body = TypeVar("Body", bound="GenerationRequest")
+Body = TypeVar("Body", bound="_Body")
 
 
 class ApiError(Exception):
@@ -131,10 +144,46 @@ class StreamOptions(_Body):
     include_obfuscation: bool = False  # ignored: it pads the events against guesses at their contents
 
 
+class NamedSchema(_Body):
+    name: str = ""
+    description: str | None = None
+    strict: bool | None = None  # ignored: replies always follow the schema
+    schema_: Annotated[dict[str, Any], Field(alias="schema")] = {}
+
+
+class ResponseFormat(_Body):
+    type: Literal["json_object", "json_schema"]
+    json_schema: NamedSchema | None = None
+
+    @model_validator(mode="after")
+    def _check_schema(self) -> Self:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("expected a json_schema if the type is json_schema, and only then")
+        return self
+
+
+class StructuredOutputs(_Body):
+    """One constraint, in vLLM's names."""
+
+    schema_: Annotated[dict[str, Any] | None, Field(alias="json")] = None
+    json_object: Literal[True] | None = None
+    regex: Annotated[str | None, Field(min_length=1)] = None
+    choice: Annotated[list[str] | None, Field(min_length=1)] = None
+    grammar: Annotated[str | None, Field(min_length=1)] = None
+
+    @model_validator(mode="after")
+    def _check_one(self) -> Self:
+        if sum(getattr(self, name) is not None for name in type(self).model_fields) != 1:
+            raise ValueError("expected one of json, json_object, regex, choice and grammar")
+        return self
+
+
 class GenerationRequest(_Body):
     """Fields of chats and completions. None: the server's default."""
 
     model: Annotated[str, Field(min_length=1)]
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     max_tokens: Annotated[int | None, Field(gt=0)] = None
     temperature: Annotated[float | None, Field(ge=0)] = None
     top_p: Annotated[float | None, Field(gt=0, le=1)] = None
@@ -148,6 +197,34 @@ class GenerationRequest(_Body):
     def reply_limit(self) -> tuple[str, int | None]:
         """The name and value of the field that limits the tokens of a reply."""
         return "max_tokens", self.max_tokens
+
+    @property
+    def num_top(self) -> int | None:
+        """How many of the likeliest tokens at each position are scored with the reply's token; None: no scores."""
+        return None
+
+    def read_constraint(self) -> Constraint | None:
+        """Read the constraint of the request. Raises SettingsError for a list of answers with an empty one."""
+        if (given := self.response_format) is not None:
+            schema = {"type": "object"} if given.json_schema is None else given.json_schema.schema_
+            return Constraint("json_schema", json.dumps(schema, ensure_ascii=False), "response_format")
+        if (outputs := self.structured_outputs) is None:
+            return None
+        place = "structured_outputs"
+        if outputs.choice is not None:
+            return make_choices(outputs.choice, f"{place}.choice")
+        if outputs.regex is not None:
+            return Constraint("regex", outputs.regex, f"{place}.regex")
+        if outputs.grammar is not None:
+            return Constraint("grammar", outputs.grammar, f"{place}.grammar")
+        schema = {"type": "object"} if outputs.schema_ is None else outputs.schema_
+        return Constraint("json_schema", json.dumps(schema, ensure_ascii=False), f"{place}.json")
+
+    @model_validator(mode="after")
+    def _check_constraints(self) -> Self:
+        if self.response_format is not None and self.structured_outputs is not None:
+            raise ValueError("response_format conflicts with structured_outputs; send only one of them")
+        return self
 
     @field_validator("stop")
     @classmethod
@@ -174,6 +251,18 @@ class Message(_Body):
 class ChatRequest(GenerationRequest):
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int | None, Field(gt=0)] = None
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
+
+    @model_validator(mode="after")
+    def _check_logprobs(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError(f"top_logprobs: {self.top_logprobs}: needs logprobs: true")
+        return self
+
+    @property
+    def num_top(self) -> int | None:
+        return self.top_logprobs if self.logprobs else None
 
     @property
     def reply_limit(self) -> tuple[str, int | None]:
@@ -201,6 +290,26 @@ class ChatRequest(GenerationRequest):
 
 class CompletionRequest(GenerationRequest):
     prompt: Annotated[list[str | list[int]], BeforeValidator(_read_prompts)]
+    logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
+
+    @property
+    def num_top(self) -> int | None:
+        return self.logprobs
+
+
+class ScoreRequest(_Body):
+    """Targets to be scored as replies to a prompt or to messages."""
+
+    model: Annotated[str, Field(min_length=1)]
+    prompt: Annotated[list[str | list[int]], BeforeValidator(_read_prompts)] = []
+    messages: list[Message] = []
+    targets: Annotated[list[str], BeforeValidator(_wrap_text), Field(min_length=1, max_length=MAX_TARGETS)]
+
+    @model_validator(mode="after")
+    def _check_source(self) -> Self:
+        if bool(self.prompt) == bool(self.messages) or len(self.prompt) > 1:
+            raise ValueError("expected a prompt or messages")
+        return self
 
 
 def parse_body(body: bytes, kind: type[Body]) -> Body:
@@ -246,8 +355,9 @@ def _drop_neutral(
         if any(isinstance(value, bool) == isinstance(other, bool) and value == other for other in neutral[name]):
             del kept[name]
         elif name not in kind.model_fields:
-            problem = f"{place}{name}: not supported; leave it out"
-            shown = f"{place}{name}: {_show(value)}: not supported; leave it out"
+            advice = ADVICE.get(name, "not supported; leave it out")
+            problem = f"{place}{name}: {advice}"
+            shown = f"{place}{name}: {_show(value)}: {advice}"
             raise ApiError(400, shown, place + name, "unsupported", summary=problem)
     return kept
 
@@ -260,6 +370,9 @@ def _explain(error: ErrorDetails, kind: type[BaseModel]) -> ApiError:
         return ApiError(400, f"{place}: unknown field{advice}", place, "unknown_field")
     if error["type"] == "missing":
         return ApiError(400, f"{place}: missing", place)
+    if not place:  # several fields conflict, and the reason names them
+        reason = describe_value_error(error)
+        return ApiError(400, reason, reason.partition(":")[0])
     reason = "expected an object" if error["type"] == "model_type" else describe_value_error(error)
     shown = "" if isinstance(error["input"], dict | list) else f"{_show(error['input'])}: "
     return ApiError(400, f"{place}: {shown}{reason}", place, summary=f"{place}: {reason}")
@@ -277,32 +390,43 @@ def make_usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
     }
 
 
+class Part(NamedTuple):
+    """A reply or a part of it. `logprobs`: the field of this name."""
+
+    text: str
+    finish_reason: str | None = None
+    logprobs: dict[str, Any] | None = None
+
+
 @dataclass(frozen=True)
 class Answer:
     """The bodies of the answer to one request.
 
     Args:
         has_usage: whether the last event of a stream has the usage; it is null in the events before.
+        fingerprint: identifies what computes the replies.
     """
 
     model: str
     is_chat: bool
     has_usage: bool = False
+    fingerprint: str = ""
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def make_whole(self, replies: Sequence[tuple[str, str]], usage: dict[str, int]) -> dict[str, Any]:
-        """Make the body of a whole answer from the text and the finish reason of each reply."""
+    def make_whole(self, replies: Sequence[Part], usage: dict[str, int]) -> dict[str, Any]:
+        """Make the body of a whole answer."""
         choices = [
-            self._make_choice(index, "message", {"role": "assistant", "content": text, "refusal": None}, text, reason)
-            for index, (text, reason) in enumerate(replies)
+            self._make_choice(index, "message", {"role": "assistant", "content": reply.text, "refusal": None}, reply)
+            for index, reply in enumerate(replies)
         ]
         return {**self._make_head(is_part=False), "choices": choices, "usage": usage}
 
-    def make_part(self, index: int, text: str, reason: str | None = None, is_first: bool = False) -> dict[str, Any]:
+    def make_part(self, index: int, part: Part, is_first: bool = False) -> dict[str, Any]:
         """Make the body of an event with a part of a reply."""
-        delta = {**({"role": "assistant"} if is_first else {}), **({"content": text} if text or is_first else {})}
-        body = {**self._make_head(is_part=True), "choices": [self._make_choice(index, "delta", delta, text, reason)]}
+        has_text = bool(part.text) or is_first
+        delta = {**({"role": "assistant"} if is_first else {}), **({"content": part.text} if has_text else {})}
+        body = {**self._make_head(is_part=True), "choices": [self._make_choice(index, "delta", delta, part)]}
         return {**body, "usage": None} if self.has_usage else body
 
     def make_last(self, usage: dict[str, int]) -> dict[str, Any]:
@@ -312,13 +436,17 @@ class Answer:
     def _make_head(self, is_part: bool) -> dict[str, Any]:
         kind = ("chat.completion.chunk" if is_part else "chat.completion") if self.is_chat else "text_completion"
         prefix = "chatcmpl" if self.is_chat else "cmpl"
-        return {"id": f"{prefix}-{self.id}", "object": kind, "created": self.created, "model": self.model}
+        return {
+            "id": f"{prefix}-{self.id}",
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": self.fingerprint,
+        }
 
-    def _make_choice(
-        self, index: int, key: str, message: dict[str, Any], text: str, reason: str | None
-    ) -> dict[str, Any]:
-        contents: dict[str, Any] = {key: message} if self.is_chat else {"text": text}
-        return {"index": index, **contents, "logprobs": None, "finish_reason": reason}
+    def _make_choice(self, index: int, key: str, message: dict[str, Any], part: Part) -> dict[str, Any]:
+        contents: dict[str, Any] = {key: message} if self.is_chat else {"text": part.text}
+        return {"index": index, **contents, "logprobs": part.logprobs, "finish_reason": part.finish_reason}
 
 
 def encode_event(value: Any) -> bytes:

@@ -12,6 +12,7 @@ from t5tune.inference.prompts import Prompt, ReplyText
 from t5tune.serving.batching import QueueFull
 from t5tune.serving.computing import Batcher, DeviceLost
 from t5tune.serving.generation import DecodingOptions, FinishReason, Generation
+from t5tune.serving.logprobs import TokenLog
 from t5tune.serving.models import ServedModel
 from t5tune.serving.protocol import (
     LAST_EVENT,
@@ -19,6 +20,7 @@ from t5tune.serving.protocol import (
     ApiError,
     ChatRequest,
     GenerationRequest,
+    Part,
     encode_event,
     make_usage,
 )
@@ -50,7 +52,7 @@ class Replies:
 
     def __post_init__(self) -> None:
         request, is_chat = self.request, isinstance(self.request, ChatRequest)
-        self._answer = Answer(self.model.name, is_chat, request.stream_options.include_usage)
+        self._answer = Answer(self.model.name, is_chat, request.stream_options.include_usage, self.model.fingerprint)
         self._loop = asyncio.get_running_loop()
         self._news = asyncio.Event()
         self._is_woken = False
@@ -66,6 +68,7 @@ class Replies:
             for number in range(request.n)
         ]
         self._num_ids = [0] * len(self._generations)  # tokens of each reply, up to a stop text
+        self._logs = [TokenLog(self.model.compiler.spellings, is_chat) for _ in self._generations]
         self.record.generations = self._generations
 
     def submit(self) -> None:
@@ -85,19 +88,20 @@ class Replies:
         async for index, piece, reason in self._follow():
             texts[index] += piece
             reasons[index] = reason or ""
-        return self._answer.make_whole(list(zip(texts, reasons, strict=True)), self._count_usage())
+        scores = map(self._describe_scores, range(len(texts)))
+        return self._answer.make_whole([*map(Part, texts, reasons, scores)], self._count_usage())
 
     async def stream(self) -> AsyncIterator[bytes]:
         """Yield the events of the answer."""
         answer = self._answer
         try:
             for index in range(len(self._generations)) if answer.is_chat else ():
-                yield encode_event(answer.make_part(index, "", is_first=True))
+                yield encode_event(answer.make_part(index, Part(""), is_first=True))
             async for index, piece, reason in self._follow():
                 if piece or reason is None:
-                    yield encode_event(answer.make_part(index, piece))
+                    yield encode_event(answer.make_part(index, Part(piece, logprobs=self._describe_scores(index))))
                 if reason is not None:
-                    yield encode_event(answer.make_part(index, "", reason))
+                    yield encode_event(answer.make_part(index, Part("", reason)))
         except ApiError as error:
             self.record.error = error.summary
             yield encode_event(error.to_body())
@@ -142,6 +146,13 @@ class Replies:
         if ended is not None:
             text.finish(ids)
         return ended
+
+    def _describe_scores(self, index: int) -> dict[str, Any] | None:
+        """Describe the scores of a reply's tokens since the last call; None if the request doesn't ask for them."""
+        if self.options.num_top is None:
+            return None
+        reply, end = self._generations[index], self._num_ids[index]
+        return self._logs[index].describe(reply.ids[:end], reply.scores[:end])
 
     def _count_usage(self) -> dict[str, int]:
         return make_usage(self.record.prompt_tokens, sum(self._num_ids))

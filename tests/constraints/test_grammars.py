@@ -10,6 +10,7 @@ import pytest
 
 from t5tune.constraints import Constraint
 from t5tune.constraints.grammars import GrammarCompiler
+from t5tune.constraints.spelling import spell
 from t5tune.data.tokens.encoders import make_encoder
 from t5tune.data.tokens.tokenizer import Tokenizer
 from t5tune.errors import SettingsError
@@ -27,7 +28,7 @@ KINDS = ["added", "fastchat", "gemma", "codet5", "byt5"]
 
 def make_compiler(kind: str, folder: Path, suffix: str = "") -> tuple[GrammarCompiler, Tokenizer]:
     tokenizer, num_rows = load_kind(kind, folder)
-    return GrammarCompiler(tokenizer, num_rows, [tokenizer.eos_token_id], suffix), tokenizer
+    return GrammarCompiler(spell(tokenizer, num_rows), [tokenizer.eos_token_id], suffix), tokenizer
 
 
 def follows(compiler: GrammarCompiler, tokenizer: Tokenizer, constraint: Constraint, text: str) -> bool:

@@ -10,6 +10,7 @@ import torch
 
 from t5tune.constraints import Constraint, Matcher
 from t5tune.constraints.grammars import GrammarCompiler
+from t5tune.constraints.spelling import spell
 from t5tune.data.tokens.tokenizer import load_tokenizer
 from t5tune.data.tokens.vocabulary import extend_tokenizer
 from t5tune.inference.generation import Decoding, Sampling, generate, make_random_generator
@@ -48,7 +49,7 @@ def compiler_and_models(tmp_path: Path) -> tuple[GrammarCompiler, Any, Any, Any]
     folder = make_base(tmp_path, tied=False)
     tokenizer = extend_tokenizer(load_tokenizer(folder), ["auto"], 1536).tokenizer
     model = load_base(folder, torch.float32, torch.device("cpu"))
-    return GrammarCompiler(tokenizer, model.config.vocab_size, [1]), tokenizer, model, load_stock(folder)
+    return GrammarCompiler(spell(tokenizer, model.config.vocab_size), [1]), tokenizer, model, load_stock(folder)
 
 
 def test_greedy_replies_are_the_likeliest_allowed_tokens_in_any_batch(

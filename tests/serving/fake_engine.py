@@ -23,6 +23,7 @@ class FakeEngine:
     name = "fake"
     stop_ids = frozenset({END})
     has_seeds = False
+    can_constrain_top_p = True
 
     def can_read(self, source: list[int]) -> bool:
         return True

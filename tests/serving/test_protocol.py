@@ -61,23 +61,25 @@ def refuse(parse: Callable[..., Any], **values: Any) -> ApiError:
         ({"stop": [""]}, "stop: expected at most 16 texts, none of them empty"),
         ({"stream": "yes"}, 'stream: "yes": expected true or false'),
         ({"stream_options": {"x": 1}}, "stream_options.x: unknown field"),
-        ({"logprobs": True}, "logprobs: true: not supported; leave it out"),
+        ({"top_logprobs": 3}, "top_logprobs: 3: needs logprobs: true"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs: 21: must be at most 20"),
         ({"frequency_penalty": 0.5}, "frequency_penalty: 0.5: not supported; leave it out"),
         ({"tools": [{"type": "function"}]}, 'tools: [{"type": "function"}]: not supported; leave it out'),
         (
-            {"response_format": {"type": "json_object"}},
-            'response_format: {"type": "json_object"}: not supported; leave it out',
+            {"response_format": {"type": "json_schema"}},
+            "response_format: expected a json_schema if the type is json_schema, and only then",
         ),
         ({"prompt": []}, "prompt: expected a text or a list of ids, or several of these"),
         ({"prompt": 3}, "prompt: 3: expected a text or a list of ids, or several of these"),
         ({"prompt": [[1.5]]}, "prompt: expected a text or a list of ids at index 0"),
         ({"prompt": ["a", []]}, "prompt: expected a text or a list of ids at index 1"),
         ({"prompt": [True]}, "prompt: expected a text or a list of ids at index 0"),
-        # logprobs 0 asks for the log-probabilities of the chosen tokens
-        ({"prompt": "Hi", "logprobs": 0}, "logprobs: 0: not supported; leave it out"),
-        ({"prompt": "Hi", "logprobs": 5}, "logprobs: 5: not supported; leave it out"),
+        ({"prompt": "Hi", "logprobs": 21}, "logprobs: 21: must be at most 20"),
         ({"prompt": "Hi", "best_of": True}, "best_of: true: not supported; leave it out"),
-        ({"prompt": "Hi", "echo": 1}, "echo: 1: not supported; leave it out"),
+        (
+            {"prompt": "Hi", "echo": 1},
+            "echo: 1: an encoder-decoder doesn't continue its prompt; POST /v1/score scores targets",
+        ),
     ],
 )
 def test_an_unsupported_request_is_refused_by_its_field(values: dict[str, Any], message: str) -> None:

@@ -1,0 +1,70 @@
+"""The log-probabilities of a reply's tokens, as OpenAI's API shows them.
+
+    log = TokenLog(spellings, is_chat=True)
+    log.describe(ids, scores)      # {"content": [{"token": " Hello", "logprob": -0.1, "bytes": [32, …], …}], …}
+
+Joined, the tokens are the reply's text, if it ends with a whole character.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from t5tune.constraints.spelling import Spellings
+from t5tune.inference.generation import TokenScores
+
+
+@dataclass
+class TokenLog:
+    """Describes the tokens of one reply, part by part.
+
+    Args:
+        num_tokens: how many tokens were described.
+    """
+
+    spellings: Spellings
+    is_chat: bool
+    num_tokens: int = 0
+    _num_characters: int = 0
+
+    def describe(self, ids: Sequence[int], scores: Sequence[TokenScores]) -> dict[str, Any]:
+        """Describe the tokens of a reply that weren't described yet."""
+        new = [
+            (self._spell(token, place), each.logprob, [(self._spell(other, place), value) for other, value in each.top])
+            for place, (token, each) in enumerate(zip(ids, scores, strict=True))
+            if place >= self.num_tokens
+        ]
+        self.num_tokens = len(ids)
+        return {"content": [*map(_describe_in_chat, new)], "refusal": None} if self.is_chat else self._describe(new)
+
+    def _spell(self, token: int, place: int) -> bytes:
+        spellings = self.spellings.first if place == 0 else self.spellings.later
+        return spellings[token] or b""  # special tokens have no text
+
+    def _describe(self, new: "list[_Described]") -> dict[str, Any]:
+        texts = [spelled.decode(errors="replace") for spelled, _, _ in new]
+        offsets = []
+        for text in texts:
+            offsets.append(self._num_characters)
+            self._num_characters += len(text)
+        return {
+            "tokens": texts,
+            "token_logprobs": [logprob for _, logprob, _ in new],
+            "top_logprobs": [
+                {text.decode(errors="replace"): value for text, value in reversed(top)} for *_, top in new
+            ],
+            "text_offset": offsets,
+        }
+
+
+_Described = tuple[bytes, float, list[tuple[bytes, float]]]
+"""The bytes of a token, its log-probability, and the likeliest tokens at its position."""
+
+
+def _describe_in_chat(described: _Described) -> dict[str, Any]:
+    spelled, logprob, top = described
+    return {**_show(spelled, logprob), "top_logprobs": [_show(*each) for each in top]}
+
+
+def _show(spelled: bytes, logprob: float) -> dict[str, Any]:
+    return {"token": spelled.decode(errors="replace"), "logprob": logprob, "bytes": list(spelled)}
