@@ -83,6 +83,7 @@ class Answered:
         prompt_tokens, completion_tokens: of all prompts and replies of the request.
         queue_seconds, first_token_seconds: until the first reply began, and until its first token.
         dropped_messages: number of the oldest messages that the model didn't get.
+        repaired_tokens: number of tokens that CTranslate2 replaced because the constraint refused them.
         error: why the request was refused or failed.
     """
 
@@ -98,6 +99,7 @@ class Answered:
     queue_seconds: float | None = None
     first_token_seconds: float | None = None
     dropped_messages: int = 0
+    repaired_tokens: int = 0
     error: str | None = None
 
 

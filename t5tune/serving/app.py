@@ -79,6 +79,7 @@ class Service:
             Route("/v1/models/{name:path}", self._show_model),
             Route("/v1/chat/completions", partial(self._complete, kind=ChatRequest), methods=["POST"]),
             Route("/v1/completions", partial(self._complete, kind=CompletionRequest), methods=["POST"]),
+            Route("/v1/responses", _refuse_responses, methods=["POST"]),
         ]
         handlers: dict[Any, Callable[..., Any]] = {
             HTTPException: _refuse_route,
@@ -174,6 +175,7 @@ class Service:
             queue_seconds=round(min(begun) - started, 6) if begun else None,
             first_token_seconds=round(min(first) - started, 6) if first else None,
             dropped_messages=record.dropped_messages,
+            repaired_tokens=sum(generation.num_repairs for generation in record.generations),
             error=record.error,
         )
         self.metrics.count_answer(answered, paths[0] if paths else "other")
@@ -301,6 +303,11 @@ async def _refuse_route(request: Request, error: HTTPException) -> Response:
     allowed = (error.headers or {}).get("Allow", "")
     problem = f"{request.method} {path}: use {allowed.replace(', ', ' or ')}" if allowed else f"{path}: {error.detail}"
     return await _refuse(request, ApiError(error.status_code, problem, headers=error.headers))
+
+
+async def _refuse_responses(request: Request) -> Response:
+    problem = "/v1/responses: this server doesn't store conversations; use /v1/chat/completions"
+    raise ApiError(501, problem, code="unsupported")
 
 
 async def _report_failure(request: Request, error: Exception) -> Response:

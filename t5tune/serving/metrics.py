@@ -11,6 +11,7 @@ from t5tune.serving.generation import Generation
 
 OK = 200
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+RATES = (1, 3, 10, 30, 100, 300, 1000, 3000, 10_000)  # tokens per second
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
@@ -31,6 +32,13 @@ class Metrics:
         self._prompt_tokens = Counter("prompt_tokens", "Tokens of prompts.", **by_model)
         self._completion_tokens = Counter("completion_tokens", "Tokens of replies.", **by_model)
         self._dropped = Counter("dropped_messages", "Oldest messages that were left out of prompts.", **by_model)
+        self._repaired = Counter("repaired_tokens", "Tokens replaced because a constraint refused them.", **by_model)
+        self._rates = Histogram(
+            "tokens_per_second",
+            "Tokens of a request's replies per second since the first began.",
+            buckets=RATES,
+            **by_model,
+        )
         self._batches = Histogram("batch_replies", "Replies in a batch at its start.", buckets=BATCH_SIZES, **options)
         self._waiting = Gauge("replies_waiting", "Replies in the queue.", **options)
         self._running = Gauge("replies_running", "Replies that are being generated.", **options)
@@ -50,10 +58,13 @@ class Metrics:
         self._prompt_tokens.labels(model).inc(answered.prompt_tokens)
         self._completion_tokens.labels(model).inc(answered.completion_tokens)
         self._dropped.labels(model).inc(answered.dropped_messages)
+        self._repaired.labels(model).inc(answered.repaired_tokens)
         if answered.status == OK:  # refused requests take no time and would lower the average
             self._seconds.labels(model).observe(answered.seconds)
         if answered.queue_seconds is not None:
             self._queue_seconds.labels(model).observe(answered.queue_seconds)
+            if answered.completion_tokens and (seconds := answered.seconds - answered.queue_seconds) > 0:
+                self._rates.labels(model).observe(answered.completion_tokens / seconds)
         if answered.first_token_seconds is not None:
             self._first_token_seconds.labels(model).observe(answered.first_token_seconds)
 
