@@ -19,6 +19,7 @@ from t5tune.errors import DependencyError, SettingsError
 Allowed = npt.NDArray[np.bool_]
 # Otherwise llguidance asks a callback to tokenize text that the grammar forces, and allows no other tokens for it.
 HEADER = '%llguidance {"no_forcing": true}\n'
+NUM_HEADER_LINES = 2  # with the rule `start`
 # Replies of models that were trained on compact or indented JSON. With more freedom, a model may write blanks only.
 JSON_OPTIONS = {"whitespace_pattern": r"\x20|\x0A\x20{0,16}", "json_allow_general_unicode_escapes": True}
 JSON_CHARACTERS = '{}[]":,'
@@ -66,7 +67,7 @@ class GrammarCompiler:
         if self.spellings.drops_space:
             allowed &= ~self.begins_with_space
         if not np.delete(allowed, self.stop_ids).any() and not alone.is_complete:
-            raise SettingsError(f"{constraint.place}: no reply can follow it{self._explain_spaces()}")
+            raise SettingsError(f"{constraint.place}: no reply can follow it{self._explain(constraint)}")
         tail = f" {json.dumps(self._suffix)}?" if self._suffix else ""
         whole = self._start(f"body{tail}", body, constraint)
         if not self.spellings.drops_space:
@@ -78,7 +79,7 @@ class GrammarCompiler:
 
         matcher = llguidance.LLMatcher(self._words, f"{HEADER}start: {start}\n{body}", log_level=0)
         if matcher.is_error():
-            raise SettingsError(f"{constraint.place}: {_describe_error(matcher.get_error())}")
+            raise SettingsError(f"{constraint.place}: {_describe_error(matcher.get_error(), constraint.kind)}")
         return GrammarMatcher(self, matcher)
 
     def fill_mask(self, matcher: Any) -> Allowed:
@@ -96,8 +97,9 @@ class GrammarCompiler:
             problem = f"{constraint.place}: this tokenizer can't write {missing!r}"
             raise SettingsError(problem, hint="train with --add-tokens auto, or use --choices")
 
-    def _explain_spaces(self) -> str:
-        return "; this tokenizer removes a space at the beginning" if self.spellings.drops_space else ""
+    def _explain(self, constraint: Constraint) -> str:
+        may_need_space = self.spellings.drops_space and constraint.kind != "json_schema"
+        return "; this tokenizer removes a space at the beginning" if may_need_space else ""
 
 
 class GrammarMatcher:
@@ -197,9 +199,16 @@ def _escape_slashes(pattern: str) -> str:
     return "".join({"/": r"\/", "\n": r"\n"}.get(piece, piece) for piece in pieces)
 
 
-def _describe_error(message: str) -> str:
+def _describe_error(message: str, kind: str) -> str:
     """Return llguidance's reason, without the grammar that it quotes."""
-    reason = re.sub(r"^at \d+\(\d+\): (failed to compile JSON schema: )?", "", message.split("\n   1 |")[0])
-    if (keys := re.match(r"Unimplemented keys: (\[.*\])", reason)) is not None:
+    text, line = re.split(r"\n +\d+ \| ", message)[0], 0
+    if (found := re.match(r"(?:at )?(\d+)\(\d+\): (?:failed to compile JSON schema: )?", text)) is not None:
+        text, line = text[found.end() :], int(found[1]) - NUM_HEADER_LINES
+    if (keys := re.match(r"Unimplemented keys: (\[.*\])", text)) is not None:
         return f"{', '.join(json.loads(keys[1]))}: can't be enforced; remove it"
-    return " ".join(reason.split())
+    if "regex parse error" in text:  # the expression, a mark below it, and the error
+        text = text.rpartition("error: ")[2]
+    reason = " ".join(text.split())
+    if kind != "grammar":
+        return reason
+    return f"line {line}: {reason}" if line > 0 else "no rule is called start"

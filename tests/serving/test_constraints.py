@@ -190,7 +190,7 @@ def test_completions_have_log_probabilities_of_their_own_shape(client: openai.Op
         ({"structured_outputs": {"choice": ["a", " "]}}, "structured_outputs.choice: an answer is empty"),
         ({"structured_outputs": {"choice": []}}, "structured_outputs.choice: must not be empty"),
         ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs: expected one of json,"),
-        ({"structured_outputs": {"grammar": "start: x"}}, 'structured_outputs.grammar: unknown name: "x"'),
+        ({"structured_outputs": {"grammar": "start: x"}}, 'structured_outputs.grammar: line 1: unknown name: "x"'),
         (
             {"structured_outputs": {"regex": "a" * 70_000}},
             "structured_outputs.regex: 70,000 characters; at most 65,536",
