@@ -241,6 +241,7 @@ class TrainSettings(_settings.TrainSettings):
         | None = None,
         preprocessed_path: str | PathLike[str] | None = None,
         eval_data_split: str | None = None,
+        json_schema: dict[str, Any] | str | None = None,
         lora_alpha: float = 16,
         lora_dropout: float = 0.05,
         lora_target_modules: Sequence[str] | str = ["q", "v"],
@@ -392,6 +393,8 @@ class TrainSettings(_settings.TrainSettings):
                 training dataset is read the same way; YAML only, instead of eval_data_path.
             preprocessed_path: Folder for the token cache that train writes; default: `data` in the run folder.
             eval_data_split: Split of a Hugging Face Hub dataset in eval_data_path; default: validation, otherwise test.
+            json_schema: JSON schema of the targets (a file, or JSON): training counts targets that violate it, and
+                chat, evaluate and serve make the replies follow it.
             lora_alpha: LoRA alpha: the adapter's update is multiplied by lora_alpha / lora_r.
             lora_dropout: Dropout probability on the input of the LoRA matrices.
             lora_target_modules: Linear layers to adapt: their names, or a group: attention (in T5: q k v o),
@@ -623,6 +626,7 @@ class ChatSettings(_settings.ChatSettings):
         adapter: str | PathLike[str] | None = None,
         system: str | None = None,
         conversation_template: str | PathLike[str] | None = None,
+        json_schema: dict[str, Any] | str | None = None,
         max_new_tokens: int = 512,
         temperature: float = 0.0,
         q_lora: bool = False,
@@ -650,6 +654,11 @@ class ChatSettings(_settings.ChatSettings):
         double_quant: bool = True,
         use_cpu: bool = False,
         model_max_length: int = 2048,
+        json_object: bool = False,
+        regex: str | None = None,
+        grammar: str | PathLike[str] | None = None,
+        choices: Sequence[str] = [],
+        choices_file: str | PathLike[str] | None = None,
         source_prefix: str | None = None,
         top_p: float = 1.0,
         seed: int = 42,
@@ -667,6 +676,8 @@ class ChatSettings(_settings.ChatSettings):
             conversation_template: Conversation template: a name under conversations/ in `t5tune templates`, a YAML
                 file, or (chat, serve, evaluate) a training dataset; default: the model's, else plain for pairs, else
                 fastchat-t5.
+            json_schema: Write JSON that follows this schema (a file, or JSON); default: training's schema; none: no
+                constraint.
             max_new_tokens: Maximum length of a reply (tokens).
             temperature: Sampling temperature; 0 decodes greedily, higher values vary replies more.
             q_lora: Quantize the base to 4 bits or int8; this and the quantization options default to their values in
@@ -681,6 +692,11 @@ class ChatSettings(_settings.ChatSettings):
             double_quant: Double quantization: also quantize the scales of the 4-bit blocks.
             use_cpu: Run on the CPU even if there is a GPU.
             model_max_length: Maximum length of a source and of a target, each including its EOS token (tokens).
+            json_object: Write a JSON object.
+            regex: Write text that this regular expression matches as a whole.
+            grammar: Write text that this grammar produces: a file in Lark's format, beginning with start.
+            choices: Write one of these answers.
+            choices_file: Write one of the answers in this file, a line each; 100,000 aren't too many.
             source_prefix: Text to prepend to each message that lacks it; default: the prefix used in training.
             top_p: Nucleus sampling (top-p): keep the smallest set of tokens with this total probability.
             seed: Random seed for sampling.
@@ -729,6 +745,12 @@ class ServeSettings(_settings.ServeSettings):
         device: str | torch.device | None = None,
         conversation_template: str | PathLike[str] | None = None,
         model_max_length: int = 2048,
+        json_schema: dict[str, Any] | str | None = None,
+        json_object: bool = False,
+        regex: str | None = None,
+        grammar: str | PathLike[str] | None = None,
+        choices: Sequence[str] = [],
+        choices_file: str | PathLike[str] | None = None,
         allow_without_key: bool = False,
         converted_dir: str | PathLike[str] | None = None,
         temperature: float = 0.0,
@@ -771,6 +793,13 @@ class ServeSettings(_settings.ServeSettings):
                 file, or (chat, serve, evaluate) a training dataset; default: the model's, else plain for pairs, else
                 fastchat-t5.
             model_max_length: Maximum length of a source and of a target, each including its EOS token (tokens).
+            json_schema: Write JSON that follows this schema (a file, or JSON); default: training's schema; none: no
+                constraint.
+            json_object: Write a JSON object.
+            regex: Write text that this regular expression matches as a whole.
+            grammar: Write text that this grammar produces: a file in Lark's format, beginning with start.
+            choices: Write one of these answers.
+            choices_file: Write one of the answers in this file, a line each; 100,000 aren't too many.
             allow_without_key: Let other machines use the models without api_key.
             converted_dir: Folder for converted CTranslate2 models; default: t5tune/converted in the user's cache
                 folder.
@@ -799,6 +828,7 @@ class EvaluateSettings(_settings.EvaluateSettings):
         target_column: Sequence[str] | str | None = None,
         num_data: int | None = None,
         metrics: Sequence[str] | str | None = None,
+        choices: Sequence[str] = [],
         compare_base: bool = False,
         bf16: bool | None = None,
         num_gpus: int | None = None,
@@ -851,6 +881,11 @@ class EvaluateSettings(_settings.EvaluateSettings):
         data_split: str | None = None,
         add_tokens: Sequence[str] | str = ["auto"],
         metric: str | PathLike[str] | Sequence[str | PathLike[str]] | None = None,
+        json_schema: dict[str, Any] | str | None = None,
+        json_object: bool = False,
+        regex: str | None = None,
+        grammar: str | PathLike[str] | None = None,
+        choices_file: str | PathLike[str] | None = None,
         overwrite: bool = False,
         num_beams: int = 1,
         max_new_tokens: int | None = None,
@@ -873,6 +908,7 @@ class EvaluateSettings(_settings.EvaluateSettings):
             metrics: Metrics to compute: exact_match, rouge1, rouge2, rougeL, bleu, chrf, chrf_pp, valid_json, field_f1,
                 accuracy, macro_f1, mcc; labels computes the last three, whatever the targets are; default: all that fit
                 the targets.
+            choices: Write one of these answers.
             compare_base: Also score the base without the adapter.
             bf16: Compute in bfloat16; default: as in training, otherwise if the GPU supports it.
             num_gpus: Start this many processes on this machine, one per GPU.
@@ -918,6 +954,12 @@ class EvaluateSettings(_settings.EvaluateSettings):
                 tokens.
             metric: Custom metrics: functions (predictions, references) -> dict of numbers, as module:function or
                 path/to/file.py:function.
+            json_schema: Write JSON that follows this schema (a file, or JSON); default: training's schema; none: no
+                constraint.
+            json_object: Write a JSON object.
+            regex: Write text that this regular expression matches as a whole.
+            grammar: Write text that this grammar produces: a file in Lark's format, beginning with start.
+            choices_file: Write one of the answers in this file, a line each; 100,000 aren't too many.
             overwrite: Replace the output folder (default: evaluation) even if it contains other files.
             num_beams: Number of beams for beam search; 1 decodes greedily.
             max_new_tokens: Maximum length of a prediction (tokens); default: the length of the longest target.

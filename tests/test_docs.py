@@ -245,6 +245,25 @@ def test_the_commands_of_the_labels_page_work(tmp_path: Path) -> None:
     assert (tmp_path / "scores" / "report.html").is_file()
 
 
+@pytest.mark.long
+@pytest.mark.slow
+def test_the_commands_of_the_constraints_page_work(tmp_path: Path) -> None:
+    """Run the commands of docs/constraints.md on the built-in model unchanged, but for the server."""
+    page = REPOSITORY / "docs" / "constraints.md"
+    (tmp_path / "order.json").write_text(re.findall(r"^```json\n(.*?)^```", page.read_text("utf-8"), re.M | re.S)[0])
+    short = {"T5TUNE_MAX_STEPS": "2", "T5TUNE_MAX_NEW_TOKENS": "80", "T5TUNE_REPORT_SAMPLES": "0"}
+    replies = []
+    for command, *words in find_commands(page):
+        if command != "serve":
+            done = t5tune_in_fork(command, *words, "--json", cwd=tmp_path, env=short)
+            assert done.code == 0, f"{words}: {done.stderr}"
+            replies += [json.loads(done.stdout)["reply"]] if command == "chat" else []
+    _, pattern, choice = replies
+    assert re.fullmatch("[0-9]+ (tea|coffee)s?", pattern)
+    assert choice in ("order", "question", "complaint")
+    assert json.loads((tmp_path / "orders" / "training_data.json").read_text())["json_schema"]["required"] == ["name"]
+
+
 def test_the_prompt_of_the_start_page_is_held_out() -> None:
     """The run learns to reply to held-out conversations, but not to names and dishes that are in no example."""
     start, heldout = (REPOSITORY / name for name in ("docs/start.md", "examples/quickstart/heldout.jsonl"))

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from t5tune import __version__
 from t5tune.constraints import Constraint, Matcher
 from t5tune.constraints.compiler import Compiler
 from t5tune.data.reading.formats import Turn
@@ -15,6 +14,7 @@ from t5tune.inference.prompts import Prompt, Prompts
 from t5tune.io.atomic import hash_json
 from t5tune.serving.generation import DecodingOptions, Engine
 from t5tune.serving.protocol import ApiError, ChatRequest, CompletionRequest, GenerationRequest
+from t5tune.version import __version__
 
 # Longer prompts are refused before they are encoded, which takes seconds for megabytes. English has 4 bytes per token.
 MAX_BYTES_PER_TOKEN = 32

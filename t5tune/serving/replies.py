@@ -9,21 +9,13 @@ from typing import Any
 
 from t5tune.errors import T5TuneError
 from t5tune.inference.prompts import Prompt, ReplyText
+from t5tune.serving.answers import LAST_EVENT, Answer, Part, encode_event, make_usage
 from t5tune.serving.batching import QueueFull
 from t5tune.serving.computing import Batcher, DeviceLost
 from t5tune.serving.generation import DecodingOptions, FinishReason, Generation
 from t5tune.serving.logprobs import TokenLog
 from t5tune.serving.models import ServedModel
-from t5tune.serving.protocol import (
-    LAST_EVENT,
-    Answer,
-    ApiError,
-    ChatRequest,
-    GenerationRequest,
-    Part,
-    encode_event,
-    make_usage,
-)
+from t5tune.serving.protocol import ApiError, ChatRequest, GenerationRequest
 
 SECONDS_TO_RETRY = "1"
 

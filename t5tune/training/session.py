@@ -1,8 +1,9 @@
 """The inputs of one rank of a run: its plan, its place among the ranks, and the data that it loads."""
 
+import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,15 @@ import torch
 
 from t5tune.checkpoints.base import find_base
 from t5tune.checkpoints.tokenizer_files import read_supporting_files
+from t5tune.checkpoints.training_data import encode_training_data, read_training_data
+from t5tune.constraints.targets import report_violations
 from t5tune.data.caches.examples import Examples
 from t5tune.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from t5tune.distributed.collectives import run_on_rank_0
 from t5tune.distributed.signals import StopRequest
 from t5tune.distributed.watch import RankWatch
 from t5tune.distributed.world import World
-from t5tune.file_names import TEMPLATE_FILE
+from t5tune.file_names import TEMPLATE_FILE, TRAINING_DATA_FILE
 from t5tune.progress import Report
 from t5tune.runs.data import open_data
 from t5tune.runs.folder import RunFolder
@@ -26,7 +29,6 @@ from t5tune.runs.resume_guard import describe_evaluations
 from t5tune.runs.same_ranks import check_same_inputs
 from t5tune.runs.teacher_files import TeacherFiles, find_teacher, hash_teacher
 from t5tune.settings import packaged_templates
-from t5tune.training.reply_schema import record_schema, report_violations
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,9 @@ def load_data(session: Session) -> LoadedData:
     files = read_supporting_files(examples.tokenizer_folder, examples.folder / TEMPLATE_FILE)
     tokenizer = load_tokenizer(examples.tokenizer_folder)
     if (schema := plan.json_schema) is not None:
-        files = record_schema(schema, examples, files)
+        assert (data := read_training_data(examples.folder)) is not None, "prepare writes it"
+        data = replace(data, json_schema=json.loads(schema.text))
+        files[TRAINING_DATA_FILE] = encode_training_data(data)
         run_on_rank_0(world, lambda: report_violations(schema, tokenizer, examples, session.report))
     base = find_base(plan.model.base, report=session.report)
     teacher = None if plan.teacher is None else find_teacher(plan.teacher, plan.model, session.report)

@@ -43,8 +43,8 @@ RUN = [*LORA, *QUANTIZATION, *DISTILLATION, *PREFERENCES, *STEPS, "training_args
 FINISHED = [
     "model_name_or_path", "revision", "family", "conversation_template", "model_max_length", *READING[:-1], "data_path",
     "data", "data_subset", "data_split", "add_tokens", "num_data", *SELECTION, "eval_fraction", "split_seed", "seed",
-    *MIXING, "eval_data_path", "eval_data", "eval_data_split", *LORA, "adapter", "teacher_model_name_or_path",
-    "teacher_adapter", *DISTILLATION, *PREFERENCES[:-1], "reference_adapter", "orpo_lambda", *STEPS, "training_args",
+    *MIXING, "eval_data_path", "eval_data", "eval_data_split", "json_schema", *LORA, "adapter",
+    "teacher_model_name_or_path", "teacher_adapter", *DISTILLATION, *PREFERENCES[:-1], "reference_adapter", "orpo_lambda", *STEPS, "training_args",
     *QUANTIZATION, *LAYERS, "metric_for_best_model", "early_stopping_patience", "early_stopping_threshold",
 ]  # fmt: skip
 NEEDED = {"model_name_or_path": "pocket", "output_dir": "run"}
@@ -139,8 +139,8 @@ def test_these_settings_affect_it(affects: Affects) -> None:
 
 
 def test_settings_that_affect_inference_are_those_in_training_data_json() -> None:
-    # TrainingData also has has_earlier_turns and datasets, which aren't settings, and the objective
-    names = [field.name for field in fields(TrainingData)][1:-3]
+    # TrainingData also has has_earlier_turns and datasets, which aren't settings, the objective, and the JSON schema
+    names = [field.name for field in fields(TrainingData)][1:-4]
     assert select_settings(PrepareSettings, Affects.INFERENCE) == names
     assert select_settings(EvaluateSettings, Affects.INFERENCE) == names
     assert names == [field.name for field in fields(DatasetTraining)][1:-5]

@@ -1,12 +1,15 @@
 """The settings of `train`, and how they must fit together."""
 
 from collections.abc import Mapping
-from typing import ClassVar
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from t5tune.errors import suggest_name
 from t5tune.metrics import METRICS, NOT_BEST, PREFERENCE_METRICS
+from t5tune.settings.affects import Affects
+from t5tune.settings.field_types import NoneIfUnset, Settings
 from t5tune.settings.groups.base import BaseModelSettings, TrainingPrecisionSettings
 from t5tune.settings.groups.constraints import TrainedSchemaSettings
 from t5tune.settings.groups.data import TrainingDataSettings
@@ -19,7 +22,29 @@ from t5tune.settings.groups.preferences import PreferenceSettings
 from t5tune.settings.groups.processes import ProcessSettings
 from t5tune.settings.groups.run_output import RunOutputSettings
 from t5tune.settings.groups.steps import StepSettings
-from t5tune.settings.groups.sweep import SweepSettings
+
+
+class SweepSettings(Settings):
+    panel: ClassVar[str] = "Sweep"
+
+    sweep: Annotated[Path | dict[str, Any] | None, NoneIfUnset, Affects.THIS_CALL] = Field(
+        default=None,
+        description="YAML file with values to try, such as lora_r: [4, 8]: train each combination or, with trials: N, "
+        "a random sample, also from ranges, such as learning_rate: {low: 1e-5, high: 1e-3, log: true}. In a run "
+        "config, also a section.",
+        json_schema_extra={"metavar": "FILE"},
+    )
+    jobs: Annotated[int, Affects.THIS_CALL] = Field(
+        default=1, gt=0, description="Runs of a sweep to train at the same time, each on its own GPUs."
+    )
+    max_runs: Annotated[int, Affects.THIS_CALL] = Field(
+        default=100, gt=0, description="Refuse a sweep with more runs than this."
+    )
+    median_stopping: Annotated[bool, Affects.THIS_CALL] = Field(
+        default=False,
+        description="Stop a run of a sweep at an evaluation if its best metric so far is worse than the median of the "
+        "finished runs' best metrics up to this step; needs 5 finished runs.",
+    )
 
 
 class TrainSettings(

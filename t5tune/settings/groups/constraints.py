@@ -27,7 +27,7 @@ Answers = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstan
 class TrainedSchemaSettings(Settings):
     panel: ClassVar[str] = "Training"
 
-    json_schema: Annotated[JsonSchema, Affects.INPUT] = Field(
+    json_schema: Annotated[JsonSchema, Affects.FINAL_WEIGHTS] = Field(
         default=None,
         description="JSON schema of the targets (a file, or JSON): training counts targets that violate it, and chat, "
         "evaluate and serve make the replies follow it.",

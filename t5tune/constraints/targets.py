@@ -1,26 +1,14 @@
-"""The JSON schema of a run's targets: recorded for inference, and compared with the targets."""
+"""Compare the targets of training with a JSON schema that replies will follow."""
 
-import json
 from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import replace
 
-from t5tune.checkpoints.training_data import encode_training_data, read_training_data
 from t5tune.constraints import Constraint
 from t5tune.constraints.compiler import Compiler
 from t5tune.data.caches.examples import Examples
 from t5tune.data.tokens.tokenizer import Tokenizer, decode_reference
 from t5tune.errors import SettingsError
-from t5tune.file_names import TRAINING_DATA_FILE
 from t5tune.progress import Note, Report
 from t5tune.settings.messages import shorten_value
-
-
-def record_schema(schema: Constraint, examples: Examples, files: Mapping[str, bytes]) -> dict[str, bytes]:
-    """Return the contents of a checkpoint's files with the schema in training_data.json."""
-    data = read_training_data(examples.folder)
-    assert data is not None, "prepare writes it"
-    return {**files, TRAINING_DATA_FILE: encode_training_data(replace(data, json_schema=json.loads(schema.text)))}
 
 
 def report_violations(schema: Constraint, tokenizer: Tokenizer, examples: Examples, report: Report) -> None:
