@@ -42,7 +42,7 @@ class Compiler:
         """Start a reply.
 
         Raises:
-            SettingsError: the constraint is invalid, can't be enforced, or this model can't write what it demands.
+            SettingsError: the constraint is invalid, can't be enforced, or this model lacks a demanded character.
             DependencyError: it needs llguidance, which isn't installed.
         """
         return self._compile(constraint).copy()

@@ -15,7 +15,7 @@ MAX_ANSWERS_BYTES = 256 << 20
 
 
 def read_constraint(settings: ConstraintSettings, trained_schema: Mapping[str, Any] | None) -> Constraint | None:
-    """Read the constraint that the settings name, else training's schema, unless json_schema is none.
+    """Read the constraint that the settings name, else training's schema, unless json_schema was set to None.
 
     Raises:
         SettingsError: a file can't be read, or has no JSON or no answers.
@@ -59,7 +59,7 @@ def _make_schema(schema: Mapping[str, Any], place: str) -> Constraint:
 
 
 def make_choices(answers: list[str], place: str) -> Constraint:
-    """Make a constraint of a list of answers. Raises SettingsError if there is none, or one is blank."""
+    """Make a constraint of a list of answers. Raises SettingsError if there are no answers, or a blank one."""
     if not answers:
         raise SettingsError(f"{place}: no answers")
     if not all(answer.strip() for answer in answers):
