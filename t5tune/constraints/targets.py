@@ -32,7 +32,7 @@ def report_violations(schema: Constraint, tokenizer: Tokenizer, examples: Exampl
     first = min(violating)
     text = decode_reference(tokenizer, examples[first].target_T, examples.get_template(first).answer_suffix)
     found = f"{schema.place}: {len(violating):,} of {len(examples):,} targets violate it"
-    found += f", such as that of example {examples.name_example(first)}: {shorten_value(text)}"
+    found += f", such as example {examples.name_example(first)}'s: {shorten_value(text)}"
     if len(violating) == len(examples):
         raise SettingsError(found, hint="correct the schema; its properties must be in the targets' order")
     report(Note(f"{found}; replies will follow it nevertheless", warning=True))

@@ -112,6 +112,6 @@ def test_targets_that_violate_the_schema_are_counted(untied_base: Path, tmp_path
     notes = Notes()
     train_pairs(untied_base, tmp_path, [right, wrong, right, {"name": "Mira"}], notes)
     (warning,) = [text for text in notes.warnings if "violate" in text]
-    assert warning.startswith("json_schema: 2 of 4 targets violate it, such as that of example 1: ")
-    with pytest.raises(SettingsError, match="json_schema: 3 of 3 targets violate it, such as that of example 0"):
+    assert warning.startswith("json_schema: 2 of 4 targets violate it, such as example 1's: ")
+    with pytest.raises(SettingsError, match="json_schema: 3 of 3 targets violate it, such as example 0's"):
         train_pairs(untied_base, tmp_path / "second", [wrong] * 3, notes)

@@ -44,8 +44,9 @@ FINISHED = [
     "model_name_or_path", "revision", "family", "conversation_template", "model_max_length", *READING[:-1], "data_path",
     "data", "data_subset", "data_split", "add_tokens", "num_data", *SELECTION, "eval_fraction", "split_seed", "seed",
     *MIXING, "eval_data_path", "eval_data", "eval_data_split", "json_schema", *LORA, "adapter",
-    "teacher_model_name_or_path", "teacher_adapter", *DISTILLATION, *PREFERENCES[:-1], "reference_adapter", "orpo_lambda", *STEPS, "training_args",
-    *QUANTIZATION, *LAYERS, "metric_for_best_model", "early_stopping_patience", "early_stopping_threshold",
+    "teacher_model_name_or_path", "teacher_adapter", *DISTILLATION, *PREFERENCES[:-1], "reference_adapter",
+    "orpo_lambda", *STEPS, "training_args", *QUANTIZATION, *LAYERS, "metric_for_best_model", "early_stopping_patience",
+    "early_stopping_threshold",
 ]  # fmt: skip
 NEEDED = {"model_name_or_path": "pocket", "output_dir": "run"}
 
