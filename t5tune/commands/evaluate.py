@@ -54,6 +54,7 @@ from t5tune.inference.loading import (
     select_base,
 )
 from t5tune.inference.precision import read_trained_precision, resolve_precision, select_precision
+from t5tune.inference.target_scores import set_up_scoring
 from t5tune.io.atomic import (
     check_overwrite,
     check_replaceable,
@@ -63,8 +64,6 @@ from t5tune.io.atomic import (
 )
 from t5tune.label_metrics import ALL, LabelTable
 from t5tune.metrics import METRICS, choose_metrics, describe_signatures
-from t5tune.model.attention.packing import can_pack, use_packing
-from t5tune.model.batches import PackedCollator, PaddedCollator
 from t5tune.model.device import explain_out_of_memory, manage_memory_for_loading, use_gpu_kernels
 from t5tune.preparing.resolve_datasets import resolve_datasets
 from t5tune.progress import Note, Report, silent, without_notes
@@ -389,21 +388,12 @@ def _run_model(settings: EvaluateSettings, loaded: LoadedModel, work: _Work, rep
 
 
 def _measure_losses(settings: EvaluateSettings, model: Any, work: _Work, report: Report) -> Losses:
-    collator = _make_collator(model, next(iter(work.decodings.values()))[0].pad_token_id)
+    collator = set_up_scoring(model, next(iter(work.decodings.values()))[0].pad_token_id)
     losses = measure_losses(model, work.examples, collator, settings.per_device_eval_batch_size, report)
     if not math.isfinite(losses.mean):
         problem = f"model_name_or_path: {settings.model_name_or_path}: its loss is {losses.mean}"
         raise ModelError(problem, hint="the checkpoint may be damaged")
     return losses
-
-
-def _make_collator(model: Any, pad_token_id: int) -> PackedCollator | PaddedCollator:
-    """Make a collator of packed batches, and set up the model for them. Use padded batches if it can't pack."""
-    start = model.architecture.start_token_id
-    if not can_pack(model):
-        return PaddedCollator(pad_token_id, start)
-    use_packing(model)
-    return PackedCollator(start, pad_token_id)
 
 
 @contextmanager

@@ -20,8 +20,9 @@ from t5tune.data.tokens.encoding import Example
 from t5tune.data.tokens.tokenizer import Tokenizer, decode_prediction
 from t5tune.distributed.collectives import run_on_rank_0
 from t5tune.distributed.world import World
-from t5tune.evaluation.batches import Batches, BatchRun, Lengths, make_batches
+from t5tune.evaluation.batches import Batches, BatchRun, Found, Lengths, make_batches
 from t5tune.inference.generation import Decoding, generate
+from t5tune.inference.target_scores import collate, split_by_target
 from t5tune.label_metrics import ALL, LabelTable, find_labels, score_labels
 from t5tune.metrics import choose_metrics, has_label_metrics, prefix_metric, score
 from t5tune.model.batches import PackedCollator, PaddedCollator
@@ -82,24 +83,34 @@ def measure_targets(
     task: str = LOSSES_TASK,
 ) -> list[tuple[float, ...]]:
     """Measure the summed cross-entropy of each target of every example, as `measure_losses` does."""
-    device = next(model.parameters()).device
 
-    def measure(indices: list[int]) -> dict[int, tuple[float, ...]]:
-        chosen = [examples[i] for i in indices]
-        batch = {name: value.to(device) for name, value in collator(chosen).items()}
-        # to the CPU, because Apple's GPUs have no float64
-        losses_BT = model(**batch, reduction="none", use_cache=False).cpu()
-        if isinstance(collator, PackedCollator):
-            lengths = [len(target) for example in chosen for target in example.targets]
-            parts = losses_BT[0, : sum(lengths)].split(lengths)  # the row's padding follows
-        else:
-            parts = losses_BT.unbind()
-        sums = iter(torch.stack([part.double().sum() for part in parts]).tolist())
-        return {i: tuple(islice(sums, len(each.targets))) for i, each in zip(indices, chosen, strict=True)}
+    def measure(chosen: Sequence[Example]) -> list[tuple[float, ...]]:
+        losses_BT = model(**collate(model, chosen, collator), reduction="none", use_cache=False)
+        by_target = split_by_target(losses_BT, chosen, collator)
+        # on the CPU, because Apple's GPUs have no float64
+        sums = iter(torch.stack([part.double().sum() for parts in by_target for part in parts]).tolist())
+        return [tuple(islice(sums, len(parts))) for parts in by_target]
+
+    return run_with_targets(model, examples, measure, batch_size, report, is_stopped, task)
+
+
+def run_with_targets(
+    model: Any,
+    examples: Sequence[Example],
+    measure: Callable[[Sequence[Example]], Sequence[Found]],
+    batch_size: int | None,
+    report: Report = silent,
+    is_stopped: Callable[[], bool] = lambda: False,
+    task: str = LOSSES_TASK,
+) -> list[Found]:
+    """Measure examples in the batches of `measure_losses`, without dropout. Call on every rank."""
+
+    def measure_batch(indices: list[int]) -> dict[int, Found]:
+        return dict(zip(indices, measure([examples[index] for index in indices]), strict=True))
 
     batches = make_loss_batches(_list_lengths(examples), batch_size)
     with _switch_to_eval_mode(model), torch.no_grad():
-        return BatchRun(batches, measure, task, report, is_stopped).run(_is_sharded(model))
+        return BatchRun(batches, measure_batch, task, report, is_stopped).run(_is_sharded(model))
 
 
 def make_loss_batches(lengths: Sequence[Lengths], batch_size: int | None) -> Batches:

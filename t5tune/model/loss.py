@@ -20,7 +20,7 @@ D width, K trained rows of the head.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, wraps
 from typing import Any, Literal, NamedTuple
 
@@ -63,6 +63,17 @@ class CrossEntropy:
         is_target_C1 = is_target_C[:, None].to(logits_CV.dtype)
         _compute_gradient_in_place(grad_CV, sum_C1, labels_C1, is_target_C1, self.smoothing)
         return losses_C, grad_CV
+
+
+@dataclass(frozen=True)
+class GreedyCrossEntropy(CrossEntropy):
+    """Cross-entropy that also finds out, chunk after chunk, whether each label has the highest logit."""
+
+    is_greedy: list[Tensor] = field(default_factory=list)
+
+    def __call__(self, part: slice, logits_CV: Tensor, wants_gradient: bool) -> tuple[Tensor, Tensor | None]:
+        self.is_greedy.append(logits_CV.argmax(1) == self.labels_N[part])
+        return super().__call__(part, logits_CV, wants_gradient)
 
 
 @cache
