@@ -20,8 +20,8 @@ import torch
 from sides import run_self, write_base
 
 from t5tune.data.tokens.encoding import Example
-from t5tune.evaluation.scoring import run_with_targets
-from t5tune.inference.target_scores import make_candidates, score_targets, set_up_scoring
+from t5tune.evaluation.scoring import measure_targets
+from t5tune.inference.target_scores import Candidates, score_targets, set_up_scoring
 from t5tune.model.load import load_base
 from t5tune.planning.known_configs import KNOWN_CONFIGS
 
@@ -34,11 +34,11 @@ def make_sources(count: int) -> list[Example]:
     """Make sources with the same labels."""
     rng = np.random.default_rng(0)
 
-    def make_ids(low: int, high: int) -> list[int]:
-        return [*rng.integers(3, 32000, rng.integers(low, high)).tolist(), EOS]
+    def make_ids(low: int, high: int) -> Any:
+        return np.append(rng.integers(3, 32000, rng.integers(low, high)), EOS)
 
-    labels = [make_ids(1, 4) for _ in range(NUM_LABELS)]
-    return [make_candidates(make_ids(59, 240), labels) for _ in range(count)]
+    first, *others = (make_ids(1, 4) for _ in range(NUM_LABELS))
+    return [Candidates(make_ids(59, 240), first, tuple(others)) for _ in range(count)]
 
 
 def score_labels(way: str, base: Path, count: int) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def score_labels(way: str, base: Path, count: int) -> dict[str, Any]:
     examples = sources if way == "shared" else examples
     score_targets(model, examples[:2], collator)
     started = time.perf_counter()
-    found = run_with_targets(model, examples, lambda chosen: score_targets(model, chosen, collator), None)
+    found = measure_targets(model, examples, collator, None, measure=score_targets)
     seconds = time.perf_counter() - started
     return {"seconds": seconds, "logprobs": [score.logprob for scores in found for score in scores]}
 

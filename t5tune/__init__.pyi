@@ -695,7 +695,7 @@ class ChatSettings(_settings.ChatSettings):
             json_object: Write a JSON object.
             regex: Write text that this regular expression matches as a whole.
             grammar: Write text that this grammar produces: a file in Lark's format, beginning with start.
-            choices: Write one of these answers.
+            choices: Write one of these answers; evaluate scores them, and predicts the likeliest.
             choices_file: Write one of the answers in this file, a line each; 100,000 aren't too many.
             source_prefix: Text to prepend to each message that lacks it; default: the prefix used in training.
             top_p: Nucleus sampling (top-p): keep the smallest set of tokens with this total probability.
@@ -798,7 +798,7 @@ class ServeSettings(_settings.ServeSettings):
             json_object: Write a JSON object.
             regex: Write text that this regular expression matches as a whole.
             grammar: Write text that this grammar produces: a file in Lark's format, beginning with start.
-            choices: Write one of these answers.
+            choices: Write one of these answers; evaluate scores them, and predicts the likeliest.
             choices_file: Write one of the answers in this file, a line each; 100,000 aren't too many.
             allow_without_key: Let other machines use the models without api_key.
             converted_dir: Folder for converted CTranslate2 models; default: t5tune/converted in the user's cache
@@ -887,6 +887,7 @@ class EvaluateSettings(_settings.EvaluateSettings):
         grammar: str | PathLike[str] | None = None,
         choices_file: str | PathLike[str] | None = None,
         overwrite: bool = False,
+        choices_by: Literal["sum", "mean"] = "sum",
         num_beams: int = 1,
         max_new_tokens: int | None = None,
         per_device_eval_batch_size: int | None = None,
@@ -908,7 +909,7 @@ class EvaluateSettings(_settings.EvaluateSettings):
             metrics: Metrics to compute: exact_match, rouge1, rouge2, rougeL, bleu, chrf, chrf_pp, valid_json, field_f1,
                 accuracy, macro_f1, mcc; labels computes the last three, whatever the targets are; default: all that fit
                 the targets.
-            choices: Write one of these answers.
+            choices: Write one of these answers; evaluate scores them, and predicts the likeliest.
             compare_base: Also score the base without the adapter.
             bf16: Compute in bfloat16; default: as in training, otherwise if the GPU supports it.
             num_gpus: Start this many processes on this machine, one per GPU.
@@ -961,6 +962,7 @@ class EvaluateSettings(_settings.EvaluateSettings):
             grammar: Write text that this grammar produces: a file in Lark's format, beginning with start.
             choices_file: Write one of the answers in this file, a line each; 100,000 aren't too many.
             overwrite: Replace the output folder (default: evaluation) even if it contains other files.
+            choices_by: Compare choices by the sum of their tokens' log-probabilities, or by their mean.
             num_beams: Number of beams for beam search; 1 decodes greedily.
             max_new_tokens: Maximum length of a prediction (tokens); default: the length of the longest target.
             per_device_eval_batch_size: Maximum batch size (examples); default: limited by a token budget.

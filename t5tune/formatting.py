@@ -11,6 +11,7 @@ SIZE_UNITS = {"GiB": GIB, "MiB": 1 << 20, "KiB": 1 << 10}
 METRIC_NAMES = {
     "rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "bleu": "BLEU", "chrf": "chrF",
     "chrf_pp": "chrF++", "valid_json": "valid JSON", "field_f1": "field F1", "macro_f1": "macro F1", "mcc": "MCC",
+    "ece": "calibration error",
 }  # fmt: skip
 
 

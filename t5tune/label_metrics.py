@@ -8,7 +8,7 @@ As in scikit-learn, with all replies that match no label as one more class, whic
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from math import sqrt
+from math import ceil, sqrt
 from statistics import fmean
 from typing import Any
 
@@ -17,9 +17,12 @@ LABELS = "labels"  # all of them, in the setting `metrics`; and their tables, in
 ALL = "all"  # key of the table of all datasets together
 MAX_LABELS, MAX_WORDS, MIN_EXAMPLES = 100, 8, 5  # words of each label; examples per label, on average
 
-LabelTable = dict[str, dict[str, dict[str, Any]]]
+CALIBRATION_BINS = 15  # of equal width
+
+LabelTable = dict[str, Any]
 """classes: label, the most frequent first -> precision, recall, f1 (from 0 to 100), support (how many examples it has)
-and no_label (how many of their replies match no label); confusion: label -> predicted label -> how often, if at all."""
+and no_label (how many of their replies match no label); confusion: label -> predicted label -> how often, if at
+all; calibration, with probabilities: bins with the count of predictions, their mean confidence, and their accuracy."""
 
 
 def find_labels(references: Iterable[str], are_named: bool = False) -> list[str]:
@@ -51,11 +54,15 @@ def show_label(label: str) -> str:
 
 
 def score_labels(
-    predictions: Sequence[str], references: Sequence[str], more_labels: Iterable[str] = ()
+    predictions: Sequence[str],
+    references: Sequence[str],
+    more_labels: Iterable[str] = (),
+    probabilities: Sequence[float] = (),
 ) -> tuple[dict[str, float], LabelTable]:
     """Score predictions from 0 to 100, Matthews' correlation for several classes (Gorodkin 2004) from -100 to 100.
 
     Labels may also be `more_labels`. The mean of macro_f1 is over labels among the references or the predictions.
+    `probabilities` of the predictions also give the expected calibration error (`ece`).
     """
     supports = Counter(dict.fromkeys(more_labels, 0))
     supports.update(references)
@@ -85,7 +92,24 @@ def score_labels(
         "macro_f1": round(fmean(f1s), 4),
         "mcc": round(100 * covariance / sqrt(spreads[0] * spreads[1]), 4) if all(spreads) else 0.0,
     }
-    return metrics, {"classes": classes, "confusion": confusion}
+    table: LabelTable = {"classes": classes, "confusion": confusion}
+    if probabilities:
+        are_right = map(str.__eq__, predictions, references)
+        metrics["ece"], table["calibration"] = _measure_calibration(zip(probabilities, are_right, strict=True))
+    return metrics, table
+
+
+def _measure_calibration(pairs: Iterable[tuple[float, bool]]) -> tuple[float, list[dict[str, float]]]:
+    """Compute the expected calibration error (Guo et al. 2017), and the bins that contain predictions."""
+    bins: dict[int, list[tuple[float, bool]]] = {}
+    for pair in pairs:
+        bins.setdefault(ceil(pair[0] * CALIBRATION_BINS), []).append(pair)
+    rows = []
+    for _, members in sorted(bins.items()):
+        confidence, accuracy = (round(100 * fmean(values), 4) for values in zip(*members, strict=True))
+        rows.append({"count": len(members), "confidence": confidence, "accuracy": accuracy})
+    gap = sum(row["count"] * abs(row["confidence"] - row["accuracy"]) for row in rows)
+    return round(gap / sum(row["count"] for row in rows), 4), rows
 
 
 def describe_labels(table: LabelTable) -> str:

@@ -10,7 +10,7 @@ label_metrics.py has the metrics of labels, and custom_metrics.py the user's met
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from math import fsum
 from typing import Any
 
@@ -31,7 +31,7 @@ PREFERENCE_METRICS = (
 """Metrics of held-out preference pairs, by TRL's names."""
 NOT_BEST = ("rewards/rejected", "logps/rejected")
 """Metrics where neither a high nor a low value is better."""
-LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_character", "kl", "rewards/rejected", "logps/rejected")
+LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_character", "ece", "kl", "rewards/rejected", "logps/rejected")
 UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]")
 """A character of Thai, Lao, Burmese or Khmer."""
 EMOJI_STYLE = "\ufe0f"  # also a combining mark; without it, the digit of a keycap emoji is the digit in other text
@@ -128,7 +128,7 @@ def split_by_dataset(
 
 
 def choose_metrics(
-    names: Sequence[str] | None, references: Sequence[str], labels: Sequence[str] | None = None
+    names: Sequence[str] | None, references: Sequence[str], labels: Collection[str] | None = None
 ) -> tuple[str, ...]:
     """Return the metrics to compute for these references: the named metrics, or all that fit.
 

@@ -225,6 +225,7 @@ def test_the_commands_of_the_labels_page_work(tmp_path: Path) -> None:
         (tmp_path / name).write_text("\n".join([header, *(f"{n} {row}" for n in range(10) for row in rows)]))
     rare = [f"{n} {row}" for n in range(10) for row in rows if row.endswith(",complaint")]
     (tmp_path / "rare.csv").write_text("\n".join([header, *rare]))
+    (tmp_path / "answers.txt").write_text("order\nquestion\ncancel\ncomplaint")
     short = {
         "T5TUNE_MAX_STEPS": "2",
         "T5TUNE_EVAL_STEPS": "2",
@@ -238,7 +239,9 @@ def test_the_commands_of_the_labels_page_work(tmp_path: Path) -> None:
             done = t5tune_in_fork(command, *words, "--quiet", cwd=tmp_path, env=short)
             assert done.code == 0, f"{words}: {done.stderr}"
         ran.append(command)
-    assert ran == ["prepare", "inspect", "train", "evaluate", "train", "chat", "serve"]
+    assert ran == ["prepare", "inspect", "train", "evaluate", "evaluate", "evaluate", "train", "chat", "serve"]
+    assert json.loads((tmp_path / "chosen" / "scores.json").read_text())["ece"] > 0
+    assert "recall_at_4" in json.loads((tmp_path / "ranked" / "scores.json").read_text())["recall"]
     assert json.loads((tmp_path / "scores" / "scores.json").read_text())["labels"]["all"]["confusion"].keys() == {
         "order", "question", "cancel", "complaint",
     }  # fmt: skip

@@ -106,3 +106,18 @@ def test_tables_and_pages_quote_such_a_label() -> None:
     with (console := Console()).capture() as capture:
         console.print(render_table("all", table))
     assert "'yes '" in capture.get().splitlines()[1]
+
+
+def test_the_calibration_error_is_the_mean_gap_of_the_bins() -> None:
+    """Four bins: 0.2 is the upper edge of the third of 15 bins, and 0.95 and 1 share the last bin."""
+    predictions, references = ["a", "b", "a", "a", "b"], ["a", "a", "a", "a", "b"]
+    metrics, table = score_labels(predictions, references, [], [0.95, 0.92, 0.5, 1.0, 0.2])
+    assert table["calibration"] == [
+        {"count": 1, "confidence": 20.0, "accuracy": 100.0},
+        {"count": 1, "confidence": 50.0, "accuracy": 100.0},
+        {"count": 1, "confidence": 92.0, "accuracy": 0.0},
+        {"count": 2, "confidence": 97.5, "accuracy": 100.0},
+    ]
+    assert metrics["ece"] == pytest.approx((80 + 50 + 92 + 2 * 2.5) / 5)
+    assert score_labels(["a", "a"], ["a", "b"], [], [0.2, 0.21])[1]["calibration"][1]["count"] == 1
+    assert "ece" not in score_labels(predictions, references)[0]

@@ -17,8 +17,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from t5tune.checkpoints.training_data import read_training_data
 from t5tune.constraints import Constraint
+from t5tune.constraints.answers import AnswerMatcher
 from t5tune.constraints.reading import read_constraint
 from t5tune.custom_metrics import compute_custom_metrics, load_custom_metric, try_custom_metrics
 from t5tune.data.caches.prepared import find_caches, is_prepared
@@ -41,9 +44,9 @@ from t5tune.evaluation.examples import (
     load_evaluation_set,
 )
 from t5tune.evaluation.scores import Outcome, compute_scores, score_datasets, tabulate_labels, write_predictions
-from t5tune.evaluation.scoring import Losses, find_max_target_length, generate_predictions, measure_losses
+from t5tune.evaluation.scoring import Losses, find_max_target_length, generate_predictions, measure_targets
 from t5tune.file_names import REPORT_FILE, SCORES_FILE
-from t5tune.inference.generation import Decoding
+from t5tune.inference.generation import Decoding, find_stop_ids
 from t5tune.inference.loading import (
     LoadedModel,
     find_base_and_adapter,
@@ -54,7 +57,7 @@ from t5tune.inference.loading import (
     select_base,
 )
 from t5tune.inference.precision import read_trained_precision, resolve_precision, select_precision
-from t5tune.inference.target_scores import set_up_scoring
+from t5tune.inference.target_scores import Candidates, score_targets, set_up_scoring
 from t5tune.io.atomic import (
     check_overwrite,
     check_replaceable,
@@ -62,7 +65,7 @@ from t5tune.io.atomic import (
     write_folder_atomically,
     write_json,
 )
-from t5tune.label_metrics import ALL, LabelTable
+from t5tune.label_metrics import ALL, LABEL_METRICS, LabelTable
 from t5tune.metrics import METRICS, choose_metrics, describe_signatures
 from t5tune.model.device import explain_out_of_memory, manage_memory_for_loading, use_gpu_kernels
 from t5tune.preparing.resolve_datasets import resolve_datasets
@@ -93,6 +96,8 @@ class EvaluateResult:
         bits_per_character: the loss of the whole targets per character of their texts, in bits, to compare models
             with different tokenizers; None if spans of raw text were masked.
         exact_match, …, mcc: None: not among the chosen metrics, or no target is JSON or a label.
+        ece: expected calibration error of scored choices.
+        recall: recall_at_K -> the percentage of targets among the best K answers of choices_file.
         custom_metrics: the results of custom functions.
         base: the same metrics of the base without the adapter, by name; None without compare_base.
         datasets: the number of examples and the same metrics of each dataset, if there are several; the
@@ -119,6 +124,8 @@ class EvaluateResult:
     accuracy: float | None
     macro_f1: float | None
     mcc: float | None
+    ece: float | None
+    recall: dict[str, float] | None
     custom_metrics: dict[str, float]
     base: dict[str, float] | None
     seconds: float
@@ -133,6 +140,7 @@ class _Work:
     """The input of every rank.
 
     Args:
+        examples: if choices are scored, with the choices as further targets.
         decodings: how to generate the predictions, by the examples of each dataset, and the text after an answer.
         constraint: of all predictions.
     """
@@ -151,6 +159,7 @@ class _Task:
         is_prepared: whether all data is in token caches.
         names: the built-in metrics to compute.
         constraint: of all predictions, also of the base's.
+        answers: the scored choices, or the only possible predictions; empty: free predictions.
     """
 
     settings: EvaluateSettings
@@ -159,15 +168,19 @@ class _Task:
     chosen: EvaluationSet
     names: list[str]
     constraint: Constraint | None
+    answers: list[str]
 
     def make_work(self, num_ranks: int) -> _Work:
         chosen, settings = self.chosen, self.settings
         examples = chosen.examples if num_ranks == 1 else list(chosen.examples)  # to be sent to the other ranks
+        if settings.choices:
+            examples = chosen.add_choices(self.answers)
         eos, pad = chosen.tokenizer.eos_token_id, chosen.tokenizer.pad_token_id
-        decodings = {}
+        decodings, num_replies = {}, 1 if settings.choices_file is None else settings.num_beams
         for part in [indices for _, indices in chosen.datasets] or [range(len(chosen.targets))]:
             longest = settings.max_new_tokens or find_max_target_length([chosen.examples[index] for index in part])
-            decodings[part] = (Decoding(eos, pad, longest, settings.num_beams), chosen.answer_ends[part[0]])
+            decoding = Decoding(eos, pad, longest, settings.num_beams, num_replies, keeps_stop=True)
+            decodings[part] = (decoding, chosen.templates[part[0]].answer_suffix)
         return _Work(examples, decodings, self.constraint)
 
     def select_base(self) -> "_Task":
@@ -251,6 +264,7 @@ def _prepare(
     check_replaceable(folder, settings.overwrite, read)
     for function in settings.metric or []:
         load_custom_metric(function)
+    read_constraint(settings, None)  # raises before the model is loaded
     settings = replace_stopped_runs(settings, report)
     base, adapter = find_base_and_adapter(settings, without_notes(report))  # loading reports the notes later
     if settings.overwrite:
@@ -303,20 +317,29 @@ def _read_task(
     base, held_out = settings.select_part(BaseModelSettings), partial(find_held_out, loaded.adapter or loaded.base)
     plan = EvaluationPlan(datasets, base, add_tokens, settings.compare_base, held_out)
     chosen = load_evaluation_set(plan, loaded, report)
+    if settings.choices and settings.metrics is None:
+        settings = settings.model_copy(update={"metrics": [*LABEL_METRICS]})
     names = choose_metrics(settings.metrics, chosen.targets)
     try_custom_metrics(settings.metric or [], chosen.targets)
     is_prepared = all(each.cache is not None for each in datasets)
     if settings.data is None and not is_prepared:
         inherited = datasets[0].list_given(SHARED - settings.model_fields_set)
         settings = settings.model_copy(update=inherited)
-    return _Task(settings, is_prepared, folder, chosen, list(names), read_constraint(settings, loaded.json_schema))
+    constraint = read_constraint(settings, loaded.json_schema)
+    answers = [] if constraint is None else constraint.answers
+    if constraint is not None and answers:
+        for each in filter(None, (chosen, chosen.base)):  # before anything is computed
+            make_compiler(replace(loaded, tokenizer=each.tokenizer), "").start(constraint)
+        chosen.check_targets({*answers}, constraint.place, report)
+    return _Task(settings, is_prepared, folder, chosen, list(names), constraint, answers)
 
 
 def _finish(task: _Task | None, tuned: Outcome, base: Outcome | None, started: float, report: Report) -> EvaluateResult:
     assert task is not None, "only rank 0 finishes"
     outcomes = [tuned] if base is None else [tuned, base]
     tasks = [task] if base is None else [task, task.select_base()]
-    predictions = [outcome.decode(each.chosen) for each, outcome in zip(tasks, outcomes, strict=True)]
+    by_mean, pairs = task.settings.choices_by == "mean", zip(tasks, outcomes, strict=True)
+    predictions = [outcome.predict(each.chosen, task.answers, by_mean) for each, outcome in pairs]
     task = replace(task, folder=_choose_folder(task.settings))  # another evaluation may have taken the folder
     with write_folder_atomically(task.folder, task.settings.overwrite) as staged:
         write_predictions(staged / PREDICTIONS_FILE, task.chosen, task.names, outcomes, predictions)
@@ -327,8 +350,8 @@ def _finish(task: _Task | None, tuned: Outcome, base: Outcome | None, started: f
             leave_out=EXAMPLE_SETTINGS if task.is_prepared else (),
         )
     built_in = [
-        compute_scores(task.chosen, outcome, texts, task.names)
-        for outcome, texts in zip(outcomes, predictions, strict=True)
+        compute_scores(task.chosen, outcome, predicted, task.names)
+        for outcome, predicted in zip(outcomes, predictions, strict=True)
     ]
     for whose, each in zip(("the model", "the base"), tasks, strict=False):
         if partial := each.count_partial_targets():
@@ -337,14 +360,17 @@ def _finish(task: _Task | None, tuned: Outcome, base: Outcome | None, started: f
             report(Note(f"{whose}'s bits_per_character: {lost}", warning=True))
     functions = task.settings.metric or []
     with _explain_failures(task):
-        custom = [compute_custom_metrics(functions, texts, task.chosen.targets) for texts in predictions]
+        texts = [[each["prediction"] for each in predicted] for predicted in predictions]
+        custom = [compute_custom_metrics(functions, each, task.chosen.targets) for each in texts]
         by_dataset = score_datasets(task.chosen, task.settings.metrics, functions, outcomes, predictions, report)
     if labels := tabulate_labels(task.chosen, predictions[0], {ALL: built_in[0], **(by_dataset or {})}):
         write_page(task.folder / REPORT_FILE, str(task.folder), render_labels(labels))
+    fixed = ("loss", "perplexity", "bits_per_character", *METRICS, "ece")
     result = EvaluateResult(
         predictions=task.folder / PREDICTIONS_FILE,
         examples=len(task.chosen.targets),
-        **dict.fromkeys(("bits_per_character", *METRICS)) | built_in[0],  # type: ignore[arg-type]
+        **{name: built_in[0].get(name) for name in fixed},  # type: ignore[arg-type]
+        recall={name: value for name, value in built_in[0].items() if name not in fixed} or None,
         custom_metrics=custom[0],
         base=None if base is None else built_in[1] | custom[1],
         seconds=round(time.monotonic() - started, 3),
@@ -370,30 +396,38 @@ def _describe_settings(task: _Task) -> dict[str, Any]:
 
 
 def _run_model(settings: EvaluateSettings, loaded: LoadedModel, work: _Work, report: Report) -> Outcome:
-    """Measure the losses of a model, and generate its predictions. Call on every rank."""
-    model = loaded.model
+    """Generate a model's predictions, and measure its losses and scores. Call on every rank."""
+    model, examples = loaded.model, work.examples
     with use_gpu_kernels(model.device):
-        matchers = {
-            part: None if work.constraint is None else make_compiler(loaded, end).start(work.constraint)
-            for part, (_, end) in work.decodings.items()
-        }
-        losses = _measure_losses(settings, model, work, report)
-        batch_size, predicted, num_cut_off = settings.per_device_eval_batch_size, [], 0
-        for part, (decoding, _) in work.decodings.items():
-            examples = [work.examples[index] for index in part] if len(work.decodings) > 1 else work.examples
-            found = generate_predictions(model, examples, decoding, batch_size, report, constraint=matchers[part])
-            num_cut_off += sum(len(ids) == decoding.max_new_tokens for ids in found)
-            predicted += found
-        return Outcome(losses, predicted, num_cut_off)
-
-
-def _measure_losses(settings: EvaluateSettings, model: Any, work: _Work, report: Report) -> Losses:
-    collator = set_up_scoring(model, next(iter(work.decodings.values()))[0].pad_token_id)
-    losses = measure_losses(model, work.examples, collator, settings.per_device_eval_batch_size, report)
+        replies = [] if settings.choices else _generate_replies(settings, loaded, work, report)
+        if replies:  # scored with the targets, so that a source is encoded once for both
+            pairs = zip(work.examples, replies, strict=True)
+            examples = [Candidates(each.source_S, each.target_T, (np.array(best),)) for each, (best, *_) in pairs]
+        collator = set_up_scoring(model, next(iter(work.decodings.values()))[0].pad_token_id)
+        batch_size = settings.per_device_eval_batch_size
+        scores = measure_targets(model, examples, collator, batch_size, report, measure=score_targets)
+    losses = Losses([-target.logprob for target, *_ in scores], [len(each.target_T) for each in work.examples])
     if not math.isfinite(losses.mean):
         problem = f"model_name_or_path: {settings.model_name_or_path}: its loss is {losses.mean}"
         raise ModelError(problem, hint="the checkpoint may be damaged")
-    return losses
+    stop_ids = find_stop_ids(model, loaded.tokenizer.eos_token_id)
+    num_cut_off = sum(best[-1] not in stop_ids for best, *_ in replies)
+    replies = [[ids[:-1] if ids[-1] in stop_ids else ids for ids in each] for each in replies]
+    return Outcome(losses, replies, [each[1:] for each in scores], num_cut_off)
+
+
+def _generate_replies(
+    settings: EvaluateSettings, loaded: LoadedModel, work: _Work, report: Report
+) -> list[list[list[int]]]:
+    """Generate replies to each example, the best first, with the tokens that ended them."""
+    batch_size, replies = settings.per_device_eval_batch_size, []
+    for part, (decoding, end) in work.decodings.items():
+        matcher = None if work.constraint is None else make_compiler(loaded, end).start(work.constraint)
+        if isinstance(matcher, AnswerMatcher) and settings.max_new_tokens is None:
+            decoding = replace(decoding, max_new_tokens=int(np.diff(matcher.answers.starts).max()))
+        examples = [work.examples[index] for index in part] if len(work.decodings) > 1 else work.examples
+        replies += generate_predictions(loaded.model, examples, decoding, batch_size, report, constraint=matcher)
+    return replies
 
 
 @contextmanager

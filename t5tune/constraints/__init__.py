@@ -5,6 +5,7 @@ matcher = compiler.start(read_constraint(settings, trained_schema=None))    # fo
 matcher.find_allowed(), matcher.accept(index)
 """
 
+import json
 from dataclasses import dataclass
 from typing import Literal, Protocol, Self
 
@@ -24,6 +25,11 @@ class Constraint:
     kind: Literal["json_schema", "regex", "grammar", "choices"]
     text: str
     place: str
+
+    @property
+    def answers(self) -> list[str]:
+        """The answers in a list of answers, each once."""
+        return list(dict.fromkeys(json.loads(self.text))) if self.kind == "choices" else []
 
 
 class Matcher(Protocol):

@@ -5,7 +5,7 @@ chosen.examples, chosen.targets
 """
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, chain, groupby, islice, repeat
 from pathlib import Path
@@ -25,15 +25,16 @@ from t5tune.data.reading.rejections import LABELED_BAD, RecordLocation, Rejectio
 from t5tune.data.reading.remote_files import hide_query
 from t5tune.data.reading.sources import bring_data
 from t5tune.data.tokens.encoders import Beginning, make_encoder
-from t5tune.data.tokens.encoding import EncodedConversation, Example, encode_batch, extract_example
+from t5tune.data.tokens.encoding import EncodedConversation, Example, encode_answers, encode_batch, extract_example
 from t5tune.data.tokens.templates import PAIR_TEMPLATE, Template, load_template, render_conversation
 from t5tune.data.tokens.tokenizer import Tokenizer, decode_reference, find_other_token, load_tokenizer
 from t5tune.data.tokens.vocabulary import extend_tokenizer
-from t5tune.errors import DataError
+from t5tune.errors import DataError, SettingsError
 from t5tune.file_names import TOKENIZER_FILE
 from t5tune.formatting import format_count
 from t5tune.hub.datasets import EVALUATION_SPLITS, DatasetChoice
 from t5tune.inference.loading import LoadedModel, choose_family
+from t5tune.inference.target_scores import Candidates
 from t5tune.io.atomic import hash_file
 from t5tune.io.reasons import join_first
 from t5tune.preparing.data_problems import make_mixed_data_error, report_default_template
@@ -76,7 +77,7 @@ class EvaluationSet:
     """Examples, their targets as text, and how to decode predictions.
 
     Args:
-        answer_ends: for each example, the text that the conversation template adds after the target.
+        templates: the conversation template of each example.
         datasets: the name and the examples of each dataset, if there are several.
         prompts: for each example, its prompt without template and prefix; None: unknown, as in a token cache.
         raw_texts: the examples with masked spans of raw text.
@@ -86,11 +87,27 @@ class EvaluationSet:
     examples: Sequence[Example]
     targets: list[str]
     tokenizer: Tokenizer
-    answer_ends: list[str]
+    templates: Sequence[Template]
     datasets: list[tuple[str, range]] = field(default_factory=list)
     prompts: Sequence[Prompt | None] = ()
     raw_texts: frozenset[int] = frozenset()
     base: "EvaluationSet | None" = None
+
+    def add_choices(self, choices: list[str]) -> list[Example]:
+        """Return the examples with the choices as further targets."""
+        encoder = make_encoder(self.tokenizer)
+        encoded = {template: tuple(encode_answers(choices, template, encoder)) for template in {*self.templates}}
+        pairs = zip(self.examples, self.templates, strict=True)
+        return [Candidates(example.source_S, example.target_T, encoded[template]) for example, template in pairs]
+
+    def check_targets(self, answers: Collection[str], place: str, report: Report) -> None:
+        """Refuse or report targets that aren't among the only possible answers."""
+        missing = [target for target in self.targets if target not in answers]
+        if missing:
+            problem = f"{place}: lacks {len(missing):,} of {len(self.targets):,} targets, such as {missing[0]!r}"
+            if len(missing) == len(self.targets):
+                raise SettingsError(problem, hint="write answers and targets alike")
+            report(Note(f"{problem}; their predictions can't be right", warning=True))
 
     def add_base(self, examples: Sequence[Example], tokenizer: Tokenizer) -> "EvaluationSet":
         """Add the base's examples."""
@@ -117,7 +134,7 @@ def _join(parts: Mapping[str, EvaluationSet]) -> EvaluationSet:
         [example for part in parts.values() for example in part.examples],
         [target for part in parts.values() for target in part.targets],
         _choose_common_tokenizer(parts),
-        [end for part in parts.values() for end in part.answer_ends],
+        [template for part in parts.values() for template in part.templates],
         list(ranges.items()),
         [prompt for part in parts.values() for prompt in part.prompts or repeat(None, len(part.targets))],
         frozenset(ranges[name][index] for name, part in parts.items() for index in part.raw_texts),
@@ -200,7 +217,7 @@ def _load_dataset(plan: EvaluationPlan, dataset: DatasetSpec, loaded: LoadedMode
         [answer.example for answer in answers],
         [answer.target for answer in answers],
         tokenizer,
-        [template.answer_suffix] * len(answers),
+        [template] * len(answers),
         prompts=[answer.prompt for answer in answers],
     )
     of_base = [answer.of_base for answer in answers if answer.of_base is not None]
@@ -299,10 +316,10 @@ def _load_cache_examples(
         report(Note(f"{problem}; give the conversation files instead of the cache", warning=True))
     if num_data is not None:
         examples = examples.take(num_data)
-    ends = [examples.get_template(index).answer_suffix for index in range(len(examples))]
+    templates = [examples.get_template(index) for index in range(len(examples))]
     raw_texts = frozenset(filter(examples.is_raw_text, range(len(examples))))
     targets = [*decode_targets(tokenizer, examples, range(len(examples)))]
-    chosen = EvaluationSet(examples, targets, tokenizer, ends, examples.list_datasets(), raw_texts=raw_texts)
+    chosen = EvaluationSet(examples, targets, tokenizer, templates, examples.list_datasets(), raw_texts=raw_texts)
     if compares_base:
         base = load_tokenizer(loaded.base)
         return chosen.add_base(_encode_again(examples, tokenizer, base), base)

@@ -1,5 +1,6 @@
 """The scores of an evaluation's outcome, and the file with a line for each prediction.
 
+predictions = outcome.predict(chosen, answers=[], by_mean=False)
 compute_scores(chosen, outcome, predictions, ["exact_match"])    # {"loss": 0.31, …, "exact_match": 62.5}
 """
 
@@ -8,36 +9,73 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from t5tune.custom_metrics import compute_custom_metrics
 from t5tune.data.tokens.tokenizer import decode_prediction, decode_reference
 from t5tune.errors import SettingsError
 from t5tune.evaluation.examples import EvaluationSet
 from t5tune.evaluation.scoring import Losses
+from t5tune.inference.target_scores import TargetScore
 from t5tune.label_metrics import ALL, LabelTable, score_labels
 from t5tune.metrics import choose_metrics, has_label_metrics, score, score_one
 from t5tune.progress import Note, Report
 
+RECALL_CUTOFFS = (1, 5, 10, 20, 50, 100)
+
+
+Prediction = dict[str, Any]
+"""The keys of predictions.jsonl: prediction (its text), logprob (in nats, of the whole text), probability, and the best
+answers (ranking), if replies are chosen from a list of answers, or choice_logprobs, if choices are scored."""
+
 
 @dataclass(frozen=True)
 class Outcome:
-    """A model's loss and the ids of its prediction for each example.
+    """A model's loss and replies for each example, or its scores of the choices.
 
     Args:
-        num_cut_off: the number of predictions that reached the maximum length.
+        replies: for each example, the ids of its replies, the best first; empty if choices were scored.
+        scores: for each example, of its best reply, or of each choice.
+        num_cut_off: the number of best replies that reached the maximum length.
     """
 
     losses: Losses
-    predicted_ids: list[list[int]]
+    replies: list[list[list[int]]]
+    scores: list[tuple[TargetScore, ...]]
     num_cut_off: int
 
-    def decode(self, chosen: EvaluationSet) -> list[str]:
-        """Decode the predictions."""
-        pairs = zip(self.predicted_ids, chosen.answer_ends, strict=True)
-        return [
-            decode_prediction(chosen.tokenizer, ids, end, index in chosen.raw_texts)
-            for index, (ids, end) in enumerate(pairs)
-        ]
+    def predict(self, chosen: EvaluationSet, answers: Sequence[str], by_mean: bool) -> list[Prediction]:
+        """Decode the replies, or find the choices with the highest score.
+
+        Args:
+            answers: the choices, or the answers that replies were chosen from; empty: free replies.
+            by_mean: compare choices by their means per token.
+        """
+        if not self.replies:
+            return [_choose(answers, scores, by_mean) for scores in self.scores]
+        known, found = set(answers), []
+        for index, (replies, (best,)) in enumerate(zip(self.replies, self.scores, strict=True)):
+            end, is_raw_text = chosen.templates[index].answer_suffix, index in chosen.raw_texts
+            texts = [decode_prediction(chosen.tokenizer, ids, end, is_raw_text) for ids in replies]
+            ranking = [text for text in dict.fromkeys(texts) if text in known]  # there may be fewer answers than beams
+            more = {"ranking": ranking} if known else {}
+            found.append(_make_prediction(texts[0], best.logprob, math.exp(best.logprob), **more))
+        return found
+
+
+def _choose(choices: Sequence[str], scores: Sequence[TargetScore], by_mean: bool) -> Prediction:
+    values = np.array([each.logprob / (len(each.token_logprobs) if by_mean else 1) for each in scores])
+    weights, best = np.exp(values - values.max()), int(values.argmax())
+    logprobs = {choice: round(each.logprob, 6) for choice, each in zip(choices, scores, strict=True)}
+    return _make_prediction(
+        choices[best], scores[best].logprob, weights[best] / weights.sum(), choice_logprobs=logprobs
+    )
+
+
+def _make_prediction(text: str, logprob: float, probability: float, **more: Any) -> Prediction:
+    return {"prediction": text, "logprob": round(logprob, 6), "probability": float(f"{probability:.6g}"), **more}
 
 
 def write_predictions(
@@ -45,7 +83,7 @@ def write_predictions(
     chosen: EvaluationSet,
     metrics: Sequence[str],
     outcomes: Sequence[Outcome],
-    predictions: Sequence[Sequence[str]],
+    predictions: Sequence[Sequence[Prediction]],
 ) -> None:
     """Write a line of JSON for each example.
 
@@ -55,33 +93,61 @@ def write_predictions(
     names = {index: name for name, indices in chosen.datasets for index in indices}
     with open(path, "w", encoding="utf-8") as file:
         for index, (example, target) in enumerate(zip(chosen.examples, chosen.targets, strict=True)):
-            prediction, *of_base = (texts[index] for texts in predictions)
+            prediction, *of_base = (each[index] for each in predictions)
             losses = (outcome.losses for outcome in outcomes)
             loss, *loss_of_base = (round(each.sums[index] / each.tokens[index], 6) for each in losses)
             line = {
                 **({"dataset": dataset} if (dataset := names.get(index)) is not None else {}),
                 "source": decode_reference(chosen.tokenizer, example.source_S, "", index in chosen.raw_texts),
                 "target": target,
-                "prediction": prediction,
+                **prediction,
                 "loss": loss,
-                **score_one(prediction, target, metrics),
+                **score_one(prediction["prediction"], target, metrics),
             }
             if of_base:
-                line |= {"base_prediction": of_base[0], "base_loss": loss_of_base[0]}
+                line |= {f"base_{name}": value for name, value in (of_base[0] | {"loss": loss_of_base[0]}).items()}
             if chosen.prompts and (prompt := chosen.prompts[index]) is not None:
                 line["prompt"] = prompt
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 def compute_scores(
-    chosen: EvaluationSet, outcome: Outcome, predictions: Sequence[str], metrics: Sequence[str]
+    chosen: EvaluationSet,
+    outcome: Outcome,
+    predictions: Sequence[Prediction],
+    metrics: Sequence[str],
+    indices: Sequence[int] | None = None,
 ) -> dict[str, float]:
-    """Compute the built-in metrics."""
-    losses = _compute_losses(outcome.losses, chosen, range(len(predictions)))
-    return losses | score(list(predictions), chosen.targets, list(metrics))
+    """Compute the built-in metrics of some examples; None: of all."""
+    indices = range(len(predictions)) if indices is None else indices
+    texts, targets, choices, probabilities = _select(chosen, predictions, indices)
+    scores = _compute_losses(outcome.losses.select(indices), chosen, indices) | score(texts, targets, metrics, choices)
+    if choices:
+        scores["ece"] = score_labels(texts, targets, choices, probabilities)[0]["ece"]
+    if "ranking" in predictions[0]:
+        most, rankings = len(outcome.replies[0]), [predictions[index]["ranking"] for index in indices]
+        for cutoff in (each for each in sorted({most, *RECALL_CUTOFFS}) if each <= most):
+            found = sum(target in ranking[:cutoff] for ranking, target in zip(rankings, targets, strict=True))
+            scores[f"recall_at_{cutoff}"] = round(100 * found / len(targets), 4)
+    return scores
 
 
-def _compute_losses(losses: Losses, chosen: EvaluationSet, indices: range) -> dict[str, float]:
+def _select(
+    chosen: EvaluationSet, predictions: Sequence[Prediction], indices: Sequence[int]
+) -> tuple[list[str], list[str], list[str], list[float]]:
+    """Return the predicted texts and the targets of some examples; if choices were scored, them and probabilities."""
+    predicted = [predictions[index] for index in indices]
+    choices = [*predicted[0].get("choice_logprobs", ())]
+    probabilities = [each["probability"] for each in predicted if choices]
+    return (
+        [each["prediction"] for each in predicted],
+        [chosen.targets[index] for index in indices],
+        choices,
+        probabilities,
+    )
+
+
+def _compute_losses(losses: Losses, chosen: EvaluationSet, indices: Sequence[int]) -> dict[str, float]:
     found = {"loss": round(losses.mean, 6), "perplexity": round(math.exp(min(losses.mean, 700.0)), 4)}
     if chosen.raw_texts.isdisjoint(indices):
         characters = sum(len(chosen.targets[index]) for index in indices)
@@ -90,12 +156,12 @@ def _compute_losses(losses: Losses, chosen: EvaluationSet, indices: range) -> di
 
 
 def tabulate_labels(
-    chosen: EvaluationSet, predictions: Sequence[str], scores: Mapping[str, Mapping[str, float]]
+    chosen: EvaluationSet, predictions: Sequence[Prediction], scores: Mapping[str, Mapping[str, float]]
 ) -> dict[str, LabelTable]:
     """Tabulate the predicted labels of each dataset whose scores contain label metrics."""
     parts = {ALL: range(len(predictions)), **dict(chosen.datasets)}
     return {
-        name: score_labels(*([texts[index] for index in parts[name]] for texts in (predictions, chosen.targets)))[1]
+        name: score_labels(*_select(chosen, predictions, parts[name]))[1]
         for name, values in scores.items()
         if has_label_metrics(values)
     }
@@ -106,7 +172,7 @@ def score_datasets(
     names: Sequence[str] | None,
     functions: list[str],
     outcomes: Sequence[Outcome],
-    predictions: Sequence[Sequence[str]],
+    predictions: Sequence[Sequence[Prediction]],
     report: Report,
 ) -> dict[str, dict[str, float]] | None:
     """Compute the named metrics that fit the targets of each dataset (None: all), if there are several datasets.
@@ -116,12 +182,12 @@ def score_datasets(
     found: dict[str, dict[str, float]] = {}
     for dataset, indices in chosen.datasets:
         targets = [chosen.targets[index] for index in indices]
-        fitting = [each for each in choose_metrics(None, targets) if names is None or each in names]
+        labels = predictions[0][0].get("choice_logprobs")
+        fitting = [each for each in choose_metrics(None, targets, labels) if names is None or each in names]
         values: dict[str, float] = {"examples": len(targets)}
-        for prefix, outcome, texts in zip(("", "base_"), outcomes, predictions, strict=False):
-            selected = [texts[index] for index in indices]
-            losses = _compute_losses(outcome.losses.select(indices), chosen, indices)
-            scores = losses | score(selected, targets, fitting)
+        for prefix, outcome, predicted in zip(("", "base_"), outcomes, predictions, strict=False):
+            selected = [predicted[index]["prediction"] for index in indices]
+            scores = compute_scores(chosen, outcome, predicted, fitting, indices)
             try:
                 custom = compute_custom_metrics(functions, selected, targets, allow_non_finite=True)
             except SettingsError as error:

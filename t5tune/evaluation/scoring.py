@@ -20,12 +20,11 @@ from t5tune.data.tokens.encoding import Example
 from t5tune.data.tokens.tokenizer import Tokenizer, decode_prediction
 from t5tune.distributed.collectives import run_on_rank_0
 from t5tune.distributed.world import World
-from t5tune.evaluation.batches import Batches, BatchRun, Found, Lengths, make_batches
+from t5tune.evaluation.batches import Batches, BatchRun, Lengths, make_batches
 from t5tune.inference.generation import Decoding, generate
-from t5tune.inference.target_scores import collate, split_by_target
+from t5tune.inference.target_scores import Collator, collate, split_by_target
 from t5tune.label_metrics import ALL, LabelTable, find_labels, score_labels
 from t5tune.metrics import choose_metrics, has_label_metrics, prefix_metric, score
-from t5tune.model.batches import PackedCollator, PaddedCollator
 from t5tune.model.zero3 import gather_decoder
 from t5tune.progress import Report, silent
 
@@ -56,7 +55,7 @@ class Losses:
 def measure_losses(
     model: Any,
     examples: Sequence[Example],
-    collator: PaddedCollator | PackedCollator,
+    collator: Collator,
     batch_size: int | None,
     report: Report = silent,
     is_stopped: Callable[[], bool] = lambda: False,
@@ -76,41 +75,33 @@ def measure_losses(
 def measure_targets(
     model: Any,
     examples: Sequence[Example],
-    collator: PaddedCollator | PackedCollator,
+    collator: Collator,
     batch_size: int | None,
     report: Report = silent,
     is_stopped: Callable[[], bool] = lambda: False,
     task: str = LOSSES_TASK,
-) -> list[tuple[float, ...]]:
-    """Measure the summed cross-entropy of each target of every example, as `measure_losses` does."""
+    measure: Callable[[Any, Sequence[Example], Collator], Sequence[Any]] | None = None,
+) -> list[Any]:
+    """Measure the summed cross-entropy of each target of every example, as `measure_losses` does: a tuple of floats.
 
-    def measure(chosen: Sequence[Example]) -> list[tuple[float, ...]]:
-        losses_BT = model(**collate(model, chosen, collator), reduction="none", use_cache=False)
-        by_target = split_by_target(losses_BT, chosen, collator)
-        # on the CPU, because Apple's GPUs have no float64
-        sums = iter(torch.stack([part.double().sum() for parts in by_target for part in parts]).tolist())
-        return [tuple(islice(sums, len(parts))) for parts in by_target]
+    `measure` measures something else of a batch, such as `score_targets`.
+    """
 
-    return run_with_targets(model, examples, measure, batch_size, report, is_stopped, task)
-
-
-def run_with_targets(
-    model: Any,
-    examples: Sequence[Example],
-    measure: Callable[[Sequence[Example]], Sequence[Found]],
-    batch_size: int | None,
-    report: Report = silent,
-    is_stopped: Callable[[], bool] = lambda: False,
-    task: str = LOSSES_TASK,
-) -> list[Found]:
-    """Measure examples in the batches of `measure_losses`, without dropout. Call on every rank."""
-
-    def measure_batch(indices: list[int]) -> dict[int, Found]:
-        return dict(zip(indices, measure([examples[index] for index in indices]), strict=True))
+    def measure_batch(indices: list[int]) -> dict[int, Any]:
+        found = (measure or _sum_losses)(model, [examples[i] for i in indices], collator)
+        return dict(zip(indices, found, strict=True))
 
     batches = make_loss_batches(_list_lengths(examples), batch_size)
     with _switch_to_eval_mode(model), torch.no_grad():
         return BatchRun(batches, measure_batch, task, report, is_stopped).run(_is_sharded(model))
+
+
+def _sum_losses(model: Any, examples: Sequence[Example], collator: Collator) -> list[tuple[float, ...]]:
+    losses_BT = model(**collate(model, examples, collator), reduction="none", use_cache=False)
+    by_target = split_by_target(losses_BT, examples, collator)
+    # on the CPU, because Apple's GPUs have no float64
+    sums = iter(torch.stack([part.double().sum() for parts in by_target for part in parts]).tolist())
+    return [tuple(islice(sums, len(parts))) for parts in by_target]
 
 
 def make_loss_batches(lengths: Sequence[Lengths], batch_size: int | None) -> Batches:
@@ -168,7 +159,7 @@ class GenerationScorer:
             longest = find_max_target_length(chosen)
             decoding = Decoding(self.tokenizer.eos_token_id, self.tokenizer.pad_token_id, longest)
             generated = generate_predictions(model, chosen, decoding, batch_size, report, is_stopped, self.autocast)
-            predictions[name] = decode_predictions(self.tokenizer, examples, indices, generated)
+            predictions[name] = decode_predictions(self.tokenizer, examples, indices, [best for best, *_ in generated])
 
         def compute() -> tuple[dict[str, float], dict[str, LabelTable]]:
             scores: dict[str, float] = {}
@@ -233,8 +224,8 @@ def generate_predictions(
     is_stopped: Callable[[], bool] = lambda: False,
     autocast: bool = False,
     constraint: Matcher | None = None,
-) -> list[list[int]]:
-    """Generate a prediction for each example's source; its ids without the EOS token. Call on every rank.
+) -> list[list[list[int]]]:
+    """Generate predictions for each example's source, the best first; their ids. Call on every rank.
 
     Args:
         batch_size: maximum number of examples per batch; a large key-value cache makes smaller batches.
@@ -246,11 +237,11 @@ def generate_predictions(
     sharded = _is_sharded(model)
     budget = compute_generation_budget(model)
 
-    def predict(indices: list[int]) -> dict[int, list[int]]:
+    def predict(indices: list[int]) -> dict[int, list[list[int]]]:
         sources = [examples[i].source_S.tolist() for i in indices]
         with torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=autocast):
-            ids = generate(model, sources, decoding, sharded, constraints=[constraint] * len(sources))
-        return dict(zip(indices, ids, strict=True))
+            ids = iter(generate(model, sources, decoding, sharded, constraints=[constraint] * len(sources)))
+        return {index: list(islice(ids, decoding.num_replies)) for index in indices}
 
     def count_bytes(count: int, source: int, _target: int) -> int:
         return count * _estimate_generation_bytes(model, source, decoding.max_new_tokens, decoding.num_beams)

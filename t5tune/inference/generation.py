@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -46,6 +45,8 @@ class Decoding:
     pad_token_id: int
     max_new_tokens: int
     num_beams: int = 1
+    num_replies: int = 1  # to each source, the best first; at most num_beams
+    keeps_stop: bool = False  # replies include the token that ended them
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def generate(
     num_top: Sequence[int | None] = (),
     on_scores: OnScores | None = None,
 ) -> list[list[int]]:
-    """Generate a reply to each source of one batch; the ids are returned without the token that ended it.
+    """Generate replies to the sources of one batch; by default one each, without the token that ended it.
 
     Args:
         sources: ids, with special tokens.
@@ -108,8 +109,8 @@ def generate(
             synced_gpus=synced_gpus,
             logits_processor=processors,
             stopping_criteria=[follower] if follower else None,
-            # override generation_config.json: one reply to each source, as ids
-            num_return_sequences=1,
+            # override generation_config.json: this number of replies to each source, as ids
+            num_return_sequences=decoding.num_replies,
             return_dict_in_generate=False,
             # _RowSampler samples
             do_sample=False,
@@ -118,7 +119,8 @@ def generate(
             top_k=None,
         )
     replies = follower.replies if follower else [row[1:] for row in output_BT.tolist()]  # without the start token
-    return [list(takewhile(lambda token: token not in stop_ids, ids)) for ids in replies]
+    lengths = (next((n for n, token in enumerate(ids) if token in stop_ids), len(ids)) for ids in replies)
+    return [ids[: length + decoding.keeps_stop] for ids, length in zip(replies, lengths, strict=True)]
 
 
 class _RowScores(LogitsProcessor):  # type: ignore[misc]

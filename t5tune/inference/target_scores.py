@@ -1,13 +1,12 @@
 """The log-probabilities of targets under a model: all targets of a source need one pass of its encoder.
 
     collator = set_up_scoring(model, pad_token_id)
-    ((yes, no),) = score_targets(model, [make_candidates(source, [[4273, 1], [150, 1]])], collator)
+    ((yes, no),) = score_targets(model, [Candidates(source_S, yes_T, (no_T,))], collator)
     yes.logprob, yes.token_logprobs, yes.is_greedy    # -0.21, [-0.2, -0.01], [True, True]
 
-They are log-softmaxes of the logits in fp32, without constraints and temperature. Each is in nats.
+They are log-softmaxes of the logits in fp32, without constraints and temperature, in nats.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,9 @@ from torch import Tensor
 from t5tune.data.tokens.encoding import Example
 from t5tune.model.attention.packing import can_pack, use_packing
 from t5tune.model.batches import PackedCollator, PaddedCollator
-from t5tune.model.loss import GreedyCrossEntropy
+from t5tune.model.loss import CrossEntropy
+
+Collator = PaddedCollator | PackedCollator
 
 
 @dataclass(frozen=True)
@@ -43,17 +44,11 @@ class TargetScore:
 
     @property
     def logprob(self) -> float:
-        return math.fsum(self.token_logprobs)
+        return sum(self.token_logprobs)
 
 
-def make_candidates(source: Sequence[int], targets: Sequence[Sequence[int]]) -> Candidates:
-    """Make candidates from ids, with the special tokens of the source and the token that ends each target."""
-    first, *others = (np.array(target, np.int64) for target in targets)
-    return Candidates(np.array(source, np.int64), first, tuple(others))
-
-
-def set_up_scoring(model: Any, pad_token_id: int) -> PackedCollator | PaddedCollator:
-    """Set up a model for packed batches, and make their collator; a padding collator if the model can't pack."""
+def set_up_scoring(model: Any, pad_token_id: int) -> Collator:
+    """Set up a model for packed batches, once, and make their collator; padded batches if the model can't pack."""
     start = model.architecture.start_token_id
     if not can_pack(model):
         return PaddedCollator(pad_token_id, start)
@@ -61,34 +56,29 @@ def set_up_scoring(model: Any, pad_token_id: int) -> PackedCollator | PaddedColl
     return PackedCollator(start, pad_token_id)
 
 
-def score_targets(
-    model: Any, examples: Sequence[Example], collator: PackedCollator | PaddedCollator
-) -> list[tuple[TargetScore, ...]]:
+def score_targets(model: Any, examples: Sequence[Example], collator: Collator) -> list[tuple[TargetScore, ...]]:
     """Score the targets of a batch, with a model in evaluation mode."""
+    is_greedy: list[Tensor] = []
     batch = collate(model, examples, collator)
-    criterion = GreedyCrossEntropy(batch["labels"].flatten())
+    criterion = CrossEntropy(batch["labels"].flatten(), is_greedy=is_greedy)
     with torch.no_grad():
         losses_BT = model(**batch, reduction="none", use_cache=False, criterion=criterion)
-    is_greedy_BT = torch.cat(criterion.is_greedy).view(losses_BT.shape)
-    values = (split_by_target(values_BT, examples, collator) for values_BT in (-losses_BT, is_greedy_BT))
-    pairs = zip(*values, strict=True)
-    return [tuple(TargetScore(a.tolist(), b.tolist()) for a, b in zip(*pair, strict=True)) for pair in pairs]
+    values_BT2 = torch.stack([-losses_BT, torch.cat(is_greedy).view(losses_BT.shape).to(losses_BT.dtype)], -1)
+    by_target = split_by_target(values_BT2, examples, collator)
+    return [tuple(TargetScore(part[:, 0].tolist(), part[:, 1].bool().tolist()) for part in each) for each in by_target]
 
 
-def collate(model: Any, examples: Sequence[Example], collator: PackedCollator | PaddedCollator) -> dict[str, Any]:
+def collate(model: Any, examples: Sequence[Example], collator: Collator) -> dict[str, Any]:
     """Make a batch on the model's device."""
     device = next(model.parameters()).device
     return {name: value.to(device) for name, value in collator(examples).items()}
 
 
-def split_by_target(
-    values_BT: Tensor, examples: Sequence[Example], collator: PackedCollator | PaddedCollator
-) -> list[tuple[Tensor, ...]]:
+def split_by_target(values_BT: Tensor, examples: Sequence[Example], collator: Collator) -> list[list[Tensor]]:
     """Divide the values of a batch's labels: for each example, the values of each of its targets, on the CPU."""
     lengths = [len(target) for example in examples for target in example.targets]
-    values_BT = values_BT.cpu()
-    if isinstance(collator, PackedCollator):
-        parts = iter(torch.split(values_BT[0, : sum(lengths)], lengths))  # the row's padding follows
-    else:
-        parts = (row[:length] for row, length in zip(values_BT, lengths, strict=True))
-    return [tuple(next(parts) for _ in example.targets) for example in examples]
+    is_packed, values_BT = isinstance(collator, PackedCollator), values_BT.cpu()
+    # padding follows a packed row, or each target
+    rows = torch.split(values_BT[0, : sum(lengths)], lengths) if is_packed else values_BT.unbind()
+    parts = iter([row[:length] for row, length in zip(rows, lengths, strict=True)])
+    return [[next(parts) for _ in example.targets] for example in examples]

@@ -20,7 +20,7 @@ D width, K trained rows of the head.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, wraps
 from typing import Any, Literal, NamedTuple
 
@@ -47,12 +47,16 @@ class CrossEntropy:
 
     Args:
         smoothing: probability mass spread uniformly over the vocabulary (Szegedy et al. 2016).
+        is_greedy: gets, chunk after chunk, whether each label has the highest logit; None: not wanted.
     """
 
     labels_N: Tensor
     smoothing: float = 0.0
+    is_greedy: list[Tensor] | None = None
 
     def __call__(self, part: slice, logits_CV: Tensor, wants_gradient: bool) -> tuple[Tensor, Tensor | None]:
+        if self.is_greedy is not None:
+            self.is_greedy.append(logits_CV.argmax(1) == self.labels_N[part])
         is_target_C = self.labels_N[part] != IGNORED_LABEL
         labels_C1 = self.labels_N[part, None].clamp_min(0)
         # in place from here on: the logits become exp(logits - max), and then their gradient
@@ -63,17 +67,6 @@ class CrossEntropy:
         is_target_C1 = is_target_C[:, None].to(logits_CV.dtype)
         _compute_gradient_in_place(grad_CV, sum_C1, labels_C1, is_target_C1, self.smoothing)
         return losses_C, grad_CV
-
-
-@dataclass(frozen=True)
-class GreedyCrossEntropy(CrossEntropy):
-    """Cross-entropy that also finds out, chunk after chunk, whether each label has the highest logit."""
-
-    is_greedy: list[Tensor] = field(default_factory=list)
-
-    def __call__(self, part: slice, logits_CV: Tensor, wants_gradient: bool) -> tuple[Tensor, Tensor | None]:
-        self.is_greedy.append(logits_CV.argmax(1) == self.labels_N[part])
-        return super().__call__(part, logits_CV, wants_gradient)
 
 
 @cache

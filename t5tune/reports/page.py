@@ -9,7 +9,7 @@ from t5tune.data.caches.cache_view import Histogram
 from t5tune.formatting import format_number
 from t5tune.io.atomic import write_file
 from t5tune.label_metrics import ALL, LabelTable, describe_labels, show_label
-from t5tune.reports.svg import draw_confusion_matrix, draw_histogram
+from t5tune.reports.svg import Series, draw_confusion_matrix, draw_histogram, draw_line_chart
 
 NO_LABEL = "(no label)"
 STYLE = """
@@ -37,6 +37,7 @@ h1 { font-size: 1.4rem; margin: 0; overflow-wrap: anywhere; } h2 { font-size: 1.
 .cards b { display: block; font-size: 1.25rem; font-weight: 600; }
 .cards span { color: var(--soft); font-size: .85rem; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)); gap: .9rem; }
+.narrow { max-width: 36rem; margin-top: .9rem; }
 figcaption { font-weight: 600; font-size: .9rem; display: flex; flex-wrap: wrap; justify-content: space-between; }
 .note { color: var(--soft); font-size: .8rem; margin: 0; }
 svg { display: block; width: 100%; height: auto; }
@@ -114,6 +115,10 @@ def render_labels(tables: Mapping[str, LabelTable]) -> Iterator[str]:
         yield f"<h2>Labels{html.escape(f' of {dataset}' if dataset != ALL else '')}</h2>"
         yield f'<p class="soft">{html.escape(describe_labels(table))}</p>'
         yield draw_confusion_matrix("Confusion matrix", counts, rest)
+        if bins := table.get("calibration"):
+            found = Series("accuracy (%)", [(each["confidence"], each["accuracy"]) for each in bins], is_marked=True)
+            lines = [Series("ideal", [(0, 0), (100, 100)]), found]
+            yield f'<div class="narrow">{draw_line_chart("Calibration", lines, x_name="probability (%)")}</div>'
         yield f'<h3>By class</h3><div class="scroll">{render_table(rows, header)}</div>'
 
 

@@ -42,7 +42,7 @@ class Series:
     is_smoothed: bool = False  # the line is a running median, with the points as a faint line
 
 
-def draw_line_chart(title: str, series: Sequence[Series], allow_log: bool = False) -> str:
+def draw_line_chart(title: str, series: Sequence[Series], allow_log: bool = False, x_name: str = "step") -> str:
     """Draw the finite values of the series over the steps, in one chart; "" without finite values.
 
     Args:
@@ -58,7 +58,7 @@ def draw_line_chart(title: str, series: Sequence[Series], allow_log: bool = Fals
     ticks = _list_powers_of_ten(low, high) if is_logarithmic else _choose_ticks(low, high)
     low_x, high_x = min(x for x, _ in points), max(x for x, _ in points)
     frame = _Frame(low_x, high_x if high_x > low_x else low_x + 1, ticks[0], ticks[-1], is_logarithmic)
-    parts = [frame.grid(ticks), frame.x_labels(format_short(low_x), "step", format_short(high_x))]
+    parts = [frame.grid(ticks), frame.x_labels(format_short(low_x), x_name, format_short(high_x))]
     notes = []
     for number, line in zip(cycle(range(NUM_COLORS)), lines, strict=False):
         shown = _thin_out(line.points)
@@ -70,7 +70,7 @@ def draw_line_chart(title: str, series: Sequence[Series], allow_log: bool = Fals
             continue
         parts.append(frame.line(shown, f"line-{number}"))
         if line.is_marked or len(shown) <= DOTS_UP_TO:
-            parts += [frame.dot(point, line.name, number) for point in shown]
+            parts += [frame.dot(point, line.name, number, x_name) for point in shown]
     names = (f'<span class="key-{i % NUM_COLORS}">{html.escape(line.name)}</span>' for i, line in enumerate(lines))
     legend = f'<span class="legend">{" ".join(names)}</span>' if len(lines) > 1 else ""
     return _draw_figure(f"{title} (log scale)" if is_logarithmic else title, legend, parts, "; ".join(notes))
@@ -166,8 +166,8 @@ class _Frame:
         places = " ".join(f"{self.x(x):.1f},{self.y(y):.1f}" for x, y in points)
         return f'<polyline class="{css_class}" points="{places}"/>'
 
-    def dot(self, point: tuple[float, float], name: str, number: int) -> str:
-        words = html.escape(f"{name}: {format_short(point[1])} at step {format_short(point[0])}")
+    def dot(self, point: tuple[float, float], name: str, number: int, x_name: str) -> str:
+        words = html.escape(f"{name}: {format_short(point[1])} at {x_name} {format_short(point[0])}")
         place = f'cx="{self.x(point[0]):.1f}" cy="{self.y(point[1]):.1f}"'
         return f'<circle class="dot-{number}" {place} r="3"><title>{words}</title></circle>'
 

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from t5tune.families import FAMILIES
-from t5tune.inference.target_scores import Candidates, make_candidates, score_targets, set_up_scoring
+from t5tune.inference.target_scores import Candidates, score_targets, set_up_scoring
 from t5tune.model import loss as loss_module
 from t5tune.model.batches import PaddedCollator
 from t5tune.model.load import load_base
@@ -19,6 +19,11 @@ from tests.support.models.model_types import load_stock, make_checkpoint
 CPU = torch.device("cpu")
 SOURCES, TARGETS = (5, 41, 1, 17), (3, 9, 1)  # lengths
 NATS = 2e-5  # for a token; the largest measured differences are 7.1e-6 for LongT5, and 1.5e-6 for the other models
+
+
+def make_candidates(source: list[int], targets: list[list[int]]) -> Candidates:
+    first, *others = map(np.array, targets)
+    return Candidates(np.array(source), first, tuple(others))
 
 
 def make_sources(vocabulary: int = 380) -> list[Candidates]:

@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from t5tune.data.reading.formats import Conversation
-from t5tune.data.reading.rejections import Rejection
+from t5tune.data.reading.formats import Conversation, Turn
+from t5tune.data.reading.rejections import RecordLocation, Rejection
 from t5tune.data.tokens.encoders import Beginning, Encoder, Ids, Text, WordEncoder
-from t5tune.data.tokens.templates import Piece
+from t5tune.data.tokens.templates import Piece, Template, render_conversation
 from t5tune.data.tokens.tokenizer import SpecialIds
 
+MAX_ANSWER = 1 << 30  # tokens: no limit
 MAX_WORD_LENGTH = 100_000  # characters; the tokenizer takes 13 MB for a word of this length
 
 
@@ -144,6 +145,14 @@ def encode_batch(conversations: list[list[Piece]], encoder: Encoder, max_length:
         _join_pieces(pieces, ids, encoder, source_room, max_length - 1)
         for pieces, ids in zip(shifted, ids_by_piece, strict=True)
     ]
+
+
+def encode_answers(texts: list[str], template: Template, encoder: Encoder) -> list[npt.NDArray[np.int64]]:
+    """Encode texts as targets of training, with the template's text and the token after them."""
+    turns = ((Turn("human", "x"), Turn("assistant", text)) for text in texts)
+    conversations = (Conversation(RecordLocation("answer", 1, 0, 0), None, pair) for pair in turns)
+    encoded = encode_batch([render_conversation(each, template) for each in conversations], encoder, MAX_ANSWER)
+    return [extract_example(each.ids, each.spans[0], encoder.special_ids).target_T for each in encoded]
 
 
 def join_answers(chosen: EncodedConversation, rejected: EncodedConversation) -> EncodedConversation:

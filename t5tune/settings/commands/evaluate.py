@@ -1,6 +1,6 @@
 """The settings of `evaluate`."""
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -9,6 +9,8 @@ from t5tune.settings.groups.base import InferenceSettings, MetricSettings
 from t5tune.settings.groups.constraints import ConstraintSettings
 from t5tune.settings.groups.data import DataSettings
 from t5tune.settings.groups.processes import PartitionSettings
+
+MAX_CHOICES = 1000  # that are scored for each source
 
 
 class EvaluateSettings(ConstraintSettings, MetricSettings, DataSettings, PartitionSettings, InferenceSettings):
@@ -27,6 +29,9 @@ class EvaluateSettings(ConstraintSettings, MetricSettings, DataSettings, Partiti
     overwrite: bool = Field(
         default=False, description="Replace the output folder (default: evaluation) even if it contains other files."
     )
+    choices_by: Literal["sum", "mean"] = Field(
+        default="sum", description="Compare choices by the sum of their tokens' log-probabilities, or by their mean."
+    )
     compare_base: bool = Field(default=False, description="Also score the base without the adapter.")
     num_beams: int = Field(default=1, gt=0, description="Number of beams for beam search; 1 decodes greedily.")
     max_new_tokens: OptionalCount = Field(
@@ -42,6 +47,14 @@ class EvaluateSettings(ConstraintSettings, MetricSettings, DataSettings, Partiti
         if self.reads_preferences:
             problem = "evaluate compares predictions with the chosen answers; leave it out"
             raise ValueError(f"objective: {self.objective}: {problem}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_choices(self) -> "EvaluateSettings":
+        if self.choices_by != "sum" and not self.choices:
+            raise ValueError(f"choices_by: {self.choices_by}: has no effect without choices")
+        if (count := len(self.choices)) > MAX_CHOICES:
+            raise ValueError(f"choices: {count:,}: evaluate scores at most {MAX_CHOICES:,}; use choices_file")
         return self
 
     @model_validator(mode="after")

@@ -53,7 +53,9 @@ class ConstraintSettings(Settings):
         description="Write text that this grammar produces: a file in Lark's format, beginning with start.",
     )
     choices: Answers = Field(
-        default=[], description="Write one of these answers.", json_schema_extra={"metavar": "TEXT…"}
+        default=[],
+        description="Write one of these answers; evaluate scores them, and predicts the likeliest.",
+        json_schema_extra={"metavar": "TEXT…"},
     )
     choices_file: OptionalPath = Field(
         default=None, description="Write one of the answers in this file, a line each; 100,000 aren't too many."

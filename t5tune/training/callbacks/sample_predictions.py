@@ -108,7 +108,7 @@ class SamplePredictions(TrainerCallback):  # type: ignore[misc]
         max_tokens = min(find_max_target_length(examples), MAX_PREDICTED_TOKENS)
         decoding = Decoding(self.tokenizer.eos_token_id, self.tokenizer.pad_token_id, max_tokens)
         predictions = generate_predictions(model, examples, decoding, self.batch_size, autocast=self.autocast)
-        return decode_predictions(self.tokenizer, self.examples, indices, predictions)
+        return decode_predictions(self.tokenizer, self.examples, indices, [best for best, *_ in predictions])
 
 
 def choose_samples(losses: Sequence[float], count: int) -> tuple[list[int], list[int]]:

@@ -98,7 +98,8 @@ def test_compare_base_scores_both_on_the_same_texts(
     assert (both.base["loss"], both.base["bits_per_character"]) == (base.loss, base.bits_per_character)
     assert (both.loss, both.bits_per_character) == (tuned.loss, tuned.bits_per_character)
     for line, with_adapter, without in zip(read_lines(both), read_lines(tuned), read_lines(base), strict=True):
-        assert line == with_adapter | {"base_prediction": without["prediction"], "base_loss": without["loss"]}
+        of_base = {f"base_{name}": without[name] for name in ("prediction", "logprob", "probability", "loss")}
+        assert line == with_adapter | of_base
     losses = [loss for loss, _ in measure_with_transformers(untied_base, data)]
     characters = sum(len(line["target"]) for line in read_lines(both))
     assert both.base["bits_per_character"] == pytest.approx(sum(losses) / math.log(2) / characters, abs=1e-5)

@@ -192,7 +192,8 @@ def test_each_line_has_its_own_scores_and_loss(run: Path, conversations: Path, t
         "valid_json",
         "field_f1",
     }  # the target is JSON
-    assert set(lines[0]) == {"source", "target", "prediction", "loss", "prompt", *names}
+    numbers = {"logprob", "probability", "loss"}
+    assert set(lines[0]) == {"source", "target", "prediction", "prompt", *numbers, *names}
     assert lines[0]["source"].count(lines[0]["prompt"]) == 1
 
 
@@ -419,8 +420,8 @@ def test_the_command_prints_one_json_object_and_numbers_its_folders(
     first = t5tune_in_fork(*arguments, "--json", cwd=tmp_path)
     second = t5tune_in_fork(*arguments, cwd=tmp_path)
     assert first.code == second.code == 0
-    added = {"valid_json", "field_f1", "custom_metrics", "base", "datasets", "labels", *LABEL_METRICS}
-    assert set(first.json) == {*METRICS, *added, "predictions", "seconds", "signatures"}
+    added = {"valid_json", "field_f1", "ece", "recall", "custom_metrics", "base", "datasets", "labels", *LABEL_METRICS}
+    assert set(first.json) == {*METRICS, *added, "predictions", "seconds", "cut_off", "signatures"}
     assert first.json["predictions"] == "evaluation/predictions.jsonl"
     assert second.stdout.strip() == "evaluation.1/predictions.jsonl"
     assert "exact match" in second.stderr

@@ -93,7 +93,8 @@ def test_compare_base_gives_the_scores_of_the_base_alone(
     assert both.base["loss"] != both.loss
     lines = zip(read_lines(both), read_lines(tuned), read_lines(base), strict=True)
     for line, with_adapter, without in lines:
-        assert line == with_adapter | {"base_prediction": without["prediction"], "base_loss": without["loss"]}
+        of_base = {f"base_{name}": without[name] for name in ("prediction", "logprob", "probability", "loss")}
+        assert line == with_adapter | of_base
     assert tuned.base is None
 
 
@@ -130,7 +131,7 @@ def test_the_result_and_predictions_contain_only_the_chosen_metrics(run: Path, c
         name: value if name in ("loss", "perplexity", "bits_per_character", "rougeL", "bleu") else None
         for name, value in get_metrics(every).items()
     }
-    assert set(read_lines(some)[0]) == {"source", "target", "prediction", "loss", "rougeL"}
+    assert set(read_lines(some)[0]) == {"source", "target", "prediction", "logprob", "probability", "loss", "rougeL"}
 
 
 def test_a_failing_custom_metric_does_not_lose_the_predictions(untied_base: Path, pairs: Path, tmp_path: Path) -> None:
