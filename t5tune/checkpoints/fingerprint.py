@@ -7,7 +7,7 @@ tensors are divided into files. The second hash, `sha256`, covers all of their b
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -85,13 +85,21 @@ def read_file_stats(folder: Path) -> FileStats | None:
 
     None: a file was changed so recently that a second change could keep the same ctime.
     """
-    found = {path.name: path.stat() for path, _ in Checkpoint(folder).shards}
-    if time.time() - max(stat.st_ctime for stat in found.values()) <= SECONDS_TO_SETTLE:
-        return None
+    stats = read_stats(path for path, _ in Checkpoint(folder).shards)
+    return stats if are_settled(stats, time.time()) else None
+
+
+def read_stats(files: Iterable[Path]) -> FileStats:
+    found = {path.name: path.stat() for path in files}
     return {
         name: [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
         for name, stat in sorted(found.items())
     }
+
+
+def are_settled(stats: FileStats, now: float) -> bool:
+    """Whether a change after `now` (seconds since the epoch) changes the ctime of its file."""
+    return now - max(ctime for *_, ctime in stats.values()) / 1e9 > SECONDS_TO_SETTLE
 
 
 def load_hash(cache_file: Path, stats: FileStats | None) -> str | None:

@@ -8,8 +8,10 @@ The models share the base's parameters but not its modules, so adapters don't af
 """
 
 import copy
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -20,10 +22,10 @@ from t5tune.settings.groups.base import QuantizationSettings
 
 
 class SharedBases:
-    """Loads each base once, as long as this object exists."""
+    """Loads each base once, as long as a model uses it."""
 
     def __init__(self) -> None:
-        self._loaded: dict[Any, Any] = {}
+        self._loaded: WeakValueDictionary[Any, Any] = WeakValueDictionary()
 
     def load(
         self,
@@ -34,14 +36,22 @@ class SharedBases:
         family: str | None = None,
         report: Report = silent,
         partitioner: Zero3Partitioner | None = None,
+        files: Hashable = None,
     ) -> Any:
-        """Load a base as `load_base` does, with the weights of an earlier equal call. Don't change the weights."""
+        """Load a base as `load_base` does, with the weights of an earlier equal call. Don't change the weights.
+
+        Args:
+            files: the identity of the folder's files: if it differs, they are loaded again.
+        """
         assert partitioner is None, "partitioned weights can't be shared"
         kind = [getattr(quantization, name, None) for name in QuantizationSettings.model_fields]
-        key = (folder.resolve(), dtype, device, *kind, family)
-        if key not in self._loaded:
-            self._loaded[key] = load_base(folder, dtype, device, quantization, family, report)
-        return _copy_modules(self._loaded[key])
+        key = (folder.resolve(), files, dtype, device, *kind, family)
+        base = self._loaded.get(key)
+        if base is None:
+            base = self._loaded[key] = load_base(folder, dtype, device, quantization, family, report)
+        copied = _copy_modules(base)
+        copied.__dict__["shared_base"] = base  # keeps it in the dictionary; an attribute would be a submodule
+        return copied
 
 
 def _copy_modules(model: Any) -> Any:

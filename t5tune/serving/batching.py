@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
+from weakref import WeakKeyDictionary
 
 from t5tune.errors import T5TuneError
 from t5tune.serving.generation import Engine, Generation
@@ -96,7 +97,8 @@ class Schedule:
 
     def __init__(self, max_batch_tokens: int, max_waiting: int) -> None:
         self._max_batch_tokens = max_batch_tokens
-        self._limits: dict[int, int] = {}  # id of an engine -> a lower limit, after a batch didn't fit into memory
+        # engine -> a lower limit, after a batch didn't fit into memory
+        self._limits: WeakKeyDictionary[Engine, int] = WeakKeyDictionary()
         self._max_waiting = max_waiting
         self._waiting: list[Request] = []  # in the order of their turns
         self._running: list[Batch] = []  # including interrupted batches
@@ -164,7 +166,7 @@ class Schedule:
         cost, outer = compute_cost(replies), batch.outer
         while outer is not None:  # interrupted batches keep their memory
             cost, outer = cost + compute_cost(outer.replies), outer.outer
-        self._limits[id(batch.engine)] = min(self._get_limit(batch.engine), cost // 2)
+        self._limits[batch.engine] = min(self._get_limit(batch.engine), cost // 2)
 
     def postpone(self, batch: Batch, reply: Generation) -> None:
         """Put a reply back at the head of the queue until the interrupted batches end and free their memory."""
@@ -189,7 +191,7 @@ class Schedule:
         ]
 
     def _get_limit(self, engine: Engine) -> int:
-        return self._limits.get(id(engine), self._max_batch_tokens)
+        return self._limits.get(engine, self._max_batch_tokens)
 
 
 def choose_batch(requests: Sequence[Sequence[Generation]], max_tokens: int) -> list[Generation]:

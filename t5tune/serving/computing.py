@@ -27,7 +27,7 @@ class Batcher:
 
     Args:
         max_delay: how long the first reply of a batch waits for more replies, in seconds.
-        num_threads: limit on the batches that are computed at the same time.
+        num_threads: limit on the batches that are computed at the same time; `add_threads` raises it.
         on_batch: called with the replies of each batch before it is computed.
     """
 
@@ -40,10 +40,15 @@ class Batcher:
         self._changed = threading.Condition()  # its lock protects the schedule
         self._is_closed = False
         self._failure: DeviceLost | None = None
-        threads = range(self.num_threads)
-        self._threads = [threading.Thread(target=self._run, name="batches", daemon=True) for _ in threads]
-        for thread in self._threads:
-            thread.start()
+        self._threads: list[threading.Thread] = []
+        self.add_threads(self.num_threads)
+
+    def add_threads(self, num_threads: int) -> None:
+        """Start threads until there are `num_threads`."""
+        while len(self._threads) < num_threads:
+            thread = threading.Thread(target=self._run, name="batches", daemon=True)
+            thread.start()  # first, because `failure` looks for a thread that isn't alive
+            self._threads.append(thread)
 
     @property
     def failure(self) -> str | None:
@@ -86,6 +91,7 @@ class Batcher:
     def _run(self) -> None:
         while batch := self._wait_for_batch():
             self._compute(batch)
+            del batch  # while it waits, this thread would keep the model of a batch after a reload
 
     def _wait_for_batch(self) -> Batch | None:
         """Wait for the next batch; None when the batcher is closed and the queue is empty."""

@@ -1,5 +1,7 @@
 """Models with different adapters on the weights of one base."""
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -65,3 +67,20 @@ def test_the_base_is_in_memory_once_and_unchanged(adapters: list[Path], untied_b
         assert models[0].get_parameter(name).equal(parameter), name
     other_dtype = InferenceSettings(model_name_or_path=str(untied_base), bf16=True, use_cpu=True)
     assert load_for_inference(other_dtype, load_base=bases.load).model.dtype == torch.bfloat16
+
+
+def test_a_base_is_loaded_again_only_if_its_files_changed_and_freed_with_its_models(untied_base: Path) -> None:
+    bases = SharedBases()
+    arguments = (untied_base, torch.float32, torch.device("cpu"))
+    first, second, changed = (bases.load(*arguments, files=files) for files in ("a", "a", "b"))
+    assert first.shared.weight is second.shared.weight
+    assert changed.shared.weight is not first.shared.weight
+    weight = weakref.ref(first.shared.weight)
+    del first
+    assert weight() is second.shared.weight
+    gc.disable()  # the command line keeps Python from looking for cycles
+    try:
+        del second
+        assert weight() is None
+    finally:
+        gc.enable()
