@@ -6,6 +6,7 @@ import os
 import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,8 @@ def run_command(model: type[Settings], line: CommandLine) -> int:
         shows_paths = world.rank == 0 and not (world.is_run_set_up and model.command == "train")
         output = Output(stream, line.json, line.quiet or world.rank > 0, line.debug, shows_paths)
         try:
-            settings, notes = load_settings(model, line.config, os.environ, line.values, line.problems, line.meant)
+            read = partial(load_settings, model, line.config, os.environ, line.values, line.problems, line.meant)
+            settings, notes = read()
             if not world.is_run_set_up:  # otherwise the launching process has shown them
                 for note in notes:
                     output.report(Note(note))
@@ -47,7 +49,8 @@ def run_command(model: type[Settings], line: CommandLine) -> int:
             with _handle_signals(settings, output, world):
                 if isinstance(settings, TrainSettings) and line.config and "output_dir" not in line.values:
                     _warn_of_copied_run(Path(line.config), settings.output_dir, output)
-                return _import_command(model.command)(settings, output) or 0
+                again = {"read_settings": lambda: read()[0]} if model.command == "serve" else {}  # at each reload
+                return _import_command(model.command)(settings, output, **again) or 0
         except KeyboardInterrupt as interrupt:
             return output.fail(interrupt)
         except Exception as error:
@@ -82,9 +85,9 @@ def _handle_signals(settings: Settings, output: Output, world: World) -> Abstrac
     return interrupt_on_signals()
 
 
-def _import_command(command: str) -> Callable[[Any, Output], int | None]:
+def _import_command(command: str) -> Callable[..., int | None]:
     if command in COMMANDS_WITH_MODULE:
-        run: Callable[[Any, Output], None] = _import_module(f"t5tune.cli.{command}").run
+        run: Callable[..., None] = _import_module(f"t5tune.cli.{command}").run
         return run
     function = getattr(_import_module(f"t5tune.commands.{command}"), command)
 

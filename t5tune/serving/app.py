@@ -6,7 +6,7 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Match, Route
 from starlette.types import Message, Receive, Scope, Send
 
-from t5tune.errors import make_printable
+from t5tune.errors import T5TuneError, make_printable
 from t5tune.inference.prompts import Prompt
 from t5tune.io.hosts import is_loopback
 from t5tune.progress import Answered, Report
@@ -40,7 +40,8 @@ MAX_BODY_BYTES = 4 << 20
 SECONDS_FOR_BODY = 30.0
 SECONDS_TO_RESTART = "5"
 CLIENT_GONE = 499  # nginx's status, only for metrics and the log
-OPEN_PATHS = {"/", "/health"}  # need no API key
+PROBES = {"/health", "/ready"}  # are answered before the models are loaded, and while the server stops
+OPEN_PATHS = {"/", *PROBES}  # need no API key
 JSON = "application/json"
 # the page loads nothing from other sites, and no other page may frame it
 PAGE_HEADERS = {
@@ -53,29 +54,35 @@ PAGE_HEADERS = {
 
 @dataclass(eq=False)
 class Service:
-    """The ASGI application. All methods run in the event loop's thread."""
+    """The ASGI application. All methods except `use_models` run in the event loop's thread."""
 
-    models: Mapping[str, ServedModel]
     batcher: Batcher
     metrics: Metrics
     max_replies: int  # to one request
     api_key: str | None  # that clients must send; None: no key needed
     is_local: bool  # whether the server listens only on this machine's loopback address
     report: Report
+    models: Mapping[str, ServedModel] = field(default_factory=dict)  # none: they are being loaded
+    reload: Callable[[], Any] = lambda: None  # returns a dataclass for the answer
+    is_reloading: Callable[[], bool] = lambda: False
+    is_leaving: bool = False  # whether a new server takes the connections of later requests
     num_cut_off: int = 0  # replies that were incomplete when the server had to stop
 
     def __post_init__(self) -> None:
-        self._is_stopping = False
+        self._stopping = asyncio.Event()
         self._num_accepted = 0  # requests that are being answered
         self._all_answered = asyncio.Event()
         # One thread parses all bodies and encodes all prompts. The event loop can answer other requests meanwhile, and
         # competes with only one thread for Python's interpreter lock, however many requests arrive.
         self._reader = ThreadPoolExecutor(1, "prompts")
+        self._reloader = ThreadPoolExecutor(1, "reload")
         self._routes = [
             Route("/", self._show_page),
             Route("/health", self._show_health),
+            Route("/ready", self._show_ready),
             Route("/metrics", self._show_metrics),
             Route("/v1/models", self._list_models),
+            Route("/v1/models/reload", self._reload, methods=["POST"]),
             Route("/v1/models/{name:path}", self._show_model),
             Route("/v1/chat/completions", partial(self._complete, kind=ChatRequest), methods=["POST"]),
             Route("/v1/completions", partial(self._complete, kind=CompletionRequest), methods=["POST"]),
@@ -99,7 +106,8 @@ class Service:
             nonlocal status, is_complete
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+                closes = [(b"connection", b"close")] if self.is_leaving or self._stopping.is_set() else []
+                message["headers"] = [*message["headers"], *closes, (b"x-request-id", request_id.encode())]
             elif not message.get("more_body"):
                 is_complete = True
             await send(message)
@@ -119,6 +127,12 @@ class Service:
         finally:
             self.batcher.cancel([generation for generation in record.generations if generation.ended is None])
             self._note_answer(scope, record, request_id, status if is_complete else CLIENT_GONE, started)
+            record.generations.clear()  # breaks a reference cycle, which would keep the model after a reload
+
+    def use_models(self, models: Mapping[str, ServedModel]) -> None:
+        """Answer later requests with these models. May be called in any thread."""
+        self.batcher.add_threads(max(model.engine.max_batches for model in models.values()))
+        self.models = models
 
     async def _answer_checked(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
@@ -132,19 +146,18 @@ class Service:
             await self._router(scope, receive, send)
         finally:
             self._num_accepted -= 1
-            if self._is_stopping and self._num_accepted == 0:
+            if self._stopping.is_set() and self._num_accepted == 0:
                 self._all_answered.set()
 
     async def finish(self) -> None:
         """Refuse new requests, and wait until all accepted requests are answered."""
-        self._is_stopping = True
+        self._stopping.set()
         if self._num_accepted:
             await self._all_answered.wait()
 
     def _check(self, request: Request) -> None:
-        if self._is_stopping:
-            headers = {"retry-after": SECONDS_TO_RESTART, "connection": "close"}
-            raise ApiError(503, "the server is stopping", headers=headers)
+        if request.url.path not in PROBES and (not self.models or self._stopping.is_set()):
+            raise self._refuse_for_now()
         if self.api_key is None:
             # DNS rebinding: a website may point its host name at this machine, and send requests from a browser here
             host = request.headers.get("host", "")
@@ -189,6 +202,33 @@ class Service:
             raise ApiError(503, failure)
         return JSONResponse({"status": "ok"})
 
+    async def _show_ready(self, request: Request) -> Response:
+        if not self.models or self.is_leaving or self._stopping.is_set():
+            raise self._refuse_for_now()
+        await self._show_health(request)
+        return JSONResponse({"status": "ready"})
+
+    def _refuse_for_now(self) -> ApiError:
+        state = "stopping" if self.models else "loading its models"
+        return ApiError(503, f"the server is {state}", headers={"retry-after": SECONDS_TO_RESTART})
+
+    async def _reload(self, request: Request) -> Response:
+        if self.api_key is None:
+            hint = "set T5TUNE_API_KEY, or send the signal SIGUSR1 to the server"
+            raise ApiError(403, f"reload: a server without an API key reloads only on its own machine; {hint}")
+        if self.is_reloading():
+            problem = "reload: a reload is running, and may have read the files too early; try again when it has ended"
+            raise ApiError(409, problem, headers={"retry-after": SECONDS_TO_RESTART})
+        result = asyncio.get_running_loop().run_in_executor(self._reloader, self.reload)
+        stopping = asyncio.ensure_future(self._stopping.wait())
+        await asyncio.wait({result, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        if not result.done():
+            raise self._refuse_for_now()
+        if isinstance(error := result.exception(), T5TuneError):
+            raise ApiError(500, f"not reloaded: {'; '.join(str(error).splitlines())}", code=error.kind)
+        return JSONResponse(asdict(result.result()))
+
     async def _show_metrics(self, request: Request) -> Response:
         return Response(self.metrics.render(), media_type=self.metrics.content_type)
 
@@ -199,10 +239,11 @@ class Service:
         return JSONResponse(self._find_model(request.path_params["name"]).to_body())
 
     def _find_model(self, name: str) -> ServedModel:
-        if name not in self.models:
-            known = ", ".join(self.models)
+        models = self.models  # which a reload replaces
+        if name not in models:
+            known = ", ".join(models)
             raise ApiError(404, f"model: {name}: not served here; this server has {known}", "model", "model_not_found")
-        return self.models[name]
+        return models[name]
 
     async def _complete(self, request: Request, kind: type[GenerationRequest]) -> Response:
         record: Record = request.scope["t5tune"]
@@ -298,7 +339,7 @@ async def _end_silently(request: Request, error: Exception) -> Response:
 async def _refuse_route(request: Request, error: HTTPException) -> Response:
     path = request.url.path
     if error.status_code == 404:
-        known = "/v1/chat/completions, /v1/completions, /v1/models, /health, /metrics and /"
+        known = "/v1/chat/completions, /v1/completions, /v1/models, /health, /ready, /metrics and /"
         return await _refuse(request, ApiError(404, f"{path}: no such path; this server has {known}"))
     allowed = (error.headers or {}).get("Allow", "")
     problem = f"{request.method} {path}: use {allowed.replace(', ', ' or ')}" if allowed else f"{path}: {error.detail}"

@@ -46,6 +46,7 @@ class TransformersEngine:
     def __init__(self, model: Any, eos_token_id: int, pad_token_id: int) -> None:
         self._model = model
         self._eos_token_id, self._pad_token_id = eos_token_id, pad_token_id
+        self.num_rows: int = model.architecture.dimensions.num_rows
         self.stop_ids = frozenset(find_stop_ids(model, eos_token_id))
 
     def can_read(self, source: list[int]) -> bool:
@@ -111,22 +112,12 @@ class TranslatorEngine:
         except RuntimeError as error:
             problem = f"{folder}: CTranslate2 can't load this converted model: {shorten(join_lines(error), 300)}"
             raise ModelError(problem, hint="delete the folder, so that it is converted again") from error
-        self.stop_ids = stop_ids
+        self.stop_ids, self.num_rows = stop_ids, len(self._tokens)
         self.max_batches = max_batches
-
-    def try_one_token(self) -> None:
-        """Generate a token, or raise RuntimeError: on a GPU, CTranslate2 loads its libraries only now."""
-        source = next(token for token in self._tokens if token not in self._marks)
-        self._translator.translate_batch([[source]], beam_size=1, max_decoding_length=1)
 
     @property
     def compute_type(self) -> str:
         return str(self._translator.compute_type)
-
-    @property
-    def num_rows(self) -> int:
-        """The number of the model's logits."""
-        return len(self._tokens)
 
     def can_read(self, source: list[int]) -> bool:
         # CTranslate2 gives an empty reply to a source of special tokens only
@@ -166,19 +157,25 @@ class TranslatorEngine:
                 "sampling_topp": options.top_p,
                 "sampling_temperature": options.temperature,
             }
-        self._translator.translate_batch(
-            [self._name(reply.generation.source) for reply in replies],
-            target_prefix=[self._name(prefix) for prefix in prefixes] if any(prefixes) else None,
-            beam_size=1,
-            max_input_length=0,
-            max_decoding_length=max(reply.generation.options.max_new_tokens for reply in replies),
-            min_decoding_length=0,
-            end_token=sorted(self.stop_ids),
-            return_scores=options.num_top is not None,
-            return_logits_vocab=with_logits,
-            callback=step,
-            **sampling,
-        )
+        # A thread of CTranslate2 may keep the callback for a moment. If it had the last reference to this engine, it
+        # would destroy the translator, and so wait for itself, which aborts the process.
+        callbacks = [step]
+        try:
+            self._translator.translate_batch(
+                [self._name(reply.generation.source) for reply in replies],
+                target_prefix=[self._name(prefix) for prefix in prefixes] if any(prefixes) else None,
+                beam_size=1,
+                max_input_length=0,
+                max_decoding_length=max(reply.generation.options.max_new_tokens for reply in replies),
+                min_decoding_length=0,
+                end_token=sorted(self.stop_ids),
+                return_scores=options.num_top is not None,
+                return_logits_vocab=with_logits,
+                callback=lambda result: callbacks[0](result),
+                **sampling,
+            )
+        finally:
+            callbacks.clear()
 
     def _name(self, ids: Sequence[int]) -> list[str]:
         return [self._tokens[index] for index in ids]

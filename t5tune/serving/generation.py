@@ -39,6 +39,7 @@ class Engine(Protocol):
     Attributes:
         name: a value of `--engine`.
         stop_ids: tokens that end a reply.
+        num_rows: the number of the model's logits.
         max_batches: how many batches it can compute at the same time.
         has_seeds: whether a seed makes a sampled reply repeatable.
         can_constrain_top_p: whether replies can follow a constraint while they are sampled with a top_p below 1.
@@ -46,6 +47,7 @@ class Engine(Protocol):
 
     name: str
     stop_ids: frozenset[int]
+    num_rows: int
     max_batches: int
     has_seeds: bool
     can_constrain_top_p: bool

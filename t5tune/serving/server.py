@@ -23,11 +23,15 @@ from t5tune.serving.computing import Batcher
 BACKLOG = 2048
 SECONDS_FOR_HEADERS = 30.0  # of a request, counted from the connection or from the last answer
 SECONDS_AFTER_EARLY_ANSWER = 2.0  # for a client that still sends the body to notice the answer
+SECONDS_TO_HAND_OVER = 2.0  # for the next request of connections to a server that leaves its port
+SECONDS_BETWEEN_LOOKS = 0.05
 MILLISECONDS_TO_READ = 60_000  # a client that reads nothing for this long is disconnected
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """Reserve an address, without accepting connections yet."""
+def bind(host: str, port: int, reuse_port: bool = False) -> socket.socket:
+    """Reserve an address, without accepting connections yet; with `reuse_port`, several servers of a user can."""
+    if reuse_port and not hasattr(socket, "SO_REUSEPORT"):
+        raise SettingsError("reuse_port: this operating system can't share a port")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError as error:
@@ -35,6 +39,8 @@ def bind(host: str, port: int) -> socket.socket:
         raise SettingsError(problem, hint="use an address of this machine, such as 127.0.0.1 or 0.0.0.0") from None
     found = socket.socket(family, kind, protocol)
     found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if reuse_port:
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     if sys.platform == "linux":  # connections inherit it
         found.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, MILLISECONDS_TO_READ)
     try:
@@ -43,6 +49,8 @@ def bind(host: str, port: int) -> socket.socket:
         found.close()
         setting = f"port: {port}" if error.errno in (errno.EADDRINUSE, errno.EACCES) else f"host: {host}"
         hint = "choose another port or host; --port 0 takes any free port"
+        if reuse_port and error.errno == errno.EADDRINUSE:
+            hint = "both servers need --reuse-port and the same user"
         raise SettingsError(f"{setting}: {error.strerror}", hint=hint) from None
     return found
 
@@ -53,9 +61,13 @@ def format_url(listener: socket.socket, host: str) -> str:
 
 
 class HttpServer(uvicorn.Server):
-    """Accepts requests from its creation on."""
+    """Accepts requests from its creation on.
 
-    def __init__(self, service: Service, listener: socket.socket, batcher: Batcher) -> None:
+    Args:
+        shares_port: whether a second server takes new connections as soon as this server stops.
+    """
+
+    def __init__(self, service: Service, listener: socket.socket, batcher: Batcher, shares_port: bool = False) -> None:
         config = uvicorn.Config(
             _EarlyAnswers(service),
             log_config=None,
@@ -71,6 +83,7 @@ class HttpServer(uvicorn.Server):
         super().__init__(config)
         self._service = service
         self._batcher = batcher
+        self._shares_port = shares_port
         self._seconds_to_stop = 0.0
         self._has_started = threading.Event()
         self._has_ended = threading.Event()
@@ -100,11 +113,34 @@ class HttpServer(uvicorn.Server):
         """Accept connections, to refuse their requests, until all accepted requests are answered."""
         loop = asyncio.get_running_loop()
         until = loop.time() + self._seconds_to_stop
+        for listener in sockets or [] if self._shares_port else []:
+            await self._hand_over(listener, min(until, loop.time() + SECONDS_TO_HAND_OVER))
         with suppress(TimeoutError):
             async with asyncio.timeout_at(until):
                 await self._service.finish()
         self.config.timeout_graceful_shutdown = max(0, until - loop.time())  # type: ignore[assignment]
         await super().shutdown(sockets)
+
+    async def _hand_over(self, listener: socket.socket, until: float) -> None:
+        """Close the listener, and answer the next request of each open connection, which then closes.
+
+        The kernel would reset the connections in the queue of a closed listener, so they are accepted first.
+        """
+        loop = asyncio.get_running_loop()
+        waiting: list[socket.socket] = []
+        with suppress(BlockingIOError):
+            while True:
+                waiting.append(listener.accept()[0])
+        for server in self.servers:
+            server.close()
+        self._service.is_leaving = True
+        for connection in waiting:
+            await loop.connect_accepted_socket(lambda: _Connection(self.config, self.server_state, {}), connection)
+        await asyncio.sleep(SECONDS_BETWEEN_LOOKS)  # connections that were accepted just before are set up
+        while self.server_state.connections and loop.time() < until:
+            await asyncio.sleep(SECONDS_BETWEEN_LOOKS)
+        for idle_or_busy in list(self.server_state.connections):
+            idle_or_busy.shutdown()  # closes an idle connection now, and a busy one after its answer
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         try:

@@ -1,4 +1,4 @@
-"""Read from a pipe the signals that ask a server to stop."""
+"""Read from a pipe the signals that ask a server to stop, or to reload its models."""
 
 import os
 import signal
@@ -9,10 +9,11 @@ from contextlib import contextmanager, suppress
 from t5tune.distributed.signals import pipe_signals
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+RELOAD_SIGNAL = signal.SIGUSR1
 ENDED = 0  # no signal: the server has ended
 
 
-class StopRequests:
+class Requests:
     """Numbers of the received signals. `pipe`: its read end and its write end."""
 
     def __init__(self, pipe: tuple[int, int]) -> None:
@@ -37,17 +38,27 @@ class StopRequests:
 
 
 @contextmanager
-def read_signals() -> Iterator[StopRequests]:
-    """Read signals from a pipe: an exception raised by a handler could arrive while an earlier one is handled."""
-    # a shell script's background jobs ignore SIGINT, and nohup ignores SIGHUP
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    handled = [number for number, handler in before.items() if handler is not signal.SIG_IGN]
+def read_signals() -> Iterator[Requests]:
+    """Read signals from a pipe: an exception raised by a handler could arrive while an earlier one is handled.
+
+    The block handles RELOAD_SIGNAL, which would end the process, and `handle` handles further signals.
+    """
     with pipe_signals() as pipe:
-        for number in handled:
-            signal.signal(number, lambda *_: None)
         try:
-            yield StopRequests(pipe)
+            with handle(RELOAD_SIGNAL):
+                yield Requests(pipe)
         finally:
-            for number in handled:
-                signal.signal(number, before[number])
             os.close(pipe[0])
+
+
+@contextmanager
+def handle(*numbers: signal.Signals) -> Iterator[None]:
+    """Handle signals in a block, except those that are ignored."""
+    # a shell script's background jobs ignore SIGINT, and nohup ignores SIGHUP
+    handled = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, lambda *_: None) for number in handled}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

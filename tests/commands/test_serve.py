@@ -60,11 +60,12 @@ class Started:
 
 
 @contextmanager
-def start(folder: Path, *arguments: Any) -> Iterator[Started]:
+def start(folder: Path, *arguments: Any, port: int = 0) -> Iterator[Started]:
+    folder.mkdir(exist_ok=True)
     out, log = folder / "out.txt", folder / "log.txt"
     out.touch()
     log.touch()
-    command = ["-m", "t5tune", "serve", *map(str, arguments), "--port", "0", "--use-cpu", "--json"]
+    command = ["-m", "t5tune", "serve", *map(str, arguments), "--port", str(port), "--use-cpu", "--json"]
     process = get_fork_server().start(command, out, log, {**os.environ, "XDG_CACHE_HOME": str(folder)})
     try:
         yield Started(process, out, log)

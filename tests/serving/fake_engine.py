@@ -24,6 +24,7 @@ class FakeEngine:
     stop_ids = frozenset({END})
     has_seeds = False
     can_constrain_top_p = True
+    num_rows = 100
 
     def can_read(self, source: list[int]) -> bool:
         return True

@@ -279,10 +279,12 @@ def test_a_stopping_server_finishes_requests_and_refuses_new_requests(
     with ThreadPoolExecutor(2) as pool:
         found = pool.submit(send, server.url, body=make_chat())
         assert is_running.wait(PATIENCE)
+        assert send(server.url, "/ready", method="GET") == (200, {"status": "ready"})
         stopped = pool.submit(server.stop)
         until = time.monotonic() + PATIENCE
-        while send(server.url, "/health", method="GET")[0] == 200:
+        while send(server.url, "/ready", method="GET")[0] == 200:
             assert time.monotonic() < until
+        assert send(server.url, "/health", method="GET") == (200, {"status": "ok"})
         for _ in range(3):
             status, headers, body = exchange(server.url, body=make_chat())
             assert (status, headers["retry-after"]) == (503, "5")

@@ -40,6 +40,11 @@ class ServeSettings(
     command: ClassVar[str] = "serve"
     essential: ClassVar[tuple[str, ...]] = ("host", "port", "api_key", "engine", "quantization", "max_new_tokens")
     panel: ClassVar[str] = "Serving"
+    needs_restart: ClassVar[tuple[str, ...]] = (
+        "host", "port", "reuse_port", "api_key", "allow_without_key", "max_batch_tokens", "max_batch_delay",
+        "max_replies", "max_queue", "shutdown_timeout",
+    )  # fmt: skip
+    """Settings that a reload doesn't change."""
 
     models: ModelList = Field(
         min_length=1,
@@ -58,6 +63,10 @@ class ServeSettings(
         description="Address to listen on; 0.0.0.0 means all addresses, so other machines can connect.",
     )
     port: int = Field(default=8000, ge=0, le=MAX_PORT, description="Port to listen on; 0 takes any free port.")
+    reuse_port: bool = Field(
+        default=False,
+        description="Share the port with other servers that have this option, to replace a server without a pause.",
+    )
     api_key: OptionalText = Field(
         default=None,
         repr=False,

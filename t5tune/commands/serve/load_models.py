@@ -1,34 +1,26 @@
-"""`t5tune serve`: serve models over HTTP, for clients of OpenAI's API.
+"""Find and load the models of `serve`: choose their engines, and convert them for CTranslate2."""
 
-    with serve(ServeSettings(models=["base=google/flan-t5-base", "tuned=run"])) as server:
-        print(server.url)
-        server.wait()
-
-Greedy replies equal `chat`'s with the same model, settings and prompt. In bf16 and int8, where the sums of a batch are
-rounded coarsely, the replies of a batch may differ.
-"""
-
-from collections.abc import Mapping
+import json
+import time
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from threading import Lock
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from t5tune.checkpoints.adapter import check_adapter, read_adapter
 from t5tune.checkpoints.adapter_config import PLAIN_INITIALIZATIONS, read_adapter_config
 from t5tune.checkpoints.adapter_folder import is_adapter
 from t5tune.checkpoints.base import find_model, read_config
+from t5tune.checkpoints.fingerprint import are_settled, read_stats
 from t5tune.checkpoints.model_folder import is_converted
-from t5tune.commands.merge import merge
+from t5tune.commands.serve.convert_model import CTranslate2Fails, convert, convert_in_process
 from t5tune.compat.ctranslate2_patches import CUBLAS_PACKAGE, load_cublas
-from t5tune.compat.quiet import quiet_libraries
 from t5tune.constraints.compiler import Compiler
 from t5tune.constraints.reading import read_constraint
 from t5tune.converting.generation_config import describe_lost_settings, read_generation_config
-from t5tune.errors import CheckpointError, DependencyError, ModelError, SettingsError, naming_settings
+from t5tune.errors import ModelError, SettingsError, naming_settings
 from t5tune.families import CTRANSLATE2, find_family
-from t5tune.formatting import format_count, shorten
+from t5tune.formatting import shorten
 from t5tune.inference.loading import (
     ModelFiles,
     choose_family,
@@ -39,21 +31,18 @@ from t5tune.inference.loading import (
 from t5tune.inference.precision import Precision, read_trained_precision, resolve_precision, select_precision
 from t5tune.inference.prompts import make_prompts
 from t5tune.inference.shared_bases import SharedBases
-from t5tune.io.atomic import write_folder_atomically
 from t5tune.io.processes import count_cores
 from t5tune.io.reasons import join_lines
 from t5tune.model.device import choose_device, describe_device
 from t5tune.model.load import load_base
-from t5tune.progress import Event, Note, Report, silent
+from t5tune.progress import Event, Note, Report
 from t5tune.runs.checkpoints import replace_stopped_runs
-from t5tune.settings import MergeSettings, ServeSettings
-from t5tune.settings.calls import check_call
+from t5tune.settings import ServeSettings
 from t5tune.settings.groups.base import InferenceSettings
 
 if TYPE_CHECKING:
     from t5tune.serving.generation import Engine
     from t5tune.serving.models import ServedModel
-    from t5tune.serving.server import HttpServer
 
 CORES_PER_BATCH = 4  # CTranslate2's own default: with more, a batch isn't much faster
 OF_WEIGHTS = "default"  # CTranslate2's name for the type of a converted model's weights, if the device supports it
@@ -61,106 +50,10 @@ OF_WEIGHTS = "default"  # CTranslate2's name for the type of a converted model's
 WITH_FLOAT32 = {
     "bfloat16": "float32", "float16": "float32", "int8_bfloat16": "int8_float32", "int8_float16": "int8_float32",
 }  # fmt: skip
-PACKAGES = "starlette uvicorn prometheus-client"
-
-
-@dataclass(frozen=True)
-class Address:
-    """Where a server listens.
-
-    Args:
-        models: name -> what computes its replies, `ctranslate2` or `transformers`.
-        needs_key: whether clients must send a key.
-    """
-
-    url: str
-    models: dict[str, str]
-    needs_key: bool
-
-
-class Server:
-    """A running server. As a context manager it stops at the end of the block."""
-
-    def __init__(self, address: Address, http: "HttpServer", settings: ServeSettings, report: Report) -> None:
-        self.address = address
-        self._http = http
-        self._timeout = settings.shutdown_timeout
-        self._report = report
-        self._is_stopped = False
-        self._stopping = Lock()
-
-    @property
-    def url(self) -> str:
-        """Such as http://127.0.0.1:8000."""
-        return self.address.url
-
-    def wait(self) -> None:
-        """Wait until another thread has stopped the server, or a signal raises KeyboardInterrupt."""
-        self._http.wait()
-
-    def stop(self) -> None:
-        """Refuse new requests, finish the replies that are being computed, and free the address."""
-        with self._stopping:
-            if self._is_stopped:
-                return
-            self._is_stopped = True
-            if cut_off := self._http.stop(self._timeout):
-                replies = format_count(cut_off, "reply", "replies")
-                self._report(Note(f"{replies} cut off after {self._timeout:g} seconds", warning=True))
-
-    def __enter__(self) -> "Server":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()
-
-
-def serve(settings: ServeSettings, report: Report = silent) -> Server:
-    """Load the models and start a server.
-
-    Raises:
-        DependencyError: a package of the extra `serve` isn't installed.
-        SettingsError: the address can't be used, or the engine can't run a model as the settings say.
-        ModelError, CheckpointError: a model can't be used.
-    """
-    report = check_call("serve", settings, ServeSettings, report)
-    try:
-        from t5tune.serving.app import Service
-        from t5tune.serving.batching import Schedule
-        from t5tune.serving.computing import Batcher
-        from t5tune.serving.metrics import Metrics
-        from t5tune.serving.server import HttpServer, bind, format_url
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        problem = f"serve: {package} isn't installed"
-        raise DependencyError(problem, hint=f"pip install {PACKAGES}") from error
-    listener = bind(settings.host, settings.port)
-    try:
-        with quiet_libraries():
-            loader = _Loader(settings, report)
-            # all are found before the first is converted, which may take minutes
-            found = {name: loader.find(name, model) for name, model in settings.named_models.items()}
-            models = {name: loader.load(name, files) for name, files in found.items()}
-        metrics = Metrics()
-        schedule = Schedule(settings.max_batch_tokens, settings.max_queue)
-        metrics.watch(schedule)
-        batcher = Batcher(
-            schedule,
-            max_delay=settings.max_batch_delay / 1000,
-            num_threads=max(model.engine.max_batches for model in models.values()),
-            on_batch=metrics.count_batch,
-        )
-        max_replies = min(settings.max_replies, settings.max_queue)
-        service = Service(models, batcher, metrics, max_replies, settings.api_key, settings.is_local, report)
-        url = format_url(listener, settings.host)
-        http = HttpServer(service, listener, batcher)
-    except BaseException:
-        listener.close()
-        raise
-    engines = {name: model.engine.name for name, model in models.items()}
-    return Server(Address(url, engines, settings.api_key is not None), http, settings, report)
+# engines depend on all settings except these settings of prompts and replies, and `needs_restart`
+OF_REPLIES = {
+    "models", "max_new_tokens", "temperature", "top_p", "source_prefix", "conversation_template", "model_max_length",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -181,19 +74,30 @@ class _FoundModel:
     with_ctranslate2: bool
 
 
-class _CTranslate2Fails(ModelError):
-    """CTranslate2 can't run a model, although no obstacle was known."""
+class ModelLoader:
+    """Loads the models of the settings, and uses the engines of an earlier loader whose files haven't changed."""
 
-
-class _Loader:
-    def __init__(self, settings: ServeSettings, report: Report) -> None:
+    def __init__(self, settings: ServeSettings, report: Report, earlier: "ModelLoader | None" = None) -> None:
         self._settings = settings
         self._report = report
-        self._bases = SharedBases()
+        self._is_reload = earlier is not None
+        self._bases: SharedBases = SharedBases() if earlier is None else earlier._bases
+        self._earlier = {} if earlier is None else earlier._loaded
+        self._loaded: dict[Hashable, tuple[Engine, ModelFiles]] = {}
+        self._started_at = time.time()
         self._precisions: dict[str, dict[str, Precision]] = {}  # base -> model -> the precision of the model's base
         self._device = choose_device(settings.use_cpu, name=settings.device)
+        self.unchanged: list[str] = []  # models whose engines were used again
 
-    def find(self, name: str, model: str) -> "_FoundModel":
+    def load_all(self) -> dict[str, "ServedModel"]:
+        """Load all models, and generate a token with each engine."""
+        # all are found before the first is converted, which may take minutes
+        found = {name: self._find(name, model) for name, model in self._settings.named_models.items()}
+        models = {name: self._load(name, files) for name, files in found.items()}
+        self._earlier = {}  # frees what isn't used any more
+        return models
+
+    def _find(self, name: str, model: str) -> "_FoundModel":
         """Find the files of a model, and choose its engine.
 
         Raises:
@@ -215,18 +119,43 @@ class _Loader:
         with_ctranslate2 = engine != "transformers" and reason is None
         return _FoundModel(base, settings, precision, reason, with_ctranslate2)
 
-    def load(self, name: str, found: "_FoundModel") -> "ServedModel":
-        """Load a model that was found; for CTranslate2 it is converted first."""
+    def _load(self, name: str, found: "_FoundModel") -> "ServedModel":
         report = self._name_notes(name)
+        identity = self._identify(found)
+        if identity in self._earlier:
+            self.unchanged.append(name)
+            self._loaded[identity] = self._earlier[identity]
+            return self._make_model(name, *self._loaded[identity], report)
+        self._loaded[identity] = self._load_engine(name, found, report)
+        if self._is_reload and self._identify(found) != identity:
+            raise ModelError(f"{name}: its files changed while they were read", hint="reload once they are complete")
+        return self._make_model(name, *self._loaded[identity], report)
+
+    def _identify(self, found: "_FoundModel") -> Hashable:
+        """Identify an engine by its files and its settings."""
+        adapter = None if found.settings is None else found.settings.adapter
+        settings = self._settings.model_dump_json(exclude=OF_REPLIES | set(ServeSettings.needs_restart))
+        files = self._identify_files(found.base), adapter and self._identify_files(adapter)
+        return *files, str(found.precision), found.with_ctranslate2, settings
+
+    def _identify_files(self, folder: Path) -> str:
+        """Identify the files of a folder by their sizes and times."""
+        stats = read_stats(file for file in folder.iterdir() if file.is_file())
+        # a further change to new files may keep their times, so only this loader finds them unchanged
+        found_by = None if are_settled(stats, self._started_at) else self._started_at
+        return json.dumps([str(folder), stats, found_by])
+
+    def _load_engine(self, name: str, found: "_FoundModel", report: Report) -> "tuple[Engine, ModelFiles]":
+        """Load a model that was found; for CTranslate2 it is converted first."""
         if found.settings is None or found.precision is None:
             is_chosen = self._settings.quantization is not None or self._settings.bf16
             compute_type = self._choose_compute_type(in_bf16=True) if is_chosen else OF_WEIGHTS
-            return self._make_ctranslate2_model(name, found.base, compute_type, report)
+            return self._make_translator(found.base, compute_type, report)
         reason = found.reason
         if found.with_ctranslate2:
             try:
                 return self._load_with_ctranslate2(name, found.base, found.settings.adapter, found.precision, report)
-            except _CTranslate2Fails as error:
+            except CTranslate2Fails as error:
                 reason = str(error)
                 self._check_fallback(name, reason)
         report(Note("with transformers" + (f": {reason}" if reason else "")))
@@ -316,7 +245,7 @@ class _Loader:
 
     def _load_with_ctranslate2(
         self, name: str, base: Path, adapter: Path | None, precision: Precision, report: Report
-    ) -> "ServedModel":
+    ) -> "tuple[Engine, ModelFiles]":
         from t5tune.serving.converted import find_converted, get_default_folder
 
         compute_type, quantization = self._choose_compute_type(precision.bf16), self._settings.quantization
@@ -324,42 +253,19 @@ class _Loader:
             report(Note(f"CTranslate2 can't compute in bf16 on {describe_device(self._device)}; computing in fp32"))
         onto = "base" if precision.quantization is None else precision.quantization.quant_type
 
-        def convert(folder: Path) -> None:
-            report(Note("converting to CTranslate2, only at the first start"))
-            if adapter is not None:
-                settings = MergeSettings(
-                    model_name_or_path=str(base),
-                    adapter=[adapter],
-                    output_dir=folder,
-                    to="ctranslate2",
-                    onto=onto,
-                    quantization=quantization,
-                    # rounded to the dtype of the base, the sums would give different replies from `chat`; and a
-                    # conversion serves all compute types
-                    dtype="float32",
-                )
-                try:
-                    merge(settings, report)
-                except CheckpointError as error:
-                    config, state = read_adapter(adapter)
-                    check_adapter(state, config, adapter, must_be_trained=False)  # a broken adapter isn't served at all
-                    # without the hint, which is for users of `merge`
-                    reason = f"its adapter can't be merged for CTranslate2: {error.message}"
-                    raise _CTranslate2Fails(reason) from error
-                return
-            from t5tune.converting.ctranslate2 import convert_and_check
-
-            with write_folder_atomically(folder) as staged:
-                convert_and_check(base, base, staged, quantization, report)
+        def convert_to(folder: Path) -> None:
+            report(Note("converting to CTranslate2, only once"))
+            how = convert_in_process if self._is_reload else convert
+            how(report, base=base, adapter=adapter, onto=onto, quantization=quantization, folder=folder)
 
         folder = self._settings.converted_dir or get_default_folder()
-        found = find_converted(folder.absolute(), name, base, adapter, onto, quantization, convert, report)
-        model = self._make_ctranslate2_model(name, found, compute_type, report)
+        found = find_converted(folder.absolute(), name, base, adapter, onto, quantization, convert_to, report)
+        loaded = self._make_translator(found, compute_type, report)
         if onto != "base":
             report(Note(f"its adapter is merged into the {onto} weights of training"))
-        return model
+        return loaded
 
-    def _make_ctranslate2_model(self, name: str, folder: Path, compute_type: str, report: Report) -> "ServedModel":
+    def _make_translator(self, folder: Path, compute_type: str, report: Report) -> "tuple[Engine, ModelFiles]":
         from t5tune.serving.engines import TranslatorEngine
 
         files = read_model_files(folder, None)
@@ -374,28 +280,29 @@ class _Loader:
             del engine  # first: both may not fit into memory
             engine = TranslatorEngine(folder, self._device, compute_type, stop_ids, batches)
         try:
-            engine.try_one_token()
+            _try_one_token(engine, files)
         except RuntimeError as error:
             problem = f"CTranslate2 can't compute on {self._device}: {shorten(join_lines(error), 300)}"
             has_library = self._device.type != "cuda" or load_cublas()
-            raise _CTranslate2Fails(problem, hint=None if has_library else f"pip install {CUBLAS_PACKAGE}") from error
+            raise CTranslate2Fails(problem, hint=None if has_library else f"pip install {CUBLAS_PACKAGE}") from error
         report(Note(f"with CTranslate2, {engine.compute_type}"))
-        return self._make_model(name, engine, files, engine.num_rows, report)
+        return engine, files
 
     def _load_with_transformers(
         self, name: str, settings: InferenceSettings, precision: Precision, report: Report
-    ) -> "ServedModel":
+    ) -> "tuple[Engine, ModelFiles]":
         from t5tune.serving.engines import TransformersEngine
 
         # PEFT subtracts some initializations from the base's weights
         adapter = settings.adapter
         is_plain = adapter is None or read_adapter_config(adapter).get("init_lora_weights") in PLAIN_INITIALIZATIONS
-        load = self._bases.load if is_plain else load_base
+        files = self._identify_files(Path(settings.model_name_or_path))
+        load = partial(self._bases.load, files=files) if is_plain else load_base
         self._report_other_precision(name, settings, precision, report)
         loaded = load_for_inference(settings, report, self._device, load_base=load, precision=precision)
-        tokenizer = loaded.tokenizer
-        engine = TransformersEngine(loaded.model, tokenizer.eos_token_id, tokenizer.pad_token_id)
-        return self._make_model(name, engine, loaded, loaded.num_rows, report)
+        engine = TransformersEngine(loaded.model, loaded.tokenizer.eos_token_id, loaded.tokenizer.pad_token_id)
+        _try_one_token(engine, loaded)
+        return engine, loaded
 
     def _report_other_precision(
         self, name: str, settings: InferenceSettings, precision: Precision, report: Report
@@ -407,9 +314,7 @@ class _Loader:
             report(Note(f"loading the base once more, in {precision}: {other} has it in {loaded[other]}"))
         loaded[name] = precision
 
-    def _make_model(
-        self, name: str, engine: "Engine", files: ModelFiles, num_rows: int, report: Report
-    ) -> "ServedModel":
+    def _make_model(self, name: str, engine: "Engine", files: ModelFiles, report: Report) -> "ServedModel":
         from t5tune.serving.generation import DecodingOptions
         from t5tune.serving.models import ServedModel
 
@@ -422,7 +327,18 @@ class _Loader:
         defaults = DecodingOptions(settings.max_new_tokens, settings.temperature, settings.top_p)
         # a model has learned to write targets of at most model_max_length
         longest = max(settings.max_new_tokens, settings.model_max_length)
-        compiler = Compiler(files.tokenizer, num_rows, sorted(engine.stop_ids), prompts.template.answer_suffix)
+        compiler = Compiler(files.tokenizer, engine.num_rows, sorted(engine.stop_ids), prompts.template.answer_suffix)
         if (constraint := read_constraint(settings, files.json_schema)) is not None:
             compiler.start(constraint)  # raises now, not for each request
         return ServedModel(name, engine, prompts, defaults, longest, compiler, constraint)
+
+
+def _try_one_token(engine: "Engine", files: ModelFiles) -> None:
+    """Generate a token: on a GPU, CTranslate2 loads its libraries only now."""
+    from t5tune.serving.generation import DecodingOptions, Generation
+
+    source = next([index] for index in range(len(files.tokenizer)) if engine.can_read([index]))
+    generation = Generation(engine, source, DecodingOptions(max_new_tokens=1), notify=lambda: None)
+    engine.generate([generation], lambda row, token: generation.add(token))
+    if generation.ended is None:
+        raise ModelError(f"{files.base}: {engine.name} generates no token")
