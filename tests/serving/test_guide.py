@@ -1,9 +1,10 @@
-"""docs/serving.md: its commands work as typed, and the server has everything that it lists."""
+"""docs/serving.md and operations.md: their commands work as typed, and the server has everything that they list."""
 
 import json
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import yaml
 
 from t5tune.commands.serve import Server
+from t5tune.commands.serve.load_models import OF_REPLIES
 from t5tune.serving.metrics import Metrics
 from t5tune.serving.protocol import IGNORED_FIELDS
 from t5tune.settings import ServeSettings, load_settings
@@ -21,7 +23,9 @@ from tests.support.processes.command_line import parse_words
 pytestmark = pytest.mark.slow
 
 TEXT = (REPOSITORY / "docs" / "serving.md").read_text(encoding="utf-8")
+OPERATIONS = (REPOSITORY / "docs" / "operations.md").read_text(encoding="utf-8")
 ADDRESS = "http://127.0.0.1:8000"
+TEMPORARY_FOLDERS = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +33,8 @@ def server(start: StartServer) -> Server:
     return start({"base": "pocket", "tuned": "pocket"}, engine="transformers")
 
 
-def find_blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+def find_blocks(language: str, text: str = TEXT) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
 def test_curl_gets_a_reply(server: Server) -> None:
@@ -62,13 +66,22 @@ def test_the_settings_and_flags_of_the_page_exist(tmp_path: Path) -> None:
     assert notes == []
     assert settings.named_models == {"base": "google/flan-t5-base", "tuned": "run"}
     assert yaml.safe_load(config).keys() == settings.model_fields_set
-    (unit,) = find_blocks("ini")
-    (start,) = re.findall(r"^ExecStart=\S+/t5tune serve (.*)$", unit, re.MULTILINE)
-    assert parse_words(shlex.split(start), ServeSettings).problems == []
-    section = TEXT[: TEXT.index("## Other tools")]
+    section = TEXT[: TEXT.index("## Other tools")] + OPERATIONS
     flags = set(re.findall(r"`(--[a-z0-9-]+)", section))
     known = {ServeSettings.format_option(name) for name in ServeSettings.model_fields} | {"--no-q-lora"}
-    assert flags <= known | {"--json", "--quiet", "--config", "--dtype"}  # the last one of merge
+    # the last ones are of merge, docker run and systemctl
+    assert flags <= known | {"--json", "--quiet", "--config", "--dtype", "--rm", "--now"}
+
+
+def test_systemd_units_and_compose_files_start_a_server() -> None:
+    unit, template = find_blocks("ini", OPERATIONS)
+    (compose,) = (yaml.safe_load(block) for block in find_blocks("yaml", OPERATIONS))
+    (service,) = compose["services"].values()
+    starts = [re.findall(r"^ExecStart=\S+/t5tune serve (.*)$", text, re.MULTILINE)[0] for text in (unit, template)]
+    for start in (*starts, service["command"].removeprefix("serve ")):
+        assert parse_words(shlex.split(start), ServeSettings).problems == []
+    compile(service["healthcheck"]["test"][-1], "healthcheck", "exec")
+    assert int(service["stop_grace_period"].rstrip("s")) > ServeSettings(models="pocket").shutdown_timeout
     timeout = int(re.findall(r"TimeoutStopSec=(\d+)", unit)[0])
     assert timeout > ServeSettings(models="pocket").shutdown_timeout
     # the user of the service may create folders only in the one that systemd makes
@@ -86,3 +99,44 @@ def test_the_page_lists_fields_and_metrics_of_the_server() -> None:
     exposed = {name for name in exposed if not name.endswith("_created")}
     listed = set(re.findall(r"`(t5tune_\w+)`", TEXT))
     assert {name.removesuffix("_total") for name in listed} == {name.removesuffix("_total") for name in exposed}
+
+
+def test_the_pages_list_the_settings_that_need_a_restart() -> None:
+    (listed,) = re.findall(r"^- (`host`, .*?) change only at a restart", OPERATIONS, re.MULTILINE | re.DOTALL)
+    assert tuple(re.findall(r"`(\w+)`", listed)) == ServeSettings.needs_restart
+    (cheap,) = re.findall(r"(`max_new_tokens`, [^.]*?)\s+and the models' names change without", OPERATIONS)
+    assert {*re.findall(r"`(\w+)`", cheap), "models"} == OF_REPLIES
+
+
+def test_nginx_passes_whole_and_streamed_replies_on(start: StartServer, tmp_path: Path) -> None:
+    nginx, openssl = shutil.which("nginx"), shutil.which("openssl")
+    if nginx is None or openssl is None:
+        pytest.skip("nginx or openssl isn't installed")
+    server = start({"tuned": "pocket"}, engine="transformers", api_key="s3cret")
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        port = unused.getsockname()[1]
+    key, certificate = tmp_path / "models.key", tmp_path / "models.pem"
+    made = [openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=models.example.com"]
+    subprocess.run([*made, "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    (block,) = find_blocks("nginx", OPERATIONS)
+    block = block.replace("/etc/ssl", str(tmp_path)).replace("443", str(port)).replace(ADDRESS[7:], server.url[7:])
+    own = f"pid {tmp_path}/pid; error_log {tmp_path}/log; daemon off; events {{}}"
+    paths = "".join(f"{name}_temp_path {tmp_path}/{name};" for name in TEMPORARY_FOLDERS)
+    (tmp_path / "nginx.conf").write_text(f"{own} http {{ access_log off; {paths} {block} }}")
+    body = {"model": "tuned", "messages": [{"role": "user", "content": "Hello"}]}
+    ask = ["curl", "--silent", "--insecure", "--retry", "9", "--retry-connrefused", "--retry-delay", "1"]
+    ask += ["--resolve", f"models.example.com:{port}:127.0.0.1", "-H", "Authorization: Bearer s3cret"]
+    ask += ["-H", "Content-Type: application/json", f"https://models.example.com:{port}/v1/chat/completions", "-d"]
+    with subprocess.Popen([nginx, "-c", tmp_path / "nginx.conf"]) as process:
+        try:
+            whole, streamed = (
+                subprocess.run(
+                    [*ask, json.dumps(body | {"stream": stream})], capture_output=True, text=True, check=True
+                )
+                for stream in (False, True)
+            )
+        finally:
+            process.terminate()
+    text = json.loads(whole.stdout)["choices"][0]["message"]["content"]
+    events = [json.loads(line[6:]) for line in streamed.stdout.splitlines() if line.startswith("data: {")]
+    assert text == "".join(event["choices"][0]["delta"].get("content", "") for event in events) != ""
