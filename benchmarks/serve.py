@@ -91,7 +91,7 @@ def compare(chosen: argparse.Namespace, base: Path, folder: Path) -> None:
         use_cpu=True,
     )
     with serve(settings, lambda event: None) as server:
-        engine = server._http._service._models["base"].engine
+        engine = server._http._service.models["base"].engine
         batches = record_batches(engine)
         alone = run_client(chosen, server.url, clients=1, seconds=0, is_check=True)
         one_at_a_time = time_stock_replies(base, chosen)
