@@ -745,6 +745,12 @@ class ServeSettings(_settings.ServeSettings):
         device: str | torch.device | None = None,
         conversation_template: str | PathLike[str] | None = None,
         model_max_length: int = 2048,
+        json_schema: dict[str, Any] | str | None = None,
+        json_object: bool = False,
+        regex: str | None = None,
+        grammar: str | PathLike[str] | None = None,
+        choices: Sequence[str] = [],
+        choices_file: str | PathLike[str] | None = None,
         reuse_port: bool = False,
         allow_without_key: bool = False,
         converted_dir: str | PathLike[str] | None = None,
@@ -788,6 +794,13 @@ class ServeSettings(_settings.ServeSettings):
                 file, or (chat, serve, evaluate) a training dataset; default: the model's, else plain for pairs, else
                 fastchat-t5.
             model_max_length: Maximum length of a source and of a target, each including its EOS token (tokens).
+            json_schema: Write JSON that follows this schema (a file, or JSON); default: training's schema; none: no
+                constraint.
+            json_object: Write a JSON object.
+            regex: Write text that this regular expression matches as a whole.
+            grammar: Write text that this grammar produces: a file in Lark's format, beginning with start.
+            choices: Write one of these answers; evaluate scores them, and predicts the likeliest.
+            choices_file: Write one of the answers in this file, a line each; 100,000 aren't too many.
             reuse_port: Share the port with other servers that have this option, to replace a server without a pause.
             allow_without_key: Let other machines use the models without api_key.
             converted_dir: Folder for converted CTranslate2 models; default: t5tune/converted in the user's cache

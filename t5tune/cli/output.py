@@ -30,6 +30,7 @@ LABELS = {
     "lora_tensors": "LoRA tensors",
     "non_lora_tensors": "non-LoRA tensors",
     "custom_metrics": "",
+    "cut_off": "cut off",
     "signatures": "signature of",
     "max_error": "largest logit difference",
     "onto": "merged into",
@@ -38,6 +39,8 @@ LABELS = {
 }
 NOT_SHOWN = {"best_eval", "seed", "split_seed", "lora", "labels"}
 """Values of a result that --json and result.json have, and the lines of names and values don't."""
+HARMLESS = (("world_size", 1), ("cut_off", 0))
+"""Values that the lines omit."""
 
 
 @dataclasses.dataclass
@@ -197,7 +200,7 @@ def _list_rows(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
             for key, item in metrics.items():
                 text = item if isinstance(item, str) else _format_optional(item)
                 yield f"{label} {format_metric_name(key)}".strip(), text
-        elif value is not None and value is not False and (name, value) != ("world_size", 1):
+        elif value is not None and value is not False and (name, value) not in HARMLESS:
             yield label, _format_value(name, value)
 
 

@@ -39,6 +39,7 @@ from t5tune.progress import Event, Note, Report
 from t5tune.runs.checkpoints import replace_stopped_runs
 from t5tune.settings import ServeSettings
 from t5tune.settings.groups.base import InferenceSettings
+from t5tune.settings.groups.constraints import CONSTRAINTS
 
 if TYPE_CHECKING:
     from t5tune.serving.generation import Engine
@@ -53,6 +54,7 @@ WITH_FLOAT32 = {
 # engines depend on all settings except these settings of prompts and replies, and `needs_restart`
 OF_REPLIES = {
     "models", "max_new_tokens", "temperature", "top_p", "source_prefix", "conversation_template", "model_max_length",
+    *CONSTRAINTS,
 }  # fmt: skip
 
 
