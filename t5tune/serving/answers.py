@@ -65,7 +65,10 @@ class Answer:
 
     def _make_head(self, is_part: bool) -> dict[str, Any]:
         kind = ("chat.completion.chunk" if is_part else "chat.completion") if self.is_chat else "text_completion"
-        prefix = "chatcmpl" if self.is_chat else "cmpl"
+        return self.make_head("chatcmpl" if self.is_chat else "cmpl", kind)
+
+    def make_head(self, prefix: str, kind: str) -> dict[str, Any]:
+        """Make the fields at the beginning of any answer."""
         return {
             "id": f"{prefix}-{self.id}",
             "object": kind,

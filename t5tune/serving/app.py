@@ -31,9 +31,11 @@ from t5tune.serving.protocol import (
     ChatRequest,
     CompletionRequest,
     GenerationRequest,
+    ScoreRequest,
     parse_body,
 )
 from t5tune.serving.replies import Record, Replies
+from t5tune.serving.scoring import Scores
 
 PAGE_FILE = Path(__file__).with_name("page.html")
 MAX_BODY_BYTES = 4 << 20
@@ -86,6 +88,7 @@ class Service:
             Route("/v1/models/{name:path}", self._show_model),
             Route("/v1/chat/completions", partial(self._complete, kind=ChatRequest), methods=["POST"]),
             Route("/v1/completions", partial(self._complete, kind=CompletionRequest), methods=["POST"]),
+            Route("/v1/score", self._score, methods=["POST"]),
             Route("/v1/responses", _refuse_responses, methods=["POST"]),
         ]
         handlers: dict[Any, Callable[..., Any]] = {
@@ -269,6 +272,18 @@ class Service:
         record.dropped_messages = sum(prompt.dropped_turns for prompt in prompts)
         return Replies(request, model, prompts, options, self.batcher, record)
 
+    async def _score(self, request: Request) -> Response:
+        record: Record = request.scope["t5tune"]
+        run = partial(asyncio.get_running_loop().run_in_executor, self._reader)
+        asked = await run(parse_body, await _read_body(request), ScoreRequest)
+        model = self._find_model(asked.model)
+        record.model = model.name
+        prompt = await run(next, model.read_prompts(asked.make_generation_request()))
+        record.prompt_tokens, record.dropped_messages = prompt.num_tokens, prompt.dropped_turns
+        scores = Scores(model, prompt, await run(model.read_targets, asked), self.batcher, record)
+        scores.submit()
+        return JSONResponse(await _unless_gone(request, scores.collect()))
+
     def _check_number(self, request: GenerationRequest) -> None:
         num_prompts = len(request.prompt) if isinstance(request, CompletionRequest) else 1
         if num_prompts * request.n > self.max_replies:
@@ -339,7 +354,7 @@ async def _end_silently(request: Request, error: Exception) -> Response:
 async def _refuse_route(request: Request, error: HTTPException) -> Response:
     path = request.url.path
     if error.status_code == 404:
-        known = "/v1/chat/completions, /v1/completions, /v1/models, /health, /ready, /metrics and /"
+        known = "/v1/chat/completions, /v1/completions, /v1/score, /v1/models, /health, /ready, /metrics and /"
         return await _refuse(request, ApiError(404, f"{path}: no such path; this server has {known}"))
     allowed = (error.headers or {}).get("Allow", "")
     problem = f"{request.method} {path}: use {allowed.replace(', ', ' or ')}" if allowed else f"{path}: {error.detail}"

@@ -7,7 +7,8 @@ takes no more time once its client is gone. `on_token` may itself generate other
 """
 
 import json
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,15 @@ from t5tune.inference.generation import (
     make_random_generator,
     score_token,
 )
+from t5tune.inference.target_scores import Candidates, Collator, score_targets, set_up_scoring
 from t5tune.io.processes import count_cores
 from t5tune.io.reasons import join_lines
 from t5tune.model.device import use_gpu_kernels
 from t5tune.serving.batching import MAX_LEVEL
-from t5tune.serving.generation import DecodingOptions, Generation, OnToken
+from t5tune.serving.generation import DecodingOptions, Generation, OnToken, ScoredTarget
+
+TARGETS_PER_PART = 16  # scored at once
+EndTurn = Callable[[int], bool]
 
 
 class TransformersEngine:
@@ -46,6 +51,7 @@ class TransformersEngine:
     def __init__(self, model: Any, eos_token_id: int, pad_token_id: int) -> None:
         self._model = model
         self._eos_token_id, self._pad_token_id = eos_token_id, pad_token_id
+        self._collator: Collator | None = None
         self.num_rows: int = model.architecture.dimensions.num_rows
         self.stop_ids = frozenset(find_stop_ids(model, eos_token_id))
 
@@ -53,9 +59,13 @@ class TransformersEngine:
         return True
 
     def get_group(self, options: DecodingOptions) -> Hashable:
-        return None  # replies with any options share a batch: each is sampled by itself
+        return options.is_scored  # replies with any other options share a batch: each is sampled by itself
 
     def generate(self, generations: Sequence[Generation], on_token: OnToken) -> None:
+        if generations[0].options.is_scored:
+            for index, generation in enumerate(generations):
+                self._score(generation, partial(on_token, index))
+            return
         longest = max(generation.options.max_new_tokens for generation in generations)
 
         def note_scores(row: int, scores: TokenScores) -> None:
@@ -73,6 +83,15 @@ class TransformersEngine:
                 num_top=num_top,
                 on_scores=None if all(count is None for count in num_top) else note_scores,
             )
+
+    def _score(self, generation: Generation, end_turn: EndTurn) -> None:
+        collator = self._collator = self._collator or set_up_scoring(self._model, self._pad_token_id)
+        source_S = np.array(generation.source)
+        for targets in _divide_targets(generation, end_turn):
+            first_T, *others = map(np.array, targets)
+            with quiet_libraries(), use_gpu_kernels(self._model.device):
+                (scores,) = score_targets(self._model, [Candidates(source_S, first_T, tuple(others))], collator)
+            generation.add_scored([ScoredTarget(each.token_logprobs, all(each.is_greedy)) for each in scores])
 
     def _make_sampling(self, options: DecodingOptions) -> Sampling | None:
         if options.temperature == 0:
@@ -125,9 +144,13 @@ class TranslatorEngine:
 
     def get_group(self, options: DecodingOptions) -> Hashable:
         sampling = (options.temperature, options.top_p) if options.temperature > 0 else None
-        return sampling, options.constraint is None, options.num_top
+        return sampling, options.constraint is None, options.num_top, options.is_scored
 
     def generate(self, generations: Sequence[Generation], on_token: OnToken) -> None:
+        if generations[0].options.is_scored:
+            for index, generation in enumerate(generations):
+                self._score(generation, partial(on_token, index))
+            return
         replies = [_Reply(index, each, on_token) for index, each in enumerate(generations)]
         if not generations[0].options.num_top:
             self._continue(replies, with_logits=False)
@@ -177,8 +200,32 @@ class TranslatorEngine:
         finally:
             callbacks.clear()
 
+    def _score(self, generation: Generation, end_turn: EndTurn) -> None:
+        source, greedy = self._name(generation.source), list[int]()
+        self._translator.translate_batch(
+            [source],
+            beam_size=1,
+            max_input_length=0,
+            max_decoding_length=max(map(len, generation.targets)),
+            end_token=sorted(self.stop_ids),
+            callback=lambda step: greedy.append(step.token_id),
+        )
+        for targets in _divide_targets(generation, end_turn):
+            names = [self._name(target[:-1]) for target in targets]  # CTranslate2 adds EOS
+            found = self._translator.score_batch([source] * len(targets), names, max_input_length=0)
+            pairs = zip(found, targets, strict=True)
+            generation.add_scored([ScoredTarget(each.log_probs, greedy[: len(ids)] == ids) for each, ids in pairs])
+
     def _name(self, ids: Sequence[int]) -> list[str]:
         return [self._tokens[index] for index in ids]
+
+
+def _divide_targets(generation: Generation, end_turn: EndTurn) -> Iterator[Sequence[list[int]]]:
+    """Divide the targets to be scored; between the parts, smaller requests have their turn."""
+    for start in range(0, len(generation.targets), TARGETS_PER_PART):
+        if start and end_turn(0):  # canceled
+            return
+        yield generation.targets[start : start + TARGETS_PER_PART]
 
 
 class _Reply:

@@ -21,6 +21,7 @@ class DecodingOptions:
 
     Args:
         constraint: at the beginning of a reply; None: a free reply.
+        is_scored: whether targets are scored, in place of a reply.
         num_top: how many of the likeliest tokens at each position are scored together with the reply's token; None:
             nothing is scored.
     """
@@ -31,6 +32,15 @@ class DecodingOptions:
     seed: int | None = None
     constraint: Matcher | None = None
     num_top: int | None = None
+    is_scored: bool = False
+
+
+@dataclass(frozen=True)
+class ScoredTarget:
+    """The log-probabilities of a target's tokens, in nats; `is_greedy`: whether it is the greedy reply."""
+
+    token_logprobs: list[float]
+    is_greedy: bool
 
 
 class Engine(Protocol):
@@ -59,7 +69,7 @@ class Engine(Protocol):
         """Return a key; only replies with equal keys may share a batch."""
 
     def generate(self, generations: Sequence["Generation"], on_token: OnToken) -> None:
-        """Generate the replies of one batch. After an error, the caller may try smaller batches.
+        """Generate the replies of a batch, or score their targets. After an error, the caller may try smaller batches.
 
         Before `on_token`, it sets `next_scores` of replies whose options ask for scores.
 
@@ -77,6 +87,7 @@ class Generation:
         notify: called in the engine's thread at the end, and if `follows` after each token.
         ids: the reply so far, without the token that ended it.
         scores: of `ids`, if its options ask for them.
+        targets: ids to be scored, each with the token that ends it, in place of a reply.
         num_repairs: how many tokens were replaced because the constraint refused them.
         ended: why the reply has ended, which may be an error; None: still running.
         is_canceled: True once its client is gone.
@@ -90,6 +101,8 @@ class Generation:
     ids: list[int] = field(default_factory=list)
     scores: list[TokenScores] = field(default_factory=list)
     next_scores: TokenScores | None = None
+    targets: Sequence[list[int]] = ()
+    scored_targets: list[ScoredTarget] = field(default_factory=list)
     num_repairs: int = 0
     ended: FinishReason | T5TuneError | None = None
     is_canceled: bool = False
@@ -117,6 +130,7 @@ class Generation:
         """Start, or start over after the batch failed: then the engine repeats tokens that may already be sent."""
         self.started_at = self.started_at or time.monotonic()
         self._position = 0
+        self.scored_targets.clear()
         if not self.follows:
             self.ids.clear()
             self.scores.clear()
@@ -125,6 +139,8 @@ class Generation:
         """Add the next token. Return True if the reply ends here."""
         if self.is_canceled or self.ended is not None:
             return True
+        if self.targets:  # a turn is over
+            return False
         if self._position < len(self.ids):  # repeated after a failed batch
             # in bf16, a smaller batch may give different tokens, which can't continue the tokens already sent
             if token != self.ids[self._position]:
@@ -147,6 +163,12 @@ class Generation:
         if self.follows:
             self.notify()
         return False
+
+    def add_scored(self, targets: Sequence[ScoredTarget]) -> None:
+        """Add the scores of the next targets; the last ones end it."""
+        self.scored_targets += targets
+        if len(self.scored_targets) == len(self.targets):
+            self.end("stop")
 
     def end(self, reason: FinishReason | T5TuneError) -> None:
         if self.ended is None:

@@ -8,16 +8,18 @@ from typing import Any
 from t5tune.constraints import Constraint, Matcher
 from t5tune.constraints.compiler import Compiler
 from t5tune.data.reading.formats import Turn
+from t5tune.data.tokens.encoding import encode_answers
 from t5tune.errors import DependencyError, SettingsError
 from t5tune.inference.generation import MIN_TEMPERATURE, MIN_TOP_P
 from t5tune.inference.prompts import Prompt, Prompts
 from t5tune.io.atomic import hash_json
 from t5tune.serving.generation import DecodingOptions, Engine
-from t5tune.serving.protocol import ApiError, ChatRequest, CompletionRequest, GenerationRequest
+from t5tune.serving.protocol import ApiError, ChatRequest, CompletionRequest, GenerationRequest, ScoreRequest
 from t5tune.version import __version__
 
 # Longer prompts are refused before they are encoded, which takes seconds for megabytes. English has 4 bytes per token.
 MAX_BYTES_PER_TOKEN = 32
+MAX_TARGET_TOKENS = 8192  # of a request
 MAX_CONSTRAINT_LENGTH = 64 << 10  # of a request; longer schemas take seconds to compile
 
 
@@ -63,6 +65,15 @@ class ServedModel:
                 yield self._read_prompt(prompt, place)
         except SettingsError as error:
             raise ApiError(400, str(error), place) from error
+
+    def read_targets(self, request: ScoreRequest) -> list[list[int]]:
+        """Encode the targets of a request as in training. Raises ApiError if they are too long."""
+        self._check_size(sum(map(_count_bytes, request.targets)), "targets", "bytes")
+        encoded = encode_answers(request.targets, self.prompts.template, self.prompts.encoder)
+        targets = [ids.tolist() for ids in encoded]
+        if (number := sum(map(len, targets))) > MAX_TARGET_TOKENS:
+            raise ApiError(400, f"targets: {number:,} tokens; at most {MAX_TARGET_TOKENS:,} are scored", "targets")
+        return targets
 
     def read_options(self, request: GenerationRequest) -> DecodingOptions:
         """Fill in the decoding options of a request, and compile its constraint.

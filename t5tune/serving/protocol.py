@@ -308,6 +308,12 @@ class ScoreRequest(_Body):
             raise ValueError("expected a prompt or messages")
         return self
 
+    def make_generation_request(self) -> ChatRequest | CompletionRequest:
+        """Make a request for a reply to the same prompt or messages."""
+        if self.messages:
+            return ChatRequest(model=self.model, messages=self.messages)
+        return CompletionRequest(model=self.model, prompt=self.prompt)
+
 
 def parse_body(body: bytes, kind: type[Body]) -> Body:
     """Parse the body of a request. Raises ApiError with the first problem."""

@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -65,13 +65,7 @@ class Replies:
 
     def submit(self) -> None:
         """Queue the replies. Raises ApiError if the queue is full, or the GPU has failed."""
-        try:
-            self.batcher.submit(self._generations)
-        except QueueFull as error:
-            headers = {"retry-after": SECONDS_TO_RETRY}
-            raise ApiError(429, f"too many requests: {error.message}", code="queue_full", headers=headers) from error
-        except DeviceLost as error:
-            raise _explain(error) from error
+        submit(self.batcher, self._generations)
 
     async def collect(self) -> dict[str, Any]:
         """Wait for all replies, and return the body of the whole answer."""
@@ -126,7 +120,7 @@ class Replies:
         """Show new text of a reply. Return its finish reason; None while it is being generated."""
         ended = generation.ended  # read before the ids: once it is set, the ids are complete
         if isinstance(ended, T5TuneError):
-            raise _explain(ended)
+            raise explain(ended)
         if ended is None and not generation.follows:
             return None
         ids = generation.ids[:]
@@ -161,7 +155,18 @@ class Replies:
         self._news.set()
 
 
-def _explain(error: T5TuneError) -> ApiError:
+def submit(batcher: Batcher, generations: Sequence[Generation]) -> None:
+    """Queue the generations of a request. Raises ApiError if the queue is full, or the GPU has failed."""
+    try:
+        batcher.submit(generations)
+    except QueueFull as error:
+        headers = {"retry-after": SECONDS_TO_RETRY}
+        raise ApiError(429, f"too many requests: {error.message}", code="queue_full", headers=headers) from error
+    except DeviceLost as error:
+        raise explain(error) from error
+
+
+def explain(error: T5TuneError) -> ApiError:
     return ApiError(503 if isinstance(error, DeviceLost) else 500, str(error), code=type(error).__name__)
 
 
