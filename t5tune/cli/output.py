@@ -173,7 +173,7 @@ def _add_base_columns(values: dict[str, Any]) -> dict[str, Any]:
     base = values.pop("base", None)
     if base is None:
         return values
-    custom = values.pop("custom_metrics") | (values.pop("recall") or {})
+    custom = values.pop("custom_metrics") | (values.pop("recall", None) or {})
     rows = {"": ("tuned", "base", "difference")}
     for name in base | custom:  # the names of a custom metric may depend on the predictions
         tuned, other = custom.get(name, values.get(name)), base.get(name)

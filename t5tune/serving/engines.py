@@ -154,8 +154,10 @@ class TranslatorEngine:
         replies = [_Reply(index, each, on_token) for index, each in enumerate(generations)]
         if not generations[0].options.num_top:
             self._continue(replies, with_logits=False)
+            replies = [reply for reply in replies if reply.is_refused]
         for reply in replies:  # CTranslate2 passes the logits of one reply only
-            while not reply.has_ended:
+            self._continue([reply], with_logits=True)
+            while reply.is_refused:
                 self._continue([reply], with_logits=True)
 
     def _continue(self, replies: "Sequence[_Reply]", with_logits: bool) -> None:
@@ -166,6 +168,8 @@ class TranslatorEngine:
         """
         options = replies[0].generation.options
         prefixes = [reply.ids[:] for reply in replies]
+        for reply in replies:
+            reply.is_refused = False
 
         def step(result: Any) -> bool:
             index = int(result.batch_id)
@@ -229,10 +233,14 @@ def _divide_targets(generation: Generation, end_turn: EndTurn) -> Iterator[Seque
 
 
 class _Reply:
-    """A reply of CTranslate2, continued in several calls if it has a constraint."""
+    """A reply of CTranslate2, continued in several calls if it has a constraint.
+
+    Attributes:
+        is_refused: whether the last call ended early, because the constraint refused a token.
+    """
 
     def __init__(self, index: int, generation: Generation, on_token: OnToken) -> None:
-        self.generation, self.ids, self.has_ended = generation, list[int](), False
+        self.generation, self.ids, self.is_refused = generation, list[int](), False
         self._index, self._on_token, self._stop_id = index, on_token, min(generation.engine.stop_ids)
         constraint = generation.options.constraint
         self._state = None if constraint is None else constraint.copy()
@@ -242,6 +250,7 @@ class _Reply:
         options, token = self.generation.options, int(result.token_id)
         is_refused = self._state is not None and not self._state.accept(token)
         if is_refused and not with_logits:
+            self.is_refused = True
             return True
         if is_refused or options.num_top:
             logits_V = torch.from_numpy(np.array(result.logits, dtype=np.float64)[0])
@@ -255,8 +264,9 @@ class _Reply:
                 else TokenScores(float(result.log_prob), [])
             )
         self.ids.append(token)
-        self.has_ended = self._on_token(self._index, token)
-        return self.has_ended or is_refused
+        has_ended = self._on_token(self._index, token)
+        self.is_refused = is_refused and not has_ended
+        return has_ended or is_refused
 
     def _replace(self, logits_V: torch.Tensor) -> int:
         """Choose the likeliest allowed token, or draw one; a reply that nothing can continue ends."""
