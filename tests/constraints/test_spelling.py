@@ -11,7 +11,13 @@ from t5tune.checkpoints.pocket import pocket_folder
 from t5tune.constraints.spelling import spell
 from t5tune.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from t5tune.data.tokens.vocabulary import extend_tokenizer
-from tests.support.models.tokenizer_kinds import make_codet5_tokenizer, make_gemma_tokenizer, make_madlad_tokenizer
+from tests.support.models.tokenizer_kinds import (
+    make_codet5_tokenizer,
+    make_gemma_tokenizer,
+    make_madlad_tokenizer,
+    make_mt5_tokenizer,
+)
+from tests.support.paths import SHARED
 
 
 def load_kind(name: str, folder: Path) -> tuple[Tokenizer, int]:
@@ -20,7 +26,11 @@ def load_kind(name: str, folder: Path) -> tuple[Tokenizer, int]:
         "gemma": make_gemma_tokenizer,
         "codet5": make_codet5_tokenizer,
         "madlad": make_madlad_tokenizer,
+        "mt5": make_mt5_tokenizer,
     }
+    if name.endswith("-added"):
+        plain, rows = load_kind(name.removesuffix("-added"), folder)
+        return extend_tokenizer(plain, ["auto"], rows).tokenizer, rows
     if name in makers:
         rows = makers[name](folder)
         return load_tokenizer(folder), rows + 20
@@ -28,13 +38,20 @@ def load_kind(name: str, folder: Path) -> tuple[Tokenizer, int]:
         config = {"tokenizer_class": "ByT5Tokenizer", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
         (folder / "tokenizer_config.json").write_text(json.dumps(config))
         return load_tokenizer(folder), 384
-    pocket = load_tokenizer(pocket_folder())
-    if name == "pocket":
-        return pocket, 1536
-    return extend_tokenizer(pocket, ["fastchat"] if name == "fastchat" else ["auto"], 1536).tokenizer, 1536
+    if name.startswith("flan-t5"):
+        if not (real := SHARED / "tokenizer" / "flan-t5-base").exists():
+            pytest.skip("tokenizer/flan-t5-base: the real inputs are not next to this checkout")
+        plain, rows = load_tokenizer(real), 32128
+    else:
+        plain, rows = load_tokenizer(pocket_folder()), 1536
+    if name in ("pocket", "flan-t5-plain"):
+        return plain, rows
+    return extend_tokenizer(plain, ["fastchat"] if name.endswith("fastchat") else ["auto"], rows).tokenizer, rows
 
 
-@pytest.mark.parametrize("kind", ["pocket", "added", "fastchat", "gemma", "codet5", "madlad", "byt5"])
+@pytest.mark.parametrize(
+    "kind", ["pocket", "added", "fastchat", "gemma", "codet5", "madlad", "mt5", "mt5-added", "byt5"]
+)
 def test_joined_spellings_are_the_decoded_text(kind: str, tmp_path: Path) -> None:
     tokenizer, num_rows = load_kind(kind, tmp_path)
     spellings = spell(tokenizer, num_rows)

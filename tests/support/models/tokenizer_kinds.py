@@ -79,6 +79,13 @@ def make_madlad_tokenizer(folder: Path, vocab_size: int = 700) -> int:
     return vocab_size
 
 
+def make_mt5_tokenizer(folder: Path, vocab_size: int = 700) -> int:
+    """Write a spiece.model like mT5's: byte fallback, and normalization that joins spaces."""
+    train_sentencepiece(folder, read_corpus(), vocab_size, byte_fallback=True, character_coverage=0.99)
+    write_config(folder, tokenizer_class="T5Tokenizer", extra_ids=100)
+    return vocab_size + 100
+
+
 def train_sentencepiece(folder: Path, lines: list[str], vocab_size: int, **options: Any) -> None:
     """Train a SentencePiece model with T5's special ids, and write it as spiece.model."""
     corpus = folder.with_name(f"{folder.name}-corpus.txt")
