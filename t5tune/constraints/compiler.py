@@ -15,6 +15,7 @@ from t5tune.errors import SettingsError
 from t5tune.settings.messages import shorten_value
 
 MAX_COMPILED = 64  # constraints that are kept compiled
+LIMITS = {"multipleOf": 10_000, "properties": 5_000}
 
 
 class Compiler:
@@ -45,12 +46,29 @@ class Compiler:
             SettingsError: the constraint is invalid, can't be enforced, or this model lacks a demanded character.
             DependencyError: it needs llguidance, which isn't installed.
         """
-        return self._compile(constraint).copy()
+        matcher = self._compile(constraint).copy()
+        try:
+            matcher.find_allowed()
+        except SettingsError:  # all replies share the states that llguidance keeps, and their number is limited
+            self._compile.cache_clear()
+            matcher = self._compile(constraint).copy()
+        return matcher
 
     def _compile_once(self, constraint: Constraint) -> Matcher:
+        try:
+            constraint.text.encode()
+            return self._compile_kind(constraint)
+        except UnicodeEncodeError as error:
+            character = error.object[error.start]
+            raise SettingsError(f"{constraint.place}: {character!r} is half of a character") from None
+        except RecursionError:
+            raise SettingsError(f"{constraint.place}: nested too deeply") from None
+
+    def _compile_kind(self, constraint: Constraint) -> Matcher:
         if constraint.kind == "choices":
             return self._sort_answers(constraint)
         if constraint.kind == "json_schema":
+            _check_sizes(json.loads(constraint.text), constraint.place)
             self._check_fixed_texts(constraint)
         if self._grammars is None:
             self._grammars = GrammarCompiler(self.spellings, self._stop_ids, self._suffix)
@@ -74,6 +92,19 @@ class Compiler:
                 problem = f"{place}: {shorten_value(text)}: this tokenizer writes {shorten_value(written)}"
                 raise SettingsError(problem, hint="change the text, or train with --add-tokens auto")
         return rows
+
+
+def _check_sizes(schema: Any, place: str) -> None:
+    """Raise SettingsError for a schema that llguidance would compile for minutes, or crash with."""
+    if isinstance(schema, list):
+        for item in schema:
+            _check_sizes(item, place)
+    if isinstance(schema, dict):
+        for key, value in schema.items():
+            limit, size = LIMITS.get(key), len(value) if isinstance(value, dict) else value
+            if limit is not None and isinstance(size, int | float) and size > limit:
+                raise SettingsError(f"{place}: {key}: {size:,}; at most {limit:,} can be enforced")
+            _check_sizes(value, place)
 
 
 def _list_fixed_texts(schema: Any) -> Iterator[str]:

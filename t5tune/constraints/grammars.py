@@ -22,6 +22,7 @@ HEADER = '%llguidance {"no_forcing": true}\n'
 NUM_HEADER_LINES = 2  # with the rule `start`
 # Replies of models that were trained on compact or indented JSON. With more freedom, a model may write blanks only.
 JSON_OPTIONS = {"whitespace_pattern": r"\x20|\x0A\x20{0,16}", "json_allow_general_unicode_escapes": True}
+MIN_STEP_FUEL, MIN_STATES = 200_000, 250_000  # llguidance's defaults
 JSON_CHARACTERS = '{}[]":,'
 
 
@@ -62,33 +63,32 @@ class GrammarCompiler:
         if constraint.kind == "json_schema":
             self._check_characters(constraint)
         body = _write_body(constraint)
-        alone = self._start("body", body, constraint)
+        whole = alone = self._start("body", body, constraint)
         allowed = alone.find_allowed()
         if self.spellings.drops_space:
             allowed &= ~self.begins_with_space
         if not np.delete(allowed, self.stop_ids).any() and not alone.is_complete:
             raise SettingsError(f"{constraint.place}: no reply can follow it{self._explain(constraint)}")
         tail = f" {json.dumps(self._suffix)}?" if self._suffix else ""
-        whole = self._start(f"body{tail}", body, constraint)
+        if tail:
+            whole = self._start(f"body{tail}", body, constraint)
         if not self.spellings.drops_space:
             return whole
-        return GrammarMatcher(self, whole.matcher, self._start(f'" " body{tail}', body, constraint).matcher)
+        with_space = self._start(f'" " body{tail}', body, constraint)
+        return GrammarMatcher(self, constraint.place, whole.matcher, with_space.matcher)
 
     def _start(self, start: str, body: str, constraint: Constraint) -> "GrammarMatcher":
         import llguidance
 
-        matcher = llguidance.LLMatcher(self._words, f"{HEADER}start: {start}\n{body}", log_level=0)
+        size = 4 * len(body)  # a list of texts needs about a state for each byte
+        limits = llguidance.LLParserLimits(
+            step_lexer_fuel=max(MIN_STEP_FUEL, size), max_lexer_states=max(MIN_STATES, size)
+        )
+        grammar = f"{HEADER}start: {start}\n{body}"
+        matcher = llguidance.LLMatcher(self._words, grammar, log_level=0, limits=limits)
         if matcher.is_error():
             raise SettingsError(f"{constraint.place}: {_describe_error(matcher.get_error(), constraint.kind)}")
-        return GrammarMatcher(self, matcher)
-
-    def fill_mask(self, matcher: Any) -> Allowed:
-        """Find the ids that llguidance allows next."""
-        from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
-
-        bits = allocate_token_bitmask(1, self.num_rows)
-        fill_next_token_bitmask(matcher, bits)
-        return np.unpackbits(bits.view(np.uint8)[0], bitorder="little")[: self.num_rows].astype(bool)
+        return GrammarMatcher(self, constraint.place, matcher)
 
     def _check_characters(self, constraint: Constraint) -> None:
         spelled = set(self.spellings.later)
@@ -109,6 +109,7 @@ class GrammarMatcher:
     first continues with tokens without a space, the second expects a space first.
 
     Args:
+        place: the constraint's.
         matcher: llguidance's.
         with_space: the same grammar after a space; None: the decoder drops nothing, or the reply has begun.
         is_after_space: whether the reply has only the space that the decoder drops; a second space would be no match.
@@ -118,12 +119,13 @@ class GrammarMatcher:
     def __init__(
         self,
         compiler: GrammarCompiler,
+        place: str,
         matcher: Any,
         with_space: Any = None,
         is_after_space: bool = False,
         was_silent: bool = False,
     ) -> None:
-        self._compiler, self.matcher, self._with_space = compiler, matcher, with_space
+        self._compiler, self._place, self.matcher, self._with_space = compiler, place, matcher, with_space
         self._is_after_space, self._was_silent = is_after_space, was_silent
 
     @property
@@ -134,15 +136,15 @@ class GrammarMatcher:
     def copy(self) -> Self:
         with_space = None if self._with_space is None else self._with_space.deep_copy()
         matcher = self.matcher.deep_copy()
-        return type(self)(self._compiler, matcher, with_space, self._is_after_space, self._was_silent)
+        return type(self)(self._compiler, self._place, matcher, with_space, self._is_after_space, self._was_silent)
 
     def find_allowed(self) -> Allowed:
         compiler = self._compiler
-        allowed = compiler.fill_mask(self.matcher)
+        allowed = self._fill_mask(self.matcher)
         if self._with_space is not None or self._is_after_space:
             allowed &= ~compiler.begins_with_space
         if self._with_space is not None:
-            allowed |= compiler.fill_mask(self._with_space) & compiler.begins_with_space
+            allowed |= self._fill_mask(self._with_space) & compiler.begins_with_space
             allowed[compiler.never_first] = False
         if not self._was_silent and allowed.any():
             allowed[compiler.silent_ids] = True
@@ -160,10 +162,24 @@ class GrammarMatcher:
             return False
         matcher = self._with_space if is_first and begins_with_space else self.matcher
         if matcher.try_consume_tokens([index]) == 0:
+            self._check(matcher)
             return False
         self.matcher, self._with_space, self._was_silent = matcher, None, False
         self._is_after_space = is_first and index in compiler.spaces
         return True
+
+    def _fill_mask(self, matcher: Any) -> Allowed:
+        """Find the ids that llguidance allows next."""
+        bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
+        self._check(matcher)
+        return np.unpackbits(bits, count=self._compiler.num_rows, bitorder="little").view(bool)
+
+    def _check(self, matcher: Any) -> None:
+        """Raise SettingsError if the reply can't be continued because llguidance has reached one of its limits."""
+        # NoExtensionBias: no text follows the grammar
+        if matcher.is_error() and (reason := matcher.get_error().splitlines()[0]) != "NoExtensionBias":
+            problem = f"{self._place}: too complex to continue this reply: {reason}"
+            raise SettingsError(problem, hint="shorten its patterns, repetitions or lists")
 
 
 class _Words:

@@ -47,6 +47,7 @@ def read_schema(value: str) -> Constraint:
     text = value if is_json else _read_text(Path(value), "json_schema", MAX_BYTES)
     try:
         schema = json.loads(text)
+        json.dumps(schema)  # fails where it is nested too deeply
     except (ValueError, RecursionError) as error:
         raise SettingsError(f"{place}: not valid JSON: {shorten(str(error), 100)}") from None
     if not isinstance(schema, dict):
