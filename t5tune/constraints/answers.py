@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 Allowed = npt.NDArray[np.bool_]
 Integers = npt.NDArray[np.int64]
+MIN_KEPT = 64  # answers with equal beginnings, whose next ids are kept; fewer are searched faster than kept
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Answers:
     starts: Integers
     num_rows: int
     stop_ids: Sequence[int]
-    _allowed: dict[tuple[int, int], npt.NDArray[np.int32]] = field(default_factory=dict)  # of the first ids
+    _found: dict[tuple[int, int, int], tuple[npt.NDArray[np.int32], Integers]] = field(default_factory=dict)
 
     @classmethod
     def sort(cls, rows: Sequence[list[int]], stop_ids: Sequence[int], num_rows: int) -> "Answers":
@@ -50,12 +51,14 @@ class Answers:
         """Return the ids at this depth of the answers from `low` to `high`, which begin with equal ids."""
         return self.ids[self.starts[low:high] + depth]
 
-    def find_next(self, low: int, high: int, depth: int) -> npt.NDArray[np.int32]:
-        if depth > 1:  # few answers are left
-            return np.unique(self.get_column(low, high, depth))
-        if (low, high) not in self._allowed:
-            self._allowed[low, high] = np.unique(self.get_column(low, high, depth))
-        return self._allowed[low, high]
+    def find_next(self, low: int, high: int, depth: int) -> tuple[npt.NDArray[np.int32], Integers]:
+        """Find the different ids of a column, and the place of the first answer with each, and the end."""
+        if (found := self._found.get((low, high, depth))) is None:
+            ids, firsts = np.unique(self.get_column(low, high, depth), return_index=True)
+            found = ids, np.append(firsts + low, high)
+            if high - low > MIN_KEPT:
+                self._found[low, high, depth] = found
+        return found
 
 
 @dataclass
@@ -72,17 +75,18 @@ class AnswerMatcher:
 
     def find_allowed(self) -> Allowed:
         allowed = np.zeros(self.answers.num_rows, bool)
-        found = self.answers.find_next(self.low, self.high, self.depth)
+        found, _ = self.answers.find_next(self.low, self.high, self.depth)
         allowed[found] = True
         allowed[list(self.answers.stop_ids)] = self.answers.stop_ids[0] in found
         return allowed
 
     def accept(self, index: int) -> bool:
         is_stop = index in self.answers.stop_ids
-        column = self.answers.get_column(self.low, self.high, self.depth)
+        ids, bounds = self.answers.find_next(self.low, self.high, self.depth)
         wanted = self.answers.stop_ids[0] if is_stop else index
-        low, high = (int(np.searchsorted(column, wanted, side)) for side in ("left", "right"))
-        if low == high or is_stop:
-            return low < high
-        self.low, self.high, self.depth = self.low + low, self.low + high, self.depth + 1
+        place = int(np.searchsorted(ids, wanted))
+        if place == len(ids) or ids[place] != wanted:
+            return False
+        if not is_stop:
+            self.low, self.high, self.depth = int(bounds[place]), int(bounds[place + 1]), self.depth + 1
         return True

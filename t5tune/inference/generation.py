@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from transformers import LogitsProcessor, StoppingCriteria, TemperatureLogitsWarper, TopPLogitsWarper
 
@@ -96,7 +97,9 @@ def generate(
     scorer = _RowScores(num_top, on_scores) if on_scores else None
     follower = _Follower(on_token, stop_ids, len(sources), scorer) if on_token else None
     processors: list[LogitsProcessor] = [scorer] if scorer else []
-    processors += [_RowConstraints(constraints, stop_ids, decoding.num_beams)] if any(constraints) else []
+    if any(constraints):
+        is_greedy = [decoding.num_beams == 1 and sampling is None for sampling in samplings or [None] * len(sources)]
+        processors.append(_RowConstraints(constraints, stop_ids, decoding.num_beams, is_greedy))
     processors += [_RowSampler(samplings)] if any(samplings) else []
     with torch.no_grad(), size_cache_by_decoder(model), _explain_config_errors():
         output_BT = model.generate(
@@ -150,16 +153,21 @@ class _RowConstraints(LogitsProcessor):  # type: ignore[misc]
     """Allows each row only the tokens that continue its reply under its constraint, by setting other scores to -inf.
 
     It keeps the state of each reply that is alive. A beam continues any beam of its source, so the states are found by
-    the source and the ids so far.
+    the source and the ids so far. To find all allowed tokens takes longer than to accept one, so the scores of a
+    greedy reply change only if its likeliest token isn't allowed.
     """
 
-    def __init__(self, constraints: Sequence[Matcher | None], stop_ids: list[int], num_beams: int) -> None:
+    def __init__(
+        self, constraints: Sequence[Matcher | None], stop_ids: list[int], num_beams: int, is_greedy: Sequence[bool]
+    ) -> None:
         self._constraints, self._stop_ids, self._num_beams = constraints, stop_ids, num_beams
+        self._is_greedy = is_greedy
         self._states: dict[tuple[int, ...], Matcher] = {}
 
     def __call__(self, input_ids_BT: torch.Tensor, scores_BV: torch.Tensor) -> torch.Tensor:
         states: dict[tuple[int, ...], Matcher] = {}
-        allowed_BV = np.ones(scores_BV.shape, bool)
+        masks: dict[int, npt.NDArray[np.bool_]] = {}
+        likeliest = scores_BV.argmax(-1).tolist() if any(self._is_greedy) else []
         for row, ids in enumerate(input_ids_BT[:, 1:].tolist()):  # without the start token
             source = row // self._num_beams
             constraint = self._constraints[source]
@@ -168,11 +176,19 @@ class _RowConstraints(LogitsProcessor):  # type: ignore[misc]
             key = (source, *ids)
             if key not in states and (state := self._follow(constraint, key)) is not None:
                 states[key] = state
-            allowed_BV[row] = states[key].find_allowed() if key in states else False
-            if not allowed_BV[row].any():  # the reply has ended
-                allowed_BV[row, self._stop_ids] = True
+            if key in states and self._is_greedy[source] and states[key].copy().accept(likeliest[row]):
+                continue
+            allowed_V = states[key].find_allowed() if key in states else np.zeros(scores_BV.shape[1], bool)
+            if not allowed_V.any():  # the reply has ended
+                allowed_V[self._stop_ids] = True
+            masks[row] = allowed_V
         self._states = states
-        return scores_BV.masked_fill(~torch.from_numpy(allowed_BV).to(scores_BV.device), -torch.inf)
+        if not masks:
+            return scores_BV
+        scores_BV = scores_BV.clone()
+        for row, allowed_V in masks.items():
+            scores_BV[row].masked_fill_(~torch.from_numpy(allowed_V).to(scores_BV.device), -torch.inf)
+        return scores_BV
 
     def _follow(self, constraint: Matcher, key: tuple[int, ...]) -> Matcher | None:
         """Return the state after the ids of a key, whose last id is new; None: the reply has ended."""
