@@ -33,8 +33,9 @@ def test_the_suggestion_fits_and_is_accepted_by_train(tmp_path: Path) -> None:
     write_short_model(tmp_path)
     for memory, expected in (
         ("80GiB", "--bf16 --per"),
-        ("1000MiB", "--bf16 --gradient-checkpointing --per"),
+        ("1030MiB", "--bf16 --gradient-checkpointing --per"),
         ("980MiB", "--bf16 --gradient-checkpointing --q-lora --per"),
+        ("960MiB", "--bf16 --gradient-checkpointing --deepspeed zero3-offload --per"),
     ):
         result = make_plan(tmp_path, gpu_memory=memory, per_device_train_batch_size=1)
         assert expected in result.suggestion.flags
@@ -115,8 +116,10 @@ def test_no_bf16_is_suggested_for_a_gpu_without_it(
     ("memory", "given", "expected"),
     [
         ("80GiB", {"q_lora": True, "init_lora_weights": "loftq"}, "--bf16 --gradient-checkpointing --q-lora"),
-        ("980MiB", {"init_lora_weights": "pissa"}, None),  # only q_lora would fit, which PiSSA excludes
-        ("980MiB", {"init_lora_weights": "olora"}, None),
+        # PiSSA and OLoRA exclude q_lora
+        ("980MiB", {"init_lora_weights": "pissa"}, "--bf16 --gradient-checkpointing --deepspeed zero3-offload"),
+        ("980MiB", {"init_lora_weights": "olora"}, "--bf16 --gradient-checkpointing --deepspeed zero3-offload"),
+        ("940MiB", {"init_lora_weights": "pissa"}, None),
         ("980MiB", {}, "--bf16 --gradient-checkpointing --q-lora"),
         (
             "80GiB",
@@ -139,4 +142,5 @@ def test_suggested_flags_and_the_given_settings_are_accepted_by_train(
     loaded = load_train_settings(suggestion.flags, **given)
     assert loaded.q_lora is ("--q-lora" in expected)
     assert loaded.gradient_checkpointing is ("--gradient-checkpointing" in expected)
-    assert loaded.tokens_per_batch is loaded.deepspeed is None
+    assert loaded.tokens_per_batch is None
+    assert loaded.deepspeed == ("zero3-offload" if "zero3-offload" in expected else None)
