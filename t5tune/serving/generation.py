@@ -165,7 +165,7 @@ class Generation:
         return False
 
     def add_scored(self, targets: Sequence[ScoredTarget]) -> None:
-        """Add the scores of the next targets; the last ones end it."""
+        """Add the scores of the next targets. The last target ends the reply."""
         self.scored_targets += targets
         if len(self.scored_targets) == len(self.targets):
             self.end("stop")

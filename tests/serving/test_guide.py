@@ -104,7 +104,7 @@ def test_the_page_lists_fields_and_metrics_of_the_server() -> None:
 def test_the_pages_list_the_settings_that_need_a_restart() -> None:
     (listed,) = re.findall(r"^- (`host`, .*?) change only at a restart", OPERATIONS, re.MULTILINE | re.DOTALL)
     assert tuple(re.findall(r"`(\w+)`", listed)) == ServeSettings.needs_restart
-    (cheap,) = re.findall(r"(`max_new_tokens`, [^.]*?)\s+and the models' names change without", OPERATIONS)
+    (cheap,) = re.findall(r"(`max_new_tokens`, [^.]*?)\s+and the models' names\s+change without", OPERATIONS)
     assert {*re.findall(r"`(\w+)`", cheap), "models"} == OF_REPLIES
 
 
