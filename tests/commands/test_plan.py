@@ -259,7 +259,7 @@ def test_a_mixture_is_planned_as_it_is_mixed(data_of_runs: dict[str, Path]) -> N
 
 
 @pytest.mark.parametrize("weights", [[":1"], [":1", ":3"], [""]])
-def test_data_without_a_token_cache_is_planned_as_it_is_trained(
+def test_data_without_a_cache_is_planned_as_it_is_trained(
     weights: list[str], conversations: Path, tmp_path: Path
 ) -> None:
     from t5tune.commands.train import train

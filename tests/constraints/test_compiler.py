@@ -43,7 +43,7 @@ def test_texts_that_the_tokenizer_changes_are_refused(constraint: Constraint, me
     assert str(refused.value).startswith(message)
 
 
-def test_a_reply_that_needs_too_many_states_is_an_error_and_later_replies_start_again(
+def test_too_many_states_end_a_reply_but_not_later_replies(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(grammars, "MIN_STATES", 0)

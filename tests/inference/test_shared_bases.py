@@ -69,7 +69,7 @@ def test_the_base_is_in_memory_once_and_unchanged(adapters: list[Path], untied_b
     assert load_for_inference(other_dtype, load_base=bases.load).model.dtype == torch.bfloat16
 
 
-def test_a_base_is_loaded_again_only_if_its_files_changed_and_freed_with_its_models(untied_base: Path) -> None:
+def test_a_base_is_loaded_again_only_after_its_files_changed(untied_base: Path) -> None:
     bases = SharedBases()
     arguments = (untied_base, torch.float32, torch.device("cpu"))
     first, second, changed = (bases.load(*arguments, files=files) for files in ("a", "a", "b"))

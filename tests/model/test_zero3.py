@@ -119,7 +119,7 @@ def test_weights_are_found_after_a_second_gather() -> None:
     assert torch.equal(hidden.grad, torch.ones(4, 2) @ values)
 
 
-def test_large_weights_are_gathered_alone_in_the_order_of_their_numbers() -> None:
+def test_large_weights_are_gathered_alone_in_order() -> None:
     waited: list[list[int]] = []
 
     def gather(group: list[Any], quantize: bool) -> SimpleNamespace:

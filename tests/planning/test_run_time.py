@@ -31,7 +31,7 @@ def test_steps_of_different_lengths_give_a_range() -> None:
     assert time.evaluations == 0  # nothing is held out
 
 
-def test_no_step_is_faster_than_the_fastest_or_slower_than_the_slowest() -> None:
+def test_the_range_includes_the_fastest_and_the_slowest_step() -> None:
     time = estimate_run_time(make_times(0.0, [1.0, 9.0], None, 0.0), 2, 0, 1, preparing=0.0, share=1.0)
     assert (time.low, time.high) == (1, 9)
 

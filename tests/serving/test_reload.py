@@ -181,7 +181,7 @@ def test_new_defaults_and_templates_keep_the_weights(
 
 @pytest.mark.parametrize("engine", ["transformers", "ctranslate2"])
 @pytest.mark.variants("transformers")
-def test_running_replies_are_finished_by_the_old_model_which_is_then_freed(
+def test_the_old_model_finishes_running_replies_and_is_freed(
     engine: str,
     adapters: list[Path],
     settings: Callable[..., ServeSettings],
@@ -244,7 +244,7 @@ def test_ctranslate2_keeps_no_reference_to_an_engine_that_has_generated(
     assert len(kept) == 1
 
 
-def test_http_reloads_need_a_key_and_come_one_at_a_time(
+def test_http_reloads_need_a_key_and_exclude_each_other(
     chats: dict[str, Path], settings: Callable[..., ServeSettings], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with serve(settings({"base": chats["base"]})) as server:
@@ -466,9 +466,7 @@ def test_a_running_server_converts_in_a_separate_process(
         assert read_replies(server.url, "base") == expected
 
 
-def test_two_servers_of_a_port_replace_each_other_without_a_lost_request(
-    chats: dict[str, Path], tmp_path: Path
-) -> None:
+def test_two_servers_share_a_port_without_a_lost_request(chats: dict[str, Path], tmp_path: Path) -> None:
     """Half of the clients keep their connections, as long as the server does."""
     arguments = [f"base={chats['base']}", "--engine", "transformers", "--max-new-tokens", "3", "--reuse-port"]
     is_over = threading.Event()

@@ -38,7 +38,7 @@ def test_the_last_metrics_of_training_equal_those_of_evaluate(
         assert trained.eval[name] == pytest.approx(getattr(result, name), rel=1e-4), name
 
 
-def test_evaluate_scores_only_what_a_run_held_out_of_its_data(
+def test_evaluate_scores_only_the_held_out_part_of_a_run(
     untied_base: Path, conversations: Path, cache: Path, tmp_path: Path
 ) -> None:
     """Also of a token cache that was given to train, and for a checkpoint. Runs that held out none see all examples."""

@@ -91,7 +91,7 @@ def test_unusable_records_of_an_object_are_named_by_their_keys(tmp_path: Path) -
 
 @pytest.mark.parametrize("ending", ["", "\n", "\nnot JSON\n", f"\n{GOOD}\n{GOOD}\n"])
 @pytest.mark.parametrize("chunk", [3000, 1 << 20])
-def test_a_long_line_that_begins_with_an_object_is_one_record(
+def test_a_long_line_that_begins_an_object_is_one_record(
     outcomes: Outcomes, monkeypatch: pytest.MonkeyPatch, ending: str, chunk: int
 ) -> None:
     monkeypatch.setattr("t5tune.data.reading.files.READ_CHUNK_BYTES", chunk)
