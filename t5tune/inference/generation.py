@@ -183,11 +183,10 @@ class _RowConstraints(LogitsProcessor):  # type: ignore[misc]
                 allowed_V[self._stop_ids] = True
             masks[row] = allowed_V
         self._states = states
-        if not masks:
-            return scores_BV
-        scores_BV = scores_BV.clone()
+        if masks:
+            scores_BV = scores_BV.clone()
         for row, allowed_V in masks.items():
-            scores_BV[row].masked_fill_(~torch.from_numpy(allowed_V).to(scores_BV.device), -torch.inf)
+            scores_BV[row, ~torch.from_numpy(allowed_V).to(scores_BV.device)] = -torch.inf
         return scores_BV
 
     def _follow(self, constraint: Matcher, key: tuple[int, ...]) -> Matcher | None:
