@@ -1,95 +1,132 @@
-"""Compare scoring labels with one encoder pass per source, and with a pass per label.
+"""Compare constrained replies that need no repair with free replies, on both engines.
 
-    python benchmarks/constraints.py
+    python benchmarks/constraints.py [--shape flan-t5-base] [--tokenizer FOLDER] [--replies 8] [--tokens 64]
 
-The models have the shapes of Flan-T5-small and -base and random weights. Each source has 60 to 240 random tokens and 8
-labels of 2 to 4 tokens, as of a classifier. `shared` scores a source's labels together, as `evaluate --choices` does;
-`separate` makes an example of each label, in the same packed batches. Both take turns in separate processes, with one
-thread. The results must agree: `largest_difference` is in nats.
+Makes a model with Flan-T5's shape and random weights, whose head never prefers a special token. Its free replies are
+what it writes anyway, so constraints that allow them need no repair:
+
+- `pattern`: a regular expression that allows any text
+- `choices`: 100,000 answers of random tokens, and the free replies
+
+The ways take turns in one process with one thread, on one batch of replies of equal lengths. Prints a JSON line for
+each engine: seconds of the fastest turn, the ratio to free replies (`cpu_ratio`: of CPU seconds, which say more on a
+busy machine), tokens per second, and the repaired tokens.
+`same` says whether the constrained replies are the free ones.
 """
 
 import argparse
 import json
+import shutil
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from sides import run_self, write_base
+from safetensors.torch import load_file, save_file
+from sides import write_base
 
-from t5tune.data.tokens.encoding import Example
-from t5tune.evaluation.scoring import measure_targets
-from t5tune.inference.target_scores import Candidates, score_targets, set_up_scoring
+from t5tune.checkpoints.pocket import pocket_folder
+from t5tune.constraints import Constraint, Matcher
+from t5tune.constraints.answers import Answers
+from t5tune.constraints.compiler import Compiler
+from t5tune.converting.ctranslate2 import convert
+from t5tune.data.tokens.tokenizer import load_tokenizer
+from t5tune.io.processes import count_cores
 from t5tune.model.load import load_base
 from t5tune.planning.known_configs import KNOWN_CONFIGS
+from t5tune.serving.engines import TransformersEngine, TranslatorEngine
+from t5tune.serving.generation import DecodingOptions, Generation
 
-SHAPES = {"flan-t5-small": "google/flan-t5-small", "flan-t5-base": "google/flan-t5-base"}
-WAYS = ("shared", "separate")
-NUM_LABELS, EOS = 8, 1
-
-
-def make_sources(count: int) -> list[Example]:
-    """Make sources with the same labels."""
-    rng = np.random.default_rng(0)
-
-    def make_ids(low: int, high: int) -> Any:
-        return np.append(rng.integers(3, 32000, rng.integers(low, high)), EOS)
-
-    first, *others = (make_ids(1, 4) for _ in range(NUM_LABELS))
-    return [Candidates(make_ids(59, 240), first, tuple(others)) for _ in range(count)]
+EOS, PAD = 1, 0
+NUM_ANSWERS, ANSWER_LENGTHS = 100_000, (3, 12)
 
 
-def score_labels(way: str, base: Path, count: int) -> dict[str, Any]:
-    """Score the labels of some sources in this process."""
-    model = load_base(base, torch.float32, torch.device("cpu"))
-    collator = set_up_scoring(model, pad_token_id=0)
-    sources = make_sources(count)
-    examples = [Example(each.source_S, target) for each in sources for target in each.targets]
-    examples = sources if way == "shared" else examples
-    score_targets(model, examples[:2], collator)
-    started = time.perf_counter()
-    found = measure_targets(model, examples, collator, None, measure=score_targets)
-    seconds = time.perf_counter() - started
-    return {"seconds": seconds, "logprobs": [score.logprob for scores in found for score in scores]}
+def make_model(folder: Path, shape: str, compiler: Compiler) -> Path:
+    """Write a random model that never prefers a token which no constraint allows."""
+    write_base(folder, KNOWN_CONFIGS[f"google/{shape}"])
+    weights = load_file(folder / "model.safetensors")
+    later = compiler.spellings.later
+    # no incomplete characters, no blanks, no dropped spaces
+    unwanted = [i for i in range(len(later)) if not (later[i] or b"").strip().decode(errors="ignore").isalpha()]
+    weights["lm_head.weight"][unwanted] = 0.0
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
 
 
-def compare_labels(options: argparse.Namespace) -> list[dict[str, Any]]:
-    found = []
-    for shape, name in SHAPES.items():
-        with tempfile.TemporaryDirectory() as folder:
-            base = write_base(Path(folder, "base"), KNOWN_CONFIGS[name])
-            rounds: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
-            for _ in range(options.rounds):
-                for way, results in rounds.items():
-                    arguments = ("--way", way, "--base", base, "--sources", options.sources)
-                    results.append(run_self(*arguments, OMP_NUM_THREADS="1"))
-        best = {way: min(each["seconds"] for each in results) for way, results in rounds.items()}
-        logprobs = [np.array(results[0]["logprobs"]) for results in rounds.values()]
-        found.append(
-            {
-                "shape": shape,
-                "labels": NUM_LABELS,
-                "sources_per_second": {way: round(options.sources / seconds, 2) for way, seconds in best.items()},
-                "times_as_fast_as_separate": round(best["separate"] / best["shared"], 2),
-                "largest_difference": float(np.abs(logprobs[0] - logprobs[1]).max()),
-            }
-        )
-    return found
+def generate(engine: Any, sources: list[list[int]], num_tokens: int, matcher: Matcher | None) -> tuple[Any, int]:
+    """Return replies of equal lengths, and the number of repaired tokens."""
+    options = DecodingOptions(num_tokens, constraint=matcher)
+    replies = [Generation(engine, source, options, lambda: None) for source in sources]
+
+    def add(index: int, token: int) -> bool:
+        replies[index].ids.append(token)
+        return len(replies[index].ids) == num_tokens
+
+    engine.generate(replies, add)
+    return [reply.ids for reply in replies], sum(reply.num_repairs for reply in replies)
+
+
+def compare(engine: Any, matchers: Mapping[str, Matcher | None], sources: Any, num_tokens: int, repeat: int) -> Any:
+    seconds: dict[str, list[float]] = {way: [] for way in matchers}
+    cpu_seconds: dict[str, list[float]] = {way: [] for way in matchers}
+    replies, repairs = {}, {}
+    for turn in range(repeat + 1):
+        for way, matcher in matchers.items():
+            started, used = time.perf_counter(), time.process_time()
+            replies[way], repairs[way] = generate(engine, sources, num_tokens, matcher)
+            if turn:  # the first warms up
+                seconds[way].append(time.perf_counter() - started)
+                cpu_seconds[way].append(time.process_time() - used)
+    fastest, least = ({way: min(times) for way, times in each.items()} for each in (seconds, cpu_seconds))
+    return {
+        way: {
+            "seconds": round(fastest[way], 3),
+            "ratio": round(fastest[way] / fastest["free"], 3),
+            "cpu_ratio": round(least[way] / least["free"], 3),
+            "tokens_per_second": round(len(sources) * num_tokens / fastest[way], 1),
+            "repairs": repairs[way],
+            "same": replies[way] == replies["free"],
+        }
+        for way in matchers
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--sources", type=int, default=24)
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--way", choices=WAYS)
-    parser.add_argument("--base", type=Path)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--shape", default="flan-t5-base")
+    parser.add_argument("--tokenizer", type=Path, default=pocket_folder())
+    for name, default in (("--replies", 8), ("--tokens", 64), ("--repeat", 3)):
+        parser.add_argument(name, type=int, default=default)
     options = parser.parse_args()
-    if options.way is not None:
-        print(json.dumps(score_labels(options.way, options.base, options.sources)))
-        return
-    print(json.dumps({"sources": options.sources, "labels": compare_labels(options)}))
+    torch.set_num_threads(1)
+    rng = np.random.default_rng(0)
+    tokenizer = load_tokenizer(options.tokenizer)
+    compiler = Compiler(tokenizer, 32128, [EOS])
+    sources = [[*rng.integers(3, 1500, 40).tolist(), EOS] for _ in range(options.replies)]
+    pattern = compiler.start(Constraint("regex", r"(.|\n)*", "regex"))
+    with tempfile.TemporaryDirectory() as temporary:
+        base = make_model(Path(temporary) / "base", options.shape, compiler)
+        shutil.copy(options.tokenizer / "tokenizer.json", base)
+        engine = TransformersEngine(load_base(base, torch.float32, torch.device("cpu")), EOS, PAD)
+        free, _ = generate(engine, sources, options.tokens, None)
+        lengths = rng.integers(*ANSWER_LENGTHS, NUM_ANSWERS)
+        started = time.perf_counter()
+        answers = Answers.sort([*free, *(rng.integers(3, 32000, size).tolist() for size in lengths)], [EOS], 32128)
+        print(json.dumps({"sort_seconds": round(time.perf_counter() - started, 2)}), flush=True)
+        matchers = {"free": None, "pattern": pattern, "choices": answers.start()}
+        found = compare(engine, matchers, sources, options.tokens, options.repeat)
+        print(json.dumps({"engine": engine.name, "shape": options.shape, **found}), flush=True)
+        del engine
+        (Path(temporary) / "converted").mkdir()
+        convert(base, Path(temporary) / "converted", None)
+        translator = TranslatorEngine(
+            Path(temporary) / "converted", torch.device("cpu"), "default", frozenset([EOS]), count_cores()
+        )
+        found = compare(translator, matchers, sources, options.tokens, options.repeat)
+        print(json.dumps({"engine": translator.name, "shape": options.shape, **found}), flush=True)
 
 
 if __name__ == "__main__":
