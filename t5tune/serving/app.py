@@ -24,6 +24,7 @@ from t5tune.inference.prompts import Prompt
 from t5tune.io.hosts import is_loopback
 from t5tune.progress import Answered, Report
 from t5tune.serving.computing import Batcher
+from t5tune.serving.generation import DecodingOptions
 from t5tune.serving.metrics import Metrics
 from t5tune.serving.models import ServedModel
 from t5tune.serving.protocol import (
@@ -40,6 +41,7 @@ from t5tune.serving.scoring import Scores
 PAGE_FILE = Path(__file__).with_name("page.html")
 MAX_BODY_BYTES = 4 << 20
 SECONDS_FOR_BODY = 30.0
+SECONDS_TO_COMPILE = 10.0  # a request's constraint
 SECONDS_TO_RESTART = "5"
 CLIENT_GONE = 499  # nginx's status, only for metrics and the log
 PROBES = {"/health", "/ready"}  # are answered before the models are loaded, and while the server stops
@@ -77,6 +79,7 @@ class Service:
         # One thread parses all bodies and encodes all prompts. The event loop can answer other requests meanwhile, and
         # competes with only one thread for Python's interpreter lock, however many requests arrive.
         self._reader = ThreadPoolExecutor(1, "prompts")
+        self._compiler = ThreadPoolExecutor(1, "constraints")
         self._reloader = ThreadPoolExecutor(1, "reload")
         self._routes = [
             Route("/", self._show_page),
@@ -263,7 +266,7 @@ class Service:
         model = self._find_model(request.model)
         record.model = model.name
         self._check_number(request)
-        options = await run(model.read_options, request)
+        options = await self._read_options(model, request)
         prompts: list[Prompt] = []
         unread = model.read_prompts(request)
         while prompt := await run(next, unread, None):  # one by one, so that prompts of other requests get their turn
@@ -271,6 +274,17 @@ class Service:
         record.prompt_tokens = sum(prompt.num_tokens for prompt in prompts)
         record.dropped_messages = sum(prompt.dropped_turns for prompt in prompts)
         return Replies(request, model, prompts, options, self.batcher, record)
+
+    async def _read_options(self, model: ServedModel, request: GenerationRequest) -> DecodingOptions:
+        if not request.has_constraint:
+            return model.read_options(request)
+        # in a separate thread: llguidance compiles some schemas for minutes, and can't be stopped
+        reading = asyncio.get_running_loop().run_in_executor(self._compiler, model.read_options, request)
+        try:
+            return await asyncio.wait_for(reading, SECONDS_TO_COMPILE)
+        except TimeoutError:
+            problem = f"compiling the constraint took more than {SECONDS_TO_COMPILE:g} seconds; simplify it"
+            raise ApiError(400, problem, "response_format", "invalid_constraint") from None
 
     async def _score(self, request: Request) -> Response:
         record: Record = request.scope["t5tune"]

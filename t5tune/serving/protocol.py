@@ -200,6 +200,10 @@ class GenerationRequest(_Body):
         """How many of the likeliest tokens at each position are scored with the reply's token; None: no scores."""
         return None
 
+    @property
+    def has_constraint(self) -> bool:
+        return self.response_format is not None or self.structured_outputs is not None
+
     def read_constraint(self) -> Constraint | None:
         """Read the constraint of the request. Raises SettingsError for a list of answers with an empty one."""
         if (given := self.response_format) is not None:

@@ -18,6 +18,7 @@ from t5tune.constraints import Constraint
 from t5tune.constraints.compiler import Compiler
 from t5tune.data.reading.formats import Turn
 from t5tune.data.tokens.tokenizer import Tokenizer, load_tokenizer
+from t5tune.serving import app
 from tests.serving.conftest import StartServer
 from tests.serving.test_replies import ENGINES, LENGTH, MESSAGES, ask, ask_in_pieces, connect, load_chatter, reply
 
@@ -206,6 +207,19 @@ def test_a_constraint_that_cannot_be_enforced_is_refused(
     with pytest.raises(openai.BadRequestError) as refused:
         reply(client, "run", MESSAGES[0], extra_body=body)
     assert refused.value.message.removeprefix("Error code: 400 - ").startswith(message), refused.value.message
+
+
+def test_a_constraint_that_takes_too_long_is_refused_alone(
+    client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = {"structured_outputs": {"json": {"enum": [f"word {number}" for number in range(3000)]}}}
+    monkeypatch.setattr(app, "SECONDS_TO_COMPILE", 1e-9)
+    with pytest.raises(openai.BadRequestError, match="compiling the constraint took more than"):
+        reply(client, "run", MESSAGES[0], extra_body=body)
+    free = reply(client, "run", MESSAGES[0])
+    monkeypatch.undo()
+    assert json.loads(reply(client, "run", MESSAGES[0], extra_body=body, max_tokens=40)).startswith("word ")
+    assert reply(client, "run", MESSAGES[0]) == free
 
 
 def test_ctranslate2_refuses_to_constrain_top_p(server: Server, client: openai.OpenAI) -> None:
