@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from t5tune.compat.quiet import quiet_libraries
-from t5tune.constraints import Matcher
+from t5tune.constraints import Constraint, Matcher
 from t5tune.constraints.reading import read_constraint
 from t5tune.data.reading.formats import Turn
 from t5tune.data.tokens.templates import load_template
@@ -54,7 +54,8 @@ class Chatter:
         prompts: how the model reads and writes text.
         random: the random generator for sampling; each reply continues it.
         precision: of the loaded model.
-        constraint: of all replies, at the beginning of a reply.
+        constraint: of all replies.
+        matcher: the constraint at the beginning of a reply.
     """
 
     model: Any
@@ -62,7 +63,8 @@ class Chatter:
     settings: ChatSettings
     random: Any
     precision: Precision
-    constraint: Matcher | None = None
+    constraint: Constraint | None
+    matcher: Matcher | None
 
     @staticmethod
     def load(settings: ChatSettings, report: Report = silent) -> "Chatter":
@@ -89,10 +91,8 @@ class Chatter:
         settings = settings.model_copy(update={"model_name_or_path": str(loaded.base), "adapter": loaded.adapter})
         random = make_random_generator(settings.seed, loaded.model.device)
         constraint = read_constraint(settings, loaded.json_schema)
-        matcher = (
-            None if constraint is None else make_compiler(loaded, prompts.template.answer_suffix).start(constraint)
-        )
-        return Chatter(loaded.model, prompts, settings, random, loaded.precision, matcher)
+        matcher = _start(constraint, loaded.model, prompts)
+        return Chatter(loaded.model, prompts, settings, random, loaded.precision, constraint, matcher)
 
     def with_system(self, message: str | None) -> "Chatter":
         """Use a different system message; None selects the conversation template's default."""
@@ -104,7 +104,8 @@ class Chatter:
         Raises:
             SettingsError: there is no such template.
         """
-        return replace(self, prompts=replace(self.prompts, template=load_template(name_or_path)))
+        prompts = replace(self.prompts, template=load_template(name_or_path))
+        return replace(self, prompts=prompts, matcher=_start(self.constraint, self.model, prompts))
 
     def with_history(self, keeps_history: bool) -> "Chatter":
         """Choose whether the model sees the whole conversation or only its last message."""
@@ -173,9 +174,15 @@ class Chatter:
                 decoding,
                 on_token=show_token if show else None,
                 samplings=[sampling],
-                constraints=[self.constraint],
+                constraints=[self.matcher],
             )
         return ids
+
+
+def _start(constraint: Constraint | None, model: Any, prompts: Prompts) -> Matcher | None:
+    if constraint is None:
+        return None
+    return make_compiler(model, prompts.tokenizer, prompts.template.answer_suffix).start(constraint)
 
 
 def save_conversation(path: Path, turns: list[Turn], system: str | None) -> None:

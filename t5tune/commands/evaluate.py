@@ -38,6 +38,7 @@ from t5tune.distributed.signals import handle_signals
 from t5tune.distributed.watch import watch_ranks
 from t5tune.distributed.world import World
 from t5tune.errors import ModelError, SettingsError
+from t5tune.evaluation.constraints import check_constraint
 from t5tune.evaluation.examples import (
     EvaluationPlan,
     EvaluationSet,
@@ -158,7 +159,8 @@ class _Task:
         settings: with the values that were taken from training.
         is_prepared: whether all data is in token caches.
         names: the built-in metrics to compute.
-        constraint: of all predictions, also of the base's.
+        constraint: of all predictions.
+        base_constraint: of the base's predictions; None: they are free, perhaps because its tokenizer can't follow it.
         answers: the scored choices, or the only possible predictions; empty: free predictions.
     """
 
@@ -168,6 +170,7 @@ class _Task:
     chosen: EvaluationSet
     names: list[str]
     constraint: Constraint | None
+    base_constraint: Constraint | None
     answers: list[str]
 
     def make_work(self, num_ranks: int) -> _Work:
@@ -186,7 +189,7 @@ class _Task:
     def select_base(self) -> "_Task":
         """Return the base's task, with the examples encoded by its tokenizer."""
         assert self.chosen.base is not None, "compare_base is set"
-        return replace(self, chosen=self.chosen.base)
+        return replace(self, chosen=self.chosen.base, constraint=self.base_constraint)
 
     def count_partial_targets(self) -> int:
         """Count the targets that are truncated, or contain characters that the vocabulary lacks."""
@@ -327,11 +330,8 @@ def _read_task(
         settings = settings.model_copy(update=inherited)
     constraint = read_constraint(settings, loaded.json_schema)
     answers = [] if constraint is None else constraint.answers
-    if constraint is not None and answers:
-        for each in filter(None, (chosen, chosen.base)):  # before anything is computed
-            make_compiler(replace(loaded, tokenizer=each.tokenizer), "").start(constraint)
-        chosen.check_targets({*answers}, constraint.place, report)
-    return _Task(settings, is_prepared, folder, chosen, list(names), constraint, answers)
+    of_base = check_constraint(constraint, chosen, loaded, report)
+    return _Task(settings, is_prepared, folder, chosen, list(names), constraint, of_base, answers)
 
 
 def _finish(task: _Task | None, tuned: Outcome, base: Outcome | None, started: float, report: Report) -> EvaluateResult:
@@ -422,7 +422,9 @@ def _generate_replies(
     """Generate replies to each example, the best first, with the tokens that ended them."""
     batch_size, replies = settings.per_device_eval_batch_size, []
     for part, (decoding, end) in work.decodings.items():
-        matcher = None if work.constraint is None else make_compiler(loaded, end).start(work.constraint)
+        matcher = None
+        if work.constraint is not None:
+            matcher = make_compiler(loaded.model, loaded.tokenizer, end).start(work.constraint)
         if isinstance(matcher, AnswerMatcher) and settings.max_new_tokens is None:
             decoding = replace(decoding, max_new_tokens=int(np.diff(matcher.answers.starts).max()))
         examples = [work.examples[index] for index in part] if len(work.decodings) > 1 else work.examples

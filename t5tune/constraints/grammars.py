@@ -194,7 +194,7 @@ class _Words:
         self.special_token_ids = [index for index, text in enumerate(spellings) if not text]
 
     def __call__(self, text: str) -> list[int]:
-        raise NotImplementedError("HEADER keeps llguidance from tokenizing text")
+        raise AssertionError("HEADER keeps llguidance from tokenizing text")
 
 
 def _write_body(constraint: Constraint) -> str:

@@ -86,10 +86,10 @@ class LoadedModel(ModelFiles):
     engine: Any = None
 
 
-def make_compiler(loaded: LoadedModel, answer_suffix: str) -> Compiler:
+def make_compiler(model: Any, tokenizer: Tokenizer, answer_suffix: str) -> Compiler:
     """Make a compiler of constraints on a model's replies. `answer_suffix`: the conversation template's."""
-    stop_ids = find_stop_ids(loaded.model, loaded.tokenizer.eos_token_id)
-    return Compiler(loaded.tokenizer, loaded.num_rows, stop_ids, answer_suffix)
+    stop_ids = find_stop_ids(model, tokenizer.eos_token_id)
+    return Compiler(tokenizer, model.architecture.dimensions.num_rows, stop_ids, answer_suffix)
 
 
 def read_model_files(base: Path, adapter: Path | None) -> ModelFiles:

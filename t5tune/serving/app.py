@@ -276,15 +276,20 @@ class Service:
         return Replies(request, model, prompts, options, self.batcher, record)
 
     async def _read_options(self, model: ServedModel, request: GenerationRequest) -> DecodingOptions:
-        if not request.has_constraint:
+        if request.constraint_field is None:
             return model.read_options(request)
         # in a separate thread: llguidance compiles some schemas for minutes, and can't be stopped
-        reading = asyncio.get_running_loop().run_in_executor(self._compiler, model.read_options, request)
-        try:
-            return await asyncio.wait_for(reading, SECONDS_TO_COMPILE)
-        except TimeoutError:
-            problem = f"compiling the constraint took more than {SECONDS_TO_COMPILE:g} seconds; simplify it"
-            raise ApiError(400, problem, "response_format", "invalid_constraint") from None
+        reading = self._compiler.submit(model.read_options, request)
+        options = asyncio.wrap_future(reading)
+        await asyncio.wait({options}, timeout=SECONDS_TO_COMPILE)
+        if options.done():
+            return options.result()
+        if reading.cancel():  # it hadn't begun
+            headers = {"retry-after": SECONDS_TO_RESTART}
+            raise ApiError(503, "an earlier request's constraint is being compiled", headers=headers)
+        options.add_done_callback(lambda late: late.cancelled() or late.exception())  # else asyncio logs its error
+        problem = f"compiling the constraint took more than {SECONDS_TO_COMPILE:g} seconds; simplify it"
+        raise ApiError(400, problem, request.constraint_field, "invalid_constraint")
 
     async def _score(self, request: Request) -> Response:
         record: Record = request.scope["t5tune"]

@@ -106,8 +106,7 @@ class ServedModel:
                 raise SettingsError(f"{constraint.place}: {size}")
             matcher = self.compiler.start(constraint)
         except (SettingsError, DependencyError) as error:
-            place = "response_format" if request.structured_outputs is None else "structured_outputs"
-            raise ApiError(400, str(error), place, "invalid_constraint") from error
+            raise ApiError(400, str(error), request.constraint_field, "invalid_constraint") from error
         if options.temperature > 0 and options.top_p < 1 and not self.engine.can_constrain_top_p:
             advice = "leave it out, or serve with --engine transformers"
             problem = f"top_p: {options.top_p:g}: CTranslate2 can't constrain replies with it; {advice}"

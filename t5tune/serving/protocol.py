@@ -201,8 +201,10 @@ class GenerationRequest(_Body):
         return None
 
     @property
-    def has_constraint(self) -> bool:
-        return self.response_format is not None or self.structured_outputs is not None
+    def constraint_field(self) -> str | None:
+        """The field with the constraint; None: the request has no constraint."""
+        fields = ("response_format", "structured_outputs")
+        return next((name for name in fields if getattr(self, name) is not None), None)
 
     def read_constraint(self) -> Constraint | None:
         """Read the constraint of the request. Raises SettingsError for a list of answers with an empty one."""
@@ -309,7 +311,7 @@ class ScoreRequest(_Body):
     @model_validator(mode="after")
     def _check_source(self) -> Self:
         if bool(self.prompt) == bool(self.messages) or len(self.prompt) > 1:
-            raise ValueError("expected a prompt or messages")
+            raise ValueError("expected one prompt, or messages")
         return self
 
     def make_generation_request(self) -> ChatRequest | CompletionRequest:

@@ -81,6 +81,12 @@ def test_replies_follow_the_schema_by_default(run: Path) -> None:
     assert Chatter.load(ChatSettings(**settings, json_schema="none")).reply("the lamp").reply != constrained
 
 
+def test_choices_end_with_the_text_of_the_template_in_use(run: Path) -> None:
+    settings = ChatSettings(model_name_or_path=run, use_cpu=True, choices="one", conversation_template="fastchat-t5")
+    chatter = Chatter.load(settings)
+    assert [each.reply("the lamp").reply for each in (chatter, chatter.with_template("plain"))] == ["one", "one"]
+
+
 def test_evaluate_constrains_predictions_and_counts_incomplete_ones(run: Path, tmp_path: Path) -> None:
     data = write_pairs(tmp_path / "held_out.jsonl", [{"name": "Ada", "color": "red"}, {"name": "Otto", "color": "red"}])
     settings = EvaluateSettings(
@@ -95,6 +101,24 @@ def test_evaluate_constrains_predictions_and_counts_incomplete_ones(run: Path, t
     free = evaluate(settings.replace(json_schema=None, output_dir=tmp_path / "free"))
     assert free.valid_json == 0
     assert free.loss == found.loss
+
+
+def test_the_base_without_braces_is_compared_with_free_predictions(run: Path, tmp_path: Path) -> None:
+    data = write_pairs(tmp_path / "held_out.jsonl", [{"name": "Ada", "color": "red"}])
+    notes = Notes()
+    found = evaluate(
+        EvaluateSettings(
+            model_name_or_path=run, data_path=data, output_dir=tmp_path / "compared", use_cpu=True, max_new_tokens=60,
+            compare_base=True,
+        ),
+        notes,
+    )  # fmt: skip
+    assert found.valid_json == 100
+    assert found.base is not None
+    assert found.base["valid_json"] == 0
+    assert [text for text in notes.warnings if "the base's predictions are free" in text] == [
+        "the base's predictions are free: json_schema of training: this tokenizer can't write '{'"
+    ]
 
 
 def test_serve_constrains_replies_by_default(models: list[Path], tmp_path: Path) -> None:

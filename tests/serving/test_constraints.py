@@ -2,6 +2,7 @@
 
 import json
 import re
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -209,17 +210,28 @@ def test_a_constraint_that_cannot_be_enforced_is_refused(
     assert refused.value.message.removeprefix("Error code: 400 - ").startswith(message), refused.value.message
 
 
-def test_a_constraint_that_takes_too_long_is_refused_alone(
+def test_a_constraint_that_takes_too_long_holds_up_no_free_request(
     client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    body = {"structured_outputs": {"json": {"enum": [f"word {number}" for number in range(3000)]}}}
-    monkeypatch.setattr(app, "SECONDS_TO_COMPILE", 1e-9)
-    with pytest.raises(openai.BadRequestError, match="compiling the constraint took more than"):
-        reply(client, "run", MESSAGES[0], extra_body=body)
+    gate, start = threading.Event(), Compiler.start
+
+    def wait_and_start(compiler: Compiler, constraint: Constraint) -> Any:
+        gate.wait()
+        return start(compiler, constraint)
+
     free = reply(client, "run", MESSAGES[0])
-    monkeypatch.undo()
-    assert json.loads(reply(client, "run", MESSAGES[0], extra_body=body, max_tokens=40)).startswith("word ")
-    assert reply(client, "run", MESSAGES[0]) == free
+    monkeypatch.setattr(app, "SECONDS_TO_COMPILE", 0.1)
+    monkeypatch.setattr(Compiler, "start", wait_and_start)
+    try:
+        with pytest.raises(openai.BadRequestError, match="compiling the constraint took more than 0.1 seconds"):
+            reply(client, "run", MESSAGES[0], **CONSTRAINTS[1][0])
+        with pytest.raises(openai.InternalServerError, match="503 - an earlier request's constraint is being compiled"):
+            reply(client, "run", MESSAGES[0], **CONSTRAINTS[0][0])
+        assert reply(client, "run", MESSAGES[0]) == free
+    finally:
+        gate.set()
+    monkeypatch.setattr(app, "SECONDS_TO_COMPILE", 60)
+    assert re.fullmatch(PATTERN, reply(client, "run", MESSAGES[0], **CONSTRAINTS[1][0]))
 
 
 def test_ctranslate2_refuses_to_constrain_top_p(server: Server, client: openai.OpenAI) -> None:

@@ -91,9 +91,9 @@ def test_scores_and_replies_at_the_same_time_are_the_same(client: openai.OpenAI)
     ("body", "message"),
     [
         ({"targets": [], "prompt": "Hi"}, "targets: must not be empty"),
-        ({"targets": ["a"]}, "expected a prompt or messages"),
-        ({"targets": ["a"], "prompt": ["a", "b"]}, "expected a prompt or messages"),
-        ({"targets": ["a"], "prompt": "a", "messages": [{"role": "user", "content": "a"}]}, "expected a prompt or"),
+        ({"targets": ["a"]}, "expected one prompt, or messages"),
+        ({"targets": ["a"], "prompt": ["a", "b"]}, "expected one prompt, or messages"),
+        ({"targets": ["a"], "prompt": "a", "messages": [{"role": "user", "content": "a"}]}, "expected one prompt"),
         ({"targets": ["a " * 40_000], "prompt": "a"}, "targets: too long: 80,000 bytes"),
         ({"targets": ["a b c d e f g " * 300] * 12, "prompt": "a"}, "targets: "),
         ({"targets": ["a"], "prompt": "a", "n": 2}, "n: unknown field"),
