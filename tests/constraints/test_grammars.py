@@ -74,6 +74,18 @@ def test_a_grammar_and_a_suffix_are_followed(tmp_path: Path) -> None:
     assert [follows(compiler, tokenizer, constraint, text) for text in texts] == [True, True, False, False, False]
 
 
+def test_a_refused_id_leaves_the_state_unchanged(tmp_path: Path) -> None:
+    compiler, tokenizer = make_compiler("added", tmp_path)
+    matcher = compiler.compile(Constraint("regex", "[a-z]+( [a-z]+)*", "regex")).copy()
+    ids = make_encoder(tokenizer).encode(["six coffees"])[0].tolist()
+    for index in ids:
+        before = matcher.find_allowed()
+        for refused in np.flatnonzero(~before)[::40].tolist():
+            assert not matcher.accept(refused)
+        assert (matcher.find_allowed() == before).all()
+        assert matcher.accept(index)
+
+
 def test_random_replies_that_follow_a_schema_are_valid(tmp_path: Path) -> None:
     compiler, tokenizer = make_compiler("added", tmp_path)
     matcher = compiler.compile(Constraint("json_schema", json.dumps(ORDER), "json_schema: order.json"))

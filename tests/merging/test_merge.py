@@ -237,8 +237,8 @@ def test_a_sum_keeps_the_common_training_settings_of_its_adapters(
     """If the source prefixes differ, the sum has no prefix and no chat template."""
     tokenizer = load_tokenizer(untied_base)
     made = {
-        "a": TrainingData(False, "auto", "text", "short", "sum: ", "sft", ["t5"]),
-        "b": TrainingData(True, "auto", "text", "title", "sum: ", "dpo", ["t5"]),
+        "a": TrainingData(False, "auto", "text", "short", "sum: ", "sft", ["t5"], json_schema={"type": "object"}),
+        "b": TrainingData(True, "auto", "text", "title", "sum: ", "dpo", ["t5"], json_schema={"type": "object"}),
         "c": TrainingData(False, "auto", "text", "short", "fix: ", "sft", ["t5"]),
         "d": None,
     }
@@ -261,13 +261,14 @@ def test_a_sum_keeps_the_common_training_settings_of_its_adapters(
 
     no_template = "the tokenizer gets no chat template: the adapters were trained with different source prefixes"
     common = "training_data.json contains only the common settings; the adapters differ in"
-    joined = TrainingData(True, "auto", None, None, "sum: ", "sft", ["t5"])
+    joined = TrainingData(True, "auto", None, None, "sum: ", "sft", ["t5"], json_schema={"type": "object"})
     assert add_up("ab") == (joined, True, [f"{common} has_earlier_turns, target_column, objective"])
     joined = TrainingData(False, "auto", "text", "short", "", "sft", ["t5"])
-    assert add_up("ac") == (joined, False, [f"{common} source_prefix", no_template])
+    assert add_up("ac") == (joined, False, [f"{common} source_prefix, json_schema", no_template])
     left_out = "no training_data.json written: 1 of 2 adapters lack it"
     assert add_up("ad") == (None, False, [left_out, no_template])
-    prompts = Chatter.load(ChatSettings(model_name_or_path=str(tmp_path / "ab"), use_cpu=True)).prompts
+    settings = ChatSettings(model_name_or_path=tmp_path / "ab", use_cpu=True, json_schema="none")
+    prompts = Chatter.load(settings).prompts
     assert (prompts.source_prefix, prompts.keeps_history) == ("sum: ", True)
 
 
