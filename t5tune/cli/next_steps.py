@@ -112,7 +112,7 @@ def _repeat_held_out(plan: RunPlan, has_evaluated: bool) -> list[str] | None:
     # train reads data_subset from each dataset; a flag can't say that
     if "eval_data" in list_without_flags(plan.given) or (data.eval_data and data.data_subset is not None):
         return None
-    names = [name for name in READING_FLAGS if name != "objective" or data.is_raw_text]
+    names = [name for name in READING_FLAGS if name != "objective" or data.kind == "raw text"]
     if is_cached:  # tokenized data is read without these
         names = []
     elif not any(map(is_dataset_name, paths)):

@@ -173,7 +173,7 @@ def _load_dataset(plan: EvaluationPlan, dataset: DatasetSpec, loaded: LoadedMode
             report(Note(f"{examples.folder}: evaluating on its {format_count(len(held_out), 'held-out example')}"))
             examples = held_out
         return _load_cache_examples(examples, dataset.num_data, plan.compares_base, loaded, report)
-    if dataset.is_raw_text:
+    if dataset.kind == "raw text":
         return _load_raw_text(plan, dataset, loaded, report)
     tokenizer = loaded.tokenizer
     if plan.add_tokens is not None:

@@ -29,6 +29,7 @@ from t5tune.data.tokens.tokenizer import Tokenizer, decode_prediction, decode_wi
 from t5tune.errors import SettingsError
 from t5tune.inference.loading import ModelFiles
 from t5tune.progress import Note, Report, silent
+from t5tune.settings.groups.record_format import KINDS
 from t5tune.settings.messages import shorten_value
 
 
@@ -154,7 +155,7 @@ def _report_datasets(trained_on: TrainingData | None, report: Report) -> None:
     datasets = trained_on.datasets if trained_on is not None else []
     styles = [(dataset.conversation_template, dataset.source_prefix, dataset.has_earlier_turns) for dataset in datasets]
     if any(style != styles[0] for style in styles):
-        main = next((dataset for dataset in datasets if dataset.objective != "span-corruption"), datasets[0])
+        main = next((dataset for dataset in datasets if KINDS[dataset.objective] != "raw text"), datasets[0])
         others = " or ".join(dataset.name for dataset in datasets if dataset is not main)
         choice = f"for {others}, use --conversation-template NAME"
         report(Note(f"prompts follow the training dataset {main.name}; {choice}"))

@@ -76,7 +76,7 @@ class CacheSource:
     def corruption(self) -> SpanCorruption | None:
         """How spans of raw text are masked; None if it isn't the objective."""
         dataset = self.dataset
-        if not dataset.is_raw_text:
+        if dataset.kind != "raw text":
             return None
         corruption = make_corruption(dataset.denoisers, self.vocabulary.tokenizer, self.split.seed)
         if corruption is None:

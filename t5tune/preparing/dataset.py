@@ -78,7 +78,7 @@ class OpenedDataset:
 def open_dataset(plan: PreparePlan, dataset: DatasetSpec, report: Report) -> OpenedDataset:
     """Find the files of a dataset, download them if needed, and read the first records."""
     paths = _bring_data(plan, dataset, report)
-    files = find_files(paths, report, plan.origin.setting, dataset.is_raw_text, dataset.pair_lines)
+    files = find_files(paths, report, plan.origin.setting, dataset.kind == "raw text", dataset.pair_lines)
     stdin = Digest()
     records = read_records(files, dataset, stdin)
     sample = take_sample(records)
@@ -100,7 +100,7 @@ def describe_source(plan: PreparePlan, opened: OpenedDataset, base: Path, vocabu
     saved_templates = [each / TEMPLATE_FILE for each in template_folders if each is not None]
     template = find_template(dataset.conversation_template, saved_templates)
     default_template = None
-    if template is None and dataset.is_raw_text:
+    if template is None and dataset.kind == "raw text":
         template = load_template(PAIR_TEMPLATE)  # raw text has no template; this one is for using the model
     if template is None:
         default_template = choose_default_template(sample, opened.files, dataset)
@@ -146,7 +146,7 @@ def _bring_data(plan: PreparePlan, dataset: DatasetSpec, report: Report) -> list
         choice = replace(choice, defaults=EVALUATION_SPLITS)
     if origin.setting == "eval_data_path":
         choice = replace(choice, setting="eval_data_split")
-    return bring_data(names, choice, origin.setting, plan.base.cache_dir, report, dataset.is_raw_text)
+    return bring_data(names, choice, origin.setting, plan.base.cache_dir, report, dataset.kind == "raw text")
 
 
 def refuse_caches(paths: list[str], setting: str) -> None:

@@ -24,9 +24,8 @@ from t5tune.progress import Note, Report, silent
 from t5tune.settings.affects import Affects, select_settings
 from t5tune.settings.dataset_list import DatasetSettings, name_datasets
 from t5tune.settings.dataset_spec import SHARED, DatasetSpec, check_objective, complete_dataset, put_over
-from t5tune.settings.groups.record_format import PREFERENCE_OBJECTIVES, ReadingSettings
+from t5tune.settings.groups.record_format import KINDS, ReadingSettings
 
-RAW_TEXT = "span-corruption"
 READING = select_settings(ReadingSettings, Affects.INFERENCE)
 LAYOUT = {*READING} - {"source_prefix"}
 INHERITED = DatasetSettings.model_fields.keys() - {"path", "name", "weight", "num_data", "data_split"}
@@ -108,7 +107,7 @@ def _describe_cache(name: str, dataset: DatasetSettings, cache: Path, command: M
     """Describe how the examples of a token cache were made; `num_data` is the number of them to use."""
     inputs = read_manifest(find_caches(cache)[0])["inputs"]
     values = {key: inputs[key] for key in SHARED & inputs.keys()}
-    if {values.get("objective"), command.get("objective")} <= {*PREFERENCE_OBJECTIVES}:  # dpo and orpo read the same
+    if KINDS[inputs["objective"]] == KINDS[command.get("objective", "sft")] == "pairs":  # dpo and orpo read the same
         values["objective"] = command["objective"]
     values["num_data"] = dataset.num_data or command.get("num_data")
     values["conversation_template"] = None  # the cache's template is in its folder
@@ -127,8 +126,8 @@ def _find_conflicts(
         inputs, ignored = manifest["inputs"], {"num_data"}
         # these may have no effect on this cache
         ignored |= {"split_seed"} if not manifest["eval_fraction"] else set()
-        ignored |= {"seed"} if inputs.get("objective") != RAW_TEXT else set()
-        if {given.get("objective"), inputs.get("objective")} <= {*PREFERENCE_OBJECTIVES}:  # dpo and orpo read the same
+        ignored |= {"seed"} if KINDS[inputs["objective"]] != "raw text" else set()
+        if KINDS[inputs["objective"]] == KINDS[given.get("objective", "sft")] == "pairs":
             ignored |= {"objective"}
         for name in sorted(given.keys() & inputs.keys() - ignored):
             if given[name] != inputs[name]:
@@ -158,13 +157,15 @@ def _add_recorded(
         These, and a note that lists the values from training, if there are any.
     """
     namesake = next((each for each in recorded.datasets if each.name == dataset.name), None)
-    first = {"objective": RAW_TEXT} if namesake is not None and namesake.objective == RAW_TEXT else {}
+    first = (
+        {"objective": namesake.objective} if namesake is not None and KINDS[namesake.objective] == "raw text" else {}
+    )
     given = put_over(put_over(dataset.list_given(), first), command)
     by_template = [each for each in recorded.datasets if each.name == given.get("conversation_template")]
     candidates: list[TrainingData | DatasetTraining] = [namesake] if namesake is not None else [*by_template]
-    is_raw_text = given.get("objective") == RAW_TEXT
+    is_raw_text = KINDS[given.get("objective", "sft")] == "raw text"
     candidates = candidates or [recorded, *recorded.datasets]
-    found = next((each for each in candidates if (each.objective == RAW_TEXT) == is_raw_text), None)
+    found = next((each for each in candidates if (KINDS[each.objective] == "raw text") == is_raw_text), None)
     if found is None:
         return [first, command], None
     left_out = LAYOUT if given.keys() & LAYOUT else set[str]()  # a user who names one column describes the whole layout

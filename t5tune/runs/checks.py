@@ -38,7 +38,6 @@ from t5tune.settings.field_types import Settings
 from t5tune.settings.groups.distillation import TEACHER
 from t5tune.settings.groups.preferences import DPO_SETTINGS, ORPO_SETTINGS
 from t5tune.settings.groups.processes import ProcessSettings, RankSettings
-from t5tune.settings.groups.record_format import PREFERENCE_OBJECTIVES
 from t5tune.settings.groups.steps import SCHEDULES_BY_METRIC, StepSettings
 
 FILES_OF_A_RUN = (
@@ -135,7 +134,7 @@ def check_plan(plan: RunPlan, imports_metrics: bool = True) -> None:
         f"eval_data_path: {each.path[0]}: objective is {each.objective} here and {plan.data.objective} for the run; "
         "give held-out data of the same kind"
         for each in plan.eval_datasets
-        if each.reads_preferences != plan.data.reads_preferences
+        if (each.kind == "pairs") != (plan.data.kind == "pairs")
     ]
     if (path := plan.data.preprocessed_path) is not None and path.is_file():
         problem = "is a file; a token cache is a folder. FastChat's JSON cache isn't read; choose a new folder"
@@ -333,7 +332,7 @@ def _find_settings_of_other_objectives(plan: RunPlan) -> list[str]:
         problems.append(
             f"dpo_label_smoothing: {options.dpo_label_smoothing:g}: dpo_loss ipo doesn't use it; leave it out"
         )
-    best, of_pairs = plan.evaluation.metric_for_best_model or "", objective in PREFERENCE_OBJECTIVES
+    best, of_pairs = plan.evaluation.metric_for_best_model or "", plan.data.kind == "pairs"
     if (best.endswith(PREFERENCE_METRICS) and not of_pairs) or (best.endswith("perplexity") and of_pairs):
         problem = f"objective {objective} has no such metric; choose a different metric"
         problems.append(f"metric_for_best_model: {best}: {problem}")

@@ -341,7 +341,7 @@ def dump_run_settings(plan: RunPlan) -> str:
     # no value of these suits all token caches, so each would be refused
     different = {name for name in EXAMPLE_SETTINGS if any(each.get(name) != first.get(name) for each in others)}
     is_of_caches = all(each.cache for each in plan.datasets)
-    if plan.data.reads_preferences:
+    if plan.data.kind == "pairs":
         different.discard("objective")
     return dump_settings(plan.given.model_copy(update=defaults), leave_out=different if is_of_caches else ())
 

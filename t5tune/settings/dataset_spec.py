@@ -12,25 +12,31 @@ from t5tune.errors import SettingsError
 from t5tune.settings.dataset_list import DatasetName, DatasetSettings
 from t5tune.settings.field_types import Settings
 from t5tune.settings.groups.record_format import (
+    KINDS,
     NOT_OF_PAIRED_LINES,
     NOT_OF_PREFERENCES,
     NOT_OF_RAW_TEXT,
     PAIR_FORMATS,
-    PREFERENCE_OBJECTIVES,
 )
 
 COLUMNS = {"source_column", "target_column", "rejected_column"}
 SHARED = DatasetSettings.model_fields.keys() - {"path", "name", "weight", "data_subset", "data_split"}
 """Settings of a command that apply to each of its datasets."""
+
+
+def _find_kind(own: Mapping[str, Any]) -> str | None:
+    return KINDS[own["objective"]] if "objective" in own else None
+
+
 RULES: tuple[tuple[Callable[[Mapping[str, Any], str], bool], set[str]], ...] = (
     # (whether the dataset's values make settings of the command meaningless, these settings)
     (
-        lambda own, _: own.get("objective") == "span-corruption",
+        lambda own, _: _find_kind(own) == "raw text",
         {"source_prefix", "target_column", "rejected_column", "data_format", "pair_lines", *NOT_OF_RAW_TEXT},
     ),
-    (lambda own, _: own.get("objective") not in (None, "span-corruption"), {"denoisers"}),
+    (lambda own, _: _find_kind(own) not in (None, "raw text"), {"denoisers"}),
     (lambda own, _: bool(own.get("pair_lines")), NOT_OF_PAIRED_LINES),
-    (lambda own, _: own.get("objective") in PREFERENCE_OBJECTIVES, {"pair_lines", *NOT_OF_PREFERENCES}),
+    (lambda own, _: _find_kind(own) == "pairs", {"pair_lines", *NOT_OF_PREFERENCES}),
     (lambda own, _: own.get("data_format") not in (None, *PAIR_FORMATS), {"source_prefix", "pair_lines", *COLUMNS}),
     # a user who names one column describes the whole layout
     (lambda own, _: bool(COLUMNS & own.keys()), {"data_format", "pair_lines", *COLUMNS}),
@@ -80,7 +86,7 @@ def check_objective(dataset: DatasetSpec, objective: str) -> None:
     Raises:
         SettingsError: only one of the objectives learns from preference pairs.
     """
-    if dataset.objective != objective and {dataset.objective, objective} & {*PREFERENCE_OBJECTIVES}:
+    if dataset.kind != KINDS[objective] and "pairs" in (dataset.kind, KINDS[objective]):
         problem = f"objective is {dataset.objective} here and {objective} for the run"
         raise SettingsError(f"{problem}; preference pairs can't be mixed with other data")
 

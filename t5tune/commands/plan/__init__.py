@@ -312,6 +312,6 @@ def to_plan_settings(run_plan: RunPlan) -> PlanSettings:
         values.pop("data_path", None)  # the datasets have the paths
     values["time_run"] = False  # a dry run takes seconds, and runs nothing
     values["dropout"] = run_plan.model.layers.dropout
-    if run_plan.data.reads_preferences:  # two targets for each source, if the lengths are assumed
+    if run_plan.data.kind == "pairs":  # two targets for each source, if the lengths are assumed
         values["target_length"] = 2 * PlanSettings.model_fields["target_length"].default
     return PlanSettings(**values)

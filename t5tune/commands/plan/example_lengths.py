@@ -22,7 +22,6 @@ from t5tune.file_names import JSON_SUFFIXES, REJECTED_FILE, RUN_CACHE_FOLDER, TE
 from t5tune.planning.layer_memory import BatchLengths
 from t5tune.preparing.datasets import prepare_datasets
 from t5tune.preparing.plan import Origin, PreparePlan
-from t5tune.preparing.resolve_datasets import RAW_TEXT
 from t5tune.progress import Event, Note, Report, without_notes
 from t5tune.settings import PlanSettings
 from t5tune.settings.dataset_spec import DatasetSpec
@@ -131,7 +130,7 @@ def _leave_out_folder(event: Event, folder: Path) -> Event:
 
 def _estimate_share(dataset: DatasetSpec, manifest: dict[str, Any]) -> float | None:
     """Estimate the share of the data's bytes that a sample was read from; None if they aren't local text files."""
-    files = find_files(dataset.path, is_text=dataset.objective == RAW_TEXT)
+    files = find_files(dataset.path, is_text=dataset.kind == "raw text")
     if not all(file.is_file() and file.suffix.lower() in UNCOMPRESSED for file in files):
         return None
     *_, last = islice(read_records(files, dataset), manifest["conversations"] + manifest["rejected"])

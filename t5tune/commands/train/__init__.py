@@ -299,7 +299,7 @@ def _make_prepare_plan(plan: RunPlan, origin: Origin) -> PreparePlan:
     datasets = plan.eval_datasets if is_eval else plan.datasets
     # train holds out examples itself, so that a change of eval_fraction or of a seed needs no new cache. But for raw
     # text, a seed determines how many tokens are masked: for evaluations it is split_seed, which compared runs share.
-    is_masked = data.is_raw_text or any(each.is_raw_text for each in datasets if each.cache is None)
+    is_masked = "raw text" in (data.kind, *(each.kind for each in datasets if each.cache is None))
     seed = data.split_seed if is_eval else data.seed
     return PreparePlan(
         datasets=datasets,

@@ -34,7 +34,7 @@ from t5tune.settings.groups.layers import LayerSettings
 from t5tune.settings.groups.lora import InitialAdapterSettings
 from t5tune.settings.groups.preferences import PreferenceSettings
 from t5tune.settings.groups.processes import ProcessSettings
-from t5tune.settings.groups.record_format import PREFERENCE_OBJECTIVES
+from t5tune.settings.groups.record_format import KINDS
 from t5tune.settings.groups.run_output import RunOutputSettings
 from t5tune.settings.groups.steps import StepSettings
 from t5tune.settings.records_in_memory import find_kept_path
@@ -52,7 +52,7 @@ def make_run_plan(settings: TrainSettings) -> RunPlan:
     settings = settings.model_copy(update=_list_values_of_caches(settings, datasets))
     quantization = settings.select_part(QuantizationSettings) if settings.q_lora else None
     # without dropout, the policy has the reference's probabilities in the first step of preference training
-    has_dropout = not settings.reads_preferences if settings.dropout is None else settings.dropout
+    has_dropout = settings.kind != "pairs" if settings.dropout is None else settings.dropout
     model = ModelPlan(
         settings.select_part(BaseModelSettings),
         settings.revision,
@@ -149,7 +149,7 @@ def _list_values_of_caches(settings: TrainSettings, datasets: Sequence[DatasetSp
     objectives = [each.objective for each in datasets]
     if "objective" in settings.model_fields_set:
         same.pop("objective", None)
-    elif "objective" not in same and (of_pairs := [each for each in objectives if each in PREFERENCE_OBJECTIVES]):
+    elif "objective" not in same and (of_pairs := [each for each in objectives if KINDS[each] == "pairs"]):
         same["objective"] = of_pairs[0]
     return same
 

@@ -31,7 +31,6 @@ from t5tune.formatting import format_count
 from t5tune.io.processes import count_cores, die_with_parent, make_module_command
 from t5tune.io.yaml_file import MAX_SETTINGS_BYTES, read_yaml
 from t5tune.metrics import is_better_low
-from t5tune.preparing.resolve_datasets import RAW_TEXT
 from t5tune.progress import Note, Report, silent
 from t5tune.runs.checks import check_plan
 from t5tune.runs.folder import RunFolder
@@ -39,6 +38,7 @@ from t5tune.runs.metrics_log import read_metrics
 from t5tune.runs.plan import EXAMPLE_SETTINGS
 from t5tune.runs.resume_guard import check_finished_run
 from t5tune.settings import CompareSettings, TrainSettings, load_settings, write_settings
+from t5tune.settings.groups.record_format import KINDS
 from t5tune.settings.loading import VARIABLE_PREFIX
 from t5tune.settings.sweep import expand_sweep, name_run
 
@@ -162,7 +162,7 @@ def _read_sweep(given: Path | dict[str, Any] | None) -> dict[str, Any]:
 def _find_data(settings: TrainSettings, changes: Mapping[str, object]) -> Path:
     """Return the folder of a run's data, which runs share if their settings make the same token cache."""
     names = EXAMPLE_SETTINGS | MODEL_SETTINGS
-    if changes.get("objective", settings.objective) == RAW_TEXT:  # the seed chooses the tokens to mask
+    if KINDS[str(changes.get("objective", settings.objective))] == "raw text":  # the seed chooses the tokens to mask
         names |= {"seed"}
     varied = {name: value for name, value in changes.items() if name in names}
     folder = settings.preprocessed_path or settings.output_dir / DATA_FOLDER

@@ -47,7 +47,7 @@ from t5tune.io.reasons import describe_error
 from t5tune.io.untrusted import parse_json_object
 from t5tune.io.yaml_file import read_yaml
 from t5tune.settings.denoisers import find_denoisers
-from t5tune.settings.groups.record_format import PREFERENCE_OBJECTIVES
+from t5tune.settings.groups.record_format import KINDS
 from t5tune.settings.messages import describe_value_error, format_place, shorten_file_value
 
 CACHE_FORMAT = 3
@@ -165,7 +165,7 @@ class Cache(Sequence[Example]):
     @property
     def has_preferences(self) -> bool:
         """Whether the examples are preference pairs."""
-        return self.manifest["inputs"].get("objective") in PREFERENCE_OBJECTIVES
+        return KINDS[self.manifest["inputs"]["objective"]] == "pairs"
 
     @cached_property
     def _masked(self) -> tuple[Integers, Integers]:

@@ -105,10 +105,10 @@ def parse_conversation(value: Any, location: RecordLocation, reading: ReadingSet
     """Detect a record's format, check its turns, and make their roles alternate; RejectionError: it can't be used."""
     if not isinstance(value, dict):
         raise RejectionError("not_an_object", f"expected an object, found {name_json_type(value)}")
-    if reading.is_raw_text:
+    if reading.kind == "raw text":
         return _parse_raw_text(value, location, reading)
     value = _rename_preferences(value)
-    return (_parse_preference if reading.reads_preferences else _parse_answers)(value, location, reading)
+    return (_parse_preference if reading.kind == "pairs" else _parse_answers)(value, location, reading)
 
 
 def _parse_answers(value: dict[str, Any], location: RecordLocation, reading: ReadingSettings) -> Conversation:
@@ -305,7 +305,7 @@ Parser = Callable[[dict[str, Any], ReadingSettings, Counter[str]], ParsedTurns]
 def _parse_messages(key: str, value: dict[str, Any], reading: ReadingSettings, repairs: Counter[str]) -> ParsedTurns:
     """Parse ShareGPT's `conversations` (from, value), OpenAI's `messages` (role, content), or a mixture."""
     entries = parse_turns(key, value[key], repairs)
-    if reading.reads_preferences:  # a record may have the chosen answer in its turns, too
+    if reading.kind == "pairs":  # a record may have the chosen answer in its turns, too
         while entries and entries[-1].speaker == "assistant":
             entries.pop()
             repairs["last_answers_replaced_by_chosen"] += 1

@@ -140,8 +140,8 @@ def _name_cells(
 
 
 def _name_columns(count: int, reading: ReadingSettings) -> list[str]:
-    names = ["prompt", "chosen", "rejected"] if reading.reads_preferences else ["source", "target"]
-    known = ["text"] if reading.is_raw_text else names
+    names = ["prompt", "chosen", "rejected"] if reading.kind == "pairs" else ["source", "target"]
+    known = ["text"] if reading.kind == "raw text" else names
     return [*known, *(f"column {number}" for number in range(len(known) + 1, count + 1))][:count]
 
 

@@ -44,7 +44,7 @@ class EvaluateSettings(ConstraintSettings, MetricSettings, DataSettings, Partiti
 
     @model_validator(mode="after")
     def _check_objective_of_evaluation(self) -> "EvaluateSettings":
-        if self.reads_preferences:
+        if self.kind == "pairs":
             problem = "evaluate compares predictions with the chosen answers; leave it out"
             raise ValueError(f"objective: {self.objective}: {problem}")
         return self

@@ -76,7 +76,7 @@ class TrainSettings(
 
     @model_validator(mode="after")
     def _check_schema(self) -> "TrainSettings":
-        if self.json_schema is not None and self.is_raw_text:
+        if self.json_schema is not None and self.kind == "raw text":
             raise ValueError("json_schema: span-corruption's targets aren't JSON; leave it out")
         return self
 

@@ -17,7 +17,9 @@ from t5tune.settings.denoisers import find_denoisers
 from t5tune.settings.field_types import NoneIfUnset, OptionalCount, OptionalText, PathAsText, Settings, WordList
 
 Objective = Literal["sft", "dpo", "orpo", "span-corruption"]
-PREFERENCE_OBJECTIVES = ("dpo", "orpo")
+ObjectiveKind = Literal["targets", "pairs", "raw text"]
+KINDS: dict[str, ObjectiveKind] = {"sft": "targets", "dpo": "pairs", "orpo": "pairs", "span-corruption": "raw text"}
+"""What the examples of each objective are."""
 NOT_OF_PREFERENCES = {"train_on", "split_long"}
 """Settings that choose or divide answers; a preference pair has two for one source."""
 NOT_OF_RAW_TEXT = {"train_on", "min_target_tokens", "split_long", "drop_truncated_targets"}
@@ -154,35 +156,32 @@ class ReadingSettings(Settings):
     @property
     def columns(self) -> tuple[list[str], list[str]]:
         """The names of the columns of sources and of targets; without names, the names in their format."""
-        given = self.source_column or "source", self.target_column or ("chosen" if self.reads_preferences else "target")
+        given = self.source_column or "source", self.target_column or ("chosen" if self.kind == "pairs" else "target")
         sources, targets = ([names] if isinstance(names, str) else names for names in given)
         return sources, targets
 
     @property
-    def is_raw_text(self) -> bool:
-        return self.objective == "span-corruption"
-
-    @property
-    def reads_preferences(self) -> bool:
-        return self.objective in PREFERENCE_OBJECTIVES
+    def kind(self) -> ObjectiveKind:
+        """What the examples of the objective are."""
+        return KINDS[self.objective]
 
     @model_validator(mode="after")
     def _check_objective(self) -> Self:
         if not self.is_complete:
             return self
-        if not self.is_raw_text and self.denoisers != ["t5"]:
+        if self.kind != "raw text" and self.denoisers != ["t5"]:
             raise ValueError(f"denoisers: {' '.join(self.denoisers)}: only for objective span-corruption; leave it out")
-        if not self.reads_preferences and self.rejected_column is not None:
+        if self.kind != "pairs" and self.rejected_column is not None:
             shown = shorten(repr(self.rejected_column), 80)
             raise ValueError(f"rejected_column: {shown}: only for objective dpo and orpo; leave it out")
-        if self.reads_preferences:
+        if self.kind == "pairs":
             self._refuse_given(NOT_OF_PREFERENCES, f"objective {self.objective} learns the last answers of each record")
-        if self.is_raw_text:
+        if self.kind == "raw text":
             self._refuse_given(("target_column", "source_prefix"), f"objective {self.objective} doesn't use it")
             self._refuse_given(("data_format",), f"objective {self.objective} reads raw text")
             self._refuse_given(NOT_OF_RAW_TEXT, f"objective {self.objective} has no answers to choose")
-        single = "source_column" if self.is_raw_text else "target_column"
-        if (self.is_raw_text or self.reads_preferences) and isinstance(getattr(self, single), list):
+        single = "source_column" if self.kind == "raw text" else "target_column"
+        if self.kind in ("raw text", "pairs") and isinstance(getattr(self, single), list):
             raise ValueError(f"{single}: {getattr(self, single)}: objective {self.objective} reads one; name only one")
         if self.pair_lines:
             self._refuse_given(NOT_OF_PAIRED_LINES, "pair_lines reads sources and targets from two text files")
