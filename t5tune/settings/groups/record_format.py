@@ -19,7 +19,7 @@ from t5tune.settings.field_types import NoneIfUnset, OptionalCount, OptionalText
 Objective = Literal["sft", "dpo", "orpo", "span-corruption"]
 ObjectiveKind = Literal["targets", "pairs", "raw text"]
 KINDS: dict[str, ObjectiveKind] = {"sft": "targets", "dpo": "pairs", "orpo": "pairs", "span-corruption": "raw text"}
-"""What the examples of each objective are."""
+"""The kind of examples that each objective learns from."""
 NOT_OF_PREFERENCES = {"train_on", "split_long"}
 """Settings that choose or divide answers; a preference pair has two for one source."""
 NOT_OF_RAW_TEXT = {"train_on", "min_target_tokens", "split_long", "drop_truncated_targets"}
@@ -162,7 +162,7 @@ class ReadingSettings(Settings):
 
     @property
     def kind(self) -> ObjectiveKind:
-        """What the examples of the objective are."""
+        """The kind of the objective's examples."""
         return KINDS[self.objective]
 
     @model_validator(mode="after")
