@@ -2,6 +2,8 @@
 
     find_labels(["spam", "ham", …])                                  # ["ham", "spam"]: the most frequent label first
     metrics, table = score_labels(["spam", "?"], ["spam", "ham"])    # {"accuracy": 50.0, …}, {"classes": {…}, …}
+    score_entities([["B-city", "O"]], [["B-city", "I-city"]])        # {"entity_f1": 0.0, …}
+    score_numbers([1.5, 2.5], [1.0, 3.0])                            # {"spearman": 100.0, …, "rmse": 0.5}
 
 As in scikit-learn, with all replies that match no label as one more class, which the averages leave out.
 """
@@ -9,10 +11,13 @@ As in scikit-learn, with all replies that match no label as one more class, whic
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from math import ceil, sqrt
-from statistics import fmean
+from statistics import StatisticsError, correlation, fmean
 from typing import Any
 
 LABEL_METRICS = ("accuracy", "macro_f1", "mcc")
+SEVERAL_METRICS = ("accuracy", "macro_f1", "micro_f1")
+ENTITY_METRICS = ("entity_f1", "entity_precision", "entity_recall")
+NUMBER_METRICS = ("spearman", "pearson", "rmse")
 LABELS = "labels"  # all of them, in the setting `metrics`; and their tables, in results
 ALL = "all"  # key of the table of all datasets together
 MAX_LABELS, MAX_WORDS, MIN_EXAMPLES = 100, 8, 5  # words of each label; examples per label, on average
@@ -97,6 +102,96 @@ def score_labels(
         are_right = map(str.__eq__, predictions, references)
         metrics["ece"], table["calibration"] = _measure_calibration(zip(probabilities, are_right, strict=True))
     return metrics, table
+
+
+def score_several_labels(
+    predictions: Sequence[Iterable[str]], references: Sequence[Iterable[str]], labels: Sequence[str]
+) -> tuple[dict[str, float], LabelTable]:
+    """Score predicted sets of labels from 0 to 100: the share of equal sets, and F1 of single labels.
+
+    The mean of macro_f1 is over labels among the references or the predictions.
+    """
+    pairs = [(set(found), set(wanted)) for found, wanted in zip(predictions, references, strict=True)]
+    counts = {
+        label: [sum(label in each[side] for each in pairs) for side in (0, 1)]
+        + [sum(label in found & wanted for found, wanted in pairs)]
+        for label in labels
+    }
+    classes = {
+        label: {
+            "precision": _percent(hits, found),
+            "recall": _percent(hits, wanted),
+            "f1": _percent(2 * hits, found + wanted),
+            "support": wanted,
+            "no_label": 0,
+        }
+        for label, (found, wanted, hits) in sorted(counts.items(), key=lambda item: -item[1][1])
+    }
+    f1s = [classes[label]["f1"] for label, (found, wanted, _) in counts.items() if found + wanted]
+    found, wanted, hits = map(sum, zip(*counts.values(), strict=True))
+    metrics = {
+        "accuracy": _percent(sum(found == wanted for found, wanted in pairs), len(pairs)),
+        "macro_f1": round(fmean(f1s or [0.0]), 4),
+        "micro_f1": _percent(2 * hits, found + wanted),
+    }
+    return metrics, {"classes": classes, "confusion": {}}
+
+
+def are_entity_tags(labels: Iterable[str]) -> bool:
+    """Whether labels are tags of entities in the scheme IOB2: `O`, and `B-` or `I-` before an entity's class."""
+    tags = {*labels} - {"O"}
+    return any(tag.startswith("B-") for tag in tags) and all(tag.startswith(("B-", "I-")) for tag in tags)
+
+
+def score_entities(predictions: Sequence[Sequence[str]], references: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Score the entities of tagged texts from 0 to 100, micro-averaged, as seqeval does in its strict mode with IOB2.
+
+    An entity is right if its class and both of its ends are.
+    """
+    found, wanted = ([{*_find_entities(tags)} for tags in texts] for texts in (predictions, references))
+    hits = sum(len(one & other) for one, other in zip(found, wanted, strict=True))
+    num_found, num_wanted = (sum(map(len, texts)) for texts in (found, wanted))
+    values = _percent(2 * hits, num_found + num_wanted), _percent(hits, num_found), _percent(hits, num_wanted)
+    return dict(zip(ENTITY_METRICS, values, strict=True))
+
+
+def _find_entities(tags: Sequence[str]) -> Iterable[tuple[str, int, int]]:
+    """Yield (class, first tag, end) of each entity: a `B-` tag, and the `I-` tags of its class that follow it."""
+    for start, tag in enumerate(tags):
+        if tag.startswith("B-"):
+            inside, end = f"I-{tag[2:]}", start + 1
+            while end < len(tags) and tags[end] == inside:
+                end += 1
+            yield tag[2:], start, end
+
+
+def score_numbers(predictions: Sequence[float], references: Sequence[float]) -> dict[str, float]:
+    """Compute the correlations by ranks (Spearman) and by values (Pearson), from -100 to 100, and the error (RMSE).
+
+    The error has the unit of the numbers. A correlation with numbers that are all equal isn't defined; it is 0 here.
+    """
+    errors = ((found - wanted) ** 2 for found, wanted in zip(predictions, references, strict=True))
+    return {
+        "spearman": _correlate(_rank(predictions), _rank(references)),
+        "pearson": _correlate(predictions, references),
+        "rmse": float(f"{sqrt(fmean(errors)):.6g}"),
+    }
+
+
+def _correlate(first: Sequence[float], second: Sequence[float]) -> float:
+    try:
+        return round(100 * correlation(first, second), 4)
+    except StatisticsError:  # all are equal, or there is only one
+        return 0.0
+
+
+def _rank(values: Sequence[float]) -> list[float]:
+    """Rank values; equal values get the mean of their ranks."""
+    counts, ranks, below = Counter(values), dict[float, float](), 0
+    for value in sorted(counts):
+        ranks[value] = below + (counts[value] + 1) / 2
+        below += counts[value]
+    return [ranks[value] for value in values]
 
 
 def _measure_calibration(pairs: Iterable[tuple[float, bool]]) -> tuple[float, list[dict[str, float]]]:

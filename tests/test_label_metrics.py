@@ -4,11 +4,27 @@ import html
 import random
 from math import sqrt
 
+import numpy as np
 import pytest
 from rich.console import Console
+from scipy import stats
+from seqeval import metrics as seqeval_metrics
+from seqeval.scheme import IOB2
+from sklearn import metrics as sklearn_metrics
 
 from t5tune.cli.results import render_labels as render_table
-from t5tune.label_metrics import describe_labels, find_labels, find_similar_labels, score_labels, show_label
+from t5tune.label_metrics import (
+    ENTITY_METRICS,
+    are_entity_tags,
+    describe_labels,
+    find_labels,
+    find_similar_labels,
+    score_entities,
+    score_labels,
+    score_numbers,
+    score_several_labels,
+    show_label,
+)
 from t5tune.reports.page import render_labels as render_page
 
 
@@ -121,3 +137,61 @@ def test_the_calibration_error_is_the_mean_gap_of_the_bins() -> None:
     assert metrics["ece"] == pytest.approx((80 + 50 + 92 + 2 * 2.5) / 5)
     assert score_labels(["a", "a"], ["a", "b"], [], [0.2, 0.21])[1]["calibration"][1]["count"] == 1
     assert "ece" not in score_labels(predictions, references)[0]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_scores_of_several_labels_equal_scikit_learns(seed: int) -> None:
+    rng, labels = np.random.default_rng(seed), [f"label {number}" for number in range(7)]
+    found_NK, wanted_NK = rng.random((2, 60, 7)) < 0.3
+    predictions, references = (
+        [[labels[index] for index in row.nonzero()[0]] for row in rows] for rows in (found_NK, wanted_NK)
+    )
+    metrics, table = score_several_labels(predictions, references, labels)
+    assert metrics == {
+        "accuracy": pytest.approx(100 * sklearn_metrics.accuracy_score(wanted_NK, found_NK), abs=1e-4),
+        "macro_f1": pytest.approx(100 * sklearn_metrics.f1_score(wanted_NK, found_NK, average="macro"), abs=1e-4),
+        "micro_f1": pytest.approx(100 * sklearn_metrics.f1_score(wanted_NK, found_NK, average="micro"), abs=1e-4),
+    }
+    supports = [scores["support"] for scores in table["classes"].values()]
+    assert supports == sorted(wanted_NK.sum(0).tolist(), reverse=True)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_scores_of_entities_equal_seqevals_strict_mode(seed: int) -> None:
+    rng, tags = np.random.default_rng(seed), ["O", "O", "B-city", "I-city", "B-name", "I-name"]
+    lengths = rng.integers(1, 30, 40)
+    predictions, references = ([[tags[i] for i in rng.integers(0, 6, size)] for size in lengths] for _ in range(2))
+    # half of the predictions are right, so that there are hits
+    predictions = [
+        wanted if i % 2 else found for i, (found, wanted) in enumerate(zip(predictions, references, strict=True))
+    ]
+    assert are_entity_tags(tags)
+    scores = score_entities(predictions, references)
+    expected = [
+        function(references, predictions, mode="strict", scheme=IOB2)
+        for function in (seqeval_metrics.f1_score, seqeval_metrics.precision_score, seqeval_metrics.recall_score)
+    ]
+    assert [*scores.values()] == pytest.approx([100 * value for value in expected], abs=1e-4)
+    assert [*scores] == [*ENTITY_METRICS]
+
+
+def test_classes_of_residues_are_no_entities() -> None:
+    assert not are_entity_tags(["H", "E", "C"])
+    assert not are_entity_tags(["O", "B-city", "other"])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_scores_of_numbers_equal_scipys_with_ties(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    wanted = rng.integers(0, 9, 50).astype(float)
+    found = np.round(wanted + rng.normal(0, 3, 50))
+    scores = score_numbers(found.tolist(), wanted.tolist())
+    assert scores == {
+        "spearman": pytest.approx(100 * stats.spearmanr(found, wanted)[0], abs=1e-4),
+        "pearson": pytest.approx(100 * stats.pearsonr(found, wanted)[0], abs=1e-4),
+        "rmse": pytest.approx(sqrt(np.mean((found - wanted) ** 2)), rel=1e-5),
+    }
+
+
+def test_equal_predictions_have_no_correlation() -> None:
+    assert score_numbers([2.0, 2.0], [1.0, 3.0]) == {"spearman": 0.0, "pearson": 0.0, "rmse": 1.0}
