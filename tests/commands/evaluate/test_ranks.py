@@ -86,9 +86,9 @@ def test_a_partitioned_model_gives_the_same_result(
 
 def fail_in_generation(what: str, rank: int | None = None) -> None:
     """Let one rank, or every rank, hang or end before it generates predictions."""
-    from t5tune.commands import evaluate as command
+    from t5tune.commands.evaluate import texts
 
-    generate = command.generate_predictions
+    generate = texts.generate_predictions
 
     def generate_or_fail(*arguments: Any, **options: Any) -> Any:
         if rank is None or os.environ["RANK"] == str(rank):
@@ -99,7 +99,7 @@ def fail_in_generation(what: str, rank: int | None = None) -> None:
             os.kill(os.getpid(), signal.Signals[what])
         return generate(*arguments, **options)
 
-    command.generate_predictions = generate_or_fail
+    texts.generate_predictions = generate_or_fail
 
 
 CALL = "tests.commands.evaluate.test_ranks:fail_in_generation"

@@ -1,0 +1,95 @@
+"""The result of `t5tune evaluate`, and the files with it."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from t5tune.data.reading.remote_files import hide_data_queries
+from t5tune.file_names import SCORES_FILE
+from t5tune.io.atomic import find_unused_folder, write_json
+from t5tune.label_metrics import LabelTable
+from t5tune.settings import EvaluateSettings, write_settings
+from t5tune.settings.affects import Affects, select_settings
+
+PREDICTIONS_FILE = "predictions.jsonl"
+ALWAYS_SAVED = ("model_name_or_path", "adapter", "data_path", "max_new_tokens", "num_beams", "bf16", "q_lora")
+"""Settings that scores.json always contains, even if they have their default values."""
+EXAMPLE_SETTINGS = {*select_settings(EvaluateSettings, Affects.CACHE), "conversation_template"} - {"num_data"}
+"""Settings that determine the examples in a token cache, except those that evaluate can apply to a cache."""
+
+
+@dataclass(frozen=True)
+class EvaluateResult:
+    """The metrics: loss in nats per target token, scores from 0 to 100, time in seconds.
+
+    Args:
+        bits_per_character: the loss of the whole targets per character of their texts, in bits, to compare models
+            with different tokenizers; None if spans of raw text were masked.
+        exact_match, …, mcc: None: not among the chosen metrics, or no target is JSON or a label.
+        ece: expected calibration error of scored choices.
+        recall: recall_at_K -> the percentage of targets among the best K answers of choices_file.
+        custom_metrics: the results of custom functions.
+        base: the same metrics of the base without the adapter, by name; None without compare_base.
+        datasets: the number of examples and the same metrics of each dataset, if there are several; the
+            base's metrics have `base_` before their names.
+        cut_off: the number of predictions that reached max_new_tokens; under a constraint, they are incomplete.
+        signatures: sacreBLEU's signature of BLEU, chrF and chrF++, by name.
+        labels: "all" and each dataset, if there are several, whose targets are labels -> how each label was predicted.
+    """
+
+    predictions: Path
+    examples: int
+    loss: float
+    perplexity: float
+    bits_per_character: float | None
+    exact_match: float | None
+    rouge1: float | None
+    rouge2: float | None
+    rougeL: float | None
+    bleu: float | None
+    chrf: float | None
+    chrf_pp: float | None
+    valid_json: float | None
+    field_f1: float | None
+    accuracy: float | None
+    macro_f1: float | None
+    mcc: float | None
+    ece: float | None
+    recall: dict[str, float] | None
+    custom_metrics: dict[str, float]
+    base: dict[str, float] | None
+    seconds: float
+    cut_off: int
+    signatures: dict[str, str]
+    datasets: dict[str, dict[str, float]] | None = None
+    labels: dict[str, LabelTable] | None = None
+
+
+def choose_folder(settings: EvaluateSettings) -> Path:
+    """Choose the output folder: as in the settings, else one that no evaluation has taken."""
+    default = Path("evaluation")
+    return settings.output_dir or (default if settings.overwrite else find_unused_folder(default))
+
+
+def write_scores(result: EvaluateResult, settings: EvaluateSettings, is_prepared: bool) -> None:
+    """Write scores.json: the result, and the settings."""
+    values = {**asdict(result), "predictions": str(result.predictions)}
+    folder, described = result.predictions.parent, _describe_settings(settings, is_prepared)
+    write_json(folder / SCORES_FILE, {**values, "settings": described})
+
+
+def write_given_settings(folder: Path, settings: EvaluateSettings, is_prepared: bool) -> None:
+    """Write the settings as YAML, so that the evaluation can be repeated."""
+    # token caches have their own values; the defaults would be refused when the file is used again
+    write_settings(folder, hide_data_queries(settings), leave_out=EXAMPLE_SETTINGS if is_prepared else ())
+
+
+def _describe_settings(settings: EvaluateSettings, is_prepared: bool) -> dict[str, Any]:
+    values = hide_data_queries(settings).model_dump(mode="json")
+    defaults = {name: field.get_default() for name, field in EvaluateSettings.model_fields.items()}
+    unused = EXAMPLE_SETTINGS if is_prepared else set[str]()
+    return {
+        name: value
+        for name, value in values.items()
+        if (name in ALWAYS_SAVED or value != defaults[name]) and name not in unused
+    }
