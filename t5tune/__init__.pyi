@@ -65,7 +65,9 @@ class PrepareSettings(_settings.PrepareSettings):
             "t5gemma2",
         ]
         | None = None,
-        objective: Literal["sft", "dpo", "orpo", "span-corruption"] = "sft",
+        objective: Literal["sft", "dpo", "orpo", "span-corruption", "classify", "regress", "tag"] = "sft",
+        source_words: Literal["text", "characters", "residues"] = "text",
+        labels: Sequence[str] | None = None,
         denoisers: Sequence[str] | str = ["t5"],
         encoding: str | None = None,
         data_format: Literal["auto", "sharegpt", "openai", "alpaca", "prompt-completion", "source-target"] = "auto",
@@ -121,7 +123,12 @@ class PrepareSettings(_settings.PrepareSettings):
             cache_dir: Folder for Hugging Face Hub downloads; default: the Hub's cache.
             family: Model family of a base whose model_type t5tune doesn't know (docs/families.md).
             objective: Training objective: predict targets (sft), prefer the better of two answers (dpo, orpo: records
-                with `chosen` and `rejected`), or fill masked spans of raw text, as in pretraining (span-corruption).
+                with `chosen` and `rejected`), fill masked spans of raw text, as in pretraining (span-corruption), or,
+                with the encoder alone, label texts (classify), predict numbers (regress) or label each word (tag).
+            source_words: The words of a text with labels (objective classify, regress, tag): its words, its characters,
+                or the residues of a protein (as characters, but U, Z, O and B are read as X).
+            labels: The labels, in the order of the model's outputs; records with a different label are rejected;
+                default: the data's labels, in the order of a Parquet file's ClassLabel, or sorted.
             denoisers: Share of the text that span-corruption masks, and mean span length (tokens): t5 (0.15:3), ul2,
                 ul2-r, ul2-s, ul2-x, or custom, such as 0.2:5; with several, each example gets one.
             encoding: Encoding of text files without a byte order mark, such as cp1252; default: UTF-8, or detected if
@@ -199,7 +206,9 @@ class TrainSettings(_settings.TrainSettings):
         | None = None,
         conversation_template: str | PathLike[str] | None = None,
         model_max_length: int = 2048,
-        objective: Literal["sft", "dpo", "orpo", "span-corruption"] = "sft",
+        objective: Literal["sft", "dpo", "orpo", "span-corruption", "classify", "regress", "tag"] = "sft",
+        source_words: Literal["text", "characters", "residues"] = "text",
+        labels: Sequence[str] | None = None,
         denoisers: Sequence[str] | str = ["t5"],
         encoding: str | None = None,
         data_format: Literal["auto", "sharegpt", "openai", "alpaca", "prompt-completion", "source-target"] = "auto",
@@ -349,7 +358,12 @@ class TrainSettings(_settings.TrainSettings):
                 fastchat-t5.
             model_max_length: Maximum length of a source and of a target, each including its EOS token (tokens).
             objective: Training objective: predict targets (sft), prefer the better of two answers (dpo, orpo: records
-                with `chosen` and `rejected`), or fill masked spans of raw text, as in pretraining (span-corruption).
+                with `chosen` and `rejected`), fill masked spans of raw text, as in pretraining (span-corruption), or,
+                with the encoder alone, label texts (classify), predict numbers (regress) or label each word (tag).
+            source_words: The words of a text with labels (objective classify, regress, tag): its words, its characters,
+                or the residues of a protein (as characters, but U, Z, O and B are read as X).
+            labels: The labels, in the order of the model's outputs; records with a different label are rejected;
+                default: the data's labels, in the order of a Parquet file's ClassLabel, or sorted.
             denoisers: Share of the text that span-corruption masks, and mean span length (tokens): t5 (0.15:3), ul2,
                 ul2-r, ul2-s, ul2-x, or custom, such as 0.2:5; with several, each example gets one.
             encoding: Encoding of text files without a byte order mark, such as cp1252; default: UTF-8, or detected if
@@ -862,7 +876,9 @@ class EvaluateSettings(_settings.EvaluateSettings):
         deepspeed: str | PathLike[str] | None = None,
         conversation_template: str | PathLike[str] | None = None,
         model_max_length: int = 2048,
-        objective: Literal["sft", "dpo", "orpo", "span-corruption"] = "sft",
+        objective: Literal["sft", "dpo", "orpo", "span-corruption", "classify", "regress", "tag"] = "sft",
+        source_words: Literal["text", "characters", "residues"] = "text",
+        labels: Sequence[str] | None = None,
         denoisers: Sequence[str] | str = ["t5"],
         encoding: str | None = None,
         data_format: Literal["auto", "sharegpt", "openai", "alpaca", "prompt-completion", "source-target"] = "auto",
@@ -933,7 +949,12 @@ class EvaluateSettings(_settings.EvaluateSettings):
                 fastchat-t5.
             model_max_length: Maximum length of a source and of a target, each including its EOS token (tokens).
             objective: Training objective: predict targets (sft), prefer the better of two answers (dpo, orpo: records
-                with `chosen` and `rejected`), or fill masked spans of raw text, as in pretraining (span-corruption).
+                with `chosen` and `rejected`), fill masked spans of raw text, as in pretraining (span-corruption), or,
+                with the encoder alone, label texts (classify), predict numbers (regress) or label each word (tag).
+            source_words: The words of a text with labels (objective classify, regress, tag): its words, its characters,
+                or the residues of a protein (as characters, but U, Z, O and B are read as X).
+            labels: The labels, in the order of the model's outputs; records with a different label are rejected;
+                default: the data's labels, in the order of a Parquet file's ClassLabel, or sorted.
             denoisers: Share of the text that span-corruption masks, and mean span length (tokens): t5 (0.15:3), ul2,
                 ul2-r, ul2-s, ul2-x, or custom, such as 0.2:5; with several, each example gets one.
             encoding: Encoding of text files without a byte order mark, such as cp1252; default: UTF-8, or detected if
@@ -985,7 +1006,9 @@ class InspectSettings(_settings.InspectSettings):
         data_path: _Data | None = None,
         source_column: Sequence[str] | str | None = None,
         target_column: Sequence[str] | str | None = None,
-        objective: Literal["sft", "dpo", "orpo", "span-corruption"] = "sft",
+        objective: Literal["sft", "dpo", "orpo", "span-corruption", "classify", "regress", "tag"] = "sft",
+        source_words: Literal["text", "characters", "residues"] = "text",
+        labels: Sequence[str] | None = None,
         denoisers: Sequence[str] | str = ["t5"],
         encoding: str | None = None,
         data_format: Literal["auto", "sharegpt", "openai", "alpaca", "prompt-completion", "source-target"] = "auto",
@@ -1014,7 +1037,12 @@ class InspectSettings(_settings.InspectSettings):
             source_column: Column or key with the input, or several, a line each; default: detected.
             target_column: Column or key with the output, or several, a line each; default: detected.
             objective: Training objective: predict targets (sft), prefer the better of two answers (dpo, orpo: records
-                with `chosen` and `rejected`), or fill masked spans of raw text, as in pretraining (span-corruption).
+                with `chosen` and `rejected`), fill masked spans of raw text, as in pretraining (span-corruption), or,
+                with the encoder alone, label texts (classify), predict numbers (regress) or label each word (tag).
+            source_words: The words of a text with labels (objective classify, regress, tag): its words, its characters,
+                or the residues of a protein (as characters, but U, Z, O and B are read as X).
+            labels: The labels, in the order of the model's outputs; records with a different label are rejected;
+                default: the data's labels, in the order of a Parquet file's ClassLabel, or sorted.
             denoisers: Share of the text that span-corruption masks, and mean span length (tokens): t5 (0.15:3), ul2,
                 ul2-r, ul2-s, ul2-x, or custom, such as 0.2:5; with several, each example gets one.
             encoding: Encoding of text files without a byte order mark, such as cp1252; default: UTF-8, or detected if
@@ -1084,7 +1112,9 @@ class PlanSettings(_settings.PlanSettings):
         | None = None,
         conversation_template: str | PathLike[str] | None = None,
         model_max_length: int = 2048,
-        objective: Literal["sft", "dpo", "orpo", "span-corruption"] = "sft",
+        objective: Literal["sft", "dpo", "orpo", "span-corruption", "classify", "regress", "tag"] = "sft",
+        source_words: Literal["text", "characters", "residues"] = "text",
+        labels: Sequence[str] | None = None,
         denoisers: Sequence[str] | str = ["t5"],
         encoding: str | None = None,
         data_format: Literal["auto", "sharegpt", "openai", "alpaca", "prompt-completion", "source-target"] = "auto",
@@ -1211,7 +1241,12 @@ class PlanSettings(_settings.PlanSettings):
                 fastchat-t5.
             model_max_length: Maximum length of a source and of a target, each including its EOS token (tokens).
             objective: Training objective: predict targets (sft), prefer the better of two answers (dpo, orpo: records
-                with `chosen` and `rejected`), or fill masked spans of raw text, as in pretraining (span-corruption).
+                with `chosen` and `rejected`), fill masked spans of raw text, as in pretraining (span-corruption), or,
+                with the encoder alone, label texts (classify), predict numbers (regress) or label each word (tag).
+            source_words: The words of a text with labels (objective classify, regress, tag): its words, its characters,
+                or the residues of a protein (as characters, but U, Z, O and B are read as X).
+            labels: The labels, in the order of the model's outputs; records with a different label are rejected;
+                default: the data's labels, in the order of a Parquet file's ClassLabel, or sorted.
             denoisers: Share of the text that span-corruption masks, and mean span length (tokens): t5 (0.15:3), ul2,
                 ul2-r, ul2-s, ul2-x, or custom, such as 0.2:5; with several, each example gets one.
             encoding: Encoding of text files without a byte order mark, such as cp1252; default: UTF-8, or detected if

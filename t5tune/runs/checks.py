@@ -25,6 +25,7 @@ from t5tune.file_names import (
     RUN_CACHE_FOLDER,
     SETTINGS_FILE,
 )
+from t5tune.formatting import shorten
 from t5tune.io.reasons import join_lines
 from t5tune.metrics import PREFERENCE_METRICS
 from t5tune.model.device import DOCTOR_HINT, read_nvidia_driver
@@ -134,7 +135,7 @@ def check_plan(plan: RunPlan, imports_metrics: bool = True) -> None:
         f"eval_data_path: {each.path[0]}: objective is {each.objective} here and {plan.data.objective} for the run; "
         "give held-out data of the same kind"
         for each in plan.eval_datasets
-        if (each.kind == "pairs") != (plan.data.kind == "pairs")
+        if each.kind != plan.data.kind and {"pairs", "labels"} & {each.kind, plan.data.kind}
     ]
     if (path := plan.data.preprocessed_path) is not None and path.is_file():
         problem = "is a file; a token cache is a folder. FastChat's JSON cache isn't read; choose a new folder"
@@ -336,12 +337,13 @@ def _find_settings_of_other_objectives(plan: RunPlan) -> list[str]:
     if (best.endswith(PREFERENCE_METRICS) and not of_pairs) or (best.endswith("perplexity") and of_pairs):
         problem = f"objective {objective} has no such metric; choose a different metric"
         problems.append(f"metric_for_best_model: {best}: {problem}")
-    if of_pairs:
-        given = _list_changed(plan.given, ("label_smoothing_factor", TEACHER))
-        problems += [
-            f"{name}: {value}: objective {objective} doesn't use it; leave it out" for name, value in given.items()
-        ]
-    return problems
+    names = ("label_smoothing_factor", TEACHER) if of_pairs else ()
+    why = f"objective {objective} doesn't use it"
+    if plan.data.kind == "labels":
+        names = ("eval_generate", "json_schema", "label_smoothing_factor", TEACHER)
+        why = f"objective {objective} generates nothing"
+    given = _list_changed(plan.given, names)
+    return problems + [f"{name}: {shorten(str(value), 80)}: {why}; leave it out" for name, value in given.items()]
 
 
 def _list_changed(settings: Settings, names: Iterable[str]) -> dict[str, Any]:

@@ -84,11 +84,13 @@ def check_objective(dataset: DatasetSpec, objective: str) -> None:
     """Check that a dataset fits the command's objective.
 
     Raises:
-        SettingsError: only one of the objectives learns from preference pairs.
+        SettingsError: only one of the objectives learns from preference pairs or labels, or these differ.
     """
-    if dataset.kind != KINDS[objective] and "pairs" in (dataset.kind, KINDS[objective]):
+    kinds = {dataset.kind, KINDS[objective]}
+    if dataset.objective != objective and ("labels" in kinds or ("pairs" in kinds and len(kinds) > 1)):
         problem = f"objective is {dataset.objective} here and {objective} for the run"
-        raise SettingsError(f"{problem}; preference pairs can't be mixed with other data")
+        what = "labels" if "labels" in kinds else "preference pairs"
+        raise SettingsError(f"{problem}; {what} can't be mixed with other data")
 
 
 def put_over(own: Mapping[str, Any], below: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from t5tune.settings.field_types import NoneIfUnset
 from tests.support.caches import open_only
 
 READING = [
-    "objective", "denoisers", "encoding", "data_format", "header",
+    "objective", "source_words", "labels", "denoisers", "encoding", "data_format", "header",
     "pair_lines", "source_column", "target_column", "rejected_column", "source_prefix",
     "merge_same_role", "clean", "max_record_bytes",
 ]  # fmt: skip

@@ -102,6 +102,19 @@ class PreferencePair(Example):
         return self.target_T, self.rejected_R
 
 
+@dataclass(frozen=True)
+class LabeledExample(Example):
+    """A source with its label; target_T is empty.
+
+    Args:
+        values: float32. With `per_token`, a class number or a number for each token of source_S; NaN: not learned, also
+            for the special tokens. Otherwise one class number or number, or the numbers of all classes that a text
+            with several labels has. A dummy example has a single NaN.
+    """
+
+    values: npt.NDArray[np.float32]
+
+
 def extract_example(ids: Any, span: Span, special: SpecialIds) -> Example:
     """Cut an example out of the ids of its conversation, a list or an array."""
     source = [special.source_start, ids[: span.system_end], ids[span.source_start : span.source_end]]

@@ -102,6 +102,15 @@ class DataSettings(ReadingSettings, ConversationSettings):
                 raise ValueError(f"data: {dataset.name}: {'; '.join(error.problems)}") from None
         return self
 
+    @model_validator(mode="after")
+    def _check_tokens_of_labels(self) -> Self:
+        if self.kind == "labels" and self.is_complete:
+            if self.add_tokens not in (["auto"], ["none"]):
+                problem = f"but objective {self.objective} writes no text; leave it out"
+                raise ValueError(f"add_tokens: {' '.join(map(repr, self.add_tokens))}, {problem}")
+            object.__setattr__(self, "add_tokens", ["none"])
+        return self
+
     @field_validator("add_tokens")
     @classmethod
     def _check_choice_is_alone(cls, value: list[str]) -> list[str]:

@@ -4,6 +4,7 @@ import codecs
 import encodings
 import pkgutil
 import re
+from collections import Counter
 from collections.abc import Iterable
 from encodings.aliases import aliases
 from typing import Annotated, ClassVar, Literal, Self
@@ -16,14 +17,22 @@ from t5tune.settings.affects import Affects
 from t5tune.settings.denoisers import find_denoisers
 from t5tune.settings.field_types import NoneIfUnset, OptionalCount, OptionalText, PathAsText, Settings, WordList
 
-Objective = Literal["sft", "dpo", "orpo", "span-corruption"]
-ObjectiveKind = Literal["targets", "pairs", "raw text"]
-KINDS: dict[str, ObjectiveKind] = {"sft": "targets", "dpo": "pairs", "orpo": "pairs", "span-corruption": "raw text"}
+Objective = Literal["sft", "dpo", "orpo", "span-corruption", "classify", "regress", "tag"]
+LabelObjectiveName = Literal["classify", "regress", "tag"]
+ObjectiveKind = Literal["targets", "pairs", "raw text", "labels"]
+KINDS: dict[str, ObjectiveKind] = {
+    "sft": "targets", "dpo": "pairs", "orpo": "pairs", "span-corruption": "raw text", "classify": "labels",
+    "regress": "labels", "tag": "labels",
+}  # fmt: skip
 """The kind of examples that each objective learns from."""
+SourceWords = Literal["text", "characters", "residues"]
 NOT_OF_PREFERENCES = {"train_on", "split_long"}
 """Settings that choose or divide answers; a preference pair has two for one source."""
 NOT_OF_RAW_TEXT = {"train_on", "min_target_tokens", "split_long", "drop_truncated_targets"}
 """Settings that choose or truncate answers, which raw text doesn't have."""
+NOT_OF_LABELS = {*NOT_OF_RAW_TEXT, "data_format", "pair_lines", "conversation_template"}
+"""Settings that are about answers and conversations."""
+ONLY_OF_LABELS = {"source_words", "labels"}
 NOT_OF_PAIRED_LINES = {"objective", "data_format", "source_column", "target_column", "rejected_column"}
 """Settings that say where the texts of a record are, which pair_lines does."""
 Columns = Annotated[
@@ -32,6 +41,11 @@ Columns = Annotated[
     NoneIfUnset,
 ]
 """A column's name, or a list of several; names aren't split, since they may contain commas and spaces."""
+LabelNames = Annotated[
+    list[Annotated[str, BeforeValidator(lambda name: str(name) if type(name) is int else name)]],
+    BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
+]
+"""Names of labels, or whole numbers; names aren't split at commas or spaces."""
 # text encodings of Python that no file is saved in
 NOT_OF_FILES = {"idna", "punycode", "undefined", "unicode-escape", "raw-unicode-escape", "charmap"}
 SOME_ENCODINGS = "utf-8, cp1252, utf-16, shift_jis"
@@ -83,7 +97,20 @@ class ReadingSettings(Settings):
     objective: Annotated[Objective, Affects.EXAMPLES | Affects.WEIGHTS] = Field(
         default="sft",
         description="Training objective: predict targets (sft), prefer the better of two answers (dpo, orpo: records "
-        "with `chosen` and `rejected`), or fill masked spans of raw text, as in pretraining (span-corruption).",
+        "with `chosen` and `rejected`), fill masked spans of raw text, as in pretraining (span-corruption), or, with "
+        "the encoder alone, label texts (classify), predict numbers (regress) or label each word (tag).",
+    )
+    source_words: Annotated[SourceWords, Affects.EXAMPLES] = Field(
+        default="text",
+        description="The words of a text with labels (objective classify, regress, tag): its words, its characters, or "
+        "the residues of a protein (as characters, but U, Z, O and B are read as X).",
+    )
+    labels: Annotated[LabelNames | None, NoneIfUnset, Affects.EXAMPLES] = Field(
+        default=None,
+        min_length=1,
+        description="The labels, in the order of the model's outputs; records with a different label are rejected; "
+        "default: the data's labels, in the order of a Parquet file's ClassLabel, or sorted.",
+        json_schema_extra={"metavar": "TEXT…"},
     )
     denoisers: Annotated[WordList, Affects.EXAMPLES] = Field(
         default=["t5"],
@@ -146,6 +173,13 @@ class ReadingSettings(Settings):
             raise ValueError(f"not an encoding of text files; use one such as {SOME_ENCODINGS}")
         return name
 
+    @field_validator("labels")
+    @classmethod
+    def _check_labels_differ(cls, names: list[str] | None) -> list[str] | None:
+        if names is not None and (twice := [name for name, count in Counter(names).items() if count > 1]):
+            raise ValueError(f"{shorten(repr(twice[0]), 80)} is listed twice")
+        return names
+
     @field_validator("denoisers")
     @classmethod
     def _check_denoisers(cls, value: list[str]) -> list[str]:
@@ -176,13 +210,21 @@ class ReadingSettings(Settings):
             raise ValueError(f"rejected_column: {shown}: only for objective dpo and orpo; leave it out")
         if self.kind == "pairs":
             self._refuse_given(NOT_OF_PREFERENCES, f"objective {self.objective} learns the last answers of each record")
+        if self.kind == "labels":
+            self._refuse_given(NOT_OF_LABELS, f"objective {self.objective} learns labels, not answers")
+        else:
+            self._refuse_given(ONLY_OF_LABELS, "it is only for objective classify, regress and tag")
+        if self.objective == "regress":
+            self._refuse_given(("labels",), "objective regress learns numbers")
         if self.kind == "raw text":
             self._refuse_given(("target_column", "source_prefix"), f"objective {self.objective} doesn't use it")
             self._refuse_given(("data_format",), f"objective {self.objective} reads raw text")
             self._refuse_given(NOT_OF_RAW_TEXT, f"objective {self.objective} has no answers to choose")
-        single = "source_column" if self.kind == "raw text" else "target_column"
-        if self.kind in ("raw text", "pairs") and isinstance(getattr(self, single), list):
-            raise ValueError(f"{single}: {getattr(self, single)}: objective {self.objective} reads one; name only one")
+        single = {"source_column"} if self.kind == "raw text" or self.objective == "tag" else set()
+        single |= {"target_column"} if self.kind in ("pairs", "labels") else set()
+        for name in sorted(single):
+            if isinstance(getattr(self, name), list):
+                raise ValueError(f"{name}: {getattr(self, name)}: objective {self.objective} reads one; name only one")
         if self.pair_lines:
             self._refuse_given(NOT_OF_PAIRED_LINES, "pair_lines reads sources and targets from two text files")
         if self.data_format not in PAIR_FORMATS:
