@@ -1,13 +1,13 @@
 """Compiles constraints for one model, and starts its constrained replies."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property, lru_cache
-from typing import Any
 
 from t5tune.constraints import Constraint, Matcher
 from t5tune.constraints.answers import Answers
 from t5tune.constraints.grammars import GrammarCompiler
+from t5tune.constraints.schemas import list_fixed_texts
 from t5tune.constraints.spelling import Spellings, spell
 from t5tune.data.tokens.encoders import Beginning, make_encoder
 from t5tune.data.tokens.tokenizer import Tokenizer
@@ -15,7 +15,6 @@ from t5tune.errors import SettingsError
 from t5tune.settings.messages import shorten_value
 
 MAX_COMPILED = 64  # constraints that are kept compiled
-LIMITS = {"multipleOf": 10_000, "properties": 5_000}
 
 
 class Compiler:
@@ -68,7 +67,6 @@ class Compiler:
         if constraint.kind == "choices":
             return self._sort_answers(constraint)
         if constraint.kind == "json_schema":
-            _check_sizes(json.loads(constraint.text), constraint.place)
             self._check_fixed_texts(constraint)
         if self._grammars is None:
             self._grammars = GrammarCompiler(self.spellings, self._stop_ids, self._suffix)
@@ -81,7 +79,7 @@ class Compiler:
 
     def _check_fixed_texts(self, constraint: Constraint) -> None:
         """Raise SettingsError if this tokenizer can't write a text that the schema demands."""
-        texts = sorted({*_list_fixed_texts(json.loads(constraint.text))})
+        texts = sorted({*list_fixed_texts(json.loads(constraint.text))})
         self._encode([json.dumps(text, ensure_ascii=False) for text in texts], constraint.place)
 
     def _encode(self, texts: list[str], place: str) -> list[list[int]]:
@@ -92,33 +90,3 @@ class Compiler:
                 problem = f"{place}: {shorten_value(text)}: this tokenizer writes {shorten_value(written)}"
                 raise SettingsError(problem, hint="change the text, or train with --add-tokens auto")
         return rows
-
-
-def _check_sizes(schema: Any, place: str) -> None:
-    """Raise SettingsError for a schema that llguidance would compile for minutes, or crash with."""
-    if isinstance(schema, list):
-        for item in schema:
-            _check_sizes(item, place)
-    if isinstance(schema, dict):
-        for key, value in schema.items():
-            limit, size = LIMITS.get(key), len(value) if isinstance(value, dict) else value
-            if limit is not None and isinstance(size, int | float) and size > limit:
-                raise SettingsError(f"{place}: {key}: {size:,}; at most {limit:,} can be enforced")
-            _check_sizes(value, place)
-
-
-def _list_fixed_texts(schema: Any) -> Iterator[str]:
-    """List the names of properties, and the texts of `enum` and `const`, in a JSON schema."""
-    if isinstance(schema, list):
-        for item in schema:
-            yield from _list_fixed_texts(item)
-    if not isinstance(schema, dict):
-        return
-    for key, value in schema.items():
-        if key == "properties" and isinstance(value, dict):
-            yield from filter(None, value)
-        elif key in ("enum", "const"):
-            yield from (
-                text for text in (value if isinstance(value, list) else [value]) if text and isinstance(text, str)
-            )
-        yield from _list_fixed_texts(value)

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from t5tune.constraints import Constraint
+from t5tune.constraints.schemas import check_schema
 from t5tune.constraints.spelling import Spellings
 from t5tune.errors import DependencyError, SettingsError
 
@@ -59,8 +60,8 @@ class GrammarCompiler:
         Raises:
             SettingsError: the constraint is invalid, can't be enforced, or no reply can follow it.
         """
-
         if constraint.kind == "json_schema":
+            check_schema(json.loads(constraint.text), constraint.place)
             self._check_characters(constraint)
         body = _write_body(constraint)
         whole = alone = self._start("body", body, constraint)

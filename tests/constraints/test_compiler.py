@@ -35,6 +35,8 @@ def test_answers_end_with_the_templates_suffix() -> None:
             "json_schema: a.json: '\"日本\"': this tokenizer writes",
         ),
         (make_constraint({"anyOf": [{"const": "日本"}]}), "json_schema: a.json: '\"日本\"': this tokenizer writes"),
+        (make_constraint({"const": {"日本": [1]}}), "json_schema: a.json: '\"日本\"': this tokenizer writes"),
+        (make_constraint({"required": ["日本"]}), "json_schema: a.json: '\"日本\"': this tokenizer writes"),
     ],
 )
 def test_texts_that_the_tokenizer_changes_are_refused(constraint: Constraint, message: str) -> None:
