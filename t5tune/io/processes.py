@@ -18,6 +18,11 @@ def make_module_command(name: str, *arguments: str) -> list[str]:
     return [sys.executable, *([] if is_here else ["-P"]), "-m", name, *arguments]
 
 
+def make_module_environment() -> dict[str, str]:
+    """Make the environment of `make_module_command`'s process, which finds the same modules as this process."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+
+
 def count_cores() -> int:
     """Count the cores that this process may use: fewer than the machine's with taskset, or in a job of SLURM."""
     if hasattr(os, "sched_getaffinity"):  # not on macOS

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 from t5tune.data.reading.raw_records import RawRecord
 from t5tune.errors import DataError, T5TuneError, TrainingError
-from t5tune.io.processes import make_module_command
+from t5tune.io.processes import make_module_command, make_module_environment
 from t5tune.preparing.pipeline import EncodedRecord, Pipeline
 
 BATCH_RECORDS = 256
@@ -92,11 +92,12 @@ class Worker:
     """
 
     def __init__(self, pipeline: Pipeline) -> None:
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         command = make_module_command("t5tune.preparing.worker")
         # a separate process group, so that Ctrl-C reaches only this process, which then kills the worker
         pipe = subprocess.PIPE
-        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, env=environment, process_group=0)
+        self._process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, env=make_module_environment(), process_group=0
+        )
         self._send(pipeline)
 
     def __call__(self, batch: list[RawRecord]) -> list[EncodedRecord | DataError]:

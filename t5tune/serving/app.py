@@ -19,6 +19,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Match, Route
 from starlette.types import Message, Receive, Scope, Send
 
+from t5tune.constraints.trials import LIMITS, MAX_RUNNING, Trials
 from t5tune.errors import T5TuneError, make_printable
 from t5tune.inference.prompts import Prompt
 from t5tune.io.hosts import is_loopback
@@ -41,8 +42,8 @@ from t5tune.serving.scoring import Scores
 PAGE_FILE = Path(__file__).with_name("page.html")
 MAX_BODY_BYTES = 4 << 20
 SECONDS_FOR_BODY = 30.0
-SECONDS_TO_COMPILE = 10.0  # a request's constraint
 SECONDS_TO_RESTART = "5"
+SECONDS_FOR_TRIALS = 1.0  # of constraints, while the server stops
 CLIENT_GONE = 499  # nginx's status, only for metrics and the log
 PROBES = {"/health", "/ready"}  # are answered before the models are loaded, and while the server stops
 OPEN_PATHS = {"/", *PROBES}  # need no API key
@@ -79,7 +80,9 @@ class Service:
         # One thread parses all bodies and encodes all prompts. The event loop can answer other requests meanwhile, and
         # competes with only one thread for Python's interpreter lock, however many requests arrive.
         self._reader = ThreadPoolExecutor(1, "prompts")
-        self._compiler = ThreadPoolExecutor(1, "constraints")
+        # several threads: a constraint that passes a trial may still take seconds, without the interpreter lock
+        self._compiler = ThreadPoolExecutor(MAX_RUNNING, "constraints")
+        self.trials = Trials()
         self._reloader = ThreadPoolExecutor(1, "reload")
         self._routes = [
             Route("/", self._show_page),
@@ -158,6 +161,7 @@ class Service:
     async def finish(self) -> None:
         """Refuse new requests, and wait until all accepted requests are answered."""
         self._stopping.set()
+        asyncio.get_running_loop().call_later(SECONDS_FOR_TRIALS, self.trials.close)
         if self._num_accepted:
             await self._all_answered.wait()
 
@@ -277,19 +281,20 @@ class Service:
 
     async def _read_options(self, model: ServedModel, request: GenerationRequest) -> DecodingOptions:
         if request.constraint_field is None:
-            return model.read_options(request)
-        # in a separate thread: llguidance compiles some schemas for minutes, and can't be stopped
-        reading = self._compiler.submit(model.read_options, request)
-        options = asyncio.wrap_future(reading)
-        await asyncio.wait({options}, timeout=SECONDS_TO_COMPILE)
-        if options.done():
-            return options.result()
-        if reading.cancel():  # it hadn't begun
+            return model.read_options(request, model.constraint)
+        run = partial(asyncio.get_running_loop().run_in_executor, self._compiler)
+        constraint = await run(model.read_constraint, request)
+        try:
+            passes = await self.trials.passes(constraint)
+        except OSError as error:
             headers = {"retry-after": SECONDS_TO_RESTART}
-            raise ApiError(503, "an earlier request's constraint is being compiled", headers=headers)
-        options.add_done_callback(lambda late: late.cancelled() or late.exception())  # else asyncio logs its error
-        problem = f"compiling the constraint took more than {SECONDS_TO_COMPILE:g} seconds; simplify it"
-        raise ApiError(400, problem, request.constraint_field, "invalid_constraint")
+            raise ApiError(503, f"{constraint.place}: can't be compiled now: {error}", headers=headers) from error
+        if not passes and self._stopping.is_set():  # it may have had too little time
+            raise self._refuse_for_now()
+        if not passes:
+            problem = f"{constraint.place}: too complex to compile within {LIMITS}; simplify it"
+            raise ApiError(400, problem, request.constraint_field, "invalid_constraint")
+        return await run(model.read_options, request, constraint)
 
     async def _score(self, request: Request) -> Response:
         record: Record = request.scope["t5tune"]

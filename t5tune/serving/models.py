@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from t5tune.constraints import Constraint, Matcher
+from t5tune.constraints import Constraint
 from t5tune.constraints.compiler import Compiler
 from t5tune.data.reading.formats import Turn
 from t5tune.data.tokens.encoding import encode_answers
@@ -75,7 +75,19 @@ class ServedModel:
             raise ApiError(400, f"targets: {number:,} tokens; at most {MAX_TARGET_TOKENS:,} are scored", "targets")
         return targets
 
-    def read_options(self, request: GenerationRequest) -> DecodingOptions:
+    def read_constraint(self, request: GenerationRequest) -> Constraint:
+        """Read the constraint of a request that has one. Raises ApiError if it is too long, or an answer is empty."""
+        try:
+            constraint = request.read_constraint()
+            assert constraint is not None
+            if len(constraint.text) > MAX_CONSTRAINT_LENGTH:
+                size = f"{len(constraint.text):,} characters; at most {MAX_CONSTRAINT_LENGTH:,} are allowed"
+                raise SettingsError(f"{constraint.place}: {size}")
+            return constraint
+        except SettingsError as error:
+            raise ApiError(400, str(error), request.constraint_field, "invalid_constraint") from error
+
+    def read_options(self, request: GenerationRequest, constraint: Constraint | None) -> DecodingOptions:
         """Fill in the decoding options of a request, and compile its constraint.
 
         Raises:
@@ -95,15 +107,9 @@ class ServedModel:
             seed=request.seed,
             num_top=request.num_top,
         )
-        return replace(options, constraint=self._start_constraint(request, options))
-
-    def _start_constraint(self, request: GenerationRequest, options: DecodingOptions) -> Matcher | None:
+        if constraint is None:
+            return options
         try:
-            if (constraint := request.read_constraint() or self.constraint) is None:
-                return None
-            if constraint is not self.constraint and len(constraint.text) > MAX_CONSTRAINT_LENGTH:
-                size = f"{len(constraint.text):,} characters; at most {MAX_CONSTRAINT_LENGTH:,} are allowed"
-                raise SettingsError(f"{constraint.place}: {size}")
             matcher = self.compiler.start(constraint)
         except (SettingsError, DependencyError) as error:
             raise ApiError(400, str(error), request.constraint_field, "invalid_constraint") from error
@@ -111,7 +117,7 @@ class ServedModel:
             advice = "leave it out, or serve with --engine transformers"
             problem = f"top_p: {options.top_p:g}: CTranslate2 can't constrain replies with it; {advice}"
             raise ApiError(400, problem, "top_p", "unsupported")
-        return matcher
+        return replace(options, constraint=matcher)
 
     def _read_messages(self, request: ChatRequest) -> Prompt:
         system, turns = request.split_messages()

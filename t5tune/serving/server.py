@@ -107,6 +107,7 @@ class HttpServer(uvicorn.Server):
         self.should_exit = True
         self.wait()
         self._batcher.close(0)
+        self._service.trials.close()
         return self._service.num_cut_off
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

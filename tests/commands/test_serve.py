@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -31,6 +32,7 @@ from tests.serving.raw_http import CHAT, connect, make_chat, make_request, read_
 from tests.support.models.adapters import make_stock_adapter
 from tests.support.processes.command_line import t5tune_in_fork
 from tests.support.processes.forks import ForkedProcess, get_fork_server
+from tests.support.processes.trials import ENDLESS, list_trials
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("starlette", reason="the extra `serve` isn't installed")
@@ -119,6 +121,28 @@ def test_a_signal_under_load_ends_with_whole_replies(
         assert sum(line["status"] == 200 and line["path"] == CHAT for line in server.read_log()) == 15
         for connection in connections:
             connection.close()
+
+
+@pytest.mark.parametrize("stop_signal", [signal.SIGTERM, signal.SIGKILL])
+def test_a_server_leaves_no_process_of_an_endless_constraint(
+    stop_signal: signal.Signals, untied_base: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("llguidance")
+    with (
+        start(tmp_path, f"base={untied_base}", "--engine", "transformers") as server,
+        connect(server.url) as connection,
+    ):
+        connection.sendall(make_request(CHAT, make_chat(structured_outputs={"json": ENDLESS})))
+        while len(trials := list_trials(server.process.pid)) < 2:
+            assert server.process.poll() is None
+        assert send(server.url, body=make_chat(structured_outputs={"regex": "[a-c]"}))[0] == 200
+        server.process.send_signal(stop_signal)
+        if stop_signal == signal.SIGTERM:
+            status, _, body = read_answer(connection)  # before the trial has used all of its time
+            assert (status, "the server is stopping" in body.decode()) == (503, True)
+        assert server.process.wait(PATIENCE) == (0 if stop_signal == signal.SIGTERM else -signal.SIGKILL)
+        assert psutil.wait_procs(trials, PATIENCE)[1] == []
+        assert "Traceback" not in server.log.read_text()
 
 
 def test_replies_that_take_too_long_are_cut_off_and_counted(untied_base: Path, tmp_path: Path) -> None:

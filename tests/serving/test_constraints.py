@@ -2,7 +2,6 @@
 
 import json
 import re
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,9 +18,9 @@ from t5tune.constraints import Constraint
 from t5tune.constraints.compiler import Compiler
 from t5tune.data.reading.formats import Turn
 from t5tune.data.tokens.tokenizer import Tokenizer, load_tokenizer
-from t5tune.serving import app
 from tests.serving.conftest import StartServer
 from tests.serving.test_replies import ENGINES, LENGTH, MESSAGES, ask, ask_in_pieces, connect, load_chatter, reply
+from tests.support.processes.trials import ENDLESS, list_trials
 
 pytest.importorskip("llguidance")
 pytestmark = pytest.mark.slow
@@ -210,28 +209,24 @@ def test_a_constraint_that_cannot_be_enforced_is_refused(
     assert refused.value.message.removeprefix("Error code: 400 - ").startswith(message), refused.value.message
 
 
-def test_a_constraint_that_takes_too_long_holds_up_no_free_request(
-    client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    gate, start = threading.Event(), Compiler.start
-
-    def wait_and_start(compiler: Compiler, constraint: Constraint) -> Any:
-        gate.wait()
-        return start(compiler, constraint)
-
-    free = reply(client, "run", MESSAGES[0])
-    monkeypatch.setattr(app, "SECONDS_TO_COMPILE", 0.1)
-    monkeypatch.setattr(Compiler, "start", wait_and_start)
-    try:
-        with pytest.raises(openai.BadRequestError, match="compiling the constraint took more than 0.1 seconds"):
-            reply(client, "run", MESSAGES[0], **CONSTRAINTS[1][0])
-        with pytest.raises(openai.InternalServerError, match="503 - an earlier request's constraint is being compiled"):
-            reply(client, "run", MESSAGES[0], **CONSTRAINTS[0][0])
-        assert reply(client, "run", MESSAGES[0]) == free
-    finally:
-        gate.set()
-    monkeypatch.setattr(app, "SECONDS_TO_COMPILE", 60)
-    assert re.fullmatch(PATTERN, reply(client, "run", MESSAGES[0], **CONSTRAINTS[1][0]))
+def test_a_constraint_that_never_compiles_is_refused_alone(server: Server, client: openai.OpenAI) -> None:
+    endless = {"structured_outputs": {"json": ENDLESS}}
+    with ThreadPoolExecutor(1) as pool:
+        refused = pool.submit(reply, client, "run", MESSAGES[0], extra_body=endless)
+        while len(list_trials()) < 2:
+            assert not refused.done()
+        assert reply(client, "run", MESSAGES[0])
+        texts = [
+            reply(client, "run", MESSAGES[0], extra_body={"structured_outputs": {"regex": f"[a-z]{{{size}}}"}})
+            for size in range(3, 6)
+        ]
+        assert [len(text) for text in texts] == [3, 4, 5]
+        assert not refused.done()
+        message = "structured_outputs.json: too complex to compile within 5 seconds and 512 MiB of memory; simplify it"
+        with pytest.raises(openai.BadRequestError, match=message):
+            refused.result()
+    server.reload()
+    assert reply(client, "run", MESSAGES[0], extra_body={"structured_outputs": {"regex": "[a-z]{6}"}}).isalpha()
 
 
 def test_ctranslate2_refuses_to_constrain_top_p(server: Server, client: openai.OpenAI) -> None:

@@ -12,7 +12,7 @@ from t5tune.commands.merge import merge
 from t5tune.compat.quiet import reserve_stdout
 from t5tune.errors import CheckpointError, ModelError, T5TuneError, to_t5tune_error
 from t5tune.io.atomic import write_folder_atomically
-from t5tune.io.processes import die_with_parent, make_module_command
+from t5tune.io.processes import die_with_parent, make_module_command, make_module_environment
 from t5tune.progress import Event, Report
 from t5tune.settings import MergeSettings
 
@@ -57,14 +57,13 @@ def convert(report: Report, base: Path, adapter: Path | None, onto: Any, quantiz
 
 def convert_in_process(report: Report, **arguments: Any) -> None:
     """Convert in a separate process with a low priority, while this process computes replies."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     # `python -m`, because multiprocessing would import the user's main script again; and in a separate process group,
     # so that Ctrl-C reaches only this process
     done = subprocess.run(
         make_module_command("t5tune.commands.serve"),
         input=pickle.dumps(arguments),
         stdout=subprocess.PIPE,
-        env=environment,
+        env=make_module_environment(),
         process_group=0,
         check=False,
     )

@@ -1,0 +1,76 @@
+"""Constraints that llguidance would compile for minutes, or crash with, are tried in processes that can be killed."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, closing, suppress
+
+import pytest
+
+from t5tune.constraints import Constraint
+from t5tune.constraints.trials import MAX_RUNNING, Trials
+from tests.support.processes.trials import ENDLESS, list_trials
+
+pytest.importorskip("llguidance")
+
+PATIENCE = 60.0
+CRASHING = "start: r0\n" + "".join(f"r{number}: r{number + 1}\n" for number in range(3000)) + 'r3000: "a"\n'
+
+
+def make_schema(schema: object) -> Constraint:
+    return Constraint("json_schema", json.dumps(schema), "json_schema")
+
+
+async def wait_for_processes(count: int) -> None:
+    async with asyncio.timeout(PATIENCE):
+        while len(list_trials()) != count:
+            await asyncio.sleep(0.01)
+
+
+@asynccontextmanager
+async def run_trials() -> AsyncIterator[Trials]:
+    with closing(Trials()) as trials:
+        yield trials
+    assert list_trials() == []
+
+
+@pytest.mark.slow
+def test_trials_end_at_the_limits_and_delay_no_other() -> None:
+    async def run() -> None:
+        async with run_trials() as trials:
+            endless = [asyncio.ensure_future(trials.passes(make_schema(ENDLESS))) for _ in range(2 * MAX_RUNNING)]
+            assert await trials.passes(make_schema({"type": "string"}))
+            assert await trials.passes(make_schema({"not": {}}))  # the server finds this out itself
+            assert not await trials.passes(Constraint("grammar", CRASHING, "grammar"))
+            assert not any(trial.done() for trial in endless)
+            await wait_for_processes(2)  # equal constraints share a trial
+            assert not any(await asyncio.gather(*endless))
+            assert not await asyncio.wait_for(trials.passes(make_schema(ENDLESS)), 0.1)  # remembered
+            await wait_for_processes(1)
+
+    asyncio.run(run())
+
+
+def test_a_killed_process_is_started_again() -> None:
+    async def run() -> None:
+        async with run_trials() as trials:
+            assert await trials.passes(make_schema({"type": "string"}))
+            for process in list_trials():
+                process.kill()
+                process.wait()
+            assert await trials.passes(make_schema({"type": "array"}))
+
+    asyncio.run(run())
+
+
+def test_closing_ends_trials_that_are_running() -> None:
+    async def run() -> None:
+        async with run_trials() as trials:
+            endless = asyncio.ensure_future(trials.passes(make_schema(ENDLESS)))
+            await wait_for_processes(2)
+            trials.close()
+            assert list_trials() == []
+            with suppress(ConnectionError):  # it hadn't read the constraint yet
+                assert not await endless
+
+    asyncio.run(run())
