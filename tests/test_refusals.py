@@ -3,8 +3,9 @@
 A row has
 
     files         what the command finds: name → text. Other contents are {} (an empty folder), {bytes: "…"} (each
-                  character a byte), {copy: INPUT}, {change: {key: value}} in a JSON file of a copy, {link: TARGET}, and
-                  ~, which deletes a file of a copy.
+                  character a byte), {copy: INPUT}, {change: {key: value}} in a JSON file of a copy, {link: TARGET},
+                  {size: NUMBER} (zeros), {start: TEXT, repeat: TEXT, times: NUMBER, end: TEXT}, with the numbers from 0
+                  in place of #, and ~, which deletes a file of a copy.
     run           the command line, in an empty folder with these files. A name in braces is one of `commands`, or an
                   attribute of `Inputs`.
     environment   variables, if there are any
@@ -15,7 +16,9 @@ A row has
     each          in place of several rows: {value} → the message, or what {answer} is in `message`; or a list of values
 """
 
+import hashlib
 import json
+import os
 import re
 import shlex
 import shutil
@@ -142,6 +145,12 @@ def write_file(path: Path, content: Any, inputs: Inputs) -> None:
             path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | values), encoding="utf-8")
         case {"link": str() as target}:
             path.symlink_to(target)
+        case {"size": int() as size}:
+            path.touch()
+            os.truncate(path, size)
+        case {"repeat": str() as text, "times": int() as number}:
+            pieces = [text.replace("#", str(each)) for each in range(number)]
+            path.write_text("".join([content.get("start", ""), *pieces, content.get("end", "")]), encoding="utf-8")
         case {} if not content:
             path.mkdir()
         case None:
@@ -151,9 +160,13 @@ def write_file(path: Path, content: Any, inputs: Inputs) -> None:
 
 
 def list_files(folder: Path) -> Iterator[tuple[str, bytes | None]]:
-    """List the files and folders below a folder, with the contents of files."""
+    """List the files and folders below a folder, with the hashes of files."""
     for path in sorted(folder.rglob("*")):
-        yield str(path.relative_to(folder)), path.read_bytes() if path.is_file() else None
+        digest = None
+        if path.is_file():
+            with open(path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").digest()
+        yield str(path.relative_to(folder)), digest
 
 
 def read_message(stderr: str, names: dict[str, str]) -> str:
