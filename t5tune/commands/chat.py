@@ -79,6 +79,7 @@ class Chatter:
 
     @staticmethod
     def _load(settings: ChatSettings, report: Report, precision: Precision | None = None) -> "Chatter":
+        read_constraint(settings, None)  # raises before the model is loaded
         settings = replace_stopped_runs(settings, report)
         with quiet_libraries():
             loaded = load_for_inference(settings, report, precision=precision)

@@ -81,7 +81,7 @@ def load_settings(
         settings = model.model_validate({name: value.value for name, value in values.items()})
     except ValidationError as error:
         details = [detail for detail in error.errors() if detail["type"] != "missing" or detail["loc"][0] not in meant]
-        problems += [_format_problem(detail, values, model) for detail in details]
+        problems += dict.fromkeys(_format_problem(detail, values, model) for detail in details)
     if problems or settings is None:
         hint = f"if {file} is from a different tool: t5tune migrate {file}" if detect_tool(in_file) else None
         raise SettingsError(*problems, hint=hint)
@@ -213,4 +213,6 @@ def _format_problem(error: ErrorDetails, values: dict[str, _Value], model: type[
     elif given:
         found = given.value
     shown = HIDDEN_VALUE if name in model.list_secrets() else shorten_file_value(found)
-    return f"{name}: {shown}{place}: {describe_value_error(error)}"
+    is_number = error["type"] == "string_type" and isinstance(error["input"], int | float)
+    advice = "; put numbers, true and false in quotes" if is_number else ""
+    return f"{name}: {shown}{place}: {describe_value_error(error)}{advice}"

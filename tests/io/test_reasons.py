@@ -18,7 +18,12 @@ VALUES: dict[str, tuple[type[Settings], str, Any, str]] = {
     "word for a number": (TrainSettings, "learning_rate", "fast", "expected a number"),
     "infinity": (TrainSettings, "learning_rate", "inf", "expected a finite number"),
     "word for a boolean": (TrainSettings, "bf16", "perhaps", "expected true or false"),
-    "number for text": (TrainSettings, "model_name_or_path", 1.5, "expected text"),
+    "number for text": (
+        TrainSettings,
+        "model_name_or_path",
+        1.5,
+        "expected text; put numbers, true and false in quotes",
+    ),
     "number for a path": (TrainSettings, "cache_dir", 1.5, "expected a path"),
     "number for a list": (TrainSettings, "allow_change", 1.5, "expected a list"),
     "word for a mapping": (TrainSettings, "training_args", "abc", "expected names with values"),

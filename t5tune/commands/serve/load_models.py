@@ -93,6 +93,7 @@ class ModelLoader:
 
     def load_all(self) -> dict[str, "ServedModel"]:
         """Load all models, and generate a token with each engine."""
+        read_constraint(self._settings, None)  # raises before a model is loaded
         # all are found before the first is converted, which may take minutes
         found = {name: self._find(name, model) for name, model in self._settings.named_models.items()}
         models = {name: self._load(name, files) for name, files in found.items()}
