@@ -12,6 +12,9 @@ from typing import Literal, Protocol, Self
 import numpy as np
 import numpy.typing as npt
 
+Allowed = npt.NDArray[np.bool_]
+"""For each id of a model, whether it may come next: an array of V booleans."""
+
 
 @dataclass(frozen=True)
 class Constraint:
@@ -37,10 +40,13 @@ class Matcher(Protocol):
 
     def copy(self) -> Self: ...
 
-    def find_allowed(self) -> npt.NDArray[np.bool_]:
-        """Find the ids that may come next, among them the stop ids if the reply is complete: an array of V booleans."""
+    def find_allowed(self) -> Allowed:
+        """Find the ids that may come next, among them the stop ids if the reply is complete."""
         ...
 
     def accept(self, index: int) -> bool:
-        """Continue with an id; return whether it was allowed. Else, or after a stop id, the state is unchanged."""
+        """Continue with an id, and return True; return False if it isn't allowed.
+
+        A stop id and a refused id leave the state unchanged.
+        """
         ...

@@ -15,7 +15,8 @@ from itertools import chain
 import numpy as np
 import numpy.typing as npt
 
-Allowed = npt.NDArray[np.bool_]
+from t5tune.constraints import Allowed
+
 Integers = npt.NDArray[np.int64]
 MIN_KEPT = 64  # answers with equal beginnings, whose next ids are kept; fewer are searched faster than kept
 
@@ -26,7 +27,7 @@ class Answers:
 
     Args:
         ids: the ids of all answers, each with a stop id at its end.
-        starts: the place of each answer in `ids`, and the end.
+        starts: where each answer begins in `ids`, and the end of `ids`.
         num_rows: the number of the model's logits.
         stop_ids: the tokens that end a reply; the first ends the answers.
     """
@@ -47,14 +48,14 @@ class Answers:
     def start(self) -> "AnswerMatcher":
         return AnswerMatcher(self, 0, len(self.starts) - 1, 0)
 
-    def get_column(self, low: int, high: int, depth: int) -> npt.NDArray[np.int32]:
-        """Return the ids at this depth of the answers from `low` to `high`, which begin with equal ids."""
-        return self.ids[self.starts[low:high] + depth]
-
     def find_next(self, low: int, high: int, depth: int) -> tuple[npt.NDArray[np.int32], Integers]:
-        """Find the different ids of a column, and the place of the first answer with each, and the end."""
+        """Find the ids after the first `depth` ids, which the answers from `low` to `high` share.
+
+        Returns:
+            The ids, each once; the first answer with each, and `high`.
+        """
         if (found := self._found.get((low, high, depth))) is None:
-            ids, firsts = np.unique(self.get_column(low, high, depth), return_index=True)
+            ids, firsts = np.unique(self.ids[self.starts[low:high] + depth], return_index=True)
             found = ids, np.append(firsts + low, high)
             if high - low > MIN_KEPT:
                 self._found[low, high, depth] = found

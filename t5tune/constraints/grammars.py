@@ -7,23 +7,23 @@ matcher.find_allowed()[8774], matcher.accept(8774)    # False, False
 
 import json
 import re
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
-import numpy.typing as npt
 
-from t5tune.constraints import Constraint
+from t5tune.constraints import Allowed, Constraint
 from t5tune.constraints.schemas import check_schema
 from t5tune.constraints.spelling import Spellings
 from t5tune.errors import DependencyError, SettingsError
 
-Allowed = npt.NDArray[np.bool_]
 # Otherwise llguidance asks a callback to tokenize text that the grammar forces, and allows no other tokens for it.
 HEADER = '%llguidance {"no_forcing": true}\n'
 NUM_HEADER_LINES = 2  # with the rule `start`
 # Replies of models that were trained on compact or indented JSON. With more freedom, a model may write blanks only.
 JSON_OPTIONS = {"whitespace_pattern": r"\x20|\x0A\x20{0,16}", "json_allow_general_unicode_escapes": True}
 MIN_STEP_FUEL, MIN_STATES = 200_000, 250_000  # llguidance's defaults
+REPLY = "body"  # a rule
 JSON_CHARACTERS = '{}[]":,'
 
 
@@ -50,7 +50,6 @@ class GrammarCompiler:
         self.never_first = [i for i, text in enumerate(later) if text != first[i] and text != b" " + (first[i] or b"")]
         self.silent_ids = [i for i, text in enumerate(later) if text == b""]
         self.begins_with_space = np.array([text is not None and text.startswith(b" ") for text in later])
-        self.spaces = {i for i, text in enumerate(later) if text == b" "}
         words = llguidance.TokenizerWrapper(_Words(later, stop_ids))
         self._words = llguidance.LLTokenizer(words, n_vocab=self.num_rows, eos_token=stop_ids)
 
@@ -63,29 +62,30 @@ class GrammarCompiler:
         if constraint.kind == "json_schema":
             check_schema(json.loads(constraint.text), constraint.place)
             self._check_characters(constraint)
-        body = _write_body(constraint)
-        whole = alone = self._start("body", body, constraint)
-        allowed = alone.find_allowed()
-        if self.spellings.drops_space:
+        rules = _write_rules(constraint)
+        matcher = self._start(REPLY, rules, constraint)
+        allowed, drops_space = matcher.find_allowed(), self.spellings.drops_space
+        if drops_space:
             allowed &= ~self.begins_with_space
-        if not np.delete(allowed, self.stop_ids).any() and not alone.is_complete:
-            raise SettingsError(f"{constraint.place}: no reply can follow it{self._explain(constraint)}")
-        tail = f" {json.dumps(self._suffix)}?" if self._suffix else ""
-        if tail:
-            whole = self._start(f"body{tail}", body, constraint)
-        if not self.spellings.drops_space:
-            return whole
-        with_space = self._start(f'" " body{tail}', body, constraint)
-        return GrammarMatcher(self, constraint.place, whole.matcher, with_space.matcher)
+        if not np.delete(allowed, self.stop_ids).any() and not matcher.is_complete:
+            needs_space = drops_space and constraint.kind != "json_schema"
+            reason = "; this tokenizer removes a space at the beginning" if needs_space else ""
+            raise SettingsError(f"{constraint.place}: no reply can follow it{reason}")
+        whole = f"{REPLY} {json.dumps(self._suffix)}?" if self._suffix else REPLY
+        if self._suffix:
+            matcher = self._start(whole, rules, constraint)
+        if drops_space:
+            matcher.with_space = self._start(f'" " {whole}', rules, constraint).matcher
+        return matcher
 
-    def _start(self, start: str, body: str, constraint: Constraint) -> "GrammarMatcher":
+    def _start(self, start: str, rules: str, constraint: Constraint) -> "GrammarMatcher":
         import llguidance
 
-        size = 4 * len(body)  # a list of texts needs about a state for each byte
+        size = 4 * len(rules)  # a list of texts needs about a state for each byte
         limits = llguidance.LLParserLimits(
             step_lexer_fuel=max(MIN_STEP_FUEL, size), max_lexer_states=max(MIN_STATES, size)
         )
-        grammar = f"{HEADER}start: {start}\n{body}"
+        grammar = f"{HEADER}start: {start}\n{rules}"
         matcher = llguidance.LLMatcher(self._words, grammar, log_level=0, limits=limits)
         if matcher.is_error():
             raise SettingsError(f"{constraint.place}: {_describe_error(matcher.get_error(), constraint.kind)}")
@@ -98,11 +98,8 @@ class GrammarCompiler:
             problem = f"{constraint.place}: this tokenizer can't write {missing!r}"
             raise SettingsError(problem, hint="train with --add-tokens auto, or use --choices")
 
-    def _explain(self, constraint: Constraint) -> str:
-        may_need_space = self.spellings.drops_space and constraint.kind != "json_schema"
-        return "; this tokenizer removes a space at the beginning" if may_need_space else ""
 
-
+@dataclass
 class GrammarMatcher:
     """The state of one reply.
 
@@ -117,17 +114,12 @@ class GrammarMatcher:
         was_silent: whether the last token had no text.
     """
 
-    def __init__(
-        self,
-        compiler: GrammarCompiler,
-        place: str,
-        matcher: Any,
-        with_space: Any = None,
-        is_after_space: bool = False,
-        was_silent: bool = False,
-    ) -> None:
-        self._compiler, self._place, self.matcher, self._with_space = compiler, place, matcher, with_space
-        self._is_after_space, self._was_silent = is_after_space, was_silent
+    compiler: GrammarCompiler
+    place: str
+    matcher: Any
+    with_space: Any = None
+    is_after_space: bool = False
+    was_silent: bool = False
 
     @property
     def is_complete(self) -> bool:
@@ -135,51 +127,50 @@ class GrammarMatcher:
         return bool(self.matcher.is_accepting())
 
     def copy(self) -> Self:
-        with_space = None if self._with_space is None else self._with_space.deep_copy()
-        matcher = self.matcher.deep_copy()
-        return type(self)(self._compiler, self._place, matcher, with_space, self._is_after_space, self._was_silent)
+        with_space = None if self.with_space is None else self.with_space.deep_copy()
+        return replace(self, matcher=self.matcher.deep_copy(), with_space=with_space)
 
     def find_allowed(self) -> Allowed:
-        compiler = self._compiler
+        compiler = self.compiler
         allowed = self._fill_mask(self.matcher)
-        if self._with_space is not None or self._is_after_space:
+        if self.with_space is not None or self.is_after_space:
             allowed &= ~compiler.begins_with_space
-        if self._with_space is not None:
-            allowed |= self._fill_mask(self._with_space) & compiler.begins_with_space
+        if self.with_space is not None:
+            allowed |= self._fill_mask(self.with_space) & compiler.begins_with_space
             allowed[compiler.never_first] = False
-        if not self._was_silent and allowed.any():
+        if not self.was_silent and allowed.any():
             allowed[compiler.silent_ids] = True
         return allowed
 
     def accept(self, index: int) -> bool:
-        compiler = self._compiler
+        compiler = self.compiler
         if index in compiler.stop_ids:
             return self.is_complete
         if index in compiler.silent_ids:  # it adds no text, so a model could repeat it forever
-            accepted, self._was_silent = not self._was_silent, True
+            accepted, self.was_silent = not self.was_silent, True
             return accepted
-        is_first, begins_with_space = self._with_space is not None, bool(compiler.begins_with_space[index])
-        if (self._is_after_space and begins_with_space) or (is_first and index in compiler.never_first):
+        is_first, begins_with_space = self.with_space is not None, bool(compiler.begins_with_space[index])
+        if (self.is_after_space and begins_with_space) or (is_first and index in compiler.never_first):
             return False
-        matcher = self._with_space if is_first and begins_with_space else self.matcher
+        matcher = self.with_space if is_first and begins_with_space else self.matcher
         if matcher.try_consume_tokens([index]) == 0:
             self._check(matcher)
             return False
-        self.matcher, self._with_space, self._was_silent = matcher, None, False
-        self._is_after_space = is_first and index in compiler.spaces
+        self.matcher, self.with_space, self.was_silent = matcher, None, False
+        self.is_after_space = is_first and compiler.spellings.later[index] == b" "
         return True
 
     def _fill_mask(self, matcher: Any) -> Allowed:
         """Find the ids that llguidance allows next."""
         bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
         self._check(matcher)
-        return np.unpackbits(bits, count=self._compiler.num_rows, bitorder="little").view(bool)
+        return np.unpackbits(bits, count=self.compiler.num_rows, bitorder="little").view(bool)
 
     def _check(self, matcher: Any) -> None:
         """Raise SettingsError if the reply can't be continued because llguidance has reached one of its limits."""
         # NoExtensionBias: no text follows the grammar
         if matcher.is_error() and (reason := matcher.get_error().splitlines()[0]) != "NoExtensionBias":
-            problem = f"{self._place}: too complex to continue this reply: {reason}"
+            problem = f"{self.place}: too complex to continue this reply: {reason}"
             raise SettingsError(problem, hint="shorten its patterns, repetitions or lists")
 
 
@@ -198,16 +189,16 @@ class _Words:
         raise AssertionError("HEADER keeps llguidance from tokenizing text")
 
 
-def _write_body(constraint: Constraint) -> str:
-    """Write a constraint as a Lark rule with the name `body`."""
+def _write_rules(constraint: Constraint) -> str:
+    """Write a constraint as rules of a Lark grammar, one of them called REPLY."""
     if constraint.kind == "grammar":
-        return re.sub(r"\bstart\b", "body", constraint.text)
+        return re.sub(r"\bstart\b", REPLY, constraint.text)
     if constraint.kind == "regex":
-        return f"body: BODY\nBODY: /{_escape_slashes(constraint.text)}/\n"
+        return f"{REPLY}: PATTERN\nPATTERN: /{_escape_slashes(constraint.text)}/\n"
     schema = json.loads(constraint.text)
     if isinstance(schema, dict):
         schema = schema | {"x-guidance": JSON_OPTIONS}
-    return f"body: %json {json.dumps(schema, ensure_ascii=False)}\n"
+    return f"{REPLY}: %json {json.dumps(schema, ensure_ascii=False)}\n"
 
 
 def _escape_slashes(pattern: str) -> str:

@@ -8,11 +8,8 @@ decoder, because alone they decode to U+FFFD. SentencePiece's decoders drop the 
 """
 
 from dataclasses import dataclass
-from functools import cache
 
 from t5tune.data.tokens.tokenizer import BYTE_TOKEN, BYTES_OFFSET, Tokenizer
-
-Spelling = bytes | None
 
 
 @dataclass(frozen=True)
@@ -22,28 +19,24 @@ class Spellings:
     None: never allowed, such as special tokens, sentinels, and rows of the embedding without a token.
     """
 
-    later: list[Spelling]
-    first: list[Spelling]
+    later: list[bytes | None]
+    first: list[bytes | None]
 
     @property
     def drops_space(self) -> bool:
         """Whether the decoder drops a space at the beginning of a reply."""
         return self.later != self.first
 
-    def join(self, ids: list[int]) -> bytes:
-        """Spell a reply. Raises TypeError if it has an id that is never allowed."""
-        return b"".join((self.first if place == 0 else self.later)[i] for place, i in enumerate(ids))  # type: ignore[misc]
-
 
 def spell(tokenizer: Tokenizer, num_rows: int) -> Spellings:
     """Spell the ids of a model with this number of embedding rows."""
-    later: list[Spelling] = [None] * num_rows
+    later: list[bytes | None] = [None] * num_rows
     if tokenizer.backend is None:  # ByT5
         later[BYTES_OFFSET : BYTES_OFFSET + 256] = [bytes([byte]) for byte in range(256)]
         return Spellings(later, later)
     backend, vocabulary = tokenizer.backend, tokenizer.get_vocab()
     decoder = "" if backend.decoder is None else backend.decoder.__getstate__().decode()
-    has_bytes, is_byte_level = '"ByteFallback"' in decoder, '"ByteLevel"' in decoder
+    has_bytes, alphabet = '"ByteFallback"' in decoder, _read_byte_alphabet() if '"ByteLevel"' in decoder else {}
     anchor = next(index for token, index in sorted(vocabulary.items()) if len(token) == 1 and token.isalpha())
     before = backend.decode([anchor])
     first = list(later)
@@ -52,15 +45,14 @@ def spell(tokenizer: Tokenizer, num_rows: int) -> Spellings:
             continue
         if has_bytes and BYTE_TOKEN.fullmatch(token):
             later[index] = first[index] = bytes([int(token[3:5], 16)])
-        elif is_byte_level and all(character in _read_byte_alphabet() for character in token):
-            later[index] = first[index] = bytes(_read_byte_alphabet()[character] for character in token)
+        elif alphabet and all(character in alphabet for character in token):
+            later[index] = first[index] = bytes(alphabet[character] for character in token)
         else:
             later[index] = backend.decode([anchor, index]).removeprefix(before).encode()
             first[index] = backend.decode([index]).encode()
     return Spellings(later, first)
 
 
-@cache
 def _read_byte_alphabet() -> dict[str, int]:
     """Return the byte of each character of byte-level BPE's alphabet (Radford et al. 2019, `bytes_to_unicode`)."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]

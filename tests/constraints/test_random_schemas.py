@@ -27,7 +27,7 @@ from t5tune.data.tokens.encoding import encode_batch, extract_example
 from t5tune.data.tokens.templates import Template, load_template, render_conversation
 from t5tune.data.tokens.tokenizer import Tokenizer, decode_prediction, decode_reference
 from t5tune.errors import SettingsError
-from tests.constraints.test_spelling import load_kind
+from tests.constraints.test_spelling import join, load_kind
 from tests.support.paths import SHARED
 from tests.support.random_schemas import list_fixed_texts, make_schema, write_json
 
@@ -138,7 +138,7 @@ def check_schema(sides: Sides, seed: int) -> Iterator[str]:
         if ids is None:
             yield "reply without end"
             continue
-        assert sides.tokenizer.decode(ids, skip_special_tokens=True) == spellings.join(ids).decode(), ids
+        assert sides.tokenizer.decode(ids, skip_special_tokens=True) == join(spellings, ids).decode(), ids
         text = decode_prediction(sides.tokenizer, ids, template.answer_suffix)
         if not validator.is_valid(json.loads(text)):
             # a float of 0.25000000000000000001 isn't above 0.25
