@@ -16,6 +16,7 @@ from t5tune.constraints import Allowed, Constraint
 from t5tune.constraints.schemas import check_schema
 from t5tune.constraints.spelling import Spellings
 from t5tune.errors import DependencyError, SettingsError
+from t5tune.formatting import shorten
 
 # Otherwise llguidance asks a callback to tokenize text that the grammar forces, and allows no other tokens for it.
 HEADER = '%llguidance {"no_forcing": true}\n'
@@ -23,7 +24,10 @@ NUM_HEADER_LINES = 2  # with the rule `start`
 # Replies of models that were trained on compact or indented JSON. With more freedom, a model may write blanks only.
 JSON_OPTIONS = {"whitespace_pattern": r"\x20|\x0A\x20{0,16}", "json_allow_general_unicode_escapes": True}
 MIN_STEP_FUEL, MIN_STATES = 200_000, 250_000  # llguidance's defaults
-REPLY = "body"  # a rule
+REPLY = "t5tune_reply"  # a rule; no grammar of a user has this name
+# the name of a grammar's first rule, or a comment, a text or a regular expression, where the word isn't this name
+START_OR_TEXT = re.compile(r'(?://|#).*|"(?:\\.|[^"\\\n])*"|/(?:\\.|[^/\\\n])+/|\bstart\b')
+MAX_REASON = 300  # characters
 JSON_CHARACTERS = '{}[]":,'
 
 
@@ -192,7 +196,7 @@ class _Words:
 def _write_rules(constraint: Constraint) -> str:
     """Write a constraint as rules of a Lark grammar, one of them called REPLY."""
     if constraint.kind == "grammar":
-        return re.sub(r"\bstart\b", REPLY, constraint.text)
+        return START_OR_TEXT.sub(lambda found: REPLY if found[0] == "start" else found[0], constraint.text)
     if constraint.kind == "regex":
         return f"{REPLY}: PATTERN\nPATTERN: /{_escape_slashes(constraint.text)}/\n"
     schema = json.loads(constraint.text)
@@ -214,9 +218,11 @@ def _describe_error(message: str, kind: str) -> str:
         text, line = text[found.end() :], int(found[1]) - NUM_HEADER_LINES
     if (keys := re.match(r"Unimplemented keys: (\[.*\])", text)) is not None:
         return f"{', '.join(json.loads(keys[1]))}: can't be enforced; remove it"
+    if text.startswith("oneOf constraints are not supported"):
+        return "oneOf: can't be enforced unless its schemas exclude each other; use anyOf"
     if "regex parse error" in text:  # the expression, a mark below it, and the error
         text = text.rpartition("error: ")[2]
-    reason = " ".join(text.split())
+    reason = shorten(" ".join(text.split()).replace(REPLY, "start"), MAX_REASON)
     if kind != "grammar":
         return reason
     return f"line {line}: {reason}" if line > 0 else "no rule is called start"

@@ -74,6 +74,14 @@ def test_a_grammar_and_a_suffix_are_followed(tmp_path: Path) -> None:
     assert [follows(compiler, tokenizer, constraint, text) for text in texts] == [True, True, False, False, False]
 
 
+def test_a_grammar_may_contain_the_words_start_and_body(tmp_path: Path) -> None:
+    compiler, tokenizer = make_compiler("added", tmp_path)
+    grammar = 'start: body " " WORD // the "start\nbody: "start" | "restart"\nWORD: /start|stop/\n'
+    constraint = Constraint("grammar", grammar, "grammar: words.lark")
+    texts = ("start stop", "restart start", "body stop", "start body")
+    assert [follows(compiler, tokenizer, constraint, text) for text in texts] == [True, True, False, False]
+
+
 def test_a_refused_id_leaves_the_state_unchanged(tmp_path: Path) -> None:
     compiler, tokenizer = make_compiler("added", tmp_path)
     matcher = compiler.compile(Constraint("regex", "[a-z]+( [a-z]+)*", "regex")).copy()
@@ -111,6 +119,7 @@ def test_random_replies_that_follow_a_schema_are_valid(tmp_path: Path) -> None:
     [
         ("json_schema", '{"not": {}, "uniqueItems": true}', "json_schema: not, uniqueItems: can't be enforced"),
         ("json_schema", '{"type": "integer", "minimum": 5, "maximum": 3}', "minimum (5) is greater than maximum (3)"),
+        ("json_schema", '{"oneOf": [{}, {"type": "null"}]}', "oneOf: can't be enforced unless its schemas exclude"),
         ("json_schema", "[1]", "schema must be an object or boolean"),
         ("regex", "[a-", "unclosed character class"),
         ("regex", r"(a)\1", "backreferences are not supported"),
