@@ -2,7 +2,7 @@
 
     collator = set_up_scoring(model, pad_token_id)
     ((yes, no),) = score_targets(model, [Candidates(source_S, yes_T, (no_T,))], collator)
-    yes.logprob, yes.token_logprobs, yes.is_greedy    # -0.21, [-0.2, -0.01], [True, True]
+    yes.logprob, yes.token_logprobs, yes.is_greedy    # -0.21, [-0.2, -0.01], True
 
 They are log-softmaxes of the logits in fp32, without constraints and temperature, in nats.
 """
@@ -37,10 +37,10 @@ class Candidates(Example):
 
 @dataclass(frozen=True)
 class TargetScore:
-    """The log-probability of each token of a target, and whether it is the likeliest token at its position."""
+    """The log-probability of each token of a target; `is_greedy`: whether each is the likeliest at its position."""
 
     token_logprobs: list[float]
-    is_greedy: list[bool]
+    is_greedy: bool
 
     @property
     def logprob(self) -> float:
@@ -65,7 +65,7 @@ def score_targets(model: Any, examples: Sequence[Example], collator: Collator) -
         losses_BT = model(**batch, reduction="none", use_cache=False, criterion=criterion)
     values_BT2 = torch.stack([-losses_BT, torch.cat(is_greedy).view(losses_BT.shape).to(losses_BT.dtype)], -1)
     by_target = split_by_target(values_BT2, examples, collator)
-    return [tuple(TargetScore(part[:, 0].tolist(), part[:, 1].bool().tolist()) for part in each) for each in by_target]
+    return [tuple(TargetScore(part[:, 0].tolist(), bool(part[:, 1].all())) for part in each) for each in by_target]
 
 
 def collate(model: Any, examples: Sequence[Example], collator: Collator) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from t5tune.serving.protocol import (
     parse_body,
 )
 from t5tune.serving.replies import Record, Replies
-from t5tune.serving.scoring import Scores
+from t5tune.serving.scoring import score
 
 PAGE_FILE = Path(__file__).with_name("page.html")
 MAX_BODY_BYTES = 4 << 20
@@ -304,9 +304,8 @@ class Service:
         record.model = model.name
         prompt = await run(next, model.read_prompts(asked.make_generation_request()))
         record.prompt_tokens, record.dropped_messages = prompt.num_tokens, prompt.dropped_turns
-        scores = Scores(model, prompt, await run(model.read_targets, asked), self.batcher, record)
-        scores.submit()
-        return JSONResponse(await _unless_gone(request, scores.collect()))
+        targets = await run(model.read_targets, asked)
+        return JSONResponse(await _unless_gone(request, score(model, prompt, targets, self.batcher, record)))
 
     def _check_number(self, request: GenerationRequest) -> None:
         num_prompts = len(request.prompt) if isinstance(request, CompletionRequest) else 1

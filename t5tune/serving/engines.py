@@ -29,12 +29,12 @@ from t5tune.inference.generation import (
     make_random_generator,
     score_token,
 )
-from t5tune.inference.target_scores import Candidates, Collator, score_targets, set_up_scoring
+from t5tune.inference.target_scores import Candidates, Collator, TargetScore, score_targets, set_up_scoring
 from t5tune.io.processes import count_cores
 from t5tune.io.reasons import join_lines
 from t5tune.model.device import use_gpu_kernels
 from t5tune.serving.batching import MAX_LEVEL
-from t5tune.serving.generation import DecodingOptions, Generation, OnToken, ScoredTarget
+from t5tune.serving.generation import DecodingOptions, Generation, OnToken
 
 TARGETS_PER_PART = 16  # scored at once
 EndTurn = Callable[[int], bool]
@@ -91,7 +91,7 @@ class TransformersEngine:
             first_T, *others = map(np.array, targets)
             with quiet_libraries(), use_gpu_kernels(self._model.device):
                 (scores,) = score_targets(self._model, [Candidates(source_S, first_T, tuple(others))], collator)
-            generation.add_scored([ScoredTarget(each.token_logprobs, all(each.is_greedy)) for each in scores])
+            generation.add_scored(scores)
 
     def _make_sampling(self, options: DecodingOptions) -> Sampling | None:
         if options.temperature == 0:
@@ -218,7 +218,7 @@ class TranslatorEngine:
             names = [self._name(target[:-1]) for target in targets]  # CTranslate2 adds EOS
             found = self._translator.score_batch([source] * len(targets), names, max_input_length=0)
             pairs = zip(found, targets, strict=True)
-            generation.add_scored([ScoredTarget(each.log_probs, greedy[: len(ids)] == ids) for each, ids in pairs])
+            generation.add_scored([TargetScore(each.log_probs, greedy[: len(ids)] == ids) for each, ids in pairs])
 
     def _name(self, ids: Sequence[int]) -> list[str]:
         return [self._tokens[index] for index in ids]

@@ -8,6 +8,7 @@ from typing import Literal, Protocol
 from t5tune.constraints import Matcher
 from t5tune.errors import T5TuneError
 from t5tune.inference.generation import TokenScores
+from t5tune.inference.target_scores import TargetScore
 
 FinishReason = Literal["stop", "length"]
 
@@ -33,14 +34,6 @@ class DecodingOptions:
     constraint: Matcher | None = None
     num_top: int | None = None
     is_scored: bool = False
-
-
-@dataclass(frozen=True)
-class ScoredTarget:
-    """The log-probabilities of a target's tokens, in nats; `is_greedy`: whether it is the greedy reply."""
-
-    token_logprobs: list[float]
-    is_greedy: bool
 
 
 class Engine(Protocol):
@@ -102,7 +95,7 @@ class Generation:
     scores: list[TokenScores] = field(default_factory=list)
     next_scores: TokenScores | None = None
     targets: Sequence[list[int]] = ()
-    scored_targets: list[ScoredTarget] = field(default_factory=list)
+    scored_targets: list[TargetScore] = field(default_factory=list)
     num_repairs: int = 0
     ended: FinishReason | T5TuneError | None = None
     is_canceled: bool = False
@@ -164,7 +157,7 @@ class Generation:
             self.notify()
         return False
 
-    def add_scored(self, targets: Sequence[ScoredTarget]) -> None:
+    def add_scored(self, targets: Sequence[TargetScore]) -> None:
         """Add the scores of the next targets. The last target ends the reply."""
         self.scored_targets += targets
         if len(self.scored_targets) == len(self.targets):
