@@ -308,6 +308,13 @@ class ScoreRequest(_Body):
     messages: list[Message] = []
     targets: Annotated[list[str], BeforeValidator(_wrap_text), Field(min_length=1, max_length=MAX_TARGETS)]
 
+    @field_validator("targets")
+    @classmethod
+    def _check_targets(cls, targets: list[str]) -> list[str]:
+        if not all(map(str.strip, targets)):
+            raise ValueError("a target is empty")
+        return targets
+
     @model_validator(mode="after")
     def _check_source(self) -> Self:
         if bool(self.prompt) == bool(self.messages) or len(self.prompt) > 1:

@@ -91,6 +91,7 @@ def test_scores_and_replies_at_the_same_time_are_the_same(client: openai.OpenAI)
     ("body", "message"),
     [
         ({"targets": [], "prompt": "Hi"}, "targets: must not be empty"),
+        ({"targets": ["a", " "], "prompt": "Hi"}, "targets: a target is empty"),
         ({"targets": ["a"]}, "expected one prompt, or messages"),
         ({"targets": ["a"], "prompt": ["a", "b"]}, "expected one prompt, or messages"),
         ({"targets": ["a"], "prompt": "a", "messages": [{"role": "user", "content": "a"}]}, "expected one prompt"),
