@@ -13,6 +13,9 @@ from typing import Any
 from t5tune.constraints.spelling import Spellings
 from t5tune.inference.generation import TokenScores
 
+SpelledScores = tuple[bytes, float, list[tuple[bytes, float]]]
+"""The bytes of a token, its log-probability, and the likeliest tokens at its position with theirs."""
+
 
 @dataclass
 class TokenLog:
@@ -35,14 +38,17 @@ class TokenLog:
             if place >= self.num_tokens
         ]
         self.num_tokens = len(ids)
-        return {"content": [*map(_describe_in_chat, new)], "refusal": None} if self.is_chat else self._describe(new)
+        if self.is_chat:
+            tokens = [_show(text, value) | {"top_logprobs": [_show(*each) for each in top]} for text, value, top in new]
+            return {"content": tokens, "refusal": None}
+        return self._describe_completion(new)
 
     def _spell(self, token: int, place: int) -> bytes:
         spellings = self.spellings.first if place == 0 else self.spellings.later
         return spellings[token] or b""  # special tokens have no text
 
-    def _describe(self, new: "list[_Described]") -> dict[str, Any]:
-        texts = [spelled.decode(errors="replace") for spelled, _, _ in new]
+    def _describe_completion(self, new: list[SpelledScores]) -> dict[str, Any]:
+        texts = [_decode(spelled) for spelled, _, _ in new]
         offsets = []
         for text in texts:
             offsets.append(self._num_characters)
@@ -50,21 +56,15 @@ class TokenLog:
         return {
             "tokens": texts,
             "token_logprobs": [logprob for _, logprob, _ in new],
-            "top_logprobs": [
-                {text.decode(errors="replace"): value for text, value in reversed(top)} for *_, top in new
-            ],
+            # of tokens with the same text, the likeliest is kept
+            "top_logprobs": [{_decode(spelled): value for spelled, value in reversed(top)} for *_, top in new],
             "text_offset": offsets,
         }
 
 
-_Described = tuple[bytes, float, list[tuple[bytes, float]]]
-"""The bytes of a token, its log-probability, and the likeliest tokens at its position."""
-
-
-def _describe_in_chat(described: _Described) -> dict[str, Any]:
-    spelled, logprob, top = described
-    return {**_show(spelled, logprob), "top_logprobs": [_show(*each) for each in top]}
-
-
 def _show(spelled: bytes, logprob: float) -> dict[str, Any]:
-    return {"token": spelled.decode(errors="replace"), "logprob": logprob, "bytes": list(spelled)}
+    return {"token": _decode(spelled), "logprob": logprob, "bytes": list(spelled)}
+
+
+def _decode(spelled: bytes) -> str:
+    return spelled.decode(errors="replace")  # a part of a character
