@@ -20,8 +20,10 @@ def check_constraint(
     make_compiler(loaded.model, loaded.tokenizer, "").start(constraint)
     if constraint.answers:
         chosen.check_targets({*constraint.answers}, constraint.place, report)
+    if chosen.base is None:
+        return constraint
     try:
-        make_compiler(loaded.model, (chosen.base or chosen).tokenizer, "").start(constraint)
+        make_compiler(loaded.model, chosen.base.tokenizer, "").start(constraint)
     except SettingsError as error:
         if constraint.answers:  # both models choose from them
             raise
