@@ -53,6 +53,8 @@ class EvaluateSettings(ConstraintSettings, MetricSettings, DataSettings, Partiti
     def _check_choices(self) -> "EvaluateSettings":
         if self.choices_by != "sum" and not self.choices:
             raise ValueError(f"choices_by: {self.choices_by}: has no effect without choices")
+        if self.choices and self.num_beams > 1:
+            raise ValueError(f"num_beams: {self.num_beams}: has no effect with choices, which are scored")
         if (count := len(self.choices)) > MAX_CHOICES:
             raise ValueError(f"choices: {count:,}: evaluate scores at most {MAX_CHOICES:,}; use choices_file")
         return self
