@@ -30,6 +30,7 @@ LABELS = {
     "lora_tensors": "LoRA tensors",
     "non_lora_tensors": "non-LoRA tensors",
     "custom_metrics": "",
+    "recall": "",
     "cut_off": "cut off",
     "signatures": "signature of",
     "max_error": "largest logit difference",
