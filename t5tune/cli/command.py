@@ -3,6 +3,7 @@
 import gc
 import importlib
 import os
+import signal
 import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
@@ -47,6 +48,8 @@ def run_command(model: type[Settings], line: CommandLine) -> int:
                 output = Output(stream, line.json, line.quiet, line.debug)  # each rank shows its part
             # a signal may arrive while the command is imported, which takes seconds
             with _handle_signals(settings, output, world):
+                if model.command == "serve":  # else a request to reload would end the process
+                    signal.signal(signal.SIGUSR1, lambda *_: None)
                 if isinstance(settings, TrainSettings) and line.config and "output_dir" not in line.values:
                     _warn_of_copied_run(Path(line.config), settings.output_dir, output)
                 again = {"read_settings": lambda: read()[0]} if model.command == "serve" else {}  # at each reload

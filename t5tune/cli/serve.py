@@ -26,8 +26,11 @@ from t5tune.serving.stop_signals import ENDED, RELOAD_SIGNAL, STOP_SIGNALS, hand
 from t5tune.settings import ServeSettings
 
 
-def run(settings: ServeSettings, output: Output, read_settings: Callable[[], ServeSettings]) -> None:
-    """Serve until a signal asks to stop. A second signal stops at once, if it arrives at least a second later."""
+def run(_: ServeSettings, output: Output, read_settings: Callable[[], ServeSettings]) -> None:
+    """Serve until a signal asks to stop. A second signal stops at once, if it arrives at least a second later.
+
+    The settings are read again: a request to reload may have arrived while this module was imported.
+    """
 
     def report(event: Event) -> None:
         if not isinstance(event, Answered):
@@ -37,7 +40,7 @@ def run(settings: ServeSettings, output: Output, read_settings: Callable[[], Ser
 
     with (
         read_signals() as requests,
-        serve(settings, report, read_settings) as server,
+        serve(read_settings(), report, read_settings) as server,
         handle(*STOP_SIGNALS),
     ):
         _collect_garbage_rarely()

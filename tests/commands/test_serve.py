@@ -398,6 +398,30 @@ main()
     )
 
 
+def test_a_reload_signal_during_the_imports_ends_nothing(tmp_path: Path) -> None:
+    """The settings are read after it, so the changed file counts."""
+    code = """
+import signal, sys
+from pathlib import Path
+class Signaller:
+    def find_spec(self, name, *_):
+        if name == "t5tune.cli.serve":
+            Path("serve.yaml").write_text("models: changed")
+            os.kill(os.getpid(), signal.SIGUSR1)
+sys.modules.pop("t5tune.cli.serve", None)
+sys.meta_path.insert(0, Signaller())
+sys.argv = ["t5tune", "serve", "--config", "serve.yaml", "--port", "0"]
+from t5tune.cli import main
+main()
+"""
+    (tmp_path / "serve.yaml").write_text("models: nowhere")
+    log = tmp_path / "log"
+    log.touch()
+    code = f"import os; os.chdir({str(tmp_path)!r}){code}"
+    assert get_fork_server().start(["-c", code], log, log, os.environ).wait(PATIENCE) == 2
+    assert "changed: no such folder" in log.read_text()
+
+
 def test_a_wrong_engine_is_refused_with_the_reason(untied_base: Path, tmp_path: Path) -> None:
     values: dict[str, Any] = {"models": {"m": str(untied_base)}, "port": 0, "use_cpu": True}
     config = untied_base / "generation_config.json"
