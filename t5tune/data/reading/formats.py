@@ -18,6 +18,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from t5tune.data.labels import TextLabels
 from t5tune.data.reading.cleaning import clean, normalize_text
 from t5tune.data.reading.record_turns import (
     EMPTY_VALUES,
@@ -35,8 +36,7 @@ from t5tune.data.reading.record_turns import (
     parse_text_turn,
     parse_turns,
 )
-from t5tune.data.reading.rejections import LABELED_BAD, RecordLocation, RejectionError
-from t5tune.data.reading.wrapped_records import suggest_unwrapping
+from t5tune.data.reading.rejections import LABELED_BAD, RecordLocation, RejectionError, suggest_unwrapping
 from t5tune.errors import find_close_name
 from t5tune.io.reasons import join_first
 from t5tune.settings.groups.record_format import ReadingSettings
@@ -63,6 +63,7 @@ class Conversation:
         is_pair: whether the record is a pair of texts, a source and a target, not a list of turns.
         is_raw_text: whether spans of the only turn are masked.
         rejected: the worse answer of a preference pair, whose better answer is the last turn.
+        labels: of the only turn, a source.
     """
 
     location: RecordLocation
@@ -73,6 +74,7 @@ class Conversation:
     is_pair: bool = False
     is_raw_text: bool = False
     rejected: str | None = None
+    labels: TextLabels | None = None
 
     @property
     def texts(self) -> list[str]:
@@ -155,8 +157,8 @@ def _parse_preference(value: dict[str, Any], location: RecordLocation, reading: 
     for name in names:
         if value.get(name) in EMPTY_VALUES:
             columns = "name the keys with --source-column, --target-column (the better answer) and --rejected-column"
-            advice = _suggest_key(name, value.keys() - set(names)) or f"; {columns}"
-            raise RejectionError("no_preference", f"no {name} answer; the record has {_list_keys(value)}{advice}")
+            advice = suggest_key(name, value.keys() - set(names)) or f"; {columns}"
+            raise RejectionError("no_preference", f"no {name} answer; the record has {list_keys(value)}{advice}")
     # a record may have the chosen answer a second time, as a completion
     twice = {key for key in ("output", "completion") if chosen == "chosen" and value.get(key) not in EMPTY_VALUES}
     rest = {key: item for key, item in value.items() if key not in twice}
@@ -198,8 +200,8 @@ def _parse_raw_text(value: dict[str, Any], location: RecordLocation, reading: Re
     if column not in value and ".txt" in map(str.lower, Path(location.file).suffixes):
         column = "text"  # of the whole file
     if column not in value:
-        key = _suggest_key(column, value.keys())
-        problem = f"no key {column} for raw text; the record's keys are {_list_keys(value)}"
+        key = suggest_key(column, value.keys())
+        problem = f"no key {column} for raw text; the record's keys are {list_keys(value)}"
         advice = key or "; name the text's key with --source-column"
         raise RejectionError("unknown_format", problem + advice, suggests_key=bool(key))
     text = normalize_text(parse_text(column, value[column]), repairs)
@@ -273,7 +275,7 @@ def _detect_format(value: dict[str, Any], reading: ReadingSettings) -> tuple[str
         for name, (alternatives, parser) in formats.items():
             if any(keys <= given for keys in alternatives):
                 return name, parser
-    found = _list_keys(value)
+    found = list_keys(value)
     if unwrapping := suggest_unwrapping(value):
         raise RejectionError("unknown_format", f"its keys are {found}{unwrapping}")
     if set(value) - COMMON_KEYS == {"text"}:
@@ -288,12 +290,14 @@ def _detect_format(value: dict[str, Any], reading: ReadingSettings) -> tuple[str
     raise RejectionError("unknown_format", f"{f'its keys are {found}' if found else 'it has no keys'}; {advice}")
 
 
-def _list_keys(value: dict[str, Any]) -> str:
+def list_keys(value: Iterable[str]) -> str:
+    """List keys for a message."""
     # a key with a comma, or a space at an end, is quoted
     return join_first([repr(key) if "," in key or key != key.strip() else key for key in value])
 
 
-def _suggest_key(name: str, keys: Iterable[str]) -> str:
+def suggest_key(name: str, keys: Iterable[str]) -> str:
+    """Suggest the key that is spelled like a missing one; empty if there isn't one."""
     # quoted as for a shell
     close = find_close_name(name, keys)
     return f"; did you mean {shlex.quote(close)}?" if close else ""
@@ -375,7 +379,7 @@ def _parse_pair(
     """Parse the columns of the source and of the target. The source may be a list of turns."""
     used = {*sources, *targets}
     if missing := [name for name in (*sources, *targets) if name not in value]:
-        key = _suggest_key(missing[0], value.keys() - used)
+        key = suggest_key(missing[0], value.keys() - used)
         key = "; put its name in quotes" if " ".join(missing) in value else key
         if (parts := [part.strip() for part in missing[0].split(",")])[1:] and set(parts) <= value.keys():
             flag = "--source-column" if missing[0] in sources else "--target-column"
@@ -383,7 +387,7 @@ def _parse_pair(
         advice = suggest_unwrapping(value) or key
         if not advice and missing[0] in sources and reading.source_column is None:
             advice = "; name the source column with --source-column"
-        problem = f"no column {', '.join(missing)}; the record has {_list_keys(value)}{advice}"
+        problem = f"no column {', '.join(missing)}; the record has {list_keys(value)}{advice}"
         raise RejectionError("unknown_format", problem, suggests_key=bool(key))
     answer = _join_columns("assistant", targets, value)
     if len(sources) == 1 and has_turns(value[sources[0]]):

@@ -13,6 +13,7 @@ from typing import Any
 
 from t5tune.data.reading.files import find_data_suffix
 from t5tune.data.reading.formats import Conversation, parse_conversation
+from t5tune.data.reading.labeled_records import parse_labeled
 from t5tune.data.reading.rejections import (
     ESCAPED_UTF8_TEXT,
     UTF8_HINT,
@@ -22,10 +23,10 @@ from t5tune.data.reading.rejections import (
     can_contain_forbidden,
     check_characters,
     parse_json,
+    suggest_unwrapping_text,
 )
 from t5tune.data.reading.text_encoding import decode_record, is_escaped_utf8
 from t5tune.data.reading.tool_calls import drop_null_arguments
-from t5tune.data.reading.wrapped_records import suggest_unwrapping_text
 from t5tune.errors import DataError
 from t5tune.settings.groups.record_format import ReadingSettings
 
@@ -83,7 +84,8 @@ def parse_record(record: RawRecord, reading: ReadingSettings) -> Conversation | 
             check_characters(value)
         if record.has_filled_keys:
             value = drop_null_arguments(value, repairs)
-        conversation = parse_conversation(value, location, reading)
+        parse = parse_labeled if reading.kind == "labels" else parse_conversation
+        conversation = parse(value, location, reading)
     except RejectionError as error:
         reason = error.rejection.reason
         if record.is_enclosed and reason == "not_json":

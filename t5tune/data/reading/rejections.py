@@ -1,4 +1,4 @@
-"""Where a record is, the reasons to reject one, and strict parsing of JSON."""
+"""Where a record is, the reasons to reject one, strict parsing of JSON, and hints for an object of records."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from t5tune.io.reasons import describe_json_error
 INTEGER_RANGE = range(-(1 << 63), 1 << 64)
 MAX_JSON_DEPTH = 200  # nesting of objects and lists; Python's own recursion limit depends on the caller's depth
 LABELED_BAD = "labeled_bad"
-LEFT_OUT_REASONS = {LABELED_BAD, "zero_weight", "duplicate"}
+LEFT_OUT_REASONS = {LABELED_BAD, "zero_weight", "no_label", "duplicate"}
 """Reasons that leave out a record on purpose, not because it is broken; max_rejected_fraction doesn't count these."""
 REJECTION_REASONS = {
     "not_json": "the line is not valid JSON",
@@ -42,11 +42,17 @@ REJECTION_REASONS = {
     "no_preference": "a chosen or a rejected answer is missing, or both are the same",
     "other_question": "a chosen and a rejected answer to different questions",
     LABELED_BAD: "an answer labeled bad (label: false, kto_tag: false), which supervised training doesn't learn",
+    "no_label": "no label to learn: null, empty, -100, or a mask of zeros",
+    "bad_label": "a value that isn't a label, a number or a mask, or a list in place of a label, or the reverse",
+    "label_count": "more or fewer labels than words",
+    "unknown_label": "a label that isn't among the given or the trained labels",
     "long_word": "more than 100,000 characters that the tokenizer can't divide",
     "duplicate": "the same texts as an earlier conversation, and the same learned turns (dedupe)",
 }
 UTF8_HINT = "save the file as UTF-8, or name the right encoding with --encoding"
 ESCAPED_UTF8_TEXT = "UTF-8 in a file with a different encoding"
+# keys of records whose values are lists of turns, calls or tools
+LIST_KEYS = {"conversations", "messages", "prompt", "completion", "chosen", "rejected", "tools", "tool_calls", "images"}
 DEPTH_STEPS = {b"[": 1, b"{": 1, b"]": -1, b"}": -1}
 UNPARSED_REASONS = {"not_json", "invalid_utf8", "too_deep", "duplicate_key", "bad_number"}  # reasons of `parse_json`
 
@@ -135,6 +141,32 @@ def can_contain_forbidden(data: bytes) -> bool:
     return bool(data.translate(None, _ALLOWED)) or _ESCAPED.search(data) is not None
 
 
+def suggest_unwrapping(value: dict[str, Any]) -> str:
+    """Return how to read an object that contains records, such as `{"version": 1, "data": [{…}, {…}]}`.
+
+    It is the end of a message; empty: the object contains no records.
+    """
+    for key, item in value.items():
+        if key not in LIST_KEYS and isinstance(item, list) and item and all(isinstance(each, dict) for each in item):
+            return _suggest_list(key)
+    count = sum(isinstance(item, dict) for item in value.values())
+    if count < 2:
+        return ""
+    command = "jq 'with_entries(select(.value | type == \"object\"))' IN.json > OUT.json"
+    return f"; {count} of its {len(value)} values are objects; if these are the records, remove the rest: {command}"
+
+
+def suggest_unwrapping_text(beginning: str) -> str:
+    """Do what `suggest_unwrapping` does for an object whose beginning is known."""
+    found = _LIST_OF_OBJECTS.search(beginning)
+    return "" if found is None or found[1] in LIST_KEYS else _suggest_list(found[1])
+
+
+def _suggest_list(key: str) -> str:
+    command = f"jq '.[{json.dumps(key[:40])}]' IN.json > OUT.json"
+    return f"; if the list {key[:40]!r} has the records, give it as a separate file: {command}"
+
+
 def iterate_depths(data: bytes) -> Iterator[int]:
     """Yield the nesting depth after each bracket of JSON: `[{}]` -> 1, 2, 1, 0."""
     brackets = _JSON_STRING.sub(b"", data).translate(None, _NO_BRACKETS)
@@ -171,6 +203,7 @@ _FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff]")
 # the same characters escaped in JSON: \b, \f, \u000b, or \ud83d (which may be half of a complete pair)
 _ESCAPED = re.compile(rb"\\(?:[bf]|u(?:00[01]|[dD][89a-fA-F]))")
 _ALLOWED = bytes({*b"\t\n\r", *range(32, 256)})
+_LIST_OF_OBJECTS = re.compile(r'"([\w -]{1,40})"\s*:\s*\[\s*\{')
 _JSON_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 # strict=False: an unescaped tab or line end in a string is harmless; `check_characters` rejects the rest

@@ -14,8 +14,14 @@ from typing import Any
 
 from t5tune.data.reading.files import BOM, read_chunks
 from t5tune.data.reading.formats import list_read_keys
+from t5tune.data.reading.labeled_records import (
+    find_columns,
+    list_label_columns,
+    name_classes,
+    read_class_names,
+)
 from t5tune.data.reading.raw_records import MAX_KEPT_BYTES, RawRecord, make_too_long_record
-from t5tune.data.reading.rejections import RecordLocation, Rejection
+from t5tune.data.reading.rejections import RecordLocation, Rejection, RejectionError
 from t5tune.data.reading.text_encoding import decode_record
 from t5tune.data.reading.workbooks import read_cells
 from t5tune.errors import DataError, DependencyError
@@ -213,6 +219,21 @@ def count_rows(path: Path) -> int:
     return 0
 
 
+def find_class_names(files: list[Path], reading: ReadingSettings) -> tuple[str, ...]:
+    """Find the names of the labels, in their order, if Parquet's metadata has them and all files have the same."""
+    found = set()
+    for path in files:
+        names: list[str] = []
+        with suppress(ImportError, OSError, ValueError, RejectionError):  # reading the file reports it
+            from pyarrow import parquet
+
+            if path.suffix == ".parquet":
+                schema = parquet.read_schema(path)
+                names = read_class_names(schema).get(find_columns(schema.names, reading)[1], [])
+        found.add(tuple(names))
+    return found.pop() if len(found) == 1 else ()
+
+
 def read_parquet(path: Path, reading: ReadingSettings) -> Iterator[RawRecord]:
     """Read the rows of a Parquet file; rows longer than max_record_bytes are rejected."""
     try:
@@ -225,12 +246,14 @@ def read_parquet(path: Path, reading: ReadingSettings) -> Iterator[RawRecord]:
         # an open file, because pyarrow accepts no path that isn't UTF-8
         with open(path, "rb") as opened, parquet.ParquetFile(opened, pre_buffer=False, buffer_size=1 << 20) as file:
             _check_column_names(file.schema_arrow.names, reading, str(path))
+            classes = read_class_names(file.schema_arrow) if reading.kind == "labels" else {}
             for row, size in chain.from_iterable(_iterate_rows(batch, max_bytes) for batch in _read_batches(file)):
                 location = RecordLocation(str(path), index + 1, index, 0)
                 index += 1
                 if size > max_bytes:
                     yield make_too_long_record(location, _read_beginning(row), size, max_bytes)
                 else:
+                    row |= {name: name_classes(row[name], names) for name, names in classes.items()}
                     yield RawRecord(location, row, size, has_filled_keys=True)
     except DataError:
         raise
@@ -242,7 +265,7 @@ def read_parquet(path: Path, reading: ReadingSettings) -> Iterator[RawRecord]:
 
 
 def _check_column_names(names: list[str], reading: ReadingSettings, place: str, advice: str = "") -> None:
-    used = list_read_keys(reading)
+    used = list_label_columns(reading) if reading.kind == "labels" else list_read_keys(reading)
     if duplicates := [name for name, count in Counter(names).items() if count > 1 and name in used]:
         problem = f"{place}: duplicate column name: {join_first(duplicates)}"
         raise DataError(problem, hint=f"rename all but one of them{advice}")
