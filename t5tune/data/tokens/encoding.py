@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from t5tune.data.labels import LabelTask, Values, renumber
 from t5tune.data.reading.formats import Conversation, Turn
 from t5tune.data.reading.rejections import RecordLocation, Rejection
 from t5tune.data.tokens.encoders import Beginning, Encoder, Ids, Text, WordEncoder
@@ -112,7 +113,7 @@ class LabeledExample(Example):
             with several labels has. A dummy example has a single NaN.
     """
 
-    values: npt.NDArray[np.float32]
+    values: Values
 
 
 def extract_example(ids: Any, span: Span, special: SpecialIds) -> Example:
@@ -128,6 +129,26 @@ def extract_example(ids: Any, span: Span, special: SpecialIds) -> Example:
         return Example(source_S, target_T)
     rejected_R = cut_target(span.rejected_start, span.rejected_end, span.rejected_is_whole)
     return PreferencePair(source_S, target_T, rejected_R)
+
+
+def extract_labels(ids: npt.NDArray[Any], span: Span, special: SpecialIds, task: LabelTask) -> LabeledExample:
+    """Cut a source and its values, as they are stored, out of a record's int32 ids."""
+    source_S = extract_example(ids, span, special).source_S
+    values = np.ascontiguousarray(ids[span.target_start : span.target_end]).view(np.float32)
+    if task.per_token:
+        around = (np.full(len(side), np.nan, np.float32) for side in (special.source_start, special.source_end))
+        before, after = around
+        values = np.concatenate([before, values, after])
+    return LabeledExample(source_S, np.zeros(0, np.int64), values)
+
+
+def renumber_spans(encoded: EncodedConversation, numbers: Values) -> EncodedConversation:
+    """Replace the class numbers of a record with labels."""
+    ids = encoded.ids.copy()
+    for span in encoded.spans:
+        values = ids[span.target_start : span.target_end].view(np.float32)
+        values[:] = renumber(values, numbers)
+    return replace(encoded, ids=ids)
 
 
 def surround(source: Any, target: Any, special: SpecialIds) -> Example:

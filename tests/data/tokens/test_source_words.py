@@ -1,0 +1,164 @@
+"""Sources with labels: the ids of the whole text, and each word's label on its first token."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer as Backend
+from tokenizers import models, pre_tokenizers
+from transformers import ByT5Tokenizer
+
+from t5tune.data.labels import LabelTask, TextLabels
+from t5tune.data.tokens.encoding import extract_labels
+from t5tune.data.tokens.source_words import SourceEncoder
+from t5tune.data.tokens.tokenizer import Tokenizer, load_tokenizer
+from tests.support.models.tokenizer_kinds import (
+    make_codet5_tokenizer,
+    make_gemma_tokenizer,
+    make_madlad_tokenizer,
+    make_mt5_tokenizer,
+    read_corpus,
+    write_config,
+)
+from tests.support.paths import REPOSITORY
+
+MAKERS: dict[str, Callable[[Path], int]] = {
+    "gemma": make_gemma_tokenizer, "codet5": make_codet5_tokenizer, "madlad": make_madlad_tokenizer,
+    "mt5": make_mt5_tokenizer,
+}  # fmt: skip
+ODD = ["字", "é", "naïve", "{x}", "New York", "a,b", "\u00adx", "😀", "</s>s", "<2de>", "#1", "…"]
+
+
+def make_task(objective: Any = "tag", source_words: Any = "text", names: tuple[str, ...] = ()) -> LabelTask:
+    return LabelTask(objective, objective == "tag", False, names, source_words)
+
+
+def encode(tokenizer: Tokenizer, words: Any, task: LabelTask | None = None, prefix: str = "") -> tuple[list[int], Any]:
+    (source,) = SourceEncoder(tokenizer, task or make_task(), prefix).encode([words])
+    return source.ids.tolist(), source.firsts
+
+
+def find_stock_firsts(words: list[str], encoding: Any) -> list[int]:
+    """Find the first token whose offsets are in each word, apart from a token of the space before it."""
+    found, start = [], 0
+    for word in words:
+        end = start + len(word)
+        inside = (
+            number
+            for number, ((first, last), token) in enumerate(zip(encoding.offsets, encoding.tokens, strict=True))
+            if first < end and last > start and token.strip("▁Ġ")
+        )
+        found.append(next(inside))
+        start = end + 1
+    return found
+
+
+@pytest.fixture(scope="module", params=["t5", *MAKERS])
+def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    if request.param == "t5":
+        return load_tokenizer(REPOSITORY / "t5tune" / "pocket")
+    folder = tmp_path_factory.mktemp("tokenizer") / request.param
+    folder.mkdir()
+    MAKERS[request.param](folder)
+    return load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("prefix", ["", "find names: "])
+def test_ids_and_first_tokens_equal_the_stock_tokenizers(prefix: str, tokenizer: Tokenizer) -> None:
+    words = [*ODD[:6], *" ".join(read_corpus()).split()[:300], *ODD[6:]]
+    words = [word for word in words if word not in ("</s>s", "<2de>")]  # special tokens stay text: see below
+    before = prefix.split()
+    stock = tokenizer.backend.encode(" ".join([*before, *words]), add_special_tokens=False)
+    ids, firsts = encode(tokenizer, words, prefix=prefix)
+    assert ids == stock.ids
+    assert firsts == find_stock_firsts([*before, *words], stock)[len(before) :]
+
+
+def test_a_text_as_a_whole_has_the_stock_ids(tokenizer: Tokenizer) -> None:
+    text = "Two  red hats, \u00e9 {x}"
+    for prefix in ("", "rate: ", "rate:"):
+        stock = tokenizer.backend.encode(prefix + text, add_special_tokens=False)
+        assert encode(tokenizer, [text], make_task("classify"), prefix)[0] == stock.ids
+
+
+def test_a_word_never_becomes_a_special_token(tokenizer: Tokenizer) -> None:
+    ids, firsts = encode(tokenizer, ["a", "</s>", "<unk>"])
+    assert tokenizer.eos_token_id not in ids or tokenizer.eos_token_id == tokenizer.unk_token_id
+    assert None not in firsts
+
+
+def test_a_word_of_bytes_has_its_label_after_the_space(tmp_path: Path) -> None:
+    write_config(tmp_path, tokenizer_class="ByT5Tokenizer")
+    ids, firsts = encode(load_tokenizer(tmp_path), ["é", "no", " ", "b"], prefix="x: ")
+    assert ids == ByT5Tokenizer()("x: é no   b", add_special_tokens=False)["input_ids"]
+    assert firsts == [3, 6, None, 11]
+    ids, firsts = encode(load_tokenizer(tmp_path), "MKU", make_task(source_words="residues"))
+    assert (bytes(index - 3 for index in ids), firsts) == (b"MKX", [0, 1, 2])
+
+
+def make_protein_tokenizer(folder: Path, letters: str) -> Tokenizer:
+    """Make ProtT5's vocabulary, whose letters have a space, or Ankh's, whose letters have none."""
+    tokens = ["<pad>", "</s>", "<unk>", *(f"{letters}{letter}" for letter in "ALGVSREDTIPKFQNYMHWCX")]
+    backend = Backend(models.Unigram([(token, -1.0) for token in tokens], 2, False))
+    if letters:
+        split = pre_tokenizers.WhitespaceSplit()
+        backend.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.Metaspace("▁", "always", True)])
+    backend.add_special_tokens(["<pad>", "</s>", "<unk>"])
+    backend.save(str(folder / "tokenizer.json"))
+    return load_tokenizer(folder)
+
+
+@pytest.mark.parametrize(("letters", "text"), [("▁", "M K T X X X X A"), ("", "MKTXXXXA")])
+def test_each_residue_is_the_token_that_the_vocabulary_has(letters: str, text: str, tmp_path: Path) -> None:
+    tokenizer = make_protein_tokenizer(tmp_path, letters)
+    stock = tokenizer.backend.encode(text, add_special_tokens=False).ids
+    assert len(stock) == 8
+    assert 2 not in stock
+    assert encode(tokenizer, "MKTUZOBA", make_task(source_words="residues")) == (stock, [*range(8)])
+    assert encode(tokenizer, "MKTUZOBA", make_task("classify", "residues"))[0] == stock
+    ids, _ = encode(tokenizer, "MKTUZOBA", make_task(source_words="characters"))
+    assert [number for number, index in enumerate(ids) if index == 2] == [3, 4, 5, 6]
+
+
+def test_labels_are_cut_with_the_tokens_that_predict_them() -> None:
+    tokenizer = load_tokenizer(REPOSITORY / "t5tune" / "pocket")
+    task = make_task(names=("A", "B"))
+    labels = TextLabels(["two", "lamps", " ", "hats", "lamps"], ("B", None, "C", "A", "D"), True, False)
+    encoder = SourceEncoder(tokenizer, task, "")
+    stock = tokenizer.backend.encode("two lamps hats lamps", add_special_tokens=False).ids
+    (whole,) = encoder.encode_labels([labels], 64)
+    assert (whole.names, whole.lost) == (("B", "A", "D"), {"blank_words": 1})
+    size = len(tokenizer.encode("two lamps hats"))
+    (cut,) = encoder.encode_labels([labels], size + 1)
+    assert (cut.names, cut.lost) == (("B", "A"), {"blank_words": 1, "truncated_labels": 1})
+    (span,) = cut.conversation.spans
+    example = extract_labels(cut.conversation.ids, span, tokenizer.special_ids, task)
+    assert example.source_S.tolist() == [*stock[:size], 1]
+    learned = {int(place): float(example.values[place]) for place in np.flatnonzero(~np.isnan(example.values))}
+    assert learned == {0: 0.0, len(tokenizer.encode("two lamps")): 1.0}
+    assert len(example.values) == size + 1
+    (lost,) = encoder.encode_labels([TextLabels(["two", "lamps"], (None, "A"), True, False)], 2)
+    assert lost.conversation.spans == []
+    assert lost.lost == {"truncated_labels": 1, "texts_without_labels": 1}
+
+
+@pytest.mark.parametrize(
+    ("task", "labels", "values"),
+    [
+        (make_task("classify", names=("a", "b")), TextLabels(["Hi"], ("b",), False, False), [0.0]),
+        (LabelTask("classify", False, True, (), "text"), TextLabels(["Hi"], ("b", "a"), False, True), [0.0, 1.0]),
+        (LabelTask("classify", False, True, (), "text"), TextLabels(["Hi"], (), False, True), []),
+        (make_task("regress"), TextLabels(["Hi"], (-2.5,), False, False), [-2.5]),
+    ],
+)
+def test_a_text_has_its_values_after_its_ids(task: LabelTask, labels: TextLabels, values: list[float]) -> None:
+    tokenizer = load_tokenizer(REPOSITORY / "t5tune" / "pocket")
+    (encoded,) = SourceEncoder(tokenizer, task, "").encode_labels([labels], 64)
+    (span,) = encoded.conversation.spans
+    example = extract_labels(encoded.conversation.ids, span, tokenizer.special_ids, task)
+    assert example.source_S.tolist() == [*tokenizer.encode("Hi"), 1]
+    assert (example.values.tolist(), example.target_T.size) == (values, 0)
+    assert json.loads(json.dumps(encoded.names)) == list(labels.values if task.objective == "classify" else ())
