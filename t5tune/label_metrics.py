@@ -53,6 +53,13 @@ def find_similar_labels(labels: Sequence[str]) -> list[list[str]]:
     return [group for group in groups.values() if len(group) > 1]
 
 
+def describe_similar_labels(groups: Sequence[Sequence[str]]) -> str:
+    """Say that groups of labels differ only in case or spaces."""
+    names = "; ".join(", ".join(map(repr, group)) for group in groups)
+    problem = f"labels that differ only in case or spaces are different labels: {names}"
+    return f"{problem}; if they mean the same, spell them alike in the data"
+
+
 def show_label(label: str) -> str:
     """Quote a label that would look like a different one: with spaces around it, or empty."""
     return label if label and label == label.strip() else repr(label)

@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from t5tune.data.labels import LabelTask
 from t5tune.errors import CheckpointError
 from t5tune.file_names import TRAINING_DATA_FILE
 from t5tune.formatting import shorten
@@ -56,10 +57,12 @@ class TrainingData(_ExampleSettings):
 
     Args:
         json_schema: the schema of the targets, which replies must follow by default.
+        labels: describes the labels of all datasets; None: the examples have targets.
     """
 
     datasets: list[DatasetTraining] = field(default_factory=list)
     json_schema: dict[str, Any] | None = None
+    labels: LabelTask | None = None
 
     def list_reading(self) -> dict[str, Any]:
         """Return the settings for reading the records."""
@@ -87,6 +90,7 @@ def join_training_data(made: Sequence[TrainingData]) -> TrainingData:
         },
         datasets=made[0].datasets if _agree(made, "datasets") else [],
         json_schema=made[0].json_schema if _agree(made, "json_schema") else None,
+        labels=made[0].labels if _agree(made, "labels") else None,
     )
 
 
@@ -99,7 +103,7 @@ def write_training_data(folder: Path, data: TrainingData) -> None:
 
 
 def encode_training_data(data: TrainingData) -> bytes:
-    optional = ("datasets", "json_schema")
+    optional = ("datasets", "json_schema", "labels")
     values = {name: value for name, value in asdict(data).items() if value or name not in optional}
     return encode_json({"format": TRAINING_DATA_FORMAT, **values})
 

@@ -1,14 +1,17 @@
 """Write the files of a token cache: its tables, its tokenizer and its manifest."""
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from t5tune.checkpoints.training_data import TrainingData, write_training_data
 from t5tune.data.caches.cache import CACHE_FORMAT, Cache, find_held_out_keys, hash_files
+from t5tune.data.labels import LabelTask, sort_names
 from t5tune.data.reading.files import STDIN, Digest, find_files
 from t5tune.data.reading.raw_records import RawRecord
 from t5tune.data.reading.sources import describe_origin
@@ -54,6 +57,7 @@ class CacheSource:
         default_template: the template's name if it was chosen by the first records; None if it was given or saved.
         inputs: the description of everything that the cache depends on, for its manifest.
         records: iterates all records once.
+        label_task: describes the labels; without names if any label may occur. None: no labels.
     """
 
     dataset: DatasetSpec
@@ -71,6 +75,21 @@ class CacheSource:
     inputs: dict[str, Any]
     checks: RecordChecks
     records: Iterator[RawRecord]
+    label_task: LabelTask | None = None
+
+    @property
+    def ids_dtype(self) -> np.dtype[Any]:
+        """The type of the ids; values of labels have 32 bits."""
+        return choose_ids_dtype(self.num_rows) if self.label_task is None else np.dtype("<i4")
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """The known names of labels."""
+        return () if self.label_task is None else self.label_task.names
+
+    def make_pipeline(self, tokenizer: Path) -> Pipeline:
+        """Make the pipeline that encodes the records with the tokenizer in a folder."""
+        return Pipeline(tokenizer, self.template, self.dataset, self.label_task)
 
     @cached_property
     def corruption(self) -> SpanCorruption | None:
@@ -109,16 +128,20 @@ def write_cache(
     for path in source.paths if unused else []:
         files = find_files([path], is_text=source.corruption is not None)
         check_any_used(f"{source.setting}: {path}", list(map(str, files)), counts, source.checks.purpose)
+    has_labels = source.label_task is not None
     described = counts.describe(
-        choose_ids_dtype(source.num_rows), staged / EXAMPLES_FILE, tokenizer.special_ids, source.corruption
+        source.ids_dtype, staged / EXAMPLES_FILE, tokenizer.special_ids, source.corruption, has_labels
     )
     # how records were read, for adapters that are trained on this cache
     reading = {name: getattr(dataset, name) for name in select_settings(DatasetSpec, Affects.INFERENCE)}
     reading["source_prefix"] = dataset.source_prefix if counts.with_prefix else ""
     reading |= {"objective": dataset.objective, "denoisers": dataset.denoisers}
-    write_training_data(staged, TrainingData(described["examples_with_earlier_turns"] > 0, **reading))
-    chat_template = build_chat_template(source.template, tokenizer, reading["source_prefix"])
-    write_chat_template(staged / "tokenizer", chat_template, tokenizer)
+    labels = source.label_task and replace(source.label_task, names=sort_names(counts.label_names))
+    labels = source.label_task if source.label_names else labels
+    write_training_data(staged, TrainingData(described["examples_with_earlier_turns"] > 0, **reading, labels=labels))
+    if not has_labels:
+        chat_template = build_chat_template(source.template, tokenizer, reading["source_prefix"])
+        write_chat_template(staged / "tokenizer", chat_template, tokenizer)
     manifest = _describe_cache(source, counts, unused, described)
     manifest["files"] = hash_files(staged)
     write_json(staged / CACHE_MANIFEST_FILE, manifest)
@@ -136,9 +159,9 @@ def encode_cache(
         The counts, and whether all records were read.
     """
     checks, is_complete = source.checks, True
-    pipeline = Pipeline(staged / "tokenizer", source.template, source.dataset)
+    pipeline, rejects_duplicates = source.make_pipeline(staged / "tokenizer"), source.dataset.dedupe == "exact"
     results = encode_records(track(records, "prepare", report, unit="records"), pipeline, choose_num_workers(source))
-    with CacheWriter(staged, source.num_rows, source.dataset.dedupe == "exact") as writer:
+    with CacheWriter(staged, source.ids_dtype, rejects_duplicates, source.label_names) as writer:
         counts = writer.counts
         for record, encoded in results:
             checks.check_kind(record, encoded, counts)
@@ -168,6 +191,13 @@ def _describe_corruption(source: CacheSource) -> dict[str, Any]:
         return {}
     sentinels = list(source.corruption.sentinels)
     return {"span_corruption": {"denoisers": source.dataset.denoisers, "sentinel_ids": sentinels}}
+
+
+def _describe_labels(source: CacheSource, counts: RecordCounts) -> dict[str, Any]:
+    if (task := source.label_task) is None:
+        return {}
+    form = {"per_token": task.per_token, "several": task.several, "is_ordered": bool(task.names)}
+    return {"labels": {"names": [*counts.label_names], **form}}
 
 
 def _complete_file(file: dict[str, Any], stdin: Digest) -> dict[str, Any]:
@@ -201,6 +231,7 @@ def _describe_cache(
         "inputs": {**source.inputs, "data": data},
         **({"sources": sources} if sources else {}),
         **_describe_corruption(source),
+        **_describe_labels(source, counts),
         "unused_files": unused,
         "conversations_with_prefix": counts.with_prefix,
         "pairs": counts.pairs,

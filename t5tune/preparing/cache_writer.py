@@ -3,6 +3,7 @@
 import json
 import os
 import sqlite3
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,8 +13,7 @@ from t5tune.data.caches.cache import CONVERSATION_DTYPE, EXAMPLE_DTYPE
 from t5tune.data.reading.raw_records import RawRecord
 from t5tune.data.reading.rejections import UNPARSED_REASONS, RecordLocation, Rejection, parse_json
 from t5tune.data.reading.text_encoding import decode_record
-from t5tune.data.tokens.encoders import choose_ids_dtype
-from t5tune.data.tokens.encoding import EncodedConversation
+from t5tune.data.tokens.encoding import EncodedConversation, renumber_spans
 from t5tune.errors import DataError
 from t5tune.file_names import CONVERSATIONS_FILE, EXAMPLES_FILE, REJECTED_FILE, TOKENS_FILE
 from t5tune.preparing.counts import RecordCounts
@@ -26,14 +26,18 @@ class CacheWriter:
     """Writes tokens.bin, conversations.bin, examples.bin and rejected.jsonl, and counts.
 
     Args:
-        num_rows: rows of the base's embedding; determines the width of an id.
+        dtype: of the ids.
         rejects_duplicates: whether a conversation with the key of an earlier one is rejected.
+        label_names: the classes if they are known; further classes get the next numbers.
     """
 
-    def __init__(self, folder: Path, num_rows: int, rejects_duplicates: bool) -> None:
+    def __init__(
+        self, folder: Path, dtype: np.dtype[Any], rejects_duplicates: bool, label_names: Sequence[str] = ()
+    ) -> None:
         self.folder = folder
-        self.dtype = choose_ids_dtype(num_rows)
+        self.dtype = dtype
         self.counts = RecordCounts()
+        self.counts.number_labels(label_names)
         self.num_tokens = 0
         self.num_parts = 0  # conversations in the cache, where a split one counts several times
         self.rejected_bytes = 0  # of rejected.jsonl
@@ -69,11 +73,12 @@ class CacheWriter:
         counts.with_prefix += encoded.has_prefix
         counts.pairs += encoded.is_pair
         counts.unknown_tokens += encoded.unknown
+        counts.with_unknown_tokens += encoded.unknown > 0
         counts.add_repairs(encoded.repairs)
         counts.dropped.update(encoded.dropped)
         counts.lost.add(encoded.lost)
         for part in encoded.parts:
-            self._append(part, encoded.key)
+            self._append(self._number_labels(part, encoded.label_names), encoded.key)
         counts.repaired.update({"split_conversations": 1} if len(encoded.parts) > 1 else {})
 
     def finish(self, num_data: int | None) -> None:
@@ -82,6 +87,10 @@ class CacheWriter:
             self._examples.truncate(num_data * EXAMPLE_DTYPE.itemsize)
             self.counts.num_examples = num_data
         self._examples.flush()
+
+    def _number_labels(self, encoded: EncodedConversation, names: tuple[str, ...]) -> EncodedConversation:
+        """Replace the record's class numbers by the cache's."""
+        return renumber_spans(encoded, self.counts.number_labels(names)) if names else encoded
 
     def _append(self, encoded: EncodedConversation, key: bytes) -> None:
         rows = [(self.num_parts, *span) for span in encoded.spans]

@@ -1,7 +1,7 @@
 """Count records, for the manifest of a token cache and for messages."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from t5tune.data.caches.cache import EXAMPLE_DTYPE, compute_lengths, compute_percentiles
+from t5tune.data.labels import Values
 from t5tune.data.reading.rejections import LABELED_BAD, RecordLocation, Rejection
 from t5tune.data.tokens.span_corruption import SpanCorruption
 from t5tune.data.tokens.tokenizer import SpecialIds
@@ -30,6 +31,8 @@ class RecordCounts:
         usable: usable records by file, including duplicates.
         first_rejected: file -> location and message, without records that are labeled bad.
         labeled_bad: records by file.
+        with_unknown_tokens: conversations.
+        label_names: the classes of labels so far, with their numbers.
     """
 
     num_records: int = 0
@@ -38,6 +41,7 @@ class RecordCounts:
     with_prefix: int = 0
     pairs: int = 0
     unknown_tokens: int = 0
+    with_unknown_tokens: int = 0
     usable: Counter[str] = field(default_factory=Counter)
     rejected: Counter[str] = field(default_factory=Counter)
     first_rejected: dict[str, str] = field(default_factory=dict)
@@ -45,12 +49,18 @@ class RecordCounts:
     repaired: Counter[str] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
     lost: LostCharacterCounts = field(default_factory=LostCharacterCounts)
+    label_names: dict[str, int] = field(default_factory=dict)
 
     def add_repairs(self, repairs: Mapping[str, int]) -> None:
         """Count the repairs of a record; kinds after the first MAX_REPAIR_KINDS are counted together."""
         for kind, count in repairs.items():
             is_known = kind in self.repaired or len(self.repaired) < MAX_REPAIR_KINDS or not kind.startswith("ignored_")
             self.repaired[kind if is_known else OTHER_FIELDS] += count
+
+    def number_labels(self, names: Iterable[str]) -> Values:
+        """Return the numbers of classes; new classes get the next numbers."""
+        numbers = [self.label_names.setdefault(name, len(self.label_names)) for name in names]
+        return np.array(numbers, np.float32)
 
     def add_rejection(self, location: RecordLocation, rejection: Rejection) -> None:
         """Count a rejected record."""
@@ -61,7 +71,12 @@ class RecordCounts:
             self.first_rejected.setdefault(location.file, f"{location}: {rejection.message}")
 
     def describe(
-        self, dtype: np.dtype[Any], examples: Path, special: SpecialIds, corruption: SpanCorruption | None
+        self,
+        dtype: np.dtype[Any],
+        examples: Path,
+        special: SpecialIds,
+        corruption: SpanCorruption | None,
+        has_labels: bool,
     ) -> dict[str, Any]:
         """Return the counts for the manifest, including the counts of examples.bin."""
         return {
@@ -73,11 +88,14 @@ class RecordCounts:
             "dropped": dict(sorted(self.dropped.items())),
             "examples": self.num_examples,
             "unknown_tokens": self.unknown_tokens,
-            **_measure_examples(examples, special, corruption),
+            "with_unknown_tokens": self.with_unknown_tokens,
+            **_measure_examples(examples, special, corruption, has_labels),
         }
 
 
-def _measure_examples(path: Path, special: SpecialIds, corruption: SpanCorruption | None) -> dict[str, Any]:
+def _measure_examples(
+    path: Path, special: SpecialIds, corruption: SpanCorruption | None, has_labels: bool
+) -> dict[str, Any]:
     lengths: dict[str, Counter[int]] = {"source": Counter(), "target": Counter()}
     truncated = Counter[str]()
     with_earlier_turns = num_read = 0
@@ -85,7 +103,9 @@ def _measure_examples(path: Path, special: SpecialIds, corruption: SpanCorruptio
         while len(rows := np.fromfile(file, EXAMPLE_DTYPE, ROWS_PER_CHUNK)):
             with_earlier_turns += int((rows["turn"] > FIRST_ANSWER_TURN).sum()) if corruption is None else 0
             indices = np.arange(num_read, num_read + len(rows))
-            source, *targets = compute_lengths(lambda name: rows[name].astype(np.int64), special, corruption, indices)
+            source, *targets = compute_lengths(
+                lambda name: rows[name].astype(np.int64), special, corruption, indices, has_labels
+            )
             num_read += len(rows)
             lengths["source"].update(source.tolist())
             truncated["source"] += int((~rows["source_is_whole"]).sum())

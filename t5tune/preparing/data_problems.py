@@ -1,10 +1,12 @@
 """Report problems of the data; too many rejected records are an error."""
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from t5tune.data.labels import sort_names
 from t5tune.data.reading.raw_records import KEYED_RECORDS
 from t5tune.data.reading.rejections import LABELED_BAD, LEFT_OUT_REASONS, UTF8_HINT, RecordLocation
 from t5tune.data.tokens.templates import DEFAULT_TEMPLATE, PAIR_TEMPLATE, Template, load_template
@@ -14,6 +16,7 @@ from t5tune.families import FAMILIES
 from t5tune.file_names import REJECTED_FILE
 from t5tune.formatting import format_count
 from t5tune.io.reasons import MAX_NAMES, join_first
+from t5tune.label_metrics import describe_similar_labels, find_similar_labels
 from t5tune.preparing.counts import OTHER_FIELDS, RecordCounts
 from t5tune.progress import Note, Report
 
@@ -47,6 +50,7 @@ UNUSED = {
     "ignored_part_": ("turn", "part of type"),
 }
 DROPPED = {
+    "texts_without_labels": ("text whose words with labels are cut off", "texts whose words with labels are cut off"),
     "zero_weight_targets": ("target of weight 0", "targets of weight 0"),
     "short_texts": ("text of a single token", "texts of a single token"),
     "same_answers": ("pair whose answers have the same tokens", "pairs whose answers have the same tokens"),
@@ -54,6 +58,8 @@ DROPPED = {
     "truncated_targets": ("target longer than model_max_length", "targets longer than model_max_length"),
 }
 
+MAX_NUMBERED_CLASSES = 1000  # more classes that are all numbers are probably numbers to predict
+_NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 MAX_UNKNOWN_FRACTION = 0.01  # of tokens that the vocabulary lacks; more of them get a warning
 
 
@@ -125,7 +131,9 @@ def check_any_example(data: str, counts: RecordCounts, purpose: str, file: Path)
         hint = "add records labeled good (label: true, kto_tag: true), or rename the key if it means something else"
         problem = f"{data}: {_format_all_bad(counts.num_records)}, so there is nothing to {purpose}"
         raise DataError(problem, hint=hint)
-    if counts.dropped["short_texts"]:
+    if counts.dropped["texts_without_labels"]:
+        hint = "every label is of a word that model_max_length cuts off, or of a blank word"
+    elif counts.dropped["short_texts"]:
         hint = "every text is a single token, and at least two are needed to mask one"
     elif counts.dropped:
         hint = "every target was dropped by min_target_tokens or drop_truncated_targets"
@@ -181,7 +189,8 @@ def report_problems(manifest: dict[str, Any], folder: Path, report: Report) -> N
     if unused := manifest["unused_files"]:
         report(Note(f"no conversations to train on in {join_first(unused)}", True))
     _report_repairs(manifest["repaired"], report)
-    if dropped := _format_named_counts(manifest["dropped"], DROPPED):
+    left_out = {name: count for name, count in manifest["dropped"].items() if name in DROPPED}
+    if dropped := _format_named_counts(left_out, DROPPED):
         report(Note(f"examples left out: {dropped}"))
     for side in ("source", "target"):
         if count := manifest[f"truncated_{side}s"]:
@@ -193,7 +202,9 @@ def report_problems(manifest: dict[str, Any], folder: Path, report: Report) -> N
     advice = "; to keep them, list them in add_tokens" if is_list else ""
     _report_lost_characters(manifest["lost_characters"], advice, report)
     unknown, count = manifest["unknown_tokens"], manifest["source_tokens"] + manifest["target_tokens"]
-    if unknown > MAX_UNKNOWN_FRACTION * count:
+    if (labels := manifest.get("labels")) is not None:
+        _report_labels(labels, manifest, report)
+    elif unknown > MAX_UNKNOWN_FRACTION * count:
         problem = f"{unknown:,} of {count:,} tokens ({unknown / count:.0%}) are unknown to the vocabulary"
         advice = (
             "mT5's vocabulary covers most scripts, and ByT5 reads any text; t5tune inspect --unknown shows an example"
@@ -203,6 +214,32 @@ def report_problems(manifest: dict[str, Any], folder: Path, report: Report) -> N
         report(Note("no tokens added: the base's tokenizer writes every character of the targets"))
     if left_out:
         report(Note(_format_left_out(left_out, len(manifest["added_tokens"])), True))
+
+
+def _report_labels(labels: Mapping[str, Any], manifest: dict[str, Any], report: Report) -> None:
+    """Report the labels, how many of them were lost, and sources that the vocabulary can't write."""
+    names, dropped, inputs = sort_names(labels["names"]), manifest["dropped"], manifest["inputs"]
+    if names:
+        shown = labels["names"] if labels["is_ordered"] else names
+        report(Note(f"{format_count(len(names), 'label')}: {join_first([*shown])}"))
+    if len(names) > MAX_NUMBERED_CLASSES and all(map(_NUMBER.fullmatch, names)):
+        problem = f"the labels are {len(names):,} different numbers, each a class"
+        report(Note(f"{problem}; to predict numbers, use --objective regress", True))
+    if groups := find_similar_labels(names):
+        report(Note(describe_similar_labels(groups), True))
+    if lost := dropped.get("truncated_labels"):
+        problem = f"{format_count(lost, 'label')} cut off by model_max_length {inputs['model_max_length']}"
+        report(Note(f"{problem}; they aren't learned", True))
+    if lost := dropped.get("blank_words"):
+        report(
+            Note(f"{format_count(lost, 'label')} of words without a token, such as spaces; they aren't learned", True)
+        )
+    if count := manifest["with_unknown_tokens"]:
+        problem = f"{count:,} of {format_count(manifest['conversations'], 'source')} have unknown tokens"
+        advice = "for proteins set source_words: residues"
+        if inputs["source_words"] == "residues":
+            advice = "t5tune inspect --unknown shows an example"
+        report(Note(f"{problem}; {advice}", True))
 
 
 def _format_left_out(tokens: list[str], num_rows: int) -> str:

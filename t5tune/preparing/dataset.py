@@ -1,12 +1,12 @@
 """One dataset of a token cache: find its files, take the first records, choose its conversation template.
 
 opened = open_dataset(plan, dataset, report)
-source = describe_source(plan, opened, base, vocabulary)
+source = describe_source(plan, opened, base, vocabulary, trained_labels=None)
 """
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,13 @@ from t5tune.checkpoints.base import read_config
 from t5tune.checkpoints.pocket import find_conversations_file
 from t5tune.data.caches.cache import is_cache, read_manifest
 from t5tune.data.caches.prepared import find_tokenizer_folder, has_examples
+from t5tune.data.labels import LabelTask
 from t5tune.data.reading.files import STDIN, Digest, find_encodings, find_files
 from t5tune.data.reading.formats import Conversation
 from t5tune.data.reading.raw_records import RawRecord
 from t5tune.data.reading.readers import read_records
 from t5tune.data.reading.sources import bring_data, is_dataset_name
+from t5tune.data.reading.tables import find_class_names
 from t5tune.data.reading.workbooks import split_sheet
 from t5tune.data.tokens.templates import PAIR_TEMPLATE, Template, find_template, load_template
 from t5tune.data.tokens.tokenizer import Tokenizer, load_tokenizer
@@ -38,7 +40,14 @@ from t5tune.preparing.data_problems import (
 from t5tune.preparing.parts.shard import count_cores_of
 from t5tune.preparing.plan import PreparePlan
 from t5tune.preparing.record_checks import RecordChecks, name_rejected_file
-from t5tune.preparing.sample import choose_default_template, drain, parse_sample, report_doubts, take_sample
+from t5tune.preparing.sample import (
+    choose_default_template,
+    drain,
+    iterate_labels,
+    parse_sample,
+    report_doubts,
+    take_sample,
+)
 from t5tune.progress import Report
 from t5tune.settings.affects import Affects, select_settings
 from t5tune.settings.dataset_spec import DatasetSpec
@@ -87,11 +96,18 @@ def open_dataset(plan: PreparePlan, dataset: DatasetSpec, report: Report) -> Ope
     return OpenedDataset(dataset, paths, files, encodings, stdin, sample, records)
 
 
-def describe_source(plan: PreparePlan, opened: OpenedDataset, base: Path, vocabulary: ExtendedTokenizer) -> CacheSource:
+def describe_source(
+    plan: PreparePlan,
+    opened: OpenedDataset,
+    base: Path,
+    vocabulary: ExtendedTokenizer,
+    trained_labels: LabelTask | None,
+) -> CacheSource:
     """Choose the conversation template from the first records, and describe everything that the cache depends on.
 
     Args:
         plan: with the origin of this dataset.
+        trained_labels: of the model that the data is to evaluate.
     """
     origin, dataset, sample = plan.origin, opened.dataset, opened.sample
     # a run is resumed with the template that was the default when it was started
@@ -100,12 +116,13 @@ def describe_source(plan: PreparePlan, opened: OpenedDataset, base: Path, vocabu
     saved_templates = [each / TEMPLATE_FILE for each in template_folders if each is not None]
     template = find_template(dataset.conversation_template, saved_templates)
     default_template = None
-    if template is None and dataset.kind == "raw text":
-        template = load_template(PAIR_TEMPLATE)  # raw text has no template; this one is for using the model
+    if template is None and dataset.kind in ("raw text", "labels"):
+        template = load_template(PAIR_TEMPLATE)  # these have no template; this one is for using the model
     if template is None:
         default_template = choose_default_template(sample, opened.files, dataset)
         template = load_template(default_template)
-    inputs = _describe_inputs(plan, opened, vocabulary.tokenizer, template)
+    label_task = (trained_labels or _find_label_task(opened)) if dataset.kind == "labels" else None
+    inputs = _describe_inputs(plan, opened, vocabulary.tokenizer, template, label_task)
     checks = RecordChecks(
         data=f"{origin.setting}: {join_first(opened.files)}",
         purpose="evaluate on" if origin.is_evaluation else "train on",
@@ -119,9 +136,22 @@ def describe_source(plan: PreparePlan, opened: OpenedDataset, base: Path, vocabu
     source = CacheSource(
         dataset, plan.split, plan.base.model_name_or_path, num_cores, origin.setting, opened.paths, opened.files,
         opened.stdin, vocabulary, num_rows, template, default_template, inputs, checks, opened.iterate_records(),
+        label_task,
     )  # fmt: skip
     _ = source.corruption  # raises if the tokenizer can't have it
     return source
+
+
+def _find_label_task(opened: OpenedDataset) -> LabelTask:
+    """Find the form of the first record's labels, and the names if they are known."""
+    dataset = opened.dataset
+    first = next(iterate_labels(opened.sample, dataset), None)
+    per_token, several = (False, False) if first is None else (first.per_token, first.several)
+    names = dataset.labels or (() if dataset.objective == "regress" else find_class_names(opened.files, dataset))
+    match dataset.objective:
+        case "classify" | "regress" | "tag" as objective:
+            return LabelTask(objective, per_token, several, tuple(names), dataset.source_words)
+    raise AssertionError(f"{dataset.objective} has no labels")
 
 
 def report_template(source: CacheSource, manifest: dict[str, Any], report: Report) -> None:
@@ -181,7 +211,11 @@ def take_vocabulary(source: Path, base: Path) -> ExtendedTokenizer:
 
 
 def _describe_inputs(
-    plan: PreparePlan, opened: OpenedDataset, tokenizer: Tokenizer, template: Template
+    plan: PreparePlan,
+    opened: OpenedDataset,
+    tokenizer: Tokenizer,
+    template: Template,
+    label_task: LabelTask | None,
 ) -> dict[str, Any]:
     """Describe everything that the cache depends on: the same inputs give the same bytes."""
     vocabulary = tokenizer.backend.to_str() if tokenizer.backend is not None else "bytes"
@@ -207,4 +241,5 @@ def _describe_inputs(
         "num_data": opened.dataset.num_data,
         **select(SelectionSettings, opened.dataset),
         **select(SplitSettings, plan.split),
+        **({} if label_task is None else {"label_task": {**asdict(label_task), "names": [*label_task.names]}}),
     }

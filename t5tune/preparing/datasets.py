@@ -19,6 +19,7 @@ from t5tune.checkpoints.training_data import DatasetTraining, TrainingData, read
 from t5tune.data.caches.cache import COUNTS, Cache, open_cache, read_manifest
 from t5tune.data.caches.examples import Dataset, Examples, describe_shares, find_missing_labels
 from t5tune.data.caches.prepared import check_datasets, is_prepared, list_caches, open_examples, read_examples_manifest
+from t5tune.data.labels import LabelTask
 from t5tune.data.reading.files import STDIN, find_encodings
 from t5tune.data.reading.remote_files import hide_query
 from t5tune.data.tokens.tokenizer import load_tokenizer
@@ -143,13 +144,22 @@ class _Job:
         if not opened:
             return {}
         base = find_base(self.plan.base, report=self.report)
+        labels = self._find_trained_labels()
         vocabulary = self._choose_vocabulary(base, given, opened)
         sources = {}
         for name, each in opened.items():
-            sources[name] = describe_source(self._select(name), each, base, vocabulary)
+            sources[name] = describe_source(self._select(name), each, base, vocabulary, labels)
             if is_divided:
                 each.sample.clear()  # a part reads its own records
         return sources
+
+    def _find_trained_labels(self) -> LabelTask | None:
+        """Find the labels of the model that the data is to evaluate."""
+        origin = self.plan.origin
+        if not origin.is_evaluation or origin.tokenizer_source is None:
+            return None
+        trained = read_training_data(origin.tokenizer_source)
+        return None if trained is None else trained.labels
 
     def _select(self, name: str) -> PreparePlan:
         """Return the plan for one dataset, which takes its template from the dataset of the same name."""
@@ -193,7 +203,7 @@ class _Job:
             for name, dataset in self.datasets.items()
         ]
         check_datasets(datasets, self.plan.origin.setting)
-        return Examples(folder, datasets, self.plan.mixing).limit_training()
+        return Examples(folder, datasets, self.plan.mixing).limit_training().map_labels()
 
     def write(
         self,
@@ -350,4 +360,4 @@ def _join_training_data(mixture: Examples) -> TrainingData:
     ]
     main = made[mixture.datasets.index(mixture.main)]
     assert main is not None, "prepare has written it"
-    return replace(main, datasets=datasets if mixture.are_several else [])
+    return replace(main, datasets=datasets if mixture.are_several else [], labels=mixture.label_task)

@@ -1,6 +1,6 @@
 """Encode raw records: each becomes the ids of a conversation and the spans of its examples, or is rejected.
 
-pipeline = Pipeline(tokenizer_folder, template, dataset)
+pipeline = Pipeline(tokenizer_folder, template, dataset, label_task)
 for record, encoded in zip(records, pipeline(records)):
     ...
 """
@@ -16,7 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from t5tune.data.labels import LabelTask
 from t5tune.data.reading.formats import Conversation
+from t5tune.data.reading.labeled_records import find_misfit
 from t5tune.data.reading.raw_records import RawRecord, parse_record
 from t5tune.data.reading.rejections import Rejection
 from t5tune.data.tokens.encoders import Encoder, make_encoder
@@ -29,6 +31,7 @@ from t5tune.data.tokens.encoding import (
     find_long_word,
     join_answers,
 )
+from t5tune.data.tokens.source_words import SourceEncoder
 from t5tune.data.tokens.span_corruption import cut_windows, make_corruption
 from t5tune.data.tokens.templates import Piece, Template, render_conversation
 from t5tune.data.tokens.tokenizer import Tokenizer, load_tokenizer
@@ -54,6 +57,7 @@ class EncodedRecord:
         lost: characters of the targets that the tokenizer can't reproduce -> (occurrences, targets that contain it).
         has_prefix: whether source_prefix was prepended to the source.
         is_pair: whether the record is a pair of texts, not a list of turns.
+        label_names: the classes that the values of a record with labels number.
     """
 
     rejection: Rejection | None = None
@@ -65,6 +69,7 @@ class EncodedRecord:
     lost: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     has_prefix: bool = False
     is_pair: bool = False
+    label_names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -72,11 +77,15 @@ class Pipeline:
     """Encodes batches of records in this process.
 
     It can be sent to another process before it encodes its first batch.
+
+    Args:
+        label_task: of records with labels; without names if any label may occur.
     """
 
     tokenizer_folder: Path
     template: Template
     dataset: DatasetSpec
+    label_task: LabelTask | None = None
 
     def __call__(self, batch: list[RawRecord]) -> list[EncodedRecord | DataError]:
         """Return the result of each record. If an array element is not valid JSON, its error is the last result."""
@@ -84,11 +93,17 @@ class Pipeline:
         problems: list[DataError] = []
         for record in batch:
             try:
-                parsed.append(read_conversation(record, self.dataset, self._encoder))
+                parsed.append(self._check_labels(read_conversation(record, self.dataset, self._encoder)))
             except DataError as error:
                 problems.append(error)
                 break
         conversations = [each for each in parsed if isinstance(each, Conversation)]
+        if self.label_task is not None:
+            labeled = self._encode_labels(conversations)
+            return [
+                *(EncodedRecord(each) if isinstance(each, Rejection) else next(labeled) for each in parsed),
+                *problems,
+            ]
         encodings = iter(self._encode(conversations))
         others = iter(self._encode([each.swap_answers() for each in conversations if each.rejected is not None]))
 
@@ -107,6 +122,34 @@ class Pipeline:
             self._encoder,
             self.dataset.model_max_length,
         )
+
+    def _check_labels(self, parsed: Conversation | Rejection) -> Conversation | Rejection:
+        if self.label_task is None or isinstance(parsed, Rejection) or parsed.labels is None:
+            return parsed
+        return find_misfit(parsed.labels, self.label_task, self._known_names) or parsed
+
+    def _encode_labels(self, conversations: list[Conversation]) -> Iterator[EncodedRecord]:
+        labels = [each.labels for each in conversations if each.labels is not None]
+        encoded = self._source_encoder.encode_labels(labels, self.dataset.model_max_length)
+        for conversation, each in zip(conversations, encoded, strict=True):
+            yield EncodedRecord(
+                parts=[each.conversation],
+                key=hash_conversation(conversation),
+                repairs=conversation.repairs,
+                unknown=each.unknown,
+                dropped=each.lost,
+                has_prefix=conversation.has_prefix,
+                label_names=each.names,
+            )
+
+    @cached_property
+    def _known_names(self) -> frozenset[str]:
+        return frozenset(self.label_task.names if self.label_task is not None else ())
+
+    @cached_property
+    def _source_encoder(self) -> SourceEncoder:
+        assert self.label_task is not None
+        return SourceEncoder(self._tokenizer, self.label_task, self.dataset.source_prefix)
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:
@@ -207,7 +250,7 @@ def hash_conversation(conversation: Conversation, prefix: str = "") -> bytes:
     """Return 16 bytes that are equal for conversations with the same texts and the same learned turns.
 
     The first 8 decide whether a conversation is held out. They depend on the texts alone, so that no text is both
-    trained on and held out; for preference pairs, on the question alone, for the same reason.
+    trained on and held out; for preference pairs and texts with labels, on the source alone, for the same reason.
 
     Args:
         prefix: was prepended to the source, and doesn't count.
@@ -216,6 +259,8 @@ def hash_conversation(conversation: Conversation, prefix: str = "") -> bytes:
         (str(turn.role), turn.text.removeprefix(prefix) if turn.role == "human" else turn.text)
         for turn in conversation.turns
     ]
+    if conversation.labels is not None:
+        return _hash_texts(turns, 8) + _hash_texts([turns, conversation.labels.values], 8)
     if conversation.rejected is None:
         texts = [conversation.system, *turns]
         key = _hash_texts(texts, 16)

@@ -76,7 +76,9 @@ def resolve_datasets(
                 if note is not None:
                     report(Note(f"dataset {name}: {note}" if len(datasets) > 1 else note))
             specs.append(complete_dataset(name, dataset, *layers))
-            check_objective(specs[-1], command.get("objective", "sft"))
+            trained_labels = None if recorded is None else recorded.labels
+            default = "sft" if trained_labels is None else trained_labels.objective
+            check_objective(specs[-1], command.get("objective", default))
         except SettingsError as error:
             where = f"{setting}: {name}: " if dataset.name else ""
             raise SettingsError(*(f"{where}{problem}" for problem in error.problems)) from None
@@ -157,9 +159,11 @@ def _add_recorded(
         These, and a note that lists the values from training, if there are any.
     """
     namesake = next((each for each in recorded.datasets if each.name == dataset.name), None)
-    first = (
-        {"objective": namesake.objective} if namesake is not None and KINDS[namesake.objective] == "raw text" else {}
-    )
+    first: dict[str, Any] = {}
+    if (labels := recorded.labels) is not None:
+        first = {"objective": labels.objective, "source_words": labels.source_words}
+    elif namesake is not None and KINDS[namesake.objective] == "raw text":
+        first = {"objective": namesake.objective}
     given = put_over(put_over(dataset.list_given(), first), command)
     by_template = [each for each in recorded.datasets if each.name == given.get("conversation_template")]
     candidates: list[TrainingData | DatasetTraining] = [namesake] if namesake is not None else [*by_template]

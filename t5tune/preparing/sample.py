@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 
+from t5tune.data.labels import TextLabels
 from t5tune.data.reading.files import STDIN
 from t5tune.data.reading.formats import Conversation
 from t5tune.data.reading.raw_records import RawRecord, parse_record
@@ -16,7 +17,7 @@ from t5tune.data.tokens.encoding import MAX_WORD_LENGTH
 from t5tune.data.tokens.templates import DEFAULT_TEMPLATE, PAIR_TEMPLATE
 from t5tune.errors import DataError
 from t5tune.io.reasons import join_first
-from t5tune.label_metrics import find_labels, find_similar_labels
+from t5tune.label_metrics import describe_similar_labels, find_labels, find_similar_labels
 from t5tune.progress import Note, Report
 from t5tune.settings.dataset_spec import DatasetSpec
 from t5tune.settings.groups.record_format import ReadingSettings
@@ -51,10 +52,15 @@ def parse_sample(sample: list[RawRecord], dataset: DatasetSpec) -> Iterator[Conv
             sample[number] = replace(record, parsed=parsed)
             continue
         yield parsed
-        is_accepted = dataset.dedupe == "none" and record.size <= MAX_WORD_LENGTH
+        is_accepted = dataset.dedupe == "none" and record.size <= MAX_WORD_LENGTH and parsed.labels is None
         memory = sum(sys.getsizeof(text) + TURN_OVERHEAD_BYTES for text in parsed.texts)
         if is_accepted and memory <= MAX_MEMORY_RATIO * record.size:
             sample[number] = replace(record, data=b"", parsed=parsed)
+
+
+def iterate_labels(sample: list[RawRecord], reading: ReadingSettings) -> Iterator[TextLabels]:
+    """Yield the labels of the usable records."""
+    yield from (parsed.labels for parsed in _parse_usable(sample, reading) if parsed.labels is not None)
 
 
 def report_doubts(sample: list[RawRecord], reading: ReadingSettings, report: Report) -> None:
@@ -66,9 +72,7 @@ def report_doubts(sample: list[RawRecord], reading: ReadingSettings, report: Rep
     first = islice(_parse_usable(sample, reading), RECORDS_FOR_LABELS)
     targets = chain.from_iterable(conversation.targets for conversation in first)
     if groups := find_similar_labels(find_labels(targets)):
-        names = "; ".join(", ".join(map(repr, group)) for group in groups)
-        problem = f"labels that differ only in case or spaces are different labels: {names}"
-        report(Note(f"{problem}; if they mean the same, spell them alike in the data", warning=True))
+        report(Note(describe_similar_labels(groups), warning=True))
 
 
 def drain(sample: list[RawRecord]) -> Iterator[RawRecord]:

@@ -45,7 +45,7 @@ def open_data(plan: RunPlan, prepared: str | None) -> tuple[Examples, Examples |
         raise DataError(problem, hint="give each run its own preprocessed_path, and run the same command again")
     examples = open_examples(folder)
     if plan.eval_datasets:
-        return examples.split_as_prepared()[0], open_examples(plan.eval_data_folder)
+        return examples.split_as_prepared()[0], open_examples(plan.eval_data_folder).map_labels(examples.label_task)
     if data.eval_fraction > 0:
         _check_split(data, examples)
         return examples.split(data.eval_fraction, data.split_seed)

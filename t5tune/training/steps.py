@@ -15,13 +15,15 @@ from torch.utils.data import Dataset, Sampler
 
 from t5tune.data.caches.batching import Integers, TokenBudget, make_count_batches
 from t5tune.data.caches.examples import Examples
-from t5tune.data.tokens.encoding import Example, PreferencePair
+from t5tune.data.tokens.encoding import Example, LabeledExample, PreferencePair
 from t5tune.errors import SettingsError
 from t5tune.model.loss import IGNORED_LABEL
 from t5tune.settings.groups.steps import StepSettings
 
 NOTHING = np.array([IGNORED_LABEL])
 """The target of a dummy example."""
+NO_VALUE = np.array([np.nan], np.float32)
+"""The values of a dummy example with labels."""
 
 
 class Draw(NamedTuple):
@@ -51,6 +53,8 @@ class ExampleDataset(Dataset[Example]):
 
     def __getitem__(self, draw: Draw) -> Example:
         example = self.examples.read(draw.example, draw.repeat)
+        if draw.is_filler and isinstance(example, LabeledExample):
+            return replace(example, source_S=example.source_S[-1:], values=NO_VALUE)
         if draw.is_filler:
             example = replace(example, source_S=example.source_S[-1:], target_T=NOTHING)
         if not isinstance(example, PreferencePair):

@@ -7,6 +7,7 @@ import pytest
 
 from t5tune.checkpoints.training_data import DatasetTraining, TrainingData
 from t5tune.commands.prepare import prepare
+from t5tune.data.labels import LabelTask
 from t5tune.errors import DataError, SettingsError
 from t5tune.preparing.resolve_datasets import resolve_datasets
 from t5tune.progress import Note
@@ -95,3 +96,12 @@ def test_evaluation_data_is_read_as_in_training() -> None:
     assert notes == [
         "as in training: source_prefix 'a: '", "as in training: source_column 'q'", "as in training: denoisers ul2",
     ]  # fmt: skip
+
+
+def test_records_with_labels_are_read_as_in_training() -> None:
+    task = LabelTask("tag", True, False, ("a", "b"), "residues")
+    recorded = TrainingData(**made(source_column="protein", objective="tag"), labels=task)
+    (spec,) = resolve_datasets([dataset()], {}, recorded=recorded)
+    assert (spec.objective, spec.source_words, spec.source_column) == ("tag", "residues", "protein")
+    with pytest.raises(SettingsError, match="objective is tag here and sft for the run; labels can't be mixed"):
+        resolve_datasets([dataset()], {"objective": "sft"}, recorded=recorded)

@@ -140,8 +140,9 @@ def test_these_settings_affect_it(affects: Affects) -> None:
 
 
 def test_settings_that_affect_inference_are_those_in_training_data_json() -> None:
-    # TrainingData also has has_earlier_turns and datasets, which aren't settings, the objective, and the JSON schema
-    names = [field.name for field in fields(TrainingData)][1:-4]
+    # TrainingData also has has_earlier_turns, datasets and labels, which aren't settings, the objective, and the
+    # JSON schema
+    names = [field.name for field in fields(TrainingData)][1:-5]
     assert select_settings(PrepareSettings, Affects.INFERENCE) == names
     assert select_settings(EvaluateSettings, Affects.INFERENCE) == names
     assert names == [field.name for field in fields(DatasetTraining)][1:-5]

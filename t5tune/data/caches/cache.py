@@ -1,7 +1,8 @@
 r"""The token cache: a folder with the ids of each conversation, stored once, and the spans of its examples.
 
     tokens.bin          the ids of all conversations, concatenated: uint16 little-endian, or int32 if the
-                        vocabulary is larger than 65,536
+                        vocabulary is larger than 65,536, or the texts have labels: after a text's ids come its values,
+                        as the bits of float32: class numbers or numbers, for the text or for each of its tokens
     conversations.bin   a row per conversation, of CONVERSATION_DTYPE
     examples.bin        a row per example, of EXAMPLE_DTYPE, in the order of the data
     tokenizer/          the tokenizer that encoded the conversations, with its added tokens
@@ -16,7 +17,8 @@ The same inputs give the same bytes.
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -26,7 +28,8 @@ import numpy.typing as npt
 from pydantic import Field, ValidationError, create_model
 
 from t5tune.data.caches.batching import Integers
-from t5tune.data.tokens.encoding import Example, Span, extract_example, surround
+from t5tune.data.labels import LabelTask, Values, describe_form, renumber, sort_names
+from t5tune.data.tokens.encoding import Example, Span, extract_example, extract_labels, surround
 from t5tune.data.tokens.span_corruption import SpanCorruption, mix_bits
 from t5tune.data.tokens.templates import Template, parse_template
 from t5tune.data.tokens.tokenizer import SpecialIds
@@ -43,14 +46,14 @@ from t5tune.file_names import (
 from t5tune.formatting import format_count
 from t5tune.io.atomic import hash_file
 from t5tune.io.folder_kinds import describe_folder
-from t5tune.io.reasons import describe_error
+from t5tune.io.reasons import describe_error, join_first
 from t5tune.io.untrusted import parse_json_object
 from t5tune.io.yaml_file import read_yaml
 from t5tune.settings.denoisers import find_denoisers
 from t5tune.settings.groups.record_format import KINDS
 from t5tune.settings.messages import describe_value_error, format_place, shorten_file_value
 
-CACHE_FORMAT = 3
+CACHE_FORMAT = 4
 PREPARE_AGAIN = "run t5tune prepare again"
 # the index of the first id in tokens.bin, and a hash that conversations with the same texts share
 CONVERSATION_DTYPE = np.dtype([("start", "<u8"), ("key", "<u8")])
@@ -65,7 +68,8 @@ TABLES = (TOKENS_FILE, CONVERSATIONS_FILE, EXAMPLES_FILE)
 CACHE_CONTENTS = {*TABLES, "tokenizer", TEMPLATE_FILE, TRAINING_DATA_FILE, REJECTED_FILE, CACHE_MANIFEST_FILE}
 COUNTS = (
     "conversations", "rejected", "examples", "source_tokens", "target_tokens", "truncated_sources",
-    "truncated_targets", "unknown_tokens", "pairs", "conversations_with_prefix", "examples_with_earlier_turns",
+    "truncated_targets", "unknown_tokens", "with_unknown_tokens", "pairs", "conversations_with_prefix",
+    "examples_with_earlier_turns",
 )  # fmt: skip
 # the manifest keys that reading a cache needs, with the type of each value
 MANIFEST_TYPES: dict[str, Any] = {
@@ -89,11 +93,22 @@ PERCENTILES = (50, 90, 99, 100)
 
 
 class Cache(Sequence[Example]):
-    """The examples of a cache, or those at `indices`, read from disk on access."""
+    """The examples of a cache, or those at `indices`, read from disk on access.
 
-    def __init__(self, folder: Path, manifest: dict[str, Any], indices: Integers | None = None) -> None:
+    Args:
+        label_task: numbers the classes of labels; None: as in the cache's data, which may have no labels.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        manifest: dict[str, Any],
+        indices: Integers | None = None,
+        label_task: LabelTask | None = None,
+    ) -> None:
         self.folder = folder
         self.manifest = manifest
+        self.label_task = _read_label_task(folder, manifest) if label_task is None else label_task
         self.corruption = _read_corruption(folder, manifest)
         start, end = (tuple(manifest[f"source_{side}_ids"]) for side in ("start", "end"))
         self.special_ids = SpecialIds(start, end, manifest["eos_token_id"])
@@ -114,12 +129,48 @@ class Cache(Sequence[Example]):
             raise IndexError(index)
         conversation, span = self._read_row(index)
         ids = self._tokens[int(self._conversations["start"][conversation]) :]
+        if self.label_task is not None:
+            example = extract_labels(ids, span, self.special_ids, self.label_task)
+            return replace(example, values=self._number_classes(example.values))
         if self.corruption is None:
             return extract_example(ids, span, self.special_ids)
         masked, spans = (int(counts[index]) for counts in self._masked)
         window = ids[span.source_start : span.source_end]
         source, target = self.corruption.corrupt(window, masked, spans, int(self._indices[index]), repeat)
         return surround(source, target, self.special_ids)
+
+    def iterate_values(self) -> Iterator[Values]:
+        """Yield the values of each example with labels, without special tokens."""
+        starts = self._conversations["start"][self._read_column("conversation")].astype(np.int64)
+        bounds = (starts + self._read_column(name) for name in ("target_start", "target_end"))
+        for start, end in zip(*bounds, strict=True):
+            yield self._number_classes(self._tokens[start:end].view(np.float32))
+
+    def map_labels(self, task: LabelTask) -> "Cache":
+        """Return the same examples with the class numbers of a task; DataError: the cache has other labels."""
+        if (form := describe_form(self.label_task)) != (wanted := describe_form(task)):
+            raise DataError(f"{self.folder}: has {form}, and the model's labels are: {wanted}")
+        if missing := [repr(name) for name in self.manifest["labels"]["names"] if name not in task.names]:
+            among = f"the {format_count(len(task.names), 'label')} to predict"
+            are = "label that isn't" if len(missing) == 1 else "labels that aren't"
+            problem = f"{self.folder}: {len(missing):,} {are} among {among}: {join_first(missing)}"
+            raise DataError(problem, hint="give the data in place of the cache: records with such labels are left out")
+        return Cache(self.folder, self.manifest, self._indices, task)
+
+    @property
+    def has_given_order(self) -> bool:
+        """Whether the order of the classes is given, by the user or by a ClassLabel."""
+        return bool(self.manifest["labels"]["is_ordered"])
+
+    def _number_classes(self, values: Values) -> Values:
+        return values if self._class_numbers is None else renumber(values, self._class_numbers)
+
+    @cached_property
+    def _class_numbers(self) -> Values | None:
+        """The number of each class in `label_task`, by its number in the cache; None: the values are numbers."""
+        assert self.label_task is not None
+        numbers = {name: number for number, name in enumerate(self.label_task.names)}
+        return np.array([numbers[name] for name in self.manifest["labels"]["names"]], np.float32) if numbers else None
 
     def read_untruncated(self, index: int) -> tuple[Example, int, npt.NDArray[Any], Span]:
         """Return (example, conversation number, the conversation's ids up to the untruncated target's end, span)."""
@@ -160,7 +211,8 @@ class Cache(Sequence[Example]):
         return np.maximum(target, rejected)
 
     def _compute_lengths(self) -> tuple[Integers, ...]:
-        return compute_lengths(self._read_column, self.special_ids, self.corruption, self._indices)
+        has_labels = self.label_task is not None
+        return compute_lengths(self._read_column, self.special_ids, self.corruption, self._indices, has_labels)
 
     @property
     def has_preferences(self) -> bool:
@@ -196,22 +248,31 @@ class Cache(Sequence[Example]):
         files = {name: self.manifest["files"][name] for name in TABLES}
         # the files have the windows of raw text, and the seed determines the masked spans
         seed = {} if self.corruption is None else {"seed": self.manifest["seed"]}
-        return {**files, **seed, "examples": hashlib.sha256(self._indices.astype("<i8").tobytes()).hexdigest()}
+        labels = {} if self.label_task is None else {"labels": [*self.label_task.names]}
+        return {
+            **files,
+            **seed,
+            **labels,
+            "examples": hashlib.sha256(self._indices.astype("<i8").tobytes()).hexdigest(),
+        }
 
     def take(self, count: int) -> "Cache":
         """Return the first `count` examples."""
-        return Cache(self.folder, self.manifest, self._indices[:count])
+        return self._select(self._indices[:count])
 
     def limit_training(self, count: int, held_out: npt.NDArray[np.uint64]) -> "Cache":
         """Return all examples of the conversations with the keys `held_out`, and the first `count` of the rest."""
         is_held_out = np.isin(self.read_keys(), held_out)
         chosen = is_held_out | (np.cumsum(~is_held_out) <= count)
-        return Cache(self.folder, self.manifest, self._indices[chosen])
+        return self._select(self._indices[chosen])
+
+    def _select(self, indices: Integers | None, **changes: Any) -> "Cache":
+        return Cache(self.folder, {**self.manifest, **changes}, indices, self.label_task)
 
     @property
     def whole(self) -> "Cache":
         """All examples of the folder."""
-        return Cache(self.folder, self.manifest)
+        return self._select(None)
 
     @property
     def prepared_split(self) -> tuple[float, int]:
@@ -224,8 +285,7 @@ class Cache(Sequence[Example]):
         `split_seed` also determines the masked spans of held-out raw text.
         """
         is_held_out = np.isin(self.read_keys(), held_out)
-        training = Cache(self.folder, self.manifest, self._indices[~is_held_out])
-        return training, Cache(self.folder, {**self.manifest, "seed": split_seed}, self._indices[is_held_out])
+        return self._select(self._indices[~is_held_out]), self._select(self._indices[is_held_out], seed=split_seed)
 
     def read_keys(self) -> npt.NDArray[np.uint64]:
         """Return the key of each example's conversation."""
@@ -250,11 +310,15 @@ def find_held_out_keys(cache: Cache, held_out: float, split_seed: int) -> npt.ND
 
 
 def compute_lengths(
-    column: Callable[[str], Integers], special: SpecialIds, corruption: SpanCorruption | None, indices: Integers
+    column: Callable[[str], Integers],
+    special: SpecialIds,
+    corruption: SpanCorruption | None,
+    indices: Integers,
+    has_labels: bool,
 ) -> tuple[Integers, ...]:
     """Compute the lengths of examples' sources, targets and rejected targets, special tokens included.
 
-    Without a rejected target, its length is 0.
+    Without a rejected target, its length is 0; so is the length of labels.
 
     Args:
         column: reads columns of EXAMPLE_DTYPE.
@@ -265,6 +329,8 @@ def compute_lengths(
         masked, spans = corruption.count_masked(indices, windows)
         return windows - masked + spans + special.source_size, masked + spans + 1, np.zeros_like(masked)
     source = column("system_end") + column("source_end") - column("source_start") + special.source_size
+    if has_labels:
+        return source, np.zeros_like(source), np.zeros_like(source)
     target = column("target_end") - column("target_start") + column("target_is_whole")
     rejected = column("rejected_end") - column("rejected_start") + column("rejected_is_whole")
     return source, target, np.where(column("rejected_start") > 0, rejected, 0)
@@ -278,6 +344,18 @@ def _read_corruption(folder: Path, manifest: dict[str, Any]) -> SpanCorruption |
         return SpanCorruption(find_denoisers(saved["denoisers"]), sentinels, int(manifest["seed"]))
     except (ValueError, KeyError, TypeError) as error:
         problem = f"{folder / CACHE_MANIFEST_FILE}: span_corruption: {describe_error(error)}"
+        raise DataError(problem, hint=PREPARE_AGAIN) from error
+
+
+def _read_label_task(folder: Path, manifest: dict[str, Any]) -> LabelTask | None:
+    if (saved := manifest.get("labels")) is None:
+        return None
+    try:
+        names = tuple(saved["names"]) if saved["is_ordered"] else sort_names(saved["names"])
+        own = {name: manifest["inputs"][name] for name in ("objective", "source_words")}
+        return LabelTask(**own, per_token=saved["per_token"], several=saved["several"], names=names)
+    except (KeyError, TypeError) as error:
+        problem = f"{folder / CACHE_MANIFEST_FILE}: labels: {describe_error(error)}"
         raise DataError(problem, hint=PREPARE_AGAIN) from error
 
 

@@ -8,6 +8,7 @@
 All caches have the same tokenizer. The examples are numbered through all datasets.
 """
 
+import math
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ import numpy.typing as npt
 from t5tune.data.caches.batching import Integers
 from t5tune.data.caches.cache import COUNTS, Cache, find_held_out_keys
 from t5tune.data.caches.mixing import EpochCounts, Mixing, compute_rates, draw_epoch
+from t5tune.data.labels import LabelTask, join_tasks
 from t5tune.data.tokens.encoding import Example
 from t5tune.data.tokens.templates import Template
 from t5tune.data.tokens.tokenizer import Tokenizer, decode_reference
@@ -151,6 +153,40 @@ class Examples(Sequence[Example]):
     def main(self) -> Dataset:
         """The dataset whose template and prefix are used for chat: the first that isn't raw text."""
         return next((each for each in self.datasets if each.cache.corruption is None), self.datasets[0])
+
+    @cached_property
+    def label_task(self) -> LabelTask | None:
+        """Describes the labels of all datasets; None: the examples have no labels."""
+        pairs = [(each.cache.label_task, each.cache.has_given_order) for each in self.datasets if each.cache.label_task]
+        tasks = {task for task, _ in pairs}
+        return next(iter(tasks), None) if len(tasks) < 2 else join_tasks(pairs)
+
+    def map_labels(self, task: LabelTask | None = None) -> "Examples":
+        """Return the same examples with the class numbers of `task`; default: `label_task`.
+
+        Raises:
+            DataError: a dataset has classes that the task lacks.
+        """
+        task = self.label_task if task is None else task
+        return self if task is None else self._replace_caches([each.cache.map_labels(task) for each in self.datasets])
+
+    def compute_label_scale(self) -> tuple[float, float]:
+        """Return a power of two near the standard deviation of the numbers to predict, and their mean."""
+        found = [values for dataset in self.datasets for values in dataset.cache.iterate_values()]
+        values = np.concatenate(found).astype(np.float64)
+        values = values[~np.isnan(values)]
+        deviation = float(values.std())
+        return 2.0 ** round(math.log2(deviation)) if deviation > 0 else 1.0, float(values.mean())
+
+    def count_classes(self) -> Counter[str]:
+        """Count the learned texts or words of each class."""
+        task = self.label_task
+        assert task is not None
+        counts = np.zeros(len(task.names), np.int64)
+        for dataset in self.datasets if task.names else ():
+            for values in dataset.cache.iterate_values():
+                np.add.at(counts, values[~np.isnan(values)].astype(np.int64), 1)
+        return Counter(dict(zip(task.names, counts.tolist(), strict=True)))
 
     def describe_rates(self) -> list[dict[str, float]]:
         """Describe each dataset's share of an epoch, from 0 to 1, and how many examples that is on average."""
@@ -307,12 +343,19 @@ def decode_targets(tokenizer: Tokenizer, examples: Examples, indices: Iterable[i
 
 def find_missing_labels(tokenizer: Tokenizer, training: Examples, held_out: Examples) -> list[Note]:
     """Name the labels among the training targets that no held-out example has."""
+    if training.label_task is not None:
+        found, held = training.count_classes(), held_out.count_classes()
+        return _report_missing([name for name, count in found.items() if count and not held[name]])
     indices = range(0, len(training), -(-len(training) // MAX_TARGETS_FOR_LABELS))
     missing = dict.fromkeys(find_labels(decode_targets(tokenizer, training, indices)))
     for target in decode_targets(tokenizer, held_out, range(len(held_out))):
         if not missing:
             return []
         missing.pop(target, None)
+    return _report_missing([*missing])
+
+
+def _report_missing(missing: Sequence[str]) -> list[Note]:
     labels = f"{'label' if len(missing) == 1 else 'labels'} {join_first([*map(repr, missing)])}"
     advice = "use a larger eval_fraction, a different split_seed, or a file with every label as eval_data_path"
     return [Note(f"no held-out example has the {labels}; {advice}", warning=True)] if missing else []

@@ -16,6 +16,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from t5tune.data.caches.cache import PREPARE_AGAIN, describe_manifest_error, is_cache, open_cache, read_manifest
 from t5tune.data.caches.examples import MIXTURE_FORMAT, Dataset, Examples
 from t5tune.data.caches.mixing import Mixing
+from t5tune.data.labels import describe_form
 from t5tune.errors import DataError
 from t5tune.file_names import MIXTURE_FILE
 from t5tune.io.reasons import describe_error
@@ -110,7 +111,7 @@ def find_tokenizer_folder(source: Path) -> Path:
 
 
 def check_datasets(datasets: Sequence[Dataset], place: str) -> None:
-    """Check that all caches have the same tokenizer, and that all or no datasets have preference pairs.
+    """Check that all caches have the same tokenizer, and that all or no datasets have pairs, or labels of one form.
 
     With different tokenizers, the same id would mean different tokens. `place` is named in messages.
     """
@@ -124,6 +125,10 @@ def check_datasets(datasets: Sequence[Dataset], place: str) -> None:
             pairs, answers = (first, other) if first.has_preferences else (other, first)
             problem = f"{place}: {pairs.folder} has preference pairs, and {answers.folder} has no preference pairs"
             raise DataError(problem, hint="train on them in two runs: objective sft first, then dpo")
+    forms = {describe_form(dataset.cache.label_task): dataset.name for dataset in datasets}
+    if len(forms) > 1:
+        listed = ", and ".join(f"{name} has {form}" for form, name in forms.items())
+        raise DataError(f"{place}: {listed}", hint="train on them in two runs, or write the labels alike")
 
 
 def read_examples_manifest(folder: Path) -> dict[str, Any]:
@@ -134,13 +139,13 @@ def read_examples_manifest(folder: Path) -> dict[str, Any]:
 def open_examples(folder: Path) -> Examples:
     """Open the token caches that prepare wrote, or a single cache; DataError: a file is missing or has changed."""
     if not is_prepared(folder):
-        return Examples(folder, [Dataset(folder.name, open_cache(folder))], Mixing())
+        return Examples(folder, [Dataset(folder.name, open_cache(folder))], Mixing()).map_labels()
     _, saved = _read_mixture(folder)
     datasets = [
         Dataset(each.name, open_cache(folder / each.cache), each.weight, each.num_data) for each in saved.datasets
     ]
     check_datasets(datasets, str(folder))
-    return Examples(folder, datasets, saved.mixing).limit_training()
+    return Examples(folder, datasets, saved.mixing).limit_training().map_labels()
 
 
 def has_examples(folder: Path) -> bool:

@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from t5tune.data.caches.cache import CONVERSATION_DTYPE, EXAMPLE_DTYPE, read_manifest
+from t5tune.data.labels import renumber
 from t5tune.data.reading.rejections import RecordLocation, Rejection
-from t5tune.data.tokens.encoders import choose_ids_dtype
 from t5tune.file_names import CONVERSATIONS_FILE, EXAMPLES_FILE, REJECTED_FILE, TOKENS_FILE
 from t5tune.preparing.cache_files import CacheSource
 from t5tune.preparing.cache_writer import MAX_TABLE_VALUE, SeenKeys, make_duplicate_rejection, make_too_much_data_error
@@ -66,7 +66,8 @@ class _Join:
             for name in (TOKENS_FILE, CONVERSATIONS_FILE, EXAMPLES_FILE, REJECTED_FILE)
         ]
         self._source = source
-        self._dtype = choose_ids_dtype(source.num_rows)
+        self.counts.number_labels(source.label_names)
+        self._dtype = source.ids_dtype
         self._num_tokens = 0
         self._num_conversations = 0
 
@@ -120,6 +121,7 @@ class _Join:
         counts.with_prefix += int(kept["has_prefix"].sum())
         counts.pairs += int(kept["is_pair"].sum())
         counts.unknown_tokens += int(kept["unknown"].sum())
+        counts.with_unknown_tokens += int((kept["unknown"] > 0).sum())
         counts.num_examples += int(kept["examples"].sum())
 
     def _append(self, part: Path, records: npt.NDArray[Any], is_kept: npt.NDArray[np.bool_]) -> None:
@@ -145,8 +147,27 @@ class _Join:
         with open(part / TOKENS_FILE, "rb") as file:
             for begin, end in _find_runs(has_row):  # conversations that follow each other are copied at once
                 _copy(file, tokens, *(int(starts[number]) * self._dtype.itemsize for number in (begin, end)))
+        if (labels := read_manifest(part).get("labels")) is not None and labels["names"] and len(spans):
+            begins = rows["start"][has_row][spans["conversation"] - self._num_conversations].astype(np.int64)
+            bounds = zip(begins + spans["target_start"], begins + spans["target_end"], strict=True)
+            self._number_labels(labels["names"], list(bounds))
         self._num_tokens += int(sizes.sum())
         self._num_conversations += int(has_row.sum())
+
+    def _number_labels(self, names: list[str], bounds: list[tuple[int, int]]) -> None:
+        """Replace a part's class numbers, which are already copied, by the joined cache's.
+
+        Args:
+            names: the part's classes, in the order of their numbers.
+            bounds: of the values of each text.
+        """
+        self.files[0].flush()
+        values = np.memmap(self.files[0].name, np.float32, "r+")
+        # a class that only later records have gets no number yet
+        used = max((np.nanmax(values[start:end]) for start, end in bounds if start < end), default=-1)
+        numbers = self.counts.number_labels(names[: int(used) + 1])
+        for start, end in bounds:
+            values[start:end] = renumber(values[start:end], numbers)
 
 
 def _find_runs(has_row: npt.NDArray[np.bool_]) -> Iterator[tuple[int, int]]:

@@ -8,6 +8,7 @@ A folder with a part.json isn't searched for data.
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,15 @@ class PartWriter(CacheWriter):
         files: of the data; the rows contain their numbers.
     """
 
-    def __init__(self, folder: Path, num_rows: int, rejects_duplicates: bool, files: list[Path]) -> None:
-        super().__init__(folder, num_rows, rejects_duplicates)
+    def __init__(
+        self,
+        folder: Path,
+        dtype: np.dtype[Any],
+        rejects_duplicates: bool,
+        label_names: Sequence[str],
+        files: list[Path],
+    ) -> None:
+        super().__init__(folder, dtype, rejects_duplicates, label_names)
         self._numbers = {str(file): number for number, file in enumerate(files)}
         self._rows = open(get_records_path(folder), "wb")  # noqa: SIM115 (closed by __exit__)
 

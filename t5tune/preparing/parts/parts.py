@@ -30,7 +30,6 @@ from t5tune.preparing.parts.part import (
     write_part_manifest,
 )
 from t5tune.preparing.parts.record_range import read_range
-from t5tune.preparing.pipeline import Pipeline
 from t5tune.preparing.worker import encode_records
 from t5tune.progress import Note, Report, track
 from t5tune.settings.groups.shard import Shard
@@ -187,11 +186,11 @@ def _write_dataset(
 
 def _encode(staged: Path, source: CacheSource, shard: Shard, report: Report) -> RecordCounts:
     dataset, num_data = source.dataset, source.checks.num_data
-    pipeline = Pipeline(staged / "tokenizer", source.template, dataset)
+    pipeline = source.make_pipeline(staged / "tokenizer")
     records = track(read_range(source.files, shard, dataset), "prepare", report, unit="records")
     results = encode_records(records, pipeline, choose_num_workers(source, shard.count))
     rejects_duplicates = dataset.dedupe == "exact"
-    with PartWriter(staged, source.num_rows, rejects_duplicates, source.files) as writer:
+    with PartWriter(staged, source.ids_dtype, rejects_duplicates, source.label_names, source.files) as writer:
         for record, encoded in results:
             writer.add(record, encoded)
             # duplicates of other parts don't count, so with dedupe this part may need all of its records

@@ -28,7 +28,7 @@ def add_spans(writer: CacheWriter, *spans: Span) -> None:
 
 def test_a_row_has_a_conversation_s_number_and_a_span(tmp_path: Path) -> None:
     largest = Span(*[MAX_TABLE_VALUE] * 7, False, True)
-    with CacheWriter(tmp_path, 1000, rejects_duplicates=False) as writer:
+    with CacheWriter(tmp_path, np.dtype("<u2"), rejects_duplicates=False) as writer:
         add_spans(writer, SPAN)
         add_spans(writer, SPAN, largest)
         writer.finish(None)
@@ -39,7 +39,7 @@ def test_a_row_has_a_conversation_s_number_and_a_span(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("field", Span._fields[:-2])
 def test_a_value_that_does_not_fit_is_refused(tmp_path: Path, field: str) -> None:
-    with CacheWriter(tmp_path, 1000, rejects_duplicates=False) as writer:
+    with CacheWriter(tmp_path, np.dtype("<u2"), rejects_duplicates=False) as writer:
         add_spans(writer, SPAN._replace(**{field: MAX_TABLE_VALUE}))
         with pytest.raises(DataError, match="4,294,967,295 tokens in a conversation"):
             add_spans(writer, SPAN._replace(**{field: MAX_TABLE_VALUE + 1}))
@@ -66,9 +66,9 @@ def test_a_cache_of_an_earlier_format_is_prepared_again(tmp_path: Path, conversa
     prepare(PrepareSettings(**values))
     path = find_cache(tmp_path / "cache") / "manifest.json"
     manifest = json.loads(path.read_text())
-    assert manifest["format"] == 3
-    path.write_text(json.dumps(manifest | {"format": 0}))
-    with pytest.raises(DataError, match=r"manifest\.json: format 0; this version of t5tune reads format 3") as refused:
+    assert manifest["format"] == 4
+    path.write_text(json.dumps(manifest | {"format": 3}))
+    with pytest.raises(DataError, match=r"manifest\.json: format 3; this version of t5tune reads format 4") as refused:
         open_only(tmp_path / "cache")
     assert refused.value.hint == "run t5tune prepare again"
     assert not prepare(PrepareSettings(**values)).up_to_date
