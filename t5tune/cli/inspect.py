@@ -19,12 +19,15 @@ from t5tune.settings import InspectSettings
 
 STYLES = {
     "source": "cyan", "target": "green", "rejected": "magenta", "added": "yellow", "unknown": "white on red",
-    "special": "dim",
+    "special": "dim", "label": "green",
 }  # fmt: skip
 CUT_MARKS = ("[cut: ", "]")  # for output that has no strikethrough
 BAR_WIDTH = 40
-JSON_FIELDS = ("index", "conversation", "turn", "source_ids", "target_ids", "source_text", "target_text", "truncated")
+JSON_FIELDS: tuple[str, ...] = (
+    "index", "conversation", "turn", "source_ids", "target_ids", "source_text", "target_text", "truncated",
+)  # fmt: skip
 PAIR_FIELDS = ("rejected_ids", "rejected_text")
+LABEL_FIELDS = ("index", "conversation", "source_ids", "source_text", "labels", "truncated")
 
 
 def run(settings: InspectSettings, output: Output) -> None:
@@ -32,7 +35,8 @@ def run(settings: InspectSettings, output: Output) -> None:
     found = inspect(settings, output.report)
     if output.json:
         for example in found.examples:
-            names = JSON_FIELDS if example.rejected_ids is None else (*JSON_FIELDS, *PAIR_FIELDS)
+            names = JSON_FIELDS if example.labels is None else LABEL_FIELDS
+            names += () if example.rejected_ids is None else PAIR_FIELDS
             output.print_json({name: getattr(example, name) for name in names})
         if found.splits:
             statistics = {} if found.statistics is None else asdict(found.statistics)
@@ -54,9 +58,10 @@ def _render_example(example: ExampleView, cache: Cache, tokenizer: Tokenizer, cu
     facts = f"example {example.index} of {len(cache):,}, conversation {example.conversation}, turn {example.turn}"
     text = Text.assemble((facts + "\n", "bold"))
     for side, runs in example.group_runs_by_side(tokenizer, set(cache.manifest["added_token_ids"])).items():
-        length, cut = example.lengths[side]
+        length, cut = example.lengths.get(side, (0, 0))
         lost = f", {cut:,} cut off" if cut else ""
-        text.append(f"{side} ({format_count(length, 'token')}{lost})\n", "dim")
+        size = f" ({format_count(length, 'token')}{lost})" if side in example.lengths else ""
+        text.append(f"{side}{size}\n", "dim")
         for is_cut, part in groupby(runs, lambda run: run[1]):
             before, after = cut_marks if is_cut else ("", "")
             text.append(before)
@@ -78,6 +83,8 @@ def _show_whitespace(run: TextRun) -> str:
 def _render_statistics(statistics: LengthStatistics) -> Text:
     text = Text()
     for name, histogram in (("source", statistics.source), ("target", statistics.target)):
+        if histogram is None:
+            continue
         text.append(f"{name} length (tokens)\n", "bold")
         text.append_text(_render_bars(histogram, STYLES[name]))
     size = statistics.batch_size

@@ -194,7 +194,7 @@ def _compute_statistics(cache: Cache, batch_size: int) -> LengthStatistics:
     by_length = epoch_order(sources + targets, batch_size, seed=0, epoch=0)
     return LengthStatistics(
         source=build_histogram(sources),
-        target=build_histogram(targets),
+        target=build_histogram(targets) if cache.label_task is None else None,
         batch_size=batch_size,
         padding_random=round(compute_padding_share(sources, targets, shuffled, batch_size), 4),
         padding_by_length=round(compute_padding_share(sources, targets, by_length, batch_size), 4),

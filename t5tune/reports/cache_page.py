@@ -18,6 +18,7 @@ LEGEND = {
     "source": ("source", "the model's input"),
     "target": ("target", "the text that the model learns to write"),
     "rejected": ("rejected", "the worse answer of a preference pair; the target is the better answer"),
+    "label": ("[label]", "the label of the token before it, or of the text"),
     "cut": ("cut off", "text beyond model_max_length, which the model never sees"),
     "added": ("{ ↵", "tokens added to the vocabulary; ↵ is a line break"),
     "unknown": ("<unk>", "a character that isn't in the vocabulary"),
@@ -78,10 +79,12 @@ def _render_examples(examples: CacheView) -> list[str]:
 
 
 def _render_heading(num_shown: int, cache: Cache) -> str:
+    left_out = {"target"} if cache.label_task is not None else {"label"}
+    left_out |= set() if cache.has_preferences else {"rejected"}
     items = (
         f'<li><span class="{kind}">{html.escape(sample)}</span>: {html.escape(meaning)}</li>'
         for kind, (sample, meaning) in LEGEND.items()
-        if kind != "rejected" or cache.has_preferences
+        if kind not in left_out
     )
     title = f"{num_shown:,} of {format_count(len(cache), 'example')}"
     return f'<h2>{title}</h2><ul class="colors">{"".join(items)}</ul>'
@@ -96,15 +99,17 @@ def _render_example(example: ExampleView, tokenizer: Tokenizer, added: set[int])
     }
     facts = f"example {example.index} · conversation {example.conversation} · turn {example.turn}"
     sides = (
-        f'<p class="note">{side} ({_format_length(*length)})</p><pre class="{side}">{text[side]}</pre>'
-        for side, length in example.lengths.items()
+        f'<p class="note">{side}{_format_length(example.lengths.get(side))}</p><pre class="{side}">{shown}</pre>'
+        for side, shown in text.items()
     )
     return f'<article><p class="soft">{facts}</p>{"".join(sides)}</article>'
 
 
-def _format_length(num_tokens: int, num_cut: int) -> str:
-    tokens = format_count(num_tokens, "token")
-    return f"{tokens}, {num_cut:,} cut off" if num_cut else tokens
+def _format_length(length: tuple[int, int] | None) -> str:
+    if length is None:  # a label
+        return ""
+    tokens, num_cut = format_count(length[0], "token"), length[1]
+    return f" ({tokens}, {num_cut:,} cut off)" if num_cut else f" ({tokens})"
 
 
 def _render_run(run: TextRun) -> str:

@@ -51,7 +51,7 @@ circle { stroke: var(--card); stroke-width: 1; }
 .dot-3 { fill: var(--c3); } .dot-4 { fill: var(--c4); } .dot-5, .bar-5 { fill: var(--c5); }
 .count { fill: var(--text); font-size: 11px; text-anchor: middle; pointer-events: none; }
 .legend { font-weight: 400; } .legend span { margin-left: .9rem; }
-.key-0, .source { color: var(--c0); } .key-1 { color: var(--c1); } .key-2, .target { color: var(--c2); }
+.key-0, .source { color: var(--c0); } .key-1 { color: var(--c1); } .key-2, .target, .label { color: var(--c2); }
 .key-3, .rejected { color: var(--c3); } .key-4 { color: var(--c4); } .key-5 { color: var(--c5); }
 .cut { color: var(--cut); text-decoration: line-through; }
 .added { color: var(--mark); } .special { color: var(--soft); }
@@ -122,10 +122,11 @@ def render_labels(tables: Mapping[str, LabelTable]) -> Iterator[str]:
         yield f'<h3>By class</h3><div class="scroll">{render_table(rows, header)}</div>'
 
 
-def draw_length_charts(sources: Histogram, targets: Histogram) -> str:
+def draw_length_charts(sources: Histogram, targets: Histogram | None) -> str:
     """Draw the histograms of the examples' lengths next to each other."""
     charts = (
         draw_histogram(f"{name} length", bars, color)
         for color, name, bars in ((0, "Source", sources), (2, "Target", targets))
+        if bars is not None
     )
     return f'<div class="charts">{"".join(charts)}</div>'
