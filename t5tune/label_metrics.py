@@ -18,6 +18,9 @@ LABEL_METRICS = ("accuracy", "macro_f1", "mcc")
 SEVERAL_METRICS = ("accuracy", "macro_f1", "micro_f1")
 ENTITY_METRICS = ("entity_f1", "entity_precision", "entity_recall")
 NUMBER_METRICS = ("spearman", "pearson", "rmse")
+CALIBRATED_METRICS = (*LABEL_METRICS, "ece")
+HEAD_METRICS = (*dict.fromkeys((*CALIBRATED_METRICS, *SEVERAL_METRICS)), *ENTITY_METRICS, *NUMBER_METRICS)
+"""The metrics of labels that an encoder predicts; which of them depends on the labels."""
 LABELS = "labels"  # all of them, in the setting `metrics`; and their tables, in results
 ALL = "all"  # key of the table of all datasets together
 MAX_LABELS, MAX_WORDS, MIN_EXAMPLES = 100, 8, 5  # words of each label; examples per label, on average
@@ -26,8 +29,9 @@ CALIBRATION_BINS = 15  # of equal width
 
 LabelTable = dict[str, Any]
 """classes: label, the most frequent first -> precision, recall, f1 (from 0 to 100), support (how many examples it has)
-and no_label (how many of their replies match no label); confusion: label -> predicted label -> how often, if at
-all; calibration, with probabilities: bins with the count of predictions, their mean confidence, and their accuracy."""
+and, of text labels, no_label (how many of their replies match no label); confusion: label -> predicted label -> how
+often, if at all, or empty if there may be several labels; calibration, with probabilities: bins with the count of
+predictions, their mean confidence, and their accuracy."""
 
 
 def find_labels(references: Iterable[str], are_named: bool = False) -> list[str]:
@@ -130,7 +134,6 @@ def score_several_labels(
             "recall": _percent(hits, wanted),
             "f1": _percent(2 * hits, found + wanted),
             "support": wanted,
-            "no_label": 0,
         }
         for label, (found, wanted, hits) in sorted(counts.items(), key=lambda item: -item[1][1])
     }
@@ -217,9 +220,13 @@ def _measure_calibration(pairs: Iterable[tuple[float, bool]]) -> tuple[float, li
 def describe_labels(table: LabelTable) -> str:
     """Say how many replies match no label, and the accuracy of the most frequent label as the only reply."""
     (label, first), *_ = table["classes"].items()
-    total, no_label = (sum(each[key] for each in table["classes"].values()) for key in ("support", "no_label"))
-    only = f"always replying {label!r} would give an accuracy of {100 * first['support'] / total:.4g}"
-    return f"replies that match no label: {no_label:,} of {total:,}; {only}"
+    total, no_label = (sum(each.get(key, 0) for each in table["classes"].values()) for key in ("support", "no_label"))
+    if not table["confusion"]:
+        return f"{total:,} labels; an example counts in each of its classes"
+    only = f"always predicting {label!r} would give an accuracy of {100 * first['support'] / total:.4g}"
+    if "no_label" not in first:
+        return only
+    return f"replies that match no label: {no_label:,} of {total:,}; {only.replace('predicting', 'replying')}"
 
 
 def _percent(part: int, whole: int) -> float:

@@ -31,7 +31,16 @@ PREFERENCE_METRICS = (
 """Metrics of held-out preference pairs, by TRL's names."""
 NOT_BEST = ("rewards/rejected", "logps/rejected")
 """Metrics where neither a high nor a low value is better."""
-LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_character", "ece", "kl", "rewards/rejected", "logps/rejected")
+LOWER_IS_BETTER = (
+    "loss",
+    "perplexity",
+    "bits_per_character",
+    "ece",
+    "kl",
+    "rmse",
+    "rewards/rejected",
+    "logps/rejected",
+)
 UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]")
 """A character of Thai, Lao, Burmese or Khmer."""
 EMOJI_STYLE = "\ufe0f"  # also a combining mark; without it, the digit of a keycap emoji is the digit in other text

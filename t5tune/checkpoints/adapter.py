@@ -23,9 +23,12 @@ from t5tune.checkpoints.tensor_files.safetensors import SafetensorsFile, write_s
 from t5tune.checkpoints.tensor_files.tensors import FLOAT_DTYPES, Tensor
 from t5tune.checkpoints.tensor_files.torch_file import read_state_dict
 from t5tune.checkpoints.tokenizer_files import write_supporting_files
+from t5tune.checkpoints.training_data import TOKEN_CLASSIFICATION
+from t5tune.data.labels import LabelTask
 from t5tune.errors import CheckpointError
 from t5tune.families import EMBEDDINGS_AND_HEADS
 from t5tune.families.architecture import Architecture
+from t5tune.families.encoder import ENCODERS
 from t5tune.file_names import (
     ADAPTER_BIN_FILE,
     ADAPTER_CONFIG_FILE,
@@ -42,6 +45,7 @@ PEFT_PREFIX = "base_model.model."
 MAGNITUDE_SUFFIX = ".lora_magnitude_vector"
 TOKEN_ROWS_SUFFIX = ".token_adapter.trainable_tokens_delta"
 MAX_TENSORS = 1 << 12  # T5-XXL has 432 linear layers
+LABEL_HEADS = {encoder.head.partition(".")[0] for encoder in ENCODERS.values()}
 QUANTIZATIONS = {"nf4", "fp4", "int8"}
 BASE_KEY = "t5tune"  # in safetensors' metadata: identifies the base; see checkpoints.fingerprint
 LORA_MATRIX_PATTERN = re.compile(r"(.+)\.lora_([AB])\.weight")
@@ -55,6 +59,7 @@ class AdapterMetadata:
     Args:
         files: tokenizer and template, name -> content; see checkpoints.tokenizer_files.
         training: the model card's lines about data and settings.
+        labels: that the model predicts; None: it predicts texts.
     """
 
     config: Mapping[str, Any]
@@ -63,6 +68,7 @@ class AdapterMetadata:
     base: Mapping[str, Any] = field(default_factory=dict)
     training: str = ""
     """The model card's lines about data and settings."""
+    labels: LabelTask | None = None
 
 
 def to_peft_name(name: str) -> str:
@@ -166,11 +172,14 @@ def check_rank(match: re.Match[str], tensor: Tensor, config: Mapping[str, Any], 
 
 def _check_modules_to_save(state: Mapping[str, Tensor], config: Mapping[str, Any], source: Path) -> None:
     key = f"{source / ADAPTER_CONFIG_FILE}: modules_to_save"
+    # PEFT lists all names that a head of labels may have
+    heads = LABEL_HEADS if config.get("task_type") == TOKEN_CLASSIFICATION else set()
+    has_head = bool(collect_modules_to_save({"modules_to_save": heads}, state))
     for name in config.get("modules_to_save") or ():
         if name.rpartition(".")[2] in EMBEDDINGS_AND_HEADS:
             problem = f"{key}: {name}: the model ignores PEFT's copy of it, so it wouldn't be trained"
             raise CheckpointError(problem, hint="train the rows of new tokens with trainable_token_indices")
-        if not collect_modules_to_save({"modules_to_save": [name]}, state):
+        if not collect_modules_to_save({"modules_to_save": [name]}, state) and not (has_head and name in heads):
             raise CheckpointError(f"{key}: {name}: no such tensor in {ADAPTER_WEIGHTS_FILE}")
 
 
@@ -186,7 +195,8 @@ def write_adapter(
         write_safetensors(folder / NON_LORA_FILE, non_lora, {"format": "pt"})
     write_json(folder / ADAPTER_CONFIG_FILE, dict(metadata.config))
     write_supporting_files(folder, metadata.files)
-    (folder / MODEL_CARD_FILE).write_text(build_adapter_card(metadata.config, metadata.training), encoding="utf-8")
+    card = build_adapter_card(metadata.config, metadata.training, metadata.labels)
+    (folder / MODEL_CARD_FILE).write_text(card, encoding="utf-8")
 
 
 def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -39,6 +39,8 @@ def check_adapter_shapes(
         if shape != expected:
             problem = f"{source}: {module}: the base's weight is {list(expected)}, B·A is {list(shape)}"
             raise CheckpointError(problem, hint=_OTHER_BASE_HINT)
+    if missing := [name for name in base.list_initial_shapes() if f"{PEFT_PREFIX}{name}" not in state]:
+        raise CheckpointError(f"{source}: {missing[0]}: missing: the adapter has no head of labels")
     for name, tensor in state.items():
         _check_other_shape(name, tensor, shapes, source)
     _check_all_adapted(modules, config, shapes, source)

@@ -9,8 +9,11 @@ from t5tune.checkpoints.adapter_folder import DOWNLOADED_FILES, check_downloaded
 from t5tune.checkpoints.base_tensors import Checkpoint
 from t5tune.checkpoints.pocket import pocket_folder
 from t5tune.checkpoints.tokenizer_files import TOKENIZER_FILES
+from t5tune.checkpoints.training_data import check_same_labels, read_label_task
+from t5tune.data.labels import LabelTask
 from t5tune.errors import CheckpointError, ModelError
 from t5tune.families import find_architecture
+from t5tune.families.encoder import make_encoder
 from t5tune.file_names import ADAPTER_CONFIG_FILE, CONFIG_FILE
 from t5tune.hub.download import Repository
 from t5tune.hub.names import is_hub_name, is_published
@@ -103,9 +106,22 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def open_base(folder: Path, family: str | None = None) -> Checkpoint:
-    """Open the weights of a base; `family` is its key in the table of families if its model_type isn't there."""
-    return Checkpoint(folder, find_architecture(read_config(folder), folder, family))
+def open_base(folder: Path, family: str | None = None, task: LabelTask | None = None) -> Checkpoint:
+    """Open the weights of a base.
+
+    Args:
+        family: its key in the table of families if its model_type isn't there.
+        task: open only its encoder, with a head for these labels. A base without labels gets a head of zeros.
+
+    Raises:
+        CheckpointError: the base has different labels, or its head is missing.
+    """
+    base = Checkpoint(folder, make_encoder(find_architecture(read_config(folder), folder, family), task))
+    if task is not None and read_label_task(folder) is not None:
+        check_same_labels(folder, task, "model_name_or_path")
+        if base.added:
+            raise CheckpointError(f"{folder}: {min(base.added)}: missing from the weights", "copy the folder again")
+    return base
 
 
 def _find_code_key(value: Any) -> str | None:

@@ -24,9 +24,13 @@ UNSUPPORTED_SUFFIXES = {".h5", ".msgpack", ".ckpt", ".gguf", ".onnx", ".pkl", ".
 
 
 class Checkpoint:
-    """All tensors of a model folder by their names in the model.
+    """The tensors of a model folder by their names in the model, except the tensors that the architecture drops.
 
     The default architecture, T5, keeps the names in the files.
+
+    Attributes:
+        shards: each weight file with the names of its tensors, in the order of their bytes.
+        added: tensors that the files lack, which start at zero: a new head of labels.
     """
 
     def __init__(self, folder: Path, architecture: Architecture | None = None) -> None:
@@ -35,9 +39,9 @@ class Checkpoint:
         self._file_names: dict[str, str] = {}
         self.files: list[SafetensorsFile] = []
         self.shards: list[tuple[Path, list[str]]] = []
-        """Each weight file with the names of its tensors, in the order of their bytes."""
         self._sources: dict[str, SafetensorsFile | Tensor] = {}
         self.index, weight_map, paths = _find_weight_files(folder)
+        found: dict[str, str] = {}
         for path in paths:
             sources: Mapping[str, SafetensorsFile | Tensor]
             if path.suffix == ".safetensors":
@@ -46,7 +50,8 @@ class Checkpoint:
             else:
                 sources = read_state_dict(path)
             self._add_file(path, sources)
-        found = {self._file_names[name]: path.name for path, names in self.shards for name in names}
+            found |= dict.fromkeys(sources, path.name)
+        self.added = self._add_initial_tensors()
         for name, file_name in weight_map.items():
             if found.get(name) != file_name:
                 raise CheckpointError(f"{self.index}: {name}: is not in {file_name}")
@@ -57,9 +62,19 @@ class Checkpoint:
             name = self.architecture.to_model_name(file_name)
             if name in self:
                 raise CheckpointError(f"{path}: {file_name}: is also in another file of this checkpoint")
+            if self.architecture.is_dropped(name):
+                continue
             self._sources[name], self._file_names[name] = source, file_name
             names.append(name)
         self.shards.append((path, names))
+
+    def _add_initial_tensors(self) -> set[str]:
+        """Add the weights that start at zero and that the files lack, after all tensors. Return their names."""
+        added = {name: shape for name, shape in self.architecture.list_initial_shapes().items() if name not in self}
+        self._sources |= {name: Tensor("F32", np.zeros(shape, np.float32)) for name, shape in added.items()}
+        last = next((names for _, names in reversed(self.shards) if names), self.shards[-1][1])
+        last.extend(added)
+        return {*added}
 
     def __contains__(self, name: str) -> bool:
         return name in self._sources
@@ -69,8 +84,8 @@ class Checkpoint:
         return list(self._sources)
 
     def get_file_name(self, name: str) -> str:
-        """Return a tensor's name in its file."""
-        return self._file_names[name]
+        """Return a tensor's name in the files of a checkpoint that is made from it."""
+        return name if self.architecture.writes_model_names else self._file_names[name]
 
     def get_dtype_and_shape(self, name: str) -> tuple[str, tuple[int, ...]]:
         """Return a tensor's dtype and shape without mapping the file."""

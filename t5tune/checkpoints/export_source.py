@@ -26,6 +26,7 @@ from t5tune.checkpoints.base_tensors import WEIGHTS_FILES, Checkpoint
 from t5tune.checkpoints.fastchat import LoraFlags, infer_adapter_config, is_adapter_name, strip_wrappers
 from t5tune.checkpoints.tensor_files.tensors import PartitionedTensor, Tensor
 from t5tune.checkpoints.tensor_files.torch_file import StoredTensor
+from t5tune.checkpoints.training_data import read_label_task
 from t5tune.checkpoints.zero.shards import ZeroState, find_deepspeed_folder, read_zero
 from t5tune.errors import CheckpointError
 from t5tune.file_names import (
@@ -145,7 +146,11 @@ def _build_from_zero(folder: Path, zero: ZeroState, flags: LoraFlags) -> Checkpo
     checkpoint = find_checkpoint_of_shards(folder)
     if (checkpoint / ADAPTER_WEIGHTS_FILE).is_file():
         # the shards of PiSSA and OLoRA lack the subtracted initialization, which the saved adapter includes
-        state = convert_to_plain_lora(state, extract_initial_matrices(read_adapter(checkpoint)[1], state))
+        saved = read_adapter(checkpoint)[1]
+        state = convert_to_plain_lora(state, extract_initial_matrices(saved, state))
+        if (task := read_label_task(checkpoint)) is not None and task.objective == "regress":
+            # in the shards, the head is for standardized numbers
+            state |= {name: saved[name] for name in state if ".lora_" not in name and name in saved}
     return CheckpointContents(
         config, state, extra, _rename_to_base(frozen), zero.step, zero.world_size, zero.stage, notes
     )

@@ -6,6 +6,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
+from t5tune.data.labels import LabelTask
 from t5tune.errors import CheckpointError
 from t5tune.file_names import MIXTURE_FILE, RESULT_FILE, RUN_CACHE_FOLDER
 from t5tune.formatting import format_count
@@ -21,7 +22,7 @@ DATASET_COUNTS = {"examples", "share", "examples_per_epoch"}  # in a result, bes
 LISTED_SETTINGS = ("learning_rate", "per_device_train_batch_size", "model_max_length", "q_lora", "seed")
 
 
-def build_adapter_card(config: Mapping[str, Any], training: str = "") -> str:
+def build_adapter_card(config: Mapping[str, Any], training: str = "", labels: LabelTask | None = None) -> str:
     """Build an adapter's README.md; `training` has lines about data and settings."""
     base = config.get("base_model_name_or_path") or "BASE"
     targets = config.get("target_modules") or []
@@ -30,6 +31,11 @@ def build_adapter_card(config: Mapping[str, Any], training: str = "") -> str:
     rows_of = next(iter(rows.values())) if isinstance(rows, dict) else rows
     # `pocket` isn't a name that transformers can load
     imported = "\nfrom t5tune.checkpoints.pocket import pocket_folder\n" if base == "pocket" else ""
+    path = "pocket_folder()" if base == "pocket" else f'"{base}"'
+    name, more, task = "AutoModelForSeq2SeqLM", "", "chat with it"
+    if labels is not None:
+        name, task = "AutoModelForTokenClassification", "predict labels with it"
+        more = f", num_labels={labels.num_outputs}, is_encoder_decoder=False"
     trained = f"Also trained: the embedding and output rows of {len(rows_of)} added tokens.\n" if rows_of else ""
     return f"""---
 {_format_base_line(base)}library_name: peft
@@ -42,17 +48,37 @@ LoRA rank {config.get("r")}, alpha {config.get("lora_alpha")}, target modules: {
 {trained}{training}
 ```python
 from peft import PeftModel
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import {name}, AutoTokenizer
 {imported}
-base = AutoModelForSeq2SeqLM.from_pretrained({"pocket_folder()" if base == "pocket" else f'"{base}"'})
+base = {name}.from_pretrained({path}{more})
 model = PeftModel.from_pretrained(base, "THIS_FOLDER")
 tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
-```
+{_build_label_lines(labels)}```
 
-Use the tokenizer in this folder, not the base model's: the adapter was trained with it. `template.yaml` is the
-conversation template. To merge the adapter into the base model, run
-`t5tune merge --model-name-or-path {base} --adapter THIS_FOLDER --output-dir OUT`. To chat with it, run
+{_describe_files(labels)}To merge the adapter into the base model, run
+`t5tune merge --model-name-or-path {base} --adapter THIS_FOLDER --output-dir OUT`. To {task}, run
 `t5tune chat --model-name-or-path {base} --adapter THIS_FOLDER`.
+"""
+
+
+def _describe_files(labels: LabelTask | None) -> str:
+    text = "Use the tokenizer in this folder, not the base model's: the adapter was trained with it."
+    if labels is None:
+        return f"{text} `template.yaml` is the\nconversation template. "
+    return f"{text} `training_data.json` has\nthe labels in the order of the logits. "
+
+
+def _build_label_lines(labels: LabelTask | None) -> str:
+    """Build the lines that compute logits: of each token, or of each text, which are the mean over its tokens."""
+    if labels is None:
+        return ""
+    lines = """batch = tokenizer(["a text"], return_tensors="pt", padding=True)
+logits = model(**batch).logits  # of each token
+"""
+    if labels.per_token:
+        return lines
+    return f"""{lines}mask = batch.attention_mask.unsqueeze(-1)
+logits = (logits * mask).sum(1) / mask.sum(1)  # of each text
 """
 
 
@@ -158,6 +184,15 @@ model = AutoModelForSeq2SeqLM.from_pretrained("THIS_FOLDER")
 tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
 ```
 """,
+    "sentence-transformers": """
+Its logits of texts are what `encode` gives:
+
+```python
+from sentence_transformers import SentenceTransformer
+
+logits = SentenceTransformer("THIS_FOLDER").encode(["a text"])
+```
+""",
     "ctranslate2": f"""
 The model is in CTranslate2 format:
 
@@ -172,7 +207,12 @@ print(tokenizer.decode(tokenizer.convert_tokens_to_ids(result.hypotheses[0])))
 
 
 def build_merged_card(
-    base: str, adapters: Sequence[tuple[str, float]], kind: str, converters: Sequence[str], training: str = ""
+    base: str,
+    adapters: Sequence[tuple[str, float]],
+    kind: str,
+    converters: Sequence[str],
+    training: str = "",
+    labels: LabelTask | None = None,
 ) -> str:
     """Build the README.md of a merged or converted checkpoint.
 
@@ -180,7 +220,12 @@ def build_merged_card(
         adapters: names and weights.
         kind: as merge's --to.
         converters: other tools that read a checkpoint of this model type.
+        labels: that the model predicts; None: it predicts texts.
     """
+    loading = LOADING_SECTIONS[kind]
+    if labels is not None and kind == "checkpoint":
+        loading = loading.replace("Seq2SeqLM", "TokenClassification")
+        loading = loading.removesuffix("```\n") + f"{_build_label_lines(labels)}```\n"
     tools = ", ".join(converters) if kind == "checkpoint" else ""
     readers = f"\nThese tools can also read it: {tools}.\n" if tools else ""
     is_plain = [weight for _, weight in adapters] == [1]
@@ -193,7 +238,7 @@ tags: [t5tune]
 # {base} with a merged LoRA adapter
 
 Created by `t5tune merge` from the adapter{"s" if len(adapters) > 1 else ""} {names}.
-{training}{LOADING_SECTIONS[kind]}{readers}"""
+{training}{loading}{readers}"""
 
 
 def fill_in_card(content: bytes, repository: str, folders: Collection[str]) -> bytes:

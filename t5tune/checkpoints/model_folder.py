@@ -13,7 +13,9 @@ from t5tune.checkpoints.tokenizer_files import (
     copy_untrusted_file,
     write_supporting_files,
 )
+from t5tune.data.labels import LabelTask
 from t5tune.families import find_family
+from t5tune.families.encoder import make_encoder
 from t5tune.file_names import (
     ADAPTER_BIN_FILE,
     ADAPTER_CONFIG_FILE,
@@ -58,22 +60,30 @@ def write_model(
     tied: bool,
     files: Mapping[str, bytes],
     family: str | None,
+    task: LabelTask | None = None,
 ) -> None:
     """Write the checkpoint of a fully trained model, with copies of the tensors that aren't loaded.
 
     Args:
-        state: trained tensors in fp32, by their names in the base's files.
+        state: trained tensors in fp32, by their names in the base's files, or with labels in the model.
         files: tokenizer and template: name -> content.
     """
     skipped = filter(base.architecture.is_skipped, base.list_names())
     copied = {base.get_file_name(name): base.get_tensor(name) for name in skipped}
     write_safetensors(folder / MODEL_FILE, {**state, **copied}, {"format": "pt"})
-    write_config(base.folder, folder, tied, "F32", family)
-    copy_supporting_files(base.folder, files, folder)
+    write_config(base.folder, folder, tied, "F32", family, task)
+    copy_supporting_files(base.folder, files, folder, generates=task is None)
 
 
-def write_config(base: Path, folder: Path, tied: bool, dtype: str | None = None, family: str | None = None) -> None:
-    """Write config.json with the actual `tie_word_embeddings`.
+def write_config(
+    base: Path,
+    folder: Path,
+    tied: bool,
+    dtype: str | None = None,
+    family: str | None = None,
+    task: LabelTask | None = None,
+) -> None:
+    """Write config.json with the actual `tie_word_embeddings`, or of an encoder with a head of labels.
 
     Args:
         dtype: of the weights, for from_pretrained; None: the base's.
@@ -84,16 +94,19 @@ def write_config(base: Path, folder: Path, tied: bool, dtype: str | None = None,
     if config.get("model_type") != model_family.model_type:
         config = model_family.complete_config(config)
         config.pop("architectures", None)
-    model_family.architecture.set_tied(config, tied)
+    if task is None:
+        model_family.architecture.set_tied(config, tied)
+    else:
+        config |= make_encoder(model_family.bind(config), task).describe_head()
     if dtype is not None:
         # older releases of transformers read torch_dtype, newer ones dtype
         config["torch_dtype"] = config["dtype"] = TORCH_NAMES[dtype]
     write_json(folder / CONFIG_FILE, config)
 
 
-def copy_supporting_files(base: Path, files: Mapping[str, bytes], folder: Path) -> None:
+def copy_supporting_files(base: Path, files: Mapping[str, bytes], folder: Path, generates: bool = True) -> None:
     """Copy the base's generation config, processors and license, and write the training's tokenizer and template."""
-    if has_file(base, GENERATION_CONFIG_FILE):
+    if generates and has_file(base, GENERATION_CONFIG_FILE):
         read_json_object(base, GENERATION_CONFIG_FILE)
         copy_untrusted_file(base, GENERATION_CONFIG_FILE, folder)
     for file in sorted(base.iterdir()):

@@ -54,7 +54,7 @@ def render_labels(dataset: str, table: LabelTable) -> Group:
     for name in (title, "precision", "recall", "F1", "support", "taken for"):
         grid.add_column(name, justify="left" if name in (title, "taken for") else "right", no_wrap=True)
     for label, scores in islice(table["classes"].items(), MAX_CLASSES):
-        found = table["confusion"][label]
+        found = table["confusion"].get(label, {})
         wrong = (f"{count:,} × {show_label(other)}" for other, count in found.items() if other != label)
         numbers = (format_number(round(scores[name], 1)) for name in ("precision", "recall", "f1", "support"))
         cells = (shorten(make_printable(cell), MAX_CELL) for cell in (show_label(label), *numbers, next(wrong, "")))

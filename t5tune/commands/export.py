@@ -46,10 +46,13 @@ from t5tune.checkpoints.tensor_files.tensors import (
     from_float32,
 )
 from t5tune.checkpoints.tokenizer_files import read_supporting_files
+from t5tune.checkpoints.training_data import read_label_task
 from t5tune.checkpoints.zero.shards import find_deepspeed_folder
+from t5tune.data.labels import LabelTask
 from t5tune.errors import CheckpointError
 from t5tune.families import MODEL_TYPES, find_architecture
 from t5tune.families.architecture import Architecture
+from t5tune.families.encoder import make_encoder
 from t5tune.file_names import (
     ADAPTER_BIN_FILE,
     ADAPTER_CONFIG_FILE,
@@ -103,11 +106,12 @@ def export(settings: ExportSettings, report: Report = silent) -> ExportResult:
     started = time.monotonic()
     check_replaceable(settings.output_dir, settings.overwrite, [settings.checkpoint])
     folder = _find_checkpoint(find_adapter(settings.checkpoint, settings.cache_dir, "checkpoint", report), report)
-    trained = _read_trained_tensors(settings, folder, report)
+    task = read_label_task(find_checkpoint_of_shards(folder))
+    trained = _read_trained_tensors(settings, folder, task, report)
     if settings.overwrite:
         base = _find_local_base(settings, trained)
         check_overwrite(settings.output_dir, [folder] if base is None else [folder, base])
-    others = _collect_non_lora_state(settings, trained)
+    others = _collect_non_lora_state(settings, trained, task)
     open_repository(settings, settings.output_dir, report)
     with write_folder_atomically(settings.output_dir, settings.overwrite) as staged:
         write_adapter(staged, trained.adapter, _make_adapter_metadata(folder, trained.config))
@@ -196,7 +200,9 @@ def _has_trained_weights(folder: Path) -> bool:
     return find_deepspeed_folder(folder) is not None or any((folder / name).is_file() for name in names)
 
 
-def _read_trained_tensors(settings: ExportSettings, folder: Path, report: Report) -> CheckpointContents:
+def _read_trained_tensors(
+    settings: ExportSettings, folder: Path, task: LabelTask | None, report: Report
+) -> CheckpointContents:
     """Read the checkpoint's trained tensors, add the rows that FastChat left out, and check and convert all of them."""
     flags = LoraFlags(
         settings.lora_r,
@@ -211,7 +217,10 @@ def _read_trained_tensors(settings: ExportSettings, folder: Path, report: Report
     check_adapter(trained.adapter, trained.config, folder)
     for name, tensor in trained.extra.items():
         check_finite(name, tensor.to_float32(), folder)
-    check_adapter_shapes(trained.adapter, trained.config, _find_base_architecture(settings, trained, report), folder)
+    architecture = _find_base_architecture(settings, trained, report)
+    if architecture is not None:
+        architecture = make_encoder(architecture, task)
+    check_adapter_shapes(trained.adapter, trained.config, architecture, folder)
     if trained.extra:
         is_saved = settings.non_lora_state != "none"
         fate = f"saved to {NON_LORA_FILE}, which PEFT doesn't load" if is_saved else "left out by non_lora_state: none"
@@ -224,7 +233,8 @@ def _make_adapter_metadata(folder: Path, config: dict[str, Any]) -> AdapterMetad
     tokenizer, checkpoint = _find_tokenizer_folder(folder), find_checkpoint_of_shards(folder)
     run = checkpoint.parent if checkpoint.name.startswith("checkpoint-") else checkpoint
     files = read_supporting_files(tokenizer, tokenizer / TEMPLATE_FILE)
-    return AdapterMetadata(config, files, read_base_metadata(checkpoint), describe_run_data(run))
+    base = read_base_metadata(checkpoint)
+    return AdapterMetadata(config, files, base, describe_run_data(run), read_label_task(checkpoint))
 
 
 def _find_tokenizer_folder(folder: Path) -> Path:
@@ -316,7 +326,7 @@ def _is_lora_name(name: str) -> bool:
 
 
 def _collect_non_lora_state(
-    settings: ExportSettings, trained: CheckpointContents
+    settings: ExportSettings, trained: CheckpointContents, task: LabelTask | None
 ) -> dict[str, PartitionedTensor] | None:
     if settings.non_lora_state == "none":
         return None
@@ -324,10 +334,12 @@ def _collect_non_lora_state(
     others = trained.extra | {name: value for name, value in adapter.items() if not _is_lora_name(name)}
     state = {name.removeprefix(PEFT_PREFIX): PartitionedTensor.from_tensor(value) for name, value in others.items()}
     # a trained tensor replaces the base's
-    return _collect_base_weights(settings, trained) | state if settings.non_lora_state == "full" else state
+    return _collect_base_weights(settings, trained, task) | state if settings.non_lora_state == "full" else state
 
 
-def _collect_base_weights(settings: ExportSettings, trained: CheckpointContents) -> dict[str, PartitionedTensor]:
+def _collect_base_weights(
+    settings: ExportSettings, trained: CheckpointContents, task: LabelTask | None
+) -> dict[str, PartitionedTensor]:
     """Collect the base's tensors by name, from the training checkpoint if it contains them, else from the base."""
     if trained.frozen and not _is_quantized(trained):
         return dict(trained.frozen)
@@ -337,7 +349,7 @@ def _collect_base_weights(settings: ExportSettings, trained: CheckpointContents)
             f"{settings.checkpoint}: contains no unquantized base weights and doesn't name the base it was trained on",
             hint="give --model-name-or-path",
         )
-    base = open_base(find_base(_make_base_settings(settings, base_name)))
+    base = open_base(find_base(_make_base_settings(settings, base_name)), task=task)
     return {name: PartitionedTensor.from_tensor(base.get_tensor(name)) for name in base.list_names()}
 
 

@@ -15,7 +15,6 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from t5tune.checkpoints.adapter import read_base_metadata
 from t5tune.checkpoints.adapter_folder import find_adapter
@@ -28,16 +27,20 @@ from t5tune.checkpoints.tensor_files.tensors import DTYPES_BY_TORCH_NAME
 from t5tune.checkpoints.tokenizer_files import read_supporting_files, remove_chat_template
 from t5tune.checkpoints.training_data import (
     TrainingData,
+    describe_labels,
     join_training_data,
     list_differences,
+    read_label_task,
     read_training_data,
     write_training_data,
 )
 from t5tune.converting.generation_config import describe_lost_settings
+from t5tune.data.labels import LabelTask
 from t5tune.data.tokens.tokenizer import find_other_token, load_tokenizer
 from t5tune.errors import CheckpointError, DependencyError, SettingsError
 from t5tune.families import CTRANSLATE2, Family, find_family
 from t5tune.families.architecture import Architecture, get_layer_name
+from t5tune.families.encoder import Encoder
 from t5tune.file_names import (
     MODEL_CARD_FILE,
     MODEL_SUFFIXES,
@@ -64,9 +67,6 @@ from t5tune.model.device import get_free_memory, keep_freed_memory
 from t5tune.progress import Note, Report, count_done, silent
 from t5tune.runs.checkpoints import find_trained_folder
 from t5tune.settings import MergeSettings, QuantizationSettings, write_settings
-
-if TYPE_CHECKING:
-    pass
 
 LIBRARY_BYTES = 800 << 20  # memory of torch and transformers before any weight is loaded
 
@@ -109,7 +109,7 @@ def merge(settings: MergeSettings, report: Report = silent) -> MergeResult:
         DependencyError: --to ctranslate2, but CTranslate2 isn't installed.
     """
     started = time.monotonic()
-    output, converts = settings.output_dir, settings.to == "ctranslate2"
+    output, converts = settings.output_dir, settings.to != "checkpoint"
     in_place = _is_in_place(settings)
     named = [] if in_place or settings.model_name_or_path is None else [settings.model_name_or_path]
     check_replaceable(output, settings.overwrite, [*settings.adapter, *named])
@@ -117,16 +117,19 @@ def merge(settings: MergeSettings, report: Report = silent) -> MergeResult:
     if settings.overwrite:
         check_overwrite(output, settings.adapter if in_place else [*settings.adapter, base_folder])
     adapters = read_adapters(settings.adapter, settings.weights or [1.0])
+    task = _find_label_task(adapters)
+    _check_format(settings.to, task)
     onto = choose_onto(settings.onto, adapters, report)
     settings = settings.model_copy(update={"onto": onto})
     family_key = settings.family or read_base_metadata(adapters[0].folder).get("family")
-    base = open_base(base_folder, family_key)
+    base = open_base(base_folder, family_key, task)
     tied = base.is_tied()
     reads_all, allows_other = settings.check == "full", settings.allow_other_base
-    trained = match_trained_base(base, adapters, onto, settings.family, report, reads_all, allows_other)
+    whole = open_base(base_folder, family_key)
+    trained = match_trained_base(whole, adapters, onto, settings.family, report, reads_all, allows_other)
     tokenizer_folder = _choose_tokenizer(adapters, base)
     family = find_family(read_config(base_folder), base_folder, family_key)
-    if converts:
+    if settings.to == "ctranslate2":
         _check_converter(family)
         _warn_of_lost_settings(base_folder, report)
     deltas = _collect_deltas(settings, base, adapters, tied, trained)
@@ -140,13 +143,18 @@ def merge(settings: MergeSettings, report: Report = silent) -> MergeResult:
     scratch = make_scratch_folder(Path(os.path.realpath(output))) if converts else None
     with write_folder_atomically(output, settings.overwrite) as staged, scratch or nullcontext(staged) as checkpoint:
         _write_weights(base, shards, deltas, checkpoint, report)
-        write_config(base.folder, checkpoint, tied, dtype, family_key)
-        _write_supporting_files(settings, base, adapters, tokenizer_folder, family, checkpoint, report)
+        write_config(base.folder, checkpoint, tied, dtype, family_key, task)
+        _write_supporting_files(settings, base, adapters, tokenizer_folder, family, task, checkpoint, report)
         if verify:
             from t5tune.merging.verify import verify_merge
 
-            found = verify_merge(base, adapters, trained, onto, checkpoint, settings.verify_tolerance, report)
-        if converts:
+            found = verify_merge(base, adapters, trained, onto, checkpoint, settings.verify_tolerance, report, task)
+        if isinstance(base.architecture, Encoder) and converts:
+            from t5tune.converting.sentence_transformers import write_sentence_transformers
+
+            data = read_training_data(checkpoint)
+            write_sentence_transformers(checkpoint, base.architecture, staged, data.source_prefix if data else "")
+        elif converts:
             from t5tune.converting.ctranslate2 import convert_and_check
 
             agreement = convert_and_check(checkpoint, adapters[0].folder, staged, settings.quantization, report)
@@ -170,9 +178,30 @@ def merge(settings: MergeSettings, report: Report = silent) -> MergeResult:
     )
 
 
+def _find_label_task(adapters: list[Adapter]) -> LabelTask | None:
+    """Return the labels that the adapters predict; None: texts."""
+    task = read_label_task(adapters[0].folder)
+    for adapter in adapters[1:]:
+        if (other := read_label_task(adapter.folder)) != task:
+            problem = f"predicts {describe_labels(other)}, but {adapters[0].folder} predicts {describe_labels(task)}"
+            raise CheckpointError(f"adapter: {adapter.folder}: {problem}", hint="merge each of them alone")
+    return task
+
+
+def _check_format(name: str, task: LabelTask | None) -> None:
+    """Check that a model with these labels can be written in the format of --to."""
+    if name == "ctranslate2" and task is not None:
+        problem = f"objective {task.objective} needs an encoder with a head of labels, which CTranslate2 can't run"
+        raise SettingsError(f"to: {name}: {problem}", hint="use --to checkpoint, or for texts sentence-transformers")
+    if name == "sentence-transformers" and (task is None or task.per_token):
+        predicts = "texts" if task is None else "labels of words"
+        problem = f"the adapter predicts {predicts}, but this format is for one label or number per text"
+        raise SettingsError(f"to: {name}: {problem}", hint="use --to checkpoint")
+
+
 def _is_in_place(settings: MergeSettings) -> bool:
     base = settings.model_name_or_path
-    is_checkpoint = settings.to != "ctranslate2"  # CTranslate2's can't be an adapter's base
+    is_checkpoint = settings.to == "checkpoint"  # a converted model can't be an adapter's base
     return base is not None and is_checkpoint and os.path.realpath(base) == os.path.realpath(settings.output_dir)
 
 
@@ -278,7 +307,9 @@ def _requantize_base(
 def _check_disk_space(settings: MergeSettings, base: Checkpoint, shards: list[Shard]) -> None:
     """Check that the weights fit on the disk: a checkpoint stays there until its conversion is complete."""
     needed = sum(shard.size for shard in shards)
-    if settings.to == "ctranslate2":
+    if settings.to == "sentence-transformers":
+        needed *= 2
+    elif settings.to == "ctranslate2":
         weights = {name: entry for shard in shards for name, entry in shard.entries.items()}
         needed += estimate_converted_size(weights, settings.quantization, base.architecture)
     folder = settings.output_dir
@@ -321,13 +352,16 @@ def _write_supporting_files(
     adapters: list[Adapter],
     tokenizer_folder: Path,
     family: Family,
+    task: LabelTask | None,
     staged: Path,
     report: Report,
 ) -> None:
     adapter = adapters[0].folder
-    template_folder = adapter if has_file(adapter, TEMPLATE_FILE) else base.folder
+    # labels have no conversation template
+    is_described = has_file(adapter, TEMPLATE_FILE) or has_file(adapter, TRAINING_DATA_FILE)
+    template_folder = adapter if is_described else base.folder
     files = read_supporting_files(tokenizer_folder, template_folder / TEMPLATE_FILE)
-    copy_supporting_files(base.folder, files, staged)
+    copy_supporting_files(base.folder, files, staged, generates=task is None)
     made = [read_training_data(adapter.folder) for adapter in adapters]
     if any(other != made[0] for other in made[1:]):
         _write_joined_training_data(made, staged, report)
@@ -338,7 +372,8 @@ def _write_supporting_files(
     # a run's metrics are for its adapter alone, in full strength
     training = describe_run_training(adapter) if [each.weight for each in adapters] == [1] else ""
     assert settings.model_name_or_path is not None  # see _find_inputs
-    card = build_merged_card(settings.model_name_or_path, weighted, settings.to, family.converters, training)
+    converters = family.converters if task is None else ()
+    card = build_merged_card(settings.model_name_or_path, weighted, settings.to, converters, training, task)
     (staged / MODEL_CARD_FILE).write_text(card, encoding="utf-8")
     named = [Path(name_snapshot(folder)) for folder in settings.adapter]
     write_settings(staged, settings.model_copy(update={"adapter": named}))

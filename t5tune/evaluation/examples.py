@@ -4,9 +4,10 @@ chosen = load_evaluation_set(EvaluationPlan(datasets, base, None, False, find_he
 chosen.examples, chosen.targets
 """
 
+import json
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate, chain, groupby, islice, repeat
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ import numpy.typing as npt
 
 from t5tune.checkpoints.pocket import find_conversations_file
 from t5tune.data.caches.examples import Examples, decode_targets
-from t5tune.data.caches.prepared import open_examples
+from t5tune.data.caches.prepared import find_caches, open_examples
 from t5tune.data.reading.files import Digest, find_encodings, find_files
 from t5tune.data.reading.formats import Conversation
 from t5tune.data.reading.raw_records import RawRecord
@@ -25,12 +26,19 @@ from t5tune.data.reading.rejections import LABELED_BAD, RecordLocation, Rejectio
 from t5tune.data.reading.remote_files import hide_query
 from t5tune.data.reading.sources import bring_data
 from t5tune.data.tokens.encoders import Beginning, make_encoder
-from t5tune.data.tokens.encoding import EncodedConversation, Example, encode_answers, encode_batch, extract_example
+from t5tune.data.tokens.encoding import (
+    EncodedConversation,
+    Example,
+    LabeledExample,
+    encode_answers,
+    encode_batch,
+    extract_example,
+)
 from t5tune.data.tokens.templates import PAIR_TEMPLATE, Template, load_template, render_conversation
 from t5tune.data.tokens.tokenizer import Tokenizer, decode_reference, find_other_token, load_tokenizer
 from t5tune.data.tokens.vocabulary import extend_tokenizer
 from t5tune.errors import DataError, SettingsError
-from t5tune.file_names import TOKENIZER_FILE
+from t5tune.file_names import REJECTED_FILE, TOKENIZER_FILE
 from t5tune.formatting import format_count
 from t5tune.hub.datasets import EVALUATION_SPLITS, DatasetChoice
 from t5tune.inference.loading import LoadedModel, choose_family
@@ -42,11 +50,12 @@ from t5tune.preparing.datasets import prepare_datasets
 from t5tune.preparing.pipeline import read_conversation
 from t5tune.preparing.plan import Origin, PreparePlan
 from t5tune.preparing.sample import choose_default_template, drain, report_doubts, take_sample
-from t5tune.progress import Note, Report
+from t5tune.progress import Event, Note, Report
 from t5tune.settings.dataset_spec import DatasetSpec
 from t5tune.settings.groups.base import BaseModelSettings
 from t5tune.settings.groups.data import SplitSettings
 
+LOCATION = [field.name for field in fields(RecordLocation)]
 TOKENIZER_BATCH_SIZE = 256  # conversations per call to the tokenizer
 
 Prompt = str | list[dict[str, str]]
@@ -167,11 +176,7 @@ class _Answer(NamedTuple):
 
 def _load_dataset(plan: EvaluationPlan, dataset: DatasetSpec, loaded: LoadedModel, report: Report) -> EvaluationSet:
     if dataset.cache is not None:
-        examples = open_examples(Path(dataset.path[0]))
-        held_out = examples.split_as_prepared()[1] or plan.find_held_out(examples)
-        if held_out is not None:
-            report(Note(f"{examples.folder}: evaluating on its {format_count(len(held_out), 'held-out example')}"))
-            examples = held_out
+        examples = _open_cache(plan, dataset, report)
         return _load_cache_examples(examples, dataset.num_data, plan.compares_base, loaded, report)
     if dataset.kind == "raw text":
         return _load_raw_text(plan, dataset, loaded, report)
@@ -224,24 +229,75 @@ def _load_dataset(plan: EvaluationPlan, dataset: DatasetSpec, loaded: LoadedMode
     return chosen if base is None else chosen.add_base(of_base, base)
 
 
+def load_labeled_examples(
+    plan: EvaluationPlan, loaded: LoadedModel, report: Report
+) -> tuple[list[LabeledExample], list[tuple[str, range]]]:
+    """Load the examples of token caches, and encode texts with labels.
+
+    Returns:
+        The examples, whose class numbers are the model's, and the examples of each dataset, if there are several.
+    """
+    task, found, ranges = loaded.model.label_task, list[LabeledExample](), list[tuple[str, range]]()
+    for dataset in plan.datasets:
+        with tempfile.TemporaryDirectory() as folder:
+            if dataset.cache is not None:
+                examples = _open_cache(plan, dataset, report)
+            else:
+                examples = _prepare(plan, dataset, loaded, Path(folder), report)
+            if dataset.num_data is not None:
+                examples = examples.take(dataset.num_data)
+            examples = examples.map_labels(task)
+            inside = examples.list_datasets() or [(dataset.name, range(len(examples)))]
+            ranges += [(name, range(of.start + len(found), of.stop + len(found))) for name, of in inside]
+            found += (each for each in examples if isinstance(each, LabeledExample))
+    return found, ranges if len(ranges) > 1 else []
+
+
+def _open_cache(plan: EvaluationPlan, dataset: DatasetSpec, report: Report) -> Examples:
+    """Open a token cache, or only the examples that training held out."""
+    examples = open_examples(Path(dataset.path[0]))
+    held_out = examples.split_as_prepared()[1] or plan.find_held_out(examples)
+    if held_out is None:
+        return examples
+    report(Note(f"{examples.folder}: evaluating on its {format_count(len(held_out), 'held-out example')}"))
+    return held_out
+
+
 def _load_raw_text(plan: EvaluationPlan, dataset: DatasetSpec, loaded: LoadedModel, report: Report) -> EvaluationSet:
     """Mask spans of raw text as prepare does, with a token cache in a temporary folder."""
-    family = choose_family(plan.base, loaded.adapter)
     with tempfile.TemporaryDirectory() as folder:
-        base_changes = {"model_name_or_path": str(loaded.base), "revision": None, "family": family}
-        prepare_plan = PreparePlan(
-            datasets=[dataset.model_copy(update={"conversation_template": None, "max_rejected_fraction": None})],
-            base=plan.base.model_copy(update=base_changes),
-            output_dir=Path(folder, "cache"),
-            split=SplitSettings(),
-            add_tokens=plan.add_tokens or ["auto"],
-            origin=Origin(tokenizer_source=loaded.tokenizer_folder, is_evaluation=True),
-        )
-        prepare_datasets(prepare_plan, report)
-        examples = open_examples(prepare_plan.output_dir)
+        examples = _prepare(plan, dataset, loaded, Path(folder), report)
         chosen = _load_cache_examples(examples, dataset.num_data, plan.compares_base, loaded, report)
         base = None if chosen.base is None else replace(chosen.base, examples=list(chosen.base.examples))
         return replace(chosen, examples=list(chosen.examples), base=base)
+
+
+def _prepare(plan: EvaluationPlan, dataset: DatasetSpec, loaded: LoadedModel, folder: Path, report: Report) -> Examples:
+    """Prepare a token cache in an empty folder, with the model's tokenizer."""
+    family = choose_family(plan.base, loaded.adapter)
+    base_changes = {"model_name_or_path": str(loaded.base), "revision": None, "family": family}
+    prepare_plan = PreparePlan(
+        datasets=[dataset.model_copy(update={"conversation_template": None, "max_rejected_fraction": None})],
+        base=plan.base.model_copy(update=base_changes),
+        output_dir=folder / "cache",
+        split=SplitSettings(),
+        add_tokens=plan.add_tokens or ["auto"],
+        origin=Origin(tokenizer_source=loaded.tokenizer_folder, is_evaluation=True),
+    )
+
+    def report_what_stays(event: Event) -> None:
+        if not (isinstance(event, Note) and str(folder) in event.text):  # the folder is temporary
+            report(event)
+
+    prepare_datasets(prepare_plan, report_what_stays)
+    rejected: list[tuple[RecordLocation, Rejection]] = []
+    for cache in find_caches(prepare_plan.output_dir):
+        with open(cache / REJECTED_FILE, encoding="utf-8") as file:
+            for values in map(json.loads, file):
+                location = RecordLocation(**{name: values[name] for name in LOCATION if name in values})
+                rejected.append((location, Rejection(**{name: values[name] for name in Rejection._fields})))
+    _report_rejected(rejected, report)
+    return open_examples(prepare_plan.output_dir)
 
 
 def _encode(

@@ -22,9 +22,10 @@ from t5tune.distributed.collectives import run_on_rank_0
 from t5tune.distributed.world import World
 from t5tune.evaluation.batches import Batches, BatchRun, Lengths, make_batches
 from t5tune.inference.generation import Decoding, generate
-from t5tune.inference.target_scores import Collator, collate, split_by_target
+from t5tune.inference.target_scores import collate, split_by_target
 from t5tune.label_metrics import ALL, LabelTable, find_labels, score_labels
 from t5tune.metrics import choose_metrics, has_label_metrics, prefix_metric, score
+from t5tune.model.batches import Collator
 from t5tune.model.zero3 import gather_decoder
 from t5tune.progress import Report, silent
 

@@ -62,6 +62,7 @@ class Architecture(ABC):
         fp16_overflow_layer: a linear layer whose output exceeds the range of fp16, so transformers keeps its weight in
             fp32.
         trainable_modules: other modules, which `modules_to_save` can contain.
+        writes_model_names: whether written files have the model's names of tensors, and not the base's.
     """
 
     model_type: ClassVar[str]
@@ -81,6 +82,7 @@ class Architecture(ABC):
     linear_layers: ClassVar[Mapping[str, tuple[str, ...]]]
     fp16_overflow_layer: ClassVar[str | None] = None
     trainable_modules: ClassVar[tuple[str, ...]]
+    writes_model_names: ClassVar[bool] = False
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         """Bind the architecture to a config.json that `Family.complete_config` has completed."""
@@ -106,6 +108,18 @@ class Architecture(ABC):
     def is_skipped(self, name: str) -> bool:
         """Whether a tensor belongs to a module that isn't loaded."""
         return name.startswith(tuple(f"{module}." for module in self.skipped_modules))
+
+    def is_dropped(self, name: str) -> bool:
+        """Whether a tensor of the files isn't in the model, and not in a checkpoint that is made from them, either."""
+        return False
+
+    def list_initial_shapes(self) -> Shapes:
+        """Return the shapes of weights that start at zero if the files lack them, by name."""
+        return {}
+
+    def describe_head(self) -> dict[str, Any]:
+        """Return the values of config.json that describe a head of labels."""
+        return {}
 
     def expand_target_modules(self, names: list[str]) -> list[str]:
         """Replace names of groups with their linear layers, each once: attention -> q, k, v, o."""
@@ -153,6 +167,10 @@ class Architecture(ABC):
     @abstractmethod
     def classify(self, name: str) -> str:
         """Return the kind of a weight, one of WEIGHT_KINDS."""
+
+    @abstractmethod
+    def make_encoder_inputs(self, input_ids: Any, attention_mask: Any, packing: Any) -> dict[str, Any]:
+        """Make the arguments of the encoder. See `compute_hidden_states`."""
 
     @abstractmethod
     def compute_hidden_states(

@@ -33,7 +33,7 @@ class T5(Architecture):
     head = "lm_head"
     embedding = "shared"
     tied_to = f"{embedding}.weight"
-    token_row_modules = ("encoder.embed_tokens", "decoder.embed_tokens")
+    token_row_modules: ClassVar[tuple[str, ...]] = ("encoder.embed_tokens", "decoder.embed_tokens")
     always_shared: ClassVar[Mapping[str, str]] = dict.fromkeys(
         (f"{path}.weight" for path in token_row_modules), "shared.weight"
     )
@@ -130,11 +130,15 @@ class T5(Architecture):
             return "rest"
         return "feed-forward" if "DenseReluDense" in name else "attention"
 
+    def make_encoder_inputs(self, input_ids: Any, attention_mask: Any, packing: Any) -> dict[str, Any]:
+        options = {} if packing is None else {"packing": packing}
+        return {"input_ids": input_ids, "attention_mask": attention_mask, **options}
+
     def compute_hidden_states(
         self, model: Any, input_ids: Any, decoder_input_ids: Any, attention_mask: Any = None, packing: Any = None
     ) -> Any:
         options = {} if packing is None else {"packing": packing}
-        encoded_BSD = model.encoder(input_ids=input_ids, attention_mask=attention_mask, **options)[0]
+        encoded_BSD = model.encoder(**self.make_encoder_inputs(input_ids, attention_mask, packing))[0]
         hidden_BTD = model.decoder(
             input_ids=decoder_input_ids,
             encoder_hidden_states=repeat_for_targets(encoded_BSD, decoder_input_ids),

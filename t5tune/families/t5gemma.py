@@ -165,30 +165,36 @@ class T5Gemma(Architecture):
             return "rest"
         return "feed-forward" if ".mlp." in name else "attention"
 
+    def make_encoder_inputs(self, input_ids: Any, attention_mask: Any, packing: Any) -> dict[str, Any]:
+        if packing is None:
+            # without masks, transformers would take each pad token in a text for padding
+            mask = input_ids.new_ones(input_ids.shape) if attention_mask is None else attention_mask
+            return {"input_ids": input_ids, "attention_mask": mask}
+        return {"input_ids": input_ids, **_describe_packed_row(input_ids, packing, packing.sources)}
+
     def compute_hidden_states(
         self, model: Any, input_ids: Any, decoder_input_ids: Any, attention_mask: Any = None, packing: Any = None
     ) -> Any:
         encoder, decoder = map(model.get_submodule, (self.encoder, self.decoder))
-        source_options, target_options = {}, {}
+        inputs = self.make_encoder_inputs(input_ids, attention_mask, packing)
+        cross_mask = inputs["attention_mask"]
         if packing is None:
-            # without masks, transformers would take each pad token in a text for padding
-            mask = input_ids.new_ones(input_ids.shape) if attention_mask is None else attention_mask
-            cross_mask = repeat_for_targets(mask, decoder_input_ids)
-            target_mask = decoder_input_ids.new_ones(decoder_input_ids.shape)
+            cross_mask = repeat_for_targets(cross_mask, decoder_input_ids)
+            options = {"attention_mask": decoder_input_ids.new_ones(decoder_input_ids.shape)}
         else:
-            # attention finds the segments in `packing` (model/attention/gemma.py): no mask of the row's length squared
-            unused = {kind: input_ids.new_zeros(1, 1, 1, 0) for kind in ("full_attention", "sliding_attention")}
-            mask = cross_mask = target_mask = unused
-            source_options, target_options = (
-                {"position_ids": packing.number_positions(lengths, input_ids.device), "packing": packing}
-                for lengths in (packing.sources, packing.targets)
-            )
-        encoded_BSD = encoder(input_ids=input_ids, attention_mask=mask, **source_options)[0]
+            options = _describe_packed_row(decoder_input_ids, packing, packing.targets)
         return decoder(
             input_ids=decoder_input_ids,
-            attention_mask=target_mask,
-            encoder_hidden_states=repeat_for_targets(encoded_BSD, decoder_input_ids),
+            encoder_hidden_states=repeat_for_targets(encoder(**inputs)[0], decoder_input_ids),
             encoder_attention_mask=cross_mask,
             use_cache=False,
-            **target_options,
+            **options,
         )[0]
+
+
+def _describe_packed_row(ids: Any, packing: Any, lengths: tuple[int, ...]) -> dict[str, Any]:
+    """Make the arguments of an encoder or decoder for a packed row, besides its ids."""
+    # attention finds the segments in `packing` (model/attention/gemma.py): no mask of the row's length squared
+    unused = {kind: ids.new_zeros(1, 1, 1, 0) for kind in ("full_attention", "sliding_attention")}
+    positions = packing.number_positions(lengths, ids.device)
+    return {"attention_mask": unused, "position_ids": positions, "packing": packing}

@@ -15,12 +15,14 @@ from t5tune.checkpoints.adapter_folder import find_adapter, is_adapter
 from t5tune.checkpoints.adapter_shapes import check_adapter_shapes
 from t5tune.checkpoints.base import check_base, find_base, find_model, open_base, read_base_of_adapter, read_config
 from t5tune.checkpoints.fingerprint import is_trained_base
-from t5tune.checkpoints.training_data import DatasetTraining, TrainingData, read_training_data
+from t5tune.checkpoints.training_data import DatasetTraining, TrainingData, read_label_task, read_training_data
 from t5tune.constraints.compiler import Compiler
+from t5tune.data.labels import LabelTask
 from t5tune.data.tokens.templates import Template, find_template
 from t5tune.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from t5tune.errors import ModelError, SettingsError
 from t5tune.families import find_architecture
+from t5tune.families.encoder import make_encoder
 from t5tune.file_names import TEMPLATE_FILE, TOKENIZER_CONFIG_FILE
 from t5tune.formatting import shorten
 from t5tune.hub.names import name_snapshot, split_revision
@@ -45,6 +47,7 @@ class ModelFiles:
         tokenizer_folder: the adapter's folder if it contains a tokenizer, else the base's.
         training_data: how its training examples were made; None: unknown.
         template_files: possible paths of its conversation template, in order of preference.
+        label_task: the labels that it predicts; None: it generates texts.
     """
 
     base: Path
@@ -53,6 +56,7 @@ class ModelFiles:
     tokenizer_folder: Path
     training_data: TrainingData | None
     template_files: list[Path]
+    label_task: LabelTask | None
 
     @property
     def json_schema(self) -> dict[str, Any] | None:
@@ -102,6 +106,7 @@ def read_model_files(base: Path, adapter: Path | None) -> ModelFiles:
         tokenizer_folder=tokenizer_folder,
         training_data=read_training_data(folders[0]),
         template_files=[folder / TEMPLATE_FILE for folder in folders],
+        label_task=read_label_task(folders[0]),
     )
 
 
@@ -115,6 +120,8 @@ def load_for_inference(
 ) -> LoadedModel:
     """Load the model of the settings. For an adapter or a run folder, load its base too.
 
+    A model with labels computes their logits (see model/labels.py).
+
     Args:
         device: None: as in the settings.
         zero3: a DeepSpeed config with ZeRO-3, to partition the model among the ranks; None: each rank has all of it.
@@ -122,6 +129,7 @@ def load_for_inference(
         precision: of the base; None: as in the settings, else as in training.
     """
     base, adapter = find_base_and_adapter(settings, report)
+    task = read_label_task(adapter or base)
     family: str | None = settings.family
     if adapter is not None:
         config, state = read_adapter(adapter)
@@ -131,7 +139,8 @@ def load_for_inference(
             trained = f"trained on {metadata.get('base')}, but loaded onto {base}"
             report(Note(f"{adapter}: {trained}; predictions may be wrong", warning=True))
         # PEFT only warns about tensors that don't fit into the model, and ignores them
-        check_adapter_shapes(state, config, find_architecture(read_config(base), base, family), adapter)
+        architecture = make_encoder(find_architecture(read_config(base), base, family), task)
+        check_adapter_shapes(state, config, architecture, adapter)
     device = device or choose_device(settings.use_cpu, name=settings.device)
     if precision is None:
         in_training = read_trained_precision(base, adapter)
@@ -141,7 +150,7 @@ def load_for_inference(
     if zero3 is not None:
         _check_partitioning(precision.quantization, adapter is not None and bool(config.get("use_dora")), device)
         partitioner = Zero3Partitioner(zero3, dtype)
-    model = load_base(base, dtype, device, precision.quantization, family, report, partitioner)
+    model = load_base(base, dtype, device, precision.quantization, family, report, partitioner, task)
     if adapter is not None:
         with nullcontext() if partitioner is None else partitioner.prepare_peft():
             model = load_adapter(model, adapter)

@@ -15,6 +15,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
+from t5tune.data.labels import LabelTask
 from t5tune.model.load import load_base
 from t5tune.model.zero3 import Zero3Partitioner
 from t5tune.progress import Report, silent
@@ -36,6 +37,7 @@ class SharedBases:
         family: str | None = None,
         report: Report = silent,
         partitioner: Zero3Partitioner | None = None,
+        task: LabelTask | None = None,
         files: Hashable = None,
     ) -> Any:
         """Load a base as `load_base` does, with the weights of an earlier equal call. Don't change the weights.
@@ -45,10 +47,10 @@ class SharedBases:
         """
         assert partitioner is None, "partitioned weights can't be shared"
         kind = [getattr(quantization, name, None) for name in QuantizationSettings.model_fields]
-        key = (folder.resolve(), files, dtype, device, *kind, family)
+        key = (folder.resolve(), files, dtype, device, *kind, family, task)
         base = self._loaded.get(key)
         if base is None:
-            base = self._loaded[key] = load_base(folder, dtype, device, quantization, family, report)
+            base = self._loaded[key] = load_base(folder, dtype, device, quantization, family, report, task=task)
         copied = _copy_modules(base)
         copied.__dict__["shared_base"] = base  # keeps it in the dictionary; an attribute would be a submodule
         return copied

@@ -18,10 +18,8 @@ from torch import Tensor
 
 from t5tune.data.tokens.encoding import Example
 from t5tune.model.attention.packing import can_pack, use_packing
-from t5tune.model.batches import PackedCollator, PaddedCollator
+from t5tune.model.batches import Collator, LabelCollator, PackedCollator, make_collator
 from t5tune.model.loss import CrossEntropy
-
-Collator = PaddedCollator | PackedCollator
 
 
 @dataclass(frozen=True)
@@ -49,11 +47,11 @@ class TargetScore:
 
 def set_up_scoring(model: Any, pad_token_id: int) -> Collator:
     """Set up a model for packed batches, once, and make their collator; padded batches if the model can't pack."""
-    start = model.architecture.start_token_id
-    if not can_pack(model):
-        return PaddedCollator(pad_token_id, start)
-    use_packing(model)
-    return PackedCollator(start, pad_token_id)
+    if is_packed := can_pack(model):
+        use_packing(model)
+    if model.label_task is not None:
+        return LabelCollator(model.label_task, pad_token_id, is_packed)
+    return make_collator(model.architecture.start_token_id, pad_token_id, is_packed)
 
 
 def score_targets(model: Any, examples: Sequence[Example], collator: Collator) -> list[tuple[TargetScore, ...]]:

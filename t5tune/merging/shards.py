@@ -50,8 +50,8 @@ def plan_shards(base: Checkpoint, dtype: str | None, max_size: int | None) -> li
         dtype: dtype of every floating-point tensor; None: unchanged.
         max_size: limit on the bytes of tensors in one file, unless a single tensor is larger; None: the base's shards.
     """
-    parts = [_get_entries(base, names, dtype) for _, names in base.shards]
-    if dtype is None and max_size is None and base.files:
+    parts = [_get_entries(base, names, dtype) for _, names in base.shards if names]
+    if dtype is None and max_size is None and base.files and not base.architecture.writes_model_names:
         # with the base's own headers, so that every tensor keeps its position
         return [
             Shard(file.path.name, file.read_header(), entries, file.path.stat().st_size)

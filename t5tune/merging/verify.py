@@ -2,6 +2,7 @@
 
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from t5tune.checkpoints.base import open_base
 from t5tune.checkpoints.base_tensors import Checkpoint
 from t5tune.data.caches.prepared import open_examples
+from t5tune.data.labels import LabelTask
 from t5tune.data.tokens.tokenizer import load_tokenizer
 from t5tune.errors import DataError, TrainingError
 from t5tune.file_names import RUN_CACHE_FOLDER
@@ -52,19 +54,21 @@ def verify_merge(
     merged: Path,
     tolerance: float,
     report: Report,
+    task: LabelTask | None = None,
 ) -> LogitsDifference:
     """Compare the logits of base + adapters and the merged checkpoint, or raise TrainingError if they differ.
 
     Args:
         onto: see `choose_onto`.
         tolerance: allowed difference, relative to the largest logit; rounded weights get at least ROUNDING_TOLERANCE.
+        task: the labels whose logits are compared; None: of target tokens.
     """
     problem = find_quantization_problem() if trained.quantization is not None else None
     if problem is not None:  # then `onto` is the unquantized base
         report(Note(f"not compared with the model as trained: {problem}"))
         trained = replace(trained, quantization=None)
-    found = _compare_logits(base.folder, adapters, merged, trained, onto, report)
-    written = open_base(merged)
+    found = _compare_logits(base.folder, adapters, merged, trained, onto, report, task)
+    written = open_base(merged, task=task)
     dtypes = {written.get_dtype_and_shape(name)[0] for name in base.list_names()}
     is_exact = dtypes <= {"F32", "F64"} and onto == UNQUANTIZED
     allowed = max(tolerance, 0.0 if is_exact else ROUNDING_TOLERANCE) * max(found.largest, 1.0)
@@ -87,20 +91,28 @@ def verify_merge(
 
 
 def _compare_logits(
-    base: Path, adapters: list[Adapter], merged: Path, trained: TrainedBase, onto: str, report: Report
+    base: Path,
+    adapters: list[Adapter],
+    merged: Path,
+    trained: TrainedBase,
+    onto: str,
+    report: Report,
+    task: LabelTask | None,
 ) -> LogitsDifference:
     # one model at a time, to save memory
-    start = open_base(merged).architecture.start_token_id
-    inputs = [
-        {"input_ids": torch.tensor([source]), "decoder_input_ids": torch.tensor([[start, *target[:-1]]])}
-        for source, target in read_example_ids(merged, adapters[0].folder)
-    ]
+    examples = read_example_ids(merged, adapters[0].folder)
+    inputs = [{"input_ids": torch.tensor([source])} for source, _ in examples]
+    if task is None:
+        start = open_base(merged).architecture.start_token_id
+        for each, (_, target) in zip(inputs, examples, strict=True):
+            each["decoder_input_ids"] = torch.tensor([[start, *target[:-1]]])
+    on_cpu, load = choose_device(use_cpu=True), partial(load_base, report=report, task=task)
 
     def compute_with_adapters(dtype: torch.dtype, quantization: QuantizationSettings | None) -> list[torch.Tensor]:
-        model = load_base(base, dtype, choose_device(use_cpu=True), quantization, trained.family, report)
+        model = load(base, dtype, on_cpu, quantization, trained.family)
         return _compute_logits(_add_adapters(model, adapters), inputs)
 
-    logits = _compute_logits(load_base(merged, torch.float32, choose_device(use_cpu=True), report=report), inputs)
+    logits = _compute_logits(load(merged, torch.float32, on_cpu), inputs)
     models = {UNQUANTIZED: compute_with_adapters(torch.float32, None)}
     from_training = {}
     if (quantization := trained.quantization) is not None:
@@ -132,7 +144,8 @@ def find_max_difference(first: list[torch.Tensor], second: list[torch.Tensor]) -
 
 def _compute_logits(model: Any, inputs: list[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
     with torch.inference_mode():
-        return [model(**example, use_cache=False).logits.float() for example in inputs]
+        outputs = [model(**example, use_cache=False) for example in inputs]
+        return [output if isinstance(output, torch.Tensor) else output.logits.float() for output in outputs]
 
 
 def read_example_ids(merged: Path, adapter: Path) -> list[tuple[list[int], list[int]]]:

@@ -1,4 +1,7 @@
-"""Batches for the model: padded, or packed into one row."""
+"""Batches for the model: padded, or packed into one row.
+
+N texts, S source tokens of a row or of the longest text, K classes.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -8,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from t5tune.data.labels import LabelTask
 from t5tune.data.tokens.encoding import Example, PreferencePair
 from t5tune.model.attention.segments import Segments
 from t5tune.model.kernels.flex_attention import divide_rows
@@ -79,6 +83,54 @@ class PaddedCollator:
         }
 
 
+@dataclass(frozen=True)
+class LabelCollator:
+    """Packs or pads `LabeledExample`s.
+
+    The labels are float32, NaN if they aren't learned: the number or the class number of each text (N,), 1 for each of
+    its labels if there may be several (N, K), or the number or class number of each token, (1, S) or (N, S).
+
+    Args:
+        pad_token_id, divides_rows, num_stages: see PackedCollator.
+    """
+
+    task: LabelTask
+    pad_token_id: int
+    is_packed: bool
+    divides_rows: bool = False
+    num_stages: int | None = None
+
+    def __call__(self, examples: Sequence[Any]) -> dict[str, Any]:
+        sources, values = [each.source_S for each in examples], [each.values for each in examples]
+        if not self.is_packed:
+            inputs: dict[str, Any] = {"attention_mask": _pad([np.ones_like(source) for source in sources], 0)}
+        else:
+            segments, padding = Segments(tuple(map(len, sources)), ()), 0
+            if self.divides_rows:
+                rows = divide_rows(segments.sources, (), num_stages=self.num_stages)
+                segments, padding = replace(segments, rows=rows), rows.source_length - sum(segments.sources)
+            inputs = {"packing": segments}
+            sources = [np.concatenate([*sources, np.full(padding, self.pad_token_id)])]
+            if self.task.per_token:
+                values = [np.concatenate([*values, np.full(padding, np.nan)])]
+        labels = _pad(values, np.nan, np.float32) if self.task.per_token else self._stack(values)
+        return {"input_ids": _pad(sources, self.pad_token_id), "labels": labels, **inputs}
+
+    def _stack(self, values: Sequence[Any]) -> Tensor:
+        if not self.task.several:
+            return torch.tensor([value for (value,) in values], dtype=torch.float32)
+        labels_NK = torch.zeros(len(values), self.task.num_outputs)
+        for labels_K, classes in zip(labels_NK, values, strict=True):
+            if np.isnan(classes).any():  # a dummy example
+                labels_K[:] = np.nan
+            else:
+                labels_K[classes.astype(np.int64)] = 1
+        return labels_NK
+
+
+Collator = PackedCollator | PaddedCollator | LabelCollator
+
+
 def make_collator(
     start_token_id: int, pad_token_id: int, is_packed: bool, divides_rows: bool = False, num_stages: int | None = None
 ) -> PackedCollator | PaddedCollator:
@@ -104,8 +156,8 @@ def _concatenate(parts: list[Any]) -> Tensor:
     return torch.from_numpy(np.concatenate(parts).astype(np.int64))[None]
 
 
-def _pad(rows: list[Any], value: int) -> Tensor:
-    padded_BT = np.full((len(rows), max(map(len, rows))), value, np.int64)
+def _pad(rows: Sequence[Any], value: float, dtype: type[np.generic] = np.int64) -> Tensor:
+    padded_BT = np.full((len(rows), max(map(len, rows))), value, dtype)
     for line, row in zip(padded_BT, rows, strict=True):
         line[: len(row)] = row
     return torch.from_numpy(padded_BT)

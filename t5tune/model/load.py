@@ -18,12 +18,15 @@ from t5tune.checkpoints.base_tensors import Checkpoint, are_equal
 from t5tune.checkpoints.tensor_files.tensors import FLOAT_DTYPES, TORCH_NAMES, Tensor
 from t5tune.compat.bitsandbytes_patches import keep_training_layout, stay_if_not_moved
 from t5tune.compat.requirements import check_versions
+from t5tune.data.labels import LabelTask
 from t5tune.errors import DependencyError, ModelError
 from t5tune.families.architecture import Architecture
+from t5tune.families.encoder import Encoder
 from t5tune.families.t5gemma import SOFT_CAPPED_ATTENTION
 from t5tune.file_names import GENERATION_CONFIG_FILE
 from t5tune.io.reasons import describe_error
 from t5tune.model.attention.gemma import register_soft_capped_attention
+from t5tune.model.labels import NOT_SCALED, LabelHead, LabelScale, make_label_class
 from t5tune.model.loss import make_loss_class
 from t5tune.model.zero3 import Zero3Partitioner
 from t5tune.progress import Note, Report, silent, track
@@ -34,6 +37,10 @@ OUTLIER_THRESHOLD = 6.0  # from the paper of LLM.int8(), which doesn't quantize 
 LOAD_CHUNK_BYTES = 16 << 20
 OTHER_CONFIG_HINT = "config.json may belong to a different model, or lack a size: transformers then uses its default"
 
+ENCODER_HINT = (
+    "these weights have no decoder: an encoder alone can predict labels, with objective classify, regress or tag"
+)
+
 
 def load_base(
     folder: Path,
@@ -43,21 +50,27 @@ def load_base(
     family: str | None = None,
     report: Report = silent,
     partitioner: Zero3Partitioner | None = None,
+    task: LabelTask | None = None,
+    label_scale: LabelScale = NOT_SCALED,
 ) -> Any:
     """Load a base as a frozen transformers model in evaluation mode.
 
     Args:
-        dtype: dtype of every tensor that isn't quantized.
+        dtype: dtype of every tensor that isn't quantized, except a head of labels, which is fp32 unless partitioned.
         quantization: if its q_lora is set, the linear layers of the blocks are quantized to 4 bits (Dettmers et al.
             2023) or int8 (Dettmers et al. 2022), and compute in `dtype`.
         family: key of the table of families, for a model_type that isn't in the table.
         partitioner: partitions each tensor among the ranks before the next is loaded; only rank 0 reads the files.
+        task: load only the encoder, with a head for these labels: the base's, or zeros. The model has it as
+            `label_task`, and computes logits (model/labels.py).
+        label_scale: of the numbers that the head learns; a new head predicts their mean.
 
     Raises:
+        CheckpointError: the base has a head for different labels.
         ModelError: not a T5, or tensors are missing, unexpected, or of a shape that contradicts config.json.
         DependencyError: quantization without bitsandbytes.
     """
-    checkpoint = open_base(folder, family)
+    checkpoint = open_base(folder, family, task)
     architecture = checkpoint.architecture
     tied = checkpoint.is_tied() if partitioner is None else partitioner.ask_rank_0(checkpoint.is_tied)
     model = build_empty_model(architecture, dtype, tied)
@@ -65,6 +78,7 @@ def load_base(
         _replace_linears_with_quantized(model, dtype, quantization)
     _compute_buffers(model, device)
     shared = architecture.list_shared(tied)
+    initial_shapes = architecture.list_initial_shapes()
     parameters = {n: value for n, value in model.named_parameters(remove_duplicate=False) if n not in shared}
     _check_names(checkpoint, architecture, set(parameters))
     if partitioner is None:
@@ -75,11 +89,16 @@ def load_base(
         tensor = _find_tensor(checkpoint, name, parameter)
         # `to` quantizes an int8 weight only if it comes from the CPU; on a GPU, its first forward would quantize it
         source = torch.device("cpu") if type(parameter).__name__ == "Int8Params" else device
-        values = read_on_rank_0(tensor, dtype, source, partitioner)
+        is_head = name in initial_shapes
+        wide = torch.promote_types(dtype, torch.float32) if is_head and partitioner is None else dtype
+        values = read_on_rank_0(tensor, wide, source, partitioner)
+        if is_head:
+            _scale_head(values, label_scale, is_new_bias=name in checkpoint.added and values.dim() == 1)
         _set_values(model, name, values, device, partitioner)
         del values  # otherwise two tensors would be in memory
     _share_parameters(model, shared)
-    _load_generation_config(model, folder, report)
+    if task is None:
+        _load_generation_config(model, folder, report)
     model.requires_grad_(False)
     return model.eval()
 
@@ -87,7 +106,11 @@ def load_base(
 def build_empty_model(architecture: Architecture, dtype: torch.dtype, tied: bool) -> Any:
     """Build the transformers model on the meta device, with the attribute `architecture`."""
     check_versions("transformers")  # older releases lack sdpa for T5, or don't mask future tokens in umT5's decoder
-    from transformers import CONFIG_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+    from transformers import (
+        CONFIG_MAPPING,
+        MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+        MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    )
 
     attention = architecture.attention_implementation
     if attention == SOFT_CAPPED_ATTENTION:
@@ -95,7 +118,10 @@ def build_empty_model(architecture: Architecture, dtype: torch.dtype, tied: bool
     try:
         values = CONFIG_MAPPING[architecture.model_type].from_dict(dict(architecture.config))
         values.tie_word_embeddings = tied
-        model_class = make_loss_class(MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING[type(values)])
+        if isinstance(architecture, Encoder):
+            model_class = make_label_class(MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING[type(values)])
+        else:
+            model_class = make_loss_class(MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING[type(values)])
         with torch.device("meta"):
             model = model_class._from_config(values, attn_implementation=attention, dtype=dtype)
     except Exception as error:  # of any kind, depending on the key whose value is wrong
@@ -106,10 +132,22 @@ def build_empty_model(architecture: Architecture, dtype: torch.dtype, tied: bool
         parent, _, name = path.rpartition(".")
         delattr(model.get_submodule(parent), name)
     _share_parameters(model, architecture.list_shared(tied))
+    head = model.get_submodule(architecture.head)
+    model.label_task = architecture.task if isinstance(architecture, Encoder) else None
+    if model.label_task is not None:
+        head.__class__ = LabelHead
+        head.float()
     if not hasattr(model.config, "hidden_size"):
         # transformers derives DeepSpeed's `auto` values from it; T5Gemma has only one for the encoder and the decoder
-        model.config.hidden_size = model.get_output_embeddings().in_features
+        model.config.hidden_size = head.in_features
     return model
+
+
+def _scale_head(values: torch.Tensor, scale: LabelScale, is_new_bias: bool) -> None:
+    """Standardize a weight or bias of the head, which in files is for the user's numbers, as the labels are."""
+    if is_new_bias:
+        values.fill_(scale.mean)
+    values /= scale.scale
 
 
 def _load_generation_config(model: Any, folder: Path, report: Report) -> None:
@@ -166,7 +204,9 @@ def _check_names(checkpoint: Checkpoint, architecture: Architecture, expected: s
     if missing := sorted(expected - found):
         raise ModelError(
             f"{checkpoint.folder}: {missing[0]}: missing from the weights (1 of {len(missing)} missing tensors)",
-            hint="a file of the checkpoint may be missing, or config.json may belong to a different model",
+            hint=ENCODER_HINT
+            if not any("decoder" in name for name in found)
+            else "a file of the checkpoint may be missing, or config.json may belong to a different model",
         )
     unneeded = {*architecture.list_shared(tied=True), *architecture.ignored_tensors}
     surplus = sorted(name for name in found - expected - unneeded if not architecture.is_skipped(name))

@@ -16,9 +16,11 @@ from t5tune.checkpoints.adapter import PEFT_PREFIX, TOKEN_ROWS_SUFFIX, build_tok
 from t5tune.checkpoints.adapter_config import PLAIN_INITIALIZATIONS
 from t5tune.checkpoints.base_tensors import Checkpoint
 from t5tune.checkpoints.tensor_files.tensors import Tensor
+from t5tune.checkpoints.training_data import check_same_labels
 from t5tune.data.tokens.tokenizer import find_other_token, load_tokenizer
 from t5tune.errors import CheckpointError, SettingsError
 from t5tune.file_names import ADAPTER_CONFIG_FILE, TOKENIZER_CONFIG_FILE
+from t5tune.model.labels import NOT_SCALED, LabelScale
 from t5tune.model.load import read_on_rank_0, to_torch
 from t5tune.model.zero3 import Zero3Partitioner
 from t5tune.settings.affects import Affects, select_settings
@@ -77,7 +79,8 @@ def add_lora(
         use_rslora=settings.use_rslora,
         init_lora_weights=True if method in {"default", "loftq"} else method,
         modules_to_save=_select_modules_to_save(model, base, settings),
-        task_type=TaskType.SEQ_2_SEQ_LM,
+        # with TOKEN_CLS, PEFT trains the head of labels in full
+        task_type=TaskType.TOKEN_CLS if model.label_task is not None else TaskType.SEQ_2_SEQ_LM,
         trainable_token_indices=token_indices,
     )
     adapted = {
@@ -226,21 +229,27 @@ def _initialize_from_quantization_error(peft_model: Any, base: Path, partitioner
         module.lora_B["default"].weight.data = (u_OR * root_R).contiguous()
 
 
-def load_initial_adapter(peft_model: Any, folder: Path, tokenizer_folder: Path) -> None:
+def load_initial_adapter(
+    peft_model: Any, folder: Path, tokenizer_folder: Path, label_scale: LabelScale = NOT_SCALED
+) -> None:
     """Load a saved adapter's values into the adapters and added-token embeddings, to continue training it.
 
     Args:
         tokenizer_folder: folder of the tokenizer that the training data uses.
+        label_scale: of the numbers that the head learns.
 
     Raises:
-        CheckpointError: the saved adapter differs in shape, scale, kind or tokens, or its initialization changed the
-            base.
+        CheckpointError: the saved adapter differs in shape, scale, kind, tokens or labels, or its initialization
+            changed the base.
     """
+    architecture = peft_model.architecture
+    check_same_labels(folder, peft_model.label_task, "adapter")
     config, state = read_adapter(folder)
     current = peft_model.peft_config["default"].to_dict()
     _check_same_scale(config, current, folder)
     _check_plain_initialization(config, folder)
-    copies = [f"{PEFT_PREFIX}{module}{TOKEN_ROWS_SUFFIX}" for module in peft_model.architecture.token_row_modules[1:]]
+    copies = [f"{PEFT_PREFIX}{module}{TOKEN_ROWS_SUFFIX}" for module in architecture.token_row_modules[1:]]
+    head = {f"{PEFT_PREFIX}{name}" for name in architecture.list_initial_shapes()}
     parameters = {to_peft_name(name): value for name, value in peft_model.named_parameters() if value.requires_grad}
     tensors = {name: tensor for name, tensor in state.items() if name in parameters or name not in copies}
     _check_same_names(parameters, tensors, folder)
@@ -256,6 +265,8 @@ def load_initial_adapter(peft_model: Any, folder: Path, tokenizer_folder: Path) 
             problem = f"adapter: {folder}: {name.removeprefix(PEFT_PREFIX)}: {shapes}"
             raise CheckpointError(problem, hint="was it trained on this base?")
         parameter.data.copy_(to_torch(tensors[name], parameter.dtype))
+        if name in head:
+            parameter.data /= label_scale.scale
 
 
 def _check_same_scale(config: dict[str, Any], current: dict[str, Any], folder: Path) -> None:

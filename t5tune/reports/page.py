@@ -101,20 +101,22 @@ def render_labels(tables: Mapping[str, LabelTable]) -> Iterator[str]:
     """Render how labels were predicted, by dataset: the confusion matrix, and a table of the classes."""
     for dataset, table in tables.items():
         classes, counts = table["classes"], table["confusion"]
-        rest = [NO_LABEL] if any(scores["no_label"] for scores in classes.values()) else []
+        rest = [NO_LABEL] if any(scores.get("no_label") for scores in classes.values()) else []
         names = {label: show_label(label) for label in classes}
         counts = {
-            names[label]: {names[found]: count for found, count in row.items()} | {NO_LABEL: classes[label]["no_label"]}
+            names[label]: {names[found]: count for found, count in row.items()}
+            | {NO_LABEL: classes[label].get("no_label", 0)}
             for label, row in counts.items()
         }
         rows = (
             [names[label], *(format_number(round(value, 1)) for value in each.values())]
             for label, each in classes.items()
         )
-        header = ["class", "precision", "recall", "F1", "support", "no label"]
+        header = ["class", "precision", "recall", "F1", "support", "no label"][: 1 + len(next(iter(classes.values())))]
         yield f"<h2>Labels{html.escape(f' of {dataset}' if dataset != ALL else '')}</h2>"
         yield f'<p class="soft">{html.escape(describe_labels(table))}</p>'
-        yield draw_confusion_matrix("Confusion matrix", counts, rest)
+        if counts:
+            yield draw_confusion_matrix("Confusion matrix", counts, rest)
         if bins := table.get("calibration"):
             found = Series("accuracy (%)", [(each["confidence"], each["accuracy"]) for each in bins], is_marked=True)
             lines = [Series("ideal", [(0, 0), (100, 100)]), found]

@@ -340,7 +340,7 @@ def _find_settings_of_other_objectives(plan: RunPlan) -> list[str]:
     names = ("label_smoothing_factor", TEACHER) if of_pairs else ()
     why = f"objective {objective} doesn't use it"
     if plan.data.kind == "labels":
-        names = ("eval_generate", "json_schema", "label_smoothing_factor", TEACHER)
+        names = ("eval_generate", "json_schema", "label_smoothing_factor", "metrics", "metric", TEACHER)
         why = f"objective {objective} generates nothing"
     given = _list_changed(plan.given, names)
     return problems + [f"{name}: {shorten(str(value), 80)}: {why}; leave it out" for name, value in given.items()]

@@ -61,7 +61,12 @@ class DistillationPlan:
     teacher: DistillationSettings
 
 
-ObjectivePlan = TargetPlan | PreferencePlan | DistillationPlan
+@dataclass(frozen=True)
+class LabelPlan:
+    """The objective is to predict the labels of texts or tokens with the encoder alone."""
+
+
+ObjectivePlan = TargetPlan | PreferencePlan | DistillationPlan | LabelPlan
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,10 @@ from t5tune.inference.generation import (
     make_random_generator,
     score_token,
 )
-from t5tune.inference.target_scores import Candidates, Collator, TargetScore, score_targets, set_up_scoring
+from t5tune.inference.target_scores import Candidates, TargetScore, score_targets, set_up_scoring
 from t5tune.io.processes import count_cores
 from t5tune.io.reasons import join_lines
+from t5tune.model.batches import Collator
 from t5tune.model.device import use_gpu_kernels
 from t5tune.serving.batching import MAX_LEVEL
 from t5tune.serving.generation import DecodingOptions, Generation, OnToken

@@ -11,7 +11,8 @@ import torch
 
 from t5tune.distributed.collectives import all_gather
 from t5tune.errors import SettingsError
-from t5tune.model.batches import PackedCollator, PaddedCollator, make_collator
+from t5tune.families.encoder import Encoder
+from t5tune.model.batches import Collator, LabelCollator, make_collator
 from t5tune.model.kernels.flex_check import (
     AttentionShape,
     KernelCheck,
@@ -28,8 +29,11 @@ class ChosenAttention(NamedTuple):
     implementation: PackedAttention
     num_stages: int | None = None
 
-    def make_collator(self, model: Any, pad_token_id: int, is_packed: bool) -> PackedCollator | PaddedCollator:
+    def make_collator(self, model: Any, pad_token_id: int, is_packed: bool) -> Collator:
         """Make the collator of the batches for a model."""
+        if isinstance(model.architecture, Encoder):
+            uses_flex = self.implementation == "flex"
+            return LabelCollator(model.label_task, pad_token_id, is_packed, uses_flex, self.num_stages)
         start_id = model.architecture.start_token_id
         return make_collator(start_id, pad_token_id, is_packed, self.implementation == "flex", self.num_stages)
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from t5tune.checkpoints.adapter import (
+    PEFT_PREFIX,
     AdapterMetadata,
     convert_config_to_plain_lora,
     is_inside,
@@ -29,6 +30,7 @@ from t5tune.errors import SettingsError
 from t5tune.file_names import ADAPTER_WEIGHTS_FILE, MODEL_FILE
 from t5tune.model.attention.packing import can_pack, switch_off_attention_dropout, switch_off_dropout, use_packing
 from t5tune.model.kernels.fused import compile_layers, use_fused_layers
+from t5tune.model.labels import NOT_SCALED, LabelScale
 from t5tune.model.load import count_parameters, load_base
 from t5tune.model.lora import add_lora, load_initial_adapter
 from t5tune.model.zero3 import Zero3Partitioner
@@ -69,7 +71,8 @@ def build_model(
     trained_dtype = dtype if deepspeed is not None else torch.float32
     partitioner = Zero3Partitioner(deepspeed, dtype) if deepspeed and get_zero_stage(deepspeed) == 3 else None
     model_dtype = trained_dtype if plan.adapter is None else dtype
-    model = load_base(base, model_dtype, device, plan.precision.quantization, family, report, partitioner)
+    task, scale = loaded.examples.label_task, _choose_label_scale(loaded)
+    model = load_base(base, model_dtype, device, plan.precision.quantization, family, report, partitioner, task, scale)
     subtracted: dict[str, Tensor] = {}
     if plan.adapter is None:
         model.requires_grad_(True)
@@ -78,7 +81,7 @@ def build_model(
         model, subtracted = add_lora(model, base, plan.adapter, token_ids, trained_dtype, partitioner)
         if plan.adapter.adapter is not None:
             adapter = find_adapter(plan.adapter.adapter, plan.base.cache_dir)
-            load_initial_adapter(model, adapter, loaded.examples.tokenizer_folder)
+            load_initial_adapter(model, adapter, loaded.examples.tokenizer_folder, scale)
             metadata = read_base_metadata(adapter)
             if not is_trained_base(metadata, open_base(base, family)):
                 report(Note(f"adapter: {adapter}: trained on a different base ({metadata.get('base')})", warning=True))
@@ -99,7 +102,7 @@ def build_model(
         model.enable_input_require_grads()
     if partitioner is not None:
         partitioner.partition_model(model)
-    weights = _make_trained_weights(plan, loaded, settings, model, subtracted)
+    weights = _make_trained_weights(plan, loaded, settings, model, subtracted, scale)
     return BuiltModel(model, is_packed, weights, trainable, total, partitioner)
 
 
@@ -124,22 +127,35 @@ def _enable_packing(layers: LayerSettings, model: Any, report: Report) -> bool:
     return True
 
 
+def _choose_label_scale(loaded: LoadedData) -> LabelScale:
+    task = loaded.examples.label_task
+    is_number = task is not None and task.objective == "regress"
+    return LabelScale(*loaded.examples.compute_label_scale()) if is_number else NOT_SCALED
+
+
 def _make_trained_weights(
-    plan: ModelPlan, loaded: LoadedData, settings: Mapping[str, Any], model: Any, subtracted: dict[str, Tensor]
+    plan: ModelPlan,
+    loaded: LoadedData,
+    settings: Mapping[str, Any],
+    model: Any,
+    subtracted: dict[str, Tensor],
+    label_scale: LabelScale,
 ) -> TrainedWeights:
-    family, files = plan.base.family, loaded.files
+    family, files, head = plan.base.family, loaded.files, model.architecture.list_initial_shapes()
     if plan.adapter is None:
-        checkpoint = open_base(loaded.base, family)
+        task = loaded.examples.label_task
+        checkpoint = open_base(loaded.base, family, task)
         renamed = ((name, checkpoint.get_file_name(name)) for name in checkpoint.list_names())
         names = {name: file_name for name, file_name in renamed if file_name != name}
         tied = bool(model.config.tie_word_embeddings)
-        write = partial(write_model, base=checkpoint, tied=tied, files=files, family=family)
-        return TrainedWeights(MODEL_FILE, write, subtracted, names)
+        write = partial(write_model, base=checkpoint, tied=tied, files=files, family=family, task=task)
+        return TrainedWeights(MODEL_FILE, write, subtracted, names, dict.fromkeys(head, label_scale.scale))
     config = _make_adapter_config(model, plan, bool(subtracted))
     training = format_data_line(loaded.examples.manifest) + format_settings_line(settings)
-    metadata = AdapterMetadata(config, files, loaded.base_metadata, training)
+    metadata = AdapterMetadata(config, files, loaded.base_metadata, training, loaded.examples.label_task)
     write = partial(write_adapter, metadata=metadata, with_non_lora_state=True)
-    return TrainedWeights(ADAPTER_WEIGHTS_FILE, write, subtracted)
+    scales = {f"{PEFT_PREFIX}{name}": label_scale.scale for name in head}
+    return TrainedWeights(ADAPTER_WEIGHTS_FILE, write, subtracted, scales=scales)
 
 
 def _make_adapter_config(model: Any, plan: ModelPlan, is_converted_to_plain_lora: bool) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from t5tune.model.kernels.flex_check import AttentionShape, read_attention_shape
 from t5tune.progress import Note
 from t5tune.runs.checkpoints import read_run_identity
 from t5tune.runs.deepspeed_values import find_mismatches
-from t5tune.runs.plan import DistillationPlan, ObjectivePlan, PreferencePlan
+from t5tune.runs.plan import DistillationPlan, LabelPlan, ObjectivePlan, PreferencePlan
 from t5tune.runs.publisher import CheckpointPublisher
 from t5tune.runs.resume_guard import (
     PACKED_ATTENTION,
@@ -34,11 +34,12 @@ from t5tune.settings import packaged_templates
 from t5tune.training.arguments import make_training_arguments
 from t5tune.training.attention_choice import LOOP, ChosenAttention, choose_packed_attention
 from t5tune.training.build_model import BuiltModel, build_model, will_train_position_bias
-from t5tune.training.callbacks.sample_predictions import SamplePredictions
+from t5tune.training.callbacks.sample_predictions import LabelSamples, SamplePredictions
 from t5tune.training.non_finite import NonFiniteGuard
 from t5tune.training.objectives import (
     DirectPreferenceObjective,
     EvaluationOptions,
+    LabelObjective,
     OddsRatioObjective,
     Pairs,
     RunObjective,
@@ -77,14 +78,17 @@ def build_trainer(session: Session, loaded: LoadedData) -> tuple[BuiltModel, T5T
     trainer = _make_trainer(session, loaded, built, references, choose_attention)
     samples = None
     if plan.output.report_samples:
-        batch_size = plan.evaluation.per_device_eval_batch_size
-        samples = SamplePredictions(
+        objective = trainer.parts.objective
+        make = (
+            partial(LabelSamples, scale=objective.scale) if isinstance(objective, LabelObjective) else SamplePredictions
+        )
+        samples = make(
             session.folder.path,
             loaded.held_out or loaded.examples,
             plan.output.report_samples,
             loaded.tokenizer,
             trainer.parts.collator,
-            batch_size,
+            plan.evaluation.per_device_eval_batch_size,
             plan.uses_autocast,
         )
         trainer.add_callback(samples)
@@ -120,7 +124,7 @@ def _make_trainer(
             session, loaded, lambda: open_initial_model(built, options, plan.uses_autocast)
         )
     references = references or {}
-    objective = _make_objective(plan.objective, teacher, references)
+    objective = _make_objective(plan.objective, loaded, teacher, references)
     losses = objective.list_losses(loaded.held_out) if loaded.held_out is not None else []
     sampler = make_sampler(steps, plan.data.seed, loaded.examples, built.is_packed, session.world.size)
     run_identity = run_identity | {STEPS_PER_EPOCH: sampler.steps_per_epoch}
@@ -174,7 +178,9 @@ def _complete_references(
         raise session.stop.make_error("before training began", hint="run the same command to continue") from None
 
 
-def _make_objective(plan: ObjectivePlan, teacher: Teacher | None, references: dict[str, Pairs]) -> RunObjective:
+def _make_objective(
+    plan: ObjectivePlan, loaded: LoadedData, teacher: Teacher | None, references: dict[str, Pairs]
+) -> RunObjective:
     match plan:
         case PreferencePlan("orpo", options):
             return OddsRatioObjective(options)
@@ -182,6 +188,11 @@ def _make_objective(plan: ObjectivePlan, teacher: Teacher | None, references: di
             return DirectPreferenceObjective(options, references.get("held-out"))
         case DistillationPlan() if teacher is not None:
             return DistillationObjective(plan, teacher)
+        case LabelPlan():
+            task = loaded.examples.label_task
+            assert task is not None, "the examples have labels"
+            scale, _ = loaded.examples.compute_label_scale() if task.objective == "regress" else (1.0, 0.0)
+            return LabelObjective(task, scale)
         case _:
             return TargetObjective(plan.label_smoothing_factor)
 

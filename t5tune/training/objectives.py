@@ -1,11 +1,11 @@
-"""The losses and metrics of a run, for the tokens of targets or for preference pairs.
+"""The losses and metrics of a run, for the tokens of targets, for preference pairs, or for labels.
 
     total = objective.compute_total(model, inputs)      # the sum over the items of a micro-batch
     objective.take_metrics()                            # means since the last call, over all ranks
     objective.evaluate(model, held_out, …)              # metrics of held-out examples
 
-An item is a target token or a pair. The trainer divides the sums by the number of items in the global step, so that a
-step's loss doesn't depend on the division into micro-batches and ranks.
+An item is a target token, a pair, or a labeled text or token. The trainer divides the sums by the number of items in
+the global step, so that a step's loss doesn't depend on the division into micro-batches and ranks.
 """
 
 import math
@@ -15,14 +15,19 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from t5tune.data.caches.examples import Examples
-from t5tune.data.tokens.encoding import Example
+from t5tune.data.labels import LabelTask
+from t5tune.data.tokens.encoding import Example, LabeledExample
 from t5tune.distributed.collectives import all_gather
+from t5tune.evaluation.labels import list_label_metrics, measure_labels
 from t5tune.evaluation.scoring import LOSSES_TASK, measure_losses, measure_targets
-from t5tune.metrics import prefix_metric
-from t5tune.model.batches import REFERENCE, PackedCollator, PaddedCollator
+from t5tune.label_metrics import ALL, LabelTable
+from t5tune.metrics import is_better_low, prefix_metric
+from t5tune.model.batches import REFERENCE, Collator
+from t5tune.model.label_losses import compute_label_losses
 from t5tune.model.preferences import compute_dpo_losses, compute_ipo_losses, compute_log_odds_ratios, sum_answers
 from t5tune.progress import Report
 from t5tune.settings.groups.preferences import PreferenceSettings
@@ -35,7 +40,7 @@ Pairs = Sequence[tuple[float, float]]
 class EvaluationOptions:
     """How held-out examples are evaluated. See `measure_losses`."""
 
-    collator: PaddedCollator | PackedCollator
+    collator: Collator
     batch_size: int | None
     report: Report
     is_stopped: Callable[[], bool]
@@ -47,14 +52,14 @@ class RunObjective(ABC):
     Attributes:
         losses: metrics of an evaluation where lower is better.
         others: the remaining metrics; where they can choose the best checkpoint, higher is better.
-        counts_pairs: whether an item is a preference pair; otherwise it is a target token.
+        tables: of the last evaluation, by dataset: how labels were predicted.
     """
 
     losses: tuple[str, ...]
     others: tuple[str, ...] = ()
-    counts_pairs = False
 
     def __init__(self) -> None:
+        self.tables: dict[str, LabelTable] = {}
         self._sums: dict[str, torch.Tensor] = {}
         self._count: torch.Tensor | int = 0
 
@@ -65,6 +70,10 @@ class RunObjective(ABC):
     @abstractmethod
     def evaluate(self, model: Any, examples: Examples, options: EvaluationOptions) -> dict[str, float]:
         """Measure held-out examples. Call on every rank."""
+
+    def count_items(self, examples: Sequence[Example]) -> int | None:
+        """Count the items of examples that aren't dummies; None: target tokens, which the Trainer counts."""
+        return None
 
     def list_losses(self, examples: Examples) -> list[str]:
         """List the metrics where lower is better, of all examples and of each dataset."""
@@ -136,11 +145,12 @@ class TargetObjective(RunObjective):
 class PreferenceObjective(RunObjective):
     """A preference between two answers. DPO needs the held-out pairs' values under the reference model."""
 
-    counts_pairs = True
-
     def __init__(self, held_out_reference: Pairs | None = None) -> None:
         super().__init__()
         self.held_out_reference = held_out_reference
+
+    def count_items(self, examples: Sequence[Example]) -> int:
+        return len(examples)
 
     @abstractmethod
     def compare(
@@ -234,6 +244,43 @@ class OddsRatioObjective(PreferenceObjective):
             "log_odds_ratio": ratios_P,
             "log_odds_chosen": log_odds_P,
         }
+
+
+class LabelObjective(RunObjective):
+    """Labels of texts or tokens, predicted by an encoder.
+
+    Args:
+        scale: the unit of numbers, so that they are about as large as the model's first logits.
+    """
+
+    def __init__(self, task: LabelTask, scale: float) -> None:
+        super().__init__()
+        self.task, self.scale = task, scale
+        self.losses = tuple(name for name in ("loss", *list_label_metrics(task)) if is_better_low(name))
+        self.others = tuple(name for name in list_label_metrics(task) if not is_better_low(name))
+
+    def count_items(self, examples: Sequence[Example]) -> int:
+        if not self.task.per_token:
+            return len(examples)
+        return sum(
+            int(np.count_nonzero(~np.isnan(each.values))) for each in examples if isinstance(each, LabeledExample)
+        )
+
+    def compute_total(self, model: Any, architecture: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        labels, inputs = inputs["labels"], {name: value for name, value in inputs.items() if name != "labels"}
+        return compute_label_losses(model(**inputs), labels, self.task, self.scale).sum()
+
+    def evaluate(self, model: Any, examples: Examples, options: EvaluationOptions) -> dict[str, float]:
+        outcome = measure_labels(
+            model, examples, options.collator, options.batch_size, options.report, options.is_stopped, self.scale
+        )
+        metrics, self.tables = dict[str, float](), {}
+        for dataset, indices in [("", range(len(examples))), *examples.list_datasets()]:
+            scores, table = outcome.score(indices)
+            metrics |= {prefix_metric(dataset, name): value for name, value in scores.items()}
+            if table is not None:
+                self.tables[dataset or ALL] = table
+        return metrics
 
 
 def describe_rewards(rewards_P2: torch.Tensor, policy_P2: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -26,6 +26,11 @@ NO_VALUE = np.array([np.nan], np.float32)
 """The values of a dummy example with labels."""
 
 
+def is_dummy(example: Example) -> bool:
+    """Whether an example fills a micro-batch that would be empty otherwise."""
+    return bool((example.target_T == IGNORED_LABEL).any())
+
+
 class Draw(NamedTuple):
     """An item of a micro-batch.
 

@@ -6,31 +6,36 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from t5tune.data.tokens.encoding import Example, PreferencePair
+from t5tune.data.tokens.encoding import Example
 from t5tune.distributed.collectives import all_gather
-from t5tune.model.loss import IGNORED_LABEL
+from t5tune.training.steps import is_dummy
 
 NUM_TOKENS = "num_tokens"
 """Key in a micro-batch: its source and target tokens, without dummy examples."""
 
-NUM_PAIRS = "num_pairs"
-"""Key in a micro-batch of preference pairs: their number, without dummy examples."""
+NUM_ITEMS = "num_items"
+"""Key in a micro-batch: the number of its items, unless they are target tokens, which the Trainer counts."""
 
 TOTALS_KEY = "T5TuneTotals"
 """Key in the stateful_callbacks of a checkpoint's Trainer state: tokens, sum of the steps' losses, training seconds."""
 
 
 @dataclass(frozen=True)
-class TokenCountingCollator:
-    """Adds the numbers of tokens and pairs to a micro-batch while it is on the CPU: reading a GPU would wait for it."""
+class CountingCollator:
+    """Adds the numbers of tokens and items to a micro-batch while it is on the CPU: reading a GPU would wait for it.
+
+    Args:
+        count_items: counts the items of examples that aren't dummies; None for target tokens.
+    """
 
     collate: Callable[[Sequence[Example]], dict[str, Any]]
+    count_items: Callable[[Sequence[Example]], int | None]
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
-        real = [each for each in examples if each.target_T[0] != IGNORED_LABEL]
+        real = [each for each in examples if not is_dummy(each)]
         counts = {NUM_TOKENS: sum(each.num_tokens for each in real)}
-        if isinstance(examples[0], PreferencePair):
-            counts[NUM_PAIRS] = len(real)
+        if (count := self.count_items(real)) is not None:
+            counts[NUM_ITEMS] = count
         return {**self.collate(examples), **counts}
 
 

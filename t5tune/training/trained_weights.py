@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch._utils import _unflatten_dense_tensors
 
@@ -23,17 +24,21 @@ class TrainedWeights:
         write_files: writes the tensors and their accompanying files to a folder.
         subtracted: initial LoRA matrices that were subtracted from the base weights (PiSSA and OLoRA).
         file_names: name in the model -> name in the file, where they differ.
+        scales: saved name -> factor of its values in the file: a head that learns standardized numbers is saved for the
+            user's numbers. The factors are powers of two, so resuming reads the same bits.
     """
 
     file: str
     write_files: Callable[[Path, dict[str, Tensor]], None]
     subtracted: dict[str, Tensor]
     file_names: Mapping[str, str] = field(default_factory=dict)
+    scales: Mapping[str, float] = field(default_factory=dict)
 
     def write(self, folder: Path, state: dict[str, Tensor]) -> None:
         """Write the tensors that `collect` returned."""
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = convert_to_plain_lora(state, self.subtracted)
+        scaled = {name: Tensor("F32", state[name].array * np.float32(scale)) for name, scale in self.scales.items()}
+        tensors = convert_to_plain_lora(state | scaled, self.subtracted)
         self.write_files(folder, {self.file_names.get(name, name): tensor for name, tensor in tensors.items()})
 
     def collect(self, model: Any, engine: Any, keeps: bool) -> dict[str, Tensor]:
@@ -71,7 +76,7 @@ class TrainedWeights:
                     found = "isn't in it" if saved is None else f"shape {saved}, but {shape} in this run"
                     hint = "resume with the base and the settings that the run was started with"
                     raise CheckpointError(f"{folder / self.file}: {saved_name}: {found}", hint=hint)
-                values = torch.from_numpy(file.get_tensor(saved_name).to_float32().copy())
+                values = torch.from_numpy(file.get_tensor(saved_name).to_float32() / self.scales.get(saved_name, 1))
                 parameter.data.copy_(values[tuple(slice(size) for size in parameter.shape)])
 
 

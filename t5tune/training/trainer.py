@@ -33,7 +33,7 @@ from t5tune.distributed.watch import RankWatch
 from t5tune.errors import DependencyError, SettingsError
 from t5tune.evaluation.scoring import GenerationScorer
 from t5tune.io.reasons import join_lines
-from t5tune.model.batches import PackedCollator, PaddedCollator
+from t5tune.model.batches import Collator
 from t5tune.model.device import get_peak_memory, get_reserved_memory
 from t5tune.progress import Note, Report
 from t5tune.runs.metrics_log import EVAL_LABELS, SUMMARY, MetricsLog
@@ -46,7 +46,7 @@ from t5tune.training.flow import CatchUp, TrainingFlow
 from t5tune.training.non_finite import NonFiniteGuard
 from t5tune.training.objectives import EvaluationOptions, Pairs, RunObjective
 from t5tune.training.steps import ExampleDataset, StepSampler
-from t5tune.training.totals import NUM_PAIRS, NUM_TOKENS, TOTALS_KEY, RunTotals, TokenCountingCollator
+from t5tune.training.totals import NUM_ITEMS, NUM_TOKENS, TOTALS_KEY, CountingCollator, RunTotals
 from t5tune.training.trained_weights import TrainedWeights, drop_frozen
 
 
@@ -69,7 +69,7 @@ class TrainerParts:
     examples: Examples
     held_out: Examples | None
     sampler: StepSampler
-    collator: PaddedCollator | PackedCollator
+    collator: Collator
     weights: TrainedWeights
     publisher: CheckpointPublisher
     reshards: bool
@@ -120,7 +120,7 @@ class T5Trainer(Trainer):  # type: ignore[misc]
         loader = DataLoader(
             self.train_dataset,
             batch_sampler=self.parts.sampler,
-            collate_fn=TokenCountingCollator(self.data_collator),
+            collate_fn=CountingCollator(self.data_collator, self.parts.objective.count_items),
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
             prefetch_factor=self.args.dataloader_prefetch_factor,
@@ -131,7 +131,7 @@ class T5Trainer(Trainer):  # type: ignore[misc]
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         self.parts.watch.count_batch()
         self.totals.count(inputs.pop(NUM_TOKENS))
-        inputs.pop(NUM_PAIRS, None)
+        inputs.pop(NUM_ITEMS, None)
         return self.parts.non_finite.record_loss(super().training_step(model, inputs, num_items_in_batch))
 
     def compute_loss(
@@ -144,7 +144,7 @@ class T5Trainer(Trainer):  # type: ignore[misc]
         return (loss, None) if return_outputs else loss
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
-        """Get a step's micro-batches, and the number of items in them over all ranks: target tokens, or pairs.
+        """Get a step's micro-batches, and the number of items in them over all ranks.
 
         No batches if training is over: nothing else keeps the Trainer from a step once it has begun an epoch.
         """
@@ -152,8 +152,8 @@ class T5Trainer(Trainer):  # type: ignore[misc]
         if self.control.should_training_stop:
             return [], None
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self.parts.objective.counts_pairs:
-            count = torch.tensor(sum(batch[NUM_PAIRS] for batch in batches), device=device)
+        if batches and NUM_ITEMS in batches[0]:
+            count = torch.tensor(sum(batch[NUM_ITEMS] for batch in batches), device=device)
             count = self.accelerator.gather(count).sum()
         return batches, count
 
@@ -202,11 +202,12 @@ class T5Trainer(Trainer):  # type: ignore[misc]
         batch_size, stop = parts.evaluation.per_device_eval_batch_size, parts.stop
         how = EvaluationOptions(self.data_collator, batch_size, parts.report, lambda: stop.is_set)
         values = parts.objective.evaluate(self.model, examples, how)
+        labels = parts.objective.tables
         if parts.scorer is not None:
             scores, labels = parts.scorer.score(self.model, examples, batch_size, parts.report, how.is_stopped)
             values |= self._select_finite(scores, values)
-            if labels and self.is_world_process_zero():
-                self.metrics_log.write(self.state.global_step, {EVAL_LABELS: labels})
+        if labels and self.is_world_process_zero():
+            self.metrics_log.write(self.state.global_step, {EVAL_LABELS: labels})
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(examples))
 

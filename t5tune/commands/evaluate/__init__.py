@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from t5tune.checkpoints.training_data import read_training_data
+from t5tune.commands.evaluate.labels import check_settings, evaluate_labels
 from t5tune.commands.evaluate.result import EXAMPLE_SETTINGS, EvaluateResult, choose_folder
 from t5tune.commands.evaluate.texts import finish, read_task, run_model
 from t5tune.constraints.reading import read_constraint
@@ -63,7 +64,7 @@ def evaluate(settings: EvaluateSettings, report: Report = silent) -> EvaluateRes
         DataError: the data can't be used, or the token cache was prepared with a different tokenizer.
         ModelError, CheckpointError: the base or the adapter can't be used, or its loss isn't finite.
         SettingsError: a custom metric can't be computed, or there is no base to compare with.
-        RankLost: another rank died or doesn't answer.
+        RankLost: a different rank died or doesn't answer.
         Stopped: a signal asked a rank to stop.
     """
     started = time.monotonic()
@@ -84,6 +85,9 @@ def evaluate(settings: EvaluateSettings, report: Report = silent) -> EvaluateRes
         stack.enter_context(_explain_out_of_memory(settings))
         folder, settings, pinned, datasets = run_on_rank_0(world, lambda: _prepare(settings, device, report))
         loaded = _load_model(pinned, device, report)
+        if loaded.model.label_task is not None:
+            check_settings(settings)
+            return evaluate_labels(settings, datasets, loaded, world, started, report)
         task = run_only_on_rank_0(world, lambda: read_task(settings, datasets, folder, loaded, report))
         work = broadcast_from_rank_0(None if task is None else task.make_work(world.size))
         assert work is not None

@@ -20,13 +20,13 @@ EXAMPLE_SETTINGS = {*select_settings(EvaluateSettings, Affects.CACHE), "conversa
 
 @dataclass(frozen=True)
 class EvaluateResult:
-    """The metrics: loss in nats per target token, scores from 0 to 100, time in seconds.
+    """The metrics: loss in nats per target token, or the mean of the labels' losses; scores from 0 to 100; seconds.
 
     Args:
         bits_per_character: the loss of the whole targets per character of their texts, in bits, to compare models
             with different tokenizers; None if spans of raw text were masked.
         exact_match, …, mcc: None: not among the chosen metrics, or no target is JSON or a label.
-        ece: expected calibration error of scored choices.
+        ece: expected calibration error of scored choices, or of classes that an encoder predicts.
         recall: recall_at_K -> the percentage of targets among the best K answers of choices_file.
         custom_metrics: the results of custom functions.
         base: the same metrics of the base without the adapter, by name; None without compare_base.
@@ -34,13 +34,15 @@ class EvaluateResult:
             base's metrics have `base_` before their names.
         cut_off: the number of predictions that reached max_new_tokens; under a constraint, they are incomplete.
         signatures: sacreBLEU's signature of BLEU, chrF and chrF++, by name.
+        micro_f1, …, rmse: of labels or numbers that an encoder predicts; correlations from -100 to 100, the error in
+            the unit of the numbers.
         labels: "all" and each dataset, if there are several, whose targets are labels -> how each label was predicted.
     """
 
     predictions: Path
     examples: int
     loss: float
-    perplexity: float
+    perplexity: float | None
     bits_per_character: float | None
     exact_match: float | None
     rouge1: float | None
@@ -63,6 +65,13 @@ class EvaluateResult:
     signatures: dict[str, str]
     datasets: dict[str, dict[str, float]] | None = None
     labels: dict[str, LabelTable] | None = None
+    micro_f1: float | None = None
+    entity_f1: float | None = None
+    entity_precision: float | None = None
+    entity_recall: float | None = None
+    spearman: float | None = None
+    pearson: float | None = None
+    rmse: float | None = None
 
 
 def choose_folder(settings: EvaluateSettings) -> Path:

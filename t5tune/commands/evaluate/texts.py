@@ -91,7 +91,7 @@ class TextTask:
 
     def make_work(self, num_ranks: int) -> TextWork:
         chosen, settings = self.chosen, self.settings
-        examples = chosen.examples if num_ranks == 1 else list(chosen.examples)  # to be sent to the other ranks
+        examples = chosen.examples if num_ranks == 1 else list(chosen.examples)  # to be sent to all ranks
         if settings.choices:
             examples = chosen.add_choices(self.answers)
         eos, pad = chosen.tokenizer.eos_token_id, chosen.tokenizer.pad_token_id
@@ -145,7 +145,7 @@ def finish(
     tasks = [task] if base is None else [task, task.select_base()]
     by_mean, pairs = task.settings.choices_by == "mean", zip(tasks, outcomes, strict=True)
     predictions = [outcome.predict(each.chosen, task.answers, by_mean) for each, outcome in pairs]
-    task = replace(task, folder=choose_folder(task.settings))  # another evaluation may have taken the folder
+    task = replace(task, folder=choose_folder(task.settings))  # a later evaluation may have taken the folder
     with write_folder_atomically(task.folder, task.settings.overwrite) as staged:
         write_predictions(staged / PREDICTIONS_FILE, task.chosen, task.names, outcomes, predictions)
         write_given_settings(staged, task.settings, task.is_prepared)

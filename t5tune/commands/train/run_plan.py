@@ -16,6 +16,7 @@ from t5tune.runs.folder import RunFolder
 from t5tune.runs.plan import (
     EXAMPLE_SETTINGS,
     DistillationPlan,
+    LabelPlan,
     ModelPlan,
     ObjectivePlan,
     PreferencePlan,
@@ -81,6 +82,8 @@ def _resolve_objective(settings: TrainSettings) -> ObjectivePlan:
     match settings.objective:
         case "dpo" | "orpo" as objective:
             return PreferencePlan(objective, settings.select_part(PreferenceSettings))
+        case "classify" | "regress" | "tag":
+            return LabelPlan()
     if settings.teacher_model_name_or_path is not None:
         return DistillationPlan(settings.label_smoothing_factor, settings.select_part(DistillationSettings))
     return TargetPlan(settings.label_smoothing_factor)

@@ -36,10 +36,10 @@ class MergeSettings(ReplaceableOutputSettings, HubSettings, BaseModelSettings):
     weights: NumberList | None = Field(
         default=None, description="Weight of each adapter; default: 1 for a single adapter."
     )
-    to: Literal["checkpoint", "ctranslate2"] = Field(
+    to: Literal["checkpoint", "ctranslate2", "sentence-transformers"] = Field(
         default="checkpoint",
-        description="Output format: a Hugging Face checkpoint, or a CTranslate2 model, whose replies to a few prompts "
-        "are compared; without quantization, they must match.",
+        description="Output format: a Hugging Face checkpoint; a CTranslate2 model, whose replies to a few prompts are "
+        "compared: without quantization, they must match; or of a model with labels a sentence-transformers model.",
     )
     quantization: Annotated[Quantization | None, NoneIfUnset] = Field(
         default=None,
@@ -85,7 +85,7 @@ class MergeSettings(ReplaceableOutputSettings, HubSettings, BaseModelSettings):
 
     @model_validator(mode="after")
     def _check_quantization_is_for_ctranslate2(self) -> "MergeSettings":
-        if self.quantization is not None and self.to == "checkpoint":
+        if self.quantization is not None and self.to != "ctranslate2":
             problem = "only with --to ctranslate2; use --dtype to round a checkpoint"
             raise ValueError(f"quantization: {self.quantization}: {problem}")
         return self

@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field, model_validator
 
 from t5tune.errors import suggest_name
+from t5tune.label_metrics import HEAD_METRICS
 from t5tune.metrics import METRICS, NOT_BEST, PREFERENCE_METRICS
 from t5tune.settings.affects import Affects
 from t5tune.settings.field_types import NoneIfUnset, Settings
@@ -94,13 +95,15 @@ class TrainSettings(
     def _check_metrics(self) -> "TrainSettings":
         of_pairs = [name for name in PREFERENCE_METRICS if name not in NOT_BEST]
         best, losses = self.metric_for_best_model, ("loss", "perplexity", *of_pairs)
+        if self.kind == "labels":  # these need no generated predictions
+            losses = ("loss", *HEAD_METRICS)
         if best is not None and best.endswith(NOT_BEST):
             raise ValueError(
                 f"metric_for_best_model: {best}: neither a high nor a low value is better; choose a different metric"
             )
         if best in METRICS and self.metrics is not None and best not in self.metrics:
             raise ValueError(f"metric_for_best_model: {best} isn't among metrics: {', '.join(self.metrics)}; add it")
-        known = (*losses, *METRICS)
+        known = losses if self.kind == "labels" else (*losses, *METRICS)
         # `chats_loss` is the metric of a dataset; its name is checked once the datasets are known
         best = next((name for name in known if best is not None and best.endswith(f"_{name}")), best)
         if best is not None and best not in known and not self.metric:  # else checked when the functions are tried

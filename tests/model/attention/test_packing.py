@@ -151,7 +151,7 @@ def test_attention_dropout_can_be_switched_off_alone(
     is_on: bool, untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
     settings = make_settings(untied_base, conversations, tmp_path, attention_dropout=is_on, lora_dropout=0.2)
-    cache = SimpleNamespace(manifest={"added_token_ids": [1500]})
+    cache = SimpleNamespace(manifest={"added_token_ids": [1500]}, label_task=None)
     loaded: Any = SimpleNamespace(base=untied_base, base_metadata={}, examples=cache, files={}, deepspeed=None)
     device, plan = torch.device("cpu"), make_run_plan(settings).model
     model = build_model(plan, loaded, settings.model_dump(), device, silent).model
