@@ -1,4 +1,7 @@
-"""Configs of common checkpoints, from config.json on the Hugging Face Hub, for `plan` and docs/memory.md."""
+"""Configs of common checkpoints, from config.json on the Hugging Face Hub, for `plan` and docs/memory.md.
+
+Checkpoints of an encoder alone, which can only predict labels, are in KNOWN_ENCODERS.
+"""
 
 from typing import Any
 
@@ -117,4 +120,8 @@ KNOWN_CONFIGS: dict[str, dict[str, Any]] = {
         for variant in T5GEMMA_VARIANTS
     },
     **{f"google/t5gemma-2-{size}-{size}": _make_t5gemma2_config(size) for size in _GEMMA_3},
+}
+
+KNOWN_ENCODERS: dict[str, dict[str, Any]] = {
+    "Rostlab/prot_t5_xl_half_uniref50-enc": _make_config("t5", _T5["3b"]) | {"vocab_size": 128},
 }

@@ -123,10 +123,11 @@ def measure_step(
         reentrant: the variant of gradient checkpointing.
         autocast: whether the forward pass uses mixed precision, as it does without DeepSpeed.
     """
-    inputs = {"reduction": "sum", "label_smoothing": settings.label_smoothing_factor, "use_cache": False}
     with _use_empty_tensors(model, on_gpu):
         with _EmptyTensors():
-            inputs |= _make_inputs(model, lengths, settings)
+            inputs = _make_inputs(model, lengths, settings)
+        if model.label_task is None:
+            inputs |= {"reduction": "sum", "label_smoothing": settings.label_smoothing_factor, "use_cache": False}
         if settings.gradient_checkpointing:
             model.enable_input_require_grads()
             # transformers 5 renamed the method
@@ -168,6 +169,8 @@ def _measure_activations(model: Any, inputs: dict[str, Any], autocast: bool, kep
         with _EmptyTensors(model.parameters()) as live:
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 total = model(**inputs)
+            if model.label_task is not None:  # the losses of all labels take as much
+                total = total.logsumexp(-1).sum()
             total.backward()
             del total
         peak: int = live.peak - _count_gradients(model)
@@ -183,13 +186,16 @@ def measure_losses_memory(
     model: Any, lengths: BatchLengths, settings: MemorySettings, on_gpu: bool, autocast: bool
 ) -> int:
     """Run the forward pass of an evaluation on empty tensors; return the peak of live bytes."""
-    with _use_empty_tensors(model, on_gpu), _keep_few_blocks(model, [BLOCKS_WITHOUT_GRADIENTS] * 2):
+    few = [BLOCKS_WITHOUT_GRADIENTS for _ in find_blocks(model)]
+    with _use_empty_tensors(model, on_gpu), _keep_few_blocks(model, few):
         with _EmptyTensors():
             inputs = _make_inputs(model, lengths, settings)
+        if model.label_task is None:
+            inputs |= {"use_cache": False, "reduction": "none"}
         model.eval()
         live = _EmptyTensors(model.parameters())
         with live, torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast and settings.bf16):
-            model(**inputs, use_cache=False, reduction="none")
+            model(**inputs)
         model.train()
     return live.peak + _count_unpacked_bytes(model, settings)
 
@@ -368,6 +374,8 @@ def _make_inputs(model: Any, lengths: BatchLengths, settings: MemorySettings) ->
     else:
         source, target = (torch.ones(len(each), max(each), dtype=torch.int64) for each in (sources, targets))
         more = {"attention_mask": source}
+    if model.label_task is not None:
+        return {"input_ids": source, **more}
     return {"input_ids": source, "decoder_input_ids": target, "labels": target, **more}
 
 

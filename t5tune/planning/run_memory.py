@@ -110,7 +110,8 @@ class MemoryEstimator:
         if key not in self._evaluations:
             model = self._get_empty_model(under_deepspeed)
             losses = measure_losses_memory(model, lengths, self.settings, self.machine.on_gpu, not under_deepspeed)
-            self._evaluations[key] = max(losses, compute_generation_budget(model))
+            generates = model.label_task is None
+            self._evaluations[key] = max(losses, compute_generation_budget(model) if generates else 0)
             self.step_done(1)
         return self._partition(stage, 0, self._evaluations[key]).total
 

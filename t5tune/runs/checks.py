@@ -18,6 +18,7 @@ from t5tune.distributed.deepspeed_build import find_missing_build_tools
 from t5tune.distributed.world import World
 from t5tune.errors import DependencyError, SettingsError, naming_settings, suggest_name
 from t5tune.families import find_family
+from t5tune.families.encoder import find_encoder_class
 from t5tune.file_names import (
     CACHE_MANIFEST_FILE,
     CHECKPOINT_MANIFEST_FILE,
@@ -268,7 +269,9 @@ def _check_deepspeed_installation(name: str, configuration: dict[str, Any]) -> N
 def check_machine(plan: RunPlan, report: Report = silent) -> None:
     """Check that this machine has the base, the teacher and the GPUs."""
     base = find_base(plan.model.base, report=report)
-    find_family(read_config(base), base, plan.model.base.family)
+    family = find_family(read_config(base), base, plan.model.base.family)
+    if plan.data.kind == "labels":
+        find_encoder_class(family.architecture, plan.data.objective)
     if plan.teacher is not None:
         find_teacher(plan.teacher, plan.model, report)
     if (problem := find_missing_gpus(plan.processes)) is not None:

@@ -28,8 +28,9 @@ from t5tune.commands.plan.example_lengths import (
 from t5tune.commands.plan.timing import estimate_time
 from t5tune.errors import SettingsError, T5TuneError
 from t5tune.families import find_family
+from t5tune.families.encoder import make_encoder
 from t5tune.model.device import has_bf16
-from t5tune.planning.known_configs import KNOWN_CONFIGS
+from t5tune.planning.known_configs import KNOWN_CONFIGS, KNOWN_ENCODERS
 from t5tune.planning.layer_memory import BatchLengths
 from t5tune.planning.run_memory import USABLE_GPU_SHARE, Machine, MemoryEstimator, StageMemory
 from t5tune.planning.run_time import RunTime
@@ -107,7 +108,7 @@ def _make_plan(settings: PlanSettings, machine: Machine, folder: Path, report: R
     config, place = _read_model_config(settings, report)  # first: its errors say more
     data = read_lengths(settings, folder, report)
     family = find_family(config, place, settings.family)
-    architecture = family.bind(config)
+    architecture = make_encoder(family.bind(config), data.task)
     num_token_rows = min(data.num_added_tokens, family.num_unused_rows)
     chosen = settings.deepspeed or "none"
     batches = make_batches(settings, machine.count, data)
@@ -188,9 +189,10 @@ def _read_model_config(settings: PlanSettings, report: Report) -> tuple[dict[str
     path = Path(name)
     if path.is_file():
         return read_config(path), path.parent
-    if name in KNOWN_CONFIGS and not path.exists():
+    known = KNOWN_CONFIGS | (KNOWN_ENCODERS if settings.kind == "labels" else {})
+    if name in known and not path.exists():
         report(Note(f"{name}: using the model shape that is built into t5tune"))
-        return KNOWN_CONFIGS[name], path
+        return known[name], path
     folder = find_base(settings, with_weights=False, report=report)
     return read_config(folder), folder
 

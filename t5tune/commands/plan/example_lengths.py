@@ -13,6 +13,7 @@ from t5tune.commands.train.run_plan import resolve_training_data
 from t5tune.data.caches.batching import Integers, estimate_cost, make_count_batches
 from t5tune.data.caches.examples import Examples
 from t5tune.data.caches.prepared import open_examples
+from t5tune.data.labels import LabelTask
 from t5tune.data.reading.files import find_files
 from t5tune.data.reading.readers import read_records
 from t5tune.errors import ModelError, SettingsError
@@ -42,6 +43,7 @@ class ExampleLengths:
         share: of the data that the examples are; None: not known.
         seconds: that reading them took.
         is_real: whether they are the data's.
+        task: the labels of the examples; None: their targets are texts.
     """
 
     sources: Integers
@@ -50,6 +52,7 @@ class ExampleLengths:
     share: float | None = None
     seconds: float = 0.0
     is_real: bool = False
+    task: LabelTask | None = None
 
 
 def read_lengths(settings: PlanSettings, folder: Path, report: Report) -> ExampleLengths:
@@ -63,7 +66,9 @@ def read_lengths(settings: PlanSettings, folder: Path, report: Report) -> Exampl
     try:
         examples, share = _prepare_sample(settings, folder, report)
     except ModelError as error:
-        lengths = f"{settings.source_length} + {settings.target_length}"
+        lengths = str(settings.source_length)
+        if settings.kind != "labels":
+            lengths += f" + {settings.target_length}"
         report(Note(f"{error.message}; without a tokenizer, the plan assumes examples of {lengths} tokens"))
         return _assume_lengths(settings)
     seconds = time.monotonic() - started
@@ -71,17 +76,29 @@ def read_lengths(settings: PlanSettings, folder: Path, report: Report) -> Exampl
     sources, targets = examples.read_lengths()
     if examples.has_preferences and settings.packing == "off":  # both targets are padded to the longest
         targets = 2 * examples.read_longest_targets()
-    return ExampleLengths(sources[indices], targets[indices], len(examples.added_tokens), share, seconds, is_real=True)
+    num_added = len(examples.added_tokens)
+    return ExampleLengths(sources[indices], targets[indices], num_added, share, seconds, True, examples.label_task)
 
 
 def _assume_lengths(settings: PlanSettings) -> ExampleLengths:
-    tokens = settings.source_length + settings.target_length
+    task = _assume_labels(settings)
+    target_length = settings.target_length if task is None else 0
+    tokens = settings.source_length + target_length
     count = settings.tokens_per_batch // tokens if settings.tokens_per_batch else settings.per_device_train_batch_size
     if count == 0:
         raise SettingsError(
             f"tokens_per_batch: {settings.tokens_per_batch}: smaller than one example ({tokens} tokens)"
         )
-    return ExampleLengths(np.full(count, settings.source_length), np.full(count, settings.target_length))
+    return ExampleLengths(np.full(count, settings.source_length), np.full(count, target_length), task=task)
+
+
+def _assume_labels(settings: PlanSettings) -> LabelTask | None:
+    """Assume the labels of data that isn't given: two, if the settings don't name them."""
+    objective = settings.objective
+    if objective not in ("classify", "regress", "tag"):
+        return None
+    names = () if objective == "regress" else tuple(settings.labels or ("LABEL_0", "LABEL_1"))
+    return LabelTask(objective, objective == "tag", False, names, settings.source_words)
 
 
 def _prepare_sample(settings: PlanSettings, folder: Path, report: Report) -> tuple[Examples, float | None]:
