@@ -30,6 +30,7 @@ from t5tune.model.lora import add_lora
 from t5tune.model.zero3 import Zero3Partitioner, gather_decoder
 from t5tune.progress import Advanced, Event, silent
 from t5tune.settings import EvaluateSettings, TrainSettings
+from tests.support.models.label_models import TASKS
 
 CPU, DTYPE = torch.device("cpu"), torch.float32
 ZERO3 = {"zero_optimization": {"stage": 3}}
@@ -43,6 +44,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "nf4": {"q_lora": True},
     "nf4, dora": {"q_lora": True, "use_dora": True},
     "loftq": {"q_lora": True, "init_lora_weights": "loftq"},
+    "labels": {"objective": "tag", "q_lora": True},
 }
 
 
@@ -103,8 +105,10 @@ def find_differences(name: str, base: Path, partitioner: Zero3Partitioner) -> It
 def build(base: Path, settings: TrainSettings, partitioner: Zero3Partitioner | None) -> tuple[Any, Any, torch.Tensor]:
     torch.manual_seed(5)
     with nullcontext() if partitioner is None or partitioner.is_rank_0 else patch.object(load, "to_torch", None):
-        model = load_base(base, DTYPE, CPU, settings, partitioner=partitioner)
-        model, subtracted = add_lora(model, base, settings, TOKEN_ROWS, DTYPE, partitioner)
+        task = TASKS["tag"] if settings.kind == "labels" else None
+        model = load_base(base, DTYPE, CPU, settings, partitioner=partitioner, task=task)
+        rows = TOKEN_ROWS if task is None else []
+        model, subtracted = add_lora(model, base, settings, rows, DTYPE, partitioner)
     if partitioner is not None:
         partitioner.partition_model(model)
     return model, subtracted, torch.rand(1)

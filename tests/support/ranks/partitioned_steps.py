@@ -24,6 +24,7 @@ from t5tune.model.load import load_base
 from t5tune.model.lora import add_lora
 from t5tune.model.zero3 import Zero3Partitioner
 from t5tune.settings import TrainSettings
+from tests.support.models.label_models import TASKS, sum_losses
 from tests.support.ranks.partitioned_bases import CPU, are_same, read_memory
 
 CONFIG: dict[str, Any] = {
@@ -47,6 +48,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "dora": {"use_dora": True},
     "full": {"train_mode": "full"},
     "checkpointing": {"gradient_checkpointing": True},
+    "labels": {"objective": "classify"},
+    "labels, full": {"objective": "tag", "train_mode": "full"},
 }
 
 
@@ -58,11 +61,13 @@ def start(base: Path, name: str, is_released: bool) -> Any:
     settings = TrainSettings(**needed | WAYS[name])
     torch.manual_seed(3)
     partitioner = Zero3Partitioner(CONFIG, torch.bfloat16)
-    model = load_base(base, torch.bfloat16, CPU, settings, partitioner=partitioner)
+    task = TASKS[settings.objective] if settings.kind == "labels" else None
+    model = load_base(base, torch.bfloat16, CPU, settings, partitioner=partitioner, task=task)
     if settings.train_mode == "full":
         model.requires_grad_(True)
     else:
-        model, _ = add_lora(model, base, settings, [1500, 1501], torch.bfloat16, partitioner)
+        rows = [1500, 1501] if task is None else []
+        model, _ = add_lora(model, base, settings, rows, torch.bfloat16, partitioner)
     if settings.packing != "off":
         use_packing(model)
     use_fused_layers(model)
@@ -82,7 +87,11 @@ def run_step(engine: Any, is_packed: bool) -> float:
     inputs = {"input_ids": source, "decoder_input_ids": target, "labels": target, "use_cache": False}
     if is_packed:
         inputs["packing"] = Segments(sources=(15, 9), targets=(4, 6))
-    loss = engine(**inputs, reduction="sum")
+    if engine.module.label_task is None:
+        loss = engine(**inputs, reduction="sum")
+    else:
+        logits = engine(input_ids=source, packing=Segments((15, 9), ()))
+        loss = sum_losses(engine.module.label_task, logits, torch.ones(logits.shape[:-1]))
     engine.backward(loss)
     engine.step()
     return float(loss)
