@@ -96,6 +96,17 @@ COLUMNS = {
             "end_to_end/test_gemma.py::test_a_full_run_resumes_and_ends_with_a_complete_checkpoint[{key}]"
         ),
     ),
+    "labels": Column(
+        "The encoder learns labels of texts or words (`--objective classify`, `regress`, `tag`), and stock "
+        "transformers computes the loss from the merged checkpoint. All gradients of packed rows equal the stock "
+        "class's with T5, Flan-T5, mT5, umT5 and T5Gemma.",
+        (f"{FAMILIES_TEST}::test_each_familys_encoder_learns_to_tag_words[{{key}}]",),
+        {"t5gemma": ("tests/merging/test_labels.py::test_stock_peft_and_our_loader_give_the_same_logits[t5gemma]",)},
+        more_tests=("tests/model/test_labels.py::test_a_packed_row_has_the_gradients_of_the_stock_class[flan-t5-tag]",),
+        reasons=dict.fromkeys(
+            ("longt5", "t5gemma2"), "transformers has no class that labels tokens with its encoder alone."
+        ),
+    ),
     "packed": Column(
         "All gradients of a packed row equal the padded batch's. There is a test for each architecture; the tests of "
         "LoRA above train packed rows of every model type.",

@@ -210,7 +210,11 @@ def report_problems(manifest: dict[str, Any], folder: Path, report: Report) -> N
             "mT5's vocabulary covers most scripts, and ByT5 reads any text; t5tune inspect --unknown shows an example"
         )
         report(Note(f"{problem}; {advice}", True))
-    if add_tokens == ["auto"] and not (manifest["added_tokens"] or left_out or manifest["lost_characters"]):
+    if (
+        add_tokens == ["auto"]
+        and labels is None
+        and not (manifest["added_tokens"] or left_out or manifest["lost_characters"])
+    ):
         report(Note("no tokens added: the base's tokenizer writes every character of the targets"))
     if left_out:
         report(Note(_format_left_out(left_out, len(manifest["added_tokens"])), True))

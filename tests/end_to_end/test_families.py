@@ -7,18 +7,23 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForSeq2SeqLM
+from torch.nn import functional
+from transformers import AutoModelForSeq2SeqLM, AutoModelForTokenClassification
 
 from t5tune.checkpoints.base import read_config
 from t5tune.commands.chat import Chatter, chat
+from t5tune.commands.evaluate import evaluate
 from t5tune.commands.merge import merge
 from t5tune.commands.plan import plan
 from t5tune.commands.train import train
+from t5tune.data.caches.prepared import open_examples
 from t5tune.data.reading.formats import Turn
+from t5tune.data.tokens.encoding import LabeledExample
 from t5tune.data.tokens.tokenizer import decode_prediction, load_tokenizer
 from t5tune.families import (
     BYTE_FALLBACK,
@@ -35,6 +40,7 @@ from t5tune.model.load import load_base
 from t5tune.planning.known_configs import KNOWN_CONFIGS
 from t5tune.settings import (
     ChatSettings,
+    EvaluateSettings,
     MergeSettings,
     PlanSettings,
 )
@@ -263,3 +269,29 @@ def test_an_unknown_encoder_decoder_trains_as_a_known_family(
     train(make_settings(bases["flan-t5"], data, tmp_path / "student", **changes))
     found = plan(PlanSettings(model_name_or_path=str(unknown_base), family="flan-t5"))
     assert found.total_parameters == plan(PlanSettings(model_name_or_path=str(bases["flan-t5"]))).total_parameters
+
+
+@pytest.mark.parametrize("key", [key for key in KEYS if FAMILIES[key].model_type != "longt5"])
+@pytest.mark.variants("flan-t5", "byt5")
+def test_each_familys_encoder_learns_to_tag_words(key: str, bases: dict[str, Path], tmp_path: Path) -> None:
+    """Stock transformers computes the logits of the merged checkpoint, and each word has one label."""
+    words, run = [f"plate {number}".split() for number in range(12)], tmp_path / "run"
+    lines = [json.dumps({"tokens": pair, "ner_tags": ["thing", "number"]}) for pair in words]
+    (tmp_path / "tags.jsonl").write_text("\n".join(lines))
+    train(make_settings(bases[key], tmp_path / "tags.jsonl", run, objective="tag", max_steps=3, report_samples=0))
+    merge(MergeSettings(adapter=run, output_dir=tmp_path / "merged"))
+    stock = AutoModelForTokenClassification.from_pretrained(tmp_path / "merged").eval()
+    settings = EvaluateSettings(
+        model_name_or_path=str(run), data_path=str(tmp_path / "tags.jsonl"), output_dir=tmp_path / "scores", bf16=False
+    )
+    result = evaluate(settings)
+    losses = []
+    for example in open_examples(run / "data"):
+        assert isinstance(example, LabeledExample)
+        assert np.count_nonzero(~np.isnan(example.values)) == 2
+        is_labeled = ~np.isnan(example.values)
+        with torch.inference_mode():
+            logits_SK = stock(torch.from_numpy(example.source_S)[None]).logits[0]
+        labels = torch.from_numpy(example.values[is_labeled]).long()
+        losses.append(functional.cross_entropy(logits_SK[is_labeled], labels))
+    assert result.loss == pytest.approx(float(torch.stack(losses).mean()), rel=1e-4)

@@ -117,7 +117,7 @@ class TextTask:
 def read_task(
     settings: EvaluateSettings, datasets: Sequence[DatasetSpec], folder: Path, loaded: LoadedModel, report: Report
 ) -> TextTask:
-    """Read the data, and check what the scores need. Only rank 0 does."""
+    """Read the data, and check that the scores can be computed. Only rank 0 does."""
     add_tokens = settings.add_tokens if "add_tokens" in settings.model_fields_set else None
     base, held_out = settings.select_part(BaseModelSettings), partial(find_held_out, loaded.adapter or loaded.base)
     plan = EvaluationPlan(datasets, base, add_tokens, settings.compare_base, held_out)
