@@ -223,24 +223,27 @@ def test_the_commands_of_the_labels_page_work(tmp_path: Path) -> None:
     """Run the commands of docs/labels.md on the built-in model unchanged, but for the server."""
     page = REPOSITORY / "docs" / "labels.md"
     text = page.read_text("utf-8")
-    (script,) = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    script, prediction = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
     made = re.findall(r"^(?:head|grep|printf) .*$", text, re.M)
     subprocess.run([sys.executable, "-c", script.replace("2000", "200")], cwd=tmp_path, check=True)
     subprocess.run(["bash", "-ec", "\n".join(made)], cwd=tmp_path, check=True)
     short = {
         "T5TUNE_MAX_STEPS": "2",
         "T5TUNE_EVAL_STEPS": "2",
-        "T5TUNE_MAX_NEW_TOKENS": "4",
         "T5TUNE_REPORT_SAMPLES": "0",
     }
     ran = []
     for command, *words in find_commands(page):
         if command != "serve":
             words = [word for word in words if word not in ("--max-steps", "120", "--eval-steps", "40")]
-            done = t5tune_in_fork(command, *words, "--quiet", cwd=tmp_path, env=short)
+            limits = {} if "encoder" in words else {"T5TUNE_MAX_NEW_TOKENS": "4"}  # an encoder writes no text
+            done = t5tune_in_fork(command, *words, "--quiet", cwd=tmp_path, env=short | limits)
             assert done.code == 0, f"{words}: {done.stderr}"
         ran.append(command)
-    assert ran == ["prepare", "inspect", "train", "evaluate", "evaluate", "evaluate", "chat", "serve", "train"]
+    texts = ["prepare", "inspect", "train", "evaluate", "evaluate", "evaluate", "chat", "serve", "train"]
+    assert ran == [*texts, "train", "evaluate", "chat", "plan", "merge"]
+    done = subprocess.run([sys.executable, "-c", prediction], cwd=tmp_path, check=True, capture_output=True, text=True)
+    assert done.stdout.strip() in ("order", "question", "cancel", "complaint")
     assert json.loads((tmp_path / "chosen" / "scores.json").read_text())["ece"] > 0
     assert "recall_at_4" in json.loads((tmp_path / "ranked" / "scores.json").read_text())["recall"]
     assert json.loads((tmp_path / "scores" / "scores.json").read_text())["labels"]["all"]["confusion"].keys() == {

@@ -46,14 +46,14 @@ def run(script: str, output: Path, *flags: str, **variables: str) -> str:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["summarize", "extract"])
+@pytest.mark.parametrize("name", ["summarize", "extract", "tag"])
 def test_an_example_trains_evaluates_and_merges(name: str, tmp_path: Path) -> None:
     run(name, tmp_path)
     assert (tmp_path / "merged" / "model.safetensors").is_file()
     assert len((tmp_path / "scores" / "predictions.jsonl").read_text().splitlines()) == 60
 
 
-@pytest.mark.parametrize(("name", "kind"), [("summarize", "csv"), ("extract", "jsonl")])
+@pytest.mark.parametrize(("name", "kind"), [("summarize", "csv"), ("extract", "jsonl"), ("tag", "jsonl")])
 def test_the_data_of_an_example_is_what_its_generator_writes(name: str, kind: str, tmp_path: Path) -> None:
     for seed, num, split in (("0", "300", "train"), ("1", "60", "heldout")):
         output = tmp_path / f"{split}.{kind}"

@@ -38,9 +38,9 @@ def compute_logits(model: Any, examples: Sequence[Example], collator: Collator) 
 
 
 def predict_labels(logits_MK: Logits, task: LabelTask) -> dict[str, Any]:
-    """Describe what a text's logits predict: its label, labels or number, or lists of them for its M tokens.
+    """Describe a text's prediction: its label, labels or number, or lists of them for its M tokens.
 
-    The keys are those of a line of predictions.jsonl: `prediction`; `probability` of one class; `probabilities`, of all
+    As in a line of predictions.jsonl, the keys are `prediction`; `probability` of one class; `probabilities`, of all
     classes by name, or of each token's class.
     """
     if task.objective == "regress":
