@@ -12,7 +12,7 @@ from itertools import chain, dropwhile, islice
 from pathlib import Path
 from typing import Any
 
-from t5tune.data.reading.files import BOM, read_chunks
+from t5tune.data.reading.files import BOM, find_data_suffix, read_chunks
 from t5tune.data.reading.formats import list_read_keys
 from t5tune.data.reading.labeled_records import (
     find_columns,
@@ -227,8 +227,9 @@ def find_class_names(files: list[Path], reading: ReadingSettings) -> tuple[str, 
         with suppress(ImportError, OSError, ValueError, RejectionError):  # reading the file reports it
             from pyarrow import parquet
 
-            if path.suffix == ".parquet":
-                schema = parquet.read_schema(path)
+            if find_data_suffix(path, is_text=True) == ".parquet":
+                with open(path, "rb") as opened:  # pyarrow accepts no path that isn't UTF-8
+                    schema = parquet.read_schema(opened)
                 names = read_class_names(schema).get(find_columns(schema.names, reading)[1], [])
         found.add(tuple(names))
     return found.pop() if len(found) == 1 else ()
