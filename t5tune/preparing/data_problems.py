@@ -239,7 +239,8 @@ def _report_labels(labels: Mapping[str, Any], manifest: dict[str, Any], report: 
             Note(f"{format_count(lost, 'label')} of words without a token, such as spaces; they aren't learned", True)
         )
     if count := manifest["with_unknown_tokens"]:
-        problem = f"{count:,} of {format_count(manifest['conversations'], 'source')} have unknown tokens"
+        has = "has" if count == 1 else "have"
+        problem = f"{count:,} of {format_count(manifest['conversations'], 'source')} {has} unknown tokens"
         advice = "for proteins set source_words: residues"
         if inputs["source_words"] == "residues":
             advice = "t5tune inspect --unknown shows an example"

@@ -249,12 +249,8 @@ class Cache(Sequence[Example]):
         # the files have the windows of raw text, and the seed determines the masked spans
         seed = {} if self.corruption is None else {"seed": self.manifest["seed"]}
         labels = {} if self.label_task is None else {"labels": [*self.label_task.names]}
-        return {
-            **files,
-            **seed,
-            **labels,
-            "examples": hashlib.sha256(self._indices.astype("<i8").tobytes()).hexdigest(),
-        }
+        indices = hashlib.sha256(self._indices.astype("<i8").tobytes())
+        return {**files, **seed, **labels, "examples": indices.hexdigest()}
 
     def take(self, count: int) -> "Cache":
         """Return the first `count` examples."""

@@ -34,7 +34,7 @@ class EncodedSource(NamedTuple):
 
 
 class EncodedLabels(NamedTuple):
-    """A record's ids and values, and the labels that were lost.
+    """A record's ids and values, and the lost labels.
 
     Args:
         names: the classes that the values number.
@@ -64,7 +64,7 @@ class SourceEncoder:
             self._white_ids = {byte + BYTES_OFFSET for byte in b" \t\n\r"}
 
     def encode(self, sources: Sequence[Sequence[str]]) -> list[EncodedSource]:
-        """Encode the words of each source, at least one."""
+        """Encode the words of each source, which has at least one word."""
         pieces = [self._list_pieces(words) for words in sources]
         distinct = [*dict.fromkeys(chain.from_iterable(pieces))]  # a protein has few different residues
         encoded = {

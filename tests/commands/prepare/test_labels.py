@@ -21,6 +21,7 @@ from t5tune.settings import PrepareSettings
 from t5tune.training.steps import Draw, ExampleDataset
 from tests.commands.prepare.ids import write_lines
 from tests.support.caches import open_only, prepare_for_run
+from tests.support.models.tokenizer_kinds import make_protein_tokenizer
 from tests.support.notes import Notes
 from tests.support.processes.command_line import t5tune_in_fork
 
@@ -114,6 +115,21 @@ def test_numbers_are_stored_as_they_are_and_have_a_scale(tmp_path: Path) -> None
     assert 0.7 < scale / np.std(numbers) < 1.5
     single = open_prepared(make_settings(tmp_path, records[2], objective="regress"))
     assert single.compute_label_scale() == (1.0, 7.0)
+
+
+def test_proteins_are_prepared_with_a_vocabulary_of_residues(tmp_path: Path) -> None:
+    size = make_protein_tokenizer(tmp_path)
+    config = {"model_type": "t5", "d_model": 16, "d_ff": 32, "d_kv": 8, "num_heads": 2, "num_layers": 1}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "vocab_size": size}))
+    record = {"sequence": "MKUA", "label": "CCHE", "mask": "0111"}
+    values = {"model_name_or_path": str(tmp_path), "objective": "tag"}
+    notes = Notes()
+    examples = open_prepared(make_settings(tmp_path, record, **values, source_words="residues"), notes)
+    assert read_labels(examples) == [[("K", "C"), ("X", "H"), ("A", "E")]]
+    assert not notes.warnings
+    other = {"tokens": ["MKUA", "M"], "tags": ["C", "H"]}
+    open_prepared(make_settings(tmp_path, other, **values), notes)
+    assert notes.warnings == ["1 of 1 source has unknown tokens; for proteins set source_words: residues"]
 
 
 def test_a_dummy_example_has_nothing_to_learn(tmp_path: Path) -> None:
@@ -250,7 +266,7 @@ def test_the_first_record_decides_between_one_label_and_several(tmp_path: Path) 
     [
         ([{"sequence": "猫犬", "label": "HC"}, {"sequence": "MK", "label": "HC"}],
          {"objective": "tag", "source_words": "characters"},
-         ["1 of 2 sources have unknown tokens; for proteins set source_words: residues"]),
+         ["1 of 2 sources has unknown tokens; for proteins set source_words: residues"]),
         (TAGGED[:1], {"objective": "tag", "model_max_length": 8},
          ["1 source truncated to model_max_length 8; t5tune inspect {cache}/data --worst-cut shows the worst",
           "3 labels cut off by model_max_length 8; they aren't learned"]),

@@ -7,8 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer as Backend
-from tokenizers import models, pre_tokenizers
 from transformers import ByT5Tokenizer
 
 from t5tune.data.labels import LabelTask, TextLabels
@@ -20,6 +18,7 @@ from tests.support.models.tokenizer_kinds import (
     make_gemma_tokenizer,
     make_madlad_tokenizer,
     make_mt5_tokenizer,
+    make_protein_tokenizer,
     read_corpus,
     write_config,
 )
@@ -77,6 +76,17 @@ def test_ids_and_first_tokens_equal_the_stock_tokenizers(prefix: str, tokenizer:
     assert firsts == find_stock_firsts([*before, *words], stock)[len(before) :]
 
 
+def test_special_tokens_have_no_values(tokenizer: Tokenizer) -> None:
+    special, task = tokenizer.special_ids, make_task(names=("A", "B"))
+    words = ["two", "hats"]
+    (encoded,) = SourceEncoder(tokenizer, task, "").encode_labels([TextLabels(words, ("A", "B"), True, False)], 64)
+    example = extract_labels(encoded.conversation.ids, encoded.conversation.spans[0], special, task)
+    ids, firsts = encode(tokenizer, words)
+    assert example.source_S.tolist() == [*special.source_start, *ids, *special.source_end]
+    assert len(example.values) == len(example.source_S)
+    assert np.flatnonzero(~np.isnan(example.values)).tolist() == [len(special.source_start) + first for first in firsts]
+
+
 def test_a_text_as_a_whole_has_the_stock_ids(tokenizer: Tokenizer) -> None:
     text = "Two  red hats, \u00e9 {x}"
     for prefix in ("", "rate: ", "rate:"):
@@ -99,21 +109,10 @@ def test_a_word_of_bytes_has_its_label_after_the_space(tmp_path: Path) -> None:
     assert (bytes(index - 3 for index in ids), firsts) == (b"MKX", [0, 1, 2])
 
 
-def make_protein_tokenizer(folder: Path, letters: str) -> Tokenizer:
-    """Make ProtT5's vocabulary, whose letters have a space, or Ankh's, whose letters have none."""
-    tokens = ["<pad>", "</s>", "<unk>", *(f"{letters}{letter}" for letter in "ALGVSREDTIPKFQNYMHWCX")]
-    backend = Backend(models.Unigram([(token, -1.0) for token in tokens], 2, False))
-    if letters:
-        split = pre_tokenizers.WhitespaceSplit()
-        backend.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.Metaspace("▁", "always", True)])
-    backend.add_special_tokens(["<pad>", "</s>", "<unk>"])
-    backend.save(str(folder / "tokenizer.json"))
-    return load_tokenizer(folder)
-
-
 @pytest.mark.parametrize(("letters", "text"), [("▁", "M K T X X X X A"), ("", "MKTXXXXA")])
 def test_each_residue_is_the_token_that_the_vocabulary_has(letters: str, text: str, tmp_path: Path) -> None:
-    tokenizer = make_protein_tokenizer(tmp_path, letters)
+    make_protein_tokenizer(tmp_path, letters)
+    tokenizer = load_tokenizer(tmp_path)
     stock = tokenizer.backend.encode(text, add_special_tokens=False).ids
     assert len(stock) == 8
     assert 2 not in stock

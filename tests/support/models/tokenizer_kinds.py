@@ -86,6 +86,19 @@ def make_mt5_tokenizer(folder: Path, vocab_size: int = 700) -> int:
     return vocab_size + 100
 
 
+def make_protein_tokenizer(folder: Path, letters: str = "▁") -> int:
+    """Write ProtT5's vocabulary, whose letters have a space before them, or Ankh's (`letters` empty), without."""
+    tokens = ["<pad>", "</s>", "<unk>", *(f"{letters}{letter}" for letter in "ALGVSREDTIPKFQNYMHWCX")]
+    backend = Tokenizer(models.Unigram([(token, -1.0) for token in tokens], 2, False))
+    if letters:
+        parts = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace("▁", "always", split=True)]
+        backend.pre_tokenizer = pre_tokenizers.Sequence(parts)
+        backend.decoder = decoders.Metaspace("▁", "always", split=True)
+    backend.add_special_tokens(["<pad>", "</s>", "<unk>"])
+    (folder / "tokenizer.json").write_text(backend.to_str())
+    return len(tokens)
+
+
 def train_sentencepiece(folder: Path, lines: list[str], vocab_size: int, **options: Any) -> None:
     """Train a SentencePiece model with T5's special ids, and write it as spiece.model."""
     corpus = folder.with_name(f"{folder.name}-corpus.txt")
