@@ -76,8 +76,8 @@ class Prompts:
     def encode(self, turns: list[Turn], system: str | None = None) -> Prompt:
         """Encode a conversation that ends with the user's message, or only this message without history."""
         _check_turns(turns)
-        _check_encodable(turns[-1].text, "message")
-        _check_encodable(system or "", "system message")
+        check_encodable(turns[-1].text, "message")
+        check_encodable(system or "", "system message")
         seen = [self._prepare_turn(turn) for turn in self.select_turns(turns)]
         system = normalize_text(system or "", Counter()) or None  # None: the template's default, as in training
         conversation = Conversation(RecordLocation("chat", 1, 0, 0), system, tuple(seen))
@@ -93,7 +93,7 @@ class Prompts:
 
     def encode_text(self, text: str) -> Prompt:
         """Encode a text without template and prefix. Special tokens in it, such as sentinels, become tokens."""
-        _check_encodable(text, "prompt")
+        check_encodable(text, "prompt")
         text = normalize_text(text, Counter())
         self._check_words(Conversation(RecordLocation("prompt", 1, 0, 0), None, (Turn("human", text),)), "prompt")
         ((ids,),) = encode_pieces([[Piece(text, "text", 0)]], self.encoder)
@@ -172,7 +172,8 @@ def _check_turns(turns: object) -> None:
         raise SettingsError("message: the last turn is the assistant's; there is nothing to reply to", hint=hint)
 
 
-def _check_encodable(text: str, what: str) -> None:
+def check_encodable(text: str, what: str) -> None:
+    """Raise SettingsError for a text that isn't valid UTF-8."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:  # Python keeps bytes that it can't decode as surrogates
