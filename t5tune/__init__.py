@@ -26,7 +26,7 @@ _COMMANDS = (
 _HOMES = {
     **dict.fromkeys(_SETTINGS, "settings"),
     **{name: f"commands.{name}" for name in _COMMANDS},
-    "Chatter": "commands.chat",
+    **dict.fromkeys(("Chatter", "Labeler"), "commands.chat"),
     "sweep": "commands.train.sweep",
     "Turn": "data.reading.formats",
     **dict.fromkeys(("SettingsError", "Stopped", "T5TuneError"), "errors"),

@@ -8,6 +8,7 @@ import torch  # noqa: TID253
 
 from t5tune import settings as _settings
 from t5tune.commands.chat import Chatter as Chatter
+from t5tune.commands.chat import Labeler as Labeler
 from t5tune.commands.chat import chat as chat
 from t5tune.commands.compare import compare as compare
 from t5tune.commands.doctor import doctor as doctor

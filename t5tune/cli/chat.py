@@ -1,6 +1,7 @@
-"""`t5tune chat` on the terminal: the reply to --prompt, or an interactive chat."""
+"""`t5tune chat` on the terminal: the reply to --prompt, or an interactive chat; of a model with labels, the labels."""
 
 import sys
+from abc import ABC, abstractmethod
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,16 @@ from rich.text import Text
 
 from t5tune.cli.output import Output, print_error
 from t5tune.cli.screen import StderrConsole
-from t5tune.commands.chat import Chatter, Reply, chat, save_conversation, save_preference
+from t5tune.commands.chat import (
+    Chatter,
+    Labeler,
+    Labeling,
+    Reply,
+    load_model,
+    reply_to_prompt,
+    save_conversation,
+    save_preference,
+)
 from t5tune.data.reading.formats import Turn
 from t5tune.errors import SettingsError, T5TuneError, WriteError
 from t5tune.formatting import format_count
@@ -20,6 +30,7 @@ from t5tune.settings.field_types import read_path
 from t5tune.settings.messages import shorten_value
 
 QUIT = ("/quit", "/exit")
+MAX_CLASSES = 10  # of a text, shown with their probabilities
 HELP = """\
 Type a message. A line that begins with / is a command; begin with // to send a message that starts with /.
   /reset             clear the conversation
@@ -37,8 +48,30 @@ def run(settings: ChatSettings, output: Output) -> None:
     """Reply to the prompt, or else start an interactive chat."""
     if settings.prompt is None:
         _run_session(settings, output)
+        return
+    model = load_model(settings, output.report)
+    if isinstance(model, Labeler):
+        _LabelSession(output, False, model).ask(settings.prompt)
     else:
-        output.show(chat(settings, output.report))
+        output.show(reply_to_prompt(model, output.report))
+
+
+def format_labeling(labeling: Labeling) -> str:
+    """Format a prediction on one line: classes with their probabilities, best first, a number, or each word's.
+
+    If there may be several labels, a plus sign marks the predicted ones.
+    """
+    found, probabilities = labeling.prediction, labeling.probabilities
+    if labeling.words is not None:
+        scores = [None] * len(found) if probabilities is None else probabilities
+        items = [item for item in zip(labeling.words, found, scores, strict=True) if item[1] is not None]
+        return "  ".join(f"{word} {label}{'' if score is None else f' {score:.2f}'}" for word, label, score in items)
+    if not isinstance(probabilities, dict):
+        return str(found)
+    chosen = found if isinstance(found, list) else []
+    best = sorted(probabilities.items(), key=lambda item: -item[1])
+    shown = [f"{'+' if label in chosen else ''}{label} {value:.2f}" for label, value in best[:MAX_CLASSES]]
+    return "  ".join([*shown, f"and {len(best) - MAX_CLASSES:,} more"] if best[MAX_CLASSES:] else shown)
 
 
 def _run_session(settings: ChatSettings, output: Output) -> None:
@@ -50,13 +83,16 @@ def _run_session(settings: ChatSettings, output: Output) -> None:
             "--json: an interactive chat prints text",
             hint="use --prompt to pass a message, or pipe messages to standard input, one per line",
         )
-    session = _ChatSession(Chatter.load(settings, output.report), output, interactive=is_terminal)
+    model = load_model(settings, output.report)
+    session: _ChatSession | _LabelSession
+    if isinstance(model, Chatter):
+        session = _ChatSession(output, is_terminal, model)
+    else:
+        session = _LabelSession(output, is_terminal, model)
     if not is_terminal:
         _reply_to_lines(session)
         return
-    session.say("Type a message; /help lists the commands, /quit or Ctrl-D quits.")
-    if not session.chatter.prompts.keeps_history:
-        session.say("/history on includes earlier messages")
+    session.greet()
     while not session.is_over:
         text = session.read_line()
         if text is None or text.strip() in QUIT:
@@ -72,7 +108,7 @@ def _run_session(settings: ChatSettings, output: Output) -> None:
             print_error(error)
 
 
-def _reply_to_lines(session: "_ChatSession") -> None:
+def _reply_to_lines(session: "_Session") -> None:
     """Reply to each line of piped input. No line is a command: data may contain any text."""
     num_empty = 0
     while (text := session.read_line()) is not None:
@@ -87,17 +123,18 @@ def _reply_to_lines(session: "_ChatSession") -> None:
 
 
 @dataclass
-class _ChatSession:
-    """The conversation so far, and the model that replies."""
+class _Session(ABC):
+    """A terminal or a pipe that gives lines."""
 
-    chatter: Chatter
     output: Output
     interactive: bool
-    turns: list[Turn] = field(default_factory=list)
-    keeps_history: bool | None = None  # set by /history; None: as the model was trained
-    is_over: bool = False
-    num_unsaved: int = 0  # choices of a pipe between two equal replies
-    console: Console = field(default_factory=StderrConsole)
+    is_over: bool = field(default=False, init=False)
+    num_unsaved: int = field(default=0, init=False)  # choices of a pipe between two equal replies
+    console: Console = field(default_factory=StderrConsole, init=False)
+
+    @abstractmethod
+    def ask(self, text: str) -> None:
+        """Answer a line."""
 
     def read_line(self, prompt: str = "you: ") -> str | None:
         """Read the user's next line; None at the end of input. A terminal has line editing and a history."""
@@ -121,6 +158,47 @@ class _ChatSession:
                 if interrupt.args:  # SIGTERM or SIGHUP, which arrive as KeyboardInterrupt with their number
                     raise
                 self.say("/quit or Ctrl-D quits")
+
+    def say(self, text: str) -> None:
+        """Print a line to stderr, on a terminal only."""
+        if self.interactive:
+            self.console.print(Text(text, "dim"))
+
+
+@dataclass
+class _LabelSession(_Session):
+    """A model that labels each line by itself."""
+
+    labeler: Labeler
+
+    def greet(self) -> None:
+        self.say("Type a text to get its labels; begin with // to send a slash; /quit or Ctrl-D quits.")
+
+    def ask(self, text: str) -> None:
+        labeling = self.labeler.label(text)
+        if self.output.json:
+            self.output.print_json(labeling)
+        else:
+            self.output.print(format_labeling(labeling))
+        self.labeler.report_cuts(labeling, self.output.report)
+
+    def run_command(self, name: str = "", value: str = "") -> None:
+        problem = f"/{name}: {self.labeler.settings.model_name_or_path} predicts labels"
+        raise SettingsError(problem, hint="/quit is the only command; // sends a slash")
+
+
+@dataclass
+class _ChatSession(_Session):
+    """The conversation so far, and the model that replies."""
+
+    chatter: Chatter
+    turns: list[Turn] = field(default_factory=list)
+    keeps_history: bool | None = None  # set by /history; None: as the model was trained
+
+    def greet(self) -> None:
+        self.say("Type a message; /help lists the commands, /quit or Ctrl-D quits.")
+        if not self.chatter.prompts.keeps_history:
+            self.say("/history on includes earlier messages")
 
     def ask(self, text: str) -> None:
         """Reply to a message and keep both turns; neither is kept if Ctrl-C stops the reply."""
@@ -242,11 +320,6 @@ class _ChatSession:
             raise SettingsError("/save: the conversation is empty")
         save_conversation(Path(read_path(file)), self.turns, self.chatter.settings.system)
         self.say(f"appended to {file}")
-
-    def say(self, text: str) -> None:
-        """Print a line to stderr, on a terminal only."""
-        if self.interactive:
-            self.console.print(Text(text, "dim"))
 
     def _print_chunk(self, text: str) -> None:
         self.output.print(text, end="")

@@ -1,12 +1,17 @@
 """`t5tune chat`: talk to a base, an adapter, a run or a merged checkpoint, in the conversation template of training.
 
-chatter = Chatter.load(ChatSettings(model_name_or_path="pocket", adapter="run"))
-chatter.reply("Hello")
+    chatter = Chatter.load(ChatSettings(model_name_or_path="pocket", adapter="run"))
+    chatter.reply("Hello")
+
+A model that predicts labels doesn't reply, but labels texts:
+
+    labeler = Labeler.load(ChatSettings(model_name_or_path="labels"))
+    labeler.label("great film").prediction    # "positive"
 """
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,14 +24,25 @@ from t5tune.data.tokens.templates import load_template
 from t5tune.errors import SettingsError
 from t5tune.formatting import format_count
 from t5tune.inference.generation import Decoding, Sampling, generate, make_random_generator
-from t5tune.inference.loading import choose_family, load_for_inference, make_compiler
+from t5tune.inference.label_predictions import compute_logits
+from t5tune.inference.label_sources import SourceReader, make_reader
+from t5tune.inference.loading import LoadedModel, choose_family, load_for_inference, make_compiler
 from t5tune.inference.precision import Precision
 from t5tune.inference.prompts import Prompts, ReplyText, make_prompts
+from t5tune.inference.target_scores import set_up_scoring
+from t5tune.model.batches import Collator
 from t5tune.model.device import use_gpu_kernels
 from t5tune.progress import Note, Report, silent
 from t5tune.runs.checkpoints import replace_stopped_runs
 from t5tune.settings import ChatSettings
-from t5tune.settings.calls import check_call
+from t5tune.settings.calls import check_call, refuse_changed
+from t5tune.settings.groups.constraints import CONSTRAINTS
+
+NOT_OF_LABELS = (
+    "save_preferences", "system", "conversation_template", "max_new_tokens", "temperature", "top_p", "seed",
+    *CONSTRAINTS,
+)  # fmt: skip
+"""Settings of a model that writes text."""
 
 
 @dataclass(frozen=True)
@@ -72,17 +88,22 @@ class Chatter:
 
         Raises:
             ModelError, CheckpointError: the base or the adapter can't be used.
-            SettingsError: replies of this model can't follow the constraint.
+            SettingsError: replies of this model can't follow the constraint, or it predicts labels.
         """
         report = check_call("Chatter.load", settings, ChatSettings, report)
         return Chatter._load(settings, report)
 
     @staticmethod
     def _load(settings: ChatSettings, report: Report, precision: Precision | None = None) -> "Chatter":
-        read_constraint(settings, None)  # raises before the model is loaded
-        settings = replace_stopped_runs(settings, report)
-        with quiet_libraries():
-            loaded = load_for_inference(settings, report, precision=precision)
+        found = load_model(settings, report, precision)
+        if isinstance(found, Labeler):
+            setting = "model_name_or_path" if settings.adapter is None else "adapter"
+            problem = f"{setting}: {getattr(settings, setting)}: predicts labels, and doesn't reply"
+            raise SettingsError(problem, hint="load it with t5tune chat, or Labeler.load(…)")
+        return found
+
+    @staticmethod
+    def _make(loaded: LoadedModel, settings: ChatSettings, report: Report) -> "Chatter":
         template, prefix = settings.conversation_template, settings.source_prefix
         prompts = make_prompts(loaded, template, prefix, settings.model_max_length, report)
         if not prompts.keeps_history and settings.prompt is None:
@@ -180,6 +201,98 @@ class Chatter:
         return ids
 
 
+@dataclass(frozen=True)
+class Labeling:
+    """A prediction for a text.
+
+    Args:
+        prediction: its label, labels or number; if each word has one, a list with an item for each word: None if the
+            word was cut off, or is white space.
+        probability: of the label, if there is one.
+        probabilities: label -> its probability; if each word has a label, the probabilities of these labels.
+        words: the words that have labels or numbers.
+        source_tokens, cut_tokens: how many tokens the model saw and didn't see, without special tokens.
+    """
+
+    prediction: Any
+    probability: float | None
+    probabilities: dict[str, float] | list[float | None] | None
+    words: list[str] | None
+    source_tokens: int
+    cut_tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Labeler:
+    """A loaded model that predicts labels, and its chat settings."""
+
+    model: Any
+    reader: SourceReader
+    settings: ChatSettings
+    collator: Collator
+
+    @staticmethod
+    def load(settings: ChatSettings, report: Report = silent) -> "Labeler":
+        """Load the model as `Chatter.load` does.
+
+        Raises:
+            ModelError, CheckpointError: the base or the adapter can't be used.
+            SettingsError: it writes text, or a setting is only for models that do.
+        """
+        report = check_call("Labeler.load", settings, ChatSettings, report)
+        found = load_model(settings, report)
+        if isinstance(found, Chatter):
+            problem = f"model_name_or_path: {settings.model_name_or_path}: writes text, and predicts no labels"
+            raise SettingsError(problem, hint="load it with Chatter.load(…)")
+        return found
+
+    @staticmethod
+    def _make(loaded: LoadedModel, settings: ChatSettings, report: Report) -> "Labeler":
+        refuse_changed(settings, NOT_OF_LABELS, f"{settings.model_name_or_path} predicts labels, and writes no text")
+        reader = make_reader(loaded, settings.source_prefix, settings.model_max_length, report)
+        collator = set_up_scoring(loaded.model, loaded.tokenizer.pad_token_id)
+        return Labeler(loaded.model, reader, settings, collator)
+
+    def label(self, text: str | Sequence[str]) -> Labeling:
+        """Predict the label, the labels or the number of a text or of its words, which may be given as a list.
+
+        Raises:
+            SettingsError: the text is empty or isn't valid UTF-8, or a word is too long.
+        """
+        started = time.monotonic()
+        source = self.reader.read(text)
+        with quiet_libraries(), use_gpu_kernels(self.model.device):
+            (logits,) = compute_logits(self.model, [source.example], self.collator)
+        found = self.reader.describe(source, logits)
+        return Labeling(
+            prediction=found["prediction"],
+            probability=found.get("probability"),
+            probabilities=found.get("probabilities"),
+            words=[word.text for word in source.words] or None,
+            source_tokens=source.num_tokens,
+            cut_tokens=source.cut_tokens,
+            seconds=round(time.monotonic() - started, 3),
+        )
+
+    def report_cuts(self, labeling: Labeling, report: Report) -> None:
+        """Report the text that the model didn't see because of model_max_length."""
+        if labeling.cut_tokens:
+            problem = f"the text is too long for model_max_length {self.reader.max_length}: the model didn't see"
+            cut = f"its last {format_count(labeling.cut_tokens, 'token')}"
+            report(Note(f"{problem} {cut}; shorten it, or raise model_max_length", warning=True))
+
+
+def load_model(settings: ChatSettings, report: Report, precision: Precision | None = None) -> Chatter | Labeler:
+    """Load a model that replies, or one that predicts labels. `precision`: None: as in the settings or in training."""
+    read_constraint(settings, None)  # raises before the model is loaded
+    settings = replace_stopped_runs(settings, report)
+    with quiet_libraries():
+        loaded = load_for_inference(settings, report, precision=precision)
+    make = Chatter._make if loaded.label_task is None else Labeler._make
+    return make(loaded, settings, report)
+
+
 def _start(constraint: Constraint | None, model: Any, prompts: Prompts) -> Matcher | None:
     if constraint is None:
         return None
@@ -236,7 +349,12 @@ def chat(settings: ChatSettings, report: Report = silent) -> Reply:
     """
     if settings.prompt is None:
         raise SettingsError("prompt: missing", hint="set it, or use Chatter.load(…) for a conversation")
-    chatter = Chatter.load(settings, report)
-    reply = chatter.reply(settings.prompt)
+    return reply_to_prompt(Chatter.load(settings, report), report)
+
+
+def reply_to_prompt(chatter: Chatter, report: Report) -> Reply:
+    """Reply to the prompt of the settings."""
+    assert chatter.settings.prompt is not None, "a setting"
+    reply = chatter.reply(chatter.settings.prompt)
     chatter.report_cuts(reply, report)
     return reply

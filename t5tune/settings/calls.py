@@ -1,9 +1,11 @@
 """Check the arguments of a call from Python, which no parser has checked."""
 
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
 from t5tune.errors import SettingsError
+from t5tune.formatting import shorten
 from t5tune.progress import Report, silent
 from t5tune.settings.field_types import Settings
 from t5tune.settings.messages import shorten_value
@@ -24,6 +26,14 @@ def check_call(name: str, settings: Any, model: type[Settings], report: Any) -> 
         raise SettingsError(f"report: {shown}: not a function that takes an event", hint="call progress_bar()")
     checked: Report = report
     return checked
+
+
+def refuse_changed(settings: Settings, names: Iterable[str], reason: str) -> None:
+    """Raise SettingsError for the first named setting that doesn't have its default value."""
+    for name in names:
+        value = getattr(settings, name)
+        if value != type(settings).model_fields[name].get_default(call_default_factory=True):
+            raise SettingsError(f"{name}: {shorten(str(value), 80)}: {reason}", hint="leave it out")
 
 
 def _takes_event(report: Any) -> bool:

@@ -169,7 +169,7 @@ def test_a_base_without_its_adapter_keeps_the_trained_family(untied_base: Path, 
     save_file(weights, adapter / "adapter_model.safetensors", metadata)
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"model_type": "strange_t5"}))
-    session = _ChatSession(Chatter.load(settings(adapter)), Output(io.StringIO()), interactive=False)
+    session = _ChatSession(Output(io.StringIO()), False, Chatter.load(settings(adapter)))
     session.run_command("adapter", "none")
     assert session.chatter.reply(PROMPT).reply == chat(settings(untied_base, prompt=PROMPT)).reply
     session.run_command("adapter", "none")
@@ -219,7 +219,7 @@ def test_chat_reports_text_that_the_model_does_not_see(untied_base: Path, monkey
     shown = io.StringIO()
     output = Output(shown, json=True)
     monkeypatch.setattr(output, "report", events.append)
-    session = _ChatSession(Chatter.load(plain), output, interactive=False)
+    session = _ChatSession(output, False, Chatter.load(plain))
     session.turns = [Turn("human", PROMPT), Turn("assistant", PROMPT)]
     session.ask("Tea?")
     assert events[-1] == Note(f"the conversation is {problem} the oldest 2 turns")
@@ -232,7 +232,7 @@ def test_chat_reports_text_that_the_model_does_not_see(untied_base: Path, monkey
 
 def test_chat_keeps_history_after_training_on_conversations(made: dict[str, Path], pair_run: dict[str, Path]) -> None:
     assert Chatter.load(settings(made["merged"])).prompts.keeps_history
-    session = _ChatSession(Chatter.load(settings(pair_run["run"])), Output(io.StringIO()), interactive=False)
+    session = _ChatSession(Output(io.StringIO()), False, Chatter.load(settings(pair_run["run"])))
     assert not session.chatter.prompts.keeps_history
     session.run_command("history", "on")
     assert session.chatter.prompts.keeps_history

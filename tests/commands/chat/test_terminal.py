@@ -112,7 +112,7 @@ def test_no_color_leaves_the_prompt_without_color(no_color: str, monkeypatch: py
         monkeypatch.setenv(name, value)
     prompts: list[str] = []
     monkeypatch.setattr("builtins.input", lambda prompt: prompts.append(prompt) or "")
-    session = _ChatSession(None, Output(io.StringIO()), interactive=True)  # type: ignore[arg-type]
+    session = _ChatSession(Output(io.StringIO()), True, None)  # type: ignore[arg-type]
     session.read_line()
     assert prompts == ["you: " if no_color else "\001\033[1;32m\002you:\001\033[0m\002 "]
 
