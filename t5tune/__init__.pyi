@@ -829,7 +829,8 @@ class ServeSettings(_settings.ServeSettings):
             max_batch_delay: How long a request waits for its batch to fill up (milliseconds).
             parallel_batches: Batches that CTranslate2 computes in parallel; default: one per 4 CPU cores, or one on a
                 GPU.
-            max_replies: Maximum number of replies to a request: its prompts times n; more are refused with status 400.
+            max_replies: Maximum number of replies to a request, its prompts times n, or of its texts to label; more are
+                refused with status 400.
             max_queue: Maximum number of waiting replies; more are refused with status 429.
             shutdown_timeout: How long a stopping server finishes replies before it cuts them off (seconds).
         """

@@ -1,4 +1,4 @@
-"""The HTTP interface: OpenAI's endpoints, health, metrics, and a page to try the models."""
+"""The HTTP interface: OpenAI's endpoints, vLLM's for labels, health, metrics, and a page to try the models."""
 
 import asyncio
 import hmac
@@ -21,23 +21,25 @@ from starlette.types import Message, Receive, Scope, Send
 
 from t5tune.constraints.trials import LIMITS, MAX_RUNNING, Trials
 from t5tune.errors import T5TuneError, make_printable
+from t5tune.inference.label_sources import Source
 from t5tune.inference.prompts import Prompt
 from t5tune.io.hosts import is_loopback
 from t5tune.progress import Answered, Report
 from t5tune.serving.computing import Batcher
 from t5tune.serving.generation import DecodingOptions
 from t5tune.serving.metrics import Metrics
-from t5tune.serving.models import ServedModel
+from t5tune.serving.models import VERBS, LabelModel, ServedModel, TextModel
 from t5tune.serving.protocol import (
     ApiError,
     ChatRequest,
+    ClassifyRequest,
     CompletionRequest,
     GenerationRequest,
     ScoreRequest,
     parse_body,
 )
 from t5tune.serving.replies import Record, Replies
-from t5tune.serving.scoring import score
+from t5tune.serving.scoring import classify, score
 
 PAGE_FILE = Path(__file__).with_name("page.html")
 MAX_BODY_BYTES = 4 << 20
@@ -95,6 +97,7 @@ class Service:
             Route("/v1/chat/completions", partial(self._complete, kind=ChatRequest), methods=["POST"]),
             Route("/v1/completions", partial(self._complete, kind=CompletionRequest), methods=["POST"]),
             Route("/v1/score", self._score, methods=["POST"]),
+            *(Route(path, self._classify, methods=["POST"]) for path in ("/v1/classify", "/classify")),
             Route("/v1/responses", _refuse_responses, methods=["POST"]),
         ]
         handlers: dict[Any, Callable[..., Any]] = {
@@ -255,6 +258,15 @@ class Service:
             raise ApiError(404, f"model: {name}: not served here; this server has {known}", "model", "model_not_found")
         return models[name]
 
+    def _find_text_model(self, name: str) -> TextModel:
+        model = self._find_model(name)
+        if isinstance(model, LabelModel):
+            raise ApiError(
+                400, f"model: {name} {VERBS[model.reader.task.objective]}: use /v1/classify", "model", "unsupported"
+            )
+        assert isinstance(model, TextModel), "a model without labels"
+        return model
+
     async def _complete(self, request: Request, kind: type[GenerationRequest]) -> Response:
         record: Record = request.scope["t5tune"]
         replies = await self._read_replies(await _read_body(request), kind, record)
@@ -267,7 +279,7 @@ class Service:
     async def _read_replies(self, body: bytes, kind: type[GenerationRequest], record: Record) -> Replies:
         run = partial(asyncio.get_running_loop().run_in_executor, self._reader)
         request = await run(parse_body, body, kind)
-        model = self._find_model(request.model)
+        model = self._find_text_model(request.model)
         record.model = model.name
         self._check_number(request)
         options = await self._read_options(model, request)
@@ -279,7 +291,7 @@ class Service:
         record.dropped_messages = sum(prompt.dropped_turns for prompt in prompts)
         return Replies(request, model, prompts, options, self.batcher, record)
 
-    async def _read_options(self, model: ServedModel, request: GenerationRequest) -> DecodingOptions:
+    async def _read_options(self, model: TextModel, request: GenerationRequest) -> DecodingOptions:
         if request.constraint_field is None:
             return model.read_options(request, model.constraint)
         run = partial(asyncio.get_running_loop().run_in_executor, self._compiler)
@@ -300,12 +312,31 @@ class Service:
         record: Record = request.scope["t5tune"]
         run = partial(asyncio.get_running_loop().run_in_executor, self._reader)
         asked = await run(parse_body, await _read_body(request), ScoreRequest)
-        model = self._find_model(asked.model)
+        model = self._find_text_model(asked.model)
         record.model = model.name
         prompt = await run(next, model.read_prompts(asked.make_generation_request()))
         record.prompt_tokens, record.dropped_messages = prompt.num_tokens, prompt.dropped_turns
         targets = await run(model.read_targets, asked)
         return JSONResponse(await _unless_gone(request, score(model, prompt, targets, self.batcher, record)))
+
+    async def _classify(self, request: Request) -> Response:
+        record: Record = request.scope["t5tune"]
+        run = partial(asyncio.get_running_loop().run_in_executor, self._reader)
+        asked = await run(parse_body, await _read_body(request), ClassifyRequest)
+        model = self._find_model(asked.model)
+        if not isinstance(model, LabelModel):
+            problem = f"model: {model.name} writes text: use /v1/chat/completions, or /v1/score to score labels"
+            raise ApiError(400, problem, "model", "unsupported")
+        record.model = model.name
+        if (count := len(asked.input)) > self.max_replies:
+            limit = f"this server labels at most {self.max_replies:,} in one request"
+            raise ApiError(400, f"input: {count:,} texts: {limit}", "input")
+        sources: list[Source] = []
+        unread = model.read_sources(asked)
+        while source := await run(next, unread, None):  # one by one, as prompts
+            sources.append(source)
+        record.prompt_tokens = sum(source.num_tokens for source in sources)
+        return JSONResponse(await _unless_gone(request, classify(model, sources, self.batcher, record)))
 
     def _check_number(self, request: GenerationRequest) -> None:
         num_prompts = len(request.prompt) if isinstance(request, CompletionRequest) else 1
@@ -377,7 +408,9 @@ async def _end_silently(request: Request, error: Exception) -> Response:
 async def _refuse_route(request: Request, error: HTTPException) -> Response:
     path = request.url.path
     if error.status_code == 404:
-        known = "/v1/chat/completions, /v1/completions, /v1/score, /v1/models, /health, /ready, /metrics and /"
+        known = (
+            "/v1/chat/completions, /v1/completions, /v1/score, /v1/classify, /v1/models, /health, /ready, /metrics, /"
+        )
         return await _refuse(request, ApiError(404, f"{path}: no such path; this server has {known}"))
     allowed = (error.headers or {}).get("Allow", "")
     problem = f"{request.method} {path}: use {allowed.replace(', ', ' or ')}" if allowed else f"{path}: {error.detail}"

@@ -1,4 +1,4 @@
-"""Engines that generate replies: transformers and CTranslate2.
+"""Engines that generate replies, transformers and CTranslate2, or predict labels.
 
     engine.generate([generation, …], on_token)    # returns when all replies of the batch have ended
 
@@ -29,6 +29,8 @@ from t5tune.inference.generation import (
     make_random_generator,
     score_token,
 )
+from t5tune.inference.label_predictions import compute_logits
+from t5tune.inference.label_sources import make_unlabeled_example
 from t5tune.inference.target_scores import Candidates, TargetScore, score_targets, set_up_scoring
 from t5tune.io.processes import count_cores
 from t5tune.io.reasons import join_lines
@@ -99,6 +101,32 @@ class TransformersEngine:
             return None
         assert options.seed is not None
         return Sampling(options.temperature, options.top_p, make_random_generator(options.seed, self._model.device))
+
+
+class LabelEngine:
+    """An encoder that predicts labels, which transformers runs."""
+
+    name = "transformers"
+    max_batches, num_rows = 1, 0
+    has_seeds = can_constrain_top_p = False
+    stop_ids: frozenset[int] = frozenset()
+
+    def __init__(self, model: Any, pad_token_id: int) -> None:
+        self._model, self._collator = model, set_up_scoring(model, pad_token_id)
+
+    def can_read(self, source: list[int]) -> bool:
+        return True
+
+    def get_group(self, options: DecodingOptions) -> Hashable:
+        return None
+
+    def generate(self, generations: Sequence[Generation], on_token: OnToken) -> None:
+        examples = [make_unlabeled_example(generation.source, self._model.label_task) for generation in generations]
+        with quiet_libraries(), use_gpu_kernels(self._model.device):
+            found = compute_logits(self._model, examples, self._collator)
+        for generation, logits in zip(generations, found, strict=True):
+            generation.logits = logits
+            generation.end("stop")
 
 
 class TranslatorEngine:

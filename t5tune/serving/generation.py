@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from t5tune.constraints import Matcher
 from t5tune.errors import T5TuneError
@@ -81,6 +81,7 @@ class Generation:
         ids: the reply so far, without the token that ended it.
         scores: of `ids`, if its options ask for them.
         targets: ids to be scored, each with the token that ends it, in place of a reply.
+        logits: of labels, in place of a reply.
         num_repairs: how many tokens were replaced because the constraint refused them.
         ended: why the reply has ended, which may be an error; None: still running.
         is_canceled: True once its client is gone.
@@ -96,6 +97,7 @@ class Generation:
     next_scores: TokenScores | None = None
     targets: Sequence[list[int]] = ()
     scored_targets: list[TargetScore] = field(default_factory=list)
+    logits: Any = None
     num_repairs: int = 0
     ended: FinishReason | T5TuneError | None = None
     is_canceled: bool = False

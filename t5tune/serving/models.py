@@ -1,6 +1,11 @@
-"""A model as clients see it: its name, and how their requests become prompts and replies."""
+"""A model as clients see it: its name, and how their requests become prompts and replies, or labels.
+
+The bodies of labels are vLLM's. `value` of numbers, `labels` of texts that may have several, and `tokens` of words with
+labels are additions.
+"""
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,37 +16,40 @@ from t5tune.data.reading.formats import Turn
 from t5tune.data.tokens.encoding import encode_answers
 from t5tune.errors import DependencyError, SettingsError
 from t5tune.inference.generation import MIN_TEMPERATURE, MIN_TOP_P
+from t5tune.inference.label_predictions import Logits
+from t5tune.inference.label_sources import Source, SourceReader
 from t5tune.inference.prompts import Prompt, Prompts
 from t5tune.io.atomic import hash_json
 from t5tune.serving.generation import DecodingOptions, Engine
-from t5tune.serving.protocol import ApiError, ChatRequest, CompletionRequest, GenerationRequest, ScoreRequest
+from t5tune.serving.protocol import (
+    ApiError,
+    ChatRequest,
+    ClassifyRequest,
+    CompletionRequest,
+    GenerationRequest,
+    ScoreRequest,
+)
 from t5tune.version import __version__
 
 # Longer prompts are refused before they are encoded, which takes seconds for megabytes. English has 4 bytes per token.
 MAX_BYTES_PER_TOKEN = 32
 MAX_TARGET_TOKENS = 8192  # of a request
+VERBS = {"classify": "classifies", "regress": "predicts numbers", "tag": "labels words"}
 MAX_CONSTRAINT_LENGTH = 64 << 10  # of a request; longer schemas take seconds to compile
 
 
 @dataclass(frozen=True)
-class ServedModel:
-    """A loaded model.
-
-    Args:
-        defaults: decoding options for fields that a request leaves out.
-        longest: limit on the tokens of a reply.
-        compiler: of constraints on replies.
-        constraint: of replies to requests without a constraint; None: they are free.
-    """
+class ServedModel(ABC):
+    """A loaded model."""
 
     name: str
     engine: Engine
-    prompts: Prompts
-    defaults: DecodingOptions
-    longest: int
-    compiler: Compiler
-    constraint: Constraint | None = None
-    created: int = field(default_factory=lambda: int(time.time()))
+    created: int = field(default_factory=lambda: int(time.time()), init=False)
+
+    @property
+    @abstractmethod
+    def max_length(self) -> int:
+        """The maximum length of a source, in tokens."""
 
     @property
     def fingerprint(self) -> str:
@@ -51,6 +59,43 @@ class ServedModel:
     def to_body(self) -> dict[str, Any]:
         """Describe the model as OpenAI's API does."""
         return {"id": self.name, "object": "model", "created": self.created, "owned_by": "t5tune"}
+
+    def check_size(self, size: int, place: str, unit: str) -> None:
+        """Raise ApiError for a prompt that is certainly too long, before it is encoded."""
+        if size > self.max_bytes:
+            raise self.refuse_long(place, f"{size:,} {unit}")
+
+    def refuse_long(self, place: str, found: str) -> ApiError:
+        """Make the error for a prompt that is too long."""
+        problem = f"{place}: too long: {found}; model_max_length is {self.max_length:,} tokens"
+        return ApiError(400, problem, place, "context_length_exceeded")
+
+    @property
+    def max_bytes(self) -> int:
+        """The size of the largest prompt that is encoded."""
+        return self.max_length * MAX_BYTES_PER_TOKEN
+
+
+@dataclass(frozen=True)
+class TextModel(ServedModel):
+    """A model that writes text.
+
+    Args:
+        defaults: decoding options for fields that a request leaves out.
+        longest: limit on the tokens of a reply.
+        compiler: of constraints on replies.
+        constraint: of replies to requests without a constraint; None: they are free.
+    """
+
+    prompts: Prompts
+    defaults: DecodingOptions
+    longest: int
+    compiler: Compiler
+    constraint: Constraint | None = None
+
+    @property
+    def max_length(self) -> int:
+        return self.prompts.max_length
 
     def read_prompts(self, request: GenerationRequest) -> Iterator[Prompt]:
         """Encode the prompts of a request, one at a time. Raises ApiError for a prompt that can't get a reply."""
@@ -68,7 +113,7 @@ class ServedModel:
 
     def read_targets(self, request: ScoreRequest) -> list[list[int]]:
         """Encode the targets of a request as in training. Raises ApiError if they are too long."""
-        self._check_size(sum(map(_count_bytes, request.targets)), "targets", "bytes")
+        self.check_size(sum(map(_count_bytes, request.targets)), "targets", "bytes")
         encoded = encode_answers(request.targets, self.prompts.template, self.prompts.encoder)
         targets = [ids.tolist() for ids in encoded]
         if (number := sum(map(len, targets))) > MAX_TARGET_TOKENS:
@@ -122,14 +167,14 @@ class ServedModel:
     def _read_messages(self, request: ChatRequest) -> Prompt:
         system, turns = request.split_messages()
         needed = _count_bytes(system or "") + _count_bytes(turns[-1].text)
-        self._check_size(needed, "messages", "bytes in the system and the last message")
+        self.check_size(needed, "messages", "bytes in the system and the last message")
         recent = self._drop_oldest(turns)
         prompt = self._check_prompt(self.prompts.encode(recent, system), "messages")
         return replace(prompt, dropped_turns=prompt.dropped_turns + len(turns) - len(recent))
 
     def _drop_oldest(self, turns: list[Turn]) -> list[Turn]:
         """Drop the oldest turns that can't fit. The remaining turns begin with the user's."""
-        room, count = self._max_bytes, 0
+        room, count = self.max_bytes, 0
         for turn in reversed(turns):
             room -= max(_count_bytes(turn.text), MAX_BYTES_PER_TOKEN)  # each turn takes at least one token
             if room < 0:
@@ -139,33 +184,72 @@ class ServedModel:
 
     def _read_prompt(self, prompt: str | list[int], place: str) -> Prompt:
         if isinstance(prompt, str):
-            self._check_size(_count_bytes(prompt), place, "bytes")
+            self.check_size(_count_bytes(prompt), place, "bytes")
             return self._check_prompt(self.prompts.encode_text(prompt), place)
-        self._check_size(len(prompt), place, "ids")
+        self.check_size(len(prompt), place, "ids")
         size = len(self.prompts.tokenizer)
         unknown = next((index for index in prompt if not 0 <= index < size), None)
         if unknown is not None:
             raise ApiError(400, f"{place}: {unknown}: the tokenizer has no such id; it has {size:,} tokens", place)
         return self._check_prompt(self.prompts.make_prompt(prompt), place)
 
-    def _check_size(self, size: int, place: str, unit: str) -> None:
-        if size > self._max_bytes:
-            problem = f"{place}: too long: {size:,} {unit}; model_max_length is {self.prompts.max_length:,} tokens"
-            raise ApiError(400, problem, place, "context_length_exceeded")
-
-    @property
-    def _max_bytes(self) -> int:
-        return self.prompts.max_length * MAX_BYTES_PER_TOKEN
-
     def _check_prompt(self, prompt: Prompt, place: str) -> Prompt:
         if not self.engine.can_read(prompt.ids):
             problem = f"{place}: nothing to reply to: {self.engine.name} needs at least one token that isn't special"
             raise ApiError(400, problem, place)
         if prompt.cut_tokens:
-            limit = f"model_max_length is {self.prompts.max_length:,} tokens"
             what = "the system and the last message don't fit" if place == "messages" else f"it has {len(prompt.ids):,}"
-            raise ApiError(400, f"{place}: too long: {what}; {limit}", place, "context_length_exceeded")
+            raise self.refuse_long(place, what)
         return prompt
+
+
+@dataclass(frozen=True)
+class LabelModel(ServedModel):
+    """A model that predicts labels."""
+
+    reader: SourceReader
+
+    @property
+    def max_length(self) -> int:
+        return self.reader.max_length
+
+    def to_body(self) -> dict[str, Any]:
+        task = self.reader.task
+        return {**super().to_body(), "objective": task.objective, "labels": list(task.names)}
+
+    def read_sources(self, request: ClassifyRequest) -> Iterator[Source]:
+        """Encode the inputs of a request, one at a time. Raises ApiError for an input that can't get labels."""
+        for number, text in enumerate(request.input):
+            place = f"input[{number}]" if len(request.input) > 1 else "input"
+            self.check_size(_count_bytes("".join(text)), place, "bytes")
+            try:
+                source = self.reader.read(text)
+            except SettingsError as error:
+                raise ApiError(400, f"{place}: {error}", place) from error
+            if source.cut_tokens:
+                raise self.refuse_long(place, f"it has {len(source.example.source_S) + source.cut_tokens:,}")
+            yield source
+
+    def describe(self, index: int, source: Source, logits: Logits) -> dict[str, Any]:
+        """Describe the prediction for an input."""
+        task, found = self.reader.task, self.reader.describe(source, logits)
+        predicted, probabilities = found["prediction"], found.get("probabilities", {})
+        item: dict[str, Any] = {"index": index, "label": None, "probs": [], "num_classes": len(task.names)}
+        if task.per_token:
+            name = "value" if task.objective == "regress" else "label"
+            scores = [{"score": score} for score in probabilities] or [{}] * len(predicted)
+            words = zip(source.words, predicted, scores, strict=True)
+            item["tokens"] = [
+                {"word": word.text, name: value, **score, "start": word.start, "end": word.end}
+                for word, value, score in words
+            ]
+        elif task.objective == "regress":
+            item["value"] = predicted
+        else:
+            item |= {"label": max(probabilities, key=probabilities.get), "probs": list(probabilities.values())}
+            if task.several:
+                item["labels"] = predicted
+        return item
 
 
 def _count_bytes(text: str) -> int:

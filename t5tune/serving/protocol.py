@@ -61,6 +61,8 @@ NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = {
     "top_k": (-1, 0),
     "min_p": (0,),
     "repetition_penalty": (1,),
+    **dict.fromkeys(("add_special_tokens", "use_activation"), (True,)),
+    "priority": (0,),
 }
 # the same for the fields of a message; clients send our replies back with all their fields
 NEUTRAL_IN_MESSAGES: Mapping[str, tuple[Any, ...]] = {
@@ -130,6 +132,20 @@ def _read_prompts(value: Any) -> Any:
         if not isinstance(prompt, str) and not (isinstance(prompt, list) and prompt and _are_ids(prompt)):
             raise ValueError(f"expected a text or a list of ids at index {number}")
     return prompts
+
+
+def _read_inputs(value: Any) -> Any:
+    """Read any form of the field as a list whose items are texts or lists of words."""
+    inputs = [value] if isinstance(value, str) else value
+    if not isinstance(inputs, list) or not inputs or not all(map(_is_input, inputs)):
+        raise ValueError("expected a text, a list of texts, or a list of lists of words")
+    return inputs
+
+
+def _is_input(value: Any) -> bool:
+    if isinstance(value, list) and value:
+        return all(isinstance(word, str) for word in value)
+    return isinstance(value, str)
 
 
 def _are_ids(values: list[Any]) -> bool:
@@ -326,6 +342,13 @@ class ScoreRequest(_Body):
         if self.messages:
             return ChatRequest(model=self.model, messages=self.messages)
         return CompletionRequest(model=self.model, prompt=self.prompt)
+
+
+class ClassifyRequest(_Body):
+    """Texts to be labeled, or lists of words."""
+
+    model: Annotated[str, Field(min_length=1)]
+    input: Annotated[list[str | list[str]], BeforeValidator(_read_inputs)]
 
 
 def parse_body(body: bytes, kind: type[Body]) -> Body:

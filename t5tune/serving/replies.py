@@ -14,7 +14,7 @@ from t5tune.serving.batching import QueueFull
 from t5tune.serving.computing import Batcher, DeviceLost
 from t5tune.serving.generation import DecodingOptions, FinishReason, Generation
 from t5tune.serving.logprobs import TokenLog
-from t5tune.serving.models import ServedModel
+from t5tune.serving.models import TextModel
 from t5tune.serving.protocol import ApiError, ChatRequest, GenerationRequest
 
 SECONDS_TO_RETRY = "1"
@@ -36,7 +36,7 @@ class Replies:
     """The replies to one request while they are generated."""
 
     request: GenerationRequest
-    model: ServedModel
+    model: TextModel
     prompts: list[Prompt]
     options: DecodingOptions
     batcher: Batcher
@@ -153,6 +153,26 @@ class Replies:
     def _wake(self) -> None:
         self._is_woken = False
         self._news.set()
+
+
+class Ends:
+    """Waits for the ends of generations, which are notified in other threads."""
+
+    def __init__(self) -> None:
+        self._loop, self._news = asyncio.get_running_loop(), asyncio.Event()
+
+    def notify(self) -> None:
+        with suppress(RuntimeError):  # the event loop has ended
+            self._loop.call_soon_threadsafe(self._news.set)
+
+    async def wait(self, generations: Sequence[Generation]) -> None:
+        """Wait until all have ended. Raises ApiError if one ended with an error."""
+        while any(generation.ended is None for generation in generations):
+            await self._news.wait()
+            self._news.clear()
+        for generation in generations:
+            if isinstance(generation.ended, T5TuneError):
+                raise explain(generation.ended)
 
 
 def submit(batcher: Batcher, generations: Sequence[Generation]) -> None:

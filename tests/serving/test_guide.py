@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -17,6 +18,7 @@ from t5tune.serving.metrics import Metrics
 from t5tune.serving.protocol import IGNORED_FIELDS
 from t5tune.settings import ServeSettings, load_settings
 from tests.serving.conftest import StartServer
+from tests.support.label_runs import train_labels
 from tests.support.paths import REPOSITORY
 from tests.support.processes.command_line import parse_words
 
@@ -37,13 +39,26 @@ def find_blocks(language: str, text: str = TEXT) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
-def test_curl_gets_a_reply(server: Server) -> None:
+def run_curl(server: Server, path: str) -> Any:
+    """Run the page's command that asks a path, and return the answer."""
     if shutil.which("curl") is None:
         pytest.skip("curl isn't installed")
-    (block,) = (block for block in find_blocks("sh") if block.startswith("curl"))
+    (block,) = (block for block in find_blocks("sh") if block.startswith(f"curl {ADDRESS}{path} "))
     words = shlex.split(block.replace("\\\n", " ").replace(ADDRESS, server.url))
     done = subprocess.run([*words, "--silent", "--fail"], capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout)["choices"][0]["message"]["content"]
+    return json.loads(done.stdout)
+
+
+def test_curl_gets_a_reply(server: Server) -> None:
+    assert run_curl(server, "/v1/chat/completions")["choices"][0]["message"]["content"]
+
+
+def test_curl_gets_labels_with_the_listed_keys(untied_base: Path, start: StartServer, tmp_path: Path) -> None:
+    server = start({"films": str(train_labels(untied_base, tmp_path, "classify")), "base": "pocket"})
+    items = run_curl(server, "/v1/classify")["data"]
+    assert len(items) == 2
+    listed = re.findall(r"^\| `(\w+)` \|", TEXT.partition("### Labels")[2].partition("### Errors")[0], re.MULTILINE)
+    assert set(listed) - {"labels", "value", "tokens"} == items[0].keys()
 
 
 def test_the_openai_client_prints_a_reply_twice(server: Server, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 
-from t5tune.commands.chat import Chatter
+from t5tune.cli.chat import format_labeling
+from t5tune.commands.chat import Chatter, Labeler
 from t5tune.data.reading.formats import Turn
 from t5tune.settings import ChatSettings
 from tests.serving.conftest import StartServer
+from tests.support.label_runs import ORDERS, train_labels
 from tests.support.servers.browser import Browser, Page
 
 pytestmark = pytest.mark.slow
@@ -77,6 +79,36 @@ def test_two_models_reply_side_by_side_with_separate_histories(
     }
     assert {url.removeprefix(server.url) for url in asked} == {"/", "/v1/models", "/v1/chat/completions"}
     assert not list_problems(browser)
+
+
+def test_the_page_shows_labels_as_chat_does(
+    untied_base: Path, start: StartServer, browser: Browser, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    kinds = ("classify", "several", "tag", "regress", "numbers")
+    runs = {kind: train_labels(untied_base, tmp_path_factory.mktemp(kind), kind) for kind in kinds}
+    server = start({**{kind: str(run) for kind, run in runs.items()}, "text": "pocket"}, engine="transformers")
+    browser.events.clear()
+    page = browser.open(server.url)
+    wait_for_models(page, 6)
+    page.evaluate("choices[1].value = 'text'; choices[1].dispatchEvent(new Event('change'))")
+    for kind, run in runs.items():
+        page.evaluate(f"choices[0].value = '{kind}'; choices[0].dispatchEvent(new Event('change'))")
+        page.type("#message", ORDERS[0])
+        wait_for_replies(page, 1)
+        assert len(read_bubbles(page, 1)[1]) > 0
+        shown, labels = read_bubbles(page, 0)
+        assert shown == ORDERS[0]
+        labeler = Labeler.load(ChatSettings(model_name_or_path=str(run), use_cpu=True))
+        expected = format_labeling(labeler.label(ORDERS[0])).split()
+        assert [*map(show_number, labels.split())] == [*map(show_number, expected)]
+    assert not list_problems(browser)
+
+
+def show_number(word: str) -> str:
+    try:
+        return f"{float(word):.4g}"
+    except ValueError:
+        return word
 
 
 def test_the_page_asks_for_the_key_and_shows_errors(

@@ -13,6 +13,7 @@ from t5tune.checkpoints.adapter_folder import is_adapter
 from t5tune.checkpoints.base import find_model, read_config
 from t5tune.checkpoints.fingerprint import are_settled, read_stats
 from t5tune.checkpoints.model_folder import is_converted
+from t5tune.checkpoints.training_data import read_label_task
 from t5tune.commands.serve.convert_model import CTranslate2Fails, convert, convert_in_process
 from t5tune.compat.ctranslate2_patches import CUBLAS_PACKAGE, load_cublas
 from t5tune.constraints.compiler import Compiler
@@ -21,6 +22,7 @@ from t5tune.converting.generation_config import describe_lost_settings, read_gen
 from t5tune.errors import ModelError, SettingsError, naming_settings
 from t5tune.families import CTRANSLATE2, find_family
 from t5tune.formatting import shorten
+from t5tune.inference.label_sources import make_reader
 from t5tune.inference.loading import (
     ModelFiles,
     choose_family,
@@ -38,6 +40,7 @@ from t5tune.model.load import load_base
 from t5tune.progress import Event, Note, Report
 from t5tune.runs.checkpoints import replace_stopped_runs
 from t5tune.settings import ServeSettings
+from t5tune.settings.calls import refuse_changed
 from t5tune.settings.groups.base import InferenceSettings
 from t5tune.settings.groups.constraints import CONSTRAINTS
 
@@ -51,11 +54,9 @@ OF_WEIGHTS = "default"  # CTranslate2's name for the type of a converted model's
 WITH_FLOAT32 = {
     "bfloat16": "float32", "float16": "float32", "int8_bfloat16": "int8_float32", "int8_float16": "int8_float32",
 }  # fmt: skip
+OF_TEXT = ("max_new_tokens", "temperature", "top_p", "conversation_template", *CONSTRAINTS)
 # engines depend on all settings except these settings of prompts and replies, and `needs_restart`
-OF_REPLIES = {
-    "models", "max_new_tokens", "temperature", "top_p", "source_prefix", "conversation_template", "model_max_length",
-    *CONSTRAINTS,
-}  # fmt: skip
+OF_REPLIES = {"models", "source_prefix", "model_max_length", *OF_TEXT}
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class _FoundModel:
     precision: Precision | None
     reason: str | None
     with_ctranslate2: bool
+    predicts_labels: bool = False
 
 
 class ModelLoader:
@@ -96,6 +98,8 @@ class ModelLoader:
         read_constraint(self._settings, None)  # raises before a model is loaded
         # all are found before the first is converted, which may take minutes
         found = {name: self._find(name, model) for name, model in self._settings.named_models.items()}
+        if all(model.predicts_labels for model in found.values()):
+            refuse_changed(self._settings, OF_TEXT, "no served model writes text")
         models = {name: self._load(name, files) for name, files in found.items()}
         self._earlier = {}  # frees what isn't used any more
         return models
@@ -116,11 +120,15 @@ class ModelLoader:
         base, engine = Path(settings.model_name_or_path), self._settings.engine
         trained = read_trained_precision(base, settings.adapter)
         precision = resolve_precision(select_precision(settings), trained, self._device, report)
-        reason = None if engine == "transformers" else self._find_obstacle(base, settings.family, precision, trained)
+        predicts_labels, reason = read_label_task(settings.adapter or base) is not None, None
+        if engine != "transformers" and predicts_labels:
+            reason = "it predicts labels"
+        elif engine != "transformers":
+            reason = self._find_obstacle(base, settings.family, precision, trained)
         if reason is not None:
             self._check_fallback(name, reason)
         with_ctranslate2 = engine != "transformers" and reason is None
-        return _FoundModel(base, settings, precision, reason, with_ctranslate2)
+        return _FoundModel(base, settings, precision, reason, with_ctranslate2, predicts_labels)
 
     def _load(self, name: str, found: "_FoundModel") -> "ServedModel":
         report = self._name_notes(name)
@@ -294,7 +302,7 @@ class ModelLoader:
     def _load_with_transformers(
         self, name: str, settings: InferenceSettings, precision: Precision, report: Report
     ) -> "tuple[Engine, ModelFiles]":
-        from t5tune.serving.engines import TransformersEngine
+        from t5tune.serving.engines import LabelEngine, TransformersEngine
 
         # PEFT subtracts some initializations from the base's weights
         adapter = settings.adapter
@@ -303,7 +311,12 @@ class ModelLoader:
         load = partial(self._bases.load, files=files) if is_plain else load_base
         self._report_other_precision(name, settings, precision, report)
         loaded = load_for_inference(settings, report, self._device, load_base=load, precision=precision)
-        engine = TransformersEngine(loaded.model, loaded.tokenizer.eos_token_id, loaded.tokenizer.pad_token_id)
+        pad_token_id = loaded.tokenizer.pad_token_id
+        engine: Engine
+        if loaded.label_task is not None:
+            engine = LabelEngine(loaded.model, pad_token_id)
+        else:
+            engine = TransformersEngine(loaded.model, loaded.tokenizer.eos_token_id, pad_token_id)
         _try_one_token(engine, loaded)
         return engine, loaded
 
@@ -319,9 +332,12 @@ class ModelLoader:
 
     def _make_model(self, name: str, engine: "Engine", files: ModelFiles, report: Report) -> "ServedModel":
         from t5tune.serving.generation import DecodingOptions
-        from t5tune.serving.models import ServedModel
+        from t5tune.serving.models import LabelModel, TextModel
 
         settings = self._settings
+        if files.label_task is not None:
+            reader = make_reader(files, settings.source_prefix, settings.model_max_length, report)
+            return LabelModel(name, engine, reader)
         prompts = make_prompts(
             files, settings.conversation_template, settings.source_prefix, settings.model_max_length, report
         )
@@ -333,7 +349,7 @@ class ModelLoader:
         compiler = Compiler(files.tokenizer, engine.num_rows, sorted(engine.stop_ids), prompts.template.answer_suffix)
         if (constraint := read_constraint(settings, files.json_schema)) is not None:
             compiler.start(constraint)  # raises now, not for each request
-        return ServedModel(name, engine, prompts, defaults, longest, compiler, constraint)
+        return TextModel(name, engine, prompts, defaults, longest, compiler, constraint)
 
 
 def _try_one_token(engine: "Engine", files: ModelFiles) -> None:

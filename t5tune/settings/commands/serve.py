@@ -115,7 +115,8 @@ class ServeSettings(
     max_replies: int = Field(
         default=128,
         gt=0,
-        description="Maximum number of replies to a request: its prompts times n; more are refused with status 400.",
+        description="Maximum number of replies to a request, its prompts times n, or of its texts to label; more are "
+        "refused with status 400.",
     )
     max_queue: int = Field(
         default=256, gt=0, description="Maximum number of waiting replies; more are refused with status 429."
