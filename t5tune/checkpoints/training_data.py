@@ -195,7 +195,8 @@ def _read_from_adapter(folder: Path) -> LabelTask | None:
 def _make_task(names: list[str], problem: Any) -> LabelTask:
     if problem == "regression" or len(names) == 1:
         return LabelTask("regress", True, False, (), "text")
-    return LabelTask("tag", True, problem == "multi_label_classification", tuple(names), "text")
+    # other problem types have no effect: the loss of this class of transformers is for one label per token
+    return LabelTask("tag", True, False, tuple(names), "text")
 
 
 def check_same_labels(folder: Path, task: LabelTask | None, setting: str) -> None:

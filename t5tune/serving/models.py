@@ -5,7 +5,6 @@ labels are additions.
 """
 
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -39,17 +38,13 @@ MAX_CONSTRAINT_LENGTH = 64 << 10  # of a request; longer schemas take seconds to
 
 
 @dataclass(frozen=True)
-class ServedModel(ABC):
-    """A loaded model."""
+class ServedModel:
+    """A loaded model. `max_length`: of a source, in tokens."""
 
     name: str
     engine: Engine
+    max_length: int
     created: int = field(default_factory=lambda: int(time.time()), init=False)
-
-    @property
-    @abstractmethod
-    def max_length(self) -> int:
-        """The maximum length of a source, in tokens."""
 
     @property
     def fingerprint(self) -> str:
@@ -92,10 +87,6 @@ class TextModel(ServedModel):
     longest: int
     compiler: Compiler
     constraint: Constraint | None = None
-
-    @property
-    def max_length(self) -> int:
-        return self.prompts.max_length
 
     def read_prompts(self, request: GenerationRequest) -> Iterator[Prompt]:
         """Encode the prompts of a request, one at a time. Raises ApiError for a prompt that can't get a reply."""
@@ -208,10 +199,6 @@ class LabelModel(ServedModel):
     """A model that predicts labels."""
 
     reader: SourceReader
-
-    @property
-    def max_length(self) -> int:
-        return self.reader.max_length
 
     def to_body(self) -> dict[str, Any]:
         task = self.reader.task

@@ -337,7 +337,7 @@ class ModelLoader:
         settings = self._settings
         if files.label_task is not None:
             reader = make_reader(files, settings.source_prefix, settings.model_max_length, report)
-            return LabelModel(name, engine, reader)
+            return LabelModel(name, engine, settings.model_max_length, reader)
         prompts = make_prompts(
             files, settings.conversation_template, settings.source_prefix, settings.model_max_length, report
         )
@@ -349,7 +349,8 @@ class ModelLoader:
         compiler = Compiler(files.tokenizer, engine.num_rows, sorted(engine.stop_ids), prompts.template.answer_suffix)
         if (constraint := read_constraint(settings, files.json_schema)) is not None:
             compiler.start(constraint)  # raises now, not for each request
-        return TextModel(name, engine, prompts, defaults, longest, compiler, constraint)
+        max_length = settings.model_max_length
+        return TextModel(name, engine, max_length, prompts, defaults, longest, compiler, constraint)
 
 
 def _try_one_token(engine: "Engine", files: ModelFiles) -> None:
