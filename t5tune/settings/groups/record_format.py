@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from encodings.aliases import aliases
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
@@ -41,10 +41,14 @@ Columns = Annotated[
     NoneIfUnset,
 ]
 """A column's name, or a list of several; names aren't split, since they may contain commas and spaces."""
-LabelNames = Annotated[
-    list[Annotated[str, BeforeValidator(lambda name: str(name) if type(name) is int else name)]],
-    BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
-]
+
+
+def _list_names(value: Any) -> Any:
+    names = value if isinstance(value, list | tuple) else [value]
+    return [str(name) if type(name) is int else name for name in names]
+
+
+LabelNames = Annotated[list[str], BeforeValidator(_list_names)]
 """Names of labels, or whole numbers; names aren't split at commas or spaces."""
 # text encodings of Python that no file is saved in
 NOT_OF_FILES = {"idna", "punycode", "undefined", "unicode-escape", "raw-unicode-escape", "charmap"}
