@@ -15,7 +15,7 @@ from t5tune.checkpoints.tokenizer_files import (
 )
 from t5tune.data.labels import LabelTask
 from t5tune.families import find_family
-from t5tune.families.encoder import make_encoder
+from t5tune.families.encoder import find_encoder_class
 from t5tune.file_names import (
     ADAPTER_BIN_FILE,
     ADAPTER_CONFIG_FILE,
@@ -97,7 +97,8 @@ def write_config(
     if task is None:
         model_family.architecture.set_tied(config, tied)
     else:
-        config |= make_encoder(model_family.bind(config), task).describe_head()
+        encoder_class = find_encoder_class(model_family.architecture, task.objective)
+        config |= encoder_class(model_family.complete_config(config), task).describe_head()
     if dtype is not None:
         # older releases of transformers read torch_dtype, newer ones dtype
         config["torch_dtype"] = config["dtype"] = TORCH_NAMES[dtype]

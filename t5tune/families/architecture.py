@@ -117,10 +117,6 @@ class Architecture(ABC):
         """Return the shapes of weights that start at zero if the files lack them, by name."""
         return {}
 
-    def describe_head(self) -> dict[str, Any]:
-        """Return the values of config.json that describe a head of labels."""
-        return {}
-
     def expand_target_modules(self, names: list[str]) -> list[str]:
         """Replace names of groups with their linear layers, each once: attention -> q, k, v, o."""
         expanded = (self.linear_layers.get(name.replace("_", "-"), (name,)) for name in names)

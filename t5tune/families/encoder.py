@@ -50,6 +50,7 @@ class Encoder(Architecture):
         super().__init__({**config, **self.describe_head()})
 
     def describe_head(self) -> dict[str, Any]:
+        """Return the values that config.json gets."""
         names = self.task.names or ("LABEL_0",)
         return {
             "architectures": [self.class_name],
