@@ -45,7 +45,7 @@ def list_next_steps(settings: Settings, result: Any) -> list[tuple[str, str]]:
         case MergeSettings() if settings.to == "checkpoint":
             commands = _follow_merge(result.checkpoint)
         case EvaluateSettings():
-            commands = _follow_evaluate(settings)
+            commands = _follow_evaluate(settings, writes_text=result.perplexity is not None)
         case _:
             commands = iter(())
     steps = [("next" if number == 0 else "", shlex.join(["t5tune", *words])) for number, words in enumerate(commands)]
@@ -83,11 +83,11 @@ def _follow_merge(checkpoint: Path) -> Iterator[list[str]]:
     yield ["evaluate", str(checkpoint), "--data-path", "HELD_OUT.jsonl"]
 
 
-def _follow_evaluate(settings: EvaluateSettings) -> Iterator[list[str]]:
+def _follow_evaluate(settings: EvaluateSettings, writes_text: bool) -> Iterator[list[str]]:
     model = settings.model_name_or_path
     yield ["chat", model, *_repeat_given(settings, MODEL_FLAGS)]
     is_adapter = settings.adapter is not None or _contains_adapter(Path(model))
-    if is_adapter and not settings.compare_base and not list_without_flags(settings):
+    if is_adapter and writes_text and not settings.compare_base and not list_without_flags(settings):
         again = settings.model_copy(update={"data_path": _name_data(settings.data_path)})
         names = tuple(name for name in EvaluateSettings.model_fields if name not in NOT_REPEATED)
         yield ["evaluate", model, *_repeat_given(again, names), "--compare-base"]

@@ -11,6 +11,7 @@ from typing import Any
 
 from t5tune.commands.evaluate.result import (
     PREDICTIONS_FILE,
+    SCORES,
     EvaluateResult,
     choose_folder,
     write_given_settings,
@@ -42,10 +43,6 @@ NOT_OF_LABELS = (
     "add_tokens", "conversation_template",
 )  # fmt: skip
 """Settings of a model that writes texts."""
-FIXED = (
-    "perplexity", "bits_per_character", "exact_match", "rouge1", "rouge2", "rougeL", "bleu", "chrf", "chrf_pp",
-    "valid_json", "field_f1", "accuracy", "macro_f1", "mcc", "ece",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -135,7 +132,7 @@ def _make_result(
     started: float,
 ) -> EvaluateResult:
     by_dataset = {name: {"examples": len(indices), **scored[name][0]} for name, indices in data.datasets}
-    values: dict[str, Any] = {**dict.fromkeys(FIXED), **scores}
+    values: dict[str, Any] = {**dict.fromkeys(SCORES), **scores}
     return EvaluateResult(
         predictions=folder / PREDICTIONS_FILE,
         examples=len(data.examples),

@@ -7,13 +7,16 @@ from typing import Any
 from t5tune.data.reading.remote_files import hide_data_queries
 from t5tune.file_names import SCORES_FILE
 from t5tune.io.atomic import find_unused_folder, write_json
-from t5tune.label_metrics import LabelTable
+from t5tune.label_metrics import HEAD_METRICS, LabelTable
+from t5tune.metrics import METRICS
 from t5tune.settings import EvaluateSettings, write_settings
 from t5tune.settings.affects import Affects, select_settings
 
 PREDICTIONS_FILE = "predictions.jsonl"
 ALWAYS_SAVED = ("model_name_or_path", "adapter", "data_path", "max_new_tokens", "num_beams", "bf16", "q_lora")
 """Settings that scores.json always contains, even if they have their default values."""
+SCORES = tuple(dict.fromkeys(("perplexity", "bits_per_character", *METRICS, *HEAD_METRICS)))
+"""The scores, besides the loss. None: it doesn't fit the examples."""
 EXAMPLE_SETTINGS = {*select_settings(EvaluateSettings, Affects.CACHE), "conversation_template"} - {"num_data"}
 """Settings that determine the examples in a token cache, except those that evaluate can apply to a cache."""
 
@@ -56,6 +59,13 @@ class EvaluateResult:
     accuracy: float | None
     macro_f1: float | None
     mcc: float | None
+    micro_f1: float | None
+    entity_f1: float | None
+    entity_precision: float | None
+    entity_recall: float | None
+    spearman: float | None
+    pearson: float | None
+    rmse: float | None
     ece: float | None
     recall: dict[str, float] | None
     custom_metrics: dict[str, float]
@@ -65,13 +75,6 @@ class EvaluateResult:
     signatures: dict[str, str]
     datasets: dict[str, dict[str, float]] | None = None
     labels: dict[str, LabelTable] | None = None
-    micro_f1: float | None = None
-    entity_f1: float | None = None
-    entity_precision: float | None = None
-    entity_recall: float | None = None
-    spearman: float | None = None
-    pearson: float | None = None
-    rmse: float | None = None
 
 
 def choose_folder(settings: EvaluateSettings) -> Path:

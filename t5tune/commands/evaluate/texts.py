@@ -12,6 +12,7 @@ import numpy as np
 
 from t5tune.commands.evaluate.result import (
     PREDICTIONS_FILE,
+    SCORES,
     EvaluateResult,
     choose_folder,
     write_given_settings,
@@ -42,7 +43,7 @@ from t5tune.io.atomic import (
     write_folder_atomically,
 )
 from t5tune.label_metrics import ALL, LABEL_METRICS
-from t5tune.metrics import METRICS, choose_metrics, describe_signatures
+from t5tune.metrics import choose_metrics, describe_signatures
 from t5tune.model.device import use_gpu_kernels
 from t5tune.progress import Note, Report
 from t5tune.reports.page import render_labels, write_page
@@ -165,7 +166,7 @@ def finish(
         by_dataset = score_datasets(task.chosen, task.settings.metrics, functions, outcomes, predictions, report)
     if labels := tabulate_labels(task.chosen, predictions[0], {ALL: built_in[0], **(by_dataset or {})}):
         write_page(task.folder / REPORT_FILE, str(task.folder), render_labels(labels))
-    fixed = ("loss", "perplexity", "bits_per_character", *METRICS, "ece")
+    fixed = ("loss", *SCORES)
     result = EvaluateResult(
         predictions=task.folder / PREDICTIONS_FILE,
         examples=len(task.chosen.targets),
