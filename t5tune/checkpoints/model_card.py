@@ -6,8 +6,8 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from t5tune.data.labels import LabelTask
 from t5tune.errors import CheckpointError
+from t5tune.families.encoder import Task
 from t5tune.file_names import MIXTURE_FILE, RESULT_FILE, RUN_CACHE_FOLDER
 from t5tune.formatting import format_count
 from t5tune.hub.names import is_published
@@ -22,7 +22,7 @@ DATASET_COUNTS = {"examples", "share", "examples_per_epoch"}  # in a result, bes
 LISTED_SETTINGS = ("learning_rate", "per_device_train_batch_size", "model_max_length", "q_lora", "seed")
 
 
-def build_adapter_card(config: Mapping[str, Any], training: str = "", labels: LabelTask | None = None) -> str:
+def build_adapter_card(config: Mapping[str, Any], training: str = "", labels: Task | None = None) -> str:
     """Build an adapter's README.md; `training` has lines about data and settings."""
     base = config.get("base_model_name_or_path") or "BASE"
     targets = config.get("target_modules") or []
@@ -61,14 +61,14 @@ tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
 """
 
 
-def _describe_files(labels: LabelTask | None) -> str:
+def _describe_files(labels: Task | None) -> str:
     text = "Use the tokenizer in this folder, not the base model's: the adapter was trained with it."
     if labels is None:
         return f"{text} `template.yaml` is the\nconversation template. "
     return f"{text} `training_data.json` has\nthe labels in the order of the logits. "
 
 
-def _build_label_lines(labels: LabelTask | None) -> str:
+def _build_label_lines(labels: Task | None) -> str:
     """Build the lines that compute logits: of each token, or of each text, which are the mean over its tokens."""
     if labels is None:
         return ""
@@ -212,7 +212,7 @@ def build_merged_card(
     kind: str,
     converters: Sequence[str],
     training: str = "",
-    labels: LabelTask | None = None,
+    labels: Task | None = None,
 ) -> str:
     """Build the README.md of a merged or converted checkpoint.
 

@@ -19,10 +19,12 @@ from t5tune.families.t5gemma import T5Gemma
 
 
 class Task(Protocol):
-    """The attributes of data.labels.LabelTask that an encoder needs."""
+    """The attributes of data.labels.LabelTask that this package needs, which imports no settings."""
 
     @property
     def objective(self) -> str: ...
+    @property
+    def per_token(self) -> bool: ...
     @property
     def names(self) -> tuple[str, ...]: ...
     @property
