@@ -298,7 +298,8 @@ def build_matrix() -> Iterator[str]:
 
 def find_state(name: str, key: str) -> State:
     """Return the text of a column's cell for a model type."""
-    if name in CONVERTERS and name not in FAMILIES[key].converters:
+    has_none = name in CONVERTERS and name not in FAMILIES[key].converters
+    if has_none or (name == "labels" and key in COLUMNS[name].reasons):
         return "no"
     return COLUMNS[name].state
 

@@ -17,7 +17,7 @@ from t5tune.commands.prepare import prepare
 from t5tune.commands.train import train
 from t5tune.errors import DataError, ModelError, SettingsError
 from t5tune.inference.loading import load_for_inference
-from t5tune.label_metrics import LABEL_METRICS
+from t5tune.label_metrics import HEAD_METRICS
 from t5tune.metrics import choose_metrics, score
 from t5tune.preparing import sample
 from t5tune.progress import Event, Note
@@ -420,7 +420,7 @@ def test_the_command_prints_one_json_object_and_numbers_its_folders(
     first = t5tune_in_fork(*arguments, "--json", cwd=tmp_path)
     second = t5tune_in_fork(*arguments, cwd=tmp_path)
     assert first.code == second.code == 0
-    added = {"valid_json", "field_f1", "ece", "recall", "custom_metrics", "base", "datasets", "labels", *LABEL_METRICS}
+    added = {"valid_json", "field_f1", "ece", "recall", "custom_metrics", "base", "datasets", "labels", *HEAD_METRICS}
     assert set(first.json) == {*METRICS, *added, "predictions", "seconds", "cut_off", "signatures"}
     assert first.json["predictions"] == "evaluation/predictions.jsonl"
     assert second.stdout.strip() == "evaluation.1/predictions.jsonl"
