@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
-from t5tune.checkpoints.training_data import read_training_data
+from t5tune.checkpoints.training_data import read_label_task, read_training_data
 from t5tune.commands.evaluate.labels import check_settings, evaluate_labels
 from t5tune.commands.evaluate.result import EXAMPLE_SETTINGS, EvaluateResult, choose_folder
 from t5tune.commands.evaluate.texts import finish, read_task, run_model
@@ -86,7 +86,6 @@ def evaluate(settings: EvaluateSettings, report: Report = silent) -> EvaluateRes
         folder, settings, pinned, datasets = run_on_rank_0(world, lambda: _prepare(settings, device, report))
         loaded = _load_model(pinned, device, report)
         if loaded.model.label_task is not None:
-            check_settings(settings)
             return evaluate_labels(settings, datasets, loaded, world, started, report)
         task = run_only_on_rank_0(world, lambda: read_task(settings, datasets, folder, loaded, report))
         work = broadcast_from_rank_0(None if task is None else task.make_work(world.size))
@@ -132,6 +131,8 @@ def _prepare(
     read_constraint(settings, None)  # raises before the model is loaded
     settings = replace_stopped_runs(settings, report)
     base, adapter = find_base_and_adapter(settings, without_notes(report))  # loading reports the notes later
+    if read_label_task(adapter or base) is not None:
+        check_settings(settings)
     if settings.overwrite:
         caches = [cache for path in map(Path, settings.data_path) if is_prepared(path) for cache in find_caches(path)]
         check_overwrite(folder, [base, *caches] if adapter is None else [base, adapter, *caches])

@@ -21,7 +21,7 @@ from t5tune.data.tokens.encoding import LabeledExample
 from t5tune.data.tokens.tokenizer import decode_reference
 from t5tune.distributed.collectives import broadcast_from_rank_0, run_on_rank_0, run_only_on_rank_0
 from t5tune.distributed.world import World
-from t5tune.errors import ModelError, SettingsError
+from t5tune.errors import ModelError
 from t5tune.evaluation.examples import EvaluationPlan, load_labeled_examples
 from t5tune.evaluation.labels import LabelOutcome, measure_labels
 from t5tune.file_names import REPORT_FILE
@@ -34,13 +34,14 @@ from t5tune.progress import Report
 from t5tune.reports.page import render_labels, write_page
 from t5tune.runs.data import find_held_out
 from t5tune.settings import EvaluateSettings
+from t5tune.settings.calls import refuse_changed
 from t5tune.settings.dataset_spec import SHARED, DatasetSpec
 from t5tune.settings.groups.base import BaseModelSettings
-from t5tune.settings.groups.constraints import ConstraintSettings
+from t5tune.settings.groups.constraints import CONSTRAINTS
 
 NOT_OF_LABELS = (
-    *ConstraintSettings.model_fields, "choices_by", "max_new_tokens", "num_beams", "metrics", "metric", "compare_base",
-    "add_tokens", "conversation_template",
+    *CONSTRAINTS, "choices_by", "max_new_tokens", "num_beams", "metrics", "metric", "compare_base", "add_tokens",
+    "conversation_template",
 )  # fmt: skip
 """Settings of a model that writes texts."""
 
@@ -67,11 +68,7 @@ def check_settings(settings: EvaluateSettings) -> None:
     Raises:
         SettingsError: one is set.
     """
-    for name in NOT_OF_LABELS:
-        field, value = EvaluateSettings.model_fields.get(name), getattr(settings, name, None)
-        if field is not None and value != field.get_default():
-            problem = f"{name}: {value}: {settings.model_name_or_path} predicts labels, and writes no text"
-            raise SettingsError(problem, hint="leave it out")
+    refuse_changed(settings, NOT_OF_LABELS, f"{settings.model_name_or_path} predicts labels, and writes no text")
 
 
 def evaluate_labels(
