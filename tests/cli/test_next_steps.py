@@ -16,7 +16,7 @@ from tests.support.processes.command_line import parse_words, t5tune_in_fork
 
 TRAIN = "--model-name-or-path base --output-dir run --data-path"
 PREPARE = ["prepare", "--model-name-or-path", "pocket", "--data-path", "pocket", "--output-dir", "cache"]
-SCORES = SimpleNamespace(predictions=Path("evaluation/predictions.jsonl"))
+SCORES = SimpleNamespace(predictions=Path("evaluation/predictions.jsonl"), perplexity=2.0)
 
 
 def follow_train(settings: TrainSettings) -> list[str]:
@@ -73,6 +73,13 @@ def test_the_comparison_repeats_a_given_default(words: str) -> None:
     line = find_comparison(settings)
     assert f" {words} " in line
     assert load_words(line, EvaluateSettings).model_fields_set == settings.model_fields_set | {"compare_base"}
+
+
+def test_no_comparison_with_an_encoder_that_predicts_labels() -> None:
+    labels = SimpleNamespace(predictions=SCORES.predictions, perplexity=None)  # the base has no trained head
+    settings = load_words("run --adapter tuned --data-path dev.csv", EvaluateSettings)
+    assert find_comparison(settings)
+    assert not [line for _, line in list_next_steps(settings, labels) if "--compare-base" in line]
 
 
 def test_the_comparison_does_not_repeat_a_precision_that_is_unset(tmp_path: Path) -> None:
