@@ -68,7 +68,7 @@ class GrammarCompiler:
             self._check_characters(constraint)
         rules = _write_rules(constraint)
         matcher = self._start(REPLY, rules, constraint)
-        allowed, drops_space = matcher.find_allowed(), self.spellings.drops_space
+        allowed, drops_space = matcher.fill_mask(matcher.matcher), self.spellings.drops_space
         if drops_space:
             allowed &= ~self.begins_with_space
         if not np.delete(allowed, self.stop_ids).any() and not matcher.is_complete:
@@ -136,12 +136,17 @@ class GrammarMatcher:
 
     def find_allowed(self) -> Allowed:
         compiler = self.compiler
-        allowed = self._fill_mask(self.matcher)
+        allowed = self.fill_mask(self.matcher)
         if self.with_space is not None or self.is_after_space:
             allowed &= ~compiler.begins_with_space
         if self.with_space is not None:
-            allowed |= self._fill_mask(self.with_space) & compiler.begins_with_space
+            allowed |= self.fill_mask(self.with_space) & compiler.begins_with_space
             allowed[compiler.never_first] = False
+        if not self.is_complete:
+            allowed[compiler.stop_ids] = False  # llguidance allows them where no token continues the reply
+            if not allowed.any():
+                problem = f"{self.place}: this tokenizer can't write what must come next in a reply"
+                raise SettingsError(problem, hint="train with --add-tokens auto, or change the constraint")
         if not self.was_silent and allowed.any():
             allowed[compiler.silent_ids] = True
         return allowed
@@ -164,7 +169,7 @@ class GrammarMatcher:
         self.is_after_space = is_first and compiler.spellings.later[index] == b" "
         return True
 
-    def _fill_mask(self, matcher: Any) -> Allowed:
+    def fill_mask(self, matcher: Any) -> Allowed:
         """Find the ids that llguidance allows next."""
         bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
         self._check(matcher)

@@ -293,7 +293,7 @@ class Service:
 
     async def _read_options(self, model: TextModel, request: GenerationRequest) -> DecodingOptions:
         if request.constraint_field is None:
-            return model.read_options(request, model.constraint)
+            return model.read_options(request, None if request.wants_text else model.constraint)
         run = partial(asyncio.get_running_loop().run_in_executor, self._compiler)
         constraint = await run(model.read_constraint, request)
         try:

@@ -50,7 +50,6 @@ NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = {
     "parallel_tool_calls": (True, False),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     **dict.fromkeys(("audio", "prediction", "reasoning_effort", "verbosity", "web_search_options"), ()),
     "suffix": ("",),
@@ -165,7 +164,7 @@ class NamedSchema(_Body):
 
 
 class ResponseFormat(_Body):
-    type: Literal["json_object", "json_schema"]
+    type: Literal["text", "json_object", "json_schema"]
     json_schema: NamedSchema | None = None
 
     @model_validator(mode="after")
@@ -219,12 +218,18 @@ class GenerationRequest(_Body):
     @property
     def constraint_field(self) -> str | None:
         """The field with the constraint; None: the request has no constraint."""
-        fields = ("response_format", "structured_outputs")
-        return next((name for name in fields if getattr(self, name) is not None), None)
+        if self.structured_outputs is not None:
+            return "structured_outputs"
+        return None if self.response_format is None or self.wants_text else "response_format"
+
+    @property
+    def wants_text(self) -> bool:
+        """Whether the request leaves out the server's constraint."""
+        return self.response_format is not None and self.response_format.type == "text"
 
     def read_constraint(self) -> Constraint | None:
         """Read the constraint of the request. Raises SettingsError for a list of answers with an empty one."""
-        if (given := self.response_format) is not None:
+        if (given := self.response_format) is not None and not self.wants_text:
             schema = {"type": "object"} if given.json_schema is None else given.json_schema.schema_
             return Constraint("json_schema", json.dumps(schema, ensure_ascii=False), "response_format")
         if (outputs := self.structured_outputs) is None:
@@ -241,7 +246,7 @@ class GenerationRequest(_Body):
 
     @model_validator(mode="after")
     def _check_constraints(self) -> Self:
-        if self.response_format is not None and self.structured_outputs is not None:
+        if self.response_format is not None and self.structured_outputs is not None and not self.wants_text:
             raise ValueError("response_format conflicts with structured_outputs; send only one of them")
         return self
 

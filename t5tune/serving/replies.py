@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from t5tune.errors import T5TuneError
+from t5tune.errors import SettingsError, T5TuneError
 from t5tune.inference.prompts import Prompt, ReplyText
 from t5tune.serving.answers import LAST_EVENT, Answer, Part, encode_event, make_usage
 from t5tune.serving.batching import QueueFull
@@ -187,7 +187,8 @@ def submit(batcher: Batcher, generations: Sequence[Generation]) -> None:
 
 
 def explain(error: T5TuneError) -> ApiError:
-    return ApiError(503 if isinstance(error, DeviceLost) else 500, str(error), code=type(error).__name__)
+    status = 503 if isinstance(error, DeviceLost) else 400 if isinstance(error, SettingsError) else 500
+    return ApiError(status, str(error), code=type(error).__name__)
 
 
 def _choose_seed(seed: int | None, number: int) -> int:

@@ -65,6 +65,19 @@ def test_too_many_states_end_a_reply_but_not_later_replies(
         assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("pattern", ["ab中c", "ab(中|é)"])
+def test_a_reply_that_no_token_can_continue_is_no_reply(pattern: str) -> None:
+    tokenizer = load_tokenizer(pocket_folder())
+    compiler, ids = Compiler(tokenizer, 1536, [1]), tokenizer.convert_tokens_to_ids(["a", "b"])
+    matcher = compiler.start(Constraint("regex", pattern, "regex"))
+    assert all(map(matcher.accept, ids))
+    with pytest.raises(SettingsError, match="^regex: this tokenizer can't write what must come next in a reply"):
+        matcher.find_allowed()
+    matcher = compiler.start(Constraint("regex", f"({pattern})?|abb?", "regex"))
+    assert all(map(matcher.accept, ids))
+    assert sorted(matcher.find_allowed().nonzero()[0]) == [1, ids[1]]
+
+
 @pytest.mark.parametrize(
     ("schema", "message"),
     [

@@ -193,6 +193,10 @@ def test_completions_have_log_probabilities_of_their_own_shape(client: openai.Op
         ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs: expected one of json,"),
         ({"structured_outputs": {"grammar": "start: x"}}, 'structured_outputs.grammar: line 1: unknown name: "x"'),
         (
+            {"structured_outputs": {"regex": "[a-z]中"}},
+            "structured_outputs.regex: this tokenizer can't write what must",
+        ),
+        (
             {"structured_outputs": {"regex": "a" * 70_000}},
             "structured_outputs.regex: 70,000 characters; at most 65,536",
         ),
@@ -207,6 +211,17 @@ def test_a_constraint_that_cannot_be_enforced_is_refused(
     with pytest.raises(openai.BadRequestError) as refused:
         reply(client, "run", MESSAGES[0], extra_body=body)
     assert refused.value.message.removeprefix("Error code: 400 - ").startswith(message), refused.value.message
+
+
+def test_a_request_for_text_leaves_out_the_servers_constraint(
+    chats: dict[str, Path], start: StartServer, server: Server, client: openai.OpenAI
+) -> None:
+    constrained = connect(start({"run": str(chats["run"])}, engine=server.address.models["run"], regex="[0-9]{3}"))
+    text: dict[str, Any] = {"response_format": {"type": "text"}}
+    assert re.fullmatch("[0-9]{3}", reply(constrained, "run", MESSAGES[0]))
+    assert reply(constrained, "run", MESSAGES[0], **text) == reply(client, "run", MESSAGES[0])
+    text["extra_body"] = {"structured_outputs": {"regex": "[a-z]{4}"}}
+    assert re.fullmatch("[a-z]{4}", reply(constrained, "run", MESSAGES[0], **text))
 
 
 def test_a_constraint_that_never_compiles_is_refused_alone(server: Server, client: openai.OpenAI) -> None:

@@ -102,7 +102,7 @@ def test_fields_that_ask_for_nothing_are_accepted() -> None:
     plain = parse_chat()
     same = parse_chat(
         tools=None, logprobs=False, frequency_penalty=0, presence_penalty=0.0, n=1, user="me", metadata={"a": "b"},
-        response_format={"type": "text"}, parallel_tool_calls=True, logit_bias={}, unheard_of=None, stop="", top_k=-1,
+        parallel_tool_calls=True, logit_bias={}, unheard_of=None, stop="", top_k=-1,
         repetition_penalty=1.0, min_p=0, best_of=1, stream_options={"include_usage": None},
         messages=[{**HI[0], "name": None, "tool_calls": None, "refusal": None, "type": "text"}],
     )  # fmt: skip
