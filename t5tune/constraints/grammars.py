@@ -66,6 +66,8 @@ class GrammarCompiler:
         if constraint.kind == "json_schema":
             check_schema(json.loads(constraint.text), constraint.place)
             self._check_characters(constraint)
+        elif constraint.kind == "grammar" and re.search(r"^\s*%llguidance", constraint.text, re.MULTILINE):
+            raise SettingsError(f"{constraint.place}: %llguidance: its options can't be changed; remove this line")
         rules = _write_rules(constraint)
         matcher = self._start(REPLY, rules, constraint)
         allowed, drops_space = matcher.fill_mask(matcher.matcher), self.spellings.drops_space

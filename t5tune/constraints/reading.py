@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from t5tune.constraints import Constraint
+from t5tune.constraints.trials import try_constraint
 from t5tune.errors import SettingsError
 from t5tune.formatting import shorten
 from t5tune.settings.groups.constraints import CONSTRAINTS, ConstraintSettings
@@ -18,8 +19,15 @@ def read_constraint(settings: ConstraintSettings, trained_schema: Mapping[str, A
     """Read the constraint that the settings name, else training's schema, unless json_schema was set to None.
 
     Raises:
-        SettingsError: a file can't be read, or has no JSON or no answers.
+        SettingsError: a file can't be read, or has no JSON or no answers; or it would take too long to compile.
     """
+    constraint = _read(settings, trained_schema)
+    if constraint is not None:
+        try_constraint(constraint)
+    return constraint
+
+
+def _read(settings: ConstraintSettings, trained_schema: Mapping[str, Any] | None) -> Constraint | None:
     name = next((name for name in CONSTRAINTS if getattr(settings, name)), None)
     if name is None:
         if trained_schema is None or "json_schema" in settings.model_fields_set:
@@ -27,7 +35,7 @@ def read_constraint(settings: ConstraintSettings, trained_schema: Mapping[str, A
         return _make_schema(trained_schema, "json_schema of training")
     value = getattr(settings, name)
     if name == "json_schema":
-        return read_schema(value)
+        return _read_schema(value)
     if name == "json_object":
         return Constraint("json_schema", '{"type": "object"}', name)
     if name == "regex":
@@ -42,6 +50,11 @@ def read_constraint(settings: ConstraintSettings, trained_schema: Mapping[str, A
 
 def read_schema(value: str) -> Constraint:
     """Read a JSON schema from a file or from JSON. Raises SettingsError as `read_constraint` does."""
+    try_constraint(constraint := _read_schema(value))
+    return constraint
+
+
+def _read_schema(value: str) -> Constraint:
     is_json = value.lstrip().startswith("{")
     place = "json_schema" if is_json else f"json_schema: {value}"
     text = value if is_json else _read_text(Path(value), "json_schema", MAX_BYTES)

@@ -15,14 +15,15 @@ import resource
 import signal
 import socket
 import subprocess
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
 from functools import lru_cache
 from importlib.util import find_spec
 
 from t5tune.constraints import Constraint
 from t5tune.constraints.grammars import GrammarCompiler
 from t5tune.constraints.spelling import Spellings
-from t5tune.errors import T5TuneError
+from t5tune.errors import SettingsError, T5TuneError
 from t5tune.io.processes import die_with_parent, make_module_command, make_module_environment
 
 SECONDS = 5  # of a CPU, for a trial
@@ -32,7 +33,7 @@ MAX_RUNNING = 8
 MAX_REMEMBERED = 256
 BEGUN, ENDED = b"0", b"1"  # a child's answers
 NICENESS = 10  # replies are computed first
-LIMITS = f"{SECONDS} seconds and {BYTES >> 20} MiB of memory"
+TOO_COMPLEX = f"too complex to compile within {SECONDS} seconds and {BYTES >> 20} MiB of memory; simplify it"
 
 
 class Trials:
@@ -97,6 +98,19 @@ class Trials:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         self._control.close()
+
+
+@lru_cache(MAX_REMEMBERED)
+def try_constraint(constraint: Constraint) -> None:
+    """Try the constraint of a command. Raises SettingsError if it isn't compiled, or refused, within the limits."""
+
+    async def passes() -> bool:
+        with closing(Trials()) as trials:
+            return await trials.passes(constraint)
+
+    with ThreadPoolExecutor(1) as thread:  # a notebook's thread has an event loop already
+        if not thread.submit(asyncio.run, passes()).result():
+            raise SettingsError(f"{constraint.place}: {TOO_COMPLEX}")
 
 
 def _fork_trials(control: socket.socket) -> None:

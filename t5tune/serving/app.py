@@ -19,7 +19,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Match, Route
 from starlette.types import Message, Receive, Scope, Send
 
-from t5tune.constraints.trials import LIMITS, MAX_RUNNING, Trials
+from t5tune.constraints.trials import MAX_RUNNING, TOO_COMPLEX, Trials
 from t5tune.errors import T5TuneError, make_printable
 from t5tune.inference.label_sources import Source
 from t5tune.inference.prompts import Prompt
@@ -304,7 +304,7 @@ class Service:
         if not passes and self._stopping.is_set():  # it may have had too little time
             raise self._refuse_for_now()
         if not passes:
-            problem = f"{constraint.place}: too complex to compile within {LIMITS}; simplify it"
+            problem = f"{constraint.place}: {TOO_COMPLEX}"
             raise ApiError(400, problem, request.constraint_field, "invalid_constraint")
         return await run(model.read_options, request, constraint)
 
