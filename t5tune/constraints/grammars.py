@@ -147,7 +147,7 @@ class GrammarMatcher:
         if not self.is_complete:
             allowed[compiler.stop_ids] = False  # llguidance allows them where no token continues the reply
             if not allowed.any():
-                problem = f"{self.place}: this tokenizer can't write what must come next in a reply"
+                problem = f"{self.place}: this tokenizer can't write a character that must come next in a reply"
                 raise SettingsError(problem, hint="train with --add-tokens auto, or change the constraint")
         if not self.was_silent and allowed.any():
             allowed[compiler.silent_ids] = True

@@ -71,7 +71,9 @@ def test_a_reply_that_no_token_can_continue_is_no_reply(pattern: str) -> None:
     compiler, ids = Compiler(tokenizer, 1536, [1]), tokenizer.convert_tokens_to_ids(["a", "b"])
     matcher = compiler.start(Constraint("regex", pattern, "regex"))
     assert all(map(matcher.accept, ids))
-    with pytest.raises(SettingsError, match="^regex: this tokenizer can't write what must come next in a reply"):
+    with pytest.raises(
+        SettingsError, match="^regex: this tokenizer can't write a character that must come next in a reply"
+    ):
         matcher.find_allowed()
     matcher = compiler.start(Constraint("regex", f"({pattern})?|abb?", "regex"))
     assert all(map(matcher.accept, ids))

@@ -194,7 +194,7 @@ def test_completions_have_log_probabilities_of_their_own_shape(client: openai.Op
         ({"structured_outputs": {"grammar": "start: x"}}, 'structured_outputs.grammar: line 1: unknown name: "x"'),
         (
             {"structured_outputs": {"regex": "[a-z]中"}},
-            "structured_outputs.regex: this tokenizer can't write what must",
+            "structured_outputs.regex: this tokenizer can't write a character that must",
         ),
         (
             {"structured_outputs": {"regex": "a" * 70_000}},
