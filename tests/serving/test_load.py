@@ -25,6 +25,7 @@ CLIENTS = 64
 COUNTS, THINGS, NAMES = ("two", "six", "ten"), ("tea", "coffees", "bread"), ("Mira", "Otto", "Aida", "Ben")
 MESSAGES = [f"Hello, {count} {thing} for {name} please." for count in COUNTS for thing in THINGS for name in NAMES]
 LENGTH = 12
+PATTERN = "[A-Z][a-z ]+[.?]"  # of replies to each third message
 
 
 def start_pocket(start: StartServer, engine: str) -> Server:
@@ -36,9 +37,15 @@ def start_pocket(start: StartServer, engine: str) -> Server:
 @pytest.mark.parametrize("engine", ["ctranslate2", "transformers"])
 @pytest.mark.variants("ctranslate2")
 def test_sixty_four_clients_get_their_replies(engine: str, start: StartServer) -> None:
+    pytest.importorskip("llguidance")
     server = start_pocket(start, engine)
-    chatter = Chatter.load(ChatSettings(model_name_or_path="pocket", max_new_tokens=LENGTH, use_cpu=True))
-    expected = [chatter.reply(message).reply for message in MESSAGES]
+    values = {"model_name_or_path": "pocket", "max_new_tokens": LENGTH, "use_cpu": True}
+    free, constrained = (Chatter.load(ChatSettings(**values, regex=pattern)) for pattern in (None, PATTERN))
+    bodies, expected = list[bytes](), list[str]()
+    for number, message in enumerate(MESSAGES):
+        constraint = {} if number % 3 else {"structured_outputs": {"regex": PATTERN}}
+        bodies.append(make_chat(message, "pocket", **constraint))
+        expected.append((constrained if constraint else free).reply(message).reply)
     assert len(set(expected)) > len(expected) // 2
     until = time.monotonic() + (60 if LONG else 2)
     wrong: Counter[str] = Counter()
@@ -49,7 +56,7 @@ def test_sixty_four_clients_get_their_replies(engine: str, start: StartServer) -
         with connect(server.url) as connection:
             while time.monotonic() < until or done[number] < 2:
                 index = (number * 7 + done[number]) % len(MESSAGES)
-                connection.sendall(make_request(CHAT, make_chat(MESSAGES[index], "pocket")))
+                connection.sendall(make_request(CHAT, bodies[index]))
                 status, _, body = read_answer(connection)
                 found = json.loads(body)["choices"][0]["message"]["content"] if status == 200 else str(status)
                 with lock:
@@ -121,7 +128,8 @@ def test_memory_is_flat_over_ten_thousand_requests(start: StartServer) -> None:
 def send_or_hang_up(server: Server, number: int) -> None:
     with connect(server.url) as connection:
         text = f"{MESSAGES[number % len(MESSAGES)]} {number}"
-        connection.sendall(make_request(CHAT, make_chat(text, "pocket", stream=number % 3 == 0)))
+        constraint = {} if number % 4 else {"structured_outputs": {"regex": f"[a-z]{{{number}}}"}}
+        connection.sendall(make_request(CHAT, make_chat(text, "pocket", stream=number % 3 == 0, **constraint)))
         if number % 10:  # else hang up
             assert receive_until(connection, b"[DONE]", b'"usage":').startswith(b"HTTP/1.1 200")
 
