@@ -11,7 +11,8 @@ SIZE_UNITS = {"GiB": GIB, "MiB": 1 << 20, "KiB": 1 << 10}
 METRIC_NAMES = {
     "rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "bleu": "BLEU", "chrf": "chrF",
     "chrf_pp": "chrF++", "valid_json": "valid JSON", "field_f1": "field F1", "macro_f1": "macro F1", "mcc": "MCC",
-    "ece": "calibration error",
+    "ece": "calibration error", "micro_f1": "micro F1", "entity_f1": "entity F1", "spearman": "Spearman",
+    "pearson": "Pearson", "rmse": "RMSE",
 }  # fmt: skip
 
 
