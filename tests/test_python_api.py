@@ -348,7 +348,7 @@ def test_fresh_keeps_the_records_that_its_settings_name(tmp_path: Path, monkeypa
     settings, _ = load_settings(TrainSettings, "run/settings.yaml", flags={"output_dir": "run", "fresh": True})
     Path("bad.jsonl").write_text("{}")
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(DataError, match="no conversations to evaluate on"):
+    with pytest.raises(DataError, match="nothing to evaluate on"):
         train(settings.replace(eval_data_path=["bad.jsonl"]))
     Path("run.rejected.jsonl").unlink()
     assert sorted(tmp_path.rglob("*")) == before
@@ -376,7 +376,7 @@ def test_records_that_cannot_be_used_leave_nothing(tmp_path: Path) -> None:
     for answer, found in ((None, "null"), (4, "a number; write it as text: '4', or astype(str) in pandas")):
         with pytest.raises(DataError) as caught:
             train(make_settings(tmp_path, data_path=[{"source": "2 + 2", "target": answer}]))
-        assert "no conversations to train on among 1 record" in caught.value.message
+        assert "nothing to train on among 1 record" in caught.value.message
         assert caught.value.hint is not None
         kept = tmp_path / "run.rejected.jsonl"
         assert f"found {found}; all are in {kept}; line N of records-" in caught.value.hint

@@ -115,7 +115,7 @@ def check_any_used(data: str, files: list[str], counts: RecordCounts, purpose: s
     hint = _format_all_bad(bad) if bad else "it contains no records"
     if rejected := [counts.first_rejected[name] for name in files if name in counts.first_rejected]:
         hint = f"the first rejected record: {rejected[0]}"
-    raise DataError(f"{data}: contains no conversations to {purpose}", hint=hint)
+    raise DataError(f"{data}: contains nothing to {purpose}", hint=hint)
 
 
 def check_any_example(data: str, counts: RecordCounts, purpose: str, file: Path) -> None:
@@ -145,7 +145,7 @@ def check_any_example(data: str, counts: RecordCounts, purpose: str, file: Path)
     dropped = _format_counts(counts.rejected + counts.dropped)
     among = format_count(counts.num_records, "record") + (f" ({dropped})" if dropped else "")
     kind = RejectedRecordsError if counts.first_rejected else DataError
-    raise kind(f"{data}: no conversations to {purpose} among {among}", hint=hint)
+    raise kind(f"{data}: nothing to {purpose} among {among}", hint=hint)
 
 
 def make_mixed_data_error(location: RecordLocation, num_pairs: int) -> DataError:
@@ -187,7 +187,7 @@ def report_problems(manifest: dict[str, Any], folder: Path, report: Report) -> N
     if (prefix := manifest["inputs"]["source_prefix"]) and not manifest["conversations_with_prefix"]:
         report(Note(f"source_prefix: {prefix!r} has no effect: no record is a source/target pair", True))
     if unused := manifest["unused_files"]:
-        report(Note(f"no conversations to train on in {join_first(unused)}", True))
+        report(Note(f"nothing to train on in {join_first(unused)}", True))
     _report_repairs(manifest["repaired"], report)
     left_out = {name: count for name, count in manifest["dropped"].items() if name in DROPPED}
     if dropped := _format_named_counts(left_out, DROPPED):

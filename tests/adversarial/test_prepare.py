@@ -373,12 +373,12 @@ def test_a_path_without_conversations_is_refused(tmp_path: Path) -> None:
     done = prepare(tmp_path, "--dedupe", "exact", "--json", *allowed, "--data-path", *paths)
     assert done.code == 0, done.stderr
     assert (done.json["conversations"], done.json["rejected"]) == (1, 3)
-    assert f"no conversations to train on in {tmp_path / 'mixed' / 'facts.jsonl'}\n" in done.stderr
+    assert f"nothing to train on in {tmp_path / 'mixed' / 'facts.jsonl'}\n" in done.stderr
     before = (find_cache(tmp_path / "cache") / "manifest.json").read_bytes()
     for facts in (tmp_path / "facts", tmp_path / "mixed" / "facts.jsonl", f"{tmp_path}/*/facts*"):
         done = prepare(tmp_path, *allowed, "--data-path", *paths, facts)
         assert (done.code, len(done.errors)) == (2, 1)
-        assert f"data_path: {facts}: contains no conversations to train on" in done.errors[0]
+        assert f"data_path: {facts}: contains nothing to train on" in done.errors[0]
         assert "facts.jsonl:1: its keys are x" in done.errors[0]
         assert (find_cache(tmp_path / "cache") / "manifest.json").read_bytes() == before
 

@@ -380,7 +380,7 @@ def test_a_run_resumes_with_its_data_after_its_cache_changed(
         train(settings, stop_at(Advanced("train", 2)))
     before = read_examples_manifest(cache)
 
-    with pytest.raises(DataError, match="no conversations to evaluate on"):
+    with pytest.raises(DataError, match="nothing to evaluate on"):
         train(make_settings(untied_base, Path(other), run, eval_data_path=str(broken), **shared, fresh=True))
     assert read_examples_manifest(cache)["inputs"] != before["inputs"]
 

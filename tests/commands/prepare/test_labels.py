@@ -293,6 +293,6 @@ def test_doubtful_and_lost_labels_are_reported(
 
 def test_texts_without_any_label_left_are_an_error(tmp_path: Path) -> None:
     record = {"tokens": [*"abcdefghij"], "tags": [*[None] * 9, "x"]}
-    with pytest.raises(DataError, match="no conversations to train on among 1 record") as refused:
+    with pytest.raises(DataError, match="nothing to train on among 1 record") as refused:
         prepare(make_settings(tmp_path, record, objective="tag", model_max_length=8))
     assert refused.value.hint == "every label is of a word that model_max_length cuts off, or of a blank word"

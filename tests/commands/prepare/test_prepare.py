@@ -193,7 +193,7 @@ def test_messages_name_the_setting_that_the_data_comes_from(tmp_path: Path, unti
     cases = {
         str(tmp_path / "nowhere.json"): "no such file or folder",
         str(tmp_path / "empty"): "contains no .*file",
-        str(bad): "(contains )?no conversations to evaluate on",
+        str(bad): "(contains )?nothing to evaluate on",
     }
     origin = {"setting": "eval_data_path", "is_evaluation": True}
     for path, message in cases.items():

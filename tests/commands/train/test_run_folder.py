@@ -99,7 +99,7 @@ def test_fresh_renames_a_links_target_and_keeps_the_link(
         set_up_run_folder(settings, locks)
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"text": 1}\n')
-    with ExitStack() as locks, pytest.raises(DataError, match="no conversations to train on"):
+    with ExitStack() as locks, pytest.raises(DataError, match="nothing to train on"):
         set_up_run_folder(settings.replace(data_path=str(bad), fresh=True), locks)
     (disk / "run" / "old").touch()  # the old run has been moved back
     with ExitStack() as locks:
@@ -268,25 +268,25 @@ def test_a_start_with_bad_data_leaves_only_rejected_records(
 ) -> None:
     data, run = tmp_path / "bad.jsonl", tmp_path / "new" / "parent" / "run"
     data.write_text('{"text": 1}\n')
-    with pytest.raises(DataError, match="no conversations to train on"):
+    with pytest.raises(DataError, match="nothing to train on"):
         train(make_settings(untied_base, data, run))
     assert [path.name for path in run.parent.iterdir()] == ["run.rejected.jsonl"]
     # an empty folder of the user's stays
     run.mkdir(parents=True)
-    with pytest.raises(DataError, match="no conversations to train on"):
+    with pytest.raises(DataError, match="nothing to train on"):
         train(make_settings(untied_base, data, run))
     assert list(run.iterdir()) == []
     # a cache that took its time to prepare is kept for the next start, with the settings that make the folder a run
-    with pytest.raises(DataError, match="no conversations to evaluate on"):
+    with pytest.raises(DataError, match="nothing to evaluate on"):
         train(make_settings(untied_base, conversations, run, eval_data_path=str(data)))
     assert sorted(path.name for path in run.iterdir()) == ["data", "run.json", "settings.yaml"]
     # a start with --fresh that fails moves the old run back
     (run / "data" / "old").touch()
-    with pytest.raises(DataError, match="no conversations to evaluate on"):
+    with pytest.raises(DataError, match="nothing to evaluate on"):
         train(make_settings(untied_base, conversations, run, eval_data_path=str(data), fresh=True))
     assert sorted(path.name for path in run.parent.iterdir()) == ["run", "run.rejected.jsonl"]
     (run / "data" / "old").unlink()
     # files that existed before the run are kept, too
-    with pytest.raises(DataError, match="no conversations to train on"):
+    with pytest.raises(DataError, match="nothing to train on"):
         train(make_settings(untied_base, data, run))
     assert sorted(path.name for path in run.iterdir()) == ["data", "run.json", "settings.yaml"]
