@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from t5tune.checkpoints.training_data import read_label_task
 from t5tune.compat.quiet import quiet_libraries
 from t5tune.constraints import Constraint, Matcher
 from t5tune.constraints.reading import read_constraint
@@ -26,23 +27,22 @@ from t5tune.formatting import format_count
 from t5tune.inference.generation import Decoding, Sampling, generate, make_random_generator
 from t5tune.inference.label_predictions import compute_logits
 from t5tune.inference.label_sources import SourceReader, make_reader
-from t5tune.inference.loading import LoadedModel, choose_family, load_for_inference, make_compiler
+from t5tune.inference.loading import (
+    LoadedModel,
+    choose_family,
+    find_base_and_adapter,
+    load_for_inference,
+    make_compiler,
+)
 from t5tune.inference.precision import Precision
 from t5tune.inference.prompts import Prompts, ReplyText, make_prompts
 from t5tune.inference.target_scores import set_up_scoring
 from t5tune.model.batches import Collator
 from t5tune.model.device import use_gpu_kernels
-from t5tune.progress import Note, Report, silent
+from t5tune.progress import Note, Report, silent, without_notes
 from t5tune.runs.checkpoints import replace_stopped_runs
 from t5tune.settings import ChatSettings
-from t5tune.settings.calls import check_call, refuse_changed
-from t5tune.settings.groups.constraints import CONSTRAINTS
-
-NOT_OF_LABELS = (
-    "save_preferences", "system", "conversation_template", "max_new_tokens", "temperature", "top_p", "seed",
-    *CONSTRAINTS,
-)  # fmt: skip
-"""Settings of a model that writes text."""
+from t5tune.settings.calls import check_call, refuse_text_settings
 
 
 @dataclass(frozen=True)
@@ -249,7 +249,6 @@ class Labeler:
 
     @staticmethod
     def _make(loaded: LoadedModel, settings: ChatSettings, report: Report) -> "Labeler":
-        refuse_changed(settings, NOT_OF_LABELS, f"{settings.model_name_or_path} predicts labels, and writes no text")
         reader = make_reader(loaded, settings.source_prefix, settings.model_max_length, report)
         collator = set_up_scoring(loaded.model, loaded.tokenizer.pad_token_id)
         return Labeler(loaded.model, reader, settings, collator)
@@ -287,6 +286,9 @@ def load_model(settings: ChatSettings, report: Report, precision: Precision | No
     """Load a model that replies, or one that predicts labels. `precision`: None: as in the settings or in training."""
     read_constraint(settings, None)  # raises before the model is loaded
     settings = replace_stopped_runs(settings, report)
+    base, adapter = find_base_and_adapter(settings, without_notes(report))  # loading reports the notes later
+    if read_label_task(adapter or base) is not None:
+        refuse_text_settings(settings)
     with quiet_libraries():
         loaded = load_for_inference(settings, report, precision=precision)
     make = Chatter._make if loaded.label_task is None else Labeler._make

@@ -183,5 +183,7 @@ def _explain(error: Exception, generation: Generation) -> T5TuneError:
         return error
     if is_out_of_memory(error):
         lengths = f"{len(generation.source)} prompt and {generation.options.max_new_tokens} reply tokens"
-        return OutOfMemory(f"out of memory: one reply with up to {lengths}", hint="ask for fewer max_tokens")
+        # labels count as a reply of one token
+        hint = "ask for fewer max_tokens" if generation.options.max_new_tokens > 1 else "send a shorter text"
+        return OutOfMemory(f"out of memory: one reply with up to {lengths}", hint=hint)
     return T5TuneError(f"the reply couldn't be computed: {type(error).__name__}: {describe_error(error)}")

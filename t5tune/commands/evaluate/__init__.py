@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from t5tune.checkpoints.training_data import read_label_task, read_training_data
-from t5tune.commands.evaluate.labels import check_settings, evaluate_labels
+from t5tune.commands.evaluate.labels import evaluate_labels
 from t5tune.commands.evaluate.result import EXAMPLE_SETTINGS, EvaluateResult, choose_folder
 from t5tune.commands.evaluate.texts import finish, read_task, run_model
 from t5tune.constraints.reading import read_constraint
@@ -51,6 +51,7 @@ from t5tune.progress import Note, Report, silent, without_notes
 from t5tune.runs.checkpoints import replace_stopped_runs
 from t5tune.runs.checks import check_starts_no_processes
 from t5tune.settings import EvaluateSettings
+from t5tune.settings.calls import refuse_text_settings
 from t5tune.settings.dataset_spec import DatasetSpec, list_shared
 from t5tune.settings.packaged_templates import read_zero3_config
 
@@ -132,7 +133,7 @@ def _prepare(
     settings = replace_stopped_runs(settings, report)
     base, adapter = find_base_and_adapter(settings, without_notes(report))  # loading reports the notes later
     if read_label_task(adapter or base) is not None:
-        check_settings(settings)
+        refuse_text_settings(settings)
     if settings.overwrite:
         caches = [cache for path in map(Path, settings.data_path) if is_prepared(path) for cache in find_caches(path)]
         check_overwrite(folder, [base, *caches] if adapter is None else [base, adapter, *caches])

@@ -34,16 +34,8 @@ from t5tune.progress import Report
 from t5tune.reports.page import render_labels, write_page
 from t5tune.runs.data import find_held_out
 from t5tune.settings import EvaluateSettings
-from t5tune.settings.calls import refuse_changed
 from t5tune.settings.dataset_spec import SHARED, DatasetSpec
 from t5tune.settings.groups.base import BaseModelSettings
-from t5tune.settings.groups.constraints import CONSTRAINTS
-
-NOT_OF_LABELS = (
-    *CONSTRAINTS, "choices_by", "max_new_tokens", "num_beams", "metrics", "metric", "compare_base", "add_tokens",
-    "conversation_template",
-)  # fmt: skip
-"""Settings of a model that writes texts."""
 
 
 @dataclass(frozen=True)
@@ -60,15 +52,6 @@ class LabelData:
     is_prepared: bool
     examples: Sequence[LabeledExample]
     datasets: list[tuple[str, range]]
-
-
-def check_settings(settings: EvaluateSettings) -> None:
-    """Refuse settings of models that write texts.
-
-    Raises:
-        SettingsError: one is set.
-    """
-    refuse_changed(settings, NOT_OF_LABELS, f"{settings.model_name_or_path} predicts labels, and writes no text")
 
 
 def evaluate_labels(

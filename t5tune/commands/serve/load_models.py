@@ -40,9 +40,8 @@ from t5tune.model.load import load_base
 from t5tune.progress import Event, Note, Report
 from t5tune.runs.checkpoints import replace_stopped_runs
 from t5tune.settings import ServeSettings
-from t5tune.settings.calls import refuse_changed
+from t5tune.settings.calls import TEXT_SETTINGS, refuse_text_settings
 from t5tune.settings.groups.base import InferenceSettings
-from t5tune.settings.groups.constraints import CONSTRAINTS
 
 if TYPE_CHECKING:
     from t5tune.serving.generation import Engine
@@ -54,9 +53,8 @@ OF_WEIGHTS = "default"  # CTranslate2's name for the type of a converted model's
 WITH_FLOAT32 = {
     "bfloat16": "float32", "float16": "float32", "int8_bfloat16": "int8_float32", "int8_float16": "int8_float32",
 }  # fmt: skip
-OF_TEXT = ("max_new_tokens", "temperature", "top_p", "conversation_template", *CONSTRAINTS)
 # engines depend on all settings except these settings of prompts and replies, and `needs_restart`
-OF_REPLIES = {"models", "source_prefix", "model_max_length", *OF_TEXT}
+OF_REPLIES = {"models", "source_prefix", "model_max_length", *TEXT_SETTINGS}
 
 
 @dataclass(frozen=True)
@@ -99,7 +97,7 @@ class ModelLoader:
         # all are found before the first is converted, which may take minutes
         found = {name: self._find(name, model) for name, model in self._settings.named_models.items()}
         if all(model.predicts_labels for model in found.values()):
-            refuse_changed(self._settings, OF_TEXT, "no served model writes text")
+            refuse_text_settings(self._settings, "no served model writes text")
         models = {name: self._load(name, files) for name, files in found.items()}
         self._earlier = {}  # frees what isn't used any more
         return models

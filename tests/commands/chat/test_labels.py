@@ -116,7 +116,10 @@ def test_a_terminal_shows_labels_and_refuses_commands_of_chats(
         ({"save_preferences": "file.jsonl"}, "save_preferences: file.jsonl: "),
     ],
 )
-def test_settings_of_replies_are_refused(changes: dict[str, object], problem: str, runs: dict[str, Path]) -> None:
+def test_settings_of_replies_are_refused_before_loading(
+    changes: dict[str, object], problem: str, runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("t5tune.commands.chat.load_for_inference")
     with pytest.raises(SettingsError) as refused:
         load(runs["tag"], **changes)
     assert str(refused.value) == f"{problem}{runs['tag']} predicts labels, and writes no text; leave it out"
