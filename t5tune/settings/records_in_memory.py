@@ -162,8 +162,9 @@ def _open_rows(data: Any) -> tuple[Iterator[Any], bool]:
         raise ValueError(f"of type {type(data).__name__}; {EXPECTED}{collect}")
     is_pandas = type(data).__module__.partition(".")[0] == "pandas" and hasattr(data, "columns")
     if not is_pandas and not hasattr(data, "__arrow_c_stream__"):
-        schema = getattr(getattr(data, "features", None), "arrow_schema", None)  # of a datasets.Dataset
-        return iter(data), schema is not None and _has_call_arguments(schema)
+        features = getattr(data, "features", None)  # of a datasets.Dataset
+        schema = getattr(features, "arrow_schema", None)
+        return (iter(data), False) if schema is None else (_name_classes(data, features), _has_call_arguments(schema))
     if is_pandas:
         _check_column_names([*data.columns])
         parts = (data.iloc[start : start + ROWS_AT_ONCE] for start in range(0, len(data), ROWS_AT_ONCE))
@@ -179,6 +180,21 @@ def _open_rows(data: Any) -> tuple[Iterator[Any], bool]:
     _check_column_names(batches.schema.names)
     slices = (batch.slice(start, ROWS_AT_ONCE) for batch in batches for start in range(0, len(batch), ROWS_AT_ONCE))
     return (row for part in slices for row in part.to_pylist()), _has_call_arguments(batches.schema)
+
+
+def _name_classes(rows: Iterable[Any], features: Any) -> Iterator[Any]:
+    """Replace the numbers of a ClassLabel, or of a list of them, by their names; negative numbers mean no label."""
+    found = {key: getattr(feature, "feature", feature) for key, feature in features.items()}
+    names = {key: feature.names for key, feature in found.items() if hasattr(feature, "int2str")}
+
+    def name(number: Any, of_column: list[str]) -> Any:
+        number = number.tolist() if hasattr(number, "tolist") else number
+        if isinstance(number, list):
+            return [name(item, of_column) for item in number]
+        return None if number is None or number < 0 else of_column[number]
+
+    for row in rows:
+        yield row | {key: name(row[key], of_column) for key, of_column in names.items()} if names else row
 
 
 def _has_call_arguments(schema: Any) -> bool:

@@ -69,6 +69,26 @@ def test_each_kind_of_records_is_the_same_file(kind: str) -> None:
     assert [path.name] == [other.name for other in path.parent.glob(path.name[:12] + "*")]
 
 
+def test_numbers_of_classes_become_their_names() -> None:
+    classes = datasets.ClassLabel(names=["O", "B-city"])
+    features = datasets.Features(
+        {
+            "n": datasets.Value("int64"),
+            "label": classes,
+            "tags": datasets.Sequence(datasets.ClassLabel(names=["b", "a"])),
+        }
+    )
+    rows = [{"n": 1, "label": 1, "tags": [0, 1, -1]}, {"n": 0, "label": None, "tags": None}]
+    data = datasets.Dataset.from_list(rows, features=features)
+    expected = [{"n": 1, "label": "B-city", "tags": ["b", "a", None]}, rows[1]]
+    for given in (
+        data,
+        data.to_iterable_dataset(),
+        data.with_format("numpy", columns=["tags"], output_all_columns=True),
+    ):
+        assert read_lines(store_records(given)) == expected
+
+
 def test_different_records_are_different_files() -> None:
     assert store_records(RECORDS) != store_records(RECORDS[:1])
 
