@@ -55,7 +55,9 @@ def run(settings: InspectSettings, output: Output) -> None:
 
 
 def _render_example(example: ExampleView, cache: Cache, tokenizer: Tokenizer, cut_marks: tuple[str, str]) -> Text:
-    facts = f"example {example.index} of {len(cache):,}, conversation {example.conversation}, turn {example.turn}"
+    facts = f"example {example.index} of {len(cache):,}"
+    if example.labels is None:
+        facts += f", conversation {example.conversation}, turn {example.turn}"
     text = Text.assemble((facts + "\n", "bold"))
     for side, runs in example.group_runs_by_side(tokenizer, set(cache.manifest["added_token_ids"])).items():
         length, cut = example.lengths.get(side, (0, 0))

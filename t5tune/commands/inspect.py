@@ -20,6 +20,7 @@ from t5tune.data.caches.cache import Cache, open_cache
 from t5tune.data.caches.cache_view import CacheView, ExampleView, LengthStatistics, build_histogram
 from t5tune.data.caches.prepared import has_examples, is_prepared, list_caches
 from t5tune.data.reading.rejections import Rejection
+from t5tune.data.tokens.source_words import write_words
 from t5tune.data.tokens.splitting import VocabularySplit, measure_split
 from t5tune.data.tokens.tokenizer import load_tokenizer
 from t5tune.data.tokens.vocabulary import REPLACEMENT_CHARACTER
@@ -106,7 +107,9 @@ def _compare_vocabularies(settings: InspectSettings, report: Report) -> list[Voc
     unusable = f", {len(rejected):,} of them rejected: {rejected[0]}" if rejected else ""
     report(Note(f"read {which} records: {len(opened.sample):,}{unusable}"))
     return [
-        measure_split(base.model_name_or_path, side, each, found)
+        measure_split(
+            base.model_name_or_path, side, each, [write_words(text, spec.source_words, each) for text in found]
+        )
         for base, each in zip(bases, tokenizers, strict=True)
         for side, found in texts.items()
     ]

@@ -50,7 +50,7 @@ def _render_summary(examples: CacheView, statistics: LengthStatistics | None) ->
     left_out = f"{format_count(bad, 'record')} labeled bad and left out; " if bad else ""
     yield (
         f'<p class="soft">{format_count(len(cache), "example")} from '
-        f"{format_count(manifest['conversations'], 'conversation')}; "
+        f"{format_count(manifest['conversations'], 'conversation' if cache.label_task is None else 'record')}; "
         f"{format_count(manifest['rejected'] - bad, 'record')} rejected; {left_out}"
         f"{format_count(manifest['unknown_tokens'], 'unknown token')}; "
         f"{format_count(manifest['truncated_sources'], 'source')} and "
@@ -97,7 +97,9 @@ def _render_example(example: ExampleView, tokenizer: Tokenizer, added: set[int])
         )
         for side, runs in example.group_runs_by_side(tokenizer, added).items()
     }
-    facts = f"example {example.index} · conversation {example.conversation} · turn {example.turn}"
+    facts = f"example {example.index}"
+    if example.labels is None:
+        facts += f" · conversation {example.conversation} · turn {example.turn}"
     sides = (
         f'<p class="note">{side}{_format_length(example.lengths.get(side))}</p><pre class="{side}">{shown}</pre>'
         for side, shown in text.items()

@@ -25,6 +25,7 @@ def test_each_label_follows_its_token(tmp_path: Path) -> None:
     shown = t5tune_in_fork("inspect", cache).stdout
     assert "An[B-PER]gela lives in[O] R[B-LOC]ome</s>" in shown
     assert "target" not in shown
+    assert "conversation" not in shown
     (line,) = t5tune_in_fork("inspect", cache, "--json").stdout.splitlines()
     found = json.loads(line)
     assert len(found["labels"]) == len(found["source_ids"])
@@ -58,3 +59,13 @@ def test_the_page_explains_labels_and_leaves_out_targets(tmp_path: Path) -> None
     assert "Target length" not in text
     assert ".label" in text.partition("</style>")[0]
     assert "target length" not in t5tune_in_fork("inspect", cache, "--stats").stdout
+
+
+def test_vocabularies_are_compared_on_residues(tmp_path: Path) -> None:
+    data = write_lines(tmp_path / "data.jsonl", {"sequence": "MUK", "label": "HHC"})
+    settings = InspectSettings(
+        model_name_or_path=["pocket"], data_path=[str(data)], objective="tag", source_words="residues"
+    )
+    (split,) = inspect(settings).splits
+    assert split.tokens_per_word == 1
+    assert "X" in str(split)

@@ -18,6 +18,7 @@ from t5tune.data.labels import LabelTask, TextLabels, Values
 from t5tune.data.tokens.encoders import Beginning, Ids, Text, make_encoder
 from t5tune.data.tokens.encoding import EncodedConversation, Span
 from t5tune.data.tokens.tokenizer import BYTES_OFFSET, Tokenizer
+from t5tune.settings.groups.record_format import SourceWords
 
 SPACED_LETTER = "▁M"
 RARE_RESIDUES = str.maketrans("UZOB", "XXXX")
@@ -46,6 +47,13 @@ class EncodedLabels(NamedTuple):
     names: tuple[str, ...]
     unknown: int
     lost: dict[str, int]
+
+
+def write_words(text: str, source_words: SourceWords, tokenizer: Tokenizer) -> str:
+    """Write the text that has the tokens of a source's words."""
+    if source_words == "residues":
+        text = text.translate(RARE_RESIDUES)
+    return " ".join(text) if source_words != "text" and SPACED_LETTER in tokenizer.get_vocab() else text
 
 
 class SourceEncoder:
