@@ -14,7 +14,7 @@ from t5tune.data.tokens.vocabulary import REPLACEMENT_CHARACTER
 from t5tune.errors import DataError
 from t5tune.families import FAMILIES
 from t5tune.file_names import REJECTED_FILE
-from t5tune.formatting import format_count
+from t5tune.formatting import format_count, shorten
 from t5tune.io.reasons import MAX_NAMES, join_first
 from t5tune.label_metrics import describe_similar_labels, find_similar_labels
 from t5tune.preparing.counts import OTHER_FIELDS, RecordCounts
@@ -59,6 +59,7 @@ DROPPED = {
 }
 
 MAX_NUMBERED_CLASSES = 1000  # more classes that are all numbers are probably numbers to predict
+MIN_RARE_CLASSES, MAX_LABEL = 10, 40
 _NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 MAX_UNKNOWN_FRACTION = 0.01  # of tokens that the vocabulary lacks; more of them get a warning
 
@@ -224,11 +225,17 @@ def _report_labels(labels: Mapping[str, Any], manifest: dict[str, Any], report: 
     """Report the labels, how many of them were lost, and sources that the vocabulary can't write."""
     names, dropped, inputs = sort_names(labels["names"]), manifest["dropped"], manifest["inputs"]
     if names:
-        shown = labels["names"] if labels["is_ordered"] else names
-        report(Note(f"{format_count(len(names), 'label')}: {join_first([*shown])}"))
-    if len(names) > MAX_NUMBERED_CLASSES and all(map(_NUMBER.fullmatch, names)):
+        shown = [shorten(name, MAX_LABEL) for name in (labels["names"] if labels["is_ordered"] else names)]
+        report(Note(f"{format_count(len(names), 'label')}: {join_first(shown)}"))
+    are_rare = len(names) > max(MIN_RARE_CLASSES, manifest["examples"] // 2)
+    if (are_rare or len(names) > MAX_NUMBERED_CLASSES) and all(map(_NUMBER.fullmatch, names)):
         problem = f"the labels are {len(names):,} different numbers, each a class"
         report(Note(f"{problem}; to predict numbers, use --objective regress", True))
+    elif are_rare:
+        problem = f"{len(names):,} labels in {format_count(manifest['examples'], 'example')}: most are rare"
+        is_word = inputs["objective"] == "tag" and inputs["source_words"] == "text"
+        advice = "; for a label per character, set source_words: characters or residues" if is_word else ""
+        report(Note(f"{problem}{advice}", True))
     if groups := find_similar_labels(names):
         report(Note(describe_similar_labels(groups), True))
     if lost := dropped.get("truncated_labels"):

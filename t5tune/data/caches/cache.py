@@ -150,7 +150,8 @@ class Cache(Sequence[Example]):
         """Return the same examples with the class numbers of a task; DataError: the cache has other labels."""
         if (form := describe_form(self.label_task)) != (wanted := describe_form(task)):
             raise DataError(f"{self.folder}: has {form}, and the model's labels are: {wanted}")
-        if missing := [repr(name) for name in self.manifest["labels"]["names"] if name not in task.names]:
+        known = {*task.names}
+        if missing := [repr(name) for name in self.manifest["labels"]["names"] if name not in known]:
             among = f"the {format_count(len(task.names), 'label')} to predict"
             are = "label that isn't" if len(missing) == 1 else "labels that aren't"
             problem = f"{self.folder}: {len(missing):,} {are} among {among}: {join_first(missing)}"

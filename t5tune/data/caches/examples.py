@@ -165,9 +165,11 @@ class Examples(Sequence[Example]):
         """Return the same examples with the class numbers of `task`; default: `label_task`.
 
         Raises:
-            DataError: a dataset has classes that the task lacks.
+            DataError: a dataset has classes that the task lacks, or there are no classes.
         """
         task = self.label_task if task is None else task
+        if task is not None and task.objective != "regress" and not task.names:
+            raise DataError("data_path: no text has a label, so there are no classes", hint="add texts with labels")
         return self if task is None else self._replace_caches([each.cache.map_labels(task) for each in self.datasets])
 
     def compute_label_scale(self) -> tuple[float, float]:

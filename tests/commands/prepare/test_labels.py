@@ -277,6 +277,9 @@ def test_the_first_record_decides_between_one_label_and_several(tmp_path: Path) 
           "spell them alike in the data"]),
         ([{"text": "a", "label": f"0.{number}"} for number in range(1001)], {"objective": "classify"},
          ["the labels are 1,001 different numbers, each a class; to predict numbers, use --objective regress"]),
+        ([{"sequence": "MK" * number, "label": "HC" * number} for number in range(1, 12)], {"objective": "tag"},
+         ["11 labels in 11 examples: most are rare; for a label per character, set source_words: characters or "
+          "residues"]),
         ([{"text": f"t {number}", "label": "ab"[number // 19]} for number in range(20)],
          {"objective": "classify", "eval_fraction": 0.1},
          ["no held-out example has the label 'b'; use a larger eval_fraction, a different split_seed, or a file with "
