@@ -3,13 +3,16 @@
 examples, held_out = open_data(run_plan, prepared)
 """
 
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
+from t5tune.data.caches.cache import read_manifest
 from t5tune.data.caches.examples import Examples
-from t5tune.data.caches.prepared import open_examples, read_examples_manifest
+from t5tune.data.caches.prepared import find_caches, open_examples, read_examples_manifest
 from t5tune.errors import CheckpointError, DataError, SettingsError
-from t5tune.io.atomic import hash_json
+from t5tune.file_names import RUN_CACHE_FOLDER
+from t5tune.io.atomic import hash_file, hash_json
 from t5tune.runs.checkpoints import list_checkpoints, read_run_identity
 from t5tune.runs.plan import RunPlan
 from t5tune.runs.resume_guard import hash_examples
@@ -61,6 +64,15 @@ def find_held_out(model: Path, examples: Examples) -> Examples | None:
             if hash_examples(held_out) == run_identity["held_out"]:
                 return held_out
     return None
+
+
+def find_trained_files(model: Path, paths: Iterable[str]) -> list[str]:
+    """Return the local files among the paths whose content the run of a model was trained on."""
+    with suppress(DataError, OSError, LookupError, TypeError):  # not a run folder, or its data is elsewhere
+        manifests = map(read_manifest, find_caches(model / RUN_CACHE_FOLDER))
+        trained = {file["sha256"] for manifest in manifests for file in manifest["inputs"]["data"]}
+        return [path for path in paths if Path(path).is_file() and hash_file(Path(path)) in trained]
+    return []
 
 
 def _check_split(data: SplitSettings, examples: Examples) -> None:
