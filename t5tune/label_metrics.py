@@ -222,7 +222,7 @@ def describe_labels(table: LabelTable) -> str:
     (label, first), *_ = table["classes"].items()
     total, no_label = (sum(each.get(key, 0) for each in table["classes"].values()) for key in ("support", "no_label"))
     if not table["confusion"]:
-        return f"{total:,} labels; an example counts in each of its classes"
+        return f"{total:,} labels in all; an example counts in each of its classes"
     only = f"always predicting {label!r} would give an accuracy of {100 * first['support'] / total:.4g}"
     if "no_label" not in first:
         return only

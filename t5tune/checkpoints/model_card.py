@@ -93,11 +93,11 @@ def format_data_line(manifest: Mapping[str, Any]) -> str:
     if len(counts) < len(names):
         return ""
     examples, conversations, source, target = counts
-    tokens = f"{source:,} source and {target:,} target tokens"
+    tokens = f"{source:,} source and {target:,} target tokens" if target else f"{source:,} tokens"  # of labels
     sources = manifest.get("sources")
     named = [name for name in sources if isinstance(name, str)] if isinstance(sources, list) else []
     origin = f", from {join_first(named)}" if named else ""
-    records = format_count(conversations, "conversation")
+    records = format_count(conversations, "conversation" if target else "text")
     line = f"Data: {format_count(examples, 'example')} from {records}, {tokens}{origin}.\n"
     return line + _format_mixture_line(manifest.get("datasets"))
 

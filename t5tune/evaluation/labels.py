@@ -17,7 +17,13 @@ import torch
 from t5tune.data.labels import LabelTask
 from t5tune.data.tokens.encoding import Example, LabeledExample
 from t5tune.evaluation.scoring import EVALUATE_TASK, measure_targets
-from t5tune.inference.label_predictions import Logits, compute_logits, compute_probabilities, predict_labels
+from t5tune.inference.label_predictions import (
+    Logits,
+    compute_logits,
+    compute_probabilities,
+    predict_labels,
+    round_number,
+)
 from t5tune.label_metrics import (
     CALIBRATED_METRICS,
     ENTITY_METRICS,
@@ -107,7 +113,7 @@ def name_labels(example: LabeledExample, task: LabelTask) -> Any:
 
 
 def _name_values(values: list[float], task: LabelTask) -> Any:
-    names = [task.names[int(value)] if task.names else value for value in values]
+    names = [task.names[int(value)] if task.names else round_number(value) for value in values]
     return names if task.per_token or task.several else names[0]
 
 

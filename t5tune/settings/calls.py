@@ -11,8 +11,8 @@ from t5tune.settings.groups.constraints import CONSTRAINTS
 from t5tune.settings.messages import shorten_value
 
 TEXT_SETTINGS = (
-    "save_preferences", *CONSTRAINTS, "choices_by", "max_new_tokens", "num_beams", "temperature", "top_p", "seed", "metrics", "metric",
-    "compare_base", "add_tokens", "system", "conversation_template",
+    "save_preferences", *CONSTRAINTS, "choices_by", "max_new_tokens", "num_beams", "temperature", "top_p", "seed",
+    "metrics", "metric", "compare_base", "add_tokens", "system", "conversation_template",
 )  # fmt: skip
 """Settings of inference that only a model that writes texts has."""
 
