@@ -16,6 +16,7 @@ import torch
 
 from t5tune.data.labels import LabelTask
 from t5tune.data.tokens.encoding import Example
+from t5tune.errors import ModelError
 from t5tune.inference.target_scores import collate
 from t5tune.model.batches import Collator, LabelCollator
 
@@ -24,11 +25,17 @@ MIN_PROBABILITY = 0.5  # of each of several labels that are predicted
 
 
 def compute_logits(model: Any, examples: Sequence[Example], collator: Collator) -> list[Logits]:
-    """Compute the logits of a batch, with a model in evaluation mode: of each text, or of each token of its source."""
+    """Compute the logits of a batch, with a model in evaluation mode: of each text, or of each token of its source.
+
+    Raises:
+        ModelError: they aren't finite.
+    """
     assert isinstance(collator, LabelCollator), "of this model"
     batch = {name: value for name, value in collate(model, examples, collator).items() if name != "labels"}
     with torch.no_grad():
         logits = model(**batch).float().cpu()
+    if not logits.isfinite().all():
+        raise ModelError("the model's predictions aren't finite", hint="the checkpoint may be damaged")
     if not model.label_task.per_token:
         return [row.numpy() for row in logits[:, None]]
     lengths = [len(example.source_S) for example in examples]

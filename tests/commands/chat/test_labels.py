@@ -2,17 +2,20 @@
 
 import io
 import json
+import math
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from t5tune.cli.chat import format_labeling, run
 from t5tune.cli.output import Output
 from t5tune.commands.chat import Chatter, Labeler, Labeling, chat
 from t5tune.commands.merge import merge
-from t5tune.errors import SettingsError
+from t5tune.errors import ModelError, SettingsError
 from t5tune.progress import Event, Note
 from t5tune.settings import ChatSettings, MergeSettings
 from tests.commands.chat.typed import chat_in_fork
@@ -135,6 +138,18 @@ def test_models_of_the_wrong_kind_are_refused(runs: dict[str, Path], untied_base
     chatter = Chatter.load(settings.model_copy(update={"model_name_or_path": str(untied_base)}))
     with pytest.raises(SettingsError, match=r"^adapter: .*/run: predicts labels, and doesn't reply"):
         chatter.with_adapter(runs["tag"])
+
+
+def test_a_damaged_head_is_refused(runs: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(runs["classify"], tmp_path / "run")
+    tensors = load_file(file := folder / "adapter_model.safetensors")
+    for name in [name for name in tensors if "classifier" in name]:
+        tensors[name].fill_(math.nan)
+    save_file(tensors, file)
+    shutil.copy(runs["classify"].parent / "data.jsonl", tmp_path)
+    for use in (lambda: load(folder).label("x"), lambda: predict(folder, tmp_path / "scores")):
+        with pytest.raises(ModelError, match="^the model's predictions aren't finite; "):
+            use()
 
 
 def test_text_beyond_the_maximum_length_is_reported(runs: dict[str, Path]) -> None:
