@@ -1,19 +1,17 @@
 """Evaluate a model that predicts labels with its encoder: its loss, and scores of the predicted labels or numbers."""
 
 import json
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from t5tune.commands.evaluate.result import (
     PREDICTIONS_FILE,
-    SCORES,
     EvaluateResult,
     choose_folder,
+    inherit_settings,
     write_given_settings,
     write_scores,
 )
@@ -21,20 +19,19 @@ from t5tune.data.tokens.encoding import LabeledExample
 from t5tune.data.tokens.tokenizer import decode_reference
 from t5tune.distributed.collectives import broadcast_from_rank_0, run_on_rank_0, run_only_on_rank_0
 from t5tune.distributed.world import World
-from t5tune.errors import ModelError
 from t5tune.evaluation.examples import EvaluationPlan, load_labeled_examples
 from t5tune.evaluation.labels import LabelOutcome, measure_labels
 from t5tune.file_names import REPORT_FILE
 from t5tune.inference.loading import LoadedModel
 from t5tune.inference.target_scores import set_up_scoring
 from t5tune.io.atomic import write_folder_atomically
-from t5tune.label_metrics import ALL, LabelTable
+from t5tune.label_metrics import ALL
 from t5tune.model.device import use_gpu_kernels
 from t5tune.progress import Report
 from t5tune.reports.page import render_labels, write_page
 from t5tune.runs.data import find_held_out
 from t5tune.settings import EvaluateSettings
-from t5tune.settings.dataset_spec import SHARED, DatasetSpec
+from t5tune.settings.dataset_spec import DatasetSpec
 from t5tune.settings.groups.base import BaseModelSettings
 
 
@@ -78,10 +75,7 @@ def _read_data(
 ) -> LabelData:
     base, held_out = settings.select_part(BaseModelSettings), partial(find_held_out, loaded.adapter or loaded.base)
     examples, ranges = load_labeled_examples(EvaluationPlan(datasets, base, None, False, held_out), loaded, report)
-    is_prepared = all(each.cache is not None for each in datasets)
-    if settings.data is None and not is_prepared:
-        settings = settings.model_copy(update=datasets[0].list_given(SHARED - settings.model_fields_set))
-    return LabelData(settings, is_prepared, examples, ranges)
+    return LabelData(*inherit_settings(settings, datasets), examples, ranges)
 
 
 def _finish(data: LabelData | None, outcome: LabelOutcome, loaded: LoadedModel, started: float) -> EvaluateResult:
@@ -89,43 +83,23 @@ def _finish(data: LabelData | None, outcome: LabelOutcome, loaded: LoadedModel, 
     parts = {ALL: range(len(data.examples)), **dict(data.datasets)}
     scored = {name: outcome.score(indices) for name, indices in parts.items()}
     scores, tables = scored[ALL][0], {name: table for name, (_, table) in scored.items() if table is not None}
-    if not math.isfinite(scores["loss"]):
-        problem = f"model_name_or_path: {data.settings.model_name_or_path}: its loss is {scores['loss']}"
-        raise ModelError(problem, hint="the checkpoint may be damaged")
     folder = choose_folder(data.settings)
     with write_folder_atomically(folder, data.settings.overwrite) as staged:
         _write_predictions(staged / PREDICTIONS_FILE, data, outcome, loaded)
         write_given_settings(staged, data.settings, data.is_prepared)
         if tables:
             write_page(staged / REPORT_FILE, str(folder), render_labels(tables))
-    result = _make_result(folder, data, scores, scored, tables, started)
-    write_scores(result, data.settings, data.is_prepared)
-    return result
-
-
-def _make_result(
-    folder: Path,
-    data: LabelData,
-    scores: dict[str, float],
-    scored: dict[str, tuple[dict[str, float], LabelTable | None]],
-    tables: dict[str, LabelTable],
-    started: float,
-) -> EvaluateResult:
     by_dataset = {name: {"examples": len(indices), **scored[name][0]} for name, indices in data.datasets}
-    values: dict[str, Any] = {**dict.fromkeys(SCORES), **scores}
-    return EvaluateResult(
+    result = EvaluateResult(
         predictions=folder / PREDICTIONS_FILE,
         examples=len(data.examples),
-        **values,
-        recall=None,
-        custom_metrics={},
-        base=None,
+        **scores,  # type: ignore[arg-type]
         seconds=round(time.monotonic() - started, 3),
-        cut_off=0,
-        signatures={},
         datasets=by_dataset or None,
         labels=tables or None,
     )
+    write_scores(result, data.settings, data.is_prepared)
+    return result
 
 
 def _write_predictions(path: Path, data: LabelData, outcome: LabelOutcome, loaded: LoadedModel) -> None:

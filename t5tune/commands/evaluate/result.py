@@ -1,6 +1,7 @@
 """The result of `t5tune evaluate`, and the files with it."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from t5tune.label_metrics import HEAD_METRICS, LabelTable
 from t5tune.metrics import METRICS
 from t5tune.settings import EvaluateSettings, write_settings
 from t5tune.settings.affects import Affects, select_settings
+from t5tune.settings.dataset_spec import SHARED, DatasetSpec
 
 PREDICTIONS_FILE = "predictions.jsonl"
 ALWAYS_SAVED = ("model_name_or_path", "adapter", "data_path", "max_new_tokens", "num_beams", "bf16", "q_lora")
@@ -45,34 +47,34 @@ class EvaluateResult:
     predictions: Path
     examples: int
     loss: float
-    perplexity: float | None
-    bits_per_character: float | None
-    exact_match: float | None
-    rouge1: float | None
-    rouge2: float | None
-    rougeL: float | None
-    bleu: float | None
-    chrf: float | None
-    chrf_pp: float | None
-    valid_json: float | None
-    field_f1: float | None
-    accuracy: float | None
-    macro_f1: float | None
-    mcc: float | None
-    micro_f1: float | None
-    entity_f1: float | None
-    entity_precision: float | None
-    entity_recall: float | None
-    spearman: float | None
-    pearson: float | None
-    rmse: float | None
-    ece: float | None
-    recall: dict[str, float] | None
-    custom_metrics: dict[str, float]
-    base: dict[str, float] | None
-    seconds: float
-    cut_off: int
-    signatures: dict[str, str]
+    perplexity: float | None = None
+    bits_per_character: float | None = None
+    exact_match: float | None = None
+    rouge1: float | None = None
+    rouge2: float | None = None
+    rougeL: float | None = None
+    bleu: float | None = None
+    chrf: float | None = None
+    chrf_pp: float | None = None
+    valid_json: float | None = None
+    field_f1: float | None = None
+    accuracy: float | None = None
+    macro_f1: float | None = None
+    mcc: float | None = None
+    micro_f1: float | None = None
+    entity_f1: float | None = None
+    entity_precision: float | None = None
+    entity_recall: float | None = None
+    spearman: float | None = None
+    pearson: float | None = None
+    rmse: float | None = None
+    ece: float | None = None
+    recall: dict[str, float] | None = None
+    custom_metrics: dict[str, float] = field(default_factory=dict)
+    base: dict[str, float] | None = None
+    seconds: float = 0.0
+    cut_off: int = 0
+    signatures: dict[str, str] = field(default_factory=dict)
     datasets: dict[str, dict[str, float]] | None = None
     labels: dict[str, LabelTable] | None = None
 
@@ -81,6 +83,14 @@ def choose_folder(settings: EvaluateSettings) -> Path:
     """Choose the output folder: as in the settings, else one that no evaluation has taken."""
     default = Path("evaluation")
     return settings.output_dir or (default if settings.overwrite else find_unused_folder(default))
+
+
+def inherit_settings(settings: EvaluateSettings, datasets: Sequence[DatasetSpec]) -> tuple[EvaluateSettings, bool]:
+    """Return the settings with the values that were taken from training, and whether all data is in token caches."""
+    is_prepared = all(each.cache is not None for each in datasets)
+    if settings.data is None and not is_prepared:
+        settings = settings.model_copy(update=datasets[0].list_given(SHARED - settings.model_fields_set))
+    return settings, is_prepared
 
 
 def write_scores(result: EvaluateResult, settings: EvaluateSettings, is_prepared: bool) -> None:

@@ -15,6 +15,7 @@ from t5tune.commands.evaluate.result import (
     SCORES,
     EvaluateResult,
     choose_folder,
+    inherit_settings,
     write_given_settings,
     write_scores,
 )
@@ -49,7 +50,7 @@ from t5tune.progress import Note, Report
 from t5tune.reports.page import render_labels, write_page
 from t5tune.runs.data import find_held_out
 from t5tune.settings import EvaluateSettings
-from t5tune.settings.dataset_spec import SHARED, DatasetSpec
+from t5tune.settings.dataset_spec import DatasetSpec
 from t5tune.settings.groups.base import BaseModelSettings
 
 
@@ -127,10 +128,7 @@ def read_task(
         settings = settings.model_copy(update={"metrics": [*LABEL_METRICS]})
     names = choose_metrics(settings.metrics, chosen.targets)
     try_custom_metrics(settings.metric or [], chosen.targets)
-    is_prepared = all(each.cache is not None for each in datasets)
-    if settings.data is None and not is_prepared:
-        inherited = datasets[0].list_given(SHARED - settings.model_fields_set)
-        settings = settings.model_copy(update=inherited)
+    settings, is_prepared = inherit_settings(settings, datasets)
     constraint = read_constraint(settings, loaded.json_schema)
     answers = [] if constraint is None else constraint.answers
     of_base = check_constraint(constraint, chosen, loaded, report)
