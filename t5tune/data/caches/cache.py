@@ -299,7 +299,7 @@ def find_held_out_keys(cache: Cache, held_out: float, split_seed: int) -> npt.ND
     unique = np.unique((cache.whole if cache.manifest["eval_fraction"] else cache).read_keys())
     count = max(1, round(held_out * len(unique)))
     if count >= len(unique):
-        kind = "conversation" if cache.corruption is None else "text"
+        kind = "conversation" if cache.corruption is None and cache.label_task is None else "text"
         problem = f"eval_fraction: {held_out} of {format_count(len(unique), kind)} leaves no {kind}s to train on"
         raise DataError(problem, hint=f"give more {kind}s, or a separate file as eval_data_path")
     order = mix_bits(unique ^ mix_bits(np.array(split_seed, np.uint64)))

@@ -162,7 +162,7 @@ def test_the_cache_is_split_by_prepares_eval_fraction(prepared: Prepared, tmp_pa
     assert open_examples(tmp_path / "cache").split_as_prepared()[1] is None
     with pytest.raises(
         DataError,
-        match="leaves nothing to train on; give more conversations, or a separate file as eval_data_path",
+        match="leaves no conversations to train on; give more conversations, or a separate file as eval_data_path",
     ):
         prepared(record("Hi", "a"), eval_fraction=0.5)
 
