@@ -227,6 +227,8 @@ def _describe_error(message: str, kind: str) -> str:
         return f"{', '.join(json.loads(keys[1]))}: can't be enforced; remove it"
     if text.startswith("oneOf constraints are not supported"):
         return "oneOf: can't be enforced unless its schemas exclude each other; use anyOf"
+    if "limits." in text:  # names a limit of llguidance, which is no setting
+        return "too complex to compile; shorten its patterns, repetitions or lists"
     if "regex parse error" in text:  # the expression, a mark below it, and the error
         text = text.rpartition("error: ")[2]
     reason = shorten(" ".join(text.split()).replace(REPLY, "start"), MAX_REASON)
