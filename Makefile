@@ -5,7 +5,7 @@ BIN := .venv/bin
 # files in which LONG_TESTS=1 makes other variants of tests, besides those that are marked
 LONG_FILES := tests/reliability tests/model/kernels/test_fused.py tests/adversarial/test_prepare.py tests/commands/chat tests/commands/test_plan.py tests/planning/test_suggestions.py tests/end_to_end/test_gemma.py tests/end_to_end/test_lora_variants.py tests/end_to_end/test_full_training.py tests/end_to_end/test_initial_adapter.py tests/model/kernels/test_fake_cuda.py tests/test_gpu_benchmark.py
 
-.PHONY: quickstart test test-fast families real compatibility floors reliability fuzz check lint types generate generated build docs picture clean
+.PHONY: quickstart test test-fast families real compatibility browser floors reliability fuzz check lint types generate generated build docs picture clean
 
 quickstart: .venv/installed
 	$(BIN)/python examples/quickstart/quickstart.py
@@ -36,6 +36,11 @@ real: .venv/installed-dev
 compatibility: .venv/installed-dev build/transformers-4/installed
 	TRANSFORMERS_4_PYTHON=$(abspath build/transformers-4/bin/python) $(BIN)/python -m pytest tests/end_to_end/test_other_tools.py tests/end_to_end/test_families.py
 
+# the page of `merge --to onnx` in Chromium, with transformers.js from npm
+browser: .venv/installed-dev
+	npm install --silent --ignore-scripts --prefix build/transformers-js @huggingface/transformers@4.3.2
+	NODE_MODULES=$(abspath build/transformers-js/node_modules) $(BIN)/python -m pytest tests/converting/test_onnx_page.py -n 0
+
 # the tests with the oldest releases that pyproject.toml allows; set PYTHON=python3.11 if python3 is newer
 floors: build/floors/installed
 	build/floors/bin/python -m pytest
@@ -61,8 +66,9 @@ build: .venv/installed-dev
 	$(BIN)/python -m build
 
 docs: .venv/installed
-	$(BIN)/pip install --quiet -e '.[docs]'
-	$(BIN)/python -m tools.docs_site build/docs
+	$(BIN)/pip install --quiet -e '.[docs,onnx]'
+	$(BIN)/python -m tools.live_page build/live
+	$(BIN)/python -m tools.docs_site build/docs build/live
 	$(BIN)/zensical build --strict --clean
 
 # the picture in README.md: the report of the run whose command is next to it
@@ -96,6 +102,6 @@ build/transformers-4/installed: .venv/bin/python
 # the constraints are the requirements with == in place of >=
 build/floors/installed: pyproject.toml
 	$(PYTHON) -m venv --clear build/floors
-	build/floors/bin/python -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; print(*(line.replace(">=", "==", 1) for line in project["dependencies"] + project["optional-dependencies"]["serve"]), sep="\n")' > build/floors/constraints.txt
+	build/floors/bin/python -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; print(*(line.replace(">=", "==", 1) for line in project["dependencies"] + project["optional-dependencies"]["serve"] + project["optional-dependencies"]["onnx"]), sep="\n")' > build/floors/constraints.txt
 	build/floors/bin/pip install --disable-pip-version-check --quiet --constraint build/floors/constraints.txt -e '.[dev]'
 	touch $@

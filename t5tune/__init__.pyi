@@ -567,7 +567,7 @@ class MergeSettings(_settings.MergeSettings):
         adapter: str | PathLike[str] | Sequence[str | PathLike[str]],
         model_name_or_path: str | PathLike[str] | None = None,
         weights: Sequence[float] | float | str | None = None,
-        to: Literal["checkpoint", "ctranslate2", "sentence-transformers"] = "checkpoint",
+        to: Literal["checkpoint", "ctranslate2", "onnx", "sentence-transformers"] = "checkpoint",
         quantization: Literal[
             "int8", "int8_float32", "int8_float16", "int8_bfloat16", "int16", "float16", "bfloat16", "float32"
         ]
@@ -610,11 +610,13 @@ class MergeSettings(_settings.MergeSettings):
             model_name_or_path: Base model: a folder, owner/name[@revision] on the Hugging Face Hub, or `pocket` (built
                 in); default: the adapter's base, if it is on this machine.
             weights: Weight of each adapter; default: 1 for a single adapter.
-            to: Output format: a Hugging Face checkpoint; a CTranslate2 model, whose replies to a few prompts are
-                compared: without quantization, they must match; or of a model with labels a sentence-transformers
-                model.
-            quantization: Weight type of the CTranslate2 model (--to ctranslate2); default: the merged weights' dtype.
-            dtype: Round the merged weights to this dtype; default: each tensor keeps the base's dtype.
+            to: Output format: a Hugging Face checkpoint; a CTranslate2 model, or an ONNX model with a page that runs it
+                in a browser, whose replies to a few prompts are compared: without quantization, they must match; or of
+                a model with labels a sentence-transformers model.
+            quantization: Weight type of the CTranslate2 model (--to ctranslate2; default: the merged weights' dtype),
+                or of the ONNX model (--to onnx: int8 or float32; default: files of both).
+            dtype: Round the merged weights to this dtype; default: each tensor keeps the base's dtype, except with --to
+                onnx, which computes in float32.
             overwrite: Replace the output folder even if it contains other files.
             revision: Branch, tag or commit of a model on the Hugging Face Hub; default: its main branch.
             cache_dir: Folder for Hugging Face Hub downloads; default: the Hub's cache.

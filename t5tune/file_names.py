@@ -21,6 +21,11 @@ SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 CTRANSLATE2_WEIGHTS_FILE = "model.bin"
 CTRANSLATE2_VOCABULARY_FILE = "shared_vocabulary.json"
 
+# a model that was converted to ONNX
+ONNX_FOLDER = "onnx"
+ONNX_SUFFIXES = {".onnx", ".onnx_data"}
+ONNX_PAGE_FILE = "index.html"
+
 # an adapter's folder, as PEFT writes it, and what t5tune adds
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"

@@ -1,9 +1,9 @@
 """Collect the pages of the documentation site for zensical.toml: docs/, CONTRIBUTING.md and CHANGELOG.md.
 
-    python -m tools.docs_site build/docs
+    python -m tools.docs_site build/docs build/live
 
 The documents have links that work on GitHub, also to files that aren't pages of the site. On the site, these links
-become plain text.
+become plain text. The second folder is the live page, if tools/live_page.py made it: then some documents link to it.
 """
 
 import os
@@ -17,15 +17,21 @@ from tools import REPOSITORY
 DOCUMENTS = REPOSITORY / "docs"
 INCLUDED = {REPOSITORY / "CONTRIBUTING.md": "contributing.md", REPOSITORY / "CHANGELOG.md": "changelog.md"}
 # not an image; `[text](file#anchor)`
+LIVE_MARK, LIVE_FOLDER = "<!-- live page -->", "live"
+LIVE_LINK = "[**Order six coffees in this browser**]({path}), before you install anything."
 LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)\s:#]+)(#[^)\s]*)?\)")
 
 
-def main(folder: Path) -> None:
-    """Write the pages into `folder`, which is emptied first."""
+def main(folder: Path, live: Path | None = None) -> None:
+    """Write the pages into `folder`, which is emptied first, and the `live` page if there is one."""
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(DOCUMENTS, folder)
+    has_live_page = live is not None and live.is_dir()
+    if live is not None and has_live_page:
+        shutil.copytree(live, folder / LIVE_FOLDER)
     for document, page in {**list_pages(), **INCLUDED}.items():
-        (folder / page).write_text(adapt_links(document), encoding="utf-8")
+        link = LIVE_LINK.format(path=f"{LIVE_FOLDER}/index.html") if has_live_page else ""
+        (folder / page).write_text(adapt_links(document).replace(LIVE_MARK, link), encoding="utf-8")
 
 
 def list_pages() -> dict[Path, str]:
@@ -49,4 +55,4 @@ def adapt_links(document: Path) -> str:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(*map(Path, sys.argv[1:]))

@@ -163,6 +163,21 @@ COLUMNS = {
             "(by 0.6 for a random model of one layer), and it fails if a text is longer than the window.",
         },
     ),
+    "ONNX": Column(
+        "`merge --to onnx` gives the greedy replies of the merged model in onnxruntime. `make browser` compares the "
+        "replies of `pocket` in Chromium, with transformers.js.",
+        (f"{FAMILIES_TEST}::test_onnx_gives_the_replies_of_the_merged_model[{{key}} lora]",),
+        more_tests=(
+            "tests/converting/test_onnx.py::test_a_graph_has_the_logits_of_stock_transformers[mt5]",
+            "tests/converting/test_onnx_page.py::test_the_page_gives_the_replies_of_chat",
+        ),
+        reasons={
+            "byt5": "transformers.js's support of its tokenizer is untested.",
+            "flan-ul2": "The graph doesn't have its activation, SiLU.",
+            "longt5": "The graph doesn't have its attention over blocks.",
+            **dict.fromkeys(GEMMAS, "The graph doesn't have its layers, and transformers.js doesn't know it."),
+        },
+    ),
     "llama.cpp": Column(
         "No test reads a GGUF file. Logits and tensors were compared once by hand, on small models with Flan-T5's "
         "vocabulary: [serving](serving.md#llamacpp) has the results and the pitfalls. A test reads the files that "

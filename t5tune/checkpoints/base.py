@@ -14,7 +14,7 @@ from t5tune.data.labels import LabelTask
 from t5tune.errors import CheckpointError, ModelError
 from t5tune.families import find_architecture
 from t5tune.families.encoder import make_encoder
-from t5tune.file_names import ADAPTER_CONFIG_FILE, CONFIG_FILE
+from t5tune.file_names import ADAPTER_CONFIG_FILE, CONFIG_FILE, ONNX_FOLDER
 from t5tune.hub.download import Repository
 from t5tune.hub.names import is_hub_name, is_published
 from t5tune.io.folder_kinds import describe_folder
@@ -59,6 +59,9 @@ def check_base(folder: Path, name: str) -> Path:
         problem = f"{name}: {f'{kind}, not a model' if kind else f'contains no {CONFIG_FILE}'}"
         hint = "give a folder that save_pretrained or t5tune merge wrote"
         raise ModelError(problem, hint, setting="model_name_or_path")
+    if any((folder / ONNX_FOLDER).glob("*.onnx")) and not _has_weights(folder):
+        hint = "use the adapter or a merged checkpoint; serve also takes a model converted with --to ctranslate2"
+        raise ModelError(f"{name}: is an ONNX model", hint, setting="model_name_or_path")
     read_config(folder)
     return folder
 

@@ -20,7 +20,14 @@ from t5tune.checkpoints.model_card import fill_in_card
 from t5tune.checkpoints.model_folder import PROCESSOR_FILES, TRAINED_FILES, is_trained_file
 from t5tune.checkpoints.tokenizer_files import CHAT_TEMPLATES_FOLDER, TOKENIZER_FILES
 from t5tune.errors import CheckpointError, SettingsError, UploadError
-from t5tune.file_names import ADAPTER_CONFIG_FILE, CONFIG_FILE, MODEL_CARD_FILE, SETTINGS_FILE
+from t5tune.file_names import (
+    ADAPTER_CONFIG_FILE,
+    CONFIG_FILE,
+    MODEL_CARD_FILE,
+    ONNX_FOLDER,
+    ONNX_PAGE_FILE,
+    SETTINGS_FILE,
+)
 from t5tune.formatting import format_count, format_size
 from t5tune.hub.names import is_published
 from t5tune.hub.upload import create_repository, upload_files
@@ -33,6 +40,7 @@ WEIGHT_PATTERNS = (
     "model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json",
     "adapter_model.*", "non_lora_state.safetensors",
     "model.bin",  # CTranslate2's
+    f"{ONNX_FOLDER}/*.onnx*",
 )  # fmt: skip
 # CTranslate2's
 VOCABULARY_FILES = {f"{kind}_vocabulary.{end}" for kind in ("shared", "source", "target") for end in ("json", "txt")}
@@ -127,23 +135,23 @@ def is_loaded_file(path: str) -> bool:
     such as tokenizer_notes.txt may be the user's.
     """
     folder, _, name = path.rpartition("/")
-    if folder:
+    if folder and folder != ONNX_FOLDER:
         return folder == CHAT_TEMPLATES_FOLDER and name.endswith(".jinja")
-    return name in LOADED_FILES or is_weight_file(name)
+    return path in LOADED_FILES or is_weight_file(path)
 
 
 def list_uploaded_files(folder: Path) -> Mapping[str, Path]:
     """List the files to upload: path in the repository -> file."""
     names = sorted(entry.name for entry in folder.iterdir())
     found = {name: resolve_inside(folder, name) for name in names if _is_uploaded(name) and (folder / name).is_file()}
-    templates = folder / CHAT_TEMPLATES_FOLDER
-    for file in sorted(templates.glob("*.jinja")):
-        found[f"{CHAT_TEMPLATES_FOLDER}/{file.name}"] = resolve_inside(templates, file.name)
+    for subfolder, pattern in ((CHAT_TEMPLATES_FOLDER, "*.jinja"), (ONNX_FOLDER, "*.onnx*")):
+        for file in sorted((folder / subfolder).glob(pattern)):
+            found[f"{subfolder}/{file.name}"] = resolve_inside(folder / subfolder, file.name)
     return found
 
 
 def _is_uploaded(name: str) -> bool:
-    return is_trained_file(name) or is_weight_file(name) or name in VOCABULARY_FILES
+    return is_trained_file(name) or is_weight_file(name) or name in {*VOCABULARY_FILES, ONNX_PAGE_FILE}
 
 
 def _list_local_folders(folder: Path) -> list[str]:

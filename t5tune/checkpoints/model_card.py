@@ -161,6 +161,8 @@ def _read_optional(folder: Path, name: str) -> dict[str, Any]:
         return {}
 
 
+TRANSFORMERS_JS = "4.3.2"
+LIBRARIES = {"checkpoint": "transformers", "onnx": "transformers.js"}  # else, the name of the format
 TRANSLATOR_LINES = """from ctranslate2 import Translator
 from transformers import AutoTokenizer
 
@@ -172,6 +174,11 @@ from huggingface_hub import snapshot_download
 from transformers import AutoTokenizer
 
 translator = Translator(snapshot_download("THIS_FOLDER"))
+"""
+ONNX_FOLDER_LINE = 'folder = "THIS_FOLDER"\n'
+DOWNLOADED_ONNX_FOLDER_LINE = """from huggingface_hub import snapshot_download
+
+folder = snapshot_download("THIS_FOLDER")
 """
 LOADING_SECTIONS = {
     "checkpoint": """
@@ -191,6 +198,53 @@ Its logits of texts are what `encode` gives:
 from sentence_transformers import SentenceTransformer
 
 logits = SentenceTransformer("THIS_FOLDER").encode(["a text"])
+```
+""",
+    "onnx": f"""
+The model is in ONNX format, for [transformers.js](https://huggingface.co/docs/transformers.js) and onnxruntime.
+It was trained on messages in a conversation template, so give it the whole text:
+
+```js
+// npm install --ignore-scripts @huggingface/transformers@{TRANSFORMERS_JS}
+import {{ pipeline }} from "@huggingface/transformers";
+
+const generate = await pipeline("text2text-generation", "THIS_FOLDER", {{ dtype: "__DTYPE__" }});
+const options = {{ max_new_tokens: 64, num_beams: 1, do_sample: false }};
+const [reply] = await generate(__PROMPT__, options);
+console.log(reply.generated_text);
+```
+
+`index.html` is a page to try it. Give it its scripts, and serve this folder:
+
+```sh
+npm install --ignore-scripts --prefix build @huggingface/transformers@{TRANSFORMERS_JS}
+mkdir js
+cp build/node_modules/@huggingface/transformers/dist/transformers.min.js js
+cp build/node_modules/onnxruntime-web/dist/ort-wasm-simd-threaded.{{mjs,wasm}} js
+python3 -m http.server
+```
+
+In Python:
+
+```python
+import numpy as np
+from onnxruntime import InferenceSession
+from transformers import AutoTokenizer
+
+{ONNX_FOLDER_LINE}tokenizer = AutoTokenizer.from_pretrained(folder)
+encoder = InferenceSession(f"{{folder}}/onnx/encoder_model__SUFFIX__.onnx")
+decoder = InferenceSession(f"{{folder}}/onnx/decoder_model_merged__SUFFIX__.onnx")
+source = dict(tokenizer(__PROMPT__, return_tensors="np"))
+states, mask = encoder.run(None, source)[0], source["attention_mask"]
+inputs = {{"encoder_hidden_states": states, "encoder_attention_mask": mask}}
+past = [each for each in decoder.get_inputs() if each.name.startswith("past")]
+cache = {{each.name: np.zeros((1, each.shape[1], 0, each.shape[3]), "f4") for each in past}}
+ids = [__START__]
+while len(ids) <= 64 and (len(ids) == 1 or ids[-1] != tokenizer.eos_token_id):
+    logits, *present = decoder.run(None, {{"input_ids": np.array([ids[-1:]]), **inputs, **cache}})
+    cache = dict(zip(cache, present))
+    ids.append(int(logits[0, -1].argmax()))
+print(tokenizer.decode(ids[1:], skip_special_tokens=True))
 ```
 """,
     "ctranslate2": f"""
@@ -231,7 +285,7 @@ def build_merged_card(
     is_plain = [weight for _, weight in adapters] == [1]
     names = ", ".join(f"`{name}`" if is_plain else f"`{name}` (weight {weight:g})" for name, weight in adapters)
     return f"""---
-{_format_base_line(base)}library_name: {"transformers" if kind == "checkpoint" else kind}
+{_format_base_line(base)}library_name: {LIBRARIES.get(kind, kind)}
 tags: [t5tune]
 ---
 
@@ -248,7 +302,8 @@ def fill_in_card(content: bytes, repository: str, folders: Collection[str]) -> b
     `folders` are the local paths that the card may contain.
     """
     try:
-        text = content.decode().replace(TRANSLATOR_LINES, DOWNLOADED_TRANSLATOR_LINES).replace(PLACEHOLDER, repository)
+        text = content.decode().replace(TRANSLATOR_LINES, DOWNLOADED_TRANSLATOR_LINES)
+        text = text.replace(ONNX_FOLDER_LINE, DOWNLOADED_ONNX_FOLDER_LINE).replace(PLACEHOLDER, repository)
         _, metadata, rest = text.split(METADATA_MARK, 2) if text.startswith(METADATA_MARK) else ("", "", text)
     except ValueError:  # not UTF-8, or metadata without an end: not our card, so the Hub judges it
         return content

@@ -9,7 +9,7 @@ from typing import Any
 from t5tune.commands.train.run_plan import make_run_plan
 from t5tune.data.caches.prepared import list_caches
 from t5tune.data.reading.sources import is_dataset_name
-from t5tune.file_names import ADAPTER_CONFIG_FILE, REPORT_FILE
+from t5tune.file_names import ADAPTER_CONFIG_FILE, MODEL_CARD_FILE, REPORT_FILE
 from t5tune.io.atomic import find_unused_folder
 from t5tune.runs.checkpoints import list_checkpoints
 from t5tune.runs.plan import RunPlan
@@ -44,6 +44,8 @@ def list_next_steps(settings: Settings, result: Any) -> list[tuple[str, str]]:
             commands = _follow_export(result.adapter)
         case MergeSettings() if settings.to == "checkpoint":
             commands = _follow_merge(result.checkpoint)
+        case MergeSettings() if settings.to == "onnx":
+            return [("next", f"{result.checkpoint / MODEL_CARD_FILE} says how to try the model in a browser")]
         case EvaluateSettings():
             commands = _follow_evaluate(settings, writes_text=result.perplexity is not None)
         case _:

@@ -14,6 +14,7 @@ import shutil
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 from t5tune.checkpoints.adapter import read_base_metadata
@@ -38,12 +39,13 @@ from t5tune.converting.generation_config import describe_lost_settings
 from t5tune.data.labels import LabelTask
 from t5tune.data.tokens.tokenizer import find_other_token, load_tokenizer
 from t5tune.errors import CheckpointError, DependencyError, SettingsError
-from t5tune.families import CTRANSLATE2, Family, find_family
+from t5tune.families import CTRANSLATE2, ONNX, Family, find_family
 from t5tune.families.architecture import Architecture, get_layer_name
 from t5tune.families.encoder import Encoder
 from t5tune.file_names import (
     MODEL_CARD_FILE,
     MODEL_SUFFIXES,
+    ONNX_SUFFIXES,
     SETTINGS_FILE,
     TEMPLATE_FILE,
     TOKENIZER_CONFIG_FILE,
@@ -68,6 +70,11 @@ from t5tune.progress import Note, Report, count_done, silent
 from t5tune.runs.checkpoints import find_trained_folder
 from t5tune.settings import MergeSettings, QuantizationSettings, write_settings
 
+# formats of models that write text: name in Family.converters, modules to convert with, package that has them
+GENERATORS = {
+    "ctranslate2": (CTRANSLATE2, ["ctranslate2.converters"], "ctranslate2"),
+    "onnx": (ONNX, ["onnx", "onnxruntime"], "'t5tune[onnx]'"),
+}
 LIBRARY_BYTES = 800 << 20  # memory of torch and transformers before any weight is loaded
 
 
@@ -106,7 +113,7 @@ def merge(settings: MergeSettings, report: Report = silent) -> MergeResult:
     Raises:
         ModelError, CheckpointError: the base or an adapter can't be used, or they don't fit each other.
         TrainingError: --verify finds different logits of the merged model, or different replies of the converted model.
-        DependencyError: --to ctranslate2, but CTranslate2 isn't installed.
+        DependencyError: --to ctranslate2 or onnx, but its packages aren't installed.
     """
     started = time.monotonic()
     output, converts = settings.output_dir, settings.to != "checkpoint"
@@ -129,12 +136,14 @@ def merge(settings: MergeSettings, report: Report = silent) -> MergeResult:
     trained = match_trained_base(whole, adapters, onto, settings.family, report, reads_all, allows_other)
     tokenizer_folder = _choose_tokenizer(adapters, base)
     family = find_family(read_config(base_folder), base_folder, family_key)
+    if settings.to in GENERATORS:
+        _check_converter(settings.to, family, report)
     if settings.to == "ctranslate2":
-        _check_converter(family)
         _warn_of_lost_settings(base_folder, report)
     deltas = _collect_deltas(settings, base, adapters, tied, trained)
     _warn_if_zero(deltas, report)
-    dtype = DTYPES_BY_TORCH_NAME[settings.dtype] if settings.dtype else None
+    rounded = settings.dtype or ("float32" if settings.to == "onnx" else None)  # an ONNX model computes in fp32
+    dtype = DTYPES_BY_TORCH_NAME[rounded] if rounded else None
     shards = plan_shards(base, dtype, settings.max_shard_size)
     _check_disk_space(settings, base, shards)
     open_repository(settings, output, report)
@@ -154,12 +163,17 @@ def merge(settings: MergeSettings, report: Report = silent) -> MergeResult:
 
             data = read_training_data(checkpoint)
             write_sentence_transformers(checkpoint, base.architecture, staged, data.source_prefix if data else "")
-        elif converts:
-            from t5tune.converting.ctranslate2 import convert_and_check
+        elif settings.to == "onnx":
+            from t5tune.converting import onnx
 
+            agreement = onnx.convert_and_check(checkpoint, adapters[0].folder, staged, settings.quantization, report)
+        elif converts:
+            from t5tune.converting import ctranslate2
+
+            convert_and_check = ctranslate2.convert_and_check
             agreement = convert_and_check(checkpoint, adapters[0].folder, staged, settings.quantization, report)
             shutil.copyfile(checkpoint / SETTINGS_FILE, staged / SETTINGS_FILE)
-        size = sum(file.stat().st_size for file in staged.iterdir() if file.suffix in MODEL_SUFFIXES)
+        size = sum(file.stat().st_size for file in staged.rglob("*") if file.suffix in MODEL_SUFFIXES | ONNX_SUFFIXES)
     rows = [rows for delta in deltas.values() for rows, _ in delta.rows]
     return MergeResult(
         checkpoint=output,
@@ -190,8 +204,8 @@ def _find_label_task(adapters: list[Adapter]) -> LabelTask | None:
 
 def _check_format(name: str, task: LabelTask | None) -> None:
     """Check that a model with these labels can be written in the format of --to."""
-    if name == "ctranslate2" and task is not None:
-        problem = f"objective {task.objective} needs an encoder with a head of labels, which CTranslate2 can't run"
+    if name in GENERATORS and task is not None:
+        problem = f"objective {task.objective} needs an encoder with a head of labels, which can't be converted"
         raise SettingsError(f"to: {name}: {problem}", hint="use --to checkpoint, or for texts sentence-transformers")
     if name == "sentence-transformers" and (task is None or task.per_token):
         predicts = "texts" if task is None else "labels of words"
@@ -205,15 +219,18 @@ def _is_in_place(settings: MergeSettings) -> bool:
     return base is not None and is_checkpoint and os.path.realpath(base) == os.path.realpath(settings.output_dir)
 
 
-def _check_converter(family: Family) -> None:
-    if CTRANSLATE2 not in family.converters:
-        problem = f"to: ctranslate2: {family.name} can't be converted"
+def _check_converter(name: str, family: Family, report: Report) -> None:
+    tool, modules, package = GENERATORS[name]
+    if tool not in family.converters:
+        problem = f"to: {name}: {family.name} can't be converted"
         raise SettingsError(problem, hint="write a checkpoint, which transformers loads, with --to checkpoint")
     try:
-        import ctranslate2.converters  # noqa: F401
+        for module in modules:
+            import_module(module)
     except ImportError as error:
-        problem = f"to: ctranslate2 can't be imported: {error}"
-        raise DependencyError(problem, hint="pip install ctranslate2") from error
+        raise DependencyError(f"to: {name} can't be imported: {error}", hint=f"pip install {package}") from error
+    if name == "onnx" and family.model_type == "umt5":
+        report(Note("to: onnx: umT5: transformers.js doesn't know it, so config.json calls it mt5", warning=True))
 
 
 def _warn_of_lost_settings(base: Path, report: Report) -> None:
@@ -309,9 +326,14 @@ def _check_disk_space(settings: MergeSettings, base: Checkpoint, shards: list[Sh
     needed = sum(shard.size for shard in shards)
     if settings.to == "sentence-transformers":
         needed *= 2
-    elif settings.to == "ctranslate2":
+    elif settings.to in GENERATORS:
         weights = {name: entry for shard in shards for name, entry in shard.entries.items()}
-        needed += estimate_converted_size(weights, settings.quantization, base.architecture)
+        if settings.to == "onnx":  # the embedding is also in the encoder's file
+            weights["encoder"] = base.get_dtype_and_shape(base.architecture.tied_to)
+        both = (
+            ["float32", "int8"] if settings.to == "onnx" and settings.quantization is None else [settings.quantization]
+        )
+        needed += sum(estimate_converted_size(weights, kind, base.architecture) for kind in both)
     folder = settings.output_dir
     place = next(parent for parent in Path(os.path.realpath(folder)).parents if parent.is_dir())
     if (free := shutil.disk_usage(place).free) < needed:

@@ -10,7 +10,6 @@ the converter the model, with the flag set as the model computes.
 import json
 import shutil
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,9 @@ from ctranslate2.converters import TransformersConverter
 from t5tune.checkpoints.base import open_base
 from t5tune.checkpoints.tokenizer_files import TOKENIZER_FILE_PREFIXES
 from t5tune.compat.ctranslate2_patches import load_translator
+from t5tune.converting.replies import MAX_REPLY_TOKENS, Agreement, Reply, compare_replies, generate_replies
 from t5tune.data.tokens.tokenizer import load_tokenizer, save_tokenizer
-from t5tune.errors import DependencyError, TrainingError
+from t5tune.errors import DependencyError
 from t5tune.file_names import (
     CTRANSLATE2_VOCABULARY_FILE,
     GENERATION_CONFIG_FILE,
@@ -32,33 +32,17 @@ from t5tune.file_names import (
     TRAINING_DATA_FILE,
 )
 from t5tune.formatting import shorten
-from t5tune.inference.generation import Decoding, generate
 from t5tune.io.reasons import join_lines
-from t5tune.merging.verify import find_max_difference, read_example_ids
+from t5tune.merging.verify import read_example_ids
 from t5tune.model.device import choose_device
 from t5tune.model.load import TORCH_DTYPES, load_base
 from t5tune.progress import Note, Report
 
-MAX_REPLY_TOKENS = 32
-LOG_PROBABILITY_TOLERANCE = 1e-3  # both models compute in fp32, but sum in a different order
+LIBRARY = "CTranslate2"
 # files copied next to the converted weights; not settings.yaml, where the URLs of a run's data may contain secrets
 DESCRIBING_FILES = (
     *TOKENIZER_FILE_PREFIXES, TEMPLATE_FILE, TRAINING_DATA_FILE, GENERATION_CONFIG_FILE, MODEL_CARD_FILE,
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """Agreement of greedy replies to a few prompts.
-
-    Args:
-        replies: number of replies; `same`: of identical replies.
-        error: largest difference between the log-probabilities of our replies' tokens.
-    """
-
-    replies: int
-    same: int
-    error: float
 
 
 class _Converter(TransformersConverter):  # type: ignore[misc]
@@ -107,14 +91,9 @@ def convert_and_check(
     is_exact = quantization in (None, "float32")
     sources = [source for source, _ in read_example_ids(checkpoint, adapter)]
     found = _compare_replies(checkpoint, folder, sources, is_exact)
-    same = f"CTranslate2 gives the same reply for {found.same} of {found.replies} prompts"
-    summary = f"{same}; log-probabilities differ by {found.error:.2g}"
-    if is_exact and (found.same < found.replies or not found.error <= LOG_PROBABILITY_TOLERANCE):
-        raise TrainingError(
-            f"the merged and the converted model give different replies: {summary}; nothing was written",
-            hint="try a different release of CTranslate2, and report its version in an issue",
-        )
-    report(Note(summary))
+    if is_exact:
+        found.check_exact(LIBRARY)
+    report(Note(found.describe(LIBRARY)))
     return found
 
 
@@ -142,39 +121,21 @@ def _compare_replies(checkpoint: Path, converted: Path, sources: list[list[int]]
 
     `exact`: compute in fp32 whatever the weights' dtype, not in CTranslate2's default type on this machine.
     """
-    ours = _generate_replies(checkpoint, sources)
+    device = choose_device(use_cpu=True)
+    ours = generate_replies(load_base(checkpoint, torch.float32, device), load_tokenizer(checkpoint), sources)
     tokens = json.loads((converted / CTRANSLATE2_VOCABULARY_FILE).read_text(encoding="utf-8"))
+    ids = {token: index for index, token in enumerate(tokens)}
     translator = load_translator(converted, device="cpu", compute_type="float32" if exact else "default")
     source_tokens = [[tokens[index] for index in source] for source in sources]
     lengths = {"max_input_length": 0, "max_decoding_length": MAX_REPLY_TOKENS, "min_decoding_length": 0}
     replies = translator.translate_batch(source_tokens, beam_size=1, **lengths)
-    our_tokens = [[tokens[index] for index in reply] for reply, _ in ours]
+    our_tokens = [[tokens[index] for index in reply.ids] for reply in ours]
     scores = translator.score_batch(source_tokens, our_tokens, max_input_length=0)
-    return Agreement(
-        replies=len(sources),
-        same=sum(reply.hypotheses[0] == ours for reply, ours in zip(replies, our_tokens, strict=True)),
-        error=find_max_difference(
-            [torch.tensor(score.log_probs, dtype=torch.float64) for score in scores],
-            [torch.tensor(log_probs, dtype=torch.float64) for _, log_probs in ours],
-        ),
-    )
-
-
-def _generate_replies(checkpoint: Path, sources: list[list[int]]) -> list[tuple[list[int], list[float]]]:
-    """Generate a reply to each source: (its ids, the log-probabilities of these ids and of the EOS token)."""
-    tokenizer = load_tokenizer(checkpoint)
-    model = load_base(checkpoint, torch.float32, choose_device(use_cpu=True))
-    start, end = model.architecture.start_token_id, tokenizer.eos_token_id
-    # without generation_config.json, whose penalties the converted model doesn't apply
-    model.generation_config = transformers.GenerationConfig(decoder_start_token_id=start)
-    result = []
-    for source in sources:
-        (ids,) = generate(model, [source], Decoding(end, tokenizer.pad_token_id, MAX_REPLY_TOKENS))
-        inputs = {"input_ids": torch.tensor([source]), "decoder_input_ids": torch.tensor([[start, *ids]])}
-        with torch.inference_mode():
-            log_probs_TV = model(**inputs, use_cache=False).logits[0].log_softmax(-1)
-        result.append((ids, log_probs_TV[torch.arange(len(ids) + 1), torch.tensor([*ids, end])].tolist()))
-    return result
+    theirs = [
+        Reply([ids[token] for token in reply.hypotheses[0]], score.log_probs)
+        for reply, score in zip(replies, scores, strict=True)
+    ]
+    return compare_replies(ours, theirs)
 
 
 def _find_common_dtype(checkpoint: Path) -> torch.dtype:

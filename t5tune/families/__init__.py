@@ -35,7 +35,8 @@ BYTE_FALLBACK = "SentencePiece with byte fallback"
 BYTE_LEVEL_BPE = "byte-level BPE"
 GEMMA = "BPE with byte fallback"
 CTRANSLATE2 = "CTranslate2"
-CONVERTERS = ("transformers 4", CTRANSLATE2, "llama.cpp")
+ONNX = "ONNX"
+CONVERTERS = ("transformers 4", CTRANSLATE2, ONNX, "llama.cpp")
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ FAMILIES: dict[str, Family] = {
         num_tokens=384,
         tokenizer=BYTES,
         identified_by={"vocab_size": (384,)},
-        converters=CONVERTERS[:2],  # llama.cpp has no byte tokenizer
+        converters=CONVERTERS[:2],  # llama.cpp has no byte tokenizer; transformers.js's is untested
     ),
     "fastchat-t5": Family(
         name="fastchat-t5",
@@ -133,7 +134,7 @@ FAMILIES: dict[str, Family] = {
         num_tokens=32100,
         tokenizer=BYTE_LEVEL_BPE,
         identified_by={"bos_token_id": (1,), "eos_token_id": (2,), "pad_token_id": (0,)},
-        converters=CONVERTERS[:2],  # llama.cpp reads only SentencePiece tokenizers of T5 models
+        converters=CONVERTERS[:3],  # llama.cpp reads only SentencePiece tokenizers of T5 models
     ),
     "t5": Family(
         name="T5",
@@ -150,7 +151,7 @@ FAMILIES: dict[str, Family] = {
         num_rows=250112,
         num_tokens=250100,
         tokenizer=BYTE_FALLBACK,
-        converters=CONVERTERS[:2],  # llama.cpp's tokenizer ignores byte fallback (its issue 28862)
+        converters=CONVERTERS[:3],  # llama.cpp's tokenizer ignores byte fallback (its issue 28862)
     ),
     "umt5": Family(
         name="umT5",
@@ -159,7 +160,7 @@ FAMILIES: dict[str, Family] = {
         num_rows=256384,
         num_tokens=256300,
         tokenizer=BYTE_FALLBACK,
-        converters=CONVERTERS[:2],  # as for mT5
+        converters=CONVERTERS[:3],  # as for mT5
     ),
     "longt5": Family(
         name="LongT5",

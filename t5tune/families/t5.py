@@ -149,11 +149,14 @@ class T5(Architecture):
         return self._scale(model, hidden_BTD)
 
     def _scale(self, model: Any, hidden_BTD: Any) -> Any:
-        if not self.scales_logits:
-            return hidden_BTD
+        scale = self.get_logit_scale(model)
+        return hidden_BTD if scale == 1.0 else hidden_BTD * scale
+
+    def get_logit_scale(self, model: Any) -> float:
+        """Return the factor of the decoder's output before the head."""
         # up to transformers 5.23, umT5's config has only tie_word_embeddings
         scales = getattr(model.config, "scale_decoder_outputs", model.config.tie_word_embeddings)
-        return hidden_BTD * model.model_dim**-0.5 if scales else hidden_BTD
+        return float(model.model_dim**-0.5) if self.scales_logits and scales else 1.0
 
 
 class MT5(T5):

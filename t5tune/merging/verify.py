@@ -148,11 +148,11 @@ def _compute_logits(model: Any, inputs: list[dict[str, torch.Tensor]]) -> list[t
         return [output if isinstance(output, torch.Tensor) else output.logits.float() for output in outputs]
 
 
-def read_example_ids(merged: Path, adapter: Path) -> list[tuple[list[int], list[int]]]:
+def read_example_ids(merged: Path, adapter: Path, count: int = NUM_EXAMPLES) -> list[tuple[list[int], list[int]]]:
     """Read the (source, target) ids of a few examples of the run's token cache, or of fixed texts without a cache."""
     with suppress(DataError):  # the run has no data, or its token caches have moved
         trained_on = open_examples(adapter / RUN_CACHE_FOLDER)
-        examples = (trained_on[number] for number in range(min(NUM_EXAMPLES, len(trained_on))))
+        examples = (trained_on[number] for number in range(min(count, len(trained_on))))
         return [(example.source_S.tolist(), example.target_T.tolist()) for example in examples]
     tokenizer = load_tokenizer(merged)
     ids = [tokenizer.special_ids.surround_source(tokenizer.encode(text)) for text in FALLBACK_TEXTS]

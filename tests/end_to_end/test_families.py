@@ -13,7 +13,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch.nn import functional
-from transformers import AutoModelForSeq2SeqLM, AutoModelForTokenClassification
+from transformers import AutoModelForSeq2SeqLM, AutoModelForTokenClassification, AutoTokenizer
 
 from t5tune.checkpoints.base import read_config
 from t5tune.commands.chat import Chatter, chat
@@ -25,6 +25,7 @@ from t5tune.data.caches.prepared import open_examples
 from t5tune.data.reading.formats import Turn
 from t5tune.data.tokens.encoding import LabeledExample
 from t5tune.data.tokens.tokenizer import decode_prediction, load_tokenizer
+from t5tune.errors import SettingsError
 from t5tune.families import (
     BYTE_FALLBACK,
     BYTE_LEVEL_BPE,
@@ -137,6 +138,26 @@ def test_ctranslate2_gives_the_replies_of_the_merged_model(made: Chain, tmp_path
     tokens = json.loads((tmp_path / "converted" / "shared_vocabulary.json").read_text())
     assert len(set(tokens)) == len(tokens) == load_file(made.base / "model.safetensors")["shared.weight"].shape[0]
     assert all(tokens[index] == token for token, index in load_tokenizer(made.merged).get_vocab().items())
+
+
+@pytest.mark.variants("flan-t5 lora", "mt5 lora")
+def test_onnx_gives_the_replies_of_the_merged_model(made: Chain, tmp_path: Path) -> None:
+    family = find_family(json.loads((made.base / "config.json").read_text()), made.base)
+    values = {"model_name_or_path": str(made.base), "adapter": made.adapter, "output_dir": tmp_path / "converted"}
+    settings = MergeSettings(
+        **values, onto="nf4" if made.q_lora else "base", to="onnx", quantization="float32", verify=False
+    )
+    if "ONNX" not in family.converters:
+        with pytest.raises(SettingsError, match=f"to: onnx: {family.name} can't be converted"):
+            merge(settings)
+        return
+    found = merge(settings)
+    assert found.replies is not None
+    assert found.same_replies == found.replies > 0
+    stock = AutoTokenizer.from_pretrained(tmp_path / "converted")
+    tokenizer = load_tokenizer(made.merged)
+    for text in ANSWERS:
+        assert stock(text).input_ids == tokenizer.special_ids.surround_source(tokenizer.encode(text))
 
 
 @needs_transformers_4

@@ -170,6 +170,7 @@ def test_adapters_with_the_same_labels_are_summed(bases: dict[str, Path], tmp_pa
     ("task", "to", "problem"),
     [
         ("classify", "ctranslate2", "to: ctranslate2: objective classify needs an encoder"),
+        ("tag", "onnx", "to: onnx: objective tag needs an encoder"),
         ("tag", "sentence-transformers", "to: sentence-transformers: the adapter predicts labels of words"),
         (None, "sentence-transformers", "to: sentence-transformers: the adapter predicts texts"),
     ],

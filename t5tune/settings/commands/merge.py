@@ -36,17 +36,21 @@ class MergeSettings(ReplaceableOutputSettings, HubSettings, BaseModelSettings):
     weights: NumberList | None = Field(
         default=None, description="Weight of each adapter; default: 1 for a single adapter."
     )
-    to: Literal["checkpoint", "ctranslate2", "sentence-transformers"] = Field(
+    to: Literal["checkpoint", "ctranslate2", "onnx", "sentence-transformers"] = Field(
         default="checkpoint",
-        description="Output format: a Hugging Face checkpoint; a CTranslate2 model, whose replies to a few prompts are "
-        "compared: without quantization, they must match; or of a model with labels a sentence-transformers model.",
+        description="Output format: a Hugging Face checkpoint; a CTranslate2 model, or an ONNX model with a page that "
+        "runs it in a browser, whose replies to a few prompts are compared: without quantization, they must match; or "
+        "of a model with labels a sentence-transformers model.",
     )
     quantization: Annotated[Quantization | None, NoneIfUnset] = Field(
         default=None,
-        description="Weight type of the CTranslate2 model (--to ctranslate2); default: the merged weights' dtype.",
+        description="Weight type of the CTranslate2 model (--to ctranslate2; default: the merged weights' dtype), or "
+        "of the ONNX model (--to onnx: int8 or float32; default: files of both).",
     )
     dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, NoneIfUnset] = Field(
-        default=None, description="Round the merged weights to this dtype; default: each tensor keeps the base's dtype."
+        default=None,
+        description="Round the merged weights to this dtype; default: each tensor keeps the base's dtype, except "
+        "with --to onnx, which computes in float32.",
     )
     max_shard_size: Annotated[ByteSize | None, NoneIfUnset] = Field(
         default=None,
@@ -84,8 +88,12 @@ class MergeSettings(ReplaceableOutputSettings, HubSettings, BaseModelSettings):
         return self
 
     @model_validator(mode="after")
-    def _check_quantization_is_for_ctranslate2(self) -> "MergeSettings":
-        if self.quantization is not None and self.to != "ctranslate2":
-            problem = "only with --to ctranslate2; use --dtype to round a checkpoint"
+    def _check_quantization_fits_the_format(self) -> "MergeSettings":
+        if self.quantization is None:
+            return self
+        if self.to == "onnx" and self.quantization not in ("int8", "float32"):
+            raise ValueError(f"quantization: {self.quantization}: --to onnx writes int8 or float32")
+        if self.to not in ("ctranslate2", "onnx"):
+            problem = "only with --to ctranslate2 or onnx; use --dtype to round a checkpoint"
             raise ValueError(f"quantization: {self.quantization}: {problem}")
         return self

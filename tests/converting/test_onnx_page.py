@@ -1,0 +1,85 @@
+"""The page of `merge --to onnx` replies in Chromium as `chat` does; `make browser` runs this."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from t5tune.commands.chat import Chatter
+from t5tune.commands.merge import merge
+from t5tune.commands.train import train
+from t5tune.data.reading.formats import Turn
+from t5tune.settings import ChatSettings, MergeSettings
+from tests.support.models.adapters import make_stock_adapter
+from tests.support.models.model_types import make_checkpoint
+from tests.support.paths import REPOSITORY
+from tests.support.servers.browser import Browser, Page
+from tests.support.servers.web import serve_folder
+from tests.support.train_runs import make_settings
+
+pytest.importorskip("onnxruntime", reason="onnxruntime isn't installed: pip install 't5tune[onnx]'")
+
+MODULES = os.environ.get("NODE_MODULES", "")
+SCRIPTS = (
+    "@huggingface/transformers/dist/transformers.min.js",
+    "onnxruntime-web/dist/ort-wasm-simd-threaded.mjs",
+    "onnxruntime-web/dist/ort-wasm-simd-threaded.wasm",
+)
+pytestmark = pytest.mark.skipif(
+    not MODULES, reason="NODE_MODULES isn't set to a folder with @huggingface/transformers; use make browser"
+)
+
+
+def add_scripts(web: Path) -> None:
+    (web / "js").mkdir()
+    for script in SCRIPTS:
+        shutil.copy(Path(MODULES, script), web / "js")
+
+
+def ask(page: Page, message: str) -> str:
+    page.evaluate("document.querySelector('textarea').value = ''")
+    page.type("textarea", message)
+    page.wait_for("document.querySelector('#status').textContent.startsWith('Writing')")
+    page.wait_for("!document.querySelector('button').disabled")
+    status = page.evaluate("document.querySelector('#status').textContent")
+    assert status.startswith("Replied in"), status
+    return str(page.evaluate("document.querySelector('output').textContent"))
+
+
+def test_the_page_gives_the_replies_of_chat(conversations: Path, tmp_path: Path) -> None:
+    run, web = tmp_path / "run", tmp_path / "web"
+    train(make_settings(Path("pocket"), conversations, run, max_steps=60, learning_rate=2e-3, save_steps=60))
+    merge(MergeSettings(adapter=[run], output_dir=web, to="onnx", quantization="float32", verify=False))
+    lines = (REPOSITORY / "examples/quickstart/heldout.jsonl").read_text().splitlines()[:10]
+    orders = [json.loads(line)["conversations"][0]["value"] for line in lines]
+    chatter = Chatter.load(ChatSettings(model_name_or_path=str(run), use_cpu=True))
+    with serve_folder(web) as url, Browser.start() as browser:
+        page = browser.open(url)
+        page.wait_for("document.querySelector('#status').textContent.includes('scripts are missing')")
+        add_scripts(web)
+        page = browser.open(url)
+        page.wait_for("!document.querySelector('button').disabled")
+        assert [ask(page, order) for order in orders] == [chatter.reply([Turn("human", each)]).reply for each in orders]
+        asked = [event["params"]["request"]["url"] for event in browser.events if "request" in event.get("params", {})]
+        assert {each for each in asked if not each.startswith(("blob:", "data:"))} <= {
+            each for each in asked if each.startswith(url)
+        }
+        assert browser.open(url, dark=True).is_dark()
+
+
+@pytest.mark.parametrize("key", ["mt5", "umt5", "t5"])
+def test_the_page_runs_other_models(key: str, tmp_path: Path) -> None:
+    base = make_checkpoint(key, tmp_path / "base")
+    adapter, web = make_stock_adapter(base, tmp_path / "adapter"), tmp_path / "web"
+    values = {"model_name_or_path": str(base), "adapter": [adapter], "output_dir": web}
+    merge(MergeSettings(**values, to="onnx", verify=False))
+    add_scripts(web)
+    page_file = web / "index.html"
+    page_file.write_text(page_file.read_text().replace('"q8"', '"fp32"').replace("512", "16"))
+    used = {"model_name_or_path": str(base), "adapter": adapter, "use_cpu": True, "max_new_tokens": 16}
+    with serve_folder(web) as url, Browser.start() as browser:
+        page = browser.open(url)
+        page.wait_for("!document.querySelector('button').disabled")
+        assert ask(page, "Where did they go?") == Chatter.load(ChatSettings(**used)).reply("Where did they go?").reply
