@@ -14,7 +14,6 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from t5tune import MergeSettings, TrainSettings, merge, train
 from t5tune.checkpoints.model_card import TRANSFORMERS_JS
 
 # package -> its files, with their SHA-256; transformers.js names the release of onnxruntime-web
@@ -54,8 +53,9 @@ def main(folder: Path) -> None:
         except (OSError, subprocess.CalledProcessError) as error:
             print(f"the site gets no live page, because npm can't download transformers.js: {error}", file=sys.stderr)
             return
-        train(TrainSettings(model_name_or_path="pocket", data_path="pocket", output_dir=run, use_cpu=True))
-        merge(MergeSettings(adapter=[run], output_dir=web, to="onnx", quantization="int8"))
+        run_t5tune("train", "--config", "pocket", "--output-dir", run)
+        run_t5tune("merge", run, "--to", "onnx", "--quantization", "int8", "--output-dir", web)
+        (web / "README.md").unlink()  # the site would make a page of it, which replaces index.html
         (web / "js").mkdir()
         for name, content in scripts.items():
             (web / "js" / name).write_bytes(content)
@@ -65,6 +65,10 @@ def main(folder: Path) -> None:
             page = page.replace(old, new)
         (web / "index.html").write_text(page, encoding="utf-8")
         shutil.copytree(web, folder)
+
+
+def run_t5tune(*words: str | Path) -> None:
+    subprocess.run([sys.executable, "-m", "t5tune", *words], check=True)
 
 
 def download_scripts(scratch: Path) -> dict[str, bytes]:

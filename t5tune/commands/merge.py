@@ -72,7 +72,7 @@ from t5tune.settings import MergeSettings, QuantizationSettings, write_settings
 
 # formats of models that write text: name in Family.converters, modules to convert with, package that has them
 GENERATORS = {
-    "ctranslate2": (CTRANSLATE2, ["ctranslate2.converters"], "ctranslate2"),
+    "ctranslate2": (CTRANSLATE2, ["ctranslate2", "ctranslate2.converters"], "ctranslate2"),
     "onnx": (ONNX, ["onnx", "onnxruntime"], "'t5tune[onnx]'"),
 }
 LIBRARY_BYTES = 800 << 20  # memory of torch and transformers before any weight is loaded

@@ -13,7 +13,7 @@ from t5tune.inference.generation import Decoding, generate
 from t5tune.merging.verify import find_max_difference
 
 MAX_REPLY_TOKENS = 32
-LOG_PROBABILITY_TOLERANCE = 1e-3  # both models compute in fp32, but sum in a different order
+TOLERANCE = 1e-3  # relative to the largest log-probability; both models compute in fp32, but sum in a different order
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,13 @@ class Agreement:
     Args:
         replies: number of replies; `same`: of identical replies.
         error: largest difference between the log-probabilities of our replies' tokens.
+        largest: largest absolute log-probability of these tokens.
     """
 
     replies: int
     same: int
     error: float
+    largest: float
 
     def describe(self, converted: str) -> str:
         same = f"{converted} gives the same reply for {self.same} of {self.replies} prompts"
@@ -43,7 +45,7 @@ class Agreement:
 
     def check_exact(self, library: str) -> None:
         """Raise TrainingError unless the replies are equal and the log-probabilities nearly so."""
-        if self.same < self.replies or not self.error <= LOG_PROBABILITY_TOLERANCE:
+        if self.same < self.replies or not self.error <= TOLERANCE * max(self.largest, 1.0):
             different = f"the merged and the converted model give different replies: {self.describe(library)}"
             raise TrainingError(
                 f"{different}; nothing was written",
@@ -73,11 +75,12 @@ def select_log_probs(logits_TV: torch.Tensor, ids: list[int]) -> list[float]:
 
 def compare_replies(ours: list[Reply], theirs: list[Reply]) -> Agreement:
     """Compare replies to the same sources; `theirs` have the log-probabilities of our ids."""
+    expected, found = (
+        [torch.tensor(reply.log_probs, dtype=torch.float64) for reply in each] for each in (ours, theirs)
+    )
     return Agreement(
         replies=len(ours),
         same=sum(one.ids == other.ids for one, other in zip(ours, theirs, strict=True)),
-        error=find_max_difference(
-            [torch.tensor(reply.log_probs, dtype=torch.float64) for reply in theirs],
-            [torch.tensor(reply.log_probs, dtype=torch.float64) for reply in ours],
-        ),
+        error=find_max_difference(expected, found),
+        largest=max(float(log_probs.abs().max()) for log_probs in expected),
     )

@@ -348,13 +348,17 @@ def test_only_a_folder_with_a_model_is_pushed(hub: Hub, tmp_path: Path) -> None:
     assert not hub.repos
 
 
-def test_the_code_in_the_card_of_a_converted_model_runs(hub: Hub, finished_run: Path, tmp_path: Path) -> None:
-    """CTranslate2 loads only folders."""
-    pytest.importorskip("ctranslate2", reason="CTranslate2 is not installed: pip install ctranslate2")
+@pytest.mark.parametrize("to", ["ctranslate2", "onnx"])
+def test_the_code_in_the_card_of_a_converted_model_runs(to: str, hub: Hub, finished_run: Path, tmp_path: Path) -> None:
+    """CTranslate2 and onnxruntime load only folders."""
+    pytest.importorskip("onnxruntime" if to == "onnx" else to)
     converted = tmp_path / "converted"
-    merged = t5tune_in_fork("merge", finished_run, "--to", "ctranslate2", "--output-dir", converted, "--no-verify")
+    merged = t5tune_in_fork("merge", finished_run, "--to", to, "--output-dir", converted, "--no-verify")
     assert merged.code == 0, merged.stderr
     assert run(hub, "push", converted, NAME).code == 0
+    if to == "onnx":
+        uploaded = {path.relative_to(converted).as_posix() for path in converted.rglob("*") if path.is_file()}
+        assert hub.repos["model", NAME].files.keys() - {".gitattributes"} == uploaded
     card = hub.repos["model", NAME].files["README.md"].decode()
     printed = []
     for text, folder in (((converted / "README.md").read_text(), converted), (card, tmp_path)):

@@ -31,6 +31,7 @@ from tests.support.models.bases import make_base
         ({"to": "ctranslate2", "dtype": "bfloat16"}, 2 + 2),
         ({"to": "ctranslate2", "quantization": "int8_float16"}, 4 + 1),
         ({"to": "ctranslate2", "quantization": "float16"}, 4 + 2),
+        ({"to": "onnx", "quantization": "float32"}, 4 + 1.4 * 4),  # the embedding is in two files
     ],
 )
 def test_a_disk_without_room_for_the_conversion_is_refused(
@@ -39,9 +40,9 @@ def test_a_disk_without_room_for_the_conversion_is_refused(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     changes: dict[str, Any],
-    bytes_per_weight: int,
+    bytes_per_weight: float,
 ) -> None:
-    for name in ("ctranslate2", "ctranslate2.converters"):  # as if it were installed
+    for name in ("ctranslate2", "ctranslate2.converters", "onnx", "onnxruntime"):  # as if it were installed
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
     with pytest.raises(SettingsError, match="1,000 bytes are free; the weights need") as caught:
