@@ -54,7 +54,7 @@ WITH_FLOAT32 = {
     "bfloat16": "float32", "float16": "float32", "int8_bfloat16": "int8_float32", "int8_float16": "int8_float32",
 }  # fmt: skip
 # engines depend on all settings except these settings of prompts and replies, and `needs_restart`
-OF_REPLIES = {"models", "source_prefix", "model_max_length", *TEXT_SETTINGS}
+OF_REPLIES = {"models", "source_prefix", "model_max_length", *TEXT_SETTINGS} & ServeSettings.model_fields.keys()
 
 
 @dataclass(frozen=True)

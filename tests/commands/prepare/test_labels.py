@@ -244,7 +244,7 @@ def test_a_held_out_cache_gets_the_numbers_of_training(tmp_path: Path) -> None:
 def test_exact_copies_have_the_same_text_and_labels(tmp_path: Path) -> None:
     records = [{"text": "a", "label": label} for label in ("x", "y", "x")]
     settings = make_settings(tmp_path, *records, objective="classify", dedupe="exact", eval_fraction=0.5)
-    with pytest.raises(DataError, match="leaves no conversation"):  # the same text is on one side
+    with pytest.raises(DataError, match="leaves no texts to train on"):  # the same text is on one side
         prepare(settings)
     assert read_labels(open_prepared(settings.replace(eval_fraction=0.0))) == [["x"], ["y"]]
 
