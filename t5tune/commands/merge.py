@@ -330,10 +330,9 @@ def _check_disk_space(settings: MergeSettings, base: Checkpoint, shards: list[Sh
         weights = {name: entry for shard in shards for name, entry in shard.entries.items()}
         if settings.to == "onnx":  # the embedding is also in the encoder's file
             weights["encoder"] = base.get_dtype_and_shape(base.architecture.tied_to)
-        both = (
-            ["float32", "int8"] if settings.to == "onnx" and settings.quantization is None else [settings.quantization]
-        )
-        needed += sum(estimate_converted_size(weights, kind, base.architecture) for kind in both)
+        writes_both = settings.to == "onnx" and settings.quantization is None
+        kinds = ["float32", "int8"] if writes_both else [settings.quantization]
+        needed += sum(estimate_converted_size(weights, kind, base.architecture) for kind in kinds)
     folder = settings.output_dir
     place = next(parent for parent in Path(os.path.realpath(folder)).parents if parent.is_dir())
     if (free := shutil.disk_usage(place).free) < needed:

@@ -102,15 +102,24 @@ class Trials:
 
 @lru_cache(MAX_REMEMBERED)
 def try_constraint(constraint: Constraint) -> None:
-    """Try the constraint of a command. Raises SettingsError if it isn't compiled, or refused, within the limits."""
+    """Try the constraint of a command.
+
+    Raises:
+        SettingsError: it isn't compiled, or refused, within the limits.
+        T5TuneError: the process that tries it was killed, or can't be started.
+    """
 
     async def passes() -> bool:
         with closing(Trials()) as trials:
             return await trials.passes(constraint)
 
     with ThreadPoolExecutor(1) as thread:  # a notebook's thread has an event loop already
-        if not thread.submit(asyncio.run, passes()).result():
-            raise SettingsError(f"{constraint.place}: {TOO_COMPLEX}")
+        try:
+            has_passed = thread.submit(asyncio.run, passes()).result()
+        except OSError as error:
+            raise T5TuneError(f"{constraint.place}: can't be compiled now: {error}", hint="try again") from error
+    if not has_passed:
+        raise SettingsError(f"{constraint.place}: {TOO_COMPLEX}")
 
 
 def _fork_trials(control: socket.socket) -> None:

@@ -35,7 +35,9 @@ def compute_logits(model: Any, examples: Sequence[Example], collator: Collator) 
     with torch.no_grad():
         logits = model(**batch).float().cpu()
     if not logits.isfinite().all():
-        raise ModelError("the model's predictions aren't finite", hint="the checkpoint may be damaged")
+        raise ModelError(
+            "the model's predictions aren't finite", hint="the learning rate was too high, or the checkpoint is damaged"
+        )
     if not model.label_task.per_token:
         return [row.numpy() for row in logits[:, None]]
     lengths = [len(example.source_S) for example in examples]

@@ -1,14 +1,18 @@
 """Constraints that llguidance would compile for minutes, or crash with, are tried in processes that can be killed."""
 
 import asyncio
+import errno
 import json
+import os
+import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing, suppress
 
 import pytest
 
 from t5tune.constraints import Constraint
-from t5tune.constraints.trials import MAX_RUNNING, Trials
+from t5tune.constraints.trials import MAX_RUNNING, Trials, try_constraint
+from t5tune.errors import T5TuneError
 from tests.support.processes.trials import ENDLESS, list_trials
 
 pytest.importorskip("llguidance")
@@ -74,3 +78,12 @@ def test_closing_ends_trials_that_are_running() -> None:
                 assert not await endless
 
     asyncio.run(run())
+
+
+def test_a_command_whose_trial_cannot_start_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    with pytest.raises(T5TuneError, match=r"^regex: can't be compiled now: .* unavailable; try again"):
+        try_constraint(Constraint("regex", "a+", "regex"))
