@@ -105,7 +105,8 @@ def _add_missing_characters(tokenizer: Tokenizer, num_unused: int, sample: Itera
     if not added:
         loses_whitespace = any(round_trip(text) != text for text in MISSING_CHARACTERS)
         return ExtendedTokenizer(rebuilt if loses_whitespace and not left_out else tokenizer, [], left_out)
-    return ExtendedTokenizer(_rebuild_with_tokens(tokenizer, added), added, left_out)
+    _add_tokens(rebuilt, added)
+    return ExtendedTokenizer(rebuilt, added, left_out)
 
 
 class LostCharacterCounts:
@@ -243,8 +244,13 @@ def _rebuild_with_tokens(tokenizer: Tokenizer, tokens: list[str]) -> Tokenizer:
     backend = _copy_without_merging_spaces(tokenizer)
     backend.pre_tokenizer = pre_tokenizers.Metaspace(METASPACE, "first", True)
     backend.decoder = build_decoder(backend, decoders.Metaspace(METASPACE, "first", True))
-    backend.add_tokens([AddedToken(token, normalized=False) for token in tokens])
-    return replace(tokenizer, backend=backend)
+    rebuilt = replace(tokenizer, backend=backend)
+    _add_tokens(rebuilt, tokens)
+    return rebuilt
+
+
+def _add_tokens(tokenizer: Tokenizer, tokens: list[str]) -> None:
+    tokenizer.backend.add_tokens([AddedToken(token, normalized=False) for token in tokens])
 
 
 def _add_fastchat_tokens(tokenizer: Tokenizer) -> Tokenizer:
