@@ -18,10 +18,11 @@ from t5tune.version import __version__
 _SETTINGS = (
     "ChatSettings", "CompareSettings", "DatasetSettings", "DoctorSettings", "EvaluateSettings", "ExportSettings",
     "InspectSettings", "MergeSettings", "PlanSettings", "PrepareSettings", "PushSettings", "ServeSettings",
-    "TrainSettings", "load_settings",
+    "TrainSettings", "TrimSettings", "load_settings",
 )  # fmt: skip
 _COMMANDS = (
     "chat", "compare", "doctor", "evaluate", "export", "inspect", "merge", "plan", "prepare", "push", "serve", "train",
+    "trim",
 )  # fmt: skip
 _HOMES = {
     **dict.fromkeys(_SETTINGS, "settings"),

@@ -22,6 +22,7 @@ from t5tune.commands.push import push as push
 from t5tune.commands.serve import serve as serve
 from t5tune.commands.train import train as train
 from t5tune.commands.train.sweep import sweep as sweep
+from t5tune.commands.trim import trim as trim
 from t5tune.data.reading.formats import Turn as Turn
 from t5tune.errors import SettingsError as SettingsError
 from t5tune.errors import Stopped as Stopped
@@ -108,7 +109,7 @@ class PrepareSettings(_settings.PrepareSettings):
             model_name_or_path: Base model: a folder, owner/name[@revision] on the Hugging Face Hub, or `pocket` (built
                 in).
             data_path: Data: JSON, JSONL, CSV, Parquet or Excel files (also .gz, .zst), folders, patterns, `-` (stdin),
-                Hub datasets (owner/name), URLs, `pocket`; train, evaluate: also token caches; `a.csv:2 b.csv:1` mixes
+                Hub datasets (owner/name), URLs, `pocket`; also token caches (not in prepare); `a.csv:2 b.csv:1` mixes
                 two.
             output_dir: Output folder.
             source_column: Column or key with the input, or several, a line each; default: detected.
@@ -337,7 +338,7 @@ class TrainSettings(_settings.TrainSettings):
             model_name_or_path: Base model: a folder, owner/name[@revision] on the Hugging Face Hub, or `pocket` (built
                 in).
             data_path: Data: JSON, JSONL, CSV, Parquet or Excel files (also .gz, .zst), folders, patterns, `-` (stdin),
-                Hub datasets (owner/name), URLs, `pocket`; train, evaluate: also token caches; `a.csv:2 b.csv:1` mixes
+                Hub datasets (owner/name), URLs, `pocket`; also token caches (not in prepare); `a.csv:2 b.csv:1` mixes
                 two.
             output_dir: Output folder.
             source_column: Column or key with the input, or several, a line each; default: detected.
@@ -635,6 +636,126 @@ class MergeSettings(_settings.MergeSettings):
                 weights.
         """
 
+class TrimSettings(_settings.TrimSettings):
+    def __init__(
+        self,
+        *,
+        model_name_or_path: str | PathLike[str],
+        data_path: _Data = ...,
+        output_dir: str | PathLike[str],
+        vocab_size: int | None = None,
+        source_column: Sequence[str] | str | None = None,
+        target_column: Sequence[str] | str | None = None,
+        source_prefix: str = "",
+        conversation_template: str | PathLike[str] | None = None,
+        model_max_length: int = 2048,
+        overwrite: bool = False,
+        revision: str | None = None,
+        cache_dir: str | PathLike[str] | None = None,
+        family: Literal[
+            "byt5",
+            "fastchat-t5",
+            "flan-ul2",
+            "madlad400",
+            "codet5",
+            "t5",
+            "flan-t5",
+            "mt5",
+            "umt5",
+            "longt5",
+            "t5gemma",
+            "t5gemma2",
+        ]
+        | None = None,
+        objective: Literal["sft", "dpo", "orpo", "span-corruption", "classify", "regress", "tag"] = "sft",
+        source_words: Literal["text", "characters", "residues"] = "text",
+        labels: Sequence[str] | None = None,
+        denoisers: Sequence[str] | str = ["t5"],
+        encoding: str | None = None,
+        data_format: Literal["auto", "sharegpt", "openai", "alpaca", "prompt-completion", "source-target"] = "auto",
+        header: bool = True,
+        pair_lines: bool = False,
+        rejected_column: str | None = None,
+        merge_same_role: bool = False,
+        clean: bool = False,
+        max_record_bytes: int = 4194304,
+        data: Sequence[DatasetSettings | dict[str, Any] | str | PathLike[str]]
+        | DatasetSettings
+        | dict[str, Any]
+        | str
+        | PathLike[str]
+        | None = None,
+        data_subset: str | None = None,
+        data_split: str | None = None,
+        add_tokens: Sequence[str] | str = ["auto"],
+        num_data: int | None = None,
+        train_on: Literal["all", "last"] = "all",
+        min_target_tokens: int | None = None,
+        dedupe: Literal["none", "exact"] = "none",
+        split_long: bool = False,
+        drop_truncated_targets: bool = False,
+        max_rejected_fraction: float | None = 0.1,
+        num_workers: int | None = None,
+    ) -> None:
+        """Settings of trim: Remove the tokens that your data doesn't use from a base model.
+
+        Args:
+            model_name_or_path: Base model: a folder, owner/name[@revision] on the Hugging Face Hub, or `pocket` (built
+                in).
+            data_path: Data: JSON, JSONL, CSV, Parquet or Excel files (also .gz, .zst), folders, patterns, `-` (stdin),
+                Hub datasets (owner/name), URLs, `pocket`; also token caches (not in prepare); `a.csv:2 b.csv:1` mixes
+                two.
+            output_dir: Output folder.
+            vocab_size: Rows of the new embedding, rounded up to a multiple of 128; default: for all tokens of the data.
+            source_column: Column or key with the input, or several, a line each; default: detected.
+            target_column: Column or key with the output, or several, a line each; default: detected.
+            source_prefix: Text to prepend to each source of two-column data, such as `summarize: `.
+            conversation_template: Conversation template: a name under conversations/ in `t5tune templates`, a YAML
+                file, or (chat, serve, evaluate) a training dataset; default: the model's, else plain for pairs, else
+                fastchat-t5.
+            model_max_length: Maximum length of a source and of a target, each including its EOS token (tokens).
+            overwrite: Replace the output folder even if it contains other files.
+            revision: Branch, tag or commit of a model on the Hugging Face Hub; default: its main branch.
+            cache_dir: Folder for Hugging Face Hub downloads; default: the Hub's cache.
+            family: Model family of a base whose model_type t5tune doesn't know (docs/families.md).
+            objective: Training objective: predict targets (sft), prefer the better of two answers (dpo, orpo: records
+                with `chosen` and `rejected`), fill masked spans of raw text, as in pretraining (span-corruption), or,
+                with the encoder alone, label texts (classify), predict numbers (regress) or label each word (tag).
+            source_words: The words of a text with labels (objective classify, regress, tag): its words, its characters,
+                or the residues of a protein (as characters, but U, Z, O and B are read as X).
+            labels: The labels, in the order of the model's outputs; records with a different label are rejected;
+                default: the data's labels, in the order of a Parquet file's ClassLabel, or sorted.
+            denoisers: Share of the text that span-corruption masks, and mean span length (tokens): t5 (0.15:3), ul2,
+                ul2-r, ul2-s, ul2-x, or custom, such as 0.2:5; with several, each example gets one.
+            encoding: Encoding of text files without a byte order mark, such as cp1252; default: UTF-8, or detected if
+                most of a file isn't UTF-8.
+            data_format: Format of the records; auto detects it from the keys of each record.
+            header: CSV, TSV and Excel files begin with column names; if not, the first column is the input and the
+                second the output.
+            pair_lines: Read two text files line by line: each line of the first is a source, of the second its target.
+            rejected_column: Column or key with the rejected answer of a preference pair (objective dpo, orpo), whose
+                chosen answer is in target_column; default: rejected (target_column: chosen).
+            merge_same_role: Join consecutive turns of the same role instead of rejecting the record.
+            clean: Convert HTML of old ShareGPT dumps to Markdown, decode entities, remove needless backslashes.
+            max_record_bytes: Reject records longer than this (bytes).
+            data: Several datasets, each with its path, weight, name, columns, prefix and template; YAML only, instead
+                of data_path.
+            data_subset: Subset (configuration) of a dataset on the Hugging Face Hub; default: the default subset.
+            data_split: Split of a dataset on the Hugging Face Hub; default: train, or validation or test for evaluate.
+            add_tokens: Tokens to add for text that the vocabulary can't represent: auto (newline, tab, braces,
+                indentation, and characters of the targets), none, fastchat (the ten tokens of FastChat), or a list of
+                tokens.
+            num_data: Use only the first N examples; default: all.
+            train_on: Train on all assistant turns of a conversation, or on the last only.
+            min_target_tokens: Skip targets shorter than this (tokens); default: keep all.
+            dedupe: Deduplication: exact rejects exact copies of earlier conversations.
+            split_long: Split conversations longer than model_max_length at turn boundaries.
+            drop_truncated_targets: Skip targets longer than model_max_length instead of truncating them.
+            max_rejected_fraction: Fail if a larger fraction of the records is rejected, not counting duplicates and
+                records with a bad label or weight 0.
+            num_workers: Number of tokenization processes; default: one per CPU core, fewer for small data.
+        """
+
 class ChatSettings(_settings.ChatSettings):
     def __init__(
         self,
@@ -921,7 +1042,7 @@ class EvaluateSettings(_settings.EvaluateSettings):
             model_name_or_path: Run, adapter or base model: a folder, owner/name[@revision] on the Hub, or `pocket`
                 (built in).
             data_path: Data: JSON, JSONL, CSV, Parquet or Excel files (also .gz, .zst), folders, patterns, `-` (stdin),
-                Hub datasets (owner/name), URLs, `pocket`; train, evaluate: also token caches; `a.csv:2 b.csv:1` mixes
+                Hub datasets (owner/name), URLs, `pocket`; also token caches (not in prepare); `a.csv:2 b.csv:1` mixes
                 two.
             adapter: Adapter to apply to the base: a folder, a run, or owner/name[@revision] on the Hub; not needed if
                 model_name_or_path is an adapter or a run.

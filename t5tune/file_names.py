@@ -3,6 +3,7 @@
 # a model's folder, as transformers writes it
 CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
+TRIM_FILE = "trim.json"  # of a trimmed base: its own base, and the rows that were kept
 MODEL_FILE = "model.safetensors"
 MODEL_BIN_FILE = "pytorch_model.bin"
 MODEL_SUFFIXES = {".safetensors", ".bin"}

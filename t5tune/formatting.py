@@ -30,6 +30,11 @@ def format_count(count: int, noun: str, plural: str | None = None) -> str:
     return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"
 
 
+def format_parameters(count: int) -> str:
+    """Write a number of parameters: 12.9B, 300M, 1.5M."""
+    return f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.{0 if count >= 1e7 else 1}f}M"
+
+
 def format_size(num_bytes: int) -> str:
     """Write a size in the largest unit that gives at least 0.1: 0.59 GiB, 12.30 MiB, 0.24 KiB."""
     unit, size = next((pair for pair in SIZE_UNITS.items() if num_bytes >= pair[1] // 10), ("KiB", 1 << 10))

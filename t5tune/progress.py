@@ -5,9 +5,11 @@ def prepare(settings, report=silent):
         ...
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -114,6 +116,12 @@ def silent(event: Event) -> None:
 def without_notes(report: Report) -> Report:
     """Return a report that drops notes except warnings, for work that is repeated later, with its notes."""
     return lambda event: None if isinstance(event, Note) and not event.warning else report(event)
+
+
+def without_folder(report: Report, folder: Path) -> Report:
+    """Return a report that removes the part of each note that names a folder, which is temporary."""
+    named = re.compile(rf"[;:] [^;:]*{re.escape(str(folder))}[^;]*")
+    return lambda event: report(replace(event, text=named.sub("", event.text)) if isinstance(event, Note) else event)
 
 
 def track(

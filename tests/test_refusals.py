@@ -34,8 +34,9 @@ from t5tune.commands.export import export
 from t5tune.commands.merge import merge
 from t5tune.commands.prepare import prepare
 from t5tune.commands.train import train
+from t5tune.commands.trim import trim
 from t5tune.io.yaml_file import read_yaml
-from t5tune.settings import ExportSettings, MergeSettings, PrepareSettings
+from t5tune.settings import ExportSettings, MergeSettings, PrepareSettings, TrimSettings
 from tests.support.models.adapters import make_rows_adapter, make_stock_adapter
 from tests.support.models.bases import make_base
 from tests.support.processes.command_line import CommandResult, t5tune_in_one_fork
@@ -92,6 +93,11 @@ class Inputs:
         values = {"model_name_or_path": str(self.base), "adapter": [self.run], "verify": False}
         merge(MergeSettings(**values, output_dir=self.folder / "merged"))
         return self.folder / "merged"
+
+    @cached_property
+    def trimmed(self) -> Path:
+        values = {"model_name_or_path": str(self.base), "data_path": str(self.conversations)}
+        return trim(TrimSettings(**values, output_dir=self.folder / "trimmed")).checkpoint
 
     @cached_property
     def narrow_base(self) -> Path:

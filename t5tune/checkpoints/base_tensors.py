@@ -4,14 +4,16 @@ The folder has one safetensors file, or several shards with `model.safetensors.i
 .bin files.
 """
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from t5tune.checkpoints.adapter_config import read_adapter_config
 from t5tune.checkpoints.tensor_files.safetensors import SafetensorsFile
-from t5tune.checkpoints.tensor_files.tensors import FileRange, Tensor
+from t5tune.checkpoints.tensor_files.tensors import FileRange, SelectedRows, Tensor
 from t5tune.checkpoints.tensor_files.torch_file import read_state_dict
 from t5tune.errors import CheckpointError
 from t5tune.families.architecture import Architecture
@@ -104,6 +106,16 @@ class Checkpoint:
         """Return the tensor as a view of a mapped file."""
         source = self._sources[name]
         return source.get_tensor(self._file_names[name]) if isinstance(source, SafetensorsFile) else source
+
+    def select_rows(self, names: Iterable[str], rows: npt.NDArray[np.int64]) -> "Checkpoint":
+        """Return the checkpoint with these rows of some tensors, in this order."""
+        selected = copy.copy(self)
+        selected.files = []  # whose headers have the shapes of whole tensors
+        selected._sources = dict(self._sources)
+        for name in names:
+            source = self.get_tensor(name)
+            selected._sources[name] = SelectedRows(source.dtype, source.array, source=source, rows=rows)
+        return selected
 
     def is_tied(self) -> bool:
         """Whether the output head is tied to the embedding, as the weights show.

@@ -1,7 +1,9 @@
 """Write a complete checkpoint that loads without PEFT: weights, a corrected config.json, and tokenizer files."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from t5tune.checkpoints.base import read_config
 from t5tune.checkpoints.base_tensors import Checkpoint
@@ -14,6 +16,7 @@ from t5tune.checkpoints.tokenizer_files import (
     write_supporting_files,
 )
 from t5tune.data.labels import LabelTask
+from t5tune.errors import CheckpointError
 from t5tune.families import find_family
 from t5tune.families.encoder import find_encoder_class
 from t5tune.file_names import (
@@ -36,10 +39,13 @@ from t5tune.io.untrusted import has_file, read_json_object
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")  # of T5Gemma 2's images
 LICENSE_PREFIXES = ("LICENSE", "NOTICE")
+MIXED_IDS = {"forced_decoder_ids", "sequence_bias"}  # lists of token ids and other numbers
 TRAINED_FILES = {
     ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, ADAPTER_BIN_FILE, NON_LORA_FILE, MODEL_FILE, CONFIG_FILE,
     GENERATION_CONFIG_FILE, TEMPLATE_FILE, TRAINING_DATA_FILE, MODEL_CARD_FILE,
 }  # fmt: skip
+
+_TOKEN_IDS = re.compile(r".*_token_(id|ids|index)|(begin_)?suppress_tokens|bad_words_ids|force_words_ids")
 
 
 def is_trained_file(name: str) -> bool:
@@ -125,3 +131,20 @@ def _rename_special_tokens_key(folder: Path) -> None:
     if isinstance(config.get("extra_special_tokens"), list) and "additional_special_tokens" not in config:
         old = {"extra_special_tokens": "additional_special_tokens"}
         write_json(folder / TOKENIZER_CONFIG_FILE, {old.get(name, name): value for name, value in config.items()})
+
+
+def convert_token_ids(value: Any, convert: Callable[[int], Any], file: Path, is_id: bool = False) -> Any:
+    """Return a copy of config.json or generation_config.json, or of a value in it, with converted token ids.
+
+    Raises:
+        CheckpointError: a value has ids among other numbers.
+    """
+    if isinstance(value, list):
+        return [convert_token_ids(each, convert, file, is_id) for each in value]
+    if not isinstance(value, dict):
+        return convert(value) if is_id and type(value) is int and value >= 0 else value
+    if mixed := [name for name in sorted(MIXED_IDS & value.keys()) if value[name]]:
+        raise CheckpointError(f"{file}: {mixed[0]}: its ids can't be converted", hint="remove it from the file")
+    return {
+        name: convert_token_ids(each, convert, file, bool(_TOKEN_IDS.fullmatch(name))) for name, each in value.items()
+    }

@@ -101,8 +101,13 @@ def copy_sentencepiece(base: Path, folder: Path) -> None:
     num_pieces = _count_pieces(resolve_inside(base, names[0]))
     shutil.copyfile(base / names[0], folder / names[0])
     if not has_file(folder, ADDED_TOKENS_FILE):
-        added = sorted((token["id"], token["content"]) for token in _read_added_tokens(folder / TOKENIZER_FILE))
-        write_json(folder / ADDED_TOKENS_FILE, {content: index for index, content in added if index >= num_pieces})
+        write_added_tokens(folder, num_pieces)
+
+
+def write_added_tokens(folder: Path, num_pieces: int) -> None:
+    """Write added_tokens.json for a SentencePiece model of this size, from tokenizer.json."""
+    added = sorted((token["id"], token["content"]) for token in _read_added_tokens(folder / TOKENIZER_FILE))
+    write_json(folder / ADDED_TOKENS_FILE, {content: index for index, content in added if index >= num_pieces})
 
 
 def _count_pieces(file: Path) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 from t5tune.commands.train.run_plan import make_run_plan
 from t5tune.data.caches.prepared import list_caches
 from t5tune.data.reading.sources import is_dataset_name
-from t5tune.file_names import ADAPTER_CONFIG_FILE, MODEL_CARD_FILE, REPORT_FILE
+from t5tune.file_names import ADAPTER_CONFIG_FILE, MODEL_CARD_FILE, REPORT_FILE, TRAINING_DATA_FILE
 from t5tune.io.atomic import find_unused_folder
 from t5tune.runs.checkpoints import list_checkpoints
 from t5tune.runs.plan import RunPlan
@@ -21,6 +21,7 @@ from t5tune.settings import (
     QuantizationSettings,
     Settings,
     TrainSettings,
+    TrimSettings,
 )
 from t5tune.settings.flags import list_flags, list_without_flags
 
@@ -46,6 +47,8 @@ def list_next_steps(settings: Settings, result: Any) -> list[tuple[str, str]]:
             commands = _follow_merge(result.checkpoint)
         case MergeSettings() if settings.to == "onnx":
             return [("next", f"{result.checkpoint / MODEL_CARD_FILE} says how to try the model in a browser")]
+        case TrimSettings():
+            commands = _follow_trim(settings, result.checkpoint)
         case EvaluateSettings():
             commands = _follow_evaluate(settings, writes_text=result.perplexity is not None)
         case _:
@@ -83,6 +86,15 @@ def _follow_export(adapter: Path) -> Iterator[list[str]]:
 def _follow_merge(checkpoint: Path) -> Iterator[list[str]]:
     yield ["chat", str(checkpoint)]
     yield ["evaluate", str(checkpoint), "--data-path", "HELD_OUT.jsonl"]
+
+
+def _follow_trim(settings: TrimSettings, checkpoint: Path) -> Iterator[list[str]]:
+    if (checkpoint / TRAINING_DATA_FILE).is_file():  # of a merged model
+        yield ["chat", str(checkpoint)]
+        return
+    data = ["DATA.jsonl"] if settings.data is not None or "-" in settings.data_path else settings.data_path
+    base = ["--model-name-or-path", str(checkpoint), "--data-path", *data]
+    yield ["train", *base, "--learning-rate", "3e-4", "--output-dir", _name_output("run")]
 
 
 def _follow_evaluate(settings: EvaluateSettings, writes_text: bool) -> Iterator[list[str]]:

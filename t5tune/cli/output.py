@@ -38,7 +38,11 @@ LABELS = {
     "from_training": "difference from training, base as",
     "seconds": "time",
 }
-NOT_SHOWN = {"best_eval", "seed", "split_seed", "lora", "labels"}
+NOT_SHOWN = {
+    "best_eval", "seed", "split_seed", "lora", "labels",
+    # which trim reports in one line
+    "tokens", "rows", "parameters", "kept_share", "base_tokens", "base_rows", "base_parameters",
+}  # fmt: skip
 """Values of a result that --json and result.json have, and the lines of names and values don't."""
 HARMLESS = (("world_size", 1), ("cut_off", 0))
 """Values that the lines omit."""

@@ -16,6 +16,7 @@ SUMMARIES = {
     "train": "Fine-tune a model on your data, with LoRA, QLoRA or in full.",
     "export": "Turn a training checkpoint into an adapter in PEFT's format.",
     "merge": "Merge an adapter into its base model.",
+    "trim": "Remove the tokens that your data doesn't use from a base model.",
     "chat": "Chat with a base model, an adapter or a training run.",
     "serve": "Serve models over HTTP, for clients of OpenAI's API.",
     "inspect": "Show prepared data as the model sees it.",
@@ -48,6 +49,8 @@ t5tune export run --output-dir adapter
 t5tune export run --output-dir adapter --dtype bfloat16 --overwrite
 t5tune merge run --output-dir merged
 t5tune merge run --dtype bfloat16 --output-dir merged-bf16
+t5tune trim merged --data-path pocket --output-dir trimmed
+t5tune trim google/mt5-base --data-path chats.jsonl russian.txt --vocab-size 32768 --output-dir mt5-base-ru
 t5tune chat run
 t5tune chat run --prompt "Could you bring six coffees and six teas to Aida?"
 t5tune serve run

@@ -53,7 +53,13 @@ from t5tune.file_names import (
 )
 from t5tune.hub.names import name_snapshot
 from t5tune.inference.precision import find_quantization_problem
-from t5tune.io.atomic import check_overwrite, check_replaceable, make_scratch_folder, write_folder_atomically
+from t5tune.io.atomic import (
+    check_free_space,
+    check_overwrite,
+    check_replaceable,
+    make_scratch_folder,
+    write_folder_atomically,
+)
 from t5tune.io.untrusted import has_file
 from t5tune.merging.deltas import Adapter, collect_deltas, read_adapters
 from t5tune.merging.fold import WeightDelta
@@ -333,13 +339,7 @@ def _check_disk_space(settings: MergeSettings, base: Checkpoint, shards: list[Sh
         writes_both = settings.to == "onnx" and settings.quantization is None
         kinds = ["float32", "int8"] if writes_both else [settings.quantization]
         needed += sum(estimate_converted_size(weights, kind, base.architecture) for kind in kinds)
-    folder = settings.output_dir
-    place = next(parent for parent in Path(os.path.realpath(folder)).parents if parent.is_dir())
-    if (free := shutil.disk_usage(place).free) < needed:
-        raise SettingsError(
-            f"output_dir: {folder}: {free:,} bytes are free; the weights need {needed:,}",
-            hint="free some disk space, or choose another output_dir",
-        )
+    check_free_space(settings.output_dir, needed)
 
 
 def _write_weights(

@@ -44,6 +44,16 @@ def check_replaceable(folder: Path, overwrite: bool, inputs: Iterable[Path | str
         check_overwrite(folder, inputs)
 
 
+def check_free_space(folder: Path, needed: int) -> None:
+    """Check that the disk of an output folder, which may not exist yet, has room for weights of this many bytes."""
+    place = next(parent for parent in Path(os.path.realpath(folder)).parents if parent.is_dir())
+    if (free := shutil.disk_usage(place).free) < needed:
+        raise SettingsError(
+            f"output_dir: {folder}: {free:,} bytes are free; the weights need {needed:,}",
+            hint="free some disk space, or choose a different output_dir",
+        )
+
+
 def check_overwrite(folder: Path, inputs: Iterable[Path | str]) -> None:
     """Refuse to overwrite the current folder, or a folder with an input, a run's checkpoint or a run in progress.
 

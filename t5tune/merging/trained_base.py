@@ -7,7 +7,9 @@ from t5tune.checkpoints.adapter import read_base_metadata, read_training_precisi
 from t5tune.checkpoints.base_tensors import Checkpoint
 from t5tune.checkpoints.fingerprint import compute_fingerprint, compute_full_hash
 from t5tune.errors import CheckpointError, SettingsError
+from t5tune.file_names import TRIM_FILE
 from t5tune.inference.precision import Precision, describe_quantization, resolve_precision
+from t5tune.io.untrusted import has_file, read_json_object
 from t5tune.merging.deltas import Adapter
 from t5tune.progress import Note, Report
 from t5tune.settings.groups.base import QuantizationSettings
@@ -92,10 +94,10 @@ def match_trained_base(
             problem = f"{base.folder}: not the base that {adapter.folder} was trained on"
             if not allows_other:
                 hashes = f"{key} {str(metadata[key])[:12]}…, here {found[:12]}…"
-                raise CheckpointError(
-                    f"{problem}, which was {metadata.get('base')} ({hashes})",
-                    hint="give that base, or use --allow-other-base to merge anyway",
-                )
+                hint = "give that base, or use --allow-other-base to merge anyway"
+                if _is_trimmed_from(base.folder, metadata.get("fingerprint")):
+                    hint = "this base was trimmed: merge the adapter into its own base, then trim the merged checkpoint"
+                raise CheckpointError(f"{problem}, which was {metadata.get('base')} ({hashes})", hint)
             report(Note(problem, warning=True))
     first = _find_first_known(adapters)
     metadata = read_base_metadata(first)
@@ -103,6 +105,10 @@ def match_trained_base(
     quantization = _resolve_precision(first, None if onto == UNQUANTIZED else onto).quantization
     compute = "float32" if metadata.get("compute") == "float32" else "bfloat16"
     return TrainedBase(quantization, compute, family or metadata.get("family"))
+
+
+def _is_trimmed_from(folder: Path, fingerprint: str | None) -> bool:
+    return has_file(folder, TRIM_FILE) and read_json_object(folder, TRIM_FILE).get("fingerprint") == fingerprint
 
 
 def _find_first_known(adapters: list[Adapter]) -> Path:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from t5tune.data.caches.cache import EXAMPLE_DTYPE, compute_lengths, compute_percentiles
+from t5tune.data.caches.cache import EXAMPLE_DTYPE, compute_lengths
 from t5tune.data.labels import Values
 from t5tune.data.reading.rejections import LABELED_BAD, RecordLocation, Rejection
 from t5tune.data.tokens.span_corruption import SpanCorruption
@@ -17,6 +17,7 @@ from t5tune.data.tokens.vocabulary import LostCharacterCounts
 
 FIRST_ANSWER_TURN = 1  # index among the turns; turn 0 is the human's
 ROWS_PER_CHUNK = 1 << 14  # rows of examples.bin that are read at once
+PERCENTILES = (50, 90, 99, 100)
 OTHER_FIELDS = "ignored_fields_of_other_names"  # counts the repairs of further kinds
 MAX_REPAIR_KINDS = 100  # kinds of repairs that are counted by name; a kind may contain any field name of the data
 
@@ -116,5 +117,20 @@ def _measure_examples(
     for side, counted in lengths.items():
         measured[f"{side}_tokens"] = sum(length * count for length, count in counted.items())
         measured[f"truncated_{side}s"] = truncated[side]
-        measured[f"{side}_length"] = compute_percentiles(counted)
+        measured[f"{side}_length"] = _compute_percentiles(counted)
     return measured
+
+
+def _compute_percentiles(counted: Counter[int]) -> dict[str, int]:
+    """Compute p50, p90, p99 and p100 from counts of lengths.
+
+    pN is the smallest length that at least N percent of the lengths don't exceed.
+    """
+    found: dict[str, int] = {}
+    total, below = counted.total(), 0
+    for length in sorted(counted):
+        below += counted[length]
+        for share in PERCENTILES:
+            if 100 * below >= share * total:
+                found.setdefault(f"p{share}", length)
+    return found

@@ -131,7 +131,7 @@ def describe_source(
         max_rejected_fraction=dataset.max_rejected_fraction,
         num_data=dataset.num_data,
     )
-    num_rows = count_rows(base, plan.base.family)
+    num_rows = max(count_rows(base, plan.base.family), len(vocabulary.tokenizer))
     num_cores = count_cores_of(plan.shard)
     source = CacheSource(
         dataset, plan.split, plan.base.model_name_or_path, num_cores, origin.setting, opened.paths, opened.files,
@@ -198,7 +198,9 @@ def choose_vocabulary(
     """Take the tokenizer of `source`, or extend the base's with the tokens that the sample needs."""
     if source is None:
         num_rows = count_rows(base, plan.base.family)
-        return extend_tokenizer(load_tokenizer(base), plan.add_tokens, num_rows, sample)
+        tokenizer = load_tokenizer(base)
+        num_rows = max(num_rows, len(tokenizer) + plan.num_spare_rows)
+        return extend_tokenizer(tokenizer, plan.add_tokens, num_rows, sample)
     return take_vocabulary(source, base)
 
 

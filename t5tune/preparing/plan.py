@@ -40,6 +40,7 @@ class PreparePlan:
         add_tokens: as in the settings; unused if the origin or a token cache has the vocabulary.
         shard: the part to prepare, such as 0/3 or auto; None: all.
         join: whether to join existing parts only.
+        num_spare_rows: unused embedding rows that the base will have at least, when it is trimmed.
     """
 
     datasets: Sequence[DatasetSpec]
@@ -50,4 +51,5 @@ class PreparePlan:
     mixing: Mixing = Mixing()
     shard: str | None = None
     join: bool = False
+    num_spare_rows: int = 0
     origin: Origin = Origin()

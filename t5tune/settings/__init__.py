@@ -24,6 +24,7 @@ from t5tune.settings.commands.small import (
     TemplatesSettings,
 )
 from t5tune.settings.commands.train import TrainSettings
+from t5tune.settings.commands.trim import TrimSettings
 from t5tune.settings.dataset_list import DatasetSettings
 from t5tune.settings.field_types import Settings
 from t5tune.settings.groups.base import QuantizationSettings
@@ -35,6 +36,6 @@ __all__ = [
     "COMMANDS", "ChatSettings", "CompareSettings", "ConversationSettings", "DataSettings", "DatasetSettings",
     "DocsSettings", "DoctorSettings", "EvaluateSettings", "ExportSettings", "InspectSettings", "MergeSettings",
     "MigrateSettings", "PlanSettings", "PrepareSettings", "PushSettings", "QuantizationSettings", "SchemaSettings",
-    "ServeSettings", "Settings", "TemplatesSettings", "TrainSettings", "dump_settings", "load_settings",
+    "ServeSettings", "Settings", "TemplatesSettings", "TrainSettings", "TrimSettings", "dump_settings", "load_settings",
     "write_settings",
 ]  # fmt: skip

@@ -34,7 +34,7 @@ def complete(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("line", "completions"),
     [
-        ("t5tune tr", ["train"]),
+        ("t5tune tr", ["train", "trim"]),
         ("t5tune train --train-mode ", ["lora", "full"]),
         ("t5tune train --lora_r 8 --train-mode f", ["full"]),
         ("t5tune train --q-lora ", ["true", "false"]),

@@ -11,7 +11,14 @@ import pytest
 from t5tune.cli.next_steps import list_next_steps
 from t5tune.commands.prepare import prepare
 from t5tune.data.caches.prepared import list_caches
-from t5tune.settings import EvaluateSettings, ExportSettings, PrepareSettings, TrainSettings, load_settings
+from t5tune.settings import (
+    EvaluateSettings,
+    ExportSettings,
+    PrepareSettings,
+    TrainSettings,
+    TrimSettings,
+    load_settings,
+)
 from tests.support.processes.command_line import parse_words, t5tune_in_fork
 
 TRAIN = "--model-name-or-path base --output-dir run --data-path"
@@ -155,6 +162,19 @@ def test_no_evaluation_is_suggested_if_flags_cannot_read_its_datasets() -> None:
         eval_data=[{"path": "b.csv", "source_prefix": "fix: "}],
     )  # fmt: skip
     assert [line.split()[1] for line in follow_train(settings)] == ["chat", "merge"]
+
+
+def test_a_trimmed_base_is_followed_by_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged" / "training_data.json").write_text("{}")
+    values = {"model_name_or_path": "base", "output_dir": "trimmed"}
+    lines = []
+    for data, folder in ((["a.csv", "b.csv"], "trimmed"), ("-", "trimmed"), ("a.csv", "merged")):
+        settings, result = TrimSettings(**values, data_path=data), SimpleNamespace(checkpoint=Path(folder))
+        lines += [line for _, line in list_next_steps(settings, result)]
+    train = "t5tune train --model-name-or-path trimmed --data-path {} --learning-rate 3e-4 --output-dir run"
+    assert lines == [train.format("a.csv b.csv"), train.format("DATA.jsonl"), "t5tune chat merged"]
 
 
 def test_an_exported_adapter_is_followed_by_plain_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

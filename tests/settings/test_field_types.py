@@ -134,7 +134,7 @@ def test_an_unknown_name_is_reported_before_records_are_read() -> None:
 @pytest.mark.parametrize(
     ("model", "name", "advice"),
     [
-        (ChatSettings, "data", "data is a setting of evaluate, plan, prepare, train"),
+        (ChatSettings, "data", "data is a setting of evaluate, plan, prepare, train, trim"),
         (PrepareSettings, "lora_rank", "lora_r is a setting of export, plan, train"),
         (TrainSettings, "temperature", "temperature is a setting of chat, serve"),
         (TrainSettings, "overwrite_output_dir", "did you mean fresh?"),

@@ -7,7 +7,7 @@ interpret them.
 import math
 import mmap
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +101,27 @@ class Tensor:
     def iter_chunks(self) -> Iterator[bytes]:
         """Iterate over the tensor's bytes, in a single chunk."""
         yield self.tobytes()
+
+
+@dataclass(frozen=True)
+class SelectedRows(Tensor):
+    """Some rows of a tensor, in a new order; `array` and `source` have all rows.
+
+    Only reading the rows copies them, so the selection takes no memory.
+    """
+
+    source: Tensor = field(kw_only=True)
+    rows: npt.NDArray[np.int64] = field(kw_only=True)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.rows), *self.source.shape[1:])
+
+    def read_rows(self, begin: int, end: int) -> Tensor:
+        rows = self.rows[begin:end]
+        runs = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1)  # of consecutive rows
+        parts = [self.source.read_rows(int(run[0]), int(run[-1]) + 1).array for run in runs]
+        return Tensor(self.dtype, np.concatenate(parts))
 
 
 @dataclass(frozen=True)

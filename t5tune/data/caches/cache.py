@@ -16,7 +16,6 @@ The same inputs give the same bytes.
 
 import hashlib
 import os
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property, lru_cache
@@ -89,7 +88,6 @@ MANIFEST_TYPES: dict[str, Any] = {
     "rejected_by_reason": dict[str, int],
     **dict.fromkeys(COUNTS, int),
 }
-PERCENTILES = (50, 90, 99, 100)
 
 
 class Cache(Sequence[Example]):
@@ -138,6 +136,16 @@ class Cache(Sequence[Example]):
         window = ids[span.source_start : span.source_end]
         source, target = self.corruption.corrupt(window, masked, spans, int(self._indices[index]), repeat)
         return surround(source, target, self.special_ids)
+
+    def iterate_ids(self) -> Iterator[npt.NDArray[Any]]:
+        """Yield the ids of each conversation once, truncated parts included."""
+        starts = self._conversations["start"].astype(np.int64)
+        numbers, examples = np.unique(self._read_column("conversation"), return_index=True)
+        ends = np.append(starts[1:], len(self._tokens))[numbers]
+        if self.label_task is not None:  # values follow the ids
+            ends = starts[numbers] + self._read_column("target_start")[examples]
+        for start, end in zip(starts[numbers], ends, strict=True):
+            yield self._tokens[start:end]
 
     def iterate_values(self) -> Iterator[Values]:
         """Yield the values of each example with labels, without special tokens."""
@@ -427,18 +435,3 @@ def hash_files(folder: Path) -> dict[str, str]:
     """Return {name: SHA-256} of every file below the folder except the manifest, sorted by name."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CACHE_MANIFEST_FILE)
     return {path.relative_to(folder).as_posix(): hash_file(path) for path in paths}
-
-
-def compute_percentiles(counted: Counter[int]) -> dict[str, int]:
-    """Compute p50, p90, p99 and p100 from counts of lengths.
-
-    pN is the smallest length that at least N percent of the lengths don't exceed.
-    """
-    found: dict[str, int] = {}
-    total, below = counted.total(), 0
-    for length in sorted(counted):
-        below += counted[length]
-        for share in PERCENTILES:
-            if 100 * below >= share * total:
-                found.setdefault(f"p{share}", length)
-    return found

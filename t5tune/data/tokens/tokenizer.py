@@ -217,9 +217,9 @@ def _load_backend(file: Path, config: dict[str, Any], names: dict[str, str]) -> 
         if file.name == BPE_FILES[0]:
             return _load_byte_level_bpe(file, config, names)
         return _load_json(file) if file.name == TOKENIZER_FILE else _load_sentencepiece(file, config, names)
-    except DependencyError:
+    except (DependencyError, ModelError):
         raise
-    except BaseException as error:  # tokenizers raises Exception or its Rust PanicException, protobuf DecodeError
+    except BaseException as error:  # tokenizers raises Exception or its Rust PanicException
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise ModelError(f"{file}: can't be read: {shorten(join_lines(error), 300)}") from error
@@ -343,14 +343,22 @@ def _build_word_pre_tokenizer() -> Any:
     )
 
 
-def _load_sentencepiece(file: Path, config: dict[str, Any], names: dict[str, str]) -> Any:
-    """Convert a spiece.model as transformers 4 does for T5: the sentinels follow its tokens, highest number first."""
+def read_sentencepiece(file: Path) -> Any:
+    """Read a SentencePiece model as a message of protobuf; ModelError: the file is broken."""
     try:
         from sentencepiece import sentencepiece_model_pb2
     except Exception as error:  # ImportError without protobuf, VersionError if protobuf is too old for sentencepiece
         problem = f"{file}: reading a SentencePiece model needs protobuf, which failed: {join_lines(error)}"
         raise DependencyError(problem, hint="pip install --upgrade protobuf sentencepiece") from error
-    model = sentencepiece_model_pb2.ModelProto.FromString(file.read_bytes())
+    try:
+        return sentencepiece_model_pb2.ModelProto.FromString(file.read_bytes())
+    except Exception as error:  # protobuf's DecodeError
+        raise ModelError(f"{file}: can't be read: {shorten(join_lines(error), 300)}") from error
+
+
+def _load_sentencepiece(file: Path, config: dict[str, Any], names: dict[str, str]) -> Any:
+    """Convert a spiece.model as transformers 4 does for T5: the sentinels follow its tokens, highest number first."""
+    model = read_sentencepiece(file)
     if model.trainer_spec.model_type != UNIGRAM:
         raise ValueError("not a Unigram model like T5's; save the tokenizer as tokenizer.json with AutoTokenizer")
     pieces = [(piece.piece, piece.score) for piece in model.pieces]

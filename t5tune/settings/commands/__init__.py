@@ -1,6 +1,6 @@
 """One settings model per command, composed of the groups of settings that it uses."""
 
-from t5tune.settings.commands import chat, evaluate, export, merge, plan, prepare, serve, small, train
+from t5tune.settings.commands import chat, evaluate, export, merge, plan, prepare, serve, small, train, trim
 from t5tune.settings.field_types import Settings
 
 COMMANDS: tuple[type[Settings], ...] = (
@@ -8,6 +8,7 @@ COMMANDS: tuple[type[Settings], ...] = (
     train.TrainSettings,
     export.ExportSettings,
     merge.MergeSettings,
+    trim.TrimSettings,
     chat.ChatSettings,
     serve.ServeSettings,
     evaluate.EvaluateSettings,

@@ -34,7 +34,7 @@ class DataSettings(ReadingSettings, ConversationSettings):
     data_path: Annotated[DataList, Affects.INPUT] = Field(
         min_length=1,
         description="Data: JSON, JSONL, CSV, Parquet or Excel files (also .gz, .zst), folders, patterns, `-` (stdin), "
-        "Hub datasets (owner/name), URLs, `pocket`; train, evaluate: also token caches; `a.csv:2 b.csv:1` mixes two.",
+        "Hub datasets (owner/name), URLs, `pocket`; also token caches (not in prepare); `a.csv:2 b.csv:1` mixes two.",
         json_schema_extra={"metavar": "PATH…"},
     )
     data: Annotated[DatasetList | None, NoneIfUnset, Affects.FINAL_WEIGHTS] = Field(
