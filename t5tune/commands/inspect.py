@@ -7,6 +7,8 @@ result = inspect(InspectSettings(model_name_or_path=["google/mt5-small", "google
 result.splits[0].tokens_per_word
 """
 
+import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from t5tune.checkpoints.base import find_base
+from t5tune.checkpoints.base import find_base, find_local_base, read_config
 from t5tune.data.caches.batching import compute_padding_share, epoch_order
 from t5tune.data.caches.cache import Cache, open_cache
 from t5tune.data.caches.cache_view import CacheView, ExampleView, LengthStatistics, build_histogram
@@ -25,8 +27,10 @@ from t5tune.data.tokens.splitting import VocabularySplit, measure_split
 from t5tune.data.tokens.tokenizer import load_tokenizer
 from t5tune.data.tokens.vocabulary import REPLACEMENT_CHARACTER
 from t5tune.errors import DataError, SettingsError
+from t5tune.families import find_architecture
 from t5tune.file_names import RUN_CACHE_FOLDER
 from t5tune.io.reasons import join_first
+from t5tune.planning.unused_rows import suggest_trimming
 from t5tune.preparing.dataset import open_dataset
 from t5tune.preparing.plan import PreparePlan
 from t5tune.preparing.resolve_datasets import resolve_datasets
@@ -75,6 +79,7 @@ def inspect(settings: InspectSettings, report: Report = silent) -> InspectResult
         view = CacheView(cache, _choose_examples(cache, settings, report))
         if settings.stats or settings.html:
             statistics = _compute_statistics(cache, settings.per_device_train_batch_size)
+            _suggest_trimming(cache, settings.cache, report)
             splits = _measure_cache(cache)
     if (page := settings.html) is not None:
         if page.is_symlink() or (page.exists() and not page.is_file()):
@@ -155,6 +160,20 @@ def _find_cache(folder: Path, report: Report) -> Path:
         caches = join_first(list(map(str, (first, *others))))
         raise DataError(f"cache: {folder}: a token cache of several datasets", hint=f"name one of them: {caches}")
     return first
+
+
+def _suggest_trimming(cache: Cache, run: Path, report: Report) -> None:
+    """Suggest a smaller base for a run whose base is on this machine; weights in fp32 are most of a run's memory."""
+    run_settings = RunFolder(run).read_settings(TrainSettings)
+    folder = None if run_settings is None else find_local_base(run_settings)
+    if run_settings is None or folder is None:
+        return
+    architecture = find_architecture(read_config(folder), folder, run_settings.family)
+    copies, sizes = architecture.list_shared(architecture.is_tied), Counter[str]()
+    for name, shape in architecture.derive_shapes().items():
+        sizes[architecture.classify(name)] += 4 * math.prod(shape) if name not in copies else 0
+    row_bytes = sizes["embedding"] + sizes["head"]
+    suggest_trimming([cache], architecture.dimensions.num_rows, row_bytes, sizes.total(), report)
 
 
 def _choose_examples(cache: Cache, settings: InspectSettings, report: Report) -> Sequence[int]:

@@ -34,6 +34,7 @@ from t5tune.planning.known_configs import KNOWN_CONFIGS, KNOWN_ENCODERS
 from t5tune.planning.layer_memory import BatchLengths
 from t5tune.planning.run_memory import USABLE_GPU_SHARE, Machine, MemoryEstimator, StageMemory
 from t5tune.planning.run_time import RunTime
+from t5tune.planning.unused_rows import suggest_trimming
 from t5tune.progress import Note, Report, count_done, silent
 from t5tune.runs.checks import find_unusable_optimizer
 from t5tune.runs.plan import RunPlan
@@ -122,6 +123,7 @@ def _make_plan(settings: PlanSettings, machine: Machine, folder: Path, report: R
         evaluated = find_largest_loss_batch(data)
         evaluation = {stage.stage: estimator.estimate_evaluation(stage.stage, evaluated) for stage in stages}
         suggestion = _suggest_settings(settings, estimator, data, step_done)
+    _suggest_trimming(settings, estimator, stages[0], data, report)
     trainable, total = estimator.counts
     steps, per_epoch = settings.max_steps, 1
     if data.share is not None:
@@ -158,6 +160,19 @@ def _make_plan(settings: PlanSettings, machine: Machine, folder: Path, report: R
         time=time,
         time_unknown=unknown,
     )
+
+
+def _suggest_trimming(
+    settings: PlanSettings, estimator: MemoryEstimator, chosen: StageMemory, data: ExampleLengths, report: Report
+) -> None:
+    """Suggest a smaller base if the data is known, and doesn't use most of the base's memory."""
+    if data.examples is None:
+        return
+    weights, num_rows = estimator.weights, estimator.architecture.dimensions.num_rows
+    trained = chosen.gradients + chosen.optimizer if settings.train_mode == "full" else 0
+    row_bytes = (chosen.weights + trained) * (weights["embedding"] + weights["head"]) // sum(weights.values())
+    caches = [dataset.cache for dataset in data.examples.datasets]
+    suggest_trimming(caches, num_rows, row_bytes, chosen.total, report)
 
 
 def _detect_machine(settings: PlanSettings) -> Machine:

@@ -1,8 +1,7 @@
 """The lengths of the examples of a planned run: of its data, of a sample of them, or assumed."""
 
-import re
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from t5tune.file_names import JSON_SUFFIXES, REJECTED_FILE, RUN_CACHE_FOLDER, TE
 from t5tune.planning.layer_memory import BatchLengths
 from t5tune.preparing.datasets import prepare_datasets
 from t5tune.preparing.plan import Origin, PreparePlan
-from t5tune.progress import Event, Note, Report, without_notes
+from t5tune.progress import Note, Report, without_folder, without_notes
 from t5tune.settings import PlanSettings
 from t5tune.settings.dataset_spec import DatasetSpec
 from t5tune.settings.groups.base import BaseModelSettings
@@ -44,6 +43,7 @@ class ExampleLengths:
         seconds: that reading them took.
         is_real: whether they are the data's.
         task: the labels of the examples; None: their targets are texts.
+        examples: all of the data; None: only a part of it was read, or nothing.
     """
 
     sources: Integers
@@ -53,6 +53,7 @@ class ExampleLengths:
     seconds: float = 0.0
     is_real: bool = False
     task: LabelTask | None = None
+    examples: Examples | None = None
 
 
 def read_lengths(settings: PlanSettings, folder: Path, report: Report) -> ExampleLengths:
@@ -77,7 +78,8 @@ def read_lengths(settings: PlanSettings, folder: Path, report: Report) -> Exampl
     if examples.has_preferences and settings.packing == "off":  # both targets are padded to the longest
         targets = 2 * examples.read_longest_targets()
     num_added = len(examples.added_tokens)
-    return ExampleLengths(sources[indices], targets[indices], num_added, share, seconds, True, examples.label_task)
+    task, whole = examples.label_task, examples if share == 1 else None
+    return ExampleLengths(sources[indices], targets[indices], num_added, share, seconds, True, task, whole)
 
 
 def _assume_lengths(settings: PlanSettings) -> ExampleLengths:
@@ -122,7 +124,7 @@ def _prepare_sample(settings: PlanSettings, folder: Path, report: Report) -> tup
             mixing,
             origin=Origin(rejected_file=folder / REJECTED_FILE, run=folder),
         ),
-        lambda event: without_notes(report)(_leave_out_folder(event, folder)),
+        without_folder(without_notes(report), folder),
     )
     prepared = open_examples(folder / RUN_CACHE_FOLDER)
     share: float | None = 1.0
@@ -136,13 +138,6 @@ def _prepare_sample(settings: PlanSettings, folder: Path, report: Report) -> tup
     if settings.eval_fraction > 0 and not settings.list_evaluation_datasets():
         return prepared.split(settings.eval_fraction, settings.split_seed)[0], share
     return prepared.split_as_prepared()[0], share
-
-
-def _leave_out_folder(event: Event, folder: Path) -> Event:
-    """Remove the part of a note that names the folder, which is temporary."""
-    if not isinstance(event, Note):
-        return event
-    return replace(event, text=re.sub(rf"[;:] [^;:]*{re.escape(str(folder))}[^;]*", "", event.text))
 
 
 def _estimate_share(dataset: DatasetSpec, manifest: dict[str, Any]) -> float | None:
