@@ -38,7 +38,7 @@ compatibility: .venv/installed-dev build/transformers-4/installed
 
 # the page of `merge --to onnx` in Chromium, with transformers.js from npm
 browser: .venv/installed-dev
-	npm install --silent --ignore-scripts --prefix build/transformers-js @huggingface/transformers@4.3.2
+	npm install --silent --ignore-scripts --prefix build/transformers-js @huggingface/transformers@$$($(BIN)/python -c 'from t5tune.checkpoints.model_card import TRANSFORMERS_JS; print(TRANSFORMERS_JS)')
 	NODE_MODULES=$(abspath build/transformers-js/node_modules) $(BIN)/python -m pytest tests/converting/test_onnx_page.py -n 0
 
 # the tests with the oldest releases that pyproject.toml allows; set PYTHON=python3.11 if python3 is newer

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from t5tune.checkpoints.model_card import TRANSFORMERS_JS
 from t5tune.cli.summaries import SUMMARIES
 from t5tune.errors import SettingsError
 from t5tune.families import REFUSED_MODELS
@@ -276,6 +277,11 @@ def test_the_prompt_of_the_start_page_is_held_out() -> None:
     start, heldout = (REPOSITORY / name for name in ("docs/start.md", "examples/quickstart/heldout.jsonl"))
     (asked,) = [words[words.index("--prompt") + 1] for words in find_commands(start) if "--prompt" in words]
     assert asked in {json.loads(line)["conversations"][0]["value"] for line in heldout.read_text("utf-8").splitlines()}
+
+
+def test_the_page_of_small_models_has_the_pinned_transformers_js() -> None:
+    text = (REPOSITORY / "docs/small.md").read_text(encoding="utf-8")
+    assert re.findall(r"npm install .*@huggingface/transformers@(\S+)", text) == [TRANSFORMERS_JS]
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/README.md"])

@@ -94,6 +94,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer as Backend, models, normalizers, pre_tokenizers
 from t5tune.data.tokens.encoders import make_encoder
 from t5tune.data.tokens.tokenizer import Tokenizer
+from t5tune.data.tokens.vocabulary import extend_tokenizer
 
 def read_megabytes():
     return int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) // 1024
@@ -104,13 +105,15 @@ backend = Backend(models.Unigram([(word, -9.0) for word in ("<pad>", "</s>", "<u
 backend.pre_tokenizer = pre_tokenizers.Metaspace("▁", "first", True)
 backend.add_tokens([AddedToken("\\n", normalized=False)])
 before = read_megabytes()
-encoder = make_encoder(Tokenizer(backend, "</s>", "<pad>", "<unk>", ("</s>",), Path()))
+extended = extend_tokenizer(Tokenizer(backend, "</s>", "<pad>", "<unk>", ("</s>",), Path()), ["auto"], 300_000)
+encoder = make_encoder(extended.tokenizer)
+assert "{" in extended.added and backend.token_to_id("{") is None
 print(before, read_megabytes() - before)
 """
 
 
 @pytest.mark.slow
-def test_an_encoder_shares_the_memory_of_a_large_vocabulary() -> None:
+def test_extended_tokenizers_and_encoders_share_a_vocabularys_memory() -> None:
     done = subprocess.run([sys.executable, "-c", MEASURED], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     total, more = map(int, done.stdout.split())
