@@ -12,13 +12,15 @@ from tools.support_matrix import COLUMNS, build_matrix, find_state, list_all_tes
 
 def test_the_matrix_is_complete_and_every_yes_has_a_test() -> None:
     head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in build_matrix()]
-    assert head[1:] == ["prepare", "LoRA", "QLoRA", "full", "labels", "packed", "ZeRO-3", "merge", *CONVERTERS, "serve"]
+    commands = ["prepare", "LoRA", "QLoRA", "full", "labels", "packed", "ZeRO-3", "merge", "trim"]
+    assert head[1:] == [*commands, *CONVERTERS, "serve"]
     assert [row[0] for row in rows] == [family.name for family in FAMILIES.values()]
     assert {len(row) for row in rows} == {len(head)}
     for name in COLUMNS:
         for key, family in FAMILIES.items():
             assert bool(list_tests(name, key)) == (find_state(name, key) == "yes"), (name, key)
-            cannot = {*CONVERTERS} - {*family.converters} | ({"labels"} if key in ("longt5", "t5gemma2") else set())
+            cannot = {*CONVERTERS} - {*family.converters} | ({"trim"} if key == "byt5" else set())
+            cannot |= {"labels"} if key in ("longt5", "t5gemma2") else set()
             assert (find_state(name, key) == "no") == (name in cannot)
 
 

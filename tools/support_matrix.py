@@ -146,6 +146,13 @@ COLUMNS = {
             "end_to_end/test_gemma.py::test_stock_transformers_has_the_logits_of_the_merged_checkpoint[{key} q_lora]",
         ),
     ),
+    "trim": Column(
+        "Stock transformers computes the same bits from a base with fewer embedding rows: hidden states, and the "
+        "logits of the rows that were kept. Each token has its own row.",
+        ("tests/commands/trim/test_trim.py::test_each_family_computes_the_same_with_fewer_rows[{key}]",),
+        more_tests=("tests/commands/trim/test_trim.py::test_all_commands_take_a_trimmed_base",),
+        reasons={"byt5": "Its tokens are bytes; there is nothing to trim."},
+    ),
     "transformers 4": Column(
         "transformers 4 computes t5tune's logits and token ids from a merged checkpoint. These tests are skipped "
         "unless there is an environment with transformers 4; `make compatibility` creates it.",
@@ -313,8 +320,8 @@ def build_matrix() -> Iterator[str]:
 
 def find_state(name: str, key: str) -> State:
     """Return the text of a column's cell for a model type."""
-    has_none = name in CONVERTERS and name not in FAMILIES[key].converters
-    if has_none or (name == "labels" and key in COLUMNS[name].reasons):
+    is_supported = name in FAMILIES[key].converters if name in CONVERTERS else key not in COLUMNS[name].reasons
+    if not is_supported:
         return "no"
     return COLUMNS[name].state
 
