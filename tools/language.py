@@ -13,7 +13,8 @@ import io
 import re
 import subprocess
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 
 from tools import REPOSITORY
@@ -80,23 +81,23 @@ def is_counted(name: str) -> bool:
     return (name.startswith("t5tune/") and name.endswith(".py")) or name.endswith(".md")
 
 
-def read_texts(path: Path) -> Iterator[tuple[int, str]]:
+@cache
+def read_texts(path: Path) -> list[tuple[int, str]]:
     """Read the texts of a file with their first lines. Python has strings, comments, and the names that it defines."""
     source = path.read_text(encoding="utf-8")
     if path.suffix != ".py":
-        yield 1, source
-        return
+        return [(1, source)]
+    texts = []
     for node in ast.walk(ast.parse(source)):
         match node:
             case ast.Constant(value=str() as text):
-                yield node.lineno, text
+                texts.append((node.lineno, text))
             case ast.Constant(value=bytes() as data):
-                yield node.lineno, data.decode(errors="replace")
+                texts.append((node.lineno, data.decode(errors="replace")))
             case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
-                yield node.lineno, re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name.replace("_", " "))
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT:
-            yield token.start[0], token.string
+                texts.append((node.lineno, re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name.replace("_", " "))))
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    return [*texts, *((token.start[0], token.string) for token in tokens if token.type == tokenize.COMMENT)]
 
 
 def read_prose(path: Path) -> Iterator[tuple[int, str]]:
@@ -119,7 +120,7 @@ def find_phrases(path: Path) -> list[str]:
     return _find(path, read_prose(path), POINTING)
 
 
-def _find(path: Path, texts: Iterator[tuple[int, str]], choices: dict[str, str]) -> list[str]:
+def _find(path: Path, texts: Iterable[tuple[int, str]], choices: dict[str, str]) -> list[str]:
     pattern, advice = compile_choices(choices), list(choices.values())
     name = path.relative_to(REPOSITORY)
     found = []
