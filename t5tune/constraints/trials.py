@@ -16,7 +16,7 @@ import signal
 import socket
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from functools import lru_cache
 from importlib.util import find_spec
 
@@ -77,9 +77,10 @@ class Trials:
     def _find_process(self) -> socket.socket:
         if self._process is None or self._process.poll() is not None:
             self.close()
-            self._control, child = socket.socketpair()
+            control, child = socket.socketpair()
             # a separate process group, so that Ctrl-C doesn't reach it
-            with child:
+            with child, ExitStack() as unless_started:
+                unless_started.callback(control.close)
                 self._process = subprocess.Popen(
                     make_module_command("t5tune.constraints.trials"),
                     stdin=child.fileno(),
@@ -88,6 +89,8 @@ class Trials:
                     env=make_module_environment() | {"OPENBLAS_NUM_THREADS": "1"},
                     process_group=0,
                 )
+                unless_started.pop_all()
+            self._control = control
         return self._control
 
     def close(self) -> None:

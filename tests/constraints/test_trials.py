@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import gc
 import json
 import os
 import subprocess
@@ -89,3 +90,4 @@ def test_a_command_whose_trial_cannot_start_says_so(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(subprocess, "Popen", refuse)
     with pytest.raises(T5TuneError, match=r"^regex: can't be compiled now: .* unavailable; try again"):
         try_constraint(Constraint("regex", "a+", "regex"))
+    gc.collect()  # a socket that it left open would be a warning, and so an error
