@@ -15,7 +15,7 @@ from t5tune.checkpoints.adapter_config import read_adapter_config
 from t5tune.checkpoints.tensor_files.safetensors import SafetensorsFile
 from t5tune.checkpoints.tensor_files.tensors import FileRange, SelectedRows, Tensor
 from t5tune.checkpoints.tensor_files.torch_file import read_state_dict
-from t5tune.errors import CheckpointError
+from t5tune.errors import CheckpointError, ModelError
 from t5tune.families.architecture import Architecture
 from t5tune.families.t5 import T5
 from t5tune.file_names import ADAPTER_CONFIG_FILE, INDEX_SUFFIX, MODEL_BIN_FILE, MODEL_FILE
@@ -128,6 +128,13 @@ class Checkpoint:
         if embedding not in self:
             raise CheckpointError(f"{self.folder}: {embedding}: missing from the weights")
         return are_equal(self.get_tensor(head), self.get_tensor(embedding))
+
+    def check_copies(self) -> None:
+        """Raise a ModelError if a tensor that the model shares differs from its copy."""
+        for name, original in self.architecture.always_shared.items():
+            if name in self and not are_equal(self.get_tensor(name), self.get_tensor(original)):
+                problem = f"{self.folder}: {name}: differs from {original}"
+                raise ModelError(f"{problem}, but the model uses one weight for both")
 
 
 def are_equal(first: Tensor, second: Tensor) -> bool:

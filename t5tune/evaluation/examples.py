@@ -360,7 +360,7 @@ def _load_cache_examples(
     tokenizer = load_tokenizer(examples.tokenizer_folder)
     same = saved.is_file() and made.is_file() and hash_file(saved) == hash_file(made)
     is_tuned = loaded.adapter is not None or loaded.training_data is not None
-    if not same and not _is_extension(tokenizer, loaded.tokenizer):
+    if not same and find_other_token(loaded.tokenizer, tokenizer) is not None:
         raise DataError(
             f"data_path: {examples.folder}: prepared with a different tokenizer; the model's is in "
             f"{loaded.tokenizer_folder}",
@@ -411,9 +411,3 @@ def _encode_again(examples: Sequence[Example], tokenizer: Tokenizer, base: Token
         replace(example, source_S=translate(example.source_S), target_T=translate(example.target_T))
         for example in examples
     ]
-
-
-def _is_extension(tokenizer: Tokenizer, base: Tokenizer) -> bool:
-    """Whether a tokenizer has all tokens of the base's tokenizer, with the same ids."""
-    vocabulary = tokenizer.get_vocab()
-    return all(vocabulary.get(token) == index for token, index in base.get_vocab().items())

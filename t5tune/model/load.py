@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from t5tune.checkpoints.base import open_base
-from t5tune.checkpoints.base_tensors import Checkpoint, are_equal
+from t5tune.checkpoints.base_tensors import Checkpoint
 from t5tune.checkpoints.tensor_files.tensors import FLOAT_DTYPES, TORCH_NAMES, Tensor
 from t5tune.compat.bitsandbytes_patches import keep_training_layout, stay_if_not_moved
 from t5tune.compat.requirements import check_versions
@@ -82,9 +82,9 @@ def load_base(
     parameters = {n: value for n, value in model.named_parameters(remove_duplicate=False) if n not in shared}
     _check_names(checkpoint, architecture, set(parameters))
     if partitioner is None:
-        _check_copies(checkpoint, architecture.always_shared)
+        checkpoint.check_copies()
     else:
-        partitioner.run_only_on_rank_0(lambda: _check_copies(checkpoint, architecture.always_shared))
+        partitioner.run_only_on_rank_0(checkpoint.check_copies)
     for name, parameter in track(parameters.items(), "load", report, len(parameters), "tensors"):
         tensor = _find_tensor(checkpoint, name, parameter)
         # `to` quantizes an int8 weight only if it comes from the CPU; on a GPU, its first forward would quantize it
@@ -216,14 +216,6 @@ def _check_names(checkpoint: Checkpoint, architecture: Architecture, expected: s
             f"{len(surplus)} unexpected tensors)",
             hint="give an adapter with --adapter; a base must contain only the model's tensors",
         )
-
-
-def _check_copies(checkpoint: Checkpoint, always_shared: Mapping[str, str]) -> None:
-    for name, original in always_shared.items():
-        if name in checkpoint and not are_equal(checkpoint.get_tensor(name), checkpoint.get_tensor(original)):
-            raise ModelError(
-                f"{checkpoint.folder}: {name}: differs from {original}, but the model uses one weight for both"
-            )
 
 
 def _find_tensor(checkpoint: Checkpoint, name: str, parameter: nn.Parameter) -> Tensor:

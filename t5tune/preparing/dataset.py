@@ -23,7 +23,7 @@ from t5tune.data.reading.sources import bring_data, is_dataset_name
 from t5tune.data.reading.tables import find_class_names
 from t5tune.data.reading.workbooks import split_sheet
 from t5tune.data.tokens.templates import PAIR_TEMPLATE, Template, find_template, load_template
-from t5tune.data.tokens.tokenizer import Tokenizer, load_tokenizer
+from t5tune.data.tokens.tokenizer import Tokenizer, find_other_token, load_tokenizer
 from t5tune.data.tokens.vocabulary import ExtendedTokenizer, extend_tokenizer
 from t5tune.errors import DataError
 from t5tune.families import find_architecture
@@ -202,6 +202,17 @@ def choose_vocabulary(
         num_rows = max(num_rows, len(tokenizer) + plan.num_spare_rows)
         return extend_tokenizer(tokenizer, plan.add_tokens, num_rows, sample)
     return take_vocabulary(source, base)
+
+
+def check_cache_tokenizer(cache: Path, base: Path, setting: str = "data_path") -> None:
+    """Check that a token cache has the tokens of the base with the same ids, which are rows of its embedding."""
+    found = load_tokenizer(find_tokenizer_folder(cache))
+    if (other := find_other_token(load_tokenizer(base), found)) is None:
+        return
+    token, index = other
+    ids = f"{token!r} is token {index:,} of {base}, and {found.get_vocab().get(token, 'none')} of the cache"
+    problem = f"{setting}: {cache}: prepared with a different tokenizer: {ids}"
+    raise DataError(problem, hint="give the data in place of the cache")
 
 
 def take_vocabulary(source: Path, base: Path) -> ExtendedTokenizer:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from t5tune.checkpoints.adapter_folder import find_adapter
+from t5tune.checkpoints.base import find_base
 from t5tune.checkpoints.hub_upload import (
     choose_repository,
     explain_uploading_later,
@@ -31,6 +32,7 @@ from t5tune.errors import DataError, SettingsError
 from t5tune.file_names import SETTINGS_FILE, TOKENIZER_CONFIG_FILE
 from t5tune.io.atomic import copy_atomically
 from t5tune.model.device import check_bf16, explain_out_of_memory, use_gpu_kernels
+from t5tune.preparing.dataset import check_cache_tokenizer
 from t5tune.preparing.datasets import prepare_datasets
 from t5tune.preparing.plan import Origin, PreparePlan
 from t5tune.preparing.record_checks import name_rejected_file
@@ -259,6 +261,10 @@ def _prepare_data(plan: RunPlan, folder: RunFolder, checkpoint: Path | None, rep
     common = Origin(rejected_file=name_rejected_file(folder.path), run=folder.path)
     if is_replaced(plan.data_folder, folder.read_record().get("prepared")):
         checkpoint = None  # the data there is another run's: this run's is prepared again
+    if given := [each.cache for each in plan.datasets if each.cache is not None]:
+        base = find_base(plan.model.base, report=report)
+        for cache in given:
+            check_cache_tokenizer(cache, base)
     origin = replace(common, checkpoint=checkpoint, tokenizer_source=_find_adapter_with_tokens(plan))
     prepare_datasets(_make_prepare_plan(plan, origin), report)
     folder.record(prepared=hash_prepared(plan.data_folder))
