@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from t5tune.commands.train.run_plan import make_run_plan
-from t5tune.data.caches.prepared import list_caches
+from t5tune.data.caches.prepared import has_examples, list_caches
+from t5tune.data.reading.files import find_data_suffix
 from t5tune.data.reading.sources import is_dataset_name
-from t5tune.file_names import ADAPTER_CONFIG_FILE, MODEL_CARD_FILE, REPORT_FILE, TRAINING_DATA_FILE
+from t5tune.file_names import ADAPTER_CONFIG_FILE, MODEL_CARD_FILE, REPORT_FILE, TEXT_SUFFIXES, TRAINING_DATA_FILE
 from t5tune.io.atomic import find_unused_folder
 from t5tune.runs.checkpoints import list_checkpoints
 from t5tune.runs.plan import RunPlan
@@ -92,8 +93,14 @@ def _follow_trim(settings: TrimSettings, checkpoint: Path) -> Iterator[list[str]
     if (checkpoint / TRAINING_DATA_FILE).is_file():  # of a merged model
         yield ["chat", str(checkpoint)]
         return
-    data = ["DATA.jsonl"] if settings.data is not None or "-" in settings.data_path else settings.data_path
-    base = ["--model-name-or-path", str(checkpoint), "--data-path", *data]
+    paths = [] if settings.data is not None or "-" in settings.data_path else settings.data_path
+    # not a token cache, since its ids are the base's, nor raw text, which only adds tokens
+    data = [
+        path
+        for path in paths
+        if not has_examples(Path(path)) and find_data_suffix(Path(path), True) not in TEXT_SUFFIXES
+    ]
+    base = ["--model-name-or-path", str(checkpoint), "--data-path", *(data or ["DATA.jsonl"])]
     yield ["train", *base, "--learning-rate", "3e-4", "--output-dir", _name_output("run")]
 
 

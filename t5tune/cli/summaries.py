@@ -50,7 +50,7 @@ t5tune export run --output-dir adapter --dtype bfloat16 --overwrite
 t5tune merge run --output-dir merged
 t5tune merge run --dtype bfloat16 --output-dir merged-bf16
 t5tune trim merged --data-path pocket --output-dir trimmed
-t5tune trim google/mt5-base --data-path chats.jsonl more.jsonl --vocab-size 32768 --output-dir mt5-base-ru
+t5tune trim google/mt5-base --data-path chats.jsonl russian.txt --vocab-size 32768 --output-dir mt5-base-ru
 t5tune chat run
 t5tune chat run --prompt "Could you bring six coffees and six teas to Aida?"
 t5tune serve run

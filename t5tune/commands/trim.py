@@ -11,7 +11,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -32,11 +32,12 @@ from t5tune.checkpoints.tokenizer_files import (
 )
 from t5tune.checkpoints.training_data import read_label_task, read_training_data
 from t5tune.data.caches.batching import Integers
-from t5tune.data.caches.prepared import find_tokenizer_folder, has_examples, open_examples, read_datasets
+from t5tune.data.caches.prepared import has_examples, open_examples, read_datasets
+from t5tune.data.reading.files import find_data_suffix
 from t5tune.data.tokens.chat_template import write_chat_template
 from t5tune.data.tokens.tokenizer import load_tokenizer, read_sentencepiece, save_tokenizer
 from t5tune.data.tokens.trimming import TrimmableVocabulary
-from t5tune.errors import CheckpointError, DataError, ModelError, SettingsError
+from t5tune.errors import CheckpointError, ModelError, SettingsError
 from t5tune.families import FAMILIES, find_family
 from t5tune.families.encoder import Encoder
 from t5tune.file_names import (
@@ -44,6 +45,7 @@ from t5tune.file_names import (
     GENERATION_CONFIG_FILE,
     SENTENCEPIECE_FILES,
     TEMPLATE_FILE,
+    TEXT_SUFFIXES,
     TOKENIZER_CONFIG_FILE,
     TRIM_FILE,
 )
@@ -59,6 +61,7 @@ from t5tune.io.atomic import (
 )
 from t5tune.io.untrusted import has_file, read_json_object
 from t5tune.merging.shards import plan_shards, write_shards
+from t5tune.preparing.dataset import check_cache_tokenizer
 from t5tune.preparing.datasets import prepare_datasets
 from t5tune.preparing.plan import Origin, PreparePlan
 from t5tune.preparing.record_checks import name_rejected_file
@@ -66,6 +69,7 @@ from t5tune.preparing.resolve_datasets import resolve_datasets
 from t5tune.progress import Note, Report, count_done, silent, without_folder
 from t5tune.settings import TrimSettings, write_settings
 from t5tune.settings.affects import Affects, select_settings
+from t5tune.settings.dataset_list import DatasetSettings
 from t5tune.settings.dataset_spec import list_shared
 from t5tune.settings.groups.base import BaseModelSettings
 from t5tune.settings.groups.data import SplitSettings
@@ -123,6 +127,7 @@ def trim(settings: TrimSettings, report: Report = silent) -> TrimResult:
     vocabulary = _open_vocabulary(folder, name)
     task = read_label_task(folder)
     base = open_base(folder, settings.family, task)
+    base.check_copies()
     num_rows = base.architecture.dimensions.num_rows
     names = _list_row_tensors(base, num_rows)
     if (last := max(vocabulary.ids)) >= num_rows:
@@ -133,7 +138,7 @@ def trim(settings: TrimSettings, report: Report = silent) -> TrimResult:
         convert_token_ids(config, named.append, folder / file)
     required = vocabulary.list_required(named)
     limit = _find_limit(settings.vocab_size, len(required), num_rows)
-    counts = _count_ids(settings, folder, vocabulary.tokens, num_rows, report)
+    counts = _count_ids(settings, folder, num_rows, report)
     used = vocabulary.ids.intersection(np.flatnonzero(counts).tolist())
     if limit is None:
         limit = _round_up(len(vocabulary.add_parts(required | used)) + NUM_SPARE_ROWS)
@@ -172,9 +177,10 @@ def _list_row_tensors(base: Checkpoint, num_rows: int) -> list[str]:
     """List the tensors with a row for each token: the embeddings, and the head."""
     kinds = ("embedding",) if isinstance(base.architecture, Encoder) else ("embedding", "head")  # not a head of labels
     shapes = {name: base.get_dtype_and_shape(name)[1] for name in base.list_names()}
-    names = [name for name, shape in shapes.items() if base.architecture.classify(name) in kinds and len(shape) == 2]
-    if wrong := next((name for name in names if shapes[name][0] != num_rows), None):
-        problem = f"{wrong}: {shapes[wrong][0]:,} rows, but vocab_size in {CONFIG_FILE} is {num_rows:,}"
+    single = {name for name in shapes if name != base.architecture.tied_to and len(shapes[name]) == 1}  # T5Gemma 2's
+    names = [name for name in shapes if base.architecture.classify(name) in kinds and name not in single]
+    if wrong := next((name for name in names if shapes[name][:-1] != (num_rows,)), None):
+        problem = f"{wrong}: shape {[*shapes[wrong]]}, but vocab_size in {CONFIG_FILE} is {num_rows}"
         raise CheckpointError(f"{base.folder}: {problem}", hint="copy the model's folder again")
     return names
 
@@ -217,15 +223,27 @@ def _find_limit(vocab_size: int | None, num_required: int, num_rows: int) -> int
     return rounded
 
 
-def _count_ids(settings: TrimSettings, folder: Path, tokens: dict[str, int], num_rows: int, report: Report) -> Integers:
+def _list_datasets(settings: TrimSettings) -> Iterator[DatasetSettings]:
+    """Yield the datasets, with text files as raw text, unless the settings say how to read them."""
+    for dataset in settings.list_datasets():
+        given = {"objective", "pair_lines"} & (dataset.model_fields_set | settings.model_fields_set)
+        texts = [] if given else [path for path in dataset.path if find_data_suffix(Path(path), True) in TEXT_SUFFIXES]
+        others = [path for path in dataset.path if path not in texts]
+        if settings.data is None and len(others) == 1 and has_examples(Path(others[0])):
+            yield from read_datasets(Path(others[0]))[0]
+        elif others:
+            yield dataset.model_copy(update={"path": others})
+        if texts:
+            name = None if others else dataset.name
+            yield dataset.model_copy(update={"path": texts, "name": name, "objective": "span-corruption"})
+
+
+def _count_ids(settings: TrimSettings, folder: Path, num_rows: int, report: Report) -> Integers:
     """Count how often each id of the base occurs in the data, encoded as prepare does, or in token caches."""
-    datasets = settings.list_datasets()
-    if settings.data is None and len(settings.data_path) == 1 and has_examples(Path(settings.data_path[0])):
-        datasets, _ = read_datasets(Path(settings.data_path[0]))
     given = settings.model_fields_set & {*select_settings(TrimSettings, Affects.CACHE), "conversation_template"}
     made = read_training_data(folder)  # of a merged model
     specs = resolve_datasets(
-        datasets,
+        [*_list_datasets(settings)],
         list_shared(settings),
         setting="data_path" if settings.data is None else "data",
         recorded=made and replace(made, datasets=[]),  # whose templates the checkpoint doesn't have
@@ -233,10 +251,10 @@ def _count_ids(settings: TrimSettings, folder: Path, tokens: dict[str, int], num
         report=report,
     )
     for cache in (spec.cache for spec in specs if spec.cache is not None):
-        found = load_tokenizer(find_tokenizer_folder(cache)).get_vocab()
-        if other := next((token for token, index in tokens.items() if found.get(token) != index), None):
-            problem = f"prepared with a different tokenizer, which lacks {other!r} or numbers it differently"
-            raise DataError(f"data_path: {cache}: {problem}", hint="give the data in place of the cache")
+        check_cache_tokenizer(cache, folder)
+    if not any(spec.weight for spec in specs):
+        raise SettingsError("data: every weight is 0, so there are no tokens to count")
+    specs = tuple(spec.model_copy(update={"weight": 1.0}) for spec in specs if spec.weight)  # each text counts once
     output = settings.output_dir
     with make_scratch_folder(Path(os.path.realpath(output))) as scratch:
         data = scratch / "prepared" / "data"  # prepare locks its parent, and `scratch` is locked

@@ -168,13 +168,17 @@ def test_a_trimmed_base_is_followed_by_training(tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(tmp_path)
     (tmp_path / "merged").mkdir()
     (tmp_path / "merged" / "training_data.json").write_text("{}")
+    prepare(PrepareSettings(model_name_or_path="pocket", data_path="pocket", output_dir="cache"))
     values = {"model_name_or_path": "base", "output_dir": "trimmed"}
     lines = []
-    for data, folder in ((["a.csv", "b.csv"], "trimmed"), ("-", "trimmed"), ("a.csv", "merged")):
+    data_of_base = (["a.csv", "b.csv"], "-", ["a.csv", "b.txt"], "cache")
+    for data, folder in (*((data, "trimmed") for data in data_of_base), ("a.csv", "merged")):
         settings, result = TrimSettings(**values, data_path=data), SimpleNamespace(checkpoint=Path(folder))
         lines += [line for _, line in list_next_steps(settings, result)]
     train = "t5tune train --model-name-or-path trimmed --data-path {} --learning-rate 3e-4 --output-dir run"
-    assert lines == [train.format("a.csv b.csv"), train.format("DATA.jsonl"), "t5tune chat merged"]
+    # raw text only adds tokens, and the ids in a token cache are the base's
+    named = ("a.csv b.csv", "DATA.jsonl", "a.csv", "DATA.jsonl")
+    assert lines == [*map(train.format, named), "t5tune chat merged"]
 
 
 def test_an_exported_adapter_is_followed_by_plain_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForTokenClassification
 
 from t5tune.checkpoints.pocket import pocket_folder
@@ -167,6 +168,45 @@ def test_token_caches_count_like_their_data(tmp_path: Path, conversations: Path,
         run_trim(other, str(cache), tmp_path / "refused")
 
 
+def test_train_refuses_the_token_cache_of_the_untrimmed_base(tmp_path: Path, conversations: Path) -> None:
+    cache = prepare(
+        PrepareSettings(model_name_or_path="pocket", data_path=str(conversations), output_dir=tmp_path / "c")
+    )
+    trimmed = run_trim("pocket", str(cache.cache), tmp_path / "trimmed").checkpoint
+    values = {"model_name_or_path": str(trimmed), "output_dir": tmp_path / "run", "max_steps": 1, "use_cpu": True}
+    with pytest.raises(
+        DataError, match=r"c/.*: prepared with a different tokenizer: '<extra_id_0>' is token [0-9]+ of"
+    ):
+        train(TrainSettings(**values, data_path=str(cache.cache)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_text_files_are_raw_text(tmp_path: Path, conversations: Path) -> None:
+    text = tmp_path / "tea.txt"
+    text.write_text("Zwölf Kannen Zitronentee für Zoë\n", encoding="utf-8")
+    wanted = {*load_tokenizer(pocket_folder()).encode(text.read_text(encoding="utf-8").strip())}
+    for number, data in enumerate(([str(text), str(conversations)], str(text), f"{conversations}:1 {text}:3".split())):
+        kept = read_rows(run_trim("pocket", data, tmp_path / f"{number}").checkpoint).tolist()
+        assert wanted <= {*kept[: len(kept) - 28]}
+    with pytest.raises(DataError, match=r"tea.txt: .txt: raw text"):  # as in the other commands
+        run_trim("pocket", str(text), tmp_path / "refused", objective="sft")
+
+
+def test_datasets_with_weights_count_once(tmp_path: Path, conversations: Path) -> None:
+    (tmp_path / "more.jsonl").write_text('{"source": "Zwölf Kannen", "target": "Zitronentee"}\n')
+    paths = [str(conversations), str(tmp_path / "more.jsonl")]
+    expected = read_folder(run_trim("pocket", paths, tmp_path / "expected").checkpoint)
+    weighted = [f"{path}:{weight}" for path, weight in zip(paths, (2, 0.5), strict=True)]
+    cache = prepare(PrepareSettings(model_name_or_path="pocket", data_path=weighted, output_dir=tmp_path / "cache"))
+    for data, name in ((weighted, "weighted"), (str(cache.cache), "from_cache")):
+        assert read_folder(run_trim("pocket", data, tmp_path / name).checkpoint) == expected
+    of_first = run_trim("pocket", paths[0], tmp_path / "first").checkpoint
+    without_second = run_trim("pocket", [paths[0], f"{paths[1]}:0"], tmp_path / "without").checkpoint
+    assert read_folder(without_second) == read_folder(of_first) != expected
+    with pytest.raises(SettingsError, match="every weight is 0"):
+        run_trim("pocket", [f"{path}:0" for path in paths], tmp_path / "refused")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", ["dpo", "span-corruption", "classify"])
 def test_the_tokens_of_every_objective_are_kept(objective: str, tmp_path: Path, untied_base: Path) -> None:
@@ -261,7 +301,7 @@ def test_a_base_whose_files_disagree_is_refused(tmp_path: Path, conversations: P
     base = make_checkpoint("flan-t5", tmp_path / "base")
     config = json.loads((base / "config.json").read_text())
     for rows, error, message in (
-        (801, CheckpointError, ".weight: 828 rows, but vocab_size in config.json is 801"),
+        (801, CheckpointError, ".weight: shape \\[828, [0-9]+\\], but vocab_size in config.json is 801"),
         (828, ModelError, "its tokenizer has a token 828, but the embedding has only 828 rows"),
     ):
         (base / "config.json").write_text(json.dumps({**config, "vocab_size": rows}))
@@ -269,6 +309,17 @@ def test_a_base_whose_files_disagree_is_refused(tmp_path: Path, conversations: P
         (base / "added_tokens.json").write_text(json.dumps(added))
         with pytest.raises(error, match=message):
             run_trim(base, str(conversations), tmp_path / "trimmed")
+
+
+@pytest.mark.parametrize("name", ["encoder.embed_tokens.weight", "shared.weight"])
+def test_embeddings_of_which_no_model_is_made_are_refused(name: str, tmp_path: Path, conversations: Path) -> None:
+    base, is_copy = make_base(tmp_path / "base", tied=True), name != "shared.weight"
+    weights = read_tensors(base)
+    weights[name] = weights["shared.weight"] + 1 if is_copy else weights["shared.weight"].flatten()
+    save_file(weights, base / "model.safetensors")
+    message = f"{name}: {'differs from shared.weight' if is_copy else 'shape'}"
+    with pytest.raises(ModelError if is_copy else CheckpointError, match=message):
+        run_trim(base, str(conversations), tmp_path / "trimmed")
 
 
 def test_an_interruption_leaves_no_files(tmp_path: Path, conversations: Path) -> None:
