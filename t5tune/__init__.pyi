@@ -607,7 +607,7 @@ class MergeSettings(_settings.MergeSettings):
         Args:
             output_dir: Output folder.
             adapter: Adapter to merge: a folder, a run folder, or owner/name[@revision] on the Hub; several are summed,
-                each multiplied by its weight.
+                each multiplied by its weight. With --to, a whole model may be given to convert it.
             model_name_or_path: Base model: a folder, owner/name[@revision] on the Hugging Face Hub, or `pocket` (built
                 in); default: the adapter's base, if it is on this machine.
             weights: Weight of each adapter; default: 1 for a single adapter.

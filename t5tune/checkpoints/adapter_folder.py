@@ -26,16 +26,30 @@ def is_adapter(folder: Path) -> bool:
     return (folder / ADAPTER_CONFIG_FILE).is_file() and not (folder / CONFIG_FILE).is_file()
 
 
-def find_adapter(adapter: Path, cache_dir: Path | None, setting: str = "adapter", report: Report = silent) -> Path:
+def has_only_model(folder: Path) -> bool:
+    """Whether a folder contains a whole model and no adapter."""
+    return (folder / CONFIG_FILE).is_file() and not (folder / ADAPTER_CONFIG_FILE).is_file()
+
+
+def find_adapter(
+    adapter: Path,
+    cache_dir: Path | None,
+    setting: str = "adapter",
+    report: Report = silent,
+    allows_model: bool = False,
+) -> Path:
     """Find an adapter's folder: `adapter` itself, or its download if it names a model on the Hub.
 
-    Errors name the `setting`. Without `cache_dir`, the download is in the Hub's cache.
+    Errors name the `setting`. Without `cache_dir`, the download is in the Hub's cache. With `allows_model`, it may be a
+    whole model.
     """
     name, revision = split_revision(str(adapter))
     if adapter.exists() or "/" not in name or not is_hub_name(name):
         return adapter
     repository = Repository("adapter", name, setting, revision, cache_dir)
     folder = repository.download(DOWNLOADED_FILES, report=report)
+    if allows_model and has_only_model(folder):
+        return folder
     if not (folder / ADAPTER_CONFIG_FILE).is_file():
         problem = f"{setting}: {adapter}: this model on the Hub has no {ADAPTER_CONFIG_FILE}, so it isn't an adapter"
         raise CheckpointError(problem, hint="name an adapter, or give a whole model as --model-name-or-path")

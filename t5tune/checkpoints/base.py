@@ -39,7 +39,7 @@ def find_model(settings: BaseModelSettings, with_weights: bool = True, report: R
     A model on the Hub is downloaded; without `with_weights`, only its config.json and tokenizer.
     """
     name = settings.model_name_or_path
-    if _is_pocket(name):
+    if is_pocket(name):
         return pocket_folder()
     path = Path(name)
     return path if path.is_dir() else _download(settings, with_weights, report)
@@ -70,7 +70,7 @@ def find_local_base(settings: BaseModelSettings, with_weights: bool = False) -> 
     """Find a base on this machine, perhaps in the Hub's cache, with config.json and, `with_weights`, the weights."""
     name = settings.model_name_or_path
     with suppress(OSError, ValueError):  # a name that neither a file nor a model on the Hub can have
-        folder = pocket_folder() if _is_pocket(name) else Path(name)
+        folder = pocket_folder() if is_pocket(name) else Path(name)
         if not folder.is_dir() and is_hub_name(name):
             folder = _make_repository(settings).find_cached_folder() or folder
         if (folder / CONFIG_FILE).is_file() and (_has_weights(folder) or not with_weights):
@@ -91,7 +91,7 @@ def read_base_of_adapter(adapter: Path, cache_dir: Path | None) -> BaseModelSett
     return BaseModelSettings(model_name_or_path=name, revision=config.get("revision"), cache_dir=cache_dir)
 
 
-def _is_pocket(name: str) -> bool:
+def is_pocket(name: str) -> bool:
     return name == "pocket" and not Path(name, CONFIG_FILE).is_file()
 
 

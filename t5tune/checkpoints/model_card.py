@@ -202,7 +202,7 @@ logits = SentenceTransformer("THIS_FOLDER").encode(["a text"])
 """,
     "onnx": f"""
 The model is in ONNX format, for [transformers.js](https://huggingface.co/docs/transformers.js) and onnxruntime.
-It was trained on messages in a conversation template, so give it the whole text:
+Its prompts are messages in a conversation template, so give it the whole text:
 
 ```js
 // npm install --ignore-scripts @huggingface/transformers@{TRANSFORMERS_JS}
@@ -220,7 +220,7 @@ console.log(reply.generated_text);
 npm install --ignore-scripts --prefix build @huggingface/transformers@{TRANSFORMERS_JS}
 mkdir js
 cp build/node_modules/@huggingface/transformers/dist/transformers.min.js js
-cp build/node_modules/onnxruntime-web/dist/ort-wasm-simd-threaded.{{mjs,wasm}} js
+for end in mjs wasm; do cp build/node_modules/onnxruntime-web/dist/ort-wasm-simd-threaded.$end js; done
 python3 -m http.server
 ```
 
@@ -271,7 +271,7 @@ def build_merged_card(
     """Build the README.md of a merged or converted checkpoint.
 
     Args:
-        adapters: names and weights.
+        adapters: names and weights; empty: a whole model was converted.
         kind: as merge's --to.
         converters: other tools that read a checkpoint of this model type.
         labels: that the model predicts; None: it predicts texts.
@@ -284,14 +284,16 @@ def build_merged_card(
     readers = f"\nThese tools can also read it: {tools}.\n" if tools else ""
     is_plain = [weight for _, weight in adapters] == [1]
     names = ", ".join(f"`{name}`" if is_plain else f"`{name}` (weight {weight:g})" for name, weight in adapters)
+    title = f"{base} with a merged LoRA adapter" if adapters else base
+    source = f"the adapter{'s' if len(adapters) > 1 else ''} {names}" if adapters else f"`{base}`"
     return f"""---
 {_format_base_line(base)}library_name: {LIBRARIES.get(kind, kind)}
 tags: [t5tune]
 ---
 
-# {base} with a merged LoRA adapter
+# {title}
 
-Created by `t5tune merge` from the adapter{"s" if len(adapters) > 1 else ""} {names}.
+Created by `t5tune merge` from {source}.
 {training}{loading}{readers}"""
 
 

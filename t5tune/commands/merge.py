@@ -3,6 +3,8 @@
     result = merge(MergeSettings(adapter="run", output_dir="merged"))
     result.checkpoint
 
+Without an adapter, it converts a whole model to a different format.
+
 Streams the weights: tensors that no adapter changes are copied unchanged, and of changed tensors only a few rows are in
 memory at a time. W + scale · B·A is summed in fp32 and rounded once, which gives the same bits as PEFT's own merge.
 """
@@ -14,12 +16,18 @@ import shutil
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 
 from t5tune.checkpoints.adapter import read_base_metadata
-from t5tune.checkpoints.adapter_folder import find_adapter
-from t5tune.checkpoints.base import find_base, find_local_base, open_base, read_base_of_adapter, read_config
+from t5tune.checkpoints.adapter_folder import find_adapter, has_only_model
+from t5tune.checkpoints.base import (
+    find_base,
+    find_local_base,
+    is_pocket,
+    open_base,
+    read_base_of_adapter,
+    read_config,
+)
 from t5tune.checkpoints.base_tensors import Checkpoint
 from t5tune.checkpoints.hub_upload import open_repository, upload_result
 from t5tune.checkpoints.model_card import build_merged_card, describe_run_training
@@ -35,11 +43,11 @@ from t5tune.checkpoints.training_data import (
     read_training_data,
     write_training_data,
 )
-from t5tune.converting.generation_config import describe_lost_settings
+from t5tune.converting.formats import GENERATORS, check_converter, check_format
 from t5tune.data.labels import LabelTask
 from t5tune.data.tokens.tokenizer import find_other_token, load_tokenizer
 from t5tune.errors import CheckpointError, DependencyError, SettingsError
-from t5tune.families import CTRANSLATE2, ONNX, Family, find_family
+from t5tune.families import Family, find_family
 from t5tune.families.architecture import Architecture, get_layer_name
 from t5tune.families.encoder import Encoder
 from t5tune.file_names import (
@@ -76,11 +84,7 @@ from t5tune.progress import Note, Report, count_done, silent
 from t5tune.runs.checkpoints import find_trained_folder
 from t5tune.settings import MergeSettings, QuantizationSettings, write_settings
 
-# formats of models that write text: name in Family.converters, modules to convert with, package that has them
-GENERATORS = {
-    "ctranslate2": (CTRANSLATE2, ["ctranslate2", "ctranslate2.converters"], "ctranslate2"),
-    "onnx": (ONNX, ["onnx", "onnxruntime"], "'t5tune[onnx]'"),
-}
+OF_ADAPTERS = ("weights", "onto", "allow_other_base", "verify")  # settings without an effect on a whole model
 LIBRARY_BYTES = 800 << 20  # memory of torch and transformers before any weight is loaded
 
 
@@ -127,27 +131,30 @@ def merge(settings: MergeSettings, report: Report = silent) -> MergeResult:
     named = [] if in_place or settings.model_name_or_path is None else [settings.model_name_or_path]
     check_replaceable(output, settings.overwrite, [*settings.adapter, *named])
     settings, base_folder = _find_inputs(settings, report)
+    if not settings.adapter and (unused := [name for name in OF_ADAPTERS if getattr(settings, name)]):
+        raise SettingsError(*(f"{name}: there is no adapter to merge; leave it out" for name in unused))
     if settings.overwrite:
         check_overwrite(output, settings.adapter if in_place else [*settings.adapter, base_folder])
-    adapters = read_adapters(settings.adapter, settings.weights or [1.0])
-    task = _find_label_task(adapters)
-    _check_format(settings.to, task)
-    onto = choose_onto(settings.onto, adapters, report)
+    adapters = read_adapters(settings.adapter, settings.weights or [1.0] * len(settings.adapter))
+    described = adapters[0].folder if adapters else base_folder
+    task = _find_label_task(described, adapters[1:])
+    check_format(settings.to, task)
+    onto = choose_onto(settings.onto, adapters, report) if adapters else UNQUANTIZED
     settings = settings.model_copy(update={"onto": onto})
-    family_key = settings.family or read_base_metadata(adapters[0].folder).get("family")
+    family_key = settings.family or read_base_metadata(described).get("family")
     base = open_base(base_folder, family_key, task)
     tied = base.is_tied()
-    reads_all, allows_other = settings.check == "full", settings.allow_other_base
-    whole = open_base(base_folder, family_key)
-    trained = match_trained_base(whole, adapters, onto, settings.family, report, reads_all, allows_other)
+    deltas: dict[str, WeightDelta] = {}
+    if adapters:
+        reads_all, allows_other = settings.check == "full", settings.allow_other_base
+        whole = open_base(base_folder, family_key)
+        trained = match_trained_base(whole, adapters, onto, settings.family, report, reads_all, allows_other)
+        deltas = _collect_deltas(settings, base, adapters, tied, trained)
+        _warn_if_zero(deltas, report)
     tokenizer_folder = _choose_tokenizer(adapters, base)
     family = find_family(read_config(base_folder), base_folder, family_key)
     if settings.to in GENERATORS:
-        _check_converter(settings.to, family, report)
-    if settings.to == "ctranslate2":
-        _warn_of_lost_settings(base_folder, report)
-    deltas = _collect_deltas(settings, base, adapters, tied, trained)
-    _warn_if_zero(deltas, report)
+        check_converter(settings.to, family, base_folder, report)
     rounded = settings.dtype or ("float32" if settings.to == "onnx" else None)  # an ONNX model computes in fp32
     dtype = DTYPES_BY_TORCH_NAME[rounded] if rounded else None
     shards = plan_shards(base, dtype, settings.max_shard_size)
@@ -172,12 +179,12 @@ def merge(settings: MergeSettings, report: Report = silent) -> MergeResult:
         elif settings.to == "onnx":
             from t5tune.converting import onnx
 
-            agreement = onnx.convert_and_check(checkpoint, adapters[0].folder, staged, settings.quantization, report)
+            agreement = onnx.convert_and_check(checkpoint, described, staged, settings.quantization, report)
         elif converts:
             from t5tune.converting import ctranslate2
 
             convert_and_check = ctranslate2.convert_and_check
-            agreement = convert_and_check(checkpoint, adapters[0].folder, staged, settings.quantization, report)
+            agreement = convert_and_check(checkpoint, described, staged, settings.quantization, report)
             shutil.copyfile(checkpoint / SETTINGS_FILE, staged / SETTINGS_FILE)
         size = sum(file.stat().st_size for file in staged.rglob("*") if file.suffix in MODEL_SUFFIXES | ONNX_SUFFIXES)
     rows = [rows for delta in deltas.values() for rows, _ in delta.rows]
@@ -198,25 +205,14 @@ def merge(settings: MergeSettings, report: Report = silent) -> MergeResult:
     )
 
 
-def _find_label_task(adapters: list[Adapter]) -> LabelTask | None:
-    """Return the labels that the adapters predict; None: texts."""
-    task = read_label_task(adapters[0].folder)
-    for adapter in adapters[1:]:
+def _find_label_task(folder: Path, adapters: list[Adapter]) -> LabelTask | None:
+    """Return the labels that the model in a folder predicts; None: texts. The adapters must predict the same."""
+    task = read_label_task(folder)
+    for adapter in adapters:
         if (other := read_label_task(adapter.folder)) != task:
-            problem = f"predicts {describe_labels(other)}, but {adapters[0].folder} predicts {describe_labels(task)}"
+            problem = f"predicts {describe_labels(other)}, but {folder} predicts {describe_labels(task)}"
             raise CheckpointError(f"adapter: {adapter.folder}: {problem}", hint="merge each of them alone")
     return task
-
-
-def _check_format(name: str, task: LabelTask | None) -> None:
-    """Check that a model with these labels can be written in the format of --to."""
-    if name in GENERATORS and task is not None:
-        problem = f"objective {task.objective} needs an encoder with a head of labels, which can't be converted"
-        raise SettingsError(f"to: {name}: {problem}", hint="use --to checkpoint, or for texts sentence-transformers")
-    if name == "sentence-transformers" and (task is None or task.per_token):
-        predicts = "texts" if task is None else "labels of words"
-        problem = f"the adapter predicts {predicts}, but this format is for one label or number per text"
-        raise SettingsError(f"to: {name}: {problem}", hint="use --to checkpoint")
 
 
 def _is_in_place(settings: MergeSettings) -> bool:
@@ -225,37 +221,19 @@ def _is_in_place(settings: MergeSettings) -> bool:
     return base is not None and is_checkpoint and os.path.realpath(base) == os.path.realpath(settings.output_dir)
 
 
-def _check_converter(name: str, family: Family, report: Report) -> None:
-    tool, modules, package = GENERATORS[name]
-    if tool not in family.converters:
-        problem = f"to: {name}: {family.name} can't be converted"
-        raise SettingsError(problem, hint="write a checkpoint, which transformers loads, with --to checkpoint")
-    try:
-        for module in modules:
-            import_module(module)
-    except ImportError as error:
-        raise DependencyError(f"to: {name} can't be imported: {error}", hint=f"pip install {package}") from error
-    if name == "onnx" and family.model_type == "umt5":
-        report(Note("to: onnx: umT5: transformers.js doesn't know it, so config.json calls it mt5", warning=True))
-
-
-def _warn_of_lost_settings(base: Path, report: Report) -> None:
-    """Warn of penalties and the like in the base's generation_config.json, which a converted model ignores."""
-    if lost := describe_lost_settings(base):
-        hint = "serve the adapter or a merged checkpoint, or remove these settings from the file"
-        report(Note(f"to: ctranslate2: {lost}, so `serve` refuses the converted model; {hint}", warning=True))
-
-
 def _find_inputs(settings: MergeSettings, report: Report) -> tuple[MergeSettings, Path]:
     """Find the adapters (for a stopped run, its newest checkpoint), and the base (by default, the adapters' base).
 
     Anyone may have written the name of the adapter's base, so it isn't downloaded.
 
     Returns:
-        The settings with the inputs' folders, and the folder of the base.
+        The settings with the inputs' folders, and the folder of the base. A whole model to convert is the base.
     """
-    adapters = [find_adapter(adapter, settings.cache_dir, report=report) for adapter in settings.adapter]
-    folders = [find_trained_folder(folder, "adapter", report) for folder in adapters]
+    converts = settings.to != "checkpoint" and settings.model_name_or_path is None
+    find = functools.partial(find_adapter, cache_dir=settings.cache_dir, report=report, allows_model=converts)
+    folders = [find_trained_folder(find(adapter), "adapter", report) for adapter in settings.adapter]
+    if converts and (is_pocket(str(folders[0])) or has_only_model(folders[0])):
+        settings = settings.model_copy(update={"model_name_or_path": str(folders.pop(0))})
     settings = settings.model_copy(update={"adapter": folders})
     if settings.model_name_or_path is not None:
         return settings, find_base(settings, report=report)
@@ -355,6 +333,7 @@ def _write_weights(
 def _choose_tokenizer(adapters: list[Adapter], base: Checkpoint) -> Path:
     """Choose the folder of the merged checkpoint's tokenizer: the first adapter's if it has one, else the base's."""
     folders = [each.folder if has_file(each.folder, TOKENIZER_CONFIG_FILE) else base.folder for each in adapters]
+    folders = folders or [base.folder]
     for folder in folders[1:]:
         if folder != folders[0] and (found := find_other_token(load_tokenizer(folder), load_tokenizer(folders[0]))):
             token, index = found
@@ -377,10 +356,10 @@ def _write_supporting_files(
     staged: Path,
     report: Report,
 ) -> None:
-    adapter = adapters[0].folder
+    described = adapters[0].folder if adapters else base.folder
     # labels have no conversation template
-    is_described = has_file(adapter, TEMPLATE_FILE) or has_file(adapter, TRAINING_DATA_FILE)
-    template_folder = adapter if is_described else base.folder
+    is_described = has_file(described, TEMPLATE_FILE) or has_file(described, TRAINING_DATA_FILE)
+    template_folder = described if is_described else base.folder
     files = read_supporting_files(tokenizer_folder, template_folder / TEMPLATE_FILE)
     copy_supporting_files(base.folder, files, staged, generates=task is None)
     made = [read_training_data(adapter.folder) for adapter in adapters]
@@ -391,7 +370,7 @@ def _write_supporting_files(
         report(Note("the tokenizer gets no chat template: the adapters were trained with different source prefixes"))
     weighted = [(name_snapshot(each.folder), each.weight) for each in adapters]
     # a run's metrics are for its adapter alone, in full strength
-    training = describe_run_training(adapter) if [each.weight for each in adapters] == [1] else ""
+    training = describe_run_training(described) if [each.weight for each in adapters] in ([], [1]) else ""
     assert settings.model_name_or_path is not None  # see _find_inputs
     converters = family.converters if task is None else ()
     card = build_merged_card(settings.model_name_or_path, weighted, settings.to, converters, training, task)
@@ -414,7 +393,7 @@ def _write_joined_training_data(made: list[TrainingData | None], staged: Path, r
 
 def _should_verify(settings: MergeSettings, base: Checkpoint, adapters: list[Adapter], report: Report) -> bool:
     """Decide whether to verify (if requested, or if it fits in memory), and report how much memory it needs."""
-    if settings.verify is False:
+    if settings.verify is False or not adapters:
         return False
     is_sum = len(adapters) > 1 or adapters[0].weight != 1
     if is_sum and any(adapter.has_more_than_lora() for adapter in adapters):

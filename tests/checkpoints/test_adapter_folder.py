@@ -200,6 +200,14 @@ def test_an_unusable_adapter_is_refused_in_one_line(
     assert not out.exists()
 
 
+def test_a_published_model_is_converted_by_its_name(hub: Hub, untied_base: Path, tmp_path: Path) -> None:
+    hub.add("model", "some/base", untied_base)
+    done = run(hub, "merge", "some/base", "--to", "onnx", "--output-dir", tmp_path / "web")
+    assert done.code == 0, done.stderr
+    assert "float32: onnxruntime gives the same reply for 4 of 4 prompts" in done.stderr
+    assert (tmp_path / "web" / "index.html").is_file()
+
+
 def test_the_token_for_a_private_adapter_is_written_nowhere(hub: Hub, adapters: list[Path], tmp_path: Path) -> None:
     hub.add("model", "some/private", adapters[0], private=True)
     out = tmp_path / "merged"

@@ -228,6 +228,34 @@ def test_one_quantization_writes_only_its_files(untied_base: Path, tmp_path: Pat
     assert converted.replies == converted.same_replies == 4
 
 
+@pytest.mark.parametrize("kind", ["onnx", "ctranslate2"])
+def test_a_whole_model_is_converted_like_its_run(kind: str, pocket_run: Path, web: Path, tmp_path: Path) -> None:
+    values = {"adapter": pocket_run, "dtype": "float32", "verify": False}  # as --to onnx computes
+    merge(MergeSettings(**values, output_dir=tmp_path / "merged"))
+    of_run = web
+    if kind == "ctranslate2":
+        of_run = tmp_path / "of_run"
+        merge(MergeSettings(**values, output_dir=of_run, to=kind))
+    result = merge(MergeSettings(adapter=tmp_path / "merged", to=kind, output_dir=tmp_path / "converted"))
+    assert (result.replies, result.verified, result.adapted_tensors) == (4, False, 0)
+    files = {file.relative_to(of_run): file for file in of_run.rglob("*") if file.is_file()}
+    for name, file in files.items():
+        found = tmp_path / "converted" / name
+        assert name.name in ("README.md", "settings.yaml") or found.read_bytes() == file.read_bytes(), name
+    card = (tmp_path / "converted" / "README.md").read_text()
+    assert f"Created by `t5tune merge` from `{tmp_path / 'merged'}`." in card
+
+
+def test_settings_of_adapters_are_refused_without_one(untied_base: Path, tmp_path: Path) -> None:
+    for given, message in (
+        ({"weights": [0.5]}, "weights: there is no adapter to merge; leave it out"),
+        ({"onto": "nf4", "verify": True}, r"onto: there is no adapter .*\nverify: there is no adapter"),
+    ):
+        with pytest.raises(SettingsError, match=message):
+            merge(MergeSettings(adapter=untied_base, to="onnx", output_dir=tmp_path / "web", **given))
+    assert [*tmp_path.iterdir()] == []
+
+
 def test_config_values_that_would_change_the_text_are_left_out(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", tied=False)
     config = json.loads((base / "config.json").read_text())

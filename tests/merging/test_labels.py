@@ -171,8 +171,8 @@ def test_adapters_with_the_same_labels_are_summed(bases: dict[str, Path], tmp_pa
     [
         ("classify", "ctranslate2", "to: ctranslate2: objective classify needs an encoder"),
         ("tag", "onnx", "to: onnx: objective tag needs an encoder"),
-        ("tag", "sentence-transformers", "to: sentence-transformers: the adapter predicts labels of words"),
-        (None, "sentence-transformers", "to: sentence-transformers: the adapter predicts texts"),
+        ("tag", "sentence-transformers", "to: sentence-transformers: the model predicts labels of words"),
+        (None, "sentence-transformers", "to: sentence-transformers: the model predicts texts"),
     ],
 )
 def test_formats_that_cannot_have_the_head_are_refused(

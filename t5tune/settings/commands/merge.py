@@ -30,7 +30,7 @@ class MergeSettings(ReplaceableOutputSettings, HubSettings, BaseModelSettings):
     adapter: FolderList = Field(
         min_length=1,
         description="Adapter to merge: a folder, a run folder, or owner/name[@revision] on the Hub; several are "
-        "summed, each multiplied by its weight.",
+        "summed, each multiplied by its weight. With --to, a whole model may be given to convert it.",
     )
     # not NoneIfUnset: -1 is a weight, which would become the default of 1
     weights: NumberList | None = Field(
