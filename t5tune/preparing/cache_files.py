@@ -87,9 +87,9 @@ class CacheSource:
         """The known names of labels."""
         return () if self.label_task is None else self.label_task.names
 
-    def make_pipeline(self, tokenizer: Path) -> Pipeline:
-        """Make the pipeline that encodes the records with the tokenizer in a folder."""
-        return Pipeline(tokenizer, self.template, self.dataset, self.label_task)
+    def make_pipeline(self, saved: Path) -> Pipeline:
+        """Make the pipeline that encodes the records with the tokenizer, which was saved in this folder."""
+        return Pipeline(saved, self.template, self.dataset, self.label_task, self.vocabulary.tokenizer)
 
     @cached_property
     def corruption(self) -> SpanCorruption | None:

@@ -76,16 +76,21 @@ class EncodedRecord:
 class Pipeline:
     """Encodes batches of records in this process.
 
-    It can be sent to another process before it encodes its first batch.
+    Another process gets a copy without the tokenizer, and loads it from its folder.
 
     Args:
         label_task: of records with labels; without names if any label may occur.
+        tokenizer: the folder's, if it is loaded already: mT5's takes 400 MB.
     """
 
     tokenizer_folder: Path
     template: Template
     dataset: DatasetSpec
     label_task: LabelTask | None = None
+    tokenizer: Tokenizer | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Pipeline, (self.tokenizer_folder, self.template, self.dataset, self.label_task)
 
     def __call__(self, batch: list[RawRecord]) -> list[EncodedRecord | DataError]:
         """Return the result of each record. If an array element is not valid JSON, its error is the last result."""
@@ -153,7 +158,7 @@ class Pipeline:
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:
-        return load_tokenizer(self.tokenizer_folder)
+        return self.tokenizer or load_tokenizer(self.tokenizer_folder)
 
     @cached_property
     def _encoder(self) -> Encoder:
