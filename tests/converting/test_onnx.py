@@ -1,7 +1,9 @@
 """ONNX graphs compute the logits of stock transformers, and `merge --to onnx` gives the merged model's replies."""
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -191,6 +193,15 @@ def test_the_code_in_the_card_replies_as_chat_does(pocket_run: Path, web: Path, 
     replies = [chatter.reply([Turn("human", order)]).reply for order in ORDERS[:8]]
     assert [run_card(folder, order) for order in ORDERS[:8]] == replies
     assert len(set(replies)) > 4
+
+
+def test_onnxruntime_reports_nothing(web: Path, tmp_path: Path) -> None:
+    """It stores what it reports to Microsoft in the home folder first."""
+    code = "import sys, t5tune.converting, onnxruntime; onnxruntime.InferenceSession(sys.argv[1])"
+    environment = {name: value for name, value in os.environ.items() if name not in ("CI", "ORT_DISABLE_TELEMETRY")}
+    command = [sys.executable, "-c", code, str(web / "onnx" / "encoder_model.onnx")]
+    subprocess.run(command, env={**environment, "HOME": str(tmp_path)}, check=True)
+    assert [*tmp_path.rglob("*")] == []
 
 
 def test_the_page_and_the_card_have_the_prompt_of_training(web: Path) -> None:

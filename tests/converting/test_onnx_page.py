@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -67,6 +68,15 @@ def test_the_page_gives_the_replies_of_chat(conversations: Path, tmp_path: Path)
         assert asked
         assert all(each.startswith((url, "blob:", "data:")) for each in asked)  # no other server
         assert browser.open(url, dark=True).is_dark()
+        # the code for one's own page in the documents: it writes the text that the model of the page gets
+        (snippet,) = re.findall(r"```js\n(.*?)```", (REPOSITORY / "docs/small.md").read_text(), re.DOTALL)
+        snippet = snippet.replace('"q8"', '"fp32"').replace("max_new_tokens: 64", "max_new_tokens: 512")
+        snippet = snippet.replace("Six teas for Aida, please.", orders[0])
+        script = f'<script type="module">{snippet}globalThis.found = reply.generated_text;</script>'
+        (web / "own.html").write_text(script, encoding="utf-8")
+        page = browser.open(f"{url}/own.html")
+        page.wait_for("globalThis.found !== undefined")
+        assert page.evaluate("globalThis.found") == chatter.reply([Turn("human", orders[0])]).reply
 
 
 # after the page has set up transformers.js
