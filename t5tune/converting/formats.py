@@ -42,6 +42,8 @@ def check_converter(name: str, family: Family, base: Path, report: Report) -> No
         for module in modules:
             import_module(module)
     except ImportError as error:
+        if isinstance(error.__cause__, KeyboardInterrupt):  # pybind11 makes an ImportError of a signal
+            raise error.__cause__ from None
         raise DependencyError(f"to: {name} can't be imported: {error}", hint=f"pip install {package}") from error
     if name == "onnx" and family.model_type == "umt5":
         report(Note("to: onnx: umT5: transformers.js doesn't know it, so config.json calls it mt5", warning=True))

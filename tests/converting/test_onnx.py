@@ -16,6 +16,7 @@ import torch
 from t5tune.commands.chat import Chatter
 from t5tune.commands.merge import MergeResult, merge
 from t5tune.commands.train import train
+from t5tune.converting import formats
 from t5tune.data.reading.formats import Turn
 from t5tune.errors import DependencyError, SettingsError, TrainingError, WriteError
 from t5tune.inference.prompts import Prompts
@@ -307,6 +308,17 @@ def test_a_missing_package_is_named(untied_base: Path, tmp_path: Path, monkeypat
         convert(untied_base, adapter, tmp_path / "web")
     assert caught.value.hint == "pip install 't5tune[onnx]'"
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_an_interrupted_import_is_no_missing_package(
+    untied_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: str) -> None:
+        raise ImportError("initialization failed") from KeyboardInterrupt(15)
+
+    monkeypatch.setattr(formats, "import_module", fail)
+    with pytest.raises(KeyboardInterrupt):
+        convert(untied_base, make_stock_adapter(untied_base, tmp_path / "adapter"), tmp_path / "web")
 
 
 def halve_norms(build: Callable[..., str]) -> Callable[..., str]:
