@@ -73,10 +73,11 @@ def verify_merge(
     is_exact = dtypes <= {"F32", "F64"} and onto == UNQUANTIZED
     allowed = max(tolerance, 0.0 if is_exact else ROUNDING_TOLERANCE) * max(found.largest, 1.0)
     if not found.error <= allowed:
+        rounded = "" if is_exact else "; if it is, rounding did this: try --dtype float32, or raise --verify-tolerance"
         raise TrainingError(
             f"the logits of the merged model and of base + adapter differ by {found.error:.3g} "
             f"(allowed {allowed:.3g}); nothing was written",
-            hint="check that this is the base that the adapter was trained on",
+            hint=f"check that this is the base that the adapter was trained on{rounded}",
         )
     summary = f"logits differ by at most {found.error:.3g} of {found.largest:.3g} ({allowed:.3g} is allowed)"
     report(Note(f"verified on {format_count(found.examples, 'example')}: {summary}"))
