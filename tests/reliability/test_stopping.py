@@ -179,7 +179,7 @@ def test_a_signal_to_torchrun_while_preparing_leaves_no_files(untied_base: Path,
         running.wait_until_gone(workers)
     assert "stopped by SIGTERM before training began" in running.log.read_text()
     assert not run.exists()
-    with Running(command, run) as running:
+    with Running([*command, "--num-data=100"], run) as running:  # all of them take a minute
         assert running.wait() == 0, running.log.read_text()[-3000:]
 
 

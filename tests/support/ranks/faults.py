@@ -31,10 +31,13 @@ def call_before_steps(act: Callable[[Any, dict[str, Any]], None]) -> None:
 
 
 def stop_in_step(step: int) -> None:
-    """Rank 0 gets a SIGTERM in the middle of this step, after which the run stops."""
+    """Rank 0 gets one SIGTERM at the beginning of this step, after which the run stops."""
+    is_sent = False
 
     def stop(trainer: Any, _: object) -> None:
-        if trainer.state.global_step == step - 1 and get_rank() == 0:
+        nonlocal is_sent  # this is called before each micro-batch
+        if trainer.state.global_step == step - 1 and get_rank() == 0 and not is_sent:
+            is_sent = True
             os.kill(os.getpid(), signal.SIGTERM)
 
     call_before_steps(stop)
