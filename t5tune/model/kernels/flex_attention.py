@@ -185,10 +185,8 @@ def attend(
     max_distance = 0 if table_HR is None else table_HR.shape[1] // 2
     kernel = _get_kernel(is_causal, max_distance, count_kept_hashes(dropout), blocks.num_stages)
     # Autocast is among torch.compile's guards: with it, training would recompile the kernel that was compiled for
-    # the comparison with the loop. The states have its dtype already. The three kinds of attention, with and without
-    # dropout and gradients, are more variants than torch.compile's default limit of 8.
-    no_autocast = torch.autocast(query_BHQD.device.type, enabled=False)
-    with no_autocast, torch._dynamo.config.patch(recompile_limit=MAX_COMPILATIONS):
+    # the comparison with the loop. The states have its dtype already.
+    with torch.autocast(query_BHQD.device.type, enabled=False):
         attended_BHQD: Tensor = kernel(query_BHQD, key_BHKD, value_BHKD, blocks, table_HR, seeds_H)
     return attended_BHQD.transpose(1, 2)
 
@@ -207,6 +205,10 @@ def count_kept_hashes(dropout: float) -> int:
 
 @cache
 def _get_kernel(*options: Any) -> Any:
+    # The three kinds of attention, with and without dropout and gradients, are more variants than torch's limit of 8.
+    # The limit is set for good, because setting it for each call takes four times as long as the rest of the call.
+    limits: Any = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, MAX_COMPILATIONS)
     return torch.compile(_Kernel(*options), dynamic=True, fullgraph=True)
 
 

@@ -4,7 +4,7 @@ torch compiles kernels with gradients for GPUs only. Here the same function runs
 dense formulas, or compiled without generating kernels.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -27,7 +27,7 @@ from t5tune.model.attention.segments import Segments, segment_attention
 from t5tune.model.attention.t5 import _compute_bias
 from t5tune.model.batches import PackedCollator
 from t5tune.model.kernels import flex_attention
-from t5tune.model.kernels.flex_attention import BLOCK, MIN_LENGTH, Blocks, attend, divide_rows
+from t5tune.model.kernels.flex_attention import BLOCK, MAX_COMPILATIONS, MIN_LENGTH, Blocks, attend, divide_rows
 from t5tune.model.kernels.fused import use_fused_layers
 from tests.model.attention.test_packing import compute_packed_loss, make_examples, make_random_model
 from tests.support.models.checkpointing import enable_checkpointing
@@ -57,10 +57,12 @@ compile_kernel = compile_with("aot_eager")
 
 
 @pytest.fixture(autouse=True)
-def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def without_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let torch.compile make the graphs that it makes for a GPU, but compute them by torch's own dense formulas."""
     monkeypatch.setattr(torch_flex, "_validate_device", lambda *_: None)
     monkeypatch.setattr(flex_attention, "_get_kernel", compile_kernel)
+    with torch._dynamo.config.patch(recompile_limit=MAX_COMPILATIONS):
+        yield
 
 
 def record_compilations(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
@@ -300,5 +302,7 @@ def test_padding_to_whole_blocks_counts_for_nothing() -> None:
 def test_the_kernel_is_compiled_with_these_options(monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, Any] = {}
     monkeypatch.setattr(torch, "compile", lambda kernel, **options: given.update(options))
-    REAL_GET_KERNEL.__wrapped__(False, 128, 2**24, None)
+    with torch._dynamo.config.patch(recompile_limit=8):
+        REAL_GET_KERNEL.__wrapped__(False, 128, 2**24, None)
+        assert torch._dynamo.config.recompile_limit == MAX_COMPILATIONS
     assert given == {"dynamic": True, "fullgraph": True}
