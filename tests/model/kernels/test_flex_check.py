@@ -97,15 +97,15 @@ MISTAKES: dict[str, tuple[Callable[..., torch.Tensor], str]] = {
         "^with dropout 0.1, the output of encoder attention differs by",
     ),
     "cross": (
-        lambda *arguments: attend(*arguments) * (1.1 if arguments[4] is None else 1),
+        lambda *arguments: attend(*arguments) * (1.01 if arguments[4] is None else 1),
         "^with dropout 0.1, the output of cross attention differs by",
     ),
     "evaluation": (
-        lambda *arguments: attend(*arguments) * (1 if arguments[-1] else 1.1),
+        lambda *arguments: attend(*arguments) * (1 if arguments[-1] else 1.01),
         "^with dropout 0, the output of encoder attention differs by",
     ),
     "gradient": (
-        lambda q, k, v, *options: attend(q, k.detach() * 0.9 + 0.1 * k, v, *options),
+        lambda q, k, v, *options: attend(q, k.detach() * 0.02 + 0.98 * k, v, *options),
         "the key's gradient of encoder attention differs by",
     ),
     "not finite": (lambda *arguments: attend(*arguments) * torch.nan, "the output of encoder attention differs by nan"),
