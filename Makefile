@@ -5,12 +5,16 @@ BIN := .venv/bin
 # files in which LONG_TESTS=1 makes other variants of tests, besides those that are marked
 LONG_FILES := tests/reliability tests/model/kernels/test_fused.py tests/adversarial/test_prepare.py tests/commands/chat tests/commands/test_plan.py tests/planning/test_suggestions.py tests/end_to_end/test_gemma.py tests/end_to_end/test_lora_variants.py tests/end_to_end/test_full_training.py tests/end_to_end/test_initial_adapter.py tests/model/kernels/test_fake_cuda.py tests/test_gpu_benchmark.py
 
+# torch's builds for CPUs come without Triton; this is the release that its builds for CUDA name
+TRITON_RELEASE := 3.7.1
+TRITON := $(if $(filter Linux,$(shell uname)),build/triton/installed)
+
 .PHONY: quickstart test test-fast families real compatibility browser floors reliability fuzz check lint types generate generated build docs picture clean
 
 quickstart: .venv/installed
 	$(BIN)/python examples/quickstart/quickstart.py
 
-test: .venv/installed-dev
+test: .venv/installed-dev $(TRITON)
 	$(BIN)/python -m pytest
 
 # everything that isn't marked slow: under three minutes on two cores
@@ -20,7 +24,7 @@ test-fast: .venv/installed-dev
 fuzz: .venv/installed-dev
 	FUZZ_EXAMPLES=20000 $(BIN)/python -m pytest tests/adversarial/test_fuzz_*.py -n 0 --timeout 7200
 
-reliability: .venv/installed-dev
+reliability: .venv/installed-dev $(TRITON)
 	LONG_TESTS=1 $(BIN)/python -m pytest $(LONG_FILES) -n 0 --timeout 14400
 	LONG_TESTS=1 $(BIN)/python -m pytest -m "long or variants" $(addprefix --ignore=,$(LONG_FILES)) -n 0 --timeout 14400
 
@@ -93,6 +97,12 @@ clean:
 .venv/installed-dev: .venv/bin/python pyproject.toml
 	$(BIN)/pip install --disable-pip-version-check --quiet -e '.[dev]'
 	touch .venv/installed $@
+
+# outside of .venv, where other libraries would import it in every process
+build/triton/installed: .venv/installed-dev
+	mkdir -p $(@D)
+	$(BIN)/python -c 'import triton' 2> /dev/null || $(BIN)/pip install --disable-pip-version-check --quiet --upgrade --no-deps --target $(@D) triton==$(TRITON_RELEASE)
+	touch $@
 
 build/transformers-4/installed: .venv/bin/python
 	$(BIN)/python -m venv build/transformers-4

@@ -112,6 +112,8 @@ def test_chunks_of_gpus_are_whole_tiles_of_matrix_products() -> None:
     with loss_module.use_gpu_chunks(32128):
         assert loss_module.choose_chunk_size(32128, on_gpu=False) == 1024
     assert loss_module.choose_chunk_size(VOCABULARY, on_gpu=False) == 64
+    chunks = loss_module._slice_into_chunks(2000, 32128, torch.device("cuda"))
+    assert chunks == [slice(0, 1024), slice(1024, 2048)]
 
 
 @pytest.mark.parametrize("tied", [True, False])

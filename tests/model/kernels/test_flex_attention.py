@@ -213,14 +213,15 @@ def test_the_hash_keeps_the_expected_share_for_each_seed() -> None:
     assert (kept.mean(1) - 0.9).abs().max() < 5.5 * (0.09 / 600) ** 0.5
 
 
-lengths = st.lists(st.tuples(st.integers(1, 400), st.integers(1, 300)), min_size=1, max_size=24)
+segment_lengths = st.lists(st.tuples(st.integers(1, 400), st.integers(1, 300)), min_size=1, max_size=24)
 
 
 @settings(max_examples=40, deadline=None)
 @example([(256, 3)])  # sources fill whole blocks, and targets don't
 @example([(1, 1)])
 @example([(128, 256), (128, 1)])
-@given(lengths)
+@example([(1, 1)] * 200 + [(1, 2), (2, 1)] * 50)  # more segments than uint8 counts
+@given(segment_lengths)
 def test_blocks_are_those_of_create_block_mask(pairs: list[tuple[int, int]]) -> None:
     sources, targets = (tuple(side) for side in zip(*pairs, strict=True))
     rows = divide_rows(sources, targets)
@@ -243,9 +244,23 @@ def test_blocks_are_those_of_create_block_mask(pairs: list[tuple[int, int]]) -> 
             expected = getattr(stock, name)
             assert found.dtype == expected.dtype, name
             assert torch.equal(found, expected), (kind, name)
+            assert found.storage_offset() % 4 == 0, name  # or compiled kernels would copy it
+        numbers = {"encoder": (sources, sources), "decoder": (targets, targets), "cross": (targets, sources)}[kind]
+        for found, lengths in zip((blocks.query_segments, blocks.key_segments), numbers, strict=True):
+            padding = len(found) - sum(lengths)
+            assert found.tolist() == np.repeat(np.arange(len(lengths) + 1), [*lengths, padding]).tolist()
         # each query sees a key, or its sum would be 0
         is_seen = blocks.query_segments[:, None] == blocks.key_segments
         assert is_seen.any(1).all()
+
+
+@pytest.mark.parametrize("kind", ["encoder", "decoder"])
+def test_rows_of_the_loops_bias_are_aligned(kind: str) -> None:
+    """Otherwise torch's memory-efficient kernel copies the bias for each segment."""
+    bias_1HQK = _compute_bias(make_attention("t5", kind, torch.float32), Segments((5, 13), (13, 2)))
+    assert bias_1HQK.shape[2:] == (13, 13)
+    assert bias_1HQK.stride(3) == 1
+    assert all(stride % 8 == 0 for stride in bias_1HQK.stride()[1:3])
 
 
 @pytest.mark.parametrize("has_pairs", [False, True])

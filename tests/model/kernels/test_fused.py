@@ -207,3 +207,16 @@ def test_the_gate_kernel_is_used_in_its_dtypes(
     use_fused_layers(ours, torch.device("cuda"))
     torch.testing.assert_close(ours(pretend_to_be_on_a_gpu(x)).as_subclass(torch.Tensor), stock(x))
     assert len(calls) == is_used
+
+
+def test_the_gate_kernel_gets_contiguous_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[torch.Tensor] = []
+    monkeypatch.setattr(fused, "gated_gelu", lambda *args: given.extend(args))
+    fused._compute_gated_gelu(True, *(pretend_to_be_on_a_gpu(torch.randn(8, 6).T) for _ in range(2)))
+    assert [tensor.is_contiguous() for tensor in given] == [True, True]
+
+
+def test_a_gpu_computes_a_whole_batch_at_once() -> None:
+    rows_ND = torch.empty(3 * fused.ELEMENTS_PER_CHUNK * torch.get_num_threads() // 64, 64)
+    assert len(fused._slice_rows(rows_ND)) == 3
+    assert fused._slice_rows(pretend_to_be_on_a_gpu(rows_ND)) == [slice(0, len(rows_ND))]
