@@ -36,6 +36,7 @@ MIN_LENGTH = 2 * BLOCK  # torch.compile specializes dimensions of 1, so it would
 MIN_HEAD_WIDTH = 16  # Triton's minimum in a matrix product
 BUFFER_ALIGNMENT = 4  # elements of the buffer: 16 bytes
 HASH_SIZE = 2**24
+SMALL_TILES = {f"bwd_BLOCK_{name}": 32 for name in ("M1", "N1", "M2", "N2")}  # tokens, in the backward pass
 MAX_COMPILATIONS = 64
 
 Integers = npt.NDArray[np.int64]
@@ -66,7 +67,8 @@ class PackedRows:
         source_length, target_length: tokens of the rows, with the padding: multiples of BLOCK.
         buffer: the segment numbers and block pairs in one tensor, so that one copy moves them to a GPU. A target token
             has the numbers of its segment and of its source.
-        num_stages: how many blocks a kernel loads ahead; fewer take less shared memory. None: FlexAttention's choice.
+        num_stages: how many blocks a kernel loads ahead; fewer take less shared memory. With 1, the backward pass also
+            has small tiles. None: FlexAttention's choice.
     """
 
     source_length: int
@@ -258,6 +260,8 @@ class _Kernel(nn.Module):
         if table_HR is not None:
             torch._dynamo.mark_static(table_HR)
         options: Any = None if self.num_stages is None else {"num_stages": self.num_stages}
+        if self.num_stages == 1:
+            options |= SMALL_TILES
         mask = BlockMask(lengths, *blocks.tensors, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=see)  # type: ignore[misc, arg-type]
         call = partial(flex_attention, query_BHQD, key_BHKD, block_mask=mask, scale=1.0, kernel_options=options)
         if seeds_H is None:

@@ -39,7 +39,7 @@ PackedAttention = Literal["flex", "loop"]
 # lengths for the comparison: with a segment of one token, and a segment that crosses the end of a block
 SOURCES, TARGETS = (200, 1, 70, 33), (40, 1, 90, 12)
 TIMED_SEGMENTS = tuple(range(40, 500, 8))  # 58 examples, 15,544 tokens
-FEW_STAGES = 2
+FEWER_STAGES = (2, 1)
 OUTPUT, QUERY, KEY, VALUE = "the output", "the query's gradient", "the key's gradient", "the value's gradient"
 # how often the kernels round a result and its terms to bf16; with dropout, there are two calls
 ROUNDINGS = {OUTPUT: 2, QUERY: 4, KEY: 4, VALUE: 3}
@@ -110,8 +110,7 @@ def find_unmet_requirement(
 def check_kernel(shapes: Sequence[AttentionShape], device: torch.device, dtype: torch.dtype) -> KernelCheck:
     """Compare outputs and gradients of kernel and loop, for each shape that a run uses.
 
-    Kernels that fail are tried again with fewer stages: in bf16, heads of 128 need 131,584 bytes of shared memory, but
-    98,560 with two stages, and RTX 30 and 40 have 101,376. B200's kernels may need it for heads of 64.
+    Kernels that fail are tried again with fewer stages, which take less shared memory: docs/support.md has a table.
 
     The comparison takes some milliseconds, and compiles the kernels of training and its evaluations. Training compiles
     again only for layers whose keys or values need no gradient, such as the first layer's keys with LoRA on q and v.
@@ -119,7 +118,7 @@ def check_kernel(shapes: Sequence[AttentionShape], device: torch.device, dtype: 
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         failures = []
-        for num_stages in (None, FEW_STAGES):
+        for num_stages in (None, *FEWER_STAGES):
             torch.manual_seed(0)
             try:
                 found = (_find_differences(shape, device, dtype, num_stages) for shape in shapes)
