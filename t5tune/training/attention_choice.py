@@ -12,6 +12,8 @@ import torch
 from t5tune.distributed.collectives import all_gather
 from t5tune.errors import SettingsError
 from t5tune.families.encoder import Encoder
+from t5tune.inference.loading import LoadedModel
+from t5tune.model.attention.packing import can_pack, use_packing
 from t5tune.model.batches import Collator, LabelCollator, make_collator
 from t5tune.model.kernels.flex_check import (
     AttentionShape,
@@ -19,7 +21,9 @@ from t5tune.model.kernels.flex_check import (
     PackedAttention,
     check_kernel,
     find_unmet_requirement,
+    read_attention_shape,
 )
+from t5tune.model.kernels.fused import use_fused_layers
 from t5tune.progress import Note, Report
 
 
@@ -81,3 +85,19 @@ def choose_packed_attention(
         if previous == "flex":
             report(Note("until now this run used one kernel for them: results may differ by rounding", warning=True))
     return LOOP
+
+
+def set_up_evaluation(loaded: LoadedModel, report: Report) -> Collator:
+    """Set up a loaded model for packed batches, on a GPU with the kernels of training, and make their collator.
+
+    Every rank calls this.
+    """
+    model, device, attention = loaded.model, loaded.model.device, LOOP
+    if device.type == "cuda":
+        use_fused_layers(model, device, report)
+    if is_packed := can_pack(model):
+        use_packing(model)
+        shape = read_attention_shape(model, has_dropout=False, is_trained=False)
+        dtype = torch.bfloat16 if loaded.precision.bf16 else torch.float32
+        attention = choose_packed_attention("auto", [shape], device, dtype, False, None, report)
+    return attention.make_collator(model, loaded.tokenizer.pad_token_id, is_packed)

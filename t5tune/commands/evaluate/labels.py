@@ -23,7 +23,6 @@ from t5tune.evaluation.examples import EvaluationPlan, load_labeled_examples
 from t5tune.evaluation.labels import LabelOutcome, measure_labels
 from t5tune.file_names import REPORT_FILE
 from t5tune.inference.loading import LoadedModel
-from t5tune.inference.target_scores import set_up_scoring
 from t5tune.io.atomic import write_folder_atomically
 from t5tune.label_metrics import ALL
 from t5tune.model.device import use_gpu_kernels
@@ -33,6 +32,7 @@ from t5tune.runs.data import find_held_out
 from t5tune.settings import EvaluateSettings
 from t5tune.settings.dataset_spec import DatasetSpec
 from t5tune.settings.groups.base import BaseModelSettings
+from t5tune.training.attention_choice import set_up_evaluation
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def evaluate_labels(
     assert examples is not None
     model, batch_size = loaded.model, settings.per_device_eval_batch_size
     with use_gpu_kernels(model.device):
-        collator = set_up_scoring(model, loaded.tokenizer.pad_token_id)
+        collator = set_up_evaluation(loaded, report)
         outcome = measure_labels(model, examples, collator, batch_size, report)
     return run_on_rank_0(world, lambda: _finish(data, outcome, loaded, started))
 

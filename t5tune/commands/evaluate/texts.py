@@ -39,7 +39,7 @@ from t5tune.inference.loading import (
     LoadedModel,
     make_compiler,
 )
-from t5tune.inference.target_scores import Candidates, score_targets, set_up_scoring
+from t5tune.inference.target_scores import Candidates, score_targets
 from t5tune.io.atomic import (
     write_folder_atomically,
 )
@@ -52,6 +52,7 @@ from t5tune.runs.data import find_held_out
 from t5tune.settings import EvaluateSettings
 from t5tune.settings.dataset_spec import DatasetSpec
 from t5tune.settings.groups.base import BaseModelSettings
+from t5tune.training.attention_choice import set_up_evaluation
 
 
 @dataclass(frozen=True)
@@ -186,11 +187,11 @@ def run_model(settings: EvaluateSettings, loaded: LoadedModel, work: TextWork, r
     """Generate a model's predictions, and measure its losses and scores. Call on every rank."""
     model, examples = loaded.model, work.examples
     with use_gpu_kernels(model.device):
+        collator = set_up_evaluation(loaded, report)
         replies = [] if settings.choices else _generate_replies(settings, loaded, work, report)
         if replies:  # scored with the targets, so that a source is encoded once for both
             pairs = zip(work.examples, replies, strict=True)
             examples = [Candidates(each.source_S, each.target_T, (np.array(best),)) for each, (best, *_) in pairs]
-        collator = set_up_scoring(model, next(iter(work.decodings.values()))[0].pad_token_id)
         batch_size = settings.per_device_eval_batch_size
         scores = measure_targets(model, examples, collator, batch_size, report, measure=score_targets)
     losses = Losses([-target.logprob for target, *_ in scores], [len(each.target_T) for each in work.examples])

@@ -24,6 +24,8 @@ CHOSEN = {name: case for name, case in CASES.items() if LONG or name in QUICK}
 TRAINING = [name for name, case in CHOSEN.items() if case.task == "train" and case.mistake is None]
 LOSSES = [name for name, case in CHOSEN.items() if case.task == "losses"]
 GENERATION = [name for name, case in CHOSEN.items() if case.task == "generate"]
+AUTOCAST = [name for name in GENERATION if CHOSEN[name].autocast]
+SCORES = [name for name, case in CHOSEN.items() if case.task == "scores"]
 LARGE = [*LARGE_CASES] if LONG else []
 TOKEN_ROW_PRODUCTS = 2  # the logits of the trained rows, in fp32, and their gradient
 MAX_LAUNCHES = 6000
@@ -51,7 +53,7 @@ def without_lines(places: dict[str, int]) -> Counter[str]:
     return counts
 
 
-@pytest.mark.parametrize("name", [*TRAINING, *LOSSES, *GENERATION, *LARGE])
+@pytest.mark.parametrize("name", [*TRAINING, *LOSSES, *SCORES, *GENERATION, *LARGE])
 def test_no_tensor_is_left_on_the_cpu(found: dict[str, Any], name: str) -> None:
     assert "error" not in found[name]
     assert found[name]["total"] > 0
@@ -94,6 +96,22 @@ def test_losses_are_measured_in_the_run_s_dtype_without_dropout(found: dict[str,
     assert set(products) == {"bfloat16"}
     assert launches["addmm_"] == LORA_LAYERS  # each is computed by fused_lora.py, which adds the adapter's output
     assert "native_dropout" not in launches
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_evaluate_uses_the_kernels_of_training(found: dict[str, Any], name: str) -> None:
+    launches, in_training = found[name]["launches"], found["losses, packed, DeepSpeed"]["launches"]
+    for kernel in ("flex_attention", "gated_gelu", "_fused_rms_norm", "addmm_", "mm"):
+        assert launches[kernel] == in_training[kernel], kernel
+    assert "_scaled_dot_product_efficient_attention" not in launches
+
+
+@pytest.mark.parametrize("name", AUTOCAST)
+def test_generation_in_training_computes_products_in_bf16(found: dict[str, Any], name: str) -> None:
+    """The adapter's matrices are in fp32, the base's in bf16."""
+    assert found[name]["products"].keys() == {"bfloat16"}
+    # two layers, in the encoder and for each of three tokens in the decoder
+    assert found[name]["launches"]["gated_gelu"] == 2 + 3 * 2
 
 
 @pytest.mark.parametrize("name", TRAINING)

@@ -31,6 +31,7 @@ from t5tune.model.load import build_empty_model
 from t5tune.progress import Note
 from t5tune.training import attention_choice
 from t5tune.training.attention_choice import choose_packed_attention
+from tests.commands.evaluate.outputs import run_evaluate
 from tests.model.attention.test_packing import LENGTHS, compute_packed_loss, make_examples, make_random_model
 from tests.model.kernels.test_flex_attention import pytestmark, record_compilations, without_kernels  # noqa: F401
 from tests.support.models.bases import make_base
@@ -358,6 +359,28 @@ def test_a_teacher_uses_the_kernel_after_comparison_with_its_heads(
         assert {width for width, _ in calls} == ({16, 32} if name == "flex" else set())
         calls.clear()
         checked.clear()
+
+
+def test_evaluate_uses_the_kernel_after_a_comparison(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    calls = _Calls(monkeypatch)
+    base = make_base(tmp_path / "base", tied=False, d_kv=16)
+    texts = [json.dumps({"source": "word " * (i % 7 + 1), "target": "answer"}) for i in range(8)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(texts))
+    checked: list[Any] = []
+    losses = []
+    for name, problem in (("flex", None), ("loop", "the output differs by 30%")):
+
+        def check(shapes: Any, *options: Any, problem: str | None = problem) -> KernelCheck:
+            checked.extend(shapes)
+            return KernelCheck(problem, None)
+
+        monkeypatch.setattr(attention_choice, "check_kernel", check)
+        losses.append(run_evaluate(base, tmp_path / "pairs.jsonl", tmp_path / name, max_new_tokens=2).loss)
+        assert checked == [(4, 16, 128, 0.0, False)]
+        assert set(calls) == ({(16, False)} if name == "flex" else set())
+        calls.clear()
+        checked.clear()
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 @pytest.mark.long

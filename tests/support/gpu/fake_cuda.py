@@ -39,10 +39,11 @@ class Case:
     """What to run, and with which settings.
 
     Args:
-        task: "train", "losses" (an evaluation during training) or "generate".
+        task: "train", "losses" (an evaluation during training), "scores" (the command `evaluate`) or "generate".
         flex: attention over packed rows in one kernel; False: the loop over segments.
         deepspeed: the dtypes of DeepSpeed, trained weights in bf16 and no autocast.
         reentrant: the variant of gradient checkpointing.
+        autocast: whether predictions are generated in training's mixed precision.
         mistake: a mistake to make in the forward pass; see MISTAKES.
     """
 
@@ -53,6 +54,7 @@ class Case:
     flex: bool = True
     deepspeed: bool = False
     reentrant: bool = False
+    autocast: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
     mistake: str | None = None
 
@@ -75,10 +77,13 @@ CASES = {
     "padded, checkpointing": Case(settings=PADDED | CHECKPOINTING),
     "losses, packed": Case("losses"),
     "losses, packed, loop": Case("losses", flex=False),
-    "losses, packed, DeepSpeed": Case("losses", deepspeed=True),  # the dtypes of `evaluate`, too
+    "losses, packed, DeepSpeed": Case("losses", deepspeed=True),
     "losses, padded": Case("losses", settings=PADDED),
+    "scores, packed": Case("scores", deepspeed=True),
     "generation": Case("generate"),
     "generation, NF4": Case("generate", settings=NF4),
+    "generation, autocast": Case("generate", autocast=True),
+    "generation, NF4, autocast": Case("generate", autocast=True, settings=NF4),
 }
 MISTAKES = ("mask on the CPU", "item", "boolean index", "hidden copy", "fp32 product")
 CASES |= {f"mistake: {name}": Case(mistake=name) for name in MISTAKES}
@@ -93,7 +98,7 @@ def run_case(case: Case) -> dict[str, Any]:
 
     watch = Watch()
     found: dict[str, Any] = {}
-    run = {"train": _train, "losses": _measure_losses, "generate": _generate}[case.task]
+    run = {"train": _train, "losses": _measure_losses, "scores": _score, "generate": _generate}[case.task]
     with tempfile.TemporaryDirectory() as folder, pretend_cuda():
         settings = make_settings(Path(folder), **_complete_settings(case))
         model = build_empty_model(case.shape, settings, case.deepspeed)
@@ -101,7 +106,7 @@ def run_case(case: Case) -> dict[str, Any]:
             FakeTensorMode(allow_non_fake_inputs=True),
             _make_mistake(model, case.mistake) if case.mistake else nullcontext(),
         ):
-            move_to_fake_gpu(model, settings)
+            move_to_fake_gpu(model, settings, is_set_up=case.task != "scores")
             try:
                 with watch:
                     run(model, settings, case, watch)
@@ -156,6 +161,27 @@ def _measure_losses(model: Any, settings: Any, case: Case, watch: Any) -> None:
         measure_losses(model, examples, collator, len(examples))
 
 
+def _score(model: Any, settings: Any, case: Case, watch: Any) -> None:
+    from types import SimpleNamespace
+
+    from t5tune.evaluation.scoring import measure_targets
+    from t5tune.inference.precision import Precision
+    from t5tune.inference.target_scores import score_targets
+    from t5tune.progress import silent
+    from t5tune.training.attention_choice import set_up_evaluation
+    from tests.support.gpu.fake_cuda_models import make_examples
+
+    examples = make_examples(case.sources, case.targets)
+    tokenizer = SimpleNamespace(pad_token_id=0)
+    loaded: Any = SimpleNamespace(
+        model=model.eval(), tokenizer=tokenizer, precision=Precision(bf16=True, quantization=None)
+    )
+    collator = set_up_evaluation(loaded, silent)
+    for _ in range(2):
+        watch.clear()
+        measure_targets(model, examples, collator, len(examples), measure=score_targets)
+
+
 def _generate(model: Any, settings: Any, case: Case, watch: Any) -> None:
     from t5tune.evaluation.scoring import generate_predictions
     from t5tune.inference.generation import Decoding
@@ -164,7 +190,7 @@ def _generate(model: Any, settings: Any, case: Case, watch: Any) -> None:
     examples = make_examples(case.sources, case.targets)
     for _ in range(2):
         watch.clear()
-        generate_predictions(model, examples, Decoding(1, 0, 3), len(examples))
+        generate_predictions(model, examples, Decoding(1, 0, 3), len(examples), autocast=case.autocast)
 
 
 @contextmanager

@@ -61,13 +61,18 @@ def build_empty_model(shape: dict[str, Any], settings: TrainSettings, deepspeed:
     return model
 
 
-def move_to_fake_gpu(model: Any, settings: TrainSettings) -> None:
-    """Give the model fake tensors on the GPU, and its layers our forward passes. Call it within FakeTensorMode."""
+def move_to_fake_gpu(model: Any, settings: TrainSettings, is_set_up: bool = True) -> None:
+    """Give the model fake tensors on the GPU, and its layers our forward passes. Call it within FakeTensorMode.
+
+    Args:
+        is_set_up: False: the layers keep their forward passes.
+    """
     _replace_tensors(model, torch.bfloat16 if settings.bf16 else torch.float32)
     model.to = lambda *_, **__: model  # fake parameters can't be exchanged
-    if settings.packing != "off":
+    if settings.packing != "off" and is_set_up:
         use_packing(model)
-    use_fused_layers(model, CUDA)
+    if is_set_up:
+        use_fused_layers(model, CUDA)
     if settings.gradient_checkpointing:
         model.enable_input_require_grads()
     model.train()

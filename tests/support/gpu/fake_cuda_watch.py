@@ -23,7 +23,9 @@ from torch.nn.attention import flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from t5tune.model.kernels import fused
+from t5tune.model.kernels import flex_check, fused
+from t5tune.model.kernels.flex_check import KernelCheck
+from t5tune.training import attention_choice
 
 CUDA = torch.device("cuda:0")
 # the package has a function of the module's name
@@ -182,6 +184,8 @@ def pretend_cuda() -> Iterator[None]:
             (transformers.masking_utils, "is_tracing", lambda *_: False),
             # it would compare values, which fake tensors don't have
             (fused, "find_kernel_problem", lambda _: None),
+            (attention_choice, "check_kernel", lambda *_: KernelCheck(None, None)),
+            (flex_check, "find_missing_compiler", lambda **_: None),
             (torch.nn.utils.clip_grad, "_has_foreach_support", lambda *_: True),
             (functional, "scaled_dot_product_attention", _attend),
             (FakeTensor, "tolist", lambda tensor: _get_watch().note_tolist(tensor)),
