@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from t5tune.model.kernels.flex_check import KEY, OUTPUT, QUERY, VALUE, compute_bound
+from t5tune.model.kernels.flex_check import KEY, OUTPUT, QUERY, SOURCES, TARGETS, VALUE, compute_bound
 from tests.support.gpu.flex_interpreter import BF16_CASES, LONG_CASES, SHORT_CASES, Case
 from tests.support.gpu.triton_folder import make_environment
 from tests.support.paths import REPOSITORY
@@ -53,6 +53,7 @@ def test_compiled_kernels_have_the_gradients_of_fp64(name: str) -> None:
 @pytest.mark.parametrize("name", BF16_CASES)
 def test_rounding_to_bf16_explains_the_self_check_s_bounds(name: str) -> None:
     """The errors are at least a quarter of the bounds, and at most three quarters, so no right kernel is refused."""
+    assert (BF16_CASES[name].sources, BF16_CASES[name].targets) == (SOURCES, TARGETS)
     errors = run_cases([name])[name]
     assert errors.pop("unaligned") == 0
     for result, error in errors.items():

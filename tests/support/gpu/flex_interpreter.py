@@ -1,14 +1,14 @@
 """Run attention over packed rows as torch compiles it for a GPU: its Triton kernels, in Triton's interpreter on a CPU.
 
-    python -m tests.support.gpu.flex_interpreter encoder "decoder, dropout"     # some of CASES
+    python -m tests.support.gpu.flex_interpreter encoder "decoder, dropout" --width 128     # some of CASES
 
 Prints a JSON line: for each case the relative norms of the errors of the output and of the gradients, compared with
 attention that is computed segment by segment in fp64, and `unaligned` (see FakeMemory).
 """
 
+import argparse
 import json
 import os
-import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ from tests.support.gpu.pretend_gpu import load_compilers, pretend_gpu
 from tests.support.gpu.triton_interpreter import correct_bf16
 
 CAPABILITY, TILED_WIDTH = 80, 64
-WIDTH, MAX_DISTANCE = 16, 32
+MAX_DISTANCE = 32
 SEEDS = (0x1234567, -0x7654321)  # a head each
 
 
@@ -39,6 +39,7 @@ class Case:
     has_gradients: bool = False
     targets_per_source: int = 1
     dtype: str = "float32"
+    width: int = 16
 
     @property
     def targets_by_source(self) -> tuple[int, ...]:
@@ -48,6 +49,7 @@ class Case:
 
 # segments longer than a block or two, short ones, some that cross the end of a block, and padding: three blocks each
 LONG = (200, 130, 1, 33), (260, 1, 90, 12)
+CHECKED = (200, 1, 70, 33), (40, 1, 90, 12)  # those of the check before a run
 MANY = (1,) * 150 + (2,) * 110  # 260 segments
 PAIRS = (300, 70), (100, 30, 9, 200)
 KINDS = "encoder", "decoder", "cross"
@@ -61,9 +63,12 @@ LONG_CASES = {
     for kind in KINDS
     for name, rows in (("long", LONG), ("many", (MANY, MANY[::-1])))
     for dropout in (0.0, 0.2)
-} | {f"cross, pairs, dropout {dropout}": Case("cross", *PAIRS, dropout, True, 2) for dropout in (0.0, 0.2)}
+} | {
+    **{f"cross, pairs, dropout {dropout}": Case("cross", *PAIRS, dropout, True, 2) for dropout in (0.0, 0.2)},
+    "decoder, wide": Case("decoder", *LONG, dropout=0.2, has_gradients=True, width=64),
+}
 BF16_CASES = {
-    f"{kind}, bf16, dropout {dropout}": Case(kind, *LONG, dropout, has_gradients=True, dtype="bfloat16")
+    f"{kind}, bf16, dropout {dropout}": Case(kind, *CHECKED, dropout, has_gradients=True, dtype="bfloat16")
     for kind in KINDS
     for dropout in (0.0, 0.2)
 }
@@ -99,9 +104,9 @@ def run(case: Case) -> dict[str, float]:
     planned = flex_attention.divide_rows(case.sources, case.targets, case.targets_by_source)
     source, target = planned.source_length, planned.target_length
     queries, keys = {"encoder": (source, source), "decoder": (target, target), "cross": (target, source)}[case.kind]
-    states = [torch.randn(1, length, heads, WIDTH) for length in (queries, keys, keys)]
-    states[0] *= WIDTH**-0.5  # as T5's initialization of q does
-    states, gradient = [state.to(dtype) for state in states], torch.randn(1, queries, heads, WIDTH).to(dtype)
+    states = [torch.randn(1, length, heads, case.width) for length in (queries, keys, keys)]
+    states[0] *= case.width**-0.5  # as T5's initialization of q does
+    states, gradient = [state.to(dtype) for state in states], torch.randn(1, queries, heads, case.width).to(dtype)
     table = None if case.kind == "cross" else torch.randn(heads, 2 * MAX_DISTANCE + 1)
     seeds, buffer = torch.tensor(SEEDS, dtype=torch.int32), planned.buffer.clone()  # in torch's aligned memory
     memory = FakeMemory()
@@ -164,6 +169,10 @@ def compute_hash(seed: int, rows: Any, columns: Any) -> Any:
 
 def main() -> None:
     """Run cases, and print their errors."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--width", type=int)
+    options = parser.parse_args()
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported
     try:
         load_compilers()
@@ -171,7 +180,10 @@ def main() -> None:
         print(json.dumps({"unavailable": str(error)}))
         return
     set_up()
-    print(json.dumps({name: run(CASES[name]) for name in sys.argv[1:] or CASES}))
+    cases = {name: CASES[name] for name in options.names or CASES}
+    if options.width is not None:
+        cases = {name: replace(case, width=options.width) for name, case in cases.items()}
+    print(json.dumps({name: run(case) for name, case in cases.items()}))
 
 
 if __name__ == "__main__":
