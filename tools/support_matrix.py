@@ -3,16 +3,21 @@
 `COLUMNS` and `PLATFORMS` are the facts; which tools read a merged checkpoint is in t5tune/families.
 """
 
+import json
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 from t5tune.families import CONVERTERS, FAMILIES, Family
+from tools import REPOSITORY
 
 FAMILIES_TEST = "tests/end_to_end/test_families.py"
 OTHER_TOOLS_TEST = "tests/end_to_end/test_other_tools.py"
 TRAIN_TESTS = "tests/commands/train"
+KERNEL_TESTS = "tests/model/kernels"
+SHARED_MEMORY_FILE = REPOSITORY / "tests/golden/shared_memory.json"
 SHORT_CHAIN = f"{FAMILIES_TEST}::test_each_family_trains_exports_merges_and_replies"
 
 GEMMAS = ("t5gemma", "t5gemma2")
@@ -229,12 +234,14 @@ PLATFORMS: dict[str, tuple[State, str, tuple[str, ...]]] = {
     ),
     "Linux, one NVIDIA GPU": (
         "untested",
-        "t5tune hasn't run on a GPU yet, so speed and memory there are estimates. Tests compile attention's kernels "
-        "for compute capability 8.0 and 9.0, and check their results on CPUs. A test without GPUs checks that a "
-        "process takes a single GPU. Run `t5tune doctor` first: it trains a step of the built-in model.",
+        "t5tune hasn't run on a GPU yet, so speed and memory there are estimates. Tests without GPUs run the kernels "
+        "in Triton's interpreter, compile them for [six kinds of GPUs](#shared-memory), and check that a process takes "
+        "a single GPU. Run `t5tune doctor` first: it trains a step of the built-in model.",
         (
             f"{TRAIN_TESTS}/test_train.py::test_one_process_trains_on_one_gpu_however_many_are_visible",
-            "tests/model/kernels/test_flex_compilation.py::test_all_kinds_of_attention_compile",
+            f"{KERNEL_TESTS}/test_flex_interpreter.py::test_compiled_kernels_equal_attention_in_fp64",
+            f"{KERNEL_TESTS}/test_gated_gelu.py::test_outputs_and_gradients_are_those_of_the_formula",
+            f"{KERNEL_TESTS}/test_flex_compilation.py::test_kernels_take_the_shared_memory_of_the_table",
         ),
     ),
     "Linux, several NVIDIA GPUs": (
@@ -271,6 +278,12 @@ VERSIONS = (
     "t5tune needs Python 3.11 or newer, and the tests run with 3.11. `make floors` runs them with the oldest releases "
     "of the libraries that `pyproject.toml` allows."
 )
+SHARED_MEMORY = (
+    "Bytes of shared memory of attention's largest kernel, forward / backward, for packed rows in bf16, compiled by "
+    "torch {torch} and Triton {triton}. Bold numbers don't fit on the GPU. Then "
+    "`train` and `evaluate` try two stages, and one stage with smaller tiles in the backward pass. Most models have "
+    "heads of 64; T5-3B and T5-11B have heads of 128, Flan-UL2 of 256."
+)
 EXAMPLE = f'pytest -n 0 "{FAMILIES_TEST}::test_each_family_trains_in_full[mt5]"'
 
 
@@ -296,6 +309,10 @@ def build_page() -> str:
         "",
         *fill(VERSIONS),
         "",
+        "### Shared memory",
+        "",
+        *build_shared_memory(),
+        "",
         "## Tests and reasons",
         "",
         "To run one of these tests:",
@@ -316,6 +333,25 @@ def build_matrix() -> Iterator[str]:
     for key, family in FAMILIES.items():
         cells = (f"[{find_state(name, key)}](#{make_anchor(name)})" for name in COLUMNS)
         yield f"| {family.name} | {' | '.join(cells)} |"
+
+
+def build_shared_memory() -> Iterator[str]:
+    """Yield the lines about the shared memory of kernels, which a test measured."""
+    measured = json.loads(SHARED_MEMORY_FILE.read_text(encoding="utf-8"))
+    yield from fill(SHARED_MEMORY.format(torch=measured["torch"], triton=measured["triton"]))
+    yield ""
+    yield "| GPU | compute capability | available | width of heads | torch's choice | two stages | one stage |"
+    yield "|---" * 7 + "|"
+    for capability, gpu in measured["gpus"].items():
+        for width, sizes in gpu["sizes"].items():
+            cells = [" / ".join(map(partial(mark_size, gpu["available"]), each.values())) for each in sizes.values()]
+            number = f"{capability[:-1]}.{capability[-1]}"
+            row = [gpu["names"], number, f"{gpu['available']:,}", width, *cells, "", ""]
+            yield f"| {' | '.join(row[:7])} |"
+
+
+def mark_size(available: int, size: int) -> str:
+    return f"{size:,}" if size <= available else f"**{size:,}**"
 
 
 def find_state(name: str, key: str) -> State:

@@ -1,10 +1,11 @@
 """Compile attention over packed rows for an NVIDIA GPU, on a machine without one: torch's graphs, Triton's kernels.
 
     python -m tests.support.gpu.flex_compilation 90 64                  # for compute capability 9.0, with heads of 64
-    python -m tests.support.gpu.flex_compilation 89 128 --stages 2 --only "decoder, dropout 0.1"
+    python -m tests.support.gpu.flex_compilation 89 128 --stages 2 --only "decoder, dropout 0.1" --sizes
 
 Prints a JSON line: for each kind of attention, the kernels of its forward and backward pass with the bytes of shared
-memory that they take, or the `error`. They are compiled to machine code, but can't run.
+memory that they take, or the `error`. They are compiled to machine code, but can't run. With `--sizes`, compilation
+ends when the size is known: for B200, LLVM takes minutes.
 """
 
 import argparse
@@ -47,6 +48,20 @@ def count_kernels() -> dict[str, int]:
     triton_heuristics.CachingAutotuner._make_launchers = count
     CompiledFxGraph.__call__ = stop
     return kernels
+
+
+def leave_out_machine_code() -> None:
+    """Let Triton compile only until the size of the shared memory is known."""
+    from triton._C.libtriton import llvm
+    from triton.backends.nvidia.compiler import CUDABackend
+
+    def make_ptx(_: Any, source: Any, metadata: dict[str, Any], *options: Any) -> str:
+        metadata["name"] = "kernel"
+        return ""
+
+    llvm.optimize_module = lambda *_: None
+    CUDABackend.make_ptx, CUDABackend.make_cubin = make_ptx, lambda *_: b""
+    CUDABackend.hash = lambda _: "without LLVM"  # in Triton's cache
 
 
 def compile_all(
@@ -94,12 +109,15 @@ def main() -> None:
     parser.add_argument("width", type=int)
     parser.add_argument("--stages", type=int)
     parser.add_argument("--only", choices=KINDS)
+    parser.add_argument("--sizes", action="store_true")
     options = parser.parse_args()
     try:
         load_compilers()
     except StubsUnavailable as error:
         print(json.dumps({"unavailable": str(error)}))
         return
+    if options.sizes:
+        leave_out_machine_code()
     kinds = [options.only] if options.only else KINDS
     print(json.dumps(compile_all(options.capability, options.width, options.stages, kinds)))
 

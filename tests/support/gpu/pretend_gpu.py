@@ -28,9 +28,12 @@ def load_compilers() -> None:
     """
     load_stubs()
     import torch
+    from torch.nn.attention import flex_attention
 
     if torch.version.cuda is not None:
         raise StubsUnavailable("this is torch's CUDA build: t5tune doctor tries the kernels on a GPU")
+    if not hasattr(flex_attention, "AuxRequest"):
+        raise StubsUnavailable(f"the kernel needs torch 2.9 or newer, and this is {torch.__version__}")
     try:
         import triton  # noqa: F401
     except ImportError:
