@@ -126,6 +126,7 @@ class EpochDraws:
         draw: draws the examples of an epoch, as `Examples.draw_epoch` does; None: every epoch has every example once.
         max_steps: takes precedence over num_epochs.
         longest: the longest example that is ever drawn, in tokens; None: the longest of all examples.
+        make_bound: makes a function that bounds an epoch's tokens without drawing it; needed with `draw`.
     """
 
     sources: Integers
@@ -135,6 +136,7 @@ class EpochDraws:
     num_epochs: float = 1.0
     max_steps: int | None = None
     longest: int | None = None
+    make_bound: Callable[[], Callable[[int], int]] | None = None
 
     def draw_epoch(self, epoch: int) -> tuple[Integers, Integers]:
         """Return (indices, how many times each example was sampled before)."""
@@ -147,14 +149,17 @@ class EpochDraws:
         indices, _ = self.draw_epoch(epoch)
         return self.sources[indices], self.targets[indices]
 
-    def find_largest_count(self, count: Callable[[Integers, Integers], int], step_size: int) -> int:
-        """Find the largest number of micro-batches in an epoch; `count` counts them, given an epoch's lengths."""
-        largest, epoch = count(*self.read_lengths(0)), 1
-        while self.draw is not None:
-            epochs = self.num_epochs if self.max_steps is None else self.max_steps / (largest // step_size)
-            if epoch >= math.ceil(epochs):
-                break
-            largest, epoch = max(largest, count(*self.read_lengths(epoch))), epoch + 1
+    def find_largest_count(self, budget: TokenBudget, longest: int) -> int:
+        """Find the largest number of micro-batches in an epoch. `longest`: see `TokenBudget.bound_batches`."""
+        sources, targets = self.read_lengths(0)
+        largest, epoch = budget.count_batches(sources, targets), 1
+        if self.make_bound is None:  # all epochs have the same examples
+            return largest
+        bound = self.make_bound()  # drawing 100,000 epochs of one step takes a minute, bounding them two seconds
+        while epoch < (self.num_epochs if self.max_steps is None else self.max_steps / (largest // budget.step_size)):
+            if budget.bound_batches(len(sources), bound(epoch), longest) > largest:
+                largest = max(largest, budget.count_batches(*self.read_lengths(epoch)))
+            epoch += 1
         return largest
 
 
@@ -165,7 +170,8 @@ def make_sampler(settings: StepSettings, seed: int, examples: Examples, is_packe
     if examples.has_preferences and not is_packed and settings.tokens_per_batch is not None:
         targets = 2 * examples.read_longest_targets()  # both targets of a pair are padded to the longest
     longest = int((sources + targets)[examples.list_drawn()].max())
-    draws = EpochDraws(sources, targets, seed, draw, settings.num_train_epochs, settings.max_steps, longest)
+    make_bound = None if draw is None else partial(examples.make_epoch_bound, sources + targets)
+    draws = EpochDraws(sources, targets, seed, draw, settings.num_train_epochs, settings.max_steps, longest, make_bound)
     step_size = settings.gradient_accumulation_steps * num_ranks
     if settings.tokens_per_batch is not None:
         return make_budget_sampler(draws, settings.tokens_per_batch, is_packed, step_size)
@@ -206,7 +212,7 @@ def make_budget_sampler(draws: EpochDraws, tokens: int, packed: bool, step_size:
             hint=f"set at least {longest}, or shorten the examples with model_max_length",
         )
     budget = TokenBudget(tokens, packed, step_size, draws.seed)
-    count = draws.find_largest_count(budget.count_batches, step_size)
+    count = draws.find_largest_count(budget, longest if packed else int(draws.sources.max() + draws.targets.max()))
     if count > (num_examples := len(draws.draw_epoch(0)[0])):
         raise SettingsError(
             f"tokens_per_batch: {tokens}: too few examples ({num_examples}) for a step of {step_size} batches "

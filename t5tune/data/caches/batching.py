@@ -82,6 +82,18 @@ class TokenBudget:
         drawn = len(_fill_batches(sources, targets, self.tokens, self.packed, np.random.default_rng(self.seed)))
         return -(-drawn // self.step_size) * self.step_size
 
+    def bound_batches(self, num_examples: int, num_tokens: int, longest: int) -> int:
+        """Bound the number of micro-batches of any examples, not yet rounded to whole steps.
+
+        Args:
+            longest: tokens of the longest example; with padding, of the longest source and the longest target.
+        """
+        if not self.packed:
+            return -(-num_examples // max(1, self.tokens // longest))
+        # a batch has more than `tokens` together with the next batch, and also with the longest example
+        pairs, rest = divmod(num_tokens, self.tokens + 1)
+        return min(2 * pairs + bool(rest), (num_tokens - 1) // (self.tokens + 1 - longest) + 1)
+
     def make_batches(self, sources: Integers, targets: Integers, count: int, epoch: int) -> list[Integers]:
         """Make an epoch's micro-batches, with every example once.
 

@@ -11,7 +11,7 @@ All caches have the same tokenizer. The examples are numbered through all datase
 import math
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from functools import cached_property
@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from t5tune.data.caches.batching import Integers
 from t5tune.data.caches.cache import COUNTS, Cache, find_held_out_keys
-from t5tune.data.caches.mixing import EpochCounts, Mixing, compute_rates, draw_epoch
+from t5tune.data.caches.mixing import EpochCounts, Mixing, bound_epoch_sum, compute_rates, draw_epoch
 from t5tune.data.labels import LabelTask, join_tasks
 from t5tune.data.tokens.encoding import Example
 from t5tune.data.tokens.templates import Template
@@ -129,6 +129,12 @@ class Examples(Sequence[Example]):
         """Draw the examples of an epoch: (indices by dataset, how many times each was sampled before)."""
         starts, ends = self._counts.sum_epochs(epoch), self._counts.sum_epochs(epoch + 1)
         return draw_epoch(self._sizes, starts, ends, seed)
+
+    def make_epoch_bound(self, values: Integers) -> Callable[[int], int]:
+        """Make a function that bounds the sum of a number over the examples of an epoch, without drawing them."""
+        sorted_values = [np.sort(values[bounds.start : bounds.stop])[::-1] for bounds in self._list_bounds()]
+        largest = [np.concatenate([[0], np.cumsum(each)]) for each in sorted_values]
+        return lambda epoch: bound_epoch_sum(largest, *map(self._counts.sum_epochs, (epoch, epoch + 1)))
 
     @property
     def has_every_example_once(self) -> bool:

@@ -85,7 +85,7 @@ class EpochCounts:
     """
 
     def __init__(self, rates: Sequence[Fraction]) -> None:
-        self.rates = tuple(rates)
+        self._whole = [int(rate) for rate in rates]
         self._rests = [float(rate % 1) for rate in rates]
         self._rests_per_epoch = round(sum(self._rests))
         self._sums = [[0] * len(rates)]
@@ -94,8 +94,7 @@ class EpochCounts:
         """Return how many examples of each dataset the first `count` epochs have together."""
         while len(self._sums) <= count:
             self._sums.append(self._add_rests(len(self._sums), self._sums[-1]))
-        whole = [count * (rate // 1) for rate in self.rates]
-        return [number + rest for number, rest in zip(whole, self._sums[count], strict=True)]
+        return [count * whole + rest for whole, rest in zip(self._whole, self._sums[count], strict=True)]
 
     def _add_rests(self, epochs: int, before: Sequence[int]) -> list[int]:
         """Divide the remaining examples of an epoch, counted from 1, among the datasets."""
@@ -105,6 +104,20 @@ class EpochCounts:
             begun = [index for index, rest in enumerate(self._rests) if drawn[index] < elapsed * rest]
             drawn[min(begun, key=lambda index: (drawn[index] + 1) / self._rests[index])] += 1
         return drawn
+
+
+def bound_epoch_sum(largest: Sequence[Integers], starts: Sequence[int], ends: Sequence[int]) -> int:
+    """Bound the sum of a number over an epoch's examples, as `draw_epoch` draws them.
+
+    Args:
+        largest: for each dataset the sum of the n largest numbers of its examples, from n = 0.
+    """
+    bound = 0
+    for sums, start, end in zip(largest, starts, ends, strict=True):
+        size = len(sums) - 1
+        for first in range(start - start % size, end, size):
+            bound += int(sums[min(end - first, size) - max(start - first, 0)])
+    return bound
 
 
 def draw_epoch(
