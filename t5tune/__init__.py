@@ -41,11 +41,11 @@ __all__ = ["__version__", *_HOMES]
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 't5tune' has no attribute {name!r}")
-    from t5tune.compat.lazy_compiling import import_without_compiler
+    from t5tune.compat.lazy_imports import import_lazily
     from t5tune.compat.quiet import quiet_libraries
     from t5tune.model.device import let_gpu_memory_grow, limit_openmp_spinning
 
-    import_without_compiler()
+    import_lazily()
     limit_openmp_spinning()
     let_gpu_memory_grow()
     with quiet_libraries():

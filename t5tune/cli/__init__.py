@@ -6,6 +6,7 @@ command's module is imported when the command runs, so that the help doesn't wai
 """
 
 import atexit
+import gc
 import io
 import os
 import sys
@@ -23,6 +24,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     if os.environ.get("COLUMNS") == "0":  # Rich would print nothing at all
         del os.environ["COLUMNS"]
     code = run(sys.argv[1:] if arguments is None else arguments)
+    gc.freeze()  # Python looks for garbage at its end, which takes a while with all objects of the libraries
     if sys.stdout is not None:
         try:
             sys.stdout.flush()

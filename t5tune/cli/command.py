@@ -1,6 +1,5 @@
 """Run a command that Typer has parsed: load its settings, call it, and show its result."""
 
-import gc
 import importlib
 import os
 import signal
@@ -14,7 +13,8 @@ from typing import Any
 from t5tune.cli.output import Output
 from t5tune.cli.results import render_result
 from t5tune.cli.spellings import CommandLine
-from t5tune.compat.lazy_compiling import import_without_compiler
+from t5tune.compat.lazy_imports import import_lazily
+from t5tune.compat.python_patches import pause_garbage_collection
 from t5tune.compat.quiet import quiet_libraries, reserve_stdout
 from t5tune.distributed.signals import handle_signals, interrupt_on_signals
 from t5tune.distributed.world import World
@@ -70,7 +70,7 @@ def _warn_of_copied_run(config: Path, output_dir: Path, output: Output) -> None:
 
 
 def _configure_libraries(command: str, debug: bool) -> None:
-    import_without_compiler()
+    import_lazily(uses_only_t5=True)
     limit_openmp_spinning()
     let_gpu_memory_grow()
     if command == "merge":
@@ -89,10 +89,13 @@ def _handle_signals(settings: Settings, output: Output, world: World) -> Abstrac
 
 
 def _import_command(command: str) -> Callable[..., int | None]:
-    if command in COMMANDS_WITH_MODULE:
-        run: Callable[..., None] = _import_module(f"t5tune.cli.{command}").run
+    has_module = command in COMMANDS_WITH_MODULE
+    with pause_garbage_collection():
+        module = importlib.import_module(f"t5tune.{'cli' if has_module else 'commands'}.{command}")
+    if has_module:
+        run: Callable[..., None] = module.run
         return run
-    function = getattr(_import_module(f"t5tune.commands.{command}"), command)
+    function = getattr(module, command)
 
     def run_and_show(settings: Any, output: Output) -> int:
         from t5tune.cli.next_steps import list_next_steps
@@ -104,16 +107,6 @@ def _import_command(command: str) -> Callable[..., int | None]:
         return 0 if getattr(result, "ok", True) else 1  # only doctor's result has `ok`
 
     return run_and_show
-
-
-def _import_module(name: str) -> Any:
-    """Import a command's module without collecting garbage, which would take a quarter of the time of the imports."""
-    gc.disable()
-    try:
-        return importlib.import_module(name)
-    finally:
-        gc.enable()
-        gc.freeze()  # later collections leave out the libraries' objects, which stay until the end
 
 
 def _fail(error: Exception, world: World, output: Output) -> int:

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 
 from t5tune.checkpoints.adapter import read_adapter, read_base_metadata
 from t5tune.checkpoints.adapter_folder import find_adapter, is_adapter
@@ -31,7 +29,6 @@ from t5tune.inference.precision import Precision, read_trained_precision, resolv
 from t5tune.io.reasons import join_lines
 from t5tune.model.device import choose_device
 from t5tune.model.load import load_base
-from t5tune.model.lora import replace_trainable_token_layers
 from t5tune.model.zero3 import Zero3Partitioner
 from t5tune.progress import Note, Report, silent
 from t5tune.settings.groups.base import BaseModelSettings, InferenceSettings, QuantizationSettings
@@ -152,6 +149,8 @@ def load_for_inference(
         partitioner = Zero3Partitioner(zero3, dtype)
     model = load_base(base, dtype, device, precision.quantization, family, report, partitioner, task)
     if adapter is not None:
+        from t5tune.model.lora import replace_trainable_token_layers  # imports PEFT, which takes half a second
+
         with nullcontext() if partitioner is None else partitioner.prepare_peft():
             model = load_adapter(model, adapter)
         replace_trainable_token_layers(model)  # PEFT's would copy the whole embedding and head in each forward
@@ -217,12 +216,17 @@ def choose_family(settings: BaseModelSettings, adapter: Path | None) -> str | No
 
 def load_adapter(model: Any, folder: Path) -> Any:
     """Add a saved adapter to a base, for inference."""
+    from peft import PeftModel
+
     with _explain_misfit(folder):
         return PeftModel.from_pretrained(model, str(folder), **_get_peft_options(model)).eval()
 
 
 def load_weighted_sum(model: Any, folders: list[Path], weights: list[float]) -> Any:
     """Add the weighted sum of several saved adapters to a base, with PEFT's combination type `cat`."""
+    from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
+
     names = [f"part{number}" for number in range(len(folders))]
     options = _get_peft_options(model)
     with _explain_misfit(*folders):

@@ -25,7 +25,6 @@ from functools import cache, wraps
 from typing import Any, Literal, NamedTuple
 
 import torch
-from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 from transformers.modeling_outputs import Seq2SeqLMOutput
 
@@ -170,11 +169,12 @@ def read_head_weights(head: Any, device: torch.device | None = None) -> HeadWeig
     """
     if isinstance(head, nn.Linear):
         return HeadWeights(head.weight)
-    if isinstance(head, ModulesToSaveWrapper) and not head.disable_adapters:
+    kind = type(head).__name__  # a model without adapters doesn't import PEFT
+    if kind == "ModulesToSaveWrapper" and not head.disable_adapters:
         return read_head_weights(head.modules_to_save[head.active_adapters[0]])
-    if isinstance(head, ModulesToSaveWrapper | TrainableTokensWrapper) and head.disable_adapters:
+    if kind in ("ModulesToSaveWrapper", "TrainableTokensWrapper") and head.disable_adapters:
         return read_head_weights(head.original_module)
-    if isinstance(head, TrainableTokensWrapper):
+    if kind == "TrainableTokensWrapper":
         (name,) = head.token_adapter.trainable_tokens_delta
         weight_VD = head.token_adapter.get_base_layer().weight
         return HeadWeights(weight_VD, *head.token_adapter.get_rows(name, device or weight_VD.device))

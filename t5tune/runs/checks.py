@@ -95,6 +95,11 @@ ARGUMENTS_WITHOUT_EFFECT = {
     ),
     **dict.fromkeys(("hub_always_push", "hub_revision"), "t5tune uploads the run itself; leave it out"),
 }  # fmt: skip
+# names that need no check: importing transformers' list takes seconds, also in a process that only starts ranks
+COMMON_NAMES = {
+    "optim": ("adamw_torch", "adamw_torch_fused", "adafactor"),
+    "lr_scheduler_type": ("linear", "cosine", "constant", "constant_with_warmup"),
+}
 WITHOUT_WARMUP = {"constant", *SCHEDULES_BY_METRIC}
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "clearml", "swanlab")  # also their modules' names
 
@@ -355,6 +360,8 @@ def _list_changed(settings: Settings, names: Iterable[str]) -> dict[str, Any]:
 
 
 def _find_unknown_names(steps: StepSettings) -> list[str]:
+    if all(getattr(steps, setting) in names for setting, names in COMMON_NAMES.items()):
+        return []
     from transformers import SchedulerType
     from transformers.training_args import OptimizerNames
 
@@ -377,6 +384,8 @@ def _find_unusable_schedule(steps: StepSettings) -> list[str]:
     # TrainingArguments parses a text as JSON; a list has a value for each optimizer group, and these aren't known yet
     if not isinstance(given, dict) or any(isinstance(value, list) for value in given.values()):
         return []
+    if name in COMMON_NAMES["lr_scheduler_type"] and not given:
+        return []
     import torch
     from transformers import SchedulerType, get_scheduler
 
@@ -392,9 +401,11 @@ def _find_unusable_schedule(steps: StepSettings) -> list[str]:
 
 
 def _trains_on_cpu(processes: ProcessSettings) -> bool:
+    if processes.use_cpu or processes.num_processes is not None:
+        return True
     import torch
 
-    return processes.use_cpu or processes.num_processes is not None or not torch.cuda.is_available()
+    return not torch.cuda.is_available()
 
 
 def _find_unusable_evaluation(plan: RunPlan) -> list[str]:

@@ -6,6 +6,7 @@
 Runs in the current process: alone, or as one rank under torchrun, the deepspeed launcher or `--num-gpus`.
 """
 
+import gc
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
@@ -22,7 +23,7 @@ from t5tune.checkpoints.hub_upload import (
     upload_result,
 )
 from t5tune.commands.train.run_plan import make_run_plan
-from t5tune.compat.python_patches import restore_environment
+from t5tune.compat.python_patches import pause_garbage_collection, restore_environment
 from t5tune.data.caches.mixing import Mixing
 from t5tune.data.caches.prepared import find_tokenizer_folder
 from t5tune.data.tokens.tokenizer import load_tokenizer
@@ -114,12 +115,13 @@ def _train(
 ) -> TrainResult:
     with ExitStack() as stack:
         stack.enter_context(restore_environment())
+        stack.callback(gc.unfreeze)  # a script goes on
         _remove_accelerate_variables(report)
-        # imports torch, which takes seconds; a signal may arrive meanwhile
-        from t5tune.distributed.collectives import any_rank, report_lost_ranks, run_on_rank_0
-        from t5tune.distributed.process_group import join_process_group
-        from t5tune.distributed.watch import watch_ranks
-        from t5tune.runs.same_ranks import check_same_settings
+        with pause_garbage_collection():  # imports torch, which takes seconds; a signal may arrive meanwhile
+            from t5tune.distributed.collectives import any_rank, report_lost_ranks, run_on_rank_0
+            from t5tune.distributed.process_group import join_process_group
+            from t5tune.distributed.watch import watch_ranks
+            from t5tune.runs.same_ranks import check_same_settings
 
         chosen = "cpu" if settings.use_cpu else None
         device = stack.enter_context(join_process_group(world, settings, chosen, report, stop))
@@ -143,12 +145,13 @@ def _train(
             return read_result(folder.path)
         commits = run_on_rank_0(world, folder.read_commits)
         plan = pin_commits(make_run_plan(settings), commits)
-        from transformers.trainer_utils import enable_full_determinism
+        with pause_garbage_collection():
+            from transformers.trainer_utils import enable_full_determinism
 
-        from t5tune.compat.torch_patches import restore_determinism
-        from t5tune.training.arguments import choose_tf32
-        from t5tune.training.run import run_training
-        from t5tune.training.session import Session
+            from t5tune.compat.torch_patches import restore_determinism
+            from t5tune.training.arguments import choose_tf32
+            from t5tune.training.run import run_training
+            from t5tune.training.session import Session
 
         stack.enter_context(restore_determinism())
         if plan.steps.training_args.get("full_determinism"):
