@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from t5tune.checkpoints.adapter import PEFT_PREFIX
 from t5tune.compat.torch_patches import replace_attention_kernel
@@ -261,11 +262,6 @@ class _EmptyTensor(torch.Tensor):
     __torch_dispatch__ = None  # type: ignore[assignment]  # operations need the mode below
 
 
-_aten = torch.ops.aten
-# torch computes the results' shapes in Python, which takes 20 times as long as for other operations
-_SLOW = {_aten.mul.Tensor, _aten.add.Tensor, _aten.pow.Tensor_Scalar, _aten.rsqrt.default, _aten.mm.default}
-
-
 def _unwrap(value: Any, given: dict[int, torch.Tensor]) -> Any:
     """Return the meta tensors of empty tensors, and add them to `given`: the meta tensor's id -> the tensor."""
     if isinstance(value, torch.Tensor):
@@ -280,10 +276,40 @@ def _takes_device(function: Any) -> bool:
     return any(argument.name == "device" for argument in function._schema.arguments)
 
 
+def _describe(value: Any) -> Any:
+    """Describe an operation's inputs by all that its results' shapes depend on."""
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.stride(), value.dtype
+    return tuple(map(_describe, value)) if isinstance(value, (list, tuple)) else (type(value), value)
+
+
+def _find_repeatable(result: Any, inputs: Any) -> Any:
+    """Return the number of the input that an operation has changed, or a copy of a new result; None: neither."""
+    for number, each in enumerate(inputs):
+        if each is result:
+            return number
+    if not isinstance(result, torch.Tensor):
+        return None
+    storage, copied = result.untyped_storage(), _copy_empty(result)
+    shared = [each.untyped_storage()._cdata for each in tree_leaves(inputs) if isinstance(each, torch.Tensor)]
+    is_view = storage._cdata in shared or storage.nbytes() != copied.untyped_storage().nbytes()
+    return None if is_view else copied
+
+
+def _copy_empty(meta: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(meta.shape, meta.stride(), dtype=meta.dtype, device="meta")
+
+
 class _EmptyTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Run operations on `_EmptyTensor`s, and track the live bytes that they allocate."""
 
-    _shapes: ClassVar[dict[Any, torch.Tensor]] = {}
+    # by operation and inputs, the value of `_find_repeatable`: torch computes many results' shapes in Python, which
+    # takes up to a millisecond
+    _known: ClassVar[dict[Any, Any]] = {}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # otherwise torch wraps `__torch_dispatch__`, which takes as long as the rest of it
 
     def __init__(self, before: Iterable[_EmptyTensor] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -300,16 +326,14 @@ class _EmptyTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
         options = {name: _unwrap(value, given) for name, value in (kwargs or {}).items()}
         if "device" in options or (not given and _takes_device(function)):
             options["device"] = "meta"
-        if function not in _SLOW or options:
-            return self._wrap(function(*metas, **options), given)
-        key = (
-            function,
-            *((v.shape, v.stride(), v.dtype) if isinstance(v, torch.Tensor) else (type(v), v) for v in metas),
-        )
-        if key not in self._shapes:
-            self._shapes[key] = function(*metas)
-        known = self._shapes[key]
-        return self._wrap(torch.empty_strided(known.shape, known.stride(), dtype=known.dtype, device="meta"), given)
+        inputs = (*metas, *options.values())
+        key = (function, *options, _describe(inputs))
+        if (known := self._known.get(key)) is not None:
+            return self._wrap(inputs[known] if isinstance(known, int) else _copy_empty(known), given)
+        result = function(*metas, **options)
+        if key not in self._known and key[-1] == _describe(inputs):  # no input is a different view now
+            self._known[key] = _find_repeatable(result, inputs)
+        return self._wrap(result, given)
 
     def _wrap(self, value: Any, given: dict[int, torch.Tensor]) -> Any:
         if isinstance(value, torch.Tensor):

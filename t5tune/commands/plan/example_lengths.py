@@ -178,8 +178,9 @@ def find_largest_loss_batch(data: ExampleLengths) -> BatchLengths:
     If the lengths are assumed, such examples fill the batch.
     """
     lengths = [Lengths(*each) for each in zip(data.targets.tolist(), data.sources.tolist(), strict=True)]
-    if not data.is_real:
-        lengths *= MAX_TOKENS_PER_BATCH
+    if not data.is_real:  # all examples are equal
+        count = max(1, MAX_TOKENS_PER_BATCH // sum(lengths[0]))
+        return BatchLengths((lengths[0].source,) * count, (lengths[0].target,) * count)
     batch = max(make_loss_batches(lengths, None).batches, key=lambda batch: sum(sum(lengths[i]) for i in batch))
     return BatchLengths(tuple(lengths[i].source for i in batch), tuple(lengths[i].target for i in batch))
 
