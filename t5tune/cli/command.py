@@ -95,7 +95,7 @@ def _import_command(command: str) -> Callable[..., int | None]:
     if has_module:
         run: Callable[..., None] = module.run
         return run
-    function = getattr(module, command)
+    function = partial(getattr(module, command), **({"in_fork": True} if command == "plan" else {}))
 
     def run_and_show(settings: Any, output: Output) -> int:
         from t5tune.cli.next_steps import list_next_steps

@@ -12,9 +12,10 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,7 +33,7 @@ from t5tune.distributed.signals import (
 from t5tune.distributed.world import ERRORS_FOLDER_VARIABLE, RERUN_HINT, RESUME_HINT, World
 from t5tune.errors import RankLost, SettingsError, Stopped, T5TuneError
 from t5tune.io.atomic import write_json
-from t5tune.io.processes import count_cores, die_with_parent, make_module_command
+from t5tune.io.processes import ForkedProcess, count_cores, start_module
 from t5tune.io.reasons import join_lines
 from t5tune.progress import Note, Report, silent
 from t5tune.settings.loading import VARIABLE_PREFIX
@@ -40,6 +41,8 @@ from t5tune.settings.loading import VARIABLE_PREFIX
 POLL_SECONDS = 0.1
 SECONDS_TO_STOP = 60.0  # for the remaining ranks, after the first rank has stopped on request
 SECONDS_TO_REPORT = 2.0  # for the remaining ranks to report their errors, after the first rank has failed
+
+Worker = subprocess.Popen[bytes] | ForkedProcess
 
 
 def launch(
@@ -49,22 +52,24 @@ def launch(
     report: Report = silent,
     stdout: IO[str] | None = None,
     module: str = "t5tune",
+    in_fork: bool = False,
 ) -> None:
     """Run `t5tune` with these arguments in `count` processes on this machine, and wait for them.
 
     Args:
         stdout: where workers print results; None: this process's stdout.
         module: to run in place of `t5tune`.
+        in_fork: see `start_module`.
 
     Raises:
         T5TuneError: the error of the worker that failed first, or how it ended.
         Stopped: a signal asked to stop.
     """
-    command = make_module_command(module, *arguments)
+    start = partial(start_module, module, arguments, stdout=stdout, in_fork=in_fork)
     saves_checkpoints = arguments[0] == "train"
     with _record_signals() as received:
         for restart in range(max_restarts + 1):
-            failure = _run(command, count, received, saves_checkpoints, stdout)
+            failure = _run(start, count, received, saves_checkpoints)
             if failure is None:
                 return
             # t5tune would detect the errors of other types again
@@ -132,11 +137,11 @@ def _record_signals() -> Iterator[_ReceivedSignals]:
 
 
 def _run(
-    command: list[str], count: int, received: _ReceivedSignals, saves_checkpoints: bool, stdout: IO[str] | None = None
+    start: Callable[[dict[str, str]], Worker], count: int, received: _ReceivedSignals, saves_checkpoints: bool
 ) -> T5TuneError | None:
     """Run the workers until they end. Return the error that ended them, or None."""
     with tempfile.TemporaryDirectory(prefix="t5tune-errors-") as folder:
-        workers = _start(command, count, folder, stdout)
+        workers = _start(start, count, folder)
         try:
             _watch(workers, received)
             ended = [worker.poll() for worker in workers]
@@ -154,7 +159,7 @@ def _run(
         return error
 
 
-def _start(command: list[str], count: int, folder: str, stdout: IO[str] | None) -> list[subprocess.Popen[bytes]]:
+def _start(start: Callable[[dict[str, str]], Worker], count: int, folder: str) -> list[Worker]:
     common = {
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),
@@ -168,15 +173,7 @@ def _start(command: list[str], count: int, folder: str, stdout: IO[str] | None) 
     # workers start with the signals blocked, until they have installed their handlers
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, (*STOP_SIGNALS, FORWARDED_SIGNAL))
     try:
-        return [
-            subprocess.Popen(
-                command,
-                env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=stdout,
-                preexec_fn=die_with_parent,
-            )
-            for rank in range(count)
-        ]
+        return [start({**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(count)]
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
@@ -188,7 +185,7 @@ def find_free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def _watch(workers: list[subprocess.Popen[bytes]], received: _ReceivedSignals) -> None:
+def _watch(workers: list[Worker], received: _ReceivedSignals) -> None:
     """Wait until all workers have ended, or for a short time after a failure. Forward a request to stop."""
     is_forwarded = False
     failed_at: float | None = None

@@ -10,6 +10,8 @@ from itertools import pairwise
 from math import sqrt
 from statistics import fmean, stdev
 
+TIMES_FILE = "times.json"
+
 
 @dataclass
 class Times:

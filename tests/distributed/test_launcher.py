@@ -1,6 +1,7 @@
 """Errors of workers: the launching process reads the error that the worker raised."""
 
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +11,13 @@ import pytest
 from t5tune.distributed import launcher
 from t5tune.distributed.launcher import _find_first_error, _read_error, _ReceivedSignals, write_error
 from t5tune.errors import RankLost, SettingsError, T5TuneError
+
+
+def run_ranks(code: str, count: int, received: _ReceivedSignals, saves_checkpoints: bool) -> T5TuneError | None:
+    def start(environment: dict[str, str]) -> "subprocess.Popen[bytes]":
+        return subprocess.Popen([sys.executable, "-c", code], env=environment)
+
+    return launcher._run(start, count, received, saves_checkpoints)
 
 
 def test_the_launching_process_reads_each_problem_of_a_workers_error(
@@ -39,15 +47,13 @@ def test_the_launching_process_reads_each_problem_of_a_workers_error(
 def test_the_launcher_names_the_hanging_rank_if_nccl_aborts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launcher, "SECONDS_TO_REPORT", 0.5)
     hang_or_abort = "import os, signal; signal.pause() if os.environ['RANK'] == '1' else os.abort()"
-    error = launcher._run([sys.executable, "-c", hang_or_abort], 3, _ReceivedSignals(), saves_checkpoints=False)
+    error = run_ranks(hang_or_abort, 3, _ReceivedSignals(), saves_checkpoints=False)
     assert isinstance(error, RankLost)
     assert error.hint == "run the same command again"
     assert (
         error.message == "rank 0 was killed by SIGABRT, which NCCL sends if another rank hangs; still running: rank 1"
     )
-    error = launcher._run(
-        [sys.executable, "-c", "import os; os.abort()"], 2, _ReceivedSignals(), saves_checkpoints=True
-    )
+    error = run_ranks("import os; os.abort()", 2, _ReceivedSignals(), saves_checkpoints=True)
     assert isinstance(error, RankLost)
     assert error.message == "rank 0 was killed by SIGABRT"
 
@@ -69,7 +75,7 @@ if os.environ["RANK"] == "0":
 sys.exit(143)
 """
     received = _ReceivedSignals(number)
-    error = launcher._run([sys.executable, "-c", stop], 2, received, saves_checkpoints=True)
+    error = run_ranks(stop, 2, received, saves_checkpoints=True)
     assert error.exit_code == 143
     assert done.exists()
 
@@ -92,9 +98,7 @@ ignoring.write_text(str(os.getpid()))
 time.sleep(20)
 pathlib.Path({str(ended)!r}).touch()
 """
-    error = launcher._run(
-        [sys.executable, "-c", stop_or_hang], 2, _ReceivedSignals(signal.SIGINT), saves_checkpoints=True
-    )
+    error = run_ranks(stop_or_hang, 2, _ReceivedSignals(signal.SIGINT), saves_checkpoints=True)
     assert error.exit_code == 143
     assert not ended.exists()
     assert not psutil.pid_exists(int(ignoring.read_text()))

@@ -90,8 +90,11 @@ class Plan:
     time_unknown: str | None
 
 
-def plan(settings: PlanSettings, report: Report = silent) -> Plan:
+def plan(settings: PlanSettings, report: Report = silent, in_fork: bool = False) -> Plan:
     """Estimate the memory and steps of a training run with these settings.
+
+    Args:
+        in_fork: time the run's first steps in a fork of this process, which must not have computed anything with torch.
 
     Raises:
         SettingsError: `train` would refuse the settings, or the lengths don't fit tokens_per_batch.
@@ -102,10 +105,10 @@ def plan(settings: PlanSettings, report: Report = silent) -> Plan:
     if refusals := _find_refusals(settings) + find_unusable_optimizer(settings.optim, on_cpu=not machine.on_gpu):
         raise SettingsError(*refusals)
     with TemporaryDirectory(prefix="t5tune-plan-") as folder:
-        return _make_plan(settings, machine, Path(folder), report)
+        return _make_plan(settings, machine, Path(folder), report, in_fork)
 
 
-def _make_plan(settings: PlanSettings, machine: Machine, folder: Path, report: Report) -> Plan:
+def _make_plan(settings: PlanSettings, machine: Machine, folder: Path, report: Report, in_fork: bool) -> Plan:
     config, place = _read_model_config(settings, report)  # first: its errors say more
     data = read_lengths(settings, folder, report)
     family = find_family(config, place, settings.family)
@@ -134,7 +137,7 @@ def _make_plan(settings: PlanSettings, machine: Machine, folder: Path, report: R
     if unknown is None:
         try:
             with count_done("timing steps", report):
-                time = estimate_time(settings, data, machine, steps or 0, per_epoch, folder)
+                time = estimate_time(settings, data, machine, steps or 0, per_epoch, folder, in_fork)
         except T5TuneError as error:
             unknown = error.message
     dtype = "bf16" if settings.bf16 else "fp32"

@@ -18,13 +18,12 @@ from t5tune.file_names import SETTINGS_FILE
 from t5tune.io.atomic import write_json
 from t5tune.io.processes import die_with_parent
 from t5tune.io.reasons import describe_error
-from t5tune.planning.run_time import Times
+from t5tune.planning.run_time import TIMES_FILE, Times
 from t5tune.progress import Advanced, Evaluated, Event, Started
 from t5tune.settings import TrainSettings, load_settings
 
-TIMES_FILE = "times.json"
-MAX_STEPS, MIN_STEPS = 30, 5  # and one more, since the run stops after the next step
-SECONDS_OF_STEPS = 12.0  # no further step after MIN_STEPS and this time
+MAX_STEPS, MIN_STEPS = 12, 5  # and one more, since the run stops after the next step
+SECONDS_OF_STEPS = 2.0  # no further step after MIN_STEPS and this time
 
 
 def record(event: Event, times: Times) -> None:
@@ -48,9 +47,14 @@ def main(folder: Path, times: Times, max_seconds: float) -> None:
     limit = threading.Timer(max_seconds, os._exit, [1])  # loading can't be interrupted otherwise
     limit.daemon = True
     limit.start()
-    os.environ["HF_HUB_OFFLINE"] = "1"  # before the Hub's library is imported
+    from huggingface_hub import constants
+
     from t5tune.commands.train import train
 
+    constants.HF_HUB_OFFLINE = True  # the variable may have been read already, in the process that forked
+    with open(os.devnull, "w") as null:
+        os.dup2(null.fileno(), 1)
+        os.dup2(null.fileno(), 2)
     try:
         settings, _ = load_settings(TrainSettings, str(folder / SETTINGS_FILE), {})
         with quiet_libraries():
