@@ -1,12 +1,13 @@
 """Ranks on the command line: starting workers, and running as a launcher's worker."""
 
+import multiprocessing
 import tempfile
 from pathlib import Path
 
 from t5tune.cli.output import Output
 from t5tune.distributed.launcher import launch, stop_with_deepspeed_launcher
 from t5tune.distributed.world import World
-from t5tune.io.processes import die_with_parent
+from t5tune.io.processes import ForkedProcess, die_with_parent
 from t5tune.settings import EvaluateSettings, TrainSettings, write_settings
 
 
@@ -31,4 +32,6 @@ def run_in_workers(
         # the workers take unset settings from the model or the token cache
         path = write_settings(Path(folder), settings, only_given=True)
         arguments = [settings.command, "--config", str(path), *flags]
-        launch(arguments, settings.process_count, max_restarts, output.report, stdout)
+        # doctor's forks have imported the libraries
+        in_fork = isinstance(multiprocessing.current_process(), ForkedProcess)
+        launch(arguments, settings.process_count, max_restarts, output.report, stdout, in_fork=in_fork)

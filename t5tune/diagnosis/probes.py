@@ -1,27 +1,24 @@
 """Checks that load the libraries. Each runs in a separate process, so that a crash doesn't end `doctor`.
 
-    python -m t5tune.diagnosis.probes torch     prints a Finding as JSON, such as {"check": "torch", "state": "good", …}
+    PROBES["torch"]()     # ("good", "torch 2.13.0 (CPU only), no GPU: training runs on 8 CPU threads", "")
 
 A probe raises an error if a library doesn't work. Several probes train the built-in model for one step.
 """
 
-import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
 import timeit
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from t5tune.compat.deepspeed_patches import import_deepspeed
-from t5tune.diagnosis import CheckResult, Finding
+from t5tune.diagnosis import CheckResult
 from t5tune.formatting import format_count
-from t5tune.io.processes import make_module_command
+from t5tune.io.processes import start_module
 from t5tune.model.device import read_nvidia_driver
 from t5tune.model.kernels.flex_check import (
     AttentionShape,
@@ -127,10 +124,10 @@ def _train_one_step(*flags: str) -> float:
     # without the user's settings, which could fail for reasons that have nothing to do with the machine
     environment = {name: value for name, value in os.environ.items() if not name.startswith(VARIABLE_PREFIX)}
     with tempfile.TemporaryDirectory(prefix="t5tune-doctor-") as folder:
-        command = make_module_command("t5tune", *TRAIN_ONE_STEP.split(), str(Path(folder, "run")), *flags)
-        done = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    if done.returncode:
-        sys.exit(done.stderr.rpartition("error: ")[2] or f"t5tune train exited with code {done.returncode}")
+        arguments = [*TRAIN_ONE_STEP.split(), str(Path(folder, "run")), *flags]
+        code = start_module("t5tune", arguments, environment, None, in_fork=True).wait()
+    if code:
+        sys.exit(code)  # it has printed the error
     return time.monotonic() - started
 
 
@@ -143,11 +140,3 @@ PROBES: dict[str, Callable[[], CheckResult]] = {
     "deepspeed": probe_deepspeed,
     "training": probe_training,
 }
-
-
-if __name__ == "__main__":
-    # libraries may print to stdout: redirect them to stderr, and keep stdout for the result
-    result = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    name = sys.argv[1]
-    print(json.dumps(asdict(Finding(name, *PROBES[name]()))), file=result, flush=True)

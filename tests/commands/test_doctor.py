@@ -4,18 +4,22 @@ import importlib.metadata
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from t5tune.commands import doctor as doctor_module
-from t5tune.commands.doctor import PROBE_HINTS, _run_probe
+from t5tune.commands.doctor import _run_probes
 from t5tune.compat.requirements import check_versions, read_oldest_releases
 from t5tune.diagnosis import Finding, machine, probes
+from t5tune.diagnosis.probe_runner import PROBE_HINTS
 from tests.support.paths import REPOSITORY
 from tests.support.processes.command_line import t5tune, t5tune_in_fork
 
@@ -100,19 +104,51 @@ def test_a_library_that_fails_results_in_one_finding(
     module: str, text: str, found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", make_path_with_module(tmp_path, module, text))
-    finding = _run_probe("bitsandbytes", timeout=2 if "wait" in text else 60)
+    (finding,) = _run_probes(["bitsandbytes"], timeout=2 if "wait" in text else 60)
     assert finding.state == ("warning" if "wait" in text else "broken")  # a slow library may still work
     assert found in finding.found
     assert ("--timeout" if "wait" in text else "pip install") in finding.mend
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        # the process that runs the probes crashes once a probe needs the library
+        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "crashed with SIGSEGV"),
+        ('raise ImportError("no accelerate today")', "no accelerate today"),
+    ],
+)
+def test_a_broken_library_breaks_only_the_probes_that_use_it(
+    text: str, found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", make_path_with_module(tmp_path, "accelerate", text))
+    findings = index_by_check([*_run_probes(["torch", "training"], timeout=120)])
+    assert findings["torch"].state == "good", findings
+    assert findings["training"].state == "broken"
+    assert found in findings["training"].found
+    assert not findings["training"].found.startswith("error:")
+
+
+def test_ctrl_c_ends_all_processes_of_doctor() -> None:
+    command = [sys.executable, "-m", "t5tune", "doctor"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while len(started := psutil.Process(process.pid).children(recursive=True)) < 2:  # the runner and a probe
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+    _, alive = psutil.wait_procs(started, timeout=20)
+    assert not alive
 
 
 def test_only_checks_that_training_needs_decide_the_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
     from t5tune.settings import DoctorSettings
 
     def is_ok(broken: str) -> bool:
-        monkeypatch.setattr(
-            doctor_module, "_run_probe", lambda name, _: Finding(name, "broken" if name == broken else "good", "")
-        )
+        def run(names: list[str], _: float) -> list[Finding]:
+            return [Finding(name, "broken" if name == broken else "good", "") for name in names]
+
+        monkeypatch.setattr(doctor_module, "_run_probes", run)
         return doctor_module.doctor(DoctorSettings()).ok
 
     assert [is_ok(name) for name in ("nothing", "bitsandbytes", "deepspeed", "torch", "training")] == [
@@ -120,20 +156,23 @@ def test_only_checks_that_training_needs_decide_the_exit_code(monkeypatch: pytes
     ]  # fmt: skip
 
 
-def test_kernels_are_timed_when_all_other_probes_are_done(monkeypatch: pytest.MonkeyPatch) -> None:
-    from t5tune.settings import DoctorSettings
-
-    done: list[str] = []
-
-    def run(name: str, _: float) -> Finding:
-        if name == "kernels":
-            assert sorted([*done, name]) == sorted(PROBE_HINTS)
-        done.append(name)
-        return Finding(name, "good", "")
-
-    monkeypatch.setattr(doctor_module, "_run_probe", run)
-    checks = [finding.check for finding in doctor_module.doctor(DoctorSettings()).findings]
-    assert checks[-len(PROBE_HINTS) :] == list(PROBE_HINTS)
+def test_modules_that_forks_share_do_not_use_the_gpu() -> None:
+    """CUDA doesn't work in the fork of a process that has used it, nor has a fork its parent's threads."""
+    code = """
+import importlib, os
+from t5tune.compat.lazy_imports import import_lazily
+import_lazily(uses_only_t5=True)
+import torch
+calls = []
+for name in ("is_available", "device_count", "init", "is_bf16_supported"):
+    setattr(torch.cuda, name, lambda *_, name=name: calls.append(name))
+for name in ("t5tune.diagnosis.probes", "t5tune.training.run"):
+    importlib.import_module(name)
+print(calls, os.listdir("/proc/self/task") == [str(os.getpid())])
+"""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "[] True\n"
 
 
 def test_versions_are_compared_with_the_oldest_supported_ones(monkeypatch: pytest.MonkeyPatch) -> None:
