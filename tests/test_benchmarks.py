@@ -277,3 +277,11 @@ def test_serve_prints_what_many_clients_get_and_loses_no_reply(tiny: Path) -> No
     assert one["first_token_ms_p50"] <= one["reply_ms_p50"]
     assert {"requests_per_second", "reply_ms_p99", "times_one_at_a_time", "of_limit"} <= eight.keys()
     assert [path.name for path in tiny.iterdir()] == ["config.json"]
+
+
+@pytest.mark.long
+def test_startup_compares_commands_with_their_imports(tmp_path: Path) -> None:
+    result = run_benchmark(tmp_path, "startup.py", "chat", "train", "serve", "--runs", "1")
+    assert result["ratio"].keys() == {"chat", "train", "serve"}
+    assert result["seconds"]["imports"] < result["seconds"]["imports with Trainer"]
+    assert all(1 < ratio < 3 for ratio in result["ratio"].values())
