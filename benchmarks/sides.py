@@ -11,6 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+TINY_VISION = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+    "patch_size": 14,
+}  # fmt: skip
 TURN = "turn "  # a waiting process prints this and its progress
 
 MEASURED = """
@@ -131,7 +135,9 @@ def read_process_memory(name: str) -> int:
 
 
 def write_base(folder: Path, config: dict[str, Any], dtype: str = "float32", device: str = "cpu") -> Path:
-    """Write a random checkpoint for a config of t5tune.planning.known_configs: untied head, built-in tokenizer.
+    """Write a random checkpoint for a config of t5tune.planning.known_configs, with the built-in tokenizer.
+
+    T5's head is untied, T5Gemma 2's is tied, and its vision tower is a tiny one.
 
     Args:
         device: where its weights are drawn, which takes a large model minutes on a CPU.
@@ -141,15 +147,19 @@ def write_base(folder: Path, config: dict[str, Any], dtype: str = "float32", dev
 
     from t5tune.checkpoints.pocket import pocket_folder
 
-    values = {**config, "tie_word_embeddings": False, "decoder_start_token_id": 0}
+    is_tied = config["model_type"] == "t5gemma2"
+    values = {**config, "tie_word_embeddings": is_tied, "decoder_start_token_id": 0}
+    if is_tied:
+        values["encoder"] = {**config["encoder"], "vision_config": TINY_VISION, "mm_tokens_per_image": 4}
     config = AutoConfig.for_model(values.pop("model_type"), **values)
     torch.manual_seed(0)
     with torch.device(device):
         model = AutoModelForSeq2SeqLM.from_config(config, dtype=getattr(torch, dtype))
-    model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.shared.weight) * config.d_model**-0.5)
+    if not is_tied:
+        model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.shared.weight) * config.d_model**-0.5)
     model.save_pretrained(folder)
     written = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**written, "tie_word_embeddings": False}))
+    (folder / "config.json").write_text(json.dumps({**written, "tie_word_embeddings": is_tied}))
     for file in pocket_folder().glob("tokenizer*"):
         shutil.copy(file, folder)
     return folder

@@ -65,14 +65,21 @@ PEERS = ("trainer", "fastchat")  # the ways that ours are compared with; the fir
 WAYS = (*STOCK_WAYS, *OUR_WAYS)
 # minimum number of timed steps of a stock way: its batches vary greatly in size and padding
 MIN_STOCK_BATCHES = 12
+# q and v of the text's layers; the vision tower's have the same names
+T5GEMMA2_LAYERS = r".*(text_model|decoder)\.layers\.\d+\.self_attn\.(q|v)_proj"
+T5GEMMA2_FULL_ATTENTION = 6  # each sixth layer sees the whole text
 POCKET = Path(__file__).parents[1] / "t5tune" / "pocket"
 
 
-def write_conversations(path: Path, count: int, longest: int) -> Path:
-    """Write pairs with lengths like ShareGPT's: log-normal, with medians of 350 source and 150 target tokens."""
+def write_conversations(path: Path, count: int, longest: int, num_words: int | None = None) -> Path:
+    """Write pairs with lengths like ShareGPT's: log-normal, with medians of 350 source and 150 target tokens.
+
+    Args:
+        num_words: number of different words; None: all that are in the built-in vocabulary.
+    """
     vocabulary = json.loads((POCKET / "tokenizer.json").read_text())["model"]["vocab"]
     pieces = vocabulary if isinstance(vocabulary, dict) else [piece for piece, _ in vocabulary]
-    words = [piece[1:] for piece in pieces if piece[0] == "▁" and piece[1:].isalpha()]
+    words = [piece[1:] for piece in pieces if piece[0] == "▁" and piece[1:].isalpha()][:num_words]
     rng = np.random.default_rng(0)
     sources = np.clip(rng.lognormal(math.log(350), 1.1, count), 8, longest).astype(int)
     targets = np.clip(rng.lognormal(math.log(150), 1.0, count), 4, longest).astype(int)
@@ -184,8 +191,9 @@ def run_stock(options: argparse.Namespace, way: StockWay, folder: Path) -> dict[
     base = AutoModelForSeq2SeqLM.from_pretrained(
         options.folder / "base", dtype=getattr(torch, options.dtype), attn_implementation=way.attention
     )
+    targets = T5GEMMA2_LAYERS if base.config.model_type == "t5gemma2" else ["q", "v"]
     lora = LoraConfig(
-        r=8, lora_alpha=16, lora_dropout=options.dropout, target_modules=["q", "v"], task_type="SEQ_2_SEQ_LM"
+        r=8, lora_alpha=16, lora_dropout=options.dropout, target_modules=targets, task_type="SEQ_2_SEQ_LM"
     )
     sources, targets = cache.read_lengths()
     # about the number of steps that sees the same tokens as our ways
@@ -306,6 +314,8 @@ def count_operations(sources: Any, targets: Any, shape: dict[str, Any]) -> float
 
     4 per weight and token, and in attention 12 per pair of tokens and dimension.
     """
+    if shape["model_type"] == "t5gemma2":
+        return count_t5gemma2_operations(sources, targets, shape["encoder"]["text_config"], shape["decoder"])
     width, inner, layers = shape["d_model"], shape["d_kv"] * shape["num_heads"], shape["num_layers"]
     projection, feed_forward = (
         width * inner,
@@ -315,6 +325,28 @@ def count_operations(sources: Any, targets: Any, shape: dict[str, Any]) -> float
     target_weights = layers * (6 * projection + feed_forward) + width * shape["vocab_size"]
     pairs = (sources**2 + targets**2 / 2 + sources * targets).sum() * layers
     return float(4 * (source_weights * sources.sum() + target_weights * targets.sum()) + 12 * inner * pairs)
+
+
+def count_t5gemma2_operations(sources: Any, targets: Any, encoder: dict[str, Any], decoder: dict[str, Any]) -> float:
+    """Count the same for T5Gemma 2, whose decoder's keys and values are the encoder's tokens and its own."""
+
+    def count_weights(stack: dict[str, Any]) -> tuple[int, int, int]:
+        width, head_width = stack["hidden_size"], stack["head_dim"]
+        keys = 2 * width * head_width * stack["num_key_value_heads"]
+        inner = head_width * stack["num_attention_heads"]
+        return keys, 2 * width * inner + keys + 3 * width * stack["intermediate_size"], inner
+
+    def count_pairs(lengths: Any, stack: dict[str, Any]) -> Any:
+        full = stack["num_hidden_layers"] // T5GEMMA2_FULL_ATTENTION
+        in_window = lengths * np.minimum(lengths, stack["sliding_window"])
+        return full * lengths**2 + (stack["num_hidden_layers"] - full) * in_window
+
+    (_, of_source, inner), (keys, of_target, _) = count_weights(encoder), count_weights(decoder)
+    layers = decoder["num_hidden_layers"]
+    source_weights = encoder["num_hidden_layers"] * of_source + layers * keys
+    target_weights = layers * of_target + decoder["hidden_size"] * decoder["vocab_size"]
+    pairs = count_pairs(sources, encoder) + count_pairs(targets, decoder) / 2 + layers * sources * targets
+    return float(4 * (source_weights * sources.sum() + target_weights * targets.sum()) + 12 * inner * pairs.sum())
 
 
 class MatrixProduct:
@@ -350,8 +382,8 @@ def add_share_of_peak(result: dict[str, Any], options: argparse.Namespace) -> di
 
 
 def make_config(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the base's config.json with the requested number of layers and dropout."""
-    shape = {**KNOWN_CONFIGS[options.size], "dropout_rate": options.dropout}
+    """Return the base's config.json with the requested number of layers, dropout and other changes."""
+    shape = {**KNOWN_CONFIGS[options.size], "dropout_rate": options.dropout, **options.shape}
     if options.num_layers is not None:
         shape |= {"num_layers": options.num_layers, "num_decoder_layers": options.num_layers}
     return shape
@@ -425,7 +457,7 @@ def build_parser(doc: str) -> argparse.ArgumentParser:
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--way", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    parser.set_defaults(on_gpu=False, on_step=None, on_end=None)
+    parser.set_defaults(on_gpu=False, on_step=None, on_end=None, shape={})
     return parser
 
 
