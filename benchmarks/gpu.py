@@ -1,15 +1,21 @@
-"""Measure on one GPU: speed and memory of training, correctness and speed of the kernels, resuming, quantized bases.
+"""Prove on one GPU that t5tune computes what it should, or measure its speed and memory.
 
-    python benchmarks/gpu.py --output-dir results            # in ten minutes, the most important first
-    python benchmarks/gpu.py --output-dir results --only 'train flan-t5-xl *' resuming
-    python benchmarks/gpu.py --list                          # the names
+    python benchmarks/gpu.py --prove --output-dir results     # correctness alone, in nine minutes
+    python benchmarks/gpu.py --speed --output-dir results     # speed and memory, the most telling first
+    python benchmarks/gpu.py --speed --continue results/speed.json --output-dir results
+    python benchmarks/gpu.py --speed --output-dir more --only 'train flan-t5-xl *' doctor
+    python benchmarks/gpu.py --prove --list                   # the names
 
-Writes results/gpu.json and results/gpu.md after each measurement, and prints one JSON line at the end: the goals that
-are met, and the measurements that were skipped or failed. Each measurement runs in a separate process, with a time
-limit; without a package or enough time, it is skipped, with the reason. The training runs are train.py's, with a
-dropout of 0.1, in bf16. Needs torch, transformers, PEFT, accelerate and the small dependencies of pyproject.toml;
-t5tune itself needn't be installed. Uses the first GPU of CUDA_VISIBLE_DEVICES. Without a GPU, prints an error and exits
-with code 2.
+Writes prove.json and prove.md, or speed.json and speed.md, after each measurement. Prints the goals as a table and, at
+the end, as a JSON line. Exits with code 1 and the names on stderr if a goal isn't met or a measurement failed. Each
+measurement runs in a separate process, with a time limit. A check that isn't possible, because of a missing package or
+no time, isn't met; a measurement of speed is skipped, and --continue makes it in a further call.
+
+The training runs for speed are train.py's, with a dropout of 0.1, in bf16. Bases are random, with the published shapes
+and the built-in tokenizer, so there is no need for a network. Needs torch, transformers, PEFT, accelerate and the small
+dependencies of pyproject.toml; t5tune itself needn't be installed. Uses the first GPU of CUDA_VISIBLE_DEVICES. Without
+a GPU, prints an error and exits with code 2; with --tiny, uses tiny shapes, on a CPU too, where goals that need a GPU
+are neither met nor not met.
 """
 
 import argparse
@@ -21,126 +27,32 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import tomllib
+from collections.abc import Callable
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from gpu_report import format_tables, summarize
-from gpu_runner import Measurement, Outcome, run_all, run_in_process, to_dict, write_json, write_text
+from gpu_report import ENVIRONMENT, NO_GPU, format_goals, format_tables, list_unmet, summarize_checks, summarize_speed
+from gpu_runner import (
+    Limits,
+    Measurement,
+    Outcome,
+    read_outcomes,
+    run_all,
+    run_in_process,
+    to_dict,
+    write_json,
+    write_text,
+)
 from sides import select_one_gpu
 
+STARTED = time.monotonic()
 REPOSITORY = Path(__file__).parents[1]
 PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "bitsandbytes", "deepspeed", "numpy", "tokenizers")
-MATRIX_SIZE = 8192
-PACKED, TRAINER = "packed", "trainer"
-# longest example: tokens of a packed batch, and examples of a padded batch with about the same tokens
-BATCHES = {512: {"tokens": 16384, "batch_size": 32}, 2048: {"tokens": 32768, "batch_size": 32}}
-STEPS = {512: 13, 2048: 9}  # with 3 for warm-up
-
-
-def list_measurements() -> list[Measurement]:
-    """List all measurements, the most important first."""
-    # imports torch, and this checkout of t5tune
-    import gpu_training
-
-    def train(size: str, longest: int, way: str, seconds: float) -> Measurement:
-        values = {"size": f"google/{size}", "longest": longest, "steps": STEPS[longest], **BATCHES[longest]}
-        measure = partial(gpu_training.measure_training, way=way, **values)
-        return Measurement(f"train {size} {longest} {way}", seconds, measure)
-
-    xl, large, base, xxl = (f"flan-t5-{size}" for size in ("xl", "large", "base", "xxl"))
-    return [
-        Measurement("environment", 15, measure_environment),
-        Measurement("train t5gemma-2 512 packed", 1, gpu_training.check_t5gemma2),
-        *list_kernel_checks(),
-        train(xl, 512, PACKED, 40),
-        train(xl, 512, TRAINER, 30),
-        train(large, 512, PACKED, 30),
-        train(large, 512, TRAINER, 20),
-        train(xl, 2048, PACKED, 30),
-        train(xl, 2048, TRAINER, 40),
-        train(base, 512, PACKED, 30),
-        train(base, 512, TRAINER, 15),
-        *list_resuming(),
-        train(xl, 512, "packed, no attention dropout", 30),
-        train(xl, 512, "packed, loop", 30),
-        train(large, 2048, PACKED, 20),
-        train(large, 2048, TRAINER, 20),
-        train(base, 2048, PACKED, 15),
-        train(base, 2048, TRAINER, 15),
-        *list_variants(),
-        train(large, 512, "packed, no attention dropout", 20),
-        train(large, 512, "packed, loop", 25),
-        train(large, 512, "packed, compiled", 40),
-        Measurement("doctor", 90, measure_doctor),
-        train(xl, 512, "packed, compiled", 40),
-        train(xxl, 512, PACKED, 90),
-        train(xxl, 512, TRAINER, 90),
-    ]
-
-
-def list_kernel_checks() -> list[Measurement]:
-    """List the measurements of single kernels, with the shapes of Flan-T5-xl."""
-    import gpu_kernels
-    import torch
-
-    from t5tune.model.kernels.flex_check import TIMED_SEGMENTS, AttentionShape
-
-    shape, device = AttentionShape(num_heads=32, head_width=64, max_distance=128, dropout=0.1), "cuda"
-    options: dict[str, Any] = {"device": device, "dtype": torch.bfloat16}
-    timed = (TIMED_SEGMENTS, TIMED_SEGMENTS)
-
-    def check(name: str, seconds: float, function: Any, *arguments: Any) -> Measurement:
-        return Measurement(name, seconds, partial(ignore_folder, partial(function, *arguments, **options)))
-
-    return [
-        check("kernels: attention", 60, gpu_kernels.check_attention, shape, gpu_kernels.CHECKED_LENGTHS),
-        check("kernels: attention, time", 40, gpu_kernels.time_attention, shape, timed),
-        check("kernels: layers", 15, gpu_kernels.check_layers, "google/flan-t5-xl", 16384),
-        check("kernels: loss", 10, gpu_kernels.check_loss, "google/flan-t5-xl", 4096),
-        check("kernels: compilations", 30, gpu_kernels.count_compilations, shape, 20, 512),
-        check("kernels: cuDNN attention", 20, gpu_kernels.time_cudnn, shape, 2, 512),
-    ]
-
-
-def list_resuming() -> list[Measurement]:
-    """List the comparisons of resumed runs with uninterrupted ones."""
-    import gpu_training
-
-    values = {"size": "google/flan-t5-base", "longest": 512, "steps": 6, "tokens": 8192}
-    resume = partial(gpu_training.measure_resuming, **values)
-    deterministic = {"training_args": {"full_determinism": True}}
-    paged = {"optim": "paged_adamw_32bit"}
-    return [
-        Measurement("resuming", 30, partial(resume, changes={})),
-        Measurement("resuming, full determinism", 30, partial(resume, changes=deterministic)),
-        Measurement("resuming, paged_adamw_32bit", 30, partial(resume, changes=paged, package="bitsandbytes")),
-    ]
-
-
-def list_variants() -> list[Measurement]:
-    """List short runs with quantized bases and the like, and the memory of evaluation."""
-    import gpu_training
-
-    values = {"size": "google/flan-t5-large", "steps": 6}
-    variant = partial(gpu_training.measure_variant, **values, longest=512, **BATCHES[512])
-    evaluation = partial(gpu_training.measure_evaluation, **values, longest=2048, **BATCHES[2048])
-    nf4, int8 = {"q_lora": True}, {"q_lora": True, "quant_type": "int8"}
-    return [
-        Measurement("evaluation", 30, evaluation),
-        Measurement("DoRA", 20, partial(variant, changes={"use_dora": True})),
-        Measurement("NF4", 20, partial(variant, changes=nf4, package="bitsandbytes")),
-        Measurement("int8", 20, partial(variant, changes=int8, package="bitsandbytes")),
-        Measurement("int8, DoRA", 20, partial(variant, changes=int8 | {"use_dora": True}, package="bitsandbytes")),
-        Measurement("DeepSpeed, ZeRO-2", 30, partial(variant, changes={"deepspeed": "zero2"}, package="deepspeed")),
-    ]
-
-
-def ignore_folder(measure: Any, _folder: Path) -> dict[str, Any]:
-    result: dict[str, Any] = measure()
-    return result
+MATRIX_SIZE, SMALL_MATRIX = 8192, 512
 
 
 def measure_environment(_folder: Path, device: str = "cuda", size: int = MATRIX_SIZE) -> dict[str, Any]:
@@ -154,7 +66,7 @@ def measure_environment(_folder: Path, device: str = "cuda", size: int = MATRIX_
     product = measure_milliseconds(lambda: a @ b, device)
     copy = measure_milliseconds(lambda: b.copy_(a), device)
     result = {
-        "gpu": "none",
+        "gpu": NO_GPU,
         "driver": read_nvidia_driver(),
         "bf16 TFLOP/s of a matrix product": float(f"{2 * size**3 / product / 1e9:.4g}"),
         "GB/s of a copy": round(2 * 2 * size**2 / copy / 1e6, 1),
@@ -203,14 +115,17 @@ def find_gpu(_folder: Path) -> dict[str, Any]:
     return {"gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None}
 
 
-def sees_gpu(folder: Path) -> bool:
-    """Whether a fork of this process sees a GPU."""
+def find_gpu_in_fork(folder: Path) -> str | None:
+    """Return the name of the GPU that a fork of this process sees."""
     found = run_in_process(Measurement("GPU", 0, find_gpu), 120, folder).result or {}
-    return found.get("gpu") is not None
+    return found.get("gpu")
 
 
 def import_libraries() -> None:
-    """Import what most measurements need, so that their processes, which are forks, needn't."""
+    """Import what most measurements need, so that their processes, which are forks, needn't. As t5tune imports it."""
+    from t5tune.compat.lazy_imports import import_lazily
+
+    import_lazily(uses_only_t5=True)  # bitsandbytes would use the GPU
     import peft  # noqa: F401
     from transformers import AutoModelForSeq2SeqLM, Trainer  # noqa: F401
 
@@ -225,11 +140,36 @@ def select(measurements: list[Measurement], patterns: list[str]) -> list[Measure
     return [one for one in measurements if any(fnmatch.fnmatchcase(one.name, pattern) for pattern in patterns)]
 
 
-def save(output: Path, outcomes: list[Outcome]) -> None:
+def list_measurements(options: argparse.Namespace, on_gpu: bool) -> list[Measurement]:
+    """List the measurements of a command, the most important first. Imports torch, and this checkout of t5tune."""
+    import gpu_lists
+
+    device = "cuda" if on_gpu else "cpu"
+    size = SMALL_MATRIX if options.tiny else MATRIX_SIZE
+    environment = Measurement(ENVIRONMENT, 15, partial(measure_environment, device=device, size=size))
+    if options.prove:
+        return [environment, *gpu_lists.list_checks(on_gpu, options.tiny)]
+    doctor = Measurement("doctor", 90, measure_doctor, needs_gpu=True)
+    return [environment, *gpu_lists.list_speeds(on_gpu, options.tiny), doctor]
+
+
+def read_finished(path: Path | None, gpu: str | None) -> dict[str, Outcome]:
+    """Read the outcomes of an earlier call, except of skipped measurements, by name."""
+    if path is None:
+        return {}
+    outcomes = {outcome.name: outcome for outcome in read_outcomes(path) if outcome.state != "skipped"}
+    before = (outcomes[ENVIRONMENT].result or {}).get("gpu") if ENVIRONMENT in outcomes else None
+    if before not in (None, gpu or NO_GPU):
+        sys.exit(f"gpu.py: --continue: {path}: measured on {before}, and this is {gpu or NO_GPU}")
+    return outcomes
+
+
+def save(output: Path, name: str, outcomes: list[Outcome], summarize: Callable[[list[Outcome]], Any]) -> None:
     """Write the outcomes so far."""
     summary = summarize(outcomes)
-    write_json(output / "gpu.json", {"summary": summary, "measurements": [to_dict(outcome) for outcome in outcomes]})
-    write_text(output / "gpu.md", format_tables(outcomes, summary))
+    results = {"summary": summary, "measurements": [to_dict(outcome) for outcome in outcomes]}
+    write_json(output / f"{name}.json", results)
+    write_text(output / f"{name}.md", format_tables(outcomes, summary))
 
 
 def prepare_environment() -> None:
@@ -238,6 +178,7 @@ def prepare_environment() -> None:
     from t5tune.model.device import let_gpu_memory_grow
 
     os.environ |= select_one_gpu()
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # else CUDA wouldn't work in forks
     paths = [str(REPOSITORY), os.environ.get("PYTHONPATH")]
     os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     let_gpu_memory_grow()
@@ -248,34 +189,66 @@ def prepare_environment() -> None:
 def build_parser() -> argparse.ArgumentParser:
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output-dir", type=Path, default=Path("gpu-results"), help="folder of gpu.json and gpu.md")
+    command = parser.add_mutually_exclusive_group(required=True)
+    command.add_argument("--prove", action="store_true", help="check that results are right")
+    command.add_argument("--speed", action="store_true", help="measure speed and memory")
+    parser.add_argument("--output-dir", type=Path, default=Path("gpu-results"), help="folder of the results")
     parser.add_argument("--only", nargs="+", default=["*"], metavar="NAME", help="names, or patterns such as 'train *'")
-    parser.add_argument("--minutes", type=float, default=10, help="what doesn't fit in this time is skipped")
+    parser.add_argument("--minutes", type=float, default=9, help="what doesn't fit in this time is skipped")
+    parser.add_argument(
+        "--continue",
+        dest="earlier",
+        type=Path,
+        metavar="FILE",
+        help="the JSON of an earlier call: make what it skipped",
+    )
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes; runs on a CPU if there is no GPU")
     parser.add_argument("--list", action="store_true", help="show the names of all measurements")
     return parser
+
+
+def run(options: argparse.Namespace) -> tuple[list[Outcome], dict[str, Any]]:
+    """Make the measurements that the options select; return their outcomes, and the summary."""
+    name, summarize = ("prove", summarize_checks) if options.prove else ("speed", summarize_speed)
+    with tempfile.TemporaryDirectory(prefix="t5tune-gpu-") as folder_name:
+        folder = Path(folder_name)
+        gpu = find_gpu_in_fork(folder)
+        if gpu is None and not options.tiny:
+            problem = "this machine has no GPU that torch can use; --tiny tries everything on a CPU"
+            print(f"gpu.py: {problem}, and benchmarks/train.py measures training there", file=sys.stderr)
+            sys.exit(2)
+        import_libraries()
+        finished = read_finished(options.earlier, gpu)
+        measurements = select(list_measurements(options, gpu is not None), options.only)
+        # a fork sees no GPU if a library that was imported has used it
+        method = "fork" if gpu is None or find_gpu_in_fork(folder) else "spawn"
+        options.output_dir.mkdir(parents=True, exist_ok=True)
+
+        def merge(outcomes: list[Outcome]) -> list[Outcome]:
+            known = finished | {outcome.name: outcome for outcome in outcomes}
+            return [known.pop(one.name) for one in measurements if one.name in known] + [*known.values()]
+
+        rest = [measurement for measurement in measurements if measurement.name not in finished]
+        limits = Limits(gpu is not None, STARTED + 60 * options.minutes, method)
+        outcomes = merge(
+            run_all(rest, limits, folder, lambda so_far: save(options.output_dir, name, merge(so_far), summarize))
+        )
+    save(options.output_dir, name, outcomes, summarize)
+    return outcomes, summarize(outcomes)
 
 
 def main() -> None:
     options = build_parser().parse_args()
     prepare_environment()
     if options.list:
-        print("\n".join(measurement.name for measurement in list_measurements()))
+        print("\n".join(measurement.name for measurement in list_measurements(options, on_gpu=True)))
         return
-    with tempfile.TemporaryDirectory(prefix="t5tune-gpu-") as name:
-        folder = Path(name)
-        if not sees_gpu(folder):
-            print(
-                "gpu.py: this machine has no GPU that torch can use; benchmarks/train.py runs on CPUs", file=sys.stderr
-            )
-            sys.exit(2)
-        import_libraries()
-        measurements = select(list_measurements(), options.only)
-        # a fork sees no GPU if a library that was imported has used it, as bitsandbytes does
-        method = "fork" if sees_gpu(folder) else "spawn"
-        options.output_dir.mkdir(parents=True, exist_ok=True)
-        outcomes = run_all(measurements, options.minutes, folder, partial(save, options.output_dir), method)
-    summary = summarize(outcomes)
+    outcomes, summary = run(options)
+    print(format_goals(outcomes, summary))
     print(json.dumps({name: summary[name] for name in ("gpu", "goals", "skipped", "failed")}))
+    if unmet := list_unmet(summary):
+        print(f"gpu.py: not met: {'; '.join(unmet)}", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Compare t5tune's kernels with fp64, transformers and PEFT, in outputs, gradients and time.
 
-Errors are norms of the difference, relative to the norm of the exact result. Each run draws new inputs. bf16
-rounds to 8 bits, so an error of some 0.002 to 0.01 is rounding. Times are for forward and backward together.
+Errors are norms of the difference, relative to the norm of the exact result. Each run draws new inputs. The bounds are
+what rounding explains: t5tune.model.kernels.flex_check.compute_bound for attention, and for layers and loss half as
+much again as the error of transformers and PEFT, or one rounding to bf16. Times are for forward and backward together.
 
 H heads, D head width, Q query tokens, K key tokens, R entries of the bias table, N tokens, V vocabulary.
 """
@@ -14,11 +15,22 @@ from functools import partial
 from typing import Any
 
 import torch
+from gpu_runner import Comparison, make_check
 from torch.nn import functional
 
 from t5tune.model.attention.segments import segment_attention
 from t5tune.model.kernels.flex_attention import attend, compute_hash, count_kept_hashes, divide_rows, draw_seeds
-from t5tune.model.kernels.flex_check import AttentionShape
+from t5tune.model.kernels.flex_check import (
+    KEY,
+    OUTPUT,
+    QUERY,
+    ROUNDING,
+    VALUE,
+    AttentionShape,
+    KernelCheck,
+    check_kernel,
+    compute_bound,
+)
 from t5tune.model.kernels.fused import use_fused_layers
 from t5tune.model.loss import CrossEntropy, HeadWeights, compute_summed_loss
 from t5tune.planning.known_configs import KNOWN_CONFIGS
@@ -27,32 +39,56 @@ Tensors = dict[str, torch.Tensor]
 Lengths = tuple[tuple[int, ...], tuple[int, ...]]  # of the sources and targets of a packed batch, in tokens
 
 KINDS = ("encoder", "decoder", "cross")
-CHECKED_LENGTHS: Lengths = ((200, 1, 390, 33, 128), (40, 1, 90, 300, 128))
+CHECKED_LENGTHS: dict[str, Lengths] = {  # with a segment of one token, and one that is longer than two blocks
+    "5 segments": ((200, 1, 390, 33, 128), (40, 1, 90, 300, 128)),
+    "300 segments": ((3, 9) * 150, (4, 1) * 150),
+}
+RESULTS = {"output": OUTPUT, "query": QUERY, "key": KEY, "value": VALUE}
+OF_STOCK = 1.5  # how many times stock's error is still rounding
 REPEATS, WARM_UP = 10, 3
 
 
-def check_attention(shape: AttentionShape, lengths: Lengths, device: str, dtype: torch.dtype) -> dict[str, Any]:
-    """Compute the errors of attention over packed rows, in one kernel and in the loop."""
-    results: dict[str, Any] = {}
-    for kind in KINDS:
-        layer = RandomAttention(kind, shape, lengths, device, dtype)
-        for dropout in (0.0, shape.dropout):
-            ways = {"flex": partial(layer.attend, dropout)}
-            if not dropout:  # the loop uses torch's dropout, with different random numbers
-                ways["loop"] = layer.loop
-            seed = draw_seed()
-            exact = layer.compute_gradients(partial(layer.attend_exactly, dropout), torch.float64, seed)
-            for way, attend_in_this_way in ways.items():
-                found = layer.compute_gradients(attend_in_this_way, dtype, seed)
-                results[f"{kind}, dropout {dropout:g}, {way}"] = compute_errors(found, exact)
-    return results
+def check_attention(shape: AttentionShape, device: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Compare attention over packed rows with fp64, in one kernel and in the loop.
+
+    The kernel has the number of stages that training chooses for this GPU.
+    """
+    checked = check_before_run(shape, device, dtype)
+    comparisons = [Comparison("problem that t5tune's own check finds", checked.problem, "==", None)]
+    for name, lengths in CHECKED_LENGTHS.items():
+        for kind in KINDS:
+            layer = RandomAttention(kind, shape, lengths, device, dtype, checked.num_stages)
+            for dropout in (0.0, shape.dropout):
+                comparisons += compare_with_fp64(layer, dropout, dtype, f"{name}, {kind}, dropout {dropout:g}")
+    return make_check(comparisons, num_stages=checked.num_stages)
+
+
+def compare_with_fp64(layer: "RandomAttention", dropout: float, dtype: torch.dtype, name: str) -> list[Comparison]:
+    ways = {"kernel": partial(layer.attend, dropout)}
+    if not dropout:  # the loop uses torch's dropout, with different random numbers
+        ways["loop"] = layer.loop
+    seed, comparisons = draw_seed(), []
+    exact = layer.compute_gradients(partial(layer.attend_exactly, dropout), torch.float64, seed)
+    for way, attend_in_this_way in ways.items():
+        errors = compute_errors(layer.compute_gradients(attend_in_this_way, dtype, seed), exact)
+        comparisons += [
+            Comparison(f"{name}, {way}: {result}", errors[result], "<=", compute_bound(of, dropout))
+            for result, of in RESULTS.items()
+        ]
+    return comparisons
+
+
+def check_before_run(shape: AttentionShape, device: str, dtype: torch.dtype) -> KernelCheck:
+    """Compare the kernel with the loop, as t5tune does before a run, and choose its number of stages for this GPU."""
+    return check_kernel([shape], torch.device(device), dtype) if device == "cuda" else KernelCheck(None, None)
 
 
 def time_attention(shape: AttentionShape, lengths: Lengths, device: str, dtype: torch.dtype) -> dict[str, Any]:
     """Measure the milliseconds of a layer's attention over packed rows, in one kernel and in the loop."""
     results: dict[str, Any] = {"tokens": [sum(of) for of in lengths], "segments": len(lengths[0])}
+    num_stages = check_before_run(shape, device, dtype).num_stages
     for kind in KINDS:
-        layer = RandomAttention(kind, shape, lengths, device, dtype)
+        layer = RandomAttention(kind, shape, lengths, device, dtype, num_stages)
         for dropout in (0.0, shape.dropout):
             for way in (partial(layer.attend, dropout), partial(layer.loop, dropout=dropout)):
                 name = f"{kind}, dropout {dropout:g}, {'loop' if way.func == layer.loop else 'flex'}"
@@ -60,25 +96,29 @@ def time_attention(shape: AttentionShape, lengths: Lengths, device: str, dtype: 
     return results
 
 
-def count_compilations(
+def check_compilations(
     shape: AttentionShape, batches: int, longest: int, device: str, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """Count how often torch compiles attention for the first batch, and for batches of different lengths.
+    """Count how often torch compiles attention for two batches, and then for batches of different lengths.
 
     Args:
         longest: tokens of the longest example.
     """
     from torch._dynamo.utils import counters
 
-    found = []
-    for _ in range(batches):
+    found, num_stages = [], check_before_run(shape, device, dtype).num_stages
+    torch._dynamo.reset()  # forget what that check compiled
+    for number in range(2 + batches):
         before = counters["stats"]["unique_graphs"]
-        lengths = draw_lengths(longest), draw_lengths(longest)
+        # where two rows of the first batch are equally long, torch compiles again for rows that differ
+        lengths = draw_lengths(longest), draw_lengths(longest // 2 if number == 1 else longest)
         for kind in KINDS:
-            layer = RandomAttention(kind, shape, lengths, device, dtype)
+            layer = RandomAttention(kind, shape, lengths, device, dtype, num_stages)
             layer.compute_gradients(partial(layer.attend, shape.dropout), dtype, 0)
         found.append(counters["stats"]["unique_graphs"] - before)
-    return {"batches": batches, "first": found[0], "later": sum(found[1:])}
+    first = Comparison("compilations for the first batch", found[0], ">=", len(KINDS))
+    later = Comparison(f"compilations for {batches} more batches", sum(found[2:]), "==", 0)
+    return make_check([first, later], compilations=found)
 
 
 def time_cudnn(shape: AttentionShape, batches: int, longest: int, device: str, dtype: torch.dtype) -> dict[str, Any]:
@@ -106,26 +146,32 @@ def time_cudnn(shape: AttentionShape, batches: int, longest: int, device: str, d
     return results
 
 
-def check_layers(size: str, tokens: int, device: str, dtype: torch.dtype) -> dict[str, Any]:
-    """Compare norm, gated feed-forward layer and linear layer with LoRA with transformers and PEFT."""
-    notes: list[Any] = []
+def compare_layers(size: str, tokens: int, device: str, dtype: torch.dtype, is_timed: bool = False) -> dict[str, Any]:
+    """Compare norm, gated feed-forward layer and linear layer with LoRA with fp64, as transformers and PEFT do them.
+
+    Returns:
+        Layer and side -> errors, or the milliseconds.
+    """
     stock = make_lora_model(size, device, dtype)
     ours, exact = copy.deepcopy(stock), copy.deepcopy(stock).double()
-    use_fused_layers(ours, torch.device(device), notes.append)
-    results: dict[str, Any] = {"notes": [note.text for note in notes]}
+    use_fused_layers(ours, torch.device(device), lambda _: None)
+    results: dict[str, Any] = {}
     seed = draw_seed()
     for part, find in LAYERS.items():
-        expected = compute_layer(find(exact), tokens, stock.config.d_model, torch.float64, seed)
+        expected = None if is_timed else compute_layer(find(exact), tokens, stock.config.d_model, torch.float64, seed)
         for side, model in (("t5tune", ours), ("stock", stock)):
             run = partial(compute_layer, find(model), tokens, stock.config.d_model, dtype, seed)
             with torch.autocast(device, dtype):
-                errors = compute_errors(run(), expected)
-                results[f"{part}, {side}"] = errors | {"ms": measure_milliseconds(run, device)}
+                results[f"{part}, {side}"] = summarize_call(run, expected, device)
     return results
 
 
-def check_loss(size: str, tokens: int, device: str, dtype: torch.dtype) -> dict[str, Any]:
-    """Compare the loss in chunks with the loss that stores all logits."""
+def compare_losses(size: str, tokens: int, device: str, dtype: torch.dtype, is_timed: bool = False) -> dict[str, Any]:
+    """Compare the loss in chunks with fp64, as the loss that stores all logits does.
+
+    Returns:
+        Side -> errors, or the milliseconds.
+    """
     config = KNOWN_CONFIGS[size]
     torch.manual_seed(draw_seed())
     weight_VD = torch.randn(config["vocab_size"], config["d_model"], device=device).to(dtype)
@@ -143,26 +189,57 @@ def check_loss(size: str, tokens: int, device: str, dtype: torch.dtype) -> dict[
         wide = torch.promote_types(logits_NV.dtype, torch.float32)
         return functional.cross_entropy(logits_NV.to(wide), labels_N, reduction="sum")
 
-    exact = compute(store_logits, torch.float64)
+    exact = None if is_timed else compute(store_logits, torch.float64)
     ways = {"t5tune": lambda hidden: compute_summed_loss(hidden, CrossEntropy(labels_N), HeadWeights(weight_VD))}
     ways["stock"] = store_logits
     results = {}
     for way, loss in ways.items():
-        run = partial(compute, loss, dtype)
         with torch.autocast(device, dtype):
-            results[way] = compute_errors(run(), exact) | {"ms": measure_milliseconds(run, device)}
+            results[f"loss, {way}"] = summarize_call(partial(compute, loss, dtype), exact, device)
     return results
+
+
+def summarize_call(run: Callable[[], Tensors], exact: Tensors | None, device: str) -> dict[str, float]:
+    return {"ms": measure_milliseconds(run, device)} if exact is None else compute_errors(run(), exact)
+
+
+def check_layers(size: str, tokens: int, targets: int, device: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Check that layers and loss have no larger errors than rounding explains."""
+    errors = compare_layers(size, tokens, device, dtype) | compare_losses(size, targets, device, dtype)
+    comparisons = []
+    for name, found in errors.items():
+        part, _, side = name.partition(", ")
+        stock = errors[f"{part}, stock"]
+        if side == "t5tune":
+            comparisons += [
+                Comparison(f"{part}: {result}", error, "<=", max(OF_STOCK * stock[result], ROUNDING))
+                for result, error in found.items()
+            ]
+    return make_check(comparisons)
+
+
+def time_layers(size: str, tokens: int, targets: int, device: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Measure the milliseconds of layers and loss, and of transformers' and PEFT's."""
+    return compare_layers(size, tokens, device, dtype, True) | compare_losses(size, targets, device, dtype, True)
 
 
 class RandomAttention:
     """A layer's attention over a packed batch, with random queries, keys, values and position bias."""
 
-    def __init__(self, kind: str, shape: AttentionShape, lengths: Lengths, device: str, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        kind: str,
+        shape: AttentionShape,
+        lengths: Lengths,
+        device: str,
+        dtype: torch.dtype,
+        num_stages: int | None = None,
+    ) -> None:
         torch.manual_seed(draw_seed())
         sources, targets = lengths
         self.is_causal = kind == "decoder"
         self.queries, self.keys = sources if kind == "encoder" else targets, targets if self.is_causal else sources
-        self.blocks = divide_rows(sources, targets).to(device).blocks[kind]
+        self.blocks = divide_rows(sources, targets, num_stages=num_stages).to(device).blocks[kind]
         size = shape.num_heads, 2 * shape.max_distance + 1
         # rounded, so that the loop, whose bias is in bf16, adds the same numbers
         self.table_HR = None if kind == "cross" else torch.randn(size, device=device).to(dtype).float()

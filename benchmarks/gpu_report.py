@@ -1,14 +1,15 @@
-"""The tables of a GPU benchmark, and the values that follow from several measurements.
+"""The goals and tables of a GPU benchmark.
 
-summary = summarize(outcomes)
+summary = summarize_checks(outcomes)    # or summarize_speed(outcomes)
 text = format_tables(outcomes, summary)
+is_good = not list_unmet(summary)
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from gpu_runner import Outcome
+from gpu_runner import NEEDS_GPU, Outcome
 
 # bf16 operations per second without sparsity, from NVIDIA's data sheets; the first whose name the GPU's contains
 DATA_SHEET_PEAKS = {
@@ -21,14 +22,36 @@ NEMO_SPEED, NEMO_PARAMETERS, NEMO_PEAK = 13_800, 3e9, DATA_SHEET_PEAKS["A100"]
 TRAINING_FLOPS, LORA_FLOPS = 6, 4  # per parameter and token: LoRA computes no gradients of the base's weights
 PEAK_GOAL, TRAINER_GOAL = 0.4, 1.5
 PEAK_GOAL_SHAPE = "flan-t5-xl"
+MEMORY_GOAL_MB = 12_000  # QLoRA on XXL
+ENVIRONMENT, MEMORY = "environment", "memory of QLoRA flan-t5-xxl"
+MET, NOT_MET, NOT_MEASURED = "met", "not met", "not measured"
 TRAIN = "train"
 ATTENTION = "attention"
+NO_GPU = "none"
 
 
-def summarize(outcomes: list[Outcome]) -> dict[str, Any]:
-    """Compute the rows of the training table, and whether the goals are met; None if that wasn't measured."""
-    environment = next((outcome.result or {} for outcome in outcomes if outcome.name == "environment"), {})
-    peak = find_data_sheet_peak(environment.get("gpu", ""))
+def summarize_checks(outcomes: list[Outcome]) -> dict[str, Any]:
+    """Judge each check: it is a goal, which is met if all of its comparisons are."""
+    return {
+        "gpu": get_gpu(outcomes),
+        "goals": {outcome.name: judge_check(outcome) for outcome in outcomes if outcome.name != ENVIRONMENT},
+        **list_missing(outcomes),
+    }
+
+
+def judge_check(outcome: Outcome) -> str:
+    """A check that fails, is skipped, or compares nothing, isn't met."""
+    if outcome.state == NEEDS_GPU:
+        return NEEDS_GPU
+    comparisons = (outcome.result or {}).get("comparisons")
+    is_met = bool(comparisons) and all(comparison["is_met"] for comparison in comparisons)
+    return MET if outcome.state == "measured" and is_met else NOT_MET
+
+
+def summarize_speed(outcomes: list[Outcome]) -> dict[str, Any]:
+    """Compute the rows of the training table, and judge the goals."""
+    gpu = get_gpu(outcomes)
+    peak = find_data_sheet_peak(gpu or "")
     rows = [
         make_training_row(outcome.name, outcome.result, peak)
         for outcome in outcomes
@@ -38,26 +61,70 @@ def summarize(outcomes: list[Outcome]) -> dict[str, Any]:
     for row in rows:
         if row["shape"] in trainer:
             row["times_trainer"] = round(row["tokens_per_second"] / trainer[row["shape"]], 2)
-    packed = [row for row in rows if row["way"] == "packed"]
-    goals = {
-        f"{row['shape']}: {TRAINER_GOAL} times the Trainer": row["times_trainer"] >= TRAINER_GOAL
-        for row in packed
-        if "times_trainer" in row
-    }
-    goals |= {
-        f"{row['shape']}: {PEAK_GOAL:.0%} of the peak": row["of_peak"] >= PEAK_GOAL
-        for row in packed
-        if row["shape"].startswith(PEAK_GOAL_SHAPE)
-    }
-    goals |= {
-        f"{row['shape']}: NeMo's tokens/s, scaled": row["tokens_per_second"] >= row["nemo_tokens_per_second"]
-        for row in packed
-        if "nemo_tokens_per_second" in row
-    }
-    states = {
-        state: [outcome.name for outcome in outcomes if outcome.state == state] for state in ("skipped", "failed")
-    }
-    return {"gpu": environment.get("gpu"), "goals": goals, "training": rows, **states}
+    on_gpu = gpu not in (None, NO_GPU)
+    goals = {goal: judge_speed(met, on_gpu) for goal, met in list_speed_goals(outcomes, rows).items()}
+    return {"gpu": gpu, "goals": goals, "training": rows, **list_missing(outcomes)}
+
+
+def list_speed_goals(outcomes: list[Outcome], rows: list[dict[str, Any]]) -> dict[str, bool | None]:
+    """List the goals of all measurements: whether they are met, False if one failed, None without a measurement."""
+    goals = dict[str, bool | None]()
+    measured = {f"{TRAIN} {row['shape']} {row['way']}": row for row in rows}
+    states = {outcome.name: outcome.state for outcome in outcomes}
+
+    def add(goal: str, names: list[str], is_met: Callable[[dict[str, Any]], bool]) -> None:
+        if all(name in measured for name in names):
+            goals[goal] = is_met(measured[names[0]])
+        else:
+            goals[goal] = False if any(states[name] == "failed" for name in names) else None
+
+    for outcome in outcomes:
+        if outcome.name == MEMORY:
+            result = outcome.result or {}
+            found = result["memory_mb"] <= MEMORY_GOAL_MB if result else None
+            goals[f"{MEMORY}: at most {MEMORY_GOAL_MB:,} MB"] = False if outcome.state == "failed" else found
+        if not (outcome.name.startswith(f"{TRAIN} ") and outcome.name.endswith(" packed")):
+            continue
+        shape = outcome.name.removeprefix(f"{TRAIN} ").removesuffix(" packed")
+        other = f"{TRAIN} {shape} trainer"
+        if other in states:
+            add(
+                f"{shape}: {TRAINER_GOAL} times the Trainer",
+                [outcome.name, other],
+                lambda row: row["times_trainer"] >= TRAINER_GOAL,
+            )
+        if shape.startswith(PEAK_GOAL_SHAPE):
+            add(f"{shape}: {PEAK_GOAL:.0%} of the peak", [outcome.name], lambda row: row["of_peak"] >= PEAK_GOAL)
+        if "nemo_tokens_per_second" in measured.get(outcome.name, {}):
+            add(
+                f"{shape}: NeMo's tokens/s, scaled",
+                [outcome.name],
+                lambda row: row["tokens_per_second"] >= row["nemo_tokens_per_second"],
+            )
+    return goals
+
+
+def judge_speed(is_met: bool | None, on_gpu: bool) -> str:
+    if not on_gpu:
+        return NEEDS_GPU
+    return NOT_MEASURED if is_met is None else MET if is_met else NOT_MET
+
+
+def get_gpu(outcomes: list[Outcome]) -> str | None:
+    """Return the name of the GPU; None: it wasn't measured."""
+    gpu: str | None = next((outcome.result or {} for outcome in outcomes if outcome.name == ENVIRONMENT), {}).get("gpu")
+    return gpu
+
+
+def list_missing(outcomes: list[Outcome]) -> dict[str, list[str]]:
+    return {state: [outcome.name for outcome in outcomes if outcome.state == state] for state in ("skipped", "failed")}
+
+
+def list_unmet(summary: dict[str, Any]) -> list[str]:
+    """List the goals that aren't met, and the measurements that failed."""
+    return list(
+        dict.fromkeys([*(goal for goal, state in summary["goals"].items() if state == NOT_MET), *summary["failed"]])
+    )
 
 
 def find_data_sheet_peak(gpu: str) -> float | None:
@@ -92,11 +159,10 @@ def scale_nemo_speed(parameters: int, peak: float) -> float:
 
 def format_tables(outcomes: list[Outcome], summary: dict[str, Any]) -> str:
     """Format everything as Markdown."""
-    goals = [[goal, "met" if met else "not met"] for goal, met in summary["goals"].items()]
     parts = [f"# {summary['gpu'] or 'Unknown GPU'}"]
-    if goals:
-        parts.append(format_table(["goal", ""], goals))
-    if summary["training"]:
+    if summary["goals"]:
+        parts.append(format_goals(outcomes, summary))
+    if summary.get("training"):
         parts.append("## Training\n\n" + format_training(summary["training"]))
     others = [
         f"## {outcome.name}\n\n{format_result(outcome.result)}"
@@ -108,6 +174,30 @@ def format_tables(outcomes: list[Outcome], summary: dict[str, Any]) -> str:
     if missing:
         parts.append("## Not measured\n\n" + format_table(["measurement", "", "reason"], missing))
     return "\n\n".join(parts) + "\n"
+
+
+def format_goals(outcomes: list[Outcome], summary: dict[str, Any]) -> str:
+    """Format the goals, with the reason or the comparison that decided, which is the first that isn't met."""
+    decisive = {outcome.name: describe_decisive(outcome) for outcome in outcomes}
+    rows = [[goal, state, decisive.get(goal, "")] for goal, state in summary["goals"].items()]
+    return format_table(["goal", "", ""], rows)
+
+
+def describe_decisive(outcome: Outcome) -> str:
+    """Describe the comparison that isn't met, or else the one that is closest to its bound."""
+    comparisons = (outcome.result or {}).get("comparisons", [])
+    if not comparisons:
+        return outcome.reason or ""
+    one = min(comparisons, key=lambda one: (one["is_met"], -compute_closeness(one)))
+    found = f"{one['found']:.3g}" if isinstance(one["found"], float) else one["found"]
+    bound = f"{one['bound']:.3g}" if isinstance(one["bound"], float) else one["bound"]
+    return f"{one['what']}: {found} {one['relation']} {bound}"
+
+
+def compute_closeness(comparison: dict[str, Any]) -> float:
+    """Compute the found value as a share of an upper bound; 0 for other comparisons."""
+    found, bound = comparison["found"], comparison["bound"]
+    return found / bound if comparison["relation"] == "<=" and isinstance(found, int | float) and bound else 0.0
 
 
 def format_training(rows: list[dict[str, Any]]) -> str:
@@ -127,9 +217,12 @@ def format_training(rows: list[dict[str, Any]]) -> str:
 
 def format_result(result: dict[str, Any]) -> str:
     """Format a result: a table of its simple values, and a table of its nested values."""
+    parts = []
+    if comparisons := result.get("comparisons"):
+        result = {name: value for name, value in result.items() if name != "comparisons"}
+        parts.append(format_table(list(comparisons[0]), [[*one.values()] for one in comparisons]))
     simple = {name: value for name, value in result.items() if not isinstance(value, dict)}
     nested = {name: value for name, value in result.items() if isinstance(value, dict)}
-    parts = []
     if simple:
         parts.append(format_table(["", ""], [[name, value] for name, value in simple.items()]))
     if nested:

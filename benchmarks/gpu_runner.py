@@ -1,6 +1,6 @@
 """Run measurements in turn, each in a separate process with a time limit, and keep every result.
 
-    outcomes = run_all(measurements, minutes=10, folder=folder, save=save)
+    outcomes = run_all(measurements, Limits(on_gpu=True, end=time.monotonic() + 540), folder, save)
 
 The processes are forks of this process, so each library is imported only once. This process must not use the GPU: CUDA
 doesn't work in a fork of a process that used it.
@@ -10,6 +10,7 @@ import faulthandler
 import json
 import math
 import multiprocessing
+import operator
 import os
 import signal
 import sys
@@ -22,6 +23,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 LIMIT_FACTOR = 4  # a measurement is ended after this many times the seconds that it is expected to take
+CPU_LIMIT_FACTOR = 30
+NEEDS_GPU = "needs a GPU"
+RELATIONS: dict[str, Callable[[Any, Any], Any]] = {"<=": operator.le, ">=": operator.ge, "==": operator.eq}
 LOG_LINES = 100  # lines of a failed measurement's output that are kept
 
 
@@ -30,18 +34,57 @@ class Skipped(Exception):
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """A value that was found, and what it must be."""
+
+    what: str
+    found: Any
+    relation: Literal["<=", ">=", "=="]
+    bound: Any
+
+    @property
+    def is_met(self) -> bool:
+        """Whether the value is as it must be. NaN never is."""
+        return bool(RELATIONS[self.relation](self.found, self.bound))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "is_met": self.is_met}
+
+
+def make_check(comparisons: list[Comparison], **others: Any) -> dict[str, Any]:
+    """Make the result of a check: its comparisons, and other values."""
+    return {"comparisons": [comparison.to_dict() for comparison in comparisons], **others}
+
+
+@dataclass(frozen=True)
 class Measurement:
-    """Something to measure.
+    """Something to measure or to check.
 
     Args:
         name: such as `train flan-t5-xl 512 packed`.
         seconds: how long it is expected to take on a large GPU. With less time left, it is skipped.
         measure: returns the result, for JSON. It receives a folder that all measurements share.
+        needs_gpu: whether it says nothing on a CPU.
     """
 
     name: str
     seconds: float
     measure: Callable[[Path], dict[str, Any]]
+    needs_gpu: bool = False
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What measurements can use.
+
+    Args:
+        end: when the time is over, in seconds of `time.monotonic`.
+        method: how multiprocessing starts the processes.
+    """
+
+    on_gpu: bool
+    end: float
+    method: str = "fork"
 
 
 @dataclass(frozen=True)
@@ -56,7 +99,7 @@ class Outcome:
     """
 
     name: str
-    state: Literal["measured", "skipped", "failed"]
+    state: Literal["measured", "skipped", "failed", "needs a GPU"]
     seconds: float = 0.0
     result: dict[str, Any] | None = None
     reason: str | None = None
@@ -64,33 +107,33 @@ class Outcome:
 
 
 def run_all(
-    measurements: list[Measurement],
-    minutes: float,
-    folder: Path,
-    save: Callable[[list[Outcome]], None],
-    method: str = "fork",
+    measurements: list[Measurement], limits: Limits, folder: Path, save: Callable[[list[Outcome]], None]
 ) -> list[Outcome]:
     """Run measurements in this order, until the time is over.
 
     Args:
         folder: for temporary files.
         save: receives all outcomes so far, after each measurement.
-        method: how multiprocessing starts the processes.
     """
-    end, outcomes = time.monotonic() + 60 * minutes, list[Outcome]()
+    outcomes = list[Outcome]()
     for measurement in measurements:
-        left = end - time.monotonic()
-        if left < measurement.seconds:
-            reason = f"no time left: takes about {measurement.seconds:g} s, and {max(0, left):.0f} s are left"
-            outcome = Outcome(measurement.name, "skipped", reason=reason)
-        else:
-            limit = min(left, LIMIT_FACTOR * measurement.seconds)
-            outcome = run_in_process(measurement, limit, folder, method)
+        outcome = _run_within(limits, measurement, folder)
         outcomes.append(outcome)
         save(outcomes)
         reason = f": {outcome.reason}" if outcome.reason else ""
         print(f"{outcome.name}: {outcome.state} ({outcome.seconds:.0f} s){reason}", file=sys.stderr, flush=True)
     return outcomes
+
+
+def _run_within(limits: Limits, measurement: Measurement, folder: Path) -> Outcome:
+    if measurement.needs_gpu and not limits.on_gpu:
+        return Outcome(measurement.name, NEEDS_GPU)
+    left = limits.end - time.monotonic()
+    if left < measurement.seconds:
+        reason = f"no time left: takes about {measurement.seconds:g} s, and {max(0, left):.0f} s are left"
+        return Outcome(measurement.name, "skipped", reason=reason)
+    factor = LIMIT_FACTOR if limits.on_gpu else CPU_LIMIT_FACTOR
+    return run_in_process(measurement, min(left, factor * measurement.seconds), folder, limits.method)
 
 
 def run_in_process(measurement: Measurement, limit: float, folder: Path, method: str = "fork") -> Outcome:
@@ -172,6 +215,11 @@ def write_text(path: Path, text: str) -> None:
 def to_dict(outcome: Outcome) -> dict[str, Any]:
     """Convert an outcome for JSON, without missing values."""
     return {name: value for name, value in asdict(outcome).items() if value is not None}
+
+
+def read_outcomes(path: Path) -> list[Outcome]:
+    """Read the outcomes that a command has written."""
+    return [Outcome(**values) for values in json.loads(path.read_text(encoding="utf-8"))["measurements"]]
 
 
 def _replace_non_finite(values: Any) -> Any:

@@ -1,24 +1,23 @@
-"""Measure training runs on a GPU: speed and memory, variants, resuming, and the memory of evaluation.
+"""Measure training runs on a GPU: speed, memory, kernel launches and idle time.
 
 Bases and token caches are made by the first measurement that needs them.
 """
 
 import argparse
 import gc
+import json
 import math
 import os
 import shutil
-import signal
 import tempfile
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from gpu_runner import Skipped
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sides import write_base
 from train import (
     STOCK_WAYS,
@@ -33,13 +32,26 @@ from train import (
 
 from t5tune.commands.prepare import prepare
 from t5tune.commands.train import train
-from t5tune.errors import OutOfMemory, Stopped
-from t5tune.file_names import ADAPTER_WEIGHTS_FILE
+from t5tune.data.caches.prepared import open_examples
+from t5tune.errors import OutOfMemory
 from t5tune.model.device import choose_device, get_peak_memory, get_reserved_memory
-from t5tune.progress import Advanced, Event, Note, Started
+from t5tune.progress import Event, Note, Started
 from t5tune.settings import PrepareSettings
 
-NUM_CONVERSATIONS = 2000
+SHARPNESS = 2.0  # factor of the queries
+NUM_EQUAL = 8  # examples of equal lengths
+# of checks without a GPU, and of the tests; the vocabulary has the built-in tokenizer's tokens
+TINY = {
+    "size": "google/flan-t5-small", "num_layers": 1, "longest": 64, "tokens": 512, "batch_size": 4,
+    "num_conversations": 120,
+    "shape": {"vocab_size": 1504, "d_model": 64, "d_kv": 16, "num_heads": 4, "d_ff": 128},
+}  # fmt: skip
+TINY_STACK = {
+    "vocab_size": 1504, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 1,
+    "head_dim": 16, "intermediate_size": 96, "sliding_window": 32,
+}  # fmt: skip
+TINY_T5GEMMA2 = {**TINY, "size": "google/t5gemma-2-270m-270m", "num_layers": None}
+TINY_T5GEMMA2["shape"] = {"encoder": {"text_config": TINY_STACK}, "decoder": TINY_STACK}
 SIZE_DIVISORS = (1, 2, 4, 8)  # of a batch that doesn't fit in memory
 OUR_SETTINGS: dict[str, dict[str, Any]] = {
     "packed": {},
@@ -77,48 +89,6 @@ def measure_training(folder: Path, way: str, **values: Any) -> dict[str, Any]:
     return fit_in_memory(run, options)
 
 
-def measure_variant(folder: Path, changes: dict[str, Any], package: str | None = None, **values: Any) -> dict[str, Any]:
-    """Measure a few packed steps with other settings, such as a quantized base.
-
-    Args:
-        package: the package that they need.
-    """
-    if package is not None:
-        check_package(package)
-    options = set_up(folder, **values)
-    measured = run_ours(options, make_run_folder(options), "on", **changes)
-    return {**add_share_of_peak(measured, options), **get_memory(options)}
-
-
-def measure_resuming(
-    folder: Path, changes: dict[str, Any], package: str | None = None, **values: Any
-) -> dict[str, Any]:
-    """Compare a resumed run's adapter with an uninterrupted run's, and with a repeated run's."""
-    if package is not None:
-        check_package(package)
-    options = set_up(folder, **values)
-    folders = [make_run_folder(options) for _ in range(3)]
-    whole, repeated, resumed = (make_settings(options, run, "on", **changes) for run in folders)
-    for settings in (whole, repeated):
-        train(settings)
-
-    def stop_in_the_middle(event: Event) -> None:
-        if isinstance(event, Advanced) and event.task == "train" and event.done == options.steps // 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with suppress(Stopped):
-        train(resumed, stop_in_the_middle)
-    result = train(resumed)
-    assert result.resumed_from is not None, "the run was not stopped"
-    tensors = [load_file(run / ADAPTER_WEIGHTS_FILE) for run in folders]
-    return {
-        "steps": options.steps,
-        "resumed from": result.resumed_from.name,
-        "resumed": compare_tensors(tensors[0], tensors[2]),
-        "repeated": compare_tensors(tensors[0], tensors[1]),
-    }
-
-
 def measure_evaluation(folder: Path, **values: Any) -> dict[str, Any]:
     """Measure the peak memory of training and of the evaluation that follows, in MB."""
     options = set_up(folder, **values)
@@ -143,9 +113,19 @@ def measure_evaluation(folder: Path, **values: Any) -> dict[str, Any]:
     }
 
 
-def check_t5gemma2(folder: Path) -> dict[str, Any]:
-    """Skip T5Gemma 2: none of its shapes is in the list of gpu.py yet."""
-    raise Skipped("T5Gemma 2 has no shape in the list of gpu.py yet")
+def measure_quantized_memory(folder: Path, source: int, target: int, **values: Any) -> dict[str, Any]:
+    """Measure the peak memory of QLoRA with one example of `source` and `target` tokens per step, in MB."""
+    check_package("bitsandbytes")
+    options = set_up(folder, lengths=(source, target), **values)
+    sources, targets = open_examples(options.folder / "cache").read_lengths()
+    assert (set(sources), set(targets)) == ({source}, {target}), "the examples have other lengths"
+    changes = {"q_lora": True, "tokens_per_batch": None, "per_device_train_batch_size": 1}
+    result = train(make_settings(options, make_run_folder(options), "on", **changes))
+    return {
+        "tokens": f"{source} + {target}",
+        "memory_mb": result.peak_memory_bytes // 10**6,
+        **get_memory(options),
+    }
 
 
 def check_package(package: str) -> None:
@@ -156,21 +136,51 @@ def check_package(package: str) -> None:
         raise Skipped(f"{package} isn't installed")
 
 
-def set_up(folder: Path, **values: Any) -> argparse.Namespace:
-    """Make the options of train.py, the base and the token cache, unless an earlier measurement has made them."""
+def set_up(
+    folder: Path, lengths: tuple[int, int] | None = None, num_words: int | None = None, **values: Any
+) -> argparse.Namespace:
+    """Make the options of train.py, the base and the token cache, unless an earlier measurement has made them.
+
+    Args:
+        lengths: of each source and target, in tokens; None: long-tailed, up to `longest`.
+        num_words: number of different words in the examples: with a few, training changes the losses.
+    """
     options = build_parser(" ").parse_args([])
-    defaults = {"dtype": "bfloat16", "dropout": 0.1, "warm_up": 3, "on_gpu": True}
+    defaults = {"dtype": "bfloat16", "dropout": 0.1, "warm_up": 3, "on_gpu": True, "num_conversations": 2000}
     vars(options).update({**defaults, **values})
-    name = options.size.rpartition("/")[2]
-    options.folder = folder / f"{name}-{options.longest}"
-    base, data = folder / name, folder / f"data-{options.longest}.jsonl"
-    place = "cuda" if options.on_gpu else "cpu"
-    make_once(base, lambda path: write_base(path, make_config(options), options.dtype, place))
-    make_once(data, lambda path: write_conversations(path, NUM_CONVERSATIONS, options.longest))
+    name = f"{options.size.rpartition('/')[2]}-{options.dtype}-{options.dropout}"
+    data_name = f"{options.longest}-{num_words or 'all'}" if lengths is None else "{}-{}".format(*lengths)
+    options.folder = folder / f"{name}-{data_name}"
+    base, data = folder / name, folder / f"data-{data_name}.jsonl"
+    make_once(base, lambda path: write_random_base(path, options))
+    options.data = data
+    make_once(data, lambda path: write_data(path, options, lengths, num_words))
     # links, because the largest bases take tens of gigabytes
     make_once(options.folder / "base", lambda path: shutil.copytree(base, path, copy_function=os.link))
     make_once(options.folder / "cache", lambda path: write_cache(path, base, data, options.longest))
     return options
+
+
+def write_random_base(path: Path, options: argparse.Namespace) -> None:
+    """Write a random base with sharp attention and a large position bias, so that their mistakes change its losses."""
+    write_base(path, make_config(options), options.dtype, "cuda" if options.on_gpu else "cpu")
+    (file,) = path.glob("*.safetensors")
+    tensors = load_file(file)
+    for name, tensor in tensors.items():
+        if name.endswith("ttention.q.weight"):
+            tensor *= SHARPNESS
+        elif name.endswith("relative_attention_bias.weight"):
+            tensor.copy_(torch.randn(tensor.shape))
+    save_file(tensors, file, {"format": "pt"})
+
+
+def write_data(path: Path, options: argparse.Namespace, lengths: tuple[int, int] | None, num_words: int | None) -> None:
+    if lengths is None:
+        write_conversations(path, options.num_conversations, options.longest, num_words)
+    else:  # sources are truncated to the longest; a target gets two more tokens
+        texts = ("the " * count for count in (options.longest, lengths[1] - 2))
+        turns = [{"from": who, "value": text.strip()} for who, text in zip(("human", "gpt"), texts, strict=True)]
+        path.write_text(f"{json.dumps({'conversations': turns})}\n" * NUM_EQUAL)
 
 
 def write_cache(cache: Path, base: Path, data: Path, longest: int) -> None:
@@ -209,12 +219,13 @@ def fit_in_memory(run: Callable[[int], dict[str, Any]], options: argparse.Namesp
         except (torch.OutOfMemoryError, OutOfMemory):
             pass
         # not in the block above, where the error keeps the tensors of all frames
-        gc.collect()
         forget_peak_memory(options)
     return run(SIZE_DIVISORS[-1])
 
 
 def forget_peak_memory(options: argparse.Namespace) -> None:
+    """Free the memory of earlier runs, and measure the peak from here on."""
+    gc.collect()
     if options.on_gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -224,17 +235,6 @@ def get_memory(options: argparse.Namespace) -> dict[str, int]:
     """Return the peak of what torch reserved on the GPU, in MB."""
     size = get_reserved_memory(choose_device(not options.on_gpu)).get("peak_reserved_bytes")
     return {} if size is None else {"reserved_memory_mb": size // 10**6}
-
-
-def compare_tensors(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Compare adapters: the largest difference of a tensor, relative to its norm, and whether all bits are equal."""
-    assert expected.keys() == found.keys()
-    differences = [
-        float((found[name].double() - value.double()).norm() / value.double().norm().clamp_min(1e-30))
-        for name, value in expected.items()
-    ]
-    is_equal = all(torch.equal(found[name], value) for name, value in expected.items())
-    return {"largest difference": float(f"{max(differences):.2e}"), "bits are equal": is_equal}
 
 
 class StepProfiler:

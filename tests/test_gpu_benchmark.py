@@ -1,44 +1,23 @@
-"""benchmarks/gpu.py without a GPU: what runs, what is skipped, what is written, and each measurement on the CPU."""
+"""benchmarks/gpu.py without a GPU: goals that wrong numbers don't meet, what is written, and all that a CPU can do."""
 
-import importlib
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from tests.model.kernels.test_flex_attention import without_kernels  # noqa: F401
+from tests.support.gpu.benchmark import benchmarks, load  # noqa: F401
 from tests.support.paths import REPOSITORY
-from tests.support.processes.runs import LONG
 
-# torch hides this warning itself, but can't where warnings are errors
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-TINY = {
-    "size": "google/flan-t5-small", "num_layers": 1, "longest": 64, "tokens": 512, "batch_size": 4, "steps": 5,
-    "on_gpu": False, "dtype": "float32",
-}  # fmt: skip
 H100 = {"gpu": "NVIDIA H100 80GB HBM3"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def benchmarks() -> Iterator[None]:
-    """The benchmarks import each other from their folder."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(REPOSITORY / "benchmarks"))
-        yield
-
-
-def load(name: str) -> Any:
-    return importlib.import_module(name)
 
 
 def succeed(folder: Path) -> dict[str, Any]:
@@ -66,14 +45,20 @@ def skip(_folder: Path) -> dict[str, Any]:
     raise load("gpu_runner").Skipped("bitsandbytes isn't installed")
 
 
-def make_measurement(measure: Any, seconds: float = 0.5) -> Any:
-    return load("gpu_runner").Measurement(measure.__name__, seconds, measure)
+def make_measurement(measure: Any, seconds: float = 0.5, needs_gpu: bool = False) -> Any:
+    return load("gpu_runner").Measurement(measure.__name__, seconds, measure, needs_gpu)
+
+
+def make_limits(minutes: float) -> Any:
+    return load("gpu_runner").Limits(on_gpu=True, end=time.monotonic() + 60 * minutes)
 
 
 def test_no_measurement_costs_the_result_of_another(tmp_path: Path) -> None:
     measurements = [make_measurement(measure) for measure in (fail, crash, hang, skip, succeed)]
     counts: list[int] = []
-    outcomes = load("gpu_runner").run_all(measurements, 10, tmp_path, lambda found: counts.append(len(found)))
+    outcomes = load("gpu_runner").run_all(
+        measurements, make_limits(10), tmp_path, lambda found: counts.append(len(found))
+    )
     assert counts == [1, 2, 3, 4, 5]  # outcomes are saved after each measurement
     assert [(outcome.state, outcome.reason) for outcome in outcomes] == [
         ("failed", "ValueError: no such kernel"),
@@ -93,7 +78,7 @@ def test_no_measurement_costs_the_result_of_another(tmp_path: Path) -> None:
 
 def test_measurements_that_exceed_the_time_are_skipped(tmp_path: Path) -> None:
     measurements = [make_measurement(succeed, seconds=1000), make_measurement(fail)]
-    first, second = load("gpu_runner").run_all(measurements, 1, tmp_path, lambda _: None)
+    first, second = load("gpu_runner").run_all(measurements, make_limits(1), tmp_path, lambda _: None)
     assert (first.name, first.state) == ("succeed", "skipped")
     assert first.reason.startswith("no time left: takes about 1000 s, and ")
     assert second.state == "failed"  # a measurement that fits into the time still runs
@@ -119,14 +104,17 @@ def test_goals_and_ratios_are_computed_from_the_measurements() -> None:
         make_outcome(
             "train flan-t5-large 512 packed", make_speed(80_000, 0.5) | {"notes": ["attention loops", "other"]}
         ),
+        make_outcome("memory of QLoRA flan-t5-xxl", {"memory_mb": 12_001}),
     ]
-    summary = report.summarize(outcomes)
+    summary = report.summarize_speed(outcomes)
     assert summary["goals"] == {
-        "flan-t5-xl 512: 1.5 times the Trainer": True,
-        "flan-t5-xl 512: 40% of the peak": False,
-        "flan-t5-xl 512: NeMo's tokens/s, scaled": False,  # 13,800 · 989/312 · 6/4 = 65,616
-        "flan-t5-large 512: NeMo's tokens/s, scaled": True,
+        "flan-t5-xl 512: 1.5 times the Trainer": "met",
+        "flan-t5-xl 512: 40% of the peak": "not met",
+        "flan-t5-xl 512: NeMo's tokens/s, scaled": "not met",  # 13,800 · 989/312 · 6/4 = 65,616
+        "flan-t5-large 512: NeMo's tokens/s, scaled": "met",
+        "memory of QLoRA flan-t5-xxl: at most 12,000 MB": "not met",
     }
+    assert len(report.list_unmet(summary)) == 3
     packed, trainer, large = summary["training"]
     assert (packed["times_trainer"], trainer["times_trainer"], "times_trainer" in large) == (1.5, 1.0, False)
     assert packed["of_data_sheet"] == 0.455  # 45,000 tokens/s · 1e10 / 989e12
@@ -134,6 +122,58 @@ def test_goals_and_ratios_are_computed_from_the_measurements() -> None:
     assert "| flan-t5-xl 512: 40% of the peak | not met |" in text
     assert "| flan-t5-xl 512 | packed | – | – | 45,000 | 1.5 | 65,616 | 0.39 | 0.455 | 5,000 |" in text
     assert "\n\n- flan-t5-large 512 packed: attention loops\n\n" in text
+
+
+def test_goals_of_missing_measurements_are_not_met_or_not_measured() -> None:
+    report, outcome = load("gpu_report"), load("gpu_runner").Outcome
+    outcomes = [
+        make_outcome("environment", H100),
+        outcome("train flan-t5-xl 512 packed", "failed"),
+        outcome("train flan-t5-base 512 packed", "skipped"),
+        outcome("train flan-t5-base 512 trainer", "skipped"),
+        outcome("memory of QLoRA flan-t5-xxl", "failed"),
+    ]
+    assert report.summarize_speed(outcomes)["goals"] == {
+        "flan-t5-xl 512: 40% of the peak": "not met",
+        "flan-t5-base 512: 1.5 times the Trainer": "not measured",
+        "memory of QLoRA flan-t5-xxl: at most 12,000 MB": "not met",
+    }
+    outcomes[0] = make_outcome("environment", {"gpu": "none"})
+    assert set(report.summarize_speed(outcomes)["goals"].values()) == {"needs a GPU"}
+
+
+def make_result(found: Any, relation: Any, bound: Any) -> dict[str, Any]:
+    runner = load("gpu_runner")
+    return runner.make_check(
+        [runner.Comparison("right", 0.001, "<=", 0.1), runner.Comparison("error", found, relation, bound)]
+    )
+
+
+@pytest.mark.parametrize(
+    ("found", "relation", "bound", "goal"),
+    [
+        (0.1, "<=", 0.1, "met"), (0.11, "<=", 0.1, "not met"), (float("nan"), "<=", 0.1, "not met"),
+        (float("nan"), ">=", 0.1, "not met"), (0.2, ">=", 0.1, "met"), (["int8"], "==", ["bfloat16"], "not met"),
+    ],
+)  # fmt: skip
+def test_a_check_is_met_if_all_its_comparisons_are(found: Any, relation: Any, bound: Any, goal: str) -> None:
+    assert load("gpu_report").judge_check(make_outcome("check", make_result(found, relation, bound))) == goal
+
+
+def test_a_check_without_a_result_is_not_met() -> None:
+    report, outcome = load("gpu_report"), load("gpu_runner").Outcome
+    states = {"failed": "not met", "skipped": "not met", "needs a GPU": "needs a GPU"}
+    assert {state: report.judge_check(outcome("check", state)) for state in states} == states
+    assert report.judge_check(make_outcome("check", {"comparisons": []})) == "not met"
+
+
+def test_the_table_shows_the_comparison_that_decides() -> None:
+    report = load("gpu_report")
+    outcomes = [make_outcome("one", make_result(0.01234, "<=", 0.1)), make_outcome("two", make_result(1, "==", 2))]
+    summary = report.summarize_checks(outcomes)
+    assert report.format_goals(outcomes, summary).splitlines()[2:] == [
+        "| one | met | error: 0.0123 <= 0.1 |", "| two | not met | error: 1 == 2 |"
+    ]  # fmt: skip
 
 
 def test_nemos_speed_is_scaled_by_peak_and_operations() -> None:
@@ -159,8 +199,8 @@ def test_the_table_has_the_reason_for_each_missing_measurement() -> None:
         outcome("NF4", "skipped", reason="bitsandbytes isn't installed"),
         outcome("DoRA", "failed", reason="a|b"),
     ]
-    summary = report.summarize(outcomes)
-    assert (summary["gpu"], summary["goals"]) == (None, {})
+    summary = report.summarize_checks(outcomes)
+    assert (summary["gpu"], summary["goals"]) == (None, {"NF4": "not met", "DoRA": "not met"})
     assert (summary["skipped"], summary["failed"]) == (["NF4"], ["DoRA"])
     text = report.format_tables(outcomes, summary)
     assert "| NF4 | skipped | bitsandbytes isn't installed |\n| DoRA | failed | a\\|b |" in text
@@ -174,49 +214,192 @@ def test_nested_results_become_a_table() -> None:
     ]  # fmt: skip
 
 
+def list_names(measurements: list[Any]) -> list[str]:
+    return [measurement.name for measurement in measurements]
+
+
 def test_the_list_has_each_shape_and_length_for_both_contenders() -> None:
-    names = [measurement.name for measurement in load("gpu").list_measurements()]
-    assert len(set(names)) == len(names)
+    speeds = load("gpu_lists").list_speeds(on_gpu=True, is_tiny=False)
+    assert len(set(list_names(speeds))) == len(speeds)
     expected = {
-        f"train flan-t5-{size} {longest} {way}"
-        for size in ("base", "large", "xl") for longest in (512, 2048) for way in ("packed", "trainer")
+        f"train {size} {longest} {way}"
+        for size in ("flan-t5-base", "flan-t5-large", "flan-t5-xl", "t5gemma-2-1b-1b")
+        for longest in (512, 2048) for way in ("packed", "trainer")
     }  # fmt: skip
-    assert expected < set(names)
-    selected = load("gpu").select(load("gpu").list_measurements(), ["train * trainer", "NF4"])
-    assert {name.rpartition(" ")[2] for name in (measurement.name for measurement in selected)} == {"trainer", "NF4"}
+    assert expected < set(list_names(speeds))
+    select = load("gpu").select
+    assert list_names(select(speeds, ["train flan-t5-base 512 *", "memory of QLoRA*"])) == [
+        "train flan-t5-base 512 packed", "train flan-t5-base 512 trainer", "memory of QLoRA flan-t5-xxl"
+    ]  # fmt: skip
     with pytest.raises(SystemExit, match="--only: nf8: no such measurement"):
-        load("gpu").select(load("gpu").list_measurements(), ["nf8"])
+        select(speeds, ["nf8"])
 
 
-def test_t5gemma_2_is_skipped_by_name(tmp_path: Path) -> None:
-    with pytest.raises(load("gpu_runner").Skipped, match="T5Gemma 2"):
-        load("gpu_training").check_t5gemma2(tmp_path)
+def test_all_checks_fit_into_nine_minutes() -> None:
+    checks = load("gpu_lists").list_checks(on_gpu=True, is_tiny=False)
+    assert len(set(list_names(checks))) == len(checks)
+    for_imports = 45
+    assert sum(check.seconds for check in checks) <= 9 * 60 - for_imports
+
+
+def run_main(folder: Path, patch: pytest.MonkeyPatch, measurements: list[Any], *arguments: str) -> int:
+    """Run gpu.py in this process, on a CPU, with other measurements; return its exit code."""
+    gpu = load("gpu")
+    patch.setattr(gpu, "find_gpu_in_fork", lambda _: None)
+    patch.setattr(gpu, "import_libraries", lambda: None)
+    patch.setattr(gpu, "STARTED", time.monotonic())
+    patch.setattr(gpu, "list_measurements", lambda *_: measurements)
+    patch.setattr(sys, "argv", ["gpu.py", "--tiny", "--output-dir", str(folder), *arguments])
+    patch.setattr(os, "environ", os.environ.copy())
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        gpu.main()
+    except SystemExit as error:
+        if isinstance(error.code, str):
+            raise
+        return error.code or 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return 0
+
+
+def succeed_as_check(_folder: Path) -> dict[str, Any]:
+    return make_result(0.0, "<=", 0.1)
 
 
 def test_the_benchmark_writes_both_files_and_prints_what_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    gpu = load("gpu")
-    environment = load("gpu_runner").Measurement(
-        "environment", 60, partial(gpu.measure_environment, device="cpu", size=512)
+    runner = load("gpu_runner")
+    environment = runner.Measurement(
+        "environment", 60, partial(load("gpu").measure_environment, device="cpu", size=512)
     )
-    monkeypatch.setattr(gpu, "sees_gpu", lambda _: True)
-    monkeypatch.setattr(gpu, "list_measurements", lambda: [environment, make_measurement(skip), make_measurement(fail)])
-    monkeypatch.setattr(sys, "argv", ["gpu.py", "--output-dir", str(tmp_path / "results")])
-    monkeypatch.setattr(os, "environ", os.environ.copy())
-    before = signal.getsignal(signal.SIGTERM)
-    gpu.main()
-    signal.signal(signal.SIGTERM, before)
+    on_gpu = make_measurement(succeed, needs_gpu=True)
+    measurements = [environment, *map(make_measurement, (skip, fail, succeed_as_check)), on_gpu]
+    assert run_main(tmp_path / "results", monkeypatch, measurements, "--prove") == 1
     output, errors = capsys.readouterr()
-    assert json.loads(output) == {"gpu": "none", "goals": {}, "skipped": ["skip"], "failed": ["fail"]}
+    *table, line = output.splitlines()
+    goals = {"skip": "not met", "fail": "not met", "succeed_as_check": "met", "succeed": "needs a GPU"}
+    assert json.loads(line) == {"gpu": "none", "goals": goals, "skipped": ["skip"], "failed": ["fail"]}
+    assert "| skip | not met | bitsandbytes isn't installed |" in table
     assert re.search(r"^fail: failed \(\d+ s\): ValueError: no such kernel$", errors, re.MULTILINE)
-    found = json.loads((tmp_path / "results" / "gpu.json").read_text())
-    first, second, third = found["measurements"]
+    assert errors.splitlines()[-1] == "gpu.py: not met: skip; fail"
+    found = json.loads((tmp_path / "results" / "prove.json").read_text())
+    first, second, third, *_ = found["measurements"]
     assert first["result"]["bf16 TFLOP/s of a matrix product"] > 0
     assert first["result"]["torch"].startswith(torch.__version__.partition("+")[0])
     assert second["reason"] == "bitsandbytes isn't installed"
     assert third["log"][-1] == "kernel"
-    assert "| fail | failed | ValueError: no such kernel |" in (tmp_path / "results" / "gpu.md").read_text()
+    assert "| fail | failed | ValueError: no such kernel |" in (tmp_path / "results" / "prove.md").read_text()
+    measurements = [environment, make_measurement(succeed_as_check), on_gpu]
+    assert run_main(tmp_path / "results", monkeypatch, measurements, "--prove") == 0
+
+
+def test_a_further_call_makes_what_was_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runner = load("gpu_runner")
+    environment = runner.Measurement("environment", 1, lambda _: {"gpu": "none"})
+    measurements = [environment, make_measurement(fail), make_measurement(succeed, seconds=1000)]
+    assert run_main(tmp_path, monkeypatch, measurements, "--speed") == 1
+    assert json.loads(capsys.readouterr()[0].splitlines()[-1])["skipped"] == ["succeed"]
+    file = tmp_path / "speed.json"
+    continued = [environment, make_measurement(fail), make_measurement(succeed)]
+    arguments = ["--speed", "--continue", str(file)]
+    assert run_main(tmp_path, monkeypatch, continued, *arguments) == 1  # because of the failure
+    assert capsys.readouterr().err.splitlines()[0].startswith("succeed: measured")  # neither of the others
+    found = json.loads(file.read_text())
+    assert [(one["name"], one["state"]) for one in found["measurements"]] == [
+        ("environment", "measured"), ("fail", "failed"), ("succeed", "measured")
+    ]  # fmt: skip
+    file.write_text(file.read_text().replace('"gpu": "none"', '"gpu": "NVIDIA L4"'))
+    with pytest.raises(SystemExit, match="measured on NVIDIA L4, and this is none"):
+        run_main(tmp_path, monkeypatch, continued, *arguments)
+
+
+# what makes a check wrong: a quantized weight, queries, the optimizer of a resumed run, replies, halving, sharing
+SCALED_NF4 = """
+read_weight = gpu_checks.read_weight
+gpu_checks.read_weight = lambda module: read_weight(module) * (1.1 if "4bit" in type(module).__name__ else 1)
+"""
+MISTAKES = {
+    "training: 20 steps with the loop": """
+from t5tune.model.attention import segments, t5
+right = segments.segment_attention
+def scale(query, *others):
+    return right(0.9 * query, *others)
+for module in list(sys.modules.values()):
+    if getattr(module, "segment_attention", None) is right:
+        module.segment_attention = scale
+""",
+    "resuming": "torch.optim.AdamW.load_state_dict = lambda *_: None",
+    "generation": "right = gpu_inference.generate; gpu_inference.generate = lambda *a: [x[:-1] for x in right(*a)]",
+    "evaluation, and out of memory": """
+import t5tune.evaluation.batches as batches
+batches.is_out_of_memory = lambda error: False
+""",
+    "serving with both engines": """
+from t5tune.inference.shared_bases import SharedBases
+from t5tune.model.load import load_base
+SharedBases.load = lambda self, *values, files=None, **options: load_base(*values, **options)
+""",
+}  # fmt: skip
+
+
+def run_gpu(folder: Path, *arguments: str, mistake: str = "") -> tuple[int, dict[str, Any], str]:
+    """Run gpu.py with tiny shapes and a mistake, without a GPU; return its exit code, last line and stderr."""
+    code = f"import sys, torch, gpu, gpu_checks, gpu_inference\n{mistake}\ngpu.main()"
+    command = [sys.executable, "-c", code, "--tiny", "--minutes", "60", "--output-dir", str(folder), *arguments]
+    path = os.pathsep.join(map(str, (REPOSITORY, REPOSITORY / "benchmarks")))
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=3600, check=False)
+    assert done.stdout, done.stderr
+    return done.returncode, json.loads(done.stdout.splitlines()[-1]), done.stderr
+
+
+@pytest.mark.slow
+def test_a_wrong_number_makes_a_goal_not_met(tmp_path: Path) -> None:
+    names = ["environment", "loading NF4", "loading int8", "kernels: attention, width 64"]
+    code, line, errors = run_gpu(tmp_path, "--prove", "--only", *names, mistake=SCALED_NF4)
+    assert (code, line["goals"]) == (
+        1,
+        {
+            "kernels: attention, width 64": "needs a GPU",
+            "loading NF4": "not met",
+            "loading int8": "met",
+        },
+    ), errors
+    assert errors.splitlines()[-1] == "gpu.py: not met: loading NF4"
+    assert "| loading NF4 | not met | error of a weight: 0." in (tmp_path / "prove.md").read_text()
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_all_checks_that_a_cpu_can_do_are_met(tmp_path: Path) -> None:
+    code, line, errors = run_gpu(tmp_path, "--prove")
+    assert (code, line["skipped"], line["failed"]) == (0, [], []), errors
+    checks = load("gpu_lists").list_checks(on_gpu=False, is_tiny=True)
+    assert line["goals"] == {check.name: "needs a GPU" if check.needs_gpu else "met" for check in checks}
+
+
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_found_by_its_check(name: str, tmp_path: Path) -> None:
+    code, line, errors = run_gpu(tmp_path, "--prove", "--only", name, mistake=MISTAKES[name])
+    assert (code, line["goals"]) == (1, {name: "not met"}), errors
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_all_speeds_that_a_cpu_can_measure_are_measured(tmp_path: Path) -> None:
+    code, line, errors = run_gpu(tmp_path, "--speed")
+    assert (code, line["skipped"], line["failed"]) == (0, [], []), errors
+    assert set(line["goals"].values()) == {"needs a GPU"}
+    measured = json.loads((tmp_path / "speed.json").read_text())["measurements"]
+    speeds = {one["name"]: one["result"] for one in measured if one["name"].startswith("train ")}
+    assert {"train flan-t5-xl 512 packed", "train t5gemma-2-1b-1b 2048 trainer"} <= speeds.keys()
+    assert all(speed["tokens_per_second"] > 0 and speed["of_peak"] > 0 for speed in speeds.values())
 
 
 def test_releases_that_are_too_old_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,191 +408,6 @@ def test_releases_that_are_too_old_are_named(monkeypatch: pytest.MonkeyPatch) ->
     releases = gpu.read_releases()
     assert releases["transformers"].startswith("5.17.0 (t5tune needs 5.")
     assert releases["torch"] == "99.0"
-
-
-@pytest.fixture
-def shape() -> Any:
-    return load("t5tune.model.kernels.flex_check").AttentionShape(2, 16, 128, dropout=0.1)
-
-
-SMALL_LENGTHS = (150, 1, 61), (40, 3, 90)
-
-
-def find_largest_error(results: dict[str, Any]) -> float:
-    return max(
-        error
-        for result in results.values()
-        if isinstance(result, dict)
-        for name, error in result.items()
-        if name != "ms"
-    )
-
-
-@pytest.mark.long
-@pytest.mark.slow
-@pytest.mark.usefixtures("without_kernels")
-def test_attention_is_compared_with_fp64(shape: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    kernels = load("gpu_kernels")
-    results = kernels.check_attention(shape, SMALL_LENGTHS, "cpu", torch.float32)
-    assert set(results) == {
-        f"{kind}, dropout {way}" for kind in kernels.KINDS for way in ("0, flex", "0, loop", "0.1, flex")
-    }
-    assert find_largest_error(results) < 2e-6
-    right = kernels.attend
-    monkeypatch.setattr(kernels, "attend", lambda *arguments: right(*arguments[:-1], 0.0))
-    wrong = kernels.check_attention(shape, SMALL_LENGTHS, "cpu", torch.float32)
-    assert wrong["encoder, dropout 0.1, flex"]["output"] > 0.1
-
-
-@pytest.mark.long
-@pytest.mark.slow
-@pytest.mark.long
-@pytest.mark.usefixtures("without_kernels")
-def test_attention_is_timed_and_its_compilations_are_counted(shape: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    kernels = load("gpu_kernels")
-    monkeypatch.setattr(kernels, "REPEATS", 1)
-    monkeypatch.setattr(kernels, "WARM_UP", 0)
-    times = kernels.time_attention(shape, SMALL_LENGTHS, "cpu", torch.float32)
-    assert (times.pop("tokens"), times.pop("segments")) == ([212, 133], 3)
-    assert len(times) == 12
-    assert min(times.values()) > 0
-    torch._dynamo.reset()
-    counts = kernels.count_compilations(shape, 2, 16, "cpu", torch.float32)
-    assert counts["batches"] == 2
-    assert counts["first"] >= 3
-    assert counts["later"] <= 3  # at most one compilation per kind, when two equal lengths become different
-    assert kernels.time_cudnn(shape, 1, 16, "cpu", torch.float32).keys() == {"batches", "cuDNN on", "cuDNN off"}
-
-
-@pytest.mark.long
-def test_layers_and_loss_are_compared_with_fp64(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernels = load("gpu_kernels")
-    monkeypatch.setattr(kernels, "REPEATS", 1)
-    monkeypatch.setattr(kernels, "WARM_UP", 0)
-    results = kernels.check_layers("google/flan-t5-small", 32, "cpu", torch.bfloat16)
-    assert results.keys() == {"notes", *(f"{part}, {side}" for part in kernels.LAYERS for side in ("t5tune", "stock"))}
-    assert results["LoRA, t5tune"].keys() == {"output", "input", "lora_A", "lora_B", "ms"}
-    assert find_largest_error(results) < 0.01
-    losses = kernels.check_loss("google/flan-t5-small", 20, "cpu", torch.bfloat16)
-    assert find_largest_error(losses) < 0.01
-    right = kernels.compute_summed_loss
-    monkeypatch.setattr(kernels, "compute_summed_loss", lambda *arguments: right(*arguments) * 1.1)
-    assert kernels.check_loss("google/flan-t5-small", 20, "cpu", torch.bfloat16)["t5tune"]["output"] > 0.09
-
-
-def make_event(name: str, start: float, end: float, is_annotation: bool = False) -> Any:
-    times = SimpleNamespace(start=start, end=end)
-    return SimpleNamespace(name=name, time_range=times, is_user_annotation=is_annotation)
-
-
-def test_launches_and_idle_time_are_read_from_a_profile() -> None:
-    summarize = load("gpu_training").summarize_events
-    events = [
-        make_event("step", 0, 1000, is_annotation=True), make_event("gemm", 10, 50), make_event("norm", 40, 60),
-        make_event("Memcpy HtoD", 80, 90), make_event("gemm", 100, 110),
-    ]  # fmt: skip
-    assert summarize(events) == {"launches": 3, "idle_share": 0.3}  # 30 of 100 µs
-    assert summarize([]) == {"launches": 0}
-
-
-def test_a_batch_that_does_not_fit_is_halved() -> None:
-    training = load("gpu_training")
-    options, tried = SimpleNamespace(on_gpu=False), list[int]()
-
-    def run(divisor: int) -> dict[str, Any]:
-        tried.append(divisor)
-        if divisor == 1:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        if divisor == 2:
-            raise training.OutOfMemory("out of memory: training with tokens_per_batch 16384")
-        return {"divisor": divisor}
-
-    assert training.fit_in_memory(run, options) == {"divisor": 4}
-    assert tried == [1, 2, 4]
-
-
-def test_a_profiler_that_fails_loses_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
-    profiler = load("gpu_training").StepProfiler(on_gpu=False)
-    monkeypatch.setattr(profiler.profile, "start", fail_to_start)
-    profiler()
-    assert profiler.result == {"profiler": "RuntimeError: CUPTI_ERROR_INSUFFICIENT_PRIVILEGES"}
-
-
-def fail_to_start() -> None:
-    raise RuntimeError("CUPTI_ERROR_INSUFFICIENT_PRIVILEGES")
-
-
-@pytest.fixture(scope="module")
-def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(load("gpu_training"), "NUM_CONVERSATIONS", 120)
-        yield tmp_path_factory.mktemp("gpu")
-
-
-@pytest.mark.long
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "way", ["packed", "trainer", *(["packed, loop", "packed, no attention dropout"] if LONG else [])]
-)
-def test_training_is_measured(way: str, shared_folder: Path) -> None:
-    result = load("gpu_training").measure_training(shared_folder, way, **TINY)
-    assert result["batch"] == ("4 examples" if way == "trainer" else "512 tokens")
-    assert result["tokens_per_second"] > 0
-    assert result["launches"] > 100
-    assert 0 <= result["idle_share"] < 1
-    assert result["parameters"] > 2 * 32128 * 512
-    row = load("gpu_report").make_training_row(f"train flan-t5-small 64 {way}", result, 989e12)
-    assert row["nemo_tokens_per_second"] > 0
-
-
-@pytest.mark.slow
-@pytest.mark.long
-def test_the_timed_steps_exclude_warm_up_and_the_profiled_one(
-    shared_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    training, batches = load("gpu_training"), list[int]()
-    right = load("train").compute_metrics
-
-    def count_batches(clock: Any, sources: Any, targets: Any, found: Any, *others: Any) -> dict[str, Any]:
-        batches.append((len(found), clock.done))
-        return right(clock, sources, targets, found, *others)
-
-    monkeypatch.setattr(load("train"), "compute_metrics", count_batches)
-    training.measure_training(shared_folder, "packed", **TINY)
-    assert batches == [(5, 6)]  # one more step is profiled
-
-
-@pytest.mark.long
-@pytest.mark.slow
-def test_variants_are_measured_or_skipped(shared_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    training = load("gpu_training")
-    changes = {"q_lora": True, "bf16": False}
-    assert training.measure_variant(shared_folder, changes, "bitsandbytes", **TINY)["tokens_per_second"] > 0
-    with pytest.raises(load("gpu_runner").Skipped, match="no_such_package isn't installed"):
-        training.measure_variant(shared_folder, changes, "no_such_package", **TINY)
-
-
-@pytest.mark.slow
-@pytest.mark.long
-def test_a_resumed_run_is_compared_with_an_uninterrupted_one(shared_folder: Path) -> None:
-    result = load("gpu_training").measure_resuming(shared_folder, {}, **TINY)
-    assert result["resumed from"] in {"checkpoint-2", "checkpoint-3"}
-    assert result["resumed"] == result["repeated"] == {"largest difference": 0.0, "bits are equal": True}
-
-
-def test_adapters_that_differ_are_compared() -> None:
-    compare = load("gpu_training").compare_tensors
-    expected = {"a": torch.tensor([3.0, 4.0]), "b": torch.zeros(2)}
-    found = {"a": torch.tensor([3.0, 4.5]), "b": torch.zeros(2)}
-    assert compare(expected, found) == {"largest difference": 0.1, "bits are equal": False}
-
-
-@pytest.mark.slow
-@pytest.mark.long
-def test_the_memory_of_evaluation_is_measured(shared_folder: Path) -> None:
-    result = load("gpu_training").measure_evaluation(shared_folder, **TINY)
-    assert result["evaluation"] >= result["training"] > 0
-    assert result["loss"] > 0
 
 
 @pytest.mark.long
@@ -422,4 +420,4 @@ def test_a_measurement_runs_in_each_kind_of_process(
     measurement = load("gpu_runner").Measurement("GPU", 1, load("gpu").find_gpu)
     outcome = load("gpu_runner").run_in_process(measurement, 120, tmp_path, method)
     assert (outcome.state, outcome.result) == ("measured", {"gpu": None}), (tmp_path / "log.txt").read_text()
-    assert not load("gpu").sees_gpu(tmp_path)
+    assert load("gpu").find_gpu_in_fork(tmp_path) is None
