@@ -42,7 +42,7 @@ from t5tune.file_names import REJECTED_FILE, TOKENIZER_FILE
 from t5tune.formatting import format_count
 from t5tune.hub.datasets import EVALUATION_SPLITS, DatasetChoice
 from t5tune.inference.loading import LoadedModel, choose_family
-from t5tune.inference.target_scores import Candidates
+from t5tune.inference.target_scores import CandidateList
 from t5tune.io.atomic import hash_file
 from t5tune.io.reasons import join_first
 from t5tune.preparing.data_problems import make_mixed_data_error, report_default_template
@@ -102,12 +102,11 @@ class EvaluationSet:
     raw_texts: frozenset[int] = frozenset()
     base: "EvaluationSet | None" = None
 
-    def add_choices(self, choices: list[str]) -> list[Example]:
+    def add_choices(self, choices: list[str]) -> Sequence[Example]:
         """Return the examples with the choices as further targets."""
         encoder = make_encoder(self.tokenizer)
         encoded = {template: tuple(encode_answers(choices, template, encoder)) for template in {*self.templates}}
-        pairs = zip(self.examples, self.templates, strict=True)
-        return [Candidates(example.source_S, example.target_T, encoded[template]) for example, template in pairs]
+        return CandidateList(self.examples, [encoded[template] for template in self.templates])
 
     def check_targets(self, answers: Collection[str], place: str, report: Report) -> None:
         """Refuse or report targets that aren't among the only possible answers."""

@@ -261,7 +261,7 @@ def _list_lengths(examples: Sequence[Example]) -> list[Lengths]:
     return [Lengths(sum(map(len, example.targets)), len(example.source_S)) for example in examples]
 
 
-def find_max_target_length(examples: Sequence[Example]) -> int:
+def find_max_target_length(examples: Iterable[Example]) -> int:
     """Find the length of the longest target in tokens, including the EOS token."""
     return max(len(example.target_T) for example in examples)
 

@@ -34,6 +34,25 @@ class Candidates(Example):
 
 
 @dataclass(frozen=True)
+class CandidateList(Sequence[Example]):
+    """Examples with further targets. They are made on access, because a list would hold the ids of all sources.
+
+    Args:
+        more: the further targets of each example.
+    """
+
+    examples: Sequence[Example]
+    more: Sequence[Sequence[npt.ArrayLike]]
+
+    def __len__(self) -> int:
+        return len(self.more)
+
+    def __getitem__(self, index: Any) -> Any:
+        example = self.examples[index]
+        return Candidates(example.source_S, example.target_T, tuple(map(np.asarray, self.more[index])))
+
+
+@dataclass(frozen=True)
 class TargetScore:
     """The log-probability of each token of a target; `is_greedy`: whether each is the likeliest at its position."""
 

@@ -39,7 +39,7 @@ from t5tune.inference.loading import (
     LoadedModel,
     make_compiler,
 )
-from t5tune.inference.target_scores import Candidates, score_targets
+from t5tune.inference.target_scores import CandidateList, score_targets
 from t5tune.io.atomic import (
     write_folder_atomically,
 )
@@ -94,13 +94,12 @@ class TextTask:
 
     def make_work(self, num_ranks: int) -> TextWork:
         chosen, settings = self.chosen, self.settings
-        examples = chosen.examples if num_ranks == 1 else list(chosen.examples)  # to be sent to all ranks
-        if settings.choices:
-            examples = chosen.add_choices(self.answers)
+        examples = chosen.add_choices(self.answers) if settings.choices else chosen.examples
+        examples = examples if num_ranks == 1 else list(examples)  # to be sent to all ranks
         eos, pad = chosen.tokenizer.eos_token_id, chosen.tokenizer.pad_token_id
         decodings, num_replies = {}, 1 if settings.choices_file is None else settings.num_beams
         for part in [indices for _, indices in chosen.datasets] or [range(len(chosen.targets))]:
-            longest = settings.max_new_tokens or find_max_target_length([chosen.examples[index] for index in part])
+            longest = settings.max_new_tokens or find_max_target_length(chosen.examples[index] for index in part)
             decoding = Decoding(eos, pad, longest, settings.num_beams, num_replies, keeps_stop=True)
             decodings[part] = (decoding, chosen.templates[part[0]].answer_suffix)
         return TextWork(examples, decodings, self.constraint)
@@ -190,8 +189,7 @@ def run_model(settings: EvaluateSettings, loaded: LoadedModel, work: TextWork, r
         collator = set_up_evaluation(loaded, report)
         replies = [] if settings.choices else _generate_replies(settings, loaded, work, report)
         if replies:  # scored with the targets, so that a source is encoded once for both
-            pairs = zip(work.examples, replies, strict=True)
-            examples = [Candidates(each.source_S, each.target_T, (np.array(best),)) for each, (best, *_) in pairs]
+            examples = CandidateList(work.examples, [[best] for best, *_ in replies])
         batch_size = settings.per_device_eval_batch_size
         scores = measure_targets(model, examples, collator, batch_size, report, measure=score_targets)
     losses = Losses([-target.logprob for target, *_ in scores], [len(each.target_T) for each in work.examples])

@@ -1,7 +1,9 @@
 """The memory that losses and predictions take."""
 
+import json
 import math
 import re
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,13 +12,14 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from t5tune.commands.prepare import prepare
 from t5tune.evaluation import scoring as evaluation
 from t5tune.evaluation.scoring import measure_losses
 from t5tune.inference.loading import load_for_inference
 from t5tune.model.attention.packing import use_packing
 from t5tune.model.batches import PackedCollator
 from t5tune.runs.checkpoints import verify
-from t5tune.settings import EvaluateSettings
+from t5tune.settings import EvaluateSettings, PrepareSettings
 from tests.commands.evaluate.outputs import EVALUATED, get_metrics, read_predictions, run_evaluate
 from tests.support.caches import open_only
 from tests.support.processes.command_line import CommandResult
@@ -54,6 +57,24 @@ def test_losses_never_need_all_logits_or_an_embedding_copy(
     rows = {math.prod(shape[:-1]) for shape in shapes.seen if shape[-1:] == (vocabulary,)}
     assert max(rows) == 64 < sum(len(example.target_T) for example in examples)
     assert (vocabulary, width) not in shapes.seen
+
+
+@pytest.mark.parametrize("changes", [{}, {"choices": ["yes", "no"]}], ids=["replies", "choices"])
+def test_long_sources_are_never_in_memory_all_together(
+    changes: dict[str, Any], untied_base: Path, tmp_path: Path
+) -> None:
+    data, lines = tmp_path / "long.jsonl", [{"source": f"{n} is" + " one" * 900, "target": "yes"} for n in range(96)]
+    data.write_text("\n".join(map(json.dumps, lines)))
+    values = {"model_name_or_path": str(untied_base), "data_path": str(data), "add_tokens": ["none"]}
+    prepare(PrepareSettings(**values, output_dir=tmp_path / "cache"))
+    peaks = []
+    for count in (16, 16, 96):  # the first evaluation imports modules
+        tracemalloc.start()
+        run_evaluate(untied_base, tmp_path / "cache", tmp_path / "out", num_data=count, overwrite=True, **changes)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    source_S = open_only(tmp_path / "cache")[0].source_S
+    assert peaks[2] - peaks[1] < 80 * source_S.nbytes / 2
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
