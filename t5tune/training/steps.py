@@ -5,7 +5,7 @@ loader = DataLoader(ExampleDataset(examples), batch_sampler=sampler, collate_fn=
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -85,7 +85,7 @@ class StepSampler(Sampler[list[Draw]]):
     def __init__(
         self,
         draw: Callable[[int], tuple[Integers, Integers]],
-        make_batches: Callable[[int], list[Integers]],
+        make_batches: Callable[[int], Iterable[Integers]],
         count: int,
         step_size: int,
     ) -> None:
@@ -109,9 +109,9 @@ class StepSampler(Sampler[list[Draw]]):
 
     def __iter__(self) -> Iterator[list[Draw]]:
         examples, repeats = self.draw(self.epoch)
-        batches = self.make_batches(self.epoch)
-        for position, batch in enumerate(batches):
-            first_of_step = batches[position - position % self.step_size][:1]
+        for position, batch in enumerate(self.make_batches(self.epoch)):
+            if position % self.step_size == 0:
+                first_of_step = batch[:1]
             chosen = batch if len(batch) else first_of_step
             pairs = zip(examples[chosen].tolist(), repeats[chosen].tolist(), strict=True)
             yield [Draw(example, repeat, is_filler=not len(batch)) for example, repeat in pairs]
@@ -142,11 +142,13 @@ class EpochDraws:
         """Return (indices, how many times each example was sampled before)."""
         if self.draw is not None:
             return self.draw(epoch)
-        return np.arange(len(self.sources)), np.full(len(self.sources), epoch)
+        return np.arange(len(self.sources)), np.broadcast_to(epoch, len(self.sources))
 
     def read_lengths(self, epoch: int) -> tuple[Integers, Integers]:
         """Return (source lengths, target lengths) of the examples of an epoch, in the order of `draw_epoch`."""
-        indices, _ = self.draw_epoch(epoch)
+        if self.draw is None:
+            return self.sources, self.targets
+        indices, _ = self.draw(epoch)
         return self.sources[indices], self.targets[indices]
 
     def find_largest_count(self, budget: TokenBudget, longest: int) -> int:
@@ -193,10 +195,9 @@ def count_all_steps(sampler: StepSampler, args: Any) -> int:
 def make_count_sampler(draws: EpochDraws, batch_size: int, step_size: int, group_by_length: bool) -> StepSampler:
     """Make the sampler of micro-batches with a fixed number of examples."""
 
-    def make_batches(epoch: int) -> list[Integers]:
+    def make_batches(epoch: int) -> Iterator[Integers]:
         sources, targets = draws.read_lengths(epoch)
-        lengths = sources + targets
-        grouped = lengths if group_by_length else np.zeros_like(lengths)
+        grouped = sources + targets if group_by_length else np.zeros_like(sources)
         return make_count_batches(grouped, batch_size, step_size, draws.seed, epoch)
 
     count = -(-len(draws.draw_epoch(0)[0]) // (batch_size * step_size)) * step_size

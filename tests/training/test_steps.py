@@ -1,5 +1,7 @@
 """Steps: every example once per epoch, similar lengths within a step, determined by seed and epoch alone."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -51,7 +53,7 @@ def test_a_step_has_the_same_examples_however_it_is_divided(count: int) -> None:
 
 def test_micro_batches_without_examples_are_empty_and_get_a_filler() -> None:
     lengths = np.arange(5, 16)
-    batches = make_count_batches(lengths, batch_size=2, step_size=4, seed=1, epoch=0)
+    batches = [*make_count_batches(lengths, batch_size=2, step_size=4, seed=1, epoch=0)]
     assert [len(batch) for batch in batches] == [2, 2, 2, 2, 1, 1, 1, 0]
     sampled = list(make_count_sampler(make_draws(lengths, seed=1), batch_size=2, step_size=4, group_by_length=True))
     assert sampled[:7] == [[Draw(int(index), repeat=0) for index in batch] for batch in batches[:7]]
@@ -154,3 +156,16 @@ def test_impossible_budgets_are_refused() -> None:
         make_budget_sampler(EpochDraws(sources, targets, seed=0), 100, True, 1)
     with pytest.raises(SettingsError, match=r"too few examples \(3\) for a step of 4 batches"):
         make_budget_sampler(EpochDraws(sources, targets, seed=0), 101, True, 4)
+
+
+@pytest.mark.parametrize("group_by_length", [True, False])
+def test_the_first_batch_takes_few_bytes_per_example(group_by_length: bool) -> None:
+    lengths = np.random.default_rng(0).integers(5, 500, 100_000)
+    sampler = make_count_sampler(
+        make_draws(lengths, seed=1), batch_size=8, step_size=1, group_by_length=group_by_length
+    )
+    tracemalloc.start()
+    next(iter(sampler))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 40 * len(lengths)  # four integers per example, and no batch ahead of its turn

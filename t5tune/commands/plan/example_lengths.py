@@ -160,7 +160,7 @@ def make_batches(settings: PlanSettings, count: int, data: ExampleLengths) -> li
         draws = EpochDraws(sources, targets, settings.seed)
         # raises if the budget is too small for an example
         sampler = make_budget_sampler(draws, tokens, settings.packing != "off", step_size)
-        return sampler.make_batches(0)
+        return [*sampler.make_batches(0)]
     lengths = sources + targets if settings.group_by_length else np.zeros_like(sources)
     batches = make_count_batches(lengths, settings.per_device_train_batch_size, step_size, settings.seed, epoch=0)
     return [batch for batch in batches if len(batch)]
