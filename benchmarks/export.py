@@ -106,7 +106,7 @@ def save(path: Path, state: Any) -> None:
         file.write(table + end)
 
 
-def make_checkpoint(folder: Path, config_file: Path) -> int:
+def make_checkpoint(folder: Path, config_file: Path, num_ranks: int = RANKS, lora_r: int = RANK) -> int:
     """Write a DeepSpeed checkpoint of the model's shape; return the size of its adapter in bytes."""
     import numpy as np
     import torch
@@ -119,26 +119,26 @@ def make_checkpoint(folder: Path, config_file: Path) -> int:
     prefix, adapted = "base_model.model.", {}
     for name, (out, inner) in ((n, s) for n, s in shapes.items() if n.endswith((".q.weight", ".v.weight"))):
         module = prefix + name.removesuffix(".weight")
-        adapted[f"{module}.lora_A.default.weight"] = (RANK, inner)
-        adapted[f"{module}.lora_B.default.weight"] = (out, RANK)
-    length = sum(math.prod(shape) // RANKS for shape in adapted.values())
+        adapted[f"{module}.lora_A.default.weight"] = (lora_r, inner)
+        adapted[f"{module}.lora_B.default.weight"] = (out, lora_r)
+    length = sum(math.prod(shape) // num_ranks for shape in adapted.values())
     shards = folder / f"global_step{STEP}"
     shards.mkdir(parents=True)
     (folder / "latest").write_text(shards.name)
     (folder / "base").mkdir()
     (folder / "base" / "config.json").write_text(json.dumps(config))
-    adapter = {"peft_type": "LORA", "r": RANK, "lora_alpha": 16, "target_modules": ["q", "v"]}
+    adapter = {"peft_type": "LORA", "r": lora_r, "lora_alpha": 16, "target_modules": ["q", "v"]}
     adapter["base_model_name_or_path"] = str(folder / "base")
     (folder / "adapter_config.json").write_text(json.dumps(adapter))
     generator = np.random.default_rng(0)
     names = {name: f"{prefix}{name}" for name in frozen}
-    for rank in range(RANKS):
+    for rank in range(num_ranks):
         values = generator.standard_normal(length, np.float32)
         flat = Hole((length,), "Float", values.tobytes())
         states = {"exp_avg": Hole((length,), "Float"), "exp_avg_sq": Hole((length,), "Float"), "step": STEP}
         optimizer = {
             "zero_stage": 3,
-            "partition_count": RANKS,
+            "partition_count": num_ranks,
             "fp32_flat_groups": [flat],
             "optimizer_state_dict": {"state": {0: states}, "param_groups": [{"params": [0]}]},
         }
@@ -149,16 +149,17 @@ def make_checkpoint(folder: Path, config_file: Path) -> int:
             "param_shapes": [{name: torch.Size(shape) for name, shape in adapted.items()}],
             "frozen_param_shapes": {names[name]: torch.Size(shape) for name, shape in frozen.items()},
             "frozen_param_fragments": {
-                names[name]: Hole((math.ceil(math.prod(shape) / RANKS),), "BFloat16") for name, shape in frozen.items()
+                names[name]: Hole((math.ceil(math.prod(shape) / num_ranks),), "BFloat16")
+                for name, shape in frozen.items()
             },
             "shared_params": {},
             "ds_version": "0.19.8",
             "global_steps": STEP,
-            "dp_world_size": RANKS,
+            "dp_world_size": num_ranks,
             "mp_world_size": 1,
         }
         save(shards / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt", model)
-    return 4 * length * RANKS
+    return 4 * length * num_ranks
 
 
 def run_side(side: str, checkpoint: Path, output: Path) -> dict[str, float]:

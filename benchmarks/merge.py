@@ -83,7 +83,7 @@ def make_base(folder: Path, config: dict[str, Any]) -> int:
     return (folder / "model.safetensors").stat().st_size
 
 
-def make_adapter(folder: Path, base: Path, config: dict[str, Any]) -> None:
+def make_adapter(folder: Path, base: Path, config: dict[str, Any], lora_r: int = RANK) -> None:
     from t5tune.families import find_architecture
 
     folder.mkdir()
@@ -92,13 +92,13 @@ def make_adapter(folder: Path, base: Path, config: dict[str, Any]) -> None:
     for name in (name for name in shapes if name.endswith((".q.weight", ".v.weight"))):
         out, inner = shapes[name]
         module = "base_model.model." + name.removesuffix(".weight")
-        tensors[f"{module}.lora_A.weight"] = ("F32", (RANK, inner))
-        tensors[f"{module}.lora_B.weight"] = ("F32", (out, RANK))
+        tensors[f"{module}.lora_A.weight"] = ("F32", (lora_r, inner))
+        tensors[f"{module}.lora_B.weight"] = ("F32", (out, lora_r))
     write_random(folder / "adapter_model.safetensors", tensors, 0.1)
     adapter = {
         "peft_type": "LORA",
         "task_type": "SEQ_2_SEQ_LM",
-        "r": RANK,
+        "r": lora_r,
         "lora_alpha": 16,
         "target_modules": ["q", "v"],
     }
