@@ -74,7 +74,7 @@ def read_anonymous_memory(pid: int) -> int:
 def fit_exponent(sizes: Sequence[int], values: Sequence[float], noise: float) -> float | None:
     """Fit the exponent k of a + b * size ** k to the smallest size and the ends of the last decade.
 
-    The smallest size stands for the fixed part a. A growth below the noise counts as the noise, and without a growth
+    The smallest size determines the fixed part a. A growth below the noise counts as the noise, and without a growth
     above it the exponent is 0. None: there are too few sizes.
     """
     if len(sizes) < MIN_SIZES:

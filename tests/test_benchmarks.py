@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -186,15 +187,17 @@ def tiny(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run_benchmark(folder: Path, script: str, *arguments: str | Path) -> dict[str, Any]:
-    """Run a script in a folder. Return its last line, after checking that it leaves nothing there."""
+def run_benchmark(
+    folder: Path, script: str, *arguments: str | Path, leaves: frozenset[str] = frozenset()
+) -> dict[str, Any]:
+    """Run a script in a folder. Return its last line, after checking that it leaves only some names there."""
     before = {path.name for path in folder.iterdir()}
     command = [sys.executable, str(BENCHMARKS / script), *map(str, arguments)]
     environment = {**os.environ, "TMPDIR": str(folder)}
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, timeout=900)
     assert done.returncode == 0, done.stderr
     left = {path.name for path in folder.iterdir()} - before
-    assert {name for name in left if not name.startswith("torch")} == set()  # torchinductor_… and torchelastic_…
+    assert {name for name in left if not name.startswith("torch")} == leaves  # torchinductor_… and torchelastic_…
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
@@ -285,3 +288,43 @@ def test_startup_compares_commands_with_their_imports(tmp_path: Path) -> None:
     assert result["ratio"].keys() == {"chat", "train", "serve"}
     assert result["seconds"]["imports"] < result["seconds"]["imports with Trainer"]
     assert all(1 < ratio < 3 for ratio in result["ratio"].values())
+
+
+def test_a_fitted_exponent_ignores_the_fixed_part() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        fit_exponent = importlib.import_module("growth").fit_exponent
+    sizes = [10**power for power in range(3, 8)]
+    for exponent in (0.5, 1, 1.5, 2):
+        assert fit_exponent(sizes, [5 + size**exponent for size in sizes], noise=0.1) == pytest.approx(
+            exponent, abs=0.01
+        )
+    assert fit_exponent(sizes, [5, 5.1, 5, 5.2, 5.3], noise=0.1) == 0  # within a tenth of the smallest
+    assert fit_exponent([1, 8, 64], [1, 1.05, 65], noise=1) == pytest.approx(2, abs=0.02)  # 0.05 is noise
+    assert fit_exponent(sizes[:2], [1, 2], noise=0.1) is None
+
+
+def test_scale_fits_an_exponent_to_each_curve(tmp_path: Path) -> None:
+    result = run_benchmark(
+        tmp_path, "scale.py", "train: an epoch's batches", "merge/adapters", "export/ranks", "--max-examples", "1e5",
+        "--max-count", "8", "--output-dir", "out", leaves=frozenset({"out"}),
+    )  # fmt: skip
+    curves = {"train: an epoch's batches/examples", "train: an epoch's batches/ranks", "merge/adapters", "export/ranks"}
+    assert result["exponents"].keys() == curves
+    assert all(memory == 0 for _, memory in result["exponents"].values())
+    measured = json.loads((tmp_path / "out" / "scale.json").read_text())
+    assert [each["sizes"] for each in measured] == [[1000, 10_000, 100_000], [1, 4, 8], [1, 4, 8], [1, 4, 8]]
+    assert all(min(each["seconds"]) >= 0 for each in measured)
+    picture, table = ((tmp_path / "out" / name).read_text() for name in ("scale.svg", "scale.md"))
+    assert ElementTree.fromstring(picture).tag.endswith("svg")
+    for name in ("merge", "export"):
+        assert f">{name}</text>" in picture
+        assert f" | {name} | 1 – 8 | " in table
+
+
+@pytest.mark.long
+def test_scale_measures_every_command(tmp_path: Path) -> None:
+    most = ("--max-examples", "1e3", "--max-length", "512", "--max-count", "4")
+    result = run_benchmark(tmp_path, "scale.py", *most, "--output-dir", "out", leaves=frozenset({"out"}))
+    commands = {name.partition("/")[0].partition(":")[0] for name in result["exponents"]}
+    assert commands == {"prepare", "train", "evaluate", "export", "merge", "serve"}
