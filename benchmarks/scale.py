@@ -252,7 +252,9 @@ def serve_replies(base: Path, count: int, length: int = 8) -> None:
     """Serve a model, and ask it for replies of one token, one after the other."""
     import t5tune
 
-    settings = t5tune.ServeSettings(models=[f"model={base}"], port=0, engine="transformers", device="cpu")
+    settings = t5tune.ServeSettings(
+        models=[f"model={base}"], port=0, engine="transformers", device="cpu", max_batch_tokens=2 * LENGTHS[-1]
+    )
     body = {"model": "model", "prompt": " ".join(["one two"] * (length // 4)), "max_tokens": 1}
     with t5tune.serve(settings) as server:
         for _ in range(count):
@@ -336,6 +338,14 @@ def describe(curve: Curve, found: Sequence[Used]) -> dict[str, Any]:
     }
 
 
+def write_results(folder: Path, results: Sequence[dict[str, Any]]) -> None:
+    """Write the results so far."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "scale.json").write_text(json.dumps(results, indent=1) + "\n")
+    (folder / "scale.md").write_text(write_table(results))
+    (folder / "scale.svg").write_text(draw_curves(results))
+
+
 def limit_sizes(curve: Curve, most_examples: int, longest: int, most_counted: int) -> Curve:
     """Leave out the largest sizes."""
     limits = {"examples": most_examples, "files": most_examples, "length": longest, "LoRA rank": LORA_RANKS[-1]}
@@ -363,10 +373,7 @@ def main() -> None:
             if not chosen.curves or {curve.name, f"{curve.name}/{curve.axis}"} & {*chosen.curves}:
                 curve = limit_sizes(curve, int(chosen.max_examples), chosen.max_length, chosen.max_count)
                 results.append(describe(curve, measure_curve(curve, folder, chosen.runs)))
-    chosen.output_dir.mkdir(parents=True, exist_ok=True)
-    (chosen.output_dir / "scale.json").write_text(json.dumps(results, indent=1) + "\n")
-    (chosen.output_dir / "scale.md").write_text(write_table(results))
-    (chosen.output_dir / "scale.svg").write_text(draw_curves(results))
+                write_results(chosen.output_dir, results)
     named = {f"{each['curve']}/{each['axis']}": each for each in results}
     exponents = {name: (each["time_exponent"], each["memory_exponent"]) for name, each in named.items()}
     missed = [name for name, each in named.items() if not each["meets_goals"]]
