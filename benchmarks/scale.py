@@ -253,7 +253,7 @@ def serve_replies(base: Path, count: int, length: int = 8) -> None:
     import t5tune
 
     settings = t5tune.ServeSettings(
-        models=[f"model={base}"], port=0, engine="transformers", device="cpu", max_batch_tokens=2 * LENGTHS[-1]
+        models=[f"model={base}"], port=0, engine="transformers", device="cpu", model_max_length=2 * LENGTHS[-1]
     )
     body = {"model": "model", "prompt": " ".join(["one two"] * (length // 4)), "max_tokens": 1}
     with t5tune.serve(settings) as server:
