@@ -17,6 +17,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from t5tune.checkpoints.adapter import read_base_metadata
 from t5tune.checkpoints.adapter_folder import find_adapter, has_only_model
@@ -232,7 +233,8 @@ def _find_inputs(settings: MergeSettings, report: Report) -> tuple[MergeSettings
     converts = settings.to != "checkpoint" and settings.model_name_or_path is None
     find = functools.partial(find_adapter, cache_dir=settings.cache_dir, report=report, allows_model=converts)
     folders = [find_trained_folder(find(adapter), "adapter", report) for adapter in settings.adapter]
-    if converts and (is_pocket(str(folders[0])) or has_only_model(folders[0])):
+    is_built_in = is_pocket(str(folders[0])) and not folders[0].exists()  # a run may be named pocket, too
+    if converts and (is_built_in or has_only_model(folders[0])):
         settings = settings.model_copy(update={"model_name_or_path": str(folders.pop(0))})
     settings = settings.model_copy(update={"adapter": folders})
     if settings.model_name_or_path is not None:
@@ -375,8 +377,10 @@ def _write_supporting_files(
     converters = family.converters if task is None else ()
     card = build_merged_card(settings.model_name_or_path, weighted, settings.to, converters, training, task)
     (staged / MODEL_CARD_FILE).write_text(card, encoding="utf-8")
-    named = [Path(name_snapshot(folder)) for folder in settings.adapter]
-    write_settings(staged, settings.model_copy(update={"adapter": named}))
+    named: dict[str, Any] = {"adapter": [Path(name_snapshot(folder)) for folder in settings.adapter]}
+    if not adapters:  # as it can be given again
+        named = {"adapter": [Path(settings.model_name_or_path)], "model_name_or_path": None, "onto": None}
+    write_settings(staged, settings.model_copy(update=named))
 
 
 def _write_joined_training_data(made: list[TrainingData | None], staged: Path, report: Report) -> None:

@@ -177,7 +177,7 @@ def _list_row_tensors(base: Checkpoint, num_rows: int) -> list[str]:
     """List the tensors with a row for each token: the embeddings, and the head."""
     kinds = ("embedding",) if isinstance(base.architecture, Encoder) else ("embedding", "head")  # not a head of labels
     shapes = {name: base.get_dtype_and_shape(name)[1] for name in base.list_names()}
-    single = {name for name in shapes if name != base.architecture.tied_to and len(shapes[name]) == 1}  # T5Gemma 2's
+    single = {name for name in shapes if name != base.architecture.tied_to and len(shapes[name]) == 1}  # of an image
     names = [name for name in shapes if base.architecture.classify(name) in kinds and name not in single]
     if wrong := next((name for name in names if shapes[name][:-1] != (num_rows,)), None):
         problem = f"{wrong}: shape {[*shapes[wrong]]}, but vocab_size in {CONFIG_FILE} is {num_rows}"

@@ -204,14 +204,14 @@ def choose_vocabulary(
     return take_vocabulary(source, base)
 
 
-def check_cache_tokenizer(cache: Path, base: Path, setting: str = "data_path") -> None:
+def check_cache_tokenizer(cache: Path, base: Path) -> None:
     """Check that a token cache has the tokens of the base with the same ids, which are rows of its embedding."""
     found = load_tokenizer(find_tokenizer_folder(cache))
     if (other := find_other_token(load_tokenizer(base), found)) is None:
         return
     token, index = other
     ids = f"{token!r} is token {index:,} of {base}, and {found.get_vocab().get(token, 'none')} of the cache"
-    problem = f"{setting}: {cache}: prepared with a different tokenizer: {ids}"
+    problem = f"data_path: {cache}: prepared with a different tokenizer: {ids}"
     raise DataError(problem, hint="give the data in place of the cache")
 
 

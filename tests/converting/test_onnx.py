@@ -22,7 +22,7 @@ from t5tune.errors import DependencyError, SettingsError, TrainingError, WriteEr
 from t5tune.inference.prompts import Prompts
 from t5tune.model.load import load_base
 from t5tune.progress import Note
-from t5tune.settings import ChatSettings, MergeSettings
+from t5tune.settings import ChatSettings, MergeSettings, load_settings
 from tests.support.models.adapters import load_stock_base, make_stock_adapter
 from tests.support.models.bases import make_base
 from tests.support.models.model_types import load_stock, make_checkpoint
@@ -256,6 +256,18 @@ def test_a_whole_model_is_converted_like_its_run(kind: str, pocket_run: Path, we
         assert name.name in ("README.md", "settings.yaml") or found.read_bytes() == file.read_bytes(), name
     card = (tmp_path / "converted" / "README.md").read_text()
     assert f"Created by `t5tune merge` from `{tmp_path / 'merged'}`." in card
+    if kind == "ctranslate2":  # the settings repeat the conversion
+        settings, _ = load_settings(MergeSettings, str(tmp_path / "converted" / "settings.yaml"), {})
+        assert merge(settings.replace(output_dir=tmp_path / "again")).bytes == result.bytes
+
+
+def test_a_run_named_pocket_is_not_the_built_in_model(
+    untied_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_stock_adapter(untied_base, Path("pocket"))
+    merge(MergeSettings(adapter="pocket", to="ctranslate2", output_dir="converted", verify=False))
+    assert "from the adapter `pocket`" in Path("converted/README.md").read_text()
 
 
 def test_settings_of_adapters_are_refused_without_one(untied_base: Path, tmp_path: Path) -> None:

@@ -312,7 +312,7 @@ def test_a_base_whose_files_disagree_is_refused(tmp_path: Path, conversations: P
 
 
 @pytest.mark.parametrize("name", ["encoder.embed_tokens.weight", "shared.weight"])
-def test_embeddings_of_which_no_model_is_made_are_refused(name: str, tmp_path: Path, conversations: Path) -> None:
+def test_wrong_embeddings_are_refused(name: str, tmp_path: Path, conversations: Path) -> None:
     base, is_copy = make_base(tmp_path / "base", tied=True), name != "shared.weight"
     weights = read_tensors(base)
     weights[name] = weights["shared.weight"] + 1 if is_copy else weights["shared.weight"].flatten()
