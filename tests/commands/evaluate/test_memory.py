@@ -21,6 +21,7 @@ from t5tune.model.attention.packing import use_packing
 from t5tune.model.batches import PackedCollator
 from t5tune.runs.checkpoints import verify
 from t5tune.settings import EvaluateSettings, PrepareSettings
+from t5tune.training.attention_choice import set_up_evaluation
 from tests.commands.evaluate.outputs import EVALUATED, get_metrics, read_predictions, run_evaluate
 from tests.support.caches import open_only
 from tests.support.processes.command_line import CommandResult
@@ -62,8 +63,13 @@ def test_losses_never_need_all_logits_or_an_embedding_copy(
 
 @pytest.mark.parametrize("changes", [{}, {"choices": ["yes", "no"]}], ids=["replies", "choices"])
 def test_long_sources_are_never_in_memory_all_together(
-    changes: dict[str, Any], untied_base: Path, tmp_path: Path
+    changes: dict[str, Any], untied_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def set_up(*arguments: Any) -> Any:
+        tracemalloc.reset_peak()  # loading has a higher peak than what follows
+        return set_up_evaluation(*arguments)
+
+    monkeypatch.setattr("t5tune.commands.evaluate.texts.set_up_evaluation", set_up)
     data, lines = tmp_path / "long.jsonl", [{"source": f"{n} is" + " one" * 900, "target": "yes"} for n in range(96)]
     data.write_text("\n".join(map(json.dumps, lines)))
     values = {"model_name_or_path": str(untied_base), "data_path": str(data), "add_tokens": ["none"]}
