@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any, TypeVar
 
+from t5tune.checkpoints.tensor_files.torch_file import read_torch_file
 from t5tune.errors import CheckpointError
 from t5tune.file_names import (
     ADAPTER_CONFIG_FILE,
@@ -48,7 +49,7 @@ def write_manifest(folder: Path, step: int, world_size: int, run_identity: dict[
 
 
 def verify(folder: Path) -> str | None:
-    """Compare a checkpoint with its manifest. Return the first difference, or None."""
+    """Compare a checkpoint with its manifest, and look for code in its pickles. Return the first problem, or None."""
     try:
         manifest = _read_manifest(folder)
         files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
@@ -67,6 +68,11 @@ def verify(folder: Path) -> str | None:
             return f"{path}: {path.stat().st_size} bytes, but {size} in the manifest"
         if hash_file(path) != digest:
             return f"{path}: differs from what was written (SHA-256)"
+        if name.endswith("_states.pt"):
+            try:
+                read_torch_file(path)  # DeepSpeed unpickles it, and a pickle can call any function
+            except CheckpointError as error:
+                return error.message
     return None
 
 

@@ -1,10 +1,12 @@
 """chat, evaluate and merge use the newest complete checkpoint of a run that was stopped."""
 
+import re
 import shutil
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from t5tune.checkpoints.model_folder import is_trained_file
@@ -14,8 +16,9 @@ from t5tune.commands.export import export
 from t5tune.commands.merge import merge
 from t5tune.commands.train import train
 from t5tune.errors import CheckpointError, SettingsError, Stopped
+from t5tune.file_names import CHECKPOINT_MANIFEST_FILE
 from t5tune.progress import Advanced, Event, Note
-from t5tune.runs.checkpoints import list_checkpoints
+from t5tune.runs.checkpoints import find_newest, list_checkpoints, read_run_identity, write_manifest
 from t5tune.runs.folder import RunFolder
 from t5tune.settings import ChatSettings, EvaluateSettings, ExportSettings, MergeSettings
 from tests.support.processes.runs import stop_at
@@ -134,6 +137,33 @@ def test_damaged_checkpoints_are_skipped_or_refused_if_none_is_left(stopped: Pat
     with pytest.raises(CheckpointError, match=f"adapter: {run}: none of its checkpoints is complete"):
         merge(MergeSettings(adapter=run, output_dir=tmp_path / "merged-2", verify=False))
     assert not (tmp_path / "merged-2").exists()
+
+
+class RunsCode:
+    """Pickles as a call of eval."""
+
+    def __init__(self, code: str) -> None:
+        self.code = code
+
+    def __reduce__(self) -> Any:
+        return eval, (self.code,)
+
+
+def test_a_deepspeed_checkpoint_with_code_is_never_unpickled(stopped: Path, tmp_path: Path) -> None:
+    run, marker = shutil.copytree(stopped, tmp_path / "run"), tmp_path / "marker"
+    newest = run / "checkpoint-3"
+    shard = newest / "global_step3" / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    shard.parent.mkdir()
+    torch.save({"optimizer_state_dict": RunsCode(f"open({str(marker)!r}, 'w').close()")}, shard)
+    identity = read_run_identity(newest)
+    (newest / CHECKPOINT_MANIFEST_FILE).unlink()
+    write_manifest(newest, 3, 1, identity)
+    found, problems = find_newest(run)
+    assert found == run / "checkpoint-2"
+    assert re.fullmatch(rf"{shard}: its pickle refers to \S+\.eval, which no checkpoint needs", problems[0])
+    assert not marker.exists()
+    torch.load(shard, weights_only=False)  # as DeepSpeed reads it
+    assert marker.exists()
 
 
 def test_a_damaged_checkpoint_doesnt_count_among_those_that_are_kept(
