@@ -13,12 +13,21 @@ import sys
 from contextlib import suppress
 from typing import NoReturn
 
-from t5tune.distributed.world import World
-from t5tune.errors import SettingsError, T5TuneError, WriteError
-
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and exit: 0 success, 1 failure, 2 invalid input, 130 interrupted, 143 terminated."""
+    try:
+        code = _run_and_flush(arguments)
+    except KeyboardInterrupt:  # while this package is imported, or at the end
+        code = 130
+    sys.exit(code)
+
+
+def _run_and_flush(arguments: list[str] | None) -> int:
+    # imported here, where Ctrl-C shows no traceback
+    from t5tune.distributed.world import World
+    from t5tune.errors import SettingsError
+
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # the arrows in --help, on a terminal whose encoding lacks them
     if os.environ.get("COLUMNS") == "0":  # Rich would print nothing at all
@@ -38,7 +47,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
-    sys.exit(code)
+    return code
 
 
 def run(arguments: list[str]) -> int:
@@ -46,6 +55,7 @@ def run(arguments: list[str]) -> int:
     import typer
 
     from t5tune.cli.app import app
+    from t5tune.errors import SettingsError, T5TuneError, WriteError
 
     failure: BaseException
     try:

@@ -9,7 +9,7 @@ import pytest
 
 from t5tune.cli.summaries import SUMMARIES
 from t5tune.settings import COMMANDS
-from tests.support.processes.command_line import t5tune, t5tune_in_fork
+from tests.support.processes.command_line import SIGNAL_WHILE_IMPORTING, t5tune, t5tune_in_fork
 
 PREPARE_RESULT_KEYS = [
     "cache", "conversations", "rejected", "examples", "held_out", "source_tokens", "target_tokens", "truncated_sources",
@@ -45,6 +45,16 @@ def test_the_help_and_a_refusal_import_little(arguments: list[str], unneeded: se
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     unneeded = unneeded | {"torch", "transformers", "peft", "deepspeed", "numpy", "tokenizers"}
     assert set(done.stdout.splitlines()[-1].split()) & unneeded == set()
+
+
+@pytest.mark.parametrize("module", ["t5tune.errors", "typer", "pydantic", "t5tune.commands.trim"])
+def test_ctrl_c_while_modules_are_imported_shows_no_traceback(module: str, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(SIGNAL_WHILE_IMPORTING)
+    paths = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    env = {"PYTHONPATH": paths, "SIGNAL_AT": module, "SIGNAL_NAME": "SIGINT"}
+    done = t5tune("trim", "pocket", "--data-path", "pocket", "--output-dir", tmp_path / "trimmed", env=env)
+    assert (done.code, done.stdout) == (130, "")
+    assert done.stderr in ("", "interrupted\n")
 
 
 def test_a_path_that_isnt_utf_8_reaches_the_command(tmp_path: Path) -> None:

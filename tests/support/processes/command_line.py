@@ -35,6 +35,17 @@ class CommandResult:
         return [line for line in self.stderr.splitlines() if line.startswith("error:")]
 
 
+# a sitecustomize.py that sends a signal when a module is imported; the environment names both
+SIGNAL_WHILE_IMPORTING = """
+import importlib.abc, os, signal, sys
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == os.environ["SIGNAL_AT"] and self in sys.meta_path:
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), getattr(signal, os.environ["SIGNAL_NAME"]))
+sys.meta_path.insert(0, Finder())
+"""
+
 OnRanks = Callable[..., CommandResult]
 """The fixture `on_ranks`."""
 
