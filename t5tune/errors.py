@@ -18,6 +18,7 @@ A message names the key or the file and the value found; `hint` is the next step
 """
 
 import difflib
+import errno
 import os
 import re
 import signal
@@ -184,8 +185,10 @@ def to_t5tune_error(error: BaseException) -> T5TuneError:
             return interrupted
         case ImportError() if (explained := _explain_import_error(error)) is not None:
             return explained
+        case OSError(errno=errno.ENAMETOOLONG, filename=str() | bytes() as path):
+            return SettingsError(f"{os.fsdecode(path)}: {error.strerror}", hint="give a shorter name")
         case OSError(filename=str() | bytes() as path):
-            return T5TuneError(f"{os.fsdecode(path)}: {error.strerror}")
+            return T5TuneError(f"{os.fsdecode(path)}: {error.strerror or error}")
     message = f"{type(error).__name__}: {' '.join(str(error).split())}"
     return Unexpected(message, hint="run with --debug to see the traceback")
 

@@ -64,7 +64,7 @@ def run(arguments: list[str]) -> int:
     except BrokenPipeError:  # the reader of the help has closed the pipe
         return 1
     except OSError as error:
-        failure = WriteError(f"{error.filename or 'standard output'}: can't be written: {error.strerror}")
+        failure = error if error.filename else WriteError(f"standard output: can't be written: {error.strerror}")
     except typer.TyperException as error:  # an unknown option before the command
         problem = f"{option}: no such option" if (option := getattr(error, "option_name", None)) else str(error)
         failure = SettingsError(problem, hint="run t5tune --help to list the commands")

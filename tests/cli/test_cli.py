@@ -81,6 +81,17 @@ def test_with_json_an_error_is_an_object_on_stdout(words: list[str], kind: str, 
     assert message in done.json["error"]["message"]
 
 
+@pytest.mark.parametrize("setting", ["model_name_or_path", "data_path", "output_dir", "config"])
+@pytest.mark.parametrize("command", ["trim", "prepare"])
+def test_a_name_that_is_too_long_is_refused(command: str, setting: str, tmp_path: Path) -> None:
+    values = {"model_name_or_path": "pocket", "data_path": "pocket", "output_dir": "out", setting: "x" * 300}
+    words = [word for name, value in values.items() for word in (f"--{name}", value)]
+    done = t5tune_in_fork(command, *words, cwd=tmp_path)
+    assert (done.code, len(done.errors)) == (2, 1), done.stderr
+    assert "name too long" in done.errors[0]
+    assert [*tmp_path.iterdir()] == []
+
+
 def test_json_errors_keep_their_exit_code_if_stdout_is_closed() -> None:
     reader, writer = os.pipe()
     os.close(reader)
