@@ -318,17 +318,19 @@ def test_wrong_embeddings_are_refused(name: str, tmp_path: Path, conversations: 
     weights[name] = weights["shared.weight"] + 1 if is_copy else weights["shared.weight"].flatten()
     save_file(weights, base / "model.safetensors")
     message = f"{name}: {'differs from shared.weight' if is_copy else 'shape'}"
-    with pytest.raises(ModelError if is_copy else CheckpointError, match=message):
+    with pytest.raises(ModelError, match=message):
         run_trim(base, str(conversations), tmp_path / "trimmed")
 
 
-def test_an_interruption_leaves_no_files(tmp_path: Path, conversations: Path) -> None:
+def test_an_interruption_or_a_refusal_leaves_no_files(tmp_path: Path, conversations: Path) -> None:
     def interrupt(event: Event) -> None:
         if event == Started("trim", event.total if isinstance(event, Started) else None, "bytes"):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_trim("pocket", str(conversations), tmp_path / "trimmed", interrupt)
+        run_trim("pocket", str(conversations), tmp_path / "new" / "trimmed", interrupt)
+    with pytest.raises(DataError, match="no such file"):
+        run_trim("pocket", str(tmp_path / "missing.jsonl"), tmp_path / "new" / "trimmed")
     assert [*tmp_path.iterdir()] == []
 
 
