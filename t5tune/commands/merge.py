@@ -144,6 +144,8 @@ def merge(settings: MergeSettings, report: Report = silent) -> MergeResult:
     settings = settings.model_copy(update={"onto": onto})
     family_key = settings.family or read_base_metadata(described).get("family")
     base = open_base(base_folder, family_key, task)
+    if converts:  # for a checkpoint, --verify checks them
+        base.check_tensors()
     tied = base.is_tied()
     deltas: dict[str, WeightDelta] = {}
     if adapters:

@@ -37,7 +37,7 @@ from t5tune.data.reading.files import find_data_suffix
 from t5tune.data.tokens.chat_template import write_chat_template
 from t5tune.data.tokens.tokenizer import load_tokenizer, read_sentencepiece, save_tokenizer
 from t5tune.data.tokens.trimming import TrimmableVocabulary
-from t5tune.errors import CheckpointError, ModelError, SettingsError
+from t5tune.errors import ModelError, SettingsError
 from t5tune.families import FAMILIES, find_family
 from t5tune.families.encoder import Encoder
 from t5tune.file_names import (
@@ -127,9 +127,10 @@ def trim(settings: TrimSettings, report: Report = silent) -> TrimResult:
     vocabulary = _open_vocabulary(folder, name)
     task = read_label_task(folder)
     base = open_base(folder, settings.family, task)
+    base.check_tensors()
     base.check_copies()
     num_rows = base.architecture.dimensions.num_rows
-    names = _list_row_tensors(base, num_rows)
+    names = _list_row_tensors(base)
     if (last := max(vocabulary.ids)) >= num_rows:
         problem = f"{folder}: its tokenizer has a token {last:,}, but the embedding has only {num_rows:,} rows"
         raise ModelError(problem, hint="copy the tokenizer's files from the published model")
@@ -173,16 +174,12 @@ def trim(settings: TrimSettings, report: Report = silent) -> TrimResult:
     return result
 
 
-def _list_row_tensors(base: Checkpoint, num_rows: int) -> list[str]:
+def _list_row_tensors(base: Checkpoint) -> list[str]:
     """List the tensors with a row for each token: the embeddings, and the head."""
-    kinds = ("embedding",) if isinstance(base.architecture, Encoder) else ("embedding", "head")  # not a head of labels
-    shapes = {name: base.get_dtype_and_shape(name)[1] for name in base.list_names()}
-    single = {name for name in shapes if name != base.architecture.tied_to and len(shapes[name]) == 1}  # of an image
-    names = [name for name in shapes if base.architecture.classify(name) in kinds and name not in single]
-    if wrong := next((name for name in names if shapes[name][:-1] != (num_rows,)), None):
-        problem = f"{wrong}: shape {[*shapes[wrong]]}, but vocab_size in {CONFIG_FILE} is {num_rows}"
-        raise CheckpointError(f"{base.folder}: {problem}", hint="copy the model's folder again")
-    return names
+    architecture = base.architecture
+    kinds = ("embedding",) if isinstance(architecture, Encoder) else ("embedding", "head")  # not a head of labels
+    names = [name for name in base.list_names() if architecture.classify(name) in kinds]
+    return [name for name in names if len(base.get_dtype_and_shape(name)[1]) > 1]  # an image's embedding is one row
 
 
 def _open_vocabulary(folder: Path, name: str) -> TrimmableVocabulary:
