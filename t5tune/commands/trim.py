@@ -134,20 +134,21 @@ def trim(settings: TrimSettings, report: Report = silent) -> TrimResult:
     if (last := max(vocabulary.ids)) >= num_rows:
         problem = f"{folder}: its tokenizer has a token {last:,}, but the embedding has only {num_rows:,} rows"
         raise ModelError(problem, hint="copy the tokenizer's files from the published model")
-    named: list[int] = []
+    named = [] if task else [base.architecture.start_token_id]  # raises if no command can generate with it
     for file, config in _read_configs(folder, settings.family).items():
         convert_token_ids(config, named.append, folder / file)
     required = vocabulary.list_required(named)
-    limit = _find_limit(settings.vocab_size, len(required), num_rows)
+    num_spare = max(NUM_SPARE_ROWS, len({*range(num_rows)}.intersection(named) - vocabulary.ids))
+    limit = _find_limit(settings.vocab_size, len(required), num_spare, num_rows)
     counts = _count_ids(settings, folder, num_rows, report)
     used = vocabulary.ids.intersection(np.flatnonzero(counts).tolist())
     if limit is None:
-        limit = _round_up(len(vocabulary.add_parts(required | used)) + NUM_SPARE_ROWS)
+        limit = _round_up(len(vocabulary.add_parts(required | used)) + num_spare)
         if limit > num_rows:
             problem = f"data_path: needs {len(used):,} of the {len(vocabulary.ids):,} tokens, so no row can go"
             raise SettingsError(problem, hint="give a smaller --vocab-size, which leaves out the rarest tokens")
     ranked = sorted(vocabulary.ids, key=lambda index: (-counts[index], index))
-    kept = vocabulary.fill(required, ranked, limit - NUM_SPARE_ROWS)
+    kept = vocabulary.fill(required, ranked, limit - num_spare)
     rows = _choose_rows(kept, vocabulary.ids, named, num_rows)[:limit]
     trimmed = base.select_rows(names, rows)
     with write_folder_atomically(output, settings.overwrite) as staged:
@@ -206,7 +207,7 @@ def _round_up(count: int) -> int:
     return rounded + MULTIPLE * (rounded == FAMILIES["byt5"].num_rows)  # means ByT5 in a config.json
 
 
-def _find_limit(vocab_size: int | None, num_required: int, num_rows: int) -> int | None:
+def _find_limit(vocab_size: int | None, num_required: int, num_spare: int, num_rows: int) -> int | None:
     """Round vocab_size up, and check that it isn't too small or too large; None: the data decides."""
     if vocab_size is None:
         return None
@@ -214,8 +215,8 @@ def _find_limit(vocab_size: int | None, num_required: int, num_rows: int) -> int
     if rounded > num_rows:
         problem = f"vocab_size: {vocab_size}: the base has only {num_rows:,} rows"
         raise SettingsError(problem, hint=f"use at most {num_rows // MULTIPLE * MULTIPLE:,}, or leave it out")
-    if rounded < (needed := _round_up(num_required + NUM_SPARE_ROWS)):
-        must = f"{num_required:,} tokens must stay (characters, bytes, special tokens), and {NUM_SPARE_ROWS} spare rows"
+    if rounded < (needed := _round_up(num_required + num_spare)):
+        must = f"{num_required:,} tokens must stay (characters, bytes, special tokens), and {num_spare} spare rows"
         raise SettingsError(f"vocab_size: {vocab_size}: {must}", hint=f"use at least {needed:,}, or leave it out")
     return rounded
 

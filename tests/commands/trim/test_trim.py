@@ -274,6 +274,33 @@ def test_ids_in_configs_are_renumbered(tmp_path: Path, conversations: Path) -> N
         run_trim(base, str(conversations), tmp_path / "refused")
 
 
+def test_unused_rows_that_configs_name_stay(tmp_path: Path, conversations: Path) -> None:
+    base = make_checkpoint("codet5", tmp_path / "base", vocab_size=900)
+    unused = [*range(800, 900)]
+    (base / "generation_config.json").write_text(json.dumps({"suppress_tokens": unused, "pad_token_id": -1}))
+    result = run_trim(base, str(conversations), tmp_path / "trimmed", vocab_size=800)
+    rows = read_rows(result.checkpoint).tolist()
+    new = json.loads((result.checkpoint / "generation_config.json").read_text())
+    assert [rows[index] for index in new["suppress_tokens"]] == unused
+    assert new["pad_token_id"] == -1
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value"),
+    [("generation_config", "eos_token_id", "1"), ("generation_config", "bad_words_ids", [[5.0]])]
+    + [("config", "pad_token_id", True), ("config", "eos_token_id", {"a": 1})]
+    + [("config", "decoder_start_token_id", value) for value in (-1, 1536)],
+)
+def test_values_that_are_no_ids_are_refused(
+    file: str, key: str, value: Any, tmp_path: Path, conversations: Path
+) -> None:
+    base = make_base(tmp_path / "base", tied=True)
+    path = base / f"{file}.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(CheckpointError, match=rf"{path.name}: {key}: .*: expected the id of a token"):
+        run_trim(base, str(conversations), tmp_path / "trimmed")
+
+
 @pytest.mark.parametrize("kind", ["bin", "shards", "all embeddings"])
 def test_other_files_of_weights_give_the_same_rows(
     kind: str, tmp_path: Path, untied_base: Path, conversations: Path
