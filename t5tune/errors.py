@@ -193,6 +193,11 @@ def to_t5tune_error(error: BaseException) -> T5TuneError:
     return Unexpected(message, hint="run with --debug to see the traceback")
 
 
+def unwrap_interrupt(error: BaseException) -> BaseException:
+    """Return the KeyboardInterrupt that an error was made of, as Python 3.11 does in __set_name__; else the error."""
+    return error.__cause__ if isinstance(error.__cause__, KeyboardInterrupt) else error
+
+
 def _explain_import_error(error: ImportError) -> DependencyError | None:
     """Name the missing or broken library and its fix; None for a module of t5tune."""
     # transformers wraps every failed import in a generic message; the cause has the library's name

@@ -18,7 +18,11 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and exit: 0 success, 1 failure, 2 invalid input, 130 interrupted, 143 terminated."""
     try:
         code = _run_and_flush(arguments)
-    except KeyboardInterrupt:  # while this package is imported, or at the end
+    except BaseException as error:  # Ctrl-C while this package is imported, or at the end
+        from t5tune.errors import unwrap_interrupt
+
+        if not isinstance(unwrap_interrupt(error), KeyboardInterrupt):
+            raise
         code = 130
     sys.exit(code)
 

@@ -38,11 +38,14 @@ class CommandResult:
 # a sitecustomize.py that sends a signal when a module is imported; the environment names both
 SIGNAL_WHILE_IMPORTING = """
 import importlib.abc, os, signal, sys
+class Sender:
+    def __set_name__(self, owner, name):  # where Python 3.11 makes a RuntimeError of a KeyboardInterrupt
+        os.kill(os.getpid(), getattr(signal, os.environ["SIGNAL_NAME"]))
 class Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
         if name == os.environ["SIGNAL_AT"] and self in sys.meta_path:
             sys.meta_path.remove(self)
-            os.kill(os.getpid(), getattr(signal, os.environ["SIGNAL_NAME"]))
+            type("Imported", (), {"sender": Sender()})
 sys.meta_path.insert(0, Finder())
 """
 
