@@ -127,7 +127,7 @@ def write_folder_atomically(target: Path, replaces: bool = True, is_shared: bool
     target = Path(os.path.realpath(target))
     if os.path.ismount(target):
         raise SettingsError(f"{target}: a mount point can't be replaced", hint="choose a folder inside it")
-    with explain_write_errors(target), make_scratch_folder(target, is_shared) as staged:
+    with make_scratch_folder(target, is_shared) as staged:
         yield staged
         fsync_tree(staged)
         if replaces:
@@ -168,7 +168,7 @@ def make_scratch_folder(target: Path, is_shared: bool = False) -> Iterator[Path]
     """
     staged = target.with_name(f".{target.name}.new-{uuid.uuid4().hex[:8]}")
     missing = [parent for parent in target.parents if not is_shared and not os.path.exists(parent)]
-    with ExitStack() as cleanup:
+    with explain_write_errors(target), ExitStack() as cleanup:
         # registered before the folders exist, because Ctrl-C can arrive at any line
         cleanup.callback(_remove_empty, missing)
         cleanup.callback(shutil.rmtree, staged, ignore_errors=True)

@@ -1,6 +1,8 @@
 """A trimmed base computes what its base computes, and all commands take it like any base."""
 
+import errno
 import json
+import os
 import resource
 import shutil
 from dataclasses import replace
@@ -389,6 +391,17 @@ def test_a_full_disk_leaves_no_files(tmp_path: Path, conversations: Path) -> Non
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [*tmp_path.rglob("*")] == [tmp_path / "trimmed"]
+
+
+def test_a_read_only_disk_is_named_by_the_output(
+    tmp_path: Path, conversations: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: str, *_: Any) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(os, "mkdir", refuse)
+    with pytest.raises(WriteError, match="/trimmed: Read-only file system"):
+        run_trim("pocket", str(conversations), tmp_path / "trimmed")
 
 
 def test_the_base_is_never_replaced(tmp_path: Path, conversations: Path) -> None:
