@@ -35,7 +35,7 @@ def check_replaceable(folder: Path, overwrite: bool, inputs: Iterable[Path | str
     Args:
         inputs: paths or patterns that the command reads; names that aren't on this machine don't count.
     """
-    if folder.exists() and not folder.is_dir():
+    if os.path.lexists(os.path.realpath(folder)) and not folder.is_dir():  # a link to itself stays a link
         raise SettingsError(f"output_dir: {folder}: is a file, not a folder", hint="choose another folder")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         hint = "choose another folder, or use --overwrite to replace it"

@@ -404,6 +404,12 @@ def test_a_read_only_disk_is_named_by_the_output(
         run_trim("pocket", str(conversations), tmp_path / "trimmed")
 
 
+def test_an_output_that_links_to_itself_is_refused(tmp_path: Path, conversations: Path) -> None:
+    (tmp_path / "trimmed").symlink_to("trimmed")
+    with pytest.raises(SettingsError, match="trimmed: is a file, not a folder"):
+        run_trim("pocket", str(conversations), tmp_path / "trimmed")
+
+
 def test_the_base_is_never_replaced(tmp_path: Path, conversations: Path) -> None:
     base = make_base(tmp_path / "base", tied=True)
     for overwrite, message in ((False, "already contains files"), (True, "which this command reads")):
