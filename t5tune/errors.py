@@ -18,6 +18,7 @@ A message names the key or the file and the value found; `hint` is the next step
 """
 
 import difflib
+import errno
 import os
 import re
 import signal
@@ -184,10 +185,17 @@ def to_t5tune_error(error: BaseException) -> T5TuneError:
             return interrupted
         case ImportError() if (explained := _explain_import_error(error)) is not None:
             return explained
+        case OSError(errno=errno.ENAMETOOLONG, filename=str() | bytes() as path):
+            return SettingsError(f"{os.fsdecode(path)}: {error.strerror}", hint="give a shorter name")
         case OSError(filename=str() | bytes() as path):
-            return T5TuneError(f"{os.fsdecode(path)}: {error.strerror}")
+            return T5TuneError(f"{os.fsdecode(path)}: {error.strerror or error}")
     message = f"{type(error).__name__}: {' '.join(str(error).split())}"
     return Unexpected(message, hint="run with --debug to see the traceback")
+
+
+def unwrap_interrupt(error: BaseException) -> BaseException:
+    """Return the KeyboardInterrupt that an error was made of, as Python 3.11 does in __set_name__; else the error."""
+    return error.__cause__ if isinstance(error.__cause__, KeyboardInterrupt) else error
 
 
 def _explain_import_error(error: ImportError) -> DependencyError | None:

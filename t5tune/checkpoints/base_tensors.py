@@ -13,15 +13,19 @@ import numpy.typing as npt
 
 from t5tune.checkpoints.adapter_config import read_adapter_config
 from t5tune.checkpoints.tensor_files.safetensors import SafetensorsFile
-from t5tune.checkpoints.tensor_files.tensors import FileRange, SelectedRows, Tensor
+from t5tune.checkpoints.tensor_files.tensors import FLOAT_DTYPES, FileRange, SelectedRows, Tensor
 from t5tune.checkpoints.tensor_files.torch_file import read_state_dict
 from t5tune.errors import CheckpointError, ModelError
-from t5tune.families.architecture import Architecture
+from t5tune.families.architecture import Architecture, Shapes
 from t5tune.families.t5 import T5
 from t5tune.file_names import ADAPTER_CONFIG_FILE, INDEX_SUFFIX, MODEL_BIN_FILE, MODEL_FILE
 from t5tune.io.untrusted import has_file, is_file_name, read_json_object
 
 WEIGHTS_FILES = {".safetensors": MODEL_FILE, ".bin": MODEL_BIN_FILE}  # suffix -> a model's file
+OTHER_CONFIG_HINT = "config.json may belong to a different model, or lack a size: transformers then uses its default"
+ENCODER_HINT = (
+    "these weights have no decoder: an encoder alone can predict labels, with objective classify, regress or tag"
+)
 UNSUPPORTED_SUFFIXES = {".h5", ".msgpack", ".ckpt", ".gguf", ".onnx", ".pkl", ".pth", ".pt", ".npz"}
 
 
@@ -128,6 +132,38 @@ class Checkpoint:
         if embedding not in self:
             raise CheckpointError(f"{self.folder}: {embedding}: missing from the weights")
         return are_equal(self.get_tensor(head), self.get_tensor(embedding))
+
+    def check_tensors(self, expected: Shapes | None = None) -> None:
+        """Raise a ModelError if a tensor is missing or unknown, has a wrong shape, or isn't of floating-point numbers.
+
+        Args:
+            expected: shape of each parameter of the model; None: as config.json says.
+        """
+        architecture, found = self.architecture, set(self.list_names())
+        if expected is None:
+            shared = architecture.list_shared(self.is_tied())
+            expected = {name: shape for name, shape in architecture.derive_shapes().items() if name not in shared}
+        if missing := sorted(expected.keys() - found):
+            raise ModelError(
+                f"{self.folder}: {missing[0]}: missing from the weights (1 of {len(missing)} missing tensors)",
+                hint=ENCODER_HINT
+                if not any("decoder" in name for name in found)
+                else "a file of the checkpoint may be missing, or config.json may belong to a different model",
+            )
+        unneeded = {*architecture.list_shared(tied=True), *architecture.ignored_tensors}
+        if surplus := sorted(name for name in found - expected.keys() - unneeded if not architecture.is_skipped(name)):
+            raise ModelError(
+                f"{self.folder}: {surplus[0]}: the model of this config.json has no such tensor (1 of "
+                f"{len(surplus)} unexpected tensors)",
+                hint="give an adapter with --adapter; a base must contain only the model's tensors",
+            )
+        for name, by_config in expected.items():
+            dtype, shape = self.get_dtype_and_shape(name)
+            if shape != by_config:
+                problem = f"{self.folder}: {name}: shape {[*shape]} in the file, {[*by_config]} by config.json"
+                raise ModelError(problem, hint=OTHER_CONFIG_HINT)
+            if dtype not in FLOAT_DTYPES:
+                raise ModelError(f"{self.folder}: {name}: dtype {dtype} is not a floating-point type")
 
     def check_copies(self) -> None:
         """Raise a ModelError if a tensor that the model shares differs from its copy."""

@@ -34,6 +34,7 @@ from t5tune.file_names import (
     TOKENIZER_CONFIG_FILE,
     TRAINING_DATA_FILE,
 )
+from t5tune.formatting import shorten
 from t5tune.io.atomic import write_json
 from t5tune.io.untrusted import has_file, read_json_object
 
@@ -133,18 +134,27 @@ def _rename_special_tokens_key(folder: Path) -> None:
         write_json(folder / TOKENIZER_CONFIG_FILE, {old.get(name, name): value for name, value in config.items()})
 
 
-def convert_token_ids(value: Any, convert: Callable[[int], Any], file: Path, is_id: bool = False) -> Any:
+def convert_token_ids(value: Any, convert: Callable[[int], Any], file: Path, key: str | None = None) -> Any:
     """Return a copy of config.json or generation_config.json, or of a value in it, with converted token ids.
 
+    Negative numbers are kept: some files have -1 for none.
+
+    Args:
+        key: of the value, if it has ids.
+
     Raises:
-        CheckpointError: a value has ids among other numbers.
+        CheckpointError: a value has ids among other numbers, or something in place of ids.
     """
     if isinstance(value, list):
-        return [convert_token_ids(each, convert, file, is_id) for each in value]
+        return [convert_token_ids(each, convert, file, key) for each in value]
+    if key is not None and value is not None:
+        if type(value) is not int:
+            problem = f"{file}: {key}: {shorten(repr(value))}: expected the id of a token"
+            raise CheckpointError(problem, hint="correct or remove it")
+        return convert(value) if value >= 0 else value
     if not isinstance(value, dict):
-        return convert(value) if is_id and type(value) is int and value >= 0 else value
+        return value
     if mixed := [name for name in sorted(MIXED_IDS & value.keys()) if value[name]]:
         raise CheckpointError(f"{file}: {mixed[0]}: its ids can't be converted", hint="remove it from the file")
-    return {
-        name: convert_token_ids(each, convert, file, bool(_TOKEN_IDS.fullmatch(name))) for name, each in value.items()
-    }
+    has_ids = {name: name if _TOKEN_IDS.fullmatch(name) else None for name in value}
+    return {name: convert_token_ids(each, convert, file, has_ids[name]) for name, each in value.items()}

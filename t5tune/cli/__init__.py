@@ -13,12 +13,25 @@ import sys
 from contextlib import suppress
 from typing import NoReturn
 
-from t5tune.distributed.world import World
-from t5tune.errors import SettingsError, T5TuneError, WriteError
-
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and exit: 0 success, 1 failure, 2 invalid input, 130 interrupted, 143 terminated."""
+    try:
+        code = _run_and_flush(arguments)
+    except BaseException as error:  # Ctrl-C while this package is imported, or at the end
+        from t5tune.errors import unwrap_interrupt
+
+        if not isinstance(unwrap_interrupt(error), KeyboardInterrupt):
+            raise
+        code = 130
+    sys.exit(code)
+
+
+def _run_and_flush(arguments: list[str] | None) -> int:
+    # imported here, where Ctrl-C shows no traceback
+    from t5tune.distributed.world import World
+    from t5tune.errors import SettingsError
+
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # the arrows in --help, on a terminal whose encoding lacks them
     if os.environ.get("COLUMNS") == "0":  # Rich would print nothing at all
@@ -38,7 +51,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
-    sys.exit(code)
+    return code
 
 
 def run(arguments: list[str]) -> int:
@@ -46,6 +59,7 @@ def run(arguments: list[str]) -> int:
     import typer
 
     from t5tune.cli.app import app
+    from t5tune.errors import SettingsError, T5TuneError, WriteError
 
     failure: BaseException
     try:
@@ -54,7 +68,7 @@ def run(arguments: list[str]) -> int:
     except BrokenPipeError:  # the reader of the help has closed the pipe
         return 1
     except OSError as error:
-        failure = WriteError(f"{error.filename or 'standard output'}: can't be written: {error.strerror}")
+        failure = error if error.filename else WriteError(f"standard output: can't be written: {error.strerror}")
     except typer.TyperException as error:  # an unknown option before the command
         problem = f"{option}: no such option" if (option := getattr(error, "option_name", None)) else str(error)
         failure = SettingsError(problem, hint="run t5tune --help to list the commands")

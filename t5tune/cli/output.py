@@ -14,7 +14,7 @@ from rich.text import Text
 from t5tune.checkpoints.model_card import is_timing
 from t5tune.cli.results import render_labels
 from t5tune.cli.screen import Screen, StderrConsole, print_message
-from t5tune.errors import SettingsError, Stopped, T5TuneError, WriteError, to_t5tune_error
+from t5tune.errors import SettingsError, Stopped, T5TuneError, WriteError, to_t5tune_error, unwrap_interrupt
 from t5tune.formatting import format_count, format_duration, format_metric_name, format_number, format_size
 from t5tune.progress import Report, silent
 
@@ -111,6 +111,7 @@ class Output:
 
     def fail(self, error: BaseException) -> int:
         """Show an error, and return its exit code: one line per problem on stderr, with --json also a JSON object."""
+        error = unwrap_interrupt(error)
         self.close_screen()
         with suppress(OSError):
             StderrConsole().show_cursor()  # which a killed worker may have hidden

@@ -144,6 +144,8 @@ def merge(settings: MergeSettings, report: Report = silent) -> MergeResult:
     settings = settings.model_copy(update={"onto": onto})
     family_key = settings.family or read_base_metadata(described).get("family")
     base = open_base(base_folder, family_key, task)
+    if converts:  # for a checkpoint, --verify checks them
+        base.check_tensors()
     tied = base.is_tied()
     deltas: dict[str, WeightDelta] = {}
     if adapters:
@@ -156,6 +158,9 @@ def merge(settings: MergeSettings, report: Report = silent) -> MergeResult:
     family = find_family(read_config(base_folder), base_folder, family_key)
     if settings.to in GENERATORS:
         check_converter(settings.to, family, base_folder, report)
+        # these raise for the user's files here, and not for their copies
+        load_tokenizer(tokenizer_folder)
+        _ = base.architecture.start_token_id
     rounded = settings.dtype or ("float32" if settings.to == "onnx" else None)  # an ONNX model computes in fp32
     dtype = DTYPES_BY_TORCH_NAME[rounded] if rounded else None
     shards = plan_shards(base, dtype, settings.max_shard_size)

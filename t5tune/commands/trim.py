@@ -37,7 +37,7 @@ from t5tune.data.reading.files import find_data_suffix
 from t5tune.data.tokens.chat_template import write_chat_template
 from t5tune.data.tokens.tokenizer import load_tokenizer, read_sentencepiece, save_tokenizer
 from t5tune.data.tokens.trimming import TrimmableVocabulary
-from t5tune.errors import CheckpointError, ModelError, SettingsError
+from t5tune.errors import ModelError, SettingsError
 from t5tune.families import FAMILIES, find_family
 from t5tune.families.encoder import Encoder
 from t5tune.file_names import (
@@ -127,26 +127,28 @@ def trim(settings: TrimSettings, report: Report = silent) -> TrimResult:
     vocabulary = _open_vocabulary(folder, name)
     task = read_label_task(folder)
     base = open_base(folder, settings.family, task)
+    base.check_tensors()
     base.check_copies()
     num_rows = base.architecture.dimensions.num_rows
-    names = _list_row_tensors(base, num_rows)
+    names = _list_row_tensors(base)
     if (last := max(vocabulary.ids)) >= num_rows:
         problem = f"{folder}: its tokenizer has a token {last:,}, but the embedding has only {num_rows:,} rows"
         raise ModelError(problem, hint="copy the tokenizer's files from the published model")
-    named: list[int] = []
+    named = [] if task else [base.architecture.start_token_id]  # raises if no command can generate with it
     for file, config in _read_configs(folder, settings.family).items():
         convert_token_ids(config, named.append, folder / file)
     required = vocabulary.list_required(named)
-    limit = _find_limit(settings.vocab_size, len(required), num_rows)
+    num_spare = max(NUM_SPARE_ROWS, len({*range(num_rows)}.intersection(named) - vocabulary.ids))
+    limit = _find_limit(settings.vocab_size, len(required), num_spare, num_rows)
     counts = _count_ids(settings, folder, num_rows, report)
     used = vocabulary.ids.intersection(np.flatnonzero(counts).tolist())
     if limit is None:
-        limit = _round_up(len(vocabulary.add_parts(required | used)) + NUM_SPARE_ROWS)
+        limit = _round_up(len(vocabulary.add_parts(required | used)) + num_spare)
         if limit > num_rows:
             problem = f"data_path: needs {len(used):,} of the {len(vocabulary.ids):,} tokens, so no row can go"
             raise SettingsError(problem, hint="give a smaller --vocab-size, which leaves out the rarest tokens")
     ranked = sorted(vocabulary.ids, key=lambda index: (-counts[index], index))
-    kept = vocabulary.fill(required, ranked, limit - NUM_SPARE_ROWS)
+    kept = vocabulary.fill(required, ranked, limit - num_spare)
     rows = _choose_rows(kept, vocabulary.ids, named, num_rows)[:limit]
     trimmed = base.select_rows(names, rows)
     with write_folder_atomically(output, settings.overwrite) as staged:
@@ -173,16 +175,12 @@ def trim(settings: TrimSettings, report: Report = silent) -> TrimResult:
     return result
 
 
-def _list_row_tensors(base: Checkpoint, num_rows: int) -> list[str]:
+def _list_row_tensors(base: Checkpoint) -> list[str]:
     """List the tensors with a row for each token: the embeddings, and the head."""
-    kinds = ("embedding",) if isinstance(base.architecture, Encoder) else ("embedding", "head")  # not a head of labels
-    shapes = {name: base.get_dtype_and_shape(name)[1] for name in base.list_names()}
-    single = {name for name in shapes if name != base.architecture.tied_to and len(shapes[name]) == 1}  # of an image
-    names = [name for name in shapes if base.architecture.classify(name) in kinds and name not in single]
-    if wrong := next((name for name in names if shapes[name][:-1] != (num_rows,)), None):
-        problem = f"{wrong}: shape {[*shapes[wrong]]}, but vocab_size in {CONFIG_FILE} is {num_rows}"
-        raise CheckpointError(f"{base.folder}: {problem}", hint="copy the model's folder again")
-    return names
+    architecture = base.architecture
+    kinds = ("embedding",) if isinstance(architecture, Encoder) else ("embedding", "head")  # not a head of labels
+    names = [name for name in base.list_names() if architecture.classify(name) in kinds]
+    return [name for name in names if len(base.get_dtype_and_shape(name)[1]) > 1]  # an image's embedding is one row
 
 
 def _open_vocabulary(folder: Path, name: str) -> TrimmableVocabulary:
@@ -209,7 +207,7 @@ def _round_up(count: int) -> int:
     return rounded + MULTIPLE * (rounded == FAMILIES["byt5"].num_rows)  # means ByT5 in a config.json
 
 
-def _find_limit(vocab_size: int | None, num_required: int, num_rows: int) -> int | None:
+def _find_limit(vocab_size: int | None, num_required: int, num_spare: int, num_rows: int) -> int | None:
     """Round vocab_size up, and check that it isn't too small or too large; None: the data decides."""
     if vocab_size is None:
         return None
@@ -217,8 +215,8 @@ def _find_limit(vocab_size: int | None, num_required: int, num_rows: int) -> int
     if rounded > num_rows:
         problem = f"vocab_size: {vocab_size}: the base has only {num_rows:,} rows"
         raise SettingsError(problem, hint=f"use at most {num_rows // MULTIPLE * MULTIPLE:,}, or leave it out")
-    if rounded < (needed := _round_up(num_required + NUM_SPARE_ROWS)):
-        must = f"{num_required:,} tokens must stay (characters, bytes, special tokens), and {NUM_SPARE_ROWS} spare rows"
+    if rounded < (needed := _round_up(num_required + num_spare)):
+        must = f"{num_required:,} tokens must stay (characters, bytes, special tokens), and {num_spare} spare rows"
         raise SettingsError(f"vocab_size: {vocab_size}: {must}", hint=f"use at least {needed:,}, or leave it out")
     return rounded
 

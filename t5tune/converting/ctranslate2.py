@@ -23,7 +23,7 @@ from t5tune.checkpoints.tokenizer_files import TOKENIZER_FILE_PREFIXES
 from t5tune.compat.ctranslate2_patches import load_translator
 from t5tune.converting.replies import MAX_REPLY_TOKENS, Agreement, Reply, compare_replies, generate_replies
 from t5tune.data.tokens.tokenizer import load_tokenizer, save_tokenizer
-from t5tune.errors import DependencyError
+from t5tune.errors import DependencyError, T5TuneError
 from t5tune.file_names import (
     CTRANSLATE2_VOCABULARY_FILE,
     GENERATION_CONFIG_FILE,
@@ -106,7 +106,8 @@ def convert(checkpoint: Path, folder: Path, quantization: str | None) -> None:
     try:
         _Converter(checkpoint).convert(str(folder), quantization=quantization, force=True)
     except Exception as error:  # with an incompatible release of transformers, anything can happen
-        if isinstance(error, OSError) and error.errno is not None:  # a full disk, for example
+        is_full_disk = isinstance(error, OSError) and error.errno is not None  # for example
+        if isinstance(error, T5TuneError) or is_full_disk:
             raise
         reason = shorten(join_lines(f"{type(error).__name__}: {error}"), 300)
         releases = f"CTranslate2 {ctranslate2.__version__} can't convert this model with transformers"

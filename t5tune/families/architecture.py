@@ -193,8 +193,10 @@ class Architecture(ABC):
     def read_id(self, config: Mapping[str, Any], key: str, default: int | None = None) -> int:
         """Read the id of a token from (a part of) config.json, or raise a CheckpointError."""
         value = default if config.get(key) is None else config[key]
-        if type(value) is not int or value < 0:
-            raise CheckpointError(f"the base's config.json: {key}: {shorten(str(value))}: expected the id of a token")
+        rows = self.dimensions.num_rows
+        if type(value) is not int or not 0 <= value < rows:
+            problem = f"the base's config.json: {key}: {shorten(str(value))}"
+            raise CheckpointError(f"{problem}: expected the id of a token, below {rows:,}")
         return value
 
 

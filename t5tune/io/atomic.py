@@ -16,7 +16,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ def check_replaceable(folder: Path, overwrite: bool, inputs: Iterable[Path | str
     Args:
         inputs: paths or patterns that the command reads; names that aren't on this machine don't count.
     """
-    if folder.exists() and not folder.is_dir():
+    if os.path.lexists(os.path.realpath(folder)) and not folder.is_dir():  # a link to itself stays a link
         raise SettingsError(f"output_dir: {folder}: is a file, not a folder", hint="choose another folder")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         hint = "choose another folder, or use --overwrite to replace it"
@@ -127,7 +127,7 @@ def write_folder_atomically(target: Path, replaces: bool = True, is_shared: bool
     target = Path(os.path.realpath(target))
     if os.path.ismount(target):
         raise SettingsError(f"{target}: a mount point can't be replaced", hint="choose a folder inside it")
-    with explain_write_errors(target), make_scratch_folder(target, is_shared) as staged:
+    with make_scratch_folder(target, is_shared) as staged:
         yield staged
         fsync_tree(staged)
         if replaces:
@@ -163,11 +163,14 @@ def _replace_folder(staged: Path, target: Path) -> None:
 def make_scratch_folder(target: Path, is_shared: bool = False) -> Iterator[Path]:
     """Yield a new hidden folder next to `target` that is deleted when the block ends.
 
-    Killed processes' temporary folders are deleted first, unless `is_shared`.
+    Killed processes' temporary folders are deleted first, unless `is_shared`. Parents that are created are deleted
+    at the end, if they are empty.
     """
     staged = target.with_name(f".{target.name}.new-{uuid.uuid4().hex[:8]}")
-    with ExitStack() as cleanup:
-        # registered before the folder exists, because Ctrl-C can arrive at any line
+    missing = [parent for parent in target.parents if not is_shared and not os.path.exists(parent)]
+    with explain_write_errors(target), ExitStack() as cleanup:
+        # registered before the folders exist, because Ctrl-C can arrive at any line
+        cleanup.callback(_remove_empty, missing)
         cleanup.callback(shutil.rmtree, staged, ignore_errors=True)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -176,7 +179,7 @@ def make_scratch_folder(target: Path, is_shared: bool = False) -> Iterator[Path]
             with lock_folder(target.parent, LOCK_TIMEOUT_SECONDS) as is_locked:
                 if is_locked and not is_shared:
                     _remove_abandoned_siblings(target)
-                staged.mkdir()
+                staged.mkdir(parents=True)  # a process that has just ended may have deleted the parent
                 cleanup.enter_context(lock_folder(staged))
         except OSError as error:
             if error.errno in DISK_ERRNOS:
@@ -184,6 +187,12 @@ def make_scratch_folder(target: Path, is_shared: bool = False) -> Iterator[Path]
             problem = f"{target}: can't be created: {error.strerror}"
             raise SettingsError(problem, hint="choose another folder") from error
         yield staged
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    with suppress(OSError):  # the first that has an entry, and so its parents, too
+        for folder in folders:
+            folder.rmdir()
 
 
 def remove_abandoned(target: Path) -> None:

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from t5tune.checkpoints.base import open_base
-from t5tune.checkpoints.base_tensors import Checkpoint
 from t5tune.checkpoints.tensor_files.tensors import FLOAT_DTYPES, TORCH_NAMES, Tensor
 from t5tune.compat.bitsandbytes_patches import keep_training_layout, stay_if_not_moved
 from t5tune.compat.requirements import check_versions
@@ -35,11 +34,6 @@ from t5tune.settings.groups.base import QuantizationSettings
 TORCH_DTYPES: dict[str, torch.dtype] = {dtype: getattr(torch, TORCH_NAMES[dtype]) for dtype in FLOAT_DTYPES}
 OUTLIER_THRESHOLD = 6.0  # from the paper of LLM.int8(), which doesn't quantize larger activations
 LOAD_CHUNK_BYTES = 16 << 20
-OTHER_CONFIG_HINT = "config.json may belong to a different model, or lack a size: transformers then uses its default"
-
-ENCODER_HINT = (
-    "these weights have no decoder: an encoder alone can predict labels, with objective classify, regress or tag"
-)
 
 
 def load_base(
@@ -80,13 +74,13 @@ def load_base(
     shared = architecture.list_shared(tied)
     initial_shapes = architecture.list_initial_shapes()
     parameters = {n: value for n, value in model.named_parameters(remove_duplicate=False) if n not in shared}
-    _check_names(checkpoint, architecture, set(parameters))
+    checkpoint.check_tensors({name: tuple(parameter.shape) for name, parameter in parameters.items()})
     if partitioner is None:
         checkpoint.check_copies()
     else:
         partitioner.run_only_on_rank_0(checkpoint.check_copies)
     for name, parameter in track(parameters.items(), "load", report, len(parameters), "tensors"):
-        tensor = _find_tensor(checkpoint, name, parameter)
+        tensor = checkpoint.get_tensor(name)
         # `to` quantizes an int8 weight only if it comes from the CPU; on a GPU, its first forward would quantize it
         source = torch.device("cpu") if type(parameter).__name__ == "Int8Params" else device
         is_head = name in initial_shapes
@@ -197,35 +191,6 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
         total += count
         trainable += count if parameter.requires_grad else 0
     return trainable, total
-
-
-def _check_names(checkpoint: Checkpoint, architecture: Architecture, expected: set[str]) -> None:
-    found = set(checkpoint.list_names())
-    if missing := sorted(expected - found):
-        raise ModelError(
-            f"{checkpoint.folder}: {missing[0]}: missing from the weights (1 of {len(missing)} missing tensors)",
-            hint=ENCODER_HINT
-            if not any("decoder" in name for name in found)
-            else "a file of the checkpoint may be missing, or config.json may belong to a different model",
-        )
-    unneeded = {*architecture.list_shared(tied=True), *architecture.ignored_tensors}
-    surplus = sorted(name for name in found - expected - unneeded if not architecture.is_skipped(name))
-    if surplus:
-        raise ModelError(
-            f"{checkpoint.folder}: {surplus[0]}: the model of this config.json has no such tensor (1 of "
-            f"{len(surplus)} unexpected tensors)",
-            hint="give an adapter with --adapter; a base must contain only the model's tensors",
-        )
-
-
-def _find_tensor(checkpoint: Checkpoint, name: str, parameter: nn.Parameter) -> Tensor:
-    tensor = checkpoint.get_tensor(name)
-    if tensor.shape != tuple(parameter.shape):
-        shapes = f"shape {list(tensor.shape)} in the file, {list(parameter.shape)} by config.json"
-        raise ModelError(f"{checkpoint.folder}: {name}: {shapes}", hint=OTHER_CONFIG_HINT)
-    if tensor.dtype not in TORCH_DTYPES:
-        raise ModelError(f"{checkpoint.folder}: {name}: dtype {tensor.dtype} is not a floating-point type")
-    return tensor
 
 
 def read_on_rank_0(

@@ -24,7 +24,7 @@ from t5tune.data.reading.files import STDIN, find_encodings
 from t5tune.data.reading.remote_files import hide_query
 from t5tune.data.tokens.tokenizer import load_tokenizer
 from t5tune.data.tokens.vocabulary import ExtendedTokenizer
-from t5tune.errors import DataError, T5TuneError, naming_settings
+from t5tune.errors import DataError, T5TuneError, naming_settings, to_t5tune_error
 from t5tune.file_names import MIXTURE_FILE, REJECTED_FILE, TEMPLATE_FILE
 from t5tune.io.atomic import remove_abandoned, write_file, write_folder_atomically, write_json
 from t5tune.io.reasons import join_first
@@ -64,8 +64,8 @@ def prepare_datasets(plan: PreparePlan, report: Report) -> tuple[dict[str, Any],
         with naming_settings(data_path=plan.origin.setting):
             return _prepare_datasets(plan, report)
     except OSError as error:
-        place = error.filename or plan.output_dir
-        raise T5TuneError(f"{os.fsdecode(place)}: {error.strerror or error}") from error
+        error.filename = error.filename or str(plan.output_dir)
+        raise to_t5tune_error(error) from error
 
 
 def _prepare_datasets(plan: PreparePlan, report: Report) -> tuple[dict[str, Any], dict[str, Any]]:

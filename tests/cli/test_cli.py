@@ -9,7 +9,7 @@ import pytest
 
 from t5tune.cli.summaries import SUMMARIES
 from t5tune.settings import COMMANDS
-from tests.support.processes.command_line import t5tune, t5tune_in_fork
+from tests.support.processes.command_line import SIGNAL_WHILE_IMPORTING, t5tune, t5tune_in_fork
 
 PREPARE_RESULT_KEYS = [
     "cache", "conversations", "rejected", "examples", "held_out", "source_tokens", "target_tokens", "truncated_sources",
@@ -47,6 +47,16 @@ def test_the_help_and_a_refusal_import_little(arguments: list[str], unneeded: se
     assert set(done.stdout.splitlines()[-1].split()) & unneeded == set()
 
 
+@pytest.mark.parametrize("module", ["t5tune.errors", "typer", "pydantic", "t5tune.commands.trim"])
+def test_ctrl_c_while_modules_are_imported_shows_no_traceback(module: str, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(SIGNAL_WHILE_IMPORTING)
+    paths = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    env = {"PYTHONPATH": paths, "SIGNAL_AT": module, "SIGNAL_NAME": "SIGINT"}
+    done = t5tune("trim", "pocket", "--data-path", "pocket", "--output-dir", tmp_path / "trimmed", env=env)
+    assert (done.code, done.stdout) == (130, "")
+    assert done.stderr in ("", "interrupted\n")
+
+
 def test_a_path_that_isnt_utf_8_reaches_the_command(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "t5tune", "inspect", os.fsencode(tmp_path) + b"/caf\xe9"], capture_output=True, text=True
@@ -69,6 +79,17 @@ def test_with_json_an_error_is_an_object_on_stdout(words: list[str], kind: str, 
     assert set(done.json["error"]) == {"kind", "message", "hint"}
     assert done.json["error"]["kind"] == kind
     assert message in done.json["error"]["message"]
+
+
+@pytest.mark.parametrize("setting", ["model_name_or_path", "data_path", "output_dir", "config"])
+@pytest.mark.parametrize("command", ["trim", "prepare"])
+def test_a_name_that_is_too_long_is_refused(command: str, setting: str, tmp_path: Path) -> None:
+    values = {"model_name_or_path": "pocket", "data_path": "pocket", "output_dir": "out", setting: "x" * 300}
+    words = [word for name, value in values.items() for word in (f"--{name}", value)]
+    done = t5tune_in_fork(command, *words, cwd=tmp_path)
+    assert (done.code, len(done.errors)) == (2, 1), done.stderr
+    assert "name too long" in done.errors[0]
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_json_errors_keep_their_exit_code_if_stdout_is_closed() -> None:

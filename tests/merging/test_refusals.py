@@ -1,5 +1,6 @@
 """Bases, adapters and folders that merge refuses."""
 
+import json
 import shutil
 import sys
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from t5tune.commands.evaluate import evaluate
 from t5tune.commands.export import export
 from t5tune.commands.merge import merge
 from t5tune.commands.prepare import prepare
-from t5tune.errors import CheckpointError, SettingsError
+from t5tune.errors import CheckpointError, ModelError, SettingsError
 from t5tune.settings import EvaluateSettings, ExportSettings, MergeSettings, PrepareSettings
 from tests.merging.cases import PREFIX, change_config, change_tensors, list_folder, read_weights, run_merge
 from tests.support.models.adapters import make_rows_adapter, make_stock_adapter
@@ -51,6 +52,26 @@ def test_a_disk_without_room_for_the_conversion_is_refused(
     weights = sum(tensor.numel() for tensor in load_file(untied_base / "model.safetensors").values())
     assert 1 < needed / (weights * bytes_per_weight) < 1.15
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "problem"),
+    [
+        ("tokenizer.json", "", "base/tokenizer.json: can't be read"),
+        ("config.json", {"decoder_start_token_id": -1}, "decoder_start_token_id: -1: expected the id of a token"),
+        ("generation_config.json", {"pad_token_id": "x"}, "generation_config.json: transformers can't use it"),
+    ],
+)
+def test_a_broken_model_is_not_called_a_wrong_release(
+    file: str, content: Any, problem: str, untied_base: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("ctranslate2")
+    base = shutil.copytree(untied_base, tmp_path / "base")
+    text = json.dumps({**json.loads((base / file).read_text()), **content}) if content else ""
+    (base / file).write_text(text)
+    with pytest.raises((ModelError, CheckpointError), match=problem):
+        merge(MergeSettings(adapter=[base], to="ctranslate2", output_dir=tmp_path / "converted"))
+    assert [*tmp_path.iterdir()] == [base]
 
 
 def test_rows_beyond_the_end_of_a_smaller_vocabulary_are_refused(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from t5tune.errors import Stopped
 from t5tune.evaluation.scoring import LOSSES_TASK
 from t5tune.progress import Advanced, Event, Started
 from tests.support.paths import REPOSITORY
+from tests.support.processes.command_line import SIGNAL_WHILE_IMPORTING
 from tests.support.processes.forks import ForkServer
 from tests.support.processes.runs import (
     LONG,
@@ -311,17 +312,6 @@ with handle_signals():
                 running.process.wait(0.2)
         assert running.process.poll() == 143
     assert running.log.read_text() == "ready\nsecond signal: exiting now\n"
-
-
-SIGNAL_WHILE_IMPORTING = """
-import importlib.abc, os, signal, sys
-class Finder(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path, target=None):
-        if name == os.environ["SIGNAL_AT"] and self in sys.meta_path:
-            sys.meta_path.remove(self)
-            os.kill(os.getpid(), getattr(signal, os.environ["SIGNAL_NAME"]))
-sys.meta_path.insert(0, Finder())
-"""
 
 
 IMPORTS = [("torch", "SIGINT"), ("torch._C", "SIGTERM")]

@@ -351,9 +351,12 @@ def read_sentencepiece(file: Path) -> Any:
         problem = f"{file}: reading a SentencePiece model needs protobuf, which failed: {join_lines(error)}"
         raise DependencyError(problem, hint="pip install --upgrade protobuf sentencepiece") from error
     try:
-        return sentencepiece_model_pb2.ModelProto.FromString(file.read_bytes())
+        model = sentencepiece_model_pb2.ModelProto.FromString(file.read_bytes())
     except Exception as error:  # protobuf's DecodeError
         raise ModelError(f"{file}: can't be read: {shorten(join_lines(error), 300)}") from error
+    if not model.pieces:  # an empty file is a valid message
+        raise ModelError(f"{file}: contains no pieces", hint="copy it from the published model")
+    return model
 
 
 def _load_sentencepiece(file: Path, config: dict[str, Any], names: dict[str, str]) -> Any:

@@ -15,7 +15,7 @@ Any other text is split into more tokens, but no character becomes unknown: all 
 """
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -60,9 +60,13 @@ class TrimmableVocabulary:
             if piece.type != BYTE_PIECE and tokens.get(piece.piece) != index:
                 found = f"token {index}, {shorten(repr(piece.piece))}, is only in its SentencePiece model"
                 raise ModelError(f"{tokenizer.folder}: {found}", hint="copy all files from the published model")
+        added = {token["id"] for token in self._state["added_tokens"]}
+        if self._pieces and (lost := self.ids - added - {*range(len(self._pieces))}):
+            found = f"token {min(lost)} is not in its SentencePiece model, which has {len(self._pieces)} pieces"
+            raise ModelError(f"{tokenizer.folder}: {found}", hint="copy all files from the published model")
 
     @property
-    def _pieces(self) -> Iterable[Any]:
+    def _pieces(self) -> Sequence[Any]:
         return [] if self._sentencepiece is None else self._sentencepiece.pieces
 
     def list_required(self, named: Iterable[int]) -> set[int]:

@@ -1,6 +1,8 @@
 """A trimmed base computes what its base computes, and all commands take it like any base."""
 
+import errno
 import json
+import os
 import resource
 import shutil
 from dataclasses import replace
@@ -274,6 +276,33 @@ def test_ids_in_configs_are_renumbered(tmp_path: Path, conversations: Path) -> N
         run_trim(base, str(conversations), tmp_path / "refused")
 
 
+def test_unused_rows_that_configs_name_stay(tmp_path: Path, conversations: Path) -> None:
+    base = make_checkpoint("codet5", tmp_path / "base", vocab_size=900)
+    unused = [*range(800, 900)]
+    (base / "generation_config.json").write_text(json.dumps({"suppress_tokens": unused, "pad_token_id": -1}))
+    result = run_trim(base, str(conversations), tmp_path / "trimmed", vocab_size=800)
+    rows = read_rows(result.checkpoint).tolist()
+    new = json.loads((result.checkpoint / "generation_config.json").read_text())
+    assert [rows[index] for index in new["suppress_tokens"]] == unused
+    assert new["pad_token_id"] == -1
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value"),
+    [("generation_config", "eos_token_id", "1"), ("generation_config", "bad_words_ids", [[5.0]])]
+    + [("config", "pad_token_id", True), ("config", "eos_token_id", {"a": 1})]
+    + [("config", "decoder_start_token_id", value) for value in (-1, 1536)],
+)
+def test_values_that_are_no_ids_are_refused(
+    file: str, key: str, value: Any, tmp_path: Path, conversations: Path
+) -> None:
+    base = make_base(tmp_path / "base", tied=True)
+    path = base / f"{file}.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(CheckpointError, match=rf"{path.name}: {key}: .*: expected the id of a token"):
+        run_trim(base, str(conversations), tmp_path / "trimmed")
+
+
 @pytest.mark.parametrize("kind", ["bin", "shards", "all embeddings"])
 def test_other_files_of_weights_give_the_same_rows(
     kind: str, tmp_path: Path, untied_base: Path, conversations: Path
@@ -300,15 +329,31 @@ def test_other_files_of_weights_give_the_same_rows(
 def test_a_base_whose_files_disagree_is_refused(tmp_path: Path, conversations: Path) -> None:
     base = make_checkpoint("flan-t5", tmp_path / "base")
     config = json.loads((base / "config.json").read_text())
-    for rows, error, message in (
-        (801, CheckpointError, ".weight: shape \\[828, [0-9]+\\], but vocab_size in config.json is 801"),
-        (828, ModelError, "its tokenizer has a token 828, but the embedding has only 828 rows"),
+    for rows, message in (
+        (801, ".weight: shape \\[828, 32\\] in the file, \\[801, 32\\] by config.json"),
+        (828, "its tokenizer has a token 828, but the embedding has only 828 rows"),
     ):
         (base / "config.json").write_text(json.dumps({**config, "vocab_size": rows}))
         added = {f"<new_{number}>": 800 + number for number in range(29)}
         (base / "added_tokens.json").write_text(json.dumps(added))
-        with pytest.raises(error, match=message):
+        with pytest.raises(ModelError, match=message):
             run_trim(base, str(conversations), tmp_path / "trimmed")
+
+
+def test_weights_without_a_tensor_are_refused(tmp_path: Path, conversations: Path, untied_base: Path) -> None:
+    base, name = tmp_path / "base", "decoder.final_layer_norm.weight"
+    shutil.copytree(untied_base, base)
+    weights = read_tensors(base)
+    save_file({key: value for key, value in weights.items() if key != name}, base / "model.safetensors")
+    refused = pytest.raises(ModelError, match=rf"base: {name}: missing from the weights \(1 of 1 missing tensors\)")
+    with refused:
+        run_trim(base, str(conversations), tmp_path / "trimmed")
+    pytest.importorskip("ctranslate2")
+    with refused:
+        merge(MergeSettings(adapter=[base], to="ctranslate2", output_dir=tmp_path / "converted"))
+    save_file(weights | {name: weights[name][1:].clone()}, base / "model.safetensors")
+    with pytest.raises(ModelError, match=rf"{name}: shape \[31\] in the file, \[32\] by config.json"):
+        run_trim(base, str(conversations), tmp_path / "trimmed")
 
 
 @pytest.mark.parametrize("name", ["encoder.embed_tokens.weight", "shared.weight"])
@@ -318,17 +363,19 @@ def test_wrong_embeddings_are_refused(name: str, tmp_path: Path, conversations: 
     weights[name] = weights["shared.weight"] + 1 if is_copy else weights["shared.weight"].flatten()
     save_file(weights, base / "model.safetensors")
     message = f"{name}: {'differs from shared.weight' if is_copy else 'shape'}"
-    with pytest.raises(ModelError if is_copy else CheckpointError, match=message):
+    with pytest.raises(ModelError, match=message):
         run_trim(base, str(conversations), tmp_path / "trimmed")
 
 
-def test_an_interruption_leaves_no_files(tmp_path: Path, conversations: Path) -> None:
+def test_an_interruption_or_a_refusal_leaves_no_files(tmp_path: Path, conversations: Path) -> None:
     def interrupt(event: Event) -> None:
         if event == Started("trim", event.total if isinstance(event, Started) else None, "bytes"):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_trim("pocket", str(conversations), tmp_path / "trimmed", interrupt)
+        run_trim("pocket", str(conversations), tmp_path / "new" / "trimmed", interrupt)
+    with pytest.raises(DataError, match="no such file"):
+        run_trim("pocket", str(tmp_path / "missing.jsonl"), tmp_path / "new" / "trimmed")
     assert [*tmp_path.iterdir()] == []
 
 
@@ -344,6 +391,23 @@ def test_a_full_disk_leaves_no_files(tmp_path: Path, conversations: Path) -> Non
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [*tmp_path.rglob("*")] == [tmp_path / "trimmed"]
+
+
+def test_a_read_only_disk_is_named_by_the_output(
+    tmp_path: Path, conversations: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: str, *_: Any) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(os, "mkdir", refuse)
+    with pytest.raises(WriteError, match="/trimmed: Read-only file system"):
+        run_trim("pocket", str(conversations), tmp_path / "trimmed")
+
+
+def test_an_output_that_links_to_itself_is_refused(tmp_path: Path, conversations: Path) -> None:
+    (tmp_path / "trimmed").symlink_to("trimmed")
+    with pytest.raises(SettingsError, match="trimmed: is a file, not a folder"):
+        run_trim("pocket", str(conversations), tmp_path / "trimmed")
 
 
 def test_the_base_is_never_replaced(tmp_path: Path, conversations: Path) -> None:

@@ -223,9 +223,13 @@ def test_a_broken_or_different_sentencepiece_model_is_refused(tmp_path: Path) ->
     model.pieces[300].piece = "other"
     with pytest.raises(ModelError, match="token 300, 'other', is only in its SentencePiece model"):
         TrimmableVocabulary(tokenizer, model)
-    (tmp_path / "spiece.model").write_bytes(b"\xff\xff")
-    with pytest.raises(ModelError, match="spiece.model: can't be read"):
-        read_sentencepiece(tmp_path / "spiece.model")
+    del model.pieces[300:]
+    with pytest.raises(ModelError, match="token 300 is not in its SentencePiece model, which has 300 pieces"):
+        TrimmableVocabulary(tokenizer, model)
+    for content, problem in ((b"\xff\xff", "can't be read"), (b"", "contains no pieces")):
+        (tmp_path / "spiece.model").write_bytes(content)
+        with pytest.raises(ModelError, match=f"spiece.model: {problem}"):
+            read_sentencepiece(tmp_path / "spiece.model")
 
 
 def test_other_kinds_of_vocabularies_are_refused() -> None:

@@ -35,6 +35,20 @@ class CommandResult:
         return [line for line in self.stderr.splitlines() if line.startswith("error:")]
 
 
+# a sitecustomize.py that sends a signal when a module is imported; the environment names both
+SIGNAL_WHILE_IMPORTING = """
+import importlib.abc, os, signal, sys
+class Sender:
+    def __set_name__(self, owner, name):  # where Python 3.11 makes a RuntimeError of a KeyboardInterrupt
+        os.kill(os.getpid(), getattr(signal, os.environ["SIGNAL_NAME"]))
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == os.environ["SIGNAL_AT"] and self in sys.meta_path:
+            sys.meta_path.remove(self)
+            type("Imported", (), {"sender": Sender()})
+sys.meta_path.insert(0, Finder())
+"""
+
 OnRanks = Callable[..., CommandResult]
 """The fixture `on_ranks`."""
 
