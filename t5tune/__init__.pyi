@@ -564,8 +564,8 @@ class MergeSettings(_settings.MergeSettings):
     def __init__(
         self,
         *,
-        output_dir: str | PathLike[str],
         adapter: str | PathLike[str] | Sequence[str | PathLike[str]],
+        output_dir: str | PathLike[str],
         model_name_or_path: str | PathLike[str] | None = None,
         weights: Sequence[float] | float | str | None = None,
         to: Literal["checkpoint", "ctranslate2", "onnx", "sentence-transformers"] = "checkpoint",
@@ -605,17 +605,17 @@ class MergeSettings(_settings.MergeSettings):
         """Settings of merge: Merge an adapter into its base model.
 
         Args:
-            output_dir: Output folder.
             adapter: Adapter to merge: a folder, a run folder, or owner/name[@revision] on the Hub; several are summed,
                 each multiplied by its weight. With --to, a whole model may be given to convert it.
+            output_dir: Output folder.
             model_name_or_path: Base model: a folder, owner/name[@revision] on the Hugging Face Hub, or `pocket` (built
                 in); default: the adapter's base, if it is on this machine.
             weights: Weight of each adapter; default: 1 for a single adapter.
-            to: Output format: a Hugging Face checkpoint; a CTranslate2 model, or an ONNX model with a page that runs it
-                in a browser, whose replies to a few prompts are compared: without quantization, they must match; or of
-                a model with labels a sentence-transformers model.
-            quantization: Weight type of the CTranslate2 model (--to ctranslate2; default: the merged weights' dtype),
-                or of the ONNX model (--to onnx: int8 or float32; default: files of both).
+            to: Output format: a Hugging Face checkpoint, a CTranslate2 model, an ONNX model with a page that runs it in
+                a browser, or, for a model with labels, a sentence-transformers model. CTranslate2 and ONNX models must
+                give the merged model's replies to a few prompts, unless they are quantized.
+            quantization: Weight type of a CTranslate2 model (default: the merged weights' dtype), or of an ONNX model
+                (int8 or float32; default: files of both).
             dtype: Round the merged weights to this dtype; default: each tensor keeps the base's dtype, except with --to
                 onnx, which computes in float32.
             overwrite: Replace the output folder even if it contains other files.
@@ -697,7 +697,7 @@ class TrimSettings(_settings.TrimSettings):
         max_rejected_fraction: float | None = 0.1,
         num_workers: int | None = None,
     ) -> None:
-        """Settings of trim: Remove the tokens that your data doesn't use from a base model.
+        """Settings of trim: Shrink a base model to the tokens that your data uses.
 
         Args:
             model_name_or_path: Base model: a folder, owner/name[@revision] on the Hugging Face Hub, or `pocket` (built

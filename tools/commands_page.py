@@ -81,8 +81,7 @@ def build_command_section(model: type[Settings], rows: list[SettingRow]) -> list
         lines += [f"Given by their place, without a flag: {', '.join(places)}."]
     lines += ["", "```sh", *map(break_command, EXAMPLES[model.command]), "```"]
     own = {row.name: row for row in rows if model.command in row.commands}
-    required = [name for name, field in model.model_fields.items() if field.is_required()]
-    essential = dict.fromkeys((*required, *model.essential))
+    essential = dict.fromkeys((*model.list_required(), *model.essential))
     if essential:
         lines += ["", "| setting | default | |", "|---|---|---|"]
     lines += [

@@ -214,13 +214,13 @@ const [reply] = await generate(__PROMPT__, options);
 console.log(reply.generated_text);
 ```
 
-`index.html` is a page to try it. Give it its scripts, and serve this folder:
+`index.html` is a page to try it. In this folder, get its scripts, and serve it at http://localhost:8000:
 
 ```sh
-npm install --ignore-scripts --prefix build @huggingface/transformers@{TRANSFORMERS_JS}
+npm install --ignore-scripts --prefix ../build @huggingface/transformers@{TRANSFORMERS_JS}
 mkdir js
-cp build/node_modules/@huggingface/transformers/dist/transformers.min.js js
-for end in mjs wasm; do cp build/node_modules/onnxruntime-web/dist/ort-wasm-simd-threaded.$end js; done
+cp ../build/node_modules/@huggingface/transformers/dist/transformers.min.js js
+for end in mjs wasm; do cp ../build/node_modules/onnxruntime-web/dist/ort-wasm-simd-threaded.$end js; done
 python3 -m http.server
 ```
 

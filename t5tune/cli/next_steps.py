@@ -28,6 +28,7 @@ from t5tune.settings.flags import list_flags, list_without_flags
 
 BASE_FLAGS = ("model_name_or_path", "revision", "cache_dir", "family")
 NOT_REPEATED = {"model_name_or_path", "output_dir", "overwrite", "compare_base"}  # when a model is evaluated again
+TRAINING_FLAGS = TrainSettings.model_fields.keys() - {*BASE_FLAGS[:3], "data_path", "output_dir"}  # after trim
 READING_FLAGS = (
     "objective", "data_subset", "model_max_length", "merge_same_role", "clean", "max_record_bytes", "encoding",
     "header", "pair_lines",
@@ -94,14 +95,16 @@ def _follow_trim(settings: TrimSettings, checkpoint: Path) -> Iterator[list[str]
         yield ["chat", str(checkpoint)]
         return
     paths = [] if settings.data is not None or "-" in settings.data_path else settings.data_path
-    # not a token cache, since its ids are the base's, nor raw text, which only adds tokens
+    only_adds_tokens = () if {"objective", "pair_lines"} & settings.model_fields_set else TEXT_SUFFIXES
+    # not a token cache, since its ids are the base's
     data = [
         path
         for path in paths
-        if not has_examples(Path(path)) and find_data_suffix(Path(path), True) not in TEXT_SUFFIXES
+        if not has_examples(Path(path)) and find_data_suffix(Path(path), True) not in only_adds_tokens
     ]
     base = ["--model-name-or-path", str(checkpoint), "--data-path", *(data or ["DATA.jsonl"])]
-    yield ["train", *base, "--learning-rate", "3e-4", "--output-dir", _name_output("run")]
+    reading = _repeat(settings, tuple(name for name in TrimSettings.model_fields if name in TRAINING_FLAGS))
+    yield ["train", *base, *reading, "--learning-rate", "3e-4", "--output-dir", _name_output("run")]
 
 
 def _follow_evaluate(settings: EvaluateSettings, writes_text: bool) -> Iterator[list[str]]:

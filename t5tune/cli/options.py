@@ -93,7 +93,7 @@ def list_rows(params: Iterable[Any], model: type[Settings], everything: bool, wi
     """
     shown = [param for param in params if not param.hidden] if everything else list_essential(params, model)
     required, limit = model.list_required(), min(MAX_LABEL, width // 2 - 4)
-    rows = [copy(param) for param in sorted(shown, key=lambda param: param.name not in required)]
+    rows = [copy(param) for param in sorted(shown, key=lambda param: (*required, param.name).index(param.name))]
     wrapper = textwrap.TextWrapper(limit, subsequent_indent="  ", break_on_hyphens=False)
     labels = [wrapper.wrap(format_label(row, model)) for row in rows]
     column = 2 + max((len(line) for label in labels for line in label if len(line) <= limit), default=0)

@@ -33,6 +33,7 @@ LABELS = {
     "recall": "",
     "cut_off": "cut off",
     "signatures": "signature of",
+    "token_rows": "rows of added tokens",
     "max_error": "largest logit difference",
     "onto": "merged into",
     "from_training": "difference from training, base as",
@@ -44,7 +45,7 @@ NOT_SHOWN = {
     "tokens", "rows", "parameters", "kept_share", "base_tokens", "base_rows", "base_parameters",
 }  # fmt: skip
 """Values of a result that --json and result.json have, and the lines of names and values don't."""
-HARMLESS = (("world_size", 1), ("cut_off", 0))
+HARMLESS = (("world_size", 1), ("cut_off", 0), ("onto", "base"), ("adapted_tensors", 0), ("token_rows", 0))
 """Values that the lines omit."""
 
 

@@ -16,7 +16,7 @@ SUMMARIES = {
     "train": "Fine-tune a model on your data, with LoRA, QLoRA or in full.",
     "export": "Turn a training checkpoint into an adapter in PEFT's format.",
     "merge": "Merge an adapter into its base model.",
-    "trim": "Remove the tokens that your data doesn't use from a base model.",
+    "trim": "Shrink a base model to the tokens that your data uses.",
     "chat": "Chat with a base model, an adapter or a training run.",
     "serve": "Serve models over HTTP, for clients of OpenAI's API.",
     "inspect": "Show prepared data as the model sees it.",

@@ -215,7 +215,7 @@ def _find_limit(vocab_size: int | None, num_required: int, num_spare: int, num_r
     if rounded > num_rows:
         problem = f"vocab_size: {vocab_size}: the base has only {num_rows:,} rows"
         raise SettingsError(problem, hint=f"use at most {num_rows // MULTIPLE * MULTIPLE:,}, or leave it out")
-    if rounded < (needed := _round_up(num_required + num_spare)):
+    if rounded < (needed := num_required + num_spare):
         must = f"{num_required:,} tokens must stay (characters, bytes, special tokens), and {num_spare} spare rows"
         raise SettingsError(f"vocab_size: {vocab_size}: {must}", hint=f"use at least {needed:,}, or leave it out")
     return rounded
@@ -262,7 +262,7 @@ def _count_ids(settings: TrimSettings, folder: Path, num_rows: int, report: Repo
             data,
             SplitSettings(),
             settings.add_tokens,
-            origin=Origin(rejected_file=name_rejected_file(output)),
+            origin=Origin(rejected_file=name_rejected_file(output), run=scratch),  # without the mixing notes
             num_spare_rows=NUM_SPARE_ROWS,
         )
         prepare_datasets(plan, without_folder(report, scratch))

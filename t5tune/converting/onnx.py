@@ -48,6 +48,7 @@ PAGE = Path(__file__).with_name("onnx_page.html")
 KINDS = {"float32": ("", "fp32"), "int8": ("_quantized", "q8")}  # end of the files' names, transformers.js's dtype
 NUM_PROMPTS = 20
 MAX_CHANGED = 0.05  # share of the replies that int8 may change without a warning
+EXAMPLE = "Could you bring six coffees and six teas to Aida?"  # which pocket learns
 MESSAGE = "\0"  # a message that no template contains
 PREFIX_KEYS = ("prefix", "task_specific_params")  # of config.json: transformers.js would put them before each text
 SIZES = ("num_layers", "num_decoder_layers", "num_heads", "d_kv")
@@ -92,8 +93,8 @@ def convert_and_check(
         found = replies.compare_replies(ours, theirs)
         if kind == "float32":
             found.check_exact(LIBRARY)
-        is_changed = (changed := found.replies - found.same) > MAX_CHANGED * found.replies
-        advice = f"; {changed / found.replies:.0%} of the replies changed, float32 changes none" if is_changed else ""
+        is_changed = found.replies - found.same > MAX_CHANGED * found.replies
+        advice = "; --quantization float32 changes no reply" if is_changed else ""
         report(Note(f"{kind}: {found.describe(LIBRARY)}{advice}", warning=is_changed))
     return found
 
@@ -120,7 +121,7 @@ def _write_page_and_card(checkpoint: Path, folder: Path, prompts: Prompts, kind:
     before, after = split_prompt(prompts)
     suffix, dtype = KINDS[kind]
     page = {"before": before, "after": after, "ending": prompts.template.answer_suffix, "dtype": dtype}
-    example = json.dumps(f"{before}Six teas for Aida, please.{after}", ensure_ascii=False)
+    example = json.dumps(f"{before}{EXAMPLE}{after}", ensure_ascii=False)
     values = {
         "__MODEL__": json.dumps(page).replace("<", "\\u003c"),  # a template may contain </script>
         "__PROMPT__": example, "__DTYPE__": dtype, "__SUFFIX__": suffix, "__START__": str(start),

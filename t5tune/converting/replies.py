@@ -41,7 +41,7 @@ class Agreement:
 
     def describe(self, converted: str) -> str:
         same = f"{converted} gives the same reply for {self.same} of {self.replies} prompts"
-        return f"{same}; log-probabilities differ by {self.error:.2g}"
+        return f"{same}; log-probabilities differ by at most {self.error:.2g}"
 
     def check_exact(self, library: str) -> None:
         """Raise TrainingError unless the replies are equal and the log-probabilities nearly so."""

@@ -182,8 +182,9 @@ class Settings(BaseModel):
 
     @classmethod
     def list_required(cls) -> list[str]:
-        """List the settings without a default."""
-        return [name for name, field in cls.model_fields.items() if field.is_required()]
+        """List the settings without a default, first `also_positional`."""
+        required = [name for name, field in cls.model_fields.items() if field.is_required()]
+        return sorted(required, key=lambda name: name != cls.also_positional)
 
     @classmethod
     def list_secrets(cls) -> list[str]:

@@ -26,6 +26,11 @@ def show(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     return show
 
 
+def test_the_argument_of_merge_is_first_among_its_required_options(show) -> None:
+    for text in show("merge", "--help"), show("merge", "--help-all"):
+        assert 0 < text.index("ADAPTER, --adapter") < text.index("--output-dir")
+
+
 @pytest.mark.parametrize("command", SUMMARIES)
 def test_the_help_of_a_command_fits_on_a_screen(command: str, show) -> None:
     lines = [line.strip() for line in show(command, "--help").splitlines() if line.strip()]

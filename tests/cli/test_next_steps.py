@@ -181,6 +181,16 @@ def test_a_trimmed_base_is_followed_by_training(tmp_path: Path, monkeypatch: pyt
     assert lines == [*map(train.format, named), "t5tune chat merged"]
 
 
+def test_training_reads_the_data_as_trim_did(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    columns = "--source-column question --target-column answer --source-prefix 'answer: '"
+    for data in (f"a.csv {columns}", "a.txt b.txt --pair-lines", "a.txt --objective span-corruption"):
+        settings = load_words(f"base --vocab-size 640 --output-dir trimmed --data-path {data}", TrimSettings)
+        [(_, line)] = list_next_steps(settings, SimpleNamespace(checkpoint=Path("trimmed")))
+        start, end = "t5tune train --model-name-or-path trimmed --data-path", "--learning-rate 3e-4 --output-dir run"
+        assert line == f"{start} {data} {end}"
+
+
 def test_an_exported_adapter_is_followed_by_plain_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     exported = list_next_steps(ExportSettings(checkpoint="run", output_dir="exported"), SimpleNamespace(adapter=Path()))

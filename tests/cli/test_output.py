@@ -24,6 +24,8 @@ VALUES: dict[str, Any] = {
     "peak_memory_bytes": 635_000_000,
     "bytes": 1234,
     "world_size": 1,
+    "adapted_tensors": 0,
+    "onto": "base",
     "verified": True,
     "up_to_date": False,
     "resumed_from": None,

@@ -32,6 +32,7 @@ from tests.support.train_runs import make_settings
 onnx = pytest.importorskip("onnx", reason="onnx isn't installed: pip install 't5tune[onnx]'")
 onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime isn't installed: pip install 't5tune[onnx]'")
 onnx_graph = pytest.importorskip("t5tune.converting.onnx_graph")
+EXAMPLE: str = pytest.importorskip("t5tune.converting.onnx").EXAMPLE
 
 CPU = torch.device("cpu")
 FILES = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "index.html", "README.md"}
@@ -179,7 +180,7 @@ def run_card(web: Path, message: str) -> str:
     """Run the Python code of the model card with a different message, and return what it prints."""
     code = (web / "README.md").read_text().split("```python\n")[1].partition("```")[0]
     printed: list[str] = []
-    code = code.replace("THIS_FOLDER", str(web)).replace("Six teas for Aida, please.", message)
+    code = code.replace("THIS_FOLDER", str(web)).replace(EXAMPLE, message)
     exec(code, {"print": printed.append})
     return printed[0]
 
@@ -210,10 +211,10 @@ def test_the_page_and_the_card_have_the_prompt_of_training(web: Path) -> None:
     assert '"before": "Human: ", "after": " Assistant:", "ending": "", "dtype": "q8"' in page
     assert "__" not in page
     card = (web / "README.md").read_text()
-    assert card.count('"Human: Six teas for Aida, please. Assistant:"') == 2
+    assert card.count(f'"Human: {EXAMPLE} Assistant:"') == 2
     assert "library_name: transformers.js\n" in card
     assert 'pipeline("text2text-generation", "THIS_FOLDER", { dtype: "q8" })' in card
-    assert "npm install --ignore-scripts" in card
+    assert "npm install --ignore-scripts --prefix ../build" in card  # not among the files to serve or to push
 
 
 def test_a_prompt_has_the_token_ids_of_training(tmp_path: Path, conversations: Path, untied_base: Path) -> None:
@@ -363,7 +364,7 @@ def test_int8_that_changes_replies_is_written_with_a_warning(
     assert converted.same_replies < 4
     (warned,) = [note.text for note in notes if note.warning]
     assert warned.startswith(f"int8: onnxruntime gives the same reply for {converted.same_replies} of 4 prompts")
-    assert warned.endswith(f"{1 - converted.same_replies / 4:.0%} of the replies changed, float32 changes none")
+    assert warned.endswith("; --quantization float32 changes no reply")
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["disk", "Ctrl-C"])

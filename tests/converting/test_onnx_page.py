@@ -23,6 +23,7 @@ from tests.support.train_runs import make_settings
 
 pytest.importorskip("onnxruntime", reason="onnxruntime isn't installed: pip install 't5tune[onnx]'")
 
+EXAMPLE: str = pytest.importorskip("t5tune.converting.onnx").EXAMPLE
 MODULES = os.environ.get("NODE_MODULES", "")
 SCRIPTS = (
     "@huggingface/transformers/dist/transformers.min.js",
@@ -71,7 +72,7 @@ def test_the_page_gives_the_replies_of_chat(conversations: Path, tmp_path: Path)
         # the code for one's own page in the documents: it writes the text that the model of the page gets
         (snippet,) = re.findall(r"```js\n(.*?)```", (REPOSITORY / "docs/small.md").read_text(), re.DOTALL)
         snippet = snippet.replace('"q8"', '"fp32"').replace("max_new_tokens: 64", "max_new_tokens: 512")
-        snippet = snippet.replace("Six teas for Aida, please.", orders[0])
+        snippet = snippet.replace(EXAMPLE, orders[0])
         script = f'<script type="module">{snippet}globalThis.found = reply.generated_text;</script>'
         (web / "own.html").write_text(script, encoding="utf-8")
         page = browser.open(f"{url}/own.html")

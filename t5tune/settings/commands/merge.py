@@ -38,14 +38,14 @@ class MergeSettings(ReplaceableOutputSettings, HubSettings, BaseModelSettings):
     )
     to: Literal["checkpoint", "ctranslate2", "onnx", "sentence-transformers"] = Field(
         default="checkpoint",
-        description="Output format: a Hugging Face checkpoint; a CTranslate2 model, or an ONNX model with a page that "
-        "runs it in a browser, whose replies to a few prompts are compared: without quantization, they must match; or "
-        "of a model with labels a sentence-transformers model.",
+        description="Output format: a Hugging Face checkpoint, a CTranslate2 model, an ONNX model with a page that "
+        "runs it in a browser, or, for a model with labels, a sentence-transformers model. CTranslate2 and ONNX models "
+        "must give the merged model's replies to a few prompts, unless they are quantized.",
     )
     quantization: Annotated[Quantization | None, NoneIfUnset] = Field(
         default=None,
-        description="Weight type of the CTranslate2 model (--to ctranslate2; default: the merged weights' dtype), or "
-        "of the ONNX model (--to onnx: int8 or float32; default: files of both).",
+        description="Weight type of a CTranslate2 model (default: the merged weights' dtype), or of an ONNX model "
+        "(int8 or float32; default: files of both).",
     )
     dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, NoneIfUnset] = Field(
         default=None,
