@@ -54,10 +54,10 @@ UNUSED = {"bitsandbytes", "deepspeed", "scipy", "sklearn", "datasets", "pandas",
 
 def test_chat_and_training_import_only_what_they_use(tmp_path: Path) -> None:
     run = 'from t5tune.cli import run; assert run("{}".split()) == 0'
-    imported = list_imported(run.format("chat pocket --prompt hello"), tmp_path)
-    assert not imported & {*UNUSED, "peft", "transformers.trainer"}
+    chat = run.format("chat pocket --prompt hello")
+    unused = f"assert not {{*sys.modules}} & { {*UNUSED, 'peft', 'transformers.trainer'} }, sys.modules"
     words = "train --model-name-or-path pocket --data-path pocket --num-data 20 --max-steps 1 --output-dir run"
-    imported = list_imported(run.format(words), tmp_path)
+    imported = list_imported(f"{chat}; {unused}\n{run.format(words)}", tmp_path)
     assert not imported & UNUSED
     assert "peft" in imported
 
