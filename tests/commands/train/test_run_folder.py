@@ -48,6 +48,7 @@ def test_a_finished_run_is_not_repeated_and_fresh_renames_it(
         ("SLURM_RESTART_COUNT", "SLURM_JOB_ID"),
     ],
 )
+@pytest.mark.variants("TORCHELASTIC_RESTART_COUNT-None", "SLURM_RESTART_COUNT-SLURM_JOB_ID")
 def test_a_launchers_restart_resumes_the_run_of_fresh(
     variable: str,
     job: str | None,

@@ -71,6 +71,7 @@ def read_folder(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("key", [key for key in FAMILIES if key != "byt5"])
+@pytest.mark.variants("t5", "flan-t5", "mt5", "codet5", "longt5", "t5gemma2")
 def test_each_family_computes_the_same_with_fewer_rows(key: str, tmp_path: Path) -> None:
     base, data = make_checkpoint(key, tmp_path / "base"), write_pairs(tmp_path / "pairs.jsonl")
     result = run_trim(base, data, tmp_path / "trimmed")

@@ -115,6 +115,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.variants(
+    "untied-lora",
+    "untied-nf4",
+    "untied-reentrant",
+    "tied-all-linear dora",
+    "tied-checkpointing",
+    "tied-norms and biases",
+)
 def test_packed_adapters_and_token_rows_get_the_padded_gradients(variant: str, base: Path) -> None:
     """In fp32, with rows of added tokens and the chunked loss, on a tied and an untied base."""
     options = dict(VARIANTS[variant])
