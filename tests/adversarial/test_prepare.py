@@ -189,6 +189,7 @@ def test_parquet_rows_have_a_size_limit(tmp_path: Path) -> None:
     assert [isinstance(record, Rejection) for record in read(tmp_path / "a.parquet")] == [True, False]
 
 
+@pytest.mark.slow
 def test_skipped_files_of_a_folder_are_reported(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(GOOD)
     (tmp_path / "._a.jsonl").write_bytes(b"\0")
@@ -335,6 +336,7 @@ def test_errors_are_one_line_whatever_the_value(tmp_path: Path) -> None:
     assert len(line) < 4000
 
 
+@pytest.mark.slow
 def test_file_names_that_are_not_unicode_are_kept(tmp_path: Path) -> None:
     data = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.jsonl"))
     data.write_text(f"{GOOD}\n{GOOD}")

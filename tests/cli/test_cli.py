@@ -32,6 +32,7 @@ def test_the_version_is_printed() -> None:
     assert (done.code, done.stdout.strip()) == (0, __version__)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "unneeded"),
     [(["--help"], {"pydantic"}), (["trian"], {"pydantic", "typer.rich_utils"})]
@@ -47,6 +48,7 @@ def test_the_help_and_a_refusal_import_little(arguments: list[str], unneeded: se
     assert set(done.stdout.splitlines()[-1].split()) & unneeded == set()
 
 
+@pytest.mark.slow
 def test_a_path_that_isnt_utf_8_reaches_the_command(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "t5tune", "inspect", os.fsencode(tmp_path) + b"/caf\xe9"], capture_output=True, text=True
@@ -71,6 +73,7 @@ def test_with_json_an_error_is_an_object_on_stdout(words: list[str], kind: str, 
     assert message in done.json["error"]["message"]
 
 
+@pytest.mark.slow
 def test_json_errors_keep_their_exit_code_if_stdout_is_closed() -> None:
     reader, writer = os.pipe()
     os.close(reader)

@@ -12,6 +12,8 @@ import torch
 from t5tune.compat.lazy_imports import compile_at_first_call
 from t5tune.io.processes import make_module_environment
 
+pytestmark = pytest.mark.slow
+
 
 def test_functions_are_compiled_once_and_at_their_first_call(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[tuple[str, dict[str, object]]] = []

@@ -54,6 +54,7 @@ def test_a_schema_allows_compact_and_indented_json(kind: str, tmp_path: Path) ->
         assert not follows(compiler, tokenizer, schema, text), text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["pocket", "byt5"])
 @pytest.mark.parametrize("pattern", ["(ab|ba)*", "a[ab]?/", "a{2,3}|b", "[^b]+a", ".a", "b | a", r"a\/a"])
 @pytest.mark.variants(

@@ -65,6 +65,7 @@ def assert_scores(model: Any, collator: Any, examples: list[Candidates], stock: 
             assert score.is_greedy == bool(is_greedy_T.all())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", FAMILIES)
 @pytest.mark.variants("t5", "flan-t5", "mt5", "umt5", "longt5", "t5gemma", "t5gemma2")
 def test_scores_equal_stock_transformers_in_fp64(key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

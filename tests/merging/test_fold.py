@@ -137,6 +137,7 @@ def test_merged_weights_equal_pefts_bit_for_bit(
     check_merge(bases(dtype, tied), tmp_path, dtype, tied, **KINDS[kind])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["pissa", "olora"])
 def test_initializations_use_as_many_threads_as_peft(
     bases: Callable[[str, bool], Path], tmp_path: Path, kind: str

@@ -61,6 +61,7 @@ def compute_padded_logits(stock: Any, batch: dict[str, Any], kind: str) -> torch
     return logits_BSK if TASKS[kind].per_token else (logits_BSK * mask_BS1).sum(1) / mask_BS1.sum(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", list(TASKS))
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.variants(

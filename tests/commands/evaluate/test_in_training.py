@@ -25,6 +25,8 @@ from tests.commands.evaluate.outputs import EVALUATED, make_short_settings, run_
 from tests.support.caches import open_only
 from tests.support.processes.runs import stop_at
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_last_metrics_of_training_equal_those_of_evaluate(
     untied_base: Path, conversations: Path, cache: Path, tmp_path: Path

@@ -113,6 +113,7 @@ def test_fresh_renames_a_links_target_and_keeps_the_link(
     assert (disk / "run.1" / "old").is_file()
 
 
+@pytest.mark.slow
 def test_fresh_refuses_inputs_in_the_folder_that_it_would_rename(
     finished_run: Path, untied_base: Path, conversations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -74,6 +74,7 @@ def compute_packed_loss(
     return functional.cross_entropy(logits_TV, labels_T[labels_T != IGNORED_LABEL], reduction="sum"), logits_TV
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_all_gradients_equal_those_of_the_padded_batch(kind: str) -> None:
     model = make_random_model(kind, torch.float64)
