@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from tests.support.models.bases import make_base
 from tests.support.paths import REPOSITORY, SHARED
@@ -31,17 +30,22 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 # pytest runs one process per core; with several threads each, the processes would wait for one another
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
-NUM_THREADS = torch.get_num_threads()
+@pytest.fixture(scope="session", autouse=True)
+def num_threads() -> int:
+    """The number of torch's threads. xdist's first process, which runs no tests, needn't import torch."""
+    import torch
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    return torch.get_num_threads()
 
 
 @pytest.fixture(autouse=True)
-def keep_number_of_threads() -> Iterator[None]:
+def keep_number_of_threads(num_threads: int) -> Iterator[None]:
     """Fail a test that changes torch's number of threads: the bits of later tests depend on it."""
     yield
-    assert torch.get_num_threads() == NUM_THREADS
+    assert sys.modules["torch"].get_num_threads() == num_threads
 
 
 def pytest_xdist_auto_num_workers() -> int:

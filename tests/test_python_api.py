@@ -301,6 +301,7 @@ def test_a_run_that_was_moved_is_read_where_it_is(run: Any, tmp_path: Path) -> N
         read_metrics(tmp_path / "elsewhere")
 
 
+@pytest.mark.slow
 def test_the_command_line_repeats_a_run_on_kept_records(run: Any, folder: Path) -> None:
     (kept,) = (run.run / "records").iterdir()
     assert [json.loads(line) for line in kept.read_text().splitlines()] == PAIRS
@@ -322,6 +323,7 @@ def test_the_same_records_resume_a_run_and_others_are_refused(run: Any, folder: 
     assert len([*(run.run / "records").iterdir()]) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_finished", [True, False])
 def test_the_same_records_resume_a_run_that_was_moved(is_finished: bool, tmp_path: Path) -> None:
     first = train(make_settings(tmp_path))
@@ -341,6 +343,7 @@ def test_the_same_records_resume_a_run_that_was_moved(is_finished: bool, tmp_pat
     assert again.json["train_loss"] == first.train_loss
 
 
+@pytest.mark.slow
 def test_fresh_keeps_the_records_that_its_settings_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     first = train(make_settings(tmp_path))
@@ -428,6 +431,7 @@ def test_nothing_is_printed_and_no_file_is_left(tmp_path: Path) -> None:
     assert not list((tmp_path / "temporary").glob("t5tune-*"))
 
 
+@pytest.mark.slow
 def test_a_run_ignores_variables_of_accelerate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train(make_settings(tmp_path / "without"))
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")

@@ -66,7 +66,8 @@ DATA = {
 def compile_choices(choices: dict[str, str]) -> re.Pattern[str]:
     """Compile a pattern of whole words, with a group for each choice."""
     words = (choice.replace(" ", r"\s+") for choice in choices)
-    return re.compile("|".join(rf"(?P<c{number}>\b(?:{word})(?!\w))" for number, word in enumerate(words)), re.I)
+    choices_of_words = "|".join(rf"(?P<c{number}>{word})" for number, word in enumerate(words))
+    return re.compile(rf"\b(?:{choices_of_words})(?!\w)", re.I)
 
 
 def list_files() -> list[str]:

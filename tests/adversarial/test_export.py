@@ -162,6 +162,7 @@ def test_a_tokenizer_that_links_outside_is_refused(adapter: Path, tmp_path: Path
     assert_export_refused(run / "checkpoint-1", tmp_path, "tokenizer.json: a link to")
 
 
+@pytest.mark.slow
 def test_the_command_line_shows_a_refusal_in_one_line(tmp_path: Path) -> None:
     folder = zero_folders.make(tmp_path / "run")
     zero_folders.shard(folder, 1).write_bytes(PICKLES["refers to os system"][0])

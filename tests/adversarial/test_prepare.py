@@ -26,13 +26,14 @@ from t5tune.data.tokens.encoders import Beginning, make_encoder
 from t5tune.data.tokens.tokenizer import load_tokenizer
 from t5tune.data.tokens.vocabulary import extend_tokenizer
 from t5tune.errors import DataError
+from t5tune.preparing.sample import SAMPLE_BYTES
 from t5tune.progress import Event, Note
 from t5tune.settings import EvaluateSettings, write_settings
 from t5tune.settings.groups.record_format import ReadingSettings
 from tests.support.caches import find_cache
 from tests.support.paths import REPOSITORY, SHARED
 from tests.support.processes import runs
-from tests.support.processes.command_line import CommandResult, t5tune
+from tests.support.processes.command_line import CommandResult, t5tune_in_fork
 
 HI = {"role": "user", "content": "Hi"}
 YES = {"role": "assistant", "content": "Yes"}
@@ -188,6 +189,7 @@ def test_parquet_rows_have_a_size_limit(tmp_path: Path) -> None:
     assert [isinstance(record, Rejection) for record in read(tmp_path / "a.parquet")] == [True, False]
 
 
+@pytest.mark.slow
 def test_skipped_files_of_a_folder_are_reported(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(GOOD)
     (tmp_path / "._a.jsonl").write_bytes(b"\0")
@@ -319,7 +321,8 @@ def test_no_input_needs_much_memory(tmp_path: Path, name: str) -> None:
 
 
 def prepare(tmp_path: Path, *arguments: Any, **more: Any) -> CommandResult:
-    return t5tune("prepare", "--model-name-or-path", "pocket", "--output-dir", tmp_path / "cache", *arguments, **more)
+    given = ("--model-name-or-path", "pocket", "--output-dir", tmp_path / "cache")
+    return t5tune_in_fork("prepare", *given, *arguments, **more)
 
 
 @pytest.mark.slow
@@ -333,6 +336,7 @@ def test_errors_are_one_line_whatever_the_value(tmp_path: Path) -> None:
     assert len(line) < 4000
 
 
+@pytest.mark.slow
 def test_file_names_that_are_not_unicode_are_kept(tmp_path: Path) -> None:
     data = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.jsonl"))
     data.write_text(f"{GOOD}\n{GOOD}")
@@ -383,7 +387,9 @@ def test_a_path_without_conversations_is_refused(tmp_path: Path) -> None:
         assert (find_cache(tmp_path / "cache") / "manifest.json").read_bytes() == before
 
 
-NUM_SAMPLED = 40_000  # more records than prepare looks at before it writes
+# more than prepare looks at before it writes
+SAMPLED = json.dumps({"source": "Hi", "target": "Yes", "unused": "x" * (SAMPLE_BYTES // 80)}).encode() + b"\n"
+NUM_SAMPLED = 90
 
 
 def start_waiting_prepare(tmp_path: Path, number: signal.Signals, handler: signal.Handlers) -> subprocess.Popen[bytes]:
@@ -396,7 +402,7 @@ def start_waiting_prepare(tmp_path: Path, number: signal.Signals, handler: signa
         preexec_fn=lambda: signal.signal(number, handler),
     )  # fmt: skip
     assert process.stdin is not None
-    process.stdin.write(f"{GOOD}\n".encode() * NUM_SAMPLED)
+    process.stdin.write(SAMPLED * NUM_SAMPLED)
     process.stdin.flush()
     deadline = time.monotonic() + 100
     while not any(tmp_path.glob(".cache.new-*/*/tokens.bin")):

@@ -32,6 +32,7 @@ def test_the_version_is_printed() -> None:
     assert (done.code, done.stdout.strip()) == (0, __version__)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "unneeded"),
     [(["--help"], {"pydantic"}), (["trian"], {"pydantic", "typer.rich_utils"})]
@@ -57,6 +58,7 @@ def test_ctrl_c_while_modules_are_imported_shows_no_traceback(module: str, tmp_p
     assert done.stderr in ("", "interrupted\n")
 
 
+@pytest.mark.slow
 def test_a_path_that_isnt_utf_8_reaches_the_command(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "t5tune", "inspect", os.fsencode(tmp_path) + b"/caf\xe9"], capture_output=True, text=True
@@ -92,6 +94,7 @@ def test_a_name_that_is_too_long_is_refused(command: str, setting: str, tmp_path
     assert [*tmp_path.iterdir()] == []
 
 
+@pytest.mark.slow
 def test_json_errors_keep_their_exit_code_if_stdout_is_closed() -> None:
     reader, writer = os.pipe()
     os.close(reader)

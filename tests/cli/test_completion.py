@@ -31,6 +31,7 @@ def complete(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     return complete
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("line", "completions"),
     [

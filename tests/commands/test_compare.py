@@ -59,6 +59,7 @@ def runs(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_seeds_share_a_row_and_the_best_run_is_first(runs: Path, tmp_path: Path) -> None:
     result = compare(CompareSettings(runs=[runs / "*"], csv=tmp_path / "t.csv", html=tmp_path / "t.html"))
     assert result.sorted_by == "loss"

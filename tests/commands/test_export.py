@@ -342,6 +342,7 @@ def test_export_skips_a_damaged_newest_checkpoint_with_a_warning(plain: Path, tm
     assert_same(read_adapter_tensors(tmp_path / "adapter"), read_adapter_tensors(run / f"checkpoint-{STEPS - 1}"))
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_export_needs_neither_torch_nor_deepspeed(zero3: Path, tmp_path: Path) -> None:
     code = (

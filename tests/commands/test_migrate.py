@@ -348,6 +348,7 @@ def test_values_cannot_leave_their_comments_and_secrets_are_hidden(run) -> None:
     assert "hf_abc" not in result.text + str(result.not_supported)
 
 
+@pytest.mark.slow
 def test_the_result_trains_on_the_command_line(tmp_path: Path) -> None:
     """The text goes to stdout; what is lost is on stderr."""
     (tmp_path / "axolotl.yml").write_text(AXOLOTL)

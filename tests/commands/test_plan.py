@@ -168,21 +168,21 @@ def test_modules_to_save_are_counted_as_trainable() -> None:
 
 
 @pytest.fixture(scope="module")
-def cache(conversations: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def cache(untied_base: Path, conversations: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("caches") / "cache"
-    prepare(PrepareSettings(model_name_or_path="pocket", data_path=str(conversations), output_dir=folder))
+    prepare(PrepareSettings(model_name_or_path=str(untied_base), data_path=str(conversations), output_dir=folder))
     return folder
 
 
-def test_a_cache_determines_steps_padding_and_the_largest_batch(cache: Path, tmp_path: Path) -> None:
+def test_a_cache_determines_steps_padding_and_the_largest_batch(untied_base: Path, cache: Path, tmp_path: Path) -> None:
     from t5tune.commands.train import train
 
     run = TrainSettings(
-        model_name_or_path="pocket", data_path=str(cache), output_dir=tmp_path / "run", use_cpu=True,
+        model_name_or_path=str(untied_base), data_path=str(cache), output_dir=tmp_path / "run", use_cpu=True,
         num_train_epochs=1.2, gradient_accumulation_steps=2, per_device_train_batch_size=4, report_samples=0,
     )  # fmt: skip
     result = make_plan(
-        "pocket", data_path=str(cache), **NO_SUGGESTION, num_train_epochs=1.2, gradient_accumulation_steps=2,
+        untied_base, data_path=str(cache), **NO_SUGGESTION, num_train_epochs=1.2, gradient_accumulation_steps=2,
         per_device_train_batch_size=4, packing="off",
     )  # fmt: skip
     trained = train(run)
@@ -198,10 +198,10 @@ def test_a_cache_determines_steps_padding_and_the_largest_batch(cache: Path, tmp
 
 
 @pytest.fixture(scope="module")
-def data_of_runs(conversations: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def data_of_runs(untied_base: Path, conversations: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A cache, a cache with half of its examples held out, and a mixture of a smaller and a larger dataset."""
     folder = tmp_path_factory.mktemp("data")
-    common: dict[str, Any] = {"model_name_or_path": "pocket"}
+    common: dict[str, Any] = {"model_name_or_path": str(untied_base)}
     lines = conversations.read_text().splitlines()
     (folder / "some.jsonl").write_text("\n".join(lines[:8]))
     datasets = [{"path": str(folder / "some.jsonl")}, {"path": str(conversations)}]
@@ -224,15 +224,16 @@ def data_of_runs(conversations: Path, tmp_path_factory: pytest.TempPathFactory) 
     ],
 )
 def test_a_runs_plan_uses_its_training_examples(
-    name: str, changes: dict[str, Any], data_of_runs: dict[str, Path], tmp_path: Path
+    name: str, changes: dict[str, Any], untied_base: Path, data_of_runs: dict[str, Path], tmp_path: Path
 ) -> None:
     from t5tune.commands.train import train
 
     if "eval_data_path" in changes:  # then nothing is held out of the training data
         changes = changes | {"eval_data_path": str(data_of_runs[changes["eval_data_path"]])}
     settings = TrainSettings(
-        model_name_or_path="pocket", data_path=str(data_of_runs[name]), output_dir=tmp_path / "run", use_cpu=True,
-        num_train_epochs=1, per_device_train_batch_size=1, report_samples=0, eval_strategy="no", **changes,
+        model_name_or_path=str(untied_base), data_path=str(data_of_runs[name]), output_dir=tmp_path / "run",
+        use_cpu=True, num_train_epochs=1, per_device_train_batch_size=1, report_samples=0, eval_strategy="no",
+        **changes,
     )  # fmt: skip
     (tmp_path / "run.yaml").write_text(dump_settings(settings))
     read, _ = load_settings(PlanSettings, str(tmp_path / "run.yaml"))
@@ -242,7 +243,7 @@ def test_a_runs_plan_uses_its_training_examples(
         assert (planned.examples, planned.steps) == (trained.examples, trained.steps)
 
 
-def test_a_mixture_is_planned_as_it_is_mixed(data_of_runs: dict[str, Path]) -> None:
+def test_a_mixture_is_planned_as_it_is_mixed(untied_base: Path, data_of_runs: dict[str, Path]) -> None:
     """With a cap of 1, half of an epoch's examples are from the smaller dataset."""
     from t5tune.data.caches.mixing import Mixing
     from t5tune.data.caches.prepared import open_examples
@@ -251,16 +252,17 @@ def test_a_mixture_is_planned_as_it_is_mixed(data_of_runs: dict[str, Path]) -> N
     drawn, _ = mixture.draw_epoch(42, 0)
     sources, targets = (lengths[drawn] for lengths in mixture.read_lengths())
     result = make_plan(
-        "pocket", data_path=str(data_of_runs["mixture"]), mixing_cap=1, **NO_SUGGESTION, packing="off",
-        per_device_train_batch_size=len(drawn),
+        untied_base, data_path=str(data_of_runs["mixture"]), mixing_cap=1, **NO_SUGGESTION,
+        packing="off", per_device_train_batch_size=len(drawn),
     )  # fmt: skip
     padded = len(drawn) * (sources.max() + targets.max())
     assert result.padding == round(1 - (sources.sum() + targets.sum()) / padded, 4)
 
 
 @pytest.mark.parametrize("weights", [[":1"], [":1", ":3"], [""]])
+@pytest.mark.variants("weights1", "weights2")
 def test_data_without_a_cache_is_planned_as_it_is_trained(
-    weights: list[str], conversations: Path, tmp_path: Path
+    weights: list[str], untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
     from t5tune.commands.train import train
 
@@ -269,8 +271,9 @@ def test_data_without_a_cache_is_planned_as_it_is_trained(
         paths.append(f"{tmp_path / f'{number}.jsonl'}{weight}")
         (tmp_path / f"{number}.jsonl").write_text(conversations.read_text())
     settings = TrainSettings(
-        model_name_or_path="pocket", data_path=paths, output_dir=tmp_path / "run", use_cpu=True, eval_fraction=0.2,
-        num_train_epochs=1, per_device_train_batch_size=2, report_samples=0, eval_strategy="no", packing="off",
+        model_name_or_path=str(untied_base), data_path=paths, output_dir=tmp_path / "run", use_cpu=True,
+        eval_fraction=0.2, num_train_epochs=1, per_device_train_batch_size=2, report_samples=0, eval_strategy="no",
+        packing="off",
     )  # fmt: skip
     planned = plan(to_plan_settings(make_run_plan(settings)).model_copy(update=NO_SUGGESTION))
     trained = train(settings)
@@ -510,12 +513,12 @@ def test_quantized_bytes_include_scales_of_scales() -> None:
 
 
 def test_the_first_steps_of_a_run_are_timed(
-    conversations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    untied_base: Path, conversations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("t5tune.commands.plan.timing.MAX_SECONDS", 1000)
     before = sorted(tmp_path.rglob("*"))
     planned = make_plan(
-        "pocket", data_path=str(conversations), use_cpu=True, eval_fraction=0.2, per_device_train_batch_size=2,
+        untied_base, data_path=str(conversations), use_cpu=True, eval_fraction=0.2, per_device_train_batch_size=2,
         num_train_epochs=100, save_steps=10, report_samples=0, gradient_checkpointing=False, preprocessed_path=tmp_path,
     )  # fmt: skip
     assert planned.time_unknown is None
@@ -556,18 +559,17 @@ def test_a_timed_run_prints_nothing(conversations: Path) -> None:
     assert done.json["time"]["timed_steps"] > 3
 
 
-def test_a_plan_says_why_there_is_no_time(conversations: Path, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(KNOWN_CONFIGS["google/flan-t5-small"]))
-    data = {"data_path": str(conversations)}
-    for model, changes, reason in (
-        ("pocket", {"use_cpu": True}, "no data is given"),
-        ("pocket", {**data, "time_run": False}, "time_run is off"),
-        ("pocket", {**data, **NO_SUGGESTION}, "the run doesn't fit"),
-        ("pocket", {**data, "gpu_memory": "24GiB"}, "the plan is for a different machine"),
-        (tmp_path / "config.json", {"use_cpu": True}, "no data is given"),
-        (tmp_path / "config.json", {**data, "use_cpu": True}, "the model isn't on this machine"),
+def test_a_plan_says_why_there_is_no_time(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
+    data, model = {"data_path": str(conversations)}, write_short_model(tmp_path)
+    for base, changes, reason in (
+        (untied_base, {"use_cpu": True}, "no data is given"),
+        (untied_base, {**data, "time_run": False}, "time_run is off"),
+        (untied_base, {**data, **NO_SUGGESTION}, "the run doesn't fit"),
+        (untied_base, {**data, "gpu_memory": "24GiB"}, "the plan is for a different machine"),
+        (model, {"use_cpu": True}, "no data is given"),
+        (model, {**data, "use_cpu": True}, "the model isn't on this machine"),
     ):
-        planned = make_plan(model, source_length=8, target_length=8, per_device_train_batch_size=1, **changes)
+        planned = make_plan(base, source_length=8, target_length=8, per_device_train_batch_size=1, **changes)
         assert (planned.time, planned.time_unknown) == (None, reason)
 
 

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -363,11 +362,12 @@ def test_the_code_in_the_card_of_a_converted_model_runs(to: str, hub: Hub, finis
     printed = []
     for text, folder in (((converted / "README.md").read_text(), converted), (card, tmp_path)):
         code = text.split("```python\n")[1].partition("```")[0].replace("THIS_FOLDER", str(folder))
-        command = [sys.executable, "-c", code]
-        done = subprocess.run(command, env=os.environ | hub.environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        printed.append(done.stdout)
-    assert printed[0] == printed[1]
+        output, errors = tmp_path / f"output-{len(printed)}", tmp_path / f"errors-{len(printed)}"
+        with open(errors, "wb") as stderr:
+            example = Running([sys.executable, "-c", code], output, stderr, **hub.environment)
+            assert example.wait() == 0, errors.read_text()
+        printed.append(example.log.read_text())
+    assert printed[0] == printed[1] != ""
 
 
 def test_a_base_that_others_do_not_have_is_mentioned(hub: Hub, untied_base: Path, tmp_path: Path) -> None:

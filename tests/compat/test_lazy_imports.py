@@ -12,6 +12,8 @@ import torch
 from t5tune.compat.lazy_imports import compile_at_first_call
 from t5tune.io.processes import make_module_environment
 
+pytestmark = pytest.mark.slow
+
 
 def test_functions_are_compiled_once_and_at_their_first_call(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[tuple[str, dict[str, object]]] = []
@@ -54,10 +56,10 @@ UNUSED = {"bitsandbytes", "deepspeed", "scipy", "sklearn", "datasets", "pandas",
 
 def test_chat_and_training_import_only_what_they_use(tmp_path: Path) -> None:
     run = 'from t5tune.cli import run; assert run("{}".split()) == 0'
-    imported = list_imported(run.format("chat pocket --prompt hello"), tmp_path)
-    assert not imported & {*UNUSED, "peft", "transformers.trainer"}
+    chat = run.format("chat pocket --prompt hello")
+    unused = f"assert not {{*sys.modules}} & { {*UNUSED, 'peft', 'transformers.trainer'} }, sys.modules"
     words = "train --model-name-or-path pocket --data-path pocket --num-data 20 --max-steps 1 --output-dir run"
-    imported = list_imported(run.format(words), tmp_path)
+    imported = list_imported(f"{chat}; {unused}\n{run.format(words)}", tmp_path)
     assert not imported & UNUSED
     assert "peft" in imported
 

@@ -174,7 +174,9 @@ def check_schemas(kind: str, folder: Path, seeds: range) -> Counter[str]:
     return counts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.variants("added", "mt5", "gemma", "codet5", "byt5")
 def test_right_answers_are_allowed_and_replies_are_valid(kind: str, folder: Path) -> None:
     counts = check_schemas(kind, folder, range(30))
     assert min(counts["right answer"], counts["valid reply"]) >= 30

@@ -126,6 +126,7 @@ def build(schema: dict[str, Any], definitions: dict[str, Any], depth: int) -> li
     return [[*values.values()] if schema["type"] == "array" else values]
 
 
+@pytest.mark.slow
 def test_a_long_chain_of_references_is_checked_quickly() -> None:
     """A check of all schemas for each reference would take minutes."""
     links: dict[str, Any] = {f"d{number}": {"$ref": f"#/$defs/d{number + 1}"} for number in range(10_000)}

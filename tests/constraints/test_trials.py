@@ -83,6 +83,7 @@ def test_closing_ends_trials_that_are_running() -> None:
     asyncio.run(run())
 
 
+@pytest.mark.slow
 def test_a_command_whose_trial_cannot_start_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))

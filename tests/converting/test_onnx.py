@@ -29,6 +29,8 @@ from tests.support.models.model_types import load_stock, make_checkpoint
 from tests.support.paths import REPOSITORY
 from tests.support.train_runs import make_settings
 
+pytestmark = pytest.mark.slow
+
 onnx = pytest.importorskip("onnx", reason="onnx isn't installed: pip install 't5tune[onnx]'")
 onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime isn't installed: pip install 't5tune[onnx]'")
 onnx_graph = pytest.importorskip("t5tune.converting.onnx_graph")

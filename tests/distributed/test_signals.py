@@ -35,6 +35,7 @@ def interrupt(times: int = 1) -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
 
+@pytest.mark.slow
 def test_a_second_interrupt_ends_a_call_from_python(inputs: list[Path], tmp_path: Path) -> None:
     settings = make_settings(*inputs, tmp_path / "run", save_steps=2)
     notes: queue.Queue[str] = queue.Queue()

@@ -92,6 +92,7 @@ def test_all_silent_ranks_are_named_but_never_the_own_one() -> None:
     assert set(compare_often(RankWatch(World(rank=1, size=2), 60), (1, 7), (1, 6))) == {None}
 
 
+@pytest.mark.slow
 def test_each_micro_batch_of_a_run_is_counted(
     inputs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

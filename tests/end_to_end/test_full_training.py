@@ -27,6 +27,7 @@ def full(base: Path, data: Path, run: Path, **changes: Any) -> TrainResult:
     return train(make_settings(base, data, run, train_mode="full", **{"learning_rate": 1e-3, **changes}))
 
 
+@pytest.mark.slow
 def test_full_training_writes_a_checkpoint_that_stock_transformers_loads(
     base: Path, conversations: Path, tmp_path: Path
 ) -> None:
@@ -61,6 +62,7 @@ def test_stock_transformers_loads_a_fully_trained_bf16_base_unrounded(
     assert all(torch.equal(stock[name], expected[name]) for name in names)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_full_training_gives_the_same_weights_under_zero3(
     untied_base: Path, conversations: Path, tmp_path: Path, on_ranks: Callable[..., CommandResult]

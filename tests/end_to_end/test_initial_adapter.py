@@ -23,6 +23,7 @@ from tests.support.models.adapters import compute_logits, load_stock_base
 from tests.support.processes.command_line import CommandResult
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ways", "kind"),
     [({}, "untied"), ({"use_dora": True, "modules_to_save": NORMS}, "tied")],
@@ -43,6 +44,7 @@ def test_training_starts_from_the_exact_weights_of_an_adapter(
     assert not any(torch.equal(first[name], more[name]) for name in first)
 
 
+@pytest.mark.slow
 def test_a_base_other_than_that_of_the_adapter_is_named(
     first_adapter: Path, untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
@@ -66,6 +68,7 @@ def test_a_base_other_than_that_of_the_adapter_is_named(
         assert [text for text in notes if "trained on" in text] == [said] * count
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_zero3_training_starts_from_the_exact_adapter_weights(
     first_adapter: Path, untied_base: Path, conversations: Path, tmp_path: Path, on_ranks: Callable[..., CommandResult]
@@ -81,6 +84,7 @@ def test_zero3_training_starts_from_the_exact_adapter_weights(
     assert all(torch.equal(first[name], same[name]) for name in first)
 
 
+@pytest.mark.slow
 def test_token_rows_of_the_initial_adapter_keep_their_tokens(untied_base: Path, tmp_path: Path) -> None:
     files = []
     for name, answer in (("first", "日本 日"), ("other", "月水 月")):
@@ -103,6 +107,7 @@ def test_token_rows_of_the_initial_adapter_keep_their_tokens(untied_base: Path, 
         train(make_settings(untied_base, cache, tmp_path / "refused", **more))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:(PiSSA|OLoRA) changes the base weights:UserWarning")
 @pytest.mark.parametrize("initialization", ["pissa", "olora", "pissa_niter_4"])
 def test_only_converted_pissa_and_olora_adapters_start_a_run(

@@ -48,6 +48,7 @@ def run(
     return BatchRun(batches, measure, "evaluate: losses", events.append, is_stopped).run(is_sharded=False)
 
 
+@pytest.mark.slow
 def test_only_batches_that_do_not_fit_into_memory_are_halved() -> None:
     """Memory suffices for 3 of the longest examples. A batch as large as one that failed isn't tried."""
     batches = Batches(
@@ -69,6 +70,7 @@ def test_only_batches_that_do_not_fit_into_memory_are_halved() -> None:
     assert [event.done for event in events if isinstance(event, Advanced)] == [4, 8, 12]
 
 
+@pytest.mark.slow
 def test_an_example_too_large_for_memory_is_named() -> None:
     batches = make_batches([Lengths(4, 6)] * 4, None, count_tokens, 1000)
 

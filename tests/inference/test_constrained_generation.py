@@ -52,6 +52,7 @@ def compiler_and_models(tmp_path: Path) -> tuple[GrammarCompiler, Any, Any, Any]
     return GrammarCompiler(spell(tokenizer, model.config.vocab_size), [1]), tokenizer, model, load_stock(folder)
 
 
+@pytest.mark.slow
 def test_greedy_replies_are_the_likeliest_allowed_tokens_in_any_batch(
     compiler_and_models: tuple[GrammarCompiler, Any, Any, Any],
 ) -> None:

@@ -71,6 +71,7 @@ def test_a_sampled_reply_equals_transformers_reply_in_any_batch(tmp_path: Path) 
     assert first != greedy[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_beams", [1, 2])
 @pytest.mark.parametrize(("encoder", "decoder"), [(1, 3), (3, 1)])
 def test_encoders_and_decoders_of_different_depth_generate_with_a_cache(

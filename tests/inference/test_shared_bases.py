@@ -39,6 +39,7 @@ def list_settings(base: Path, adapters: list[Path], **precision: Any) -> list[In
 
 
 @pytest.mark.parametrize("precision", PRECISIONS, ids=["fp32", "nf4", "int8", "bf16"])
+@pytest.mark.variants("fp32", "nf4")
 def test_a_shared_base_changes_no_bit_of_a_model(
     precision: dict[str, Any], adapters: list[Path], untied_base: Path
 ) -> None:

@@ -65,7 +65,9 @@ def assert_scores(model: Any, collator: Any, examples: list[Candidates], stock: 
             assert score.is_greedy == bool(is_greedy_T.all())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", FAMILIES)
+@pytest.mark.variants("t5", "flan-t5", "mt5", "umt5", "longt5", "t5gemma", "t5gemma2")
 def test_scores_equal_stock_transformers_in_fp64(key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss_module, "LOGITS_PER_CHUNK", 7 * 480)  # several chunks, which end within targets
     checkpoint, examples = make_checkpoint(key, tmp_path / "base"), make_sources()

@@ -60,6 +60,7 @@ BROKEN: dict[str, tuple[str | bytes, int, str]] = {
 PARSER_WORDS = re.compile(r"unicode string|while (?:scanning|parsing)|column \d+:|\^|<block|codec|constructor|token")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("text", "line", "said"), BROKEN.values(), ids=BROKEN)
 def test_a_broken_file_is_described_in_one_plain_line(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], text: str | bytes, line: int, said: str
@@ -81,6 +82,7 @@ def test_an_unreadable_file_is_named_without_an_error_number(tmp_path: Path) -> 
     assert caught.value.message == f"{folder}: can't be read: Is a directory"
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=400, database=None, derandomize=True)
 @given(
     text=st.lists(

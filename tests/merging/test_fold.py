@@ -116,6 +116,20 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.variants(
+    "lora-fp32",
+    "lora-bf16",
+    "rslora-fp16",
+    "rank 64-bf16",
+    "patterns-fp32",
+    "dora-bf16",
+    "dora-fp16",
+    "dora rslora-fp32",
+    "olora-bf16",
+    "pissa-fp32",
+    "pissa-fp16",
+    "whole modules-bf16",
+)
 def test_merged_weights_equal_pefts_bit_for_bit(
     bases: Callable[[str, bool], Path], tmp_path: Path, kind: str, dtype: str
 ) -> None:
@@ -123,6 +137,7 @@ def test_merged_weights_equal_pefts_bit_for_bit(
     check_merge(bases(dtype, tied), tmp_path, dtype, tied, **KINDS[kind])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["pissa", "olora"])
 def test_initializations_use_as_many_threads_as_peft(
     bases: Callable[[str, bool], Path], tmp_path: Path, kind: str

@@ -62,6 +62,7 @@ def load_in_stock_peft(base: Path, adapter: Path, task: str) -> Any:
     return PeftModel.from_pretrained(stock, adapter)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_stock_peft_and_our_loader_give_the_same_logits(kind: str, bases: dict[str, Path], tmp_path: Path) -> None:
     for task in ("classify", "tag"):
@@ -108,6 +109,7 @@ def test_a_merged_checkpoint_has_the_bits_of_a_merge_by_peft(kind: str, bases: d
     assert not list((tmp_path / "merged").glob("generation_config.json"))
 
 
+@pytest.mark.slow
 def test_the_code_of_the_cards_computes_logits(bases: dict[str, Path], tmp_path: Path) -> None:
     for task, kind in (("regress", "t5gemma"), ("tag", "umt5")):
         adapter = make_label_adapter(bases[kind], tmp_path / task, TASKS[task])

@@ -104,6 +104,7 @@ def compute_expected_tensors(base: Path, adapter: Path, tied: bool, scale: float
 
 
 @pytest.mark.slow
+@pytest.mark.variants("tied-fp32-lora", "untied-bf16-lora", "tied-bf16-rows", "untied-fp32-rows")
 def test_adapted_tensors_are_w_plus_scaled_ba(case: Case) -> None:
     weights = load_file(case.base / "model.safetensors")
     merged = load_file(case.output / "model.safetensors")

@@ -38,6 +38,7 @@ def merge_two(base: Path, adapters: dict[str, Path], names: tuple[str, ...], out
     return notes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("names", "bases", "flags"),
     [

@@ -77,6 +77,13 @@ def compute_by_examples(student: Any, teacher: Any, start: int, settings: TrainS
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("student_kind", "teacher_kind"), PAIRS)
+@pytest.mark.variants(
+    "flan-t5-t5-forward",
+    "flan-t5-t5-the teacher alone",
+    "t5-flan-t5-smoothed",
+    "t5-flan-t5-reverse",
+    "t5gemma-t5gemma-reverse",
+)
 def test_loss_and_gradients_are_those_of_whole_logits(
     student_kind: str, teacher_kind: str, way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

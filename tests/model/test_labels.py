@@ -61,8 +61,19 @@ def compute_padded_logits(stock: Any, batch: dict[str, Any], kind: str) -> torch
     return logits_BSK if TASKS[kind].per_token else (logits_BSK * mask_BS1).sum(1) / mask_BS1.sum(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", list(TASKS))
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.variants(
+    "t5-tag",
+    "t5-regress each",
+    "flan-t5-classify",
+    "mt5-several",
+    "umt5-regress",
+    "t5gemma-tag",
+    "t5gemma-several",
+    "t5gemma-classify",
+)
 def test_a_packed_row_has_the_gradients_of_the_stock_class(kind: str, task: str, bases: dict[str, Path]) -> None:
     ours, stock = load_pair(bases[kind], task)
     examples = make_labeled_examples(TASKS[task])

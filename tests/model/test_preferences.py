@@ -96,6 +96,16 @@ def checkpoint(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.variants(
+    "t5-dpo",
+    "flan-t5-smoothed",
+    "flan-t5-dpo",
+    "umt5-ipo",
+    "longt5-orpo",
+    "t5gemma-dpo",
+    "t5gemma2-orpo",
+    "t5gemma2-smoothed",
+)
 def test_all_gradients_equal_those_from_stock_logits(
     name: str, kind: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -116,6 +126,7 @@ def test_all_gradients_equal_those_from_stock_logits(
 
 @pytest.mark.parametrize("reentrant", [None, False, True])
 @pytest.mark.parametrize("quantizes", [False, True])
+@pytest.mark.variants("untied-False-None", "untied-True-True", "untied-True-False", "tied-False-True", "tied-True-None")
 def test_adapters_and_token_rows_get_whole_logits_gradients(
     reentrant: bool | None, quantizes: bool, base: Path
 ) -> None:

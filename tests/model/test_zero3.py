@@ -85,9 +85,13 @@ def test_every_rank_raises_an_error_that_only_rank_0_finds(tmp_path: Path) -> No
         assert "model.safetensors: file ends before byte" in ends
 
 
-def test_releasing_gathered_weights_keeps_the_bits_of_steps(tmp_path: Path) -> None:
+@pytest.mark.variants(1)
+@pytest.mark.parametrize(
+    "ways", [["lora", "nf4", "checkpointing", "labels, full"], ["lora, padded", "dora", "full", "labels"]]
+)
+def test_releasing_gathered_weights_keeps_the_bits_of_steps(ways: list[str], tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", tied=False)
-    assert list(run_on_two_ranks(f"describe_steps({base!r})", tmp_path)) == [[], []]
+    assert list(run_on_two_ranks(f"describe_steps({base!r}, {ways!r})", tmp_path)) == [[], []]
 
 
 @pytest.mark.variants(1)

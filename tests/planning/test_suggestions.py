@@ -112,6 +112,7 @@ def test_no_bf16_is_suggested_for_a_gpu_without_it(
     assert not load_train_settings(suggestion.flags, bf16=True).bf16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("memory", "given", "expected"),
     [

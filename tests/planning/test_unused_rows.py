@@ -41,6 +41,7 @@ def find_suggestions(notes: Notes) -> list[list[float]]:
     return [[*map(float, found.groups())] for note in notes if (found := SUGGESTION.fullmatch(note))]
 
 
+@pytest.mark.slow
 def test_plan_suggests_trim_with_the_numbers(run: Path) -> None:
     # of a GPU: on a CPU, the total counts the memory of the process, here of whatever ran before
     values = {"model_name_or_path": str(run.parent / "base"), "gpu_memory": "24GiB", "time_run": False}
@@ -56,6 +57,7 @@ def test_plan_suggests_trim_with_the_numbers(run: Path) -> None:
     assert total == round(found.stages[0].total / 2**30, 2)
 
 
+@pytest.mark.slow
 def test_nothing_is_suggested_without_the_data_or_for_few_rows(run: Path) -> None:
     values = {"use_cpu": True, "time_run": False, "per_device_train_batch_size": 1}
     for model, more in (("pocket", {"data_path": str(run / "data")}), (str(run.parent / "base"), {})):

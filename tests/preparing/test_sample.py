@@ -140,6 +140,7 @@ def test_a_used_cache_keeps_the_earlier_default_template(untied_base: Path, tmp_
     assert load_template(str(tmp_path / "cache" / "template.yaml")) == load_template("plain")
 
 
+@pytest.mark.slow
 def test_mixed_data_gets_fastchats_template_in_any_order(
     untied_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

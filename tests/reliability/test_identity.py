@@ -199,6 +199,7 @@ PLATEAU = {"lr_scheduler_type": "reduce_lr_on_plateau", "max_steps": 8, "eval_fr
     ],
     ids=["longer", "shorter", "epochs", "plateau"],
 )
+@pytest.mark.variants("longer", "epochs", "plateau")
 def test_resumed_steps_follow_the_schedule_of_an_allowed_length(
     first: dict[str, Any], new: dict[str, Any], shares: Callable[[int, int], float], inputs: list[Path], tmp_path: Path
 ) -> None:

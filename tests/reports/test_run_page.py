@@ -92,6 +92,7 @@ def run(untied_base: Path, conversations: Path, tmp_path_factory: pytest.TempPat
     return folder
 
 
+@pytest.mark.slow
 def test_the_page_shows_metrics_settings_and_lengths(run: Path) -> None:
     page = Page(run)
     assert list(page.charts) == CHARTS
@@ -115,6 +116,7 @@ def test_the_page_is_one_file_without_scripts_links_or_secrets(run: Path) -> Non
     assert [part for part in ("://", "@import", "url(", CANARY) if part in page.text] == []
 
 
+@pytest.mark.slow
 def test_sample_predictions_equal_stock_predictions(run: Path, untied_base: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
@@ -141,6 +143,7 @@ def test_sample_predictions_equal_stock_predictions(run: Path, untied_base: Path
             assert sample[name] in cells
 
 
+@pytest.mark.slow
 def test_the_result_and_the_table_have_the_best_step(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
     chosen = {"eval_fraction": 0.3, "eval_steps": 1, "max_steps": 4, "learning_rate": 1.0}
     settings = make_settings(untied_base, conversations, tmp_path / "run", **chosen, lora_r=4, seed=7, split_seed=8)
@@ -162,6 +165,7 @@ def test_the_result_and_the_table_have_the_best_step(untied_base: Path, conversa
     assert cells[cells.index("4") + 1] == format_number(epochs[4])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("fraction", "kind"), [(0.2, "held-out"), (0.0, "training")])
 def test_the_page_says_which_examples_are_sampled(
     fraction: float, kind: str, untied_base: Path, conversations: Path, tmp_path: Path
@@ -363,6 +367,7 @@ def test_the_table_has_a_column_for_each_metric(run: Path, tmp_path: Path) -> No
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "evaluated"), [("eval_data_path", [3, 4, 5, 6]), ("metric_for_best_model", [1, 2, 3, 4, 5, 6])]
 )

@@ -42,6 +42,7 @@ def select_notes(events: list[Event], word: str) -> list[str]:
     return [event.text for event in events if isinstance(event, Note) and word in event.text]
 
 
+@pytest.mark.slow
 def test_chat_and_evaluate_use_the_newest_checkpoint_and_name_it(
     stopped: Path, untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
@@ -95,6 +96,7 @@ def test_merge_uses_the_newest_checkpoint_and_its_named_base(stopped: Path, unti
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train_mode", ["lora", "full"])
 def test_a_run_killed_while_copying_its_result_counts_as_stopped(
     train_mode: Literal["lora", "full"], untied_base: Path, conversations: Path, tmp_path: Path

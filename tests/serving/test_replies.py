@@ -99,9 +99,10 @@ def client(server: Server) -> Iterator[openai.OpenAI]:
 def test_many_clients_at_once_get_the_replies_of_chat(
     client: openai.OpenAI, server: Server, chats: dict[str, Path]
 ) -> None:
+    chatters = {name: load_chatter(folder) for name, folder in {**chats, "pocket": Path("pocket")}.items()}
     expected = {
-        (name, text): load_chatter(folder).reply(text)
-        for name, folder in {**chats, "pocket": Path("pocket")}.items()
+        (name, text): chatter.reply(text)
+        for name, chatter in chatters.items()
         for text in (MESSAGES if name in ("run", "pocket") else MESSAGES[:3])
     }
     # pocket's reply repeats its prompt, so that a mixed reply would show

@@ -8,7 +8,6 @@ import yaml
 
 from t5tune.settings import TrainSettings
 from tests.support.processes.command_line import OnRanks
-from tests.support.ranks.records import read_recorded
 
 
 def make_settings(base: Path, data: Path, run: Path, **changes: Any) -> TrainSettings:
@@ -50,6 +49,8 @@ def write_config(settings: TrainSettings, file: Path) -> Path:
 
 def run_recorded(on_ranks: OnRanks, ranks: int, settings: TrainSettings, folder: Path) -> dict[int, list[list[int]]]:
     """Run in this many processes, and return the targets of each step's examples."""
+    from tests.support.ranks.records import read_recorded  # imports torch
+
     folder.mkdir()
     config = write_config(settings, folder.with_suffix(".yaml"))
     record = f"tests.support.ranks.records:record_to({str(folder)!r})"

@@ -63,6 +63,7 @@ def record_events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 LOGGED, SAVED, EVALUATED = ["log of a loss"], ["save"], ["log of metrics", "evaluate"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [

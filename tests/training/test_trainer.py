@@ -193,6 +193,7 @@ class HostWork(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "more",
     [{}, {"packing": "off", "gradient_checkpointing": True}, {"max_grad_norm": 0.0, "label_smoothing_factor": 0.1}],

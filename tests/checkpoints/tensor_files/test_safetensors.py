@@ -144,6 +144,7 @@ def test_an_invalid_entry_is_refused_by_its_name(tmp_path: Path, value: Any, siz
     assert refused.value.message.startswith(f"{path}: w: {message}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "content",
     [

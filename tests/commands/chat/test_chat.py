@@ -26,6 +26,7 @@ from tests.support.paths import REPOSITORY
 from tests.support.processes.command_line import CommandResult, t5tune_in_fork
 
 
+@pytest.mark.slow
 def test_run_adapter_and_merged_checkpoint_give_the_same_reply(made: dict[str, Path], untied_base: Path) -> None:
     replies = {
         chat(settings(untied_base, adapter=made["run"], prompt=PROMPT)).reply,
@@ -52,6 +53,7 @@ def test_the_source_ids_equal_those_of_training(made: dict[str, Path], untied_ba
         assert chatter.prompts.encode(turns[:end]).ids == cache[example].source_S.tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["run", "adapter", "merged"])
 def test_the_chat_template_gives_the_source_ids_of_training(
     kind: str, made: dict[str, Path], pair_run: dict[str, Path], conversations: Path
@@ -161,6 +163,7 @@ def test_an_adapter_of_another_base_is_refused(
     assert str(made["adapter"]) in refused.value.message
 
 
+@pytest.mark.slow
 def test_a_base_without_its_adapter_keeps_the_trained_family(untied_base: Path, tmp_path: Path) -> None:
     base = shutil.copytree(untied_base, tmp_path / "base")
     adapter = make_stock_adapter(base, tmp_path / "adapter")

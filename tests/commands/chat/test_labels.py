@@ -31,6 +31,7 @@ def load(model: Path, **changes: object) -> Labeler:
     return Labeler.load(ChatSettings(model_name_or_path=str(model), use_cpu=True, **changes))  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_a_text_gets_the_labels_that_evaluate_predicts(kind: str, runs: dict[str, Path], tmp_path: Path) -> None:
     labeler = load(runs[kind])

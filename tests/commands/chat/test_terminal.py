@@ -256,6 +256,7 @@ def test_a_reply_is_shown_piece_by_piece(made: dict[str, Path]) -> None:
     assert "".join(pieces) == answer.reply
 
 
+@pytest.mark.slow
 def test_chat_commands_change_the_replies(
     made: dict[str, Path], untied_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -50,7 +50,7 @@ def test_metrics_equal_plain_transformers_one_example_at_a_time(
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
     cache, values = tmp_path / "cache", {"model_name_or_path": str(untied_base), "data_path": str(conversations)}
-    prepare(PrepareSettings(**values, output_dir=cache, add_tokens=["none"]))
+    prepare(PrepareSettings(**values, output_dir=cache, add_tokens=["none"], num_data=24))
     result = run_evaluate(untied_base, cache, tmp_path / "out", num_beams=num_beams, per_device_eval_batch_size=7)
     model = AutoModelForSeq2SeqLM.from_pretrained(untied_base).eval()
     tokenizer = AutoTokenizer.from_pretrained(find_cache(cache) / "tokenizer")

@@ -25,6 +25,8 @@ from tests.commands.evaluate.outputs import EVALUATED, make_short_settings, run_
 from tests.support.caches import open_only
 from tests.support.processes.runs import stop_at
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_last_metrics_of_training_equal_those_of_evaluate(
     untied_base: Path, conversations: Path, cache: Path, tmp_path: Path
@@ -47,13 +49,13 @@ def test_evaluate_scores_only_the_held_out_part_of_a_run(
         trained = train(make_short_settings(untied_base, given, run, eval_fraction=0.25, split_seed=7))
         for model in (run, run / "checkpoint-4"):
             notes: list[Event] = []
-            result = run_evaluate(model, data, tmp_path / "scores", overwrite=True, report=notes.append)
+            result = run_evaluate(model, data, tmp_path / "scores", notes.append, overwrite=True, max_new_tokens=1)
             assert result.loss == pytest.approx(trained.eval["loss"], rel=1e-4)
             texts = [note.text for note in notes if isinstance(note, Note)]
             assert f"{data}: evaluating on its {result.examples} held-out examples" in texts
     train(make_short_settings(untied_base, cache, tmp_path / "2"))
     for model in (untied_base, tmp_path / "2"):
-        whole = run_evaluate(model, cache, tmp_path / "scores", overwrite=True)
+        whole = run_evaluate(model, cache, tmp_path / "scores", overwrite=True, max_new_tokens=1)
         assert whole.examples == trained.examples + result.examples
 
 
@@ -91,11 +93,12 @@ def test_held_out_examples_with_another_tokenizer_are_refused(untied_base: Path,
 @pytest.mark.parametrize("more", [{}, {"q_lora": True}, {"q_lora": True, "bf16": False}])
 @pytest.mark.variants(1)
 def test_evaluation_during_training_does_not_change_the_adapter(
-    untied_base: Path, conversations: Path, tmp_path: Path, more: dict[str, Any]
+    untied_base: Path, tmp_path: Path, more: dict[str, Any]
 ) -> None:
-    common = {"eval_fraction": 0.2, "group_by_length": True, "dataloader_num_workers": 0, **more}
-    train(make_short_settings(untied_base, conversations, tmp_path / "often", eval_steps=1, eval_generate=2, **common))
-    train(make_short_settings(untied_base, conversations, tmp_path / "never", eval_strategy="no", **common))
+    data = write_answers(tmp_path / "data.jsonl", "yes", "no, not yet", "it arrived this morning")
+    common = {"eval_fraction": 0.25, "group_by_length": True, "dataloader_num_workers": 0, **more}
+    train(make_short_settings(untied_base, data, tmp_path / "often", eval_steps=1, eval_generate=2, **common))
+    train(make_short_settings(untied_base, data, tmp_path / "never", eval_strategy="no", **common))
     a, b = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("often", "never"))
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert any(value.any() for name, value in a.items() if "lora_B" in name)
@@ -178,7 +181,7 @@ def test_a_resumed_run_ignores_evaluations_of_different_held_out_examples(
     easy.write_text("".join(lines[:4]))
     other.write_text("".join(lines[4:8]))
     run = tmp_path / "run"
-    changes = {"learning_rate": 0, "eval_steps": 1, "save_steps": 1, "max_steps": 6, "metric_for_best_model": "loss"}
+    changes = {"learning_rate": 0, "eval_steps": 1, "save_steps": 1, "max_steps": 4, "metric_for_best_model": "loss"}
     settings = make_short_settings(untied_base, conversations, run, eval_data_path=[str(easy)], **changes)
     with pytest.raises(Stopped):
         train(settings, stop_at(Advanced("train", 2)))

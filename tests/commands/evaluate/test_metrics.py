@@ -85,8 +85,8 @@ def test_compare_base_gives_the_scores_of_the_base_alone(
     run: Path, untied_base: Path, cache: Path, tmp_path: Path
 ) -> None:
     function = write_function(tmp_path / "sizes.py", "def f(p, r): return {'length': sum(map(len, p))}")
-    both = run_evaluate(run, cache, tmp_path / "both", compare_base=True, metric=f"{function}:f")
-    tuned, base = (run_evaluate(model, cache, tmp_path / model.name) for model in (run, untied_base))
+    both = run_evaluate(run, cache, tmp_path / "both", num_data=12, compare_base=True, metric=f"{function}:f")
+    tuned, base = (run_evaluate(model, cache, tmp_path / model.name, num_data=12) for model in (run, untied_base))
     assert get_metrics(both) == get_metrics(tuned)
     length = sum(len(line["prediction"]) for line in read_lines(base))
     assert both.base == get_metrics(base) | {"length": length}
@@ -182,15 +182,15 @@ def test_json_targets_are_scored_as_json(untied_base: Path, pairs: Path, tmp_pat
 
 
 def test_a_custom_metric_chooses_the_best_checkpoint_and_stops_training(
-    untied_base: Path, conversations: Path, tmp_path: Path
+    untied_base: Path, pairs: Path, tmp_path: Path
 ) -> None:
     function = write_function(tmp_path / "shrinking.py", SHRINKING)
     changes: dict[str, Any] = {
         "metric": f"{function}:shrink", "metrics": ["bleu"], "metric_for_best_model": "eval_shrink", "max_steps": 20,
-        "eval_steps": 2, "eval_fraction": 0.2, "eval_generate": 3, "early_stopping_patience": 2,
+        "eval_steps": 2, "eval_fraction": 0.25, "eval_generate": 3, "early_stopping_patience": 2,
     }  # fmt: skip
     notes: list[Event] = []
-    result = train(make_short_settings(untied_base, conversations, tmp_path / "run", **changes), notes.append)
+    result = train(make_short_settings(untied_base, pairs, tmp_path / "run", **changes), notes.append)
     assert result.steps == 6
     reason = "at step 6: shrink no better for 2 evaluations; best: step 2 (-2)"
     assert result.stopped_early == reason
@@ -206,38 +206,38 @@ def test_a_custom_metric_chooses_the_best_checkpoint_and_stops_training(
 
 @pytest.mark.long
 def test_a_smaller_improvement_than_the_threshold_does_not_count(
-    untied_base: Path, conversations: Path, tmp_path: Path
+    untied_base: Path, pairs: Path, tmp_path: Path
 ) -> None:
     """The metric grows by 0.5 each time."""
     code = "C = []\ndef grow(p, r):\n    C.append(1)\n    return {'grow': len(C) / 2}"
     function = write_function(tmp_path / "growing.py", code)
     changes: dict[str, Any] = {
         "metric": f"{function}:grow", "metric_for_best_model": "grow", "max_steps": 5, "eval_steps": 1,
-        "eval_fraction": 0.2, "eval_generate": 3, "early_stopping_patience": 2,
+        "eval_fraction": 0.25, "eval_generate": 3, "early_stopping_patience": 2,
     }  # fmt: skip
     events: list[Event] = []
-    settings = make_short_settings(untied_base, conversations, tmp_path / "a", **changes, early_stopping_threshold=0.5)
+    settings = make_short_settings(untied_base, pairs, tmp_path / "a", **changes, early_stopping_threshold=0.5)
     stopped = train(settings, events.append)
     assert [event.is_best for event in events if isinstance(event, Evaluated)] == [True, True, True]
     assert stopped.stopped_early == (
         "at step 3: grow no better by more than 0.5 for 2 evaluations; best: step 3 (2, within the threshold)"
     )
-    settings = make_short_settings(untied_base, conversations, tmp_path / "b", **changes, early_stopping_threshold=0.4)
+    settings = make_short_settings(untied_base, pairs, tmp_path / "b", **changes, early_stopping_threshold=0.4)
     whole = train(settings)
     assert (whole.steps, whole.stopped_early) == (5, None)
 
 
 def test_an_unchanged_metric_stops_training_although_the_loss_falls(
-    untied_base: Path, conversations: Path, tmp_path: Path
+    untied_base: Path, pairs: Path, tmp_path: Path
 ) -> None:
     """If checkpoints have the same metric, the checkpoint with the lowest loss is kept."""
     function = write_function(tmp_path / "same.py", "def f(p, r): return {'same_score': 100}")
     changes: dict[str, Any] = {
         "metric": f"{function}:f", "metric_for_best_model": "same_score", "max_steps": 9, "eval_steps": 1,
-        "eval_fraction": 0.2, "eval_generate": 3, "early_stopping_patience": 2,
+        "eval_fraction": 0.25, "eval_generate": 3, "early_stopping_patience": 2,
     }  # fmt: skip
     events: list[Event] = []
-    result = train(make_short_settings(untied_base, conversations, tmp_path / "run", **changes), events.append)
+    result = train(make_short_settings(untied_base, pairs, tmp_path / "run", **changes), events.append)
     evaluated = [event for event in events if isinstance(event, Evaluated)]
     assert evaluated[0].values["loss"] > evaluated[1].values["loss"] > evaluated[2].values["loss"]
     assert [event.is_best for event in evaluated] == [True, True, True]  # step 3's adapter is kept
@@ -246,17 +246,15 @@ def test_an_unchanged_metric_stops_training_although_the_loss_falls(
     assert Note("the weights are from the best step, 3: same score 100") in events
 
 
-def test_an_evaluation_omits_a_metric_that_is_not_finite(
-    untied_base: Path, conversations: Path, tmp_path: Path
-) -> None:
+def test_an_evaluation_omits_a_metric_that_is_not_finite(untied_base: Path, pairs: Path, tmp_path: Path) -> None:
     code = "C = []\ndef f(p, r):\n    C.append(1)\n    return {'x': [0, 5, float('nan'), float('inf'), 4][len(C) - 1]}"
     function = write_function(tmp_path / "gaps.py", code)
     changes: dict[str, Any] = {
-        "metric": f"{function}:f", "metric_for_best_model": "x", "eval_steps": 1, "eval_fraction": 0.2,
+        "metric": f"{function}:f", "metric_for_best_model": "x", "eval_steps": 1, "eval_fraction": 0.25,
         "eval_generate": 3,
     }  # fmt: skip
     events: list[Event] = []
-    result = train(make_short_settings(untied_base, conversations, tmp_path / "run", **changes), events.append)
+    result = train(make_short_settings(untied_base, pairs, tmp_path / "run", **changes), events.append)
     assert [line.get("eval_x") for line in read_metrics(tmp_path / "run") if "eval_loss" in line] == [5, None, None, 4]
     assert [event.text for event in events if isinstance(event, Note) and event.warning] == [
         "metric: the evaluation at step 2 omits x, which is nan",
@@ -269,17 +267,17 @@ def test_an_evaluation_omits_a_metric_that_is_not_finite(
 @pytest.mark.parametrize("schedule", ["reduce_lr_on_plateau", "greedy"])
 @pytest.mark.parametrize(("values", "gets_better"), [([1, 2, 3, 4], True), ([4, 3, 2, 1], False)])
 def test_a_schedule_lowers_the_rate_if_a_metric_falls(
-    untied_base: Path, conversations: Path, tmp_path: Path, schedule: str, values: list[int], gets_better: bool
+    untied_base: Path, pairs: Path, tmp_path: Path, schedule: str, values: list[int], gets_better: bool
 ) -> None:
     code = f"C = []\ndef f(p, r):\n    C.append(1)\n    return {{'x': {[0, *values]}[len(C) - 1]}}"
     function = write_function(tmp_path / "steady.py", code)
     options = {"patience": 0, "factor": 0.5} | ({"min_lr": 1e-6, "reset_start": 0} if schedule == "greedy" else {})
     changes: dict[str, Any] = {
-        "metric": f"{function}:f", "metric_for_best_model": "x", "eval_steps": 1, "eval_fraction": 0.2,
+        "metric": f"{function}:f", "metric_for_best_model": "x", "eval_steps": 1, "eval_fraction": 0.25,
         "eval_generate": 3, "lr_scheduler_type": schedule, "training_args": {"lr_scheduler_kwargs": options},
     }  # fmt: skip
     run = tmp_path / "run"
-    train(make_short_settings(untied_base, conversations, run, **changes))
+    train(make_short_settings(untied_base, pairs, run, **changes))
     rates = [line["learning_rate"] for line in read_metrics(run) if "loss" in line]
     assert (rates[-1] >= rates[0]) == gets_better, rates
 
@@ -299,38 +297,36 @@ def test_a_schedule_lowers_the_rate_if_a_metric_falls(
 )
 @pytest.mark.variants(1)
 def test_a_custom_metric_that_fails_during_training_costs_no_step(
-    untied_base: Path, conversations: Path, tmp_path: Path, second: str, changes: dict[str, Any], message: str
+    untied_base: Path, pairs: Path, tmp_path: Path, second: str, changes: dict[str, Any], message: str
 ) -> None:
     code = "def f(p, r):\n    return {'x': 1} if len(r) < 3 else "
     function = write_function(tmp_path / "failing.py", code + second)
-    common = {"eval_steps": 2, "eval_fraction": 0.2, "eval_generate": 3, **changes}
+    common = {"eval_steps": 2, "eval_fraction": 0.25, "eval_generate": 3, **changes}
     run = tmp_path / "run"
-    settings = make_short_settings(untied_base, conversations, run, metric=f"{function}:f", **common)
+    settings = make_short_settings(untied_base, pairs, run, metric=f"{function}:f", **common)
     with pytest.raises(SettingsError, match=message) as caught:
         train(settings)
     saved = f"the step is saved in {run / 'checkpoint-2'}; the same command resumes from it"
     assert str(caught.value.hint).endswith(saved)
     assert verify(run / "checkpoint-2") is None
     fixed = f"{write_function(tmp_path / 'fixed.py', code + '{chr(120): 2}')}:f"
-    resumed = train(make_short_settings(untied_base, conversations, run, metric=fixed, **common))
+    resumed = train(make_short_settings(untied_base, pairs, run, metric=fixed, **common))
     assert resumed.resumed_from == run / "checkpoint-2"
     assert [line["eval_x"] for line in read_metrics(run) if "eval_loss" in line] == [2, 2]
-    train(make_short_settings(untied_base, conversations, tmp_path / "other", metric=fixed, **common))
+    train(make_short_settings(untied_base, pairs, tmp_path / "other", metric=fixed, **common))
     adapters = [(folder / "adapter_model.safetensors").read_bytes() for folder in (run, tmp_path / "other")]
     assert adapters[0] == adapters[1]
 
 
-def test_a_saved_evaluation_without_a_needed_metric_is_repeated(
-    untied_base: Path, conversations: Path, tmp_path: Path
-) -> None:
-    changes: dict[str, Any] = {"eval_steps": 2, "save_steps": 2, "eval_fraction": 0.2}
+def test_a_saved_evaluation_without_a_needed_metric_is_repeated(untied_base: Path, pairs: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"eval_steps": 2, "save_steps": 2, "eval_fraction": 0.25}
     run = tmp_path / "run"
-    train(make_short_settings(untied_base, conversations, run, **changes))
+    train(make_short_settings(untied_base, pairs, run, **changes))
     (run / "result.json").unlink()
     shutil.rmtree(run / "checkpoint-4")  # the evaluation is in checkpoint-2, but not yet in its history
     function = write_function(tmp_path / "my_metric.py", "def f(p, r): return {'x': 1}")
     changes |= {"eval_generate": 2, "metric": f"{function}:f", "metric_for_best_model": "x"}
-    resumed = train(make_short_settings(untied_base, conversations, run, **changes))
+    resumed = train(make_short_settings(untied_base, pairs, run, **changes))
     assert resumed.resumed_from == run / "checkpoint-2"
     assert resumed.eval["x"] == 1
     state = json.loads((run / "trainer_state.json").read_text())

@@ -167,6 +167,7 @@ def test_parts_and_workers_give_the_same_bytes(objective: str, tmp_path: Path) -
     assert len(examples) == 70
 
 
+@pytest.mark.slow
 def test_records_from_standard_input_have_labels(tmp_path: Path) -> None:
     lines = "".join(f"{json.dumps(record)}\n" for record in TAGGED)
     arguments = ["--model-name-or-path", "pocket", "--data-path", "-", "--output-dir", tmp_path / "cache"]

@@ -63,6 +63,7 @@ def test_the_real_tokenizer_decodes_code_unchanged(prepared: Prepared, flan: Pat
         assert join_sides(example, answer, cache, tokenizer) == encode(tokenizer, fastchat_text(["Say it.", answer]))
 
 
+@pytest.mark.slow
 def test_fastchats_tokens_on_the_real_tokenizer_give_fastchats_ids(
     prepared: Prepared, shared: Callable[[str], Path], flan: Path
 ) -> None:

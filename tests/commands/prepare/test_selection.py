@@ -376,6 +376,7 @@ TEXT = st.text(
 )
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=150, database=None, derandomize=True)
 @given(text=TEXT)
 def test_a_sentencepiece_model_gives_sentencepieces_ids(sentencepiece_base: Path, text: str) -> None:

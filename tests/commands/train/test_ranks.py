@@ -1,9 +1,7 @@
 """Training on several processes."""
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +16,7 @@ from t5tune.settings import PrepareSettings
 from t5tune.training.callbacks import sample_predictions
 from tests.commands.train.commands import TWO, make_command
 from tests.support.processes.command_line import CommandResult, t5tune_in_fork
+from tests.support.processes.runs import Running
 from tests.support.train_runs import read_losses, read_metrics_lines
 
 BATCHES = {
@@ -109,16 +108,14 @@ def test_training_runs_under_other_launchers(
 ) -> None:
     arguments = make_command(untied_base, conversations, tmp_path / "run", "--max-steps", "1", "--use-cpu")
     if launcher == "torchrun":
-        start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "t5tune"]
+        module, flags = "torch.distributed.run", ["--standalone", "--nproc-per-node", "2", "-m", "t5tune"]
     else:
-        start = ["-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--module", "t5tune"]
+        module, flags = "deepspeed.launcher.runner", ["--num_gpus", "2", "--module", "t5tune"]
         arguments += ["--deepspeed", "zero2"]
     # the deepspeed launcher counts GPUs with torch; on a CPU, --num_gpus and DS_ACCELERATOR set the number of processes
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *start, *arguments], capture_output=True, text=True, env=environment, timeout=500
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    code = f"from {module} import main; main({[*flags, *map(str, arguments)]!r})"
+    with Running([sys.executable, "-c", code], tmp_path / "launcher", DS_ACCELERATOR="cpu") as running:
+        assert running.wait() == 0, running.log.read_text()[-3000:]
     assert json.loads((tmp_path / "run" / "result.json").read_text())["world_size"] == 2
 
 

@@ -48,6 +48,7 @@ def test_a_finished_run_is_not_repeated_and_fresh_renames_it(
         ("SLURM_RESTART_COUNT", "SLURM_JOB_ID"),
     ],
 )
+@pytest.mark.variants("TORCHELASTIC_RESTART_COUNT-None", "SLURM_RESTART_COUNT-SLURM_JOB_ID")
 def test_a_launchers_restart_resumes_the_run_of_fresh(
     variable: str,
     job: str | None,
@@ -112,6 +113,7 @@ def test_fresh_renames_a_links_target_and_keeps_the_link(
     assert (disk / "run.1" / "old").is_file()
 
 
+@pytest.mark.slow
 def test_fresh_refuses_inputs_in_the_folder_that_it_would_rename(
     finished_run: Path, untied_base: Path, conversations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

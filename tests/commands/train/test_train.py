@@ -202,6 +202,7 @@ def test_tf32_is_ignored_with_a_note_on_a_cpu(untied_base: Path, conversations: 
     assert Note("tf32: ignored, since the CPU has no TensorFloat-32") in events
 
 
+@pytest.mark.slow
 def test_a_run_that_keeps_all_checkpoints_reports_their_size(
     untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
@@ -222,6 +223,7 @@ def test_a_run_that_keeps_all_checkpoints_reports_their_size(
     assert list_notes("three", save_total_limit=3) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "is_suggested"),
     [({}, True), ({"learning_rate": 5e-5}, False), ({"train_mode": "full"}, False), ({"q_lora": True}, True)],
@@ -444,6 +446,7 @@ def test_non_finite_loss_stops_before_the_update(untied_base: Path, conversation
     assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_non_finite_held_out_loss_is_null_in_results(tmp_path: Path) -> None:
     from safetensors.torch import save_file
     from transformers import AutoTokenizer
@@ -475,6 +478,7 @@ def test_a_non_finite_held_out_loss_is_null_in_results(tmp_path: Path) -> None:
     assert read_result(run).eval["loss"] is None
 
 
+@pytest.mark.slow
 def test_each_evaluation_reports_progress_and_whether_it_is_best(
     untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:

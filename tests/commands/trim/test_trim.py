@@ -73,6 +73,7 @@ def read_folder(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("key", [key for key in FAMILIES if key != "byt5"])
+@pytest.mark.variants("t5", "flan-t5", "mt5", "codet5", "longt5", "t5gemma2")
 def test_each_family_computes_the_same_with_fewer_rows(key: str, tmp_path: Path) -> None:
     base, data = make_checkpoint(key, tmp_path / "base"), write_pairs(tmp_path / "pairs.jsonl")
     result = run_trim(base, data, tmp_path / "trimmed")
@@ -86,6 +87,7 @@ def test_each_family_computes_the_same_with_fewer_rows(key: str, tmp_path: Path)
     assert (again.tokens, again.rows) == (result.tokens, result.rows)
 
 
+@pytest.mark.slow
 def test_prepared_data_keeps_its_tokens_and_texts(tmp_path: Path) -> None:
     result = run_trim("pocket", "pocket", tmp_path / "trimmed")
     caches = []
@@ -149,6 +151,7 @@ def test_vocab_size_takes_frequent_tokens_first(tmp_path: Path) -> None:
     assert {*range(600)} | ids <= kept
 
 
+@pytest.mark.slow
 def test_data_that_needs_all_tokens_is_refused(tmp_path: Path) -> None:
     base = make_checkpoint("codet5", tmp_path / "base")  # without unused rows
     data = tmp_path / "all.txt"
@@ -194,6 +197,7 @@ def test_text_files_are_raw_text(tmp_path: Path, conversations: Path) -> None:
         run_trim("pocket", str(text), tmp_path / "refused", objective="sft")
 
 
+@pytest.mark.slow
 def test_datasets_with_weights_count_once(tmp_path: Path, conversations: Path) -> None:
     (tmp_path / "more.jsonl").write_text('{"source": "Zwölf Kannen", "target": "Zitronentee"}\n')
     paths = [str(conversations), str(tmp_path / "more.jsonl")]

@@ -54,6 +54,7 @@ def test_the_counts_of_epochs_add_up_to_the_shares() -> None:
     assert sums[7::7].tolist() == [[90 * number, 270 * number, 18 * number] for number in range(1, 7)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "weights",
     [

@@ -57,6 +57,7 @@ def test_a_doubtful_header_whose_columns_are_named_is_reported(tmp_path: Path) -
     assert not any(problem in note for note in prepare_table(path, **names, header=True)[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "header",
     [("source", "target"), ("Ticket Text", "Category"), ("How satisfied are you with us?", "Rating"), ("en", "de")],

@@ -181,6 +181,7 @@ PIECES = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=600, database=None, derandomize=True)
 @given(text=st.lists(st.sampled_from(PIECES), max_size=8).map("".join))
 def test_characters_are_checked_whenever_one_may_be_forbidden(text: str) -> None:

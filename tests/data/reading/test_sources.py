@@ -283,7 +283,7 @@ def test_a_run_trains_on_one_split_and_evaluates_on_another(hub: Hub, untied_bas
     for flags, count in (((), 1), (raw_text, 1), ((*raw_text, "--data-split", "test"), 2)):
         evaluated = t5tune_in_fork(
             *("evaluate", run, "--data-path", NAME, *flags, "--overwrite", "--output-dir", tmp_path / "out"),
-            *("--use-cpu", "--json"),
+            *("--use-cpu", "--json", "--max-new-tokens", 1),
             env=hub.environment,
         )
         assert evaluated.json["examples"] == count, evaluated.stderr

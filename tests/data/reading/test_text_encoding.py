@@ -18,12 +18,14 @@ from t5tune.data.reading.raw_records import parse_record
 from t5tune.data.reading.readers import read_records
 from t5tune.data.reading.text_encoding import (
     MAX_ASCII_BYTES,
+    SAMPLE_BYTES,
     decode_record,
     find_encoding,
     is_escaped_utf8,
     read_as_utf8,
 )
 from t5tune.errors import DataError
+from t5tune.preparing import sample
 from t5tune.progress import Event, Note
 from t5tune.settings import EvaluateSettings, PrepareSettings
 from t5tune.settings.groups.record_format import ReadingSettings
@@ -187,7 +189,7 @@ def test_a_last_character_shows_that_a_file_is_utf_8(last: str) -> None:
 @pytest.mark.parametrize("num_bytes", [0, 1])
 @pytest.mark.parametrize(("texts", "encoding"), [(JAPANESE, "euc_jp"), (JAPANESE, "cp932"), (CHINESE, "gb18030")])
 def test_one_long_line_of_a_multi_byte_encoding_is_recognized(texts: list[str], encoding: str, num_bytes: int) -> None:
-    text = "b" * num_bytes + "".join(texts * 5000)
+    text = "b" * num_bytes + "".join(texts * 1500)
     found = find_encoding(iter([text.encode(encoding)]), None, "a")
     assert text.encode(encoding).decode(found) == text
 
@@ -248,7 +250,9 @@ def test_bytes_that_the_encoding_does_not_have_reject_their_record(tmp_path: Pat
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
 def test_utf_8_in_a_file_of_another_encoding_is_rejected(tmp_path: Path, suffix: str) -> None:
-    path = write_table(tmp_path / f"data{suffix}", make_table(GERMAN, count=30_000, share=1), "cp1252")
+    long = [" ".join([text] * 200) for text in GERMAN]
+    path = write_table(tmp_path / f"data{suffix}", make_table(long, count=200, share=1), "cp1252")
+    assert path.stat().st_size > SAMPLE_BYTES
     rows = make_table(FRENCH, count=100, share=1, seed=1)
     added = write_table(tmp_path / f"more{suffix}", rows, "utf-8").read_bytes()
     path.write_bytes(path.read_bytes() + (added.partition(b"\n")[2] if suffix == ".csv" else added))  # after the sample
@@ -313,20 +317,21 @@ def test_the_encoding_is_reported_and_identifies_the_cache(tmp_path: Path) -> No
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
 @pytest.mark.variants(".csv")
 def test_parts_are_read_in_the_same_encoding(tmp_path: Path, suffix: str) -> None:
-    path = write_table(tmp_path / f"data{suffix}", make_table(GERMAN, share=0.05, count=3000), "cp1252")
+    path = write_table(tmp_path / f"data{suffix}", make_table(GERMAN, share=0.05, count=600), "cp1252")
     result, _ = prepare_table(path)
     for index in range(3):
         prepare_table(path, output_dir=tmp_path / "parts", shard=f"{index}/3")
     one, parts = ((find_cache(tmp_path / name) / "tokens.bin").read_bytes() for name in ("cache", "parts"))
-    assert result.conversations == 3000
+    assert result.conversations == 600
     assert one == parts
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_ascii", [0, 17_000], ids=["at once", "after the sample"])
+@pytest.mark.parametrize("num_ascii", [0, 90], ids=["at once", "after the sample"])
 def test_standard_input_is_read_in_its_encoding(tmp_path: Path, num_ascii: int) -> None:
     path = write_table(tmp_path / "data.jsonl", make_table(GERMAN), "cp1252")
-    line = json.dumps({"source": "word " * 24, "target": "x"}).encode() + b"\n"
+    line = json.dumps({"source": "a", "target": "b", "unused": "c" * 100_000}).encode() + b"\n"
+    assert num_ascii == 0 or num_ascii * len(line) > sample.SAMPLE_BYTES
     path.write_bytes(line * num_ascii + path.read_bytes())
     done = prepare_in_fork(tmp_path, "--data-path", "-", stdin=path.read_bytes())
     assert done.code == 0

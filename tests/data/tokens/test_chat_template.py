@@ -105,7 +105,7 @@ def apply(stock: Any, messages: Messages) -> list[int]:
 
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("name", TOKENIZERS)
-@settings(deadline=None, max_examples=25, database=None, derandomize=True)
+@settings(deadline=None, max_examples=8, database=None, derandomize=True)
 @given(texts=CONVERSATION, system=st.none() | TEXT)
 @example(texts=["Hi ", " Hello.  ", "  two\n  eggs   "], system=None)
 @example(texts=["", " ", "\n"], system=" ")

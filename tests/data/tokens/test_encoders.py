@@ -73,6 +73,7 @@ def test_words_up_to_the_limit_are_encoded(text: str) -> None:
     assert encoder.encode([Beginning(text)])[0].tolist() == tokenizer.encode(text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("add_tokens", ["auto", "none"])
 def test_a_record_with_a_longer_word_is_rejected_and_kept(tmp_path: Path, add_tokens: str) -> None:
     records: list[dict[str, Any]] = [

@@ -104,6 +104,7 @@ def test_ul2_has_seven_denoisers_that_are_equally_likely() -> None:
     assert abs(suffixes.mean() - 100) < 2
 
 
+@pytest.mark.slow
 def test_the_positions_of_spans_are_evenly_distributed() -> None:
     corruption = SpanCorruption(DENOISERS["t5"], SENTINELS)
     ids = np.arange(100)
@@ -209,6 +210,7 @@ def read_texts(cache: Cache) -> list[list[int]]:
     return rebuilt
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("denoisers", ["t5", "ul2"])
 @pytest.mark.parametrize("base", ["pocket", "byt5"])
 def test_a_cache_of_raw_text_has_all_of_it(base: str, denoisers: str, texts: Path, tmp_path: Path) -> None:
@@ -240,6 +242,7 @@ def test_a_cache_of_raw_text_has_all_of_it(base: str, denoisers: str, texts: Pat
     assert cache.manifest["inputs"]["objective"] == "span-corruption"
 
 
+@pytest.mark.slow
 def test_a_long_text_file_is_divided_between_paragraphs(tmp_path: Path) -> None:
     paragraphs = [f"Paragraph {number}. " + "Some words follow here. " * 20 + "End." for number in range(1000)]
     (tmp_path / "book.txt").write_text("\n\n".join(paragraphs))

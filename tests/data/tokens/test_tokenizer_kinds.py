@@ -180,7 +180,9 @@ def test_apply_chat_template_gives_the_ids_of_training(kind: str, folders: dict[
 
 
 @hypothesis.given(st.data())
-@hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture], deadline=None)
+@hypothesis.settings(
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture], deadline=None, max_examples=40
+)
 @pytest.mark.parametrize("kind", [*KINDS, "byt5"])
 def test_a_reply_with_invalid_bytes_is_shown_whole(
     kind: str, folders: dict[str, Path], tmp_path: Path, data: st.DataObject

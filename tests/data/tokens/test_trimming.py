@@ -76,8 +76,9 @@ def check_ids(
 SPECIAL_PIECES = [*zip(SPECIAL, [0.0] * 3, [CONTROL, CONTROL, UNKNOWN], strict=True)]
 
 
+@pytest.mark.slow
 @given(words=WORDS, scores=st.lists(SCORES, min_size=31, max_size=31), texts=TEXTS, random=RANKS, defined=st.booleans())
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_texts_of_kept_unigram_pieces_keep_their_ids(
     words: list[str], scores: list[float], texts: list[str], random: Any, defined: bool
 ) -> None:
@@ -119,8 +120,9 @@ def test_pieces_with_the_extreme_scores_stay() -> None:
     assert cut.backend.encode("abcd").tokens == processor.encode("abcd", out_type=str) == ["ab", "cd"]
 
 
+@pytest.mark.slow
 @given(pairs=st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), max_size=30), texts=TEXTS, random=RANKS)
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_texts_of_kept_bpe_tokens_keep_their_ids(pairs: list[tuple[int, int]], texts: list[str], random: Any) -> None:
     tokens, merges = [*"abcd"], []
     for pair in pairs:  # of any tokens before

@@ -74,6 +74,7 @@ def compute_packed_loss(
     return functional.cross_entropy(logits_TV, labels_T[labels_T != IGNORED_LABEL], reduction="sum"), logits_TV
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_all_gradients_equal_those_of_the_padded_batch(kind: str) -> None:
     model = make_random_model(kind, torch.float64)
@@ -115,6 +116,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.variants(
+    "untied-lora",
+    "untied-nf4",
+    "untied-reentrant",
+    "tied-all-linear dora",
+    "tied-checkpointing",
+    "tied-norms and biases",
+)
 def test_packed_adapters_and_token_rows_get_the_padded_gradients(variant: str, base: Path) -> None:
     """In fp32, with rows of added tokens and the chunked loss, on a tied and an untied base."""
     options = dict(VARIANTS[variant])

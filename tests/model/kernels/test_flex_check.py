@@ -73,6 +73,22 @@ def test_training_compiles_again_only_for_keys_without_gradients(monkeypatch: py
         assert len(compiled) == 8  # and the first layers of encoder and decoder
 
 
+def attend_uncompiled(
+    query: Any, key: Any, value: Any, blocks: Blocks, table: Any, is_causal: bool, dropout: float
+) -> torch.Tensor:
+    """Attend like the kernel, for tests of what is done with it: each graph that torch makes takes a second."""
+    scores = query @ key.mT
+    distance = torch.arange(scores.shape[3]) - torch.arange(scores.shape[2])[:, None]
+    if table is not None:
+        furthest = table.shape[1] // 2
+        scores = scores + table[:, distance.clamp(-furthest, furthest) + furthest]
+    is_seen = blocks.query_segments[:, None] == blocks.key_segments
+    if is_causal:
+        is_seen = is_seen & (distance <= 0)
+    assert not dropout
+    return (scores.masked_fill(~is_seen, -torch.inf).softmax(-1) @ value).transpose(1, 2)
+
+
 def raise_error(*_: Any) -> torch.Tensor:
     raise RuntimeError("Triton Error [CUDA]: device kernel image is invalid\n  at line 2")
 
@@ -133,11 +149,11 @@ def test_the_kernel_of_a_teacher_is_compared_too(monkeypatch: pytest.MonkeyPatch
         if query.shape[-1] == 32:
             with_gradients.append(query.requires_grad)
             return wrong(query, *arguments)
-        return attend(query, *arguments)
+        return attend_uncompiled(query, *arguments)
 
     student = SHAPE._replace(dropout=0.0)
-    assert check_kernel([student], CPU, torch.float32).problem is None
     monkeypatch.setattr(attention_check, "attend", attend_wrongly_with_wide_heads)
+    assert check_kernel([student], CPU, torch.float32).problem is None
     assert re.search(message, check_kernel([student, teacher], CPU, torch.float32).problem or "")
     assert not any(with_gradients)
 
@@ -152,7 +168,7 @@ def test_too_little_shared_memory_reduces_the_stages(fitting: int, monkeypatch: 
         tried.append(blocks.num_stages)
         if query.shape[-1] == 32 and (blocks.num_stages is None or blocks.num_stages > fitting):
             raise RuntimeError(f"out of resource: shared memory, Required: {needed}, Hardware limit: {available}.")
-        return attend(query, key, value, blocks, *options)
+        return attend_uncompiled(query, key, value, blocks, *options)
 
     monkeypatch.setattr(attention_check, "attend", attend_in_shared_memory)
     small, large = (SHAPE._replace(head_width=width, dropout=0.0) for width in (16, 32))
@@ -284,7 +300,7 @@ def test_all_ranks_loop_if_one_lacks_the_kernel(monkeypatch: pytest.MonkeyPatch)
 
 def test_both_implementations_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_check, "TIMED_SEGMENTS", (40, 7, 90))
-    seconds = attention_check.measure_implementations(SHAPE, CPU, torch.float32)
+    seconds = attention_check.measure_implementations(SHAPE._replace(dropout=0.0), CPU, torch.float32)
     assert seconds.keys() == {"flex", "loop"}
     assert min(seconds.values()) > 0
 
@@ -318,7 +334,8 @@ def test_doctor_says_which_kernels_are_used(
 class _Calls(list[tuple[int, bool]]):
     """For each call of the kernel in a run: the width of its heads, and whether it computes gradients."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, attend: Callable[..., torch.Tensor] = attend) -> None:
+        self.attend = attend
         monkeypatch.setattr(
             attention_choice, "find_unmet_requirement", lambda shape, *_: "not T5's" if shape is None else None
         )
@@ -326,7 +343,7 @@ class _Calls(list[tuple[int, bool]]):
 
     def _attend(self, query: torch.Tensor, *arguments: Any) -> torch.Tensor:
         self.append((query.shape[-1], torch.is_grad_enabled()))
-        return attend(query, *arguments)
+        return self.attend(query, *arguments)
 
 
 def make_tiny_run(data: Any, folder: Path, base: Path, **changes: Any) -> TrainSettings:
@@ -339,7 +356,7 @@ def make_tiny_run(data: Any, folder: Path, base: Path, **changes: Any) -> TrainS
 def test_a_teacher_uses_the_kernel_after_comparison_with_its_heads(
     monkeypatch: pytest.MonkeyPatch, untied_base: Path, tmp_path: Path
 ) -> None:
-    calls = _Calls(monkeypatch)
+    calls = _Calls(monkeypatch, attend_uncompiled)
     base = make_base(tmp_path / "base", tied=False, d_kv=16)
     teacher = make_base(tmp_path / "teacher", tied=False, num_heads=2, d_kv=32)
     pairs = [{"source": "word " * (i % 7 + 1), "target": "answer"} for i in range(8)]

@@ -13,6 +13,8 @@ from t5tune.model.kernels.gated_gelu import find_kernel_problem
 from tests.support.gpu.triton_folder import make_environment
 from tests.support.paths import REPOSITORY
 
+pytestmark = pytest.mark.slow
+
 MAX_ROUNDINGS = {"torch.bfloat16": 1, "torch.float16": 1, "torch.float32": 16}  # fp32 is what they compute in
 
 

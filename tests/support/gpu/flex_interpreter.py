@@ -52,11 +52,12 @@ LONG = (200, 130, 1, 33), (260, 1, 90, 12)
 CHECKED = (200, 1, 70, 33), (40, 1, 90, 12)  # those of the check before a run
 MANY = (1,) * 150 + (2,) * 110  # 260 segments
 PAIRS = (300, 70), (100, 30, 9, 200)
+SHORT = (140, 1, 33), (130, 1, 12)  # likewise, in two blocks each
 KINDS = "encoder", "decoder", "cross"
 SHORT_CASES = {
-    "encoder": Case("encoder", *LONG),
-    "decoder, dropout": Case("decoder", *LONG, dropout=0.2),
-    "cross, pairs": Case("cross", *PAIRS, targets_per_source=2),
+    "encoder": Case("encoder", *SHORT),
+    "decoder, dropout": Case("decoder", *SHORT, dropout=0.2),
+    "cross, pairs": Case("cross", (140, 33), (60, 30, 9, 130), targets_per_source=2),
 }
 LONG_CASES = {
     f"{kind}, {name}, dropout {dropout}": Case(kind, *rows, dropout, has_gradients=True)

@@ -2,19 +2,21 @@
 
 import shutil
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from tests.support.paths import REPOSITORY
 
+if TYPE_CHECKING:
+    import torch
 
-def make_base(folder: Path, tied: bool, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
+
+def make_base(folder: Path, tied: bool, dtype: "torch.dtype | None" = None, **changes: Any) -> Path:
     """Make a small random T5 with pocket's tokenizer: like Flan-T5, or if `tied` like the original T5.
 
     It is saved by stock transformers. Its config.json states correctly whether the head is tied, as files on the
     Hugging Face Hub do.
     """
+    import torch
     from transformers import T5Config, T5ForConditionalGeneration
 
     torch.manual_seed(7)
@@ -34,7 +36,7 @@ def make_base(folder: Path, tied: bool, dtype: torch.dtype = torch.float32, **ch
         for name, parameter in model.named_parameters():
             if name.endswith("layer_norm.weight"):
                 parameter.add_(0.1 * torch.randn_like(parameter))
-    model.to(dtype).save_pretrained(folder)
+    model.to(dtype or torch.float32).save_pretrained(folder)
     copy_pocket_tokenizer(folder)
     return folder
 

@@ -1,6 +1,6 @@
 """The bits and the memory of training steps under ZeRO-3, with and without gathered weights that torch saves.
 
-describe_steps(base)                   # prints a JSON list of differences
+describe_steps(base, ["lora", "nf4"])   # some of WAYS: prints a JSON list of differences
 describe_peak(name, large, released)   # prints a JSON object with bytes
 """
 
@@ -112,10 +112,10 @@ def train(base: Path, name: str, is_released: bool) -> tuple[list[float], dict[s
     return losses, weights
 
 
-def describe_steps(base: Path) -> None:
+def describe_steps(base: Path, ways: list[str]) -> None:
     linear = torch.nn.functional.linear
     set_up()
-    differences = [f"{name}: {what}" for name in WAYS for what in find_differences(base, name)]
+    differences = [f"{name}: {what}" for name in ways for what in find_differences(base, name)]
     print(json.dumps([*differences, *find_unfinished_reads(base)]))
     assert torch.nn.functional.linear is linear
 
@@ -154,7 +154,7 @@ def describe_peak(name: str, base: Path) -> None:
     run_step(engine, is_packed=True)  # in the first step, libraries allocate buffers
     before = read_memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-    for _ in range(STEPS):
+    for _ in range(STEPS - 1):
         run_step(engine, is_packed=True)
     blocks = [module for module in engine.module.modules() if type(module).__name__ == "T5Block"]
     sizes = [sum(parameter.ds_numel * parameter.element_size() for parameter in block.parameters()) for block in blocks]

@@ -63,6 +63,7 @@ def make_sampler_from_all_epochs(steps: StepSettings, seed: int, examples: Examp
     return StepSampler(partial(examples.draw_epoch, seed), make_batches, largest, size)
 
 
+@pytest.mark.slow
 def test_batches_are_those_of_counting_every_epoch(prepared: Examples) -> None:
     rng, numbers = np.random.default_rng(0), set()
     for seed in range(120):
@@ -86,6 +87,7 @@ def test_batches_are_those_of_counting_every_epoch(prepared: Examples) -> None:
     assert len(numbers) > 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_packed", [True, False])
 def test_few_of_100000_short_epochs_are_drawn(
     is_packed: bool, prepared: Examples, monkeypatch: pytest.MonkeyPatch

@@ -22,6 +22,7 @@ from t5tune.settings import InspectSettings
 from tests.training.mixtures.datasets import SIZES, list_datasets, make_prepare_settings, make_settings
 
 
+@pytest.mark.slow
 def test_prepare_writes_a_mixture_that_train_reads(untied_base: Path, data: Path, tmp_path: Path) -> None:
     folder = tmp_path / "mixture"
     made = prepare(make_prepare_settings(untied_base, data, folder, eval_fraction=0.25, split_seed=3))
@@ -37,6 +38,7 @@ def test_prepare_writes_a_mixture_that_train_reads(untied_base: Path, data: Path
         train(again.replace(data_path=[folder / "sums"], output_dir=tmp_path / "run-3"))
 
 
+@pytest.mark.slow
 def test_inspect_names_the_caches_of_a_mixture(
     trained: tuple[TrainResult, list[Event]], data: Path, tmp_path: Path
 ) -> None:
@@ -62,6 +64,7 @@ def test_token_caches_of_the_same_tokenizer_can_be_mixed(untied_base: Path, data
         train(other.replace(output_dir=tmp_path / "other"))
 
 
+@pytest.mark.slow
 def test_settings_of_examples_apply_to_token_caches_or_are_refused(
     untied_base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
