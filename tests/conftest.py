@@ -48,9 +48,9 @@ def keep_number_of_threads(num_threads: int) -> Iterator[None]:
     assert sys.modules["torch"].get_num_threads() == num_threads
 
 
-def pytest_xdist_auto_num_workers() -> int:
-    """One process more than there are cores, at most four: many tests wait for processes that they start."""
-    return min(4, (os.cpu_count() or 1) + 1)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One process more than there are cores, at most four: many slow tests wait for processes that they start."""
+    return min(4, (os.cpu_count() or 1) + (config.option.markexpr != "not slow"))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

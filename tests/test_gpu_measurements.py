@@ -103,6 +103,7 @@ def test_launches_and_idle_time_are_read_from_a_profile() -> None:
     assert summarize([]) == {"launches": 0}
 
 
+@pytest.mark.slow
 def test_a_batch_that_does_not_fit_is_halved() -> None:
     training = load("gpu_training")
     options, tried = SimpleNamespace(on_gpu=False), list[int]()

@@ -50,6 +50,7 @@ def test_ascii_scores_equal_rouge_score_and_sacrebleu() -> None:
     assert scores["chrf"] == pytest.approx(sacrebleu.corpus_chrf(PREDICTIONS, [REFERENCES]).score, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_scores_and_signatures_equal_those_of_sacrebleus_command_line(tmp_path: Path) -> None:
     texts = {
         "references": ["Mba'éichapa reiko?", "Che aiko porã.", "g̃uahẽ"],

@@ -196,6 +196,7 @@ ROWS = read_yaml(TABLE)
 COMMANDS = ROWS.pop("commands")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
 def test_refusals(row: dict[str, Any], inputs: Inputs, tmp_path: Path) -> None:
     assert row.keys() <= COLUMNS

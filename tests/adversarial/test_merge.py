@@ -36,6 +36,7 @@ def test_each_hostile_folder_is_refused_by_its_file(
     assert not list(tmp_path.glob(".out*"))
 
 
+@pytest.mark.slow
 def test_links_within_the_hub_cache_are_followed(untied_base: Path, adapter: Path, tmp_path: Path) -> None:
     snapshot, blobs = tmp_path / "models--o--n" / "snapshots" / "abc", tmp_path / "models--o--n" / "blobs"
     snapshot.mkdir(parents=True)

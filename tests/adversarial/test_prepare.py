@@ -434,6 +434,7 @@ def test_prepare_under_nohup_survives_its_terminal(tmp_path: Path) -> None:
     assert (find_cache(tmp_path / "cache") / "manifest.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_closed_standard_output_is_a_one_line_error(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(GOOD)
     command = [sys.executable, "-m", "t5tune", "prepare", "--model-name-or-path", "pocket", "--quiet"]

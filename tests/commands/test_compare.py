@@ -83,6 +83,7 @@ def test_seeds_share_a_row_and_the_best_run_is_first(runs: Path, tmp_path: Path)
     assert slowest.best == runs / "r4-s1"
 
 
+@pytest.mark.slow
 def test_the_loss_decides_between_equal_metrics_as_in_training(trained: Path, tmp_path: Path) -> None:
     run = copy_run(trained, tmp_path / "run", [3.0, 2.0, 2.5], metric_for_best_model="macro_f1")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -142,6 +142,7 @@ def test_shards_give_the_fp32_weights_that_training_gathered(sharded: tuple[Kind
     assert result.non_lora_tensors == len(live) - result.lora_tensors > 0
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_shards_give_the_weights_that_deepspeed_gathers_from_them(
     sharded: tuple[Kind, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -186,6 +187,7 @@ def test_stock_peft_loads_the_export(
         assert torch.equal(loaded[name], value), name
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_checkpoint_of_a_single_process_exports_its_adapter(plain: Path, tmp_path: Path) -> None:
     checkpoint = plain / f"checkpoint-{STEPS}"
@@ -253,6 +255,7 @@ def test_the_trained_state_is_the_token_rows(sharded: tuple[Kind, Path], tmp_pat
     assert_same(state, {name: adapter[f"base_model.model.{name}"] for name in state})
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", ["plain", "zero2x2-bf16", "zero3x2"])
 def test_the_full_state_is_the_base_and_the_token_rows(
@@ -435,6 +438,7 @@ def change_shard(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     torch.save(state, path)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize(

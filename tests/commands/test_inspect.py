@@ -221,6 +221,7 @@ def test_a_page_too_large_for_browsers_is_cut_short(
     assert "shows the first 1 of 4 examples" in note.text
 
 
+@pytest.mark.slow
 def test_the_last_bar_collects_a_long_tail(tmp_path: Path) -> None:
     long_one = prepare_pairs(
         tmp_path, [("word " * (1 + number % 10), "yes") for number in range(150)] + [("word " * 400, "yes")]

@@ -158,6 +158,7 @@ def test_a_dry_run_is_for_any_machine(tmp_path: Path) -> None:
     assert "torchrun --nproc-per-node 4" in elsewhere.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("line", "place", "expected"), [("t5tune pl", 1, "plan"), ("t5tune train --lora-dr", 2, "--lora-dropout")]
 )

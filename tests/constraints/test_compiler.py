@@ -80,6 +80,7 @@ def test_a_reply_that_no_token_can_continue_is_no_reply(pattern: str) -> None:
     assert sorted(matcher.find_allowed().nonzero()[0]) == [1, ids[1]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("schema", "message"),
     [

@@ -57,6 +57,7 @@ def test_trials_end_at_the_limits_and_delay_no_other() -> None:
     asyncio.run(run())
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_started_again() -> None:
     async def run() -> None:
         async with run_trials() as trials:

@@ -44,6 +44,7 @@ def test_full_training_writes_a_checkpoint_that_stock_transformers_loads(
     assert tied is ("lm_head.weight" not in before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("merged", [False, True])
 def test_stock_transformers_loads_a_fully_trained_bf16_base_unrounded(
     merged: bool, conversations: Path, tmp_path: Path

@@ -100,6 +100,7 @@ def test_a_different_start_token_than_in_training_is_reported(tmp_path: Path) ->
     assert "decoder_start_token_id is 7 here and 0 in config.json; using 0, as in training" in note
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_beams", [1, 2])
 @pytest.mark.parametrize(
     "config",

@@ -74,6 +74,7 @@ def test_stock_peft_and_our_loader_give_the_same_logits(kind: str, bases: dict[s
         assert logits.std() > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_stock_adapter_loads_exports_and_merges(kind: str, bases: dict[str, Path], tmp_path: Path) -> None:
     adapter = make_stock_label_adapter(bases[kind], tmp_path / "adapter", TASKS["tag"])

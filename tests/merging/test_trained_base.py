@@ -60,6 +60,7 @@ def test_adapters_of_different_quantizations_need_onto(
     assert not (tmp_path / "merged").exists()
 
 
+@pytest.mark.slow
 def test_merge_names_adapters_trained_on_different_weights(
     untied_base: Path, trained_differently: dict[str, Path], tmp_path: Path
 ) -> None:

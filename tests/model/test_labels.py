@@ -96,6 +96,7 @@ def test_a_packed_row_has_the_gradients_of_the_stock_class(kind: str, task: str,
         assert_same_gradients(compute_gradients(ours, loss), gradients, bound, floor=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["flan-t5", "t5gemma"])
 def test_a_padded_batch_has_the_logits_of_its_texts(kind: str, bases: dict[str, Path]) -> None:
     for task in ("tag", "classify"):

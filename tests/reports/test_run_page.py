@@ -110,6 +110,7 @@ def test_the_page_shows_metrics_settings_and_lengths(run: Path) -> None:
     assert "runtime" not in page.text
 
 
+@pytest.mark.slow
 def test_the_page_is_one_file_without_scripts_links_or_secrets(run: Path) -> None:
     page = Page(run)
     assert not page.names & {"script", "link", "img", "iframe", "object", "a"}
@@ -177,6 +178,7 @@ def test_the_page_says_which_examples_are_sampled(
     assert (result.best_step, result.best_eval, result.lora) == (None, None, None)
 
 
+@pytest.mark.slow
 def test_sample_predictions_do_not_change_training(
     run: Path, untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:

@@ -168,6 +168,7 @@ def test_a_deepspeed_checkpoint_with_code_is_never_unpickled(stopped: Path, tmp_
     assert marker.exists()
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_doesnt_count_among_those_that_are_kept(
     stopped: Path, untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:

@@ -63,6 +63,7 @@ def forms(tmp_path: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_split_follows_from_the_conversations_and_split_seed(
     forms: dict[str, Any], untied_base: Path, tied_base: Path, tmp_path: Path
 ) -> None:
@@ -77,6 +78,7 @@ def test_the_split_follows_from_the_conversations_and_split_seed(
     assert list_held_out(untied_base, forms["file"], next(folders), split_seed=1) != expected
 
 
+@pytest.mark.slow
 def test_datasets_of_a_mixture_hold_out_equally_with_any_seed(untied_base: Path, tmp_path: Path) -> None:
     files = [write_lines(tmp_path / f"{name}.jsonl", list_pairs(20, name)) for name in ("sums", "words")]
     weighted = [f"{files[0]}:3", f"{files[1]}:1"]
@@ -87,6 +89,7 @@ def test_datasets_of_a_mixture_hold_out_equally_with_any_seed(untied_base: Path,
         assert set(alone) < set(found[0])
 
 
+@pytest.mark.slow
 def test_prepare_its_parts_and_evaluate_hold_out_what_train_does(
     forms: dict[str, Any], untied_base: Path, tmp_path: Path
 ) -> None:
@@ -113,6 +116,7 @@ def test_more_data_moves_few_conversations_to_the_other_side(untied_base: Path, 
     assert len(before & trained_on) <= 2  # at most the number of newly held-out examples
 
 
+@pytest.mark.slow
 def test_held_out_raw_text_is_masked_alike_with_any_seed(untied_base: Path, tmp_path: Path) -> None:
     paragraphs = [part for part in english_text().split("\n\n") if len(part) > 200][:12]
     texts = [{"text": part} for part in paragraphs]

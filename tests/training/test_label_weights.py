@@ -82,6 +82,7 @@ def test_a_fully_trained_model_is_trained_further(untied_base: Path, tmp_path: P
     torch.testing.assert_close(predict(second) * 0.25, predict(first) * 8)
 
 
+@pytest.mark.slow
 def test_an_initial_adapter_needs_the_labels_of_the_data(untied_base: Path, tmp_path: Path) -> None:
     labels = make_label_adapter(untied_base, tmp_path / "labels", TASKS["classify"])
     texts = make_stock_adapter(untied_base, tmp_path / "texts")

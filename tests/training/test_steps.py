@@ -101,6 +101,7 @@ def list_epoch(sampler: StepSampler, epoch: int) -> list[list[int]]:
     return list_batches(sampler)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(("count", "step_size"), [(40, 1), (40, 16), (1000, 3), (5003, 8)])
 def test_each_epoch_has_every_example_once_within_the_budget(count: int, step_size: int, packed: bool) -> None:

@@ -49,6 +49,7 @@ def test_a_text_gets_the_labels_that_evaluate_predicts(kind: str, runs: dict[str
             assert found.words == text
 
 
+@pytest.mark.slow
 def test_a_merged_checkpoint_gives_the_labels_of_its_run(runs: dict[str, Path], tmp_path: Path) -> None:
     for kind in ("classify", "regress", "residues"):
         folder, text = tmp_path / kind, KINDS[kind].records[0][KINDS[kind].column]

@@ -76,6 +76,7 @@ def test_a_pipe_gets_one_object_per_line_with_json(pair_run: dict[str, Path]) ->
     assert [{**reply, "seconds": 0} for reply in replies] == [first, {**first, "dropped_turns": 2}]
 
 
+@pytest.mark.slow
 def test_json_is_refused_on_a_terminal(made: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", Typed())
     with pytest.raises(SettingsError, match="^--json: an interactive chat prints text; use --prompt"):

@@ -122,6 +122,7 @@ def test_fastchats_tokens_give_fastchats_ids_for_any_text(name: str, tokenizer_f
 WRITABLE = st.text(st.sampled_from("ab Z09.,:'\"\n\t {}<>\\^`~_-#()"), min_size=1, max_size=30).filter(str.strip)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(TOKENIZERS))
 @ODD_SETTINGS
 @given(answer=WRITABLE)

@@ -50,6 +50,7 @@ def test_sources_and_targets_decode_to_the_original_turns(prepared: Prepared) ->
     assert result.unknown_tokens == 0
 
 
+@pytest.mark.slow
 def test_the_plain_template_makes_turns_source_and_target(prepared: Prepared) -> None:
     _, cache = prepared(record("How many?", "Two  eggs"), conversation_template="plain")
     tokenizer = load_tokenizer_of(cache)

@@ -31,6 +31,7 @@ def flan(shared: Callable[[str], Path], tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_fastchats_example_data_gives_a_thousand_correct_examples(
     prepared: Prepared, shared: Callable[[str], Path], flan: Path
 ) -> None:

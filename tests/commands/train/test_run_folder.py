@@ -265,6 +265,7 @@ def test_a_second_run_in_a_used_folder_is_refused(
     assert train(make_settings(untied_base, conversations, run)).steps == 6
 
 
+@pytest.mark.slow
 def test_a_start_with_bad_data_leaves_only_rejected_records(
     untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:

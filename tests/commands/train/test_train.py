@@ -42,6 +42,7 @@ from tests.support.processes.command_line import CommandResult, t5tune_in_fork
 from tests.support.train_runs import make_settings, read_losses, read_metrics_lines
 
 
+@pytest.mark.slow
 def test_loss_falls_and_the_result_counts_steps_and_tokens(finished_run: Path) -> None:
     result = json.loads((finished_run / "result.json").read_text())
     assert read_losses(finished_run)[-1] < read_losses(finished_run)[0]
@@ -241,6 +242,7 @@ def test_lora_without_a_learning_rate_names_one(tmp_path: Path, changes: dict[st
     assert not any(isinstance(event, Note) and event.text.startswith("learning_rate") for event in again)
 
 
+@pytest.mark.slow
 def test_the_last_step_always_has_a_line_of_metrics(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
     train(make_settings(untied_base, conversations, tmp_path / "run", max_steps=5, logging_steps=3))
     assert [line["step"] for line in read_metrics_lines(tmp_path / "run") if "loss" in line] == [1, 3, 5]

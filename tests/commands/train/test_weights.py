@@ -43,6 +43,7 @@ def test_a_quantized_base_keeps_other_weights_and_similar_logits(untied_base: Pa
     assert 0 < (a - b).abs().max() < 0.5 * a.abs().max()
 
 
+@pytest.mark.slow
 def test_wo_is_quantized_only_with_quantize_wo() -> None:
     """In bf16, where 4-bit storage of the wrong dtype would silently turn the input of wo into garbage."""
     from t5tune.checkpoints.pocket import pocket_folder
@@ -103,6 +104,7 @@ def test_q_lora_reduces_the_loss(untied_base: Path, conversations: Path, tmp_pat
     assert result.total_parameters > 40_000  # 4-bit weights are counted unpacked
 
 
+@pytest.mark.slow
 def test_bf16_keeps_fp32_adapters(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
     train(make_settings(untied_base, conversations, tmp_path / "run", max_steps=2, bf16=True))
     weights = load_file(tmp_path / "run" / "adapter_model.safetensors")

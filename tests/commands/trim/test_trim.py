@@ -161,6 +161,7 @@ def test_data_that_needs_all_tokens_is_refused(tmp_path: Path) -> None:
         run_trim(base, str(data), tmp_path / "trimmed", objective="span-corruption")
 
 
+@pytest.mark.slow
 def test_token_caches_count_like_their_data(tmp_path: Path, conversations: Path, untied_base: Path) -> None:
     values = {"model_name_or_path": str(untied_base), "data_path": str(conversations), "output_dir": tmp_path / "cache"}
     cache = prepare(PrepareSettings(**values)).cache
@@ -186,6 +187,7 @@ def test_train_refuses_the_token_cache_of_the_untrimmed_base(tmp_path: Path, con
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_text_files_are_raw_text(tmp_path: Path, conversations: Path) -> None:
     text = tmp_path / "tea.txt"
     text.write_text("Zwölf Kannen Zitronentee für Zoë\n", encoding="utf-8")

@@ -36,6 +36,7 @@ def prepare_table(path: Path, **values: Any) -> tuple[list[tuple[str, str]], lis
     return decoded, [event.text for event in events if isinstance(event, Note)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".tsv", ".csv"])
 @pytest.mark.parametrize("rows", [SENTENCES, REVIEWS], ids=["sentences", "reviews"])
 def test_no_header_reads_the_first_line_as_the_first_row(

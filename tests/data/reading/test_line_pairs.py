@@ -56,6 +56,7 @@ def test_both_files_of_a_pair_identify_its_cache(tmp_path: Path, pair: list[str]
     assert (find_cache(_prepare(cache, **values)) / "manifest.json").stat().st_mtime_ns != before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_compressed", [True, False])
 def test_parts_of_paired_files_are_joined_to_the_same_cache(
     tmp_path: Path, pair: list[str], is_compressed: bool

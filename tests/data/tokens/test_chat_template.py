@@ -103,6 +103,7 @@ def apply(stock: Any, messages: Messages) -> list[int]:
     return list(stock.apply_chat_template(messages, add_generation_prompt=True)["input_ids"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("name", TOKENIZERS)
 @settings(deadline=None, max_examples=8, database=None, derandomize=True)

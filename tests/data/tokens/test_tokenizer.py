@@ -95,6 +95,7 @@ def test_turns_have_the_whole_text_s_ids_without_control_ids(
         assert tokenizer.decode(encoded.ids) == "".join(piece.text for piece in pieces)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mt5", "byt5"])
 @pytest.mark.parametrize("add_tokens", ["auto", "none"])
 @settings(deadline=None, max_examples=40, database=None, derandomize=True)

@@ -179,6 +179,7 @@ def test_apply_chat_template_gives_the_ids_of_training(kind: str, folders: dict[
         assert examples[-1].source_S.tolist() == tokenizer.special_ids.surround_source(prompt)
 
 
+@pytest.mark.slow
 @hypothesis.given(st.data())
 @hypothesis.settings(
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture], deadline=None, max_examples=40

@@ -182,6 +182,7 @@ def test_all_tokenizers_of_a_folder_agree(kind: str, tmp_path: Path) -> None:
     assert check_folder(tmp_path / "base", 620, texts) > 20
 
 
+@pytest.mark.slow
 def test_the_real_t5_tokenizer_keeps_ids(shared: Callable[[str], Path], tmp_path: Path) -> None:
     source = shared("tokenizer/flan-t5-base")
     for file in source.iterdir():

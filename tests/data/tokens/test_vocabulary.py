@@ -80,6 +80,7 @@ def test_more_frequent_missing_characters_keep_their_rows(flan: Path, prepared: 
     assert set(cache.added_tokens) == {"{", "}", *LETTERS[:26]}
 
 
+@pytest.mark.slow
 def test_where_all_tokens_fit_they_have_the_ids_of_before(flan: Path, prepared: Prepared) -> None:
     _, cache = prepared(flan, list_targets("ḿđũ"))
     assert cache.added_tokens[:12] == [*MISSING_CHARACTERS, "ḿ", "đ", "ũ"]
@@ -94,6 +95,7 @@ def test_a_list_of_tokens_is_used_as_it_is_given(count: int, flan: Path, prepare
     assert cache.added_tokens == given
 
 
+@pytest.mark.slow
 def test_datasets_of_a_mixture_agree_on_one_list(flan: Path, tmp_path: Path) -> None:
     targets = list_targets(LETTERS)
     for name, of_it in (("a", targets[:100]), ("b", targets[100:])):
