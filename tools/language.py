@@ -58,7 +58,8 @@ POINTING = {
 TEXTS = (".md", ".yaml", ".yml", ".sh", ".sbatch", ".toml", ".txt")
 # word lists and generated sentences that a model learns from, and these lists
 DATA = {
-    "examples/pocket/words.py", "examples/pocket/families.py", "examples/pocket/facts.py", "examples/pocket/tuning.py",
+    "examples/pocket/words.py", "examples/pocket/sentences.py", "examples/pocket/families.py",
+    "examples/pocket/facts.py", "examples/pocket/tuning.py",
     "examples/quickstart/train.jsonl", "tools/language.py", "tests/test_language.py",
 }  # fmt: skip
 

@@ -20,8 +20,9 @@ from collections import Counter
 from pathlib import Path
 
 import sentencepiece
-from families import FAMILIES, SHARES, sentence
+from families import FAMILIES, SHARES
 from sentencepiece import sentencepiece_model_pb2
+from sentences import sentence
 from transformers import T5Tokenizer
 from words import ENGLISH, NAMES, PLACES, invented_word
 
