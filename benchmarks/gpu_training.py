@@ -16,19 +16,11 @@ from typing import Any
 
 import torch
 from gpu_runner import Skipped
+from operations import add_share_of_peak
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sides import write_base
-from train import (
-    STOCK_WAYS,
-    add_share_of_peak,
-    build_parser,
-    make_config,
-    make_settings,
-    run_ours,
-    run_stock,
-    write_conversations,
-)
+from train import STOCK_WAYS, build_parser, make_config, make_settings, run_ours, run_stock, write_conversations
 
 from t5tune.commands.prepare import prepare
 from t5tune.commands.train import train

@@ -30,7 +30,6 @@ import json
 import math
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +37,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from operations import MatrixProduct, count_operations, read_clock
 from sides import read_process_memory, run_in_turns, t5tune, wait_for_turn, write_base
 
 from t5tune.planning.known_configs import KNOWN_CONFIGS
@@ -67,7 +67,6 @@ WAYS = (*STOCK_WAYS, *OUR_WAYS)
 MIN_STOCK_BATCHES = 12
 # q and v of the text's layers; the vision tower's have the same names
 T5GEMMA2_LAYERS = r".*(text_model|decoder)\.layers\.\d+\.self_attn\.(q|v)_proj"
-T5GEMMA2_FULL_ATTENTION = 6  # each sixth layer sees the whole text
 POCKET = Path(__file__).parents[1] / "t5tune" / "pocket"
 
 
@@ -89,14 +88,6 @@ def write_conversations(path: Path, count: int, longest: int, num_words: int | N
             record = {"conversations": [{"from": who, "value": " ".join(text)} for who, text in turns]}
             file.write(json.dumps(record) + "\n")
     return path
-
-
-def read_clock(on_gpu: bool) -> float:
-    """Read the process's CPU time, or with a GPU the wall time once it has finished its work."""
-    if not on_gpu:
-        return time.process_time()
-    torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 class Clock:
@@ -175,64 +166,17 @@ def make_settings(options: argparse.Namespace, folder: Path, packing: str, **cha
 
 def run_stock(options: argparse.Namespace, way: StockWay, folder: Path) -> dict[str, Any]:
     """Train one of STOCK_WAYS, with Hugging Face's own collator and loss: only the examples come from t5tune."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import (
-        AutoModelForSeq2SeqLM,
-        AutoTokenizer,
-        DataCollatorForSeq2Seq,
-        Trainer,
-        TrainerCallback,
-        TrainingArguments,
-    )
+    from transformers import AutoTokenizer, DataCollatorForSeq2Seq
 
     from t5tune.data.caches.prepared import open_examples
 
     cache = open_examples(options.folder / "cache")
-    base = AutoModelForSeq2SeqLM.from_pretrained(
-        options.folder / "base", dtype=getattr(torch, options.dtype), attn_implementation=way.attention
-    )
-    targets = T5GEMMA2_LAYERS if base.config.model_type == "t5gemma2" else ["q", "v"]
-    lora = LoraConfig(
-        r=8, lora_alpha=16, lora_dropout=options.dropout, target_modules=targets, task_type="SEQ_2_SEQ_LM"
-    )
     sources, targets = cache.read_lengths()
     # about the number of steps that sees the same tokens as our ways
     num_steps = round(options.steps * options.tokens / (options.batch_size * (sources + targets).mean()))
     extra = count_extra_steps(options)
     steps = min(max(MIN_STOCK_BATCHES, num_steps) + options.warm_up, len(cache) // options.batch_size - extra)
-    arguments = TrainingArguments(
-        output_dir=str(folder), per_device_train_batch_size=options.batch_size, max_steps=steps + extra,
-        train_sampling_strategy=way.sampling, use_cpu=not options.on_gpu, bf16=options.dtype == "bfloat16",
-        optim="adamw_torch_fused" if options.on_gpu else "adamw_torch",
-        tf32=True if options.on_gpu and torch.cuda.get_device_capability() >= (8, 0) else None,
-        save_strategy="no", report_to=[], disable_tqdm=True, logging_steps=1000, remove_unused_columns=False,
-        log_level="error",
-    )  # fmt: skip
     clock, seen = Clock(options, steps), []
-
-    class SpreadTrainer(Trainer):
-        """Trains on a selection of the batches of an epoch that Trainer's own sampler makes: see `spread_batches`."""
-
-        def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-            self.sampler = super()._get_train_sampler(train_dataset)
-            if way.sampling == "group_by_length":
-                # as with a "length" column in a datasets.Dataset; without one Trainer groups only by source length
-                self.sampler.lengths = (sources + targets).tolist()
-            order = list(self.sampler)
-            size = options.batch_size
-            whole = [order[start : start + size] for start in range(0, len(order) - size + 1, size)]
-            return [index for batch in self.spread(whole) for index in batch]
-
-        def spread(self, batches: list[list[int]]) -> list[list[int]]:
-            warm_up, timed = batches[: options.warm_up], batches[options.warm_up : len(batches) - extra]
-            picked = spread_batches(timed, steps - options.warm_up, sources, targets)
-            # the extra batches are of medium size
-            return warm_up + picked + [picked[len(picked) // 2]] * extra
-
-    class Ticks(TrainerCallback):
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            clock.tick()
-
     tokenizer = AutoTokenizer.from_pretrained(cache.tokenizer_folder)
     # tensor cores are fastest with multiples of 8
     pad = DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8 if options.on_gpu else None)
@@ -241,17 +185,83 @@ def run_stock(options: argparse.Namespace, way: StockWay, folder: Path) -> dict[
         seen.append([row["index"] for row in rows])
         return pad([{"input_ids": row["input_ids"], "labels": row["labels"]} for row in rows])
 
-    rows: Any = [
+    def pick(batches: list[list[int]]) -> list[list[int]]:
+        warm_up, timed = batches[: options.warm_up], batches[options.warm_up : len(batches) - extra]
+        picked = spread_batches(timed, steps - options.warm_up, sources, targets)
+        # the extra batches are of medium size
+        return warm_up + picked + [picked[len(picked) // 2]] * extra
+
+    rows = [
         {"index": index, "input_ids": example.source_S.tolist(), "labels": example.target_T.tolist()}
         for index, example in enumerate(cache)
     ]
-    trainer = SpreadTrainer(
-        model=get_peft_model(base, lora), args=arguments, train_dataset=rows, data_collator=collate,
-        callbacks=[Ticks()],
+    trainer = make_stock_trainer(
+        way, sources + targets, pick, clock, model=make_stock_model(options, way), train_dataset=rows,
+        args=make_stock_arguments(options, way, folder, steps + extra), data_collator=collate,
     )  # fmt: skip
     trainer.train()
-    used = {"attention": base.config._attn_implementation, "sampler": type(trainer.sampler).__name__}
+    used = {"attention": trainer.model.config._attn_implementation, "sampler": type(trainer.sampler).__name__}
     return {**used, **compute_metrics(clock, sources, targets, seen[:steps], False, options)}
+
+
+def make_stock_model(options: argparse.Namespace, way: StockWay) -> Any:
+    """Load the base, with PEFT's LoRA on it."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForSeq2SeqLM
+
+    base = AutoModelForSeq2SeqLM.from_pretrained(
+        options.folder / "base", dtype=getattr(torch, options.dtype), attn_implementation=way.attention
+    )
+    targets = T5GEMMA2_LAYERS if base.config.model_type == "t5gemma2" else ["q", "v"]
+    lora = LoraConfig(
+        r=8, lora_alpha=16, lora_dropout=options.dropout, target_modules=targets, task_type="SEQ_2_SEQ_LM"
+    )
+    return get_peft_model(base, lora)
+
+
+def make_stock_arguments(options: argparse.Namespace, way: StockWay, folder: Path, max_steps: int) -> Any:
+    """Make the TrainingArguments of one of STOCK_WAYS."""
+    from transformers import TrainingArguments
+
+    return TrainingArguments(
+        output_dir=str(folder), per_device_train_batch_size=options.batch_size, max_steps=max_steps,
+        train_sampling_strategy=way.sampling, use_cpu=not options.on_gpu, bf16=options.dtype == "bfloat16",
+        optim="adamw_torch_fused" if options.on_gpu else "adamw_torch",
+        tf32=True if options.on_gpu and torch.cuda.get_device_capability() >= (8, 0) else None,
+        save_strategy="no", report_to=[], disable_tqdm=True, logging_steps=1000, remove_unused_columns=False,
+        log_level="error",
+    )  # fmt: skip
+
+
+def make_stock_trainer(
+    way: StockWay, lengths: Any, pick: Callable[[list[list[int]]], list[list[int]]], clock: Clock, **arguments: Any
+) -> Any:
+    """Make a Trainer that trains on a selection of the batches of an epoch that its own sampler makes.
+
+    Args:
+        lengths: of the examples, in tokens of source and target.
+        pick: makes the selection.
+        clock: ticks after each step.
+        arguments: further arguments of Trainer.
+    """
+    from transformers import Trainer, TrainerCallback
+
+    class SpreadTrainer(Trainer):
+        def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+            self.sampler = super()._get_train_sampler(train_dataset)
+            if way.sampling == "group_by_length":
+                # as with a "length" column in a datasets.Dataset; without one Trainer groups only by source length
+                self.sampler.lengths = lengths.tolist()
+            order = list(self.sampler)
+            size = self.args.per_device_train_batch_size
+            whole = [order[start : start + size] for start in range(0, len(order) - size + 1, size)]
+            return [index for batch in pick(whole) for index in batch]
+
+    class Ticks(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            clock.tick()
+
+    return SpreadTrainer(callbacks=[Ticks()], **arguments)
 
 
 def count_extra_steps(options: argparse.Namespace) -> int:
@@ -307,78 +317,6 @@ def compute_metrics(
         "operations_per_token": round(operations / useful),
         "peak_memory_mb": peak_memory // 10**6,
     }
-
-
-def count_operations(sources: Any, targets: Any, shape: dict[str, Any]) -> float:
-    """Count the floating-point operations of a step with frozen weights.
-
-    4 per weight and token, and in attention 12 per pair of tokens and dimension.
-    """
-    if shape["model_type"] == "t5gemma2":
-        return count_t5gemma2_operations(sources, targets, shape["encoder"]["text_config"], shape["decoder"])
-    width, inner, layers = shape["d_model"], shape["d_kv"] * shape["num_heads"], shape["num_layers"]
-    projection, feed_forward = (
-        width * inner,
-        (3 if "gated" in shape["feed_forward_proj"] else 2) * width * shape["d_ff"],
-    )
-    source_weights = layers * (4 * projection + feed_forward + 2 * projection)  # keys and values for the decoder
-    target_weights = layers * (6 * projection + feed_forward) + width * shape["vocab_size"]
-    pairs = (sources**2 + targets**2 / 2 + sources * targets).sum() * layers
-    return float(4 * (source_weights * sources.sum() + target_weights * targets.sum()) + 12 * inner * pairs)
-
-
-def count_t5gemma2_operations(sources: Any, targets: Any, encoder: dict[str, Any], decoder: dict[str, Any]) -> float:
-    """Count the same for T5Gemma 2, whose decoder's keys and values are the encoder's tokens and its own."""
-
-    def count_weights(stack: dict[str, Any]) -> tuple[int, int, int]:
-        width, head_width = stack["hidden_size"], stack["head_dim"]
-        keys = 2 * width * head_width * stack["num_key_value_heads"]
-        inner = head_width * stack["num_attention_heads"]
-        return keys, 2 * width * inner + keys + 3 * width * stack["intermediate_size"], inner
-
-    def count_pairs(lengths: Any, stack: dict[str, Any]) -> Any:
-        full = stack["num_hidden_layers"] // T5GEMMA2_FULL_ATTENTION
-        in_window = lengths * np.minimum(lengths, stack["sliding_window"])
-        return full * lengths**2 + (stack["num_hidden_layers"] - full) * in_window
-
-    (_, of_source, inner), (keys, of_target, _) = count_weights(encoder), count_weights(decoder)
-    layers = decoder["num_hidden_layers"]
-    source_weights = encoder["num_hidden_layers"] * of_source + layers * keys
-    target_weights = layers * of_target + decoder["hidden_size"] * decoder["vocab_size"]
-    pairs = count_pairs(sources, encoder) + count_pairs(targets, decoder) / 2 + layers * sources * targets
-    return float(4 * (source_weights * sources.sum() + target_weights * targets.sum()) + 12 * inner * pairs.sum())
-
-
-class MatrixProduct:
-    """A large matrix product, to measure the operations per second that are possible."""
-
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.on_gpu: bool = options.on_gpu
-        size = 8192 if self.on_gpu else 2048
-        self.operations = 2 * size**3
-        self.factor = torch.randn(size, size, device="cuda" if self.on_gpu else "cpu")
-        self.factor = self.factor.to(getattr(torch, options.dtype))
-        self.seconds: list[float] = []
-        self.compute()  # the first product takes longer
-        self.seconds.clear()
-
-    def compute(self) -> None:
-        begun = read_clock(self.on_gpu)
-        self.factor @ self.factor
-        self.seconds.append(read_clock(self.on_gpu) - begun)
-
-    def compute_share(self, result: dict[str, Any], seconds: float) -> float:
-        """Compute the share of the peak that a way reached, if a product takes this many seconds."""
-        speed = result["tokens_per_second"] * result["operations_per_token"]
-        return round(speed * seconds / self.operations, 3)
-
-
-def add_share_of_peak(result: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
-    """Add the share of the peak that a way has reached; the fastest of five products excludes disturbances."""
-    product = MatrixProduct(options)
-    for _ in range(5):
-        product.compute()
-    return {**result, "of_peak": product.compute_share(result, min(product.seconds))}
 
 
 def make_config(options: argparse.Namespace) -> dict[str, Any]:
