@@ -3,7 +3,7 @@ PYTHON ?= python3
 CHROMIUM ?= chromium
 BIN := .venv/bin
 # files in which LONG_TESTS=1 makes other variants of tests, besides those that are marked
-LONG_FILES := tests/reliability tests/model/kernels/test_fused.py tests/adversarial/test_prepare.py tests/commands/chat tests/commands/test_plan.py tests/planning/test_suggestions.py tests/end_to_end/test_gemma.py tests/end_to_end/test_lora_variants.py tests/end_to_end/test_full_training.py tests/end_to_end/test_initial_adapter.py tests/model/kernels/test_fake_cuda.py
+LONG_FILES := tests/reliability tests/model/kernels/test_fused.py tests/adversarial/test_prepare.py tests/commands/chat tests/commands/plan tests/planning/test_suggestions.py tests/end_to_end/test_gemma.py tests/end_to_end/test_lora_variants.py tests/end_to_end/test_full_training.py tests/end_to_end/test_initial_adapter.py tests/model/kernels/test_fake_cuda.py
 
 # torch's builds for CPUs come without Triton; this is the release that its builds for CUDA name
 TRITON_RELEASE := 3.7.1

@@ -8,6 +8,8 @@ from t5tune.commands.plan import Plan, plan
 from t5tune.planning.known_configs import KNOWN_CONFIGS
 from t5tune.settings import PlanSettings
 
+NO_SUGGESTION: dict[str, Any] = {"use_cpu": True, "gpu_memory": "1MiB"}  # nothing fits, which saves time
+
 
 def make_plan(model: str | Path, **changes: Any) -> Plan:
     return plan(PlanSettings(model_name_or_path=str(model), **changes))
