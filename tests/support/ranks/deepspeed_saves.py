@@ -1,4 +1,4 @@
-"""Called in each rank for commands/test_export_stock.py: plain PEFT, trained and saved by DeepSpeed itself.
+"""Called in each rank for commands/export/test_deepspeed.py: plain PEFT, trained and saved by DeepSpeed itself.
 
 Next to each case's checkpoint it writes the fp32 weights of the live engine: masters.safetensors.
 """

@@ -1,8 +1,7 @@
-"""Adapters exported from checkpoints of real training processes, compared with DeepSpeed's own gathering."""
+"""Adapters exported from the shards of real training processes, compared with DeepSpeed's own gathering."""
 
 import builtins
 import functools
-import json
 import os
 import pickle
 import shutil
@@ -17,29 +16,14 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM
 
-from t5tune.commands.export import ExportResult, export
-from t5tune.errors import CheckpointError, SettingsError
-from t5tune.progress import Note
-from t5tune.settings import ExportSettings
+from tests.commands.export.runs import STEPS, check_full_state, check_refusal, flip_last_byte, train_run
 from tests.support.models.adapters import make_stock_adapter
-from tests.support.models.exports import assert_same, list_files, read_adapter_tensors
+from tests.support.models.exports import assert_same, list_files, read_adapter_tensors, run_export
 from tests.support.processes.command_line import CommandResult, t5tune_in_fork
 
-STEPS = 3
-COMMON = [
-    "--max-steps",
-    STEPS,
-    "--learning-rate",
-    "1e-2",
-    "--per-device-train-batch-size",
-    2,
-    "--use-cpu",
-    "--report-samples",
-    0,
-]
 ROWS = "token_adapter.trainable_tokens_delta"
 
 
@@ -47,20 +31,18 @@ ROWS = "token_adapter.trainable_tokens_delta"
 class Kind:
     """How a run was trained."""
 
-    stage: int | None
+    stage: int
     ranks: int
     tied: bool
     flags: tuple[str, ...] = ()
 
 
 KINDS = {
-    "plain": Kind(None, 1, tied=False, flags=("--save-steps", "1")),
     "zero1x2": Kind(1, 2, tied=False),
     "zero2x2-bf16": Kind(2, 2, tied=True, flags=("--bf16",)),
     "zero3x2": Kind(3, 2, tied=False),
     "zero3x4": Kind(3, 4, tied=True),
 }
-SHARDED = [name for name, kind in KINDS.items() if kind.stage]
 
 
 @pytest.fixture(scope="module")
@@ -78,17 +60,14 @@ def run_of(
     def train(name: str) -> Path:
         kind = KINDS[name]
         base = tied_base if kind.tied else untied_base
-        deepspeed = ["--deepspeed", f"zero{kind.stage}"] if kind.stage else []
-        paths = ["--model-name-or-path", base, "--data-path", conversations, "--output-dir", root / name]
-        done = on_ranks(kind.ranks, "train", *paths, *COMMON, *deepspeed, *kind.flags)
-        assert done.code == 0, done.stderr
-        return root / name
+        flags = ("--deepspeed", f"zero{kind.stage}", *kind.flags)
+        return train_run(on_ranks, kind.ranks, base, conversations, root / name, *flags)
 
     return train
 
 
 @pytest.fixture(
-    params=["zero3x2", *(pytest.param(name, marks=pytest.mark.slow) for name in SHARDED if name != "zero3x2")]
+    params=["zero3x2", *(pytest.param(name, marks=pytest.mark.slow) for name in KINDS if name != "zero3x2")]
 )
 def sharded(request: pytest.FixtureRequest, run_of: Callable[[str], Path]) -> tuple[Kind, Path]:
     return KINDS[request.param], run_of(request.param) / f"checkpoint-{STEPS}"
@@ -99,11 +78,6 @@ def zero3(run_of: Callable[[str], Path]) -> Path:
     return run_of("zero3x2") / f"checkpoint-{STEPS}"
 
 
-@pytest.fixture
-def plain(run_of: Callable[[str], Path]) -> Path:
-    return run_of("plain")
-
-
 def copy_without_manifest(checkpoint: Path, folder: Path) -> Path:
     """Copy what DeepSpeed alone might have written, and the adapter's config: no manifest and no adapter weights."""
     shutil.copytree(checkpoint, folder)
@@ -111,12 +85,6 @@ def copy_without_manifest(checkpoint: Path, folder: Path) -> Path:
     for path in folder.glob("*.safetensors"):
         path.unlink()
     return folder
-
-
-def run_export(checkpoint: Path, output: Path, notes: list[Note] | None = None, **changes: Any) -> ExportResult:
-    settings = ExportSettings(checkpoint=checkpoint, output_dir=output, **changes)
-    kept = [] if notes is None else notes
-    return export(settings, lambda event: kept.append(event) if isinstance(event, Note) else None)
 
 
 def optimizer_shard(folder: Path, rank: int) -> Path:
@@ -187,15 +155,6 @@ def test_stock_peft_loads_the_export(
         assert torch.equal(loaded[name], value), name
 
 
-@pytest.mark.slow
-@pytest.mark.distributed
-def test_a_checkpoint_of_a_single_process_exports_its_adapter(plain: Path, tmp_path: Path) -> None:
-    checkpoint = plain / f"checkpoint-{STEPS}"
-    result = run_export(checkpoint, tmp_path / "adapter")
-    assert_same(read_adapter_tensors(tmp_path / "adapter"), read_adapter_tensors(checkpoint))
-    assert (result.zero_stage, result.world_size, result.step) == (None, 1, STEPS)
-
-
 @pytest.mark.distributed
 def test_export_writes_all_adapter_files_with_reproducible_bytes(zero3: Path, tmp_path: Path) -> None:
     result = run_export(zero3, tmp_path / "a")
@@ -231,7 +190,7 @@ def test_the_shard_folder_is_checked_against_its_parents_manifest(zero3: Path, t
     folder = shutil.copytree(zero3, tmp_path / "verified")
     shard = optimizer_shard(folder, 0)
     change_shard(shard, lambda state: state["fp32_flat_groups"][0].data.view(-1)[3:4].fill_(7))
-    refused(shard.parent, tmp_path, rf"{shard.name}: ")
+    check_refusal(shard.parent, tmp_path, rf"{shard.name}: ")
 
 
 # options
@@ -257,17 +216,11 @@ def test_the_trained_state_is_the_token_rows(sharded: tuple[Kind, Path], tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", ["plain", "zero2x2-bf16", "zero3x2"])
+@pytest.mark.parametrize("name", ["zero2x2-bf16", "zero3x2"])
 def test_the_full_state_is_the_base_and_the_token_rows(
     run_of: Callable[[str], Path], name: str, tied_base: Path, untied_base: Path, tmp_path: Path
 ) -> None:
-    run_export(run_of(name), tmp_path / "trained")
-    result = run_export(run_of(name), tmp_path / "full", non_lora_state="full")
-    state = load_file(tmp_path / "full" / "non_lora_state.safetensors")
-    base = load_file((tied_base if KINDS[name].tied else untied_base) / "model.safetensors")
-    rows = load_file(tmp_path / "trained" / "non_lora_state.safetensors")
-    assert_same(state, base | rows)
-    assert result.non_lora_tensors == len(state)
+    check_full_state(run_of(name), tied_base if KINDS[name].tied else untied_base, tmp_path)
 
 
 @pytest.mark.parametrize("non_lora_state", ["trained", "full", "none"])
@@ -311,40 +264,6 @@ def test_non_lora_state_none_writes_no_such_file(zero3: Path, tmp_path: Path) ->
     assert_same(read_adapter_tensors(tmp_path / "adapter"), read_adapter_tensors(zero3))
 
 
-@pytest.mark.distributed
-def test_a_run_exports_its_newest_checkpoint(plain: Path, tmp_path: Path) -> None:
-    notes: list[Note] = []
-    assert run_export(plain, tmp_path / "adapter", notes).step == STEPS
-    assert not [note for note in notes if note.warning]
-    assert_same(read_adapter_tensors(tmp_path / "adapter"), read_adapter_tensors(plain / f"checkpoint-{STEPS}"))
-    assert not [note for note in notes if "hasn't finished" in note.text]
-    stopped = shutil.copytree(plain, tmp_path / "stopped")
-    (stopped / "result.json").unlink()
-    run_export(stopped, tmp_path / "other", notes)
-    newest = stopped / f"checkpoint-{STEPS}"
-    said = f"{stopped}: this run hasn't finished; exporting its newest complete checkpoint, {newest}"
-    assert [note.text for note in notes if "hasn't finished" in note.text] == [said]
-
-
-def flip_last_byte(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
-
-
-@pytest.mark.distributed
-def test_export_skips_a_damaged_newest_checkpoint_with_a_warning(plain: Path, tmp_path: Path) -> None:
-    run = shutil.copytree(plain, tmp_path / "run")
-    (run / "result.json").unlink()  # a finished run has its adapter in its folder
-    flip_last_byte(run / f"checkpoint-{STEPS}" / "adapter_model.safetensors")
-    notes: list[Note] = []
-    assert run_export(run, tmp_path / "adapter", notes).step == STEPS - 1
-    warnings = [note.text for note in notes if note.warning]
-    assert len(warnings) == 1
-    assert f"checkpoint-{STEPS}/adapter_model.safetensors" in warnings[0]
-    assert_same(read_adapter_tensors(tmp_path / "adapter"), read_adapter_tensors(run / f"checkpoint-{STEPS - 1}"))
-
-
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_export_needs_neither_torch_nor_deepspeed(zero3: Path, tmp_path: Path) -> None:
@@ -373,27 +292,19 @@ def test_the_command_line_exports_and_prints_the_result(zero3: Path, tmp_path: P
 # refusals, which write nothing
 
 
-def refused(checkpoint: Path, tmp_path: Path, named: str, **changes: Any) -> CheckpointError:
-    before = list_files(tmp_path)
-    with pytest.raises(CheckpointError, match=named) as caught:
-        run_export(checkpoint, tmp_path / "adapter", **changes)
-    assert list_files(tmp_path) == before
-    return caught.value
-
-
 @pytest.mark.distributed
 def test_a_missing_shard_is_refused_by_its_rank(sharded: tuple[Kind, Path], tmp_path: Path) -> None:
     kind, checkpoint = sharded
     folder = copy_without_manifest(checkpoint, tmp_path / "bare")
     optimizer_shard(folder, kind.ranks - 1).unlink()
-    refused(folder, tmp_path, rf"rank {kind.ranks - 1} is missing")
+    check_refusal(folder, tmp_path, rf"rank {kind.ranks - 1} is missing")
 
 
 @pytest.mark.distributed
 def test_a_missing_shard_in_the_manifest_is_refused(zero3: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(zero3, tmp_path / "verified")
     optimizer_shard(folder, 1).unlink()
-    refused(folder, tmp_path, r"zero_pp_rank_1_mp_rank_00_optim_states\.pt: missing")
+    check_refusal(folder, tmp_path, r"zero_pp_rank_1_mp_rank_00_optim_states\.pt: missing")
 
 
 @pytest.mark.distributed
@@ -403,7 +314,7 @@ def test_a_checkpoint_without_any_optimizer_shard_is_refused(sharded: tuple[Kind
     folder = copy_without_manifest(checkpoint, tmp_path / "bare")
     for rank in range(kind.ranks):
         optimizer_shard(folder, rank).unlink()
-    refused(folder, tmp_path, "shard|optim_states")
+    check_refusal(folder, tmp_path, "shard|optim_states")
 
 
 @pytest.mark.distributed
@@ -411,7 +322,7 @@ def test_a_shard_of_another_world_size_is_refused(zero3: Path, tmp_path: Path) -
     folder = copy_without_manifest(zero3, tmp_path / "bare")
     shard = optimizer_shard(folder, 1)
     shutil.copy(shard, shard.with_name(shard.name.replace("rank_1", "rank_2")))
-    refused(folder, tmp_path, r"shards of ranks \[0, 1, 2\], but training used 2 ranks")
+    check_refusal(folder, tmp_path, r"shards of ranks \[0, 1, 2\], but training used 2 ranks")
 
 
 @pytest.mark.distributed
@@ -421,14 +332,16 @@ def test_a_truncated_shard_is_refused_by_its_name(zero3: Path, tmp_path: Path, k
     shard = optimizer_shard(folder, 1)
     data = shard.read_bytes()
     shard.write_bytes(data[: int(kept * len(data)) if isinstance(kept, float) else kept])
-    refused(folder, tmp_path, r"zero_pp_rank_1_mp_rank_00_optim_states\.pt")
+    check_refusal(folder, tmp_path, r"zero_pp_rank_1_mp_rank_00_optim_states\.pt")
 
 
 @pytest.mark.distributed
 def test_a_damaged_shard_in_the_manifest_is_refused(zero3: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(zero3, tmp_path / "verified")
     flip_last_byte(optimizer_shard(folder, 0))
-    error = refused(folder, tmp_path, r"zero_pp_rank_0_mp_rank_00_optim_states\.pt: differs from what was written")
+    error = check_refusal(
+        folder, tmp_path, r"zero_pp_rank_0_mp_rank_00_optim_states\.pt: differs from what was written"
+    )
     assert "earlier checkpoint" in (error.hint or "")
 
 
@@ -449,7 +362,7 @@ def test_nan_or_infinity_is_refused_with_the_tensors_name(
 ) -> None:
     folder = copy_without_manifest(run_of(name) / f"checkpoint-{STEPS}", tmp_path / "bare")
     change_shard(optimizer_shard(folder, 0), lambda state: state[key][0].data.view(-1)[3:4].fill_(value))
-    refused(folder, tmp_path, r"base_model\.model\.\S+: contains NaN or infinity")
+    check_refusal(folder, tmp_path, r"base_model\.model\.\S+: contains NaN or infinity")
 
 
 @pytest.mark.distributed
@@ -460,7 +373,7 @@ def test_a_shard_shorter_than_its_parameters_is_refused(zero3: Path, tmp_path: P
         state["fp32_flat_groups"] = [group.view(-1)[:-8].clone() for group in state["fp32_flat_groups"]]
 
     change_shard(optimizer_shard(folder, 1), shorten)
-    refused(folder, tmp_path, "the shards are too short for this parameter")
+    check_refusal(folder, tmp_path, "the shards are too short for this parameter")
 
 
 @pytest.mark.distributed
@@ -469,7 +382,7 @@ def test_a_latest_file_that_names_no_folder_is_refused(zero3: Path, tmp_path: Pa
     folder = copy_without_manifest(zero3, tmp_path / "bare")
     shutil.copytree(folder / f"global_step{STEPS}", tmp_path / "x")
     (folder / "latest").write_text(tag)
-    refused(folder, tmp_path, "latest")
+    check_refusal(folder, tmp_path, "latest")
 
 
 class _Calls:
@@ -492,27 +405,15 @@ def test_a_shard_that_calls_code_is_refused_unrun(zero3: Path, tmp_path: Path, f
         shard = next(folder.glob(f"global_step*/*rank_0_mp_rank_00_{file}.pt"))
         with zipfile.ZipFile(shard, "w") as archive:
             archive.writestr("archive/data.pkl", pickle.dumps({"optimizer_state_dict": call}, protocol=2))
-        refused(folder, tmp_path, rf"{file}\.pt: its pickle refers to")
+        check_refusal(folder, tmp_path, rf"{file}\.pt: its pickle refers to")
         assert not marker.exists()
-
-
-@pytest.mark.distributed
-def test_an_adapter_that_was_never_trained_is_refused(plain: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(plain / f"checkpoint-{STEPS}", tmp_path / "bare")
-    (folder / "t5tune_manifest.json").unlink()
-    state = read_adapter_tensors(folder)
-    save_file(
-        {name: value.zero_() if "lora_B" in name else value for name, value in state.items()},
-        folder / "adapter_model.safetensors",
-    )
-    refused(folder, tmp_path, "every lora_B is zero")
 
 
 @pytest.mark.distributed
 def test_shards_without_the_adapters_config_are_refused(zero3: Path, tmp_path: Path) -> None:
     folder = copy_without_manifest(zero3, tmp_path / "bare")
     (folder / "adapter_config.json").unlink()
-    refused(folder, tmp_path, r"no adapter_config\.json")
+    check_refusal(folder, tmp_path, r"no adapter_config\.json")
 
 
 @pytest.mark.distributed
@@ -520,28 +421,4 @@ def test_shards_without_the_adapters_config_are_refused(zero3: Path, tmp_path: P
 def test_an_adapters_config_that_is_not_an_object_is_refused(zero3: Path, tmp_path: Path, content: str) -> None:
     folder = copy_without_manifest(zero3, tmp_path / "bare")
     (folder / "adapter_config.json").write_text(content)
-    refused(folder, tmp_path, r"adapter_config\.json")
-
-
-@pytest.mark.distributed
-def test_a_run_without_complete_checkpoints_is_refused_with_reason(plain: Path, tmp_path: Path) -> None:
-    run = shutil.copytree(plain, tmp_path / "run")
-    (run / "result.json").unlink()
-    for checkpoint in run.glob("checkpoint-*"):
-        (checkpoint / "adapter_model.safetensors").unlink()
-    refused(
-        run, tmp_path, rf"none of its checkpoints is complete: .*checkpoint-{STEPS}/adapter_model\.safetensors: missing"
-    )
-
-
-@pytest.mark.distributed
-def test_an_output_folder_with_files_is_kept_without_overwrite(plain: Path, tmp_path: Path) -> None:
-    output = tmp_path / "adapter"
-    output.mkdir()
-    (output / "mine.txt").write_text("mine")
-    with pytest.raises(SettingsError, match="already contains files"):
-        run_export(plain, output)
-    assert list_files(output) == ["mine.txt"]
-    run_export(plain, output, overwrite=True)
-    assert "mine.txt" not in list_files(output)
-    assert json.loads((output / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    check_refusal(folder, tmp_path, r"adapter_config\.json")
