@@ -28,7 +28,6 @@ from t5tune.serving import engines
 from t5tune.serving.generation import DecodingOptions, Generation
 from t5tune.serving.stop_signals import read_signals
 from t5tune.settings import ServeSettings
-from tests.commands.test_serve import start as start_command
 from tests.serving.raw_http import (
     CHAT,
     PATIENCE,
@@ -42,6 +41,7 @@ from tests.serving.raw_http import (
     wait_until_running,
 )
 from tests.support.processes.runs import LONG
+from tests.support.servers.serve_command import start as start_command
 
 pytestmark = pytest.mark.slow
 
