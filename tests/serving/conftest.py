@@ -56,6 +56,16 @@ def converted_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("converted")
 
 
+@pytest.fixture
+def settings(converted_dir: Path) -> Callable[..., ServeSettings]:
+    def make_settings(models: dict[str, Path], **changes: Any) -> ServeSettings:
+        values: dict[str, Any] = {"port": 0, "use_cpu": True, "max_new_tokens": 8, "engine": "transformers"}
+        values |= {"models": {name: str(folder) for name, folder in models.items()}, "converted_dir": converted_dir}
+        return ServeSettings(**values | changes)
+
+    return make_settings
+
+
 @pytest.fixture(scope="module")
 def start(converted_dir: Path) -> Iterator[StartServer]:
     """A function that starts a server in this process. It stops at the end of the module."""
