@@ -1,10 +1,9 @@
-"""Evaluate: metrics compared with plain transformers, for all forms of model and data; and evaluation in training."""
+"""Evaluate: metrics compared with plain transformers, for all forms of model and data."""
 
 import json
 import math
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,7 +27,6 @@ from t5tune.settings import (
     load_settings,
 )
 from tests.commands.evaluate.outputs import (
-    EVALUATED,
     METRICS,
     get_metrics,
     make_short_settings,
@@ -37,7 +35,7 @@ from tests.commands.evaluate.outputs import (
     write_answers,
 )
 from tests.support.caches import find_cache, open_only
-from tests.support.processes.command_line import CommandResult, t5tune_in_fork
+from tests.support.processes.command_line import t5tune_in_fork
 
 pytestmark = pytest.mark.slow
 
@@ -432,24 +430,3 @@ def test_the_command_prints_one_json_object_and_numbers_its_folders(
     assert "--overwrite" in full.errors[0]
     again = t5tune_in_fork(*arguments, "--overwrite", cwd=tmp_path)
     assert again.stdout.strip() == "evaluation/predictions.jsonl"
-
-
-@pytest.mark.long
-@pytest.mark.distributed
-def test_two_ranks_of_zero3_evaluate_like_one_process(
-    untied_base: Path, conversations: Path, tmp_path: Path, on_ranks: Callable[..., CommandResult]
-) -> None:
-    """With a learning rate of 0, the weights stay the base's, so all metrics must be the same."""
-    held_out = tmp_path / "held_out.jsonl"
-    # short predictions, because under ZeRO-3 every generated token gathers the whole model
-    held_out.write_text("\n".join(sorted(conversations.read_text().splitlines(), key=len)[:7]))
-    common = (
-        "train", "--model-name-or-path", untied_base, "--data-path", conversations, "--eval-data-path", held_out,
-        "--learning-rate", "0", "--max-steps", "1", "--eval-generate", "7", "--per-device-eval-batch-size", "2",
-        "--report-samples", "0", "--use-cpu", "--json",
-    )  # fmt: skip
-    alone = on_ranks(1, *common, "--output-dir", tmp_path / "alone")
-    ranks = on_ranks(2, *common, "--output-dir", tmp_path / "ranks", "--deepspeed", "zero3")
-    assert alone.code == ranks.code == 0, ranks.stderr
-    for name in EVALUATED:
-        assert ranks.json["eval"][name] == pytest.approx(alone.json["eval"][name], rel=1e-4), name

@@ -16,6 +16,7 @@ from t5tune.commands.train import train
 from t5tune.errors import SettingsError
 from t5tune.progress import Event, Note
 from t5tune.settings import EvaluateSettings
+from tests.commands.evaluate.outputs import EVALUATED
 from tests.support.paths import REPOSITORY
 from tests.support.processes.command_line import CommandResult
 from tests.support.processes.runs import Running, is_running, send_signal
@@ -265,3 +266,23 @@ def test_an_error_of_rank_0_is_printed_once(tmp_path: Path, on_ranks: Callable[.
     assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [
         f"error: model_name_or_path: {tmp_path / 'none'}: no such folder; check the path's spelling"
     ]
+
+
+@pytest.mark.long
+def test_two_ranks_of_zero3_evaluate_like_one_process(
+    untied_base: Path, conversations: Path, tmp_path: Path, on_ranks: Callable[..., CommandResult]
+) -> None:
+    """With a learning rate of 0, the weights stay the base's, so all metrics must be the same."""
+    held_out = tmp_path / "held_out.jsonl"
+    # short predictions, because under ZeRO-3 every generated token gathers the whole model
+    held_out.write_text("\n".join(sorted(conversations.read_text().splitlines(), key=len)[:7]))
+    common = (
+        "train", "--model-name-or-path", untied_base, "--data-path", conversations, "--eval-data-path", held_out,
+        "--learning-rate", "0", "--max-steps", "1", "--eval-generate", "7", "--per-device-eval-batch-size", "2",
+        "--report-samples", "0", "--use-cpu", "--json",
+    )  # fmt: skip
+    alone = on_ranks(1, *common, "--output-dir", tmp_path / "alone")
+    ranks = on_ranks(2, *common, "--output-dir", tmp_path / "ranks", "--deepspeed", "zero3")
+    assert alone.code == ranks.code == 0, ranks.stderr
+    for name in EVALUATED:
+        assert ranks.json["eval"][name] == pytest.approx(alone.json["eval"][name], rel=1e-4), name
