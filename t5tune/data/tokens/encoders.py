@@ -126,7 +126,7 @@ class WordEncoder(WholeTextEncoder):
 
     The ids of words are cached, and only new words go to the tokenizer. Text with characters that could join across a
     space (combining marks, joiners, …) is encoded as a whole. So the ids are the tokenizer's, which
-    tests/data/tokens/test_tokenizer.py and tests/commands/test_prepare.py check with unusual Unicode text.
+    test_tokenizer.py and test_sentencepiece.py in tests/data/tokens check with unusual Unicode text.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:

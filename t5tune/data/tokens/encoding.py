@@ -2,7 +2,7 @@
 
 Each piece is encoded once. The special tokens that its template spells out are found first, and become their ids.
 Pieces meet at whitespace or at an added token, where the tokenizer splits words anyway, so their concatenated ids are
-the ids of the whole text (tests/commands/test_prepare.py checks this). The exception is an indentation token, a
+the ids of the whole text (tests/commands/prepare/test_pieces.py checks this). The exception is an indentation token, a
 newline with spaces that belong to two pieces.
 """
 
