@@ -28,6 +28,7 @@ from t5tune.model.lora import add_lora
 from t5tune.progress import Advanced
 from t5tune.settings import ChatSettings, EvaluateSettings, MergeSettings, QuantizationSettings
 from t5tune.settings.groups.lora import LoraSettings
+from tests.end_to_end.lora_runs import loss_of
 from tests.support.caches import open_only
 from tests.support.models.adapters import make_stock_adapter
 from tests.support.models.gemma_models import EOI, WINDOW
@@ -60,8 +61,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "int8": {"q_lora": True, "quant_type": "int8", "bf16": False},
     "padded": {"packing": "off"},
 }
-
-
 WAYS: dict[str, tuple[int, tuple[str, ...]]] = {
     "ZeRO-3": (3, ()),
     "ZeRO-3, full": (3, ("--train-mode", "full")),
@@ -206,21 +205,16 @@ def test_live_model_saved_adapter_and_merged_checkpoint_agree(
     settings = make_settings(bases[kind], data, tmp_path / "run", max_steps=3, eval_data_path=str(data), **changes)
     result = train(settings)
     quantization = {key: changes[key] for key in ("q_lora", "quant_type") if key in changes}
-    saved = compute_loss(tmp_path / "run", data, tmp_path / "a", **quantization)
+    saved = loss_of(tmp_path / "run", data, tmp_path / "a", bf16=False, **quantization)
     # int8 scales activations by the largest value of a batch, so different batches round differently
     assert result.eval["loss"] == pytest.approx(saved, rel=3e-3 if name == "int8" else 1e-4)
-    assert abs(saved - compute_loss(bases[kind], data, tmp_path / "c", **quantization)) > 1e-2
+    assert abs(saved - loss_of(bases[kind], data, tmp_path / "c", bf16=False, **quantization)) > 1e-2
     onto = changes.get("quant_type", "nf4") if quantization else "base"
     values = {"model_name_or_path": str(bases[kind]), "adapter": tmp_path / "run", "output_dir": tmp_path / "merged"}
     # int8 also rounds activations, and T5Gemma's capped logits are small
     merge(MergeSettings(**values, onto=onto, verify_tolerance=0.1))
-    folded = compute_loss(tmp_path / "merged", data, tmp_path / "b")
+    folded = loss_of(tmp_path / "merged", data, tmp_path / "b", bf16=False)
     assert folded == pytest.approx(saved, rel=2e-2 if quantization else 1e-4)
-
-
-def compute_loss(model: Path, data: Path, output: Path, **changes: Any) -> float:
-    values = {"model_name_or_path": str(model), "data_path": str(data), "output_dir": output, "use_cpu": True}
-    return evaluate(EvaluateSettings(**values, max_new_tokens=1, bf16=False, **changes)).loss
 
 
 @pytest.mark.parametrize("kind", KINDS)
