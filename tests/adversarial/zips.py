@@ -1,7 +1,6 @@
 """Crafted zip archives and pickles with false values in any field.
 
-`python -m tests.adversarial.zips FOLDER` writes all of them as torch files. `hostile_zips` and `hostile_pickles` return
-name -> (the file's bytes, a regular expression that the error matches).
+`hostile_zips` and `hostile_pickles` return name -> (the file's bytes, a regular expression that the error matches).
 """
 
 import pickle
@@ -163,19 +162,33 @@ def hostile_zips() -> Corpus:
 
 def hostile_pickles() -> Corpus:
     """Return pickles that are refused where a state dict is expected."""
+    pickles = (
+        malformed_pickles()
+        | pickled_calls()
+        | pickled_storages()
+        | pickled_tensors()
+        | pickled_names()
+        | pickled_opcodes()
+    )
+    return {name: (torch_file(pickled), expected) for name, (pickled, expected) in pickles.items()}
 
-    def refers(count: bytes = b"K\6", kind: bytes = b"X\7\0\0\0storage", key: bytes = b"X\1\0\0\x000") -> bytes:
-        return state_pickle(reference=b"(" + kind + b"ctorch\nFloatStorage\n" + key + b"X\3\0\0\0cpu" + count + b"tQ")
 
-    def calls(function: bytes, arguments: bytes = b")") -> bytes:
-        return b"\x80\2}X\1\0\0\0w" + function + arguments + b"Rs."
+def refers(count: bytes = b"K\6", kind: bytes = b"X\7\0\0\0storage", key: bytes = b"X\1\0\0\x000") -> bytes:
+    return state_pickle(reference=b"(" + kind + b"ctorch\nFloatStorage\n" + key + b"X\3\0\0\0cpu" + count + b"tQ")
 
-    def number(value: int) -> bytes:
-        encoded = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
-        return b"\x8a" + bytes([len(encoded)]) + encoded
 
-    tensor = state_pickle()[9:-2]
-    pickles = {
+def calls(function: bytes, arguments: bytes = b")") -> bytes:
+    return b"\x80\2}X\1\0\0\0w" + function + arguments + b"Rs."
+
+
+def number(value: int) -> bytes:
+    encoded = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
+    return b"\x8a" + bytes([len(encoded)]) + encoded
+
+
+def malformed_pickles() -> Corpus:
+    """Return pickles whose structure is wrong, too deep or too large."""
+    return {
         "nested tuples": (b"\x80\2)" + b"\x85" * 500_000 + b".", "state dict"),
         "nested lists": (b"\x80\2" + b"]" * 400_000 + b"a" * 399_999 + b".", "state dict"),
         "nested dicts": (b"\x80\2" + b"}K\0" * 200_000 + b"N" + b"s" * 200_000 + b".", "state dict"),
@@ -213,7 +226,13 @@ def hostile_pickles() -> Corpus:
         "protocol 4": (pickle.dumps({"w": 1}, 4), "protocol 4"),
         "protocol 5": (pickle.dumps({"w": 1}, 5), "protocol 5"),
         "protocol 0": (pickle.dumps({"w": 1}, 0), "opcode"),
-        # calls
+    }
+
+
+def pickled_calls() -> Corpus:
+    """Return pickles with calls that build no tensor."""
+    tensor = state_pickle()[9:-2]
+    return {
         "a call of a tensor": (calls(tensor), "isn't a function"),
         "a call of a string": (calls(b"X\4\0\0\0exec"), "isn't a function"),
         "a call of a storage's type": (calls(b"ctorch\nFloatStorage\n"), "isn't a function"),
@@ -230,7 +249,12 @@ def hostile_pickles() -> Corpus:
         "an instance of a function": (b"\x80\2}X\1\0\0\0wccollections\nOrderedDict\n)\x81s.", "isn't a class"),
         "attributes of a tensor": (b"\x80\2}X\1\0\0\0w" + tensor + b"}bs.", "sets attributes"),
         "attributes of a function": (calls(b"ccollections\nOrderedDict\n}b"), "sets attributes"),
-        # storages
+    }
+
+
+def pickled_storages() -> Corpus:
+    """Return pickles whose storage is wrong."""
+    return {
         "another kind of reference": (refers(kind=b"X\6\0\0\0module"), "isn't a storage"),
         "a reference that is a number": (state_pickle(reference=b"K\1Q"), "isn't a storage"),
         "a reference with three items": (state_pickle(reference=b"X\7\0\0\0storageNN\x87Q"), "isn't a storage"),
@@ -243,7 +267,12 @@ def hostile_pickles() -> Corpus:
         "a storage of -1 elements": (refers(b"J\xff\xff\xff\xff"), "expected -4"),
         "a storage of 2^400 elements": (refers(number(1 << 400)), "bytes, expected"),
         "a storage of True elements": (refers(b"\x88"), "isn't a storage"),
-        # tensors
+    }
+
+
+def pickled_tensors() -> Corpus:
+    """Return pickles of a tensor whose shape, strides or offset are wrong."""
+    return {
         "an offset beyond": (state_pickle(offset=b"K\1"), "exceeds its storage"),
         "an offset of -1": (state_pickle(offset=b"J\xff\xff\xff\xff"), "invalid shape"),
         "an offset of 2^400": (state_pickle(offset=number(1 << 400)), "invalid shape"),
@@ -262,6 +291,11 @@ def hostile_pickles() -> Corpus:
         "a tensor without a storage": (state_pickle(reference=b"N"), "without a storage"),
         "a list instead of a shape": (state_pickle(b"]"), "without a storage, a shape"),
     }
+
+
+def pickled_names() -> Corpus:
+    """Return pickles that refer to a function that could do harm."""
+    pickles = {}
     for name in ("os system", "posix system", "builtins eval", "__builtin__ getattr", "builtins __import__",
                  "subprocess Popen", "torch.storage _load_from_bytes", "torch.hub load", "torch load", "pickle loads",
                  "functools partial", "operator attrgetter", "collections OrderedDict.fromkeys", "codecs open",
@@ -272,10 +306,16 @@ def hostile_pickles() -> Corpus:
             calls(f"c{module}\n{function}\n".encode(), b"X\2\0\0\0id\x85"),
             f"its pickle refers to {module}.{function}, which no checkpoint needs",
         )
+    return pickles
+
+
+def pickled_opcodes() -> Corpus:
+    """Return pickles with each opcode that a state dict doesn't need."""
+    pickles = {}
     known = b"\x80(})].N\x88\x89KMJG\x8aX\x85\x86\x87taesuqrhjcR\x81bQ"
     for opcode in pickletools.opcodes:
         code = opcode.code.encode("latin-1")
         if code not in known:
             pickled = b"\x80\2}" + code + b"\0\0\0\0\0\0\0\0\n\n."
             pickles[f"opcode {opcode.name}"] = (pickled, "can't be read")
-    return {name: (torch_file(pickled), expected) for name, (pickled, expected) in pickles.items()}
+    return pickles
