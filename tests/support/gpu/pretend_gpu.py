@@ -42,14 +42,25 @@ def load_compilers() -> None:
 
 def pretend_gpu(capability: int) -> None:
     """Let Inductor and Triton compile for a GPU of this compute capability."""
-    import torch
-    import torch._dynamo.device_interface as device_interface
     import torch._inductor.config as inductor_config
     from torch._inductor.fx_passes import joint_graph, post_grad
     from torch._inductor.runtime import triton_helpers
-    from triton.backends.compiler import GPUTarget
-    from triton.backends.driver import DriverBase
     from triton.runtime import driver
+
+    _answer_as_gpu(capability)
+    driver.set_active(_make_driver(capability))
+    # patterns and constants are found by computing on the device
+    joint_graph.lazy_init = post_grad.lazy_init = lambda *_, **__: None
+    triton_helpers.set_driver_to_gpu = lambda: None
+    inductor_config.joint_graph_constant_folding = False
+    inductor_config.fx_graph_cache = False
+    inductor_config.compile_threads = 1
+
+
+def _answer_as_gpu(capability: int) -> None:
+    """Let torch.cuda and Dynamo answer as on a machine with one GPU."""
+    import torch
+    import torch._dynamo.device_interface as device_interface
 
     name, shared_memory = GPUS[capability]
     properties = types.SimpleNamespace(
@@ -80,9 +91,14 @@ def pretend_gpu(capability: int) -> None:
     interface.raise_if_triton_unavailable = staticmethod(lambda *_: None)
     interface.get_raw_stream = staticmethod(lambda *_: 0)
 
-    class Driver(DriverBase):  # type: ignore[misc]
-        """Triton's view of the GPU."""
 
+def _make_driver(capability: int) -> Any:
+    """Make Triton's view of the GPU."""
+    import torch
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.driver import DriverBase
+
+    class Driver(DriverBase):  # type: ignore[misc]
         def __init__(self) -> None:
             pass
 
@@ -102,10 +118,4 @@ def pretend_gpu(capability: int) -> None:
         def get_benchmarker(self) -> None:
             return None
 
-    driver.set_active(Driver())
-    # patterns and constants are found by computing on the device
-    joint_graph.lazy_init = post_grad.lazy_init = lambda *_, **__: None
-    triton_helpers.set_driver_to_gpu = lambda: None
-    inductor_config.joint_graph_constant_folding = False
-    inductor_config.fx_graph_cache = False
-    inductor_config.compile_threads = 1
+    return Driver()
