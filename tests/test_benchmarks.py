@@ -304,6 +304,7 @@ def test_a_fitted_exponent_ignores_the_fixed_part() -> None:
     assert fit_exponent(sizes[:2], [1, 2], noise=0.1) is None
 
 
+@pytest.mark.long
 def test_scale_fits_an_exponent_to_each_curve(tmp_path: Path) -> None:
     result = run_benchmark(
         tmp_path, "scale.py", "train: an epoch's batches", "merge/adapters", "export/ranks", "--max-examples", "1e5",

@@ -9,10 +9,8 @@ they are counted for each module of the package and each document, and a change 
 
 import argparse
 import ast
-import io
 import re
 import subprocess
-import tokenize
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
@@ -56,6 +54,10 @@ POINTING = {
     r"(?:whether|if) (?:that|this|it) is so": "true if",
 }
 TEXTS = (".md", ".yaml", ".yml", ".sh", ".sbatch", ".toml", ".txt")
+STRING_OR_COMMENT = re.compile(
+    r"""\"{3}(?:\\.|[^\\])*?"{3}|'{3}(?:\\.|[^\\])*?'{3}|"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*'|(?P<comment>#[^\n]*)""",
+    re.S,
+)
 # word lists and generated sentences that a model learns from, and these lists
 DATA = {
     "examples/pocket/words.py", "examples/pocket/sentences.py", "examples/pocket/families.py",
@@ -98,8 +100,9 @@ def read_texts(path: Path) -> list[tuple[int, str]]:
                 texts.append((node.lineno, data.decode(errors="replace")))
             case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
                 texts.append((node.lineno, re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name.replace("_", " "))))
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    return [*texts, *((token.start[0], token.string) for token in tokens if token.type == tokenize.COMMENT)]
+    # in a tenth of the time of `tokenize`
+    comments = (match for match in STRING_OR_COMMENT.finditer(source) if match["comment"])
+    return [*texts, *((source.count("\n", 0, match.start()) + 1, match["comment"]) for match in comments)]
 
 
 def read_prose(path: Path) -> Iterator[tuple[int, str]]:

@@ -97,6 +97,7 @@ def test_hub_and_local_adapters_give_the_same_results(hub: Hub, adapters: list[P
     assert str(hub.home) not in card + settings
 
 
+@pytest.mark.long
 def test_training_keeps_the_commit_of_a_hub_adapter(
     hub: Hub, adapters: list[Path], untied_base: Path, tmp_path: Path
 ) -> None:
@@ -158,6 +159,7 @@ def test_a_run_loads_the_commit_that_its_checkpoints_record(
     assert manifest["adapter"] == hash_adapter(snapshot)
 
 
+@pytest.mark.long
 @pytest.mark.distributed
 @pytest.mark.parametrize("is_named_with_its_base", [False, True])
 @pytest.mark.variants("True")
@@ -200,6 +202,7 @@ def test_an_unusable_adapter_is_refused_in_one_line(
     assert not out.exists()
 
 
+@pytest.mark.long
 def test_a_published_model_is_converted_by_its_name(hub: Hub, untied_base: Path, tmp_path: Path) -> None:
     hub.add("model", "some/base", untied_base)
     done = run(hub, "merge", "some/base", "--to", "onnx", "--output-dir", tmp_path / "web")

@@ -155,6 +155,7 @@ def test_a_qlora_adapter_gives_the_same_replies_everywhere(run: Path, conversati
     assert (compute_logits(unquantized.model) - logits[0]).abs().max() > 100 * (logits[1] - logits[0]).abs().max()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_ctranslate2_serves_a_merge_into_the_trained_weights(run: Path, tmp_path: Path) -> None:
     pytest.importorskip("ctranslate2")

@@ -225,6 +225,7 @@ def test_resumed_steps_follow_the_schedule_of_an_allowed_length(
     assert rates == pytest.approx([1e-2 * share for share in expected])
 
 
+@pytest.mark.long
 @pytest.mark.distributed
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
 @pytest.mark.variants("zero3")

@@ -394,6 +394,7 @@ def test_a_reload_signal_before_the_server_runs_is_kept() -> None:
     assert signal.getsignal(signal.SIGUSR1) == before
 
 
+@pytest.mark.long
 def test_a_running_server_converts_in_a_separate_process(
     untied_base: Path, settings: Callable[..., ServeSettings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -95,6 +95,7 @@ def client(server: Server) -> Iterator[openai.OpenAI]:
         yield found
 
 
+@pytest.mark.long
 @pytest.mark.variants("ctranslate2")
 def test_many_clients_at_once_get_the_replies_of_chat(
     client: openai.OpenAI, server: Server, chats: dict[str, Path]

@@ -88,7 +88,7 @@ def read_predictions(folder: Path) -> list[dict[str, Any]]:
                 ["--num-processes=2", "--deepspeed=zero3", "--gradient-checkpointing"]],
     ids=["padded", "ranks", "zero2", "zero3"],
 )  # fmt: skip
-@pytest.mark.variants("zero3-tag", "zero3-regress", "padded-several", "ranks-classify")
+@pytest.mark.variants("zero3-tag", "padded-several", "ranks-classify")
 def test_each_way_has_the_losses_of_one_process(
     options: list[str], kind: str, base_without_dropout: Path, data: dict[str, Path], tmp_path: Path, on_ranks: OnRanks
 ) -> None:

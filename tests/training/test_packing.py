@@ -107,6 +107,7 @@ def test_label_smoothing_is_in_the_loss_it_trains_on(
     assert read_steps(run)[0]["loss"] == pytest.approx(total / count, rel=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("packing", ["on", "off"])
 @pytest.mark.variants("on")

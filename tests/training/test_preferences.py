@@ -348,6 +348,7 @@ def test_a_student_comes_near_its_teacher(untied_base: Path, data: Path, teacher
     assert steps[0]["loss"] == pytest.approx(4 * steps[0]["kl"], rel=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.distributed
 @pytest.mark.parametrize("zero", [[], ["--deepspeed=zero3"]], ids=["ddp", "zero3"])
 @pytest.mark.variants("zero3")

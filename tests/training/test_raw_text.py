@@ -39,6 +39,7 @@ def make_settings(base: Path, text: Path, run: Path, /, **changes: Any) -> Train
     return TrainSettings(**{**values, **changes})
 
 
+@pytest.mark.long
 @pytest.mark.distributed
 def test_each_epoch_masks_other_spans_on_any_number_of_ranks(
     untied_base: Path, text: Path, tmp_path: Path, on_ranks: OnRanks

@@ -222,6 +222,7 @@ def test_the_terminal_shows_the_calibration_error_of_both_models(untied_base: Pa
     assert [line for line in done.stderr.splitlines() if line.startswith("calibration error  ")]
 
 
+@pytest.mark.long
 @pytest.mark.distributed
 def test_ranks_and_partitions_give_the_same_scores(
     untied_base: Path, data: Path, tmp_path: Path, on_ranks: Callable[..., CommandResult]

@@ -65,6 +65,7 @@ def test_losses_never_need_all_logits_or_an_embedding_copy(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"choices": ["yes", "no"]}], ids=["replies", "choices"])
+@pytest.mark.variants("choices")
 def test_long_sources_are_never_in_memory_all_together(
     changes: dict[str, Any], untied_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -90,6 +91,7 @@ def test_long_sources_are_never_in_memory_all_together(
     assert peaks[1] - peaks[0] < 80 * source_S.nbytes
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("num_beams", [1, 3])
 @pytest.mark.variants("3")

@@ -76,6 +76,7 @@ def data_of_runs(untied_base: Path, conversations: Path, tmp_path_factory: pytes
         ("mixture", {"mixing": "proportional", "mixing_cap": 6, "num_data": 9, "eval_fraction": 0.25}),
     ],
 )
+@pytest.mark.variants("cache-changes1", "mixture-changes3")
 def test_a_runs_plan_uses_its_training_examples(
     name: str, changes: dict[str, Any], untied_base: Path, data_of_runs: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -113,7 +114,7 @@ def test_a_mixture_is_planned_as_it_is_mixed(untied_base: Path, data_of_runs: di
 
 
 @pytest.mark.parametrize("weights", [[":1"], [":1", ":3"], [""]])
-@pytest.mark.variants("weights1", "weights2")
+@pytest.mark.variants("weights1")
 def test_data_without_a_cache_is_planned_as_it_is_trained(
     weights: list[str], untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:

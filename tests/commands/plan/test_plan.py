@@ -30,6 +30,7 @@ def test_a_plan_shows_only_what_the_machine_can_use(machine: dict[str, Any], sta
     assert [stage.stage for stage in result.stages] == stages
 
 
+@pytest.mark.long
 def test_a_plan_says_that_it_leaves_out_the_teacher(tmp_path: Path) -> None:
     keys = "model_name_or_path: pocket\ndata_path: pocket\noutput_dir: run\nteacher_model_name_or_path: pocket\n"
     (tmp_path / "run.yaml").write_text(keys)
@@ -94,6 +95,7 @@ def test_an_unknown_model_is_reported_once(conversations: Path) -> None:
     assert not notes
 
 
+@pytest.mark.long
 @pytest.mark.distributed
 def test_a_timed_run_prints_nothing(conversations: Path) -> None:
     """It runs in forks of the command's process."""
@@ -118,6 +120,7 @@ def test_a_plan_says_why_there_is_no_time(untied_base: Path, conversations: Path
         assert (planned.time, planned.time_unknown) == (None, reason)
 
 
+@pytest.mark.long
 def test_a_run_that_fails_is_not_timed(conversations: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ("--model-name-or-path", "pocket", "--data-path", conversations, "--optim", "adamw_apex_fused", "--json")
     planned = t5tune_in_fork("plan", *words).json

@@ -141,6 +141,7 @@ def test_a_dummy_example_has_nothing_to_learn(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", ["tag", "regress"])
+@pytest.mark.variants("tag")
 def test_parts_and_workers_give_the_same_bytes(objective: str, tmp_path: Path) -> None:
     records = [
         {

@@ -194,6 +194,7 @@ def test_only_a_folder_with_a_model_is_pushed(hub: Hub, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("to", ["ctranslate2", "onnx"])
+@pytest.mark.variants("ctranslate2")
 def test_the_code_in_the_card_of_a_converted_model_runs(to: str, hub: Hub, finished_run: Path, tmp_path: Path) -> None:
     """CTranslate2 and onnxruntime load only folders."""
     pytest.importorskip("onnxruntime" if to == "onnx" else to)

@@ -49,7 +49,7 @@ def test_serve_prints_the_address_and_requests_as_json_lines(untied_base: Path, 
 
 
 @pytest.mark.parametrize("stop_signal", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-@pytest.mark.variants("15", "1")
+@pytest.mark.variants("15")
 def test_a_signal_under_load_ends_with_whole_replies(
     stop_signal: signal.Signals, untied_base: Path, tmp_path: Path
 ) -> None:

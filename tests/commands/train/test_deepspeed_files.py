@@ -19,6 +19,7 @@ DOCUMENTED = {
 }  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("stage", ["zero1", "zero2"])
