@@ -78,6 +78,7 @@ def test_the_fastchat_example_runs_on_the_data_of_fastchat(tmp_path: Path, share
     assert (tmp_path / "merged" / "model.safetensors").is_file()
 
 
+@pytest.mark.long
 def test_the_xxl_example_trains_in_four_bits_and_exports(tmp_path: Path, conversations: Path) -> None:
     run("flan-t5-xxl-24gb", tmp_path, "--gradient-accumulation-steps", "1", DATA=str(conversations))
     assert "q_lora: true" in (tmp_path / "run" / "settings.yaml").read_text()

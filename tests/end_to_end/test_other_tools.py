@@ -143,6 +143,7 @@ def ctranslate2() -> Any:
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.variants("untied")
 def test_ctranslate2_gives_our_replies_from_the_converted_folder(tied: bool, ctranslate2: Any, tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", tied=tied)
     adapter = make_stock_adapter(base, tmp_path / "adapter")

@@ -19,6 +19,7 @@ GIB = 1 << 30
 PROT_T5 = "Rostlab/prot_t5_xl_half_uniref50-enc"
 
 
+@pytest.mark.long
 def test_prot_t5_in_nf4_takes_4_5_gib_for_1024_residues() -> None:
     recipe = {"q_lora": True, "lora_r": 4, "lora_dropout": 0.0, "lora_target_modules": ["attention"]}
     options = {"source_length": 1025, "per_device_train_batch_size": 1, "num_gpus": 1}

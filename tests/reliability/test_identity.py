@@ -199,7 +199,7 @@ PLATEAU = {"lr_scheduler_type": "reduce_lr_on_plateau", "max_steps": 8, "eval_fr
     ],
     ids=["longer", "shorter", "epochs", "plateau"],
 )
-@pytest.mark.variants("longer", "epochs", "plateau")
+@pytest.mark.variants("longer")
 def test_resumed_steps_follow_the_schedule_of_an_allowed_length(
     first: dict[str, Any], new: dict[str, Any], shares: Callable[[int, int], float], inputs: list[Path], tmp_path: Path
 ) -> None:
@@ -276,6 +276,7 @@ def test_shards_are_refused_without_zero_with_the_command_that_helps(
     assert json.loads((run / f"checkpoint-{STEPS}" / "t5tune_manifest.json").read_text())["made_of"]["batch"] == 4
 
 
+@pytest.mark.long
 @pytest.mark.distributed
 def test_a_deepspeed_config_that_says_the_same_may_replace_another(
     fork_server: ForkServer, zero3_run: Path, uninterrupted_zero3: bytes, inputs: list[Path], tmp_path: Path

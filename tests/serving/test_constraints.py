@@ -100,6 +100,7 @@ def stock(chats: dict[str, Path]) -> Stock:
 
 
 @pytest.mark.parametrize(("options", "constraint"), CONSTRAINTS, ids=["schema", "regex", "choices"])
+@pytest.mark.variants("transformers-regex", "transformers-choices", "ctranslate2-schema", "ctranslate2-choices")
 def test_constrained_replies_are_the_likeliest_allowed_tokens(
     options: dict[str, Any], constraint: Constraint, client: openai.OpenAI, stock: Stock
 ) -> None:

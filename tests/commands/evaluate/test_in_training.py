@@ -305,6 +305,7 @@ def test_a_step_is_saved_once_and_evaluated_once(
     ],
     ids=["delay", "delay in epochs", "on start"],
 )
+@pytest.mark.variants("delay in epochs")
 def test_a_resumed_run_evaluates_at_the_same_steps(
     changes: dict[str, Any], evaluated: list[int], untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:

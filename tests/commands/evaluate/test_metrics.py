@@ -266,6 +266,7 @@ def test_an_evaluation_omits_a_metric_that_is_not_finite(untied_base: Path, pair
 
 @pytest.mark.parametrize("schedule", ["reduce_lr_on_plateau", "greedy"])
 @pytest.mark.parametrize(("values", "gets_better"), [([1, 2, 3, 4], True), ([4, 3, 2, 1], False)])
+@pytest.mark.variants("values0-True-greedy", "values1-False-reduce_lr_on_plateau")
 def test_a_schedule_lowers_the_rate_if_a_metric_falls(
     untied_base: Path, pairs: Path, tmp_path: Path, schedule: str, values: list[int], gets_better: bool
 ) -> None:

@@ -72,6 +72,7 @@ def test_any_number_of_ranks_gives_the_same_result(
     assert set(done[1].json["custom_metrics"]) == {"words"}
 
 
+@pytest.mark.long
 def test_a_partitioned_model_gives_the_same_result(
     run: Path, data: Path, tmp_path: Path, on_ranks: Callable[..., CommandResult]
 ) -> None:

@@ -76,6 +76,7 @@ def test_the_first_steps_of_a_run_are_timed(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.long
 def test_notes_of_a_plan_name_no_temporary_folder(tmp_path: Path) -> None:
     records = [{"source": "a b c d e f g h i j k l", "target": "b"}] * 20 + [{"source": "a"}]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, records)))

@@ -139,6 +139,7 @@ def test_a_stopped_run_does_not_wait_for_an_upload(
     assert "wasn't uploaded to the end" in later
 
 
+@pytest.mark.long
 def test_two_processes_push_once(hub: Hub, fork_server: ForkServer, tmp_path: Path) -> None:
     flags = ("--push-to-hub", "--hub-model-id", NAME, "--output-dir", tmp_path / "run", "--json")
     environment = {**os.environ, **hub.environment, "HF_TOKEN": TOKEN}

@@ -200,6 +200,7 @@ def test_a_wrong_engine_is_refused_with_the_reason(untied_base: Path, tmp_path: 
         assert send(server.url, body=make_chat(model="m", max_tokens=4))[0] == 200
 
 
+@pytest.mark.long
 def test_merged_folders_keep_the_bases_generation_config(untied_base: Path, tmp_path: Path) -> None:
     """Penalties are refused as for other checkpoints, but transformers can't serve these folders, as merge says."""
     pytest.importorskip("ctranslate2")

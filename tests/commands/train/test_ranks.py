@@ -33,7 +33,7 @@ BATCHES = {
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("way", BATCHES)
-@pytest.mark.variants("ddp", "zero2-accumulated", "zero3")
+@pytest.mark.variants("zero3")
 def test_dividing_a_batch_keeps_its_loss_and_gradient(
     way: str,
     base_without_dropout: Path,

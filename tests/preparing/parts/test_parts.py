@@ -79,6 +79,7 @@ TABLES = ("tokens.bin", "conversations.bin", "examples.bin")
     ],
     ids=["everything", "defaults", "num_data", "num_data and dedupe", "selection"],
 )
+@pytest.mark.variants("everything", "defaults")
 def test_parts_are_joined_to_the_bytes_of_one_process(
     corpus: Path, tmp_path: Path, values: dict[str, Any], counts: tuple[int, ...]
 ) -> None:

@@ -89,6 +89,7 @@ def test_batches_are_those_of_counting_every_epoch(prepared: Examples) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("is_packed", [True, False])
+@pytest.mark.variants("True")
 def test_few_of_100000_short_epochs_are_drawn(
     is_packed: bool, prepared: Examples, monkeypatch: pytest.MonkeyPatch
 ) -> None:
