@@ -101,7 +101,7 @@ def _render_plan(result: "Plan") -> Iterator[RenderableType]:
         f"{result.model}: {result.total_parameters:,} parameters, {result.trainable_parameters:,} trainable "
         f"({share:.2%}), {result.precision}"
     )
-    yield Text("weights: " + ", ".join(f"{name} {format_size(size)}" for name, size in result.weights.items()))
+    yield Text("weights: " + ", ".join(f"{name} {format_size(size)}" for name, size in result.weights.items() if size))
     yield Text(_describe_batch(result))
     yield _make_table(result)
     chosen = next(stage for stage in result.stages if stage.stage == result.chosen)
@@ -151,7 +151,7 @@ def _describe_batch(result: "Plan") -> str:
 
 def _make_table(result: "Plan") -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    names = ("GiB per device", "weights", "gradients", "optimizer", "activations", "runtime", "total", "host", "")
+    names = ("GiB per device", "weights", "gradients", "optimizer", "activations", "runtime", "total", "offloaded", "")
     for number, name in enumerate(names):
         side = "left" if number in (0, len(names) - 1) else "right"
         table.add_column(name, justify=side, style="bold" if name == "total" else "", no_wrap=True)  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from t5tune.checkpoints.adapter import read_base_metadata
 from t5tune.checkpoints.adapter_folder import find_adapter, has_only_model
@@ -47,9 +47,8 @@ from t5tune.checkpoints.training_data import (
 from t5tune.converting.formats import GENERATORS, check_converter, check_format
 from t5tune.data.labels import LabelTask
 from t5tune.data.tokens.tokenizer import find_other_token, load_tokenizer
-from t5tune.errors import CheckpointError, DependencyError, SettingsError
+from t5tune.errors import CheckpointError, SettingsError
 from t5tune.families import Family, find_family
-from t5tune.families.architecture import Architecture, get_layer_name
 from t5tune.families.encoder import Encoder
 from t5tune.file_names import (
     MODEL_CARD_FILE,
@@ -61,7 +60,6 @@ from t5tune.file_names import (
     TRAINING_DATA_FILE,
 )
 from t5tune.hub.names import name_snapshot
-from t5tune.inference.precision import find_quantization_problem
 from t5tune.io.atomic import (
     check_free_space,
     check_overwrite,
@@ -76,14 +74,18 @@ from t5tune.merging.shards import Shard, estimate_converted_size, plan_shards, w
 from t5tune.merging.trained_base import (
     UNQUANTIZED,
     TrainedBase,
+    change_base_as_in_training,
     choose_onto,
-    list_quantized_weights,
     match_trained_base,
 )
 from t5tune.model.device import get_free_memory, keep_freed_memory
 from t5tune.progress import Note, Report, count_done, silent
 from t5tune.runs.checkpoints import find_trained_folder
-from t5tune.settings import MergeSettings, QuantizationSettings, write_settings
+from t5tune.settings import MergeSettings, write_settings
+
+if TYPE_CHECKING:  # these import torch, or an optional package
+    from t5tune.converting.replies import Agreement
+    from t5tune.merging.verify import LogitsDifference
 
 OF_ADAPTERS = ("weights", "onto", "allow_other_base", "verify")  # settings without an effect on a whole model
 LIBRARY_BYTES = 800 << 20  # memory of torch and transformers before any weight is loaded
@@ -118,6 +120,31 @@ class MergeResult:
     pushed: str | None = None
 
 
+@dataclass(frozen=True)
+class _Inputs:
+    """What is merged.
+
+    Args:
+        settings: with the folders of the inputs, and the chosen `onto`.
+        family_key: in the table of families, if config.json doesn't name the model type.
+        trained: the base as the adapters were trained on it; None: no adapters.
+        task: the labels that the model predicts; None: it writes texts.
+    """
+
+    settings: MergeSettings
+    base: Checkpoint
+    family: Family
+    family_key: str | None
+    adapters: list[Adapter]
+    trained: TrainedBase | None
+    task: LabelTask | None
+
+    @property
+    def described(self) -> Path:
+        """The folder with the facts about the training: the first adapter's, or the whole model's."""
+        return self.adapters[0].folder if self.adapters else self.base.folder
+
+
 def merge(settings: MergeSettings, report: Report = silent) -> MergeResult:
     """Write the merged checkpoint to `output_dir`.
 
@@ -128,7 +155,50 @@ def merge(settings: MergeSettings, report: Report = silent) -> MergeResult:
     """
     started = time.monotonic()
     output, converts = settings.output_dir, settings.to != "checkpoint"
-    in_place = _is_in_place(settings)
+    inputs = _read_inputs(settings, report)
+    settings, base = inputs.settings, inputs.base
+    deltas = _collect_deltas(inputs, report)
+    tokenizer_folder = _choose_tokenizer(inputs)
+    if settings.to in GENERATORS:
+        check_converter(settings.to, inputs.family, base.folder, report)
+        # these raise for the user's files here, and not for their copies
+        load_tokenizer(tokenizer_folder)
+        _ = base.architecture.start_token_id
+    rounded = settings.dtype or ("float32" if settings.to == "onnx" else None)  # an ONNX model computes in fp32
+    dtype = DTYPES_BY_TORCH_NAME[rounded] if rounded else None
+    shards = plan_shards(base, dtype, settings.max_shard_size)
+    _check_disk_space(settings, base, shards)
+    open_repository(settings, output, report)
+    verify = _should_verify(inputs, report)
+    scratch = make_scratch_folder(Path(os.path.realpath(output))) if converts else None
+    with write_folder_atomically(output, settings.overwrite) as staged, scratch or nullcontext(staged) as checkpoint:
+        _write_weights(base, shards, deltas, checkpoint, report)
+        write_config(base.folder, checkpoint, base.is_tied(), dtype, inputs.family_key, inputs.task)
+        _write_supporting_files(inputs, tokenizer_folder, checkpoint, report)
+        found = _verify(inputs, checkpoint, report) if verify else None
+        agreement = _convert(inputs, checkpoint, staged, report) if converts else None
+        size = sum(file.stat().st_size for file in staged.rglob("*") if file.suffix in MODEL_SUFFIXES | ONNX_SUFFIXES)
+    rows = [rows for delta in deltas.values() for rows, _ in delta.rows]
+    return MergeResult(
+        checkpoint=output,
+        tensors=len(base.list_names()),
+        adapted_tensors=sum(bool(delta.updates or delta.replacements or delta.biases) for delta in deltas.values()),
+        token_rows=len(rows[0].positions) if rows else 0,
+        bytes=size,
+        verified=verify,
+        max_error=found.error if found else None,
+        onto=settings.onto or UNQUANTIZED,
+        from_training=found.from_training if found else {},
+        replies=agreement.replies if agreement else None,
+        same_replies=agreement.same if agreement else None,
+        pushed=upload_result(settings, output, report),
+        seconds=round(time.monotonic() - started, 3),
+    )
+
+
+def _read_inputs(settings: MergeSettings, report: Report) -> _Inputs:
+    """Open the base and the adapters, and check that they fit each other and that the output may be replaced."""
+    output, in_place = settings.output_dir, _is_in_place(settings)
     named = [] if in_place or settings.model_name_or_path is None else [settings.model_name_or_path]
     check_replaceable(output, settings.overwrite, [*settings.adapter, *named])
     settings, base_folder = _find_inputs(settings, report)
@@ -141,73 +211,22 @@ def merge(settings: MergeSettings, report: Report = silent) -> MergeResult:
     task = _find_label_task(described, adapters[1:])
     check_format(settings.to, task)
     onto = choose_onto(settings.onto, adapters, report) if adapters else UNQUANTIZED
-    settings = settings.model_copy(update={"onto": onto})
     family_key = settings.family or read_base_metadata(described).get("family")
-    base = open_base(base_folder, family_key, task)
-    if converts:  # for a checkpoint, --verify checks them
+    base, trained = open_base(base_folder, family_key, task), None
+    if settings.to != "checkpoint":  # for a checkpoint, --verify checks them
         base.check_tensors()
-    tied = base.is_tied()
-    deltas: dict[str, WeightDelta] = {}
     if adapters:
-        reads_all, allows_other = settings.check == "full", settings.allow_other_base
         whole = open_base(base_folder, family_key)
+        reads_all, allows_other = settings.check == "full", settings.allow_other_base
         trained = match_trained_base(whole, adapters, onto, settings.family, report, reads_all, allows_other)
-        deltas = _collect_deltas(settings, base, adapters, tied, trained)
-        _warn_if_zero(deltas, report)
-    tokenizer_folder = _choose_tokenizer(adapters, base)
-    family = find_family(read_config(base_folder), base_folder, family_key)
-    if settings.to in GENERATORS:
-        check_converter(settings.to, family, base_folder, report)
-        # these raise for the user's files here, and not for their copies
-        load_tokenizer(tokenizer_folder)
-        _ = base.architecture.start_token_id
-    rounded = settings.dtype or ("float32" if settings.to == "onnx" else None)  # an ONNX model computes in fp32
-    dtype = DTYPES_BY_TORCH_NAME[rounded] if rounded else None
-    shards = plan_shards(base, dtype, settings.max_shard_size)
-    _check_disk_space(settings, base, shards)
-    open_repository(settings, output, report)
-    verify = _should_verify(settings, base, adapters, report)
-    found = agreement = None
-    scratch = make_scratch_folder(Path(os.path.realpath(output))) if converts else None
-    with write_folder_atomically(output, settings.overwrite) as staged, scratch or nullcontext(staged) as checkpoint:
-        _write_weights(base, shards, deltas, checkpoint, report)
-        write_config(base.folder, checkpoint, tied, dtype, family_key, task)
-        _write_supporting_files(settings, base, adapters, tokenizer_folder, family, task, checkpoint, report)
-        if verify:
-            from t5tune.merging.verify import verify_merge
-
-            found = verify_merge(base, adapters, trained, onto, checkpoint, settings.verify_tolerance, report, task)
-        if isinstance(base.architecture, Encoder) and converts:
-            from t5tune.converting.sentence_transformers import write_sentence_transformers
-
-            data = read_training_data(checkpoint)
-            write_sentence_transformers(checkpoint, base.architecture, staged, data.source_prefix if data else "")
-        elif settings.to == "onnx":
-            from t5tune.converting import onnx
-
-            agreement = onnx.convert_and_check(checkpoint, described, staged, settings.quantization, report)
-        elif converts:
-            from t5tune.converting import ctranslate2
-
-            convert_and_check = ctranslate2.convert_and_check
-            agreement = convert_and_check(checkpoint, described, staged, settings.quantization, report)
-            shutil.copyfile(checkpoint / SETTINGS_FILE, staged / SETTINGS_FILE)
-        size = sum(file.stat().st_size for file in staged.rglob("*") if file.suffix in MODEL_SUFFIXES | ONNX_SUFFIXES)
-    rows = [rows for delta in deltas.values() for rows, _ in delta.rows]
-    return MergeResult(
-        checkpoint=output,
-        tensors=len(base.list_names()),
-        adapted_tensors=sum(bool(delta.updates or delta.replacements or delta.biases) for delta in deltas.values()),
-        token_rows=len(rows[0].positions) if rows else 0,
-        bytes=size,
-        verified=verify,
-        max_error=found.error if found else None,
-        onto=onto,
-        from_training=found.from_training if found else {},
-        replies=agreement.replies if agreement else None,
-        same_replies=agreement.same if agreement else None,
-        pushed=upload_result(settings, output, report),
-        seconds=round(time.monotonic() - started, 3),
+    return _Inputs(
+        settings=settings.model_copy(update={"onto": onto}),
+        base=base,
+        family=find_family(read_config(base_folder), base_folder, family_key),
+        family_key=family_key,
+        adapters=adapters,
+        trained=trained,
+        task=task,
     )
 
 
@@ -256,15 +275,14 @@ def _find_inputs(settings: MergeSettings, report: Report) -> tuple[MergeSettings
     return settings.model_copy(update={"model_name_or_path": name, "revision": revision}), base
 
 
-def _collect_deltas(
-    settings: MergeSettings, base: Checkpoint, adapters: list[Adapter], tied: bool, trained: TrainedBase
-) -> dict[str, WeightDelta]:
+def _collect_deltas(inputs: _Inputs, report: Report) -> dict[str, WeightDelta]:
     """Collect the change of each tensor, including the difference between the base's weights and the trained ones."""
-    deltas = collect_deltas(adapters, base, tied)
-    if adapters[0].initialization is not None:
-        _subtract_initialization(adapters[0].initialization, deltas, base.architecture)
-    if settings.onto != UNQUANTIZED and trained.quantization is not None:
-        _requantize_base(base, trained.quantization, trained.compute, deltas)
+    base, adapters, trained = inputs.base, inputs.adapters, inputs.trained
+    if trained is None:
+        return {}
+    deltas = collect_deltas(adapters, base, base.is_tied())
+    change_base_as_in_training(base, adapters[0], trained, inputs.settings.onto, deltas)
+    _warn_if_zero(deltas, report)
     return deltas
 
 
@@ -273,43 +291,6 @@ def _warn_if_zero(deltas: dict[str, WeightDelta], report: Report) -> None:
     has_others = any(delta.replacements or delta.biases for delta in deltas.values())
     if not has_others and not any(update.b_OR.to_float32().any() for update in updates):
         report(Note("every lora_B is zero: the adapter changes nothing except token embeddings", warning=True))
-
-
-def _subtract_initialization(kind: str, deltas: dict[str, WeightDelta], architecture: Architecture) -> None:
-    """Subtract the PiSSA or OLoRA initialization from the base, since the adapter was saved without its conversion."""
-    from t5tune.merging.pissa import subtract_initialization
-
-    for name, delta in deltas.items():
-        for update, _ in delta.updates:
-            delta.base_transform = functools.partial(
-                subtract_initialization,
-                kind=kind,
-                rank=update.a_RI.shape[0],
-                scale=update.scale,
-                stays_fp32=get_layer_name(name) == architecture.fp16_overflow_layer,
-            )
-
-
-def _requantize_base(
-    base: Checkpoint, quantization: QuantizationSettings, compute: str, deltas: dict[str, WeightDelta]
-) -> None:
-    """Replace each weight that q_lora quantizes, adapted or not, with its quantized and dequantized values.
-
-    These are the values that the adapter was trained on.
-    """
-    if (problem := find_quantization_problem()) is not None:
-        hint = (
-            "merge on a machine with bitsandbytes, or into the unquantized base with --onto base (replies may differ)"
-        )
-        raise DependencyError(f"onto: {quantization.quant_type}: {problem}", hint=hint)
-    from t5tune.merging.requantize import quantize_dequantize
-
-    for name in list_quantized_weights(base, quantization):
-        delta = deltas.setdefault(name, WeightDelta())
-        if delta.base_transform is not None:
-            initialized = "an adapter with a PiSSA or OLoRA initialization"
-            raise SettingsError(f"onto: {quantization.quant_type}: {initialized} was trained on unquantized weights")
-        delta.base_transform = functools.partial(quantize_dequantize, quantization=quantization, compute=compute)
 
 
 def _check_disk_space(settings: MergeSettings, base: Checkpoint, shards: list[Shard]) -> None:
@@ -337,8 +318,9 @@ def _write_weights(
             advance(written)
 
 
-def _choose_tokenizer(adapters: list[Adapter], base: Checkpoint) -> Path:
+def _choose_tokenizer(inputs: _Inputs) -> Path:
     """Choose the folder of the merged checkpoint's tokenizer: the first adapter's if it has one, else the base's."""
+    adapters, base = inputs.adapters, inputs.base
     folders = [each.folder if has_file(each.folder, TOKENIZER_CONFIG_FILE) else base.folder for each in adapters]
     folders = folders or [base.folder]
     for folder in folders[1:]:
@@ -353,22 +335,13 @@ def _choose_tokenizer(adapters: list[Adapter], base: Checkpoint) -> Path:
     return folders[0]
 
 
-def _write_supporting_files(
-    settings: MergeSettings,
-    base: Checkpoint,
-    adapters: list[Adapter],
-    tokenizer_folder: Path,
-    family: Family,
-    task: LabelTask | None,
-    staged: Path,
-    report: Report,
-) -> None:
-    described = adapters[0].folder if adapters else base.folder
+def _write_supporting_files(inputs: _Inputs, tokenizer_folder: Path, staged: Path, report: Report) -> None:
+    settings, base, adapters, described = inputs.settings, inputs.base, inputs.adapters, inputs.described
     # labels have no conversation template
     is_described = has_file(described, TEMPLATE_FILE) or has_file(described, TRAINING_DATA_FILE)
     template_folder = described if is_described else base.folder
     files = read_supporting_files(tokenizer_folder, template_folder / TEMPLATE_FILE)
-    copy_supporting_files(base.folder, files, staged, generates=task is None)
+    copy_supporting_files(base.folder, files, staged, generates=inputs.task is None)
     made = [read_training_data(adapter.folder) for adapter in adapters]
     if any(other != made[0] for other in made[1:]):
         _write_joined_training_data(made, staged, report)
@@ -379,8 +352,8 @@ def _write_supporting_files(
     # a run's metrics are for its adapter alone, in full strength
     training = describe_run_training(described) if [each.weight for each in adapters] in ([], [1]) else ""
     assert settings.model_name_or_path is not None  # see _find_inputs
-    converters = family.converters if task is None else ()
-    card = build_merged_card(settings.model_name_or_path, weighted, settings.to, converters, training, task)
+    converters = inputs.family.converters if inputs.task is None else ()
+    card = build_merged_card(settings.model_name_or_path, weighted, settings.to, converters, training, inputs.task)
     (staged / MODEL_CARD_FILE).write_text(card, encoding="utf-8")
     named: dict[str, Any] = {"adapter": [Path(name_snapshot(folder)) for folder in settings.adapter]}
     if not adapters:  # as it can be given again
@@ -400,8 +373,9 @@ def _write_joined_training_data(made: list[TrainingData | None], staged: Path, r
     report(Note(f"{TRAINING_DATA_FILE} contains only the common settings; the adapters differ in {differences}"))
 
 
-def _should_verify(settings: MergeSettings, base: Checkpoint, adapters: list[Adapter], report: Report) -> bool:
+def _should_verify(inputs: _Inputs, report: Report) -> bool:
     """Decide whether to verify (if requested, or if it fits in memory), and report how much memory it needs."""
+    settings, base, adapters = inputs.settings, inputs.base, inputs.adapters
     if settings.verify is False or not adapters:
         return False
     is_sum = len(adapters) > 1 or adapters[0].weight != 1
@@ -419,3 +393,33 @@ def _should_verify(settings: MergeSettings, base: Checkpoint, adapters: list[Ada
         return False
     report(Note(text))
     return True
+
+
+def _verify(inputs: _Inputs, merged: Path, report: Report) -> "LogitsDifference":
+    from t5tune.merging.verify import verify_merge
+
+    assert inputs.trained is not None  # see _should_verify
+    settings, base, adapters = inputs.settings, inputs.base, inputs.adapters
+    onto = settings.onto or UNQUANTIZED
+    return verify_merge(base, adapters, inputs.trained, onto, merged, settings.verify_tolerance, report, inputs.task)
+
+
+def _convert(inputs: _Inputs, checkpoint: Path, staged: Path, report: Report) -> "Agreement | None":
+    """Convert the merged checkpoint, and compare the replies of both if it writes texts."""
+    settings, described = inputs.settings, inputs.described
+    if isinstance(inputs.base.architecture, Encoder):
+        from t5tune.converting.sentence_transformers import write_sentence_transformers
+
+        data = read_training_data(checkpoint)
+        prefix = data.source_prefix if data else ""
+        write_sentence_transformers(checkpoint, inputs.base.architecture, staged, prefix)
+        return None
+    if settings.to == "onnx":
+        from t5tune.converting import onnx
+
+        return onnx.convert_and_check(checkpoint, described, staged, settings.quantization, report)
+    from t5tune.converting import ctranslate2
+
+    agreement = ctranslate2.convert_and_check(checkpoint, described, staged, settings.quantization, report)
+    shutil.copyfile(checkpoint / SETTINGS_FILE, staged / SETTINGS_FILE)
+    return agreement

@@ -33,6 +33,7 @@ from t5tune.checkpoints.tokenizer_files import (
 from t5tune.checkpoints.training_data import read_label_task, read_training_data
 from t5tune.data.caches.batching import Integers
 from t5tune.data.caches.prepared import has_examples, open_examples, read_datasets
+from t5tune.data.labels import LabelTask
 from t5tune.data.reading.files import find_data_suffix
 from t5tune.data.tokens.chat_template import write_chat_template
 from t5tune.data.tokens.tokenizer import load_tokenizer, read_sentencepiece, save_tokenizer
@@ -116,14 +117,7 @@ def trim(settings: TrimSettings, report: Report = silent) -> TrimResult:
     """
     started = time.monotonic()
     output, name = settings.output_dir, settings.model_name_or_path
-    check_replaceable(output, settings.overwrite, [name, *settings.data_path])
-    if is_adapter(Path(name)):
-        hint = "merge it first, then trim the merged checkpoint"
-        raise ModelError(f"{name}: is an adapter", hint, setting="model_name_or_path")
-    settings = pin_base(settings, report)
-    folder = find_base(settings, report=report)
-    if settings.overwrite:
-        check_overwrite(output, [folder])
+    settings, folder = _find_base(settings, report)
     vocabulary = _open_vocabulary(folder, name)
     task = read_label_task(folder)
     base = open_base(folder, settings.family, task)
@@ -134,9 +128,7 @@ def trim(settings: TrimSettings, report: Report = silent) -> TrimResult:
     if (last := max(vocabulary.ids)) >= num_rows:
         problem = f"{folder}: its tokenizer has a token {last:,}, but the embedding has only {num_rows:,} rows"
         raise ModelError(problem, hint="copy the tokenizer's files from the published model")
-    named = [] if task else [base.architecture.start_token_id]  # raises if no command can generate with it
-    for file, config in _read_configs(folder, settings.family).items():
-        convert_token_ids(config, named.append, folder / file)
+    named = _list_named_ids(base, folder, settings.family, task)
     required = vocabulary.list_required(named)
     num_spare = max(NUM_SPARE_ROWS, len({*range(num_rows)}.intersection(named) - vocabulary.ids))
     limit = _find_limit(settings.vocab_size, len(required), num_spare, num_rows)
@@ -173,6 +165,28 @@ def trim(settings: TrimSettings, report: Report = silent) -> TrimResult:
     )
     report(Note(str(result)))
     return result
+
+
+def _find_base(settings: TrimSettings, report: Report) -> tuple[TrimSettings, Path]:
+    """Find the folder of the base, and pin its revision. Check that the output doesn't replace an input."""
+    output, name = settings.output_dir, settings.model_name_or_path
+    check_replaceable(output, settings.overwrite, [name, *settings.data_path])
+    if is_adapter(Path(name)):
+        hint = "merge it first, then trim the merged checkpoint"
+        raise ModelError(f"{name}: is an adapter", hint, setting="model_name_or_path")
+    settings = pin_base(settings, report)
+    folder = find_base(settings, report=report)
+    if settings.overwrite:
+        check_overwrite(output, [folder])
+    return settings, folder
+
+
+def _list_named_ids(base: Checkpoint, folder: Path, family: str | None, task: LabelTask | None) -> list[int]:
+    """List the ids of tokens that the configs name, which must stay."""
+    named = [] if task else [base.architecture.start_token_id]  # raises if no command can generate with it
+    for file, config in _read_configs(folder, family).items():
+        convert_token_ids(config, named.append, folder / file)
+    return named
 
 
 def _list_row_tensors(base: Checkpoint) -> list[str]:

@@ -1,16 +1,19 @@
 """Find out from an adapter's metadata which base it was trained on, and how that base was loaded."""
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
 from t5tune.checkpoints.adapter import read_base_metadata, read_training_precision
 from t5tune.checkpoints.base_tensors import Checkpoint
 from t5tune.checkpoints.fingerprint import compute_fingerprint, compute_full_hash
-from t5tune.errors import CheckpointError, SettingsError
+from t5tune.errors import CheckpointError, DependencyError, SettingsError
+from t5tune.families.architecture import Architecture, get_layer_name
 from t5tune.file_names import TRIM_FILE
-from t5tune.inference.precision import Precision, describe_quantization, resolve_precision
+from t5tune.inference.precision import Precision, describe_quantization, find_quantization_problem, resolve_precision
 from t5tune.io.untrusted import has_file, read_json_object
 from t5tune.merging.deltas import Adapter
+from t5tune.merging.fold import WeightDelta
 from t5tune.progress import Note, Report
 from t5tune.settings.groups.base import QuantizationSettings
 
@@ -105,6 +108,58 @@ def match_trained_base(
     quantization = _resolve_precision(first, None if onto == UNQUANTIZED else onto).quantization
     compute = "float32" if metadata.get("compute") == "float32" else "bfloat16"
     return TrainedBase(quantization, compute, family or metadata.get("family"))
+
+
+def change_base_as_in_training(
+    base: Checkpoint, adapter: Adapter, trained: TrainedBase, onto: str | None, deltas: dict[str, WeightDelta]
+) -> None:
+    """Let each weight of the base have the values that the adapter was trained on, before its change is added.
+
+    Args:
+        onto: see `choose_onto`.
+        deltas: name of a weight -> its change. Gets the changes of the base.
+    """
+    if adapter.initialization is not None:
+        _subtract_initialization(adapter.initialization, deltas, base.architecture)
+    if onto != UNQUANTIZED and trained.quantization is not None:
+        _requantize_base(base, trained.quantization, trained.compute, deltas)
+
+
+def _subtract_initialization(kind: str, deltas: dict[str, WeightDelta], architecture: Architecture) -> None:
+    """Subtract the PiSSA or OLoRA initialization from the base, since the adapter was saved without its conversion."""
+    from t5tune.merging.pissa import subtract_initialization
+
+    for name, delta in deltas.items():
+        for update, _ in delta.updates:
+            delta.base_transform = functools.partial(
+                subtract_initialization,
+                kind=kind,
+                rank=update.a_RI.shape[0],
+                scale=update.scale,
+                stays_fp32=get_layer_name(name) == architecture.fp16_overflow_layer,
+            )
+
+
+def _requantize_base(
+    base: Checkpoint, quantization: QuantizationSettings, compute: str, deltas: dict[str, WeightDelta]
+) -> None:
+    """Replace each weight that q_lora quantizes, adapted or not, with its quantized and dequantized values.
+
+    These are the values that the adapter was trained on.
+    """
+    if (problem := find_quantization_problem()) is not None:
+        hint = (
+            "merge on a machine with bitsandbytes, or into the unquantized base with --onto base (replies may differ)"
+        )
+        raise DependencyError(f"onto: {quantization.quant_type}: {problem}", hint=hint)
+    from t5tune.merging.requantize import quantize_dequantize
+
+    for name in list_quantized_weights(base, quantization):
+        delta = deltas.setdefault(name, WeightDelta())
+        if delta.base_transform is not None:
+            initialized = "an adapter with a PiSSA or OLoRA initialization"
+            raise SettingsError(f"onto: {quantization.quant_type}: {initialized} was trained on unquantized weights")
+        delta.base_transform = functools.partial(quantize_dequantize, quantization=quantization, compute=compute)
 
 
 def _is_trimmed_from(folder: Path, fingerprint: str | None) -> bool:

@@ -59,30 +59,8 @@ def add_lora(
             can't train added-token embeddings, or a layer would be both adapted and trained in full, or the
             initialization can't make matrices of lora_r.
     """
-    targets = _select_target_modules(model, settings.lora_target_modules)
     method = settings.init_lora_weights
-    trains_rows = settings.train_token_rows and token_ids
-    if trains_rows and not model.architecture.token_row_modules:
-        raise SettingsError(
-            f"train_token_rows: the embeddings of {model.config.model_type} can't get rows for added tokens",
-            hint="prepare the data with add_tokens none: this tokenizer can write every text",
-        )
-    tied = model.config.tie_word_embeddings
-    token_indices = build_token_indices(token_ids, model.architecture, tied) if trains_rows else None
-    config = LoraConfig(
-        r=settings.lora_r,
-        lora_alpha=settings.lora_alpha,
-        lora_dropout=settings.lora_dropout,
-        target_modules=targets,
-        bias=settings.lora_bias,
-        use_dora=settings.use_dora,
-        use_rslora=settings.use_rslora,
-        init_lora_weights=True if method in {"default", "loftq"} else method,
-        modules_to_save=_select_modules_to_save(model, base, settings),
-        # with TOKEN_CLS, PEFT trains the head of labels in full
-        task_type=TaskType.TOKEN_CLS if model.label_task is not None else TaskType.SEQ_2_SEQ_LM,
-        trainable_token_indices=token_indices,
-    )
+    config = _build_config(model, base, settings, token_ids)
     adapted = {
         name: module
         for name, module in model.named_modules()
@@ -104,6 +82,31 @@ def add_lora(
         if parameter.requires_grad:
             parameter.data = parameter.data.to(adapter_dtype)
     return peft_model, subtracted
+
+
+def _build_config(model: Any, base: Path | None, settings: LoraSettings, token_ids: list[int]) -> LoraConfig:
+    trains_rows = settings.train_token_rows and token_ids
+    if trains_rows and not model.architecture.token_row_modules:
+        raise SettingsError(
+            f"train_token_rows: the embeddings of {model.config.model_type} can't get rows for added tokens",
+            hint="prepare the data with add_tokens none: this tokenizer can write every text",
+        )
+    tied = model.config.tie_word_embeddings
+    method = settings.init_lora_weights
+    return LoraConfig(
+        r=settings.lora_r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules=_select_target_modules(model, settings.lora_target_modules),
+        bias=settings.lora_bias,
+        use_dora=settings.use_dora,
+        use_rslora=settings.use_rslora,
+        init_lora_weights=True if method in {"default", "loftq"} else method,
+        modules_to_save=_select_modules_to_save(model, base, settings),
+        # with TOKEN_CLS, PEFT trains the head of labels in full
+        task_type=TaskType.TOKEN_CLS if model.label_task is not None else TaskType.SEQ_2_SEQ_LM,
+        trainable_token_indices=build_token_indices(token_ids, model.architecture, tied) if trains_rows else None,
+    )
 
 
 def _select_target_modules(model: Any, names: list[str]) -> list[str] | str:
