@@ -103,11 +103,16 @@ COLUMNS = {
     ),
     "labels": Column(
         "The encoder learns labels of texts or words (`--objective classify`, `regress`, `tag`), and stock "
-        "transformers computes the loss from the merged checkpoint. All gradients of packed rows equal the stock "
-        "class's with T5, Flan-T5, mT5, umT5 and T5Gemma.",
+        "transformers computes the loss from the merged checkpoint. With T5, Flan-T5, mT5, umT5 and T5Gemma, all "
+        "gradients of packed rows equal the stock class's, and sentence-transformers computes the logits (`merge --to "
+        "sentence-transformers`). `serve` is tested with Flan-T5's architecture.",
         (f"{FAMILIES_TEST}::test_each_familys_encoder_learns_to_tag_words[{{key}}]",),
         {"t5gemma": ("tests/merging/test_labels.py::test_stock_peft_and_our_loader_give_the_same_logits[t5gemma]",)},
-        more_tests=("tests/model/test_labels.py::test_a_packed_row_has_the_gradients_of_the_stock_class[flan-t5-tag]",),
+        more_tests=(
+            "tests/model/test_labels.py::test_a_packed_row_has_the_gradients_of_the_stock_class[flan-t5-tag]",
+            "tests/merging/test_labels.py::test_sentence_transformers_encodes_texts_to_logits",
+            "tests/serving/test_labels.py::test_the_labels_are_those_that_evaluate_predicts",
+        ),
         reasons=dict.fromkeys(
             ("longt5", "t5gemma2"), "transformers has no class that labels tokens with its encoder alone."
         ),
@@ -212,11 +217,15 @@ COLUMNS = {
     ),
     "serve": Column(
         "Replies over HTTP, to several clients at once, equal `chat`'s: with transformers, and with CTranslate2 if it "
-        "converts the model type. Adapters, added tokens and quantized bases are tested with Flan-T5's architecture.",
+        "converts the model type. Adapters, added tokens, quantized bases, constraints and scores are tested with "
+        "Flan-T5's architecture; constraints also with the tokenizers of fastchat-t5, T5Gemma, CodeT5 and ByT5.",
         ("tests/serving/test_families.py::test_each_family_is_served_with_the_replies_of_chat[{key}]",),
         more_tests=(
             "tests/serving/test_replies.py::test_many_clients_at_once_get_the_replies_of_chat",
             "tests/inference/test_shared_bases.py::test_a_shared_base_changes_no_bit_of_a_model",
+            "tests/serving/test_constraints.py::test_constrained_replies_are_the_likeliest_allowed_tokens",
+            "tests/constraints/test_grammars.py::test_a_schema_allows_compact_and_indented_json",
+            "tests/serving/test_scoring.py::test_scores_are_those_of_plain_transformers",
         ),
     ),
 }  # fmt: skip
@@ -236,7 +245,8 @@ PLATFORMS: dict[str, tuple[State, str, tuple[str, ...]]] = {
         "untested",
         "t5tune hasn't run on a GPU yet, so speed and memory there are estimates. Tests without GPUs run the kernels "
         "in Triton's interpreter, compile them for [six kinds of GPUs](#shared-memory), and check that a process takes "
-        "a single GPU. Run `t5tune doctor` first: it trains a step of the built-in model.",
+        "a single GPU. Run `t5tune doctor` first: it trains a step of the built-in model. In a clone, "
+        "`python benchmarks/gpu.py --prove --output-dir results` checks kernels, training and serving.",
         (
             f"{TRAIN_TESTS}/test_train.py::test_one_process_trains_on_one_gpu_however_many_are_visible",
             f"{KERNEL_TESTS}/test_flex_interpreter.py::test_compiled_kernels_equal_attention_in_fp64",
@@ -260,7 +270,7 @@ PLATFORMS: dict[str, tuple[State, str, tuple[str, ...]]] = {
         "DeepSpeed and bitsandbytes aren't installed there, so `--deepspeed` and `--q-lora` end with an error.",
         (),
     ),
-    "Windows, under WSL": ("untested", "It runs as on Linux.", ()),
+    "Windows, under WSL": ("untested", "It should run as on Linux.", ()),
     "Windows": ("no", "t5tune locks files and measures memory with `fcntl` and `resource`, which Windows lacks.", ()),
 }
 
