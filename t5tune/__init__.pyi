@@ -949,7 +949,7 @@ class ServeSettings(_settings.ServeSettings):
             source_prefix: Text to prepend to each message that lacks it; default: the prefix used in training.
             max_batch_tokens: Maximum size of a batch: number of replies × largest sum of prompt and max_tokens
                 (tokens).
-            max_batch_delay: How long a request waits for its batch to fill up (milliseconds).
+            max_batch_delay: How long a batch waits for one more request, up to ten times in a row (milliseconds).
             parallel_batches: Batches that CTranslate2 computes in parallel; default: one per 4 CPU cores, or one on a
                 GPU.
             max_replies: Maximum number of replies to a request, its prompts times n, or of its texts to label; more are

@@ -16,6 +16,8 @@ from t5tune.model.device import is_device_lost, is_out_of_memory
 from t5tune.serving.batching import Batch, Schedule
 from t5tune.serving.generation import Generation
 
+MAX_DELAYS = 10
+
 
 class DeviceLost(T5TuneError):
     """The GPU failed, and can't compute anything more in this process."""
@@ -26,7 +28,7 @@ class Batcher:
     """Generates replies in background threads.
 
     Args:
-        max_delay: how long the first reply of a batch waits for more replies, in seconds.
+        max_delay: how long a batch waits for one more reply, in seconds; in all at most MAX_DELAYS times as long.
         num_threads: limit on the batches that are computed at the same time; `add_threads` raises it.
         on_batch: called with the replies of each batch before it is computed.
     """
@@ -98,7 +100,7 @@ class Batcher:
         with self._changed:
             while True:
                 if replies := self.schedule.choose_next():
-                    wait = replies[0].submitted_at + self.max_delay - time.monotonic()
+                    wait = self._compute_wait(replies)
                     if wait <= 0 or self._is_closed or self.schedule.is_full(replies):
                         return self.schedule.begin(replies)
                     self._changed.wait(wait)
@@ -106,6 +108,15 @@ class Batcher:
                     return None
                 else:
                     self._changed.wait()
+
+    def _compute_wait(self, replies: Sequence[Generation]) -> float:
+        """Compute for how many seconds the next batch still waits for more replies.
+
+        After a batch, its clients send their next requests within a few milliseconds: these make the next batch.
+        """
+        submitted = [reply.submitted_at for reply in replies]
+        until = min(max(submitted) + self.max_delay, min(submitted) + MAX_DELAYS * self.max_delay)
+        return until - time.monotonic()
 
     def _compute(self, batch: Batch) -> None:
         self.on_batch(batch.replies)

@@ -106,7 +106,9 @@ class ServeSettings(
         description="Maximum size of a batch: number of replies × largest sum of prompt and max_tokens (tokens).",
     )
     max_batch_delay: float = Field(
-        default=5.0, ge=0, description="How long a request waits for its batch to fill up (milliseconds)."
+        default=5.0,
+        ge=0,
+        description="How long a batch waits for one more request, up to ten times in a row (milliseconds).",
     )
     parallel_batches: OptionalCount = Field(
         default=None,
