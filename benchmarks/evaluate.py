@@ -13,7 +13,7 @@ with default settings, and the ratio of evaluate to train.
 
 `--compare stock` generates predictions as `t5tune evaluate` does, for the run with its adapter, and with transformers'
 `generate` for the merged checkpoint in batches of the given sizes, in the order of the data: seconds and CPU seconds of
-the best of several turns, without loading, the ratio to transformers' best, and whether the predictions are the same.
+the best of several turns, without loading, the ratio to transformers' best, and how many predictions are t5tune's.
 
 `--compare processes` runs `t5tune evaluate` with one process and with two, of one thread each: seconds with start-up,
 CPU seconds of all processes together, and whether the results are the same.
@@ -24,6 +24,7 @@ decoder gathered once per batch, and with every weight gathered again for each t
 
 import argparse
 import json
+import operator
 import os
 import resource
 import shutil
@@ -183,7 +184,7 @@ def compare_with_stock(chosen: argparse.Namespace, folder: Path) -> dict[str, An
         "max_new_tokens": max_new_tokens,
         "seconds_and_cpu_seconds": best,
         "ratios": [round(own / other, 3) for own, other in zip(best["t5tune"], fastest, strict=True)],
-        "same": all(found == predictions["t5tune"] for found in predictions.values()),
+        "same": {name: sum(map(operator.eq, found, predictions["t5tune"])) for name, found in predictions.items()},
     }
 
 
