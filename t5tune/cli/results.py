@@ -151,7 +151,7 @@ def _describe_batch(result: "Plan") -> str:
 
 def _make_table(result: "Plan") -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    names = ("GiB per device", "weights", "gradients", "optimizer", "activations", "runtime", "total", "offloaded", "")
+    names = ("GiB per device", "weights", "gradients", "optimizer", "activations", "runtime", "total", "RAM", "")
     for number, name in enumerate(names):
         side = "left" if number in (0, len(names) - 1) else "right"
         table.add_column(name, justify=side, style="bold" if name == "total" else "", no_wrap=True)  # type: ignore[arg-type]

@@ -155,15 +155,18 @@ def _group_into_batches(records: Iterable[RawRecord]) -> Iterator[list[RawRecord
 
 def _serve_batches(requests: BinaryIO, answers: BinaryIO) -> None:
     """Answer each batch with its results, or with the exception that it raised, until the input ends."""
-    pipeline: Pipeline = pickle.load(requests)
+    pipeline: Pipeline | None = None
     while True:
         try:
-            batch = pickle.load(requests)
-        except EOFError:
+            read = pickle.load(requests)
+        except (EOFError, pickle.UnpicklingError):  # the parent process has ended, perhaps while it was writing
             return
+        if pipeline is None:
+            pipeline = read
+            continue
         answer: list[EncodedRecord | DataError] | T5TuneError
         try:
-            answer = pipeline(batch)
+            answer = pipeline(read)
         except T5TuneError as error:
             answer = error
         except Exception as error:
