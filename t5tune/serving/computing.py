@@ -9,12 +9,13 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 from t5tune.errors import OutOfMemory, T5TuneError
 from t5tune.io.reasons import describe_error
 from t5tune.model.device import is_device_lost, is_out_of_memory
 from t5tune.serving.batching import Batch, Schedule
-from t5tune.serving.generation import Generation
+from t5tune.serving.generation import Engine, Generation
 
 MAX_DELAYS = 10
 
@@ -40,6 +41,7 @@ class Batcher:
 
     def __post_init__(self) -> None:
         self._changed = threading.Condition()  # its lock protects the schedule
+        self._ended = WeakKeyDictionary[Engine, float]()  # when the engine's last batch ended
         self._is_closed = False
         self._failure: DeviceLost | None = None
         self._threads: list[threading.Thread] = []
@@ -112,9 +114,11 @@ class Batcher:
     def _compute_wait(self, replies: Sequence[Generation]) -> float:
         """Compute for how many seconds the next batch still waits for more replies.
 
-        After a batch, its clients send their next requests within a few milliseconds: these make the next batch.
+        After a batch, its clients send their next requests within a few milliseconds. They join the requests that came
+        during the batch; otherwise, two halves of the clients would take turns.
         """
-        submitted = [reply.submitted_at for reply in replies]
+        ended = self._ended.get(replies[0].engine, 0.0)
+        submitted = [max(reply.submitted_at, ended) for reply in replies]
         until = min(max(submitted) + self.max_delay, min(submitted) + MAX_DELAYS * self.max_delay)
         return until - time.monotonic()
 
@@ -123,6 +127,7 @@ class Batcher:
         self._generate(batch, batch.replies)
         with self._changed:
             self.schedule.end(batch)
+            self._ended[batch.engine] = time.monotonic()
             self._changed.notify_all()
 
     def _generate(self, batch: Batch, replies: Sequence[Generation]) -> None:

@@ -178,6 +178,23 @@ def test_a_batch_waits_for_one_more_request_ten_times(delays: int, batches: list
     assert engine.batches == batches
 
 
+def test_new_requests_join_those_that_came_during_the_batch(make: Make) -> None:
+    engine = FakeEngine()
+    batcher = make(max_delay=LONG_WAIT, max_batch_tokens=21)
+    first, during, *after = (Asked(engine, 10 * number) for number in range(1, 5))
+    for one in (first, during):
+        one.generation.submitted_at -= 11 * LONG_WAIT
+    submit_and_hold(batcher, engine, first)
+    submit(batcher, during)
+    engine.gate.set()
+    assert first.wait()
+    assert not engine.entered.acquire(timeout=0.05)
+    for one in after:
+        submit(batcher, one)
+    assert all(one.wait() for one in (during, *after))
+    assert engine.batches == [[10], [20, 30, 40]]
+
+
 def test_a_short_reply_ends_before_its_batch(make: Make) -> None:
     engine, batcher = FakeEngine(), make(max_batch_tokens=10**9)
     short, long = Asked(engine, 10, length=2), Asked(engine, 20, length=100_000)
