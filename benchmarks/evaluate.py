@@ -168,7 +168,7 @@ def compare_with_stock(chosen: argparse.Namespace, folder: Path) -> dict[str, An
         return replies
 
     sides: dict[str, Callable[[], list[list[int]]]] = {
-        "t5tune": lambda: generate_predictions(ours.model, examples, decoding, None),
+        "t5tune": lambda: [best for (best,) in generate_predictions(ours.model, examples, decoding, None)],
         **{f"stock_{size}": lambda size=size: generate_in_batches(size) for size in chosen.batch_sizes},
     }
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
