@@ -81,7 +81,7 @@ def main() -> None:
         "processes": compare_processes,
         "gathering": compare_gathering,
     }[chosen.compare]
-    with tempfile.TemporaryDirectory(dir=".") as folder:
+    with tempfile.TemporaryDirectory() as folder:
         facts = prepare(chosen, Path(folder))
         print(json.dumps(facts | compare(chosen, Path(folder))))
 

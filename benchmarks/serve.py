@@ -49,7 +49,7 @@ def main() -> None:
     if chosen.client_of:
         print(json.dumps(asyncio.run(send_requests(chosen))))
         return
-    with tempfile.TemporaryDirectory(dir=".") as folder:
+    with tempfile.TemporaryDirectory() as folder:
         base = write_base(Path(folder) / "base", json.loads(chosen.config.read_text()))
         keep_tokens_with_text(base)
         compare(chosen, base, Path(folder))

@@ -124,6 +124,12 @@ def test_files_and_the_packages_folders_are_small() -> None:
     assert (files, folders) == ([], [])
 
 
+def test_no_tracked_file_is_larger_than_pockets_weights() -> None:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=REPOSITORY, check=True, capture_output=True, text=True)
+    sizes = {name: (REPOSITORY / name).stat().st_size for name in listed.stdout.split("\0") if name}
+    assert max(sizes, key=sizes.__getitem__) == "t5tune/pocket/model.safetensors"
+
+
 def test_no_module_is_in_a_cycle_of_imports() -> None:
     try:
         TopologicalSorter(graph()).prepare()
