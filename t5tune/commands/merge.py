@@ -122,7 +122,7 @@ class MergeResult:
 
 @dataclass(frozen=True)
 class _Inputs:
-    """What is merged.
+    """The base and the adapters of a merge, opened and checked.
 
     Args:
         settings: with the folders of the inputs, and the chosen `onto`.

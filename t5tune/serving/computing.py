@@ -17,7 +17,7 @@ from t5tune.model.device import is_device_lost, is_out_of_memory
 from t5tune.serving.batching import Batch, Schedule
 from t5tune.serving.generation import Engine, Generation
 
-MAX_DELAYS = 10
+MAX_DELAYS = 10  # a stream of requests, each within `max_delay`, delays a batch at most this many times as long
 
 
 class DeviceLost(T5TuneError):
