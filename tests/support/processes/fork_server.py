@@ -37,6 +37,8 @@ def serve(address: str) -> None:
         gc.disable()  # looking for garbage takes a third of the time of importing everything
         for name in IMPORTED:
             importlib.import_module(name)
+        # transformers compiles a thousand patterns when a process first needs one, and keeps them
+        importlib.import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("t5")
         gc.freeze()  # the forks look for garbage only in what they make themselves
         while select.select([listener, sys.stdin], [], [])[0] == [listener]:
             client, _ = listener.accept()
