@@ -13,19 +13,41 @@ import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float32]
+ROWS, RANKS = 64, 192  # of a part of a product, so that numpy's BLAS adds 256 products in one chain
 LANES = 8  # torch's kernel for norms accumulates this many partial sums per row
 
 
 def compute_low_rank_product(b_OR: Floats, a_RI: Floats) -> Floats:
     """Multiply B·A, accumulating over the rank with fused multiply-adds as torch's BLAS does.
 
-    The bits are the same on every machine. With fewer than 4 rows or 15 columns, torch's order depends on the
-    processor; no weight of a T5 is that small. numpy's BLAS chooses kernels by processor and shape, so it is used only
-    for shapes where a trial gives the same bits.
+    The bits are the same on every machine, and torch's up to a rank of 256. For higher ranks, torch splits its sums
+    into chains whose length depends on the processor (at most 384 with AVX-512), so its bits differ by rounding between
+    machines; they are summed in one chain here. With fewer than 4 rows or 15 columns, torch's order depends on the
+    processor, too; no weight of a T5 is that small. numpy's BLAS chooses kernels by processor and shape, so it is used
+    only for shapes where a trial gives the same bits.
     """
-    if _blas_sums_in_order(b_OR.shape[0], *a_RI.shape):
+    rank, columns = a_RI.shape
+    if rank > RANKS and _blas_sums_in_order(ROWS, ROWS + RANKS, columns):
+        return _multiply_in_parts(b_OR, a_RI)
+    if _blas_sums_in_order(b_OR.shape[0], rank, columns):
         return b_OR @ a_RI
     return _multiply_in_order(b_OR, a_RI)
+
+
+def _multiply_in_parts(b_OR: Floats, a_RI: Floats) -> Floats:
+    # [I | B₂]·[P; A₂] continues the sums of P, the product of earlier ranks: its first terms are 1·P and zeros. Zeros
+    # fill the last parts, so that all have the shape of the trial.
+    more_ranks = -len(a_RI) % RANKS
+    a_RI = np.pad(a_RI, ((0, more_ranks), (0, 0)))
+    left = np.eye(ROWS, ROWS + RANKS, dtype=np.float32)
+    product_OI = np.zeros((len(b_OR) + -len(b_OR) % ROWS, a_RI.shape[1]), np.float32)
+    for row in range(0, len(b_OR), ROWS):
+        b_PR = np.pad(b_OR[row : row + ROWS], ((0, max(0, row + ROWS - len(b_OR))), (0, more_ranks)))
+        product_PI = product_OI[row : row + ROWS]
+        for rank in range(0, len(a_RI), RANKS):
+            left[:, ROWS:] = b_PR[:, rank : rank + RANKS]
+            product_PI[:] = left @ np.vstack([product_PI, a_RI[rank : rank + RANKS]])
+    return product_OI[: len(b_OR)]
 
 
 @functools.cache

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from t5tune.merging import torch_arithmetic
-from t5tune.merging.torch_arithmetic import compute_low_rank_product, row_norms
+from t5tune.merging.torch_arithmetic import RANKS, ROWS, compute_low_rank_product, row_norms
 
 
 def make_product(rows: int, rank: int, columns: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -14,7 +14,7 @@ def make_product(rows: int, rank: int, columns: int) -> tuple[np.ndarray, np.nda
     return b, a, (torch.from_numpy(b) @ torch.from_numpy(a)).numpy()
 
 
-@pytest.mark.parametrize("shape", [(4, 4, 15), (5, 1, 17), (64, 8, 99), (25, 64, 10240), (256, 16, 1024), (77, 3, 333)])
+@pytest.mark.parametrize("shape", [(4, 4, 15), (5, 1, 17), (64, 8, 99), (25, 64, 10240), (256, 16, 1024), (9, 256, 50)])
 @pytest.mark.parametrize("blas", [True, False])
 def test_the_product_equals_that_of_torch(
     monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int, int], blas: bool
@@ -23,6 +23,19 @@ def test_the_product_equals_that_of_torch(
         monkeypatch.setattr(torch_arithmetic, "_blas_sums_in_order", lambda *shape: False)
     b, a, expected = make_product(*shape)
     assert np.array_equal(compute_low_rank_product(b, a), expected)
+
+
+@pytest.mark.parametrize("shape", [(64, 193, 99), (77, 512, 333), (1, 400, 64)])
+def test_high_ranks_are_summed_in_one_chain_on_every_machine(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int, int]
+) -> None:
+    b, a, torchs = make_product(*shape)
+    in_order = torch_arithmetic._multiply_in_order(b, a)
+    assert np.array_equal(compute_low_rank_product(b, a), in_order)
+    np.testing.assert_allclose(in_order, torchs, rtol=1e-4, atol=1e-4)
+    if torch_arithmetic._blas_sums_in_order(ROWS, ROWS + RANKS, shape[2]):
+        monkeypatch.setattr(torch_arithmetic, "_multiply_in_order", None)  # isn't needed
+        assert np.array_equal(compute_low_rank_product(b, a), in_order)
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 7), (3, 16, 512), (64, 8, 5)])
