@@ -37,7 +37,10 @@ def _run_and_flush(arguments: list[str] | None) -> int:
     if os.environ.get("COLUMNS") == "0":  # Rich would print nothing at all
         del os.environ["COLUMNS"]
     code = run(sys.argv[1:] if arguments is None else arguments)
-    gc.freeze()  # Python looks for garbage at its end, which takes a while with all objects of the libraries
+    if "triton" in sys.modules:  # Triton's bindings (nanobind) would report all frozen objects as leaks
+        gc.unfreeze()
+    else:
+        gc.freeze()  # Python looks for garbage at its end, which takes a while with all objects of the libraries
     if sys.stdout is not None:
         try:
             sys.stdout.flush()
