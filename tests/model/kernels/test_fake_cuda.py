@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 import transformers
@@ -157,7 +158,7 @@ def test_other_mistakes_are_counted_with_their_places(
 def test_the_launches_are_those_of_the_golden_file(found: dict[str, Any]) -> None:
     """After a change that is meant to launch other kernels: `python -m tests.support.gpu.fake_cuda --update`."""
     golden = json.loads(GOLDEN_FILE.read_text())
-    for library in (torch, transformers):
+    for library in (torch, transformers, accelerate):
         expected, version = golden.pop(library.__name__), library.__version__.partition("+")[0]
         if version != expected:
             pytest.skip(f"the launches were counted with {library.__name__} {expected}, and this is {version}")

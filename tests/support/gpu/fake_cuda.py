@@ -256,6 +256,7 @@ def main() -> None:
     except StubsUnavailable as error:
         print(json.dumps({"unavailable": str(error)}))
         return
+    import accelerate
     import torch
     import transformers
     from torch.nn.attention import flex_attention
@@ -269,7 +270,8 @@ def main() -> None:
         found |= {name: measure_large(**changes) for name, changes in LARGE_CASES.items()}
     if options.update:
         totals = {name: case["total"] for name, case in found.items() if "mistake" not in name}
-        versions = {library.__name__: library.__version__.partition("+")[0] for library in (torch, transformers)}
+        libraries = (torch, transformers, accelerate)
+        versions = {library.__name__: library.__version__.partition("+")[0] for library in libraries}
         GOLDEN_FILE.write_text(json.dumps({**versions, **totals}, indent=1) + "\n")
     if options.v:
         _print_table(found)
