@@ -7,6 +7,7 @@ A duplicate of an earlier part's record is counted, but not listed in rejected.j
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -38,7 +39,7 @@ def join_tables(
     """
     join = _Join(staged, source)
     is_complete = True
-    with join.files[0], join.files[1], join.files[2], join.files[3]:
+    with closing(join.seen), join.files[0], join.files[1], join.files[2], join.files[3]:
         for part, characters in zip(parts, track(lost, "join", report, unit="parts"), strict=True):
             manifest = read_manifest(part)
             join.counts.add_repairs(manifest["repaired"])
@@ -47,7 +48,6 @@ def join_tables(
             if not join.add(part):
                 is_complete = False
                 break
-    join.seen.close()
     num_data = source.checks.num_data
     if num_data is not None and num_data < join.counts.num_examples:
         with open(staged / EXAMPLES_FILE, "r+b") as file:
