@@ -409,7 +409,8 @@ async def _refuse_route(request: Request, error: HTTPException) -> Response:
     path = request.url.path
     if error.status_code == 404:
         known = (
-            "/v1/chat/completions, /v1/completions, /v1/score, /v1/classify, /v1/models, /health, /ready, /metrics, /"
+            "/v1/chat/completions, /v1/completions, /v1/score, /v1/classify, /v1/models, /v1/models/reload, /health, "
+            "/ready, /metrics, /"
         )
         return await _refuse(request, ApiError(404, f"{path}: no such path; this server has {known}"))
     allowed = (error.headers or {}).get("Allow", "")
