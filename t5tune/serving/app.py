@@ -169,7 +169,7 @@ class Service:
             await self._all_answered.wait()
 
     def _check(self, request: Request) -> None:
-        if request.url.path not in PROBES and (not self.models or self._stopping.is_set()):
+        if request.scope["path"] not in PROBES and (not self.models or self._stopping.is_set()):
             raise self._refuse_for_now()
         if self.api_key is None:
             # DNS rebinding: a website may point its host name at this machine, and send requests from a browser here
@@ -177,7 +177,7 @@ class Service:
             if self.is_local and not is_loopback(_get_host_name(host)):
                 problem = f"host: {host or 'missing'}: not a name of this machine; without an API key, the server"
                 raise ApiError(403, f"{problem} answers only requests to localhost and 127.0.0.1", code="wrong_host")
-        elif request.url.path not in OPEN_PATHS:
+        elif request.scope["path"] not in OPEN_PATHS:
             kind, _, key = request.headers.get("authorization", "").partition(" ")
             if kind.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), self.api_key.encode()):
                 problem = "wrong API key" if key else "no API key; send it in the header Authorization: Bearer KEY"
@@ -406,7 +406,7 @@ async def _end_silently(request: Request, error: Exception) -> Response:
 
 
 async def _refuse_route(request: Request, error: HTTPException) -> Response:
-    path = request.url.path
+    path = request.scope["path"]
     if error.status_code == 404:
         known = (
             "/v1/chat/completions, /v1/completions, /v1/score, /v1/classify, /v1/models, /v1/models/reload, /health, "
