@@ -179,7 +179,7 @@ NEXT_STEPS = {
 @pytest.mark.long
 @pytest.mark.slow
 def test_examples_in_the_help_work_in_order(tmp_path: Path) -> None:
-    """All but doctor's, serve's and those that need the Hub, in an empty folder; variables keep the training short."""
+    """All but doctor's, serve's and those that need the Hub or a sweep, in an empty folder; variables make it fast."""
     (tmp_path / "dev.csv").write_text("question,answer\nHello?,Hi.\n", encoding="utf-8")
     (tmp_path / "qlora.yml").write_text("base_model: t5-small\n", encoding="utf-8")
     (tmp_path / "llama3_lora_sft.yaml").write_text("stage: sft\n", encoding="utf-8")
@@ -187,7 +187,7 @@ def test_examples_in_the_help_work_in_order(tmp_path: Path) -> None:
     environment = {f"T5TUNE_{name}": value for name, value in short.items()}
     next_steps = {}
     for line in EXAMPLE_LINES:
-        if any(part in line for part in ("google/", "owner/name", "t5tune doctor", "t5tune serve")):
+        if any(part in line for part in ("google/", "owner/name", "sweep/", "t5tune doctor", "t5tune serve")):
             continue
         done = t5tune_in_fork(*shlex.split(line.partition(" > ")[0])[1:], cwd=tmp_path, env=environment)
         assert (done.code, done.errors) == (0, []), line

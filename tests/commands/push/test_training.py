@@ -136,7 +136,7 @@ def test_a_stopped_run_does_not_wait_for_an_upload(
     log = running.log.read_text()
     assert "B/s]" not in log
     (later,) = [line for line in log.splitlines() if "to upload it later" in line]
-    assert "wasn't uploaded to the end" in later
+    assert "wasn't uploaded completely" in later
 
 
 @pytest.mark.long
