@@ -71,12 +71,12 @@ class GrammarCompiler:
         rules = _write_rules(constraint)
         matcher = self._start(REPLY, rules, constraint)
         allowed, drops_space = matcher.fill_mask(matcher.matcher), self.spellings.drops_space
-        if drops_space:
-            allowed &= ~self.begins_with_space
-        if not np.delete(allowed, self.stop_ids).any() and not matcher.is_complete:
-            needs_space = drops_space and constraint.kind != "json_schema"
-            reason = "; this tokenizer removes a space at the beginning" if needs_space else ""
-            raise SettingsError(f"{constraint.place}: no reply can follow it{reason}")
+        allowed[self.stop_ids] = False
+        if not (allowed & ~self.begins_with_space if drops_space else allowed).any() and not matcher.is_complete:
+            reason = "this tokenizer removes a space at the beginning"
+            if not allowed.any():
+                reason = "either nothing matches it, or this tokenizer can't write a character that it needs"
+            raise SettingsError(f"{constraint.place}: no reply can follow it; {reason}")
         whole = f"{REPLY} {json.dumps(self._suffix)}?" if self._suffix else REPLY
         if self._suffix:
             matcher = self._start(whole, rules, constraint)
