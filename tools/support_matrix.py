@@ -285,9 +285,9 @@ HOW_IT_IS_TESTED = (
 )
 WHAT_THAT_MEANS = "Tests that don't depend on the tokenizer use one of them."
 VERSIONS = (
-    "t5tune needs Python 3.11 or newer. The tests run with 3.11; on 2026-12-02, they also passed with Python 3.13, "
-    "torch 2.15 and Triton 3.9. `make floors` runs them with the oldest releases of the libraries that "
-    "`pyproject.toml` allows."
+    "t5tune needs Python 3.11 or newer. The tests run with 3.11; on 2026-12-02, they also passed with Python 3.13 and "
+    "torch 2.15, built for CUDA, on a CPU (without the tests that compile kernels for a GPU). `make floors` runs them "
+    "with the oldest releases of the libraries that `pyproject.toml` allows."
 )
 SHARED_MEMORY = (
     "Bytes of shared memory of attention's largest kernel, forward / backward, for packed rows in bf16, compiled by "

@@ -72,11 +72,13 @@ class GrammarCompiler:
         matcher = self._start(REPLY, rules, constraint)
         allowed, drops_space = matcher.fill_mask(matcher.matcher), self.spellings.drops_space
         allowed[self.stop_ids] = False
-        if not (allowed & ~self.begins_with_space if drops_space else allowed).any() and not matcher.is_complete:
-            reason = "this tokenizer removes a space at the beginning"
+        first = allowed & ~self.begins_with_space if drops_space else allowed
+        if not first.any() and not matcher.is_complete:
+            problem, hint = "this tokenizer removes a space at the beginning", "change the constraint"
             if not allowed.any():
-                reason = "either nothing matches it, or this tokenizer can't write a character that it needs"
-            raise SettingsError(f"{constraint.place}: no reply can follow it; {reason}")
+                problem = "nothing matches it, or it needs a character that this tokenizer can't write"
+                hint = "train with --add-tokens auto, or change the constraint"
+            raise SettingsError(f"{constraint.place}: no reply can follow it: {problem}", hint=hint)
         whole = f"{REPLY} {json.dumps(self._suffix)}?" if self._suffix else REPLY
         if self._suffix:
             matcher = self._start(whole, rules, constraint)
