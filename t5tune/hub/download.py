@@ -315,7 +315,7 @@ class Repository:
         noun = "dataset" if self.kind == "dataset" else "model"
         missing = "no such file or folder" if self.kind == "dataset" else "no such folder"
         instead = "give a file or a folder" if self.kind == "dataset" else "give a folder"
-        setting, asked = self.setting, self.name
+        setting, asked = self.setting, self.name if self.revision is None else f"{self.name}@{self.revision}"
         status, outage = _find_status(error), describe_outage(error)
         is_offline = isinstance(error, errors.OfflineModeIsEnabled)
         is_offline |= isinstance(error.__cause__, errors.OfflineModeIsEnabled)

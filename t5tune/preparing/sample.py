@@ -26,7 +26,7 @@ SAMPLE_BYTES = 8 << 20
 RECORD_OVERHEAD_BYTES = 512  # memory of a record in addition to its text
 TURN_OVERHEAD_BYTES = 100  # memory of a parsed turn in addition to its text
 MAX_MEMORY_RATIO = 1.5  # of a conversation to its record
-RECORDS_FOR_LABELS = 500
+RECORDS_FOR_LABELS = 10_000
 FIRST_RECORDS = 100  # of each file, to find a usable record
 
 

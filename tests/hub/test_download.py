@@ -111,6 +111,13 @@ def test_an_outage_uses_the_cached_copy_with_a_warning(
     assert caught.value.exit_code == 2
 
 
+def test_an_error_names_the_revision(hub: Hub, tmp_path: Path) -> None:
+    hub.status = 500
+    settings = BaseModelSettings(model_name_or_path=NAME, revision="v2", cache_dir=tmp_path)
+    with pytest.raises(T5TuneError, match=f": {NAME}@v2: no such folder, "):
+        find_base(settings)
+
+
 @pytest.mark.parametrize("kind", FILES)
 @pytest.mark.parametrize("code", ["", "GatedRepo", "RepoNotFound"])
 @pytest.mark.parametrize("status", [401, 403, 404])

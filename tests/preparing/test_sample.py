@@ -58,6 +58,16 @@ def test_a_sampled_record_gives_the_same_files_as_any_other(
     assert counts == ({"none": [9, 5], "exact": [11, 6]}[dedupe])
 
 
+def test_similar_labels_are_found_far_below_the_first_records(tmp_path: Path) -> None:
+    labels = [*["Spam", "ham"] * 2_000, "spam"]
+    (tmp_path / "data.jsonl").write_text("\n".join(json.dumps({"source": "a", "target": each}) for each in labels))
+    warnings: list[str] = []
+    values = {"model_name_or_path": "pocket", "data_path": str(tmp_path / "data.jsonl")}
+    settings = PrepareSettings(**values, output_dir=tmp_path / "cache")
+    prepare(settings, lambda event: warnings.append(event.text) if isinstance(event, Note) and event.warning else None)
+    assert any("only in case or spaces are different labels: 'Spam', 'spam'" in text for text in warnings), warnings
+
+
 # ---------------------------------------------------------------- the default conversation template
 
 CHAT = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes"}]}

@@ -129,13 +129,14 @@ def _parse_answers(value: dict[str, Any], location: RecordLocation, reading: Rea
     repairs["merged_turns_not_learned"] += sum(len(learned) > 1 for _, _, learned in turns)
     repairs["blank_turns"] += sum(not turn.text.strip() for turn in merged_turns)
     answers = [turn for turn in merged_turns if turn.role == "assistant" and turn.text.strip()]
+    is_pair = _is_pair(name, value, reading) and len(merged_turns) == 2
     if not answers:
-        raise RejectionError("no_answer", f"no assistant turn with text to learn from ({name})")
+        problem = "the answer is empty" if is_pair else "no assistant turn with text to learn from"
+        raise RejectionError("no_answer", f"{problem} ({name})")
     if not any(turn.learned for turn in answers):
         raise RejectionError("zero_weight", f"every assistant turn has weight 0, so there is nothing to learn ({name})")
     has_prefix = bool(reading.source_prefix) and name in ("columns", "source-target")
     counts = {kind: count for kind, count in sorted(repairs.items()) if count}
-    is_pair = _is_pair(name, value, reading) and len(merged_turns) == 2
     if is_pair and not merged_turns[0].text.removeprefix(reading.source_prefix if has_prefix else "").strip():
         raise RejectionError("no_source", f"no text to answer ({name})")
     return Conversation(location, system or None, merged_turns, counts, has_prefix, is_pair)

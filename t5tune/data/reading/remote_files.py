@@ -38,7 +38,7 @@ VERSION_KEYS = (
 DESCRIPTION_FILE = "file.json"
 FILES_FOLDER = "files"  # in t5tune's folder for downloads
 HASH_CHARACTERS = 16
-PACKAGES = {"http": "aiohttp", "https": "aiohttp", "s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs"}
+PROTOCOLS_OF_EXTRA = ("http", "https", "s3", "gs", "gcs")  # their packages are installed with t5tune[remote]
 
 
 def is_url(name: str) -> bool:
@@ -84,8 +84,11 @@ def fetch_remote(
         system, path = fsspec.core.url_to_fs(url, **_choose_options(url))
     except ImportError as error:
         protocol = url.partition("://")[0]
-        problem = f"{asked}: {_describe(error)}"
-        raise DependencyError(problem, hint=f"pip install {PACKAGES.get(protocol, protocol)}") from error
+        if protocol in PROTOCOLS_OF_EXTRA:
+            problem, hint = f"the package for {protocol}:// isn't installed", "pip install 't5tune[remote]'"
+        else:
+            problem, hint = _describe(error), "install the package that it names"
+        raise DependencyError(f"{asked}: {problem}", hint=hint) from error
     except Exception as error:  # of whichever library the protocol needs
         known = ", ".join(f"{name}://" for name in ("s3", "gs", "https"))
         raise DataError(f"{asked}: {_describe(error)}", hint=f"for example {known}") from error

@@ -98,7 +98,8 @@ def test_a_copied_file_is_read_without_its_server(tmp_path: Path) -> None:
         ("foo://x/y.jsonl", ["data_path: foo://x/y.jsonl", "https://"]),
         ("https://[bad/x.jsonl?key=SeCrEt", ["data_path: https://[bad/x.jsonl"]),
         ("foo://me:SeCrEt@x/y.jsonl?SeCrEt", ["data_path: foo://x/y.jsonl", "https://"]),
-        ("s3://bucket/x.jsonl", ["data_path: s3://bucket/x.jsonl", "pip install s3fs"]),
+        ("s3://bucket/x.jsonl", ["data_path: s3://bucket/x.jsonl: the package for ", "pip install 't5tune[remote]'"]),
+        ("sftp://host/x.jsonl", ["data_path: sftp://host/x.jsonl", "paramiko", "install the package that it names"]),
     ],
 )
 def test_an_unreadable_url_is_refused_in_one_line(

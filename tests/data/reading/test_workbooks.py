@@ -59,7 +59,7 @@ def test_rows_keep_their_numbers_and_unreadable_cells_are_rejected(tmp_path: Pat
         (3, ("a", "b")),
         (5, "target: a formula without a stored value; open the workbook in Excel, and save it"),
         (6, "source: the error #N/A"),
-        (7, "no assistant turn with text to learn from (source-target)"),
+        (7, "the answer is empty (source-target)"),
         (8, ("f", "g")),
         (9, "no text to answer (source-target)"),
     ]
