@@ -88,7 +88,7 @@ class Tokenizer:
         max_length: model_max_length in its files, in tokens; None: no limit.
     """
 
-    backend: Any
+    backend: Any = field(repr=False)
     eos_token: str
     pad_token: str
     unk_token: str

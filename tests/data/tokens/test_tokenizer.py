@@ -116,3 +116,9 @@ def test_characters_without_a_token_are_decoded_from_byte_tokens(bases: Path) ->
         assert tokenizer.backend.token_to_id("<0x0A>") not in written
         assert tokenizer.unk_token_id not in ids
         assert tokenizer.decode(ids) == load_saved(bases, "mt5", add_tokens).decode(ids) == "한 Ω 😀"
+
+
+def test_repr_is_short() -> None:
+    """A notebook shows the repr of a Chatter; the backend's would print its normalizer, 300,000 characters."""
+    tokenizer = load_tokenizer(REPOSITORY / "t5tune" / "pocket")
+    assert len(repr(tokenizer)) < 1500
