@@ -253,6 +253,7 @@ def _read_deepspeed(name: str, config: Config) -> Found:
 
 
 PER_EPOCH = {0: "no", 1: "epoch"}
+SHARE = "a share of all steps; t5tune plan shows the number of steps"
 FLATTEN = "records {translation: {…}} must be flat: jq -c .translation IN.json > OUT.jsonl"
 _ROWS: tuple[tuple[str, Rule, str], ...] = (
     ("model_name_or_path base_model base_model_config", lambda v, c: {"model_name_or_path": v}
@@ -285,6 +286,8 @@ _ROWS: tuple[tuple[str, Rule, str], ...] = (
     ("fp16 float16", ({"bf16": True}, "a T5 overflows in fp16"), ""),
     ("evals_per_epoch", lambda v, c: {"eval_strategy": PER_EPOCH[v]}, "set eval_steps; t5tune plan shows the steps"),
     ("saves_per_epoch", lambda v, c: {"save_strategy": PER_EPOCH[v]}, "set save_steps; t5tune plan shows the steps"),
+    ("eval_steps", lambda v, c: {"eval_steps": v} if float(v) >= 1 else None, SHARE),
+    ("save_steps", lambda v, c: {"save_steps": v} if float(v) >= 1 else None, SHARE),
     ("warmup_steps", lambda v, c: {} if "constant" in c.values() else {"warmup_steps": v}, "constant has no warmup"),
     ("warmup_ratio", lambda v, c: {} if c.get("warmup_steps") or "constant" in c.values() else {"warmup_steps": v},
      "warmup_steps or a constant schedule overrides it"),

@@ -222,7 +222,8 @@ CONVERSIONS = [
     (A | {"lr_scheduler": "constant", "warmup_steps": 10}, {"lr_scheduler_type": "constant", "warmup_steps": None}, ""),
     (H | {"num_processes": 4}, {"num_gpus": 4, "num_processes": None}, ""),
     # evaluations and checkpoints
-    (A | DEV | {"eval_steps": 0.05}, {"eval_steps": None}, "eval_steps: eval_steps: 0.05: expected a whole number"),
+    (A | DEV | {"eval_steps": 0.05}, {"eval_steps": None}, "eval_steps: a share of all steps"),
+    (A | {"save_steps": 0.5}, {"save_steps": None}, "save_steps: a share of all steps"),
     (A | DEV | {"evals_per_epoch": 1}, {"eval_strategy": "epoch"}, ""),
     (A | DEV | {"evals_per_epoch": 4}, {"eval_strategy": None}, "evals_per_epoch: set eval_steps"),
     (A | {"val_set_size": 0, "evals_per_epoch": 1, "metric_for_best_model": "loss"},
