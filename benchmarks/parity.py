@@ -48,7 +48,7 @@ VARIANTS: dict[str, list[str]] = {
 }
 TOKENS: dict[str, list[str]] = {
     "LoRA q,v, no tokens added": [*Q_V, "--add-tokens", "none"],
-    "LoRA q,v, frozen mean rows (FastChat's way)": [*Q_V, "--no-train-token-rows"],
+    "LoRA q,v, frozen mean rows (as in FastChat)": [*Q_V, "--no-train-token-rows"],
 }
 ROWS = {**METHODS, **VARIANTS, **TOKENS}
 SCORES = ("exact_match", "rougeL", "chrf", "loss")
