@@ -44,7 +44,7 @@ def estimate_time(
         T5TuneError: why it can't be timed.
     """
     if not settings.time_run:
-        raise T5TuneError("time_run is off")
+        raise T5TuneError("no steps were run; t5tune plan runs some, unless time_run is off")
     if settings.gpu_memory is not None or (machine.on_gpu and machine.count > torch.cuda.device_count()):
         raise T5TuneError("the plan is for a different machine")
     if data.share is None:

@@ -111,7 +111,7 @@ def test_a_plan_says_why_there_is_no_time(untied_base: Path, conversations: Path
     data, model = {"data_path": str(conversations)}, write_short_model(tmp_path)
     for base, changes, reason in (
         (untied_base, {"use_cpu": True}, "no data is given"),
-        (untied_base, {**data, "time_run": False}, "time_run is off"),
+        (untied_base, {**data, "time_run": False}, "no steps were run; t5tune plan runs some, unless time_run is off"),
         (untied_base, {**data, **NO_SUGGESTION}, "the run doesn't fit"),
         (untied_base, {**data, "gpu_memory": "24GiB"}, "the plan is for a different machine"),
         (model, {"use_cpu": True}, "no data is given"),
