@@ -38,7 +38,9 @@ def choose_device(use_cpu: bool, local_rank: int = 0, name: str | None = None) -
             device = torch.zeros(1, device=name).device
             if name != "cuda":  # without a number, each rank takes its GPU
                 return device
-        except (RuntimeError, AssertionError) as error:  # the error differs by device and by torch's build
+        except NotImplementedError:  # torch's message lists all of its backends
+            raise SettingsError(f"device: {name}: this torch can't compute on it", hint="cpu always works") from None
+        except (RuntimeError, AssertionError, ImportError) as error:  # it differs by device and by torch's build
             reason = str(error).splitlines()[0]
             raise SettingsError(f"device: {name}: {reason}", hint="cpu always works") from None
     if name == "cpu" or use_cpu or not torch.cuda.is_available():
