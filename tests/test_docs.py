@@ -210,7 +210,7 @@ def test_the_commands_of_the_preferences_page_work(tmp_path: Path) -> None:
         assert done.code == 0, f"{words}: {done.stderr}"
         ran.append(words[0])
     assert ran == [
-        "train", "chat", "evaluate", "prepare", "train", "evaluate", "chat", "train", "evaluate", "train",
+        "train", "chat", "evaluate", "prepare", "train", "evaluate", "evaluate", "chat", "train", "evaluate", "train",
     ]  # fmt: skip
     pairs = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
     assert len(pairs) > 4
