@@ -151,7 +151,7 @@ def test_srun_prepares_data_in_parts(tmp_path: Path, conversations: Path) -> Non
 @pytest.mark.distributed
 def test_torchrun_prepares_data_in_parts(tmp_path: Path, conversations: Path) -> None:
     log = prepare_in_parts(tmp_path, conversations, "env", "PROCESSES_PER_NODE=2", MANY_NODES / "torchrun.sh")
-    # the first process says that its part is complete; if both end together, both join the parts, and say which they had
+    # the first process says that its part is complete; if both end together, both join, and say which part they had
     assert re.search("(part|shard) +[01]/2", log)
 
 
