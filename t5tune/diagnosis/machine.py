@@ -13,7 +13,7 @@ from t5tune.diagnosis import CheckResult, Finding
 from t5tune.formatting import GIB, shorten
 from t5tune.io.reasons import join_lines
 from t5tune.model.device import get_free_memory, read_nvidia_driver
-from t5tune.model.kernels.build_tools import find_missing_compiler
+from t5tune.model.kernels.build_tools import find_missing_compiler, find_missing_headers
 
 
 def inspect_machine() -> list[Finding]:
@@ -59,13 +59,15 @@ def _check_python() -> CheckResult:
 
 
 def _check_compiler() -> CheckResult:
-    # Triton compiles kernels at first use on a GPU, and DeepSpeed its CPU Adam for offloading
+    # Triton compiles kernels at first use on a GPU, and DeepSpeed its CPU Adam, with some configs that offload
     if read_nvidia_driver() and (missing := find_missing_compiler(on_gpu=True)):
         return "warning", missing.what, f"{missing.fix}; needed for --torch-compile and for fused kernels"
     compiler = shutil.which(os.environ.get("CXX") or "c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
-        fix = "apt install g++ ninja-build, or dnf install gcc-c++ ninja-build; needed for --deepspeed with offloading"
+        fix = "apt install g++, or dnf install gcc-c++; needed for --torch-compile, and by some files for --deepspeed"
         return "warning", "no C++ compiler on PATH", fix
+    if missing := find_missing_headers("torch.compile compiles C++"):
+        return "warning", missing.what, f"{missing.fix}; needed for --torch-compile"
     if shutil.which("ninja") is None:
         fix = "pip install ninja, and add this Python's scripts folder to PATH"
         return "warning", f"{compiler}, but no ninja on PATH", fix

@@ -5,18 +5,35 @@ import shutil
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
+
+from t5tune.model.kernels.build_tools import find_missing_headers
 
 MAX_COMPILE_SECONDS = 1800.0  # no op takes longer than this
 # network filesystems: the process that holds a lock may run on a different machine
 SHARED_FILESYSTEMS = ("nfs", "cifs", "smb", "lustre", "gpfs", "beegfs", "ceph", "9p", "fuse", "afs", "pvfs", "orangefs")
 
 
+def compiles_for_offloading(config: dict[str, Any]) -> bool:
+    """Whether a config compiles DeepSpeed's CPU optimizer, or its access to NVMe.
+
+    Accelerate replaces torch's optimizer with DeepSpeed's unless zero_force_ds_cpu_optimizer is false, as it is in
+    zero2-offload and zero3-offload.
+    """
+    zero = config.get("zero_optimization", {})
+    optimizer, weights = (zero.get(f"offload_{name}", {}).get("device", "none") for name in ("optimizer", "param"))
+    is_replaced = optimizer != "none" and config.get("zero_force_ds_cpu_optimizer", True)
+    return is_replaced or "nvme" in (optimizer, weights)
+
+
 def find_missing_build_tools() -> str | None:
     """Describe the missing tools or folder to compile an op; None: nothing is missing."""
     if shutil.which(os.environ.get("CXX", "c++")) is None or shutil.which("ninja") is None:
         return "a C++ compiler or ninja is missing from the PATH"
+    if find_missing_headers("DeepSpeed compiles") is not None:
+        return "Python's headers are missing"
     folder = _get_extensions_folder()
     with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from t5tune.checkpoints.base import find_base, read_config
 from t5tune.compat.requirements import check_versions
 from t5tune.custom_metrics import load_custom_metric
 from t5tune.data.tokens.templates import load_template
-from t5tune.distributed.deepspeed_build import find_missing_build_tools
+from t5tune.distributed.deepspeed_build import compiles_for_offloading, find_missing_build_tools
 from t5tune.distributed.world import World
 from t5tune.errors import DependencyError, SettingsError, naming_settings, suggest_name
 from t5tune.families import find_family
@@ -264,10 +264,11 @@ def _check_deepspeed_installation(name: str, configuration: dict[str, Any]) -> N
             "processes",
         )
     check_versions("deepspeed")
-    if "offload_optimizer" in configuration.get("zero_optimization", {}) and (lacks := find_missing_build_tools()):
+    if compiles_for_offloading(configuration) and (lacks := find_missing_build_tools()):
         raise DependencyError(
             f"deepspeed: {name}: DeepSpeed compiles its CPU optimizer at first use, but {lacks}",
-            hint="apt install g++ ninja-build, set TORCH_EXTENSIONS_DIR, or use zero2 or zero3",
+            hint="apt install g++ ninja-build python3-dev, set TORCH_EXTENSIONS_DIR, or use zero2-offload or "
+            "zero3-offload, which compile nothing",
         )
 
 

@@ -18,6 +18,7 @@ from t5tune.model import device
 from t5tune.progress import Note
 from t5tune.runs.checks import check_machine
 from t5tune.settings import TrainSettings
+from t5tune.settings.packaged_templates import read_deepspeed_file
 from tests.support.caches import find_cache
 from tests.support.processes.command_line import t5tune_in_fork
 from tests.support.processes.forks import get_fork_server
@@ -109,21 +110,32 @@ def train(records: Path, output: Path, *flags: object) -> list[object]:
     ]
 
 
+def write_offloading_config(folder: Path) -> Path:
+    """Write a config with which DeepSpeed replaces torch's optimizer with its own."""
+    config = read_deepspeed_file("zero2-offload")
+    del config["zero_force_ds_cpu_optimizer"]
+    (path := folder / "offload.json").write_text(json.dumps(config))
+    return path
+
+
 @pytest.mark.long
 @pytest.mark.distributed
-def test_deepspeed_compiles_extensions_only_for_offloading(records: Path, tmp_path: Path) -> None:
+def test_deepspeed_compiles_extensions_only_for_its_own_optimizer(records: Path, tmp_path: Path) -> None:
     extensions = tmp_path / "extensions"
     extensions.mkdir()
     empty = {"TORCH_EXTENSIONS_DIR": str(extensions)}
-    code, _, stderr = run(train(records, tmp_path / "run", "--deepspeed", "zero3", "--num-processes", "2"), empty)
-    assert code == 0, stderr
-    assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
-    assert list(extensions.iterdir()) == []
     nothing = {**empty, "PATH": str(tmp_path), "CXX": None}
-    code, _, stderr = run(train(records, tmp_path / "off", "--deepspeed", "zero2-offload"), nothing)
+    for config in ("zero3", "zero2-offload", "zero3-offload"):
+        flags = train(records, tmp_path / config, "--deepspeed", config, "--num-processes", "2")
+        code, _, stderr = run(flags, nothing)
+        assert code == 0, stderr
+        assert (tmp_path / config / "adapter_model.safetensors").is_file()
+        assert list(extensions.iterdir()) == []
+    config = write_offloading_config(tmp_path)
+    code, _, stderr = run(train(records, tmp_path / "off", "--deepspeed", config), nothing)
     assert code == 1
     (error,) = [line for line in stderr.decode().splitlines() if line.startswith("error:")]
-    assert "zero2-offload" in error
+    assert str(config) in error
     assert "ninja" in error
     assert not (tmp_path / "off").exists()
 
@@ -134,7 +146,7 @@ def test_deepspeed_trains_where_compiled_extensions_cannot_be_saved(records: Pat
     home = {"HOME": str(records / "home"), "XDG_CACHE_HOME": None, "TORCH_EXTENSIONS_DIR": None}
     code, _, stderr = run(train(records, tmp_path / "run", "--deepspeed", "zero3"), home)
     assert code == 0, stderr
-    code, _, stderr = run(train(records, tmp_path / "off", "--deepspeed", "zero2-offload"), home)
+    code, _, stderr = run(train(records, tmp_path / "off", "--deepspeed", write_offloading_config(tmp_path)), home)
     assert (code, stderr.count(b"error:")) == (1, 1), stderr
     assert b"set TORCH_EXTENSIONS_DIR" in stderr
 

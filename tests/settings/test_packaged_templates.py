@@ -3,6 +3,7 @@
 import pytest
 
 from t5tune.data.tokens.templates import load_template
+from t5tune.distributed.deepspeed_build import compiles_for_offloading
 from t5tune.settings import TrainSettings, load_settings, packaged_templates
 
 ZERO3_KEYS = {"stage3_param_persistence_threshold", "stage3_prefetch_bucket_size"}
@@ -27,3 +28,11 @@ def test_a_deepspeed_config_has_the_stage_in_its_name(name: str) -> None:
     assert zero["stage"] == int(name.removeprefix("zero")[0])
     assert ("offload_optimizer" in zero) is name.endswith("offload")
     assert (set(zero) >= ZERO3_KEYS) is (zero["stage"] == 3)
+
+
+@pytest.mark.parametrize("name", packaged_templates.list_names("deepspeed"))
+def test_only_other_deepspeed_configs_that_offload_need_a_compiler(name: str) -> None:
+    config = packaged_templates.read_deepspeed_config(name)
+    assert not compiles_for_offloading(config)
+    config.pop("zero_force_ds_cpu_optimizer", None)
+    assert compiles_for_offloading(config) is name.endswith("offload")

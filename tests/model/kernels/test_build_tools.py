@@ -53,12 +53,19 @@ def test_a_compiler_that_cc_names_must_exist(empty_path: Path, monkeypatch: pyte
     assert find_missing_compiler(on_gpu=True) is not None
 
 
-def test_a_cpu_needs_a_cpp_compiler(empty_path: Path) -> None:
+def test_a_cpu_needs_a_cpp_compiler_and_pythons_headers(empty_path: Path) -> None:
     make_tool(empty_path, "gcc")
     missing = find_missing_compiler(on_gpu=False)
     assert "C++" in missing.what
     make_tool(empty_path, "g++")
     assert find_missing_compiler(on_gpu=False) is None
+    (empty_path / "Python.h").unlink()
+    missing = find_missing_compiler(on_gpu=False)
+    assert str(empty_path) in missing.what
+    assert "apt install python3-dev" in missing.fix
+    make_tool(empty_path, "c++")
+    [finding] = [each for each in machine.inspect_machine() if each.check == "compiler"]
+    assert (finding.state, finding.found) == ("warning", missing.what)
 
 
 def test_train_and_doctor_name_the_package_to_install(
