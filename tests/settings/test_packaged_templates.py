@@ -36,3 +36,5 @@ def test_only_other_deepspeed_configs_that_offload_need_a_compiler(name: str) ->
     assert not compiles_for_offloading(config)
     config.pop("zero_force_ds_cpu_optimizer", None)
     assert compiles_for_offloading(config) is name.endswith("offload")
+    config["zero_optimization"] |= {"offload_optimizer": None, "offload_param": None}
+    assert not compiles_for_offloading(config)
