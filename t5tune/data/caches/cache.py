@@ -113,15 +113,17 @@ class Cache(Sequence[Example]):
         self._tokens = _map_file(folder / TOKENS_FILE, np.dtype(manifest["dtype"]))
         self._conversations = _map_file(folder / CONVERSATIONS_FILE, CONVERSATION_DTYPE)
         self._examples = _map_file(folder / EXAMPLES_FILE, EXAMPLE_DTYPE)
-        self._chosen = indices
+        self._given_indices = indices
 
     def __len__(self) -> int:
-        return len(self._examples if self._chosen is None else self._chosen)
+        indices = self._given_indices
+        return len(self._examples) if indices is None else len(indices)
 
     @cached_property
     def _indices(self) -> Integers:
-        """The indices in the whole cache; made when they are needed, because prepare needs none of its new cache."""
-        return np.arange(len(self._examples)) if self._chosen is None else self._chosen
+        """The indices in the whole cache, 8 bytes per example: prepare only counts a new cache, and needs no array."""
+        indices = self._given_indices
+        return np.arange(len(self._examples)) if indices is None else indices
 
     def __getitem__(self, index: Any) -> Any:
         return self.read(index, repeat=0)
@@ -169,7 +171,7 @@ class Cache(Sequence[Example]):
             are = "label that isn't" if len(missing) == 1 else "labels that aren't"
             problem = f"{self.folder}: {len(missing):,} {are} among {among}: {join_first(missing)}"
             raise DataError(problem, hint="give the data in place of the cache: records with such labels are left out")
-        return Cache(self.folder, self.manifest, self._chosen, task)
+        return Cache(self.folder, self.manifest, self._given_indices, task)
 
     @property
     def has_given_order(self) -> bool:

@@ -1,13 +1,15 @@
 """The tables of a token cache: their rows, their limits, and what is measured from them."""
 
 import json
+import os
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from t5tune.commands.prepare import prepare
-from t5tune.data.caches.cache import EXAMPLE_DTYPE
+from t5tune.data.caches.cache import EXAMPLE_DTYPE, Cache
 from t5tune.data.reading.raw_records import RawRecord
 from t5tune.data.reading.rejections import RecordLocation
 from t5tune.data.tokens.encoding import EncodedConversation, Span
@@ -59,6 +61,21 @@ def test_statistics_cover_all_examples(tmp_path: Path, conversations: Path, monk
         percentiles = cache.manifest[f"{side}_length"]
         assert (percentiles["p50"], percentiles["p100"]) == (sorted(lengths)[(len(lengths) - 1) // 2], max(lengths))
     assert cache.manifest["examples_with_earlier_turns"] == sum(span.turn > 1 for span in spans) > 0
+
+
+def test_opening_a_large_cache_takes_no_memory_for_each_example(tmp_path: Path, conversations: Path) -> None:
+    values = {"model_name_or_path": "pocket", "data_path": str(conversations), "output_dir": tmp_path / "cache"}
+    prepare(PrepareSettings(**values))
+    small = open_only(tmp_path / "cache")
+    os.truncate(small.folder / "examples.bin", 1_000_000 * EXAMPLE_DTYPE.itemsize)  # zeros, which take no disk space
+    tracemalloc.start()
+    try:
+        large = Cache(small.folder, small.manifest)
+        assert len(large) == 1_000_000
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
+    assert np.array_equal(large[3].source_S, small[3].source_S)
 
 
 def test_a_cache_of_an_earlier_format_is_prepared_again(tmp_path: Path, conversations: Path) -> None:
