@@ -22,9 +22,8 @@ def compiles_for_offloading(config: dict[str, Any]) -> bool:
     Accelerate replaces torch's optimizer with DeepSpeed's unless zero_force_ds_cpu_optimizer is false, as it is in
     zero2-offload and zero3-offload.
     """
-    zero = config.get("zero_optimization") or {}
-    parts = (zero.get(f"offload_{name}") or {} for name in ("optimizer", "param"))  # they may be null
-    optimizer, weights = (part.get("device", "none") for part in parts)
+    zero = config.get("zero_optimization", {})
+    optimizer, weights = (zero.get(f"offload_{name}", {}).get("device", "none") for name in ("optimizer", "param"))
     is_replaced = optimizer != "none" and config.get("zero_force_ds_cpu_optimizer", True)
     return is_replaced or "nvme" in (optimizer, weights)
 

@@ -1,5 +1,6 @@
 """Find, list and read the files in templates/: run configs, DeepSpeed configs and conversation templates."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ def read_deepspeed_config(name_or_path: str) -> dict[str, Any]:
 
 
 def read_deepspeed_file(name_or_path: str) -> dict[str, Any]:
-    """Read a DeepSpeed config as it is written: the path of a JSON file, or a name under templates/deepspeed."""
+    """Read a DeepSpeed config, without null in zero_optimization: a JSON file, or a name under templates/deepspeed."""
     path = find_template_file("deepspeed", name_or_path)
     try:
         config = parse_json_object(path.read_bytes())
@@ -82,7 +83,24 @@ def read_deepspeed_file(name_or_path: str) -> dict[str, Any]:
         content = config.get(section, {})
         if not isinstance(content, dict) or not isinstance(content.get("params") or {}, dict):
             raise SettingsError(f"deepspeed: {path}: {section}: expected an object with type and params")
-    return config
+    return config if "zero_optimization" not in config else config | {"zero_optimization": _check_zero(config, path)}
+
+
+def _check_zero(config: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Check the types in zero_optimization that t5tune reads, and remove keys that are null, as DeepSpeed does."""
+    zero = config["zero_optimization"]
+    if not isinstance(zero, dict):
+        raise SettingsError(
+            f"deepspeed: {path}: zero_optimization: {json.dumps(zero)}: expected an object with a stage"
+        )
+    zero = {key: value for key, value in zero.items() if value is not None}
+    if type(stage := zero.get("stage", 0)) is not int or not 0 <= stage <= 3:
+        raise SettingsError(f"deepspeed: {path}: zero_optimization.stage: {json.dumps(stage)}: expected 0, 1, 2 or 3")
+    for key in ("offload_optimizer", "offload_param"):
+        if not isinstance(offload := zero.get(key, {}), dict):
+            problem = f"deepspeed: {path}: zero_optimization.{key}: {json.dumps(offload)}: expected an object"
+            raise SettingsError(problem, hint='give {"device": "cpu"}, or leave it out')
+    return zero
 
 
 def read_zero3_config(deepspeed: str) -> dict[str, Any]:
@@ -98,7 +116,8 @@ def read_zero3_config(deepspeed: str) -> dict[str, Any]:
 
 def get_zero_stage(deepspeed: dict[str, Any] | None) -> int:
     """Return the ZeRO stage of a DeepSpeed config; 0 without a config."""
-    return int((deepspeed or {}).get("zero_optimization", {}).get("stage", 0))
+    stage: int = (deepspeed or {}).get("zero_optimization", {}).get("stage", 0)
+    return stage
 
 
 def find_template_file(setting: str, name_or_path: str) -> Path:

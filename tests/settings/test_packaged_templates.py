@@ -1,5 +1,7 @@
 """The files under templates/ work as documented."""
 
+from pathlib import Path
+
 import pytest
 
 from t5tune.data.tokens.templates import load_template
@@ -36,5 +38,11 @@ def test_only_other_deepspeed_configs_that_offload_need_a_compiler(name: str) ->
     assert not compiles_for_offloading(config)
     config.pop("zero_force_ds_cpu_optimizer", None)
     assert compiles_for_offloading(config) is name.endswith("offload")
-    config["zero_optimization"] |= {"offload_optimizer": None, "offload_param": None}
+
+
+def test_null_in_a_deepspeed_file_is_the_same_as_a_missing_key(tmp_path: Path) -> None:
+    path = tmp_path / "own.json"
+    path.write_text('{"zero_optimization": {"stage": 2, "offload_optimizer": null, "offload_param": null}}')
+    config = packaged_templates.read_deepspeed_config(str(path))
+    assert config["zero_optimization"] == {"stage": 2}
     assert not compiles_for_offloading(config)
