@@ -12,7 +12,7 @@ FROM python:3.12-slim
 # torch compiles kernels for GPUs, and DeepSpeed its optimizer for offloading
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends g++ ninja-build \
+    && apt-get install -y --no-install-recommends g++ \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home --uid 1000 t5tune \
     && mkdir /work /models /kernels \

@@ -42,6 +42,7 @@ compatibility: .venv/installed-dev build/transformers-4/installed
 
 # the page of `merge --to onnx` in Chromium, with transformers.js from npm
 browser: .venv/installed-dev
+	@which chromium chromium-browser google-chrome | grep -q . || { echo "make browser needs Chromium; install it with the package manager of your system"; exit 1; }
 	npm install --silent --ignore-scripts --prefix build/transformers-js @huggingface/transformers@$$($(BIN)/python -c 'from t5tune.checkpoints.model_card import TRANSFORMERS_JS; print(TRANSFORMERS_JS)')
 	NODE_MODULES=$(abspath build/transformers-js/node_modules) $(BIN)/python -m pytest tests/converting/test_onnx_page.py -n 0
 

@@ -88,7 +88,7 @@ class T5TuneError(Exception):
 
 
 class SettingsError(T5TuneError):
-    """One or more settings are wrong; `problems` has one line for each.
+    """One or more settings are wrong; the message has a line for each.
 
     Args:
         heading: a line to show above the list of problems.
@@ -164,9 +164,15 @@ class RankLost(TrainingError):
 
 
 class Stopped(T5TuneError):
-    """A signal stopped the run; its progress is saved in a checkpoint."""
+    """A signal (130: Ctrl-C) stopped the run. If training had begun, a checkpoint has its progress."""
 
     exit_code = 143
+
+
+class Interrupted(T5TuneError):
+    """Ctrl-C or a signal ended the command; the exit code is 128 plus the number of the signal."""
+
+    exit_code = 130
 
 
 class Unexpected(T5TuneError):
@@ -179,7 +185,7 @@ def to_t5tune_error(error: BaseException) -> T5TuneError:
         case T5TuneError():
             return error
         case KeyboardInterrupt():
-            interrupted = T5TuneError("interrupted")
+            interrupted = Interrupted("interrupted")
             # SIGTERM and SIGHUP arrive as a KeyboardInterrupt with their number
             interrupted.exit_code = 128 + int(error.args[0] if error.args else signal.SIGINT)
             return interrupted

@@ -266,7 +266,7 @@ def _check_deepspeed_installation(name: str, configuration: dict[str, Any]) -> N
     check_versions("deepspeed")
     if compiles_for_offloading(configuration) and (lacks := find_missing_build_tools()):
         raise DependencyError(
-            f"deepspeed: {name}: DeepSpeed compiles its CPU optimizer at first use, but {lacks}",
+            f"deepspeed: {name}: DeepSpeed compiles its code for offloading at first use, but {lacks}",
             hint="apt install g++ ninja-build python3-dev, set TORCH_EXTENSIONS_DIR, or use zero2-offload or "
             "zero3-offload, which compile nothing",
         )

@@ -98,14 +98,15 @@ def load_teacher(session: Session, loaded: LoadedData, start_token_id: int, is_p
 
 
 def _check_tokenizer(name: str, teachers: Tokenizer, runs: Tokenizer) -> None:
-    """Check that the teacher has all tokens of the run, with the same ids."""
+    """Check that both have the same tokens with the same ids."""
     theirs, ours = teachers.get_vocab(), runs.get_vocab()
-    wrong = [token for token, number in ours.items() if theirs.get(token) != number]
-    hint = "choose a teacher that was trained on this data, or set add_tokens none"
-    if wrong:
-        token = min(wrong, key=lambda token: ours[token])
-        found = f"has {theirs[token]} for it" if token in theirs else "lacks it"
-        problem = f"{token!r} has id {ours[token]} here, but the teacher's tokenizer {found}"
+    if wrong := theirs.items() ^ ours.items():
+        number, token = min((number, token) for token, number in wrong)
+        problem = f"{token!r} has id {number} in the teacher's tokenizer, but this run's lacks it"
+        if token in ours:
+            found = f"has {theirs[token]} for it" if token in theirs else "lacks it"
+            problem = f"{token!r} has id {ours[token]} here, but the teacher's tokenizer {found}"
+        hint = "choose a teacher that was trained on this data, with the same add_tokens"
         raise SettingsError(f"{name}: the tokenizers differ: {problem}", hint=hint)
     if teachers.special_ids != runs.special_ids:
         problem = "the teacher's tokenizer puts different special tokens around a text"

@@ -397,8 +397,9 @@ def start_waiting_prepare(tmp_path: Path, number: signal.Signals, handler: signa
     command = [sys.executable, "-m", "t5tune", "prepare", "--model-name-or-path", "pocket", "--data-path", "-"]
     (tmp_path / "tmp").mkdir()
     process = subprocess.Popen(
-        [*command, "--output-dir", tmp_path / "cache", "--num-workers", "2"],
-        stdin=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "TMPDIR": str(tmp_path / "tmp")},
+        [*command, "--output-dir", tmp_path / "cache", "--num-workers", "2", "--json"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env={**os.environ, "TMPDIR": str(tmp_path / "tmp")},
         preexec_fn=lambda: signal.signal(number, handler),
     )  # fmt: skip
     assert process.stdin is not None
@@ -416,8 +417,9 @@ def start_waiting_prepare(tmp_path: Path, number: signal.Signals, handler: signa
 def test_a_signal_leaves_no_files(tmp_path: Path, number: signal.Signals) -> None:
     process = start_waiting_prepare(tmp_path, number, signal.SIG_DFL)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=100)
+    result, errors = process.communicate(timeout=100)
     assert process.returncode == 128 + number
+    assert json.loads(result) == {"error": {"kind": "Interrupted", "message": "interrupted", "hint": None}}
     *progress, last = errors.decode().splitlines()
     assert last == "interrupted"
     assert all(line.startswith("prepare: ") for line in progress)  # there is progress only on a slow machine

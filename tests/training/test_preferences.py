@@ -392,6 +392,8 @@ def test_a_teacher_with_other_tokens_is_refused(tied_base: Path, data: Path, tea
         SettingsError, match="has id .*, but the teacher's tokenizer lacks it"
     ):  # the base lacks the added tokens
         train(make_student(tied_base, data, tmp_path / "two", tied_base))
+    with pytest.raises(SettingsError, match="in the teacher's tokenizer, but this run's lacks it; .*add_tokens"):
+        train(make_student(tied_base, data, tmp_path / "three", teacher, add_tokens="none"))
 
 
 def test_predictions_can_be_targets_of_a_student(

@@ -222,6 +222,7 @@ class Examples(Sequence[Example]):
         manifests = {dataset.name: dataset.cache.manifest for dataset in self.datasets}
         held_out = self.find_prepared_keys()
         counts = {dataset.name: dataset.count(held_out) for dataset in self.datasets}
+        training, _ = self.split_as_prepared()
         first = self.datasets[0].cache.manifest
         rejected = Counter[str]()
         for manifest in manifests.values():
@@ -248,7 +249,7 @@ class Examples(Sequence[Example]):
                     **facts,
                     **counts[dataset.name],
                 }
-                for dataset, facts in zip(self.datasets, self.describe_rates(), strict=True)
+                for dataset, facts in zip(self.datasets, training.describe_rates(), strict=True)
             ],
         }
 
