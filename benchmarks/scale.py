@@ -46,6 +46,7 @@ EXAMPLES = (1_000, 10_000, 100_000, 1_000_000, 10_000_000)
 LENGTHS = (128, 512, 2048, 8192, 16384)
 REPLIES, FILES = (30, 300, 3_000), (10, 100, 1_000, 10_000)
 COUNTS = (1, 4, 8, 16, 32, 64)
+SERVED = (1, 8, 32, 128, 256)  # adapters
 LORA_RANKS = (8, 32, 64, 128, 256, 512)
 SHORT = (4, 13)  # tokens of a source, in curves over the number of examples
 NUM_LONG = 32  # examples, in curves over the length
@@ -106,7 +107,7 @@ def list_curves(bases: Path) -> Iterator[Curve]:
     yield Curve("serve: replies", "length", LENGTHS, make_nothing, lambda _, n: serve_replies(longt5, NUM_LONG, n))
     yield Curve("prepare", "files", FILES, write_files, lambda f, _: prepare(t5, f))  # the manifest lists the files
     yield Curve("merge", "adapters", COUNTS, make_adapters, merge, True)
-    yield Curve("serve: loading", "adapters", COUNTS, make_adapters, serve_adapters)
+    yield Curve("serve: loading", "adapters", SERVED, make_adapters, serve_adapters)
     yield Curve("merge", "LoRA rank", LORA_RANKS, lambda f, r: make_adapters(f, 1, r), lambda f, _: merge(f, 1))
     yield Curve("export", "LoRA rank", LORA_RANKS, lambda f, r: make_export(f, config, 2, r), lambda f, _: export(f))
     yield Curve("export", "ranks", COUNTS, lambda f, n: make_export(f, config, n, 64), lambda f, _: export(f), True)
@@ -359,7 +360,7 @@ def main() -> None:
     parser.add_argument("curves", nargs="*", metavar="CURVE", help="such as 'prepare' or 'merge/adapters'")
     parser.add_argument("--max-examples", type=float, default=EXAMPLES[-1])
     parser.add_argument("--max-length", type=int, default=LENGTHS[-1], help="in tokens")
-    parser.add_argument("--max-count", type=int, default=COUNTS[-1], help="of adapters and ranks")
+    parser.add_argument("--max-count", type=int, default=SERVED[-1], help="of adapters and ranks")
     parser.add_argument("--runs", type=int, default=1)
     parser.add_argument("--output-dir", type=Path, default=Path("scale"))
     parser.add_argument("--folder", help="working folder; default: the system's temporary folder")

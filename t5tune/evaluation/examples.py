@@ -216,7 +216,8 @@ def _load_dataset(plan: EvaluationPlan, dataset: DatasetSpec, loaded: LoadedMode
         truncated = f"{format_count(num_truncated, 'example')} truncated to model_max_length"
         report(Note(f"{truncated} {dataset.model_max_length}", True))
     if not answers:
-        raise DataError(f"data_path: {', '.join(map(str, files))}: contains no examples to evaluate on")
+        hint = "give records with answers; if their columns differ from training's, set source_column and target_column"
+        raise DataError(f"data_path: {', '.join(map(str, files))}: contains no examples to evaluate on", hint=hint)
     chosen = EvaluationSet(
         [answer.example for answer in answers],
         [answer.target for answer in answers],

@@ -185,9 +185,8 @@ class Architecture(ABC):
         """Read a size from (a part of) config.json, or raise a CheckpointError."""
         value = config.get(key)
         if type(value) is not int or not 0 < value < limit:
-            raise CheckpointError(
-                f"the base's config.json: {key}: {shorten(str(value))}: expected a positive integer below {limit}"
-            )
+            problem = f"the base's config.json: {key}: {shorten(str(value))}: expected a positive integer below {limit}"
+            raise CheckpointError(problem, hint="correct config.json, or choose the family of its model type")
         return value
 
     def read_id(self, config: Mapping[str, Any], key: str, default: int | None = None) -> int:
