@@ -12,8 +12,8 @@ GB = 1e9
 TEXT = """# Memory
 
 This table shows how much memory the weights of each model take, in GB (10⁹ bytes), and how many parameters LoRA of rank
-8 on q and v trains. In the NF4 column, every linear layer of the blocks, including `wo`, is stored in NF4 with double
-quantization; embedding and head stay in bf16.
+8 on q and v trains, without rows of added tokens. In the NF4 column, every linear layer of the blocks, including `wo`,
+is stored in NF4 with double quantization; embedding and head stay in bf16.
 
 When a run ends, `train` shows the peak memory per process; it is also in `report.html`, and in `result.json` as
 `peak_memory_bytes`.
