@@ -119,8 +119,8 @@ def test_a_refused_resume_lists_differences_and_choices(
 @pytest.mark.parametrize(
     ("stop", "code", "line", "known"),
     [
-        (KeyboardInterrupt(), 130, "interrupted", ("T5TuneError", None)),
-        (KeyboardInterrupt(15), 143, "interrupted", ("T5TuneError", None)),
+        (KeyboardInterrupt(), 130, "interrupted", ("Interrupted", None)),
+        (KeyboardInterrupt(15), 143, "interrupted", ("Interrupted", None)),
         (
             Stopped("stopped after step 5 of 9", hint="run the same command to continue"),
             143,
