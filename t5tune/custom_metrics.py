@@ -170,7 +170,7 @@ def _explain_exception(function: str, file: str | None, what: str) -> Iterator[N
         reason = f"{type(error).__name__}: {join_lines(error)}" if str(error) else type(error).__name__
         raise SettingsError(
             f"metric: {function}: {what}: {reason} ({_locate(error, file)})",
-            hint="fix the function and run the same command again",
+            hint="fix the function and run the command again",
         ) from error
 
 

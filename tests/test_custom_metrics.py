@@ -120,7 +120,7 @@ def test_a_trial_uses_two_references_and_returns_the_names() -> None:
     [
         ("my_metric:xyz", "no such function in my_metric.py; it has good, same, changes, numpy, fails and "),
         ("my_metric:fails", "failed on 2 predictions and references: ZeroDivisionError: "),
-        ("my_metric:fails", "(my_metric.py:20); fix the function and run the same command again"),
+        ("my_metric:fails", "(my_metric.py:20); fix the function and run the command again"),
         ("my_metric:fails_below", "(my_metric.py:23)"),
         ("my_metric:exits", "SystemExit: 3 (my_metric.py:26)"),
         ("my_metric:nothing", "metric: my_metric:nothing: returned None; return a dict of names and finite numbers"),

@@ -1,11 +1,12 @@
 """Next steps after a command: the path of a run's report, and the commands to type next."""
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from t5tune.checkpoints.training_data import read_training_data
 from t5tune.commands.train.run_plan import make_run_plan
 from t5tune.data.caches.prepared import has_examples, list_caches
 from t5tune.data.reading.files import find_data_suffix
@@ -25,7 +26,9 @@ from t5tune.settings import (
     TrimSettings,
 )
 from t5tune.settings.flags import list_flags, list_without_flags
+from t5tune.settings.groups.record_format import KINDS
 
+NAMELESS_DATA = "DATA.jsonl"
 BASE_FLAGS = ("model_name_or_path", "revision", "cache_dir", "family")
 NOT_REPEATED = {"model_name_or_path", "output_dir", "overwrite", "compare_base"}  # when a model is evaluated again
 TRAINING_FLAGS = TrainSettings.model_fields.keys() - {*BASE_FLAGS[:3], "data_path", "output_dir"}  # after trim
@@ -72,26 +75,45 @@ def _follow_prepare(settings: PrepareSettings, cache: Path) -> Iterator[list[str
 
 
 def _follow_train(settings: TrainSettings, result: Any) -> Iterator[list[str]]:
-    yield ["chat", str(result.run)]
+    is_adapted = _is_trained_on_text(result.run)
+    if not is_adapted:
+        yield ["chat", str(result.run)]
     if (data := _repeat_held_out(make_run_plan(settings), has_evaluated=bool(result.eval))) is not None:
         yield ["evaluate", str(result.run), *data]
     if settings.train_mode == "lora":
         base = _repeat(settings, ("cache_dir",))
         yield ["merge", str(result.run), *base, "--output-dir", _name_output("merged")]
+    elif is_adapted:
+        yield _fine_tune(result.run)
+
+
+def _is_trained_on_text(model: Path) -> bool:
+    """Whether a model learned only to fill in masked spans: it is to be fine-tuned before it can chat."""
+    made = read_training_data(model)
+    return made is not None and KINDS[made.objective] == "raw text"
+
+
+def _fine_tune(base: Path, data: Sequence[str] = (NAMELESS_DATA,)) -> list[str]:
+    words = ["train", "--model-name-or-path", str(base), "--data-path", *data]
+    return [*words, "--learning-rate", "3e-4", "--output-dir", _name_output("run")]
 
 
 def _follow_export(adapter: Path) -> Iterator[list[str]]:
-    yield ["chat", str(adapter)]
+    if not _is_trained_on_text(adapter):
+        yield ["chat", str(adapter)]
     yield ["merge", str(adapter), "--output-dir", _name_output("merged")]
 
 
 def _follow_merge(checkpoint: Path) -> Iterator[list[str]]:
+    if _is_trained_on_text(checkpoint):
+        yield _fine_tune(checkpoint)
+        return
     yield ["chat", str(checkpoint)]
     yield ["evaluate", str(checkpoint), "--data-path", "HELD_OUT.jsonl"]
 
 
 def _follow_trim(settings: TrimSettings, checkpoint: Path) -> Iterator[list[str]]:
-    if (checkpoint / TRAINING_DATA_FILE).is_file():  # of a merged model
+    if (checkpoint / TRAINING_DATA_FILE).is_file() and not _is_trained_on_text(checkpoint):  # of a merged model
         yield ["chat", str(checkpoint)]
         return
     paths = [] if settings.data is not None or "-" in settings.data_path else settings.data_path
@@ -102,9 +124,8 @@ def _follow_trim(settings: TrimSettings, checkpoint: Path) -> Iterator[list[str]
         for path in paths
         if not has_examples(Path(path)) and find_data_suffix(Path(path), True) not in only_adds_tokens
     ]
-    base = ["--model-name-or-path", str(checkpoint), "--data-path", *(data or ["DATA.jsonl"])]
     reading = _repeat(settings, tuple(name for name in TrimSettings.model_fields if name in TRAINING_FLAGS))
-    yield ["train", *base, *reading, "--learning-rate", "3e-4", "--output-dir", _name_output("run")]
+    yield _fine_tune(checkpoint, [*(data or [NAMELESS_DATA]), *reading])
 
 
 def _follow_evaluate(settings: EvaluateSettings, writes_text: bool) -> Iterator[list[str]]:

@@ -60,16 +60,17 @@ class ModelFiles:
         """The schema that its targets follow."""
         return None if self.training_data is None else self.training_data.json_schema
 
-    def find_dataset(self, name: str) -> DatasetTraining | None:
-        """Find how the examples of a training dataset were made; None: not trained on it."""
+    @property
+    def datasets(self) -> dict[str, DatasetTraining]:
+        """How the examples of each of several training datasets were made."""
         datasets = self.training_data.datasets if self.training_data is not None else []
-        return next((dataset for dataset in datasets if dataset.name == name), None)
+        return {dataset.name: dataset for dataset in datasets}
 
     def find_template(self, name_or_path: str | None) -> Template | None:
         """Find a conversation template by its name, path or training dataset; None: the model's template."""
-        if name_or_path is not None and (dataset := self.find_dataset(name_or_path)) is not None:
+        if name_or_path is not None and (dataset := self.datasets.get(name_or_path)) is not None:
             return Template(**dataset.conversation_template)
-        return find_template(name_or_path, self.template_files)
+        return find_template(name_or_path, self.template_files, self.datasets)
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ prompts.decode(generate(model, [prompt.ids], …)[0])
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import get_args
 
-from t5tune.checkpoints.training_data import TrainingData
+from t5tune.checkpoints.training_data import DatasetTraining
 from t5tune.data.reading.cleaning import normalize_text
 from t5tune.data.reading.formats import Conversation, Turn
 from t5tune.data.reading.record_turns import Role
@@ -139,26 +139,24 @@ def make_prompts(
     if template is None:
         report(Note(f"the model has no conversation template; using {DEFAULT_TEMPLATE}"))
         template = load_template(DEFAULT_TEMPLATE)
-    trained_on = files.find_dataset(conversation_template or "") or files.training_data
+    trained_on = files.datasets.get(conversation_template or "") or files.training_data
     if source_prefix is None:
         source_prefix = trained_on.source_prefix if trained_on is not None else ""
         if conversation_template is None:
-            _report_datasets(files.training_data, report)
+            _report_datasets(files.datasets.values(), report)
         if source_prefix:
             report(Note(f"each message is prefixed with {source_prefix!r}, as in training"))
     keeps_history = trained_on is None or trained_on.has_earlier_turns
     return Prompts(files.tokenizer, template, max_length, keeps_history, source_prefix)
 
 
-def _report_datasets(trained_on: TrainingData | None, report: Report) -> None:
+def _report_datasets(datasets: Iterable[DatasetTraining], report: Report) -> None:
     """Report which training dataset prompts follow, if the training datasets have different prompts."""
-    datasets = trained_on.datasets if trained_on is not None else []
-    styles = [(dataset.conversation_template, dataset.source_prefix, dataset.has_earlier_turns) for dataset in datasets]
+    prompted = [dataset for dataset in datasets if KINDS[dataset.objective] != "raw text"]
+    styles = [(dataset.conversation_template, dataset.source_prefix, dataset.has_earlier_turns) for dataset in prompted]
     if any(style != styles[0] for style in styles):
-        main = next((dataset for dataset in datasets if KINDS[dataset.objective] != "raw text"), datasets[0])
-        others = " or ".join(dataset.name for dataset in datasets if dataset is not main)
-        choice = f"for {others}, use --conversation-template NAME"
-        report(Note(f"prompts follow the training dataset {main.name}; {choice}"))
+        choice = f"for {' or '.join(dataset.name for dataset in prompted[1:])}, use --conversation-template NAME"
+        report(Note(f"prompts follow the training dataset {prompted[0].name}; {choice}"))
 
 
 def _check_turns(turns: object) -> None:

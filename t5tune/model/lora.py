@@ -19,7 +19,7 @@ from t5tune.checkpoints.tensor_files.tensors import Tensor
 from t5tune.checkpoints.training_data import check_same_labels
 from t5tune.data.tokens.tokenizer import find_other_token, load_tokenizer
 from t5tune.errors import CheckpointError, SettingsError
-from t5tune.file_names import ADAPTER_CONFIG_FILE, TOKENIZER_CONFIG_FILE
+from t5tune.file_names import ADAPTER_CONFIG_FILE, SETTINGS_FILE, TOKENIZER_CONFIG_FILE
 from t5tune.model.labels import NOT_SCALED, LabelScale
 from t5tune.model.load import read_on_rank_0, to_torch
 from t5tune.model.zero3 import Zero3Partitioner
@@ -302,10 +302,10 @@ def _check_same_names(parameters: dict[str, Any], tensors: dict[str, Tensor], fo
         has, lacks = "the adapter contains", "this run doesn't train"
         if name not in tensors:
             has, lacks = "this run trains", "the adapter doesn't contain"
-        raise CheckpointError(
-            f"adapter: {folder}: {has} {name.removeprefix(PEFT_PREFIX)}, which {lacks}",
-            hint="use the lora_target_modules, modules_to_save and add_tokens that it was trained with",
-        )
+        hint = "use the lora_target_modules, modules_to_save and add_tokens that it was trained with"
+        if (folder / SETTINGS_FILE).is_file():
+            hint += f", which are in {folder / SETTINGS_FILE}"
+        raise CheckpointError(f"adapter: {folder}: {has} {name.removeprefix(PEFT_PREFIX)}, which {lacks}", hint=hint)
 
 
 def check_same_tokens(folder: Path, tokenizer_folder: Path, setting: str = "adapter") -> None:

@@ -325,7 +325,7 @@ def _find_useless_mixing(plan: RunPlan) -> list[str]:
     if plan.data.data is not None or len(plan.datasets) > 1:
         return []
     return [
-        f"{name}: {value}: there is only one dataset; name several with data, or as data_path with weights"
+        f"{name}: {value}: there is only one dataset; list several under data, in a YAML file"
         for name in ("mixing", "mixing_temperature", "mixing_cap")
         if (value := getattr(plan.data, name)) is not None
     ]

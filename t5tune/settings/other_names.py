@@ -21,7 +21,7 @@ NAMES_IN_OTHER_TOOLS: Mapping[str, str] = {
     "max_target_length max_prompt_length max_source_len max_target_len max_input_length max_output_length "
     "source_max_length target_max_length",
     "data_path": "datasets dataset dataset_name dataset_dir dataset_path data_files train_file train_data "
-    "train_dataset test_file data",  # ours in YAML: a list of datasets, each with its settings
+    "train_dataset pretraining_dataset test_file data",  # ours in YAML: a list of datasets, each with its settings
     "mixing": "mix_strategy dataset_mixing",
     "eval_data_path": "eval_dataset eval_file test_datasets validation_file validation_data val_data val_file "
     "valid_file dev_file eval_data",
@@ -60,7 +60,7 @@ NAMES_IN_OTHER_TOOLS: Mapping[str, str] = {
     "per_device_eval_batch_size": "batch_size eval_batch_size",
     "gradient_accumulation_steps": "gradient_accumulation grad_accum",
     "gradient_checkpointing": "activation_checkpointing enable_activation_checkpointing",
-    "packing": "sample_packing",
+    "packing": "sample_packing neat_packing",
     "torch_compile": "compile",
     "optim": "optimizer",
     "max_grad_norm": "gradient_clipping gradient_clip_val clip_grad_norm",
@@ -71,8 +71,8 @@ NAMES_IN_OTHER_TOOLS: Mapping[str, str] = {
     "logging_steps": "log_every log_interval",
     "save_total_limit": "keep_last_n",
     "orpo_lambda": "orpo_alpha",
-    "dpo_beta": "beta",
-    "dpo_loss": "loss_type",
+    "dpo_beta": "beta pref_beta rl_beta",
+    "dpo_loss": "loss_type pref_loss",
     "reference_adapter": "ref_model_adapters",
     "report_to": "log_with",
     "run_name": "wandb_name wandb_run_name experiment_name",
@@ -81,7 +81,7 @@ NAMES_IN_OTHER_TOOLS: Mapping[str, str] = {
     "num_gpus": "nproc_per_node gpus n_gpu",
     "process_group_timeout": "ddp_timeout",
     "use_cpu": "no_cuda cpu",
-    "bf16": "precision mixed_precision",
+    "bf16": "precision mixed_precision bfloat16 pure_bf16",
     "dtype": "torch_dtype",
     "device": "device_map",
     "num_beams": "generation_num_beams beam_size",
@@ -122,6 +122,8 @@ NOT_NEEDED: Mapping[str, str] = {
     "overwrite_cache": "the token cache is written again whenever its inputs change",
     "save_only_model": "resuming needs complete checkpoints; {save_total_limit} keeps fewer",
     "trust_remote_code": "code from a model's repository is never run",
+    "quantization_method": "{q_lora} always uses bitsandbytes",
+    "eval_sample_packing": "batches of held-out examples have similar lengths",
     "plot_loss": "report.html in the run folder shows the curves",
     "gradient_checkpointing_kwargs": "t5tune chooses the kind of checkpointing",
     "loss_watchdog_threshold loss_watchdog_patience": "training stops if the loss isn't finite",
@@ -151,7 +153,10 @@ ADVICE: Mapping[str, str] = {
     "limit num": "{example} shows one example, by its index, and {all=true} all of them",
     "train_on_inputs train_on_prompt completion_only_loss assistant_only_loss": "leave it out: the loss counts only "
     "targets",
-    "source_lang target_lang": "use {source_prefix}, such as 'translate English to German: '",
+    "source_lang target_lang": "use {source_column} and {target_column}, and {source_prefix} for an "
+    "instruction such as 'translate English to German: '",
+    "mask_history": "use {train_on=last}",
+    "rl": "use {objective}: dpo or orpo",
     "relora_steps galore_rank use_galore": "leave it out: ReLoRA and GaLore aren't supported",
     "fsdp_config": "use {deepspeed=zero3}",
     "eval_table_size": "use {report_samples}, the number of predictions in report.html",

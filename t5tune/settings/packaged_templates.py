@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -120,8 +121,12 @@ def get_zero_stage(deepspeed: dict[str, Any] | None) -> int:
     return stage
 
 
-def find_template_file(setting: str, name_or_path: str) -> Path:
-    """Find the file of `config`, `conversation_template` or `deepspeed`: a path, or a name under templates/."""
+def find_template_file(setting: str, name_or_path: str, datasets: Iterable[str] = ()) -> Path:
+    """Find the file of `config`, `conversation_template` or `deepspeed`: a path, or a name under templates/.
+
+    Args:
+        datasets: other valid names, for the error.
+    """
     kind, suffix = KINDS[setting]
     path = Path(read_path(name_or_path))
     # a run config may be a pipe, since it is read only once
@@ -135,5 +140,7 @@ def find_template_file(setting: str, name_or_path: str) -> Path:
         saved = path / SETTINGS_FILE  # such as in a run folder
         hint = f"give {saved}" if setting == "config" and saved.is_file() else None
         raise SettingsError(f"{setting}: {name_or_path}: expected a {suffix} file", hint=hint)
-    advice = suggest_name(name_or_path, known) or f"; the templates are {', '.join(known)}"
+    advice = suggest_name(name_or_path, [*known, *datasets]) or f"; the templates are {', '.join(known)}"
+    if names := ", ".join(datasets):
+        advice += f"; the training datasets are {names}"
     raise SettingsError(f"{setting}: {name_or_path}: no file or template of that name{advice}")

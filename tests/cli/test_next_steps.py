@@ -8,17 +8,20 @@ from typing import Any
 
 import pytest
 
+from t5tune.checkpoints.training_data import TrainingData, write_training_data
 from t5tune.cli.next_steps import list_next_steps
 from t5tune.commands.prepare import prepare
 from t5tune.data.caches.prepared import list_caches
 from t5tune.settings import (
     EvaluateSettings,
     ExportSettings,
+    MergeSettings,
     PrepareSettings,
     TrainSettings,
     TrimSettings,
     load_settings,
 )
+from t5tune.settings.groups.record_format import Objective
 from tests.support.processes.command_line import parse_words, t5tune_in_fork
 
 TRAIN = "--model-name-or-path base --output-dir run --data-path"
@@ -29,6 +32,13 @@ SCORES = SimpleNamespace(predictions=Path("evaluation/predictions.jsonl"), perpl
 def follow_train(settings: TrainSettings) -> list[str]:
     result = SimpleNamespace(run=Path("run"), eval={"loss": 1.0})
     return [line for _, line in list_next_steps(settings, result)]
+
+
+def write_made(model: str, objective: Objective) -> None:
+    """Write how a model's training examples were made."""
+    columns = {"source_column": None, "target_column": None, "source_prefix": ""}
+    made = TrainingData(True, "auto", **columns, objective=objective, denoisers=["t5"])
+    write_training_data(Path(model), made)
 
 
 def load_words(words: str, model: Any) -> Any:
@@ -167,7 +177,7 @@ def test_no_evaluation_is_suggested_if_flags_cannot_read_its_datasets() -> None:
 def test_a_trimmed_base_is_followed_by_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "merged").mkdir()
-    (tmp_path / "merged" / "training_data.json").write_text("{}")
+    write_made("merged", "sft")
     prepare(PrepareSettings(model_name_or_path="pocket", data_path="pocket", output_dir="cache"))
     values = {"model_name_or_path": "base", "output_dir": "trimmed"}
     lines = []
@@ -179,6 +189,27 @@ def test_a_trimmed_base_is_followed_by_training(tmp_path: Path, monkeypatch: pyt
     # raw text only adds tokens, and the ids in a token cache are the base's
     named = ("a.csv b.csv", "DATA.jsonl", "a.csv", "DATA.jsonl")
     assert lines == [*map(train.format, named), "t5tune chat merged"]
+
+
+def test_a_model_of_raw_text_is_fine_tuned_before_it_chats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "domain").mkdir()
+    write_made("domain", "span-corruption")
+    result = SimpleNamespace(run=Path("domain"), adapter=Path("domain"), checkpoint=Path("domain"), eval=None)
+    train = "--model-name-or-path base --data-path texts --output-dir domain --objective span-corruption"
+    settings = [
+        load_words(train, TrainSettings),
+        load_words(f"{train} --train-mode full", TrainSettings),
+        ExportSettings(checkpoint="run", output_dir="domain"),
+        MergeSettings(model_name_or_path="base", adapter=["run"], output_dir="domain"),
+        TrimSettings(model_name_or_path="merged", data_path="a.txt", output_dir="domain"),
+    ]
+    fine_tune = "t5tune train --model-name-or-path domain --data-path DATA.jsonl --learning-rate 3e-4 --output-dir run"
+    merge = "t5tune merge domain --output-dir merged"
+    evaluate = "t5tune evaluate domain --data-path HELD_OUT.jsonl"
+    assert [[line for _, line in list_next_steps(each, result)] for each in settings] == [
+        [evaluate, merge], [evaluate, fine_tune], [merge], [fine_tune], [fine_tune],
+    ]  # fmt: skip
 
 
 def test_training_reads_the_data_as_trim_did(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,6 +68,7 @@ def test_no_flag_suggests_a_different_flag() -> None:
         ("summary_column", "target_column"),
         ("precision", "bf16"),
         ("limit", "num_data"),
+        ("pref_beta", "dpo_beta"),
     ],
 )
 def test_names_of_other_tools_suggest_our_settings(name: str, meant: str) -> None:
@@ -94,6 +95,9 @@ def test_names_of_other_tools_suggest_our_settings(name: str, meant: str) -> Non
         ("save_only_model", "save_total_limit keeps fewer"),
         ("adam_beta2", "under training_args"),
         ("predict_with_generate", "use eval_generate: 32, the number of held-out examples"),
+        ("mask_history", "use train_on: last"),
+        ("source_lang", "use source_column and target_column, and source_prefix"),
+        ("eval_sample_packing", "leave it out"),
         ("tokenizer_type", "the model has its tokenizer"),
         ("val_max_target_length", "as long as the longest target"),
     ],

@@ -225,6 +225,6 @@ def _explain_failures(task: TextTask) -> Iterator[None]:
         yield
     except SettingsError as error:
         hint = f"{error.hint}; " if error.hint else ""
-        replace = " (--overwrite replaces them)" if task.settings.output_dir or task.settings.overwrite else ""
+        replace = " (add --overwrite to replace them)" if task.settings.output_dir or task.settings.overwrite else ""
         hint += f"the predictions are in {task.folder / PREDICTIONS_FILE}{replace}"
         raise SettingsError(*error.problems, hint=hint) from error

@@ -10,6 +10,7 @@ A special token that a template spells out, such as `<end_of_turn>`, becomes tha
 stays text, so each piece knows which of its characters are from the record.
 """
 
+from collections.abc import Iterable
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -76,16 +77,20 @@ class Piece:
         return replace(self, text=text + self.text, message=(start + len(text), end + len(text)))
 
 
-def find_template(name_or_path: str | None, saved: list[Path]) -> Template | None:
-    """Load the given conversation template, otherwise the first of the `saved` files that exists; None: none exists."""
+def find_template(name_or_path: str | None, saved: list[Path], datasets: Iterable[str] = ()) -> Template | None:
+    """Load the given conversation template, otherwise the first of the `saved` files that exists; None: none exists.
+
+    Args:
+        datasets: other valid names, for the error.
+    """
     if name_or_path is not None:
-        return load_template(name_or_path)
+        return load_template(name_or_path, datasets)
     return next((parse_template(read_yaml(file), file) for file in saved if file.is_file()), None)
 
 
-def load_template(name_or_path: str) -> Template:
+def load_template(name_or_path: str, datasets: Iterable[str] = ()) -> Template:
     """Load a conversation template by name or from a YAML file; SettingsError: it doesn't exist or isn't valid."""
-    path = find_template_file("conversation_template", name_or_path)
+    path = find_template_file("conversation_template", name_or_path, datasets)
     return parse_template(read_yaml(path), path)
 
 

@@ -139,7 +139,7 @@ def test_a_failing_custom_metric_does_not_lose_the_predictions(untied_base: Path
     with pytest.raises(SettingsError, match="failed on 3 predictions and references: ZeroDivisionError") as caught:
         run_evaluate(untied_base, pairs, tmp_path / "out", num_data=3, metric=f"{function}:f")
     predictions = tmp_path / "out" / "predictions.jsonl"
-    assert str(caught.value.hint).endswith(f"; the predictions are in {predictions} (--overwrite replaces them)")
+    assert str(caught.value.hint).endswith(f"; the predictions are in {predictions} (add --overwrite to replace them)")
     assert len(predictions.read_text().splitlines()) == 3
     write_function(function, "def f(p, r): return {'x': 1}")
     load_custom_metric.cache_clear()

@@ -243,6 +243,10 @@ def test_the_adapter_records_the_record_format_of_each_dataset(
         done = t5tune_in_fork("chat", result.run, "--prompt", "the value is 3", "--max-new-tokens", 3, *flags)
         assert done.code == 0
         assert note in done.stderr
+    with pytest.raises(SettingsError, match="note: no file or template of that name; did you mean notes?"):
+        make_prompts(files, "note", None, 2048)
+    with pytest.raises(SettingsError, match="plain, turns; the training datasets are sums, notes, chats$"):
+        make_prompts(files, "nowhere", None, 2048)
 
 
 def test_a_dataset_metric_can_choose_the_best_step(untied_base: Path, data: Path, tmp_path: Path) -> None:
