@@ -148,7 +148,8 @@ def make_cache(folder: Path, pattern: Path, count: int, lengths: tuple[int, int]
     Args:
         pattern: prepared data of the same base; its tokenizer and template are copied.
     """
-    from t5tune.data.caches.cache import CONVERSATION_DTYPE, EXAMPLE_DTYPE, hash_files
+    from t5tune.data.caches.cache import hash_files
+    from t5tune.data.caches.tables import CONVERSATION_DTYPE, EXAMPLE_DTYPE
 
     (dataset,) = pattern.glob("*/")
     shutil.copytree(dataset, folder)

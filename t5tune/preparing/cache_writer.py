@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from t5tune.data.caches.cache import CONVERSATION_DTYPE, EXAMPLE_DTYPE
+from t5tune.data.caches.tables import CONVERSATION_DTYPE, EXAMPLE_DTYPE
 from t5tune.data.reading.raw_records import RawRecord
 from t5tune.data.reading.rejections import UNPARSED_REASONS, RecordLocation, Rejection, parse_json
 from t5tune.data.reading.text_encoding import decode_record

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from t5tune.data.caches.cache import EXAMPLE_DTYPE, compute_lengths
+from t5tune.data.caches.cache import compute_lengths
+from t5tune.data.caches.tables import EXAMPLE_DTYPE
 from t5tune.data.labels import Values
 from t5tune.data.reading.rejections import LABELED_BAD, RecordLocation, Rejection
 from t5tune.data.tokens.span_corruption import SpanCorruption

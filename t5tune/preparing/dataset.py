@@ -12,7 +12,8 @@ from typing import Any
 
 from t5tune.checkpoints.base import read_config
 from t5tune.checkpoints.pocket import find_conversations_file
-from t5tune.data.caches.cache import is_cache, read_manifest
+from t5tune.data.caches.cache import is_cache
+from t5tune.data.caches.manifest import read_manifest
 from t5tune.data.caches.prepared import find_tokenizer_folder, has_examples
 from t5tune.data.labels import LabelTask
 from t5tune.data.reading.files import STDIN, Digest, find_encodings, find_files

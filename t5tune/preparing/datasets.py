@@ -16,8 +16,9 @@ from typing import Any
 
 from t5tune.checkpoints.base import find_base, pin_base
 from t5tune.checkpoints.training_data import DatasetTraining, TrainingData, read_training_data, write_training_data
-from t5tune.data.caches.cache import COUNTS, Cache, open_cache, read_manifest
+from t5tune.data.caches.cache import Cache, open_cache
 from t5tune.data.caches.examples import Dataset, Examples, describe_shares, find_missing_labels
+from t5tune.data.caches.manifest import COUNTS, read_manifest
 from t5tune.data.caches.prepared import check_datasets, is_prepared, list_caches, open_examples, read_examples_manifest
 from t5tune.data.labels import LabelTask
 from t5tune.data.reading.files import STDIN, find_encodings

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from t5tune.checkpoints.training_data import DatasetTraining, TrainingData
-from t5tune.data.caches.cache import read_manifest
+from t5tune.data.caches.manifest import read_manifest
 from t5tune.data.caches.prepared import find_caches, has_examples
 from t5tune.data.tokens.templates import Template, load_template
 from t5tune.errors import DataError, SettingsError

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from t5tune.data.caches.cache import read_manifest
 from t5tune.data.caches.examples import Examples
+from t5tune.data.caches.manifest import read_manifest
 from t5tune.data.caches.prepared import find_caches, open_examples, read_examples_manifest
 from t5tune.errors import CheckpointError, DataError, SettingsError
 from t5tune.file_names import RUN_CACHE_FOLDER

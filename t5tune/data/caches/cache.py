@@ -18,25 +18,24 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field, ValidationError, create_model
 
 from t5tune.data.caches.batching import Integers
+from t5tune.data.caches.manifest import PREPARE_AGAIN, TABLES, read_manifest
+from t5tune.data.caches.tables import check_tables, map_tables
 from t5tune.data.labels import LabelTask, Values, describe_form, renumber, sort_names
 from t5tune.data.tokens.encoding import Example, Span, extract_example, extract_labels, surround
-from t5tune.data.tokens.span_corruption import SpanCorruption, mix_bits
+from t5tune.data.tokens.span_corruption import SpanCorruption, find_sentinels, mix_bits
 from t5tune.data.tokens.templates import Template, parse_template
-from t5tune.data.tokens.tokenizer import SpecialIds
+from t5tune.data.tokens.tokenizer import SpecialIds, load_tokenizer
 from t5tune.errors import DataError
 from t5tune.file_names import (
     CACHE_MANIFEST_FILE,
-    CONVERSATIONS_FILE,
-    EXAMPLES_FILE,
     REJECTED_FILE,
     TEMPLATE_FILE,
     TOKENS_FILE,
@@ -44,50 +43,13 @@ from t5tune.file_names import (
 )
 from t5tune.formatting import format_count
 from t5tune.io.atomic import hash_file
-from t5tune.io.folder_kinds import describe_folder
 from t5tune.io.reasons import describe_error, join_first
-from t5tune.io.untrusted import parse_json_object
 from t5tune.io.yaml_file import read_yaml
 from t5tune.settings.denoisers import find_denoisers
 from t5tune.settings.groups.record_format import KINDS
-from t5tune.settings.messages import describe_value_error, format_place, shorten_file_value
 
-CACHE_FORMAT = 4
-PREPARE_AGAIN = "run t5tune prepare again"
-# the index of the first id in tokens.bin, and a hash that conversations with the same texts share
-CONVERSATION_DTYPE = np.dtype([("start", "<u8"), ("key", "<u8")])
-# the number of the conversation, and a Span, whose positions count tokens from the start of that conversation
-EXAMPLE_DTYPE = np.dtype([
-    ("conversation", "<u4"), ("turn", "<u4"), ("system_end", "<u4"), ("source_start", "<u4"), ("source_end", "<u4"),
-    ("target_start", "<u4"), ("target_end", "<u4"), ("answer_end", "<u4"), ("source_is_whole", "?"),
-    ("target_is_whole", "?"), ("rejected_start", "<u4"), ("rejected_end", "<u4"), ("rejected_answer_end", "<u4"),
-    ("rejected_is_whole", "?"),
-])  # fmt: skip
-TABLES = (TOKENS_FILE, CONVERSATIONS_FILE, EXAMPLES_FILE)
 CACHE_CONTENTS = {*TABLES, "tokenizer", TEMPLATE_FILE, TRAINING_DATA_FILE, REJECTED_FILE, CACHE_MANIFEST_FILE}
-COUNTS = (
-    "conversations", "rejected", "examples", "source_tokens", "target_tokens", "truncated_sources",
-    "truncated_targets", "unknown_tokens", "with_unknown_tokens", "pairs", "conversations_with_prefix",
-    "examples_with_earlier_turns",
-)  # fmt: skip
-# the manifest keys that reading a cache needs, with the type of each value
-MANIFEST_TYPES: dict[str, Any] = {
-    "made_by": str,
-    "dtype": Literal["<u2", "<i4"],
-    "eos_token_id": int,
-    "source_start_ids": list[int],
-    "source_end_ids": list[int],
-    "added_tokens": list[str],
-    "added_token_ids": list[int],
-    "left_out_tokens": list[str],
-    "eval_fraction": Annotated[float, Field(ge=0, lt=1)],
-    "split_seed": Annotated[int, Field(ge=0)],
-    "seed": Annotated[int, Field(ge=0)],
-    "files": dict[str, str],
-    "inputs": dict[str, Any],
-    "rejected_by_reason": dict[str, int],
-    **dict.fromkeys(COUNTS, int),
-}
+_verified = set[Any]()  # caches by the stats of their files: a run opens a given cache several times
 
 
 class Cache(Sequence[Example]):
@@ -110,9 +72,8 @@ class Cache(Sequence[Example]):
         self.corruption = _read_corruption(folder, manifest)
         start, end = (tuple(manifest[f"source_{side}_ids"]) for side in ("start", "end"))
         self.special_ids = SpecialIds(start, end, manifest["eos_token_id"])
-        self._tokens = _map_file(folder / TOKENS_FILE, np.dtype(manifest["dtype"]))
-        self._conversations = _map_file(folder / CONVERSATIONS_FILE, CONVERSATION_DTYPE)
-        self._examples = _map_file(folder / EXAMPLES_FILE, EXAMPLE_DTYPE)
+        self._tables = map_tables(folder, manifest["dtype"])
+        self._tokens, self._conversations, self._examples = self._tables
         self._given_indices = indices
 
     def __len__(self) -> int:
@@ -172,6 +133,23 @@ class Cache(Sequence[Example]):
             problem = f"{self.folder}: {len(missing):,} {are} among {among}: {join_first(missing)}"
             raise DataError(problem, hint="give the data in place of the cache: records with such labels are left out")
         return Cache(self.folder, self.manifest, self._given_indices, task)
+
+    def check(self) -> None:
+        """Check that the manifest fits the tokenizer, and that the tables fit both; DataError: they don't."""
+        manifest, tokenizer = self.manifest, load_tokenizer(self.tokenizer_folder)
+        same = {
+            "source_start_ids, source_end_ids or eos_token_id": (self.special_ids, tokenizer.special_ids),
+            "added_token_ids": (manifest["added_token_ids"], tokenizer.convert_tokens_to_ids(self.added_tokens)),
+            "examples": (manifest["examples"], len(self.whole)),
+        }
+        if self.corruption is not None:
+            same["sentinel_ids"] = (self.corruption.sentinels, find_sentinels(tokenizer))
+        for name, (saved, found) in same.items():
+            if saved != found:
+                problem = f"{self.folder / CACHE_MANIFEST_FILE}: {name}: differs from the cache's files"
+                raise DataError(problem, hint=PREPARE_AGAIN)
+        kind = KINDS[manifest["inputs"]["objective"]]
+        check_tables(self.folder, self._tables, self.special_ids, len(tokenizer), kind, self.label_task)
 
     @property
     def has_given_order(self) -> bool:
@@ -371,71 +349,32 @@ def _read_label_task(folder: Path, manifest: dict[str, Any]) -> LabelTask | None
         raise DataError(problem, hint=PREPARE_AGAIN) from error
 
 
-def _map_file(path: Path, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-    if path.stat().st_size == 0:
-        return np.zeros(0, dtype)
-    # slicing np.memmap is several times slower than slicing a plain array over the same pages
-    return np.memmap(path, dtype, "r").view(np.ndarray)
-
-
 def is_cache(path: Path) -> bool:
     """Return whether a folder looks like a token cache."""
     # os.path, because pathlib raises if the folder can't be searched
     return os.path.isfile(path / CACHE_MANIFEST_FILE) and os.path.isfile(path / TOKENS_FILE)
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read and check the manifest of a cache; DataError: it is missing, broken, or of a different format."""
-    if not os.path.isdir(folder):
-        what = "a file, not a token cache" if os.path.exists(folder) else "no such folder"
-        raise DataError(f"{folder}: {what}", hint="name a folder that t5tune prepare wrote")
-    path = folder / CACHE_MANIFEST_FILE
-    try:
-        manifest = parse_json_object(path.read_bytes())
-        version = manifest["format"]
-    except FileNotFoundError as error:
-        kind = describe_folder(folder)
-        why = f"{kind}, not a token cache" if kind else f"contains no {CACHE_MANIFEST_FILE}, so it isn't a token cache"
-        raise DataError(f"{folder}: {why}", hint="name a folder that t5tune prepare wrote, or a run folder") from error
-    except (OSError, ValueError, KeyError) as error:
-        why = "it has no format" if isinstance(error, KeyError) else describe_error(error)
-        problem = f"{path}: not the manifest of a token cache ({why})"
-        raise DataError(problem, hint="name a folder that t5tune prepare wrote") from error
-    if version != CACHE_FORMAT:
-        problem = f"{path}: format {version}; this version of t5tune reads format {CACHE_FORMAT}"
-        raise DataError(problem, hint=PREPARE_AGAIN)
-    fields: dict[str, Any] = {name: (kind, ...) for name, kind in MANIFEST_TYPES.items()}
-    try:
-        create_model("Manifest", **fields).model_validate(manifest, strict=True)
-    except ValidationError as error:
-        raise DataError(describe_manifest_error(path, error), hint=PREPARE_AGAIN) from None
-    return manifest
-
-
-def describe_manifest_error(path: Path, error: ValidationError) -> str:
-    """Describe the first wrong value of a manifest in one line."""
-    detail = error.errors()[0]
-    found = "" if detail["type"] == "missing" else f"{shorten_file_value(detail['input'])}: "
-    return f"{path}: {format_place(detail['loc'])}: {found}{describe_value_error(detail)}"
-
-
 def open_cache(folder: Path) -> Cache:
-    """Verify the hashes of a cache's files and memory-map it; DataError: a file is missing or has changed."""
+    """Verify a cache and memory-map it.
+
+    Raises:
+        DataError: a file is missing or has changed, or its author has written wrong values.
+    """
     manifest = read_manifest(folder)
-    for name, expected in manifest["files"].items():
-        path = folder / name
+    stats = []
+    for path in (folder / name for name in [CACHE_MANIFEST_FILE, *manifest["files"]]):
         if not path.is_file():
             raise DataError(f"{path}: missing from the token cache", hint=PREPARE_AGAIN)
-        stats = path.stat()
-        if _hash_once(path.resolve(), (stats.st_ino, stats.st_size, stats.st_ctime_ns)) != expected:
-            raise DataError(f"{path}: differs from what prepare wrote", hint=PREPARE_AGAIN)
+        found = path.stat()
+        stats.append((found.st_ino, found.st_size, found.st_ctime_ns))
+    if (key := (folder.resolve(), *stats)) not in _verified:
+        for name, expected in manifest["files"].items():
+            if hash_file(folder / name) != expected:
+                raise DataError(f"{folder / name}: differs from what prepare wrote", hint=PREPARE_AGAIN)
+        Cache(folder, manifest).check()
+        _verified.add(key)
     return Cache(folder, manifest)
-
-
-@lru_cache(maxsize=1024)
-def _hash_once(path: Path, _stats: tuple[int, ...]) -> str:
-    """Hash a file once in this process, unless its stats change: a run opens a given cache several times."""
-    return hash_file(path)
 
 
 def hash_files(folder: Path) -> dict[str, str]:

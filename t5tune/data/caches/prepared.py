@@ -13,8 +13,9 @@ from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from t5tune.data.caches.cache import PREPARE_AGAIN, describe_manifest_error, is_cache, open_cache, read_manifest
+from t5tune.data.caches.cache import is_cache, open_cache
 from t5tune.data.caches.examples import MIXTURE_FORMAT, Dataset, Examples
+from t5tune.data.caches.manifest import PREPARE_AGAIN, describe_manifest_error, read_manifest
 from t5tune.data.caches.mixing import Mixing
 from t5tune.data.labels import describe_form
 from t5tune.errors import DataError

@@ -14,7 +14,8 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from t5tune.data.caches.cache import CONVERSATION_DTYPE, EXAMPLE_DTYPE, read_manifest
+from t5tune.data.caches.manifest import read_manifest
+from t5tune.data.caches.tables import CONVERSATION_DTYPE, EXAMPLE_DTYPE
 from t5tune.data.labels import renumber
 from t5tune.data.reading.rejections import RecordLocation, Rejection
 from t5tune.file_names import CONVERSATIONS_FILE, EXAMPLES_FILE, REJECTED_FILE, TOKENS_FILE

@@ -14,7 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from t5tune.data.caches.cache import open_cache, read_manifest
+from t5tune.data.caches.cache import open_cache
+from t5tune.data.caches.manifest import read_manifest
 from t5tune.errors import DataError, SettingsError
 from t5tune.io.atomic import hash_file, remove_abandoned, write_folder_atomically
 from t5tune.io.reasons import join_first

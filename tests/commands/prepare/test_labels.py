@@ -9,8 +9,8 @@ import pytest
 
 from t5tune.checkpoints.training_data import read_training_data
 from t5tune.commands.prepare import prepare
-from t5tune.data.caches.cache import TABLES
 from t5tune.data.caches.examples import Examples, find_missing_labels
+from t5tune.data.caches.manifest import TABLES
 from t5tune.data.caches.prepared import open_examples
 from t5tune.data.labels import LabelTask
 from t5tune.data.tokens.encoding import LabeledExample

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from t5tune.commands.prepare import prepare
-from t5tune.data.caches.cache import EXAMPLE_DTYPE, Cache
+from t5tune.data.caches.cache import Cache
+from t5tune.data.caches.tables import EXAMPLE_DTYPE
 from t5tune.data.reading.raw_records import RawRecord
 from t5tune.data.reading.rejections import RecordLocation
 from t5tune.data.tokens.encoding import EncodedConversation, Span
