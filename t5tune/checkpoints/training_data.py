@@ -134,9 +134,12 @@ def read_training_data(folder: Path) -> TrainingData | None:
         # as JSON text: in strict mode pydantic doesn't build a dataclass from a dict
         return TypeAdapter(TrainingData).validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
-        key = str(error.errors()[0]["loc"][0])
-        found = f"invalid value {shorten_file_value(values[key])}" if key in values else "missing"
-        raise CheckpointError(f"{path}: {key}: {found}", hint="copy the file from the run folder again") from None
+        detail = error.errors()[0]
+        problem = detail["msg"]  # of the whole text: a lone surrogate
+        if detail["loc"]:
+            key = str(detail["loc"][0])
+            problem = f"{key}: invalid value {shorten_file_value(values[key])}" if key in values else f"{key}: missing"
+        raise CheckpointError(f"{path}: {problem}", hint="copy the file from the run folder again") from None
 
 
 def read_label_task(folder: Path) -> LabelTask | None:

@@ -33,7 +33,7 @@ ORDERS = (
     ("target_start", "target_end", "answer_end"),
     ("rejected_start", "rejected_end", "rejected_answer_end"),
 )
-ROWS_PER_CHUNK = 1 << 18  # a cache may be larger than the memory
+ROWS_PER_CHUNK = 1 << 15  # a cache may be larger than the memory
 
 
 class Tables(NamedTuple):
