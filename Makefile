@@ -17,7 +17,7 @@ quickstart: .venv/installed
 test: .venv/installed-dev $(TRITON)
 	$(BIN)/python -m pytest
 
-# everything that isn't marked slow: under three minutes on two cores
+# everything that isn't marked slow: under two minutes on two cores
 test-fast: .venv/installed-dev
 	$(BIN)/python -m pytest -m "not slow"
 

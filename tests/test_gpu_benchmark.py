@@ -17,6 +17,8 @@ import torch
 from tests.support.gpu.benchmark import benchmarks, load  # noqa: F401
 from tests.support.paths import REPOSITORY
 
+pytestmark = pytest.mark.slow
+
 H100 = {"gpu": "NVIDIA H100 80GB HBM3"}
 
 
@@ -357,7 +359,6 @@ def run_gpu(folder: Path, *arguments: str, mistake: str = "") -> tuple[int, dict
     return done.returncode, json.loads(done.stdout.splitlines()[-1]), done.stderr
 
 
-@pytest.mark.slow
 def test_a_wrong_number_makes_a_goal_not_met(tmp_path: Path) -> None:
     names = ["environment", "loading NF4", "loading int8", "kernels: attention, width 64"]
     code, line, errors = run_gpu(tmp_path, "--prove", "--only", *names, mistake=SCALED_NF4)
@@ -374,7 +375,6 @@ def test_a_wrong_number_makes_a_goal_not_met(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_all_checks_that_a_cpu_can_do_are_met(tmp_path: Path) -> None:
     code, line, errors = run_gpu(tmp_path, "--prove")
     assert (code, line["skipped"], line["failed"]) == (0, [], []), errors
@@ -383,7 +383,6 @@ def test_all_checks_that_a_cpu_can_do_are_met(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.slow
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_found_by_its_check(name: str, tmp_path: Path) -> None:
     code, line, errors = run_gpu(tmp_path, "--prove", "--only", name, mistake=MISTAKES[name])
@@ -391,7 +390,6 @@ def test_a_mistake_is_found_by_its_check(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_all_speeds_that_a_cpu_can_measure_are_measured(tmp_path: Path) -> None:
     code, line, errors = run_gpu(tmp_path, "--speed")
     assert (code, line["skipped"], line["failed"]) == (0, [], []), errors
@@ -411,7 +409,6 @@ def test_releases_that_are_too_old_are_named(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.long
-@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_a_measurement_runs_in_each_kind_of_process(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -39,6 +39,8 @@ from tests.support.caches import find_cache
 from tests.support.processes.command_line import t5tune_in_fork
 from tests.support.python_api import PAIRS, make_settings, run_python
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -107,7 +109,6 @@ def test_a_run_that_was_moved_is_read_where_it_is(run: Any, tmp_path: Path) -> N
         read_metrics(tmp_path / "elsewhere")
 
 
-@pytest.mark.slow
 def test_the_command_line_repeats_a_run_on_kept_records(run: Any, folder: Path) -> None:
     (kept,) = (run.run / "records").iterdir()
     assert [json.loads(line) for line in kept.read_text().splitlines()] == PAIRS
@@ -129,7 +130,6 @@ def test_the_same_records_resume_a_run_and_others_are_refused(run: Any, folder: 
     assert len([*(run.run / "records").iterdir()]) == 1
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("is_finished", [True, False])
 def test_the_same_records_resume_a_run_that_was_moved(is_finished: bool, tmp_path: Path) -> None:
     first = train(make_settings(tmp_path))
@@ -149,7 +149,6 @@ def test_the_same_records_resume_a_run_that_was_moved(is_finished: bool, tmp_pat
     assert again.json["train_loss"] == first.train_loss
 
 
-@pytest.mark.slow
 def test_fresh_keeps_the_records_that_its_settings_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     first = train(make_settings(tmp_path))
@@ -217,7 +216,6 @@ def test_an_error_of_the_caller_s_generator_passes_unchanged(tmp_path: Path) -> 
     assert caught.value is error
 
 
-@pytest.mark.slow
 def test_nothing_is_printed_and_no_file_is_left(tmp_path: Path) -> None:
     code = (
         "from t5tune import TrainSettings, MergeSettings, ChatSettings, train, merge, chat\n"
@@ -237,7 +235,6 @@ def test_nothing_is_printed_and_no_file_is_left(tmp_path: Path) -> None:
     assert not list((tmp_path / "temporary").glob("t5tune-*"))
 
 
-@pytest.mark.slow
 def test_a_run_ignores_variables_of_accelerate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train(make_settings(tmp_path / "without"))
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")

@@ -24,6 +24,8 @@ from t5tune.settings import (
 from t5tune.settings.groups.record_format import Objective
 from tests.support.processes.command_line import parse_words, t5tune_in_fork
 
+pytestmark = pytest.mark.slow
+
 TRAIN = "--model-name-or-path base --output-dir run --data-path"
 PREPARE = ["prepare", "--model-name-or-path", "pocket", "--data-path", "pocket", "--output-dir", "cache"]
 SCORES = SimpleNamespace(predictions=Path("evaluation/predictions.jsonl"), perplexity=2.0)
@@ -149,7 +151,6 @@ def test_tokenized_held_out_data_needs_no_flags(tmp_path: Path, monkeypatch: pyt
         assert f"t5tune evaluate run --data-path {names}{flags}" in steps
 
 
-@pytest.mark.slow
 def test_evaluate_repeats_settings_of_the_training_cache(tmp_path: Path) -> None:
     (tmp_path / "pairs.csv").write_text("source,target\n" + "".join(f"Two teas {i},Yes\n" for i in range(8)))
     (tmp_path / "dev.csv").write_text("source,target\nTwo teas,Yes\n")
@@ -228,7 +229,6 @@ def test_an_exported_adapter_is_followed_by_plain_commands(tmp_path: Path, monke
     assert [line for _, line in exported] == ["t5tune chat .", "t5tune merge . --output-dir merged"]
 
 
-@pytest.mark.slow
 def test_inspect_shows_the_first_dataset(tmp_path: Path) -> None:
     single = PrepareSettings(model_name_or_path="pocket", data_path=["pocket"], output_dir=tmp_path / "single")
     assert list_next_steps(single, prepare(single))[0] == ("next", f"t5tune inspect {tmp_path}/single")

@@ -22,6 +22,8 @@ from t5tune.settings import CompareSettings, EvaluateSettings
 from tests.support.processes.command_line import t5tune_in_fork
 from tests.support.train_runs import make_settings
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def trained(untied_base: Path, conversations: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -59,7 +61,6 @@ def runs(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
 def test_seeds_share_a_row_and_the_best_run_is_first(runs: Path, tmp_path: Path) -> None:
     result = compare(CompareSettings(runs=[runs / "*"], csv=tmp_path / "t.csv", html=tmp_path / "t.html"))
     assert result.sorted_by == "loss"
@@ -83,7 +84,6 @@ def test_seeds_share_a_row_and_the_best_run_is_first(runs: Path, tmp_path: Path)
     assert slowest.best == runs / "r4-s1"
 
 
-@pytest.mark.slow
 def test_the_loss_decides_between_equal_metrics_as_in_training(trained: Path, tmp_path: Path) -> None:
     run = copy_run(trained, tmp_path / "run", [3.0, 2.0, 2.5], metric_for_best_model="macro_f1")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

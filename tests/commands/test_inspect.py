@@ -24,6 +24,8 @@ from tests.support.paths import REPOSITORY
 from tests.support.processes.command_line import t5tune_in_fork
 from tests.support.servers.hub import serve_hub
 
+pytestmark = pytest.mark.slow
+
 RECORDS = [
     ["Hi", "Yes\n  {x}"],
     ["lamp " * 50, "table " * 50, "And?", "猫 No"],
@@ -90,7 +92,6 @@ def test_concatenated_runs_are_the_whole_text(tmp_path: Path, add_tokens: str) -
         assert joined == {"source": f"{example.source_text}</s>", "target": f"{example.target_text}</s>"}
 
 
-@pytest.mark.slow
 def test_truncated_text_is_shown_struck_through(cache: Path) -> None:
     (example,) = inspect(InspectSettings(cache=cache, worst_cut=True)).examples
     tokenizer = AutoTokenizer.from_pretrained(find_cache(cache) / "tokenizer")
@@ -119,7 +120,6 @@ def test_the_example_with_unknown_tokens_is_found(cache: Path, tmp_path: Path) -
     assert "<unk> No" in done.stdout
 
 
-@pytest.mark.slow
 def test_a_choice_without_a_matching_example_is_reported(tmp_path: Path) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text(json.dumps({"source": "Hi", "target": "a"}), encoding="utf-8")
@@ -221,7 +221,6 @@ def test_a_page_too_large_for_browsers_is_cut_short(
     assert "shows the first 1 of 4 examples" in note.text
 
 
-@pytest.mark.slow
 def test_the_last_bar_collects_a_long_tail(tmp_path: Path) -> None:
     long_one = prepare_pairs(
         tmp_path, [("word " * (1 + number % 10), "yes") for number in range(150)] + [("word " * 400, "yes")]

@@ -12,6 +12,8 @@ from t5tune.distributed import launcher
 from t5tune.distributed.launcher import _find_first_error, _read_error, _ReceivedSignals, write_error
 from t5tune.errors import RankLost, SettingsError, T5TuneError
 
+pytestmark = pytest.mark.slow
+
 
 def run_ranks(code: str, count: int, received: _ReceivedSignals, saves_checkpoints: bool) -> T5TuneError | None:
     def start(environment: dict[str, str]) -> "subprocess.Popen[bytes]":

@@ -17,6 +17,8 @@ from t5tune.settings.groups.base import BaseModelSettings
 from tests.support.processes.command_line import t5tune_in_fork
 from tests.support.servers.hub import Hub, serve_hub, use_in_this_process
 
+pytestmark = pytest.mark.slow
+
 NAME = "some/thing"
 DATE = "2026-11-03"
 FILES = {"model": "model.safetensors", "dataset": "train.parquet"}
@@ -190,7 +192,6 @@ def records(count: int) -> bytes:
     return b"".join(b'{"source": "Is it %d?", "target": "Yes."}\n' % number for number in range(count))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("are_several", [True, False])
 @pytest.mark.variants("True")
 def test_a_resumed_run_uses_its_first_commits(are_several: bool, hub: Hub, untied_base: Path, tmp_path: Path) -> None:
@@ -225,7 +226,6 @@ def test_a_resumed_run_uses_its_first_commits(are_several: bool, hub: Hub, untie
     assert "model_name_or_path: some/t5: no such folder on this machine, and no such model on" in fresh.errors[0]
 
 
-@pytest.mark.slow
 def test_a_start_while_the_hub_fails_warns_once(hub: Hub, untied_base: Path, tmp_path: Path) -> None:
     hub.add("model", "some/t5", untied_base)
     hub.add("dataset", "some/chats", {"train.jsonl": records(12)})
@@ -241,7 +241,6 @@ def test_a_start_while_the_hub_fails_warns_once(hub: Hub, untied_base: Path, tmp
         assert [line.split(":")[1].strip() for line in warnings] == ["some/t5", "some/chats"]
 
 
-@pytest.mark.slow
 def test_chat_with_an_adapter_without_safetensors_names_the_pickled_file(hub: Hub, untied_base: Path) -> None:
     hub.add("model", "some/pickled", {"adapter_config.json": b"{}", "adapter_model.bin": b"x"})
     done = t5tune_in_fork("chat", "some/pickled", "--prompt", "Hi", "--use-cpu", env=hub.environment)

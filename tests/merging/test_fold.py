@@ -21,6 +21,8 @@ from t5tune.settings import MergeSettings
 from tests.merging.cases import change_config, change_tensors
 from tests.support.models.bases import make_base
 
+pytestmark = pytest.mark.slow
+
 SIZES = {"d_model": 48, "d_kv": 8, "d_ff": 100, "num_layers": 1, "num_heads": 4, "vocab_size": 1536}
 LINEAR = ["q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -111,7 +113,6 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("t5tune.checkpoints.tensor_files.tensors.BLOCK_ELEMENTS", 1000)
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied")
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -137,7 +138,6 @@ def test_merged_weights_equal_pefts_bit_for_bit(
     check_merge(bases(dtype, tied), tmp_path, dtype, tied, **KINDS[kind])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["pissa", "olora"])
 def test_initializations_use_as_many_threads_as_peft(
     bases: Callable[[str, bool], Path], tmp_path: Path, kind: str

@@ -31,6 +31,8 @@ from tests.support.models.label_models import (
 )
 from tests.support.models.model_types import make_checkpoint
 
+pytestmark = pytest.mark.slow
+
 KINDS = ("t5", "flan-t5", "mt5", "umt5", "t5gemma")
 EXAMPLES = {name: make_labeled_examples(task, (7, 31, 2)) for name, task in TASKS.items()}
 
@@ -62,7 +64,6 @@ def load_in_stock_peft(base: Path, adapter: Path, task: str) -> Any:
     return PeftModel.from_pretrained(stock, adapter)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_stock_peft_and_our_loader_give_the_same_logits(kind: str, bases: dict[str, Path], tmp_path: Path) -> None:
     for task in ("classify", "tag"):
@@ -74,7 +75,6 @@ def test_stock_peft_and_our_loader_give_the_same_logits(kind: str, bases: dict[s
         assert logits.std() > 0.1
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_stock_adapter_loads_exports_and_merges(kind: str, bases: dict[str, Path], tmp_path: Path) -> None:
     adapter = make_stock_label_adapter(bases[kind], tmp_path / "adapter", TASKS["tag"])
@@ -110,7 +110,6 @@ def test_a_merged_checkpoint_has_the_bits_of_a_merge_by_peft(kind: str, bases: d
     assert not list((tmp_path / "merged").glob("generation_config.json"))
 
 
-@pytest.mark.slow
 def test_the_code_of_the_cards_computes_logits(bases: dict[str, Path], tmp_path: Path) -> None:
     for task, kind in (("regress", "t5gemma"), ("tag", "umt5")):
         adapter = make_label_adapter(bases[kind], tmp_path / task, TASKS[task])

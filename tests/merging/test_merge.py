@@ -37,6 +37,8 @@ from tests.support.models.adapters import (
 from tests.support.models.bases import make_base
 from tests.support.notes import Notes
 
+pytestmark = pytest.mark.slow
+
 SCALE = 16 / 4
 
 
@@ -103,7 +105,6 @@ def compute_expected_tensors(base: Path, adapter: Path, tied: bool, scale: float
     return expected
 
 
-@pytest.mark.slow
 @pytest.mark.variants("tied-fp32-lora", "untied-bf16-lora", "tied-bf16-rows", "untied-fp32-rows")
 def test_adapted_tensors_are_w_plus_scaled_ba(case: Case) -> None:
     weights = load_file(case.base / "model.safetensors")
@@ -136,7 +137,6 @@ def test_only_trained_rows_of_embedding_and_head_change(case: Case) -> None:
             assert moved == (sorted(TOKEN_IDS) if case.training_logits is not None else [])
 
 
-@pytest.mark.slow
 def test_stock_transformers_has_the_logits_of_stock_peft(case: Case) -> None:
     expected = compute_logits(load_stock_with_adapter(case.base, case.adapter))
     merged = compute_logits(load_stock_base(case.output))
@@ -149,7 +149,6 @@ def test_stock_transformers_has_the_logits_of_stock_peft(case: Case) -> None:
     assert (merged - expected).abs().max() < tolerance
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", [name for name in CASES if name.endswith("rows")], indirect=True)
 def test_stock_peft_has_the_logits_of_the_training_model(case: Case) -> None:
     # Training multiplies the head's trained rows separately, stock PEFT as part of the whole matrix. A BLAS may sum
@@ -349,7 +348,6 @@ def test_a_sharded_base_results_in_the_same_shards_and_index(
     )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_bin_base_becomes_safetensors_with_the_same_values(tmp_path: Path, tied: bool) -> None:
     base = make_base(tmp_path / "base", tied=tied)

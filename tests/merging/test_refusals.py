@@ -22,6 +22,8 @@ from tests.merging.cases import PREFIX, change_config, change_tensors, list_fold
 from tests.support.models.adapters import make_rows_adapter, make_stock_adapter
 from tests.support.models.bases import make_base
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("changes", "bytes_per_weight"),

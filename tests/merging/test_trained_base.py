@@ -15,6 +15,8 @@ from tests.support.models.adapters import add_base_metadata, load_stock_base, ma
 from tests.support.models.bases import make_base
 from tests.support.notes import Notes
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def trained_differently(untied_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
@@ -38,7 +40,6 @@ def merge_two(base: Path, adapters: dict[str, Path], names: tuple[str, ...], out
     return notes
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("names", "bases", "flags"),
     [
@@ -60,7 +61,6 @@ def test_adapters_of_different_quantizations_need_onto(
     assert not (tmp_path / "merged").exists()
 
 
-@pytest.mark.slow
 def test_merge_names_adapters_trained_on_different_weights(
     untied_base: Path, trained_differently: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -131,7 +131,6 @@ def dequantize(model: Any, kind: str) -> None:
         module.weight.data = values
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])  # int8 rounds activations, too, which no merge can reproduce
 def test_merging_onto_quantized_weights_is_closer_to_the_training_model(tmp_path: Path, kind: str) -> None:
     base = make_base(tmp_path / "base", tied=False, d_model=64, d_kv=16, d_ff=128)

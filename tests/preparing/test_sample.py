@@ -15,6 +15,8 @@ from t5tune.progress import Event, Note
 from t5tune.settings import PrepareSettings
 from tests.support.caches import find_cache, prepare_for_run
 
+pytestmark = pytest.mark.slow
+
 LONG = "two hats, " * 100
 RECORDS = [
     {"source": LONG, "target": "猫 {x}"},
@@ -150,7 +152,6 @@ def test_a_used_cache_keeps_the_earlier_default_template(untied_base: Path, tmp_
     assert load_template(str(tmp_path / "cache" / "template.yaml")) == load_template("plain")
 
 
-@pytest.mark.slow
 def test_mixed_data_gets_fastchats_template_in_any_order(
     untied_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,6 +31,8 @@ from tests.support.processes.runs import stop_at
 from tests.support.servers.browser import Browser
 from tests.support.train_runs import make_settings, read_losses, read_metrics_lines
 
+pytestmark = pytest.mark.slow
+
 CANARY = "hf_canary0123456789"
 CHARTS = [
     "Loss", "Learning rate", "Gradient norm", "Tokens per second", "Peak memory (GiB)", "Source length",
@@ -92,7 +94,6 @@ def run(untied_base: Path, conversations: Path, tmp_path_factory: pytest.TempPat
     return folder
 
 
-@pytest.mark.slow
 def test_the_page_shows_metrics_settings_and_lengths(run: Path) -> None:
     page = Page(run)
     assert list(page.charts) == CHARTS
@@ -110,14 +111,12 @@ def test_the_page_shows_metrics_settings_and_lengths(run: Path) -> None:
     assert "runtime" not in page.text
 
 
-@pytest.mark.slow
 def test_the_page_is_one_file_without_scripts_links_or_secrets(run: Path) -> None:
     page = Page(run)
     assert not page.names & {"script", "link", "img", "iframe", "object", "a"}
     assert [part for part in ("://", "@import", "url(", CANARY) if part in page.text] == []
 
 
-@pytest.mark.slow
 def test_sample_predictions_equal_stock_predictions(run: Path, untied_base: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
@@ -144,7 +143,6 @@ def test_sample_predictions_equal_stock_predictions(run: Path, untied_base: Path
             assert sample[name] in cells
 
 
-@pytest.mark.slow
 def test_the_result_and_the_table_have_the_best_step(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
     chosen = {"eval_fraction": 0.3, "eval_steps": 1, "max_steps": 4, "learning_rate": 1.0}
     settings = make_settings(untied_base, conversations, tmp_path / "run", **chosen, lora_r=4, seed=7, split_seed=8)
@@ -166,7 +164,6 @@ def test_the_result_and_the_table_have_the_best_step(untied_base: Path, conversa
     assert cells[cells.index("4") + 1] == format_number(epochs[4])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("fraction", "kind"), [(0.2, "held-out"), (0.0, "training")])
 def test_the_page_says_which_examples_are_sampled(
     fraction: float, kind: str, untied_base: Path, conversations: Path, tmp_path: Path
@@ -178,7 +175,6 @@ def test_the_page_says_which_examples_are_sampled(
     assert (result.best_step, result.best_eval, result.lora) == (None, None, None)
 
 
-@pytest.mark.slow
 def test_sample_predictions_do_not_change_training(
     run: Path, untied_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
@@ -234,7 +230,6 @@ def test_slow_steps_write_heartbeats(
     assert [line["step"] for line in read_metrics_lines(tmp_path / "run") if "heartbeat" in line] == [1, 2, 3, 4]
 
 
-@pytest.mark.slow
 def test_progress_in_a_log_file_is_plain_lines(untied_base: Path, conversations: Path, tmp_path: Path) -> None:
     done = t5tune_in_fork(
         "train", "--model-name-or-path", untied_base, "--data-path", conversations, "--output-dir", tmp_path / "run",
@@ -369,7 +364,6 @@ def test_the_table_has_a_column_for_each_metric(run: Path, tmp_path: Path) -> No
     ]  # fmt: skip
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "evaluated"), [("eval_data_path", [3, 4, 5, 6]), ("metric_for_best_model", [1, 2, 3, 4, 5, 6])]
 )

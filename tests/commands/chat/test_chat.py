@@ -25,8 +25,9 @@ from tests.support.models.bases import make_base
 from tests.support.paths import REPOSITORY
 from tests.support.processes.command_line import CommandResult, t5tune_in_fork
 
+pytestmark = pytest.mark.slow
 
-@pytest.mark.slow
+
 def test_run_adapter_and_merged_checkpoint_give_the_same_reply(made: dict[str, Path], untied_base: Path) -> None:
     replies = {
         chat(settings(untied_base, adapter=made["run"], prompt=PROMPT)).reply,
@@ -37,7 +38,6 @@ def test_run_adapter_and_merged_checkpoint_give_the_same_reply(made: dict[str, P
     assert replies != {chat(settings(untied_base, prompt=PROMPT)).reply}
 
 
-@pytest.mark.slow
 def test_the_source_ids_equal_those_of_training(made: dict[str, Path], untied_base: Path) -> None:
     """Both messages of the first conversation with two exchanges become the token ids that training saw."""
     cache = open_only(made["run"] / "data")
@@ -54,7 +54,6 @@ def test_the_source_ids_equal_those_of_training(made: dict[str, Path], untied_ba
         assert chatter.prompts.encode(turns[:end]).ids == cache[example].source_S.tolist()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["run", "adapter", "merged"])
 def test_the_chat_template_gives_the_source_ids_of_training(
     kind: str, made: dict[str, Path], pair_run: dict[str, Path], conversations: Path
@@ -164,7 +163,6 @@ def test_an_adapter_of_another_base_is_refused(
     assert str(made["adapter"]) in refused.value.message
 
 
-@pytest.mark.slow
 def test_a_base_without_its_adapter_keeps_the_trained_family(untied_base: Path, tmp_path: Path) -> None:
     base = shutil.copytree(untied_base, tmp_path / "base")
     adapter = make_stock_adapter(base, tmp_path / "adapter")
@@ -181,7 +179,6 @@ def test_a_base_without_its_adapter_keeps_the_trained_family(untied_base: Path, 
     assert session.chatter.reply(PROMPT).reply == chat(settings(adapter, prompt=PROMPT)).reply
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["run", "adapter", "merged"])
 def test_earlier_messages_are_ignored_after_training_on_single_pairs(kind: str, pair_run: dict[str, Path]) -> None:
     notes: list[Event] = []
@@ -198,7 +195,6 @@ def test_earlier_messages_are_ignored_after_training_on_single_pairs(kind: str, 
     assert bare.reply(turns[-1:]).source_tokens < alone.source_tokens
 
 
-@pytest.mark.slow
 def test_chat_without_history_replies_like_separate_chats(pair_run: dict[str, Path]) -> None:
     questions = [f"the lamp of {name} is red" for name in ("Otto", "Ada", "Mira")]
     done = chat_in_fork(pair_run["merged"], "--max-new-tokens", 12, stdin="\n".join(questions) + "\n")
@@ -266,7 +262,6 @@ class TestPreferences:
         arguments = ["chat", made["run"], "--use-cpu", "--max-new-tokens=12", f"--save-preferences={file}", *options]
         return t5tune_in_fork(*arguments, stdin=typed)
 
-    @pytest.mark.slow
     def test_the_chosen_reply_is_saved_as_such(self, made: dict[str, Path], tmp_path: Path) -> None:
         file = tmp_path / "pairs.jsonl"
         done = self.run(made, file, [PROMPT, "1", PROMPT, "2", PROMPT, ""])
@@ -284,7 +279,6 @@ class TestPreferences:
         prepare(PrepareSettings(**settings, objective="dpo"))
         assert len(open_only(cache)) == 2
 
-    @pytest.mark.slow
     def test_a_pipe_reads_a_choice_after_each_message(self, made: dict[str, Path], tmp_path: Path) -> None:
         file = tmp_path / "pairs.jsonl"
         greedy = "--top-p=0.000001"  # keeps the likeliest token only
@@ -304,7 +298,6 @@ class TestPreferences:
         assert done.code == 2
         assert f"better: {PROMPT!r}: expected 1, 2 or nothing" in done.stderr
 
-    @pytest.mark.slow
     @pytest.mark.parametrize("line", [PROMPT, "/quit"])
     def test_a_piped_line_that_is_no_choice_is_refused(self, line: str, made: dict[str, Path], tmp_path: Path) -> None:
         done = self.run(made, tmp_path / "pairs.jsonl", [PROMPT, line, "1"])

@@ -21,6 +21,8 @@ from t5tune.settings import ChatSettings, MergeSettings
 from tests.commands.chat.typed import chat_in_fork
 from tests.support.label_runs import KINDS, ORDERS, predict, train_labels
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def runs(untied_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
@@ -31,7 +33,6 @@ def load(model: Path, **changes: object) -> Labeler:
     return Labeler.load(ChatSettings(model_name_or_path=str(model), use_cpu=True, **changes))  # type: ignore[arg-type]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_a_text_gets_the_labels_that_evaluate_predicts(kind: str, runs: dict[str, Path], tmp_path: Path) -> None:
     labeler = load(runs[kind])
@@ -49,7 +50,6 @@ def test_a_text_gets_the_labels_that_evaluate_predicts(kind: str, runs: dict[str
             assert found.words == text
 
 
-@pytest.mark.slow
 def test_a_merged_checkpoint_gives_the_labels_of_its_run(runs: dict[str, Path], tmp_path: Path) -> None:
     for kind in ("classify", "regress", "residues"):
         folder, text = tmp_path / kind, KINDS[kind].records[0][KINDS[kind].column]
@@ -74,7 +74,6 @@ def test_probabilities_and_marks_are_shown_best_first() -> None:
     assert format_labeling(Labeling(12345.6, None, None, None, 5, 0, 0.1)) == "12345.6"
 
 
-@pytest.mark.slow
 def test_a_pipe_gets_the_labels_of_each_line(runs: dict[str, Path]) -> None:
     lines = [ORDERS[0], "/help", ORDERS[1]]
     for kind in ("classify", "tag"):

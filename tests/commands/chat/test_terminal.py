@@ -29,6 +29,8 @@ from tests.support.processes.command_line import t5tune_in_fork
 from tests.support.processes.forks import ForkedProcess, get_fork_server
 from tests.support.processes.runs import LONG
 
+pytestmark = pytest.mark.slow
+
 
 class Typed(io.StringIO):
     """What is typed on a terminal: nothing, and the end of input."""
@@ -49,7 +51,6 @@ def chat_on_typed_lines(
     return replies.getvalue().splitlines()
 
 
-@pytest.mark.slow
 def test_a_pipe_gets_one_reply_per_line_even_for_commands(made: dict[str, Path], tmp_path: Path) -> None:
     saved = tmp_path / "said.jsonl"
     lines = [PROMPT, "", "/help", "/etc/hosts?", "//x", f"/save {saved}", " ", "/quit", "/reset", PROMPT]
@@ -65,7 +66,6 @@ def test_a_pipe_gets_one_reply_per_line_even_for_commands(made: dict[str, Path],
     assert not saved.exists()
 
 
-@pytest.mark.slow
 def test_a_pipe_gets_one_object_per_line_with_json(pair_run: dict[str, Path]) -> None:
     flags = ("--max-new-tokens", 3, "--use-cpu", "--json")
     done = chat_in_fork(pair_run["merged"], *flags, stdin=f"{PROMPT}\n{PROMPT}\n")
@@ -76,14 +76,12 @@ def test_a_pipe_gets_one_object_per_line_with_json(pair_run: dict[str, Path]) ->
     assert [{**reply, "seconds": 0} for reply in replies] == [first, {**first, "dropped_turns": 2}]
 
 
-@pytest.mark.slow
 def test_json_is_refused_on_a_terminal(made: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", Typed())
     with pytest.raises(SettingsError, match="^--json: an interactive chat prints text; use --prompt"):
         run(settings(made["merged"]), Output(io.StringIO(), json=True, quiet=True))
 
 
-@pytest.mark.slow
 def test_a_terminal_has_editing_keys_and_input_history(made: dict[str, Path], tmp_path: Path) -> None:
     pytest.importorskip("readline")
     saved = tmp_path / "said.jsonl"
@@ -149,7 +147,6 @@ def wait_until_it_sleeps(process: ForkedProcess) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP] if LONG else [signal.SIGTERM])
 @pytest.mark.parametrize("during", ["input", "a reply"])
 @pytest.mark.variants("a reply-15")
@@ -178,7 +175,6 @@ def test_a_signal_ends_the_chat_and_restores_the_terminal(
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_closing_the_terminal_ends_the_chat(untied_base: Path) -> None:
     with chat_on_a_terminal(untied_base) as (process, ours, theirs):
         os.close(theirs)
@@ -188,7 +184,6 @@ def test_closing_the_terminal_ends_the_chat(untied_base: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_a_reply_that_cannot_be_printed_ends_an_interactive_chat(untied_base: Path) -> None:
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "t5tune", "chat", "--model-name-or-path", str(untied_base), "--use-cpu"]
@@ -201,7 +196,6 @@ def test_a_reply_that_cannot_be_printed_ends_an_interactive_chat(untied_base: Pa
     assert (process.returncode, errors.count("standard output: can't be written")) == (1, 1)
 
 
-@pytest.mark.slow
 def test_control_c_clears_the_line_or_stops_the_reply(untied_base: Path) -> None:
     with chat_on_a_terminal(untied_base) as (process, ours, theirs):
         os.close(theirs)
@@ -221,7 +215,6 @@ def test_control_c_clears_the_line_or_stops_the_reply(untied_base: Path) -> None
 
 
 @pytest.mark.long
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT] if LONG else [signal.SIGHUP])
 def test_a_signal_ends_a_chat_with_a_prompt(untied_base: Path, number: signal.Signals) -> None:
     command = [sys.executable, "-m", "t5tune", "chat", "--model-name-or-path", str(untied_base), "--use-cpu"]
@@ -237,7 +230,6 @@ def test_a_signal_ends_a_chat_with_a_prompt(untied_base: Path, number: signal.Si
     assert not reply
 
 
-@pytest.mark.slow
 def test_input_that_is_not_utf_8_is_refused(made: dict[str, Path]) -> None:
     done = t5tune_in_fork("chat", "--model-name-or-path", made["merged"], stdin=b"Gr\xfc\n")
     assert done.code == 2
@@ -257,7 +249,6 @@ def test_a_reply_is_shown_piece_by_piece(made: dict[str, Path]) -> None:
     assert "".join(pieces) == answer.reply
 
 
-@pytest.mark.slow
 def test_chat_commands_change_the_replies(
     made: dict[str, Path], untied_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

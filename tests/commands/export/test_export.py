@@ -24,6 +24,8 @@ from tests.support.models.adapters import make_stock_adapter
 from tests.support.models.exports import assert_same, list_files, read_adapter_tensors, run_export
 from tests.support.processes.command_line import CommandResult, t5tune_in_fork
 
+pytestmark = pytest.mark.slow
+
 ROWS = "token_adapter.trainable_tokens_delta"
 
 
@@ -94,7 +96,6 @@ def optimizer_shard(folder: Path, rank: int) -> Path:
 # correct weights
 
 
-@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.variants("zero3x2", "zero1x2")
 def test_shards_give_the_fp32_weights_that_training_gathered(sharded: tuple[Kind, Path], tmp_path: Path) -> None:
@@ -110,7 +111,6 @@ def test_shards_give_the_fp32_weights_that_training_gathered(sharded: tuple[Kind
     assert result.non_lora_tensors == len(live) - result.lora_tensors > 0
 
 
-@pytest.mark.slow
 @pytest.mark.distributed
 def test_shards_give_the_weights_that_deepspeed_gathers_from_them(
     sharded: tuple[Kind, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -214,7 +214,6 @@ def test_the_trained_state_is_the_token_rows(sharded: tuple[Kind, Path], tmp_pat
     assert_same(state, {name: adapter[f"base_model.model.{name}"] for name in state})
 
 
-@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", ["zero2x2-bf16", "zero3x2"])
 def test_the_full_state_is_the_base_and_the_token_rows(
@@ -264,7 +263,6 @@ def test_non_lora_state_none_writes_no_such_file(zero3: Path, tmp_path: Path) ->
     assert_same(read_adapter_tensors(tmp_path / "adapter"), read_adapter_tensors(zero3))
 
 
-@pytest.mark.slow
 @pytest.mark.distributed
 def test_export_needs_neither_torch_nor_deepspeed(zero3: Path, tmp_path: Path) -> None:
     code = (
@@ -278,7 +276,6 @@ def test_export_needs_neither_torch_nor_deepspeed(zero3: Path, tmp_path: Path) -
     assert_same(read_adapter_tensors(tmp_path / "adapter"), read_adapter_tensors(zero3))
 
 
-@pytest.mark.slow
 @pytest.mark.distributed
 def test_the_command_line_exports_and_prints_the_result(zero3: Path, tmp_path: Path) -> None:
     done = t5tune_in_fork("export", zero3, "--output-dir", tmp_path / "adapter", "--json")
@@ -351,7 +348,6 @@ def change_shard(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     torch.save(state, path)
 
 
-@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize(

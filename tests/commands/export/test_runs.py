@@ -14,6 +14,8 @@ from tests.commands.export.runs import STEPS, check_full_state, check_refusal, f
 from tests.support.models.exports import assert_same, list_files, read_adapter_tensors, run_export
 from tests.support.processes.command_line import CommandResult
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def plain(
@@ -26,7 +28,6 @@ def plain(
     return train_run(on_ranks, 1, untied_base, conversations, run, "--save-steps", "1")
 
 
-@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_checkpoint_of_a_single_process_exports_its_adapter(plain: Path, tmp_path: Path) -> None:
     checkpoint = plain / f"checkpoint-{STEPS}"
@@ -35,7 +36,6 @@ def test_a_checkpoint_of_a_single_process_exports_its_adapter(plain: Path, tmp_p
     assert (result.zero_stage, result.world_size, result.step) == (None, 1, STEPS)
 
 
-@pytest.mark.slow
 @pytest.mark.distributed
 def test_the_full_state_of_a_run_has_its_token_rows(plain: Path, untied_base: Path, tmp_path: Path) -> None:
     check_full_state(plain, untied_base, tmp_path)

@@ -25,6 +25,8 @@ from tests.support.models.tokenizer_kinds import make_protein_tokenizer
 from tests.support.notes import Notes
 from tests.support.processes.command_line import t5tune_in_fork
 
+pytestmark = pytest.mark.slow
+
 NAMES = ["B-LOC", "B-PER", "I-PER", "O"]
 TAGGED: list[dict[str, Any]] = [
     {"tokens": ["Angela", "Merkel", "lives", "in", "Berlin"], "ner_tags": ["B-PER", "I-PER", "O", "O", "B-LOC"]},
@@ -139,7 +141,6 @@ def test_a_dummy_example_has_nothing_to_learn(tmp_path: Path) -> None:
     assert (dummy.source_S.tolist(), dummy.target_T.size, np.isnan(dummy.values).tolist()) == ([1], 0, [True])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["tag", "regress"])
 @pytest.mark.variants("tag")
 def test_parts_and_workers_give_the_same_bytes(objective: str, tmp_path: Path) -> None:
@@ -168,7 +169,6 @@ def test_parts_and_workers_give_the_same_bytes(objective: str, tmp_path: Path) -
     assert len(examples) == 70
 
 
-@pytest.mark.slow
 def test_records_from_standard_input_have_labels(tmp_path: Path) -> None:
     lines = "".join(f"{json.dumps(record)}\n" for record in TAGGED)
     arguments = ["--model-name-or-path", "pocket", "--data-path", "-", "--output-dir", tmp_path / "cache"]

@@ -15,6 +15,8 @@ from tests.commands.prepare.ids import ANSWERS, Prepared, decode, fastchat_text,
 from tests.support.caches import find_cache, prepare_for_run
 from tests.support.paths import REPOSITORY
 
+pytestmark = pytest.mark.slow
+
 SPECIAL_TOKENS = ["</s>", "<pad>", "<unk>", "<extra_id_3>"]
 
 
@@ -50,7 +52,6 @@ def test_sources_and_targets_decode_to_the_original_turns(prepared: Prepared) ->
     assert result.unknown_tokens == 0
 
 
-@pytest.mark.slow
 def test_the_plain_template_makes_turns_source_and_target(prepared: Prepared) -> None:
     _, cache = prepared(record("How many?", "Two  eggs"), conversation_template="plain")
     tokenizer = load_tokenizer_of(cache)
@@ -133,7 +134,6 @@ UNUSABLE = [
 ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("bad", "reason"), UNUSABLE)
 def test_an_unusable_record_is_written_with_location_and_reason(
     prepared: Prepared, tmp_path: Path, bad: Any, reason: str

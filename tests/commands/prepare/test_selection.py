@@ -17,6 +17,8 @@ from t5tune.settings import PrepareSettings
 from tests.commands.prepare.ids import Prepared, record
 from tests.support.caches import find_cache, open_only
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def prepared(prepared: Prepared) -> Prepared:

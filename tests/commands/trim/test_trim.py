@@ -33,6 +33,8 @@ from tests.support.models.bases import make_base
 from tests.support.models.model_types import load_stock, make_checkpoint, read_tensors, write_pairs
 from tests.support.notes import Notes
 
+pytestmark = pytest.mark.slow
+
 SETTINGS_FILES = {"settings.yaml", "trim.json"}  # which name folders
 
 
@@ -71,7 +73,6 @@ def read_folder(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir() if file.name not in SETTINGS_FILES}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("key", [key for key in FAMILIES if key != "byt5"])
 @pytest.mark.variants("t5", "flan-t5", "mt5", "codet5", "longt5", "t5gemma2")
 def test_each_family_computes_the_same_with_fewer_rows(key: str, tmp_path: Path) -> None:
@@ -87,7 +88,6 @@ def test_each_family_computes_the_same_with_fewer_rows(key: str, tmp_path: Path)
     assert (again.tokens, again.rows) == (result.tokens, result.rows)
 
 
-@pytest.mark.slow
 def test_prepared_data_keeps_its_tokens_and_texts(tmp_path: Path) -> None:
     result = run_trim("pocket", "pocket", tmp_path / "trimmed")
     caches = []
@@ -103,7 +103,6 @@ def test_prepared_data_keeps_its_tokens_and_texts(tmp_path: Path) -> None:
         assert [new_ids[index] for index in old.target_T] == new.target_T.tolist()
 
 
-@pytest.mark.slow
 def test_all_commands_take_a_trimmed_base(tmp_path: Path) -> None:
     trimmed = run_trim("pocket", "pocket", tmp_path / "trimmed", vocab_size=600)
     assert (trimmed.rows, trimmed.tokens) == (640, 612)
@@ -151,7 +150,6 @@ def test_vocab_size_takes_frequent_tokens_first(tmp_path: Path) -> None:
     assert {*range(600)} | ids <= kept
 
 
-@pytest.mark.slow
 def test_data_that_needs_all_tokens_is_refused(tmp_path: Path) -> None:
     base = make_checkpoint("codet5", tmp_path / "base")  # without unused rows
     data = tmp_path / "all.txt"
@@ -161,7 +159,6 @@ def test_data_that_needs_all_tokens_is_refused(tmp_path: Path) -> None:
         run_trim(base, str(data), tmp_path / "trimmed", objective="span-corruption")
 
 
-@pytest.mark.slow
 def test_token_caches_count_like_their_data(tmp_path: Path, conversations: Path, untied_base: Path) -> None:
     values = {"model_name_or_path": str(untied_base), "data_path": str(conversations), "output_dir": tmp_path / "cache"}
     cache = prepare(PrepareSettings(**values)).cache
@@ -187,7 +184,6 @@ def test_train_refuses_the_token_cache_of_the_untrimmed_base(tmp_path: Path, con
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
 def test_text_files_are_raw_text(tmp_path: Path, conversations: Path) -> None:
     text = tmp_path / "tea.txt"
     text.write_text("Zwölf Kannen Zitronentee für Zoë\n", encoding="utf-8")
@@ -199,7 +195,6 @@ def test_text_files_are_raw_text(tmp_path: Path, conversations: Path) -> None:
         run_trim("pocket", str(text), tmp_path / "refused", objective="sft")
 
 
-@pytest.mark.slow
 def test_datasets_with_weights_count_once(tmp_path: Path, conversations: Path) -> None:
     (tmp_path / "more.jsonl").write_text('{"source": "Zwölf Kannen", "target": "Zitronentee"}\n')
     paths = [str(conversations), str(tmp_path / "more.jsonl")]
@@ -216,7 +211,6 @@ def test_datasets_with_weights_count_once(tmp_path: Path, conversations: Path) -
         run_trim("pocket", [f"{path}:0" for path in paths], tmp_path / "refused")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["dpo", "span-corruption", "classify"])
 def test_the_tokens_of_every_objective_are_kept(objective: str, tmp_path: Path, untied_base: Path) -> None:
     records = {
@@ -233,7 +227,6 @@ def test_the_tokens_of_every_objective_are_kept(objective: str, tmp_path: Path, 
         assert {*tokenizer.encode(text)} <= kept
 
 
-@pytest.mark.slow
 def test_an_encoder_with_labels_is_trimmed(tmp_path: Path, untied_base: Path) -> None:
     run = train_labels(untied_base, tmp_path, "classify")
     merged = merge(MergeSettings(adapter=[run], output_dir=tmp_path / "merged", verify=False)).checkpoint

@@ -32,6 +32,8 @@ from t5tune.settings.groups.record_format import ReadingSettings
 from tests.data.reading.records import prepare as prepare_in_fork
 from tests.support.caches import find_cache, open_only
 
+pytestmark = pytest.mark.slow
+
 GERMAN = ["Die Lieferung an die Straße kam zu spät", "Rückerstattung für das Gerät – sofort", "20 € für die Größe"]
 FRENCH = ["Le café était fermé à cause de la grève", "L’article n’est pas arrivé, ça suffit"]
 SPANISH = ["El niño comió una manzana mañana", "Señor Muñoz pidió más información"]
@@ -326,7 +328,6 @@ def test_parts_are_read_in_the_same_encoding(tmp_path: Path, suffix: str) -> Non
     assert one == parts
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("num_ascii", [0, 90], ids=["at once", "after the sample"])
 def test_standard_input_is_read_in_its_encoding(tmp_path: Path, num_ascii: int) -> None:
     path = write_table(tmp_path / "data.jsonl", make_table(GERMAN), "cp1252")
@@ -339,7 +340,6 @@ def test_standard_input_is_read_in_its_encoding(tmp_path: Path, num_ascii: int) 
     assert open_only(tmp_path / "cache").manifest["inputs"]["data"][0]["encoding"] == "cp1252"
 
 
-@pytest.mark.slow
 def test_evaluate_reads_the_encoding_too(tmp_path: Path) -> None:
     path = write_table(tmp_path / "data.csv", make_table(GERMAN, count=8, share=1), "cp1252")
     events: list[Event] = []
