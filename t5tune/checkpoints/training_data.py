@@ -135,7 +135,7 @@ def read_training_data(folder: Path) -> TrainingData | None:
         return TypeAdapter(TrainingData).validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
         detail = error.errors()[0]
-        problem = detail["msg"]  # of the whole text: a lone surrogate
+        problem = detail["msg"].partition(" at line")[0]  # a lone surrogate; the place isn't in the file
         if detail["loc"]:
             key = str(detail["loc"][0])
             problem = f"{key}: invalid value {shorten_file_value(values[key])}" if key in values else f"{key}: missing"

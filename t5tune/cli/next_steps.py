@@ -28,7 +28,7 @@ from t5tune.settings import (
 from t5tune.settings.flags import list_flags, list_without_flags
 from t5tune.settings.groups.record_format import KINDS
 
-NAMELESS_DATA = "DATA.jsonl"
+DATA_PLACEHOLDER = "DATA.jsonl"
 BASE_FLAGS = ("model_name_or_path", "revision", "cache_dir", "family")
 NOT_REPEATED = {"model_name_or_path", "output_dir", "overwrite", "compare_base"}  # when a model is evaluated again
 TRAINING_FLAGS = TrainSettings.model_fields.keys() - {*BASE_FLAGS[:3], "data_path", "output_dir"}  # after trim
@@ -93,7 +93,7 @@ def _is_trained_on_text(model: Path) -> bool:
     return made is not None and KINDS[made.objective] == "raw text"
 
 
-def _fine_tune(base: Path, data: Sequence[str] = (NAMELESS_DATA,)) -> list[str]:
+def _fine_tune(base: Path, data: Sequence[str] = (DATA_PLACEHOLDER,)) -> list[str]:
     words = ["train", "--model-name-or-path", str(base), "--data-path", *data]
     return [*words, "--learning-rate", "3e-4", "--output-dir", _name_output("run")]
 
@@ -125,7 +125,7 @@ def _follow_trim(settings: TrimSettings, checkpoint: Path) -> Iterator[list[str]
         if not has_examples(Path(path)) and find_data_suffix(Path(path), True) not in only_adds_tokens
     ]
     reading = _repeat(settings, tuple(name for name in TrimSettings.model_fields if name in TRAINING_FLAGS))
-    yield _fine_tune(checkpoint, [*(data or [NAMELESS_DATA]), *reading])
+    yield _fine_tune(checkpoint, [*(data or [DATA_PLACEHOLDER]), *reading])
 
 
 def _follow_evaluate(settings: EvaluateSettings, writes_text: bool) -> Iterator[list[str]]:

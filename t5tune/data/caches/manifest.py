@@ -85,11 +85,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         checked: Any = _build_model().model_validate(manifest, strict=True)
     except ValidationError as error:
         raise DataError(describe_manifest_error(path, error), hint=PREPARE_AGAIN) from None
-    manifest["inputs"] |= checked.inputs.model_dump(exclude={"data"})  # as a setting, a value may be written shorter
+    manifest["inputs"] |= checked.inputs.model_dump(exclude={"data"})  # some settings also accept a text for a list
     kind = KINDS[manifest["inputs"]["objective"]]
     for name, needed_by in (("labels", "labels"), ("span_corruption", "raw text")):
         if (manifest.get(name) is not None) != (kind == needed_by):
-            raise DataError(f"{path}: {name}: doesn't fit the objective", hint=PREPARE_AGAIN)
+            state = "present" if manifest.get(name) is not None else "missing"
+            problem = f"{path}: {name}: {state}, but the objective is {manifest['inputs']['objective']}"
+            raise DataError(problem, hint=PREPARE_AGAIN)
     for name in manifest["files"]:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise DataError(f"{path}: files: {shorten_file_value(name)}: not in the token cache", hint=PREPARE_AGAIN)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from t5tune.data.caches.manifest import PREPARE_AGAIN
+from t5tune.data.caches.manifest import PREPARE_AGAIN, TABLES
 from t5tune.data.labels import LabelTask
 from t5tune.data.tokens.tokenizer import SpecialIds
 from t5tune.errors import DataError
@@ -47,8 +47,7 @@ class Tables(NamedTuple):
 def map_tables(folder: Path, ids_dtype: str) -> Tables:
     """Memory-map the tables of a cache; DataError: a size isn't a whole number of rows."""
     dtypes = (np.dtype(ids_dtype), CONVERSATION_DTYPE, EXAMPLE_DTYPE)
-    files = (TOKENS_FILE, CONVERSATIONS_FILE, EXAMPLES_FILE)
-    return Tables(*(_map_file(folder / name, dtype) for name, dtype in zip(files, dtypes, strict=True)))
+    return Tables(*(_map_file(folder / name, dtype) for name, dtype in zip(TABLES, dtypes, strict=True)))
 
 
 def _map_file(path: Path, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
@@ -89,12 +88,12 @@ def check_tables(
         if not _have_valid_spans(rows, _measure_conversations(rows, starts, len(tokens)), special, kind, task):
             problem = f"{folder / EXAMPLES_FILE}: a row's span doesn't fit its conversation or the objective"
             raise DataError(problem, hint=PREPARE_AGAIN)
-    for ids in _iterate_ids(tables) if task is not None else (tokens[start:end] for start, end in _divide(len(tokens))):
-        if len(ids) and (ids.max() >= num_ids or ids.min() < 0):
-            raise DataError(f"{folder / TOKENS_FILE}: an id isn't in the tokenizer", hint=PREPARE_AGAIN)
-    for values in _iterate_values(tables) if task is not None else ():
-        if not _are_labels(values, len(task.names) if task is not None else 0):
-            raise DataError(f"{folder / TOKENS_FILE}: a label isn't among the labels of the cache", hint=PREPARE_AGAIN)
+    # values follow the ids of a text with labels
+    chunks = (tokens[start:end] for start, end in _divide(len(tokens))) if task is None else _iterate_ids(tables)
+    if any(len(ids) and (ids.max() >= num_ids or ids.min() < 0) for ids in chunks):
+        raise DataError(f"{folder / TOKENS_FILE}: an id isn't in the tokenizer", hint=PREPARE_AGAIN)
+    if task is not None and not all(_are_labels(values, len(task.names)) for values in _iterate_values(tables)):
+        raise DataError(f"{folder / TOKENS_FILE}: a label isn't among the labels of the cache", hint=PREPARE_AGAIN)
 
 
 def _divide(count: int) -> Iterator[tuple[int, int]]:

@@ -152,8 +152,8 @@ def test_a_row_that_is_cut_off_is_refused(caches: Path, tmp_path: Path) -> None:
         ("targets", "files", {"/proc/kmsg": ""}, "files: '/proc/kmsg': not in the token cache"),
         ("targets", "unused_files", [1], r"unused_files\[0\]: 1: "),
         ("targets", "labels", {}, "labels.names: missing"),
-        ("labels", "labels", None, "labels: doesn't fit the objective"),
-        ("raw text", "span_corruption", None, "span_corruption: doesn't fit the objective"),
+        ("labels", "labels", None, "labels: missing, but the objective is tag"),
+        ("raw text", "span_corruption", None, "span_corruption: missing, but the objective is span-corruption"),
         (
             "raw text",
             "span_corruption",
