@@ -12,7 +12,9 @@ import pytest
 from t5tune.commands.prepare import prepare
 from t5tune.data.caches import tables
 from t5tune.data.caches.cache import hash_files, open_cache
-from t5tune.data.caches.tables import CONVERSATION_DTYPE, EXAMPLE_DTYPE
+from t5tune.data.caches.tables import CONVERSATION_DTYPE, EXAMPLE_DTYPE, check_tables, map_tables
+from t5tune.data.tokens.encoding import Span
+from t5tune.data.tokens.tokenizer import SpecialIds
 from t5tune.errors import DataError
 from t5tune.settings import PrepareSettings
 from tests.support.caches import find_cache, open_only
@@ -63,6 +65,15 @@ def set_last(column: str, value: int) -> Callable[[Any], None]:
     return change
 
 
+def shorten_source(rows: Any) -> None:
+    rows["source_end"][-1] -= 1
+
+
+def empty_target(rows: Any) -> None:
+    """Leave the last example without a target, even without the EOS token."""
+    rows["target_end"][-1], rows["target_is_whole"][-1] = rows["target_start"][-1], False
+
+
 def set_value(value: float) -> Callable[[Any], None]:
     """Set the last value of the last text with labels."""
 
@@ -99,7 +110,8 @@ def test_each_kind_of_examples_can_be_opened(caches: Path, kind: str, monkeypatc
         ("pairs", "examples.bin", set_last("rejected_answer_end", 999), SPAN),
         ("pairs", "examples.bin", set_last("rejected_start", 0), SPAN),
         ("raw text", "examples.bin", set_last("source_end", 1), SPAN),
-        ("labels", "examples.bin", set_last("source_end", 1), SPAN),
+        ("labels", "examples.bin", shorten_source, SPAN),
+        ("targets", "examples.bin", empty_target, SPAN),
         ("targets", "tokens.bin", set_id(1514), IDS),
         ("labels", "tokens.bin", set_id(1514), IDS),
         ("labels", "tokens.bin", set_id(-1), IDS),
@@ -118,6 +130,17 @@ def test_wrong_rows_are_refused(
     rewrite(cache, name, dtype, change)
     with pytest.raises(DataError, match=message):
         open_cache(cache)
+
+
+def test_an_empty_source_is_refused_without_special_tokens_around_it(tmp_path: Path) -> None:
+    span = Span(1, 0, 0, 0, 0, 1, 1, True, True)
+    np.array([(0, *span)], EXAMPLE_DTYPE).tofile(tmp_path / "examples.bin")
+    np.zeros(1, CONVERSATION_DTYPE).tofile(tmp_path / "conversations.bin")
+    np.zeros(1, "<u2").tofile(tmp_path / "tokens.bin")
+    mapped = map_tables(tmp_path, "<u2")
+    check_tables(tmp_path, mapped, SpecialIds((), (1,), 1), 2, "targets", None)
+    with pytest.raises(DataError, match=SPAN):
+        check_tables(tmp_path, mapped, SpecialIds((), (), 1), 2, "targets", None)
 
 
 @pytest.mark.parametrize("column", ["source_is_whole", "rejected_is_whole"])
