@@ -65,8 +65,8 @@ def set_last(column: str, value: int) -> Callable[[Any], None]:
     return change
 
 
-def shorten_source(rows: Any) -> None:
-    rows["source_end"][-1] -= 1
+def drop_label(rows: Any) -> None:
+    rows["target_end"][-1] -= 1
 
 
 def empty_target(rows: Any) -> None:
@@ -110,7 +110,7 @@ def test_each_kind_of_examples_can_be_opened(caches: Path, kind: str, monkeypatc
         ("pairs", "examples.bin", set_last("rejected_answer_end", 999), SPAN),
         ("pairs", "examples.bin", set_last("rejected_start", 0), SPAN),
         ("raw text", "examples.bin", set_last("source_end", 1), SPAN),
-        ("labels", "examples.bin", shorten_source, SPAN),
+        ("labels", "examples.bin", drop_label, SPAN),
         ("targets", "examples.bin", empty_target, SPAN),
         ("targets", "tokens.bin", set_id(1514), IDS),
         ("labels", "tokens.bin", set_id(1514), IDS),
