@@ -1,11 +1,10 @@
 """The generated parts of docs/for-agents.md, which `t5tune docs` prints.
 
-They are between `<!-- generated: NAME -->` and `<!-- end -->`. The rest of the page is written by hand.
+The rest of the page is written by hand.
 """
 
 import dataclasses
 import importlib
-import re
 import typing
 from collections.abc import Callable, Iterator
 from functools import cache, partial
@@ -27,16 +26,15 @@ from t5tune.errors import T5TuneError
 from t5tune.settings import COMMANDS, Settings
 from t5tune.settings.packaged_templates import describe_templates
 from tools import REPOSITORY
+from tools.generated_blocks import fill_blocks
 
 PAGE = REPOSITORY / "docs" / "for-agents.md"
-BLOCK = re.compile(r"(<!-- generated: ([\w ]+) -->\n)(?:(?!<!-- end -->).)*(<!-- end -->\n)", re.DOTALL)
 TYPE_NAMES = {bool: "bool", int: "int", float: "number", str: "text", Path: "path", list: "list", dict: "object"}
 
 
 def build_page() -> str:
     """Return the page's text with its generated parts as they should be."""
-    text = PAGE.read_text(encoding="utf-8")
-    return BLOCK.sub(lambda block: block[1] + "\n".join([*GENERATED[block[2]](), block[3]]), text)
+    return fill_blocks(PAGE, GENERATED)
 
 
 def describe_command(model: type[Settings]) -> Iterator[str]:

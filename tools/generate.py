@@ -9,6 +9,8 @@ import argparse
 import difflib
 import json
 import sys
+from collections.abc import Callable
+from functools import partial
 
 from t5tune.commands.schema import schema
 from t5tune.settings import SchemaSettings
@@ -17,6 +19,7 @@ from tools import (
     agents_page,
     commands_page,
     families_page,
+    install_commands,
     memory_page,
     options_list,
     python_stub,
@@ -30,7 +33,8 @@ def build_schema() -> str:
 
 
 # file: the function that returns its text
-FILES = {
+FILES: dict[str, Callable[[], str]] = {
+    **{name: partial(install_commands.build_page, name) for name in install_commands.PAGES},
     "docs/commands.md": commands_page.build_page,
     "docs/families.md": families_page.build_page,
     "docs/for-agents.md": agents_page.build_page,

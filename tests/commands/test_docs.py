@@ -16,7 +16,8 @@ from tests.support.paths import REPOSITORY
 from tests.support.processes.command_line import CommandResult, t5tune_in_fork
 from tests.support.processes.forks import get_fork_server
 from tests.test_docs import find_commands
-from tools.agents_page import BLOCK, GENERATED, PAGE
+from tools.agents_page import GENERATED, PAGE
+from tools.generated_blocks import BLOCK
 
 TEXT = PAGE.read_text(encoding="utf-8")
 RECIPES = re.findall(r"^### (.*?)\n(.*?)(?=^##)", TEXT.partition("\n## Recipes\n")[2], re.MULTILINE | re.DOTALL)
