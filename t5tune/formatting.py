@@ -25,6 +25,11 @@ def format_number(value: float) -> str:
     return f"{value:.4g}" if abs(value) < 1e3 else f"{value:,.0f}"
 
 
+def format_label(label: str | float) -> str:
+    """Write a label, or a number with the seven significant digits that fp32 has: 45.27, 1000003."""
+    return label if isinstance(label, str) else f"{label:.7g}"
+
+
 def format_count(count: int, noun: str, plural: str | None = None) -> str:
     """Format a count with its noun: `1 record`, `2,000 records`."""
     return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"

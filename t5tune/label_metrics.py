@@ -137,7 +137,7 @@ def score_several_labels(
         }
         for label, (found, wanted, hits) in sorted(counts.items(), key=lambda item: -item[1][1])
     }
-    f1s = [classes[label]["f1"] for label, (found, wanted, _) in counts.items() if found + wanted]
+    f1s = [200 * hits / (found + wanted) for found, wanted, hits in counts.values() if found + wanted]
     found, wanted, hits = map(sum, zip(*counts.values(), strict=True))
     metrics = {
         "accuracy": _percent(sum(found == wanted for found, wanted in pairs), len(pairs)),
@@ -178,20 +178,23 @@ def _find_entities(tags: Sequence[str]) -> Iterable[tuple[str, int, int]]:
 def score_numbers(predictions: Sequence[float], references: Sequence[float]) -> dict[str, float]:
     """Compute the correlations by ranks (Spearman) and by values (Pearson), from -100 to 100, and the error (RMSE).
 
-    The error has the unit of the numbers. A correlation with numbers that are all equal isn't defined; it is 0 here.
+    Nothing is rounded. The error has the unit of the numbers. A correlation with numbers that are all equal isn't
+    defined; it is 0 here.
     """
     errors = ((found - wanted) ** 2 for found, wanted in zip(predictions, references, strict=True))
     return {
         "spearman": _correlate(_rank(predictions), _rank(references)),
         "pearson": _correlate(predictions, references),
-        "rmse": float(f"{sqrt(fmean(errors)):.6g}"),
+        "rmse": sqrt(fmean(errors)),
     }
 
 
 def _correlate(first: Sequence[float], second: Sequence[float]) -> float:
+    if len({*first}) == 1 or len({*second}) == 1:  # their rounded mean may differ from them, and give a correlation
+        return 0.0
     try:
-        return round(100 * correlation(first, second), 4)
-    except StatisticsError:  # all are equal, or there is only one
+        return 100 * correlation(first, second)
+    except StatisticsError:  # the squared differences underflow
         return 0.0
 
 
@@ -210,11 +213,12 @@ def _measure_calibration(pairs: Iterable[tuple[float, bool]]) -> tuple[float, li
     for pair in pairs:
         bins.setdefault(ceil(pair[0] * CALIBRATION_BINS), []).append(pair)
     rows = []
+    gaps = []
     for _, members in sorted(bins.items()):
-        confidence, accuracy = (round(100 * fmean(values), 4) for values in zip(*members, strict=True))
-        rows.append({"count": len(members), "confidence": confidence, "accuracy": accuracy})
-    gap = sum(row["count"] * abs(row["confidence"] - row["accuracy"]) for row in rows)
-    return round(gap / sum(row["count"] for row in rows), 4), rows
+        confidence, accuracy = (100 * fmean(values) for values in zip(*members, strict=True))
+        rows.append({"count": len(members), "confidence": round(confidence, 4), "accuracy": round(accuracy, 4)})
+        gaps.append(len(members) * abs(confidence - accuracy))
+    return sum(gaps) / sum(row["count"] for row in rows), rows
 
 
 def describe_labels(table: LabelTable) -> str:

@@ -187,11 +187,20 @@ def test_scores_of_numbers_equal_scipys_with_ties(seed: int) -> None:
     found = np.round(wanted + rng.normal(0, 3, 50))
     scores = score_numbers(found.tolist(), wanted.tolist())
     assert scores == {
-        "spearman": pytest.approx(100 * stats.spearmanr(found, wanted)[0], abs=1e-4),
-        "pearson": pytest.approx(100 * stats.pearsonr(found, wanted)[0], abs=1e-4),
-        "rmse": pytest.approx(sqrt(np.mean((found - wanted) ** 2)), rel=1e-5),
+        "spearman": pytest.approx(100 * stats.spearmanr(found, wanted)[0], rel=1e-12),
+        "pearson": pytest.approx(100 * stats.pearsonr(found, wanted)[0], rel=1e-12),
+        "rmse": pytest.approx(sqrt(np.mean((found - wanted) ** 2)), rel=1e-12),
     }
 
 
 def test_equal_predictions_have_no_correlation() -> None:
     assert score_numbers([2.0, 2.0], [1.0, 3.0]) == {"spearman": 0.0, "pearson": 0.0, "rmse": 1.0}
+    # the mean of three of them isn't the number, so a formula would give a correlation
+    assert score_numbers([-485595.8576436414] * 3, [1.0, 2.0, 4.0])["pearson"] == 0
+
+
+def test_the_calibration_error_is_not_rounded() -> None:
+    probabilities = [0.9123456789, 0.31, 0.7000000001]
+    metrics, _ = score_labels(["a", "b", "a"], ["a", "a", "a"], [], probabilities)
+    expected = (1 - probabilities[0] + probabilities[1] + 1 - probabilities[2]) / 3
+    assert metrics["ece"] == pytest.approx(100 * expected, rel=1e-12)

@@ -23,7 +23,7 @@ from t5tune.commands.chat import (
 )
 from t5tune.data.reading.formats import Turn
 from t5tune.errors import SettingsError, T5TuneError, WriteError
-from t5tune.formatting import format_count
+from t5tune.formatting import format_count, format_label
 from t5tune.progress import Note
 from t5tune.settings import ChatSettings, packaged_templates
 from t5tune.settings.field_types import read_path
@@ -65,9 +65,11 @@ def format_labeling(labeling: Labeling) -> str:
     if labeling.words is not None:
         scores = [None] * len(found) if probabilities is None else probabilities
         items = [item for item in zip(labeling.words, found, scores, strict=True) if item[1] is not None]
-        return "  ".join(f"{word} {label}{'' if score is None else f' {score:.2f}'}" for word, label, score in items)
+        return "  ".join(
+            f"{word} {format_label(label)}{'' if score is None else f' {score:.2f}'}" for word, label, score in items
+        )
     if not isinstance(probabilities, dict):
-        return str(found)
+        return format_label(found)
     chosen = found if isinstance(found, list) else []
     best = sorted(probabilities.items(), key=lambda item: -item[1])
     shown = [f"{'+' if label in chosen else ''}{label} {value:.2f}" for label, value in best[:MAX_CLASSES]]

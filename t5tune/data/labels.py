@@ -9,13 +9,15 @@ A text's words are encoded one by one, and a word's first token has its label.
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from t5tune.settings.groups.record_format import LabelObjectiveName, SourceWords
 
-Values = npt.NDArray[np.float32]
+Values = npt.NDArray[np.float64]
+IDS_PER_VALUE = 2  # int32 ids that a value takes in a token cache
 _INTEGER = re.compile(r"-?\d+")
 
 
@@ -94,6 +96,11 @@ def join_tasks(tasks: Sequence[tuple[LabelTask, bool]]) -> LabelTask:
     given = {task.names for task, is_ordered in tasks if is_ordered}
     has_order = len(given) == 1 and names == {name for order in given for name in order}
     return replace(tasks[0][0], names=given.pop() if has_order else sort_names(names))
+
+
+def read_values(ids: npt.NDArray[np.integer[Any]]) -> Values:
+    """Return the values that are stored as ids, in the same memory if the ids are contiguous."""
+    return np.ascontiguousarray(ids).view(np.float64)
 
 
 def renumber(values: Values, numbers: Values) -> Values:

@@ -22,7 +22,6 @@ from t5tune.inference.label_predictions import (
     compute_logits,
     compute_probabilities,
     predict_labels,
-    round_number,
 )
 from t5tune.label_metrics import (
     CALIBRATED_METRICS,
@@ -78,9 +77,9 @@ class LabelOutcome:
 
     def measure_losses(self, index: int) -> torch.Tensor:
         """Compute the loss of each of an example's items."""
-        task, labels = self.task, torch.tensor(self.labels[index])
+        task, labels = self.task, torch.tensor(self.labels[index], dtype=torch.float64)
         if task.several:
-            labels = torch.zeros(1, task.num_outputs).index_fill(1, labels.long(), 1.0)
+            labels = torch.zeros(1, task.num_outputs, dtype=torch.float64).index_fill(1, labels.long(), 1.0)
         return compute_label_losses(
             torch.from_numpy(self.logits[index]).double() / self.scale, labels, task, self.scale
         )
@@ -113,7 +112,7 @@ def name_labels(example: LabeledExample, task: LabelTask) -> Any:
 
 
 def _name_values(values: list[float], task: LabelTask) -> Any:
-    names = [task.names[int(value)] if task.names else round_number(value) for value in values]
+    names = [task.names[int(value)] for value in values] if task.names else values
     return names if task.per_token or task.several else names[0]
 
 

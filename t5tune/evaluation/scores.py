@@ -75,7 +75,7 @@ def _choose(choices: Sequence[str], scores: Sequence[TargetScore], by_mean: bool
 
 
 def _make_prediction(text: str, logprob: float, probability: float, **more: Any) -> Prediction:
-    return {"prediction": text, "logprob": round(logprob, 6), "probability": float(f"{probability:.6g}"), **more}
+    return {"prediction": text, "logprob": round(logprob, 6), "probability": float(probability), **more}
 
 
 def write_predictions(

@@ -50,17 +50,17 @@ def predict_labels(logits_MK: Logits, task: LabelTask) -> dict[str, Any]:
     """Describe a text's prediction: its label, labels or number, or lists of them for its M tokens.
 
     As in a line of predictions.jsonl, the keys are `prediction`; `probability` of one class; `probabilities`, of all
-    classes by name, or of each token's class.
+    classes by name, or of each token's class. Nothing is rounded, because metrics are computed from these numbers.
     """
     if task.objective == "regress":
-        numbers = [round_number(value) for value in logits_MK[:, 0]]
+        numbers = logits_MK[:, 0].tolist()
         return {"prediction": numbers if task.per_token else numbers[0]}
     probabilities_MK = compute_probabilities(logits_MK, task)
     if task.several:
         chosen = [name for name, value in zip(task.names, probabilities_MK[0], strict=True) if value >= MIN_PROBABILITY]
         return {"prediction": chosen, "probabilities": _name_probabilities(probabilities_MK[0], task)}
     best_M = probabilities_MK.argmax(1)
-    names, best = [task.names[index] for index in best_M], [round_number(value) for value in probabilities_MK.max(1)]
+    names, best = [task.names[index] for index in best_M], probabilities_MK.max(1).tolist()
     if task.per_token:
         return {"prediction": names, "probabilities": best}
     named = _name_probabilities(probabilities_MK[0], task)
@@ -73,10 +73,5 @@ def compute_probabilities(logits_MK: Logits, task: LabelTask) -> npt.NDArray[np.
     return (values.sigmoid() if task.several else values.softmax(-1)).numpy()
 
 
-def round_number(value: float) -> float:
-    """Round to six digits, as in predictions.jsonl."""
-    return float(f"{value:.6g}")
-
-
 def _name_probabilities(values_K: npt.NDArray[np.float64], task: LabelTask) -> dict[str, float]:
-    return {name: round_number(value) for name, value in zip(task.names, values_K, strict=True)}
+    return dict(zip(task.names, values_K.tolist(), strict=True))

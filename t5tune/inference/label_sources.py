@@ -124,7 +124,7 @@ def make_reader(files: ModelFiles, source_prefix: str | None, max_length: int, r
 
 def make_unlabeled_example(ids: Sequence[int], task: LabelTask) -> LabeledExample:
     """Make an example without labels of a source's ids, with special tokens."""
-    values = np.full(len(ids) if task.per_token else 1, np.nan, np.float32)
+    values = np.full(len(ids) if task.per_token else 1, np.nan)
     return LabeledExample(np.array(ids, np.int64), np.empty(0, np.int64), values)
 
 

@@ -62,7 +62,7 @@ class RecordCounts:
     def number_labels(self, names: Iterable[str]) -> Values:
         """Return the numbers of classes; new classes get the next numbers."""
         numbers = [self.label_names.setdefault(name, len(self.label_names)) for name in names]
-        return np.array(numbers, np.float32)
+        return np.array(numbers, np.float64)
 
     def add_rejection(self, location: RecordLocation, rejection: Rejection) -> None:
         """Count a rejected record."""

@@ -22,7 +22,7 @@ from t5tune.settings.groups.steps import StepSettings
 
 NOTHING = np.array([IGNORED_LABEL])
 """The target of a dummy example."""
-NO_VALUE = np.array([np.nan], np.float32)
+NO_VALUE = np.array([np.nan])
 """The values of a dummy example with labels."""
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from seqeval.metrics import f1_score
 from seqeval.scheme import IOB2
 from sklearn import metrics as sklearn_metrics
@@ -209,6 +210,43 @@ def test_entities_of_predictions_are_scored_as_seqeval_does(
     expected = f1_score(targets, predictions, mode="strict", scheme=IOB2, zero_division=0)
     assert result.entity_f1 == pytest.approx(100 * expected, abs=1e-3)
     assert read_evaluations(tmp_path / "run")[-1]["eval_entity_f1"] >= 0
+
+
+def correlate(lines: list[dict[str, Any]], targets: list[float]) -> dict[str, float]:
+    """Compute the metrics of numbers with scipy, from lines of predictions.jsonl."""
+    found = np.array([line["prediction"] for line in lines])
+    return {
+        "spearman": pytest.approx(100 * stats.spearmanr(found, targets)[0], rel=1e-12),
+        "pearson": pytest.approx(100 * stats.pearsonr(found, targets)[0], rel=1e-12),
+        "rmse": pytest.approx(np.sqrt(np.mean((found - targets) ** 2)), rel=1e-12),
+    }
+
+
+def test_numbers_near_a_million_are_scored_as_scipy_does(untied_base: Path, tmp_path: Path) -> None:
+    """Rounded to six digits or to fp32, most of these numbers would be others."""
+    rng, texts = np.random.default_rng(5), write_data(tmp_path / "texts.jsonl", "regress", 60)
+    records = [json.loads(line) for line in texts.read_text().splitlines()]
+    targets = [1e6 + 0.004 * record["label"] + rng.normal(0, 2) for record in records]
+    data = tmp_path / "regress.jsonl"
+    pairs = zip(records, targets, strict=True)
+    data.write_text("\n".join(json.dumps(record | {"label": target}) for record, target in pairs))
+    train(make_settings(untied_base, data, tmp_path / "run", max_steps=6, learning_rate=3e-2))
+    settings = EvaluateSettings(model_name_or_path=str(tmp_path / "run"), data_path=str(data))
+    result = evaluate(settings.model_copy(update={"output_dir": tmp_path / "scores"}))
+    lines = read_predictions(tmp_path / "scores")
+    assert [line["target"] for line in lines] == targets
+    assert len({line["prediction"] for line in lines}) > 10
+    expected = correlate(lines, targets)
+    assert {name: getattr(result, name) for name in expected} == expected
+    assert result.rmse is not None
+    assert result.loss == pytest.approx(result.rmse**2, rel=1e-12)
+    # the last evaluation of training, on the same weights
+    held_out = settings.model_copy(update={"data_path": [str(tmp_path / "run" / "data")]})
+    evaluate(held_out.model_copy(update={"output_dir": tmp_path / "held-out"}))
+    lines = read_predictions(tmp_path / "held-out")
+    last = read_evaluations(tmp_path / "run")[-1]
+    expected = correlate(lines, [line["target"] for line in lines])
+    assert {name: last[f"eval_{name}"] for name in expected} == expected
 
 
 def test_datasets_with_different_labels_share_a_head(untied_base: Path, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@ r"""The token cache: a folder with the ids of each conversation, stored once, an
 
     tokens.bin          the ids of all conversations, concatenated: uint16 little-endian, or int32 if the
                         vocabulary is larger than 65,536, or the texts have labels: after a text's ids come its values,
-                        as the bits of float32: class numbers or numbers, for the text or for each of its tokens
+                        as the bits of float64: class numbers or numbers, for the text or for each of its tokens
     conversations.bin   a row per conversation, of CONVERSATION_DTYPE
     examples.bin        a row per example, of EXAMPLE_DTYPE, in the order of the data
     tokenizer/          the tokenizer that encoded the conversations, with its added tokens
@@ -28,7 +28,7 @@ import numpy.typing as npt
 from t5tune.data.caches.batching import Integers
 from t5tune.data.caches.manifest import PREPARE_AGAIN, TABLES, read_manifest
 from t5tune.data.caches.tables import check_tables, map_tables
-from t5tune.data.labels import LabelTask, Values, describe_form, renumber, sort_names
+from t5tune.data.labels import LabelTask, Values, describe_form, read_values, renumber, sort_names
 from t5tune.data.tokens.encoding import Example, Span, extract_example, extract_labels, surround
 from t5tune.data.tokens.span_corruption import SpanCorruption, find_sentinels, mix_bits
 from t5tune.data.tokens.templates import Template, parse_template
@@ -120,7 +120,7 @@ class Cache(Sequence[Example]):
         starts = self._conversations["start"][self._read_column("conversation")].astype(np.int64)
         bounds = (starts + self._read_column(name) for name in ("target_start", "target_end"))
         for start, end in zip(*bounds, strict=True):
-            yield self._number_classes(self._tokens[start:end].view(np.float32))
+            yield self._number_classes(read_values(self._tokens[start:end]))
 
     def map_labels(self, task: LabelTask) -> "Cache":
         """Return the same examples with the class numbers of a task; DataError: the cache has other labels."""
@@ -164,7 +164,7 @@ class Cache(Sequence[Example]):
         """The number of each class in `label_task`, by its number in the cache; None: the values are numbers."""
         assert self.label_task is not None
         numbers = {name: number for number, name in enumerate(self.label_task.names)}
-        return np.array([numbers[name] for name in self.manifest["labels"]["names"]], np.float32) if numbers else None
+        return np.array([numbers[name] for name in self.manifest["labels"]["names"]], np.float64) if numbers else None
 
     def read_untruncated(self, index: int) -> tuple[Example, int, npt.NDArray[Any], Span]:
         """Return (example, conversation number, the conversation's ids up to the untruncated target's end, span)."""

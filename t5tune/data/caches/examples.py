@@ -182,7 +182,7 @@ class Examples(Sequence[Example]):
     def compute_label_scale(self) -> tuple[float, float]:
         """Return a power of two near the standard deviation of the numbers to predict, and their mean."""
         found = [values for dataset in self.datasets for values in dataset.cache.iterate_values()]
-        values = np.concatenate(found).astype(np.float64)
+        values = np.concatenate(found)
         values = values[~np.isnan(values)]
         deviation = float(values.std())
         return 2.0 ** round(math.log2(deviation)) if deviation > 0 else 1.0, float(values.mean())

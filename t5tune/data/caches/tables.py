@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from t5tune.data.caches.manifest import PREPARE_AGAIN, TABLES
-from t5tune.data.labels import LabelTask
+from t5tune.data.labels import IDS_PER_VALUE, LabelTask, Values, read_values
 from t5tune.data.tokens.tokenizer import SpecialIds
 from t5tune.errors import DataError
 from t5tune.file_names import CONVERSATIONS_FILE, EXAMPLES_FILE, TOKENS_FILE
@@ -132,7 +132,9 @@ def _have_valid_spans(
         return False
     if task is None:
         return bool((target + flags[1] >= 1).all())
-    return bool(task.several or (target == (source if task.per_token else 1)).all())
+    if task.several:
+        return bool((target % IDS_PER_VALUE == 0).all())
+    return bool((target == IDS_PER_VALUE * (source if task.per_token else 1)).all())
 
 
 def _iterate_ids(tables: Tables) -> Iterator[npt.NDArray[Any]]:
@@ -143,14 +145,14 @@ def _iterate_ids(tables: Tables) -> Iterator[npt.NDArray[Any]]:
         yield tables.tokens[start : start + int(row["target_start"])]
 
 
-def _iterate_values(tables: Tables) -> Iterator[npt.NDArray[np.float32]]:
+def _iterate_values(tables: Tables) -> Iterator[Values]:
     starts = tables.conversations["start"]
     for row in tables.examples:
         start = int(starts[row["conversation"]])
-        yield tables.tokens[start + int(row["target_start"]) : start + int(row["target_end"])].view(np.float32)
+        yield read_values(tables.tokens[start + int(row["target_start"]) : start + int(row["target_end"])])
 
 
-def _are_labels(values: npt.NDArray[np.float32], num_classes: int) -> bool:
+def _are_labels(values: Values, num_classes: int) -> bool:
     """Whether values are class numbers, or finite numbers if there are no classes; NaN: not learned."""
     known = values[~np.isnan(values)]
     if not num_classes:

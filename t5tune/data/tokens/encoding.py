@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from t5tune.data.labels import LabelTask, Values, renumber
+from t5tune.data.labels import LabelTask, Values, read_values, renumber
 from t5tune.data.reading.formats import Conversation, Turn
 from t5tune.data.reading.rejections import RecordLocation, Rejection
 from t5tune.data.tokens.encoders import Beginning, Encoder, Ids, Text, WordEncoder
@@ -108,7 +108,7 @@ class LabeledExample(Example):
     """A source with its label; target_T is empty.
 
     Args:
-        values: float32. With `per_token`, a class number or a number for each token of source_S; NaN: not learned, also
+        values: float64. With `per_token`, a class number or a number for each token of source_S; NaN: not learned, also
             for the special tokens. Otherwise one class number or number, or the numbers of all classes that a text
             with several labels has. A dummy example has a single NaN.
     """
@@ -134,9 +134,9 @@ def extract_example(ids: Any, span: Span, special: SpecialIds) -> Example:
 def extract_labels(ids: npt.NDArray[Any], span: Span, special: SpecialIds, task: LabelTask) -> LabeledExample:
     """Cut a source and its values, as they are stored, out of a record's int32 ids."""
     source_S = extract_example(ids, span, special).source_S
-    values = np.ascontiguousarray(ids[span.target_start : span.target_end]).view(np.float32)
+    values = read_values(ids[span.target_start : span.target_end])
     if task.per_token:
-        around = (np.full(len(side), np.nan, np.float32) for side in (special.source_start, special.source_end))
+        around = (np.full(len(side), np.nan) for side in (special.source_start, special.source_end))
         before, after = around
         values = np.concatenate([before, values, after])
     return LabeledExample(source_S, np.zeros(0, np.int64), values)
@@ -146,7 +146,7 @@ def renumber_spans(encoded: EncodedConversation, numbers: Values) -> EncodedConv
     """Replace the class numbers of a record with labels."""
     ids = encoded.ids.copy()
     for span in encoded.spans:
-        values = ids[span.target_start : span.target_end].view(np.float32)
+        values = read_values(ids[span.target_start : span.target_end])
         values[:] = renumber(values, numbers)
     return replace(encoded, ids=ids)
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from t5tune.data.labels import LabelTask, TextLabels, Values
+from t5tune.data.labels import IDS_PER_VALUE, LabelTask, TextLabels, Values
 from t5tune.data.tokens.encoders import Beginning, Ids, Text, make_encoder
 from t5tune.data.tokens.encoding import EncodedConversation, Span
 from t5tune.data.tokens.tokenizer import BYTES_OFFSET, Tokenizer
@@ -122,11 +122,11 @@ class SourceEncoder:
         numbers: dict[str | float, float] = {}
         if self._task.objective != "regress":
             numbers = {name: number for number, name in enumerate(dict.fromkeys(value for _, value in learned))}
-        values: Values = np.full(kept if labels.per_token else len(learned), np.nan, np.float32)
+        values: Values = np.full(kept if labels.per_token else len(learned), np.nan, np.float64)
         for place, value in learned:
             values[place] = numbers.get(value, value)
         size = len(source.ids)
-        end = size + len(values)
+        end = size + IDS_PER_VALUE * len(values)
         # the source keeps its beginning, as a system line of a conversation
         span = Span(0, kept, size, size, size, end, end, kept == size, True)
         ids = np.concatenate([source.ids.astype(np.int32), values.view(np.int32)])

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from t5tune.data.caches.manifest import read_manifest
 from t5tune.data.caches.tables import CONVERSATION_DTYPE, EXAMPLE_DTYPE
-from t5tune.data.labels import renumber
+from t5tune.data.labels import read_values, renumber
 from t5tune.data.reading.rejections import RecordLocation, Rejection
 from t5tune.file_names import CONVERSATIONS_FILE, EXAMPLES_FILE, REJECTED_FILE, TOKENS_FILE
 from t5tune.preparing.cache_files import CacheSource
@@ -163,12 +163,13 @@ class _Join:
             bounds: of the values of each text.
         """
         self.files[0].flush()
-        values = np.memmap(self.files[0].name, np.float32, "r+")
+        ids = np.memmap(self.files[0].name, np.int32, "r+")
+        values = [read_values(ids[start:end]) for start, end in bounds]
         # a class that only later records have gets no number yet
-        used = max((np.nanmax(values[start:end]) for start, end in bounds if start < end), default=-1)
+        used = max((np.nanmax(each) for each in values if len(each)), default=-1)
         numbers = self.counts.number_labels(names[: int(used) + 1])
-        for start, end in bounds:
-            values[start:end] = renumber(values[start:end], numbers)
+        for each in values:
+            each[:] = renumber(each, numbers)
 
 
 def _find_runs(has_row: npt.NDArray[np.bool_]) -> Iterator[tuple[int, int]]:

@@ -26,6 +26,7 @@ from t5tune.evaluation.scoring import (
     measure_losses,
     select_evenly,
 )
+from t5tune.formatting import format_label
 from t5tune.inference.generation import Decoding
 from t5tune.io.atomic import write_json
 from t5tune.model.batches import Collator
@@ -149,7 +150,7 @@ class LabelSamples(SamplePredictions):
 
 
 def _write(labels: Any) -> str:
-    return " ".join(map(str, labels)) if isinstance(labels, list) else str(labels)
+    return " ".join(map(format_label, labels)) if isinstance(labels, list) else format_label(labels)
 
 
 def choose_samples(losses: Sequence[float], count: int) -> tuple[list[int], list[int]]:

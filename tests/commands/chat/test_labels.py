@@ -70,8 +70,9 @@ def test_probabilities_and_marks_are_shown_best_first() -> None:
     assert format_labeling(several) == "+yes 0.75  +no 0.50  maybe 0.20"
     words = Labeling(["O", None, "B-x"], None, [0.5, None, 0.75], ["a", " ", "b"], 5, 0, 0.1)
     assert format_labeling(words) == "a O 0.50  b B-x 0.75"
-    assert format_labeling(Labeling([1.5, 2.0], None, None, ["a", "b"], 5, 0, 0.1)) == "a 1.5  b 2.0"
+    assert format_labeling(Labeling([1.5, 2.0], None, None, ["a", "b"], 5, 0, 0.1)) == "a 1.5  b 2"
     assert format_labeling(Labeling(12345.6, None, None, None, 5, 0, 0.1)) == "12345.6"
+    assert format_labeling(Labeling(1000003.3125, None, None, None, 5, 0, 0.1)) == "1000003"
 
 
 def test_a_pipe_gets_the_labels_of_each_line(runs: dict[str, Path]) -> None:

@@ -33,6 +33,10 @@ DATA: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
         [{"tokens": ["Two", "teas", str(i)], "tags": ["N", "O", "N"]} for i in range(8)],
         {"objective": "tag", "source_column": "tokens", "target_column": "tags"},
     ),
+    "several labels": (
+        [{"source": f"Two teas {i}", "target": ["N", "O"]} for i in range(8)],
+        {"objective": "classify"},
+    ),
     "numbers": ([{"source": f"Two teas {i}", "target": i / 2} for i in range(8)], {"objective": "regress"}),
 }
 SPAN, IDS = "examples.bin: a row's span doesn't fit", "tokens.bin: an id isn't in the tokenizer"
@@ -66,6 +70,10 @@ def set_last(column: str, value: int) -> Callable[[Any], None]:
 
 
 def drop_label(rows: Any) -> None:
+    rows["target_end"][-1] -= 2
+
+
+def halve_label(rows: Any) -> None:
     rows["target_end"][-1] -= 1
 
 
@@ -78,7 +86,7 @@ def set_value(value: float) -> Callable[[Any], None]:
     """Set the last value of the last text with labels."""
 
     def change(ids: Any) -> None:
-        ids[-1] = np.float32(value).view(np.int32)
+        ids[-2:] = np.array([value], np.float64).view(np.int32)
 
     return change
 
@@ -111,6 +119,8 @@ def test_each_kind_of_examples_can_be_opened(caches: Path, kind: str, monkeypatc
         ("pairs", "examples.bin", set_last("rejected_start", 0), SPAN),
         ("raw text", "examples.bin", set_last("source_end", 1), SPAN),
         ("labels", "examples.bin", drop_label, SPAN),
+        ("labels", "examples.bin", halve_label, SPAN),
+        ("several labels", "examples.bin", halve_label, SPAN),
         ("targets", "examples.bin", empty_target, SPAN),
         ("targets", "tokens.bin", set_id(1514), IDS),
         ("labels", "tokens.bin", set_id(1514), IDS),
