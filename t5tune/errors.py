@@ -11,6 +11,7 @@
     ├── OutOfMemory           exit 1   the GPU or the machine doesn't have enough memory
     ├── TrainingError         exit 1   training can't continue
     │   └── RankLost          exit 1   a rank died or hangs
+    ├── InvalidReplyError     exit 1   a reply doesn't satisfy its JSON schema
     ├── Stopped               exit 143 stopped by a signal; progress is saved
     └── Unexpected            exit 1   any other exception, on the command line
 
@@ -161,6 +162,10 @@ class TrainingError(T5TuneError):
 
 class RankLost(TrainingError):
     """A rank died or doesn't respond. Run the same command again; training resumes from the last checkpoint."""
+
+
+class InvalidReplyError(T5TuneError):
+    """A complete reply doesn't satisfy its JSON schema, although it followed the schema's grammar."""
 
 
 class Stopped(T5TuneError):

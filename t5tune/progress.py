@@ -86,6 +86,7 @@ class Answered:
         queue_seconds, first_token_seconds: until the first reply began, and until its first token.
         dropped_messages: number of the oldest messages that the model didn't get.
         repaired_tokens: number of tokens that CTranslate2 replaced because the constraint refused them.
+        invalid_replies: number of replies that were complete, but violated their JSON schema.
         error: why the request was refused or failed.
     """
 
@@ -102,6 +103,7 @@ class Answered:
     first_token_seconds: float | None = None
     dropped_messages: int = 0
     repaired_tokens: int = 0
+    invalid_replies: int = 0
     error: str | None = None
 
 

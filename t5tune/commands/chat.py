@@ -24,7 +24,7 @@ from t5tune.data.reading.formats import Turn
 from t5tune.data.tokens.templates import load_template
 from t5tune.errors import SettingsError
 from t5tune.formatting import format_count
-from t5tune.inference.generation import Decoding, Sampling, generate, make_random_generator
+from t5tune.inference.generation import Decoding, Sampling, find_stop_ids, generate, make_random_generator
 from t5tune.inference.label_predictions import compute_logits
 from t5tune.inference.label_sources import SourceReader, make_reader
 from t5tune.inference.loading import (
@@ -153,6 +153,7 @@ class Chatter:
         Raises:
             SettingsError: the conversation's turns are in the wrong order, or a message isn't valid UTF-8 or contains a
                 word that is too long.
+            InvalidReplyError: the reply is complete, and violates its constraint.
         """
         started = time.monotonic()
         turns = [Turn("human", message)] if isinstance(message, str) else message
@@ -178,9 +179,13 @@ class Chatter:
             report(Note(f"the conversation is {problem} the oldest {format_count(reply.dropped_turns, 'turn')}"))
 
     def _generate(self, source: list[int], show: Callable[[list[int]], object] | None) -> list[int]:
-        """Generate a reply. `show` is called after each token with all ids so far."""
+        """Generate a reply. `show` is called after each token with all ids so far.
+
+        Raises:
+            InvalidReplyError: the reply is complete, and violates its constraint.
+        """
         tokenizer, settings = self.prompts.tokenizer, self.settings
-        decoding = Decoding(tokenizer.eos_token_id, tokenizer.pad_token_id, settings.max_new_tokens)
+        decoding = Decoding(tokenizer.eos_token_id, tokenizer.pad_token_id, settings.max_new_tokens, keeps_stop=True)
         sampling = Sampling(settings.temperature, settings.top_p, self.random) if settings.temperature > 0 else None
         so_far: list[int] = []
 
@@ -198,7 +203,11 @@ class Chatter:
                 samplings=[sampling],
                 constraints=[self.matcher],
             )
-        return ids
+        if ids[-1] not in find_stop_ids(self.model, tokenizer.eos_token_id):
+            return ids
+        if self.matcher is not None:
+            self.matcher.check_reply(ids[:-1])
+        return ids[:-1]
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ matcher.find_allowed(), matcher.accept(index)
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, Self
 
@@ -42,6 +43,14 @@ class Matcher(Protocol):
 
     def find_allowed(self) -> Allowed:
         """Find the ids that may come next, among them the stop ids if the reply is complete."""
+        ...
+
+    def check_reply(self, ids: Sequence[int]) -> None:
+        """Check a complete reply, given by all its ids without the stop id, independently of the grammar.
+
+        Raises:
+            InvalidReplyError: it violates the constraint.
+        """
         ...
 
     def accept(self, index: int) -> bool:

@@ -7,22 +7,25 @@ matcher.find_allowed()[8774], matcher.accept(8774)    # False, False
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
 from typing import Any, Self
 
 import numpy as np
 
 from t5tune.constraints import Allowed, Constraint
+from t5tune.constraints.json_grammar import write_json_rules
 from t5tune.constraints.schemas import check_schema
 from t5tune.constraints.spelling import Spellings
+from t5tune.constraints.validation import ReplyCheck
 from t5tune.errors import DependencyError, SettingsError
 from t5tune.formatting import shorten
 
+LIBRARIES = ("jsonschema", "llguidance", "regex")
 # Otherwise llguidance asks a callback to tokenize text that the grammar forces, and allows no other tokens for it.
 HEADER = '%llguidance {"no_forcing": true}\n'
 NUM_HEADER_LINES = 2  # with the rule `start`
-# Replies of models that were trained on compact or indented JSON. With more freedom, a model may write blanks only.
-JSON_OPTIONS = {"whitespace_pattern": r"\x20|\x0A\x20{0,16}", "json_allow_general_unicode_escapes": True}
 MIN_STEP_FUEL, MIN_STATES = 200_000, 250_000  # llguidance's defaults
 REPLY = "t5tune_reply"  # a rule; no grammar of a user has this name
 # the name of a grammar's first rule, or a comment, a text or a regular expression, where the word isn't this name
@@ -39,21 +42,24 @@ class GrammarCompiler:
         suffix: text that may follow a reply.
 
     Raises:
-        DependencyError: llguidance isn't installed.
+        DependencyError: one of LIBRARIES isn't installed.
     """
 
     def __init__(self, spellings: Spellings, stop_ids: list[int], suffix: str = "") -> None:
-        try:
-            import llguidance
-        except ImportError as error:
-            problem = f"constraining replies needs llguidance, which can't be imported: {error}"
-            raise DependencyError(problem, hint="pip install 't5tune[constrain]'") from error
+        for library in LIBRARIES:
+            try:
+                import_module(library)
+            except ImportError as error:
+                problem = f"constraining replies needs {library}, which can't be imported: {error}"
+                raise DependencyError(problem, hint="pip install 't5tune[constrain]'") from error
         later, first = spellings.later, spellings.first
         self.spellings, self.num_rows, self.stop_ids, self._suffix = spellings, len(later), stop_ids, suffix
         # the decoder drops the whole of several spaces at the beginning, but a grammar only knows about one
         self.never_first = [i for i, text in enumerate(later) if text != first[i] and text != b" " + (first[i] or b"")]
         self.silent_ids = [i for i, text in enumerate(later) if text == b""]
         self.begins_with_space = np.array([text is not None and text.startswith(b" ") for text in later])
+        import llguidance
+
         words = llguidance.TokenizerWrapper(_Words(later, stop_ids))
         self._words = llguidance.LLTokenizer(words, n_vocab=self.num_rows, eos_token=stop_ids)
 
@@ -62,7 +68,12 @@ class GrammarCompiler:
 
         Raises:
             SettingsError: the constraint is invalid, can't be enforced, or no reply can follow it.
+            UnicodeEncodeError: its text has half of a character.
         """
+        constraint.text.encode()
+        if "\0" in constraint.text and b"\0" not in self.spellings.later:
+            problem = f"{constraint.place}: has a NUL character (U+0000), which this tokenizer can't write"
+            raise SettingsError(problem, hint="remove the character")
         if constraint.kind == "json_schema":
             check_schema(json.loads(constraint.text), constraint.place)
             self._check_characters(constraint)
@@ -84,7 +95,15 @@ class GrammarCompiler:
             matcher = self._start(whole, rules, constraint)
         if drops_space:
             matcher.with_space = self._start(f'" " {whole}', rules, constraint).matcher
+        if constraint.kind == "json_schema":
+            matcher.check = ReplyCheck(json.loads(constraint.text), constraint.place)
         return matcher
+
+    def spell_reply(self, ids: Sequence[int]) -> str:
+        """Spell a complete reply, without the suffix that may follow it."""
+        first, later = self.spellings.first, self.spellings.later
+        parts = [later[index] if place else first[index] for place, index in enumerate(ids)]
+        return b"".join(part or b"" for part in parts).decode().removesuffix(self._suffix)
 
     def _start(self, start: str, rules: str, constraint: Constraint) -> "GrammarMatcher":
         import llguidance
@@ -120,6 +139,7 @@ class GrammarMatcher:
         with_space: the same grammar after a space; None: the decoder drops nothing, or the reply has begun.
         is_after_space: whether the reply has only the space that the decoder drops; a second space would be no match.
         was_silent: whether the last token had no text.
+        check: of complete replies; None: the grammar has no independent check.
     """
 
     compiler: GrammarCompiler
@@ -128,6 +148,7 @@ class GrammarMatcher:
     with_space: Any = None
     is_after_space: bool = False
     was_silent: bool = False
+    check: ReplyCheck | None = None
 
     @property
     def is_complete(self) -> bool:
@@ -154,6 +175,10 @@ class GrammarMatcher:
         if not self.was_silent and allowed.any():
             allowed[compiler.silent_ids] = True
         return allowed
+
+    def check_reply(self, ids: Sequence[int]) -> None:
+        if self.check is not None:
+            self.check.check(self.compiler.spell_reply(ids))
 
     def accept(self, index: int) -> bool:
         compiler = self.compiler
@@ -208,10 +233,7 @@ def _write_rules(constraint: Constraint) -> str:
         return START_OR_TEXT.sub(lambda found: REPLY if found[0] == "start" else found[0], constraint.text)
     if constraint.kind == "regex":
         return f"{REPLY}: PATTERN\nPATTERN: /{_escape_slashes(constraint.text)}/\n"
-    schema = json.loads(constraint.text)
-    if isinstance(schema, dict):
-        schema = schema | {"x-guidance": JSON_OPTIONS}
-    return f"{REPLY}: %json {json.dumps(schema, ensure_ascii=False)}\n"
+    return write_json_rules(json.loads(constraint.text), REPLY, constraint.place)
 
 
 def _escape_slashes(pattern: str) -> str:
@@ -225,11 +247,7 @@ def _describe_error(message: str, kind: str) -> str:
     text, line = re.split(r"\n +\d+ \| ", message)[0], 0
     if (found := re.match(r"(?:at )?(\d+)\(\d+\): (?:failed to compile JSON schema: )?", text)) is not None:
         text, line = text[found.end() :], int(found[1]) - NUM_HEADER_LINES
-    if (keys := re.match(r"Unimplemented keys: (\[.*\])", text)) is not None:
-        return f"{', '.join(json.loads(keys[1]))}: can't be enforced; remove it"
-    if text.startswith("oneOf constraints are not supported"):
-        return "oneOf: can't be enforced unless its schemas exclude each other; use anyOf"
-    if "limits." in text:  # names a limit of llguidance, which is no setting
+    if "limits." in text or "fuel exhausted" in text:  # a limit of llguidance, which is no setting
         return "too complex to compile; shorten its patterns, repetitions or lists"
     if "regex parse error" in text:  # the expression, a mark below it, and the error
         text = text.rpartition("error: ")[2]

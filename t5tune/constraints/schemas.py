@@ -85,7 +85,7 @@ def _find_endless(root: Any, schemas: list[dict[str, Any]]) -> str | None:
         seen.add(id(schema))
         unmet = next(condition for condition in endless[id(schema)] if not is_met(condition))
         needed = next(each for each in unmet[0] if id(each) in endless)
-        reference = schema["$ref"] if needed is _resolve(schema.get("$ref"), root) else reference
+        reference = schema["$ref"] if needed is resolve(schema.get("$ref"), root) else reference
         schema = needed
     return reference
 
@@ -93,7 +93,7 @@ def _find_endless(root: Any, schemas: list[dict[str, Any]]) -> str | None:
 def _list_conditions(schema: dict[str, Any], root: Any) -> Iterator[list[list[Any]]]:
     """List what finite JSON needs to follow a schema: for each condition, all schemas of one of its lists."""
     if "$ref" in schema:  # before the draft of 2019, it hides all keys next to it
-        yield [[_resolve(schema["$ref"], root)]]
+        yield [[resolve(schema["$ref"], root)]]
         return
     yield from ([[each]] for each in _get(schema, "allOf", list))
     yield from ([[each] for each in found] for key in ("anyOf", "oneOf") if (found := _get(schema, key, list)))
@@ -121,7 +121,7 @@ def _get(schema: dict[str, Any], key: str, kind: Any) -> Any:
     return value if isinstance(value := schema.get(key), kind) else kind()
 
 
-def _resolve(reference: Any, root: Any) -> Any:
+def resolve(reference: Any, root: Any) -> Any:
     """Find the schema that a reference names by its path from the root; None: it isn't known."""
     if not isinstance(reference, str) or not re.match("#(/|$)", reference):
         return None

@@ -1,14 +1,18 @@
 """Try constraints in processes that the kernel kills at a limit: llguidance compiles some for minutes, or crashes.
 
     trials = Trials()
-    await trials.passes(constraint)
+    await trials.try_constraint(constraint)
     trials.close()
+
+A trial that takes longer than most is stopped, and starts again with more time when no more than one like it is
+running, at a lower priority. So slow constraints don't delay fast ones.
 
 `python -m t5tune.constraints.trials` forks a child for each trial. It has a single thread, so that this is safe, and it
 compiles for the 256 bytes as a vocabulary, since compiling takes as long for each vocabulary.
 """
 
 import asyncio
+import json
 import os
 import pickle
 import resource
@@ -17,62 +21,98 @@ import socket
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
 
 from t5tune.constraints import Constraint
-from t5tune.constraints.grammars import GrammarCompiler
+from t5tune.constraints.grammars import LIBRARIES, GrammarCompiler
 from t5tune.constraints.spelling import Spellings
 from t5tune.errors import SettingsError, T5TuneError
 from t5tune.io.processes import die_with_parent, make_module_command, make_module_environment
 
-SECONDS = 5  # of a CPU, for a trial
 BYTES = 512 << 20  # of memory, for a trial
 STACK_BYTES = 1 << 20  # the server compiles the constraint next, in a thread with at least 2 MiB
-MAX_RUNNING = 8
 MAX_REMEMBERED = 256
-BEGUN, ENDED = b"0", b"1"  # a child's answers
-NICENESS = 10  # replies are computed first
-TOO_COMPLEX = f"too complex to compile within {SECONDS} seconds and {BYTES >> 20} MiB of memory; simplify it"
+WARMUP = Constraint("json_schema", r'{"pattern": "\\W"}', "json_schema")
+BEGUN = b"0"  # a child's first answer
+ALLOWED = b"null"  # its second, unless the constraint is refused
+
+
+@dataclass(frozen=True)
+class Lane:
+    """Trials with the same limits.
+
+    Args:
+        seconds: of a CPU, for a trial.
+        max_running: how many run at the same time.
+        niceness: replies are computed first.
+    """
+
+    seconds: float
+    max_running: int
+    niceness: int
+
+
+QUICK = Lane(seconds=0.05, max_running=8, niceness=10)
+SLOW = Lane(seconds=5, max_running=2, niceness=19)
+TOO_COMPLEX = f"too complex to compile within {SLOW.seconds} seconds and {BYTES >> 20} MiB of memory; simplify it"
 
 
 class Trials:
     """The trials of one event loop. Their process starts with the first trial, and ends when this process does."""
 
     def __init__(self) -> None:
-        self._running = asyncio.Semaphore(MAX_RUNNING)
+        self._running = {lane: asyncio.Semaphore(lane.max_running) for lane in (QUICK, SLOW)}
         self._process: subprocess.Popen[bytes] | None = None
         self._begin = lru_cache(MAX_REMEMBERED)(lambda constraint: asyncio.ensure_future(self._try(constraint)))
 
-    async def passes(self, constraint: Constraint) -> bool:
-        """Return whether a constraint is compiled, or refused, within the limits.
+    async def try_constraint(self, constraint: Constraint) -> bool:
+        """Try a constraint, and return whether it is compiled quickly. Equal constraints are tried once.
 
         Raises:
+            SettingsError: it is refused, or isn't compiled within the limits.
             OSError: the process that tries constraints was killed, or can't be started.
         """
-        if constraint.kind == "choices" or find_spec("llguidance") is None:  # nothing to compile, or no compiler
+        if constraint.kind == "choices" or None in map(find_spec, LIBRARIES):  # nothing to compile, or no compiler
             return True
         trial = self._begin(constraint)
-        return await asyncio.shield(trial)  # which other requests may wait for
+        lane, problem = await asyncio.shield(trial)  # which other requests may wait for
+        if problem is not None:
+            raise problem
+        return lane is QUICK
 
-    async def _try(self, constraint: Constraint) -> bool:
-        loop, answer = asyncio.get_running_loop(), b""
-        async with self._running:
-            try:
-                server, child = socket.socketpair()
-                with server:
-                    server.setblocking(False)
-                    with child:
-                        socket.send_fds(self._find_process(), [b"\0"], [child.fileno()])
-                    await loop.sock_sendall(server, pickle.dumps(constraint))
-                    while len(answer) < 2 and (part := await loop.sock_recv(server, 2)):
-                        answer += part
-                if not answer:
-                    raise ChildProcessError("the process that tries constraints was killed")
-            except OSError:
-                self._begin.cache_clear()
-                raise
-        return answer == BEGUN + ENDED
+    async def _try(self, constraint: Constraint) -> tuple[Lane, SettingsError | None]:
+        """Return the lane whose limits it needed, and why it is refused."""
+        for lane in (QUICK, SLOW):
+            async with self._running[lane]:
+                try:
+                    answer = await self._run(constraint, lane)
+                except OSError:
+                    self._begin.cache_clear()
+                    raise
+            if answer == ALLOWED:
+                return lane, None
+            if answer:
+                return lane, SettingsError(*json.loads(answer)["problems"], hint=json.loads(answer)["hint"])
+        return SLOW, SettingsError(f"{constraint.place}: {TOO_COMPLEX}")
+
+    async def _run(self, constraint: Constraint, lane: Lane) -> bytes:
+        """Run a trial and return its answer, which is empty if it was killed at a limit."""
+        loop = asyncio.get_running_loop()
+        server, child = socket.socketpair()
+        with server:
+            server.setblocking(False)
+            with child:
+                socket.send_fds(self._find_process(), [b"\0"], [child.fileno()])
+            await loop.sock_sendall(server, pickle.dumps((constraint, lane)))
+            server.shutdown(socket.SHUT_WR)
+            answer = b""
+            while part := await loop.sock_recv(server, 1 << 16):
+                answer += part
+        if not answer:
+            raise ChildProcessError("the process that tries constraints was killed")
+        return answer.removeprefix(BEGUN)
 
     def _find_process(self) -> socket.socket:
         if self._process is None or self._process.poll() is not None:
@@ -108,28 +148,26 @@ def try_constraint(constraint: Constraint) -> None:
     """Try the constraint of a command.
 
     Raises:
-        SettingsError: it isn't compiled, or refused, within the limits.
+        SettingsError: it is refused, or isn't compiled within the limits.
         T5TuneError: the process that tries it was killed, or can't be started.
     """
 
-    async def passes() -> bool:
+    async def run() -> None:
         with closing(Trials()) as trials:
-            return await trials.passes(constraint)
+            await trials.try_constraint(constraint)
 
     with ThreadPoolExecutor(1) as thread:  # a notebook's thread has an event loop already
         try:
-            has_passed = thread.submit(asyncio.run, passes()).result()
+            thread.submit(asyncio.run, run()).result()
         except OSError as error:
             raise T5TuneError(f"{constraint.place}: can't be compiled now: {error}", hint="try again") from error
-    if not has_passed:
-        raise SettingsError(f"{constraint.place}: {TOO_COMPLEX}")
 
 
 def _fork_trials(control: socket.socket) -> None:
     """Fork a child for each socket that arrives, until the server ends."""
-    later: list[bytes | None] = [*(bytes([byte]) for byte in range(256)), None]
-    first = [b"" if text == b" " else text for text in later]  # as with SentencePiece, which doubles the time
-    compiler = GrammarCompiler(Spellings(later, first), [256])
+    spellings: list[bytes | None] = [*(bytes([byte]) for byte in range(256)), None]
+    compiler = GrammarCompiler(Spellings(spellings, spellings), [256])
+    compiler.compile(WARMUP)  # children inherit its imports and tables
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # may be sent to the server and all its processes
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children leave no zombies
@@ -143,19 +181,25 @@ def _fork_trials(control: socket.socket) -> None:
 
 
 def _try_in_child(compiler: GrammarCompiler, server: socket.socket) -> None:
-    """Read a constraint and compile it. If this isn't possible, the kernel ends the process."""
+    """Read a constraint, compile it, and answer. If this isn't possible, the kernel ends the process."""
     die_with_parent()
-    os.nice(NICENESS)
-    limits = {"RLIMIT_CPU": SECONDS, "RLIMIT_DATA": BYTES, "RLIMIT_STACK": STACK_BYTES, "RLIMIT_CORE": 0}
+    server.send(BEGUN)
+    with server.makefile("rb") as request:
+        constraint, lane = pickle.load(request)
+    os.nice(lane.niceness)
+    limits = {"RLIMIT_DATA": BYTES, "RLIMIT_STACK": STACK_BYTES, "RLIMIT_CORE": 0}
     for name, limit in limits.items():
         with suppress(ValueError, OSError):  # the limit is lower already
             resource.setrlimit(getattr(resource, name), (limit, limit))
-    server.send(BEGUN)
-    with server.makefile("rb") as request:
-        constraint = pickle.load(request)
-    with suppress(T5TuneError, RecursionError, UnicodeError):  # which the server finds, too
+    signal.setitimer(signal.ITIMER_PROF, lane.seconds)  # its signal kills
+    answer = ALLOWED
+    try:
         compiler.compile(constraint)
-    server.send(ENDED)
+    except SettingsError as error:
+        answer = json.dumps({"problems": error.problems, "hint": error.hint}).encode()
+    except (T5TuneError, RecursionError, UnicodeError):  # which the server finds, too
+        pass
+    server.sendall(answer)
 
 
 if __name__ == "__main__":

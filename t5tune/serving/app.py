@@ -19,8 +19,8 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Match, Route
 from starlette.types import Message, Receive, Scope, Send
 
-from t5tune.constraints.trials import MAX_RUNNING, TOO_COMPLEX, Trials
-from t5tune.errors import T5TuneError, make_printable
+from t5tune.constraints.trials import QUICK, Trials
+from t5tune.errors import InvalidReplyError, SettingsError, T5TuneError, make_printable
 from t5tune.inference.label_sources import Source
 from t5tune.inference.prompts import Prompt
 from t5tune.io.hosts import is_loopback
@@ -82,8 +82,9 @@ class Service:
         # One thread parses all bodies and encodes all prompts. The event loop can answer other requests meanwhile, and
         # competes with only one thread for Python's interpreter lock, however many requests arrive.
         self._reader = ThreadPoolExecutor(1, "prompts")
-        # several threads: a constraint that passes a trial may still take seconds, without the interpreter lock
-        self._compiler = ThreadPoolExecutor(MAX_RUNNING, "constraints")
+        # slow constraints, which compile for seconds without the interpreter lock, don't delay fast ones
+        self._compiler = ThreadPoolExecutor(QUICK.max_running, "constraints")
+        self._slow_compiler = ThreadPoolExecutor(1, "slow constraints")
         self.trials = Trials()
         self._reloader = ThreadPoolExecutor(1, "reload")
         self._routes = [
@@ -202,6 +203,7 @@ class Service:
             first_token_seconds=round(min(first) - started, 6) if first else None,
             dropped_messages=record.dropped_messages,
             repaired_tokens=sum(generation.num_repairs for generation in record.generations),
+            invalid_replies=sum(isinstance(reply.ended, InvalidReplyError) for reply in record.generations),
             error=record.error,
         )
         self.metrics.count_answer(answered, paths[0] if paths else "other")
@@ -294,19 +296,18 @@ class Service:
     async def _read_options(self, model: TextModel, request: GenerationRequest) -> DecodingOptions:
         if request.constraint_field is None:
             return model.read_options(request, None if request.wants_text else model.constraint)
-        run = partial(asyncio.get_running_loop().run_in_executor, self._compiler)
-        constraint = await run(model.read_constraint, request)
+        run = asyncio.get_running_loop().run_in_executor
+        constraint = await run(self._compiler, model.read_constraint, request)
         try:
-            passes = await self.trials.passes(constraint)
+            is_quick = await self.trials.try_constraint(constraint)
+        except SettingsError as error:
+            if self._stopping.is_set():  # it may have had too little time
+                raise self._refuse_for_now() from None
+            raise ApiError(400, str(error), request.constraint_field, "invalid_constraint") from error
         except OSError as error:
             headers = {"retry-after": SECONDS_TO_RESTART}
             raise ApiError(503, f"{constraint.place}: can't be compiled now: {error}", headers=headers) from error
-        if not passes and self._stopping.is_set():  # it may have had too little time
-            raise self._refuse_for_now()
-        if not passes:
-            problem = f"{constraint.place}: {TOO_COMPLEX}"
-            raise ApiError(400, problem, request.constraint_field, "invalid_constraint")
-        return await run(model.read_options, request, constraint)
+        return await run(self._compiler if is_quick else self._slow_compiler, model.read_options, request, constraint)
 
     async def _score(self, request: Request) -> Response:
         record: Record = request.scope["t5tune"]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from t5tune.constraints import Matcher
-from t5tune.errors import T5TuneError
+from t5tune.errors import InvalidReplyError, T5TuneError
 from t5tune.inference.generation import TokenScores
 from t5tune.inference.target_scores import TargetScore
 
@@ -144,7 +144,7 @@ class Generation:
             self._position += 1
             return False
         if token in self.engine.stop_ids:
-            self.end("stop")
+            self._end_complete()
             return True
         self._position += 1
         if self.next_scores is not None:  # first: once the reply has a token, it has its scores
@@ -158,6 +158,16 @@ class Generation:
         if self.follows:
             self.notify()
         return False
+
+    def _end_complete(self) -> None:
+        """End a reply that its stop token completes. It isn't given to the client if it violates its constraint."""
+        try:
+            if self.options.constraint is not None:
+                self.options.constraint.check_reply(self.ids)
+        except InvalidReplyError as error:
+            self.end(error)
+        else:
+            self.end("stop")
 
     def add_scored(self, targets: Sequence[TargetScore]) -> None:
         """Add the scores of the next targets. The last target ends the reply."""

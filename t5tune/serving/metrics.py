@@ -33,6 +33,7 @@ class Metrics:
         self._completion_tokens = Counter("completion_tokens", "Tokens of replies.", **by_model)
         self._dropped = Counter("dropped_messages", "Oldest messages that were left out of prompts.", **by_model)
         self._repaired = Counter("repaired_tokens", "Tokens replaced because a constraint refused them.", **by_model)
+        self._invalid = Counter("invalid_replies", "Replies that violated their JSON schema: errors.", **by_model)
         self._rates = Histogram(
             "tokens_per_second",
             "Tokens of a request's replies per second since the first began.",
@@ -59,6 +60,7 @@ class Metrics:
         self._completion_tokens.labels(model).inc(answered.completion_tokens)
         self._dropped.labels(model).inc(answered.dropped_messages)
         self._repaired.labels(model).inc(answered.repaired_tokens)
+        self._invalid.labels(model).inc(answered.invalid_replies)
         if answered.status == OK:  # refused requests take no time and would lower the average
             self._seconds.labels(model).observe(answered.seconds)
         if answered.queue_seconds is not None:

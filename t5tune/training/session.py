@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from t5tune.checkpoints.base import find_base
 from t5tune.checkpoints.tokenizer_files import read_supporting_files
 from t5tune.checkpoints.training_data import encode_training_data, read_training_data
-from t5tune.constraints.targets import report_violations
+from t5tune.constraints.targets import fit_schema
 from t5tune.data.caches.examples import Examples
 from t5tune.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from t5tune.distributed.collectives import run_on_rank_0
@@ -79,9 +80,9 @@ def load_data(session: Session) -> LoadedData:
     tokenizer = load_tokenizer(examples.tokenizer_folder)
     if (schema := plan.json_schema) is not None:
         assert (data := read_training_data(examples.folder)) is not None, "prepare writes it"
+        schema = run_on_rank_0(world, partial(fit_schema, schema, tokenizer, examples, session.report))
         data = replace(data, json_schema=json.loads(schema.text))
         files[TRAINING_DATA_FILE] = encode_training_data(data)
-        run_on_rank_0(world, lambda: report_violations(schema, tokenizer, examples, session.report))
     base = find_base(plan.model.base, report=session.report)
     teacher = None if plan.teacher is None else find_teacher(plan.teacher, plan.model, session.report)
 

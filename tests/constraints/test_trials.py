@@ -13,8 +13,8 @@ import psutil
 import pytest
 
 from t5tune.constraints import Constraint
-from t5tune.constraints.trials import MAX_RUNNING, Trials, try_constraint
-from t5tune.errors import T5TuneError
+from t5tune.constraints.trials import SLOW, Trials, try_constraint
+from t5tune.errors import SettingsError, T5TuneError
 from tests.support.processes.trials import ENDLESS, list_trials
 
 pytest.importorskip("llguidance")
@@ -44,15 +44,24 @@ async def run_trials() -> AsyncIterator[Trials]:
 def test_trials_end_at_the_limits_and_delay_no_other() -> None:
     async def run() -> None:
         async with run_trials() as trials:
-            endless = [asyncio.ensure_future(trials.passes(make_schema(ENDLESS))) for _ in range(2 * MAX_RUNNING)]
-            assert await trials.passes(make_schema({"type": "string"}))
-            assert await trials.passes(make_schema({"not": {}}))  # the server finds this out itself
-            assert not await trials.passes(Constraint("grammar", CRASHING, "grammar"))
+            endless = [
+                asyncio.ensure_future(trials.try_constraint(make_schema({**ENDLESS, "title": str(number % 3)})))
+                for number in range(12)
+            ]
+            assert await trials.try_constraint(make_schema({"type": "string"}))
+            with pytest.raises(SettingsError, match="^json_schema: not: can't be enforced; remove it$"):
+                await trials.try_constraint(make_schema({"not": {}}))
+            with pytest.raises(SettingsError, match="^grammar: too complex to compile"):
+                await trials.try_constraint(Constraint("grammar", CRASHING, "grammar"))
             assert not any(trial.done() for trial in endless)
-            await wait_for_processes(2)  # equal constraints share a trial
-            assert not any(await asyncio.gather(*endless))
-            assert not await asyncio.wait_for(trials.passes(make_schema(ENDLESS)), 0.1)  # remembered
+            await wait_for_processes(1 + SLOW.max_running)  # equal constraints share a trial
+            for trial in endless:
+                with pytest.raises(SettingsError, match="^json_schema: too complex to compile"):
+                    await trial
             await wait_for_processes(1)
+            with pytest.raises(SettingsError, match="^json_schema: too complex to compile"):
+                await trials.try_constraint(make_schema({**ENDLESS, "title": "0"}))
+            assert len(list_trials()) == 1  # the refusal was remembered
 
     asyncio.run(run())
 
@@ -61,12 +70,12 @@ def test_trials_end_at_the_limits_and_delay_no_other() -> None:
 def test_a_killed_process_is_started_again() -> None:
     async def run() -> None:
         async with run_trials() as trials:
-            assert await trials.passes(make_schema({"type": "string"}))
+            assert await trials.try_constraint(make_schema({"type": "string"}))
             for process in list_trials():
                 with suppress(psutil.NoSuchProcess):  # the finished trial ends by itself
                     process.kill()
                     process.wait()
-            assert await trials.passes(make_schema({"type": "array"}))
+            assert await trials.try_constraint(make_schema({"type": "array"}))
 
     asyncio.run(run())
 
@@ -74,12 +83,11 @@ def test_a_killed_process_is_started_again() -> None:
 def test_closing_ends_trials_that_are_running() -> None:
     async def run() -> None:
         async with run_trials() as trials:
-            endless = asyncio.ensure_future(trials.passes(make_schema(ENDLESS)))
+            endless = asyncio.ensure_future(trials.try_constraint(make_schema(ENDLESS)))
             await wait_for_processes(2)
             trials.close()
             assert list_trials() == []
-            with suppress(ConnectionError):  # it hadn't read the constraint yet
-                assert not await endless
+            endless.cancel()
 
     asyncio.run(run())
 

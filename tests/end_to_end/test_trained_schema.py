@@ -139,3 +139,20 @@ def test_targets_that_violate_the_schema_are_counted(untied_base: Path, tmp_path
     assert warning.startswith("json_schema: 2 of 4 targets violate it, such as example 1's: ")
     with pytest.raises(SettingsError, match="json_schema: 3 of 3 targets violate it, such as example 0's"):
         train_pairs(untied_base, tmp_path / "second", [wrong] * 3, notes)
+
+
+def test_replies_may_have_the_escapes_that_targets_have(untied_base: Path, tmp_path: Path) -> None:
+    schema = {"type": "array", "items": {"type": "string", "maxLength": 5}}
+    targets = [r'["no\/yes"]', r'["caf\u00e9"]', '["café"]', r'["\n"]']
+    pairs = [{"source": "the lamp", "target": target} for target in targets]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    values = {"model_name_or_path": untied_base, "data_path": tmp_path / "pairs.jsonl", "json_schema": schema}
+    notes = Notes()
+    train(TrainSettings(**values, output_dir=tmp_path / "run", max_steps=1, use_cpu=True, report_samples=0), notes)
+    assert [text for text in notes if "escapes" in text or "violate" in text] == [
+        r"json_schema: 1 target with escapes such as \/ or \u00e9; replies may have them, too",
+        "json_schema: 1 of 4 targets violate it, such as example 0's: '[\"no\\\\/yes\"]'; replies will follow it "
+        "nevertheless",
+    ]
+    stored = json.loads((tmp_path / "run/training_data.json").read_text())["json_schema"]
+    assert stored == {**schema, "x-escapes": "/u"}

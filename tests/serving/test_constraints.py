@@ -14,11 +14,13 @@ from pydantic import BaseModel
 from transformers import T5ForConditionalGeneration
 
 from t5tune.commands.serve import Server
-from t5tune.constraints import Constraint
+from t5tune.constraints import Constraint, grammars
 from t5tune.constraints.compiler import Compiler
+from t5tune.constraints.json_grammar import write_json_rules
 from t5tune.data.reading.formats import Turn
 from t5tune.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from tests.serving.conftest import StartServer
+from tests.serving.raw_http import read_metrics
 from tests.serving.test_replies import ENGINES, LENGTH, MESSAGES, ask, ask_in_pieces, connect, load_chatter, reply
 from tests.support.processes.trials import ENDLESS, list_trials
 
@@ -243,6 +245,27 @@ def test_a_constraint_that_never_compiles_is_refused_alone(server: Server, clien
             refused.result()
     server.reload()
     assert reply(client, "run", MESSAGES[0], extra_body={"structured_outputs": {"regex": "[a-z]{6}"}}).isalpha()
+
+
+def test_an_invalid_reply_is_an_error_of_its_request_alone(
+    server: Server, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write_too_much(schema: Any, name: str, place: str) -> str:
+        return write_json_rules(schema if schema != wrong else {"enum": ["no"]}, name, place)
+
+    wrong = {"enum": ["yes"]}
+    monkeypatch.setattr(grammars, "write_json_rules", write_too_much)
+    bodies = [{"structured_outputs": {"json": schema}} for schema in (wrong, {"enum": ["tea"]}, {"enum": ["no"]})]
+    with ThreadPoolExecutor(3) as pool:
+        replies = [pool.submit(reply, client, "run", MESSAGES[0], extra_body=body) for body in bodies]
+    with pytest.raises(openai.InternalServerError) as refused:
+        replies[0].result()
+    problem = "structured_outputs.json: the reply doesn't satisfy the schema: $: 'no' is not one of ['yes']"
+    assert problem in refused.value.message
+    assert [each.result() for each in replies[1:]] == ['"tea"', '"no"']
+    assert "t5tune_invalid_replies_total{" in (text := read_metrics(server.url))
+    counted = [float(count) for count in re.findall("^t5tune_invalid_replies_total{.*} (.*)$", text, re.MULTILINE)]
+    assert sum(counted) >= 1
 
 
 def test_ctranslate2_refuses_to_constrain_top_p(server: Server, client: openai.OpenAI) -> None:

@@ -12,17 +12,19 @@ from typing import Any
 Schema = dict[str, Any]
 Made = tuple[Schema, Callable[[], Any]]
 NAMES = ["name", "amount", "is_paid", "first name", "order-id", "größe", "a/b", "x_1", "Total", "日付", "it's", "items"]
-# but no U+007F and no `\\/`, which llguidance 1.9 refuses in JSON
 TEXTS = [
     "Aida Lee", "", "a", 'No. 5, "quoted"', "line\nbreak", "tab\tand \\ back", "Zürich, 7°", "  two  spaces ", "{x}",
-    "/path/to", "naïve – yes", "don't", "日本", "😀", "<b>x</b>", "</s>", "a" * 40, "\u0001\u2028", "null", "1",
+    "/path/to", "naïve – yes", "don't", "日本", "😀", "<b>x</b>", "</s>", "a" * 40, "\u0001\u2028\u007f", "null", "1",
 ]  # fmt: skip
-FIXED = ["red", "light green", "blue ", 1, 2.5, None, True, -3, 'No "x"', "größe", "日本", "", [1, "a"], {"k": 0}]
+FIXED = [
+    "red", "light green", "blue ", 1, 2.5, None, True, -3, 1000.0, 1e-07, 2**53 + 1, 'No "x"', "größe", "日本", "",
+    [1, "a"], {"k": 0},
+]  # fmt: skip
 SHORT = ["ab", "Aïda", "a b", "x\ny", '"q"', "12345", "日本語", "\\n\\"]
 MAX_DEPTH = 3
-LEAVES = ["string", "sized", "pattern", "format", "integer", "range", "number", "bounds", "boolean", "null"]
-LEAVES += ["enum", "const", "any_of", "types", "ref"]
-BRANCHES = ["object"] * 5 + ["array"] * 3 + ["tuple", "tree", "chain"]
+LEAVES = ["string", "sized", "pattern", "format", "integer", "range", "large", "number", "bounds", "steps", "boolean"]
+LEAVES += ["null", "enum", "const", "any_of", "all_of", "one_of", "types", "ref"]
+BRANCHES = ["object"] * 5 + ["array"] * 3 + ["tuple", "tree", "chain", "map"]
 DEFINITIONS: Schema = {
     "amount": {"type": "integer", "minimum": 0, "maximum": 999},
     "tree": {
@@ -49,6 +51,8 @@ def make_schema(chooser: Random) -> Made:
     schema, make_value = _make(chooser, kind, 0)
     if '"$ref"' in json.dumps(schema):
         schema = schema | {"$defs": DEFINITIONS}
+    if chooser.random() < 0.3:
+        schema = schema | {"x-escapes": "u"}
     return schema, make_value
 
 
@@ -67,14 +71,9 @@ def list_fixed_texts(schema: Any, is_value: bool = False) -> Iterator[str]:
 
 
 def write_json(value: Any, style: int, chooser: Random, schema: Schema) -> str:
-    """Write a value as compact, spaced or indented JSON, and some with `\\u00e9` where the grammar takes it."""
+    """Write a value as compact, spaced or indented JSON, and some with `\\u00e9` where the schema allows it."""
     options: Schema = [{"separators": (",", ":")}, {}, {"indent": 2}][style]
-    # llguidance knows such escapes only in strings without a rule
-    has_rules = any(
-        word in json.dumps(schema) for word in ('"pattern"', 'Length"', '"format"', '"additionalProperties": {')
-    )
-    is_plain = not has_rules and "".join(list_fixed_texts(schema)).isascii()
-    return json.dumps(value, ensure_ascii=is_plain and chooser.random() < 0.3, **options)
+    return json.dumps(value, ensure_ascii="x-escapes" in schema and chooser.random() < 0.6, **options)
 
 
 def _make(chooser: Random, kind: str, depth: int) -> Made:
@@ -162,6 +161,14 @@ def _make_pattern(chooser: Random, depth: int) -> Made:
             lambda: "/".join(["", *chooser.choices(["usr", "été", "a"], k=chooser.randint(1, 3))]),
         ),
         (r"^\S+ \S+$", lambda: chooser.choice(["Aida Lee", "日本 a", '"a" \\b'])),
+        ('^[^"]*$', lambda: chooser.choice(["", "a\\b", "x\ny", "it's"])),
+        (r"^[^\\]+$", lambda: chooser.choice(['"a"', "x/y", "\t"])),
+        (r"""^[^'"\\,;]+$""", lambda: chooser.choice(["a b", "größe", "<x>"])),
+        ('^[^<>&"]*$', lambda: chooser.choice(["a b", "\\", "日本\n"])),
+        (r"^[^\w\s]+$", lambda: chooser.choice(["-", '"\\"', "…"])),
+        (r"^\W?[^\d]$|^\D\w{2,}", lambda: chooser.choice(["+a", "-bc", "ä12 é"])),
+        ("(?i)^(yes|no)$", lambda: chooser.choice(["yes", "No", "YES"])),
+        (r"^$|^a.?b$|x{3}\Z", lambda: chooser.choice(["", "ab", 'a"b', "éxxx"])),
     ]
     pattern, make_text = chooser.choice(made)
     return {"type": "string", "pattern": pattern}, make_text
@@ -175,6 +182,10 @@ def _make_format(chooser: Random, depth: int) -> Made:
         "uuid": ["123e4567-e89b-12d3-a456-426614174000"],
         "ipv4": ["127.0.0.1", "255.0.30.4"],
         "email": ["aida@example.com", "a.b+c@d-e.org"],
+        "ipv6": ["::1", "2001:db8::ff00:42:8329", "::ffff:192.0.2.1"],
+        "hostname": ["example.com", "a-b.c"],
+        "duration": ["P1DT12H", "PT5M", "P3W"],
+        "uri": ["https://a.example/b?c=d#e", "mailto:aida@example.com"],
     }
     name = chooser.choice([*made])
     return {"type": "string", "format": name}, lambda: chooser.choice(made[name])
@@ -183,7 +194,7 @@ def _make_format(chooser: Random, depth: int) -> Made:
 def _make_range(chooser: Random, depth: int) -> Made:
     low = chooser.choice([None, -120, -5, 0, 1, 17])
     high = None if low is not None and chooser.random() < 0.3 else (low or 0) + chooser.choice([0, 3, 120, 99_000])
-    step = chooser.choice([1, 1, 1, 5])
+    step = chooser.choice([1, 1, 1, 5, 7, 100])
     first = (high if low is None else low) or 0
     schema: Schema = {"type": "integer"} | ({"multipleOf": step} if step > 1 else {})
     schema |= {} if low is None else chooser.choice([{"minimum": low}, {"exclusiveMinimum": low - 1}])
@@ -202,6 +213,45 @@ def _make_bounds(chooser: Random, depth: int) -> Made:
     schema = {"type": "number", "exclusiveMinimum" if is_open else "minimum": low, "maximum": low + size}
     parts = [0.25, 0.5, 1] if is_open else [0, 0.125, 0.5]
     return schema, lambda: low + size * chooser.choice(parts)
+
+
+def _make_large(chooser: Random, depth: int) -> Made:
+    """Limits beyond 2^53, where floats have no odd integers."""
+    low = chooser.choice([-1, 1]) * (2**53 + chooser.randint(-3, 3))
+    high = low + chooser.randint(1, 30)
+    schema: Schema = {"type": "integer", "minimum": low, "exclusiveMaximum": high + 1}
+    return schema, lambda: chooser.randint(low, high)
+
+
+def _make_steps(chooser: Random, depth: int) -> Made:
+    step = chooser.choice([0.25, 0.5, 2, 3])
+    return {"type": "number", "multipleOf": step, "minimum": 0}, lambda: step * chooser.randint(0, 99)
+
+
+def _make_all_of(chooser: Random, depth: int) -> Made:
+    parts = [{"type": ["string", "null"], "maxLength": 6}, {"pattern": '^[^"]+$'}, {"minLength": 2, "pattern": "[a-z]"}]
+    chooser.shuffle(parts)
+    return {"allOf": parts}, lambda: chooser.choice(["abc", "a é b", None, "x\\"])
+
+
+def _make_one_of(chooser: Random, depth: int) -> Made:
+    cat = {"properties": {"kind": {"const": "cat"}, "lives": {"type": "integer"}}, "required": ["kind", "lives"]}
+    dog = {"properties": {"kind": {"enum": ["dog", "wolf"]}}, "required": ["kind"], "maxProperties": 2}
+    schema = {"type": "object", "oneOf": [cat, dog]}
+    return schema, lambda: chooser.choice([{"kind": "cat", "lives": 9}, {"kind": "wolf"}, {"kind": "dog", "x": [1]}])
+
+
+def _make_map(chooser: Random, depth: int) -> Made:
+    schema: Schema = {
+        "type": "object",
+        "properties": {"id": {"type": "integer"}},
+        "patternProperties": {"^n_": {"type": "number"}, "[0-9]$": {"minimum": 3, "type": ["number", "null"]}},
+        "additionalProperties": chooser.choice([False, {"type": "string"}]),
+        "minProperties": 1,
+        "maxProperties": 3,
+    }
+    values = [{"id": 1}, {"n_a": 0.5, "n_7": 3.5}, {"id": 2, "a1": None}]
+    return schema, lambda: chooser.choice(values)
 
 
 def _make_enum(chooser: Random, depth: int) -> Made:
@@ -226,11 +276,19 @@ MAKERS: dict[str, Callable[[Random, int], Made]] = {
     "format": _make_format,
     "range": _make_range,
     "bounds": _make_bounds,
+    "large": _make_large,
+    "steps": _make_steps,
+    "all_of": _make_all_of,
+    "one_of": _make_one_of,
+    "map": _make_map,
     "enum": _make_enum,
     "const": _make_const,
     "string": lambda chooser, _: ({"type": "string"}, lambda: chooser.choice(TEXTS)),
-    "integer": lambda chooser, _: ({"type": "integer"}, lambda: chooser.choice([0, 7, -3, 1234567, 10])),
-    "number": lambda chooser, _: ({"type": "number"}, lambda: chooser.choice([0, -1.5, 3.25, 1e-07, 2e20, 12, 0.1])),
+    "integer": lambda chooser, _: ({"type": "integer"}, lambda: chooser.choice([0, 7, -3, 1234567, 10, 3.0, 1e22])),
+    "number": lambda chooser, _: (
+        {"type": "number"},
+        lambda: chooser.choice([0, -1.5, 3.25, 1e-07, 2e20, 12, 0.1, 1000.0, -0.0]),
+    ),
     "boolean": lambda chooser, _: ({"type": "boolean"}, lambda: chooser.random() < 0.5),
     "null": lambda chooser, _: ({"type": "null"}, lambda: None),
     "types": lambda chooser, _: ({"type": ["string", "null", "integer"]}, lambda: chooser.choice(["x y", None, 4])),
