@@ -2,7 +2,8 @@
 
 import json
 from collections.abc import Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
+from weakref import proxy
 
 from t5tune.constraints import Constraint, Matcher
 from t5tune.constraints.answers import Answers
@@ -31,7 +32,8 @@ class Compiler:
         self._suffix = tokenizer.remove_special_tokens(answer_suffix)
         self._encoder = make_encoder(tokenizer)
         self._grammars: GrammarCompiler | None = None
-        self._compile = lru_cache(MAX_COMPILED)(self._compile_once)
+        # A bound method would make a cycle, which keeps the tokenizer in memory after a reload.
+        self._compile = lru_cache(MAX_COMPILED)(partial(Compiler._compile_once, proxy(self)))
 
     @cached_property
     def spellings(self) -> Spellings:

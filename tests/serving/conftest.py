@@ -14,6 +14,7 @@ from t5tune.commands.serve import Server, serve
 from t5tune.commands.train import train
 from t5tune.progress import Event, silent
 from t5tune.settings import ExportSettings, MergeSettings, ServeSettings, TrainSettings
+from tests.serving.adapter_folders import scale_adapter
 
 pytest.importorskip("starlette", reason="the extra `serve` isn't installed")
 
@@ -48,6 +49,12 @@ def pairs(untied_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     return train_briefly(
         untied_base, folder / "pairs.jsonl", folder, source_prefix="shorten: ", conversation_template="plain"
     )
+
+
+@pytest.fixture
+def adapters(chats: dict[str, Path], tmp_path: Path) -> list[Path]:
+    """Three adapters with different replies."""
+    return [scale_adapter(chats["adapter"], tmp_path / str(scale), scale) for scale in (1.0, -1.0, 3.0)]
 
 
 @pytest.fixture(scope="session")

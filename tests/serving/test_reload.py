@@ -12,12 +12,9 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
 from t5tune.checkpoints import fingerprint
 from t5tune.commands.serve import load_models as loading
@@ -25,9 +22,9 @@ from t5tune.commands.serve import serve
 from t5tune.errors import CheckpointError, ModelError, T5TuneError
 from t5tune.progress import Event, Note
 from t5tune.serving import engines
-from t5tune.serving.generation import DecodingOptions, Generation
 from t5tune.serving.stop_signals import read_signals
 from t5tune.settings import ServeSettings
+from tests.serving.adapter_folders import replace
 from tests.serving.raw_http import (
     CHAT,
     PATIENCE,
@@ -53,30 +50,6 @@ TEXTS = ["Two teas for Mira", "Hello there", "Six coffees"]
 def finds_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trust the times of files that were written a moment ago, as those of a real model weren't."""
     monkeypatch.setattr(fingerprint, "SECONDS_TO_SETTLE", -1e6)
-
-
-@pytest.fixture
-def adapters(chats: dict[str, Path], tmp_path: Path) -> list[Path]:
-    """Three adapters with different replies."""
-    return [scale_adapter(chats["adapter"], tmp_path / str(scale), scale) for scale in (1.0, -1.0, 3.0)]
-
-
-def scale_adapter(source: Path, folder: Path, scale: float) -> Path:
-    """Copy an adapter, with an update that is `scale` times as large."""
-    path = shutil.copytree(source, folder) / "adapter_model.safetensors"
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    state = {name: value * scale if "lora_B" in name else value for name, value in load_file(path).items()}
-    save_file(state, path, metadata)
-    return folder
-
-
-def replace(folder: Path, new: Path) -> None:
-    """Replace an adapter's folder as a deployment does: copy it, then rename it."""
-    copied = shutil.copytree(new, folder.with_name("copied"))
-    if folder.exists():
-        shutil.rmtree(folder)
-    copied.rename(folder)
 
 
 def read_replies(url: str, model: str = "tuned") -> list[str]:
@@ -211,26 +184,6 @@ def test_the_old_model_finishes_running_replies_and_is_freed(
         finally:
             gc.enable()
         assert ask(server.url, make_chat(TEXTS[0], "tuned")) != expected
-
-
-def test_ctranslate2_keeps_no_reference_to_an_engine_that_has_generated(
-    untied_base: Path, settings: Callable[..., ServeSettings]
-) -> None:
-    """Its thread, which may drop the callback last, would destroy the translator and so abort the process."""
-    pytest.importorskip("ctranslate2")
-    kept: list[Any] = []
-    with serve(settings({"base": untied_base}, engine="ctranslate2")) as server:
-        engine: Any = server._service.models["base"].engine
-        engine._translator = SimpleNamespace(translate_batch=lambda *given, callback, **others: kept.append(callback))
-
-        def generate() -> weakref.ref[Generation]:
-            generation = Generation(engine, [5, 1], DecodingOptions(max_new_tokens=1), notify=lambda: None)
-            engine.generate([generation], lambda row, token: generation.add(token))
-            return weakref.ref(generation)
-
-        freed = generate()
-    assert freed() is None
-    assert len(kept) == 1
 
 
 def test_http_reloads_need_a_key_and_exclude_each_other(

@@ -19,6 +19,7 @@ from t5tune.commands.serve.load_models import ModelLoader
 from t5tune.compat.quiet import quiet_libraries
 from t5tune.errors import DependencyError, T5TuneError, to_t5tune_error
 from t5tune.formatting import format_count
+from t5tune.io.memory import return_freed_heap
 from t5tune.model.device import explain_out_of_memory
 from t5tune.progress import Event, Note, Report, silent
 from t5tune.settings import ServeSettings
@@ -131,6 +132,7 @@ class Server:
         before = {name: getattr(self._settings, name) for name in settings.needs_restart}
         changed = [name for name, value in before.items() if value != getattr(settings, name)]
         self._loader, self._settings = loader, settings.model_copy(update=before)
+        return_freed_heap()  # of the old models, and of loading the new models
         return Reloaded([name for name in models if name not in loader.unchanged], loader.unchanged, removed, changed)
 
     def stop(self) -> None:

@@ -11,7 +11,7 @@ import functools
 import json
 import re
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
@@ -55,26 +55,28 @@ class Markers:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         ids = zip(tokenizer.special_tokens, tokenizer.convert_tokens_to_ids([*tokenizer.special_tokens]), strict=True)
-        self._ids = {token: index for token, index in ids if index >= 0}
+        known = {token: index for token, index in ids if index >= 0}
         added = {} if tokenizer.backend is None else tokenizer.backend.get_added_tokens_decoder()
         flags = {token.content: token for token in added.values()}
         patterns = []
-        for token in sorted(self._ids, key=len, reverse=True):
+        for token in sorted(known, key=len, reverse=True):
             # some tokens include the whitespace around them
             before, after = (r"\s*" if getattr(flags.get(token), side, False) else "" for side in ("lstrip", "rstrip"))
             patterns.append(f"{before}({re.escape(token)}){after}")
-        self._pattern = re.compile("|".join(patterns) or _NEVER)
-        self.split = functools.lru_cache(4096)(self._split)
+        pattern = re.compile("|".join(patterns) or _NEVER)
+        # not a bound method, whose cycle would stay until Python looks for cycles, which a server does rarely
+        self.split = functools.lru_cache(4096)(functools.partial(_split_at_markers, pattern, known))
 
-    def _split(self, text: str) -> tuple[str | int, ...]:
-        """Split a template's text into plain texts and the ids of special tokens."""
-        parts: list[str | int] = []
-        start = 0
-        for match in self._pattern.finditer(text):
-            assert match.lastindex is not None
-            parts += [text[start : match.start()], self._ids[match[match.lastindex]]]
-            start = match.end()
-        return tuple(part for part in (*parts, text[start:]) if part != "")
+
+def _split_at_markers(pattern: re.Pattern[str], ids: Mapping[str, int], text: str) -> tuple[str | int, ...]:
+    """Split a template's text into plain texts and the ids of special tokens."""
+    parts: list[str | int] = []
+    start = 0
+    for match in pattern.finditer(text):
+        assert match.lastindex is not None
+        parts += [text[start : match.start()], ids[match[match.lastindex]]]
+        start = match.end()
+    return tuple(part for part in (*parts, text[start:]) if part != "")
 
 
 def make_encoder(tokenizer: Tokenizer) -> "Encoder":
@@ -110,15 +112,13 @@ class WholeTextEncoder:
         self.special_ids = tokenizer.special_ids
         self.markers = Markers(tokenizer)
         self.joined_spaces = list_joined_spaces(tokenizer)
-        self.adds_token = _make_space_check(tokenizer, self.encode)
         self._tokenizers = _TokenizerPair(tokenizer)
+        self.adds_token = _make_space_check(tokenizer, self._tokenizers.encode_texts)  # with self, it would be a cycle
         self.dtype = self._tokenizers.dtype
 
     def encode(self, texts: list[Text]) -> list[Ids]:
         """Return the ids of each text, without special tokens."""
-        plans = [_split(text, self._tokenizers.split_special_tokens) for text in texts]
-        ids = self._tokenizers.encode({part for plan in plans for part in plan})
-        return [np.frombuffer(b"".join([ids[part] for part in plan]), self.dtype) for plan in plans]
+        return self._tokenizers.encode_texts(texts)
 
 
 class WordEncoder(WholeTextEncoder):
@@ -236,6 +236,12 @@ class _TokenizerPair:
             return [text]
         cuts = [0, *(match.start() + 1 for match in self._special_pattern.finditer(text)), len(text)]
         return [text[start:end] for start, end in pairwise(cuts) if start < end]
+
+    def encode_texts(self, texts: list[Text]) -> list[Ids]:
+        """Return the ids of each text, without special tokens."""
+        plans = [_split(text, self.split_special_tokens) for text in texts]
+        ids = self.encode({part for plan in plans for part in plan})
+        return [np.frombuffer(b"".join([ids[part] for part in plan]), self.dtype) for plan in plans]
 
     def encode(self, texts: set[Text]) -> dict[Text, bytes]:
         """Return the bytes of each text's ids."""
