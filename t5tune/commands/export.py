@@ -67,7 +67,13 @@ from t5tune.formatting import format_count
 from t5tune.io.atomic import check_overwrite, check_replaceable, write_folder_atomically
 from t5tune.io.untrusted import check_inside, has_file
 from t5tune.progress import Note, Report, count_done, silent
-from t5tune.runs.checkpoints import find_complete_checkpoint, has_complete_checkpoints, list_checkpoints, verify
+from t5tune.runs.checkpoints import (
+    check_has_begun_to_save,
+    find_complete_checkpoint,
+    has_complete_checkpoints,
+    list_checkpoints,
+    verify,
+)
 from t5tune.settings import ExportSettings, write_settings
 from t5tune.settings.groups.base import BaseModelSettings
 
@@ -175,6 +181,7 @@ def _find_checkpoint(path: Path, report: Report) -> Path:
             raise CheckpointError(f"checkpoint: {damage}", hint="use an earlier checkpoint of the run")
         return path
     if not has_weights and not (path / ADAPTER_CONFIG_FILE).is_file():
+        check_has_begun_to_save(path, "checkpoint")
         raise CheckpointError(
             f"checkpoint: {path}: contains no checkpoint",
             hint="give a run folder, a checkpoint-N in it, or a folder that DeepSpeed wrote",

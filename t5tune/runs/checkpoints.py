@@ -17,9 +17,10 @@ from t5tune.file_names import (
     CHECKPOINT_MANIFEST_FILE,
     CONFIG_FILE,
     RESULT_FILE,
+    RUN_FILE,
     SETTINGS_FILE,
 )
-from t5tune.io.atomic import encode_json, fsync_tree, hash_file, hash_json, write_json
+from t5tune.io.atomic import encode_json, fsync_tree, get_lock_path, hash_file, hash_json, is_locked, write_json
 from t5tune.io.untrusted import check_inside, resolve_inside
 from t5tune.progress import Note, Report
 from t5tune.settings.groups.base import InferenceSettings
@@ -141,21 +142,45 @@ def find_complete_checkpoint(run: Path, setting: str, report: Report) -> Path:
     for problem in damaged:
         report(Note(f"skipped a damaged checkpoint: {problem}", warning=True))
     if found is None:
-        raise CheckpointError(f"{setting}: {run}: none of its checkpoints is complete: {damaged[0]}")
+        raise CheckpointError(f"{run}: none of its checkpoints is complete: {damaged[0]}", setting=setting)
     check_inside(run, found)
     return found
 
 
 def find_trained_folder(path: Path, setting: str, report: Report) -> Path:
-    """Return the newest complete checkpoint of a run that was stopped, and any other path unchanged."""
+    """Return the newest complete checkpoint of a run that was stopped, and any other path unchanged.
+
+    Raises:
+        CheckpointError: a run has no checkpoint yet, or none is complete.
+    """
     # a run that was killed while its result was copied, file by file, has only some of these files; result.json is last
     is_unfinished_run = (path / SETTINGS_FILE).is_file() and not (path / RESULT_FILE).is_file()
     has_model = any((path / name).is_file() for name in (ADAPTER_CONFIG_FILE, CONFIG_FILE))
-    if (has_model and not is_unfinished_run) or not has_complete_checkpoints(path):
+    if has_model and not is_unfinished_run:
+        return path
+    if not has_complete_checkpoints(path):
+        if not has_model:
+            check_has_begun_to_save(path, setting)
         return path
     checkpoint = find_complete_checkpoint(path, setting, report)
     report(Note(f"{path}: this run hasn't finished; using its newest complete checkpoint, {checkpoint}"))
     return checkpoint
+
+
+def check_has_begun_to_save(folder: Path, setting: str) -> None:
+    """Raise CheckpointError if the folder is a run's, without a result and without a checkpoint.
+
+    Args:
+        setting: the setting that names the folder, for the message.
+    """
+    is_unfinished_run = (folder / RUN_FILE).is_file() and not (folder / RESULT_FILE).is_file()
+    if not is_unfinished_run or list_checkpoints(folder):
+        return
+    if is_locked(get_lock_path(folder.resolve())):
+        hint = "try again when the run has saved its first checkpoint"
+        raise CheckpointError(f"{folder}: still training; no checkpoint yet", hint, setting)
+    hint = f"start it again: t5tune train --config {folder / SETTINGS_FILE}"
+    raise CheckpointError(f"{folder}: this run was stopped before its first checkpoint", hint, setting)
 
 
 def replace_stopped_runs(settings: Inference, report: Report) -> Inference:

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from t5tune.distributed.world import identify_launch
 from t5tune.errors import CheckpointError, SettingsError
-from t5tune.file_names import RESULT_FILE, SETTINGS_FILE
+from t5tune.file_names import RESULT_FILE, RUN_FILE, SETTINGS_FILE
 from t5tune.io.atomic import (
     copy_atomically,
     explain_write_errors,
@@ -40,7 +40,6 @@ from t5tune.settings import dump_settings, load_settings
 from t5tune.settings.affects import Affects, select_settings
 from t5tune.settings.field_types import Settings, exists
 
-RUN_FILE = "run.json"
 RUN_FORMAT = 1
 RECORDS_FOLDER = "records"
 MAX_LOCK_ATTEMPTS = 100

@@ -10,11 +10,25 @@ from typing import Any
 
 import pytest
 
+from t5tune.commands.chat import load_model
+from t5tune.commands.evaluate import evaluate
+from t5tune.commands.export import export
+from t5tune.commands.merge import merge
+from t5tune.commands.push import push
+from t5tune.commands.serve import serve
 from t5tune.commands.train import set_up_run_folder, train
 from t5tune.commands.train.run_plan import make_run_plan
-from t5tune.errors import DataError, SettingsError
-from t5tune.progress import Advanced, Event, Note
+from t5tune.errors import CheckpointError, DataError, SettingsError
+from t5tune.progress import Advanced, Event, Note, silent
 from t5tune.runs.folder import RunFolder
+from t5tune.settings import (
+    ChatSettings,
+    EvaluateSettings,
+    ExportSettings,
+    MergeSettings,
+    PushSettings,
+    ServeSettings,
+)
 from tests.commands.train.commands import TWO, make_command
 from tests.support.processes.command_line import t5tune_in_fork
 from tests.support.train_runs import make_settings
@@ -293,3 +307,31 @@ def test_a_start_with_bad_data_leaves_only_rejected_records(
     with pytest.raises(DataError, match="nothing to train on"):
         train(make_settings(untied_base, data, run))
     assert sorted(path.name for path in run.iterdir()) == ["data", "run.json", "settings.yaml"]
+
+
+@pytest.mark.slow
+def test_commands_say_that_a_run_has_no_checkpoint_yet(
+    untied_base: Path, conversations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = Path("run")
+    models = [
+        ("model_name_or_path", lambda: load_model(ChatSettings(model_name_or_path="run", use_cpu=True), silent)),
+        ("model_name_or_path", lambda: evaluate(EvaluateSettings(model_name_or_path="run", data_path="pocket"))),
+        ("models", lambda: serve(ServeSettings(models=["run"], port=0, use_cpu=True))),
+        ("adapter", lambda: merge(MergeSettings(adapter=[run], output_dir=Path("merged")))),
+        ("checkpoint", lambda: export(ExportSettings(checkpoint=run, output_dir=Path("adapter")))),
+        ("folder", lambda: push(PushSettings(folder=run, hub_model_id="owner/name"))),
+    ]
+    with ExitStack() as locks:
+        set_up_run_folder(make_settings(untied_base, conversations, run), locks)
+        problem = "run: still training; no checkpoint yet; try again when the run has saved its first checkpoint"
+        for setting, use in models:
+            with pytest.raises(CheckpointError) as refused:
+                use()
+            assert str(refused.value) == f"{setting}: {problem}"
+    problem = "run: this run was stopped before its first checkpoint; start it again: t5tune train --config"
+    for setting, use in models:
+        with pytest.raises(CheckpointError) as refused:
+            use()
+        assert str(refused.value) == f"{setting}: {problem} run/settings.yaml"
