@@ -1198,7 +1198,8 @@ class CompareSettings(_settings.CompareSettings):
         """Settings of compare: Compare training runs in a table.
 
         Args:
-            runs: Run folders, or patterns such as 'runs/*'; output folders of evaluate add their scores.
+            runs: Run folders, folders of runs such as a sweep's output_dir, or patterns such as 'runs/*'; output
+                folders of evaluate add their scores.
             sort_by: Metric to sort by; default: the metric that chose the runs' best step.
             csv: CSV file to write the table to.
             html: HTML file to write the table and the curves to.

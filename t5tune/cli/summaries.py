@@ -60,7 +60,7 @@ t5tune inspect --model-name-or-path google/mt5-small google/byt5-small --data-pa
 t5tune evaluate run --data-path pocket --num-data 100
 t5tune evaluate run --data-path dev.csv --source-column question --target-column answer
 t5tune compare run
-t5tune compare 'sweep/*' --sort-by exact_match --html comparison.html
+t5tune compare sweep --sort-by exact_match --html comparison.html
 t5tune push run owner/name
 t5tune push merged owner/name --hub-private-repo
 t5tune migrate llama3_lora_sft.yaml

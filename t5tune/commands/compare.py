@@ -1,6 +1,6 @@
 """`t5tune compare`: a table of training runs: the settings that differ, held-out metrics, time and memory.
 
-    comparison = compare(CompareSettings(runs=[Path("runs/*")], sort_by="exact_match"))
+    comparison = compare(CompareSettings(runs=[Path("sweep")], sort_by="exact_match"))
     comparison.rows[0].values["exact_match"]        # [87.5, 86.0, 88.1] of three seeds
 
 Runs that differ only in their seed share a row; tables show means and standard deviations.
@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from glob import glob
+from glob import escape, glob
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -73,7 +73,8 @@ def compare(settings: CompareSettings, report: Report = silent) -> Comparison:
     """Compare runs, and write a table and a page if the settings name them.
 
     Raises:
-        SettingsError: a folder isn't a run, the runs have different objectives, or none has the metric to sort by.
+        SettingsError: a folder is neither a run nor a folder of runs, the runs have different objectives, or none has
+            the metric to sort by.
     """
     runs = _read_runs(settings.runs, report)
     _check_same_task(runs, report)
@@ -162,18 +163,14 @@ def _read_curves(rows: Sequence[ComparedRow], name: str) -> list[Series]:
 
 def _read_runs(patterns: Sequence[Path], report: Report) -> list[ComparedRow]:
     """Read each run as a row with all of its settings, and the scores of folders that `evaluate` has written."""
-    found = [
-        Path(path)
-        for pattern in patterns
-        for path in ((not pattern.exists() and sorted(glob(str(pattern)))) or [str(pattern)])
-    ]
-    folders = [folder for folder in dict.fromkeys(found) if _is_run(folder, patterns)]
+    found = _find_paths(patterns, report)
+    folders = [path for path in found if _is_run(path)]
     if not folders:
         problem = f"runs: {' '.join(map(str, patterns))}: no run folder"
         raise SettingsError(problem, hint="give the output_dir of t5tune train, or a pattern such as 'runs/*'")
     runs = {folder.resolve(): _read_run(folder, report) for folder in folders}
     inside = [path.parent for folder in folders for path in sorted(folder.glob(f"*/{SCORES_FILE}"))]
-    for folder in (folder for folder in dict.fromkeys([*found, *inside]) if (folder / SCORES_FILE).is_file()):
+    for folder in filter(_has_scores, dict.fromkeys([*found, *inside])):
         scores = read_json_object(folder, SCORES_FILE)
         evaluated = scores.get("settings")
         models = evaluated if isinstance(evaluated, dict) else {}
@@ -183,18 +180,46 @@ def _read_runs(patterns: Sequence[Path], report: Report) -> list[ComparedRow]:
     return list(runs.values())
 
 
-def _is_run(folder: Path, patterns: Sequence[Path]) -> bool:
-    """Whether a folder is a run. A pattern may also find other folders.
+def _find_paths(patterns: Sequence[Path], report: Report) -> list[Path]:
+    """List the given paths, with the content of folders of runs, such as sweeps, in place of these folders.
+
+    A given path that isn't a run is skipped if it is next to a run: the shell also puts a sweep's data in place of
+    `sweep/*`.
 
     Raises:
-        SettingsError: the user named the folder.
+        SettingsError: a given path doesn't exist, or neither it nor a path next to it is a run.
     """
-    is_run = (folder / SETTINGS_FILE).is_file() and (folder / METRICS_FILE).is_file()
-    if not is_run and folder in patterns and not (folder / SCORES_FILE).is_file():
-        raise SettingsError(
-            f"runs: {folder}: not a run folder", hint=f"give run folders, or a pattern such as '{folder}/*'"
-        )
-    return is_run
+    found: list[Path] = []
+    for pattern in patterns:
+        matches = [pattern] if pattern.exists() else _list_matches(str(pattern)) or [pattern]
+        for path in matches:
+            found += _list_matches(f"{escape(str(path))}/*") if _is_folder_of_runs(path) else [path]
+    found = list(dict.fromkeys(found))
+    places = {path.parent for path in found if _is_run(path)}
+    skipped = [path for path in found if path in patterns and not (_is_run(path) or _has_scores(path))]
+    for path in skipped:
+        if not path.exists() or path.parent not in places:
+            hint = "give run folders, a folder of runs such as a sweep's, or a pattern such as 'runs/*'"
+            raise SettingsError(f"runs: {path}: not a run folder, nor a folder of runs", hint=hint)
+    if skipped:
+        report(Note(f"skipped, because not a run folder: {', '.join(map(str, skipped))}"))
+    return found
+
+
+def _list_matches(pattern: str) -> list[Path]:
+    return [Path(path) for path in sorted(glob(pattern))]
+
+
+def _is_run(path: Path) -> bool:
+    return (path / SETTINGS_FILE).is_file() and (path / METRICS_FILE).is_file()
+
+
+def _has_scores(path: Path) -> bool:
+    return (path / SCORES_FILE).is_file()
+
+
+def _is_folder_of_runs(path: Path) -> bool:
+    return not _is_run(path) and any(_is_run(inside) for inside in _list_matches(f"{escape(str(path))}/*"))
 
 
 def _read_run(folder: Path, report: Report) -> ComparedRow:

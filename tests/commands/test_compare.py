@@ -103,6 +103,16 @@ def test_the_terminal_shows_the_table(runs: Path) -> None:
     assert "2.1 ± 0.1" in other
 
 
+def test_a_sweep_is_its_folder_or_what_the_shell_finds_there(runs: Path) -> None:
+    by_shell = sorted(runs.iterdir())
+    assert runs / "notes" in by_shell  # for the data folder of a sweep
+    shown = [t5tune_in_fork("compare", *words) for words in ([runs], [runs / "*"], by_shell)]
+    assert [done.code for done in shown] == [0, 0, 0], shown[-1].stderr
+    assert "r8-s1" in shown[0].stdout
+    assert shown[0].stdout == shown[1].stdout == shown[2].stdout
+    assert f"skipped, because not a run folder: {runs / 'notes'}" in shown[2].stderr
+
+
 @pytest.mark.parametrize(
     ("width", "is_terminal", "start"),
     [

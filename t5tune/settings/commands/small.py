@@ -76,7 +76,8 @@ class CompareSettings(Settings):
 
     runs: FolderList = Field(
         min_length=1,
-        description="Run folders, or patterns such as 'runs/*'; output folders of evaluate add their scores.",
+        description="Run folders, folders of runs such as a sweep's output_dir, or patterns such as 'runs/*'; output "
+        "folders of evaluate add their scores.",
         json_schema_extra={"positional": True},
     )
     sort_by: OptionalText = Field(

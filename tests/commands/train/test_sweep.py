@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from t5tune.commands.compare import compare
 from t5tune.commands.train import train
 from t5tune.commands.train.sweep import make_runs, sweep
 from t5tune.errors import SettingsError
 from t5tune.progress import Event, Note, Report
 from t5tune.runs.metrics_log import MetricsLog
-from t5tune.settings import TrainSettings, write_settings
+from t5tune.settings import CompareSettings, TrainSettings, write_settings
 from tests.support.processes.command_line import t5tune_in_fork
 from tests.support.processes.runs import Running, list_complete_steps, list_descendants, read_adapter, send_signal
 from tests.support.train_runs import make_settings, write_config
@@ -58,6 +59,9 @@ def test_a_sweep_trains_what_is_left_and_compares_all(
     losses = [row["values"]["loss"][0] for row in result["comparison"]["rows"]]
     assert losses == sorted(losses)
     assert {row["settings"]["lora_r"] for row in result["comparison"]["rows"]} == set(RANKS)
+    for paths in ([folder], [folder / "*"], sorted(folder.iterdir())):
+        rows = compare(CompareSettings(runs=paths)).rows
+        assert [[str(run) for run in row.runs] for row in rows] == [row["runs"] for row in result["comparison"]["rows"]]
 
 
 @pytest.mark.parametrize(("jobs", "is_shown"), [(1, True), (1, False), (2, True)])
