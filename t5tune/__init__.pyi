@@ -186,7 +186,7 @@ class TrainSettings(_settings.TrainSettings):
         q_lora: bool = False,
         num_train_epochs: float = 3.0,
         per_device_train_batch_size: int = 8,
-        learning_rate: float = 5e-05,
+        learning_rate: float | None = None,
         bf16: bool = False,
         dry_run: bool = False,
         revision: str | None = None,
@@ -349,7 +349,7 @@ class TrainSettings(_settings.TrainSettings):
             q_lora: QLoRA: quantize the frozen base to 4 bits, and train in bf16 unless --no-bf16 is given.
             num_train_epochs: Training epochs (passes over the data).
             per_device_train_batch_size: Batch size per GPU or process (examples).
-            learning_rate: Peak learning rate.
+            learning_rate: Peak learning rate; default: 3e-4 for adapters, 5e-5 for full training and for objective dpo.
             bf16: Compute in bfloat16, and keep the base in bfloat16.
             dry_run: Show all settings (with their defaults), the memory plan and the launch command; write nothing.
             revision: Branch, tag or commit of a model on the Hugging Face Hub; default: its main branch.
@@ -1301,7 +1301,7 @@ class PlanSettings(_settings.PlanSettings):
         tokens_per_batch: int | None = None,
         gradient_accumulation_steps: int = 1,
         group_by_length: bool = True,
-        learning_rate: float = 5e-05,
+        learning_rate: float | None = None,
         lr_scheduler_type: str = "linear",
         warmup_steps: float = 0,
         weight_decay: float = 0.0,
@@ -1439,7 +1439,7 @@ class PlanSettings(_settings.PlanSettings):
             gradient_accumulation_steps: Micro-batches to accumulate per optimizer step.
             group_by_length: Batch examples of similar length, sorted within random windows of 64 steps, to reduce
                 padding; no effect with tokens_per_batch.
-            learning_rate: Peak learning rate.
+            learning_rate: Peak learning rate; default: 3e-4 for adapters, 5e-5 for full training and for objective dpo.
             lr_scheduler_type: Learning-rate schedule, by its transformers name (linear, cosine, …).
             warmup_steps: Warmup steps; a value below 1 is a fraction of all steps.
             weight_decay: Decoupled weight decay (as in AdamW).

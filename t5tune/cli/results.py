@@ -110,8 +110,12 @@ def _render_plan(result: "Plan") -> Iterator[RenderableType]:
     yield Text(f"* while a checkpoint is saved: {format_size(chosen.saving_host)} of the machine's memory")
     yield Text(f"* during an evaluation: {format_size(result.evaluation[result.chosen])} per device")
     if result.suggestion is not None:
+        from t5tune.cli.options import format_flag  # with pydantic, which --help doesn't need
+
         best = result.suggestion
         yield Text.assemble(("suggested: ", "bold"), f"{best.flags}  ({format_size(best.total)} per device)")
+        for name, cost in best.not_needed.items():
+            yield Text(f"  without {format_flag(name)}: the run fits without it, and it {cost}")
     elif result.device_memory is not None:
         yield Text("nothing fits: use shorter examples, a smaller model, or more memory", "yellow")
     if result.time is None:
@@ -146,6 +150,7 @@ def _describe_batch(result: "Plan") -> str:
         parts.append(f"{result.padding:.1%} padding")
     if result.steps is not None:
         parts.append(format_count(result.steps, "step"))
+    parts.append(f"learning rate {result.learning_rate:g}")
     return ", ".join(parts)
 
 

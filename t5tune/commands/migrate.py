@@ -30,7 +30,7 @@ Config = Mapping[str, Any]
 Found = Config | tuple[Config, str] | None
 Rule = Callable[[Any, Config], Found] | Found
 DEFAULTS: Mapping[str, Config] = {
-    "LLaMA-Factory": {"lora_target": "all", "lora_dropout": 0.0},
+    "LLaMA-Factory": {"lora_target": "all", "lora_dropout": 0.0, "learning_rate": 5e-5},
     "axolotl": {
         "adapter": "full", "lora_dropout": 0.0, "sequence_len": 512, "micro_batch_size": 1, "num_epochs": 1,
         "lr_scheduler": "cosine", "warmup_ratio": 0.03, "output_dir": "model-out",

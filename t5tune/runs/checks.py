@@ -247,7 +247,7 @@ def _find_deepspeed_conflicts(plan: RunPlan, configuration: dict[str, Any]) -> l
 
 def list_notes(plan: RunPlan) -> list[str]:
     """List notes about default values, and about settings that replace values of a DeepSpeed config."""
-    notes = [_suggest_learning_rate(plan)]
+    notes: list[str | None] = []
     if plan.processes.deepspeed is not None:
         configuration = packaged_templates.read_deepspeed_file(plan.processes.deepspeed)
         notes.append(describe_replaced_schedule(plan, configuration))
@@ -307,18 +307,6 @@ def check_starts_no_processes(settings: RankSettings, command: str, world: World
                 f"{name}: {number}: {command}() starts no processes",
                 hint=f"start the script with torchrun --nproc-per-node {number}, or run t5tune {command}",
             )
-
-
-def _suggest_learning_rate(plan: RunPlan) -> str | None:
-    """Say which learning rate suits LoRA, if the user has left it at the default, which suits full training."""
-    if plan.model.adapter is None or "learning_rate" in plan.steps.model_fields_set:
-        return None
-    if plan.data.objective == "dpo":  # the default suits LoRA with dpo
-        return None
-    return (
-        f"learning_rate: not set, so it is {plan.steps.learning_rate:g} as in Hugging Face's Trainer, a rate for full "
-        "training; LoRA trains few weights, which start at zero, and usually learns much better at 3e-4"
-    )
 
 
 def _find_useless_mixing(plan: RunPlan) -> list[str]:
@@ -392,6 +380,7 @@ def _find_unusable_schedule(steps: StepSettings) -> list[str]:
 
     if name not in [kind.value for kind in SchedulerType]:
         return []
+    assert steps.learning_rate is not None  # make_run_plan has chosen it
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=steps.learning_rate)
     try:
         with warnings.catch_warnings(action="ignore"):

@@ -102,6 +102,7 @@ class RunPlan:
         datasets: to train on.
         eval_datasets: to evaluate on; none: the held-out examples of `datasets`, if there are any.
         mixing: of `datasets`.
+        steps: their `learning_rate` is a number.
         json_schema: of the targets; replies must follow it by default.
         given: all settings, to be saved, and to be compared with an earlier start's. Code that uses a value takes it
             from a part.

@@ -129,6 +129,8 @@ def test_a_llama_factory_config_becomes_settings_and_comments(run) -> None:
     assert "warmup_steps: 0.1  # from warmup_ratio\n" in result.text
     assert "lora_dropout: 0.0  # from lora_dropout" not in result.text
     assert "lora_dropout: 0.0  # the default of LLaMA-Factory\n" in result.text
+    without_rate = LLAMA_FACTORY.replace("learning_rate: 1.0e-4\n", "")
+    assert "\nlearning_rate: 5.0e-05  # the default of LLaMA-Factory\n" in run(without_rate).text
     assert "\n# plot_loss: true  # report.html in the run folder shows the curves\n" in result.text
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from t5tune.commands.plan import _find_largest_batch_size
+from t5tune.commands.plan import COSTS, _find_largest_batch_size
 from t5tune.planning.layer_memory import BatchLengths
 from t5tune.planning.run_memory import Machine
 from t5tune.settings import TrainSettings, load_settings
@@ -140,6 +140,8 @@ def test_suggested_flags_and_the_given_settings_are_accepted_by_train(
         assert suggestion is None
         return
     assert suggestion.flags == f"{expected} --per-device-train-batch-size {suggestion.per_device_train_batch_size}"
+    turned_off = {"q_lora": "--no-q-lora", "gradient_checkpointing": "--no-grad", "deepspeed": "--deepspeed none"}
+    assert [*suggestion.not_needed] == [name for name in COSTS if turned_off[name] in suggestion.flags]
     loaded = load_train_settings(suggestion.flags, **given)
     assert loaded.q_lora is ("--q-lora" in expected)
     assert loaded.gradient_checkpointing is ("--gradient-checkpointing" in expected)

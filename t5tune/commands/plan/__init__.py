@@ -26,6 +26,7 @@ from t5tune.commands.plan.example_lengths import (
     read_lengths,
 )
 from t5tune.commands.plan.timing import estimate_time
+from t5tune.commands.train.run_plan import list_values_of_caches, resolve_training_data
 from t5tune.errors import SettingsError, T5TuneError
 from t5tune.families import find_family
 from t5tune.families.encoder import make_encoder
@@ -41,21 +42,33 @@ from t5tune.runs.plan import RunPlan
 from t5tune.settings import PlanSettings, TrainSettings
 from t5tune.settings.field_types import parse_gpu_memory
 from t5tune.settings.groups.memory import MemorySettings
+from t5tune.settings.groups.steps import choose_learning_rate
 from t5tune.settings.messages import get_reason
 from t5tune.training.steps import count_steps
 
 MAX_SUGGESTED_BATCH_SIZE = 64
 MAX_NONLINEARITY = 0.1  # maximum relative change of the growth per example for memory to count as linear
 GOOD_BATCH_SIZE = 4  # examples per micro-batch that use a GPU well
+COSTS = {
+    "gradient_checkpointing": "computes the forward pass twice",
+    "q_lora": "rounds the base's weights, and dequantizes them in each step",
+    "deepspeed": "spends time on dividing or moving weights",
+}
+"""The costs of settings that save memory: reasons for turning them off if a run fits without them."""
 
 
 @dataclass(frozen=True)
 class Suggestion:
-    """Settings that fit, their largest batch size, and the total bytes per device."""
+    """Settings that fit, their largest batch size, and the total bytes per device.
+
+    Args:
+        not_needed: given settings that the flags turn off, since the run fits without them -> their cost.
+    """
 
     flags: str
     per_device_train_batch_size: int
     total: int
+    not_needed: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -82,6 +95,7 @@ class Plan:
     batch_size: int
     padding: float | None
     steps: int | None
+    learning_rate: float
     chosen: str
     stages: list[StageMemory]
     evaluation: dict[str, int]
@@ -156,6 +170,7 @@ def _make_plan(settings: PlanSettings, machine: Machine, folder: Path, report: R
         batch_size=len(largest.sources),
         padding=compute_padding(settings, batches, data) if data.is_real else None,
         steps=steps,
+        learning_rate=_choose_learning_rate(settings),
         chosen=chosen,
         stages=stages,
         evaluation=evaluation,
@@ -163,6 +178,15 @@ def _make_plan(settings: PlanSettings, machine: Machine, folder: Path, report: R
         time=time,
         time_unknown=unknown,
     )
+
+
+def _choose_learning_rate(settings: PlanSettings) -> float:
+    """Choose the learning rate as train does: the default also depends on the objective of given token caches."""
+    objective = settings.objective
+    if settings.learning_rate is None and not (settings.data is None and settings.data_path is None):
+        datasets, _ = resolve_training_data(settings)
+        objective = list_values_of_caches(settings, datasets).get("objective", objective)
+    return choose_learning_rate(settings.learning_rate, settings.train_mode, objective)
 
 
 def _suggest_trimming(
@@ -239,7 +263,8 @@ def _suggest_settings(
         found = _find_largest_batch_size(estimator, candidate.deepspeed or "none", data)
         if found is not None and (best is None or found[0] > best.per_device_train_batch_size):
             flags = _format_flags(settings, {**changes, "per_device_train_batch_size": found[0]}, machine)
-            best = Suggestion(flags, *found)
+            not_needed = {name: cost for name, cost in COSTS.items() if getattr(settings, name) and not changes[name]}
+            best = Suggestion(flags, *found, not_needed)
         if best is not None and best.per_device_train_batch_size >= GOOD_BATCH_SIZE:
             break
     return best

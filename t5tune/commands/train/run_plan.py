@@ -37,7 +37,7 @@ from t5tune.settings.groups.preferences import PreferenceSettings
 from t5tune.settings.groups.processes import ProcessSettings
 from t5tune.settings.groups.record_format import KINDS
 from t5tune.settings.groups.run_output import RunOutputSettings
-from t5tune.settings.groups.steps import StepSettings
+from t5tune.settings.groups.steps import StepSettings, choose_learning_rate
 from t5tune.settings.records_in_memory import find_kept_path
 
 
@@ -50,7 +50,9 @@ def make_run_plan(settings: TrainSettings) -> RunPlan:
     """
     settings = _name_kept_records(settings)
     datasets, mixing = resolve_training_data(settings)
-    settings = settings.model_copy(update=_list_values_of_caches(settings, datasets))
+    settings = settings.model_copy(update=list_values_of_caches(settings, datasets))
+    learning_rate = choose_learning_rate(settings.learning_rate, settings.train_mode, settings.objective)
+    settings = settings.model_copy(update={"learning_rate": learning_rate})
     quantization = settings.select_part(QuantizationSettings) if settings.q_lora else None
     # without dropout, the policy has the reference's probabilities in the first step of preference training
     has_dropout = settings.kind != "pairs" if settings.dropout is None else settings.dropout
@@ -135,7 +137,7 @@ def _find_smaller(first: int | None, second: int | None) -> int | None:
     return min((each for each in (first, second) if each is not None), default=None)
 
 
-def _list_values_of_caches(settings: TrainSettings, datasets: Sequence[DatasetSpec]) -> dict[str, Any]:
+def list_values_of_caches(settings: TrainingDataSettings, datasets: Sequence[DatasetSpec]) -> dict[str, Any]:
     """List the settings that all datasets were made with, if all are token caches.
 
     Caches of preference pairs fit every objective that reads pairs, so a given objective is kept.

@@ -11,6 +11,8 @@ from t5tune.settings.affects import Affects
 from t5tune.settings.field_types import OptionalCount, Settings
 
 SCHEDULES_BY_METRIC = {"reduce_lr_on_plateau", "greedy"}  # the learning rate depends on metric_for_best_model
+ADAPTER_LEARNING_RATE = 3e-4  # an adapter has few weights, which start at zero
+FULL_LEARNING_RATE = 5e-5  # Hugging Face's default, also for an adapter that learns preferences with dpo
 
 
 class StepSettings(Settings):
@@ -38,8 +40,10 @@ class StepSettings(Settings):
         description="Batch examples of similar length, sorted within random windows of 64 steps, to reduce padding; "
         "no effect with tokens_per_batch.",
     )
-    learning_rate: Annotated[float, Affects.WEIGHTS | Affects.TRAINER] = Field(
-        default=5e-5, ge=0, description="Peak learning rate."
+    learning_rate: Annotated[float | None, Affects.WEIGHTS | Affects.TRAINER] = Field(
+        default=None,
+        ge=0,
+        description="Peak learning rate; default: 3e-4 for adapters, 5e-5 for full training and for objective dpo.",
     )
     lr_scheduler_type: Annotated[str, Affects.WEIGHTS | Affects.TRAINER] = Field(
         default="linear", description="Learning-rate schedule, by its transformers name (linear, cosine, …)."
@@ -75,3 +79,10 @@ class StepSettings(Settings):
         description="Additional fields of transformers' TrainingArguments; YAML only.",
         json_schema_extra={"yaml_only": True},
     )
+
+
+def choose_learning_rate(given: float | None, train_mode: str, objective: str) -> float:
+    """Return the given peak learning rate, or the default of the train_mode and the objective."""
+    if given is not None:
+        return given
+    return ADAPTER_LEARNING_RATE if train_mode == "lora" and objective != "dpo" else FULL_LEARNING_RATE

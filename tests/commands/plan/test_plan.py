@@ -43,6 +43,15 @@ def test_a_plan_says_that_it_leaves_out_the_teacher(tmp_path: Path) -> None:
         assert note in done.stderr
 
 
+@pytest.mark.slow
+def test_the_terminal_says_why_a_given_setting_is_left_out(tmp_path: Path) -> None:
+    done = t5tune_in_fork("plan", write_short_model(tmp_path), "--q-lora", "--gpu-memory", "16GiB", "--bf16")
+    assert done.code == 0, done.stderr
+    flags, reason = done.stdout.partition("suggested: ")[2].splitlines()[:2]
+    assert "--no-q-lora" in flags
+    assert reason.startswith("  without --q-lora: the run fits without it, and it rounds the base's weights")
+
+
 @pytest.mark.long
 def test_the_command_accepts_a_run_config_and_refuses_other_models(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("model_name_or_path: google/flan-t5-small\ndata_path: x.jsonl\noutput_dir: y\n")

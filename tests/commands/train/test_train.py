@@ -13,15 +13,18 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from t5tune.commands.export import export
 from t5tune.commands.merge import merge
+from t5tune.commands.plan import plan
+from t5tune.commands.prepare import prepare
 from t5tune.commands.train import set_up_run_folder, train
 from t5tune.errors import TrainingError
 from t5tune.progress import Advanced, Evaluated, Event, Finished, Measured, Note, Started
 from t5tune.runs.result import read_result
-from t5tune.settings import ExportSettings, MergeSettings, TrainSettings
+from t5tune.settings import ExportSettings, MergeSettings, PlanSettings, PrepareSettings, TrainSettings
 from t5tune.training.trainer import T5Trainer
 from tests.commands.train.commands import make_command
 from tests.support.caches import find_cache
@@ -214,20 +217,32 @@ def test_a_run_that_keeps_all_checkpoints_reports_their_size(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("changes", "is_suggested"),
-    [({}, True), ({"learning_rate": 5e-5}, False), ({"train_mode": "full"}, False), ({"q_lora": True}, True)],
+    ("changes", "expected"),
+    [
+        ({}, 3e-4),
+        ({"q_lora": True}, 3e-4),
+        ({"learning_rate": 5e-5}, 5e-5),
+        ({"train_mode": "full"}, 5e-5),
+        ({"data_path": "pairs.jsonl", "objective": "dpo"}, 5e-5),
+        ({"data_path": "pairs.jsonl", "objective": "orpo"}, 3e-4),
+        ({"data_path": "cache"}, 5e-5),  # its examples were made for dpo
+    ],
 )
-def test_lora_without_a_learning_rate_names_one(tmp_path: Path, changes: dict[str, Any], is_suggested: bool) -> None:
-    settings = TrainSettings(model_name_or_path="pocket", data_path="pocket", output_dir=tmp_path / "run", **changes)
+def test_the_default_learning_rate_suits_what_is_trained(
+    changes: dict[str, Any], expected: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    records = [{"prompt": f"Say {number}", "chosen": "Yes.", "rejected": "No."} for number in range(20)]
+    Path("pairs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    pairs = {"model_name_or_path": "pocket", "data_path": "pairs.jsonl", "objective": "dpo"}
+    prepare(PrepareSettings(**pairs, output_dir=Path("cache")))
+    given = {"model_name_or_path": "pocket", "data_path": "pocket", **changes}
     events: list[Event] = []
     with ExitStack() as locks:
-        set_up_run_folder(settings, locks, events.append)
-    notes = [event.text for event in events if isinstance(event, Note)]
-    assert any(note.startswith("learning_rate: not set") and "3e-4" in note for note in notes) == is_suggested
-    again: list[Event] = []
-    with ExitStack() as locks:  # a run that has begun keeps its learning rate
-        set_up_run_folder(settings, locks, again.append)
-    assert not any(isinstance(event, Note) and event.text.startswith("learning_rate") for event in again)
+        set_up_run_folder(TrainSettings(**given, output_dir="run"), locks, events.append)
+    assert yaml.safe_load(Path("run/settings.yaml").read_text())["learning_rate"] == expected
+    assert not any(isinstance(event, Note) and "learning_rate" in event.text for event in events)
+    assert plan(PlanSettings(**given, time_run=False)).learning_rate == expected
 
 
 @pytest.mark.slow
