@@ -24,7 +24,7 @@ from t5tune.errors import find_close_name
 from t5tune.file_names import CONFIG_FILE, JSON_SUFFIXES, TABLE_SUFFIXES
 from t5tune.settings import Settings
 from t5tune.settings.other_names import find_meant_setting, mention_help, suggest_setting
-from t5tune.settings.packaged_templates import is_run_config
+from t5tune.settings.packaged_templates import is_run_config, list_names
 
 BOOLEAN_WORDS = {"true", "t", "1", "yes", "y", "on", "false", "f", "0", "no", "n", "off"}
 PAIR_PATTERN = re.compile(r"([A-Za-z][\w.-]*)=(.*)", re.DOTALL)  # lora_r=16, as torchtune and Hydra write it
@@ -128,6 +128,10 @@ class _Rewriter:
             self.meant.add("data_path")
         elif "config" in {fills, *self._by_place} and _is_model(word) and "model_name_or_path" not in self._by_place:
             self._by_place["model_name_or_path"] = [word]
+        elif fills == "config" and (published := _find_published_model(word)) is not None:
+            self.problems.append(f"{word}: no file or template of that name; did you mean {published}?")
+            self.meant.add("model_name_or_path")
+            self._unfilled.popleft()
         elif self._flag_before is not None and not (is_run_config(word) if fills == "config" else fills):
             flag, value = self._flag_before
             whole = " ".join([value, word, *self._take_values()])
@@ -245,3 +249,12 @@ def _is_model(word: str) -> bool:
     if Path(word).exists():
         return Path(word, CONFIG_FILE).is_file()
     return "/" in word and not is_run_config(word)
+
+
+def _find_published_model(word: str) -> str | None:
+    """Find the model on the Hub, such as google/flan-t5-xl, that is given without its owner."""
+    if Path(word).exists() or word in list_names("runs"):
+        return None
+    from t5tune.planning.known_configs import KNOWN_CONFIGS
+
+    return next((name for name in KNOWN_CONFIGS if name.endswith(f"/{word}")), None)
