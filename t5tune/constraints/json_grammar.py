@@ -6,9 +6,9 @@ llguidance has its own translation of schemas, but texts that it allows violate 
 follows these rules to its end satisfies the schema as the library jsonschema reads it, which also checks it afterwards.
 What can't be written as a rule is refused by name.
 
-Each object of a schema and of what it refers to is a "node", a dict with keywords. A value must satisfy several nodes
-at once, for example because of `allOf`, or because a name is in `properties` and matches `patternProperties`. So a rule
-is written for a list of nodes. Nodes are told apart by their identity, which ends the recursion of a schema that
+Each schema inside the schema, or with a `$ref` to it, is a "node": a dict with keywords. A value must satisfy several
+nodes at once, for example because of `allOf`, or because a name is in `properties` and matches `patternProperties`. So
+a rule is written for a list of nodes. Nodes are told apart by their identity, which ends the recursion of a schema that
 refers to itself.
 """
 
@@ -120,7 +120,7 @@ class _RuleWriter:
         """List the alternatives that satisfy a node."""
         if isinstance(node, bool):
             return [ANYTHING] if node else []
-        if id(node) in self._open:  # a schema that is an alternative of itself has the other alternatives only
+        if id(node) in self._open:  # a schema that is an alternative of itself has only its remaining alternatives
             return []
         self._num_expansions += 1
         if self._num_expansions > MAX_EXPANSIONS:
@@ -396,8 +396,8 @@ class _RuleWriter:
     ) -> str | None:
         """Write pairs in their order, some of them required, then other pairs, and count them.
 
-        Each state is a rule for what comes after some of the pairs, of which `count` were written. Counts above the
-        highest limit are the same state.
+        Each state is a rule for the pairs after some of the named pairs, when `count` pairs were written. Counts above
+        the highest limit are the same state.
 
         Returns:
             The name of the first state; None: the limits can't be met.
@@ -421,7 +421,7 @@ class _RuleWriter:
         return later[0]
 
     def _write_rest(self, others: str | None, count: int, low: int, high: int | None) -> str | None:
-        """Write what may come after the named pairs, of which `count` were written."""
+        """Write the pairs that may come after the named pairs, when `count` pairs were written."""
         if high is not None and count > high:
             return None
         least = max(0, low - count)

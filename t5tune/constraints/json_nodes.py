@@ -62,16 +62,16 @@ def list_property_nodes(name: str, alternative: Alternative) -> list[Node]:
             found.append(node["properties"][name])
             found += [node["patternProperties"][pattern] for pattern in matching]
         else:
-            found += _list_node_others(matching, node)
+            found += _list_unnamed_nodes(matching, node)
     return found
 
 
 def list_other_nodes(matching: set[str], alternative: Alternative) -> list[Node]:
     """List the nodes for the value of a name that is in no `properties`, and that these patterns match."""
-    return [found for node in alternative.nodes for found in _list_node_others(matching, node)]
+    return [found for node in alternative.nodes for found in _list_unnamed_nodes(matching, node)]
 
 
-def _list_node_others(matching: set[str], node: Mapping[str, Any]) -> list[Node]:
+def _list_unnamed_nodes(matching: set[str], node: Mapping[str, Any]) -> list[Node]:
     patterns = node.get("patternProperties", {})
     found = [patterns[pattern] for pattern in patterns if pattern in matching]
     return found or [node.get("additionalProperties", True)]

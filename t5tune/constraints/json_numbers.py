@@ -3,7 +3,7 @@ r"""Regular expressions, in Rust's syntax, for JSON's numbers in a range.
     Bounds.read([{"minimum": 3, "exclusiveMaximum": 10}]).write_integers()    # "(?:[3-9])(?:\\.0)?"
 
 A number may be written as Python's `json.dumps` writes an int or a float: `1000`, `1000.0`, `1.5e-07`, `1e+22`. Bounds
-are compared as Python compares them: a number without a fraction exactly, all others as the nearest double.
+are compared as Python compares them: a number without a fraction exactly, any other number as the nearest double.
 """
 
 import math

@@ -115,10 +115,10 @@ class JsonStrings:
         return self.write_pattern(f"^(?:{pattern})$")
 
     def write_pattern(self, pattern: str) -> str:
-        """Write a regular expression for all texts in which `re.search` finds a pattern.
+        """Write a regular expression for all texts that `re.search` finds a pattern in.
 
-        `re` reads ECMA-262's patterns, too, with few differences. Where they differ in what a text may be, such as
-        `\\d` in ASCII or in all of Unicode, only the texts that both allow match.
+        `re` reads ECMA-262's patterns, too, with few differences. Where they differ, such as with `\\d`, in ASCII
+        or in all of Unicode, only the texts that both allow match.
 
         Raises:
             CannotEnforceError: it isn't a regular expression of `re`, or has parts such as lookahead.
@@ -210,7 +210,7 @@ class _PatternWriter:
         self._pattern = pattern
 
     def write_search(self, items: Any) -> str:
-        """Write the texts in which the items match anywhere, or where `^` and `$` say."""
+        """Write the texts that the items match anywhere, or where `^` and `$` say."""
         items = list(items)
         if items and items[0] in BEGINNINGS:
             while items and items[0] in BEGINNINGS:
@@ -279,7 +279,7 @@ class _PatternWriter:
         return complement(ranges) if is_negated else ranges
 
     def _fold(self, ranges: Ranges) -> Ranges:
-        """Add the other case of each character if case is ignored."""
+        """Add the uppercase and lowercase of each character if case is ignored."""
         if not self._flags & re.IGNORECASE:
             return ranges
         codes = [code for first, last in ranges for code in range(first, min(last, first + MAX_FOLDED) + 1)]
@@ -302,7 +302,7 @@ class _PatternWriter:
 def _read_category(category: Any, is_widest: bool) -> Ranges:
     r"""Return the characters of a class such as `\d`: as ECMA-262 reads it and Python, or as one of them does (widest).
 
-    A negated set has the widest classes in it, so that it excludes what is in either.
+    A negated set has the widest classes in it, so that it excludes the characters of both.
     """
     unicode = _find_unicode_classes()
     narrow = {

@@ -34,7 +34,7 @@ def make_validator(schema: Any) -> Any:
 
 
 def _explain_pattern(error: Any) -> str | None:
-    """Say what is wrong with a regular expression in a schema; None: something else is wrong."""
+    """Describe a fault of a regular expression in a schema; None: the fault isn't in a regular expression."""
     if error.validator_value != "regex":
         return None
     try:
