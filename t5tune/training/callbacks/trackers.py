@@ -82,6 +82,8 @@ class TrackRun(TrainerCallback):  # type: ignore[misc]
             (tracker,) = get_reporting_integration_callbacks([name])
             for number, callback in enumerate(callbacks):
                 if type(callback) is tracker:
+                    if name == "tensorboard":
+                        callback.logging_dir = str(self._choose_tensorboard_folder())
                     callbacks[number] = _Guarded(callback, partial(self._try, name))
         trainer.add_callback(self)
 
@@ -95,7 +97,7 @@ class TrackRun(TrainerCallback):  # type: ignore[misc]
             "wandb": lambda: _update_config("wandb", values),
             "mlflow": lambda: self._send_mlflow_settings(values),
             "trackio": lambda: _update_config("trackio", values),
-            "tensorboard": lambda: _send_tensorboard_settings(values, self._plan.folder),
+            "tensorboard": lambda: _send_tensorboard_settings(values, self._choose_tensorboard_folder()),
         })  # fmt: skip
 
     def finish(self, result: TrainResult) -> None:
@@ -149,6 +151,12 @@ class TrackRun(TrainerCallback):  # type: ignore[misc]
             self._report(Note(f"report_to: {name}: {reason}; the run continues without it", warning=True))
             return None
 
+    def _choose_tensorboard_folder(self) -> Path:
+        """Return a folder for this run alone: TensorBoard shows all files of a folder as one run."""
+        given = os.environ.get("TENSORBOARD_LOGGING_DIR")
+        folder = Path(given).expanduser() if given else self._plan.folder / "runs"
+        return folder / _to_file_name(self._name)
+
     def _send_mlflow_settings(self, values: dict[str, Any]) -> None:
         import mlflow
 
@@ -172,7 +180,7 @@ class TrackRun(TrainerCallback):  # type: ignore[misc]
         # transformers' callback has finished the entry
         trackio.init(**self._trackio, name=self._name, resume="allow")
         for kind, paths in (("report", pages), ("model", files)):
-            artifact = trackio.Artifact(f"{_to_artifact_name(self._name)}-{kind}", type=kind)
+            artifact = trackio.Artifact(f"{_to_file_name(self._name)}-{kind}", type=kind)
             for path in paths:
                 artifact.add_file(str(path))
             if paths:
@@ -204,7 +212,7 @@ def _send_wandb_files(name: str, pages: list[Path], files: list[Path]) -> None:
         return
     for page in pages:
         wandb.log({"report": wandb.Html(page.read_text(encoding="utf-8"))})
-    artifact = wandb.Artifact(_to_artifact_name(name), type="model")
+    artifact = wandb.Artifact(_to_file_name(name), type="model")
     for file in files:
         artifact.add_file(str(file))
     wandb.log_artifact(artifact)
@@ -218,16 +226,14 @@ def _stop_mlflow() -> None:
         mlflow.end_run("KILLED")
 
 
-def _to_artifact_name(name: str) -> str:
-    """Replace characters that names of artifacts can't have."""
+def _to_file_name(name: str) -> str:
+    """Replace characters that names of artifacts and folders can't have."""
     return "".join(each if each.isalnum() or each in "-_." else "-" for each in name)[:128]
 
 
-def _send_tensorboard_settings(values: dict[str, Any], run: Path) -> None:
+def _send_tensorboard_settings(values: dict[str, Any], folder: Path) -> None:
     from torch.utils.tensorboard import SummaryWriter
 
-    given = os.environ.get("TENSORBOARD_LOGGING_DIR")
-    folder = Path(os.path.expanduser(given)) if given else run / "runs"  # where transformers' callback writes
     text = "".join(f"    {line}\n" for line in to_yaml(values).splitlines())  # Markdown for code
     with SummaryWriter(str(folder / CONFIG_KEY)) as writer:
         writer.add_text(CONFIG_KEY, text)

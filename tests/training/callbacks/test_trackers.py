@@ -68,7 +68,7 @@ def use_folder(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @needs("tensorboard")
-@pytest.mark.parametrize(("variable", "place"), [("", "run/runs"), ("~/logs", "home/logs")])
+@pytest.mark.parametrize(("variable", "place"), [("", "run/runs/run"), ("~/logs", "home/logs/run")])
 def test_tensorboard_has_curves_and_settings(
     variable: str, place: str, untied_base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -91,6 +91,18 @@ def test_tensorboard_has_curves_and_settings(
     assert scalars["eval/loss"][-1] == 2
     assert "    lora_r: 3\n" in texts["t5tune/text_summary"]
     assert not (tmp_path / "~").exists()
+
+
+@needs("tensorboard")
+def test_tensorboard_keeps_runs_apart(
+    untied_base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
+    train(run_with("tensorboard", untied_base, data, tmp_path / "first"))
+    train(run_with("tensorboard", untied_base, data, tmp_path / "second", run_name="warm/up"))
+    assert sorted(folder.name for folder in (tmp_path / "logs").iterdir()) == ["first", "warm-up"]
+    for name in ("first", "warm-up"):
+        assert len([*(tmp_path / "logs" / name).glob("events*")]) == 1
 
 
 @needs("wandb")
@@ -189,7 +201,9 @@ def test_no_tracker_gets_the_secret_of_a_url(
 @pytest.mark.parametrize(
     ("name", "variables", "reason"),
     [
-        pytest.param("tensorboard", {"TENSORBOARD_LOGGING_DIR": "{data}"}, "File exists", marks=needs("tensorboard")),
+        pytest.param(
+            "tensorboard", {"TENSORBOARD_LOGGING_DIR": "{data}"}, "Not a directory", marks=needs("tensorboard")
+        ),
         pytest.param("wandb", {"WANDB_MODE": "online"}, "No API key configured", marks=needs("wandb")),
         pytest.param(
             "mlflow", {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}, "Max retries exceeded", marks=needs("mlflow")
