@@ -31,13 +31,17 @@ def test_the_page_has_every_generated_part_and_is_short() -> None:
     assert len(docs(DocsSettings()).text.splitlines()) <= 440
 
 
-def test_docs_prints_the_page_without_its_markers() -> None:
+def test_docs_prints_the_page_without_markers_and_links() -> None:
     done = t5tune_in_fork("docs")
     assert (done.code, done.stderr) == (0, "")
     assert done.stdout.startswith("# For coding assistants\n\nThis page")
     assert "<!--" not in done.stdout
     left = [line for line in TEXT.splitlines() if line and not line.startswith("<!--")]
-    assert [line for line in done.stdout.splitlines() if line] == left
+    printed = [line for line in done.stdout.splitlines() if line]
+    assert len(printed) == len(left)
+    assert {line for line in left if "](" not in line} == {line for line in printed if "(docs/" not in line}
+    assert "](" not in done.stdout
+    assert "More: all settings (docs/commands.md), file formats (docs/formats.md)" in done.stdout
     assert t5tune_in_fork("docs", "--json").json == {"text": done.stdout}
 
 
