@@ -82,6 +82,11 @@ class T5TuneError(Exception):
         """Show one line in IPython, as on the command line: the message says what to change."""
         return [f"{self.kind}: {self}"]
 
+    def replace_text(self, old: str, new: str) -> None:
+        """Replace a text in the message and the hint."""
+        self.args = tuple(each.replace(old, new) if isinstance(each, str) else each for each in self.args)
+        self.hint = self.hint and self.hint.replace(old, new)
+
     @property
     def kind(self) -> str:
         """The name of the class, as `--json` shows it."""
@@ -101,11 +106,14 @@ class SettingsError(T5TuneError):
     def __init__(
         self, *problems: str, hint: str | None = None, heading: str | None = None, choices: Iterable[str] = ()
     ) -> None:
-        self.problems = tuple(map(make_printable, problems))
         self.heading = heading and make_printable(heading)
         self.choices = tuple(map(make_printable, choices))
         super().__init__("", hint or "; ".join(self.choices))
-        self.args = self.problems  # unpickling calls the class with them
+        self.args = tuple(map(make_printable, problems))  # unpickling calls the class with them
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        return self.args
 
     @property
     def message(self) -> str:

@@ -47,6 +47,7 @@ def check_converter(name: str, family: Family, base: Path, report: Report) -> No
         raise DependencyError(f"to: {name} can't be imported: {error}", hint=f"pip install {package}") from error
     if name == "onnx" and family.model_type == "umt5":
         report(Note("to: onnx: umT5: transformers.js doesn't know it, so config.json calls it mt5", warning=True))
-    if name == "ctranslate2" and (lost := describe_lost_settings(base)):
+    lost = describe_lost_settings(base)
+    if name == "ctranslate2" and lost is not None:
         hint = "serve the adapter or a merged checkpoint, or remove these settings from the file"
         report(Note(f"to: ctranslate2: {lost}, so `serve` refuses the converted model; {hint}", warning=True))

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from t5tune.checkpoints.model_folder import convert_token_ids
 from t5tune.file_names import GENERATION_CONFIG_FILE
 from t5tune.io.untrusted import has_file, read_json_object
 
@@ -17,8 +18,18 @@ WITHOUT_EFFECT = {
 
 
 def read_generation_config(folder: Path) -> dict[str, Any]:
-    """Read a model's generation_config.json; {} without this file."""
-    return read_json_object(folder, GENERATION_CONFIG_FILE) if has_file(folder, GENERATION_CONFIG_FILE) else {}
+    """Read a model's generation_config.json; {} without this file.
+
+    Raises:
+        CheckpointError: it isn't a JSON object, or has something in place of a token's id.
+    """
+    if not has_file(folder, GENERATION_CONFIG_FILE):
+        return {}
+    given = read_json_object(folder, GENERATION_CONFIG_FILE)
+    for name, value in given.items():
+        if name.endswith("_token_id"):
+            convert_token_ids(value, int, folder / GENERATION_CONFIG_FILE, name)
+    return given
 
 
 def describe_lost_settings(folder: Path) -> str | None:

@@ -20,7 +20,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, suppre
 from pathlib import Path
 from typing import Any
 
-from t5tune.errors import SettingsError, WriteError
+from t5tune.errors import SettingsError, T5TuneError, WriteError
 from t5tune.file_names import CHECKPOINT_MANIFEST_FILE
 
 CHUNK_BYTES = 1 << 20
@@ -164,7 +164,7 @@ def make_scratch_folder(target: Path, is_shared: bool = False) -> Iterator[Path]
     """Yield a new hidden folder next to `target` that is deleted when the block ends.
 
     Killed processes' temporary folders are deleted first, unless `is_shared`. Parents that are created are deleted
-    at the end, if they are empty.
+    at the end, if they are empty. Errors name the target in place of the hidden folder, which is gone by then.
     """
     staged = target.with_name(f".{target.name}.new-{uuid.uuid4().hex[:8]}")
     missing = [parent for parent in target.parents if not is_shared and not os.path.exists(parent)]
@@ -186,7 +186,11 @@ def make_scratch_folder(target: Path, is_shared: bool = False) -> Iterator[Path]
                 raise
             problem = f"{target}: can't be created: {error.strerror}"
             raise SettingsError(problem, hint="choose another folder") from error
-        yield staged
+        try:
+            yield staged
+        except T5TuneError as error:
+            error.replace_text(str(staged), str(target))
+            raise
 
 
 def _remove_empty(folders: Iterable[Path]) -> None:
