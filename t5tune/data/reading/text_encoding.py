@@ -38,6 +38,7 @@ SINGLE_BYTE_ENCODINGS = COMMON_ENCODINGS[:12]
 ORDERED_ENCODINGS = ("utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be")
 ORDER_BYTES = 1 << 12
 MIN_ASCII_SHARE = 0.01  # share of spaces and line ends in the bytes of UTF-16 without a byte order mark
+MAX_CONTROL_SHARE = 0.05  # share of control characters, NUL among them, in the bytes of UTF-8
 MAX_ASCII_BYTES = 16 << 20  # a file that begins with this many bytes of ASCII is taken for UTF-8
 SAMPLE_BYTES = 1 << 20  # the sample begins at the first byte beyond ASCII,
 MAX_WORD_BYTES = 100  # and with at most this many bytes of its line before it
@@ -66,6 +67,7 @@ ALPHABETS = [
 _NOT_ASCII = re.compile(rb"[\x80-\xff]|\x1b\$[@B]")
 # a truncated character at the end, but not a complete one, which may be the file's only letter beyond ASCII
 _CUT_OFF = re.compile(rb"(?:[\xc2-\xdf]|[\xe0-\xef][\x80-\xbf]?|[\xf0-\xf4][\x80-\xbf]{0,2})\Z")
+_CONTROLS = bytes({*range(32)} - {*b"\t\n\r"})
 _AFTER_RECORD = re.compile(rb"(?<=[\r\n}])")
 _AFTER_LINE = re.compile(rb"(?<=[\r\n])")
 _RECORD_END = re.compile(rb"[\r\n}]")  # of a line, or of an object in an array
@@ -155,12 +157,20 @@ def _check_order(start: bytes, given: str | None, place: str) -> None:
             hint = "without --encoding, it is detected"
             raise DataError(f"{place}: not {given}: no byte order mark and no zero bytes", hint=hint)
         return
+    if given is None and _is_utf8_with_few_nuls(start):
+        return
     counts = {encoding: _count_ascii(start, encoding) for encoding in ORDERED_ENCODINGS}
     found, second = sorted(counts, key=lambda encoding: -counts[encoding])[:2]
     is_clear = counts[found] > MIN_ASCII_SHARE * len(start) and 2 * counts[second] <= counts[found]
     if counts.get(given or "", 0) <= 0 and (given is not None or is_clear or b"\x00" in start[:2]):
         problem = f"{place}: {found[:6].upper()} without a byte order mark"
         raise DataError(problem, hint=f"add --encoding {found}")
+
+
+def _is_utf8_with_few_nuls(start: bytes) -> bool:
+    # UTF-16 may be valid UTF-8, too, but then many of its bytes are control characters
+    num_controls = len(start) - len(start.translate(None, _CONTROLS))
+    return num_controls < MAX_CONTROL_SHARE * len(start) and _is_utf8(_CUT_OFF.sub(b"", start))
 
 
 def _count_ascii(data: bytes, encoding: str) -> int:

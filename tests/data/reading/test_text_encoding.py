@@ -230,6 +230,14 @@ def test_utf_16_that_does_not_begin_with_ascii_is_named(texts: list[str], order:
         find_encoding(iter([text.encode(f"utf-16-{order}")]), None, "a")
 
 
+def test_utf_8_with_nul_characters_is_not_taken_for_utf_16(tmp_path: Path) -> None:
+    table = tmp_path / "data.csv"
+    rows = ["source,target", *(f"frage {number},réponse {number}" for number in range(6)), "a\0,b", "\0c,d\0"]
+    table.write_text("\n".join(rows))
+    result, _ = prepare_table(table, max_rejected_fraction=1)
+    assert (result.conversations, result.rejected) == (6, 2)
+
+
 def test_a_byte_order_mark_wins_over_what_is_given(tmp_path: Path) -> None:
     table = make_table(GERMAN)
     for encoding in ("utf-8-sig", "utf-16"):
