@@ -104,7 +104,12 @@ def _check_cells(strings: bytes, sheet: bytes) -> dict[tuple[int, int], BadCell]
         num_rows, num_columns = max(num_rows, row), max(num_columns, column)
         kind, values = cell.get("t"), [each.text for each in cell.iterfind(".//{*}v") if each.text]
         if kind == "s":
-            num_characters += sum(lengths[int(value)] for value in values)
+            for value in values:
+                if not value.isdecimal() or int(value) >= len(lengths):
+                    raise ValueError(
+                        f"cell {place[0]} has shared text {value}, but the file has {len(lengths):,} of them"
+                    )
+                num_characters += lengths[int(value)]
         elif kind == "e":
             bad[row - 1, column - 1] = BadCell(f"the error {' '.join(values)}")
         elif kind != "str" and not values and cell.find("{*}f") is not None:

@@ -188,6 +188,13 @@ def test_calamine_gets_no_more_than_the_checked_size(tmp_path: Path) -> None:
         _read(path)
 
 
+@pytest.mark.parametrize("index", ["7", "-1", "x"])
+def test_a_shared_text_that_is_missing_is_named(tmp_path: Path, index: str) -> None:
+    path = write_workbook(tmp_path / "data.xlsx", {"Sheet": [NAMES, ["a", f'< t="s"><v>{index}</v>']]})
+    with pytest.raises(DataError, match=f"a workbook: cell B2 has shared text {index}, but the file has 0 of them"):
+        _read(path)
+
+
 @pytest.mark.parametrize(
     ("content", "problem"),
     [(b"\xd0\xcf\x11\xe0" * 100, "File is not a zip file"), (b"", "File is not a zip file")],
