@@ -171,7 +171,9 @@ def _check_turns(turns: object) -> None:
 
 
 def check_encodable(text: str, what: str) -> None:
-    """Raise SettingsError for a text that isn't valid UTF-8."""
+    """Raise SettingsError for a text that isn't valid UTF-8, or has a NUL character, as no record of training has."""
+    if "\0" in text:
+        raise SettingsError(f"{what}: contains a NUL character (U+0000)", hint="remove the character")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:  # Python keeps bytes that it can't decode as surrogates

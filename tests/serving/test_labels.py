@@ -160,6 +160,7 @@ def test_adapters_with_the_same_labels_share_their_base(
         ({"input": [1, 2]}, "input: expected a text"),
         ({"input": [["a", 1]]}, "input: expected a text"),
         ({"input": "  "}, "input: text: nothing to read"),
+        ({"input": ["a", "b\0"]}, "input[1]: text: contains a NUL character (U+0000); remove the character"),
         ({"input": ["a", "\u200b"]}, "input[1]: text: nothing to read"),
         ({"input": "word " * 100}, "input: too long: it has "),
         ({"input": ["a", "word " * 10_000]}, "input[1]: too long: 50,000 bytes; model_max_length is 99 tokens"),
