@@ -62,6 +62,7 @@ MAX_NUMBERED_CLASSES = 1000  # more classes that are all numbers are probably nu
 MIN_RARE_CLASSES, MAX_LABEL = 10, 40
 _NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 MAX_UNKNOWN_FRACTION = 0.01  # of tokens that the vocabulary lacks; more of them get a warning
+PROTEIN_UNKNOWN_FRACTION = 0.2  # of sources' tokens; words of a text have fewer, but each protein is an unknown word
 
 
 class RejectedRecordsError(DataError):
@@ -248,9 +249,10 @@ def _report_labels(labels: Mapping[str, Any], manifest: dict[str, Any], report: 
     if count := manifest["with_unknown_tokens"]:
         has = "has" if count == 1 else "have"
         problem = f"{count:,} of {format_count(manifest['conversations'], 'source')} {has} unknown tokens"
-        advice = "for proteins set source_words: residues"
-        if inputs["source_words"] == "residues":
-            advice = "t5tune inspect --unknown shows an example"
+        advice = "t5tune inspect --unknown shows an example"
+        may_be_proteins = manifest["unknown_tokens"] > PROTEIN_UNKNOWN_FRACTION * manifest["source_tokens"]
+        if may_be_proteins and inputs["source_words"] != "residues":
+            advice += ", and for proteins, set source_words: residues"
         report(Note(f"{problem}; {advice}", True))
 
 

@@ -27,6 +27,7 @@ from tests.support.processes.command_line import t5tune_in_fork
 
 pytestmark = pytest.mark.slow
 
+FOR_PROTEINS = "t5tune inspect --unknown shows an example, and for proteins, set source_words: residues"
 NAMES = ["B-LOC", "B-PER", "I-PER", "O"]
 TAGGED: list[dict[str, Any]] = [
     {"tokens": ["Angela", "Merkel", "lives", "in", "Berlin"], "ner_tags": ["B-PER", "I-PER", "O", "O", "B-LOC"]},
@@ -131,7 +132,7 @@ def test_proteins_are_prepared_with_a_vocabulary_of_residues(tmp_path: Path) -> 
     assert not notes.warnings
     other = {"tokens": ["MKUA", "M"], "tags": ["C", "H"]}
     open_prepared(make_settings(tmp_path, other, **values), notes)
-    assert notes.warnings == ["1 of 1 source has unknown tokens; for proteins set source_words: residues"]
+    assert notes.warnings == [f"1 of 1 source has unknown tokens; {FOR_PROTEINS}"]
 
 
 def test_a_dummy_example_has_nothing_to_learn(tmp_path: Path) -> None:
@@ -268,7 +269,9 @@ def test_the_first_record_decides_between_one_label_and_several(tmp_path: Path) 
     [
         ([{"sequence": "猫犬", "label": "HC"}, {"sequence": "MK", "label": "HC"}],
          {"objective": "tag", "source_words": "characters"},
-         ["1 of 2 sources has unknown tokens; for proteins set source_words: residues"]),
+         [f"1 of 2 sources has unknown tokens; {FOR_PROTEINS}"]),
+        ([{"text": "a long text with 猫 in it, and many more words", "label": "x"}], {"objective": "classify"},
+         ["1 of 1 source has unknown tokens; t5tune inspect --unknown shows an example"]),
         (TAGGED[:1], {"objective": "tag", "model_max_length": 8},
          ["1 source truncated to model_max_length 8; t5tune inspect {cache}/data --worst-cut shows the worst",
           "3 labels cut off by model_max_length 8; they aren't learned"]),
