@@ -61,7 +61,8 @@ def test_a_disk_without_room_for_the_conversion_is_refused(
     [
         ("tokenizer.json", "", "base/tokenizer.json: can't be read"),
         ("config.json", {"decoder_start_token_id": -1}, "decoder_start_token_id: -1: expected the id of a token"),
-        ("generation_config.json", {"pad_token_id": "x"}, "generation_config.json: transformers can't use it"),
+        ("generation_config.json", {"pad_token_id": "x"}, "pad_token_id: 'x': expected the id of a token"),
+        ("generation_config.json", {"num_return_sequences": 2}, "generation_config.json: transformers can't use it"),
     ],
 )
 def test_a_broken_model_is_not_called_a_wrong_release(
