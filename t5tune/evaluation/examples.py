@@ -1,6 +1,6 @@
 """The examples that `evaluate` reads: from conversations, or from a token cache.
 
-chosen = load_evaluation_set(EvaluationPlan(datasets, base, None, False, find_held_out), loaded, report)
+chosen = load_evaluation_set(EvaluationPlan(datasets=datasets, base=base, …), loaded, report)
 chosen.examples, chosen.targets
 """
 
@@ -47,7 +47,7 @@ from t5tune.io.atomic import hash_file
 from t5tune.io.reasons import join_first
 from t5tune.preparing.data_problems import make_mixed_data_error, report_default_template
 from t5tune.preparing.datasets import prepare_datasets
-from t5tune.preparing.pipeline import read_conversation
+from t5tune.preparing.pipeline import hash_conversation, read_conversation, read_key
 from t5tune.preparing.plan import Origin, PreparePlan
 from t5tune.preparing.sample import choose_default_template, drain, report_doubts, take_sample
 from t5tune.progress import Event, Note, Report
@@ -62,7 +62,7 @@ Prompt = str | list[dict[str, str]]
 """The input that an answer replies to: a text, or messages with `role` and `content`."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EvaluationPlan:
     """What to evaluate on.
 
@@ -72,6 +72,7 @@ class EvaluationPlan:
             get the tokens that training would add: their embedding rows aren't trained.
         compares_base: whether to evaluate the base alone, too.
         find_held_out: finds the examples of a token cache that training held out; None: not known, or no examples.
+        trained_keys: the keys of the conversations that the model was trained on, if they are known.
     """
 
     datasets: Sequence[DatasetSpec]
@@ -79,6 +80,14 @@ class EvaluationPlan:
     add_tokens: list[str] | None
     compares_base: bool
     find_held_out: Callable[[Examples], Examples | None]
+    trained_keys: npt.NDArray[np.uint64]
+
+    def report_trained(self, keys: npt.NDArray[np.uint64], report: Report) -> None:
+        """Report how many of the examples with these keys the model was trained on."""
+        if count := int(np.isin(keys, self.trained_keys).sum()):
+            which = "all" if count == len(keys) else f"{count:,} of"
+            examples = format_count(len(keys), "example")
+            report(Note(f"the run was trained on {which} {examples}; scores of other data say more", warning=True))
 
 
 @dataclass(frozen=True)
@@ -171,12 +180,13 @@ class _Answer(NamedTuple):
     prompt: Prompt
     is_pair: bool  # the conversation is a pair of source and target
     is_truncated: bool
+    key: int  # of the conversation, as in a token cache
 
 
 def _load_dataset(plan: EvaluationPlan, dataset: DatasetSpec, loaded: LoadedModel, report: Report) -> EvaluationSet:
     if dataset.cache is not None:
-        examples = _open_cache(plan, dataset, report)
-        return _load_cache_examples(examples, dataset.num_data, plan.compares_base, loaded, report)
+        examples = _take(_open_cache(plan, dataset, report), dataset, plan, report)
+        return _load_cache_examples(examples, plan.compares_base, loaded, report)
     if dataset.kind == "raw text":
         return _load_raw_text(plan, dataset, loaded, report)
     tokenizer = loaded.tokenizer
@@ -218,6 +228,7 @@ def _load_dataset(plan: EvaluationPlan, dataset: DatasetSpec, loaded: LoadedMode
     if not answers:
         hint = "give records with answers; if their columns differ from training's, set source_column and target_column"
         raise DataError(f"data_path: {', '.join(map(str, files))}: contains no examples to evaluate on", hint=hint)
+    plan.report_trained(np.array([answer.key for answer in answers], np.uint64), report)
     chosen = EvaluationSet(
         [answer.example for answer in answers],
         [answer.target for answer in answers],
@@ -244,9 +255,7 @@ def load_labeled_examples(
                 examples = _open_cache(plan, dataset, report)
             else:
                 examples = _prepare(plan, dataset, loaded, Path(folder), report)
-            if dataset.num_data is not None:
-                examples = examples.take(dataset.num_data)
-            examples = examples.map_labels(task)
+            examples = _take(examples, dataset, plan, report).map_labels(task)
             inside = examples.list_datasets() or [(dataset.name, range(len(examples)))]
             ranges += [(name, range(of.start + len(found), of.stop + len(found))) for name, of in inside]
             found += (each for each in examples if isinstance(each, LabeledExample))
@@ -266,8 +275,8 @@ def _open_cache(plan: EvaluationPlan, dataset: DatasetSpec, report: Report) -> E
 def _load_raw_text(plan: EvaluationPlan, dataset: DatasetSpec, loaded: LoadedModel, report: Report) -> EvaluationSet:
     """Mask spans of raw text as prepare does, with a token cache in a temporary folder."""
     with tempfile.TemporaryDirectory() as folder:
-        examples = _prepare(plan, dataset, loaded, Path(folder), report)
-        chosen = _load_cache_examples(examples, dataset.num_data, plan.compares_base, loaded, report)
+        examples = _take(_prepare(plan, dataset, loaded, Path(folder), report), dataset, plan, report)
+        chosen = _load_cache_examples(examples, plan.compares_base, loaded, report)
         base = None if chosen.base is None else replace(chosen.base, examples=list(chosen.base.examples))
         return replace(chosen, examples=list(chosen.examples), base=base)
 
@@ -320,6 +329,7 @@ def _encode(
                 yield record.location, conversation
                 continue
             encoded, encoded_of_base = next(encodings), next(encodings_of_base, None)
+            key = read_key(hash_conversation(conversation, dataset.source_prefix if conversation.has_prefix else ""))
             for number, span in enumerate(encoded.spans):
                 example, of_base = extract_example(encoded.ids, span, encoder.special_ids), None
                 # the base's encoding has the same number of spans: one per answer
@@ -331,7 +341,16 @@ def _encode(
                     text = decode_reference(tokenizer, example.target_T, template.answer_suffix)
                 is_truncated = not (span.source_is_whole and span.target_is_whole)
                 prompt = _describe_prompt(conversation, span.turn, dataset.source_prefix)
-                yield record.location, _Answer(example, of_base, text, prompt, conversation.is_pair, is_truncated)
+                answer = _Answer(
+                    example=example,
+                    of_base=of_base,
+                    target=text,
+                    prompt=prompt,
+                    is_pair=conversation.is_pair,
+                    is_truncated=is_truncated,
+                    key=key,
+                )
+                yield record.location, answer
 
 
 def _describe_prompt(conversation: Conversation, turn: int, prefix: str) -> Prompt:
@@ -353,9 +372,15 @@ def _report_rejected(rejected: list[tuple[RecordLocation, Rejection]], report: R
         report(Note(f"{format_count(len(broken), 'record')} rejected, the first: {location}: {first.message}", True))
 
 
-def _load_cache_examples(
-    examples: Examples, num_data: int | None, compares_base: bool, loaded: LoadedModel, report: Report
-) -> EvaluationSet:
+def _take(examples: Examples, dataset: DatasetSpec, plan: EvaluationPlan, report: Report) -> Examples:
+    """Take the first `num_data` examples, and report how many of them the model was trained on."""
+    if dataset.num_data is not None:
+        examples = examples.take(dataset.num_data)
+    plan.report_trained(examples.read_keys(), report)
+    return examples
+
+
+def _load_cache_examples(examples: Examples, compares_base: bool, loaded: LoadedModel, report: Report) -> EvaluationSet:
     saved, made = loaded.tokenizer_folder / TOKENIZER_FILE, examples.tokenizer_folder / TOKENIZER_FILE
     tokenizer = load_tokenizer(examples.tokenizer_folder)
     same = saved.is_file() and made.is_file() and hash_file(saved) == hash_file(made)
@@ -370,8 +395,6 @@ def _load_cache_examples(
         number = format_count(len(tokenizer) - len(loaded.tokenizer), "token")
         problem = f"{examples.folder}: has {number} that the model wasn't trained with, such as {other[0]!r}"
         report(Note(f"{problem}; give the conversation files instead of the cache", warning=True))
-    if num_data is not None:
-        examples = examples.take(num_data)
     templates = [examples.get_template(index) for index in range(len(examples))]
     raw_texts = frozenset(filter(examples.is_raw_text, range(len(examples))))
     targets = [*decode_targets(tokenizer, examples, range(len(examples)))]

@@ -17,7 +17,7 @@ from t5tune.data.tokens.encoding import EncodedConversation, renumber_spans
 from t5tune.errors import DataError
 from t5tune.file_names import CONVERSATIONS_FILE, EXAMPLES_FILE, REJECTED_FILE, TOKENS_FILE
 from t5tune.preparing.counts import RecordCounts
-from t5tune.preparing.pipeline import EncodedRecord
+from t5tune.preparing.pipeline import EncodedRecord, read_key
 
 MAX_TABLE_VALUE = np.iinfo(np.uint32).max  # in examples.bin
 
@@ -97,7 +97,7 @@ class CacheWriter:
         if any(max(row) > MAX_TABLE_VALUE for row in rows):
             raise make_too_much_data_error()
         self._examples.write(np.array(rows, EXAMPLE_DTYPE).tobytes())
-        start = self.num_tokens, int.from_bytes(key[:8], "little")
+        start = self.num_tokens, read_key(key)
         self._conversations.write(np.array(start, CONVERSATION_DTYPE).tobytes())
         self._tokens.write(np.asarray(encoded.ids, self.dtype).tobytes())
         self.counts.num_examples += len(rows)

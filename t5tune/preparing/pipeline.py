@@ -275,6 +275,11 @@ def hash_conversation(conversation: Conversation, prefix: str = "") -> bytes:
     return _hash_texts(question, 8) + _hash_texts([*question, turns[-1], ("rejected", conversation.rejected)], 8)
 
 
+def read_key(hashed: bytes) -> int:
+    """Return the key of a conversation in a token cache, which decides whether it is held out, from its hash."""
+    return int.from_bytes(hashed[:8], "little")
+
+
 def _hash_texts(texts: list[Any], size: int) -> bytes:
     return hashlib.blake2b(json.dumps(texts).encode(), digest_size=size).digest()
 

@@ -3,16 +3,18 @@
 examples, held_out = open_data(run_plan, prepared)
 """
 
-from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+
 from t5tune.data.caches.examples import Examples
-from t5tune.data.caches.manifest import read_manifest
-from t5tune.data.caches.prepared import find_caches, open_examples, read_examples_manifest
-from t5tune.errors import CheckpointError, DataError, SettingsError
-from t5tune.file_names import RUN_CACHE_FOLDER
-from t5tune.io.atomic import hash_file, hash_json
+from t5tune.data.caches.prepared import open_examples, read_examples_manifest
+from t5tune.errors import CheckpointError, DataError, SettingsError, T5TuneError
+from t5tune.file_names import RUN_CACHE_FOLDER, SETTINGS_FILE
+from t5tune.io.atomic import hash_json
+from t5tune.io.yaml_file import read_yaml
 from t5tune.runs.checkpoints import list_checkpoints, read_run_identity
 from t5tune.runs.plan import RunPlan
 from t5tune.runs.resume_guard import hash_examples
@@ -66,13 +68,20 @@ def find_held_out(model: Path, examples: Examples) -> Examples | None:
     return None
 
 
-def find_trained_files(model: Path, paths: Iterable[str]) -> list[str]:
-    """Return the local files among the paths whose content the run of a model was trained on."""
-    with suppress(DataError, OSError, LookupError, TypeError):  # not a run folder, or its data is elsewhere
-        manifests = map(read_manifest, find_caches(model / RUN_CACHE_FOLDER))
-        trained = {file["sha256"] for manifest in manifests for file in manifest["inputs"]["data"]}
-        return [path for path in paths if Path(path).is_file() and hash_file(Path(path)) in trained]
-    return []
+def find_trained_keys(model: Path) -> npt.NDArray[np.uint64]:
+    """Find the keys of the conversations that the run of a model was trained on; empty: not known."""
+    for checkpoint in [*list_checkpoints(model)[:1], model]:
+        with suppress(T5TuneError, OSError):  # not a run folder, or its data is gone
+            run_identity = read_run_identity(checkpoint)
+            run = model if (model / SETTINGS_FILE).is_file() else model.parent
+            folder = read_yaml(run / SETTINGS_FILE).get("preprocessed_path") or run / RUN_CACHE_FOLDER
+            examples = open_examples(Path(folder))
+            if run_identity["eval_fraction"]:
+                examples, _ = examples.split(run_identity["eval_fraction"], run_identity["split_seed"])
+            else:
+                examples, _ = examples.split_as_prepared()
+            return np.unique(examples.read_keys())
+    return np.zeros(0, np.uint64)
 
 
 def _check_split(data: SplitSettings, examples: Examples) -> None:

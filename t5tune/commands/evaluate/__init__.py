@@ -45,13 +45,11 @@ from t5tune.io.atomic import (
     check_overwrite,
     check_replaceable,
 )
-from t5tune.io.reasons import join_first
 from t5tune.model.device import explain_out_of_memory, manage_memory_for_loading
 from t5tune.preparing.resolve_datasets import resolve_datasets
 from t5tune.progress import Note, Report, silent, without_notes
 from t5tune.runs.checkpoints import replace_stopped_runs
 from t5tune.runs.checks import check_starts_no_processes
-from t5tune.runs.data import find_trained_files
 from t5tune.settings import EvaluateSettings
 from t5tune.settings.calls import refuse_text_settings
 from t5tune.settings.dataset_spec import DatasetSpec, list_shared
@@ -146,9 +144,6 @@ def _prepare(
             hint="give the run or the adapter that it was merged from, or evaluate its base separately",
         )
     datasets = _resolve_datasets(settings, base, adapter, report)
-    paths = [path for dataset in datasets if dataset.cache is None for path in dataset.path]
-    if trained_files := find_trained_files(adapter or base, paths):
-        report(Note(f"the run was trained on {join_first(trained_files)}; scores of other data say more"))
     trained = read_trained_precision(base, adapter)
     precision = resolve_precision(select_precision(settings), trained, device, report)
     settings = settings.model_copy(update=precision.to_settings())

@@ -28,7 +28,7 @@ from t5tune.label_metrics import ALL
 from t5tune.model.device import use_gpu_kernels
 from t5tune.progress import Report
 from t5tune.reports.page import render_labels, write_page
-from t5tune.runs.data import find_held_out
+from t5tune.runs.data import find_held_out, find_trained_keys
 from t5tune.settings import EvaluateSettings
 from t5tune.settings.dataset_spec import DatasetSpec
 from t5tune.settings.groups.base import BaseModelSettings
@@ -73,8 +73,15 @@ def evaluate_labels(
 def _read_data(
     settings: EvaluateSettings, datasets: Sequence[DatasetSpec], loaded: LoadedModel, report: Report
 ) -> LabelData:
-    base, held_out = settings.select_part(BaseModelSettings), partial(find_held_out, loaded.adapter or loaded.base)
-    examples, ranges = load_labeled_examples(EvaluationPlan(datasets, base, None, False, held_out), loaded, report)
+    plan = EvaluationPlan(
+        datasets=datasets,
+        base=settings.select_part(BaseModelSettings),
+        add_tokens=None,
+        compares_base=False,
+        find_held_out=partial(find_held_out, loaded.adapter or loaded.base),
+        trained_keys=find_trained_keys(loaded.adapter or loaded.base),
+    )
+    examples, ranges = load_labeled_examples(plan, loaded, report)
     return LabelData(*inherit_settings(settings, datasets), examples, ranges)
 
 

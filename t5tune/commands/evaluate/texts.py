@@ -48,7 +48,7 @@ from t5tune.metrics import choose_metrics, describe_signatures
 from t5tune.model.device import use_gpu_kernels
 from t5tune.progress import Note, Report
 from t5tune.reports.page import render_labels, write_page
-from t5tune.runs.data import find_held_out
+from t5tune.runs.data import find_held_out, find_trained_keys
 from t5tune.settings import EvaluateSettings
 from t5tune.settings.dataset_spec import DatasetSpec
 from t5tune.settings.groups.base import BaseModelSettings
@@ -121,8 +121,14 @@ def read_task(
 ) -> TextTask:
     """Read the data, and check that the scores can be computed. Only rank 0 does."""
     add_tokens = settings.add_tokens if "add_tokens" in settings.model_fields_set else None
-    base, held_out = settings.select_part(BaseModelSettings), partial(find_held_out, loaded.adapter or loaded.base)
-    plan = EvaluationPlan(datasets, base, add_tokens, settings.compare_base, held_out)
+    plan = EvaluationPlan(
+        datasets=datasets,
+        base=settings.select_part(BaseModelSettings),
+        add_tokens=add_tokens,
+        compares_base=settings.compare_base,
+        find_held_out=partial(find_held_out, loaded.adapter or loaded.base),
+        trained_keys=find_trained_keys(loaded.adapter or loaded.base),
+    )
     chosen = load_evaluation_set(plan, loaded, report)
     if settings.choices and settings.metrics is None:
         settings = settings.model_copy(update={"metrics": [*LABEL_METRICS]})

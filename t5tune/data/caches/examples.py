@@ -287,6 +287,10 @@ class Examples(Sequence[Example]):
         wanted = [dataset.cache.prepared_split for dataset in self.datasets]
         return self._split(wanted) if any(fraction for fraction, _ in wanted) else (self, None)
 
+    def read_keys(self) -> npt.NDArray[np.uint64]:
+        """Return the key of each example's conversation, dataset by dataset."""
+        return np.concatenate([dataset.cache.read_keys() for dataset in self.datasets])
+
     def find_prepared_keys(self) -> npt.NDArray[np.uint64]:
         """Find the keys of the conversations that prepare held out in any dataset."""
         return self._find_held_out_keys([dataset.cache.prepared_split for dataset in self.datasets])
