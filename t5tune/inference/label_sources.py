@@ -38,7 +38,8 @@ class Word:
     """A word, from the character `start` of a text to `end`.
 
     Args:
-        token: the position in the ids of the token that has its label; None: it was cut off, or is white space.
+        token: the position in the ids of the token that has its label; None: it was cut off, is white space, or begins
+            inside a token of the text before it.
     """
 
     text: str
@@ -88,13 +89,14 @@ class SourceReader:
         parsed = Conversation(RecordLocation("text", 1, 0, 0), None, (Turn("human", whole),))
         if rejection := find_long_word(parsed, self.text_encoder):
             raise SettingsError(f"text: {rejection.message}")
-        ((ids, firsts),) = self.encoder.encode([[word.text for word in words]])
+        ((ids, firsts, _),) = self.encoder.encode([[word.text for word in words]])
         special = self.encoder.special_ids
         kept, before = min(len(ids), self.max_length - special.source_size), len(special.source_start)
         example = make_unlabeled_example(special.surround_source(ids[:kept].tolist()), self.task)
         places = [None if first is None or first >= kept else first + before for first in firsts]
-        placed = [replace(word, token=place) for word, place in zip(words, places, strict=True)]
-        return Source(example, placed if self.task.per_token else [], kept, len(ids) - kept)
+        # of a task without words with labels, `firsts` is empty
+        placed = [replace(word, token=place) for word, place in zip(words, places, strict=self.task.per_token)]
+        return Source(example, placed, kept, len(ids) - kept)
 
     def describe(self, source: Source, logits_MK: Logits) -> dict[str, Any]:
         """Describe the prediction of the logits, with the keys of predictions.jsonl.

@@ -137,6 +137,9 @@ class Pipeline:
         labels = [each.labels for each in conversations if each.labels is not None]
         encoded = self._source_encoder.encode_labels(labels, self.dataset.model_max_length)
         for conversation, each in zip(conversations, encoded, strict=True):
+            if isinstance(each, Rejection):
+                yield EncodedRecord(each)
+                continue
             yield EncodedRecord(
                 parts=[each.conversation],
                 key=hash_conversation(conversation),

@@ -16,7 +16,7 @@ from torch.nn import functional
 from transformers import AutoModelForSeq2SeqLM, AutoModelForTokenClassification, AutoTokenizer
 
 from t5tune.checkpoints.base import read_config
-from t5tune.commands.chat import Chatter, chat
+from t5tune.commands.chat import Chatter, Labeler, chat
 from t5tune.commands.evaluate import evaluate
 from t5tune.commands.merge import merge
 from t5tune.commands.plan import plan
@@ -47,6 +47,7 @@ from t5tune.settings import (
 )
 from t5tune.settings.groups.base import FamilyName
 from tests.support.caches import open_only
+from tests.support.models.gemma_models import EOI
 from tests.support.models.model_types import (
     PIECES,
     Chain,
@@ -57,6 +58,7 @@ from tests.support.models.model_types import (
     write_pairs,
 )
 from tests.support.models.other_python import ask_transformers_4, needs_transformers_4
+from tests.support.models.tokenizer_kinds import make_gemma_tokenizer, read_corpus
 from tests.support.processes.command_line import CommandResult, t5tune
 from tests.support.train_runs import make_settings, read_steps
 
@@ -316,3 +318,34 @@ def test_each_familys_encoder_learns_to_tag_words(key: str, bases: dict[str, Pat
         labels = torch.from_numpy(example.values[is_labeled]).long()
         losses.append(functional.cross_entropy(logits_SK[is_labeled], labels))
     assert result.loss == pytest.approx(float(torch.stack(losses).mean()), rel=1e-4)
+
+
+def test_stock_transformers_gives_the_same_tags_where_tokens_have_spaces(tmp_path: Path) -> None:
+    base = make_checkpoint("t5gemma", tmp_path / "base")
+    make_gemma_tokenizer(base, EOI, ["<end_of_image>"], splits_words=False)
+    texts = [line.split() for line in read_corpus() if line]
+    records = [{"tokens": words, "tags": ["short" if len(word) < 5 else "long" for word in words]} for words in texts]
+    (tmp_path / "tags.jsonl").write_text("\n".join(map(json.dumps, records)))
+    changes = {"objective": "tag", "max_rejected_fraction": None, "report_samples": 0}
+    train(make_settings(base, tmp_path / "tags.jsonl", tmp_path / "run", **changes, max_steps=3, learning_rate=3e-2))
+    rejected = open_only(tmp_path / "run" / "data").manifest["rejected_by_reason"]
+    merged = tmp_path / "merged"
+    merge(MergeSettings(adapter=tmp_path / "run", output_dir=merged))
+    stock = AutoModelForTokenClassification.from_pretrained(merged).eval()
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    tagger = Labeler.load(ChatSettings(model_name_or_path=str(merged), use_cpu=True))
+    unaligned = 0
+    for words in texts:
+        inputs = tokenizer(" ".join(words), return_tensors="pt")
+        with torch.inference_mode():
+            probabilities_SK = stock(**inputs).logits[0].softmax(-1)
+        found, expected, start = tagger.label(words).probabilities, [], 0
+        for word in words:
+            token = inputs.char_to_token(start)
+            is_inside = start and inputs.char_to_token(start - 2) == token
+            expected.append(None if is_inside else pytest.approx(float(probabilities_SK[token].max()), rel=1e-4))
+            start += len(word) + 1
+        assert found == expected
+        unaligned += None in expected
+    assert rejected == {"unaligned_word": unaligned}
+    assert 10 < unaligned < len(texts) / 2

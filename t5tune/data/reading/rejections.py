@@ -46,6 +46,7 @@ REJECTION_REASONS = {
     "bad_label": "a value that isn't a label, a number or a mask, or a list in place of a label, or the reverse",
     "label_count": "more or fewer labels than words",
     "unknown_label": "a label that isn't among the given or the trained labels",
+    "unaligned_word": "a word that begins inside a token of the text before it, so no token can have its label",
     "long_word": "more than 100,000 characters that the tokenizer can't divide",
     "duplicate": "the same texts as an earlier conversation, and the same learned turns (dedupe)",
 }

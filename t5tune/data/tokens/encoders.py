@@ -50,6 +50,17 @@ class Beginning(NamedTuple):
 Text = str | Beginning
 
 
+class PlacedIds(NamedTuple):
+    """Ids, and where they are in a text: number i is from the character `starts[i]` to before `ends[i]`.
+
+    A token may include the space before it, and the tokens of a single character's bytes all have its place.
+    """
+
+    ids: Ids
+    starts: npt.NDArray[np.int64]
+    ends: npt.NDArray[np.int64]
+
+
 class Markers:
     """Finds the special tokens that a conversation template spells out, as the tokenizer does in any text."""
 
@@ -104,6 +115,10 @@ class ByteEncoder:
         """Return the ids of each text, without special tokens."""
         return [np.frombuffer(_get_text(text).encode(), np.uint8).astype(self.dtype) + BYTES_OFFSET for text in texts]
 
+    def encode_with_places(self, texts: list[str]) -> list[PlacedIds]:
+        """Return the ids of texts that begin a sequence, without special tokens, with their places."""
+        return [PlacedIds(ids, *_find_bytes(text)) for text, ids in zip(texts, self.encode([*texts]), strict=True)]
+
 
 class WholeTextEncoder:
     """Encodes each text with a separate call to the tokenizer, for tokenizers that may not encode words separately."""
@@ -119,6 +134,14 @@ class WholeTextEncoder:
     def encode(self, texts: list[Text]) -> list[Ids]:
         """Return the ids of each text, without special tokens."""
         return self._tokenizers.encode_texts(texts)
+
+    def encode_with_places(self, texts: list[str]) -> list[PlacedIds]:
+        """Return the ids of texts that begin a sequence, without special tokens, with their places."""
+        return self._tokenizers.encode_with_places([self._cut(text) for text in texts])
+
+    def _cut(self, text: str) -> list[str]:
+        """Cut a text into parts whose concatenated ids are the ids of the text."""
+        return self._tokenizers.split_special_tokens(text)
 
 
 class WordEncoder(WholeTextEncoder):
@@ -164,7 +187,10 @@ class WordEncoder(WholeTextEncoder):
     def _cut(self, text: str) -> list[str]:
         """Cut a text into parts of about PART_LENGTH characters, whose concatenated ids are the ids of the text."""
         parts: list[str] = []
-        for whole in self._tokenizers.split_special_tokens(text):
+        for whole in super()._cut(text):
+            if len(whole) <= PART_LENGTH:
+                parts.append(whole)
+                continue
             bounds = [0]
             for position in self._find_cuts(whole):
                 if position - bounds[-1] >= PART_LENGTH:
@@ -253,6 +279,23 @@ class _TokenizerPair:
                 found[text] = np.asarray(encoding.ids, self.dtype).tobytes()
         return found
 
+    def encode_with_places(self, texts: list[list[str]]) -> list[PlacedIds]:
+        """Return the ids and the places of each text, which is cut into at least one part."""
+        begun = self._beginning.encode_batch([parts[0] for parts in texts], add_special_tokens=False)
+        return [self._join_parts(*pair) for pair in zip(texts, begun, strict=True)]
+
+    def _join_parts(self, parts: list[str], begun: Any) -> PlacedIds:
+        """Join the encoding of the first part with the rest, which is encoded part by part to save memory."""
+        ids, places = [np.asarray(begun.ids, self.dtype)], [np.array(begun.offsets, np.int64).reshape(-1, 2)]
+        start = len(parts[0])
+        for part in parts[1:]:
+            encoding = self._continuing.encode(part, add_special_tokens=False)
+            ids.append(np.asarray(encoding.ids, self.dtype))
+            places.append(np.array(encoding.offsets, np.int64).reshape(-1, 2) + start)
+            start += len(part)
+        starts, ends = np.concatenate(places).T
+        return PlacedIds(np.concatenate(ids), starts, ends)
+
 
 def _copy_backend(backend: Any) -> Any:
     """Copy a tokenizer for encoding: the copy treats special tokens as text, and shares the model, the largest part."""
@@ -263,6 +306,13 @@ def _copy_backend(backend: Any) -> Any:
     assert copy.get_added_tokens_decoder() == added
     copy.encode_special_tokens = True
     return copy
+
+
+def _find_bytes(text: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return where the character of each UTF-8 byte of a text starts and ends."""
+    sizes = [len(character.encode()) for character in text]
+    starts = np.repeat(np.arange(len(text)), sizes)
+    return starts, starts + 1
 
 
 def choose_ids_dtype(num_rows: int) -> np.dtype[Any]:

@@ -1,37 +1,44 @@
-"""Encode the sources of a model with labels word by word, so that each word's first token is known.
+"""Encode the sources of a model with labels, and find each word's first token.
 
     encoder = SourceEncoder(tokenizer, task, "tag: ")
     encoder.encode([["Two", "hats"]])    # the ids of "tag: Two hats", and the positions of ▁Two and ▁hat
 
-A word is encoded with the space before it; a tokenizer splits a text there anyway, so the ids are the ids of the whole
-text. Characters are separate words: with spaces before them if the vocabulary has letters with a space (ProtT5's `▁M`),
+The ids are the ids of the whole text. A word that begins inside a token of the text before it has no first token.
+Characters are separate words: with spaces between them if the vocabulary has letters with a space (ProtT5's `▁M`),
 otherwise without (Ankh's and ByT5's `M`).
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
-from itertools import accumulate, chain
 from typing import NamedTuple
 
 import numpy as np
 
 from t5tune.data.labels import IDS_PER_VALUE, LabelTask, TextLabels, Values
-from t5tune.data.tokens.encoders import Beginning, Ids, Text, make_encoder
+from t5tune.data.reading.rejections import Rejection
+from t5tune.data.tokens.encoders import Beginning, Ids, PlacedIds, make_encoder
 from t5tune.data.tokens.encoding import EncodedConversation, Span
 from t5tune.data.tokens.tokenizer import BYTES_OFFSET, Tokenizer
+from t5tune.formatting import shorten
 from t5tune.settings.groups.record_format import SourceWords
 
+MAX_SHOWN_WORD = 40  # characters
 SPACED_LETTER = "▁M"
 RARE_RESIDUES = str.maketrans("UZOB", "XXXX")
 
 
 class EncodedSource(NamedTuple):
-    """The ids of a source, without special tokens, and the position of each word's first token.
+    """The ids of a source, without special tokens, and the position of each word's first token, if words have labels.
 
-    A word's first token isn't a token of white space alone. None: the word has no other tokens.
+    A word's first token isn't a token of white space alone. None: the word has no other tokens, or is in `unaligned`.
+
+    Args:
+        unaligned: the numbers of the words that begin inside a token of the text before them.
     """
 
     ids: Ids
     firsts: list[int | None]
+    unaligned: list[int]
 
 
 class EncodedLabels(NamedTuple):
@@ -53,60 +60,67 @@ def write_words(text: str, source_words: SourceWords, tokenizer: Tokenizer) -> s
     """Write the text that has the tokens of a source's words."""
     if source_words == "residues":
         text = text.translate(RARE_RESIDUES)
-    return " ".join(text) if source_words != "text" and SPACED_LETTER in tokenizer.get_vocab() else text
+    return text if source_words == "text" else _find_separator(source_words, tokenizer).join(text)
+
+
+def _find_separator(source_words: SourceWords, tokenizer: Tokenizer) -> str:
+    return " " if source_words == "text" or SPACED_LETTER in tokenizer.get_vocab() else ""
 
 
 class SourceEncoder:
     """Encodes words after the prefix, as the task divides a text into words."""
 
     def __init__(self, tokenizer: Tokenizer, task: LabelTask, prefix: str) -> None:
-        vocabulary = tokenizer.get_vocab()
         self.special_ids = tokenizer.special_ids
         self._encoder = make_encoder(tokenizer)
         self._task, self._unk_id = task, tokenizer.unk_token_id
-        self._space = " " if task.source_words == "text" or SPACED_LETTER in vocabulary else ""
-        is_apart = prefix.endswith(" ") or (task.source_words != "text" and self._space and prefix)
-        self._prefix, self._first_space = prefix.removesuffix(" "), " " if is_apart else ""
-        self._white_ids = {index for token, index in vocabulary.items() if not token.strip(" ▁Ġ\t\n")}
+        self._separator = _find_separator(task.source_words, tokenizer)
+        is_apart = task.source_words == "text" or not prefix or prefix.endswith(self._separator)
+        self._prefix = prefix if is_apart else prefix + self._separator
         if tokenizer.backend is None:
             self._white_ids = {byte + BYTES_OFFSET for byte in b" \t\n\r"}
+        else:
+            vocabulary = tokenizer.get_vocab().items()
+            self._white_ids = {index for token, index in vocabulary if not token.strip(" ▁Ġ\t\n")}
 
     def encode(self, sources: Sequence[Sequence[str]]) -> list[EncodedSource]:
         """Encode the words of each source, which has at least one word."""
-        pieces = [self._list_pieces(words) for words in sources]
-        distinct = [*dict.fromkeys(chain.from_iterable(pieces))]  # a protein has few different residues
-        encoded = {
-            piece: (ids, self._find_first(ids))
-            for piece, ids in zip(distinct, self._encoder.encode(distinct), strict=True)
-        }
-        found = []
-        for words, of_source in zip(sources, pieces, strict=True):
-            parts = [encoded[piece] for piece in of_source]
-            starts = accumulate((len(ids) for ids, _ in parts), initial=0)
-            firsts = [
-                None if first is None else start + first for start, (_, first) in zip(starts, parts, strict=False)
-            ]
-            found.append(EncodedSource(np.concatenate([ids for ids, _ in parts]), firsts[len(parts) - len(words) :]))
-        return found
+        texts = [self._write_text(words) for words in sources]
+        if not self._task.per_token:
+            return [EncodedSource(ids, [], []) for ids in self._encoder.encode([*map(Beginning, texts)])]
+        encoded = self._encoder.encode_with_places(texts)
+        return [self._find_first_tokens(*pair) for pair in zip(sources, encoded, strict=True)]
 
-    def encode_labels(self, texts: Sequence[TextLabels], max_length: int) -> list[EncodedLabels]:
+    def encode_labels(self, texts: Sequence[TextLabels], max_length: int) -> list[EncodedLabels | Rejection]:
         """Encode records; a source longer than `max_length` with its special tokens loses its end, and its labels."""
         room = max_length - self.special_ids.source_size
         sources = self.encode([text.words for text in texts])
-        return [self._add_values(*pair, room) for pair in zip(texts, sources, strict=True)]
+        return [
+            _reject_unaligned(text, source) or self._add_values(text, source, room)
+            for text, source in zip(texts, sources, strict=True)
+        ]
 
-    def _list_pieces(self, words: Sequence[str]) -> list[Text]:
-        if self._task.source_words == "residues":
-            words = [word.translate(RARE_RESIDUES) for word in words]
-        first = self._first_space + words[0]
-        if not self._prefix or not (self._first_space or self._task.per_token):
-            pieces = [self._prefix + first]  # the tokenizer may join the prefix with the text
-        else:
-            pieces = [self._prefix, first]
-        return [Beginning(pieces[0]), *pieces[1:], *(self._space + word for word in words[1:])]
+    def _write_text(self, words: Sequence[str]) -> str:
+        text = self._separator.join(words)
+        return self._prefix + (text.translate(RARE_RESIDUES) if self._task.source_words == "residues" else text)
 
-    def _find_first(self, ids: Ids) -> int | None:
-        return next((number for number, index in enumerate(ids.tolist()) if index not in self._white_ids), None)
+    def _find_first_tokens(self, words: Sequence[str], encoded: PlacedIds) -> EncodedSource:
+        """Find each word's first token, which has characters of the word, and none of the text before it but spaces."""
+        tokens = [number for number, index in enumerate(encoded.ids.tolist()) if index not in self._white_ids]
+        token_starts, token_ends = encoded.starts[tokens].tolist(), encoded.ends[tokens].tolist()
+        source = EncodedSource(encoded.ids, [], [])
+        start = len(self._prefix)
+        written = len(self._prefix.rstrip())  # the end of the text before the word
+        for number, word in enumerate(words):
+            token = bisect_right(token_ends, start)  # the first that doesn't end before the word
+            is_blank = token == len(tokens) or token_starts[token] >= start + len(word)
+            is_inside = not is_blank and token_starts[token] < written
+            source.firsts.append(None if is_blank or is_inside else tokens[token])
+            if is_inside:
+                source.unaligned.append(number)
+            written = start + len(word.rstrip())
+            start += len(word) + len(self._separator)
+        return source
 
     def _add_values(self, labels: TextLabels, source: EncodedSource, room: int) -> EncodedLabels:
         kept, lost = min(len(source.ids), room), {}
@@ -137,3 +151,12 @@ class SourceEncoder:
             int(np.count_nonzero(source.ids == self._unk_id)),
             {reason: count for reason, count in lost.items() if count},
         )
+
+
+def _reject_unaligned(labels: TextLabels, source: EncodedSource) -> Rejection | None:
+    number = next((number for number in source.unaligned if labels.values[number] is not None), None)
+    if number is None:
+        return None
+    word = shorten(repr(labels.words[number]), MAX_SHOWN_WORD)
+    problem = f"word {number + 1}, {word}, begins inside a token of the text before it"
+    return Rejection("unaligned_word", f"{problem}, so no token can have its label")

@@ -1,7 +1,10 @@
 """Sources with labels: the ids of the whole text, and each word's label on its first token."""
 
 import json
+from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +13,9 @@ import pytest
 from transformers import ByT5Tokenizer
 
 from t5tune.data.labels import LabelTask, TextLabels
+from t5tune.data.reading.rejections import Rejection
 from t5tune.data.tokens.encoding import extract_labels
-from t5tune.data.tokens.source_words import SourceEncoder
+from t5tune.data.tokens.source_words import EncodedLabels, SourceEncoder
 from t5tune.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from tests.support.models.tokenizer_kinds import (
     make_codet5_tokenizer,
@@ -76,6 +80,29 @@ def test_ids_and_first_tokens_equal_the_stock_tokenizers(prefix: str, tokenizer:
     assert firsts == find_stock_firsts([*before, *words], stock)[len(before) :]
 
 
+@pytest.mark.parametrize("prefix", ["", "find names: ", "find names:"])
+def test_a_word_inside_a_token_of_the_text_before_it_has_no_first_token(prefix: str, tmp_path: Path) -> None:
+    make_gemma_tokenizer(tmp_path, splits_words=False)
+    tokenizer = load_tokenizer(tmp_path)
+    counts = Counter[bool]()
+    for words in filter(None, map(str.split, read_corpus())):
+        stock = tokenizer.backend.encode(prefix + " ".join(words), add_special_tokens=False)
+        (source,) = SourceEncoder(tokenizer, make_task(), prefix).encode([words])
+        assert source.ids.tolist() == stock.ids
+        expected, start = [], len(prefix)
+        for word in words:
+            # the token of the word's first character, and what it has before that
+            lengths = [*accumulate(map(len, stock.tokens))]
+            token = bisect_right(lengths, start)
+            before = stock.tokens[token][: start - lengths[token]]
+            expected.append(None if before.strip("▁") else token)
+            start += len(word) + 1
+        assert source.firsts == expected
+        assert source.unaligned == [number for number, first in enumerate(expected) if first is None]
+        counts.update(first is None for first in expected)
+    assert min(counts[True], counts[False]) > 100
+
+
 def test_special_tokens_have_no_values(tokenizer: Tokenizer) -> None:
     special, task = tokenizer.special_ids, make_task(names=("A", "B"))
     words = ["two", "hats"]
@@ -85,6 +112,16 @@ def test_special_tokens_have_no_values(tokenizer: Tokenizer) -> None:
     assert example.source_S.tolist() == [*special.source_start, *ids, *special.source_end]
     assert len(example.values) == len(example.source_S)
     assert np.flatnonzero(~np.isnan(example.values)).tolist() == [len(special.source_start) + first for first in firsts]
+
+
+def test_a_record_whose_label_has_no_token_is_rejected(tmp_path: Path) -> None:
+    make_gemma_tokenizer(tmp_path, splits_words=False)
+    encoder = SourceEncoder(load_tokenizer(tmp_path), make_task(names=("A", "B")), "")
+    texts = [TextLabels(["of", "the", "x"], values, True, False) for values in (("A", None, "B"), ("A", "B", None))]
+    kept, rejected = encoder.encode_labels(texts, 64)
+    assert isinstance(kept, EncodedLabels)
+    problem = "word 2, 'the', begins inside a token of the text before it, so no token can have its label"
+    assert rejected == Rejection("unaligned_word", problem)
 
 
 def test_a_text_as_a_whole_has_the_stock_ids(tokenizer: Tokenizer) -> None:
@@ -118,8 +155,13 @@ def test_each_residue_is_the_token_that_the_vocabulary_has(letters: str, text: s
     assert 2 not in stock
     assert encode(tokenizer, "MKTUZOBA", make_task(source_words="residues")) == (stock, [*range(8)])
     assert encode(tokenizer, "MKTUZOBA", make_task("classify", "residues"))[0] == stock
-    ids, _ = encode(tokenizer, "MKTUZOBA", make_task(source_words="characters"))
-    assert [number for number, index in enumerate(ids) if index == 2] == [3, 4, 5, 6]
+    (unknown,) = SourceEncoder(tokenizer, make_task(source_words="characters"), "").encode(["MKTUZOBA"])
+    text = (" " if letters else "").join("MKTUZOBA")
+    assert unknown.ids.tolist() == tokenizer.backend.encode(text, add_special_tokens=False).ids
+    # without spaces, neighbors share a single unknown token
+    assert (unknown.firsts, unknown.unaligned) == (
+        ([*range(8)], []) if letters else ([0, 1, 2, 3, None, None, None, 4], [4, 5, 6])
+    )
 
 
 def test_labels_are_cut_with_the_tokens_that_predict_them() -> None:

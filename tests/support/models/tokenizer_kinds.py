@@ -20,16 +20,20 @@ def read_corpus() -> list[str]:
     return english_text().splitlines()[:300]
 
 
-def make_gemma_tokenizer(folder: Path, vocab_size: int = 700, added: Sequence[str] = ()) -> int:
+def make_gemma_tokenizer(
+    folder: Path, vocab_size: int = 700, added: Sequence[str] = (), splits_words: bool = True
+) -> int:
     """Write a tokenizer.json like Gemma's: BPE with byte fallback, a bos before each text, and nothing after it.
 
     Args:
         added: special tokens that come after the others.
+        splits_words: no token has a space inside, as in Gemma's own vocabulary.
     """
     tokens = [*GEMMA_SPECIAL, *TURN_TOKENS, *(f"<0x{byte:02X}>" for byte in range(256))]
     learned = Tokenizer(models.BPE())
     learned.normalizer = normalizers.Replace(" ", "▁")
-    learned.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    if splits_words:
+        learned.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
     learned.train_from_iterator(
         read_corpus(), trainers.BpeTrainer(vocab_size=vocab_size - len(tokens), show_progress=False)
     )
