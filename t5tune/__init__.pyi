@@ -120,7 +120,8 @@ class PrepareSettings(_settings.PrepareSettings):
                 fastchat-t5.
             model_max_length: Maximum length of a source and of a target, each including its EOS token (tokens).
             num_data: Use only the first N examples; default: all.
-            eval_fraction: Fraction of the data to hold out for evaluation, unless eval_data_path is set.
+            eval_fraction: Fraction of the data to hold out for evaluation, unless eval_data_path is set; where texts
+                have labels, of each label.
             revision: Branch, tag or commit of a model on the Hugging Face Hub; default: its main branch.
             cache_dir: Folder for Hugging Face Hub downloads; default: the Hub's cache.
             family: Model family of a base whose model_type t5tune doesn't know (docs/families.md).
@@ -343,7 +344,8 @@ class TrainSettings(_settings.TrainSettings):
             output_dir: Output folder.
             source_column: Column or key with the input, or several, a line each; default: detected.
             target_column: Column or key with the output, or several, a line each; default: detected.
-            eval_fraction: Fraction of the data to hold out for evaluation, unless eval_data_path is set.
+            eval_fraction: Fraction of the data to hold out for evaluation, unless eval_data_path is set; where texts
+                have labels, of each label.
             train_mode: Train an adapter, or all weights.
             lora_r: LoRA rank: the size of the adapter.
             q_lora: QLoRA: quantize the frozen base to 4 bits, and train in bf16 unless --no-bf16 is given.
@@ -1406,7 +1408,8 @@ class PlanSettings(_settings.PlanSettings):
             max_rejected_fraction: Fail if a larger fraction of the records is rejected, not counting duplicates and
                 records with a bad label or weight 0.
             num_workers: Number of tokenization processes; default: one per CPU core, fewer for small data.
-            eval_fraction: Fraction of the data to hold out for evaluation, unless eval_data_path is set.
+            eval_fraction: Fraction of the data to hold out for evaluation, unless eval_data_path is set; where texts
+                have labels, of each label.
             split_seed: Random seed that chooses the held-out conversations; seed doesn't affect them.
             seed: Random seed for adapter initialization, dropout, data order and the masked spans of raw text.
             mixing: How several datasets are mixed: by their weights; proportional to their sizes, as for T5, with

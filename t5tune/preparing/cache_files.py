@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from t5tune.checkpoints.training_data import TrainingData, write_training_data
-from t5tune.data.caches.cache import Cache, find_held_out_keys, hash_files
+from t5tune.data.caches.cache import Cache, hash_files
+from t5tune.data.caches.held_out import find_held_out_keys
 from t5tune.data.caches.manifest import CACHE_FORMAT
 from t5tune.data.labels import LabelTask, sort_names
 from t5tune.data.reading.files import STDIN, Digest, find_files

@@ -30,7 +30,7 @@ from t5tune.data.caches.manifest import PREPARE_AGAIN, TABLES, read_manifest
 from t5tune.data.caches.tables import check_tables, map_tables
 from t5tune.data.labels import LabelTask, Values, describe_form, read_values, renumber, sort_names
 from t5tune.data.tokens.encoding import Example, Span, extract_example, extract_labels, surround
-from t5tune.data.tokens.span_corruption import SpanCorruption, find_sentinels, mix_bits
+from t5tune.data.tokens.span_corruption import SpanCorruption, find_sentinels
 from t5tune.data.tokens.templates import Template, parse_template
 from t5tune.data.tokens.tokenizer import SpecialIds, load_tokenizer
 from t5tune.errors import DataError
@@ -117,10 +117,14 @@ class Cache(Sequence[Example]):
 
     def iterate_values(self) -> Iterator[Values]:
         """Yield the values of each example with labels, without special tokens."""
+        return (self._number_classes(read_values(target)) for target in self.iterate_targets())
+
+    def iterate_targets(self) -> Iterator[npt.NDArray[Any]]:
+        """Yield the ids of each example's target, without special tokens; of an example with labels, its values."""
         starts = self._conversations["start"][self._read_column("conversation")].astype(np.int64)
         bounds = (starts + self._read_column(name) for name in ("target_start", "target_end"))
         for start, end in zip(*bounds, strict=True):
-            yield self._number_classes(read_values(self._tokens[start:end]))
+            yield self._tokens[start:end]
 
     def map_labels(self, task: LabelTask) -> "Cache":
         """Return the same examples with the class numbers of a task; DataError: the cache has other labels."""
@@ -281,22 +285,6 @@ class Cache(Sequence[Example]):
         """Return the key of each example's conversation."""
         keys: npt.NDArray[np.uint64] = self._conversations["key"][self._read_column("conversation")]
         return keys
-
-
-def find_held_out_keys(cache: Cache, held_out: float, split_seed: int) -> npt.NDArray[np.uint64]:
-    """Choose the conversations to hold out: the smallest hashes of key and split_seed win.
-
-    So few conversations change sides if data is added. If prepare split the cache, this chooses among all of its
-    conversations, as prepare did, so the held-out conversations don't depend on the number of training examples.
-    """
-    unique = np.unique((cache.whole if cache.manifest["eval_fraction"] else cache).read_keys())
-    count = max(1, round(held_out * len(unique)))
-    if count >= len(unique):
-        kind = "conversation" if cache.corruption is None and cache.label_task is None else "text"
-        problem = f"eval_fraction: {held_out} of {format_count(len(unique), kind)} leaves no {kind}s to train on"
-        raise DataError(problem, hint=f"give more {kind}s, or a separate file as eval_data_path")
-    order = mix_bits(unique ^ mix_bits(np.array(split_seed, np.uint64)))
-    return unique[np.argsort(order)[:count]]
 
 
 def compute_lengths(

@@ -23,7 +23,8 @@ import numpy as np
 import numpy.typing as npt
 
 from t5tune.data.caches.batching import Integers
-from t5tune.data.caches.cache import Cache, find_held_out_keys
+from t5tune.data.caches.cache import Cache
+from t5tune.data.caches.held_out import find_held_out_keys
 from t5tune.data.caches.manifest import COUNTS
 from t5tune.data.caches.mixing import EpochCounts, Mixing, bound_epoch_sum, compute_rates, draw_epoch
 from t5tune.data.labels import LabelTask, join_tasks

@@ -20,7 +20,7 @@ from t5tune.settings.groups.data import SplitSettings
 from t5tune.settings.groups.record_format import KINDS, ConversationSettings, ReadingSettings, SelectionSettings
 from t5tune.settings.messages import describe_value_error, format_place, shorten_file_value
 
-CACHE_FORMAT = 5
+CACHE_FORMAT = 6
 PREPARE_AGAIN = "run t5tune prepare again"
 TABLES = (TOKENS_FILE, CONVERSATIONS_FILE, EXAMPLES_FILE)
 COUNTS = (

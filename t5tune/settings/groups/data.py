@@ -145,7 +145,8 @@ class SplitSettings(Settings):
         default=0.0,
         ge=0.0,
         lt=1.0,
-        description="Fraction of the data to hold out for evaluation, unless eval_data_path is set.",
+        description="Fraction of the data to hold out for evaluation, unless eval_data_path is set; "
+        "where texts have labels, of each label.",
     )
     split_seed: Annotated[int, Affects.CACHE | Affects.WEIGHTS] = Field(
         default=42,

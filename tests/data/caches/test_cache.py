@@ -84,9 +84,9 @@ def test_a_cache_of_an_earlier_format_is_prepared_again(tmp_path: Path, conversa
     prepare(PrepareSettings(**values))
     path = find_cache(tmp_path / "cache") / "manifest.json"
     manifest = json.loads(path.read_text())
-    assert manifest["format"] == 5
-    path.write_text(json.dumps(manifest | {"format": 4}))
-    with pytest.raises(DataError, match=r"manifest\.json: format 4; this version of t5tune reads format 5") as refused:
+    assert manifest["format"] == 6
+    path.write_text(json.dumps(manifest | {"format": 5}))
+    with pytest.raises(DataError, match=r"manifest\.json: format 5; this version of t5tune reads format 6") as refused:
         open_only(tmp_path / "cache")
     assert refused.value.hint == "run t5tune prepare again"
     assert not prepare(PrepareSettings(**values)).up_to_date
