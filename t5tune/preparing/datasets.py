@@ -18,7 +18,7 @@ from t5tune.checkpoints.base import find_base, pin_base
 from t5tune.checkpoints.training_data import DatasetTraining, TrainingData, read_training_data, write_training_data
 from t5tune.data.caches.cache import Cache, open_cache
 from t5tune.data.caches.examples import Dataset, Examples, describe_shares, find_missing_labels
-from t5tune.data.caches.manifest import COUNTS, read_manifest
+from t5tune.data.caches.manifest import CONTENT_COUNTS, COUNTS, read_manifest
 from t5tune.data.caches.prepared import check_datasets, is_prepared, list_caches, open_examples, read_examples_manifest
 from t5tune.data.labels import LabelTask
 from t5tune.data.reading.files import STDIN, find_encodings
@@ -47,6 +47,8 @@ from t5tune.preparing.record_checks import keep_rejected
 from t5tune.progress import Note, Report
 from t5tune.settings.dataset_spec import DatasetSpec
 from t5tune.settings.groups.shard import Shard
+
+COUNTED = {*CONTENT_COUNTS, "held_out_examples", "share", "examples_per_epoch"}  # in mixture.json
 
 
 def prepare_datasets(plan: PreparePlan, report: Report) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -87,7 +89,7 @@ def _prepare_datasets(plan: PreparePlan, report: Report) -> tuple[dict[str, Any]
         else:
             remove_abandoned(job.folder)
         facts |= {"up_to_date": True, "joined": is_divided or None, **_count_examples(examples)}
-        return examples.manifest, facts
+        return examples.manifest | examples.count_prepared(), facts
     if parts.sources and is_divided:
         written = job.prepare_part(parts, shard, sources, reusable)
         facts["joined"] = isinstance(written, Examples)
@@ -111,7 +113,7 @@ def _prepare_datasets(plan: PreparePlan, report: Report) -> tuple[dict[str, Any]
         missing = find_missing_labels(load_tokenizer(examples.tokenizer_folder), training, held_out) if held_out else []
         for note in [*describe_shares(training), *missing]:
             report(note)
-    return examples.manifest, {**facts, **_count_examples(examples)}
+    return examples.manifest | examples.count_prepared(), {**facts, **_count_examples(examples)}
 
 
 @dataclass(frozen=True)
@@ -186,7 +188,18 @@ class _Job:
             before, examples = read_examples_manifest(self.folder), self._open_examples(self.folder, reusable)
         except DataError:  # mixture.json or a cache is broken
             return None
-        return examples if examples.manifest == before else None
+        now = self._describe(examples)
+        if self.plan.origin.checkpoint is not None:  # the run refuses a different split later, and its files stay
+            before, now = _drop_counts(before), _drop_counts(now)
+        return examples if now == before else None
+
+    def _describe(self, examples: Examples) -> dict[str, Any]:
+        """Describe the examples that are trained on for mixture.json, and count those that aren't."""
+        training, held_out = examples.split_as_prepared()
+        if (split := self.plan.origin.run_split) is not None:
+            training, held_out = examples.split(split.eval_fraction, split.split_seed)
+        num_held_out = 0 if held_out is None else len(held_out)
+        return training.manifest | {"held_out_examples": num_held_out}
 
     def _open_examples(self, folder: Path, manifests: Mapping[str, dict[str, Any]]) -> Examples:
         """Open the examples of all datasets.
@@ -229,7 +242,7 @@ class _Job:
             training, _ = examples.split_as_prepared()
             write_file(staged / TEMPLATE_FILE, to_yaml(dict(vars(examples.main.cache.template))).encode())
             write_training_data(staged, _join_training_data(training))
-            write_json(staged / MIXTURE_FILE, examples.manifest)
+            write_json(staged / MIXTURE_FILE, self._describe(examples))
         return self._open_examples(self.folder, manifests)
 
     def _check_trained_on(self, examples: Examples) -> None:
@@ -297,6 +310,12 @@ def _keep_name(plan: PreparePlan) -> Mapping[str, DatasetSpec]:
     if has_run and len(datasets) == 1 and is_prepared(folder) and len(before := list_caches(folder)) == 1:
         datasets = [datasets[0].model_copy(update={"name": next(iter(before))})]
     return {each.name: each for each in datasets}
+
+
+def _drop_counts(description: Mapping[str, Any]) -> dict[str, Any]:
+    """Drop from the contents of mixture.json what depends on the held-out examples."""
+    datasets = [{key: value for key, value in each.items() if key not in COUNTED} for each in description["datasets"]]
+    return {key: value for key, value in description.items() if key not in COUNTED} | {"datasets": datasets}
 
 
 def _count_examples(examples: Examples) -> dict[str, Any]:

@@ -22,6 +22,7 @@ class Origin:
         is_evaluation: the examples are for evaluation, so other splits of a dataset on the Hub are the default.
         rejected_file: lists the rejected records if there are too many; default: `cache.rejected.jsonl`, next to it.
         run: the run folder that train prepares for; train mixes datasets and holds out examples itself.
+        run_split: what train holds out; None: only what prepare held out.
     """
 
     checkpoint: Path | None = None
@@ -30,6 +31,7 @@ class Origin:
     is_evaluation: bool = False
     rejected_file: Path | None = None
     run: Path | None = None
+    run_split: SplitSettings | None = None
 
 
 @dataclass(frozen=True)

@@ -268,7 +268,8 @@ def _prepare_data(plan: RunPlan, folder: RunFolder, checkpoint: Path | None, rep
         base = find_base(plan.model.base, report=report)
         for cache in given:
             check_cache_tokenizer(cache, base)
-    origin = replace(common, checkpoint=checkpoint, tokenizer_source=_find_adapter_with_tokens(plan))
+    split = None if plan.eval_datasets or not plan.data.eval_fraction else plan.data
+    origin = replace(common, checkpoint=checkpoint, tokenizer_source=_find_adapter_with_tokens(plan), run_split=split)
     prepare_datasets(_make_prepare_plan(plan, origin), report)
     folder.record(prepared=hash_prepared(plan.data_folder))
     if plan.eval_datasets:

@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from t5tune.data.caches.batching import Integers
-from t5tune.data.caches.manifest import PREPARE_AGAIN, TABLES, read_manifest
+from t5tune.data.caches.manifest import CONTENT_COUNTS, PREPARE_AGAIN, TABLES, read_manifest
 from t5tune.data.caches.tables import check_tables, map_tables
 from t5tune.data.labels import LabelTask, Values, describe_form, read_values, renumber, sort_names
 from t5tune.data.tokens.encoding import Example, Span, extract_example, extract_labels, surround
@@ -249,6 +249,15 @@ class Cache(Sequence[Example]):
         labels = {} if self.label_task is None else {"labels": [*self.label_task.names]}
         indices = hashlib.sha256(self._indices.astype("<i8").tobytes())
         return {**files, **seed, **labels, "examples": indices.hexdigest()}
+
+    def count_contents(self) -> dict[str, int]:
+        """Count the examples, their conversations and their tokens; this may be a part of the cache."""
+        if self._given_indices is None:
+            return {name: int(self.manifest[name]) for name in CONTENT_COUNTS}
+        sources, targets = self.read_lengths()
+        conversations = len(np.unique(self._read_column("conversation")))
+        counts = conversations, len(self), int(sources.sum()), int(targets.sum())
+        return dict(zip(CONTENT_COUNTS, counts, strict=True))
 
     def take(self, count: int) -> "Cache":
         """Return the first `count` examples."""

@@ -38,7 +38,7 @@ from t5tune.io.reasons import join_first
 from t5tune.label_metrics import find_labels
 from t5tune.progress import Note
 
-MIXTURE_FORMAT = 3
+MIXTURE_FORMAT = 4
 MAX_TARGETS_FOR_LABELS = 10_000
 PREPARED_CONTENTS = {MIXTURE_FILE, TEMPLATE_FILE, TRAINING_DATA_FILE}
 
@@ -57,7 +57,7 @@ class Dataset:
     weight: float = 1.0
     num_data: int | None = None
 
-    def count(self, held_out: npt.NDArray[np.uint64]) -> dict[str, int]:
+    def count_prepared(self, held_out: npt.NDArray[np.uint64]) -> dict[str, int]:
         """Return the counts of the cache, with the number of used examples. `held_out` has keys of conversations."""
         counts = {name: int(self.cache.manifest[name]) for name in COUNTS}
         if self.num_data is not None:
@@ -220,11 +220,9 @@ class Examples(Sequence[Example]):
 
     @cached_property
     def manifest(self) -> dict[str, Any]:
-        """The contents of mixture.json; its counts are for whole caches, even if this is a part of them."""
+        """Describes these examples in mixture.json, which `prepare` writes for those that aren't held out."""
         manifests = {dataset.name: dataset.cache.manifest for dataset in self.datasets}
-        held_out = self.find_prepared_keys()
-        counts = {dataset.name: dataset.count(held_out) for dataset in self.datasets}
-        training, _ = self.split_as_prepared()
+        counts = {dataset.name: dataset.cache.count_contents() for dataset in self.datasets}
         first = self.datasets[0].cache.manifest
         rejected = Counter[str]()
         for manifest in manifests.values():
@@ -234,7 +232,7 @@ class Examples(Sequence[Example]):
         return {
             "format": MIXTURE_FORMAT,
             "made_by": first["made_by"],
-            **{name: sum(each[name] for each in counts.values()) for name in COUNTS},
+            **_sum_counts(counts.values()),
             "rejected_by_reason": dict(sorted(rejected.items())),
             "added_tokens": first["added_tokens"],
             "added_token_ids": first["added_token_ids"],
@@ -251,9 +249,14 @@ class Examples(Sequence[Example]):
                     **facts,
                     **counts[dataset.name],
                 }
-                for dataset, facts in zip(self.datasets, training.describe_rates(), strict=True)
+                for dataset, facts in zip(self.datasets, self.describe_rates(), strict=True)
             ],
         }
+
+    def count_prepared(self) -> dict[str, int]:
+        """Return the sums of the caches' counts, which include held-out examples."""
+        held_out = self.find_prepared_keys()
+        return _sum_counts([dataset.count_prepared(held_out) for dataset in self.datasets])
 
     def _write_path(self, cache: Path) -> str:
         return cache.name if cache.parent == self.folder else str(cache.resolve())
@@ -329,6 +332,13 @@ class Examples(Sequence[Example]):
         pairs = zip(self.datasets, caches, strict=True)
         datasets = [replace(dataset, cache=cache) for dataset, cache in pairs]
         return Examples(self.folder, datasets, self.mixing, self.are_several)
+
+
+def _sum_counts(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    total = Counter[str]()
+    for each in counts:
+        total.update(each)
+    return dict(total)
 
 
 def describe_shares(examples: Examples) -> list[Note]:

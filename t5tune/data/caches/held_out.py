@@ -112,7 +112,7 @@ def _divide_classes(ranks: Integers, classes: Integers, fraction: float) -> npt.
 def _repair(
     is_held_out: npt.NDArray[np.bool_], members: list[Integers], counts: Integers, classes: list[Integers]
 ) -> None:
-    """Move ranks of classes that are missing on a side, at each step the one that spoils the fewest classes.
+    """Move ranks of classes that are missing on a side, at each step the rank that spoils the fewest classes.
 
     Args:
         members: the ranks of each class; classes: the numbers of each rank's classes.

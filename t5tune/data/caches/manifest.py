@@ -23,10 +23,10 @@ from t5tune.settings.messages import describe_value_error, format_place, shorten
 CACHE_FORMAT = 6
 PREPARE_AGAIN = "run t5tune prepare again"
 TABLES = (TOKENS_FILE, CONVERSATIONS_FILE, EXAMPLES_FILE)
+CONTENT_COUNTS = ("conversations", "examples", "source_tokens", "target_tokens")
 COUNTS = (
-    "conversations", "rejected", "examples", "source_tokens", "target_tokens", "truncated_sources",
-    "truncated_targets", "unknown_tokens", "with_unknown_tokens", "pairs", "conversations_with_prefix",
-    "examples_with_earlier_turns",
+    *CONTENT_COUNTS, "rejected", "truncated_sources", "truncated_targets", "unknown_tokens", "with_unknown_tokens",
+    "pairs", "conversations_with_prefix", "examples_with_earlier_turns",
 )  # fmt: skip
 
 

@@ -21,13 +21,13 @@ from t5tune.commands.merge import merge
 from t5tune.commands.plan import plan
 from t5tune.commands.prepare import prepare
 from t5tune.commands.train import set_up_run_folder, train
+from t5tune.data.caches.prepared import open_examples
 from t5tune.errors import TrainingError
 from t5tune.progress import Advanced, Evaluated, Event, Finished, Measured, Note, Started
 from t5tune.runs.result import read_result
 from t5tune.settings import ExportSettings, MergeSettings, PlanSettings, PrepareSettings, TrainSettings
 from t5tune.training.trainer import T5Trainer
 from tests.commands.train.commands import make_command
-from tests.support.caches import find_cache
 from tests.support.models.bases import make_base
 from tests.support.processes.command_line import CommandResult, t5tune_in_fork
 from tests.support.train_runs import make_settings, read_losses, read_metrics_lines
@@ -64,9 +64,12 @@ def test_plain_peft_loads_a_run_folders_adapter(finished_run: Path, untied_base:
 def test_model_cards_report_data_settings_and_held_out_metrics(
     finished_run: Path, untied_base: Path, tmp_path: Path
 ) -> None:
-    manifest = json.loads((find_cache(finished_run / "data") / "manifest.json").read_text())
     result = json.loads((finished_run / "result.json").read_text())
-    data = f"Data: {manifest['examples']} examples from 24 conversations, "
+    training, held_out = open_examples(finished_run / "data").split(0.2, 42)
+    source, target = (sum(len(getattr(each, side)) for each in training) for side in ("source_S", "target_T"))
+    data = f"Data: {result['examples']} examples from 19 conversations, {source:,} source and {target:,} target tokens"
+    mixture = json.loads((finished_run / "data" / "mixture.json").read_text())
+    assert (mixture["examples"], mixture["held_out_examples"]) == (result["examples"], len(held_out))
     card = (finished_run / "README.md").read_text()
     assert data in card
     assert "learning_rate 0.01, per_device_train_batch_size 4" in card

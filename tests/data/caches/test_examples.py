@@ -74,7 +74,7 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "cache": (set_dataset(cache=3), "datasets[0].cache: 3: expected text"),
     "no datasets": (lambda manifest: manifest.update(datasets=[]), "datasets: []: must not be empty"),
     "no inputs": (lambda manifest: manifest.pop("inputs"), "inputs: missing"),
-    "format": (lambda manifest: manifest.update(format=1), "format 1; this version of t5tune reads format 3"),
+    "format": (lambda manifest: manifest.update(format=1), "format 1; this version of t5tune reads format 4"),
 }
 
 

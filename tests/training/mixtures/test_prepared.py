@@ -32,10 +32,13 @@ def test_prepare_writes_a_mixture_that_train_reads(untied_base: Path, data: Path
     result = train(make_settings(untied_base, data, tmp_path / "run", data_path=[folder], max_steps=2))
     assert {name: facts["share"] for name, facts in result.datasets.items()} == dict(sums=0.5, notes=0.25, chats=0.25)
     assert all("loss" in facts for facts in result.datasets.values())
-    stored = json.loads((folder / "mixture.json").read_text())["datasets"]  # without the held-out examples
-    assert [(each["share"], each["examples_per_epoch"]) for each in stored] == [
-        (facts["share"], facts["examples_per_epoch"]) for facts in result.datasets.values()
+    mixture = json.loads((folder / "mixture.json").read_text())  # without the held-out examples
+    names = ("share", "examples_per_epoch", "examples")
+    assert [[each[name] for name in names] for each in mixture["datasets"]] == [
+        [facts[name] for name in names] for facts in result.datasets.values()
     ]
+    assert mixture["examples"] == sum(SIZES.values()) - made.held_out == result.examples
+    assert mixture["held_out_examples"] == made.held_out > 0
     again = make_settings(untied_base, data, tmp_path / "run-2", data_path=[folder], max_steps=2, mixing="concatenate")
     result = train(again)
     assert all(facts["examples_per_epoch"] == facts["examples"] for facts in result.datasets.values())
