@@ -57,7 +57,7 @@ t5tune serve run
 t5tune serve base=google/flan-t5-base tuned=run --quantization int8
 t5tune inspect cache --stats --html examples.html
 t5tune inspect --model-name-or-path google/mt5-small google/byt5-small --data-path chats.jsonl
-t5tune evaluate run --data-path pocket --num-data 100
+t5tune evaluate run --data-path run/data
 t5tune evaluate run --data-path dev.csv --source-column question --target-column answer
 t5tune compare run
 t5tune compare sweep --sort-by exact_match --html comparison.html
